@@ -1,0 +1,46 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint test-slow bench clean
+
+help:       ## this list
+	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+venv: .venv/dev.stamp  ## an environment in .venv with everything that developing needs
+
+demo: .venv/runtime.stamp  ## see, ask and match with the bundled model (installs what running needs)
+	$(BIN)/python examples/demo.py
+
+test: export OMP_NUM_THREADS = 1
+test: lint  ## style, types, and the quick tests
+	$(BIN)/pytest -q -n 2
+
+lint: venv  ## style and types only
+	$(BIN)/ruff check
+	$(BIN)/mypy blip2
+
+test-slow: venv  ## the tests that `make test` leaves out: real sizes, training runs
+	$(BIN)/pytest -q -m 'slow or real_shapes or training'
+
+bench: venv  ## every benchmark, one after the other
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:      ## remove the environment, caches and build results
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "blip2 needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),venv) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/runtime.stamp: pyproject.toml constraints.txt | .venv/bin/pip
+	$(INSTALL) .
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/pip
+	$(INSTALL) '.[dev]'
+	@touch $@ .venv/runtime.stamp

@@ -1,0 +1,124 @@
+"""What a BLIP-2 model is made of: frozen dataclasses that mirror the published ``config.json``.
+
+The field names are the field's own; `checkpoint/` translates them to and from the names in the published
+files. Sizes are from Li et al. 2023 (section 3 and 4) and from the published configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision transformer. The defaults are EVA-CLIP g/14 without its last block."""
+
+    hidden_size: int = 1408
+    num_layers: int = 39
+    num_heads: int = 16
+    intermediate_size: int = 6144
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    has_patch_bias: bool = True
+    has_pre_norm: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+CLIP_VIT_L = VisionConfig(
+    hidden_size=1024, num_layers=23, intermediate_size=4096, layer_norm_eps=1e-5,
+    activation="quick_gelu", has_patch_bias=False, has_pre_norm=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """The Querying Transformer. The defaults are the published one: BERT-base with cross-attention."""
+
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    encoder_hidden_size: int = 1408
+    cross_attention_frequency: int = 2
+    layer_norm_eps: float = 1e-12
+    dropout: float = 0.1
+    num_query_tokens: int = 32
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    has_text: bool = False
+    """Whether the text branch exists (word and position embeddings, text feed-forward layers)."""
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """A decoder-only language model of the OPT family. The defaults are OPT-2.7b as BLIP-2 publishes it."""
+
+    vocab_size: int = 50304
+    hidden_size: int = 2560
+    num_layers: int = 32
+    num_heads: int = 32
+    intermediate_size: int = 10240
+    max_position_embeddings: int = 2048
+    bos_token_id: int = 2
+    eos_token_id: int = 50118
+    pad_token_id: int = 1
+
+    family: Literal["opt"] = field(default="opt", init=False)
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """An encoder-decoder language model of the Flan-T5 family. The defaults are Flan-T5-XL."""
+
+    vocab_size: int = 32128
+    hidden_size: int = 2048
+    head_size: int = 64
+    num_layers: int = 24
+    num_decoder_layers: int = 24
+    num_heads: int = 32
+    intermediate_size: int = 5120
+    num_buckets: int = 32
+    max_distance: int = 128
+    layer_norm_eps: float = 1e-6
+    activation: Literal["gelu", "gelu_new"] = "gelu"
+    """BLIP-2 was trained with the exact (erf) GELU, although Flan-T5 itself used the tanh form."""
+    decoder_start_token_id: int = 0
+    eos_token_id: int = 1
+    pad_token_id: int = 0
+
+    family: Literal["t5"] = field(default="t5", init=False)
+
+
+LanguageConfig = OPTConfig | T5Config
+
+
+@dataclass(frozen=True)
+class Blip2Config:
+    """A generative BLIP-2: image encoder, Querying Transformer, projection, language model."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    language: LanguageConfig = field(default_factory=OPTConfig)
+    image_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class MatcherConfig:
+    """A matching BLIP-2 (stage 1): image encoder and Querying Transformer with its text branch."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qformer: QFormerConfig = field(default_factory=lambda: replace(QFormerConfig(), vocab_size=30523, has_text=True))
+    projection_size: int = 256
+    bos_token_id: int = 30522
+    """``[DEC]``, the first token of a caption that the Q-Former itself generates."""
+    image_token_id: int | None = None

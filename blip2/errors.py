@@ -1,0 +1,21 @@
+"""Errors for people: one line that says what was wrong, with which file or value, and what to do."""
+
+
+class Blip2Error(ValueError):
+    """What was given cannot be used; the command line prints this line and no traceback."""
+
+
+class ImageError(Blip2Error):
+    """A picture that cannot be read."""
+
+
+class CheckpointError(Blip2Error):
+    """A model that cannot be found, or whose files do not hold what its configuration promises."""
+
+
+class RecipeError(Blip2Error):
+    """A training recipe or its data that cannot be carried out."""
+
+
+class OptionError(Blip2Error):
+    """An option outside what it may be, or options that exclude each other."""

@@ -1,0 +1,47 @@
+"""The frozen language models, behind one protocol: two families, and one way to talk to either.
+
+A prompt is a sequence of vectors, image queries and embedded words alike, so nothing here knows about pictures.
+Prompts of mixed length are right-padded to one tensor with their ``lengths_B``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blip2.config import LanguageConfig
+from blip2.language.opt import OPT
+from blip2.language.t5 import T5
+
+
+class DecoderState(Protocol):
+    """What decoding goes on from; one row a sequence."""
+
+    def select(self, rows_N: Tensor) -> None:
+        """Keep these rows, in this order; a row named twice is copied (a beam that splits)."""
+
+
+class LanguageModel(Protocol):
+    """What the decoder (`blip2.generation`) needs of a language model; `OPT` and `T5` are the two."""
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """``int[B, T]`` token ids to ``float[B, T, D]``."""
+
+    def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, DecoderState]:
+        """Read prompts; the logits of each row's first new token ``float[B, V]``, and a state with room for more."""
+
+    def step(self, tokens_B: Tensor, state: DecoderState) -> Tensor:
+        """Append one token to every row; the logits of the next ``float[B, V]``."""
+
+
+def build_language_model(config: LanguageConfig) -> OPT | T5:
+    """An untrained language model of the configured family."""
+    return OPT(config) if config.family == "opt" else T5(config)
+
+
+def pad_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts ``float[T_i, D]`` of mixed length to one right-padded ``float[B, T, D]`` and ``lengths_B``."""
+    lengths_B = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths_B

@@ -1,0 +1,104 @@
+"""OPT (Zhang et al., 2022): a decoder-only language model, pre-norm, ReLU, learned positions.
+
+B rows, T tokens of this call, S tokens so far, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.config import OPTConfig
+from blip2.layers import KVCache, attend, split_heads
+
+POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
+
+
+class Block(nn.Module):
+    def __init__(self, *, width: int, num_heads: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, width)
+
+    def forward(
+        self, x_BTD: Tensor, *, layer: int, cache: KVCache | None, positions_BT: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        normed = self.attention_norm(x_BTD)
+        query, key, value = (
+            split_heads(linear(normed), self.num_heads) for linear in (self.query, self.key, self.value)
+        )
+        if cache is not None:
+            key, value = cache.write(layer, key, value, positions_BT)
+        x_BTD = x_BTD + self.output(attend(query, key, value, mask=mask, is_causal=mask is None))
+        return x_BTD + self.fc2(F.relu(self.fc1(self.feed_forward_norm(x_BTD))))
+
+
+class OPT(nn.Module):
+    """See `blip2.language` for what a language model offers; here a prompt is simply the start of the text."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(width=config.hidden_size, num_heads=config.num_heads, intermediate_size=config.intermediate_size)
+            for _ in range(config.num_layers)
+        )
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """``int[B, T]`` to ``float[B, T, D]``, without positions."""
+        return self.token_embedding(tokens_BT)
+
+    def forward(self, embeddings_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states ``float[B, T, D]`` after the final norm; each token sees those before it in its row.
+
+        With a cache the tokens continue the cached rows. Rows of mixed length are right-padded by the caller.
+        """
+        num_tokens = embeddings_BTD.shape[1]
+        if cache is None:
+            mask = None
+            positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
+        else:
+            positions_BT = cache.positions(num_tokens)
+            mask = cache.mask(positions_BT)
+        x_BTD = embeddings_BTD + self.position_embedding(positions_BT + POSITION_OFFSET)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, layer=layer, cache=cache, positions_BT=positions_BT, mask=mask)
+        return self.final_norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``float[..., D]`` to ``float[..., V]``; the output table is the input table."""
+        return F.linear(hidden, self.token_embedding.weight)
+
+    def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
+        """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""
+        rows, longest, width = prompt_BTD.shape
+        cache = KVCache(
+            num_layers=self.config.num_layers,
+            rows=rows,
+            num_heads=self.config.num_heads,
+            capacity=longest + num_new_tokens,
+            head_size=width // self.config.num_heads,
+            device=prompt_BTD.device,
+            dtype=prompt_BTD.dtype,
+        )
+        hidden_BTD = self(prompt_BTD, cache)
+        cache.advance(lengths_B, longest)
+        last_BD = hidden_BTD[torch.arange(rows, device=lengths_B.device), lengths_B - 1]
+        return self.logits(last_BD), cache
+
+    def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
+        """Append one token to every row; the logits of the next one, ``float[B, V]``."""
+        hidden_B1D = self(self.embed(tokens_B[:, None]), cache)
+        cache.advance(1, 1)
+        return self.logits(hidden_B1D[:, 0])

@@ -1,0 +1,123 @@
+"""What every transformer here shares: attention, the key-value cache, and freezing.
+
+B batch rows, H heads, T new tokens, S all tokens so far (or keys), D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(
+    query_BHTD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention, heads joined again.
+
+    ``mask`` is either boolean (True: may attend) or a float bias that is added to the scores; it broadcasts
+    to ``[B, H, T, S]``. ``scale`` is 1/sqrt(D) unless given. Returns ``float[B, T, H * D]``.
+    """
+    if query_BHTD.requires_grad and query_BHTD.device.type == "cpu":
+        out = _attend_plainly(query_BHTD, key_BHSD, value_BHSD, mask, is_causal, scale, dropout)
+    else:
+        out = F.scaled_dot_product_attention(
+            query_BHTD, key_BHSD, value_BHSD, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=dropout
+        )
+    return out.transpose(1, 2).flatten(2)
+
+
+def _attend_plainly(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, dropout: float
+) -> Tensor:
+    """The same by matrix products: on a CPU the fused kernel's backward pass is several times slower."""
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        length = scores.shape[-1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return F.dropout(scores.softmax(-1), dropout, dropout > 0) @ value
+
+
+def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
+    """``[B, T, H * D] -> [B, H, T, D]``."""
+    return x_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class KVCache:
+    """Keys and values of all layers; a row is one sequence.
+
+    Every row starts at slot 0 and has its own length, so a row never depends on what else is in the batch:
+    positions and masks come from ``lengths_B``. Prompts of mixed length are right-padded inside one call only;
+    what the padding wrote lies beyond the row's length, is masked, and is overwritten as the row grows.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        rows: int,
+        num_heads: int,
+        capacity: int,
+        head_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (num_layers, rows, num_heads, capacity, head_size)
+        self.keys = list(torch.zeros(shape, device=device, dtype=dtype))
+        self.values = list(torch.zeros(shape, device=device, dtype=dtype))
+        self.lengths_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self._longest = 0  # of all rows, known without asking the device
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    def positions(self, num_tokens: int) -> Tensor:
+        """The slots that the next ``num_tokens`` of each row will take: ``int64[B, T]``."""
+        return self.lengths_B[:, None] + torch.arange(num_tokens, device=self.lengths_B.device)
+
+    def mask(self, positions_BT: Tensor) -> Tensor:
+        """Who may attend to what: each token to the slots of its row up to its own. ``bool[B, 1, T, S]``."""
+        end = min(self._longest + positions_BT.shape[1], self.capacity)
+        slots_S = torch.arange(end, device=positions_BT.device)
+        return (slots_S <= positions_BT[:, :, None])[:, None]
+
+    def write(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values at ``positions_BT``; returns all of the layer's, ``[B, H, S, D]``."""
+        num_tokens = key_BHTD.shape[2]
+        end = self._longest + num_tokens
+        assert end <= self.capacity, f"the cache holds {self.capacity} tokens a row, {end} are needed"
+        keys, values = self.keys[layer], self.values[layer]
+        if self._longest == 0:
+            keys[:, :, :num_tokens], values[:, :, :num_tokens] = key_BHTD, value_BHTD
+        else:
+            rows_B1 = torch.arange(len(keys), device=keys.device)[:, None]
+            keys[rows_B1, :, positions_BT] = key_BHTD.transpose(1, 2)
+            values[rows_B1, :, positions_BT] = value_BHTD.transpose(1, 2)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, num_tokens_B: Tensor | int, longest: int) -> None:
+        """After all layers wrote: each row grew by ``num_tokens_B``, the longest of the call by ``longest``."""
+        self.lengths_B = self.lengths_B + num_tokens_B
+        self._longest += longest
+
+    def select(self, rows_N: Tensor) -> None:
+        """Keep these rows, in this order; a row named twice is copied (a beam that splits)."""
+        self.keys = [keys[rows_N] for keys in self.keys]
+        self.values = [values[rows_N] for values in self.values]
+        self.lengths_B = self.lengths_B[rows_N]
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Evaluation mode for good, no gradients: what BLIP-2 does with the image encoder and the language model."""
+    module.requires_grad_(False)
+    return module.eval()

@@ -1,0 +1,126 @@
+"""The only place where the parts meet: Figure 1 of the paper.
+
+    pixels_BCHW --VisionTransformer--> patches_BPD --QFormer--> queries_BQD --projection--> prompt_BQD
+
+B images, C colours, H, W pixels, P patches (class token first), Q queries, T text tokens, D width of whatever
+the tensor belongs to, E width of the space in which images and texts are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.config import Blip2Config, MatcherConfig
+from blip2.language import OPT, T5, build_language_model
+from blip2.layers import freeze
+from blip2.qformer import QFormer, QFormerOutput
+from blip2.vision import VisionTransformer
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What the language model sees of a picture: ``prompt_QD`` float[Q, D]. Encode once, ask often."""
+
+    prompt_QD: Tensor
+
+
+class Blip2(nn.Module):
+    """Image encoder, Querying Transformer, projection, language model."""
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config.vision)
+        self.qformer = QFormer(config.qformer)
+        self.projection = nn.Linear(config.qformer.hidden_size, config.language.hidden_size)
+        self.language: OPT | T5 = build_language_model(config.language)
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Normalised pixels ``float[B, 3, H, W]`` to soft prompts ``float[B, Q, D]`` for the language model."""
+        return self.prompt(self.vision(pixels_BCHW))
+
+    def prompt(self, patches_BPD: Tensor) -> Tensor:
+        """Patch features ``float[B, 1 + P, D]`` to soft prompts ``float[B, Q, D]`` for the language model.
+
+        Each part may have a precision of its own; here the values are carried over.
+        """
+        queries_BQD = self.qformer(image_BPD=patches_BPD.to(self.qformer.query_tokens.dtype)).hidden_BSD
+        projected_BQD = self.projection(queries_BQD.to(self.projection.weight.dtype))
+        return projected_BQD.to(self.language.token_embedding.weight.dtype)
+
+    def freeze_pretrained(self) -> None:
+        """What both training stages do: only the Q-Former, the projection and the norm on the patches learn."""
+        freeze(self.vision)
+        self.vision.post_norm.requires_grad_(True)
+        freeze(self.language)
+
+
+class QFormerLMHead(nn.Module):
+    """BERT's prediction head, by which the Q-Former itself writes captions in stage 1.
+
+    The output table is the word table (tied); ``decoder_bias`` is the only thing the decoder adds.
+    """
+
+    def __init__(self, width: int, vocab_size: int, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.decoder_bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor, word_table_VD: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_table_VD, self.decoder_bias)
+
+
+class Blip2Matcher(nn.Module):
+    """Image encoder and Querying Transformer with text: compares, matches, and (stage 1) captions."""
+
+    def __init__(self, config: MatcherConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.qformer.hidden_size
+        self.vision = VisionTransformer(config.vision)
+        self.qformer = QFormer(config.qformer)
+        self.vision_projection = nn.Linear(width, config.projection_size)
+        self.text_projection = nn.Linear(width, config.projection_size)
+        self.itm_head = nn.Linear(width, 2)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.lm_head = QFormerLMHead(width, config.qformer.vocab_size, config.qformer.layer_norm_eps)
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Normalised pixels ``float[B, 3, H, W]`` to patch features ``float[B, 1 + P, D]`` in the Q-Former's dtype."""
+        return self.vision(pixels_BCHW).to(self.qformer.query_tokens.dtype)
+
+    def embed_image(self, patches_BPD: Tensor) -> tuple[Tensor, QFormerOutput]:
+        """The image's unit vectors ``float[B, Q, E]``, one a query, and the pass that they came from."""
+        seen = self.qformer(image_BPD=patches_BPD)
+        return F.normalize(self.vision_projection(seen.hidden_BSD), dim=-1), seen
+
+    def embed_text(self, text_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
+        """The text's unit vector ``float[B, E]``, from its first token."""
+        read = self.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT)
+        return F.normalize(self.text_projection(read.hidden_BSD[:, 0]), dim=-1)
+
+    def match(self, patches_BPD: Tensor, text_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
+        """Logits ``float[B, 2]`` of pairs: [:, 1] speaks for a match. The mean over the queries (section 3.1)."""
+        fused = self.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=text_mask_BT)
+        return self.itm_head(fused.hidden_BSD[:, : self.config.qformer.num_query_tokens]).mean(dim=1)
+
+    def caption_logits(self, text_BT: Tensor, text_mask_BT: Tensor, seen: QFormerOutput) -> Tensor:
+        """Next-token logits ``float[B, T, V]`` of a text that starts with the [DEC] token, given the image pass."""
+        written = self.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT, memory=seen.memory)
+        assert self.qformer.word_embedding is not None
+        return self.lm_head(written.hidden_BSD, self.qformer.word_embedding.weight)
+
+    def freeze_pretrained(self) -> None:
+        """Only the Q-Former, its heads and the norm on the patches learn."""
+        freeze(self.vision)
+        self.vision.post_norm.requires_grad_(True)
+
+
+def similarity(images_NQE: Tensor, texts_ME: Tensor) -> Tensor:
+    """Cosine of every image with every text ``float[N, M]``: the best of the image's queries (section 3.1)."""
+    return torch.einsum("nqe,me->nmq", images_NQE, texts_ME).amax(dim=-1)

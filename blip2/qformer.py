@@ -1,0 +1,212 @@
+"""The Querying Transformer (section 3 of the paper; ``Qformer.py`` in the authors' code).
+
+A BERT encoder in which learned queries look at the picture through cross-attention in every second layer.
+Queries and text share the self-attention; each has feed-forward layers of its own. Three uses of the same
+weights, told apart by who may attend to whom (rows attend to columns):
+
+    image-text contrast        image-text matching        image-grounded generation
+          Q Q T T                    Q Q T T                    Q Q T T
+        Q 1 1 . .                  Q 1 1 1 1                  Q 1 1 . .
+        Q 1 1 . .                  Q 1 1 1 1                  Q 1 1 . .
+        T . . 1 1                  T 1 1 1 1                  T 1 1 1 .
+        T . . 1 1                  T 1 1 1 1                  T 1 1 1 1
+
+In the first, queries and text are two passes. In the third, the queries do not see the text, so their keys and
+values are those of the first (`QFormerOutput.memory`) and only the text is passed through.
+
+B rows, Q queries, T text tokens, S both, P image patches, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.config import QFormerConfig
+from blip2.layers import attend, split_heads
+
+Memory = list[tuple[Tensor, Tensor]]
+
+
+class QFormerOutput(NamedTuple):
+    """``hidden_BSD``: queries first, then text. ``memory``: each layer's self-attention keys and values."""
+
+    hidden_BSD: Tensor
+    memory: Memory
+
+
+class Attention(nn.Module):
+    """BERT's attention with its output layer: residual, then layer norm."""
+
+    def __init__(self, config: QFormerConfig, *, source_size: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_size, width)
+        self.value = nn.Linear(source_size, width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return split_heads(self.key(source), self.num_heads), split_heads(self.value(source), self.num_heads)
+
+    def forward(self, x_BSD: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(split_heads(self.query(x_BSD), self.num_heads), key, value, mask=mask, dropout=dropout)
+        return self.norm(x_BSD + F.dropout(self.output(attended), dropout, self.training))
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward layer: erf GELU, residual, then layer norm."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        out = self.output(F.gelu(self.intermediate(x_BSD)))
+        return self.norm(x_BSD + F.dropout(out, self.dropout, self.training))
+
+
+class Layer(nn.Module):
+    """Self-attention over queries and text, cross-attention for the queries only, two feed-forward layers."""
+
+    def __init__(self, config: QFormerConfig, *, has_cross_attention: bool) -> None:
+        super().__init__()
+        self.self_attention = Attention(config, source_size=config.hidden_size)
+        self.cross_attention = (
+            Attention(config, source_size=config.encoder_hidden_size) if has_cross_attention else None
+        )
+        self.query_feed_forward = FeedForward(config)
+        self.text_feed_forward = FeedForward(config) if config.has_text else None
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        *,
+        num_queries: int,
+        image_BPD: Tensor | None,
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        key, value = own = self.self_attention.keys_values(x_BSD)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        x_BSD = self.self_attention(x_BSD, key, value, mask)
+        queries_BQD, text_BTD = x_BSD[:, :num_queries], x_BSD[:, num_queries:]
+        parts = []
+        if num_queries:
+            if self.cross_attention is not None:
+                assert image_BPD is not None, "queries need a picture to look at"
+                queries_BQD = self.cross_attention(queries_BQD, *self.cross_attention.keys_values(image_BPD))
+            parts.append(self.query_feed_forward(queries_BQD))
+        if text_BTD.shape[1]:
+            assert self.text_feed_forward is not None, "this Q-Former was built without its text branch"
+            parts.append(self.text_feed_forward(text_BTD))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], own
+
+
+class QFormer(nn.Module):
+    """The queries, the embeddings of the text branch (if there is one), and the layers."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
+        self.word_embedding = nn.Embedding(config.vocab_size, width) if config.has_text else None
+        self.position_embedding = (
+            nn.Embedding(config.max_position_embeddings, width) if config.has_text else None
+        )
+        self.embedding_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            Layer(config, has_cross_attention=index % config.cross_attention_frequency == 0)
+            for index in range(config.num_layers)
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """BERT's initialisation, the queries included: equal queries would stay equal for ever."""
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            if parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        *,
+        image_BPD: Tensor | None = None,
+        text_BT: Tensor | None = None,
+        text_mask_BT: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> QFormerOutput:
+        """One pass, by what is given:
+
+        - ``image_BPD`` alone: the queries look at the picture;
+        - ``text_BT`` alone: the text by itself;
+        - both: queries and text see each other (matching), text padding masked;
+        - ``text_BT`` and ``memory`` of an image pass: the text sees the queries and its own past (generation).
+
+        ``image_BPD`` float[B, P, encoder_hidden_size]; ``text_BT`` int[B, T] token ids; ``text_mask_BT``
+        bool[B, T], True for real tokens (all, if not given).
+        """
+        embedded: list[Tensor] = []
+        if image_BPD is not None:
+            embedded.append(self.query_tokens.expand(len(image_BPD), -1, -1))
+        if text_BT is not None:
+            embedded.append(self._embed_text(text_BT))
+        num_queries = self.config.num_query_tokens if image_BPD is not None else 0
+        x_BSD = self.embedding_norm(torch.cat(embedded, dim=1) if len(embedded) > 1 else embedded[0])
+        x_BSD = F.dropout(x_BSD, self.config.dropout, self.training)
+
+        mask = self._mask(num_queries, text_BT, text_mask_BT, memory)
+        own: Memory = []
+        for index, layer in enumerate(self.layers):
+            x_BSD, keys_values = layer(
+                x_BSD,
+                num_queries=num_queries,
+                image_BPD=image_BPD,
+                mask=mask,
+                past=memory[index] if memory is not None else None,
+            )
+            own.append(keys_values)
+        return QFormerOutput(x_BSD, own)
+
+    def _embed_text(self, text_BT: Tensor) -> Tensor:
+        """Words and positions; positions count the text alone, the queries have none."""
+        assert self.word_embedding is not None and self.position_embedding is not None, "no text branch"
+        if text_BT.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the text has {text_BT.shape[1]} tokens, the Q-Former reads at most "
+                f"{self.config.max_position_embeddings}; shorten it"
+            )
+        return self.word_embedding(text_BT) + self.position_embedding.weight[: text_BT.shape[1]]
+
+    def _mask(
+        self, num_queries: int, text_BT: Tensor | None, text_mask_BT: Tensor | None, memory: Memory | None
+    ) -> Tensor | None:
+        """The drawings above, as ``bool`` that broadcasts to [B, H, S, S]; None where all may see all."""
+        if text_BT is None or (text_mask_BT is None and memory is None):
+            return None
+        rows, length = text_BT.shape
+        if text_mask_BT is None:
+            text_mask_BT = torch.ones_like(text_BT, dtype=torch.bool)
+        visible_queries = memory[0][0].shape[2] if memory is not None else num_queries
+        queries_BQ = text_mask_BT.new_ones(rows, visible_queries)
+        mask_B11S = torch.cat([queries_BQ, text_mask_BT.bool()], dim=1)[:, None, None]
+        if memory is None:
+            return mask_B11S
+        causal_TT = torch.ones(length, length, dtype=torch.bool, device=text_BT.device).tril()
+        return mask_B11S & F.pad(causal_TT, (visible_queries, 0), value=True)

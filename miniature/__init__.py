@@ -1,0 +1,1 @@
+"""How the bundled miniature is made: the picture world, its frozen parts, its evaluation."""
