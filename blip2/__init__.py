@@ -1,3 +1,41 @@
-"""BLIP-2 from scratch: pictures into words, questions answered, pictures and sentences matched."""
+"""BLIP-2 from scratch: pictures into words, questions answered, pictures and sentences matched.
+
+    import blip2
+
+    blip = blip2.load()
+    blip.caption("picture.png")
+
+The names below are imported when they are first used, so that ``import blip2`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blip2.api import Pipeline, load
+    from blip2.errors import Blip2Error
+    from blip2.generation import GenerateOptions
+    from blip2.model import EncodedImage
 
 __version__ = "0.1.0"
+__all__ = ["Blip2Error", "EncodedImage", "GenerateOptions", "Pipeline", "__version__", "load"]
+
+_HOMES = {
+    "Blip2Error": "blip2.errors",
+    "EncodedImage": "blip2.model",
+    "GenerateOptions": "blip2.generation",
+    "Pipeline": "blip2.api",
+    "load": "blip2.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blip2' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

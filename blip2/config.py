@@ -121,4 +121,6 @@ class MatcherConfig:
     projection_size: int = 256
     bos_token_id: int = 30522
     """``[DEC]``, the first token of a caption that the Q-Former itself generates."""
+    has_lm_head: bool = True
+    """Whether the learned temperature and the Q-Former's own caption head exist; the published files lack both."""
     image_token_id: int | None = None

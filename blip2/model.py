@@ -87,8 +87,12 @@ class Blip2Matcher(nn.Module):
         self.vision_projection = nn.Linear(width, config.projection_size)
         self.text_projection = nn.Linear(width, config.projection_size)
         self.itm_head = nn.Linear(width, 2)
-        self.temperature = nn.Parameter(torch.tensor(0.07))
-        self.lm_head = QFormerLMHead(width, config.qformer.vocab_size, config.qformer.layer_norm_eps)
+        self.temperature = nn.Parameter(torch.tensor(0.07)) if config.has_lm_head else None
+        self.lm_head = (
+            QFormerLMHead(width, config.qformer.vocab_size, config.qformer.layer_norm_eps)
+            if config.has_lm_head
+            else None
+        )
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """Normalised pixels ``float[B, 3, H, W]`` to patch features ``float[B, 1 + P, D]`` in the Q-Former's dtype."""
@@ -112,7 +116,7 @@ class Blip2Matcher(nn.Module):
     def caption_logits(self, text_BT: Tensor, text_mask_BT: Tensor, seen: QFormerOutput) -> Tensor:
         """Next-token logits ``float[B, T, V]`` of a text that starts with the [DEC] token, given the image pass."""
         written = self.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT, memory=seen.memory)
-        assert self.qformer.word_embedding is not None
+        assert self.lm_head is not None and self.qformer.word_embedding is not None, "this file has no caption head"
         return self.lm_head(written.hidden_BSD, self.qformer.word_embedding.weight)
 
     def freeze_pretrained(self) -> None:

@@ -6,7 +6,7 @@ Prompts of mixed length are right-padded to one tensor with their ``lengths_B``.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from blip2.config import LanguageConfig
 from blip2.language.opt import OPT
 from blip2.language.t5 import T5
+
+__all__ = ["OPT", "T5", "DecoderState", "LanguageModel", "build_language_model", "pad_rows"]
 
 
 class DecoderState(Protocol):
@@ -26,14 +28,14 @@ class DecoderState(Protocol):
 class LanguageModel(Protocol):
     """What the decoder (`blip2.generation`) needs of a language model; `OPT` and `T5` are the two."""
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor, /) -> Tensor:
         """``int[B, T]`` token ids to ``float[B, T, D]``."""
 
-    def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, DecoderState]:
+    def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int, /) -> tuple[Tensor, DecoderState]:
         """Read prompts; the logits of each row's first new token ``float[B, V]``, and a state with room for more."""
 
-    def step(self, tokens_B: Tensor, state: DecoderState) -> Tensor:
-        """Append one token to every row; the logits of the next ``float[B, V]``."""
+    def step(self, tokens_B: Tensor, state: Any, /) -> Tensor:
+        """Append one token to every row of a state that `prefill` gave; the logits of the next ``float[B, V]``."""
 
 
 def build_language_model(config: LanguageConfig) -> OPT | T5:

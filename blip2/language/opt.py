@@ -59,15 +59,24 @@ class OPT(nn.Module):
         """``int[B, T]`` to ``float[B, T, D]``, without positions."""
         return self.token_embedding(tokens_BT)
 
-    def forward(self, embeddings_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        embeddings_BTD: Tensor,
+        cache: KVCache | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states ``float[B, T, D]`` after the final norm; each token sees those before it in its row.
 
         With a cache the tokens continue the cached rows. Rows of mixed length are right-padded by the caller.
+        ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) say otherwise: training packs several
+        texts behind one prefix.
         """
         num_tokens = embeddings_BTD.shape[1]
         if cache is None:
-            mask = None
-            positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
+            if positions_BT is None:
+                positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
         else:
             positions_BT = cache.positions(num_tokens)
             mask = cache.mask(positions_BT)

@@ -9,6 +9,7 @@ B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D wid
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from blip2.config import T5Config
 from blip2.layers import KVCache, attend, split_heads
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
 
 class RMSNorm(nn.Module):
@@ -120,6 +121,10 @@ class DecoderBlock(nn.Module):
         self.cross_attention = Attention(config)
         self.feed_forward = GatedFeedForward(config)
 
+    def encoded_keys_values(self, encoded_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        """What this layer reads of the prompt; the same for every token that is decoded."""
+        return self.cross_attention.keys_values(encoded_BPD)
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -196,7 +201,7 @@ class T5(nn.Module):
         for block in self.encoder:
             x_BPD = block(x_BPD, bias)
         x_BPD = self.encoder_norm(x_BPD)
-        return Encoded([block.cross_attention.keys_values(x_BPD) for block in self.decoder], mask_B11P)
+        return Encoded([block.encoded_keys_values(x_BPD) for block in self.decoder], mask_B11P)
 
     def decode(self, embeddings_BTD: Tensor, encoded: Encoded, cache: KVCache | None = None) -> Tensor:
         """Decoder states ``float[B, T, D]`` after the final norm; each token sees those before it and the prompt.

@@ -1,0 +1,337 @@
+"""The front door for Python: `load` a model, and ask it about pictures.
+
+    blip = load()                                       # the bundled miniature, or a folder, or a hub name
+    blip.caption("beach.jpg")                           # 'a woman sitting on the beach with a dog'
+    blip.caption(["a.jpg", "b.jpg"])                    # a list in, a list out, in order
+    blip.ask("beach.jpg", "how many dogs are there?")   # 'one'
+
+One picture gives one answer, a list gives a list. Wherever a picture is taken, an `EncodedImage` may stand in its
+place, and the image encoder does not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+
+import torch
+
+from blip2 import checkpoint
+from blip2.checkpoint import ImageSettings
+from blip2.errors import CheckpointError, ImageError, OptionError
+from blip2.generation import Engine, GenerateOptions
+from blip2.image import Source
+from blip2.model import Blip2, EncodedImage
+from blip2.tasks import ask as ask_task
+from blip2.tasks import caption as caption_task
+from blip2.tasks.ask import Choice
+from blip2.tasks.chat import Chat
+from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, CHAT, merged
+from blip2.tasks.see import Eye
+from blip2.tasks.speaker import Answer, Speaker, check_batch_size, chunks, num_pairs
+from blip2.text import Tokenizer
+
+Picture = Source | EncodedImage
+Result = TypeVar("Result")
+OnError = Literal["raise", "return"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `GenerateOptions`; what is not given is as the paper has it for the task."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    num_return: int
+    sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    stop: tuple[str, ...]
+    seed: int | None
+
+
+def load(
+    name: str | Path | None = None, *, device: str = "auto", dtype: str | torch.dtype | None = None
+) -> Pipeline:
+    """A model that captions, answers and chats.
+
+    ``name``: None for the miniature that comes with the package, the folder of a checkpoint, or its name on the
+    Hugging Face hub. ``device``: "auto" takes the GPU if there is one. ``dtype``: "float32", "bfloat16" or
+    "float16"; by default what suits the device.
+
+    Raises CheckpointError if there is no such model, it is incomplete, or it only matches images with texts;
+    OptionError for a device or precision that cannot be had.
+    """
+    folder = checkpoint.resolve(name)
+    model = checkpoint.load(folder, device=find_device(device), dtype=find_dtype(dtype))
+    called = str(name) if name is not None else "miniature"
+    if not isinstance(model, Blip2):
+        raise CheckpointError(
+            f"{called} is a matching model: it compares images with texts and has no language model to answer with; "
+            "load a generative one here, such as Salesforce/blip2-opt-2.7b, or no name for the bundled miniature"
+        )
+    return Pipeline(model, Tokenizer.from_folder(folder), checkpoint.image_settings(folder), name=called)
+
+
+def find_device(device: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one. OptionError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise OptionError(f"device {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N") from None
+    return found
+
+
+def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A precision by its name; OptionError for another name."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r} is not a precision for this model; use {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+class Pipeline:
+    """A model with all that it needs to speak of pictures; `load` makes one.
+
+    Pictures may be paths, addresses, bytes, PIL images, arrays or tensors (see `image.load_image`), or encoded ones.
+    """
+
+    def __init__(self, model: Blip2, tokenizer: Tokenizer, settings: ImageSettings, *, name: str = "model") -> None:
+        self.name = name
+        config = model.config
+        engine = Engine(
+            model.language,
+            eos_token_ids=[config.language.eos_token_id],
+            # It marks where an image belongs in a prompt, and never is a word of an answer.
+            suppress_token_ids=[] if config.image_token_id is None else [config.image_token_id],
+            decode=tokenizer.decode,
+        )
+        self.speaker = Speaker(model.eval(), tokenizer, engine)
+        self._eye = Eye(model, size=settings.size, mean=settings.mean, std=settings.std)
+
+    def __repr__(self) -> str:
+        return f"<Pipeline {self.name} on {next(self.speaker.model.parameters()).device}>"
+
+    # ---- pictures to values ----
+
+    @overload
+    def encode(self, images: Picture, *, batch_size: int = ...) -> EncodedImage: ...
+    @overload
+    def encode(self, images: Sequence[Picture], *, batch_size: int = ...) -> list[EncodedImage]: ...
+    def encode(
+        self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE
+    ) -> EncodedImage | list[EncodedImage]:
+        """What the language model sees of a picture: encode once, ask often. Raises ImageError."""
+        seen = [_sound(image) for image in self.each_encoded(_listed(images), batch_size=batch_size)]
+        return seen if _is_list(images) else seen[0]
+
+    # ---- captions ----
+
+    def caption(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        prompt: str | Sequence[str] = "",
+        num_captions: int = 1,
+        on_error: OnError = "raise",
+        batch_size: int = BATCH_SIZE,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Describe pictures: a text for one, a list for a list; a list of texts each if ``num_captions`` is above 1.
+
+        ``prompt`` is the beginning of the caption ("a photo of"), not part of what comes back. ``on_error``
+        decides about a picture that cannot be read: "raise" its ImageError, or "return" it in its place.
+        Options are those of `GenerateOptions`; raises OptionError for one that is not possible.
+        """
+        options = {**options, "num_return": num_captions} if num_captions != 1 else options
+        found = self.each_caption(images, prompt=prompt, on_error=on_error, batch_size=batch_size, **options)
+        texts = [_texts(answers) for answers in found]
+        return texts if _is_list(images) or _is_list(prompt) else texts[0]
+
+    def each_caption(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        prompt: str | Sequence[str] = "",
+        on_error: OnError = "raise",
+        batch_size: int = BATCH_SIZE,
+        **options: Unpack[Options],
+    ) -> Iterator[list[Answer] | ImageError]:
+        """As `caption`, but one after the other as their batches are done, and with scores and tokens.
+
+        For collections of any size: only the pictures of two batches are in memory at a time. Yields for each
+        picture its answers, the best first, or (``on_error="return"``) the ImageError.
+        """
+        chosen = merged(CAPTION, options)
+
+        def describe(seen: list[EncodedImage], prompts: list[str]) -> list[list[Answer]]:
+            return caption_task.caption(self.speaker, seen, prompts, options=chosen, batch_size=batch_size)
+
+        return self._each(describe, images, prompt, on_error, batch_size)
+
+    # ---- questions ----
+
+    def ask(
+        self,
+        images: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        *,
+        choices: Sequence[str] | None = None,
+        on_error: OnError = "raise",
+        batch_size: int = BATCH_SIZE,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Answer questions: N about N pictures, one about N, or N about one; a text for one, else a list in order.
+
+        Give the question alone; the words that the model expects around it are added. With ``choices`` the answer
+        is the likeliest of them (see `rank` for all of them with their probabilities). ``on_error`` as in `caption`.
+        """
+        if choices is None:
+            found = self.each_answer(images, questions, on_error=on_error, batch_size=batch_size, **options)
+            texts = [_texts(answers) for answers in found]
+        elif options:
+            raise OptionError(f"{next(iter(options))} has no meaning with choices, of which none is written; leave it out")
+        else:
+            ranked = self.each_ranking(images, questions, choices, on_error=on_error, batch_size=batch_size)
+            texts = [row if isinstance(row, ImageError) else row[0].text for row in ranked]
+        return texts if _is_list(images) or _is_list(questions) else texts[0]
+
+    def each_answer(
+        self,
+        images: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        *,
+        on_error: OnError = "raise",
+        batch_size: int = BATCH_SIZE,
+        **options: Unpack[Options],
+    ) -> Iterator[list[Answer] | ImageError]:
+        """As `ask`, but one after the other as their batches are done, and with scores and tokens."""
+        chosen = merged(ASK, options)
+        ask_task.prompts(self.speaker, _listed(questions))  # what is wrong with one is told before the work begins
+
+        def answer(seen: list[EncodedImage], asked: list[str]) -> list[list[Answer]]:
+            return ask_task.ask(self.speaker, seen, asked, options=chosen, batch_size=batch_size)
+
+        return self._each(answer, images, questions, on_error, batch_size)
+
+    def rank(
+        self,
+        images: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        choices: Sequence[str],
+        *,
+        on_error: OnError = "raise",
+        batch_size: int = BATCH_SIZE,
+    ) -> Any:
+        """The choices, the likeliest first, each with its probability among them; a list of such for a list.
+
+        See `tasks.ask.rank` for what the probabilities mean.
+        """
+        ranked = list(self.each_ranking(images, questions, choices, on_error=on_error, batch_size=batch_size))
+        return ranked if _is_list(images) or _is_list(questions) else ranked[0]
+
+    def each_ranking(
+        self,
+        images: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        choices: Sequence[str],
+        *,
+        on_error: OnError = "raise",
+        batch_size: int = BATCH_SIZE,
+    ) -> Iterator[list[Choice] | ImageError]:
+        """As `rank`, but one after the other as their batches are done."""
+        choices = ask_task.check_choices(choices)
+        ask_task.prompts(self.speaker, _listed(questions))
+
+        def choose(seen: list[EncodedImage], asked: list[str]) -> list[list[Choice]]:
+            return ask_task.rank(self.speaker, seen, asked, choices, batch_size=batch_size)
+
+        return self._each(choose, images, questions, on_error, batch_size)
+
+    # ---- conversation ----
+
+    def chat(self, image: Picture, **options: Unpack[Options]) -> Chat:
+        """A conversation about one picture: `Chat.say` a question, or `Chat.stream` its answer as it is written."""
+        return Chat(self.speaker, self.encode(image), merged(CHAT, options))
+
+    # ---- what they share ----
+
+    def each_encoded(
+        self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
+    ) -> Iterator[EncodedImage | ImageError]:
+        """As `encode`, but one after the other as their batches are done."""
+        check_batch_size(batch_size)
+        _check_on_error(on_error)
+        seen = self._eye.see(images, batch_size)
+        return seen if on_error == "return" else map(_sound, seen)
+
+    def _each(
+        self,
+        task: Callable[[list[EncodedImage], list[str]], list[Result]],
+        images: Picture | Sequence[Picture],
+        texts: str | Sequence[str],
+        on_error: OnError,
+        batch_size: int,
+    ) -> Iterator[Result | ImageError]:
+        """The task's results for pairs of image and text, in order. What is wrong with the numbers is told at once."""
+        listed, asked = _listed(images), _listed(texts)
+        number = num_pairs(len(listed), len(asked))
+        seen = self.each_encoded(listed, on_error=on_error, batch_size=batch_size)
+        if len(asked) == 1:
+            asked = asked * number
+        return _in_batches(task, repeat(next(seen), number) if 1 == len(listed) < number else seen, asked, batch_size)
+
+
+def _in_batches(
+    task: Callable[[list[EncodedImage], list[str]], list[Result]],
+    seen: Iterable[EncodedImage | ImageError],
+    texts: list[str],
+    batch_size: int,
+) -> Iterator[Result | ImageError]:
+    seen = iter(seen)
+    for some in chunks(texts, batch_size):
+        batch = list(zip(islice(seen, len(some)), some, strict=True))
+        sound = [(image, text) for image, text in batch if isinstance(image, EncodedImage)]
+        results = iter(task([image for image, _ in sound], [text for _, text in sound]) if sound else [])
+        for image, _ in batch:
+            yield image if isinstance(image, ImageError) else next(results)
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ("raise", "return"):
+        raise OptionError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
+
+
+def _is_list(given: object) -> bool:
+    return isinstance(given, list | tuple)
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if _is_list(given) else [given]
+
+
+def _sound(image: EncodedImage | ImageError) -> EncodedImage:
+    if isinstance(image, ImageError):
+        raise image
+    return image
+
+
+def _texts(answers: list[Answer] | ImageError) -> str | list[str] | ImageError:
+    """One answer as a text, several as a list of texts."""
+    if isinstance(answers, ImageError):
+        return answers
+    return answers[0].text if len(answers) == 1 else [answer.text for answer in answers]

@@ -1,0 +1,186 @@
+"""Where every weight has its place: literal tables, ours to the published (Hugging Face) name.
+
+``{}`` is the number of a layer. ``.*`` stands for ``.weight`` and ``.bias``. One table serves reading and writing.
+Written from the published files (``model.safetensors.index.json``) and the reference's modules.
+"""
+
+from __future__ import annotations
+
+from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, OPTConfig, QFormerConfig, VisionConfig
+
+Table = dict[str, str]
+
+VISION: Table = {
+    "vision.class_embedding": "vision_model.embeddings.class_embedding",
+    "vision.position_embedding": "vision_model.embeddings.position_embedding",
+    "vision.patch_embedding.*": "vision_model.embeddings.patch_embedding.*",
+    "vision.pre_norm.*": "vision_model.pre_layernorm.*",
+    "vision.post_norm.*": "vision_model.post_layernorm.*",
+}
+VISION_LAYER: Table = {
+    "vision.blocks.{}.norm1.*": "vision_model.encoder.layers.{}.layer_norm1.*",
+    "vision.blocks.{}.qkv.*": "vision_model.encoder.layers.{}.self_attn.qkv.*",
+    "vision.blocks.{}.projection.*": "vision_model.encoder.layers.{}.self_attn.projection.*",
+    "vision.blocks.{}.norm2.*": "vision_model.encoder.layers.{}.layer_norm2.*",
+    "vision.blocks.{}.fc1.*": "vision_model.encoder.layers.{}.mlp.fc1.*",
+    "vision.blocks.{}.fc2.*": "vision_model.encoder.layers.{}.mlp.fc2.*",
+}
+
+QFORMER: Table = {
+    "qformer.query_tokens": "query_tokens",
+    "qformer.embedding_norm.*": "qformer.layernorm.*",
+}
+QFORMER_TEXT: Table = {
+    "qformer.word_embedding.weight": "embeddings.word_embeddings.weight",
+    "qformer.position_embedding.weight": "embeddings.position_embeddings.weight",
+}
+QFORMER_LAYER: Table = {
+    "qformer.layers.{}.self_attention.query.*": "qformer.encoder.layer.{}.attention.attention.query.*",
+    "qformer.layers.{}.self_attention.key.*": "qformer.encoder.layer.{}.attention.attention.key.*",
+    "qformer.layers.{}.self_attention.value.*": "qformer.encoder.layer.{}.attention.attention.value.*",
+    "qformer.layers.{}.self_attention.output.*": "qformer.encoder.layer.{}.attention.output.dense.*",
+    "qformer.layers.{}.self_attention.norm.*": "qformer.encoder.layer.{}.attention.output.LayerNorm.*",
+    "qformer.layers.{}.query_feed_forward.intermediate.*": "qformer.encoder.layer.{}.intermediate_query.dense.*",
+    "qformer.layers.{}.query_feed_forward.output.*": "qformer.encoder.layer.{}.output_query.dense.*",
+    "qformer.layers.{}.query_feed_forward.norm.*": "qformer.encoder.layer.{}.output_query.LayerNorm.*",
+}
+QFORMER_CROSS_LAYER: Table = {
+    "qformer.layers.{}.cross_attention.query.*": "qformer.encoder.layer.{}.crossattention.attention.query.*",
+    "qformer.layers.{}.cross_attention.key.*": "qformer.encoder.layer.{}.crossattention.attention.key.*",
+    "qformer.layers.{}.cross_attention.value.*": "qformer.encoder.layer.{}.crossattention.attention.value.*",
+    "qformer.layers.{}.cross_attention.output.*": "qformer.encoder.layer.{}.crossattention.output.dense.*",
+    "qformer.layers.{}.cross_attention.norm.*": "qformer.encoder.layer.{}.crossattention.output.LayerNorm.*",
+}
+QFORMER_TEXT_LAYER: Table = {
+    "qformer.layers.{}.text_feed_forward.intermediate.*": "qformer.encoder.layer.{}.intermediate.dense.*",
+    "qformer.layers.{}.text_feed_forward.output.*": "qformer.encoder.layer.{}.output.dense.*",
+    "qformer.layers.{}.text_feed_forward.norm.*": "qformer.encoder.layer.{}.output.LayerNorm.*",
+}
+
+PROJECTION: Table = {"projection.*": "language_projection.*"}
+
+OPT: Table = {
+    "language.token_embedding.weight": "language_model.model.decoder.embed_tokens.weight",
+    "language.position_embedding.weight": "language_model.model.decoder.embed_positions.weight",
+    "language.final_norm.*": "language_model.model.decoder.final_layer_norm.*",
+}
+OPT_LAYER: Table = {
+    "language.blocks.{}.attention_norm.*": "language_model.model.decoder.layers.{}.self_attn_layer_norm.*",
+    "language.blocks.{}.query.*": "language_model.model.decoder.layers.{}.self_attn.q_proj.*",
+    "language.blocks.{}.key.*": "language_model.model.decoder.layers.{}.self_attn.k_proj.*",
+    "language.blocks.{}.value.*": "language_model.model.decoder.layers.{}.self_attn.v_proj.*",
+    "language.blocks.{}.output.*": "language_model.model.decoder.layers.{}.self_attn.out_proj.*",
+    "language.blocks.{}.feed_forward_norm.*": "language_model.model.decoder.layers.{}.final_layer_norm.*",
+    "language.blocks.{}.fc1.*": "language_model.model.decoder.layers.{}.fc1.*",
+    "language.blocks.{}.fc2.*": "language_model.model.decoder.layers.{}.fc2.*",
+}
+
+T5: Table = {
+    "language.token_embedding.weight": "language_model.shared.weight",
+    "language.encoder_norm.weight": "language_model.encoder.final_layer_norm.weight",
+    "language.decoder_norm.weight": "language_model.decoder.final_layer_norm.weight",
+    "language.output.weight": "language_model.lm_head.weight",
+    "language.encoder_bias.table.weight": "language_model.encoder.block.0.layer.0.SelfAttention"
+    ".relative_attention_bias.weight",
+    "language.decoder_bias.table.weight": "language_model.decoder.block.0.layer.0.SelfAttention"
+    ".relative_attention_bias.weight",
+}
+T5_ENCODER_LAYER: Table = {
+    "language.encoder.{}.self_attention.norm.weight": "language_model.encoder.block.{}.layer.0.layer_norm.weight",
+    "language.encoder.{}.self_attention.query.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.q.weight",
+    "language.encoder.{}.self_attention.key.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.k.weight",
+    "language.encoder.{}.self_attention.value.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.v.weight",
+    "language.encoder.{}.self_attention.output.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.o.weight",
+    "language.encoder.{}.feed_forward.norm.weight": "language_model.encoder.block.{}.layer.1.layer_norm.weight",
+    "language.encoder.{}.feed_forward.gate.weight": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_0.weight",
+    "language.encoder.{}.feed_forward.up.weight": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
+    "language.encoder.{}.feed_forward.down.weight": "language_model.encoder.block.{}.layer.1.DenseReluDense.wo.weight",
+}
+T5_DECODER_LAYER: Table = {
+    "language.decoder.{}.self_attention.norm.weight": "language_model.decoder.block.{}.layer.0.layer_norm.weight",
+    "language.decoder.{}.self_attention.query.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.q.weight",
+    "language.decoder.{}.self_attention.key.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.k.weight",
+    "language.decoder.{}.self_attention.value.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.v.weight",
+    "language.decoder.{}.self_attention.output.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.o.weight",
+    "language.decoder.{}.cross_attention.norm.weight": "language_model.decoder.block.{}.layer.1.layer_norm.weight",
+    "language.decoder.{}.cross_attention.query.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.q.weight",
+    "language.decoder.{}.cross_attention.key.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.k.weight",
+    "language.decoder.{}.cross_attention.value.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.v.weight",
+    "language.decoder.{}.cross_attention.output.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.o.weight",
+    "language.decoder.{}.feed_forward.norm.weight": "language_model.decoder.block.{}.layer.2.layer_norm.weight",
+    "language.decoder.{}.feed_forward.gate.weight": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_0.weight",
+    "language.decoder.{}.feed_forward.up.weight": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_1.weight",
+    "language.decoder.{}.feed_forward.down.weight": "language_model.decoder.block.{}.layer.2.DenseReluDense.wo.weight",
+}
+
+MATCHER: Table = {
+    "vision_projection.*": "vision_projection.*",
+    "text_projection.*": "text_projection.*",
+    "itm_head.*": "itm_head.*",
+}
+# Not in the published files, although the authors' have them: without the temperature there is no calibrated
+# similarity, without the head the Q-Former cannot write captions. They are kept under names of our own.
+MATCHER_EXTRA: Table = {
+    "temperature": "temp",
+    "lm_head.dense.*": "qformer_lm_head.transform.dense.*",
+    "lm_head.norm.*": "qformer_lm_head.transform.LayerNorm.*",
+    "lm_head.decoder_bias": "qformer_lm_head.bias",
+}
+
+# The same tensor under other published names: read if the first is absent, otherwise passed over.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "language_model.model.decoder.embed_tokens.weight": ("language_model.lm_head.weight",),
+    "language_model.shared.weight": (
+        "language_model.encoder.embed_tokens.weight",
+        "language_model.decoder.embed_tokens.weight",
+    ),
+}
+# Buffers that older files carry; they hold no weights.
+IGNORED = ("embeddings.position_ids", "qformer.embeddings.position_ids")
+
+
+def table(config: Blip2Config | MatcherConfig) -> Table:
+    """Our parameter names to the published ones, for this configuration, written out in full."""
+    full = _vision(config.vision) | _qformer(config.qformer)
+    if isinstance(config, Blip2Config):
+        return full | _expand(PROJECTION) | _language(config.language)
+    return full | _expand(MATCHER) | (_expand(MATCHER_EXTRA) if config.has_lm_head else {})
+
+
+def _vision(config: VisionConfig) -> Table:
+    names = _expand(VISION) | _expand(VISION_LAYER, range(config.num_layers))
+    if not config.has_patch_bias:
+        del names["vision.patch_embedding.bias"]
+    if not config.has_pre_norm:
+        del names["vision.pre_norm.weight"], names["vision.pre_norm.bias"]
+    return names
+
+
+def _qformer(config: QFormerConfig) -> Table:
+    layers = range(config.num_layers)
+    names = _expand(QFORMER) | _expand(QFORMER_LAYER, layers)
+    names |= _expand(QFORMER_CROSS_LAYER, layers[:: config.cross_attention_frequency])
+    if config.has_text:
+        names |= _expand(QFORMER_TEXT) | _expand(QFORMER_TEXT_LAYER, layers)
+    return names
+
+
+def _language(config: LanguageConfig) -> Table:
+    if isinstance(config, OPTConfig):
+        return _expand(OPT) | _expand(OPT_LAYER, range(config.num_layers))
+    return (
+        _expand(T5)
+        | _expand(T5_ENCODER_LAYER, range(config.num_layers))
+        | _expand(T5_DECODER_LAYER, range(config.num_decoder_layers))
+    )
+
+
+def _expand(names: Table, layers: range | None = None) -> Table:
+    """Write out ``{}`` for every layer and ``.*`` for weight and bias."""
+    full: Table = {}
+    for ours, theirs in names.items():
+        for ending in ("weight", "bias") if ours.endswith(".*") else ("",):
+            pair = (ours.replace(".*", f".{ending}"), theirs.replace(".*", f".{ending}"))
+            for layer in layers if layers is not None else (0,):
+                full[pair[0].format(layer)] = pair[1].format(layer)
+    return full

@@ -1,0 +1,223 @@
+"""``config.json`` and its neighbours, read and written: literal tables of the published names.
+
+Each row: our field, the published field, and what an absent one means (the reference's own defaults).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Blip2Config,
+    LanguageConfig,
+    MatcherConfig,
+    OPTConfig,
+    QFormerConfig,
+    T5Config,
+    VisionConfig,
+)
+from blip2.errors import CheckpointError
+
+Fields = tuple[tuple[str, str, Any], ...]
+REQUIRED = object()
+
+VISION: Fields = (
+    ("hidden_size", "hidden_size", 1408),
+    ("num_layers", "num_hidden_layers", 39),
+    ("num_heads", "num_attention_heads", 16),
+    ("intermediate_size", "intermediate_size", 6144),
+    ("image_size", "image_size", 224),
+    ("patch_size", "patch_size", 14),
+    ("layer_norm_eps", "layer_norm_eps", 1e-6),
+    ("activation", "hidden_act", "gelu"),
+    ("has_patch_bias", "patch_bias", True),  # ours: the published layout has no CLIP L/14
+    ("has_pre_norm", "pre_layernorm", False),  # ours, likewise
+)
+QFORMER: Fields = (
+    ("hidden_size", "hidden_size", 768),
+    ("num_layers", "num_hidden_layers", 12),
+    ("num_heads", "num_attention_heads", 12),
+    ("intermediate_size", "intermediate_size", 3072),
+    ("encoder_hidden_size", "encoder_hidden_size", 1408),
+    ("cross_attention_frequency", "cross_attention_frequency", 2),
+    ("layer_norm_eps", "layer_norm_eps", 1e-12),
+    ("dropout", "hidden_dropout_prob", 0.1),
+    ("vocab_size", "vocab_size", 30522),
+    ("max_position_embeddings", "max_position_embeddings", 512),
+    ("has_text", "use_qformer_text_input", False),
+)
+OPT: Fields = (
+    ("vocab_size", "vocab_size", 50272),
+    ("hidden_size", "hidden_size", REQUIRED),
+    ("num_layers", "num_hidden_layers", REQUIRED),
+    ("num_heads", "num_attention_heads", REQUIRED),
+    ("intermediate_size", "ffn_dim", REQUIRED),
+    ("max_position_embeddings", "max_position_embeddings", 2048),
+    ("bos_token_id", "bos_token_id", 2),
+    ("eos_token_id", "eos_token_id", 50118),
+    ("pad_token_id", "pad_token_id", 1),
+)
+T5: Fields = (
+    ("vocab_size", "vocab_size", 32128),
+    ("hidden_size", "d_model", REQUIRED),
+    ("head_size", "d_kv", 64),
+    ("num_layers", "num_layers", REQUIRED),
+    ("num_decoder_layers", "num_decoder_layers", REQUIRED),
+    ("num_heads", "num_heads", REQUIRED),
+    ("intermediate_size", "d_ff", REQUIRED),
+    ("num_buckets", "relative_attention_num_buckets", 32),
+    ("max_distance", "relative_attention_max_distance", 128),
+    ("layer_norm_eps", "layer_norm_epsilon", 1e-6),
+    ("activation", "dense_act_fn", "gelu"),
+    ("decoder_start_token_id", "decoder_start_token_id", 0),
+    ("eos_token_id", "eos_token_id", 1),
+    ("pad_token_id", "pad_token_id", 0),
+)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How pictures become pixels: ``size`` (side, pixels), ``mean`` and ``std`` per channel."""
+
+    size: int = 224
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a `CheckpointError` that names it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: there is no {path.name}; is it the folder of a model?") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a JSON object; fetch the file again")
+    return content
+
+
+def read_config(folder: Path) -> Blip2Config | MatcherConfig:
+    """The configuration of the model in a folder, generative or matching as its architecture says."""
+    path = folder / "config.json"
+    content = read_json(path)
+    if content.get("model_type") != "blip-2":
+        raise CheckpointError(
+            f"{path}: model_type is {content.get('model_type')!r}, not 'blip-2'; this is another kind of model"
+        )
+    try:
+        return _parse(content)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {error.args[0]} is missing; fetch the file again") from None
+
+
+def _parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
+    vision = VisionConfig(**_read(content.get("vision_config", {}), VISION))
+    fields = dict(content.get("qformer_config", {}))
+    if "qformer_text_input" in fields:  # the key's name before transformers 4.46
+        fields.setdefault("use_qformer_text_input", fields["qformer_text_input"])
+    qformer = QFormerConfig(num_query_tokens=content.get("num_query_tokens", 32), **_read(fields, QFORMER))
+    image_token_id = content.get("image_token_index", content.get("image_token_id"))
+    if "Blip2ForImageTextRetrieval" in (content.get("architectures") or ()):
+        return MatcherConfig(
+            vision=vision,
+            qformer=qformer,
+            projection_size=content.get("image_text_hidden_size", 256),
+            bos_token_id=content.get("qformer_bos_token_id", qformer.vocab_size - 1),
+            has_lm_head=content.get("has_qformer_lm_head", False),
+            image_token_id=image_token_id,
+        )
+    text = content.get("text_config", {})
+    family = text.get("model_type", "opt")
+    if family not in ("opt", "t5"):
+        raise CheckpointError(f"the language model is of family {family!r}; this package knows 'opt' and 't5'")
+    language: LanguageConfig
+    if family == "opt":
+        language = OPTConfig(**_read(text, OPT))
+    else:
+        language = T5Config(**_read({"num_decoder_layers": text.get("num_layers"), **text}, T5))
+    return Blip2Config(vision=vision, qformer=qformer, language=language, image_token_id=image_token_id)
+
+
+def _read(content: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    values = {}
+    for ours, theirs, default in fields:
+        value = content.get(theirs)
+        if value is None:
+            if default is REQUIRED:
+                raise KeyError(theirs)
+            value = default
+        values[ours] = value
+    return values
+
+
+def _write(config: Any, fields: Fields) -> dict[str, Any]:
+    return {theirs: getattr(config, ours) for ours, theirs, _ in fields}
+
+
+def config_json(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
+    """``config.json`` as the published repositories have it."""
+    vision = {"model_type": "blip_2_vision_model", "qkv_bias": True, **_write(config.vision, VISION)}
+    qformer = {
+        "model_type": "blip_2_qformer",
+        "attention_probs_dropout_prob": config.qformer.dropout,
+        **_write(config.qformer, QFORMER),
+    }
+    content: dict[str, Any] = {
+        "model_type": "blip-2",
+        "num_query_tokens": config.qformer.num_query_tokens,
+        "image_token_index": config.image_token_id,
+        "vision_config": vision,
+        "qformer_config": qformer,
+    }
+    if isinstance(config, MatcherConfig):
+        return content | {
+            "architectures": ["Blip2ForImageTextRetrieval"],
+            "image_text_hidden_size": config.projection_size,
+            "qformer_bos_token_id": config.bos_token_id,
+            "has_qformer_lm_head": config.has_lm_head,
+        }
+    is_opt = isinstance(config.language, OPTConfig)
+    text: dict[str, Any] = {"model_type": config.language.family, **_write(config.language, OPT if is_opt else T5)}
+    if is_opt:
+        text |= {"word_embed_proj_dim": config.language.hidden_size, "do_layer_norm_before": True}
+        text |= {"activation_function": "relu", "tie_word_embeddings": True}
+    else:
+        text |= {"feed_forward_proj": "gated-gelu", "is_gated_act": True, "tie_word_embeddings": False}
+        text |= {"bos_token_id": config.language.eos_token_id}  # an empty prompt is a lone </s>
+    return content | {
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "use_decoder_only_language_model": is_opt,
+        "text_config": text,
+    }
+
+
+def image_settings(folder: Path) -> ImageSettings:
+    """The image settings of the model in a folder, from ``preprocessor_config.json``."""
+    content = read_json(folder / "preprocessor_config.json")
+    size = content.get("size", 224)
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge", 224))
+    mean, std = content.get("image_mean", CLIP_MEAN), content.get("image_std", CLIP_STD)
+    return ImageSettings(size=size, mean=tuple(mean), std=tuple(std))
+
+
+def preprocessor_json(settings: ImageSettings) -> dict[str, Any]:
+    """``preprocessor_config.json``: a square resize (bicubic, no crop), 0 to 1, CLIP's mean and deviation."""
+    return {
+        "image_processor_type": "BlipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": settings.size, "width": settings.size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+    }

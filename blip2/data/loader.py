@@ -1,0 +1,81 @@
+"""The order in which rows come, the pictures behind them, and batches that are ready before they are needed.
+
+B batch rows, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2.data.sample import Row
+from blip2.image import load_image, to_pixels
+
+Batch = TypeVar("Batch")
+
+
+class Pictures:
+    """The distinct pictures of some rows, numbered in order of appearance; decoded by threads when asked for.
+
+    ``number_of_row`` int64[rows] tells the picture of each row: rows with the same number share a picture.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], *, size: int, mean: Sequence[float], std: Sequence[float], threads: int = 0
+    ) -> None:
+        numbers: dict[str, int] = {}
+        self.number_of_row = np.array([numbers.setdefault(row.image, len(numbers)) for row in rows])
+        self.paths = list(numbers)
+        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pixels(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
+        """Normalised pixels ``float32[B, 3, H, W]`` of the pictures with these numbers."""
+        return torch.cat(list(self._pool.map(self._one, [self.paths[number] for number in numbers])))
+
+    def _one(self, path: str) -> Tensor:
+        return to_pixels([load_image(path)], size=self.size, mean=self.mean, std=self.std)
+
+
+def indices_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which rows ``int64[B]`` make the batch of a step: epoch after epoch in a new order, nothing left out.
+
+    It depends on nothing but the arguments, so training that was interrupted goes on without replaying.
+    """
+    places_B = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs_B, places_B = places_B // num_rows, places_B % num_rows
+    return np.array(
+        [_order(seed, int(epoch), num_rows)[place] for epoch, place in zip(epochs_B, places_B, strict=True)]
+    )
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def prefetch(make: Callable[[int], Batch], steps: range, ahead: int = 2) -> Iterator[Batch]:
+    """``make(step)`` for every step, in order; a thread works ``ahead`` batches ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for step in steps:
+                waiting.append(pool.submit(make, step))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

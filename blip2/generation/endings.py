@@ -1,0 +1,88 @@
+"""When an answer is over, and which of its tokens belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from blip2.errors import OptionError
+from blip2.generation.options import GenerateOptions
+
+FinishReason = Literal["eos", "length", "stop"]
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One answer to one prompt."""
+
+    tokens: list[int]
+    """New tokens only, without the end token, and short of a stop string."""
+    score: float
+    """Greedy and sampling: the log-probability of all chosen tokens (the end token and those of a stop string
+    included) as the model gives it, before any filter. Beam search: that of the filtered scores, divided by
+    (number of those tokens ** length_penalty), as Hugging Face's ``sequences_scores``."""
+    finish_reason: FinishReason
+    """"eos": the model ended it; "stop": a stop string; "length": max_new_tokens were reached."""
+
+
+class Endings:
+    """End tokens, stop strings and the greatest length, in this order of precedence."""
+
+    def __init__(self, options: GenerateOptions, eos_token_ids: Sequence[int], decode: Decode | None) -> None:
+        if options.stop and decode is None:
+            raise OptionError(
+                f"stop is {options.stop!r}, but this engine cannot read text; make it with decode=..., or give no stop"
+            )
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.stop = options.stop
+        self.max_new_tokens = options.max_new_tokens
+        self._decode = decode
+
+    def reason(self, tokens: list[int]) -> FinishReason | None:
+        """Why an answer is over with its last token; None if it goes on."""
+        if tokens[-1] in self.eos_token_ids:
+            return "eos"
+        if self._find(tokens) is not None:
+            return "stop"
+        return "length" if len(tokens) >= self.max_new_tokens else None
+
+    def cut(self, tokens: list[int], reason: FinishReason) -> list[int]:
+        """The tokens that belong to the answer: without the end token, and short of the stop string."""
+        if reason == "eos":
+            return tokens[:-1]
+        if reason == "stop":
+            position = self._find(tokens)
+            assert position is not None
+            return tokens[: self._fitting(tokens, position)]
+        return tokens
+
+    def num_certain(self, tokens: list[int]) -> int:
+        """How many tokens of an answer that goes on are sure to stay, whatever comes: those before a text that may
+        yet become a stop string."""
+        if not self.stop:
+            return len(tokens)
+        text = self._text(tokens)
+        pending = max(
+            size for stop in self.stop for size in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:size])
+        )
+        return self._fitting(tokens, len(text) - pending)
+
+    def _text(self, tokens: list[int]) -> str:
+        assert self._decode is not None
+        return self._decode(tokens)
+
+    def _find(self, tokens: list[int]) -> int | None:
+        """Where the first stop string begins in the text."""
+        if not self.stop:
+            return None
+        text = self._text(tokens)
+        return min((found for stop in self.stop if (found := text.find(stop)) >= 0), default=None)
+
+    def _fitting(self, tokens: list[int], num_characters: int) -> int:
+        """How many of the first tokens make a text of at most so many characters."""
+        count = len(tokens)
+        while count and len(self._text(tokens[:count])) > num_characters:
+            count -= 1
+        return count

@@ -1,0 +1,298 @@
+"""How the next token is chosen: each row for itself (greedy decoding, sampling), or by beam search.
+
+A strategy is driven by the loop in `blip2.generation.engine`: it is given the scores of the next token and says
+which token each row takes and which rows go on. It keeps all that is known of the answers; the loop keeps the
+state of the language model.
+
+P prompts, K beams, C candidates, R rows (a row is one running answer), T new tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from blip2.generation.endings import Endings, FinishReason, Hypothesis
+from blip2.generation.filters import RULED_OUT, Filter, apply_filters
+from blip2.generation.options import GenerateOptions
+
+OnToken = Callable[[int, int], None]
+
+
+class Choice(NamedTuple):
+    """What goes on: the token that each row takes next, and which of the present rows it continues."""
+
+    tokens_R: Tensor
+    rows_R: Tensor | None
+    """None: the present rows, all and in order."""
+
+
+class Strategy(Protocol):
+    rows_per_prompt: int
+
+    def choose(self, logits_RV: Tensor) -> Choice | None:
+        """Take the logits of each running row's next token; None when every answer is over."""
+
+    def answers(self) -> list[list[Hypothesis]]:
+        """For each prompt its ``num_return`` answers, best first (fewer where no more texts are possible)."""
+
+
+# --- Each row for itself -----------------------------------------------------------------------------------------
+
+
+def most_likely(scores_RV: Tensor, rows: list[int], step: int) -> Tensor:
+    """Greedy decoding."""
+    return scores_RV.argmax(-1)
+
+
+class Sampler:
+    """Draws tokens; every row has a random sequence of its own, made in advance.
+
+    A draw is one number u in [0, 1), and the token is the one at which the summed probability passes u, so what a
+    row draws depends on its numbers alone.
+    """
+
+    def __init__(self, options: GenerateOptions, num_prompts: int) -> None:
+        self._draws_RT = torch.stack(
+            [
+                torch.rand(options.max_new_tokens, dtype=torch.float64, generator=_generator(options.seed, sample))
+                for _ in range(num_prompts)
+                for sample in range(options.num_return)
+            ]
+        )
+
+    def __call__(self, scores_RV: Tensor, rows: list[int], step: int) -> Tensor:
+        summed_RV = scores_RV.softmax(-1).cumsum(-1, dtype=torch.float64)
+        draw_R1 = self._draws_RT[rows, step].to(scores_RV.device)[:, None] * summed_RV[:, -1:]
+        return torch.searchsorted(summed_RV, draw_R1, right=True)[:, 0].clamp(max=scores_RV.shape[1] - 1)
+
+
+def _generator(seed: int | None, sample: int) -> torch.Generator:
+    """The random numbers of the n-th sample of any prompt; without a seed, from torch's global ones."""
+    if seed is None:
+        return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    # An odd constant (2**64 / golden ratio) keeps the samples of one seed apart from those of the next seeds.
+    return torch.Generator().manual_seed((seed + sample * 0x9E3779B97F4A7C15) % 2**64)
+
+
+class RowByRow:
+    """Greedy decoding and sampling: a row that is over leaves the batch, the others do not notice."""
+
+    def __init__(
+        self,
+        options: GenerateOptions,
+        *,
+        num_prompts: int,
+        filters: Sequence[Filter],
+        endings: Endings,
+        device: torch.device,
+        on_token: OnToken | None = None,
+    ) -> None:
+        self.rows_per_prompt = options.num_return
+        self._pick = Sampler(options, num_prompts) if options.sample else most_likely
+        self._filters = filters
+        self._endings = endings
+        self._on_token = on_token
+        rows = num_prompts * options.num_return
+        self._running = list(range(rows))  # the numbers, counted from the start, of the rows still in the batch
+        self._tokens_RT = torch.empty(rows, 0, dtype=torch.long, device=device)
+        self._score_R = torch.zeros(rows, device=device)
+        self._texts: list[list[int]] = [[] for _ in range(rows)]
+        self._num_reported = [0] * rows
+        self._answers: dict[int, Hypothesis] = {}
+
+    def choose(self, logits_RV: Tensor) -> Choice | None:
+        logits_RV = logits_RV.float()
+        scores_RV = apply_filters(self._filters, self._tokens_RT, logits_RV)
+        tokens_R = self._pick(scores_RV, self._running, self._tokens_RT.shape[1])
+        log_prob_R1 = logits_RV.log_softmax(-1).gather(1, tokens_R[:, None])
+        self._score_R = self._score_R + log_prob_R1[:, 0]
+        self._tokens_RT = torch.cat([self._tokens_RT, tokens_R[:, None]], dim=1)
+        kept = [place for place, token in enumerate(tokens_R.tolist()) if not self._ends(place, token)]
+        if not kept:
+            return None
+        if len(kept) == len(self._running):
+            return Choice(tokens_R, None)
+        rows_R = torch.tensor(kept, device=tokens_R.device)
+        self._running = [self._running[place] for place in kept]
+        self._tokens_RT, self._score_R = self._tokens_RT[rows_R], self._score_R[rows_R]
+        return Choice(tokens_R[rows_R], rows_R)
+
+    def _ends(self, place: int, token: int) -> bool:
+        """Whether the row at this place of the batch is over with this token; records and reports it."""
+        row = self._running[place]
+        text = self._texts[row]
+        text.append(token)
+        reason = self._endings.reason(text)
+        if reason is not None:
+            text = self._endings.cut(text, reason)
+            self._answers[row] = Hypothesis(text, float(self._score_R[place]), reason)
+        if self._on_token is not None:
+            certain = len(text) if reason is not None else self._endings.num_certain(text)
+            for known in text[self._num_reported[row] : certain]:
+                self._on_token(row, known)
+            self._num_reported[row] = max(certain, self._num_reported[row])
+        return reason is not None
+
+    def answers(self) -> list[list[Hypothesis]]:
+        rows = [self._answers[row] for row in range(len(self._texts))]
+        each = self.rows_per_prompt
+        return [
+            sorted(rows[start : start + each], key=lambda answer: answer.score, reverse=True)
+            for start in range(0, len(rows), each)
+        ]
+
+
+# --- Beam search -------------------------------------------------------------------------------------------------
+
+REASONS: tuple[FinishReason | None, ...] = (None, "eos", "stop", "length")
+EOS, STOP, LENGTH = 1, 2, 3
+
+
+class Ended(NamedTuple):
+    """The best texts of each prompt that are over, best first; a slot with ``reason`` 0 is still free."""
+
+    tokens_PKT: Tensor
+    score_PK: Tensor
+    reason_PK: Tensor
+    length_PK: Tensor
+
+    def select(self, index: Tensor) -> Ended:
+        return Ended(*(part[index] for part in self))
+
+
+class BeamSearch:
+    """Beam search as Hugging Face's ``generate`` has had it since version 4.50: the same candidates, the same
+    scores, the same moment to stop, for each prompt by itself."""
+
+    def __init__(
+        self,
+        options: GenerateOptions,
+        *,
+        num_prompts: int,
+        filters: Sequence[Filter],
+        endings: Endings,
+        device: torch.device,
+    ) -> None:
+        self.rows_per_prompt = options.num_beams
+        self._options = options
+        self._filters = filters
+        self._endings = endings
+        self._eos = torch.tensor(sorted(endings.eos_token_ids), dtype=torch.long, device=device)
+        # So many that num_beams of them go on even if each beam's best continuations are all end tokens.
+        self._num_candidates = max(2, 1 + len(self._eos)) * options.num_beams
+        shape = (num_prompts, options.num_beams)
+        self._step = 0
+        self._tokens_PKT = torch.zeros(*shape, options.max_new_tokens, dtype=torch.long, device=device)
+        self._score_PK = torch.zeros(shape, device=device)
+        self._score_PK[:, 1:] = RULED_OUT  # all beams start equal: only the first one counts
+        none_PK = torch.zeros(shape, dtype=torch.long, device=device)
+        self._ended = Ended(self._tokens_PKT.clone(), torch.full(shape, RULED_OUT, device=device), none_PK, none_PK)
+        self._prompts = list(range(num_prompts))  # the numbers of the prompts still in the batch
+        self._answers: dict[int, list[Hypothesis]] = {}
+
+    def choose(self, logits_RV: Tensor) -> Choice | None:
+        num_beams = self._options.num_beams
+        tokens_RT = self._tokens_PKT[:, :, : self._step].flatten(0, 1)
+        scores_RV = apply_filters(self._filters, tokens_RT, logits_RV.float().log_softmax(-1))
+        total_PKV = scores_RV.unflatten(0, (-1, num_beams)) + self._score_PK[:, :, None]
+        vocabulary = total_PKV.shape[-1]
+        score_PC, which_PC = total_PKV.flatten(1).topk(min(self._num_candidates, num_beams * vocabulary))
+        beam_PC = which_PC // vocabulary
+        tokens_PCT = _take(self._tokens_PKT, beam_PC)
+        tokens_PCT[:, :, self._step] = which_PC % vocabulary
+        self._step += 1
+        reason_PC = self._reasons(tokens_PCT)
+
+        self._add_ended(tokens_PCT, score_PC, reason_PC)
+        self._score_PK, going_PK = score_PC.masked_fill(reason_PC > 0, RULED_OUT).topk(num_beams)
+        self._tokens_PKT = _take(tokens_PCT, going_PK)
+        first_row_P1 = torch.arange(0, len(self._prompts) * num_beams, num_beams, device=going_PK.device)[:, None]
+        rows_PK = first_row_P1 + _take(beam_PC, going_PK)
+
+        kept = self._drop_prompts_that_are_over()
+        if not self._prompts:
+            return None
+        if kept is not None:
+            rows_PK = rows_PK[kept]
+        return Choice(self._tokens_PKT[:, :, self._step - 1].flatten(), rows_PK.flatten())
+
+    def _reasons(self, tokens_PCT: Tensor) -> Tensor:
+        """Why each candidate is over: an index of ``REASONS``, 0 where it goes on."""
+        reason_PC = torch.isin(tokens_PCT[:, :, self._step - 1], self._eos) * EOS
+        if self._endings.stop:
+            texts = tokens_PCT[:, :, : self._step].tolist()
+            stops = [[self._endings.reason(text) == "stop" for text in candidates] for candidates in texts]
+            reason_PC = torch.where(torch.tensor(stops, device=reason_PC.device), STOP, reason_PC)
+        if self._step == self._options.max_new_tokens:
+            reason_PC = torch.where(reason_PC > 0, reason_PC, LENGTH)
+        return reason_PC
+
+    def _add_ended(self, tokens_PCT: Tensor, score_PC: Tensor, reason_PC: Tensor) -> None:
+        """Merge the candidates that are over into the best ended texts.
+
+        Only the first ``num_beams`` candidates may end; those after them are there to go on if these do.
+        """
+        num_beams = self._options.num_beams
+        may_end_C = torch.arange(score_PC.shape[1], device=score_PC.device) < num_beams
+        reason_PC = reason_PC * (may_end_C & (score_PC > RULED_OUT))
+        score_PC = score_PC / (self._step**self._options.length_penalty)
+        score_PC = score_PC.masked_fill(reason_PC == 0, RULED_OUT)
+        merged_score_PM = torch.cat([self._ended.score_PK, score_PC], dim=1)
+        score_PK, best_PK = merged_score_PM.topk(num_beams)
+        self._ended = Ended(
+            _take(torch.cat([self._ended.tokens_PKT, tokens_PCT], dim=1), best_PK),
+            score_PK,
+            _take(torch.cat([self._ended.reason_PK, reason_PC], dim=1), best_PK),
+            _take(torch.cat([self._ended.length_PK, torch.full_like(reason_PC, self._step)], dim=1), best_PK),
+        )
+
+    def _drop_prompts_that_are_over(self) -> Tensor | None:
+        """Which prompts of the batch go on (None: all do); the answers of the others are noted."""
+        over = self._is_over_P().tolist()
+        if not any(over):
+            return None
+        for place, is_over in enumerate(over):
+            if is_over:
+                self._answers[self._prompts[place]] = self._best(place)
+        kept = [place for place, is_over in enumerate(over) if not is_over]
+        self._prompts = [self._prompts[place] for place in kept]
+        kept_P = torch.tensor(kept, dtype=torch.long, device=self._score_PK.device)
+        self._tokens_PKT, self._score_PK = self._tokens_PKT[kept_P], self._score_PK[kept_P]
+        self._ended = self._ended.select(kept_P)
+        return kept_P
+
+    def _is_over_P(self) -> Tensor:
+        """Prompts whose ended texts are final: all places taken, and no open beam is expected to do better."""
+        options = self._options
+        if self._step == options.max_new_tokens:
+            return torch.ones(len(self._prompts), dtype=torch.bool, device=self._score_PK.device)
+        is_ended_PK = self._ended.reason_PK > 0
+        length = self._step
+        if options.early_stopping == "never" and options.length_penalty > 0:
+            length = options.max_new_tokens
+        hoped_P1 = self._score_PK[:, :1] / (length**options.length_penalty)
+        worst_PK = torch.where(is_ended_PK, self._ended.score_PK.amin(1, keepdim=True), RULED_OUT)
+        is_over_P = (hoped_P1 <= worst_PK).all(1)
+        return is_over_P | is_ended_PK.all(1) if options.early_stopping is True else is_over_P
+
+    def _best(self, place: int) -> list[Hypothesis]:
+        """The answers to the prompt at this place of the batch."""
+        ended = Ended(*(part[place] for part in self._ended))
+        best = []
+        for tokens, score, code, length in zip(*(part.tolist() for part in ended), strict=True):
+            if (reason := REASONS[code]) is not None:  # a place is free only where there are too few texts to fill it
+                best.append(Hypothesis(self._endings.cut(tokens[:length], reason), score, reason))
+        return best[: self._options.num_return]
+
+    def answers(self) -> list[list[Hypothesis]]:
+        return [self._answers[prompt] for prompt in range(len(self._answers))]
+
+
+def _take(values_PK: Tensor, index_PN: Tensor) -> Tensor:
+    """For each prompt, the named entries of its second dimension: ``[P, K, ...] -> [P, N, ...]``."""
+    prompts_P1 = torch.arange(len(index_PN), device=index_PN.device)[:, None]
+    return values_PK[prompts_P1, index_PN]

@@ -1,0 +1,93 @@
+"""Questions about pictures: answered freely, or by choosing among given answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blip2.errors import OptionError
+from blip2.generation import GenerateOptions
+from blip2.model import EncodedImage
+from blip2.tasks.defaults import ASK, BATCH_SIZE
+from blip2.tasks.speaker import Answer, Speaker, check_batch_size, chunks, pairs
+from blip2.text import clean, question_prompt
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A given answer: ``score``, its log-probability; ``probability``, its share among the choices, 0 to 1."""
+
+    text: str
+    score: float
+    probability: float
+
+
+def ask(
+    speaker: Speaker,
+    images: Sequence[EncodedImage],
+    questions: Sequence[str],
+    *,
+    options: GenerateOptions = ASK,
+    batch_size: int = BATCH_SIZE,
+) -> list[list[Answer]]:
+    """Answer N questions about N images, one about N, or N about one; ``options.num_return`` answers each.
+
+    The words around a question that the model expects are added here (`text.question_prompt`). Raises
+    OptionError for an empty question and for numbers that do not pair up.
+    """
+    return speaker.answers(images, prompts(speaker, questions), options, batch_size)
+
+
+def rank(
+    speaker: Speaker,
+    images: Sequence[EncodedImage],
+    questions: Sequence[str],
+    choices: Sequence[str],
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> list[list[Choice]]:
+    """For each pair of image and question the same choices, the likeliest first.
+
+    The score is the log-probability of the whole answer and of its end. It is not divided by the length: the
+    numbers are then those of events that exclude each other ("yes" is not counted for "yes, two"), so that they
+    may be normalised over the choices. Among choices of very different length the shorter have an advantage.
+
+    Raises OptionError for fewer than two choices, empty or repeated ones.
+    """
+    choices = check_choices(choices)
+    check_batch_size(batch_size)
+    answers = [speaker.tokenizer.answer_ids(choice, speaker.model.config.language) for choice in choices]
+    longest = max(map(len, answers))
+    jobs = [(pair, answer) for pair in pairs(images, prompts(speaker, questions)) for answer in answers]
+    scores: list[float] = []
+    for batch in chunks(jobs, batch_size):
+        vectors = [speaker.prompt(image, text, longest) for (image, text), _ in batch]
+        scores += speaker.engine.score(vectors, [answer for _, answer in batch])
+    return [_ranking(choices, row) for row in chunks(scores, len(choices))]
+
+
+def check_choices(choices: Sequence[str]) -> list[str]:
+    """The choices, cleaned; OptionError for fewer than two, empty or repeated ones."""
+    if isinstance(choices, str):
+        raise OptionError(f"the choices are one text, {choices!r}; give a list, such as ['yes', 'no']")
+    cleaned = [clean(choice) for choice in choices]
+    if len(cleaned) < 2:
+        raise OptionError(f"{len(cleaned)} choices leave nothing to choose; give at least two")
+    if "" in cleaned:
+        raise OptionError("one of the choices is empty; leave it out, or write what it should say")
+    if repeated := sorted({choice for choice in cleaned if cleaned.count(choice) > 1}):
+        raise OptionError(f"the choice {repeated[0]!r} is there more than once; give each once")
+    return cleaned
+
+
+def prompts(speaker: Speaker, questions: Sequence[str]) -> list[str]:
+    """The questions as the model expects them; OptionError for one that is empty."""
+    return [question_prompt(question, speaker.model.config.language.family) for question in questions]
+
+
+def _ranking(choices: list[str], scores: Sequence[float]) -> list[Choice]:
+    best = max(scores)
+    weights = [math.exp(score - best) for score in scores]
+    ranked = sorted(zip(scores, choices, weights, strict=True), key=lambda row: -row[0])
+    return [Choice(text, score, weight / sum(weights)) for score, text, weight in ranked]

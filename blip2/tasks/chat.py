@@ -1,0 +1,118 @@
+"""A conversation about one picture: each question is read together with what was said before."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+from blip2.generation import GenerateOptions
+from blip2.model import EncodedImage
+from blip2.tasks.defaults import CHAT
+from blip2.tasks.speaker import Speaker
+from blip2.text import TextStream, chat_prompt
+
+
+class Chat:
+    """One picture, seen once, and the turns so far.
+
+    ``history``: (question, answer) pairs, oldest first; the caller may edit it. When a conversation grows longer
+    than the model can read, the oldest turns are left out of what it is shown; ``num_forgotten`` tells how
+    many, and they stay in ``history``.
+    """
+
+    def __init__(self, speaker: Speaker, image: EncodedImage, options: GenerateOptions = CHAT) -> None:
+        self.image = image
+        self.options = options
+        self.history: list[tuple[str, str]] = []
+        self.num_forgotten = 0
+        self._speaker = speaker
+
+    def reset(self) -> None:
+        """Forget what was said; the picture stays."""
+        self.history.clear()
+        self.num_forgotten = 0
+
+    def say(self, question: str) -> str:
+        """The answer to a question. Raises OptionError if the question is empty or too long for the model."""
+        [[best, *_]] = self._speaker.answers([self.image], [self.prompt(question)], self.options)
+        self.history.append((question, best.text))
+        return best.text
+
+    def stream(self, question: str) -> Iterator[str]:
+        """The same answer in pieces, as it is written (with beams, which decide at the end: in one piece).
+
+        Raises as `say` does, at once. An answer that is not listened to until its end is stopped there, and
+        stands in the history as far as it was heard.
+        """
+        prompt = self.prompt(question)
+        return self._listen(question, prompt)
+
+    def prompt(self, question: str) -> str:
+        """What the model is going to read: as many of the last turns as it has room for, then the question."""
+        for first in range(len(self.history)):
+            prompt = chat_prompt(self.history[first:], question)
+            if self._speaker.fits(prompt, self.options.max_new_tokens):
+                self.num_forgotten = first
+                return prompt
+        self.num_forgotten = len(self.history)
+        return chat_prompt([], question)
+
+    def _listen(self, question: str, prompt: str) -> Iterator[str]:
+        heard: list[str] = []
+        try:
+            for piece in stream(self._speaker, self.image, prompt, self.options):
+                heard.append(piece)
+                yield piece
+        except (GeneratorExit, KeyboardInterrupt):
+            if heard:
+                self.history.append((question, "".join(heard)))
+            raise
+        self.history.append((question, "".join(heard)))
+
+
+class _Stopped(Exception):
+    """Nobody listens any more."""
+
+
+def stream(speaker: Speaker, image: EncodedImage, prompt: str, options: GenerateOptions) -> Iterator[str]:
+    """Go on from an image and a text, in pieces of text; joined, they are the text of the answer.
+
+    Decoding runs in a thread of its own and stops at the next token when the iterator is closed.
+    """
+    vectors_TD = speaker.prompt(image, prompt, options.max_new_tokens)
+    if options.num_beams > 1 or options.num_return > 1:
+        # The best is known only when all are there.
+        [[best, *_]] = speaker.engine.generate([vectors_TD], options)
+        yield speaker.answer(best).text
+        return
+    pieces: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
+    text = TextStream(speaker.tokenizer)
+    is_stopped = threading.Event()
+
+    def on_token(row: int, token: int) -> None:
+        if is_stopped.is_set():
+            raise _Stopped
+        pieces.put(text.push(token))
+
+    def decode() -> None:
+        try:
+            speaker.engine.generate([vectors_TD], options, on_token=on_token)
+            pieces.put(text.finish())
+            pieces.put(None)
+        except _Stopped:
+            pass
+        except Exception as error:  # handed to whoever listens
+            pieces.put(error)
+
+    thread = threading.Thread(target=decode, name="blip2 answer", daemon=True)
+    thread.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            if piece:
+                yield piece
+    finally:
+        is_stopped.set()
+        thread.join()

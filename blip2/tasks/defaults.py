@@ -1,0 +1,41 @@
+"""How each task decodes unless told otherwise: the settings of the paper (section 4 and its appendix)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from blip2.errors import OptionError
+from blip2.generation import GenerateOptions
+
+CAPTION = GenerateOptions(num_beams=5, max_new_tokens=30, min_new_tokens=1, length_penalty=1.0)
+ASK = GenerateOptions(num_beams=5, max_new_tokens=10, min_new_tokens=1, length_penalty=-1.0)
+CHAT = GenerateOptions(num_beams=1, max_new_tokens=40, min_new_tokens=1)
+"""Greedy, since only then an answer can be shown while it is written."""
+
+BATCH_SIZE = 16
+"""Prompts that are decoded together; it bounds the memory, and does not change any answer."""
+
+NAMES = tuple(field.name for field in fields(GenerateOptions))
+
+
+def merged(defaults: GenerateOptions, given: Mapping[str, Any]) -> GenerateOptions:
+    """The task's defaults with what the caller gave in their place.
+
+    Sampling without a number of beams takes none, and more results than beams take as many beams as results.
+    Raises OptionError for a name that is no option, with the nearest that is one.
+    """
+    for name in given:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(NAMES)}"
+            raise OptionError(f"there is no option {name}; {hint}")
+    implied: dict[str, Any] = {}
+    if "num_beams" not in given:
+        if given.get("sample", defaults.sample):
+            implied = {"num_beams": 1, "length_penalty": 1.0}
+        elif isinstance(number := given.get("num_return"), int) and number > defaults.num_beams:
+            implied = {"num_beams": number}
+    return replace(defaults, **{**implied, **given})

@@ -1,0 +1,68 @@
+"""Pictures of any source to what the language model sees of them; decoded by threads ahead of the model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from blip2.errors import ImageError
+from blip2.image import Source, load_image, to_pixels
+from blip2.model import Blip2, EncodedImage
+from blip2.tasks.speaker import chunks
+
+NUM_THREADS = 4
+Seen = EncodedImage | ImageError
+
+
+class Eye:
+    """A model's image half with its image settings: side in pixels, mean and deviation of each channel."""
+
+    def __init__(self, model: Blip2, *, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._model = model
+        self._size = size
+        self._mean = mean
+        self._std = std
+
+    def see(self, images: Sequence[Source | EncodedImage], batch_size: int) -> Iterator[Seen]:
+        """Each image encoded, in order; what cannot be read gives its ImageError in its place.
+
+        An image that is encoded already passes through. While the model works on a batch, the next one is read;
+        of those beyond nothing is in memory.
+        """
+        if len(images) == 1:
+            yield from self._encode([lambda: self._pixels(images[0])])
+            return
+        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blip2 pictures")
+        try:
+            waiting: deque[list[Future]] = deque()
+            for batch in chunks(images, batch_size):
+                waiting.append([pool.submit(self._pixels, image) for image in batch])
+                if len(waiting) > 1:
+                    yield from self._encode([future.result for future in waiting.popleft()])
+            for futures in waiting:
+                yield from self._encode([future.result for future in futures])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pixels(self, image: Source | EncodedImage) -> Tensor | Seen:
+        """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
+        if isinstance(image, EncodedImage):
+            return image
+        try:
+            return to_pixels([load_image(image)], size=self._size, mean=self._mean, std=self._std)[0]
+        except ImageError as error:
+            return error
+
+    @torch.no_grad()
+    def _encode(self, loads: list[Callable[[], Tensor | Seen]]) -> list[Seen]:
+        loaded = [load() for load in loads]
+        fresh = [pixels_CHW for pixels_CHW in loaded if isinstance(pixels_CHW, Tensor)]
+        if fresh:
+            device = self._model.vision.position_embedding.device
+            # A copy each, so that who keeps one image does not keep its batch.
+            prompts = (prompt_QD.clone() for prompt_QD in self._model.encode(torch.stack(fresh).to(device)))
+        return [EncodedImage(next(prompts)) if isinstance(seen, Tensor) else seen for seen in loaded]

@@ -1,0 +1,125 @@
+"""What every task that answers in words shares: from soft prompts and text to answers, in order, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from blip2.errors import OptionError
+from blip2.generation import Engine, GenerateOptions, Hypothesis
+from blip2.model import Blip2, EncodedImage
+from blip2.tasks.defaults import BATCH_SIZE
+from blip2.text import Tokenizer
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """New text only, never the prompt.
+
+    ``score``: the engine's, comparable among the answers to one prompt. ``tokens``: the new ids.
+    ``finish_reason``: why it ends there, as the engine tells.
+    """
+
+    text: str
+    score: float
+    tokens: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A generative model, its tokenizer, and the engine that decodes with its language model."""
+
+    model: Blip2
+    tokenizer: Tokenizer
+    engine: Engine
+
+    @torch.no_grad()
+    def prompt(self, image: EncodedImage, text: str, num_new_tokens: int) -> Tensor:
+        """What the language model reads, ``float[Q + T, D]``: the image's vectors, then the text's.
+
+        Raises OptionError if the image was encoded for another model, or if the prompt and
+        ``num_new_tokens`` more do not fit.
+        """
+        config = self.model.config.language
+        table_VD = self.model.language.token_embedding.weight
+        shape = (self.model.config.qformer.num_query_tokens, config.hidden_size)
+        if tuple(image.prompt_QD.shape) != shape:
+            raise OptionError(
+                f"the encoded image is {list(image.prompt_QD.shape)}, this model reads {list(shape)}; "
+                "it was encoded by another model, encode the picture again"
+            )
+        ids = self.tokenizer.prompt_ids(text, config)
+        if config.family == "opt":
+            room = config.max_position_embeddings - shape[0] - num_new_tokens
+            if len(ids) > room:
+                raise OptionError(
+                    f"the text has {len(ids)} tokens; beside {shape[0]} for the picture and {num_new_tokens} new ones "
+                    f"this model has room for {max(room, 0)}; shorten it, or ask for fewer new tokens"
+                )
+        text_TD = self.model.language.embed(torch.tensor(ids, device=table_VD.device))
+        return torch.cat([image.prompt_QD.to(text_TD), text_TD])
+
+    def fits(self, text: str, num_new_tokens: int) -> bool:
+        """Whether the model has room for the picture, the text and as many new tokens."""
+        config = self.model.config
+        if config.language.family == "t5":  # relative positions have no end
+            return True
+        num_tokens = len(self.tokenizer.prompt_ids(text, config.language)) + num_new_tokens
+        return config.qformer.num_query_tokens + num_tokens <= config.language.max_position_embeddings
+
+    def answers(
+        self,
+        images: Sequence[EncodedImage],
+        texts: Sequence[str],
+        options: GenerateOptions,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[list[Answer]]:
+        """Go on from each pair of image and text: ``options.num_return`` answers each, the best first."""
+        check_batch_size(batch_size)
+        found: list[list[Answer]] = []
+        for batch in chunks(pairs(images, texts), batch_size):
+            prompts = [self.prompt(image, text, options.max_new_tokens) for image, text in batch]
+            for hypotheses in self.engine.generate(prompts, options):
+                found.append([self.answer(hypothesis) for hypothesis in hypotheses])
+        return found
+
+    def answer(self, hypothesis: Hypothesis) -> Answer:
+        """Tokens to text."""
+        text = self.tokenizer.decode(hypothesis.tokens)
+        return Answer(text, hypothesis.score, list(hypothesis.tokens), hypothesis.finish_reason)
+
+
+def num_pairs(num_images: int, num_texts: int) -> int:
+    """N and N, 1 and N, or N and 1 make N pairs; anything else is an OptionError."""
+    if num_images != num_texts and 1 not in (num_images, num_texts):
+        raise OptionError(
+            f"{num_images} images and {num_texts} texts do not pair up; give as many of the one as of the other, "
+            "or a single one of either"
+        )
+    return num_texts if num_images == 1 else num_images
+
+
+def pairs(images: Sequence[Item], texts: Sequence[str]) -> list[tuple[Item, str]]:
+    """Image and text by position; a single one of either goes with all of the other."""
+    number = num_pairs(len(images), len(texts))
+    return [
+        (images[index if len(images) > 1 else 0], texts[index if len(texts) > 1 else 0]) for index in range(number)
+    ]
+
+
+def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """The items in runs of ``size``, the last one shorter."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def check_batch_size(batch_size: int) -> None:
+    """At least 1, else an OptionError."""
+    if batch_size < 1:
+        raise OptionError(f"batch_size={batch_size} is not possible; use 1 or more")

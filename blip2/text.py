@@ -1,0 +1,179 @@
+"""Text in and out: token ids in the layout that each model expects, prompts in the words that it knows.
+
+The layout of ids is written here in code; what a tokenizer.json says about special tokens, padding and
+truncation is not used, because published files disagree about it.
+
+    text        "how many dogs are there?"
+    prompt      "Question: how many dogs are there? Answer:"      question_prompt
+    ids         [2, 45641, 35, 141, 171, ...]                     Tokenizer.prompt_ids
+    text        "two"                                             Tokenizer.decode, or a TextStream
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from blip2.config import LanguageConfig
+from blip2.errors import CheckpointError, OptionError
+
+QUESTION_TEMPLATES = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}
+"""The wording of the zero-shot questions, by family of language model (paper, section 4.1)."""
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character (yet) decode to
+
+
+class Tokenizer:
+    """A model's tokenizer.json."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        # A person who writes "<image>" or "</s>" means these letters, and not the token.
+        tokenizer.encode_special_tokens = True
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """The tokenizer.json of a checkpoint's folder. Raises CheckpointError if there is none, or no valid one."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            content = path.read_text("utf-8")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file; the tokenizer belongs beside the weights") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); download it again") from error
+        try:
+            return cls(tokenizers.Tokenizer.from_str(content))
+        except Exception as error:  # the library raises nothing more specific
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{path}: not a tokenizer that tokenizers {tokenizers.__version__} can read ({reason}); "
+                "download the file again, or install a newer tokenizers"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text, and nothing else: no special tokens, no padding, never cut."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens and without white space at either end."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def token_id(self, token: str) -> int:
+        """The id of a token by its name. Raises CheckpointError if the tokenizer has none of that name."""
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise CheckpointError(f"the tokenizer has no token {token}; this is not the model's tokenizer.json")
+        return found
+
+    def prompt_ids(self, text: str, config: LanguageConfig) -> list[int]:
+        """What follows the image for the language model: OPT ``[bos] + ids``, T5 ``ids + [eos]``.
+
+        Raises CheckpointError if the text has a token that the model has not.
+        """
+        ids = self._known(self.encode(text), config)
+        return [config.bos_token_id, *ids] if config.family == "opt" else [*ids, config.eos_token_id]
+
+    def answer_ids(self, text: str, config: LanguageConfig) -> list[int]:
+        """An answer as the model would write it after a prompt, its end included: ``ids + [eos]``.
+
+        OPT goes on after "Answer:" with a space that belongs to the first word. Raises as `prompt_ids` does.
+        """
+        ids = self.encode(f" {text}" if config.family == "opt" else text)
+        return [*self._known(ids, config), config.eos_token_id]
+
+    def matching_ids(self, text: str, max_tokens: int, *, truncate: bool = False) -> list[int]:
+        """A text for the Q-Former: ``[CLS] ids [SEP]``, at most ``max_tokens`` in all.
+
+        What is longer is an OptionError, unless ``truncate`` asks for its beginning (as training does).
+        """
+        ids = self.encode(text)
+        if len(ids) + 2 > max_tokens and not truncate:
+            raise OptionError(
+                f"the text {shortened(text)!r} has {len(ids)} tokens, {max_tokens - 2} are read at most; shorten it"
+            )
+        return [self.token_id("[CLS]"), *ids[: max_tokens - 2], self.token_id("[SEP]")]
+
+    def _known(self, ids: list[int], config: LanguageConfig) -> list[int]:
+        if ids and max(ids) >= config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer gives token {max(ids)}, the model has only {config.vocab_size}; "
+                "tokenizer.json and the weights are not of one model"
+            )
+        return ids
+
+
+class TextStream:
+    """Tokens in, one by one; text out as soon as it is certain.
+
+    The pieces joined are what `Tokenizer.decode` makes of all tokens. A character that takes several tokens
+    comes whole, and a space comes with the word after it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._said = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain; sometimes nothing."""
+        self._ids.append(token)
+        return self._say(self._tokenizer.decode(self._ids).rstrip(UNFINISHED).rstrip())
+
+    def finish(self) -> str:
+        """What was held back, after the last token."""
+        return self._say(self._tokenizer.decode(self._ids))
+
+    def _say(self, text: str) -> str:
+        # Some decoders join what they had set apart ("do n't"); then wait until the two agree again.
+        if not text.startswith(self._said):
+            return ""
+        piece, self._said = text[len(self._said) :], text
+        return piece
+
+
+# ---- prompts ------------------------------------------------------------------------------------------
+
+
+def clean(text: str) -> str:
+    """One line: no white space at either end, single spaces within."""
+    return " ".join(text.split())
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """A text as an error message quotes it."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def question_prompt(question: str, family: str) -> str:
+    """A question in the words that the model was evaluated with (`QUESTION_TEMPLATES`).
+
+    Raises OptionError for an empty question, and for one that already carries the template: asked twice over,
+    the model answers worse, and nothing would tell.
+    """
+    return QUESTION_TEMPLATES[family].format(_question(question))
+
+
+def chat_prompt(turns: Sequence[tuple[str, str]], question: str) -> str:
+    """A question after earlier turns (question, answer): ``Question: q1 Answer: a1. Question: q2 Answer:``.
+
+    The same for both families, as in the authors' demonstration. Raises OptionError as `question_prompt` does.
+    """
+    said = [f"Question: {clean(asked)} Answer: {clean(answer).removesuffix('.')}. " for asked, answer in turns]
+    return f"{''.join(said)}Question: {_question(question)} Answer:"
+
+
+def _question(question: str) -> str:
+    question = clean(question)
+    if not question:
+        raise OptionError("the question is empty; write one, such as 'how many dogs are there?', or ask for a caption")
+    if re.fullmatch(r"question:.*answer:", question, re.IGNORECASE):
+        raise OptionError(
+            f"the question {shortened(question)!r} already has the words 'Question:' and 'Answer:' around it, "
+            "which are added for you; give the question alone"
+        )
+    return question

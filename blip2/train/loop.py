@@ -1,0 +1,225 @@
+"""The training loop: one page that knows no stage. A stage is a function from a batch to losses.
+
+All that is random in a step follows from the seed and the step's number, so training that was stopped goes on
+as if it had not been: the state is the trained weights, the optimiser's moments, and the number of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2.data import prefetch
+from blip2.errors import Blip2Error
+from blip2.train.optim import build_optimizer, learning_rate, trained_parameters
+from blip2.train.recipes import Recipe
+from blip2.train.state import load_state, save_state
+
+MOST_BAD_STEPS = 10
+
+
+class TrainingStopped(Blip2Error):
+    """Somebody stopped the training; the message says how to go on."""
+
+
+class TrainingFailed(Blip2Error):
+    """The loss is no number any more."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is going on. ``phase`` "features" counts pictures in ``step`` of ``steps``, the others training steps.
+
+    ``losses`` are means since the last report, ``scores`` what an evaluation found, ``message`` is for people.
+    """
+
+    phase: str
+    step: int
+    steps: int
+    losses: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    learning_rate: float = 0.0
+    images_per_s: float = 0.0
+    left_s: float = math.nan
+    message: str = ""
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that the loop needs of a stage. Batches are made in another thread."""
+
+    model: nn.Module
+    learning: nn.Module
+    """The part in training mode (dropout); all else stays as it evaluates."""
+    make_batch: Callable[[int], Any]
+    losses: Callable[[Any, torch.Generator], dict[str, Tensor]]
+    """By name; their sum is minimised."""
+    evaluate: Callable[[], dict[str, float]] | None = None
+
+
+def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], AbstractContextManager]) -> None:
+    """Train to the recipe's last step, from wherever the state in its folder stands.
+
+    Raises `TrainingStopped` after SIGINT or SIGTERM (the state is saved), `TrainingFailed` if the loss is no
+    number ten steps in a row.
+    """
+    folder, optim = recipe.out / "training", recipe.optim
+    parameters = trained_parameters(task.model)
+    optimizer = build_optimizer(parameters, optim)
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator(device)
+    first = load_state(folder, parameters, optimizer, recipe)
+    log = Log(recipe.out / "log.jsonl", keep_to=first)
+    meter = Meter(report, log, recipe, first)
+    bad_steps, saved = 0, first
+
+    with stop_signals() as stop, log:
+        for step, batch in enumerate(prefetch(task.make_batch, range(first, optim.steps)), start=first):
+            torch.manual_seed(recipe.seed * 1_000_003 + step)
+            generator.manual_seed(recipe.seed * 1_000_003 + step)
+            task.learning.train()
+            rate = learning_rate(step, optim)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with autocast():
+                losses = task.losses(batch, generator)
+                loss = torch.stack([value.float() for value in losses.values()]).sum()
+            is_good = math.isfinite(loss.item())
+            if is_good:
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(parameters.values(), optim.clip or math.inf)
+                is_good = math.isfinite(norm.item())
+            if is_good:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            bad_steps = 0 if is_good else bad_steps + 1
+            if not is_good:
+                meter.say("train", done, f"skipped step {done}: the loss or its gradient is no number")
+            if bad_steps == MOST_BAD_STEPS:
+                raise TrainingFailed(
+                    f"no number as loss or gradient in {MOST_BAD_STEPS} steps in a row, the last is step {done}; lower "
+                    f"optim.peak_lr or set optim.clip, and start again from the state of step {saved}"
+                )
+            meter.add(done, losses if is_good else {}, rate)
+            is_last = done == optim.steps
+            if task.evaluate is not None and (done % recipe.evaluate_every == 0 or is_last):
+                task.learning.eval()
+                with torch.no_grad(), autocast():
+                    meter.scores(done, task.evaluate())
+            if done % recipe.checkpoint_every == 0 or is_last or stop.is_set():
+                log.flush()
+                save_state(folder, parameters, optimizer, recipe, step=done)
+                saved = done
+                meter.say("checkpoint", done, f"saved the state of step {done}")
+            if stop.is_set() and not is_last:
+                raise TrainingStopped(
+                    f"stopped after step {done} of {optim.steps}; the state is in {folder}: start the same recipe "
+                    "again to go on"
+                )
+    task.model.eval()
+
+
+class Meter:
+    """Means, rate and time left, reported and logged every so many steps."""
+
+    def __init__(self, report: Report, log: Log, recipe: Recipe, first: int) -> None:
+        self._report, self._log, self._recipe = report, log, recipe
+        self._sums: dict[str, Tensor] = {}
+        self._count, self._last, self._started = 0, first, time.perf_counter()
+
+    def add(self, done: int, losses: dict[str, Tensor], rate: float) -> None:
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+        self._count += bool(losses)
+        if done % self._recipe.log_every and done != self._recipe.optim.steps:
+            return
+        means = {name: value.item() / self._count for name, value in self._sums.items()}
+        steps, now = self._recipe.optim.steps, time.perf_counter()
+        steps_per_s = (done - self._last) / (now - self._started)
+        images_per_s, left_s = steps_per_s * self._recipe.optim.batch_size, (steps - done) / steps_per_s
+        self._log.write(
+            {"step": done, **means, "learning_rate": rate, "images_per_s": round(images_per_s, 2)}
+        )
+        self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s))
+        self._sums, self._count, self._last, self._started = {}, 0, done, now
+
+    def scores(self, done: int, found: dict[str, float]) -> None:
+        self._log.write({"step": done, "evaluation": found})
+        self._report(Progress("evaluation", done, self._recipe.optim.steps, scores=found))
+
+    def say(self, phase: str, done: int, message: str) -> None:
+        self._report(Progress(phase, done, self._recipe.optim.steps, message=message))
+
+
+class Log:
+    """One JSON object a line. What was written after the step that training goes on from is taken out."""
+
+    def __init__(self, path: Path, keep_to: int) -> None:
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() and keep_to else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= keep_to]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(kept), "utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second one ends the process as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: object) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """"auto" computes in bf16 where the machine has it in hardware, and then "bf16" is it; weights stay in fp32."""
+    if precision == "fp32" or (precision == "auto" and not _has_bf16(device)):
+        return nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,32 @@
+"""The optimiser: AdamW, linear warm-up, then a cosine, step by step (section 3.4 of the paper)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from blip2.train.recipes import OptimRecipe
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, what is to learn."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def build_optimizer(parameters: dict[str, nn.Parameter], recipe: OptimRecipe) -> torch.optim.AdamW:
+    """Weights decay, but no biases, norms or scalars, which pull towards nothing (as in the authors' code)."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(recipe.beta1, recipe.beta2), fused=True)
+
+
+def learning_rate(step: int, recipe: OptimRecipe) -> float:
+    """Of step 0, 1, ...: up to the peak in ``warmup_steps``, then down a half cosine to ``min_lr`` at the last."""
+    if step < recipe.warmup_steps:
+        return recipe.peak_lr * (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, recipe.steps - 1 - recipe.warmup_steps)
+    return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2

@@ -1,0 +1,222 @@
+"""A training recipe: a TOML file, read into frozen dataclasses. What it does not know, it refuses.
+
+Paths are meant from the recipe's own folder. The defaults are the paper's where it gives them (section 3.4).
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blip2.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class MixRecipe:
+    """Stage 2: how often each kind of text is drawn, relative to the others; a row may lack a kind."""
+
+    captions: float = 1.0
+    questions: float = 1.0
+    dialogues: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    rows: tuple[Path, ...]
+    """JSON-lines files."""
+    images: Path | None = None
+    """Where the rows' relative picture paths start; absent: the folder of each file of rows."""
+    features: Path | None = None
+    """A folder for the frozen image encoder's output, computed once; absent: computed at every step."""
+    max_text_tokens: int = 32
+    """Stage 1: of a caption with its [CLS] and [SEP]; stage 2: of a caption or an answer with its end."""
+    max_prompt_tokens: int = 128
+    """Stage 2: of a question with what was said before it; the oldest turns are left out beyond that."""
+    caption_prompt: str = ""
+    """Stage 2: what a caption continues; "a photo of" when fine-tuning."""
+    texts_per_image: int = 1
+    """Stage 2: texts of a row asked in one step; they share one pass of the Q-Former."""
+    mix: MixRecipe = field(default_factory=MixRecipe)
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    steps: int
+    batch_size: int
+    """Images a step."""
+    peak_lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 2000
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.05
+    clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip, as in the paper."""
+    label_smoothing: float = 0.1
+    """Stage 1, ITC and ITG."""
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    rows: tuple[Path, ...]
+    images: Path | None = None
+    max_rows: int = 1024
+
+
+@dataclass(frozen=True)
+class Recipe:
+    stage: Literal[1, 2]
+    start: str
+    """The model that training starts from: a folder in the published layout, or a name that `blip2` knows."""
+    out: Path
+    """A folder for the finished model; the log and the state of training lie in it as well."""
+    data: DataRecipe
+    optim: OptimRecipe
+    qformer: str | None = None
+    """Stage 2: the result of stage 1, of which the Q-Former is taken; absent: the one of ``start``."""
+    evaluation: EvaluationRecipe | None = None
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "auto"
+    threads: int = 0
+    """For the arithmetic, and as many for decoding pictures; 0: as many as there are cores."""
+    log_every: int = 10
+    evaluate_every: int = 1000
+    checkpoint_every: int = 1000
+
+
+def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe. ``overrides`` replaces values by dotted names ("optim.steps") or nested dictionaries.
+
+    A text that names a path is meant from the recipe's folder; a `Path` in ``overrides`` from the current one.
+    Raises RecipeError, one line, for whatever cannot be carried out.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a recipe, a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not TOML ({error})") from None
+    _override(table, overrides or {})
+    reader = _Reader(path)
+    recipe = reader.build(Recipe, table, "")
+    _check(recipe, reader)
+    return recipe
+
+
+def _override(table: dict[str, Any], overrides: dict[str, Any]) -> None:
+    for name, value in overrides.items():
+        *parents, last = name.split(".")
+        inner = table
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        if isinstance(value, dict):
+            _override(inner.setdefault(last, {}), value)
+        else:
+            inner[last] = value
+
+
+@dataclass
+class _Reader:
+    """Tables of a TOML file to dataclasses; every complaint names the file and the key."""
+
+    path: Path
+
+    def error(self, name: str, problem: str) -> RecipeError:
+        return RecipeError(f"{self.path}: {name}: {problem}")
+
+    def build(self, kind: type, table: dict[str, Any], prefix: str) -> Any:
+        types_of = typing.get_type_hints(kind)
+        for key in table:
+            if key not in types_of:
+                near = difflib.get_close_matches(key, types_of, n=1)
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(types_of)}"
+                raise self.error(prefix + key, f"not a key that a recipe has; {hint}")
+        values = {}
+        for entry in fields(kind):
+            if entry.name in table:
+                values[entry.name] = self.value(types_of[entry.name], table[entry.name], prefix + entry.name)
+            elif entry.default is MISSING and entry.default_factory is MISSING:
+                raise self.error(prefix + entry.name, "is missing, and a recipe needs it")
+        return kind(**values)
+
+    def value(self, kind: Any, value: Any, name: str) -> Any:
+        if typing.get_origin(kind) is types.UnionType:  # what may be absent
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        if is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise self.error(name, f"has to be a table, not {value!r}")
+            return self.build(typing.cast(type, kind), value, f"{name}.")
+        if typing.get_origin(kind) is Literal:
+            if value not in typing.get_args(kind) or isinstance(value, bool):
+                allowed = ", ".join(repr(option) for option in typing.get_args(kind))
+                raise self.error(name, f"has to be one of {allowed}, not {value!r}")
+            return value
+        if kind == tuple[Path, ...]:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            return tuple(self.value(Path, item, name) for item in items)
+        if kind is Path:
+            if not isinstance(value, (str, Path)) or not str(value):
+                raise self.error(name, f"has to be a path, not {value!r}")
+            return value.absolute() if isinstance(value, Path) else self.path.absolute().parent / value
+        if kind is str and isinstance(value, Path):
+            return str(value.absolute())
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            kinds = {int: "a whole number", float: "a number", str: "a text"}
+            raise self.error(name, f"has to be {kinds[kind]}, not {value!r}")
+        return value
+
+
+def _check(recipe: Recipe, reader: _Reader) -> None:
+    """What the types do not say."""
+    data, optim, mix = recipe.data, recipe.optim, recipe.data.mix
+    least = {
+        "optim.steps": (optim.steps, 1),
+        "optim.batch_size": (optim.batch_size, 2 if recipe.stage == 1 else 1),
+        "optim.warmup_steps": (optim.warmup_steps, 0),
+        "optim.peak_lr": (optim.peak_lr, 0),
+        "optim.min_lr": (optim.min_lr, 0),
+        "optim.weight_decay": (optim.weight_decay, 0),
+        "optim.clip": (optim.clip, 0),
+        "data.max_text_tokens": (data.max_text_tokens, 3),
+        "data.max_prompt_tokens": (data.max_prompt_tokens, 8),
+        "data.texts_per_image": (data.texts_per_image, 1),
+        "data.mix.captions": (mix.captions, 0),
+        "data.mix.questions": (mix.questions, 0),
+        "data.mix.dialogues": (mix.dialogues, 0),
+        "log_every": (recipe.log_every, 1),
+        "evaluate_every": (recipe.evaluate_every, 1),
+        "checkpoint_every": (recipe.checkpoint_every, 1),
+        "seed": (recipe.seed, 0),
+        "threads": (recipe.threads, 0),
+    }
+    for name, (value, bound) in least.items():
+        if value < bound:
+            why = "; one pair alone has no wrong partner to be told from" if name == "optim.batch_size" else ""
+            raise reader.error(name, f"has to be at least {bound}, not {value}{why}")
+    for name, value in (
+        ("beta1", optim.beta1),
+        ("beta2", optim.beta2),
+        ("label_smoothing", optim.label_smoothing),
+    ):
+        if not 0 <= value < 1:
+            raise reader.error(f"optim.{name}", f"has to be at least 0 and less than 1, not {value}")
+    if recipe.stage == 1:
+        for name, given in (
+            ("qformer", recipe.qformer is not None),
+            ("data.texts_per_image", data.texts_per_image != 1),
+            ("data.caption_prompt", data.caption_prompt != ""),
+        ):
+            if given:
+                raise reader.error(name, "belongs to stage 2, and this recipe is for stage 1; remove it")
+    elif mix.captions + mix.questions + mix.dialogues == 0:
+        raise reader.error("data.mix", "all kinds of text are at 0; give at least one a weight")
+    if not data.rows:
+        raise reader.error("data.rows", "names no file")

@@ -1,0 +1,169 @@
+"""Stage 2: the queries learn to speak to a frozen language model (section 3.2 and Figure 3 of the paper).
+
+    OPT   [queries][</s>][prompt][target]            the loss is on the target, its end included
+    T5    [queries][prompt][</s>]  ->  [target]      a caption is split: its beginning prompts, its rest is target
+
+Several texts about a picture share its queries. For OPT they stand in one row, one behind the other, each blind
+to the others and with positions as if it came first after the queries: equal to a row each, and several times
+cheaper.
+
+B images, Q queries, T text tokens of a row, S queries and text, N target tokens (or T5's rows), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2.config import OPTConfig, T5Config
+from blip2.language import OPT, T5
+from blip2.model import Blip2
+from blip2.train.losses import language_modelling
+
+
+class Text(NamedTuple):
+    """One thing to be said about a picture: what the language model reads, and what it shall then write."""
+
+    kind: str
+    prompt_ids: list[int]
+    target_ids: list[int]
+
+
+class Targets(NamedTuple):
+    """Where in the flattened text tokens each target is predicted, which token it is, and of which text."""
+
+    place_N: Tensor
+    token_N: Tensor
+    text_N: Tensor
+
+
+class PackedTexts(NamedTuple):
+    """For OPT: all texts of an image in one row. ``segment_BT`` numbers them from 1, 0 is padding."""
+
+    token_BT: Tensor
+    segment_BT: Tensor
+    position_BT: Tensor
+    is_packed: bool
+    targets: Targets
+
+
+class SplitTexts(NamedTuple):
+    """For T5: one row a text, the images' in turn; ``prompt_MT`` of ``length_M`` tokens, and what is decoded."""
+
+    prompt_MT: Tensor
+    length_M: Tensor
+    decoder_MT: Tensor
+    texts_per_image: int
+    targets: Targets
+
+
+class Stage2Losses(NamedTuple):
+    lm: Tensor
+    is_right_N: Tensor
+    """Which target tokens the model would have chosen itself, given those before."""
+
+
+def losses(model: Blip2, features_BPD: Tensor, texts: PackedTexts | SplitTexts) -> Stage2Losses:
+    """One training step's loss: the mean over all target tokens.
+
+    ``features_BPD`` float[B, 1 + P, D] are those before the image encoder's last norm.
+    """
+    patches_BPD = model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
+    prompt_BQD = model.prompt(patches_BPD)
+    if isinstance(texts, PackedTexts):
+        assert isinstance(model.language, OPT)
+        hidden_BTD = _read_packed(model.language, prompt_BQD, texts)
+    else:
+        assert isinstance(model.language, T5)
+        prompts_MQD = prompt_BQD.repeat_interleave(texts.texts_per_image, dim=0)
+        read_MSD = torch.cat([prompts_MQD, model.language.embed(texts.prompt_MT)], dim=1)
+        hidden_BTD = model.language(read_MSD, texts.length_M + prompts_MQD.shape[1], texts.decoder_MT)
+    # The table of words is large: logits only where there is something to predict.
+    logits_NV = model.language.logits(hidden_BTD.flatten(0, 1)[texts.targets.place_N])
+    lm = language_modelling(logits_NV, texts.targets.token_N)
+    return Stage2Losses(lm, logits_NV.detach().argmax(dim=-1) == texts.targets.token_N)
+
+
+def _read_packed(language: OPT, prompt_BQD: Tensor, texts: PackedTexts) -> Tensor:
+    """The hidden states of the text tokens ``float[B, T, D]``."""
+    num_queries = prompt_BQD.shape[1]
+    embedded_BSD = torch.cat([prompt_BQD, language.embed(texts.token_BT)], dim=1)
+    if not texts.is_packed:
+        return language(embedded_BSD)[:, num_queries:]
+    rows = len(prompt_BQD)
+    query_positions_BQ = torch.arange(num_queries, device=prompt_BQD.device).expand(rows, -1)
+    position_BS = torch.cat([query_positions_BQ, texts.position_BT + num_queries], dim=1)
+    segment_BS = torch.nn.functional.pad(texts.segment_BT, (num_queries, 0), value=-1)
+    may_see_BSS = (segment_BS[:, :, None] == segment_BS[:, None]) | (segment_BS[:, None] == -1)
+    causal_SS = torch.ones_like(may_see_BSS[0]).tril()
+    hidden_BSD = language(embedded_BSD, positions_BT=position_BS, mask=(may_see_BSS & causal_SS)[:, None])
+    return hidden_BSD[:, num_queries:]
+
+
+# ---- batches ------------------------------------------------------------------------------------------
+
+
+def collate(texts: Sequence[Sequence[Text]], config: OPTConfig | T5Config) -> PackedTexts | SplitTexts:
+    """The texts of each image, as many for each, to tensors as the family of the language model wants them."""
+    return _pack(texts, config) if isinstance(config, OPTConfig) else _split(texts, config)
+
+
+def _pack(texts: Sequence[Sequence[Text]], config: OPTConfig) -> PackedTexts:
+    # The last token of a text is only ever predicted.
+    lengths = [sum(len(text.prompt_ids) + len(text.target_ids) - 1 for text in row) for row in texts]
+    width = max(lengths)
+    token_BT = np.full((len(texts), width), config.pad_token_id)
+    segment_BT = np.zeros_like(token_BT)
+    position_BT = np.zeros_like(token_BT)
+    targets = _TargetList()
+    for number, row in enumerate(texts):
+        start = 0
+        for segment, text in enumerate(row, start=1):
+            read = text.prompt_ids + text.target_ids[:-1]
+            end = start + len(read)
+            token_BT[number, start:end] = read
+            segment_BT[number, start:end] = segment
+            position_BT[number, start:end] = np.arange(len(read))
+            targets.add(number * width + start + len(text.prompt_ids) - 1, text.target_ids)
+            start = end
+    is_packed = any(len(row) > 1 for row in texts)
+    arrays = (torch.from_numpy(array) for array in (token_BT, segment_BT, position_BT))
+    return PackedTexts(*arrays, is_packed, targets.tensors())
+
+
+def _split(texts: Sequence[Sequence[Text]], config: T5Config) -> SplitTexts:
+    rows = [text for row in texts for text in row]
+    assert len({len(row) for row in texts}) == 1, "as many texts for each image"
+    length_M = np.array([len(text.prompt_ids) for text in rows])
+    prompt_MT = np.full((len(rows), length_M.max()), config.pad_token_id)
+    width = max(len(text.target_ids) for text in rows)
+    decoder_MT = np.full((len(rows), width), config.pad_token_id)
+    targets = _TargetList()
+    for number, text in enumerate(rows):
+        prompt_MT[number, : len(text.prompt_ids)] = text.prompt_ids
+        decoder_MT[number, : len(text.target_ids)] = [config.decoder_start_token_id, *text.target_ids[:-1]]
+        targets.add(number * width, text.target_ids)
+    arrays = (torch.from_numpy(array) for array in (prompt_MT, length_M, decoder_MT))
+    return SplitTexts(*arrays, len(texts[0]), targets.tensors())
+
+
+class _TargetList:
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._tokens: list[int] = []
+        self._texts: list[int] = []
+        self._count = 0
+
+    def add(self, first_place: int, target_ids: list[int]) -> None:
+        """A text whose first token is predicted at ``first_place``, the others right after."""
+        self._places += range(first_place, first_place + len(target_ids))
+        self._tokens += target_ids
+        self._texts += [self._count] * len(target_ids)
+        self._count += 1
+
+    def tensors(self) -> Targets:
+        return Targets(*(torch.tensor(values) for values in (self._places, self._tokens, self._texts)))

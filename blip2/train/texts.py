@@ -1,0 +1,98 @@
+"""Stage 2: from what a row says to what the language model reads and writes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+
+from blip2.config import LanguageConfig
+from blip2.data import Row, Turn
+from blip2.text import Tokenizer, chat_prompt, question_prompt
+from blip2.train.recipes import DataRecipe
+from blip2.train.stage2 import Text
+
+
+class TextSource:
+    """Draws texts about a row and tokenizes them; what was tokenized once is remembered.
+
+    ``num_cut`` counts the texts that were longer than the recipe allows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: LanguageConfig, recipe: DataRecipe) -> None:
+        self._config = config
+        self._recipe = recipe
+        self._weights = {
+            "caption": recipe.mix.captions,
+            "question": recipe.mix.questions,
+            "dialogue": recipe.mix.dialogues,
+        }
+        self.num_cut = 0
+        # A row's texts come back every epoch, and many questions are asked about many pictures.
+        remember = lru_cache(maxsize=2**18)
+        self._prompt_ids = remember(lambda text: tokenizer.prompt_ids(text, config))
+        self._answer_ids = remember(lambda text: tokenizer.answer_ids(text, config))
+
+    def draw(self, row: Row, count: int, chance: random.Random) -> list[Text]:
+        """``count`` texts about the row, kinds by the recipe's mix; none twice before each was there once."""
+        choices = {"caption": row.captions, "question": row.questions, "dialogue": row.dialogues}
+        kinds = [kind for kind, said in choices.items() if said and self._weights[kind] > 0]
+        drawn = chance.choices(kinds, [self._weights[kind] for kind in kinds], k=count)
+        left: dict[str, list[int]] = {kind: [] for kind in kinds}
+        texts = []
+        for kind in drawn:
+            if not left[kind]:
+                left[kind] = chance.sample(range(len(choices[kind])), len(choices[kind]))
+            number = left[kind].pop()
+            if kind == "caption":
+                texts.append(self._caption(row.captions[number], chance))
+            elif kind == "question":
+                texts.append(self._answer(kind, (), row.questions[number]))
+            else:
+                dialogue = row.dialogues[number]
+                turn = chance.randrange(len(dialogue))
+                texts.append(self._answer(kind, dialogue[:turn], dialogue[turn]))
+        return texts
+
+    def can_use(self, row: Row) -> bool:
+        """Whether the row has any kind of text that the recipe's mix asks for."""
+        return any(
+            said and self._weights[kind] > 0
+            for kind, said in (("caption", row.captions), ("question", row.questions), ("dialogue", row.dialogues))
+        )
+
+    def _caption(self, caption: str, chance: random.Random) -> Text:
+        if prompt := self._recipe.caption_prompt:
+            return Text("caption", self._prompt_ids(prompt), self._shortened(self._answer_ids(caption)))
+        if self._config.family == "opt":
+            # After </s> a text starts without the space that an answer has.
+            first, *ids = self._prompt_ids(caption)
+            return Text("caption", [first], self._shortened([*ids, self._config.eos_token_id]))
+        # The language model reads a beginning of random length, up to the middle, and writes the rest.
+        ids = self._shortened(self._answer_ids(caption))
+        middle = (len(ids) - 1) // 2
+        split = chance.randint(1, middle) if middle else 0
+        return Text("caption", [*ids[:split], self._config.eos_token_id], ids[split:])
+
+    def _answer(self, kind: str, history: Sequence[Turn], turn: Turn) -> Text:
+        prompt_ids = self._question_ids(kind, history, turn)
+        most = self._recipe.max_prompt_tokens
+        if len(prompt_ids) > most:
+            self.num_cut += 1
+            while len(prompt_ids) > most and history:
+                history = history[1:]
+                prompt_ids = self._question_ids(kind, history, turn)
+            if len(prompt_ids) > most:  # one endless question: its end says what is asked
+                prompt_ids = [prompt_ids[0], *prompt_ids[1 - most :]]
+        return Text(kind, prompt_ids, self._shortened(self._answer_ids(turn.answer)))
+
+    def _question_ids(self, kind: str, history: Sequence[Turn], turn: Turn) -> list[int]:
+        if kind == "dialogue":
+            return self._prompt_ids(chat_prompt(history, turn.question))
+        return self._prompt_ids(question_prompt(turn.question, self._config.family))
+
+    def _shortened(self, ids: list[int]) -> list[int]:
+        """A target within the limit. Cut, it loses its end: that a text ends there is not to be learnt."""
+        if len(ids) > self._recipe.max_text_tokens:
+            self.num_cut += 1
+        return ids[: self._recipe.max_text_tokens]

@@ -1,0 +1,152 @@
+"""The miniature's image encoder, a small vision transformer taught with what the world knows of each picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.config import CLIP_MEAN, CLIP_STD, VisionConfig
+from blip2.image import load_image, to_pixels
+from blip2.vision import VisionTransformer
+from miniature import texts, world
+from miniature.schedule import train
+
+VISION = VisionConfig(hidden_size=192, num_layers=6, num_heads=3, intermediate_size=768, image_size=112)
+KINDS = list(texts.KINDS)
+BACKGROUNDS = list(world.BACKGROUNDS)
+SIDES = (None, "left", "right")
+HEIGHTS = (None, "top", "bottom")
+
+
+class DenseHeads(nn.Module):
+    """The image encoder with the heads that teach it; only the encoder is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = VisionTransformer(VISION)
+        self.patch = nn.Linear(VISION.hidden_size, len(KINDS) + 1 + 4 + len(SIDES) + len(HEIGHTS))
+        self.scene = nn.Linear(VISION.hidden_size, len(BACKGROUNDS) + 5 * len(KINDS))
+
+    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        encoded_BPD = self.encoder(pixels_BCHW)
+        return self.patch(encoded_BPD[:, 1:]), self.scene(encoded_BPD[:, 0])
+
+
+def patch_labels(row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """What a row's patches and its whole scene are to say.
+
+    Patches ``uint8[P, 4]``: kind (0: none), count - 1, side, height. Scene ``uint8[1 + K]``: background, counts.
+    """
+    grid = VISION.image_size // VISION.patch_size
+    centres = (np.arange(grid) + 0.5) / grid
+    patches = np.zeros((grid, grid, 4), np.uint8)
+    scene = np.zeros(1 + len(KINDS), np.uint8)
+    scene[0] = BACKGROUNDS.index(row["background"])
+    boxes = defaultdict(list)
+    for thing in row["objects"]:
+        x0, y0, x1, y1 = thing["box"]
+        boxes[thing["kind"]].append((x0 / row["width"], y0 / row["height"], x1 / row["width"], y1 / row["height"]))
+    for kind, places in boxes.items():
+        xs = [(x0 + x1) / 2 for x0, _, x1, _ in places]
+        ys = [(y0 + y1) / 2 for _, y0, _, y1 in places]
+        side = 1 if max(xs) < 0.45 else 2 if min(xs) > 0.55 else 0
+        height = 1 if max(ys) < 0.45 else 2 if min(ys) > 0.55 else 0
+        scene[1 + KINDS.index(kind)] = len(places)
+        for x0, y0, x1, y1 in places:
+            inside = np.ix_((centres > y0) & (centres < y1), (centres > x0) & (centres < x1))
+            patches[inside] = (KINDS.index(kind) + 1, len(places) - 1, side, height)
+    return patches.reshape(-1, 4), scene
+
+
+def load_small(path: str) -> np.ndarray:
+    """A picture as the model's processor makes it, in 8 bits: ``uint8[3, size, size]``."""
+    pixels = to_pixels([load_image(path)], size=VISION.image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return (pixels[0] * 255).round().to(torch.uint8).numpy()
+
+
+def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pictures of a folder and their labels, kept beside them for the next start."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").open()]
+    cache = folder / f"pixels-{VISION.image_size}.npy"
+    if not cache.exists():
+        pixels = np.lib.format.open_memmap(
+            cache.with_suffix(".tmp"), "w+", np.uint8, (len(rows), 3, VISION.image_size, VISION.image_size)
+        )
+        with ProcessPoolExecutor(2) as pool:
+            paths = (str(folder / row["image"]) for row in rows)
+            for index, picture in enumerate(pool.map(load_small, paths, chunksize=256)):
+                pixels[index] = picture
+        pixels.flush()
+        os.replace(cache.with_suffix(".tmp"), cache)
+    patches, scenes = zip(*map(patch_labels, rows), strict=True)
+    return np.load(cache, mmap_mode="r"), np.stack(patches), np.stack(scenes)
+
+
+def normalized(pixels: np.ndarray) -> Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (torch.from_numpy(pixels).float() / 255 - mean) / std
+
+
+def vision_losses(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    pixels, patches, scenes = batch
+    patch_logits, scene_logits = model(pixels)
+    kind, count, side, height = patch_logits.float().split([len(KINDS) + 1, 4, len(SIDES), len(HEIGHTS)], dim=-1)
+    shown = patches[..., 0] > 0
+    background, counts = scene_logits.float().split([len(BACKGROUNDS), 5 * len(KINDS)], dim=-1)
+    return {
+        "kind": F.cross_entropy(kind.flatten(0, 1), patches[..., 0].flatten()),
+        "count": F.cross_entropy(count[shown], patches[..., 1][shown]),
+        "side": F.cross_entropy(side[shown], patches[..., 2][shown]),
+        "height": F.cross_entropy(height[shown], patches[..., 3][shown]),
+        "background": F.cross_entropy(background, scenes[:, 0]),
+        "scene": 3 * F.cross_entropy(counts.unflatten(1, (-1, 5)).flatten(0, 1), scenes[:, 1:].flatten()),
+    }
+
+
+@torch.no_grad()
+def vision_accuracy(model: nn.Module, pictures: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, float]:
+    """On pictures with unseen pairs: patches, and the counts of the kinds that are there."""
+    right: dict[str, list[float]] = defaultdict(list)
+    for start in range(0, len(pictures[0]), 200):
+        pixels, patches, scenes = (part[start : start + 200] for part in pictures)
+        patch_logits, scene_logits = model(normalized(pixels))
+        wanted = torch.from_numpy(patches).long()
+        shown = wanted[..., 0] > 0
+        parts = patch_logits.split([len(KINDS) + 1, 4, len(SIDES), len(HEIGHTS)], dim=-1)
+        for index, name in enumerate(("kind", "count", "side", "height")):
+            right[name] += (parts[index].argmax(-1) == wanted[..., index])[shown].float().tolist()
+        counts = scene_logits[:, len(BACKGROUNDS) :].unflatten(1, (-1, 5)).argmax(-1)
+        wanted_counts = torch.from_numpy(scenes[:, 1:]).long()
+        there = wanted_counts > 0
+        right["scene counts"] += (counts == wanted_counts)[there].float().tolist()
+        right["whole scene"] += (counts == wanted_counts).all(1).float().tolist()
+        right["background"] += (
+            (scene_logits[:, : len(BACKGROUNDS)].argmax(-1) == torch.from_numpy(scenes[:, 0]).long()).float().tolist()
+        )
+    return {name: round(float(np.mean(values)), 4) for name, values in right.items()}
+
+
+def train_vision(data: Path, test: Path, out: Path, steps: int, batch_size: int) -> None:
+    pictures, unseen = load_pictures(data), load_pictures(test)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        shuffle = np.random.default_rng(0)
+        while True:
+            order = shuffle.permutation(len(pictures[0]))
+            for start in range(0, len(order) - batch_size + 1, batch_size):
+                pixels, patches, scenes = (part[np.sort(order[start : start + batch_size])] for part in pictures)
+                yield normalized(pixels), torch.from_numpy(patches).long(), torch.from_numpy(scenes).long()
+
+    train(
+        DenseHeads(), batches(), vision_losses, steps=steps, peak=1e-3, checkpoint=out,
+        evaluate=lambda model: vision_accuracy(model, unseen),
+    )  # fmt: skip
