@@ -21,7 +21,7 @@ import torch
 from blip2 import checkpoint
 from blip2.checkpoint import ImageSettings
 from blip2.errors import CheckpointError, ImageError, OptionError
-from blip2.generation import Engine, GenerateOptions
+from blip2.generation import Engine
 from blip2.image import Source
 from blip2.model import Blip2, EncodedImage
 from blip2.tasks import ask as ask_task
@@ -59,9 +59,7 @@ class Options(TypedDict, total=False):
     seed: int | None
 
 
-def load(
-    name: str | Path | None = None, *, device: str = "auto", dtype: str | torch.dtype | None = None
-) -> Pipeline:
+def load(name: str | Path | None = None, *, device: str = "auto", dtype: str | torch.dtype | None = None) -> Pipeline:
     """A model that captions, answers and chats.
 
     ``name``: None for the miniature that comes with the package, the folder of a checkpoint, or its name on the
@@ -131,7 +129,7 @@ class Pipeline:
     @overload
     def encode(self, images: Picture, *, batch_size: int = ...) -> EncodedImage: ...
     @overload
-    def encode(self, images: Sequence[Picture], *, batch_size: int = ...) -> list[EncodedImage]: ...
+    def encode(self, images: list[Any] | tuple[Any, ...], *, batch_size: int = ...) -> list[EncodedImage]: ...
     def encode(
         self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE
     ) -> EncodedImage | list[EncodedImage]:
@@ -204,7 +202,7 @@ class Pipeline:
             found = self.each_answer(images, questions, on_error=on_error, batch_size=batch_size, **options)
             texts = [_texts(answers) for answers in found]
         elif options:
-            raise OptionError(f"{next(iter(options))} has no meaning with choices, of which none is written; leave it out")
+            raise OptionError(f"{next(iter(options))} means nothing with choices: no answer is written; leave it out")
         else:
             ranked = self.each_ranking(images, questions, choices, on_error=on_error, batch_size=batch_size)
             texts = [row if isinstance(row, ImageError) else row[0].text for row in ranked]

@@ -125,8 +125,7 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
 def _count(scene: Scene, rng: random.Random) -> list[Question]:
     return [
-        Question("count", _fill(rng.choice(_COUNT), kind), NUMBERS[number])
-        for kind, number in scene.counts().items()
+        Question("count", _fill(rng.choice(_COUNT), kind), NUMBERS[number]) for kind, number in scene.counts().items()
     ]
 
 

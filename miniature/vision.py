@@ -25,6 +25,7 @@ KINDS = list(texts.KINDS)
 BACKGROUNDS = list(world.BACKGROUNDS)
 SIDES = (None, "left", "right")
 HEIGHTS = (None, "top", "bottom")
+PATCH_ANSWERS = {"kind": len(KINDS) + 1, "count": 4, "side": len(SIDES), "height": len(HEIGHTS), "centre": 2}
 
 
 class DenseHeads(nn.Module):
@@ -33,7 +34,7 @@ class DenseHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = VisionTransformer(VISION)
-        self.patch = nn.Linear(VISION.hidden_size, len(KINDS) + 1 + 4 + len(SIDES) + len(HEIGHTS))
+        self.patch = nn.Linear(VISION.hidden_size, sum(PATCH_ANSWERS.values()))
         self.scene = nn.Linear(VISION.hidden_size, len(BACKGROUNDS) + 5 * len(KINDS))
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,14 +45,15 @@ class DenseHeads(nn.Module):
 def patch_labels(row: dict) -> tuple[np.ndarray, np.ndarray]:
     """What a row's patches and its whole scene are to say.
 
-    Patches ``uint8[P, 4]``: kind (0: none), count - 1, side, height. Scene ``uint8[1 + K]``: background, counts.
+    Patches ``uint8[P, 5]``: kind (0: none), count - 1, side, height, and 1 where an object has its centre, so
+    that objects can be counted whatever their size. Scene ``uint8[1 + K]``: background, counts.
     """
     grid = VISION.image_size // VISION.patch_size
     centres = (np.arange(grid) + 0.5) / grid
-    patches = np.zeros((grid, grid, 4), np.uint8)
+    patches = np.zeros((grid, grid, len(PATCH_ANSWERS)), np.uint8)
     scene = np.zeros(1 + len(KINDS), np.uint8)
     scene[0] = BACKGROUNDS.index(row["background"])
-    boxes = defaultdict(list)
+    boxes, middles = defaultdict(list), []
     for thing in row["objects"]:
         x0, y0, x1, y1 = thing["box"]
         boxes[thing["kind"]].append((x0 / row["width"], y0 / row["height"], x1 / row["width"], y1 / row["height"]))
@@ -61,10 +63,14 @@ def patch_labels(row: dict) -> tuple[np.ndarray, np.ndarray]:
         side = 1 if max(xs) < 0.45 else 2 if min(xs) > 0.55 else 0
         height = 1 if max(ys) < 0.45 else 2 if min(ys) > 0.55 else 0
         scene[1 + KINDS.index(kind)] = len(places)
-        for x0, y0, x1, y1 in places:
+        label = (KINDS.index(kind) + 1, len(places) - 1, side, height)
+        for (x0, y0, x1, y1), x, y in zip(places, xs, ys, strict=True):
             inside = np.ix_((centres > y0) & (centres < y1), (centres > x0) & (centres < x1))
-            patches[inside] = (KINDS.index(kind) + 1, len(places) - 1, side, height)
-    return patches.reshape(-1, 4), scene
+            patches[inside] = (*label, 0)
+            middles.append((int(y * grid), int(x * grid), (*label, 1)))
+    for row_number, column, label_and_centre in middles:  # last, so that no neighbour covers a centre
+        patches[row_number, column] = label_and_centre
+    return patches.reshape(grid * grid, -1), scene
 
 
 def load_small(path: str) -> np.ndarray:
@@ -99,14 +105,14 @@ def normalized(pixels: np.ndarray) -> Tensor:
 def vision_losses(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     pixels, patches, scenes = batch
     patch_logits, scene_logits = model(pixels)
-    kind, count, side, height = patch_logits.float().split([len(KINDS) + 1, 4, len(SIDES), len(HEIGHTS)], dim=-1)
     shown = patches[..., 0] > 0
+    losses = {}
+    for index, logits in enumerate(patch_logits.float().split(list(PATCH_ANSWERS.values()), dim=-1)):
+        name = list(PATCH_ANSWERS)[index]
+        of = shown if name in ("count", "side", "height") else torch.ones_like(shown)
+        losses[name] = F.cross_entropy(logits[of], patches[..., index][of])
     background, counts = scene_logits.float().split([len(BACKGROUNDS), 5 * len(KINDS)], dim=-1)
-    return {
-        "kind": F.cross_entropy(kind.flatten(0, 1), patches[..., 0].flatten()),
-        "count": F.cross_entropy(count[shown], patches[..., 1][shown]),
-        "side": F.cross_entropy(side[shown], patches[..., 2][shown]),
-        "height": F.cross_entropy(height[shown], patches[..., 3][shown]),
+    return losses | {
         "background": F.cross_entropy(background, scenes[:, 0]),
         "scene": 3 * F.cross_entropy(counts.unflatten(1, (-1, 5)).flatten(0, 1), scenes[:, 1:].flatten()),
     }
@@ -121,9 +127,8 @@ def vision_accuracy(model: nn.Module, pictures: tuple[np.ndarray, np.ndarray, np
         patch_logits, scene_logits = model(normalized(pixels))
         wanted = torch.from_numpy(patches).long()
         shown = wanted[..., 0] > 0
-        parts = patch_logits.split([len(KINDS) + 1, 4, len(SIDES), len(HEIGHTS)], dim=-1)
-        for index, name in enumerate(("kind", "count", "side", "height")):
-            right[name] += (parts[index].argmax(-1) == wanted[..., index])[shown].float().tolist()
+        for index, logits in enumerate(patch_logits.split(list(PATCH_ANSWERS.values()), dim=-1)):
+            right[list(PATCH_ANSWERS)[index]] += (logits.argmax(-1) == wanted[..., index])[shown].float().tolist()
         counts = scene_logits[:, len(BACKGROUNDS) :].unflatten(1, (-1, 5)).argmax(-1)
         wanted_counts = torch.from_numpy(scenes[:, 1:]).long()
         there = wanted_counts > 0

@@ -56,7 +56,7 @@ def frozen_features(
     if the features do not fit into half precision.
     """
     shape = [len(pictures), vision.config.num_patches + 1, vision.config.hidden_size]
-    header = {
+    header: dict[str, object] = {
         "shape": shape,
         "dtype": "float16",
         "vision": fingerprint(vision),

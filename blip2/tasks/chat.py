@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from blip2.generation import GenerateOptions
 from blip2.model import EncodedImage
@@ -39,7 +39,7 @@ class Chat:
         self.history.append((question, best.text))
         return best.text
 
-    def stream(self, question: str) -> Iterator[str]:
+    def stream(self, question: str) -> Generator[str, None, None]:
         """The same answer in pieces, as it is written (with beams, which decide at the end: in one piece).
 
         Raises as `say` does, at once. An answer that is not listened to until its end is stopped there, and
@@ -58,7 +58,7 @@ class Chat:
         self.num_forgotten = len(self.history)
         return chat_prompt([], question)
 
-    def _listen(self, question: str, prompt: str) -> Iterator[str]:
+    def _listen(self, question: str, prompt: str) -> Generator[str, None, None]:
         heard: list[str] = []
         try:
             for piece in stream(self._speaker, self.image, prompt, self.options):
@@ -75,7 +75,7 @@ class _Stopped(Exception):
     """Nobody listens any more."""
 
 
-def stream(speaker: Speaker, image: EncodedImage, prompt: str, options: GenerateOptions) -> Iterator[str]:
+def stream(speaker: Speaker, image: EncodedImage, prompt: str, options: GenerateOptions) -> Generator[str, None, None]:
     """Go on from an image and a text, in pieces of text; joined, they are the text of the answer.
 
     Decoding runs in a thread of its own and stops at the next token when the iterator is closed.

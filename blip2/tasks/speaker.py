@@ -109,9 +109,7 @@ def num_pairs(num_images: int, num_texts: int) -> int:
 def pairs(images: Sequence[Item], texts: Sequence[str]) -> list[tuple[Item, str]]:
     """Image and text by position; a single one of either goes with all of the other."""
     number = num_pairs(len(images), len(texts))
-    return [
-        (images[index if len(images) > 1 else 0], texts[index if len(texts) > 1 else 0]) for index in range(number)
-    ]
+    return [(images[index if len(images) > 1 else 0], texts[index if len(texts) > 1 else 0]) for index in range(number)]
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -152,9 +152,7 @@ class Meter:
         steps, now = self._recipe.optim.steps, time.perf_counter()
         steps_per_s = (done - self._last) / (now - self._started)
         images_per_s, left_s = steps_per_s * self._recipe.optim.batch_size, (steps - done) / steps_per_s
-        self._log.write(
-            {"step": done, **means, "learning_rate": rate, "images_per_s": round(images_per_s, 2)}
-        )
+        self._log.write({"step": done, **means, "learning_rate": rate, "images_per_s": round(images_per_s, 2)})
         self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s))
         self._sums, self._count, self._last, self._started = {}, 0, done, now
 
@@ -212,11 +210,16 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """"auto" computes in bf16 where the machine has it in hardware, and then "bf16" is it; weights stay in fp32."""
+def autocast_for(precision: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager], torch.dtype]:
+    """How to compute, and how the frozen parts are kept; what learns is always kept in fp32.
+
+    "auto" is bf16 where the machine has it in hardware. On a CPU the frozen parts stay in fp32 all the same:
+    they are read once for features, and small enough where a CPU can train.
+    """
     if precision == "fp32" or (precision == "auto" and not _has_bf16(device)):
-        return nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+        return nullcontext, torch.float32
+    frozen_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return lambda: torch.autocast(device.type, torch.bfloat16), frozen_dtype
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -31,16 +31,6 @@ class Stage1Losses(NamedTuple):
     """Logits of 3B pairs: all right ones, wrong images, wrong texts."""
 
 
-class Stage1Batch(NamedTuple):
-    """``features_BPD`` of the frozen encoder; texts as ``[CLS] ... [SEP]``, right-padded, bool ``text_mask_BT``;
-    pairs with the same number in ``picture_B`` share their picture."""
-
-    features_BPD: Tensor
-    text_BT: Tensor
-    text_mask_BT: Tensor
-    picture_B: Tensor
-
-
 def losses(
     model: Blip2Matcher,
     features_BPD: Tensor,
@@ -59,6 +49,7 @@ def losses(
     """
     if len(features_BPD) < 2:
         raise RecipeError("stage 1 needs at least two pairs in a batch: one alone has no wrong partner to be told from")
+    assert model.temperature is not None
     patches_BPD = model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
     text_mask_BT = text_mask_BT.bool()
 

@@ -131,8 +131,8 @@ def _pack(texts: Sequence[Sequence[Text]], config: OPTConfig) -> PackedTexts:
             targets.add(number * width + start + len(text.prompt_ids) - 1, text.target_ids)
             start = end
     is_packed = any(len(row) > 1 for row in texts)
-    arrays = (torch.from_numpy(array) for array in (token_BT, segment_BT, position_BT))
-    return PackedTexts(*arrays, is_packed, targets.tensors())
+    tokens, segments, positions = map(torch.from_numpy, (token_BT, segment_BT, position_BT))
+    return PackedTexts(tokens, segments, positions, is_packed, targets.tensors())
 
 
 def _split(texts: Sequence[Sequence[Text]], config: T5Config) -> SplitTexts:
@@ -147,8 +147,8 @@ def _split(texts: Sequence[Sequence[Text]], config: T5Config) -> SplitTexts:
         prompt_MT[number, : len(text.prompt_ids)] = text.prompt_ids
         decoder_MT[number, : len(text.target_ids)] = [config.decoder_start_token_id, *text.target_ids[:-1]]
         targets.add(number * width, text.target_ids)
-    arrays = (torch.from_numpy(array) for array in (prompt_MT, length_M, decoder_MT))
-    return SplitTexts(*arrays, len(texts[0]), targets.tensors())
+    prompts, lengths, decoded = map(torch.from_numpy, (prompt_MT, length_M, decoder_MT))
+    return SplitTexts(prompts, lengths, decoded, len(texts[0]), targets.tensors())
 
 
 class _TargetList:

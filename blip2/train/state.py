@@ -1,6 +1,6 @@
 """The state of a training, in one safetensors file: trained weights, moments, and the step that was done.
 
-    model.<name>   exp_avg.<name>   exp_avg_sq.<name>   updates.<name>
+For each parameter: ``model.<name>``, ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``updates.<name>`` (how many).
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def load_state(
     return int(metadata["step"])
 
 
-def recipe_done(folder: Path, recipe: Recipe) -> bool:
-    """Whether the state in the folder is the last of this very recipe."""
-    path = folder / STATE
-    if not path.exists():
+def is_finished(recipe: Recipe) -> bool:
+    """Whether this very recipe has been carried out to its end."""
+    path = recipe.out / "training" / STATE
+    if not path.exists() or not (recipe.out / "config.json").exists():
         return False
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

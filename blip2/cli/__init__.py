@@ -1,0 +1,165 @@
+"""The command ``blip2``: one file a verb, imported when the verb is called, so that help comes at once.
+
+Exit codes: 0, all went well; 1, something could not be done; 2, it was asked for in a wrong way; 130, Ctrl-C.
+Errors are one line on standard error, and never a traceback unless ``--debug`` asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import click
+
+from blip2 import __version__
+from blip2.errors import Blip2Error, OptionError
+
+COMMANDS = {
+    "caption": "Describe pictures in words.",
+    "ask": "Answer a question about pictures.",
+    "chat": "Talk about a picture.",
+    "train": "Train a Querying Transformer from a recipe.",
+}
+"""Each verb is the `command` of the file of its name; the words are its help in the list of verbs."""
+
+FLAGS = {
+    "sample=True": "--sample",
+    "sample": "--sample",
+    "num_return": "--num-captions",
+    "num_beams": "--beams",
+    "no_repeat_ngram_size": "--no-repeat-ngram",
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in (
+            "max_new_tokens", "min_new_tokens", "length_penalty", "temperature", "top_k", "top_p",
+            "repetition_penalty", "stop", "seed", "batch_size",
+        )
+    },
+}  # fmt: skip
+"""What an option of the Python interface is called here."""
+
+
+class Failure(click.ClickException):
+    """One line on standard error, and an exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"blip2: {self.message}", err=True)
+
+
+class Cli(click.Group):
+    """The group of all verbs: finds them by name, and turns what goes wrong into one line."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"blip2.cli.{name}").command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        kwargs |= {"standalone_mode": False, "prog_name": "blip2"}
+        code = 0
+        try:
+            result = super().main(*args, **kwargs)
+            code = result if isinstance(result, int) else 0
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = 2
+        except click.UsageError as error:
+            Failure(_usage(error), 2).show()
+            code = 2
+        except click.Abort:
+            code = 130
+        except Failure as failure:
+            failure.show()
+            code = failure.code
+        sys.exit(code)
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt, BrokenPipeError):
+            raise
+        except Exception as error:
+            if context.meta.get("debug"):
+                raise
+            raise _failure(error) from error
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, OptionError):
+        return Failure(in_flags(str(error)), 2)
+    if isinstance(error, Blip2Error):
+        return Failure(str(error))
+    what = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {what}" if what else type(error).__name__
+    return Failure(f"{what} (this should not happen; add --debug to see where)")
+
+
+def in_flags(message: str) -> str:
+    """An error of the Python interface in the words of the command line: "num_beams is 0" -> "--beams is 0"."""
+    first, space, rest = message.partition(" ")
+    message = FLAGS.get(first, first) + space + rest
+    for name, flag in FLAGS.items():
+        if "_" in name or "=" in name:  # the others may be words of the sentence
+            message = message.replace(name, flag)
+    return message
+
+
+def _usage(error: click.UsageError) -> str:
+    help_command = f"{error.ctx.command_path} --help" if error.ctx is not None else "blip2 --help"
+    return f"{' '.join(error.format_message().split())} (see {help_command})"
+
+
+def debug_option(command: Any) -> Any:
+    """``--debug``, for every verb and for `blip2` itself."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            context.meta["debug"] = True
+
+    return click.option(
+        "--debug", is_flag=True, expose_value=False, callback=remember, help="Show the traceback of an error."
+    )(command)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="blip2 %(version)s")
+@debug_option
+def cli() -> None:
+    """BLIP-2: pictures into words.
+
+    \b
+    blip2 caption photo.jpg
+    blip2 ask photo.jpg "how many dogs are there?"
+    blip2 chat photo.jpg
+
+    Without --model the small model that comes with the package is used; it knows a small world of pictures.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """What the command ``blip2`` runs. Always ends the program."""
+    try:
+        cli(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    if code == 130:
+        # Threads may still wait for a download or for standard input; nobody wants their results now.
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)
+    sys.exit(code)

@@ -1,0 +1,132 @@
+"""``blip2 ask``: pictures and questions in, answers out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, with_options
+from blip2.cli.pictures import find_pictures
+from blip2.cli.report import Report, see
+
+if TYPE_CHECKING:
+    from blip2.model import EncodedImage
+    from blip2.tasks.speaker import Speaker
+
+    Answerer = Callable[[Speaker, Sequence[EncodedImage], Sequence[str]], list[dict[str, Any]]]
+
+
+@click.command("ask")
+@click.argument("arguments", nargs=-1, required=True, metavar="IMAGE... QUESTION")
+@click.option("-q", "--question", "questions", multiple=True, help="A question; may be given several times. All "
+              "arguments are pictures then.")  # fmt: skip
+@click.option("--choices", metavar="A,B,...", help="Choose among these answers, by likelihood.")
+@with_options(OUTPUT, DECODING, MODEL)
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    arguments: tuple[str, ...],
+    questions: tuple[str, ...],
+    choices: str | None,
+    batch_size: int,
+    recursive: bool,
+    as_json: bool,
+    model: str | None,
+    device: str,
+    dtype: str,
+    **decoding: Any,
+) -> None:
+    """Answer a question about pictures.
+
+    The question comes last, after one or more IMAGEs (files, folders, web addresses, or - for standard input).
+    Give the question alone: the words that the model expects around it are added. Several questions are given by
+    -q, each is asked about each picture, in order.
+
+    One picture gives its answer alone; several give a line each: the picture, a tab, (if there are several
+    questions: the question, a tab,) the answer. A picture that cannot be read does not stop the others; the exit
+    code is then 1.
+
+    By default 5 beams and at most 10 tokens. With --choices nothing is written: the given answers are compared,
+    and --json tells the probability of each.
+
+    \b
+    blip2 ask street.jpg "how many buses are there?"
+    blip2 ask photos/*.jpg "is it raining?" --choices yes,no
+    blip2 ask street.jpg -q "what is on the left?" -q "what colour is it?"
+    curl -s https://example.org/photo.jpg | blip2 ask - "who is in the picture?"
+    """
+    images, questions = _split(arguments, questions)
+    answers = _answerer(questions, None if choices is None else choices.split(","), given(decoding), batch_size)
+    pictures = find_pictures(images, recursive)
+    blip = load_pipeline(model, device, dtype)
+    is_labelled = pictures.are_several
+    report = Report(blip.name, as_json=as_json, shows_image=is_labelled, shows_question=len(questions) > 1)
+    for problem in pictures.problems:
+        report.problem(problem)
+    for batch in see(blip, pictures.sources, batch_size, report):
+        # Each picture with each question, the questions of one picture side by side.
+        pairs = [(name, question) for name in batch.names for question in questions]
+        seen = [image for image in batch.images for _ in questions]
+        rows = answers(blip.speaker, seen, [question for _, question in pairs])
+        seconds = batch.seconds
+        for (name, question), row in zip(pairs, rows, strict=True):
+            report.result(name, row.pop("text"), question=question, **row, seconds=seconds)
+    context.exit(report.exit_code)
+
+
+def _split(arguments: tuple[str, ...], questions: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Pictures and questions: the last argument is the question, unless -q gave any."""
+    if questions:
+        return arguments, questions
+    *images, question = arguments
+    if not images:
+        missing = "no question" if os.path.exists(question) else "no picture"
+        raise click.UsageError(f"there is {missing}; give the picture first, the question last")
+    if os.path.exists(question):
+        raise click.UsageError(
+            f"the last argument, {click.format_filename(question)}, is a file; put the question last"
+        )
+    return tuple(images), (question,)
+
+
+def _answerer(
+    questions: Sequence[str], choices: list[str] | None, given_options: dict[str, Any], batch_size: int
+) -> Answerer:
+    """What answers pairs of image and question. What is wrong with a request is told before a model is loaded."""
+    from blip2.tasks.ask import ask, check_choices, rank
+    from blip2.tasks.defaults import ASK, merged
+    from blip2.tasks.speaker import check_batch_size
+    from blip2.text import question_prompt
+
+    check_batch_size(batch_size)
+    for question in questions:
+        question_prompt(question, "opt")
+    if choices is None:
+        options = merged(ASK, given_options)
+
+        def write(speaker: Speaker, images: Sequence[EncodedImage], asked: Sequence[str]) -> list[dict[str, Any]]:
+            found = ask(speaker, images, asked, options=options, batch_size=batch_size)
+            return [{"text": best.text, "score": best.score, "tokens": len(best.tokens)} for best, *_ in found]
+
+        return write
+
+    candidates = check_choices(choices)
+    if given_options:
+        raise click.UsageError("--choices compares given answers and writes none; leave out the options of writing")
+
+    def choose(speaker: Speaker, images: Sequence[EncodedImage], asked: Sequence[str]) -> list[dict[str, Any]]:
+        ranked = rank(speaker, images, asked, candidates, batch_size=batch_size)
+        return [
+            {
+                "text": row[0].text,
+                "score": row[0].score,
+                "choices": {choice.text: round(choice.probability, 6) for choice in row},
+            }
+            for row in ranked
+        ]
+
+    return choose

@@ -1,0 +1,65 @@
+"""``blip2 caption``: pictures in, a description of each out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, with_options
+from blip2.cli.pictures import find_pictures
+from blip2.cli.report import Report, see
+
+
+@click.command("caption")
+@click.argument("images", nargs=-1, required=True)
+@click.option("--prompt", default="", metavar="TEXT", help='How the caption begins, such as "a photo of".')
+@click.option("-n", "--num-captions", "num_return", type=int, help="Captions of each picture.  [default: 1]")
+@with_options(OUTPUT, DECODING, MODEL)
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    images: tuple[str, ...],
+    prompt: str,
+    batch_size: int,
+    recursive: bool,
+    as_json: bool,
+    model: str | None,
+    device: str,
+    dtype: str,
+    **decoding: Any,
+) -> None:
+    """Describe pictures in words.
+
+    IMAGES are files, folders, web addresses, or - for standard input. One picture gives its caption alone;
+    several give a line each: the picture, a tab, the caption. A picture that cannot be read does not stop the
+    others; the exit code is then 1.
+
+    By default 5 beams and at most 30 tokens. What --prompt says is not repeated in the caption.
+
+    \b
+    blip2 caption photo.jpg
+    blip2 caption --prompt "a photo of" photos/*.jpg
+    blip2 caption -r photos/ --json > captions.jsonl
+    blip2 caption -n 3 --sample --top-p 0.9 https://example.org/photo.jpg
+    """
+    from blip2.tasks.caption import caption
+    from blip2.tasks.defaults import CAPTION, merged
+    from blip2.tasks.speaker import check_batch_size
+
+    # What is wrong with the options is told before the model is loaded.
+    options = merged(CAPTION, given(decoding))
+    check_batch_size(batch_size)
+    pictures = find_pictures(images, recursive)
+    blip = load_pipeline(model, device, dtype)
+    report = Report(blip.name, as_json=as_json, shows_image=pictures.are_several)
+    for problem in pictures.problems:
+        report.problem(problem)
+    for batch in see(blip, pictures.sources, batch_size, report):
+        found = caption(blip.speaker, batch.images, [prompt], options=options, batch_size=batch_size)
+        seconds = batch.seconds
+        for name, answers in zip(batch.names, found, strict=True):
+            for answer in answers:
+                report.result(name, answer.text, score=answer.score, tokens=len(answer.tokens), seconds=seconds)
+    context.exit(report.exit_code)

@@ -1,0 +1,141 @@
+"""``blip2 chat``: a conversation about a picture, on a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blip2.cli import in_flags
+from blip2.cli.options import DECODING, MODEL, given, load_pipeline, with_options
+from blip2.errors import Blip2Error, OptionError
+
+if TYPE_CHECKING:
+    from blip2.api import Pipeline
+    from blip2.tasks.chat import Chat
+
+HELP = """\
+/image FILE   look at another picture (a file or a web address)
+/reset        forget what was said
+/help         this list
+/quit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+
+@click.command("chat")
+@click.argument("image", required=False)
+@with_options(DECODING, MODEL)
+def command(image: str | None, model: str | None, device: str, dtype: str, **decoding: Any) -> None:
+    """Talk about a picture.
+
+    Each question is read together with what was said before. IMAGE is a file or a web address. In the
+    conversation, /image FILE looks at another picture, /reset forgets what was said, /help lists all commands,
+    /quit ends.
+
+    When standard input is no terminal, each of its lines is a question (or a command), and each answer a line on
+    standard output. By default the likeliest token each time, at most 40.
+
+    \b
+    blip2 chat beach.jpg
+    printf 'what is in the picture?\\nwhere is it?\\n' | blip2 chat beach.jpg
+    """
+    from blip2.tasks.defaults import CHAT, merged
+
+    options = given(decoding)
+    merged(CHAT, options)
+    if image == "-":
+        raise click.UsageError("standard input is where the questions come from; name a file, or a web address")
+    talk = Conversation(load_pipeline(model, device, dtype), options)
+    if image is not None:
+        talk.look_at(image)
+    if sys.stdin.isatty():
+        _on_terminal(talk)
+    else:
+        _through_pipe(talk)
+
+
+class Conversation:
+    """The picture and the chat about it; `answer` is None where a line was a command."""
+
+    def __init__(self, blip: Pipeline, options: dict[str, Any]) -> None:
+        self.blip = blip
+        self.chat: Chat | None = None
+        self.is_over = False
+        self._options = options
+
+    def look_at(self, image: str) -> None:
+        """Start anew, with this picture. Raises ImageError, and then goes on with the one before."""
+        self.chat = self.blip.chat(image, **self._options)
+
+    def command(self, line: str) -> str | None:
+        """Carry out a line that begins with a slash; what is to be said about it, if anything."""
+        verb, _, rest = line.partition(" ")
+        match verb, rest.strip():
+            case "/image", "":
+                raise OptionError("which picture? write /image FILE")
+            case "/image", image:
+                self.look_at(image)
+                return None
+            case "/reset", "":
+                if self.chat is not None:
+                    self.chat.reset()
+                return None
+            case "/help", "":
+                return HELP
+            case (("/quit" | "/exit"), ""):
+                self.is_over = True
+                return None
+        raise OptionError(f"there is no command {line!r}; /help lists those that there are")
+
+    def about(self) -> Chat:
+        """The chat; OptionError if there is no picture yet."""
+        if self.chat is None:
+            raise OptionError("there is no picture yet; name one with /image FILE")
+        return self.chat
+
+
+def _through_pipe(talk: Conversation) -> None:
+    """The first error ends it: otherwise questions and answers would no longer stand line by line."""
+    for line in sys.stdin:
+        line = line.strip()
+        if line.startswith("/"):
+            if (said := talk.command(line)) is not None:
+                click.echo(said, err=True)
+        elif line:
+            click.echo(talk.about().say(line))
+        if talk.is_over:
+            return
+
+
+def _on_terminal(talk: Conversation) -> None:
+    with suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys and earlier lines in `input`)
+    click.echo("Ask about the picture; /help lists the commands." if talk.chat else "Name a picture with /image FILE.")
+    while not talk.is_over:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+        try:
+            if line.startswith("/"):
+                if (said := talk.command(line)) is not None:
+                    click.echo(said)
+            elif line:
+                _show_answer(talk.about(), line)
+        except Blip2Error as error:
+            click.echo(in_flags(str(error)), err=True)
+
+
+def _show_answer(chat: Chat, question: str) -> None:
+    forgotten = chat.num_forgotten
+    pieces = chat.stream(question)
+    if chat.num_forgotten > forgotten:
+        click.echo(f"(the model has room for the last {len(chat.history) - chat.num_forgotten} turns)", err=True)
+    try:
+        for piece in pieces:
+            click.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        pieces.close()  # the thread that writes stops at its next token
+    click.echo()

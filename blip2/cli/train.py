@@ -1,0 +1,111 @@
+"""``blip2 train``: carry out a training recipe."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blip2.cli import Failure
+from blip2.cli.options import with_options
+
+if TYPE_CHECKING:
+    from blip2.train.loop import Progress
+
+Show = Callable[["Progress"], None]
+
+
+@click.command("train")
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-s", "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Replace a value of the recipe, "
+              "such as optim.steps=100; may be given several times.")  # fmt: skip
+@with_options()
+def command(recipe: Path, changes: tuple[str, ...]) -> None:
+    """Train a Querying Transformer from a recipe.
+
+    RECIPE is a TOML file that says which stage, from which model, on which data. Progress is shown on standard
+    error; the folder of the finished model is printed on standard output. Ctrl-C saves the state and stops; the
+    same command goes on from there.
+
+    \b
+    blip2 train stage1.toml
+    blip2 train stage2.toml --set optim.peak_lr=5e-5 --set out='"runs/second"'
+    """
+    overrides = dict(_parsed(change) for change in changes)
+    from blip2.train.loop import TrainingStopped
+    from blip2.train.run import run
+
+    with _display() as show:
+        try:
+            folder = run(recipe, report=show, overrides=overrides)
+        except TrainingStopped as stopped:
+            raise Failure(str(stopped), 130) from None
+    click.echo(folder)
+
+
+def _parsed(change: str) -> tuple[str, Any]:
+    """``optim.steps=100`` as TOML reads it; what is no TOML value is a text, so that names need no quotes."""
+    import tomllib
+
+    name, equals, value = change.partition("=")
+    if not name.strip() or not equals:
+        raise click.UsageError(f"--set takes NAME=VALUE, such as optim.steps=100, not {change!r}")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def line_of(progress: Progress) -> str:
+    """A report as a line of text, without the phase and the count."""
+    parts = [f"{name} {value:.4g}" for name, value in {**progress.losses, **progress.scores}.items()]
+    if progress.learning_rate:
+        parts.append(f"lr {progress.learning_rate:.2e}")
+    if progress.images_per_s:
+        parts.append(f"{progress.images_per_s:.0f} images/s")
+    if math.isfinite(progress.left_s):
+        parts.append(f"{time_of(progress.left_s)} left")
+    if progress.message:
+        parts.append(progress.message)
+    return "  ".join(parts)
+
+
+def time_of(seconds: float) -> str:
+    """75 -> "1:15", 4000 -> "1:06:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def _display() -> Iterator[Show]:
+    """A bar with the last losses beside it on a terminal, a line for each report elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda progress: click.echo(
+            f"{progress.phase} {progress.step}/{progress.steps}  {line_of(progress)}".rstrip(), err=True
+        )
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.scores or progress.message:  # worth keeping above the bar
+                bars.console.print(
+                    f"{progress.phase} {progress.step}: {line_of(progress)}", markup=False, highlight=False
+                )
+                return
+            if progress.phase not in tasks:
+                tasks[progress.phase] = bars.add_task(progress.phase, total=progress.steps, line="")
+            bars.update(tasks[progress.phase], completed=progress.step, line=line_of(progress))
+
+        yield show
