@@ -11,10 +11,9 @@ place, and the image encoder does not run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice, repeat
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -29,12 +28,11 @@ from blip2.tasks import caption as caption_task
 from blip2.tasks.ask import Choice
 from blip2.tasks.chat import Chat
 from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, CHAT, merged
-from blip2.tasks.see import Eye
-from blip2.tasks.speaker import Answer, Speaker, check_batch_size, chunks, num_pairs
+from blip2.tasks.see import Eye, Images, Result, in_batches, raising, repeated
+from blip2.tasks.speaker import Answer, Speaker, check_batch_size, num_pairs
 from blip2.text import Tokenizer
 
 Picture = Source | EncodedImage
-Result = TypeVar("Result")
 OnError = Literal["raise", "return"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,7 +132,7 @@ class Pipeline:
         self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE
     ) -> EncodedImage | list[EncodedImage]:
         """What the language model sees of a picture: encode once, ask often. Raises ImageError."""
-        seen = [_sound(image) for image in self.each_encoded(_listed(images), batch_size=batch_size)]
+        seen: list[Any] = list(self.each_encoded(_listed(images), batch_size=batch_size))
         return seen if _is_list(images) else seen[0]
 
     # ---- captions ----
@@ -168,7 +166,7 @@ class Pipeline:
         on_error: OnError = "raise",
         batch_size: int = BATCH_SIZE,
         **options: Unpack[Options],
-    ) -> Iterator[list[Answer] | ImageError]:
+    ) -> Generator[list[Answer] | ImageError, None, None]:
         """As `caption`, but one after the other as their batches are done, and with scores and tokens.
 
         For collections of any size: only the pictures of two batches are in memory at a time. Yields for each
@@ -216,7 +214,7 @@ class Pipeline:
         on_error: OnError = "raise",
         batch_size: int = BATCH_SIZE,
         **options: Unpack[Options],
-    ) -> Iterator[list[Answer] | ImageError]:
+    ) -> Generator[list[Answer] | ImageError, None, None]:
         """As `ask`, but one after the other as their batches are done, and with scores and tokens."""
         chosen = merged(ASK, options)
         ask_task.prompts(self.speaker, _listed(questions))  # what is wrong with one is told before the work begins
@@ -250,7 +248,7 @@ class Pipeline:
         *,
         on_error: OnError = "raise",
         batch_size: int = BATCH_SIZE,
-    ) -> Iterator[list[Choice] | ImageError]:
+    ) -> Generator[list[Choice] | ImageError, None, None]:
         """As `rank`, but one after the other as their batches are done."""
         choices = ask_task.check_choices(choices)
         ask_task.prompts(self.speaker, _listed(questions))
@@ -270,12 +268,13 @@ class Pipeline:
 
     def each_encoded(
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
-    ) -> Iterator[EncodedImage | ImageError]:
+    ) -> Images:
         """As `encode`, but one after the other as their batches are done."""
         check_batch_size(batch_size)
-        _check_on_error(on_error)
+        if on_error not in ("raise", "return"):
+            raise OptionError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
         seen = self._eye.see(images, batch_size)
-        return seen if on_error == "return" else map(_sound, seen)
+        return seen if on_error == "return" else raising(seen)
 
     def _each(
         self,
@@ -284,34 +283,14 @@ class Pipeline:
         texts: str | Sequence[str],
         on_error: OnError,
         batch_size: int,
-    ) -> Iterator[Result | ImageError]:
+    ) -> Generator[Result | ImageError, None, None]:
         """The task's results for pairs of image and text, in order. What is wrong with the numbers is told at once."""
         listed, asked = _listed(images), _listed(texts)
         number = num_pairs(len(listed), len(asked))
         seen = self.each_encoded(listed, on_error=on_error, batch_size=batch_size)
-        if len(asked) == 1:
-            asked = asked * number
-        return _in_batches(task, repeat(next(seen), number) if 1 == len(listed) < number else seen, asked, batch_size)
-
-
-def _in_batches(
-    task: Callable[[list[EncodedImage], list[str]], list[Result]],
-    seen: Iterable[EncodedImage | ImageError],
-    texts: list[str],
-    batch_size: int,
-) -> Iterator[Result | ImageError]:
-    seen = iter(seen)
-    for some in chunks(texts, batch_size):
-        batch = list(zip(islice(seen, len(some)), some, strict=True))
-        sound = [(image, text) for image, text in batch if isinstance(image, EncodedImage)]
-        results = iter(task([image for image, _ in sound], [text for _, text in sound]) if sound else [])
-        for image, _ in batch:
-            yield image if isinstance(image, ImageError) else next(results)
-
-
-def _check_on_error(on_error: str) -> None:
-    if on_error not in ("raise", "return"):
-        raise OptionError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
+        if len(listed) == 1:
+            seen = repeated(seen, number)
+        return in_batches(task, seen, asked * number if len(asked) == 1 else asked, batch_size)
 
 
 def _is_list(given: object) -> bool:
@@ -320,12 +299,6 @@ def _is_list(given: object) -> bool:
 
 def _listed(given: Any) -> list[Any]:
     return list(given) if _is_list(given) else [given]
-
-
-def _sound(image: EncodedImage | ImageError) -> EncodedImage:
-    if isinstance(image, ImageError):
-        raise image
-    return image
 
 
 def _texts(answers: list[Answer] | ImageError) -> str | list[str] | ImageError:

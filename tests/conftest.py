@@ -1,5 +1,42 @@
-"""What holds for every test: no network, and so no accidental download of a checkpoint."""
+"""What holds for every test: no network, and so no accidental download of a checkpoint. Tiny models to share."""
+
+from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", params=["opt", "t5"])
+def any_model(request, tmp_path_factory) -> Path:
+    """The folder of a tiny random model, of each family in turn."""
+    from tests import tiny
+
+    return tiny.save_generative(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def opt_model(tmp_path_factory) -> Path:
+    """The folder of a tiny random model of the OPT family."""
+    from tests import tiny
+
+    return tiny.save_generative("opt", tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture(scope="session")
+def matching_model(tmp_path_factory) -> Path:
+    """The folder of a tiny random matching model."""
+    from tests import tiny
+
+    return tiny.save_matching(tmp_path_factory.mktemp("matching"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> list[str]:
+    """Eight picture files."""
+    from tests import tiny
+
+    return tiny.save_pictures(tmp_path_factory.mktemp("pictures"), 8)

@@ -10,7 +10,7 @@ import click
 
 from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, with_options
 from blip2.cli.pictures import find_pictures
-from blip2.cli.report import Report, see
+from blip2.cli.report import Report, row_of, see
 
 if TYPE_CHECKING:
     from blip2.model import EncodedImage
@@ -59,6 +59,8 @@ def command(
     blip2 ask street.jpg -q "what is on the left?" -q "what colour is it?"
     curl -s https://example.org/photo.jpg | blip2 ask - "who is in the picture?"
     """
+    from blip2.tasks.speaker import chunks
+
     images, questions = _split(arguments, questions)
     answers = _answerer(questions, None if choices is None else choices.split(","), given(decoding), batch_size)
     pictures = find_pictures(images, recursive)
@@ -67,14 +69,11 @@ def command(
     report = Report(blip.name, as_json=as_json, shows_image=is_labelled, shows_question=len(questions) > 1)
     for problem in pictures.problems:
         report.problem(problem)
-    for batch in see(blip, pictures.sources, batch_size, report):
+    for batch in see(blip, pictures.sources, batch_size):
         # Each picture with each question, the questions of one picture side by side.
-        pairs = [(name, question) for name in batch.names for question in questions]
         seen = [image for image in batch.images for _ in questions]
-        rows = answers(blip.speaker, seen, [question for _, question in pairs])
-        seconds = batch.seconds
-        for (name, question), row in zip(pairs, rows, strict=True):
-            report.result(name, row.pop("text"), question=question, **row, seconds=seconds)
+        rows = answers(blip.speaker, seen, [*questions] * len(batch.images))
+        report.results(batch, map(list, chunks(rows, len(questions))))
     context.exit(report.exit_code)
 
 
@@ -110,7 +109,7 @@ def _answerer(
 
         def write(speaker: Speaker, images: Sequence[EncodedImage], asked: Sequence[str]) -> list[dict[str, Any]]:
             found = ask(speaker, images, asked, options=options, batch_size=batch_size)
-            return [{"text": best.text, "score": best.score, "tokens": len(best.tokens)} for best, *_ in found]
+            return [{"question": question, **row_of(best)} for question, (best, *_) in zip(asked, found, strict=True)]
 
         return write
 
@@ -122,11 +121,12 @@ def _answerer(
         ranked = rank(speaker, images, asked, candidates, batch_size=batch_size)
         return [
             {
+                "question": question,
                 "text": row[0].text,
                 "score": row[0].score,
                 "choices": {choice.text: round(choice.probability, 6) for choice in row},
             }
-            for row in ranked
+            for question, row in zip(asked, ranked, strict=True)
         ]
 
     return choose

@@ -8,7 +8,7 @@ import click
 
 from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, with_options
 from blip2.cli.pictures import find_pictures
-from blip2.cli.report import Report, see
+from blip2.cli.report import Report, row_of, see
 
 
 @click.command("caption")
@@ -56,10 +56,7 @@ def command(
     report = Report(blip.name, as_json=as_json, shows_image=pictures.are_several)
     for problem in pictures.problems:
         report.problem(problem)
-    for batch in see(blip, pictures.sources, batch_size, report):
+    for batch in see(blip, pictures.sources, batch_size):
         found = caption(blip.speaker, batch.images, [prompt], options=options, batch_size=batch_size)
-        seconds = batch.seconds
-        for name, answers in zip(batch.names, found, strict=True):
-            for answer in answers:
-                report.result(name, answer.text, score=answer.score, tokens=len(answer.tokens), seconds=seconds)
+        report.results(batch, ([row_of(answer) for answer in answers] for answers in found))
     context.exit(report.exit_code)

@@ -63,7 +63,8 @@ def with_options(*groups: tuple[Decorator, ...]) -> Decorator:
 
 def given(decoding: dict[str, Any]) -> dict[str, Any]:
     """The decoding options that were given; the task's defaults stand for the others."""
-    return {name: value for name, value in decoding.items() if value not in (None, False, ())}
+    # By identity: 0 equals False, and a seed of 0 was given.
+    return {name: value for name, value in decoding.items() if not (value is None or value is False or value == ())}
 
 
 def load_pipeline(model: str | None, device: str, dtype: str) -> Pipeline:

@@ -15,7 +15,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"})
 
 
 class Pictures(NamedTuple):
-    """``sources`` in order; ``are_several``: results need the name of their picture beside them."""
+    """``sources`` in order; ``are_several``: their names stand beside the results (not for a lone file)."""
 
     sources: list[str]
     are_several: bool
@@ -38,7 +38,7 @@ def find_pictures(arguments: Iterable[str], recursive: bool) -> Pictures:
             sources += _in_folder(Path(argument), recursive)
         except ImageError as error:
             problems.append(str(error))
-    return Pictures(sources, len(arguments) > 1 or len(sources) > 1, problems)
+    return Pictures(sources, sources != arguments[:1], problems)
 
 
 def _in_folder(folder: Path, recursive: bool) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -17,13 +17,32 @@ from blip2.errors import ImageError
 if TYPE_CHECKING:
     from blip2.api import Pipeline
     from blip2.model import EncodedImage
+    from blip2.tasks.speaker import Answer
 
 MANY = 16
 """More pictures than this get a progress bar."""
 
 
+def row_of(answer: Answer) -> dict[str, Any]:
+    """What is told about an answer."""
+    return {"text": answer.text, "score": answer.score, "tokens": len(answer.tokens)}
+
+
+class Batch(NamedTuple):
+    """Pictures that are answered together: what each is called, and what was seen of it (or went wrong)."""
+
+    names: list[str]
+    seen: list[EncodedImage | ImageError]
+    started: float
+
+    @property
+    def images(self) -> list[EncodedImage]:
+        """Those that could be read, in order."""
+        return [image for image in self.seen if not isinstance(image, ImageError)]
+
+
 class Report:
-    """Prints results as they come, and remembers whether any picture failed.
+    """Prints results as they come, and remembers whether anything failed.
 
     ``shows_image``, ``shows_question``: whether a line of plain text begins with them.
     """
@@ -35,62 +54,53 @@ class Report:
         self._shows_question = shows_question
         self.exit_code = 0
 
-    def result(self, image: str, text: str, *, seconds: float, question: str | None = None, **details: Any) -> None:
-        """One text about one picture. ``seconds``: what its batch took, divided by the pictures in it."""
+    def results(self, batch: Batch, rows: Iterable[list[dict[str, Any]]]) -> None:
+        """For each picture that could be read its results, each with a "text"; in the order of all pictures.
+
+        What the batch took is divided among them: ``seconds`` a picture.
+        """
+        seconds = (time.perf_counter() - batch.started) / len(batch.seen)
+        remaining = iter(rows)
+        for name, image in zip(batch.names, batch.seen, strict=True):
+            if isinstance(image, ImageError):
+                self._failure(name, image)
+                continue
+            for row in next(remaining):
+                self._result(name, {**row, "seconds": round(seconds, 4)})
+
+    def problem(self, message: str) -> None:
+        """Something that went wrong while the rest goes on."""
+        print(f"blip2: {message}", file=sys.stderr)  # which the progress bar redirects, so that it stays whole
+        self.exit_code = 1
+
+    def _result(self, image: str, row: dict[str, Any]) -> None:
         if self._as_json:
-            asked = {} if question is None else {"question": question}
-            row = {"image": image, **asked, "text": text, **details, "seconds": round(seconds, 4)}
-            click.echo(json.dumps({**row, "model": self._model}))
+            click.echo(json.dumps({"image": image, **row, "model": self._model}))
             return
-        columns = [text]
-        if self._shows_question and question is not None:
-            columns.insert(0, " ".join(question.split()))
+        # Whatever a model writes or a person asks: one line, and no tab in it.
+        columns = [" ".join(row["text"].split())]
+        if self._shows_question:
+            columns.insert(0, " ".join(row["question"].split()))
         if self._shows_image:
             columns.insert(0, click.format_filename(image))
         click.echo("\t".join(columns))
 
-    def failure(self, image: str, error: ImageError) -> None:
-        """A picture that cannot be read: one line on standard error; with JSON a line beside the others as well."""
+    def _failure(self, image: str, error: ImageError) -> None:
         self.problem(str(error))
-        if self._as_json:
+        if self._as_json:  # so that whoever counts the lines finds one for each picture
             click.echo(json.dumps({"image": image, "error": str(error), "model": self._model}))
 
-    def problem(self, message: str) -> None:
-        """Something that went wrong while the rest goes on."""
-        click.echo(f"blip2: {message}", err=True)
-        self.exit_code = 1
 
+def see(blip: Pipeline, sources: Sequence[str], batch_size: int) -> Iterator[Batch]:
+    """Read and encode pictures batch by batch, with a progress bar if they are many."""
+    from blip2.tasks.speaker import chunks  # imports torch
 
-class Batch:
-    """Pictures that are answered together, encoded; ``seconds`` since their reading began, for each of them."""
-
-    def __init__(self, sound: list[tuple[str, EncodedImage]], started: float) -> None:
-        self.names = [name for name, _ in sound]
-        self.images = [image for _, image in sound]
-        self._started = started
-
-    @property
-    def seconds(self) -> float:
-        return (time.perf_counter() - self._started) / len(self.images)
-
-
-def see(blip: Pipeline, sources: Sequence[str], batch_size: int, report: Report) -> Iterator[Batch]:
-    """Encode pictures batch by batch, with a progress bar if they are many. What cannot be read is reported."""
     seen = blip.each_encoded(list(sources), on_error="return", batch_size=batch_size)
-    names = iter(sources)
-    started = time.perf_counter()
     with _bar(len(sources)) as advance:
-        while some := list(islice(zip(names, seen, strict=False), batch_size)):
-            sound = []
-            for name, image in some:
-                if isinstance(image, ImageError):
-                    report.failure(name, image)
-                else:
-                    sound.append((name, image))
-            if sound:
-                yield Batch(sound, started)
-            advance(len(some))
+        for names in chunks(sources, batch_size):
             started = time.perf_counter()
+            yield Batch(list(names), list(islice(seen, len(names))), started)
+            advance(len(names))
 
 
 @contextmanager
@@ -103,6 +113,6 @@ def _bar(total: int) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures, left:"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
         task = progress.add_task("", total=total)
         yield lambda number: progress.advance(task, number)

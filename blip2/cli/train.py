@@ -15,7 +15,7 @@ from blip2.cli import Failure
 from blip2.cli.options import with_options
 
 if TYPE_CHECKING:
-    from blip2.train.loop import Progress
+    from blip2.train import Progress
 
 Show = Callable[["Progress"], None]
 
@@ -37,8 +37,7 @@ def command(recipe: Path, changes: tuple[str, ...]) -> None:
     blip2 train stage2.toml --set optim.peak_lr=5e-5 --set out='"runs/second"'
     """
     overrides = dict(_parsed(change) for change in changes)
-    from blip2.train.loop import TrainingStopped
-    from blip2.train.run import run
+    from blip2.train import TrainingStopped, run
 
     with _display() as show:
         try:
@@ -95,7 +94,7 @@ def _display() -> Iterator[Show]:
     from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=Console(stderr=True), redirect_stdout=False) as bars:
         tasks: dict[str, Any] = {}
 
         def show(progress: Progress) -> None:

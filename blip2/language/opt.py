@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import OPTConfig
+from blip2.errors import OptionError
 from blip2.layers import KVCache, attend, split_heads
 
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
@@ -92,6 +93,11 @@ class OPT(nn.Module):
     def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
         """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""
         rows, longest, width = prompt_BTD.shape
+        if longest + num_new_tokens > self.config.max_position_embeddings:
+            raise OptionError(
+                f"a prompt of {longest} tokens with {num_new_tokens} new ones does not fit this language model, which "
+                f"reads {self.config.max_position_embeddings}; shorten the prompt, or lower max_new_tokens"
+            )
         cache = KVCache(
             num_layers=self.config.num_layers,
             rows=rows,

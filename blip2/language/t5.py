@@ -9,9 +9,9 @@ B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +201,8 @@ class T5(nn.Module):
         for block in self.encoder:
             x_BPD = block(x_BPD, bias)
         x_BPD = self.encoder_norm(x_BPD)
-        return Encoded([block.encoded_keys_values(x_BPD) for block in self.decoder], mask_B11P)
+        blocks = cast("Iterable[DecoderBlock]", self.decoder)
+        return Encoded([block.encoded_keys_values(x_BPD) for block in blocks], mask_B11P)
 
     def decode(self, embeddings_BTD: Tensor, encoded: Encoded, cache: KVCache | None = None) -> Tensor:
         """Decoder states ``float[B, T, D]`` after the final norm; each token sees those before it and the prompt.

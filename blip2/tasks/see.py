@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice, repeat
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ from blip2.tasks.speaker import chunks
 
 NUM_THREADS = 4
 Seen = EncodedImage | ImageError
+Images = Generator[Seen, None, None]
+Result = TypeVar("Result")
 
 
 class Eye:
@@ -27,7 +32,7 @@ class Eye:
         self._mean = mean
         self._std = std
 
-    def see(self, images: Sequence[Source | EncodedImage], batch_size: int) -> Iterator[Seen]:
+    def see(self, images: Sequence[Source | EncodedImage], batch_size: int) -> Images:
         """Each image encoded, in order; what cannot be read gives its ImageError in its place.
 
         An image that is encoded already passes through. While the model works on a batch, the next one is read;
@@ -66,3 +71,34 @@ class Eye:
             # A copy each, so that who keeps one image does not keep its batch.
             prompts = (prompt_QD.clone() for prompt_QD in self._model.encode(torch.stack(fresh).to(device)))
         return [EncodedImage(next(prompts)) if isinstance(seen, Tensor) else seen for seen in loaded]
+
+
+# ---- streams of images: each closes what it reads from, so that no thread goes on after an error ----------
+
+
+def in_batches(
+    task: Callable[[list[EncodedImage], list[str]], list[Result]], seen: Images, texts: list[str], batch_size: int
+) -> Generator[Result | ImageError, None, None]:
+    """The task's result for each image with its text, in order; an ImageError stays in its place."""
+    with closing(seen):
+        for some in chunks(texts, batch_size):
+            batch = list(zip(islice(seen, len(some)), some, strict=True))
+            sound = [(image, text) for image, text in batch if isinstance(image, EncodedImage)]
+            results = iter(task([image for image, _ in sound], [text for _, text in sound]) if sound else [])
+            for image, _ in batch:
+                yield image if isinstance(image, ImageError) else next(results)
+
+
+def raising(seen: Images) -> Images:
+    """The images, or the first ImageError."""
+    with closing(seen):
+        for image in seen:
+            if isinstance(image, ImageError):
+                raise image
+            yield image
+
+
+def repeated(seen: Images, number: int) -> Images:
+    """The one image there is, so many times."""
+    with closing(seen):
+        yield from repeat(next(seen), number)

@@ -69,6 +69,8 @@ class Task:
     losses: Callable[[Any, torch.Generator], dict[str, Tensor]]
     """By name; their sum is minimised."""
     evaluate: Callable[[], dict[str, float]] | None = None
+    num_cut: Callable[[], int] = int
+    """How many texts were longer than the recipe allows, so far."""
 
 
 def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], AbstractContextManager]) -> None:
@@ -115,15 +117,15 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
                     f"no number as loss or gradient in {MOST_BAD_STEPS} steps in a row, the last is step {done}; lower "
                     f"optim.peak_lr or set optim.clip, and start again from the state of step {saved}"
                 )
-            meter.add(done, losses if is_good else {}, rate)
+            meter.add(done, losses if is_good else {}, rate, task.num_cut())
             is_last = done == optim.steps
             if task.evaluate is not None and (done % recipe.evaluate_every == 0 or is_last):
                 task.learning.eval()
-                with torch.no_grad(), autocast():
+                with meter.paused(), torch.no_grad(), autocast():
                     meter.scores(done, task.evaluate())
             if done % recipe.checkpoint_every == 0 or is_last or stop.is_set():
-                log.flush()
-                save_state(folder, parameters, optimizer, recipe, step=done)
+                with meter.paused():
+                    save_state(folder, parameters, optimizer, recipe, step=done)
                 saved = done
                 meter.say("checkpoint", done, f"saved the state of step {done}")
             if stop.is_set() and not is_last:
@@ -141,8 +143,9 @@ class Meter:
         self._report, self._log, self._recipe = report, log, recipe
         self._sums: dict[str, Tensor] = {}
         self._count, self._last, self._started = 0, first, time.perf_counter()
+        self._is_cut_told = False
 
-    def add(self, done: int, losses: dict[str, Tensor], rate: float) -> None:
+    def add(self, done: int, losses: dict[str, Tensor], rate: float, num_cut: int) -> None:
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
         self._count += bool(losses)
@@ -152,9 +155,20 @@ class Meter:
         steps, now = self._recipe.optim.steps, time.perf_counter()
         steps_per_s = (done - self._last) / (now - self._started)
         images_per_s, left_s = steps_per_s * self._recipe.optim.batch_size, (steps - done) / steps_per_s
-        self._log.write({"step": done, **means, "learning_rate": rate, "images_per_s": round(images_per_s, 2)})
-        self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s))
+        values = {"learning_rate": rate, "images_per_s": round(images_per_s, 2), "cut_texts": num_cut}
+        self._log.write({"step": done, **means, **values})
+        message = ""
+        if num_cut and not self._is_cut_told:
+            message, self._is_cut_told = "some texts are longer than the recipe allows, and are cut", True
+        self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s, message))
         self._sums, self._count, self._last, self._started = {}, 0, done, now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes its time without being training."""
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
 
     def scores(self, done: int, found: dict[str, float]) -> None:
         self._log.write({"step": done, "evaluation": found})
@@ -176,9 +190,6 @@ class Log:
 
     def write(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
-        self.flush()
-
-    def flush(self) -> None:
         self._file.flush()
 
     def __enter__(self) -> Log:

@@ -152,7 +152,14 @@ class _Stage1:
         most = min(recipe.data.max_text_tokens, model.config.qformer.max_position_embeddings)
         self.model, self.recipe = model, recipe
         self.pad = tokenizer.token_id("[PAD]")
-        self.encode = lru_cache(maxsize=2**20)(lambda text: tokenizer.matching_ids(text, most, truncate=True))
+        self.num_cut = 0
+
+        @lru_cache(maxsize=2**20)
+        def encode(text: str) -> list[int]:
+            self.num_cut += len(tokenizer.encode(text)) + 2 > most
+            return tokenizer.matching_ids(text, most, truncate=True)
+
+        self.encode = encode
 
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
         for row_set in filter(None, (train_set, held_out)):
@@ -170,7 +177,7 @@ class _Stage1:
             return {"itc": found.itc, "itm": found.itm, "lm": found.lm}
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
-        return Task(self.model, self.model.qformer, make_batch, losses, evaluate)
+        return Task(self.model, self.model.qformer, make_batch, losses, evaluate, lambda: self.num_cut)
 
     def batch(self, row_set: RowSet, numbers: np.ndarray, chance: random.Random) -> Stage1Batch:
         texts = [self.encode(chance.choice(row_set.rows[number].captions)) for number in numbers]
@@ -243,7 +250,7 @@ class _Stage2:
             return {"lm": self.losses(train_set, batch).lm}
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
-        return Task(self.model, self.model.qformer, make_batch, losses, evaluate)
+        return Task(self.model, self.model.qformer, make_batch, losses, evaluate, lambda: self.source.num_cut)
 
     def batch(self, row_set: RowSet, numbers: np.ndarray, chance: random.Random) -> Stage2Batch:
         count = self.recipe.data.texts_per_image

@@ -155,36 +155,36 @@ def test_a_longer_limit_only_adds(table_language):
 
 # --- Endings -----------------------------------------------------------------------------------------------------
 
-FOUR_WAYS = {"beams": {"num_beams": 3}, "greedy": {}, "sampling": {"sample": True, "seed": 0}}
+ALL_WAYS = {"beams": {"num_beams": 3}, "greedy": {}, "sampling": {"sample": True, "seed": 0}}
 
 
-@pytest.mark.parametrize("way", FOUR_WAYS)
+@pytest.mark.parametrize("way", ALL_WAYS)
 def test_lengths_count_new_tokens(table_language, way):
     language = table_language(8, seed=3, scale=0.5)
     language.table_VVV[..., EOS] = 3.0  # an end is always likely
     engine = Engine(language, eos_token_ids=[EOS])
     prompts = [language.prompt(*range(1, 1 + length)) for length in (1, 4, 6)]
     for shortest, longest in ((0, 1), (3, 3), (4, 9)):
-        options = GenerateOptions(min_new_tokens=shortest, max_new_tokens=longest, **FOUR_WAYS[way])
+        options = GenerateOptions(min_new_tokens=shortest, max_new_tokens=longest, **ALL_WAYS[way])
         for (answer,) in engine.generate(prompts, options):
             assert shortest <= len(answer.tokens) <= longest
             assert answer.finish_reason == ("length" if len(answer.tokens) == longest else "eos")
             assert EOS not in answer.tokens
 
 
-@pytest.mark.parametrize("way", FOUR_WAYS)
+@pytest.mark.parametrize("way", ALL_WAYS)
 def test_several_end_tokens_and_suppressed_ones(table_language, way):
     language = chain(table_language, 1, 2, 3, 4, 5)
     for ends, suppressed, expected in (([4], [], [2, 3]), ([0, 3], [], [2]), ([5], [], [2, 3, 4])):
         engine = Engine(language, eos_token_ids=ends, suppress_token_ids=suppressed)
-        (answers,) = engine.generate([language.prompt(1)], GenerateOptions(**FOUR_WAYS[way]))
+        (answers,) = engine.generate([language.prompt(1)], GenerateOptions(**ALL_WAYS[way]))
         assert answers[0].tokens == expected and answers[0].finish_reason == "eos"
     engine = Engine(language, eos_token_ids=[5], suppress_token_ids=[3, 1])
-    (answers,) = engine.generate([language.prompt(1)], GenerateOptions(max_new_tokens=20, **FOUR_WAYS[way]))
+    (answers,) = engine.generate([language.prompt(1)], GenerateOptions(max_new_tokens=20, **ALL_WAYS[way]))
     assert 3 not in answers[0].tokens and 1 not in answers[0].tokens
 
 
-@pytest.mark.parametrize("way", FOUR_WAYS)
+@pytest.mark.parametrize("way", ALL_WAYS)
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [(("de",), "bc"), (("c", "de"), "b"), (("zz", "f"), "bcde"), (("b",), ""), (("gh",), "bcdef")],
@@ -192,7 +192,7 @@ def test_several_end_tokens_and_suppressed_ones(table_language, way):
 def test_stop_strings(table_language, way, stop, expected):
     language = chain(table_language, 1, 2, 3, 4, 5, 6, EOS)
     engine = Engine(language, eos_token_ids=[EOS], decode=letters)
-    (answers,) = engine.generate([language.prompt(1)], GenerateOptions(stop=stop, **FOUR_WAYS[way]))
+    (answers,) = engine.generate([language.prompt(1)], GenerateOptions(stop=stop, **ALL_WAYS[way]))
     assert letters(answers[0].tokens) == expected
     assert answers[0].finish_reason == ("eos" if expected == "bcdef" else "stop")
 

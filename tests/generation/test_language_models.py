@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from blip2.errors import OptionError
 from blip2.generation import Engine, GenerateOptions
 from blip2.language import T5, pad_rows
 
@@ -60,7 +61,7 @@ def test_the_cache_changes_nothing(language, prompts):
         stepped = [logits_BV] + [language.step(token_B, state) for token_B in texts[:, :5].T]
     for row, (prompt, tokens) in enumerate(zip(prompts, texts.tolist(), strict=True)):
         whole = logits_of_whole_text(language, prompt, tokens)[:6]
-        torch.testing.assert_close(torch.stack([step[row] for step in stepped]), whole, atol=2e-5, rtol=0)
+        torch.testing.assert_close(torch.stack([step[row] for step in stepped]), whole, atol=1e-4, rtol=0)
 
 
 def test_selected_rows_go_on_as_they_were(language, prompts):
@@ -73,7 +74,7 @@ def test_selected_rows_go_on_as_they_were(language, prompts):
         logits_BV = language.step(texts[rows, 1], state)
     for row, logits in zip(rows.tolist(), logits_BV, strict=True):
         whole = logits_of_whole_text(language, prompts[row], texts[row, :2].tolist())
-        torch.testing.assert_close(logits, whole[-1], atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits, whole[-1], atol=1e-4, rtol=0)
 
 
 def test_greedy_takes_the_most_likely_token_of_the_whole_text(engine, language, prompts):
@@ -119,3 +120,10 @@ def test_beams_score_by_length(language, prompts):
             expected = [total / len(tokens) ** penalty for total, tokens in zip(totals, whole, strict=True)]
             assert [answer.score for answer in answers] == pytest.approx(expected, abs=1e-3)
             assert expected == sorted(expected, reverse=True)
+
+
+def test_a_text_longer_than_the_model_reads_is_refused(engine, language, prompts):
+    if not isinstance(language, T5):  # whose positions have no end
+        engine.generate(prompts[:1], GenerateOptions(max_new_tokens=61))
+        with pytest.raises(OptionError, match="a prompt of 3 tokens with 62 new ones"):
+            engine.generate(prompts[:1], GenerateOptions(max_new_tokens=62))

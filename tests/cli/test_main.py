@@ -1,0 +1,111 @@
+"""The command as a whole: how fast help comes, what it imports, how it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blip2 import __version__, cli
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "blip2"]
+HEAVY = {"torch", "PIL", "tokenizers", "numpy", "safetensors", "huggingface_hub", "rich", "transformers"}
+
+
+def start(*arguments, **extra):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **extra}
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], **pipes)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], *([verb, "--help"] for verb in cli.COMMANDS)])
+def test_help_imports_nothing_heavy(arguments):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "blip2", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & HEAVY
+    assert done.returncode == (0 if arguments else 2)
+
+
+def test_the_list_of_verbs(run):
+    result = run("--help")
+    assert result.exit_code == 0
+    for verb, words in cli.COMMANDS.items():
+        assert verb in result.stdout and words in result.stdout
+        command = cli.cli.get_command(None, verb)
+        assert command.name == verb
+        assert command.help.splitlines()[0] == words
+
+
+def test_version(run):
+    assert run("--version").stdout == f"blip2 {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["capton", "help"])
+def test_no_such_verb(run, verb):
+    result = run(verb)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"blip2: No such command '{verb}'") and result.stderr.count("\n") == 1
+
+
+def test_no_such_model(run, pictures):
+    result = run("caption", pictures[0], "--model", "/no/such/model")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("blip2: /no/such/model: no such folder; give the folder of a model")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_model_that_cannot_speak(run, pictures, matching_model):
+    result = run("ask", pictures[0], "is it?", "--model", matching_model)
+    assert result.exit_code == 1
+    assert "is a matching model" in result.stderr
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_what_nobody_expected(run, monkeypatch, pictures, place):
+    def fail(*arguments, **options):
+        raise RuntimeError("a wheel\ncame off")
+
+    monkeypatch.setattr("blip2.api.load", fail)
+    result = run("caption", pictures[0])
+    assert result.exit_code == 1
+    assert result.stderr == "blip2: RuntimeError: a wheel came off (this should not happen; add --debug to see where)\n"
+    debug = ["--debug", "caption", pictures[0]] if place == "before" else ["caption", pictures[0], "--debug"]
+    assert isinstance(run(*debug).exception, RuntimeError)
+
+
+def test_in_flags():
+    assert cli.in_flags("num_beams is 0; set num_beams to 1") == "--beams is 0; set --beams to 1"
+    assert cli.in_flags("the seed is lost, stop") == "the seed is lost, stop"
+
+
+def test_a_reader_that_leaves(opt_model, pictures):
+    process = start("caption", *pictures, "--batch-size", 1, "--model", opt_model)
+    process.stdout.close()
+    assert process.wait(60) != 0
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_interrupt(opt_model):
+    reading, writing = os.pipe()  # standard input on which nothing ever comes
+    process = start("caption", "-", "--model", opt_model, stdin=reading)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    os.close(reading)
+    os.close(writing)
+    assert (process.returncode, output, errors.strip()) == (130, "", "")
+
+
+def test_as_a_program(opt_model, pictures):
+    process = start("caption", pictures[0], pictures[1], "no.png", "--model", opt_model)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert [line.split("\t")[0] for line in output.splitlines()] == pictures[:2]
+    assert errors.splitlines() == [f"blip2: no.png: no such file; check the path (seen from {ROOT})"]

@@ -1,0 +1,226 @@
+"""The Python interface: one in, one out; lists in, lists out, in order; and every error one line that helps."""
+
+import dataclasses
+import io
+import threading
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+import blip2
+from blip2.api import DTYPES, Options
+from blip2.errors import CheckpointError, ImageError, OptionError
+from blip2.generation import GenerateOptions
+from blip2.model import EncodedImage
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def blip(any_model):
+    return blip2.load(any_model)
+
+
+def test_public_names():
+    assert all(getattr(blip2, name) is not None for name in blip2.__all__)
+    assert set(blip2.__all__) <= set(dir(blip2))
+    with pytest.raises(AttributeError, match="Blip3"):
+        _ = blip2.Blip3
+
+
+def test_options_are_those_of_the_engine():
+    assert list(Options.__annotations__) == [field.name for field in dataclasses.fields(GenerateOptions)]
+    assert get_type_hints(Options) == get_type_hints(GenerateOptions)
+
+
+# ---- shapes of what comes back ------------------------------------------------------------------------
+
+
+def test_captions(blip, pictures):
+    one = blip.caption(pictures[0])
+    assert isinstance(one, str)
+    several = blip.caption(pictures)
+    assert several[0] == one
+    assert len(set(several)) > 2  # the tiny model does look
+    assert blip.caption([pictures[0]]) == [one]
+    assert blip.caption([]) == []
+    assert blip.caption(pictures[0], prompt="a photo of") == blip.caption(pictures[0], prompt=" a photo of\n")
+
+
+def test_alone_or_in_company_the_same(blip, pictures):
+    alone = [blip.caption(picture) for picture in pictures]
+    for batch_size in (1, 3, 8):
+        assert blip.caption(pictures, batch_size=batch_size) == alone
+    assert blip.caption(pictures[::-1]) == alone[::-1]
+    asked = [blip.ask(picture, f"what is {number}?") for number, picture in enumerate(pictures)]
+    assert blip.ask(pictures, [f"what is {number}?" for number in range(8)], batch_size=3) == asked
+
+
+def test_several_captions(blip, pictures):
+    three = blip.caption(pictures[0], num_captions=3)
+    assert len(three) == 3
+    assert three[0] == blip.caption(pictures[0])
+    assert blip.caption(pictures[:2], num_captions=3)[0] == three
+    sampled = {"sample": True, "seed": 1, "num_captions": 4}
+    assert blip.caption(pictures[0], **sampled) == blip.caption(pictures[0], **sampled)
+    assert len(blip.caption(pictures[0], num_captions=7)) == 7
+
+
+def test_questions(blip, pictures):
+    questions = ["how many dogs?", "is it red?", "where is the car, and is it a large one?"]
+    one = blip.ask(pictures[0], questions[0])
+    assert isinstance(one, str)
+    assert blip.ask(pictures[0], questions)[0] == one
+    assert blip.ask(pictures[:3], questions[0])[0] == one
+    assert blip.ask(pictures[:3], questions) == [blip.ask(*pair) for pair in zip(pictures, questions, strict=False)]
+    assert blip.ask([pictures[0]], [questions[0]]) == [one]
+    with pytest.raises(OptionError, match="2 images and 3 texts"):
+        blip.ask(pictures[:2], questions)
+
+
+def test_an_answer_never_has_the_question(blip, pictures):
+    assert "Question:" not in blip.ask(pictures[0], "how many dogs?", max_new_tokens=3)
+
+
+def test_choices(blip, pictures):
+    ranked = blip.rank(pictures[0], "is it red?", ["yes", "no", "perhaps"])
+    assert sorted(choice.text for choice in ranked) == ["no", "perhaps", "yes"]
+    assert sum(choice.probability for choice in ranked) == pytest.approx(1)
+    assert blip.ask(pictures[0], "is it red?", choices=["yes", "no", "perhaps"]) == ranked[0].text
+    rows = blip.rank(pictures[:2], "is it red?", ["yes", "no", "perhaps"])
+    assert [choice.text for choice in rows[0]] == [choice.text for choice in ranked]
+    assert blip.ask(pictures[:2], "is it red?", choices=("yes", "no")) == [
+        blip.ask(picture, "is it red?", choices=("yes", "no")) for picture in pictures[:2]
+    ]
+    with pytest.raises(OptionError, match="num_beams means nothing with choices"):
+        blip.ask(pictures[0], "is it red?", choices=["yes", "no"], num_beams=2)
+
+
+def test_details(blip, pictures):
+    [[answer], [_]] = blip.each_caption(pictures[:2])
+    assert answer.text == blip.caption(pictures[0])
+    assert answer.finish_reason in ("eos", "length")
+    assert 0 < len(answer.tokens) <= 30
+    assert answer.score < 0
+
+
+def test_chat(blip, pictures):
+    chat, other = blip.chat(pictures[0], max_new_tokens=8), blip.chat(blip.encode(pictures[0]), max_new_tokens=8)
+    for question in ("what is there?", "where?"):
+        assert chat.say(question) == "".join(other.stream(question))
+    assert len(chat.history) == 2
+    assert "pipeline" in repr(blip).lower()
+
+
+# ---- pictures -----------------------------------------------------------------------------------------
+
+
+def test_sources(blip):
+    image = tiny.picture(3)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    array = np.asarray(image)
+    sources = [image, buffer.getvalue(), array, torch.from_numpy(array.copy()).permute(2, 0, 1), blip.encode(image)]
+    assert len(set(blip.caption(sources))) == 1
+    assert len({blip.caption(source) for source in sources}) == 1
+
+
+def test_seen_once(blip, pictures, monkeypatch):
+    seen = blip.encode(pictures[:2])
+    assert all(isinstance(image, EncodedImage) and image.prompt_QD.shape == (4, 24) for image in seen)
+    assert not seen[0].prompt_QD.requires_grad
+    expected = blip.caption(pictures[:2])
+    calls = []
+    encode = blip.speaker.model.encode
+    monkeypatch.setattr(blip.speaker.model, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
+    assert blip.caption(seen) == expected
+    assert blip.encode(seen) == seen
+    assert calls == []
+    blip.ask(pictures[0], ["is it?", "how many?", "where?"], batch_size=2)
+    assert calls == [1]
+
+
+def test_only_two_batches_of_pictures_in_memory(blip, monkeypatch):
+    read = []
+    load = blip2.tasks.see.load_image
+    monkeypatch.setattr("blip2.tasks.see.load_image", lambda source: read.append(source) or load(source))
+    images = [tiny.picture(seed) for seed in range(20)]
+    results = blip.each_caption(images, batch_size=4, max_new_tokens=2, num_beams=1)
+    next(results)
+    assert len(read) <= 8
+    results.close()
+    assert not any(thread.name.startswith("blip2") and thread.is_alive() for thread in settled_threads())
+
+
+def settled_threads():
+    for thread in threading.enumerate():
+        if thread.name.startswith("blip2"):
+            thread.join(5)
+    return threading.enumerate()
+
+
+def test_a_broken_picture(blip, pictures, tmp_path):
+    broken, missing = tmp_path / "broken.png", tmp_path / "missing.png"
+    broken.write_bytes(b"not a picture")
+    images = [pictures[0], broken, pictures[1], missing]
+    with pytest.raises(ImageError, match=r"broken\.png: not a"):
+        blip.caption(images)
+    for texts in (blip.caption(images, on_error="return"), blip.ask(images, "is it?", on_error="return")):
+        assert [type(text) for text in texts] == [str, ImageError, str, ImageError]
+        assert "missing.png: no such file" in str(texts[3])
+    assert blip.caption(images, on_error="return")[2] == blip.caption(pictures[1])
+    assert isinstance(blip.caption(missing, on_error="return"), ImageError)
+    assert all(isinstance(row, ImageError) for row in blip.caption([missing, broken], on_error="return"))
+    assert all(isinstance(row, ImageError) for row in blip.ask(missing, ["a?", "b?"], on_error="return"))
+    with pytest.raises(ImageError):
+        blip.ask(missing, ["a?", "b?"])
+    with pytest.raises(ImageError):
+        blip.encode(images)
+    assert [type(row) for row in blip.rank(images, "is it?", ["a", "b"], on_error="return")] == [
+        list, ImageError, list, ImageError,
+    ]  # fmt: skip
+    with pytest.raises(OptionError, match="'ignore'; it may be 'raise' or 'return'"):
+        blip.caption(images, on_error="ignore")
+
+
+# ---- what cannot be -----------------------------------------------------------------------------------
+
+
+def test_options_that_are_none(blip, pictures):
+    with pytest.raises(OptionError, match="did you mean num_beams"):
+        blip.caption(pictures[0], num_beam=3)
+    with pytest.raises(OptionError, match="did you mean max_new_tokens"):
+        blip.each_answer(pictures[0], "is it?", max_new_token=3)
+    with pytest.raises(OptionError, match="batch_size=0"):
+        blip.caption(pictures[0], batch_size=0)
+    with pytest.raises(OptionError, match="the question is empty"):
+        blip.each_answer(pictures, ["is it?"] * 7 + [""])
+
+
+def test_no_such_model(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        blip2.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+        blip2.load(tmp_path)
+
+
+def test_a_model_that_cannot_speak(matching_model):
+    with pytest.raises(CheckpointError, match=r"is a matching model.*load a generative one"):
+        blip2.load(matching_model)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+def test_no_such_device(opt_model, device):
+    with pytest.raises(OptionError, match=r"device .* cannot be used") as caught:
+        blip2.load(opt_model, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_precision(opt_model, pictures):
+    assert isinstance(blip2.load(opt_model, dtype="bfloat16").caption(pictures[0]), str)
+    with pytest.raises(OptionError, match="float16 is not for the CPU"):
+        blip2.load(opt_model, device="cpu", dtype="float16")
+    with pytest.raises(OptionError, match="dtype 'half' is not a precision"):
+        blip2.load(opt_model, dtype="half")
+    assert all(getattr(torch, name) is dtype for name, dtype in DTYPES.items())

@@ -1,0 +1,202 @@
+"""The loop, with a stage that is one vector: bad steps, signals, the log."""
+
+import json
+import math
+import os
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from blip2.errors import RecipeError
+from blip2.train import TrainingFailed, TrainingStopped
+from blip2.train.loop import Task, train
+from blip2.train.recipes import DataRecipe, OptimRecipe, Recipe
+
+
+class Vector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 4))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.dropout = nn.Dropout(0.5)
+
+
+def recipe(out, **optim):
+    return Recipe(
+        stage=1,
+        start="",
+        out=out,
+        data=DataRecipe(rows=(Path("rows"),)),
+        optim=OptimRecipe(**({"steps": 12, "batch_size": 2, "warmup_steps": 3, "peak_lr": 0.1} | optim)),
+        log_every=1,
+        checkpoint_every=5,
+        evaluate_every=6,
+    )
+
+
+def task(model=None, factor=lambda step: 1.0, evaluate=None):
+    """A stage whose loss has all that may go wrong when resuming: dropout, a draw, the data of the step."""
+    model = model or Vector()
+
+    def losses(step, generator):
+        noise = torch.rand(3, 4, generator=generator)
+        return {"square": ((model.dropout(model.weight) - noise) ** 2).sum() * factor(step)}
+
+    return Task(model, model, lambda step: step, losses, evaluate)
+
+
+def losses_of(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["square"] for line in lines if "square" in line}
+
+
+def run(task, recipe, report=lambda progress: None):
+    train(task, recipe, report=report, autocast=nullcontext)
+
+
+def test_resuming_is_as_if_nothing_had_happened(tmp_path):
+    whole, parts = task(), task()
+    run(whole, recipe(tmp_path / "whole"))
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        if progress.step == 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(parts, recipe(tmp_path / "parts"), stop)
+    assert list(losses_of(tmp_path / "parts")) == list(range(1, 9))
+    again = task()
+    seen = []
+    run(again, recipe(tmp_path / "parts"), seen.append)
+    assert seen[0].step == 6  # after the state of step 5
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+    assert torch.equal(again.model.weight, whole.model.weight)
+
+
+def test_a_finished_training_has_nothing_to_do(tmp_path):
+    run(task(), recipe(tmp_path))
+    seen = []
+    run(task(), recipe(tmp_path), seen.append)
+    assert seen == []
+
+
+def test_another_recipe_does_not_go_on(tmp_path):
+    run(task(), recipe(tmp_path))
+    with pytest.raises(RecipeError, match=r"saved with optim.peak_lr = 0.1, the recipe says 0.2"):
+        run(task(), recipe(tmp_path, peak_lr=0.2))
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    run(task(), recipe(tmp_path))
+    (tmp_path / "training" / "state.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(RecipeError, match=r"state\.safetensors: is damaged"):
+        run(task(), recipe(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(tmp_path, number):
+    before = signal.getsignal(number)
+
+    def interrupt(progress):
+        if progress.step == 7 and progress.losses:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(TrainingStopped, match="stopped after step 7 of 12") as raised:
+        run(task(), recipe(tmp_path), interrupt)
+    assert "\n" not in str(raised.value)
+    assert signal.getsignal(number) == before
+    seen = []
+    run(task(), recipe(tmp_path), seen.append)
+    assert seen[0].step == 8
+
+
+def test_a_bad_step_is_skipped_and_told(tmp_path):
+    seen = []
+    model = Vector()
+    before = []
+
+    def factor(step):
+        if step in (3, 4):
+            before.append(model.weight.detach().clone())
+        return math.nan if step == 3 else 1.0
+
+    run(task(model, factor), recipe(tmp_path), seen.append)
+    assert torch.equal(*before)
+    assert [p.message for p in seen if "skipped" in p.message] == [
+        "skipped step 4: the loss or its gradient is no number"
+    ]
+    assert sorted(losses_of(tmp_path)) == [step for step in range(1, 13) if step != 4]
+
+
+def test_ten_bad_steps_end_it(tmp_path):
+    model = Vector()
+    with pytest.raises(TrainingFailed, match="10 steps in a row, the last is step 12") as raised:
+        run(task(model, lambda step: math.inf if step > 1 else 1.0), recipe(tmp_path))
+    assert "\n" not in str(raised.value)
+    assert model.weight.isfinite().all()
+
+
+def test_an_infinite_gradient_is_a_bad_step(tmp_path):
+    model = Vector()
+
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.full((3, 4), math.inf)
+
+    seen = []
+    run(
+        Task(model, model, int, lambda step, generator: {"square": Explode.apply(model.weight)}),
+        recipe(tmp_path, steps=2),
+        seen.append,
+    )
+    assert "skipped step 1" in seen[0].message
+    assert torch.equal(model.weight, torch.ones(3, 4))
+
+
+def test_clipping(tmp_path):
+    free, clipped = task(), task()
+    run(free, recipe(tmp_path / "free", steps=3))
+    run(clipped, recipe(tmp_path / "clipped", steps=3, clip=1e-9, weight_decay=0))
+    assert not torch.equal(free.model.weight, clipped.model.weight)
+
+
+def test_evaluation_and_progress(tmp_path):
+    seen, modes = [], []
+    model = Vector()
+
+    def evaluate():
+        modes.append((model.training, torch.is_grad_enabled()))
+        return {"score": 0.5}
+
+    run(task(model, evaluate=evaluate), recipe(tmp_path), seen.append)
+    assert modes == [(False, False)] * 2
+    found = [(p.step, p.scores) for p in seen if p.phase == "evaluation"]
+    assert found == [(6, {"score": 0.5}), (12, {"score": 0.5})]
+    trained = [p for p in seen if p.phase == "train"]
+    assert [p.step for p in trained] == list(range(1, 13))
+    assert all(p.images_per_s > 0 and p.steps == 12 and p.losses for p in trained)
+    assert trained[-1].left_s == 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"step": 6, "evaluation": {"score": 0.5}} in lines
+    assert lines[0].keys() >= {"step", "square", "learning_rate", "images_per_s"}
+
+
+def test_frozen_weights_are_not_part_of_the_state(tmp_path):
+    from safetensors import safe_open
+
+    run(task(), recipe(tmp_path))
+    with safe_open(tmp_path / "training" / "state.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert names == {f"{part}.weight" for part in ("model", "exp_avg", "exp_avg_sq", "updates")}
