@@ -8,6 +8,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import blip2
 from blip2.api import DTYPES, Options
@@ -111,6 +112,41 @@ def test_chat(blip, pictures):
         assert chat.say(question) == "".join(other.stream(question))
     assert len(chat.history) == 2
     assert "pipeline" in repr(blip).lower()
+
+
+@pytest.mark.parametrize("task", ["caption", "ask"])
+def test_the_reference_writes_the_same(blip, any_model, pictures, task):
+    """From the picture's file to the text: the paper's settings, given by hand to the reference."""
+    transformers = pytest.importorskip("transformers")
+    processors = pytest.importorskip("transformers.models.blip.image_processing_pil_blip")
+    reference = transformers.Blip2ForConditionalGeneration.from_pretrained(any_model).eval()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(any_model / "tokenizer.json"))
+    processor = processors.BlipImageProcessorPil(size={"height": 32, "width": 32})
+    config = blip.speaker.model.config
+    if task == "caption":
+        ours = blip.caption(pictures)
+        prompt, settings = "", {"max_new_tokens": 30, "length_penalty": 1.0}
+    else:
+        ours = blip.ask(pictures, "is it red?")
+        prompt = f"Question: is it red? {'Answer:' if config.language.family == 'opt' else 'Short answer:'}"
+        settings = {"max_new_tokens": 10, "length_penalty": -1.0}
+    image_ids = torch.full((1, config.qformer.num_query_tokens), config.image_token_id)
+    ids = torch.cat([image_ids, tokenizer(prompt, return_tensors="pt").input_ids], dim=1)
+    theirs = []
+    for picture in pictures:
+        [tokens] = reference.generate(
+            pixel_values=processor(Image.open(picture), return_tensors="pt").pixel_values,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=5,
+            min_new_tokens=1,
+            do_sample=False,
+            suppress_tokens=[config.image_token_id],
+            **settings,
+        )
+        new = tokens[ids.shape[1] :] if config.language.family == "opt" else tokens
+        theirs.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert ours == theirs
 
 
 # ---- pictures -----------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def command(
     Give the question alone: the words that the model expects around it are added. Several questions are given by
     -q, each is asked about each picture, in order.
 
-    One picture gives its answer alone; several give a line each: the picture, a tab, (if there are several
-    questions: the question, a tab,) the answer. A picture that cannot be read does not stop the others; the exit
-    code is then 1.
+    One picture gives its answer alone; several give a line each: the picture, a tab, the answer. If there are
+    several questions, the question and a tab stand before each answer. A picture that cannot be read does not
+    stop the others; the exit code is then 1.
 
     By default 5 beams and at most 10 tokens. With --choices nothing is written: the given answers are compared,
     and --json tells the probability of each.

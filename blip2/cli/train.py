@@ -34,7 +34,7 @@ def command(recipe: Path, changes: tuple[str, ...]) -> None:
 
     \b
     blip2 train stage1.toml
-    blip2 train stage2.toml --set optim.peak_lr=5e-5 --set out='"runs/second"'
+    blip2 train stage2.toml --set optim.peak_lr=5e-5 --set out=runs/second
     """
     overrides = dict(_parsed(change) for change in changes)
     from blip2.train import TrainingStopped, run

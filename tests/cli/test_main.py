@@ -1,5 +1,6 @@
 """The command as a whole: how fast help comes, what it imports, how it ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def test_in_flags():
 def test_a_reader_that_leaves(opt_model, pictures):
     process = start("caption", *pictures, "--batch-size", 1, "--model", opt_model)
     process.stdout.close()
-    assert process.wait(60) != 0
+    assert process.wait(120) != 0
     assert process.stderr.read() == ""
 
 
@@ -105,7 +106,37 @@ def test_interrupt(opt_model):
 
 def test_as_a_program(opt_model, pictures):
     process = start("caption", pictures[0], pictures[1], "no.png", "--model", opt_model)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert [line.split("\t")[0] for line in output.splitlines()] == pictures[:2]
     assert errors.splitlines() == [f"blip2: no.png: no such file; check the path (seen from {ROOT})"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_progress_stays_off_standard_output(opt_model, pictures):
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = start("caption", *pictures * 3, "no.png", "--max-new-tokens", 2, "--model", opt_model, stderr=theirs)
+    os.close(theirs)
+    output, _ = process.communicate(timeout=120)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other side has left
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert [line.split("\t")[0] for line in output.splitlines()] == pictures * 3
+    assert b"25/25" in shown
+    assert b"\nblip2: no.png: no such file" in shown.replace(b"\x1b[2K", b"\n").replace(b"\r", b"")
+
+
+def test_names_that_are_no_text(run, model, pictures, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    try:
+        Path(os.fsdecode(name)).write_bytes(Path(pictures[0]).read_bytes())
+    except OSError:
+        pytest.skip("this file system has no such names")
+    result = run("caption", os.fsdecode(name), pictures[1], *model)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0].startswith(f"{tmp_path}/caf\N{REPLACEMENT CHARACTER}.png\t")
+    assert run("caption", os.fsdecode(name), "--json", *model).exit_code == 0
