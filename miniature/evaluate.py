@@ -156,9 +156,8 @@ def table(columns: dict[str, Tally], main: str) -> str:
         low, high = tally.interval(kind)
         goal = f"{GOALS[kind]}" if kind in GOALS else ""
         rest = " | ".join(f"{columns[name].percent(kind):.1f}" for name in others)
-        lines.append(
-            f"| {kind} | {tally.asked[kind]} | **{tally.percent(kind):.1f}** | {low:.1f} to {high:.1f} | {goal} | {rest} |"
-        )
+        share = f"**{tally.percent(kind):.1f}** | {low:.1f} to {high:.1f}"
+        lines.append(f"| {kind} | {tally.asked[kind]} | {share} | {goal} | {rest} |")
     return "\n".join(lines) + "\n"
 
 

@@ -25,10 +25,7 @@ NOUN_TO_KIND = {noun: kind.singular for kind in texts.KINDS.values() for noun in
 
 @pytest.fixture(scope="module")
 def scenes():
-    return {
-        split: [world.make_scene(7, split, index) for index in range(SCENES_A_SPLIT)]
-        for split in world.SPLITS
-    }
+    return {split: [world.make_scene(7, split, index) for index in range(SCENES_A_SPLIT)] for split in world.SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -230,9 +227,7 @@ def test_same_seed_same_scene_in_another_process():
         " zlib.crc32(world.render(scene).tobytes()), sorted(map(sorted, world.held_out_pairs())))"
     )
     outputs = [
-        subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT, env=env
-        )
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
         for env in ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"})
     ]
     assert outputs[0].stdout == outputs[1].stdout
@@ -373,9 +368,7 @@ def test_write_split(tmp_path, capsys):
         scene = world.make_scene(2, "familiar", index)
         with Image.open(tmp_path / row["image"]) as image:
             assert image.size == (row["width"], row["height"]) == (scene.width, scene.height)
-            difference = np.asarray(image.convert("RGB"), dtype=int) - np.asarray(
-                world.render(scene), dtype=int
-            )
+            difference = np.asarray(image.convert("RGB"), dtype=int) - np.asarray(world.render(scene), dtype=int)
             assert np.abs(difference).mean() < (8 if row["image"].endswith("jpg") else 1e-9)
         assert [(thing["kind"], tuple(thing["box"])) for thing in row["objects"]] == [
             (thing.kind, thing.box) for thing in scene.objects
