@@ -204,7 +204,7 @@ class QFormer(nn.Module):
         if text_mask_BT is None:
             text_mask_BT = torch.ones_like(text_BT, dtype=torch.bool)
         visible_queries = memory[0][0].shape[2] if memory is not None else num_queries
-        queries_BQ = text_mask_BT.new_ones(rows, visible_queries)
+        queries_BQ = torch.ones(rows, visible_queries, dtype=torch.bool, device=text_BT.device)
         mask_B11S = torch.cat([queries_BQ, text_mask_BT.bool()], dim=1)[:, None, None]
         if memory is None:
             return mask_B11S
