@@ -32,8 +32,6 @@ SEED = 90_000_000  # far from all training seeds
 GOALS = {  # the project's own goals, %
     "count": 95, "count_absent": 97, "exist": 97, "background": 99, "side": 90, "caption": 85, "followup": 90,
 }  # fmt: skip
-NUMBERS = {"a": 1, "an": 1} | {word: number for number, word in enumerate(texts.NUMBERS)}
-KIND_OF = {word: kind.singular for kind in texts.KINDS.values() for word in (kind.singular, kind.plural)}
 
 
 @dataclass
@@ -59,21 +57,9 @@ class Tally:
         return 100 * (middle - half), 100 * (middle + half)
 
 
-def read_caption(caption: str) -> Counter[str] | None:
-    """Kinds and counts that a caption names; None if any word of it is something else."""
-    caption = re.sub(r"^there (is|are) ", "", caption)
-    counts: Counter[str] = Counter()
-    for phrase in re.split(r", | and ", caption):
-        number, _, noun = phrase.partition(" ")
-        if number not in NUMBERS or noun not in KIND_OF or KIND_OF[noun] in counts:
-            return None
-        counts[KIND_OF[noun]] = NUMBERS[number]
-    return counts
-
-
 def is_right(kind: str, said: str, wanted: str) -> bool:
     """To the letter; a list of things in any order."""
-    return read_caption(said) == read_caption(wanted) if kind in ("list", "where") else said == wanted
+    return texts.read_caption(said) == texts.read_caption(wanted) if kind in ("list", "where") else said == wanted
 
 
 def evaluate(pipeline: Pipeline, split: str, count: int, *, shuffle: bool = False, seed: int = SEED) -> Tally:
@@ -86,7 +72,7 @@ def evaluate(pipeline: Pipeline, split: str, count: int, *, shuffle: bool = Fals
     tally = Tally()
 
     for scene, said in zip(scenes, pipeline.caption(encoded, batch_size=64), strict=True):
-        tally.add("caption", read_caption(said) == Counter(scene.counts()))
+        tally.add("caption", texts.read_caption(said) == Counter(scene.counts()))
 
     asked = []
     for index, scene in enumerate(scenes):
@@ -115,7 +101,7 @@ def evaluate(pipeline: Pipeline, split: str, count: int, *, shuffle: bool = Fals
 def blind_guess(count: int, seed: int = SEED) -> Tally:
     """The best that can be done without a picture: for each wording with the noun left out, the commonest answer."""
     answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    nouns = re.compile(r"\b(an?|" + "|".join(sorted(KIND_OF, key=len, reverse=True)) + r")\b")
+    nouns = re.compile(r"\b(an?|" + "|".join(sorted(texts.KIND_OF, key=len, reverse=True)) + r")\b")
     captions: Counter[str] = Counter()
     for index in range(count):
         scene = world.make_scene(seed + index, "test")

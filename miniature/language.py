@@ -36,11 +36,10 @@ def segments(seed: int, split: str) -> list[tuple[str, float]]:
     chance = random.Random(f"document {split} {seed}")
     scene = world.make_scene(seed, split)
     pieces = [(texts.description(scene, chance), 0.3), ("</s>", 0.0)]
-    if chance.random() < 0.4:
+    if chance.random() < 0.7:
         pieces += [(chance.choice(texts.captions(scene, chance)), 1.0), (NEWLINE, 1.0)]
-    questions, dialogues = texts.questions(scene, chance), texts.dialogues(scene, chance)
-    chance.shuffle(questions)
-    turns = [[question] for question in questions[: chance.randint(4, 7)]]
+    turns = [[question] for question in texts.sample_questions(scene, chance, chance.randint(4, 7))]
+    dialogues = texts.dialogues(scene, chance)
     turns += chance.sample(dialogues, min(2, len(dialogues)))
     chance.shuffle(turns)
     for dialogue in turns:
@@ -182,7 +181,8 @@ def language_accuracy(model: OPT, tokenizer: Tokenizer, split: str, count: int =
         for (kind, _, wanted), ids in zip(part, torch.stack(answers, 1).tolist(), strict=True):
             ids = ids[: ids.index(end)] if end in ids else ids
             said = tokenizer.decode(ids).strip()
-            right[kind].append(sorted(said.split()) == sorted(wanted.split()) if kind == "list" else said == wanted)
+            is_list = kind in ("list", "where")  # in any order
+            right[kind].append(texts.read_caption(said) == texts.read_caption(wanted) if is_list else said == wanted)
     return {kind: round(float(np.mean(values)), 4) for kind, values in sorted(right.items())}
 
 

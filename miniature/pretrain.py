@@ -66,7 +66,8 @@ def assemble(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vision", "language", "assemble"))
-    parser.add_argument("--data", type=Path, help="training pictures, written by miniature.world")
+    parser.add_argument("--data", type=Path, nargs="+", help="training pictures, written by miniature.world")
+    parser.add_argument("--start", type=Path, help="vision: the result of the first pass, for the second one")
     parser.add_argument("--test", type=Path, help="test pictures, written by miniature.world")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
@@ -78,7 +79,14 @@ def main() -> None:
     torch.manual_seed(0)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.part == "vision":
-        train_vision(options.data, options.test, options.out, options.steps, options.batch_size or 128)
+        train_vision(
+            options.data,
+            options.test,
+            options.out,
+            steps=options.steps,
+            batch_size=options.batch_size or 128,
+            start=options.start,
+        )
     elif options.part == "assemble":
         assemble(options.out)
     else:

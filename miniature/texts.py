@@ -11,6 +11,8 @@ All texts are lower case; answers and captions carry no final punctuation. Nothi
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -315,3 +317,19 @@ def description(scene: Scene, rng: random.Random) -> str:
         facts.append(" ".join(word for word in words if word))
     rng.shuffle(facts)
     return rng.choice((" , ", " ; ")).join(facts)
+
+
+KIND_OF = {word: kind.singular for kind in KINDS.values() for word in (kind.singular, kind.plural)}
+_ARTICLE_NUMBERS = {"a": 1, "an": 1} | {word: number for number, word in enumerate(NUMBERS)}
+
+
+def read_caption(caption: str) -> Counter[str] | None:
+    """Kinds and counts that a caption names; None if any word of it is something else."""
+    caption = re.sub(r"^there (is|are) ", "", caption)
+    counts: Counter[str] = Counter()
+    for phrase in re.split(r", | and ", caption):
+        number, _, noun = phrase.partition(" ")
+        if number not in _ARTICLE_NUMBERS or noun not in KIND_OF or KIND_OF[noun] in counts:
+            return None
+        counts[KIND_OF[noun]] = _ARTICLE_NUMBERS[number]
+    return counts
