@@ -10,15 +10,20 @@ mkdir -p "$work"
 allocator=$(ls /usr/lib/*/libtcmalloc_minimal.so.4 2>/dev/null | head -n 1 || true)
 if [ -n "$allocator" ]; then export LD_PRELOAD=$allocator; fi
 
-for split in "train 60000 1" "test 2000 2"; do
-  read -r name count seed <<<"$split"
-  [ -f "$work/$name/rows.jsonl" ] || "$python" -m miniature.world --split "$name" --count "$count" --seed "$seed" --out "$work/$name"
+for pictures in "train train 60000 1" "more train 90000 3" "test test 2000 2"; do
+  read -r name split count seed <<<"$pictures"
+  [ -f "$work/$name/rows.jsonl" ] || "$python" -m miniature.world --split "$split" --count "$count" --seed "$seed" --out "$work/$name"
 done
 
 # The two frozen parts know nothing of each other: one core each.
-"$python" -m miniature.pretrain vision --data "$work/train" --test "$work/test" --out "$work/vision.pt" --steps 3500 --threads 1 &
+(
+  "$python" -m miniature.pretrain vision --data "$work/train" --test "$work/test" \
+    --out "$work/vision-first.pt" --steps 3500 --threads 1
+  "$python" -m miniature.pretrain vision --data "$work/train" "$work/more" --test "$work/test" \
+    --start "$work/vision-first.pt" --out "$work/vision.pt" --steps 1800 --threads 1
+) &
 vision=$!
-"$python" -m miniature.pretrain language --out "$work/language.pt" --steps 3000 --documents 60000 --threads 1
+"$python" -m miniature.pretrain language --out "$work/language.pt" --steps 5500 --documents 60000 --threads 1
 wait "$vision"
 "$python" -m miniature.pretrain assemble --out "$work"
 
