@@ -1,6 +1,7 @@
 """The command as a whole: how fast help comes, what it imports, how it ends."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -95,10 +96,12 @@ def test_a_reader_that_leaves(opt_model, pictures):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_interrupt(opt_model):
     reading, writing = os.pipe()  # standard input on which nothing ever comes
-    process = start("caption", "-", "--model", opt_model, stdin=reading)
+    # Whoever runs the tests in the background of a shell hands down an interrupt that is ignored.
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start("caption", "-", "--model", opt_model, stdin=reading, preexec_fn=heeded)
     time.sleep(4)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=120)
     os.close(reading)
     os.close(writing)
     assert (process.returncode, output, errors.strip()) == (130, "", "")
