@@ -231,7 +231,7 @@ def _decode(stream: BinaryIO, name: str, max_pixels: int) -> RgbImage:
         image = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
         if stream.seekable() and stream.seek(0, os.SEEK_END) == 0:
-            raise ImageError(f"{name}: empty; there is no picture in it") from None
+            raise ImageError(f"{name}: empty; there is no picture in it, save or download it again") from None
         raise ImageError(f"{name}: not a {READABLE} image, or damaged; convert it to PNG or JPEG") from None
     except MemoryError:
         raise
