@@ -57,8 +57,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.position_embedding = nn.Parameter(torch.randn(1, config.num_patches + 1, width) * 0.02)
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
+        self.position_embedding = nn.Parameter(torch.empty(1, config.num_patches + 1, width))
         self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=config.has_patch_bias)
         self.pre_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.has_pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -72,6 +72,8 @@ class VisionTransformer(nn.Module):
             for _ in range(config.num_layers)
         )
         self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        nn.init.normal_(self.class_embedding, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.02)
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """``float[B, 3, H, W]`` normalised pixels to ``float[B, 1 + P, D]``, before the last layer norm.

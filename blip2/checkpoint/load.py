@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.keys import ALIASES, IGNORED, table
 from blip2.checkpoint.settings import read_config, read_json
@@ -32,7 +34,7 @@ def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype
     config = read_config(folder)
     device = torch.device(device)
     dtypes = part_dtypes(config, device, dtype)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model: Blip2 | Blip2Matcher = Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config)
     parameters = dict(model.named_parameters())
     names = table(config)
@@ -50,6 +52,16 @@ def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype
                 )
             _place(model, ours, tensor.to(device, dtypes[ours.split(".")[0]]))
     return model.eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Nothing is initialised that is going to be loaded; on the meta device that would import half of a compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def part_dtypes(config: Blip2Config | MatcherConfig, device: torch.device, dtype: torch.dtype | None) -> dict:
