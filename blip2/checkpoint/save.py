@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def save(
         _write(folder / "tokenizer.json", text)
         _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     _write_json(folder / "preprocessor_config.json", preprocessor_json(ImageSettings(model.config.vision.image_size)))
+    # safetensors writes for the owner alone; a model is as readable as the files beside it.
+    shutil.copymode(folder / "preprocessor_config.json", folder / WEIGHTS)
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.config.qformer.num_query_tokens}
     _write_json(folder / "processor_config.json", processor)
     if isinstance(model.config, Blip2Config):

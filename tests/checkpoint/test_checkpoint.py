@@ -75,6 +75,7 @@ def test_saved_and_loaded_is_the_same(any_model: Path, matching_model: Path, tmp
         for (name, one), other in zip(first.named_parameters(), second.parameters(), strict=True):
             assert torch.equal(one, other), name
         assert not list((tmp_path / str(number)).glob("*.part"))
+        assert len({file.stat().st_mode for file in (tmp_path / str(number)).iterdir()}) == 1
 
 
 def test_half_precision_on_disk_is_full_precision_in_memory(any_model: Path, tmp_path: Path) -> None:
