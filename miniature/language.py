@@ -130,8 +130,9 @@ def language_losses(model: OPT, batch: tuple[Tensor, Tensor, Tensor]) -> dict[st
     tokens_BT, weights_BT, description_BT = batch
     embeddings_BTD = model.embed(tokens_BT)
     if model.training:
-        # A soft prompt never falls exactly on words, so the descriptions do not either.
-        strength_B11 = 0.3 * torch.rand(len(tokens_BT), 1, 1) * 0.4
+        # A soft prompt never falls exactly on words, so the descriptions do not either: noise of up to 0.3 of the
+        # embeddings' own deviation, which starts out as 0.4.
+        strength_B11 = 0.3 * 0.4 * torch.rand(len(tokens_BT), 1, 1)
         embeddings_BTD = embeddings_BTD + torch.randn_like(embeddings_BTD) * strength_B11 * description_BT[:, :, None]
     logits_BTV = model.logits(model(embeddings_BTD[:, :-1])).float()
     loss_BT = F.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT[:, 1:], reduction="none")

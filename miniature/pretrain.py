@@ -9,14 +9,17 @@ Nothing of that kind exists for the picture world, so both are made here from sc
 - the **language model** is a small OPT, trained on text alone: a description of a scene, then captions,
   questions and dialogues about it. It never sees a picture.
 
-    python -m miniature.pretrain vision   --data DIR --out vision.pt   --steps 3000
-    python -m miniature.pretrain language --out language.pt --steps 5000
-    python -m miniature.pretrain assemble --out DIR    (beside vision.pt and language.pt)
+    python -m miniature.pretrain vision   --data DIR --test DIR --out vision-first.pt
+    python -m miniature.pretrain vision   --data DIR MORE --test DIR --start vision-first.pt --out vision.pt
+    python -m miniature.pretrain language --out language.pt
+    python -m miniature.pretrain assemble --out DIR    (the folder of vision.pt, language.pt and tokenizer.json)
+
+`make.sh` gives the numbers of steps. The second pass over the pictures leaves the counts of the class token out.
 
 The last puts both into two checkpoints of the published layout, generative and matching, with Q-Formers that
 know nothing yet: what the two training stages start from.
 
-The first two only know training scenes: pairs of kinds that are kept for the test occur in neither. They print their
+The others only know training scenes: pairs of kinds that are kept for the test occur in neither. They print their
 accuracy on pairs that they have never seen, write a checkpoint now and then, and go on from it when started again.
 """
 
