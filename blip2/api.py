@@ -57,18 +57,32 @@ class Options(TypedDict, total=False):
     seed: int | None
 
 
-def load(name: str | Path | None = None, *, device: str = "auto", dtype: str | torch.dtype | None = None) -> Pipeline:
+def load(
+    name: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_vision: bool = False,
+    revision: str | None = None,
+) -> Pipeline:
     """A model that captions, answers and chats.
 
     ``name``: None for the miniature that comes with the package, the folder of a checkpoint, or its name on the
-    Hugging Face hub. ``device``: "auto" takes the GPU if there is one. ``dtype``: "float32", "bfloat16" or
-    "float16"; by default what suits the device.
+    Hugging Face hub (``revision``: a tag or commit there). ``device``: "auto" takes the GPU if there is one.
+    ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device. ``quantize``: "int8" or "int4"
+    for the language model's weights, with ``quantize_vision`` for the image encoder's, too.
 
     Raises CheckpointError if there is no such model, it is incomplete, or it only matches images with texts;
     OptionError for a device or precision that cannot be had.
     """
-    folder = checkpoint.resolve(name)
-    model = checkpoint.load(folder, device=find_device(device), dtype=find_dtype(dtype))
+    folder = checkpoint.resolve(name, revision=revision)
+    model = checkpoint.load(
+        folder,
+        device=find_device(device),
+        dtype=find_dtype(dtype),
+        quantize=checkpoint.quantization(quantize, vision=quantize_vision),
+    )
     called = str(name) if name is not None else "miniature"
     if not isinstance(model, Blip2):
         raise CheckpointError(

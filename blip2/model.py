@@ -50,7 +50,7 @@ class Blip2(nn.Module):
         """
         queries_BQD = self.qformer(image_BPD=patches_BPD.to(self.qformer.query_tokens.dtype)).hidden_BSD
         projected_BQD = self.projection(queries_BQD.to(self.projection.weight.dtype))
-        return projected_BQD.to(self.language.token_embedding.weight.dtype)
+        return projected_BQD.to(self.language.dtype)
 
     def freeze_pretrained(self) -> None:
         """What both training stages do: only the Q-Former, the projection and the norm on the patches learn."""

@@ -151,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a generative checkpoint; the bundled miniature if not given")
     parser.add_argument("--against", nargs="*", default=[], metavar="NAME=FOLDER", help="others, in columns beside it")
+    parser.add_argument("--quantize", nargs="*", default=[], metavar="KIND", help="int8, int4: in columns beside it")
     parser.add_argument("--count", type=int, default=1000, help="scenes (default 1000)")
     parser.add_argument("--quick", action="store_true", help="the test scenes only")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
@@ -164,6 +165,8 @@ def main() -> None:
     for pair in options.against:
         name, _, folder = pair.partition("=")
         columns[name] = evaluate(blip2.load(folder), "test", options.count)
+    for kind in options.quantize:
+        columns[kind] = evaluate(blip2.load(options.model, quantize=kind), "test", options.count)
     text = table(columns, "unseen pairs")
     print(text)
     if options.markdown:

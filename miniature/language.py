@@ -113,7 +113,7 @@ def new_language_model(config: OPTConfig) -> OPT:
     pairs = head_size // 2
     sines, cosines = torch.arange(pairs), width // 2 + torch.arange(pairs)
     model.token_embedding.weight.data[:, torch.cat([sines, cosines])] = 0
-    query, key = model.blocks[0].query.weight.data, model.blocks[0].key.weight.data
+    query, key, _ = model.blocks[0].qkv.weight.data.chunk(3)
     for head in range(4):
         start = head * head_size
         sine_rows, cosine_rows = start + torch.arange(pairs), start + pairs + torch.arange(pairs)

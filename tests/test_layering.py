@@ -16,7 +16,7 @@ MAX_LINES = 350
 ORDER = [
     {"errors"},
     {"config"},
-    {"layers"},
+    {"layers", "quantized"},
     {"image", "vision", "qformer", "text", "language"},
     {"model"},
     {"checkpoint", "generation", "data"},

@@ -2,7 +2,11 @@
 
 from blip2.checkpoint.load import load
 from blip2.checkpoint.names import BUNDLED, resolve
+from blip2.checkpoint.quantize import Quantization, quantization
 from blip2.checkpoint.save import save
 from blip2.checkpoint.settings import ImageSettings, image_settings, read_config
 
-__all__ = ["BUNDLED", "ImageSettings", "image_settings", "load", "read_config", "resolve", "save"]
+__all__ = [
+    "BUNDLED", "ImageSettings", "Quantization", "image_settings", "load", "quantization", "read_config", "resolve",
+    "save",
+]  # fmt: skip

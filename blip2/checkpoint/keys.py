@@ -1,6 +1,7 @@
 """Where every weight has its place: literal tables, ours to the published (Hugging Face) name.
 
-``{}`` is the number of a layer. ``.*`` stands for ``.weight`` and ``.bias``. One table serves reading and writing.
+``{}`` is the number of a layer. ``.*`` stands for ``.weight`` and ``.bias``. ``q|k|v`` are several published tensors,
+one below the other, that are one here (see `published_names`). One table serves reading and writing.
 Written from the published files (``model.safetensors.index.json``) and the reference's modules.
 """
 
@@ -66,9 +67,7 @@ OPT: Table = {
 }
 OPT_LAYER: Table = {
     "language.blocks.{}.attention_norm.*": "language_model.model.decoder.layers.{}.self_attn_layer_norm.*",
-    "language.blocks.{}.query.*": "language_model.model.decoder.layers.{}.self_attn.q_proj.*",
-    "language.blocks.{}.key.*": "language_model.model.decoder.layers.{}.self_attn.k_proj.*",
-    "language.blocks.{}.value.*": "language_model.model.decoder.layers.{}.self_attn.v_proj.*",
+    "language.blocks.{}.qkv.*": "language_model.model.decoder.layers.{}.self_attn.q_proj|k_proj|v_proj.*",
     "language.blocks.{}.output.*": "language_model.model.decoder.layers.{}.self_attn.out_proj.*",
     "language.blocks.{}.feed_forward_norm.*": "language_model.model.decoder.layers.{}.final_layer_norm.*",
     "language.blocks.{}.fc1.*": "language_model.model.decoder.layers.{}.fc1.*",
@@ -87,29 +86,22 @@ T5: Table = {
 }
 T5_ENCODER_LAYER: Table = {
     "language.encoder.{}.self_attention.norm.weight": "language_model.encoder.block.{}.layer.0.layer_norm.weight",
-    "language.encoder.{}.self_attention.query.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.q.weight",
-    "language.encoder.{}.self_attention.key.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.k.weight",
-    "language.encoder.{}.self_attention.value.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.v.weight",
+    "language.encoder.{}.self_attention.qkv.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.q|k|v.weight",
     "language.encoder.{}.self_attention.output.weight": "language_model.encoder.block.{}.layer.0.SelfAttention.o.weight",
     "language.encoder.{}.feed_forward.norm.weight": "language_model.encoder.block.{}.layer.1.layer_norm.weight",
-    "language.encoder.{}.feed_forward.gate.weight": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_0.weight",
-    "language.encoder.{}.feed_forward.up.weight": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
+    "language.encoder.{}.feed_forward.gate_up.weight": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_0|wi_1.weight",
     "language.encoder.{}.feed_forward.down.weight": "language_model.encoder.block.{}.layer.1.DenseReluDense.wo.weight",
 }
 T5_DECODER_LAYER: Table = {
     "language.decoder.{}.self_attention.norm.weight": "language_model.decoder.block.{}.layer.0.layer_norm.weight",
-    "language.decoder.{}.self_attention.query.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.q.weight",
-    "language.decoder.{}.self_attention.key.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.k.weight",
-    "language.decoder.{}.self_attention.value.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.v.weight",
+    "language.decoder.{}.self_attention.qkv.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.q|k|v.weight",
     "language.decoder.{}.self_attention.output.weight": "language_model.decoder.block.{}.layer.0.SelfAttention.o.weight",
     "language.decoder.{}.cross_attention.norm.weight": "language_model.decoder.block.{}.layer.1.layer_norm.weight",
     "language.decoder.{}.cross_attention.query.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.q.weight",
-    "language.decoder.{}.cross_attention.key.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.k.weight",
-    "language.decoder.{}.cross_attention.value.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.v.weight",
+    "language.decoder.{}.cross_attention.key_value.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.k|v.weight",
     "language.decoder.{}.cross_attention.output.weight": "language_model.decoder.block.{}.layer.1.EncDecAttention.o.weight",
     "language.decoder.{}.feed_forward.norm.weight": "language_model.decoder.block.{}.layer.2.layer_norm.weight",
-    "language.decoder.{}.feed_forward.gate.weight": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_0.weight",
-    "language.decoder.{}.feed_forward.up.weight": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_1.weight",
+    "language.decoder.{}.feed_forward.gate_up.weight": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_0|wi_1.weight",
     "language.decoder.{}.feed_forward.down.weight": "language_model.decoder.block.{}.layer.2.DenseReluDense.wo.weight",
 }
 
@@ -145,6 +137,16 @@ def table(config: Blip2Config | MatcherConfig) -> Table:
     if isinstance(config, Blip2Config):
         return full | _expand(PROJECTION) | _language(config.language)
     return full | _expand(MATCHER) | (_expand(MATCHER_EXTRA) if config.has_lm_head else {})
+
+
+def published_names(theirs: str) -> list[str]:
+    """A name of the table as it stands in the files: ``"a.q|k|v.weight"`` is three tensors, in this order."""
+    before, bar, after = theirs.partition("|")
+    if not bar:
+        return [theirs]
+    start, first = before.rsplit(".", 1)
+    others, end = after.rsplit(".", 1)
+    return [f"{start}.{part}.{end}" for part in (first, *others.split("|"))]
 
 
 def _vision(config: VisionConfig) -> Table:

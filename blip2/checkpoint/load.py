@@ -1,57 +1,95 @@
 """Load a model: built without memory, then filled one tensor at a time.
 
-A tensor is read from the memory-mapped file, checked, cast, put on its device, and forgotten before the next, so
-that the peak is the finished model and one tensor. Strict: what is missing, unexpected or misshapen is named.
+A tensor is read (while the one before is worked on), checked, cast or quantised, put on its device, and forgotten,
+so that the peak is the finished model and a tensor or two. Strict: what is missing, unexpected or misshapen is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.keys import ALIASES, IGNORED, table
-from blip2.checkpoint.settings import read_config, read_json
+from blip2.checkpoint.keys import ALIASES, IGNORED, published_names, table
+from blip2.checkpoint.precision import Precision, choose_precision
+from blip2.checkpoint.quantize import CODES, SCALES, Quantization, put_quantized_layers, quantization
+from blip2.checkpoint.reader import Place, find_tensors, read_ahead
+from blip2.checkpoint.settings import read_config, read_json, read_quantization
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.errors import CheckpointError, OptionError
 from blip2.model import Blip2, Blip2Matcher
+from blip2.quantized import QuantizedLinear
 
-WEIGHTS = "model.safetensors"
+Progress = Callable[[int, int], None]
+Devices = Mapping[str, torch.device | str | int]
 
 
-def load(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Blip2 | Blip2Matcher:
+def load(
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    devices: Devices | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: Quantization | str | None = None,
+    as_stored: bool = False,
+    progress: Progress | None = None,
+) -> Blip2 | Blip2Matcher:
     """The model in a folder of the published layout, in evaluation mode, generative or matching.
 
-    ``dtype`` is meant for the image encoder and the language model (see `part_dtypes`); by default fp32 on a CPU,
-    half precision on a GPU. Raises `CheckpointError` that names the file and the key.
+    ``dtype`` is meant for the image encoder and the language model (see `choose_precision`); ``as_stored`` keeps
+    every weight in the precision of the file instead. ``quantize`` quantises what is not quantised in the file.
+    ``devices`` puts parts and layers, by the beginnings of our names ("" is the rest), elsewhere than on ``device``.
+    ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
     """
     config = read_config(folder)
-    device = torch.device(device)
-    dtypes = part_dtypes(config, device, dtype)
+    if isinstance(quantize, str):
+        quantize = quantization(quantize)
+    stored = _stored_quantization(folder)
+    if stored is not None and quantize not in (None, stored):
+        raise OptionError(f"{folder} is quantised to {stored.bits} bits already; load it as it is, or the original")
+    model = empty_model(config, stored or quantize)
+    precision = choose_precision(
+        config,
+        torch.device(device),
+        dtype,
+        num_parameters=count_parameters(model),
+        quantization=stored or quantize,
+    )
+    tensors = find_tensors(folder)
+    steps = list(_steps(model, config, tensors, folder, is_quantized=stored is not None))
+    total = sum(place.num_bytes for step in steps for place in step.places)
+    _check_twins(tensors, folder)
+    done = 0
+    for step, parts in zip(steps, read_ahead([step.places for step in steps]), strict=True):
+        where = _device_of(step.name, devices, device)
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        del parts
+        _fill(model, step, tensor, where, None if as_stored else precision)
+        del tensor
+        done += sum(place.num_bytes for place in step.places)
+        if progress is not None:
+            progress(done, total)
+    return model.eval()
+
+
+def empty_model(config: Blip2Config | MatcherConfig, quantize: Quantization | None = None) -> Blip2 | Blip2Matcher:
+    """The model on the meta device: every name and shape, no memory."""
     with torch.device("meta"), _Uninitialised():
         model: Blip2 | Blip2Matcher = Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config)
-    parameters = dict(model.named_parameters())
-    names = table(config)
-    assert names.keys() == parameters.keys(), names.keys() ^ parameters.keys()
-    with ExitStack() as stack:
-        tensors = _open(folder, stack)
-        sources = _sources(names, tensors, folder, config)
-        for ours, theirs in sources.items():
-            wanted = parameters[ours]
-            tensor = tensors[theirs].get_tensor(theirs)
-            if tensor.shape != wanted.shape:
-                raise CheckpointError(
-                    f"{folder}: {theirs} is {list(tensor.shape)}, config.json asks for {list(wanted.shape)}; "
-                    "the weights belong to another configuration"
-                )
-            _place(model, ours, tensor.to(device, dtypes[ours.split(".")[0]]))
-    return model.eval()
+    put_quantized_layers(model, quantize)
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many weights a model has, quantised ones as well."""
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    plain = sum(parameter.numel() for parameter in model.parameters())
+    return plain + sum(module.in_features * module.out_features for module in quantized)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -64,62 +102,74 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def part_dtypes(config: Blip2Config | MatcherConfig, device: torch.device, dtype: torch.dtype | None) -> dict:
-    """The precision of each part (by the first word of its parameters' names), as a written policy.
+@dataclass(frozen=True)
+class _Step:
+    """One tensor of ours, and the places of the tensors that it is made of, one below the other."""
 
-    - CPU: fp32 unless bf16 is asked for; fp16 is refused, no CPU computes in it.
-    - GPU: fp16 unless asked otherwise.
-    - The Q-Former, its queries and its heads stay in fp32: they are small, and 1e-12 in a norm needs it.
-    - T5 never runs in plain fp16, in which its feed-forward layers overflow: bf16 in its place.
-    """
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.float16
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise OptionError(f"dtype {dtype} is not a precision for this model; use float32, bfloat16 or float16")
-    if dtype == torch.float16 and device.type == "cpu":
-        raise OptionError("float16 is not for the CPU; use bfloat16 or float32")
-    parts = dict.fromkeys(
-        ("qformer", "projection", "vision_projection", "text_projection", "itm_head", "temperature", "lm_head"),
-        torch.float32,
-    )
-    parts["vision"] = parts["language"] = dtype
-    if isinstance(config, Blip2Config) and config.language.family == "t5" and dtype == torch.float16:
-        parts["language"] = torch.bfloat16
-    return parts
+    name: str
+    places: list[Place]
 
 
-def _open(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
-    """Every tensor's name and the open file that holds it; one file or several with an index."""
-    index = folder / f"{WEIGHTS}.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
-    tensors: dict[str, safe_open] = {}
-    for name in files:
-        path = folder / name
-        if not path.exists():
-            hint = " (pickled .bin weights are not read; convert them to safetensors)" if _has_pickle(folder) else ""
-            raise CheckpointError(f"{folder}: {name} is missing{hint}; fetch the model again")
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: is damaged or cut short ({error}); fetch the file again") from None
-        tensors |= dict.fromkeys(file.keys(), file)
-    return tensors
-
-
-def _sources(
-    names: dict[str, str], found: Iterable[str], folder: Path, config: Blip2Config | MatcherConfig
-) -> dict[str, str]:
-    """Our names to names in the file, every one of them accounted for."""
-    unused = set(found) - set(IGNORED)
-    sources, missing = {}, []
-    for ours, theirs in names.items():
-        aliases = (theirs, *ALIASES.get(theirs, ()))
-        present = [name for name in aliases if name in unused]
-        unused.difference_update(present)
-        if present:
-            sources[ours] = present[0]
+def _steps(
+    model: nn.Module,
+    config: Blip2Config | MatcherConfig,
+    tensors: dict[str, Place],
+    folder: Path,
+    *,
+    is_quantized: bool,
+) -> Iterator[_Step]:
+    """What is to be read for every weight of the model, every tensor of the files accounted for, shapes checked."""
+    names = names_in_files(model, config) if is_quantized else table(config)
+    for ours, theirs in _sources(names, tensors, folder).items():
+        module_name, _, last = ours.rpartition(".")
+        module = model.get_submodule(module_name)
+        if isinstance(module, QuantizedLinear) and last == "weight":
+            wanted = (module.out_features, module.in_features)
         else:
-            missing.append(theirs)
+            wanted = tuple(getattr(module, last).shape)
+        places = [tensors[name] for name in theirs]
+        found = places[0].shape
+        if len(places) > 1:
+            found = (sum(place.shape[0] for place in places), *found[1:])
+            is_uniform = len({place.shape for place in places}) == 1
+        if found != wanted or (len(places) > 1 and not is_uniform):
+            asked = [wanted[0] // len(places), *wanted[1:]] if len(places) > 1 else list(wanted)
+            wrong = next((name for name in theirs if list(tensors[name].shape) != asked), theirs[0])
+            raise CheckpointError(
+                f"{folder}: {wrong} is {list(tensors[wrong].shape)}, config.json asks for {asked}; "
+                "the weights belong to another configuration"
+            )
+        yield _Step(ours, places)
+
+
+def names_in_files(model: nn.Module, config: Blip2Config | MatcherConfig) -> dict[str, str]:
+    """Our names to names in files, with codes and scales where the model is quantised."""
+    names: dict[str, str] = {}
+    for ours, theirs in table(config).items():
+        module = model.get_submodule(ours.rpartition(".")[0])
+        if isinstance(module, QuantizedLinear) and ours.endswith(".weight"):
+            stem = ours.removesuffix("weight")
+            names |= {f"{stem}{CODES}": f"{theirs}.{CODES}", f"{stem}{SCALES}": f"{theirs}.{SCALES}"}
+        else:
+            names[ours] = theirs
+    return names
+
+
+def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path) -> dict[str, list[str]]:
+    """Our names to names in the files, every one of them accounted for."""
+    unused = set(tensors) - set(IGNORED)
+    sources: dict[str, list[str]] = {}
+    missing = []
+    for ours, theirs in names.items():
+        wanted = [theirs] if theirs.endswith((CODES, SCALES)) else published_names(theirs)
+        sources[ours] = []
+        for name in wanted:
+            present = [alias for alias in (name, *ALIASES.get(name, ())) if alias in unused]
+            unused.difference_update(present)
+            if present:
+                sources[ours].append(present[0])
+            else:
+                missing.append(name)
     if missing == ["language_model.lm_head.weight"] and _is_tied(folder):
         sources["language.output.weight"] = sources["language.token_embedding.weight"]
         missing = []
@@ -133,23 +183,60 @@ def _sources(
     return sources
 
 
+def _check_twins(tensors: dict[str, Place], folder: Path) -> None:
+    """What is the same tensor under two names must be the same in both; a head of its own must not be lost."""
+    for first, others in ALIASES.items():
+        present = [name for name in (first, *others) if name in tensors]
+        for other in present[1:]:
+            if not torch.equal(tensors[present[0]].read(), tensors[other].read()):
+                raise CheckpointError(
+                    f"{folder}: {other} differs from {present[0]}, with which it is one table in this architecture; "
+                    "the weights belong to another model"
+                )
+
+
 def _is_tied(folder: Path) -> bool:
     return bool(read_json(folder / "config.json").get("text_config", {}).get("tie_word_embeddings"))
 
 
-def _has_pickle(folder: Path) -> bool:
-    return any(folder.glob("*.bin"))
+def _stored_quantization(folder: Path) -> Quantization | None:
+    stored = read_quantization(folder)
+    return None if stored is None else Quantization(stored["bits"], stored["group_size"], tuple(stored["parts"]))
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a loaded tensor where the empty parameter was."""
-    *path, last = name.split(".")
-    module = model.get_submodule(".".join(path))
-    setattr(module, last, nn.Parameter(tensor))
+def _device_of(name: str, devices: Devices | None, default: str | torch.device) -> torch.device:
+    for end in range(len(name), -1, -1):
+        prefix = name[:end]
+        if devices and prefix in devices and (end in (0, len(name)) or name[end] == "."):
+            return torch.device(devices[prefix])
+    return torch.device(default)
+
+
+def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, precision: Precision | None) -> None:
+    """Put what was read where it belongs. Without ``precision`` it stays in that of the file."""
+    module_name, _, last = step.name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if isinstance(module, QuantizedLinear):
+        if last == "weight":
+            module.allocate()
+            module.quantize(tensor if tensor.dtype != torch.float16 else tensor.float())
+            module.codes, module.scales = module.codes.to(device), module.scales.to(device)
+        elif last == "bias":
+            module.bias = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
+        else:
+            setattr(module, last, tensor.to(device))
+        return
+    dtype = tensor.dtype if precision is None else precision.of(step.name)
+    setattr(module, last, nn.Parameter(tensor.to(device, dtype)))
 
 
 def named_tensors(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its published name, in the table's order."""
-    parameters = dict(model.named_parameters())
-    for ours, theirs in table(model.config).items():
-        yield theirs, parameters[ours].detach()
+    """Every weight under its name in files, in the table's order; what is one tensor here and several there is cut."""
+    for ours, theirs in names_in_files(model, model.config).items():
+        module_name, _, last = ours.rpartition(".")
+        tensor = getattr(model.get_submodule(module_name), last).detach()
+        if last in (CODES, SCALES):
+            yield theirs, tensor
+            continue
+        names = published_names(theirs)
+        yield from zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True)

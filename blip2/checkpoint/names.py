@@ -4,39 +4,50 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
 BUNDLED = {"miniature": MINIATURE / "generative", "miniature-matching": MINIATURE / "matching"}
-PATTERNS = ("*.json", "*.safetensors", "*.txt", "tokenizer*", "spiece.model")  # never the pickled twins
 
 
-def resolve(name: str | Path | None = None) -> Path:
+def resolve(name: str | Path | None = None, *, revision: str | None = None, local_files_only: bool = False) -> Path:
     """The folder of a model; None is the bundled miniature, ``miniature-matching`` its matching half.
 
-    A name that is no folder is taken for a hub repository: from the local cache if it is there, else downloaded.
+    A name that is no folder is taken for a hub repository: from the local cache if it is whole there, else fetched
+    (`hub.pull`), unless ``local_files_only`` or HF_HUB_OFFLINE=1 forbid it. ``revision`` is a branch, a tag or a
+    commit; by default the commit that `PUBLISHED` names for a published model, and the newest of any other.
+
+    Raises `CheckpointError` that says what was looked for and what to do.
     """
     if name is None:
         name = "miniature"
     if str(name) in BUNDLED:
         return BUNDLED[str(name)]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".pth":
+        raise CheckpointError(f"{name}: is a checkpoint of the authors' code; make a folder of it with blip2 convert")
+    if path.is_file():
+        raise CheckpointError(f"{name}: is a file; give the folder that holds config.json and the weights")
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{name}: no such folder; give the folder of a model, a hub name such as Salesforce/blip2-opt-2.7b, "
+            f"{name}: no such folder; give the folder of a model, a hub name such as {next(iter(PUBLISHED))}, "
             f"or one of {', '.join(BUNDLED)}"
         )
-    return _from_hub(str(name))
+    from blip2.checkpoint import hub  # slow to import, and not needed for a folder
+
+    if local_files_only or hub.is_offline():
+        return hub.cached(str(name), revision)
+    return hub.whole(str(name), revision) or hub.pull(str(name), revision)
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
+def pull(name: str, *, revision: str | None = None) -> Path:
+    """Fetch what the cache does not have of a hub repository, and give its folder; asks the hub for what is newest.
 
-    for is_offline in (True, False):
-        try:
-            return Path(snapshot_download(name, allow_patterns=list(PATTERNS), local_files_only=is_offline))
-        except Exception as error:  # whatever the hub's client raises, the remedy is the same
-            reason = str(error).split("\n")[0]
-    raise CheckpointError(f"{name}: is neither a folder nor in the cache, and the hub did not give it ({reason})")
+    Progress (rate and time left) is shown on stderr. Raises `CheckpointError`, see `hub.pull`.
+    """
+    from blip2.checkpoint import hub
+
+    return hub.pull(name, revision)

@@ -1,20 +1,33 @@
-"""Save a model in the published layout; nothing is ever half-written."""
+"""Save a model in the published layout; nothing is ever half-written, and a model that was there stays until the end.
+
+Weights are written one file at a time, of 5 GB at most as on the hub, so that the peak is the model and one file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
-from blip2.checkpoint.load import WEIGHTS, named_tensors
+from blip2.checkpoint.files import INDEX, WEIGHTS
+from blip2.checkpoint.load import named_tensors
+from blip2.checkpoint.quantize import CODES, SCALES
 from blip2.checkpoint.settings import ImageSettings, config_json, preprocessor_json
 from blip2.config import Blip2Config, OPTConfig
+from blip2.errors import CheckpointError
 from blip2.model import Blip2, Blip2Matcher
+
+MAX_SHARD_SIZE_BYTES = 5 * 10**9
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.part)?")
 
 
 def save(
@@ -23,29 +36,103 @@ def save(
     *,
     tokenizer: Path | str | None = None,
     dtype: torch.dtype | None = None,
+    max_shard_size_bytes: int = MAX_SHARD_SIZE_BYTES,
+    quantization: dict[str, Any] | None = None,
 ) -> None:
-    """Write config.json, model.safetensors and what the processors need into ``folder``.
+    """Write config.json, the weights and what the processors need into ``folder``.
 
-    ``tokenizer`` is the path or the text of a tokenizer.json. ``dtype`` casts the weights (as they are, if None).
-    Each file is written under a temporary name and renamed; config.json comes last.
+    ``tokenizer`` is the path or the text of a tokenizer.json. ``dtype`` casts the weights (as they are, if None),
+    quantised ones excepted. More than ``max_shard_size_bytes`` of weights become several files with an index.
+    ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`).
+
+    Everything is written under temporary names, then renamed, config.json last; then what an earlier save of another
+    size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing of
+    the attempt stays, and the model that was there is as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in named_tensors(model)}
-    unfinished = folder / f"{WEIGHTS}.part"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, folder / WEIGHTS)
+    texts = _texts(model, tokenizer, quantization)
+    files = _split([(name, _size(name, tensor, dtype)) for name, tensor in named_tensors(model)], max_shard_size_bytes)
+    if len(files) > 1:
+        total = sum(_size(name, tensor, dtype) for name, tensor in named_tensors(model))
+        places = {name: file for file, names in files.items() for name in names}
+        texts = {INDEX: _json({"metadata": {"total_size": total}, "weight_map": places})} | texts
+    written: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = named_tensors(model)
+        for file, names in files.items():
+            written.append(folder / f"{file}.part")
+            _write_weights(written[-1], tensors, len(names), dtype)
+        for file, text in texts.items():
+            written.append(folder / f"{file}.part")
+            written[-1].write_text(text, encoding="utf-8")
+        for part in written:
+            # safetensors writes for the owner alone; a model is as readable as the files beside it.
+            shutil.copymode(written[-1], part)
+        for part in written:
+            os.replace(part, part.with_suffix(""))
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{folder}: the model cannot be written ({reason}); make room there, or save to another folder"
+        ) from None
+    finally:
+        for part in written:
+            part.unlink(missing_ok=True)
+    for old in folder.iterdir():
+        if OURS.fullmatch(old.name) and old.name not in {*files, *texts}:
+            old.unlink()
+
+
+def _split(sizes: list[tuple[str, int]], limit: int) -> dict[str, list[str]]:
+    """Tensors to files in order, each file as full as the limit allows; a tensor above it has a file of its own."""
+    groups: list[list[str]] = []
+    room = -1
+    for name, size in sizes:
+        if size > room or not groups:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
+
+
+def _size(name: str, tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """Bytes of a tensor on disk."""
+    return tensor.numel() * _dtype(name, tensor, dtype).itemsize
+
+
+def _dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What it is written as: a quantised weight, in its two tensors, is as it is."""
+    is_quantized = name.endswith((f".{CODES}", f".{SCALES}"))
+    return tensor.dtype if dtype is None or is_quantized or not tensor.is_floating_point() else dtype
+
+
+def _write_weights(path: Path, tensors: Iterator[tuple[str, Tensor]], count: int, dtype: torch.dtype | None) -> None:
+    """The next ``count`` tensors, to one file."""
+    chosen = {}
+    for _ in range(count):
+        name, tensor = next(tensors)
+        chosen[name] = tensor.to("cpu", _dtype(name, tensor, dtype)).contiguous()
+    save_file(chosen, path, metadata={"format": "pt"})
+
+
+def _texts(
+    model: Blip2 | Blip2Matcher, tokenizer: Path | str | None, quantization: dict[str, Any] | None
+) -> dict[str, str]:
+    """The small files and what is in them, config.json last."""
+    texts = {}
     if tokenizer is not None:
-        text = tokenizer.read_text(encoding="utf-8") if isinstance(tokenizer, Path) else tokenizer
-        _write(folder / "tokenizer.json", text)
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    _write_json(folder / "preprocessor_config.json", preprocessor_json(ImageSettings(model.config.vision.image_size)))
-    # safetensors writes for the owner alone; a model is as readable as the files beside it.
-    shutil.copymode(folder / "preprocessor_config.json", folder / WEIGHTS)
+        texts["tokenizer.json"] = tokenizer.read_text(encoding="utf-8") if isinstance(tokenizer, Path) else tokenizer
+        texts["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
+    texts["preprocessor_config.json"] = _json(preprocessor_json(ImageSettings(model.config.vision.image_size)))
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.config.qformer.num_query_tokens}
-    _write_json(folder / "processor_config.json", processor)
+    texts["processor_config.json"] = _json(processor)
     if isinstance(model.config, Blip2Config):
-        _write_json(folder / "generation_config.json", _generation(model.config))
-    _write_json(folder / "config.json", config_json(model.config))
+        texts["generation_config.json"] = _json(_generation(model.config))
+    texts["config.json"] = _json(config_json(model.config, quantization))
+    return texts
 
 
 def _generation(config: Blip2Config) -> dict[str, Any]:
@@ -58,11 +145,5 @@ def _generation(config: Blip2Config) -> dict[str, Any]:
     return start | {"eos_token_id": language.eos_token_id, "pad_token_id": language.pad_token_id}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

@@ -1,6 +1,7 @@
 """``config.json`` and its neighbours, read and written: literal tables of the published names.
 
-Each row: our field, the published field, and what an absent one means (the reference's own defaults).
+Each row: our field, the published field, and what an absent one means: the reference's own defaults, for the newer
+revisions write only what differs from them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from blip2.config import (
 from blip2.errors import CheckpointError
 
 Fields = tuple[tuple[str, str, Any], ...]
-REQUIRED = object()
+Fixed = tuple[tuple[str, tuple[Any, ...], Any], ...]
 
 VISION: Fields = (
     ("hidden_size", "hidden_size", 1408),
@@ -43,7 +44,6 @@ QFORMER: Fields = (
     ("num_layers", "num_hidden_layers", 12),
     ("num_heads", "num_attention_heads", 12),
     ("intermediate_size", "intermediate_size", 3072),
-    ("encoder_hidden_size", "encoder_hidden_size", 1408),
     ("cross_attention_frequency", "cross_attention_frequency", 2),
     ("layer_norm_eps", "layer_norm_eps", 1e-12),
     ("dropout", "hidden_dropout_prob", 0.1),
@@ -53,31 +53,49 @@ QFORMER: Fields = (
 )
 OPT: Fields = (
     ("vocab_size", "vocab_size", 50272),
-    ("hidden_size", "hidden_size", REQUIRED),
-    ("num_layers", "num_hidden_layers", REQUIRED),
-    ("num_heads", "num_attention_heads", REQUIRED),
-    ("intermediate_size", "ffn_dim", REQUIRED),
+    ("hidden_size", "hidden_size", 768),
+    ("num_layers", "num_hidden_layers", 12),
+    ("num_heads", "num_attention_heads", 12),
+    ("intermediate_size", "ffn_dim", 3072),
     ("max_position_embeddings", "max_position_embeddings", 2048),
     ("bos_token_id", "bos_token_id", 2),
-    ("eos_token_id", "eos_token_id", 50118),
+    ("eos_token_id", "eos_token_id", 2),
     ("pad_token_id", "pad_token_id", 1),
 )
 T5: Fields = (
     ("vocab_size", "vocab_size", 32128),
-    ("hidden_size", "d_model", REQUIRED),
+    ("hidden_size", "d_model", 512),
     ("head_size", "d_kv", 64),
-    ("num_layers", "num_layers", REQUIRED),
-    ("num_decoder_layers", "num_decoder_layers", REQUIRED),
-    ("num_heads", "num_heads", REQUIRED),
-    ("intermediate_size", "d_ff", REQUIRED),
+    ("num_layers", "num_layers", 6),
+    ("num_decoder_layers", "num_decoder_layers", 6),  # as many as num_layers, if that is given
+    ("num_heads", "num_heads", 8),
+    ("intermediate_size", "d_ff", 2048),
     ("num_buckets", "relative_attention_num_buckets", 32),
     ("max_distance", "relative_attention_max_distance", 128),
     ("layer_norm_eps", "layer_norm_epsilon", 1e-6),
-    ("activation", "dense_act_fn", "gelu"),
+    ("activation", "dense_act_fn", "gelu_new"),  # what "gated-gelu" alone means; the published ones say "gelu"
     ("decoder_start_token_id", "decoder_start_token_id", 0),
     ("eos_token_id", "eos_token_id", 1),
     ("pad_token_id", "pad_token_id", 0),
 )
+
+# What this package builds in one way only: the published field, the values that mean that way, what an absent one
+# means. Any other value would load, and answer wrongly.
+FIXED: dict[str, Fixed] = {
+    "vision_config": (("hidden_act", ("gelu", "quick_gelu"), "gelu"), ("qkv_bias", (True,), True)),
+    "qformer_config": (("hidden_act", ("gelu",), "gelu"), ("position_embedding_type", ("absolute",), "absolute")),
+    "opt": (
+        ("activation_function", ("relu",), "relu"),
+        ("do_layer_norm_before", (True,), True),
+        ("_remove_final_layer_norm", (False,), False),
+        ("enable_bias", (True,), True),
+        ("layer_norm_elementwise_affine", (True,), True),
+    ),
+    "t5": (("feed_forward_proj", ("gated-gelu",), "relu"), ("dense_act_fn", ("gelu", "gelu_new"), "gelu_new")),
+}
+QUANTIZATION_METHOD = "blip2"
+QUANTIZED_BITS = (4, 8)
+QUANTIZED_PARTS = ("language", "vision")
 
 
 @dataclass(frozen=True)
@@ -110,18 +128,49 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
         raise CheckpointError(
             f"{path}: model_type is {content.get('model_type')!r}, not 'blip-2'; this is another kind of model"
         )
+    read_quantization(folder)
     try:
         return _parse(content)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: {error.args[0]} is missing; fetch the file again") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_quantization(folder: Path) -> dict[str, Any] | None:
+    """How the weights in a folder are quantised: ``bits``, ``group_size`` and ``parts``; None if they are not.
+
+    Raises `CheckpointError` for another program's way of doing it, and for what is incomplete.
+    """
+    path = folder / "config.json"
+    content = read_json(path).get("quantization_config")
+    if content is None:
+        return None
+    method = content.get("quant_method") if isinstance(content, dict) else content
+    if method != QUANTIZATION_METHOD:
+        raise CheckpointError(
+            f"{path}: the weights are quantised by {str(method or 'another program')!r}, which is not read here; "
+            "load the model as it was published and quantise it here"
+        )
+    bits, group_size, parts = (content.get(key) for key in ("bits", "group_size", "parts"))
+    is_whole = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
+    is_known = isinstance(parts, list) and bool(parts) and all(part in QUANTIZED_PARTS for part in parts)
+    if bits not in QUANTIZED_BITS or not is_whole or not is_known:
+        raise CheckpointError(
+            f"{path}: quantization_config is {json.dumps(content)}; it needs bits (4 or 8), group_size (above 0) and "
+            f"parts (of {', '.join(QUANTIZED_PARTS)}); quantise the model again"
+        )
+    return dict(content)
 
 
 def _parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
-    vision = VisionConfig(**_read(content.get("vision_config", {}), VISION))
-    fields = dict(content.get("qformer_config", {}))
+    vision = VisionConfig(**_read(_section(content, "vision_config"), "vision_config", VISION))
+    fields = _section(content, "qformer_config")
     if "qformer_text_input" in fields:  # the key's name before transformers 4.46
         fields.setdefault("use_qformer_text_input", fields["qformer_text_input"])
-    qformer = QFormerConfig(num_query_tokens=content.get("num_query_tokens", 32), **_read(fields, QFORMER))
+    qformer = QFormerConfig(
+        num_query_tokens=content.get("num_query_tokens", 32),
+        encoder_hidden_size=vision.hidden_size,  # whatever the file says, as the reference has it
+        **_read(fields, "qformer_config", QFORMER),
+    )
     image_token_id = content.get("image_token_index", content.get("image_token_id"))
     if "Blip2ForImageTextRetrieval" in (content.get("architectures") or ()):
         return MatcherConfig(
@@ -132,26 +181,51 @@ def _parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
             has_lm_head=content.get("has_qformer_lm_head", False),
             image_token_id=image_token_id,
         )
-    text = content.get("text_config", {})
-    family = text.get("model_type", "opt")
-    if family not in ("opt", "t5"):
-        raise CheckpointError(f"the language model is of family {family!r}; this package knows 'opt' and 't5'")
-    language: LanguageConfig
-    if family == "opt":
-        language = OPTConfig(**_read(text, OPT))
-    else:
-        language = T5Config(**_read({"num_decoder_layers": text.get("num_layers"), **text}, T5))
+    language = _parse_language(_section(content, "text_config"))
     return Blip2Config(vision=vision, qformer=qformer, language=language, image_token_id=image_token_id)
 
 
-def _read(content: dict[str, Any], fields: Fields) -> dict[str, Any]:
+def _parse_language(text: dict[str, Any]) -> LanguageConfig:
+    family = text.get("model_type", "opt")
+    if family == "opt":
+        config = OPTConfig(**_read(text, "opt", OPT))
+        if text.get("word_embed_proj_dim") not in (None, config.hidden_size):
+            raise ValueError(
+                f"word_embed_proj_dim is {text['word_embed_proj_dim']}, hidden_size {config.hidden_size}; "
+                "an OPT whose embeddings are projected is not one that this package builds"
+            )
+        return config
+    if family == "t5":
+        if text.get("scale_decoder_outputs", text.get("tie_word_embeddings") is not False):
+            raise ValueError(
+                "the text_config has tied embeddings (tie_word_embeddings), whose scaled output only the first T5 "
+                "has; if it is a Flan-T5, set tie_word_embeddings to false"
+            )
+        return T5Config(**_read({"num_decoder_layers": text.get("num_layers", 6)} | text, "t5", T5))
+    raise ValueError(f"the language model is of family {family!r}; this package knows 'opt' and 't5'")
+
+
+def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """One part of ``config.json`` without the keys that are null, which mean the same as absent ones."""
+    section = content.get(name) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{name} is not a JSON object; fetch the file again")
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
+    """Our fields of one section; ValueError for a value of the wrong kind, or one that is not built here."""
+    for theirs, known, default in FIXED[kind]:
+        if section.get(theirs, default) not in known:
+            raise ValueError(
+                f"{theirs} is {section.get(theirs, default)!r} in {kind}; this package builds only "
+                f"{' or '.join(repr(value) for value in known)}"
+            )
     values = {}
     for ours, theirs, default in fields:
-        value = content.get(theirs)
-        if value is None:
-            if default is REQUIRED:
-                raise KeyError(theirs)
-            value = default
+        value = section.get(theirs, default)
+        if isinstance(value, str) != isinstance(default, str) or not isinstance(value, str | int | float):
+            raise ValueError(f"{theirs} is {value!r} in {kind}; it should be something like {default!r}")
         values[ours] = value
     return values
 
@@ -160,12 +234,13 @@ def _write(config: Any, fields: Fields) -> dict[str, Any]:
     return {theirs: getattr(config, ours) for ours, theirs, _ in fields}
 
 
-def config_json(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
-    """``config.json`` as the published repositories have it."""
+def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
+    """``config.json`` as the published repositories have it; how the weights are quantised, if they are."""
     vision = {"model_type": "blip_2_vision_model", "qkv_bias": True, **_write(config.vision, VISION)}
     qformer = {
         "model_type": "blip_2_qformer",
         "attention_probs_dropout_prob": config.qformer.dropout,
+        "encoder_hidden_size": config.qformer.encoder_hidden_size,
         **_write(config.qformer, QFORMER),
     }
     content: dict[str, Any] = {
@@ -175,6 +250,8 @@ def config_json(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
         "vision_config": vision,
         "qformer_config": qformer,
     }
+    if quantization is not None:
+        content["quantization_config"] = {"quant_method": QUANTIZATION_METHOD, **quantization}
     if isinstance(config, MatcherConfig):
         return content | {
             "architectures": ["Blip2ForImageTextRetrieval"],
@@ -198,8 +275,10 @@ def config_json(config: Blip2Config | MatcherConfig) -> dict[str, Any]:
 
 
 def image_settings(folder: Path) -> ImageSettings:
-    """The image settings of the model in a folder, from ``preprocessor_config.json``."""
-    content = read_json(folder / "preprocessor_config.json")
+    """The image settings of the model in a folder, from ``preprocessor_config.json`` or where newer ones keep it."""
+    path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    together = read_json(newer).get("image_processor") if newer.exists() and not path.exists() else None
+    content = together if isinstance(together, dict) else read_json(path)
     size = content.get("size", 224)
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge", 224))

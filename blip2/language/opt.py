@@ -21,9 +21,7 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, intermediate_size)
@@ -32,10 +30,8 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, *, layer: int, cache: KVCache | None, positions_BT: Tensor, mask: Tensor | None
     ) -> Tensor:
-        normed = self.attention_norm(x_BTD)
-        query, key, value = (
-            split_heads(linear(normed), self.num_heads) for linear in (self.query, self.key, self.value)
-        )
+        qkv = self.qkv(self.attention_norm(x_BTD))
+        query, key, value = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
         if cache is not None:
             key, value = cache.write(layer, key, value, positions_BT)
         x_BTD = x_BTD + self.output(attend(query, key, value, mask=mask, is_causal=mask is None))
@@ -56,9 +52,14 @@ class OPT(nn.Module):
         )
         self.final_norm = nn.LayerNorm(config.hidden_size)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in; the tables may be kept in less."""
+        return self.final_norm.weight.dtype
+
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """``int[B, T]`` to ``float[B, T, D]``, without positions."""
-        return self.token_embedding(tokens_BT)
+        return self.token_embedding(tokens_BT).to(self.dtype)
 
     def forward(
         self,
@@ -81,14 +82,15 @@ class OPT(nn.Module):
         else:
             positions_BT = cache.positions(num_tokens)
             mask = cache.mask(positions_BT)
-        x_BTD = embeddings_BTD + self.position_embedding(positions_BT + POSITION_OFFSET)
+        x_BTD = embeddings_BTD + self.position_embedding(positions_BT + POSITION_OFFSET).to(embeddings_BTD.dtype)
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, layer=layer, cache=cache, positions_BT=positions_BT, mask=mask)
         return self.final_norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., V]``; the output table is the input table."""
-        return F.linear(hidden, self.token_embedding.weight)
+        table_VD = self.token_embedding.weight
+        return F.linear(hidden.to(table_VD.dtype), table_VD)
 
     def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
         """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""

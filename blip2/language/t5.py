@@ -9,7 +9,7 @@ B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -67,8 +67,27 @@ class RelativePositionBias(nn.Module):
         return self.table(self.buckets(distance)).movedim(-1, -3)
 
 
-class Attention(nn.Module):
-    """Pre-norm attention without biases; scores are not scaled."""
+class SelfAttention(nn.Module):
+    """Pre-norm attention without biases, one product for q, k and v; scores are not scaled."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        inner = config.num_heads * config.head_size
+        self.num_heads = config.num_heads
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=False)
+        self.output = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def heads(self, x_BTD: Tensor) -> Iterator[Tensor]:
+        """Queries, keys and values, ``float[B, H, T, head size]`` each."""
+        return (split_heads(part, self.num_heads) for part in self.qkv(self.norm(x_BTD)).chunk(3, dim=-1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        return self.output(attend(query, key, value, mask=bias, scale=1.0))
+
+
+class CrossAttention(nn.Module):
+    """The decoder's look at the prompt; otherwise as `SelfAttention`."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -76,54 +95,51 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.query = nn.Linear(config.hidden_size, inner, bias=False)
-        self.key = nn.Linear(config.hidden_size, inner, bias=False)
-        self.value = nn.Linear(config.hidden_size, inner, bias=False)
+        self.key_value = nn.Linear(config.hidden_size, 2 * inner, bias=False)
         self.output = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        return split_heads(self.key(source), self.num_heads), split_heads(self.value(source), self.num_heads)
+    def keys_values(self, encoded_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        """What there is to look at, ``float[B, H, P, head size]`` twice; the same for every token that is decoded."""
+        key, value = (split_heads(part, self.num_heads) for part in self.key_value(encoded_BPD).chunk(2, dim=-1))
+        return key, value
 
-    def attend(self, normed_BTD: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        query = split_heads(self.query(normed_BTD), self.num_heads)
-        return self.output(attend(query, key, value, mask=bias, scale=1.0))
+    def forward(self, x_BTD: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        query = split_heads(self.query(self.norm(x_BTD)), self.num_heads)
+        return self.output(attend(query, *keys_values, mask=mask, scale=1.0))
 
 
 class GatedFeedForward(nn.Module):
+    """One product for the gate and what it lets through."""
+
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        return x + self.down(self.activation(self.gate(normed)) * self.up(normed))
+        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+        return x + self.down(self.activation(gate) * up)
 
 
 class EncoderBlock(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.self_attention = Attention(config)
+        self.self_attention = SelfAttention(config)
         self.feed_forward = GatedFeedForward(config)
 
     def forward(self, x_BPD: Tensor, bias: Tensor) -> Tensor:
-        normed = self.self_attention.norm(x_BPD)
-        x_BPD = x_BPD + self.self_attention.attend(normed, *self.self_attention.keys_values(normed), bias)
-        return self.feed_forward(x_BPD)
+        query, key, value = self.self_attention.heads(x_BPD)
+        return self.feed_forward(x_BPD + self.self_attention.attend(query, key, value, bias))
 
 
 class DecoderBlock(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.self_attention = Attention(config)
-        self.cross_attention = Attention(config)
+        self.self_attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(config)
         self.feed_forward = GatedFeedForward(config)
-
-    def encoded_keys_values(self, encoded_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        """What this layer reads of the prompt; the same for every token that is decoded."""
-        return self.cross_attention.keys_values(encoded_BPD)
 
     def forward(
         self,
@@ -136,13 +152,11 @@ class DecoderBlock(nn.Module):
         encoded: tuple[Tensor, Tensor],
         encoded_mask: Tensor,
     ) -> Tensor:
-        normed = self.self_attention.norm(x_BTD)
-        key, value = self.self_attention.keys_values(normed)
+        query, key, value = self.self_attention.heads(x_BTD)
         if cache is not None:
             key, value = cache.write(layer, key, value, positions_BT)
-        x_BTD = x_BTD + self.self_attention.attend(normed, key, value, bias)
-        normed = self.cross_attention.norm(x_BTD)
-        x_BTD = x_BTD + self.cross_attention.attend(normed, *encoded, encoded_mask)
+        x_BTD = x_BTD + self.self_attention.attend(query, key, value, bias)
+        x_BTD = x_BTD + self.cross_attention(x_BTD, encoded, encoded_mask)
         return self.feed_forward(x_BTD)
 
 
@@ -188,9 +202,14 @@ class T5(nn.Module):
         self.decoder_norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in; the tables may be kept in less."""
+        return self.decoder_norm.weight.dtype
+
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """``int[B, T]`` to ``float[B, T, D]``; encoder and decoder share the table."""
-        return self.token_embedding(tokens_BT)
+        return self.token_embedding(tokens_BT).to(self.dtype)
 
     def encode(self, prompt_BPD: Tensor, lengths_B: Tensor) -> Encoded:
         """Read right-padded prompts ``float[B, P, D]`` of ``lengths_B`` tokens."""
@@ -202,7 +221,7 @@ class T5(nn.Module):
             x_BPD = block(x_BPD, bias)
         x_BPD = self.encoder_norm(x_BPD)
         blocks = cast("Iterable[DecoderBlock]", self.decoder)
-        return Encoded([block.encoded_keys_values(x_BPD) for block in blocks], mask_B11P)
+        return Encoded([block.cross_attention.keys_values(x_BPD) for block in blocks], mask_B11P)
 
     def decode(self, embeddings_BTD: Tensor, encoded: Encoded, cache: KVCache | None = None) -> Tensor:
         """Decoder states ``float[B, T, D]`` after the final norm; each token sees those before it and the prompt.

@@ -126,8 +126,6 @@ def test_weights_that_do_not_fit_are_named(folder: Path, change: Callable, messa
         (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
         (lambda folder: edit_config(folder, lambda c: c.update(model_type="bert")), "'bert', not 'blip-2'"),
         (lambda folder: edit_config(folder, lambda c: c["text_config"].update(model_type="bloom")), "'bloom'"),
-        (lambda folder: edit_config(folder, lambda c: c["text_config"].pop("num_heads", 0) or c["text_config"].pop(
-            "num_attention_heads")), "is missing"),
     ],
 )  # fmt: skip
 def test_a_spoilt_folder_is_one_line(folder: Path, spoil: Callable[[Path], object], message: str) -> None:
@@ -141,6 +139,44 @@ def test_a_truncated_file_is_one_line(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="damaged or cut short"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        ("{}", "has no weight_map of names to files; fetch the file again"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', r"'\.\./model\.safetensors' is not a .safetensors file"),
+        ('{"weight_map": {"a": "/etc/model.safetensors"}}', "'/etc/model.safetensors' is not a .safetensors file"),
+        ('{"weight_map": {"a": "..\\\\model.safetensors"}}', "is not a .safetensors file of this folder"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', "'pytorch_model.bin' is not a .safetensors file of this folder"),
+        ('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}', "model-00001-of-00001.safetensors is missing"),
+    ],
+)
+def test_an_index_that_leads_nowhere_or_elsewhere_is_one_line(folder: Path, index: str, message: str) -> None:
+    shutil.copy(folder / "model.safetensors", folder.parent)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_of_several_files_cut_short_is_named(folder: Path) -> None:
+    checkpoint.save(checkpoint.load(folder), folder, max_shard_size_bytes=60_000)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: is damaged or cut short .*; fetch the file again"):
+        checkpoint.load(folder)
+
+
+def test_a_folder_of_pickles_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickled .bin weights are not read; convert them to safetensors"):
         checkpoint.load(folder)
 
 
@@ -176,13 +212,6 @@ def test_precision_follows_the_policy(any_model: Path) -> None:
     assert model.qformer.query_tokens.dtype == model.projection.weight.dtype == torch.float32
     with pytest.raises(OptionError, match="float16 is not for the CPU"):
         checkpoint.load(any_model, dtype=torch.float16)
-
-
-def test_a_name_that_is_nothing_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder"):
-        checkpoint.resolve(str(tmp_path / "absent"))
-    with pytest.raises(CheckpointError, match="nobody/nothing: is neither a folder nor in the cache"):
-        checkpoint.resolve("nobody/nothing")
 
 
 def test_small_vision_configuration_round_trips(tmp_path: Path) -> None:

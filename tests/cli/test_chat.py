@@ -86,7 +86,7 @@ def test_on_a_terminal(opt_model, pictures):
         os.write(ours, b"what is there?\n")
         said = read_until("> $")
         # A terminal shows control characters in ways of its own; words are enough.
-        words = re.findall(r"\w+", answers(opt_model, pictures[0], "what is there?").encode("ascii", "ignore").decode())
+        words = re.findall(r"[A-Za-z]+", answers(opt_model, pictures[0], "what is there?"))
         assert all(word in said for word in words)
         os.write(ours, b"/quit\n")
         read_until("never")

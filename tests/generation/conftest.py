@@ -81,6 +81,10 @@ def _randomise(model, seed):
                 parameter.copy_(values * 0.7)
             elif name.endswith("attention.query.weight"):  # T5's, whose scores are not scaled
                 parameter.copy_(values * 0.2)
+            elif name.endswith("self_attention.qkv.weight"):
+                third = len(parameter) // 3
+                parameter.copy_(values * 1.5 * parameter.shape[1] ** -0.5)
+                parameter[:third] = values[:third] * 0.2
             elif parameter.dim() == 2:
                 parameter.copy_(values * 1.5 * parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):

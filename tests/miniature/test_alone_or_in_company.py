@@ -1,9 +1,8 @@
-"""A result never depends on what else is in the batch: 1,000 answers of the bundled miniature, in fp32 and in bf16."""
+"""A result never depends on what else is in the batch: 1,000 answers of the bundled miniature, in every precision."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 import blip2
 from blip2.tasks.ask import ASK
@@ -18,9 +17,9 @@ pytestmark = [
 NUM_ANSWERS = 1000
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_of_eight_answers_as_eight_times_one(dtype: torch.dtype) -> None:
-    pipeline = blip2.load(dtype=dtype)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+def test_a_batch_of_eight_answers_as_eight_times_one(precision: str) -> None:
+    pipeline = blip2.load(quantize=precision) if precision.startswith("int") else blip2.load(dtype=precision)
     speaker = pipeline.speaker
     scenes = [world.make_scene(80_000_000 + index, "test") for index in range(NUM_ANSWERS // 5)]
     pictures = [world.render(scene) for scene in scenes]
@@ -38,8 +37,8 @@ def test_a_batch_of_eight_answers_as_eight_times_one(dtype: torch.dtype) -> None
         speaker.answers([alone[index]], [prompt], ASK)[0][0] for (index, _), prompt in zip(asked, prompts, strict=True)
     ]
     differing = [number for number in range(len(asked)) if in_company[number].tokens != by_itself[number].tokens]
-    print(f"\n{dtype}: {len(differing)} of {len(asked)} answers differ between a batch of 8 and one alone")
-    if dtype == torch.float32:
+    print(f"\n{precision}: {len(differing)} of {len(asked)} answers differ between a batch of 8 and one alone")
+    if precision == "float32":
         assert not differing
         return
     assert len(differing) <= 0.005 * len(asked)

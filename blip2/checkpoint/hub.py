@@ -1,0 +1,187 @@
+"""The Hugging Face hub: its local cache, and downloads that go on where they stopped.
+
+The hub's own client takes up a broken connection again within one run, but a later run begins each unfinished file
+from its first byte (`_download_to_tmp_and_move` in huggingface_hub 2.4), and the weights are one to five files of up
+to 10 GB. So it fetches the small files; the weights are fetched here, into the client's own cache and under its lock,
+to a name that the next run finds, and checked by the checksum that the hub gives for them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
+
+from blip2.checkpoint.files import weight_files
+from blip2.config import PUBLISHED
+from blip2.errors import CheckpointError
+
+SMALL_FILES = ("*.json", "*.txt", "tokenizer*", "spiece.model")  # never the pickled twins, .bin, .pth, .msgpack
+NEWEST = "main"
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids the network."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def whole(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a repository in the local cache if nothing of it is missing; no network."""
+    folder = _snapshot(name, revision or _pinned(name))
+    return folder if folder is not None and not _missing(folder) else None
+
+
+def cached(name: str, revision: str | None = None) -> Path:
+    """The same where there is no network: `CheckpointError` says what is missing and how to come by it.
+
+    If no revision is asked for and the pinned one is not there, the newest that is will do.
+    """
+    wanted = [revision] if revision is not None else [_pinned(name), NEWEST]
+    for each in wanted:
+        if (folder := whole(name, each)) is not None:
+            return folder
+    how = "load it once with a network and without HF_HUB_OFFLINE, or give the folder of a model"
+    for each in wanted:
+        if (folder := _snapshot(name, each)) is not None:
+            raise CheckpointError(f"{name}: {', '.join(_missing(folder))} is not yet in the cache; {how}")
+    at = f" in revision {revision}" if revision is not None else ""
+    raise CheckpointError(f"{name}: is neither a folder nor in the cache{at}; {how}")
+
+
+def pull(name: str, revision: str | None = None) -> Path:
+    """The folder of a repository in the local cache; what is not there yet is fetched, with progress on stderr.
+
+    What an interrupted download has written is kept, and the next one goes on from there. The hub is not asked if
+    ``revision`` is a commit (the pinned one is) that is whole in the cache.
+
+    Raises `CheckpointError`: no such repository or revision, one that asks for permission, no weights that are
+    safetensors, no network, no space.
+    """
+    revision = revision or _pinned(name)
+    folder = _snapshot(name, revision)
+    if folder is not None and folder.name == revision and not _missing(folder):
+        return folder
+    with _explained(name, revision):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES)))
+        for file in weight_files(folder):
+            if not (folder / file).exists():
+                _fetch(name, file, commit=folder.name)
+    return folder
+
+
+def _pinned(name: str) -> str:
+    return (PUBLISHED[name].revision if name in PUBLISHED else None) or NEWEST
+
+
+def _snapshot(name: str, revision: str) -> Path | None:
+    """Where the cache has this revision, whole or in part."""
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise CheckpointError(f"{name}: is no name of a repository ({_first_line(error)}); check it") from None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _missing(folder: Path) -> list[str]:
+    """The files of weights that are not there; the small files are always fetched before the first of them."""
+    return [file for file in weight_files(folder) if not (folder / file).exists()]
+
+
+def _fetch(name: str, file: str, *, commit: str) -> None:
+    """Bring one file into the cache, going on where an earlier attempt stopped."""
+    url = hf_hub_url(name, file, revision=commit)
+    metadata = get_hf_file_metadata(url)
+    if metadata.etag is None or metadata.size is None:
+        raise OSError(f"the hub does not say how large {file} is")
+    cache = Path(constants.HF_HUB_CACHE)
+    repository = repo_folder_name(repo_id=name, repo_type="model")
+    blob = cache / repository / "blobs" / metadata.etag
+    lock = cache / ".locks" / repository / f"{metadata.etag}.lock"
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if not blob.exists():
+            part = blob.with_name(f"{metadata.etag}.part")
+            with part.open("ab") as stream:
+                remaining = metadata.size - stream.tell()
+                if remaining > shutil.disk_usage(blob.parent).free:
+                    raise OSError(errno.ENOSPC, f"{remaining / 1e9:.1f} GB of {file} are to come")
+                http_get(
+                    url,
+                    stream,
+                    resume_size=stream.tell(),
+                    headers=build_hf_headers(),
+                    expected_size=metadata.size,
+                    displayed_filename=file,
+                )
+            _check(part, file, metadata.etag)
+            os.replace(part, blob)
+    hf_hub_download(name, file, revision=commit)  # finds the blob, and links it into the snapshot
+
+
+def _check(path: Path, file: str, etag: str) -> None:
+    """Large files are known by their SHA-256; what does not have it is thrown away."""
+    if len(etag) != hashlib.sha256().digest_size * 2:
+        return
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != etag:
+        path.unlink()
+        raise OSError(f"{file} arrived damaged")
+
+
+@contextmanager
+def _explained(name: str, revision: str) -> Iterator[None]:
+    """Whatever the hub's client raises, as one line that says what to do."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{name}: {_reason(error, name, revision)}") from None
+
+
+def _reason(error: Exception, name: str, revision: str) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"asks for permission; accept its conditions at https://huggingface.co/{name} and run: hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return "is neither a folder nor on the hub; check the name, or if it is private run: hf auth login"
+    if isinstance(error, RevisionNotFoundError):
+        return f'the hub has no revision {revision}; ask for another, such as revision="{NEWEST}"'
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return f"has no safetensors weights in revision {revision}, and pickled ones are not read; convert them"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = constants.HF_HUB_CACHE
+        return f"no space is left in {where} ({error.strerror}); make room, or set HF_HOME to a folder on a larger disk"
+    cause = error.__cause__ or error  # the client wraps what happened in a page of advice
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+        return f"the hub refuses ({cause.response.status_code}); run: hf auth login"
+    return f"the hub did not give it ({_first_line(cause)}); check the network and try again, what has arrived is kept"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")

@@ -1,0 +1,137 @@
+"""A linear layer with weights of 8 or 4 bits.
+
+8 bits: a scale for each output channel. 4 bits: a scale for each group of 64 inputs of a channel. Activations keep
+15 bits (two int8 planes a row, see ``kernels.c``), so that outlier channels do no harm, and a row's result depends on
+that row alone. The C kernels do this at the speed of memory; where they are not, and on a GPU, torch does.
+
+N output channels (padded to tiles of 32), D inputs (padded to whole groups), G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.quantized import native
+
+BITS = (8, 4)
+GROUP_SIZES = (32, 64, 128)
+TILE = 32
+
+
+class QuantizedLinear(nn.Module):
+    """Stands in for an ``nn.Linear`` of ``in_features`` and ``out_features``.
+
+    ``codes`` uint8[bytes] and ``scales`` bfloat16[N / 32, G, 32] are laid out as in ``kernels.c``, in memory and in
+    checkpoints. ``group_size`` (4 bits only) is one of 32, 64, 128.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, bits: int, group_size: int, has_bias: bool) -> None:
+        super().__init__()
+        assert bits in BITS and (bits == 8 or group_size in GROUP_SIZES), (bits, group_size)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        num_tiles = -(-out_features // TILE)
+        # In 8 bits the whole row is one group; the kernels take inputs in fours.
+        self.group_size = -(-in_features // 4) * 4 if bits == 8 else group_size
+        num_groups = -(-in_features // self.group_size)
+        num_bytes = num_tiles * TILE * num_groups * self.group_size * bits // 8
+        self.register_buffer("codes", torch.empty(num_bytes, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(num_tiles, num_groups, TILE, dtype=torch.bfloat16))
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if has_bias else None
+
+    def allocate(self) -> None:
+        """Give memory to what was built without."""
+        self.codes = torch.empty_like(self.codes, device="cpu")
+        self.scales = torch.empty_like(self.scales, device="cpu")
+
+    @torch.no_grad()
+    def quantize(self, weight_ND: Tensor) -> None:
+        """Take over the weights of ``float[N, D]``, rounded to the nearest codes."""
+        assert weight_ND.shape == (self.out_features, self.in_features)
+        if native.can_multiply(weight_ND):
+            native.quantize(weight_ND, self.bits, self.group_size, self.codes, self.scales)
+        else:
+            codes_ND, scales_NG = round_to_codes(self._padded(weight_ND.float()), self.bits, self.group_size)
+            self.codes.copy_(pack(codes_ND, self.bits))
+            self.scales.copy_(scales_NG.unflatten(0, (-1, TILE)).transpose(1, 2))
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights as they act: ``float[N, D]``."""
+        codes_ND, scales_NG = self._rows()
+        weight_ND = codes_ND.unflatten(1, (-1, self.group_size)).to(dtype) * scales_NG[..., None].to(dtype)
+        return weight_ND.flatten(1)[: self.out_features, : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``float[..., D]`` to ``float[..., N]``. Gradients reach x, never the weights."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return F.linear(x, self.dequantized(x.dtype), self._bias(x.dtype))
+        if native.can_multiply(x):
+            return native.linear(
+                x, self.codes, self.scales, self.bias,
+                bits=self.bits, group_size=self.group_size, channels=self.out_features,
+            )  # fmt: skip
+        return F.linear(x, self.dequantized(x.dtype), self._bias(x.dtype))
+
+    def extra_repr(self) -> str:
+        group = f", group_size={self.group_size}" if self.bits == 4 else ""
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}{group}, bias={self.bias is not None}"
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def _padded(self, weight_ND: Tensor) -> Tensor:
+        num_inputs = self.scales.shape[1] * self.group_size
+        num_channels = self.scales.shape[0] * TILE
+        return F.pad(weight_ND, (0, num_inputs - self.in_features, 0, num_channels - self.out_features))
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """What the codes stand for, before the scales, ``int8[N, D]``, and the scales, ``[N, G]``; with padding."""
+        return unpack(self.codes, self.bits, self.scales.shape[0]), self.scales.transpose(1, 2).flatten(0, 1)
+
+
+def round_to_codes(weight_ND: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """``float[N, D]`` to ``uint8[N, D]`` and ``bfloat16[N, G]``, as `kernels.c` does it."""
+    grouped = weight_ND.unflatten(1, (-1, group_size))
+    scales = grouped.abs().amax(-1) / 127 if bits == 8 else _best_scales(grouped)
+    scales = scales.bfloat16()
+    inverse = torch.where(scales == 0, 0, 1 / scales.float())
+    least, most = (-127, 127) if bits == 8 else (-8, 7)
+    codes = (grouped * inverse[..., None]).round().clamp(least, most) + 2 ** (bits - 1)
+    return codes.flatten(1).to(torch.uint8), scales
+
+
+def _best_scales(grouped: Tensor) -> Tensor:
+    """For each group in 4 bits, of five ways to round it, the scale with the least squared error."""
+    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    best = scales = torch.zeros_like(extreme[..., 0])
+    for end in (8, 7.5, 7, 8.5, 9):
+        codes = torch.where(extreme == 0, 0, grouped * (-end / extreme)).round().clamp(-8, 7)
+        product, square = (grouped * codes).sum(-1), codes.square().sum(-1)
+        gain = torch.where(square == 0, 0, product.square() / square)
+        scales = torch.where(gain > best, product / square, scales)
+        best = torch.maximum(gain, best)
+    return scales
+
+
+def pack(codes_ND: Tensor, bits: int) -> Tensor:
+    """Codes ``uint8[N, D]`` to bytes in the layout of ``kernels.c``."""
+    tiles = codes_ND.unflatten(0, (-1, TILE))
+    if bits == 8:
+        return tiles.unflatten(2, (-1, 4)).transpose(1, 2).flatten()
+    low, high = tiles.unflatten(2, (-1, 2, 4)).transpose(1, 2).unbind(3)
+    return (low | high << 4).flatten()
+
+
+def unpack(codes: Tensor, bits: int, num_tiles: int) -> Tensor:
+    """Bytes to what they stand for, ``int8[N, D]``: the codes less 128 or 8."""
+    tiles = codes.view(num_tiles, -1, TILE, 4)
+    if bits == 8:
+        return (tiles ^ 0x80).view(torch.int8).transpose(1, 2).flatten(2).flatten(0, 1)
+    both = torch.stack([tiles & 15, tiles >> 4], dim=3)
+    return (both.to(torch.int8) - 8).transpose(1, 2).flatten(2).flatten(0, 1)
