@@ -1,0 +1,318 @@
+"""The authors' own files, both ways: ``.pth`` of LAVIS, and folders of the published layout.
+
+A LAVIS file is ``{"model": {name: tensor}}`` and holds what was trained: the Q-Former, its queries and heads, the
+norm on the patches, the projection; the image encoder only where that was trained, too. What was frozen is elsewhere:
+the image encoder in a file of its own, the language model in its own repository. `convert_from_lavis` brings them
+together; `convert_to_lavis` writes what LAVIS would have written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blip2.checkpoint.files import WEIGHTS, weight_files
+from blip2.checkpoint.keys import ALIASES, IGNORED
+from blip2.checkpoint.lavis_keys import POSITIONS, POST_NORM, family_of, to_authors, to_published
+from blip2.checkpoint.load import empty_model, named_tensors
+from blip2.checkpoint.names import resolve
+from blip2.checkpoint.pickled import unpickled
+from blip2.checkpoint.reader import find_tensors
+from blip2.checkpoint.settings import config_json, image_settings, preprocessor_json, read_config, read_quantization
+from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
+from blip2.errors import CheckpointError
+
+Config = Blip2Config | MatcherConfig
+Progress = Callable[[int, int], None]
+"""Called with the number of weights that are done and the number of all."""
+
+FROZEN = {
+    "vision_model.": "the image encoder (--vision): eva_vit_g.pth, clip_vit_L.pth, or a BLIP-2 model that has it",
+    "language_model.": "the language model (--language): the original one, such as google/flan-t5-xl, or a BLIP-2 "
+    "model that has it, in safetensors",
+}
+"""What a LAVIS file may lack, by the beginning of its names, and where it can come from."""
+WORDS = {"opt": "language_model.model.decoder.embed_tokens.weight", "t5": "language_model.shared.weight"}
+VISION_OF_WIDTH = {1408: VisionConfig(), 1024: CLIP_VIT_L}
+
+
+class Weight(NamedTuple):
+    """A weight that is read when its turn comes, and where it lies."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    place: str
+
+
+Weights = dict[str, Weight]
+
+
+def read_lavis(path: Path) -> dict[str, Tensor]:
+    """The weights of a LAVIS file under their published names, on the CPU, mapped into memory where they lie.
+
+    Raises `CheckpointError` if the file cannot be read, holds more than tensors, or is another model's.
+    """
+    return to_published(_state(path), path)
+
+
+def convert_from_lavis(
+    path: Path,
+    out_folder: Path,
+    *,
+    like: str | Path | None = None,
+    vision: str | Path | None = None,
+    language: str | Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write the model of a LAVIS file as a folder of the published layout.
+
+    ``like`` is a model (a folder or a published name; by default the file's published twin) that gives the
+    configuration, the tokenizer, the processors, and each frozen part that is found nowhere else. ``vision`` is the
+    image encoder: ``eva_vit_g.pth``, ``clip_vit_L.pth`` or a model. ``language`` is the language model: the original
+    or a BLIP-2 model. Weights keep their precision. Raises `CheckpointError`, before anything is written, if a weight
+    is missing, unexpected or misshapen, or if ``out_folder`` holds a model already.
+    """
+    if (out_folder / "config.json").exists():
+        raise CheckpointError(f"{out_folder}: holds a model already; choose another folder, or delete it")
+    state = _state(path)
+    family, trained = family_of(state), _in_memory(to_published(state, path), path)
+    like_folder = resolve(like or _twin(family, trained, path))
+    like_config = _config(like_folder)
+    _check_kind(family, like_config, path, like_folder)
+
+    found = dict(trained)
+    has_weights = any((like_folder / file).exists() for file in weight_files(like_folder))
+    for part, given in (("vision_model.", vision), ("language_model.", language)):
+        place = given or (like_folder if has_weights else None)
+        if place and not _names(found, part):  # whole from one place: half fine-tuned, half original would be neither
+            found |= _frozen(place, part, family)
+    config = _fitted(like_config, family, trained, found)
+    wanted = _wanted(config)
+    _check(found, wanted, path)
+    for name in sorted(trained.keys() - wanted.keys()):
+        raise CheckpointError(f"{path}: {name} has no place in {like_folder}; name a model of its own kind (--like)")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for done, (name, shape) in enumerate(wanted.items(), start=1):
+            tensor = found[name].read()
+            if tensor.shape != shape:
+                tensor = _resized(tensor, shape[1], align_corners=config.vision.has_pre_norm)
+            yield name, tensor
+            if progress is not None:
+                progress(done, len(wanted))
+
+    out_folder.mkdir(parents=True, exist_ok=True)
+    _write(out_folder, tensors())
+    _write_companions(out_folder, like_folder, like_config, config)
+
+
+def convert_to_lavis(
+    folder: str | Path, out_path: Path, *, trainable_only: bool = True, progress: Progress | None = None
+) -> None:
+    """Write a model's weights as LAVIS saves them: ``{"model": {name: tensor}}``, readable by ``torch.load``.
+
+    ``trainable_only`` leaves out the image encoder and the language model, as LAVIS does where they are frozen.
+    Weights keep their precision. Raises `CheckpointError` if the model does not fit its configuration, or if
+    ``out_path`` exists.
+    """
+    if out_path.exists():
+        raise CheckpointError(f"{out_path}: exists already; choose another name, or delete it")
+    folder = resolve(folder)
+    config = _config(folder)
+    found, wanted = _with_tied_names(_in_folder(folder)), _wanted(config)
+    _check(found, wanted, folder)
+    known = wanted.keys() | set(IGNORED) | {alias for aliases in ALIASES.values() for alias in aliases} | ALIASES.keys()
+    for name in sorted(found.keys() - known):
+        raise CheckpointError(f"{folder}: {name} is unexpected; the weights and config.json do not belong together")
+    names = [name for name in wanted if not (trainable_only and _part_of(name))]
+    tensors: dict[str, Tensor] = {}
+    for done, name in enumerate(names, start=1):
+        tensors[name] = found[name].read()
+        if progress is not None:
+            progress(done, len(names))
+    state = to_authors(tensors, folder, family=_family(config), is_clip=config.vision.has_pre_norm)
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(out_path) as unfinished:
+        torch.save({"model": state}, unfinished)
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """What stands under "model" in a LAVIS file."""
+    state = unpickled(path).get("model")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(
+            f"{path}: has no weights under 'model', as LAVIS's files have; it is another kind of file"
+        )
+    return state
+
+
+def _in_memory(tensors: dict[str, Tensor], place: Path) -> Weights:
+    return {name: Weight(tuple(tensor.shape), tensor.detach, str(place)) for name, tensor in tensors.items()}
+
+
+def _in_folder(folder: Path) -> Weights:
+    return {name: Weight(place.shape, place.read, str(folder)) for name, place in find_tensors(folder).items()}
+
+
+def _frozen(place: str | Path, part: str, family: str | None) -> Weights:
+    """The weights of one frozen part, from a file of the authors or from a model."""
+    path = Path(place).expanduser()
+    if path.is_file():
+        content = unpickled(path)
+        state = content["model"] if isinstance(content.get("model"), dict) else content
+        state = {f"visual_encoder.{name.removeprefix('visual_encoder.')}": tensor for name, tensor in state.items()}
+        found = _in_memory(to_published(state, path, strict=False), path)
+    else:
+        found = _in_folder(resolve(place))
+        if part == "language_model." and "query_tokens" not in found:
+            # A language model by itself; some of OPT's files leave out the "model." as well.
+            inner = "model." if family == "opt" and any(name.startswith("decoder.") for name in found) else ""
+            found = {f"{part}{inner}{name}": weight for name, weight in found.items()}
+    found = _with_tied_names(found)
+    return {name: found[name] for name in _names(found, part)}
+
+
+def _with_tied_names(found: Weights) -> Weights:
+    """With each table under its first name, whichever of its names the file has."""
+    first = {name: found[alias] for name, aliases in ALIASES.items() for alias in reversed(aliases) if alias in found}
+    return first | found
+
+
+def _part_of(name: str) -> str | None:
+    """The frozen part to which a published name belongs."""
+    return next((part for part in FROZEN if name.startswith(part) and not name.startswith(POST_NORM)), None)
+
+
+def _names(found: Iterable[str], part: str) -> list[str]:
+    return [name for name in found if _part_of(name) == part]
+
+
+def _twin(family: str | None, trained: Weights, path: Path) -> str:
+    """The published model of the same kind and size."""
+    bias = trained.get("language_projection.bias" if family else "vision_projection.bias")
+    for name, published in PUBLISHED.items():
+        config = published.config
+        width = config.projection_size if isinstance(config, MatcherConfig) else config.language.hidden_size
+        if bias is not None and (_family(config), width) == (family, *bias.shape):
+            return name
+    raise CheckpointError(f"{path}: is of no published size; name a model with its configuration (--like)")
+
+
+def _family(config: Config) -> str | None:
+    return config.language.family if isinstance(config, Blip2Config) else None
+
+
+def _config(folder: Path) -> Config:
+    if read_quantization(folder) is not None:
+        raise CheckpointError(f"{folder}: its weights are quantised; name the model from which they were made")
+    return read_config(folder)
+
+
+def _check_kind(family: str | None, like: Config, path: Path, like_folder: Path) -> None:
+    """Two models of different families may have weights of the same sizes."""
+    kinds = {None: "a matching model (stage 1)", "opt": "a model with OPT", "t5": "a model with T5"}
+    if _family(like) != family:
+        raise CheckpointError(
+            f"{path}: is {kinds[family]}, but {like_folder} is {kinds[_family(like)]}; "
+            "name a model of its own kind (--like)"
+        )
+
+
+def _fitted(like: Config, family: str | None, trained: Weights, found: Weights) -> Config:
+    """The configuration of ``like``, changed where the weights say otherwise and the change is known."""
+    vision, qformer = like.vision, like.qformer
+    norm = trained.get(f"{POST_NORM}weight")
+    if norm is not None and norm.shape[0] != vision.hidden_size and norm.shape[0] in VISION_OF_WIDTH:
+        vision = replace(VISION_OF_WIDTH[norm.shape[0]], image_size=vision.image_size)
+        qformer = replace(qformer, encoder_hidden_size=vision.hidden_size)
+    if POSITIONS in trained:  # fine-tuned, maybe on larger pictures
+        vision = replace(vision, image_size=vision.patch_size * math.isqrt(trained[POSITIONS].shape[1] - 1))
+    if isinstance(like, MatcherConfig):
+        has_lm_head = any(name == "temp" or name.startswith("qformer_lm_head.") for name in trained)
+        return replace(like, vision=vision, qformer=qformer, has_lm_head=has_lm_head)
+    assert family is not None
+    language = like.language
+    if WORDS[family] in found:  # OPT's table was later filled up to 50304 rows; its original has 50272
+        language = replace(language, vocab_size=found[WORDS[family]].shape[0])
+    return replace(like, vision=vision, qformer=qformer, language=language)
+
+
+def _wanted(config: Config) -> dict[str, tuple[int, ...]]:
+    """The published names of a model's weights, and their shapes."""
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(empty_model(config))}
+
+
+def _check(found: Weights, wanted: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Everything is there and has its shape; position embeddings of another length are made to fit later."""
+    for name, shape in wanted.items():
+        part = _part_of(name)
+        if part and not _names(found, part):
+            raise CheckpointError(f"{path}: something is missing that it does not hold; name {FROZEN[part]}")
+        if name not in found:
+            place = found[_names(found, part)[0]].place if part else path
+            raise CheckpointError(f"{place}: {name} is missing; it is incomplete, or another model's")
+        have = found[name].shape
+        if have != shape and (name != POSITIONS or have[-1] != shape[-1]):
+            raise CheckpointError(
+                f"{found[name].place}: {name} is {list(have)}, not {list(shape)}; it is of another size than the model"
+            )
+
+
+def _resized(positions_1PD: Tensor, length: int, *, align_corners: bool) -> Tensor:
+    """Position embeddings for ``length`` tokens, as the authors make them when loading: bicubic, class token kept."""
+    class_11D, grid_1PD = positions_1PD.float().split([1, positions_1PD.shape[1] - 1], dim=1)
+    old, new = math.isqrt(grid_1PD.shape[1]), math.isqrt(length - 1)
+    grid_1Dhw = grid_1PD.transpose(1, 2).unflatten(-1, (old, old))
+    grid_1Dhw = F.interpolate(grid_1Dhw, (new, new), mode="bicubic", align_corners=align_corners)
+    return torch.cat([class_11D, grid_1Dhw.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    with _unfinished(folder / WEIGHTS) as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in tensors}, unfinished, metadata={"format": "pt"})
+
+
+def _write_companions(folder: Path, like_folder: Path, like: Config, config: Config) -> None:
+    """What stands beside the weights; config.json, without which a folder is no model, comes last."""
+    texts = {
+        file.name: file.read_text(encoding="utf-8")
+        for file in sorted(like_folder.iterdir())
+        if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json")
+    }
+    settings = texts.pop("config.json")
+    if config.vision.image_size != like.vision.image_size:
+        size = replace(image_settings(like_folder), size=config.vision.image_size)
+        texts["preprocessor_config.json"] = json.dumps(preprocessor_json(size), indent=2) + "\n"
+    texts["config.json"] = settings if config == like else json.dumps(config_json(config), indent=2) + "\n"
+    for name, text in texts.items():
+        with _unfinished(folder / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    # safetensors writes for the owner alone; a model is as readable as the files beside it.
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write under; renamed if all went well, deleted if not."""
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is what torch calls a full disk
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be written ({reason}); make room there, or write elsewhere") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
