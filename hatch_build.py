@@ -8,14 +8,14 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BUILD = Path("blip2", "quantized", "build.py")
+BUILD = Path("blip2", "native", "build.py")
 
 
 class KernelsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         library = runpy.run_path(str(Path(self.root) / BUILD))["build"]()
         if library is not None and self.target_name == "wheel":
-            build_data["artifacts"].append("/blip2/quantized/kernels.so")
+            build_data["artifacts"].append("/blip2/native/kernels.so")
             build_data["pure_python"] = False
             build_data["tag"] = _tag()
 

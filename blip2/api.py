@@ -82,6 +82,7 @@ def load(
         device=find_device(device),
         dtype=find_dtype(dtype),
         quantize=checkpoint.quantization(quantize, vision=quantize_vision),
+        pack=True,
     )
     called = str(name) if name is not None else "miniature"
     if not isinstance(model, Blip2):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2 import native
+
 
 def attend(
     query_BHTD: Tensor,
@@ -25,6 +27,9 @@ def attend(
     ``mask`` is either boolean (True: may attend) or a float bias that is added to the scores; it broadcasts
     to ``[B, H, T, S]``. ``scale`` is 1/sqrt(D) unless given. Returns ``float[B, T, H * D]``.
     """
+    if query_BHTD.shape[2] == 1 and not dropout and key_BHSD.stride(3) == 1 and native.can_take(query_BHTD, key_BHSD):
+        scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
+        return native.attend(query_BHTD, key_BHSD, value_BHSD, mask, scale)
     if query_BHTD.requires_grad and query_BHTD.device.type == "cpu":
         out = _attend_plainly(query_BHTD, key_BHSD, value_BHSD, mask, is_causal, scale, dropout)
     else:
@@ -52,6 +57,39 @@ def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
     return x_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+class PackedLinear(nn.Module):
+    """Stands in for an ``nn.Linear`` on a CPU in bfloat16, its weights in the order in which oneDNN reads them.
+
+    Plain weights are put in order anew for every product, which for a single row takes three times as long as the
+    product itself. Gradients reach the input, never the weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, has_bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if has_bias else None
+        self._packed: Tensor | None = None  # of a layout that modules cannot move or save; see `weight`
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights in plain order, ``bfloat16[N, D]``; a copy."""
+        if self._packed is None:
+            return torch.empty(self.out_features, self.in_features, device="meta")
+        return self._packed.to_dense()
+
+    @torch.no_grad()
+    def fill(self, weight_ND: Tensor, device: torch.device) -> None:
+        assert device.type == "cpu"
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_ND.to(torch.bfloat16), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``float[..., D]`` to ``float[..., N]``."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
 class KVCache:
     """Keys and values of all layers; a row is one sequence.
 
@@ -76,6 +114,7 @@ class KVCache:
         self.values = list(torch.zeros(shape, device=device, dtype=dtype))
         self.lengths_B = torch.zeros(rows, dtype=torch.long, device=device)
         self._longest = 0  # of all rows, known without asking the device
+        self._is_even = True  # whether all rows are equally long
 
     @property
     def capacity(self) -> int:
@@ -97,8 +136,8 @@ class KVCache:
         end = self._longest + num_tokens
         assert end <= self.capacity, f"the cache holds {self.capacity} tokens a row, {end} are needed"
         keys, values = self.keys[layer], self.values[layer]
-        if self._longest == 0:
-            keys[:, :, :num_tokens], values[:, :, :num_tokens] = key_BHTD, value_BHTD
+        if self._is_even:
+            keys[:, :, self._longest : end], values[:, :, self._longest : end] = key_BHTD, value_BHTD
         else:
             rows_B1 = torch.arange(len(keys), device=keys.device)[:, None]
             keys[rows_B1, :, positions_BT] = key_BHTD.transpose(1, 2)
@@ -107,6 +146,8 @@ class KVCache:
 
     def advance(self, num_tokens_B: Tensor | int, longest: int) -> None:
         """After all layers wrote: each row grew by ``num_tokens_B``, the longest of the call by ``longest``."""
+        if isinstance(num_tokens_B, Tensor):
+            self._is_even = self._is_even and bool((num_tokens_B == longest).all())
         self.lengths_B = self.lengths_B + num_tokens_B
         self._longest += longest
 

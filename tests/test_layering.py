@@ -16,6 +16,7 @@ MAX_LINES = 350
 ORDER = [
     {"errors"},
     {"config"},
+    {"native"},
     {"layers", "quantized"},
     {"image", "vision", "qformer", "text", "language"},
     {"model"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,17 @@ from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.keys import ALIASES, IGNORED, published_names, table
 from blip2.checkpoint.precision import Precision, choose_precision
-from blip2.checkpoint.quantize import CODES, SCALES, Quantization, put_quantized_layers, quantization
+from blip2.checkpoint.quantize import CODES, OUTPUT, SCALES, Quantization, has_table_as_head, put_linears, quantization
 from blip2.checkpoint.reader import Place, find_tensors, read_ahead
 from blip2.checkpoint.settings import read_config, read_json, read_quantization
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.errors import CheckpointError, OptionError
+from blip2.layers import PackedLinear
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
 
 Progress = Callable[[int, int], None]
+TABLE = "language.token_embedding.weight"
 Devices = Mapping[str, torch.device | str | int]
 
 
@@ -37,12 +39,14 @@ def load(
     dtype: torch.dtype | None = None,
     quantize: Quantization | str | None = None,
     as_stored: bool = False,
+    pack: bool = False,
     progress: Progress | None = None,
 ) -> Blip2 | Blip2Matcher:
     """The model in a folder of the published layout, in evaluation mode, generative or matching.
 
     ``dtype`` is meant for the image encoder and the language model (see `choose_precision`); ``as_stored`` keeps
     every weight in the precision of the file instead. ``quantize`` quantises what is not quantised in the file.
+    ``pack`` is for answering, not for training: on a CPU, weights are put in the order of the products.
     ``devices`` puts parts and layers, by the beginnings of our names ("" is the rest), elsewhere than on ``device``.
     ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
     """
@@ -52,7 +56,7 @@ def load(
     stored = _stored_quantization(folder)
     if stored is not None and quantize not in (None, stored):
         raise OptionError(f"{folder} is quantised to {stored.bits} bits already; load it as it is, or the original")
-    model = empty_model(config, stored or quantize)
+    model = empty_model(config)
     precision = choose_precision(
         config,
         torch.device(device),
@@ -60,6 +64,12 @@ def load(
         num_parameters=count_parameters(model),
         quantization=stored or quantize,
     )
+
+    def packs(name: str) -> bool:
+        is_half = precision.of(f"{name}.weight") == torch.bfloat16
+        return pack and is_half and _device_of(name, devices, device).type == "cpu"
+
+    put_linears(model, stored or quantize, packs)
     tensors = find_tensors(folder)
     steps = list(_steps(model, config, tensors, folder, is_quantized=stored is not None))
     total = sum(place.num_bytes for step in steps for place in step.places)
@@ -81,13 +91,17 @@ def empty_model(config: Blip2Config | MatcherConfig, quantize: Quantization | No
     """The model on the meta device: every name and shape, no memory."""
     with torch.device("meta"), _Uninitialised():
         model: Blip2 | Blip2Matcher = Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config)
-    put_quantized_layers(model, quantize)
+    put_linears(model, quantize)
     return model
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many weights a model has, quantised ones as well."""
-    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    """How many weights a model has, quantised ones as well; a head that is the table counts once."""
+    quantized = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and not (name == OUTPUT and has_table_as_head(model))
+    ]
     plain = sum(parameter.numel() for parameter in model.parameters())
     return plain + sum(module.in_features * module.out_features for module in quantized)
 
@@ -216,17 +230,17 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
     """Put what was read where it belongs. Without ``precision`` it stays in that of the file."""
     module_name, _, last = step.name.rpartition(".")
     module = model.get_submodule(module_name)
-    if isinstance(module, QuantizedLinear):
-        if last == "weight":
-            module.allocate()
-            module.quantize(tensor if tensor.dtype != torch.float16 else tensor.float())
-            module.codes, module.scales = module.codes.to(device), module.scales.to(device)
-        elif last == "bias":
-            module.bias = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
-        else:
-            setattr(module, last, tensor.to(device))
+    if isinstance(module, QuantizedLinear) and last in (CODES, SCALES):
+        setattr(module, last, tensor.to(device))
+        return
+    if step.name == TABLE and has_table_as_head(model) and model.language.output is not None:
+        cast("PackedLinear | QuantizedLinear", model.language.output).fill(tensor, device)
+    if isinstance(module, QuantizedLinear | PackedLinear) and last == "weight":
+        module.fill(tensor, device)
         return
     dtype = tensor.dtype if precision is None else precision.of(step.name)
+    if isinstance(module, QuantizedLinear):
+        dtype = torch.float32  # its bias
     setattr(module, last, nn.Parameter(tensor.to(device, dtype)))
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a model are quantised, and how their weights are called in a checkpoint.
+"""Which linear layers of a model are quantised (or packed), and how their weights are called in a checkpoint.
 
 A quantised weight ``a.b.weight`` is in the file as ``a.b.weight.codes`` and ``a.b.weight.scales``, as
 `QuantizedLinear` has them; config.json says so under ``quantization_config``.
@@ -6,19 +6,23 @@ A quantised weight ``a.b.weight`` is in the file as ``a.b.weight.codes`` and ``a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
 from blip2.errors import OptionError
+from blip2.language import OPT
+from blip2.layers import PackedLinear
+from blip2.model import Blip2
 from blip2.quantized import BITS, GROUP_SIZES, QuantizedLinear
 
 CODES, SCALES = "codes", "scales"
 KINDS = {"int8": 8, "int4": 4}
 PARTS = ("language", "vision")
-OUTPUT = "language.output"  # T5's table of output tokens: 4 bits are too few for it, and it is small
+OUTPUT = "language.output"  # the scores of all tokens: 4 bits are too few for them, and it is small
 
 
 @dataclass(frozen=True)
@@ -56,24 +60,39 @@ def bits_of_layers(model: nn.Module, quantization: Quantization | None) -> dict[
     """The linear layers that are quantised, by name, each with its bits; none of the Q-Former, ever."""
     if quantization is None:
         return {}
-    return {
-        name: 8 if name == OUTPUT else quantization.bits
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear) and name.split(".")[0] in quantization.parts
-    }
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantizedLinear)]
+    if has_table_as_head(model) and OUTPUT not in names:
+        names.append(OUTPUT)
+    chosen = [name for name in names if name.split(".")[0] in quantization.parts]
+    return {name: 8 if name == OUTPUT else quantization.bits for name in chosen}
 
 
-def put_quantized_layers(model: nn.Module, quantization: Quantization | None) -> None:
-    """Put an empty `QuantizedLinear` in the place of each layer that is to be quantised."""
-    for name, bits in bits_of_layers(model, quantization).items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear) and quantization is not None
+def put_linears(
+    model: nn.Module, quantization: Quantization | None, packs: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Put a stand-in, still empty, in the place of each linear layer that is quantised, or ``packs`` by its name.
+
+    The head of an OPT is its table of tokens; where it would be quantised or packed it is so beside the table.
+    """
+    quantized = bits_of_layers(model, quantization)
+
+    def stand_in(name: str, num_inputs: int, num_outputs: int, has_bias: bool) -> nn.Module | None:
         with torch.device("meta"):
-            quantized = QuantizedLinear(
-                linear.in_features,
-                linear.out_features,
-                bits=bits,
-                group_size=quantization.group_size,
-                has_bias=linear.bias is not None,
-            )
-        model.set_submodule(name, quantized)
+            if name in quantized:
+                assert quantization is not None
+                bits, group_size = quantized[name], quantization.group_size
+                return QuantizedLinear(num_inputs, num_outputs, bits=bits, group_size=group_size, has_bias=has_bias)
+            return PackedLinear(num_inputs, num_outputs, has_bias=has_bias) if packs(name) else None
+
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            instead = stand_in(name, linear.in_features, linear.out_features, linear.bias is not None)
+            if instead is not None:
+                model.set_submodule(name, instead)
+    if has_table_as_head(model):
+        num_tokens, width = model.language.token_embedding.weight.shape
+        model.language.output = stand_in(OUTPUT, width, num_tokens, False)
+
+
+def has_table_as_head(model: nn.Module) -> TypeGuard[Blip2]:
+    return isinstance(model, Blip2) and isinstance(model.language, OPT)

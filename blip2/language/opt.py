@@ -51,6 +51,8 @@ class OPT(nn.Module):
             for _ in range(config.num_layers)
         )
         self.final_norm = nn.LayerNorm(config.hidden_size)
+        self.output: nn.Module | None = None
+        """The table of tokens as a linear layer of a faster make; without it the table itself is the head."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,6 +91,8 @@ class OPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., V]``; the output table is the input table."""
+        if self.output is not None:
+            return self.output(hidden)
         table_VD = self.token_embedding.weight
         return F.linear(hidden.to(table_VD.dtype), table_VD)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2 import native
 from blip2.config import T5Config
 from blip2.layers import KVCache, attend, split_heads
 
@@ -32,6 +33,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype and native.can_take(x, self.weight):
+            return native.rms_norm(x, self.weight, self.eps)
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (x.float() * scale).to(self.weight.dtype)
 

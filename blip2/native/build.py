@@ -1,6 +1,6 @@
 """Compile the C kernels next to their source: what installing the package does where there is a compiler.
 
-    python blip2/quantized/build.py
+    python blip2/native/build.py
 
 Needs nothing but the standard library. Without the result everything works as well, by torch's own functions.
 """

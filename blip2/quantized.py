@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.quantized import native
+from blip2 import native
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)
@@ -45,21 +45,20 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", torch.empty(num_tiles, num_groups, TILE, dtype=torch.bfloat16))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if has_bias else None
 
-    def allocate(self) -> None:
-        """Give memory to what was built without."""
-        self.codes = torch.empty_like(self.codes, device="cpu")
-        self.scales = torch.empty_like(self.scales, device="cpu")
-
     @torch.no_grad()
-    def quantize(self, weight_ND: Tensor) -> None:
-        """Take over the weights of ``float[N, D]``, rounded to the nearest codes."""
+    def fill(self, weight_ND: Tensor, device: torch.device) -> None:
+        """Take over the weights of ``float[N, D]``, rounded to the nearest codes, on a device."""
         assert weight_ND.shape == (self.out_features, self.in_features)
-        if native.can_multiply(weight_ND):
-            native.quantize(weight_ND, self.bits, self.group_size, self.codes, self.scales)
+        codes = torch.empty_like(self.codes, device="cpu")
+        scales = torch.empty_like(self.scales, device="cpu")
+        weight_ND = weight_ND.cpu() if weight_ND.dtype in native.TYPES else weight_ND.cpu().float()
+        if native.can_take(weight_ND):
+            native.quantize(weight_ND, self.bits, self.group_size, codes, scales)
         else:
             codes_ND, scales_NG = round_to_codes(self._padded(weight_ND.float()), self.bits, self.group_size)
-            self.codes.copy_(pack(codes_ND, self.bits))
-            self.scales.copy_(scales_NG.unflatten(0, (-1, TILE)).transpose(1, 2))
+            codes.copy_(pack(codes_ND, self.bits))
+            scales.copy_(scales_NG.unflatten(0, (-1, TILE)).transpose(1, 2))
+        self.codes, self.scales = codes.to(device), scales.to(device)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights as they act: ``float[N, D]``."""
@@ -69,9 +68,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., N]``. Gradients reach x, never the weights."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return F.linear(x, self.dequantized(x.dtype), self._bias(x.dtype))
-        if native.can_multiply(x):
+        if native.can_take(x):
             return native.linear(
                 x, self.codes, self.scales, self.bias,
                 bits=self.bits, group_size=self.group_size, channels=self.out_features,

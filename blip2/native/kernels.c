@@ -1,4 +1,5 @@
-/* Products of activations with int8 and int4 weights, for processors with byte dot products (VNNI) and without.
+/* What decoding on a processor spends its time in: products with int8 and int4 weights, with byte dot products (VNNI)
+ * and without, and the attention of single tokens, which as separate operations would cost more than the products.
  *
  * A row of activations becomes two planes of signed bytes, the second holding what the first rounds away:
  *
@@ -300,6 +301,47 @@ VNNI static void product_vnni(const int8_t *planes, const int32_t *sums, long pa
 
 #endif
 
+/* ---- single tokens ---- */
+
+INLINE void attend_head(const void *query, long at_q, const void *keys, long at_k, long step_k, const void *values,
+                        long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind,
+                        const int type, long length, long size, float scale, float *scores, void *out, long at_out) {
+    float *asked = scores + length, *sum = asked + size, most = -INFINITY, total = 0;
+    SIMD()
+    for (long d = 0; d < size; d++) asked[d] = load(query, at_q + d, type) * scale, sum[d] = 0;
+    for (long s = 0; s < length; s++) {
+        float score = 0;
+        SIMD(reduction(+ : score))
+        for (long d = 0; d < size; d++) score += asked[d] * load(keys, at_k + s * step_k + d, type);
+        if (mask_kind == 1) score += load(mask, at_m + s * step_m, type);
+        if (mask_kind == 2 && !((const uint8_t *)mask)[at_m + s * step_m]) score = -INFINITY;
+        scores[s] = score;
+        most = score > most ? score : most;
+    }
+    for (long s = 0; s < length; s++) {
+        float weight = scores[s] == -INFINITY ? 0 : expf(scores[s] - most);
+        total += weight;
+        if (weight == 0) continue;
+        SIMD()
+        for (long d = 0; d < size; d++) sum[d] += weight * load(values, at_v + s * step_v + d, type);
+    }
+    SIMD()
+    for (long d = 0; d < size; d++) store(out, at_out + d, sum[d] / total, type);
+}
+
+INLINE void rms_norm_row(const void *x, const void *weight, const int type, long at, long width, float eps, void *out) {
+    float square = 0;
+    SIMD(reduction(+ : square))
+    for (long d = 0; d < width; d++) square += load(x, at + d, type) * load(x, at + d, type);
+    float scale = 1 / sqrtf(square / width + eps);
+    SIMD()
+    for (long d = 0; d < width; d++) {
+        float normed = load(x, at + d, type) * scale;
+        if (type == BFLOAT16) normed = from_bfloat16(to_bfloat16(normed));
+        store(out, at + d, normed * load(weight, d, type), type);
+    }
+}
+
 /* ---- what Python calls ---- */
 
 static Split *split = split_plain;
@@ -360,4 +402,42 @@ int blip2_linear(const void *x, int type, long rows, long width, long padded, lo
     }
     free(planes);
     return 0;
+}
+
+/* The attention of one new token for each row and head, in float32 whatever is stored.
+ *
+ * query, keys, values: `rows` x `heads` x (1 or `length`) x `size` elements of a type; strides in elements, the last
+ * one 1. mask: no mask (kind 0), added to the scores (1, of the type), or bytes, 0 for what is not looked at (2);
+ * its strides may be 0. out[rows][heads * size]. Returns 1 if there is no memory. */
+int blip2_attend(const void *query, const void *keys, const void *values, const void *mask, int mask_kind,
+                 const long *strides, int type, long rows, long heads, long length, long size, float scale, void *out,
+                 int threads) {
+    const long *q = strides, *k = strides + 2, *v = strides + 5, *m = strides + 8;
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) if (rows * heads * length * size > 100000)
+    for (long pair = 0; pair < rows * heads; pair++) {
+        float *scores = malloc((length + 2 * size) * sizeof(float));
+        if (!scores) {
+            failed = 1;
+            continue;
+        }
+        long row = pair / heads, head = pair % heads;
+        long at_k = row * k[0] + head * k[1], at_v = row * v[0] + head * v[1], at_m = row * m[0] + head * m[1];
+        if (type == BFLOAT16)
+            attend_head(query, row * q[0] + head * q[1], keys, at_k, k[2], values, at_v, v[2], mask, at_m, m[2],
+                        mask_kind, BFLOAT16, length, size, scale, scores, out, pair * size);
+        else
+            attend_head(query, row * q[0] + head * q[1], keys, at_k, k[2], values, at_v, v[2], mask, at_m, m[2],
+                        mask_kind, FLOAT32, length, size, scale, scores, out, pair * size);
+        free(scores);
+    }
+    return failed;
+}
+
+/* Root-mean-square norm of rows: out = weight * (x / rms(x)), rounded to the type before the weight as T5 has it. */
+void blip2_rms_norm(const void *x, const void *weight, int type, long rows, long width, float eps, void *out) {
+    for (long r = 0; r < rows; r++) {
+        if (type == BFLOAT16) rms_norm_row(x, weight, BFLOAT16, r * width, width, eps, out);
+        else rms_norm_row(x, weight, FLOAT32, r * width, width, eps, out);
+    }
 }

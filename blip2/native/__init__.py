@@ -1,0 +1,119 @@
+"""C kernels for what decoding on a CPU spends its time in, if they were compiled.
+
+See ``kernels.c`` for what they compute and `build` for how they come about. Everything that uses them works without,
+by torch's functions. Only for tensors on the CPU, in fp32 or bf16, without gradients: see `can_take`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from blip2.native.build import LIBRARY
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What the kernels read and write, by the numbers that they know it by."""
+
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+ARGUMENTS = {
+    "blip2_prepare": [INT],
+    "blip2_quantize": [POINTER, INT, LONG, LONG, LONG, LONG, INT, POINTER, POINTER, INT],
+    "blip2_linear": [POINTER, INT, LONG, LONG, LONG, LONG, INT, POINTER, POINTER, POINTER, LONG, POINTER, INT],
+    "blip2_attend": [
+        POINTER, POINTER, POINTER, POINTER, INT, LONG * 11, INT, LONG, LONG, LONG, LONG, FLOAT, POINTER, INT,
+    ],
+    "blip2_rms_norm": [POINTER, POINTER, INT, LONG, LONG, FLOAT, POINTER],
+}  # fmt: skip
+
+
+@cache
+def kernels() -> ctypes.CDLL | None:
+    """The loaded library, or None."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        for name, arguments in ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
+    except (OSError, AttributeError):  # not compiled, for another processor, without OpenMP in torch, out of date
+        return None
+    library.blip2_prepare(0)
+    return library
+
+
+def can_take(x: Tensor, *others: Tensor) -> bool:
+    """Whether there are kernels for a tensor, and (with others of an operation) no gradient is wanted of it."""
+    if x.dtype not in TYPES or x.device.type != "cpu" or kernels() is None:
+        return False
+    return not torch.is_grad_enabled() or not (x.requires_grad or any(other.requires_grad for other in others))
+
+
+def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scales: Tensor) -> None:
+    """Fill ``codes`` and ``scales`` from ``float[N, D]``."""
+    library = kernels()
+    assert library is not None
+    channels, width = weight_ND.shape
+    padded = scales.shape[1] * group_size
+    weight_ND = weight_ND.contiguous()
+    library.blip2_quantize(
+        weight_ND.data_ptr(), TYPES[weight_ND.dtype], channels, width, padded, group_size, bits,
+        codes.data_ptr(), scales.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, *, bits: int, group_size: int, channels: int
+) -> Tensor:
+    """``float[..., D]`` times quantised weights: ``float[..., N]``, of x's type. ``bias_N`` is fp32."""
+    library = kernels()
+    assert library is not None
+    x = x.contiguous()
+    width = x.shape[-1]
+    out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype)
+    failed = library.blip2_linear(
+        x.data_ptr(), TYPES[x.dtype], x.numel() // width, width, scales.shape[1] * group_size, group_size, bits,
+        codes.data_ptr(), scales.data_ptr(), None if bias_N is None else bias_N.data_ptr(), channels,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the product of a quantised layer")
+    return out
+
+
+def attend(query_BH1D: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The attention of one token a row, heads joined: ``float[B, 1, H * D]``.
+
+    ``mask`` is bool (True: may attend) or of the query's type and added; ``[B or 1, H or 1, 1, S]``.
+    """
+    library = kernels()
+    assert library is not None
+    rows, heads, _, size = query_BH1D.shape
+    length = key_BHSD.shape[2]
+    out = torch.empty((rows, 1, heads * size), dtype=query_BH1D.dtype)
+    q, k, v = query_BH1D.stride(), key_BHSD.stride(), value_BHSD.stride()
+    strides = [q[0], q[1], k[0], k[1], k[2], v[0], v[1], v[2], 0, 0, 0]
+    if mask is not None:
+        shape, m = mask.shape, mask.stride()
+        strides[8:] = [m[0] if shape[0] > 1 else 0, m[1] if shape[1] > 1 else 0, m[3] if shape[3] > 1 else 0]
+    failed = library.blip2_attend(
+        query_BH1D.data_ptr(), key_BHSD.data_ptr(), value_BHSD.data_ptr(), None if mask is None else mask.data_ptr(),
+        0 if mask is None else 2 if mask.dtype == torch.bool else 1, (LONG * 11)(*strides), TYPES[query_BH1D.dtype],
+        rows, heads, length, size, scale, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the attention of a token")
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * x / rms(x)`` over the last dimension, of x's type."""
+    library = kernels()
+    assert library is not None
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    library.blip2_rms_norm(
+        x.data_ptr(), weight.data_ptr(), TYPES[x.dtype], x.numel() // width, width, eps, out.data_ptr()
+    )
+    return out

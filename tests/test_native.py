@@ -1,0 +1,80 @@
+"""The C kernels against torch: the same results within rounding, on processors with byte dot products and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blip2 import native
+from blip2.language.t5 import RMSNorm
+from blip2.layers import attend
+
+pytestmark = pytest.mark.skipif(native.kernels() is None, reason="the C kernels are not compiled here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "bool per head", "added", "added per row"])
+def test_attention_of_single_tokens(dtype: torch.dtype, mask_kind: str) -> None:
+    torch.manual_seed(0)
+    rows, heads, length, size = 3, 4, 9, 6
+    query = torch.randn(rows, 1, heads, size, dtype=dtype).transpose(1, 2)  # strided, as heads come from a product
+    keys, values = torch.randn(2, rows, heads, length + 5, size, dtype=dtype)[:, :, :, :length]
+    mask = {
+        "none": None,
+        "bool": torch.rand(rows, 1, 1, length) > 0.3,
+        "bool per head": torch.rand(1, heads, 1, length) > 0.3,
+        "added": torch.randn(1, heads, 1, length, dtype=dtype),
+        "added per row": torch.randn(rows, heads, 1, length, dtype=dtype),
+    }[mask_kind]
+    if mask is not None and mask.dtype == torch.bool:
+        mask[..., 0] = True
+    ours = native.attend(query, keys, values, mask, 0.7)
+    exact = [t.double() for t in (query, keys, values)]
+    added = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+    theirs = F.scaled_dot_product_attention(*exact, attn_mask=added, scale=0.7).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+def test_a_slot_of_minus_infinity_is_not_looked_at() -> None:
+    query, keys, values = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    bias = torch.zeros(1, 1, 1, 5)
+    bias[..., 3:] = float("-inf")
+    values[:, :, 3:] = 1e30
+    ours = native.attend(query, keys, values, bias, 1.0)
+    torch.testing.assert_close(ours, native.attend(query, keys[:, :, :3], values[:, :, :3], None, 1.0))
+
+
+def test_attend_is_the_same_for_one_token_as_among_several() -> None:
+    query, keys, values = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    with torch.inference_mode():
+        several = attend(query, keys, values, is_causal=True)
+        one = attend(query[:, :, 3:], keys, values)
+    torch.testing.assert_close(one, several[:, 3:], atol=1e-6, rtol=0)
+
+
+@given(rows=st.integers(1, 5), width=st.integers(1, 70), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_rms_norm(rows: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    norm = RMSNorm(width, 1e-6)
+    norm.weight.data = torch.randn(width, generator=generator)
+    x = torch.randn(rows, width, generator=generator) * 10
+    with torch.no_grad():
+        ours = norm(x)
+    theirs = norm(x.requires_grad_())  # gradients are not for the kernels
+    assert theirs.requires_grad and not ours.requires_grad
+    torch.testing.assert_close(ours, theirs.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_rms_norm_in_bfloat16_rounds_where_torch_does() -> None:
+    norm = RMSNorm(64, 1e-6).bfloat16()
+    norm.weight.data = torch.randn(64).bfloat16()
+    x = torch.randn(50, 64).bfloat16()
+    with torch.no_grad():
+        ours = norm(x)
+    theirs = norm(x.clone().requires_grad_()).detach()
+    assert (ours == theirs).float().mean() > 0.99  # a sum in another order may round the other way
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=2**-7)

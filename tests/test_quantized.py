@@ -1,0 +1,165 @@
+"""Linear layers with weights of 8 and 4 bits: right within what the bits allow, whatever computes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blip2 import native
+from blip2.quantized import QuantizedLinear, pack, unpack
+
+WEIGHT_ERROR = {8: 0.012, 4: 0.11}  # relative, of normally distributed weights
+HAS_KERNELS = native.kernels() is not None
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="the C kernels are not compiled here")
+
+
+def quantized(weight_ND: torch.Tensor, bits: int, *, group_size: int = 64, bias: bool = False) -> QuantizedLinear:
+    num_outputs, num_inputs = weight_ND.shape
+    layer = QuantizedLinear(num_inputs, num_outputs, bits=bits, group_size=group_size, has_bias=bias)
+    if layer.bias is not None:
+        layer.bias.data = torch.randn(num_outputs)
+    layer.fill(weight_ND, torch.device("cpu"))
+    return layer
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.fixture(params=["kernels", "kernels for any processor", "torch"])
+def way(request, monkeypatch):
+    """The three ways in which a product is computed."""
+    library = native.kernels()
+    if request.param == "torch":
+        monkeypatch.setattr(native, "kernels", lambda: None)
+        yield request.param
+        return
+    if library is None:
+        pytest.skip("the C kernels are not compiled here")
+    library.blip2_prepare(request.param != "kernels")
+    yield request.param
+    library.blip2_prepare(0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(192, 192), (70, 100), (32, 64), (3, 7), (65, 129), (1, 1)])
+def test_a_product_is_that_of_the_rounded_weights(way, bits: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    layer = quantized(torch.randn(shape), bits, bias=True)
+    x = torch.randn(2, 5, shape[1])
+    expected = F.linear(x.double(), layer.dequantized().double(), layer.bias.double())
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x).double(), expected, atol=2e-3, rtol=1e-3)
+        assert relative_error(layer(x.bfloat16()), expected) < 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_rounding(way, bits: int) -> None:
+    torch.manual_seed(2)
+    weight = torch.randn(64, 512)
+    assert relative_error(quantized(weight, bits).dequantized(), weight) < WEIGHT_ERROR[bits]
+    ways = [quantized(weight.to(dtype), bits) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    for layer in ways:
+        assert relative_error(layer.dequantized(), weight) < WEIGHT_ERROR[bits]
+
+
+@needs_kernels
+@given(
+    bits=st.sampled_from([8, 4]), group_size=st.sampled_from([32, 64, 128]), num_inputs=st.integers(1, 200),
+    num_outputs=st.integers(1, 80), rows=st.integers(1, 9), seed=st.integers(0, 99),
+    scale=st.sampled_from([1e-6, 1, 1e6]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_kernels_equal_those_for_any_processor_and_torch(
+    bits: int, group_size: int, num_inputs: int, num_outputs: int, rows: int, seed: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(num_outputs, num_inputs, generator=generator) * scale
+    layer = quantized(weight, bits, group_size=group_size)
+    x = torch.randn(rows, num_inputs, generator=generator)
+    library = native.kernels()
+    assert library is not None
+    with torch.inference_mode():
+        ours = layer(x)
+        library.blip2_prepare(1)
+        plain = layer(x)
+        library.blip2_prepare(0)
+    assert torch.equal(ours, plain)  # sums of integers: to the last bit
+    theirs = F.linear(x, layer.dequantized())
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3 * float(theirs.abs().max()) + 1e-30)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@needs_kernels
+def test_a_row_does_not_depend_on_its_company(bits: int) -> None:
+    torch.manual_seed(3)
+    layer = quantized(torch.randn(96, 160), bits)
+    x = torch.randn(23, 160)
+    x[4] *= 1e4
+    with torch.inference_mode():
+        together = layer(x)
+        assert all(torch.equal(layer(row[None])[0], expected) for row, expected in zip(x, together, strict=True))
+
+
+def naive_per_tensor(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One scale for all activations, one for all weights: what outliers ruin."""
+    steps = x.abs().max() / 127, weight.abs().max() / 127
+    return F.linear((x / steps[0]).round() * steps[0], (weight / steps[1]).round() * steps[1])
+
+
+def test_outlier_channels_do_no_harm(way) -> None:
+    """As in OPT-6.7b: six of 4,096 channels are sixty times as large as the others, on every token."""
+    torch.manual_seed(4)
+    weight = torch.randn(256, 4096) * 0.02
+    x = torch.randn(16, 4096)
+    outliers = torch.randperm(4096)[:6]
+    x[:, outliers] *= 60
+    exact = F.linear(x.double(), weight.double())
+    with torch.inference_mode():
+        ours = quantized(weight, 8)(x)
+    assert relative_error(ours, exact) < 0.01
+    assert relative_error(naive_per_tensor(x, weight), exact) > 0.1
+    # And what the other channels carry, taken by itself: naive rounding loses it altogether.
+    weight[:, outliers] = 0
+    exact = F.linear(x.double(), weight.double())
+    with torch.inference_mode():
+        assert relative_error(quantized(weight, 8)(x), exact) < 0.01
+    assert relative_error(naive_per_tensor(x, weight), exact) > 0.3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_reach_what_comes_in(bits: int) -> None:
+    torch.manual_seed(5)
+    layer = quantized(torch.randn(40, 64), bits)
+    x = torch.randn(3, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = 2 * F.linear(x, layer.dequantized()) @ layer.dequantized()
+    torch.testing.assert_close(x.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_so(way, bits: int, value: float) -> None:
+    layer = quantized(torch.randn(33, 70), bits)
+    x = torch.randn(3, 70)
+    x[1, 69] = value
+    with torch.inference_mode():
+        is_finite = layer(x).isfinite()
+    assert is_finite[0].all() and is_finite[2].all() and not is_finite[1].all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zeros(way, bits: int) -> None:
+    layer = quantized(torch.zeros(33, 70), bits)
+    with torch.inference_mode():
+        assert torch.equal(layer(torch.randn(2, 70)), torch.zeros(2, 33))
+        assert torch.equal(quantized(torch.randn(33, 70), bits)(torch.zeros(2, 70)), torch.zeros(2, 33))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packing_is_undone_by_unpacking(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (64, 128), dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes, bits), bits, 2).int(), codes.int() - 2 ** (bits - 1))
