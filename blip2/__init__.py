@@ -15,15 +15,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blip2.api import Pipeline, load
+    from blip2.compat import (
+        Blip2ForConditionalGeneration,
+        Blip2ForImageTextRetrieval,
+        Blip2Processor,
+        BlipProcessor,
+    )
     from blip2.errors import Blip2Error
     from blip2.generation import GenerateOptions
     from blip2.model import EncodedImage
 
 __version__ = "0.1.0"
-__all__ = ["Blip2Error", "EncodedImage", "GenerateOptions", "Pipeline", "__version__", "load"]
+__all__ = [
+    "Blip2Error",
+    "Blip2ForConditionalGeneration",
+    "Blip2ForImageTextRetrieval",
+    "Blip2Processor",
+    "BlipProcessor",
+    "EncodedImage",
+    "GenerateOptions",
+    "Pipeline",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "Blip2Error": "blip2.errors",
+    "Blip2ForConditionalGeneration": "blip2.compat",
+    "Blip2ForImageTextRetrieval": "blip2.compat",
+    "Blip2Processor": "blip2.compat",
+    "BlipProcessor": "blip2.compat",
     "EncodedImage": "blip2.model",
     "GenerateOptions": "blip2.generation",
     "Pipeline": "blip2.api",

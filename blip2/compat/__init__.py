@@ -1,0 +1,34 @@
+"""The names that Hugging Face's users know, over the same models: change the import line, keep the program.
+
+    from blip2 import Blip2Processor, Blip2ForConditionalGeneration
+
+    processor = Blip2Processor.from_pretrained("Salesforce/blip2-opt-2.7b")
+    model = Blip2ForConditionalGeneration.from_pretrained("Salesforce/blip2-opt-2.7b")
+    inputs = processor(image, "Question: how many dogs are there? Answer:", return_tensors="pt")
+    processor.decode(model.generate(**inputs)[0], skip_special_tokens=True)
+
+Names, defaults, shapes and values are those of transformers 5. What differs does so on purpose:
+
+- An image that would be ignored is an error: too few image tokens, none at all, masked ones, numbers that do not pair.
+- One image goes with many texts, one text with many images.
+- Padding never changes an answer, whichever side it stands on.
+- ``generation_config.json`` of the model's folder is heeded; the reference reads it and then asks the language model's.
+- ``repetition_penalty`` and ``no_repeat_ngram_size`` look at the new tokens only; the reference's look at the prompt
+  too where the language model is an OPT.
+- Special tokens are those that the model's layout has; "<image>" or "</s>" within a text is text.
+- Pictures are turned upright by their EXIF and laid on white where they are transparent.
+"""
+
+from blip2.compat.generative import Blip2ForConditionalGeneration
+from blip2.compat.processor import Blip2Processor, BlipProcessor
+from blip2.compat.records import BatchFeature, ModelOutput
+from blip2.compat.retrieval import Blip2ForImageTextRetrieval
+
+__all__ = [
+    "BatchFeature",
+    "Blip2ForConditionalGeneration",
+    "Blip2ForImageTextRetrieval",
+    "Blip2Processor",
+    "BlipProcessor",
+    "ModelOutput",
+]
