@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,16 +20,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.checkpoint.files import WEIGHTS, weight_files
+from blip2.checkpoint.files import weight_files
 from blip2.checkpoint.keys import ALIASES, IGNORED
 from blip2.checkpoint.lavis_keys import POSITIONS, POST_NORM, family_of, to_authors, to_published
 from blip2.checkpoint.load import empty_model, named_tensors
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.pickled import unpickled
 from blip2.checkpoint.reader import find_tensors
+from blip2.checkpoint.save import write_model
 from blip2.checkpoint.settings import config_json, image_settings, preprocessor_json, read_config, read_quantization
 from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
 from blip2.errors import CheckpointError
@@ -110,13 +109,12 @@ def convert_from_lavis(
             tensor = found[name].read()
             if tensor.shape != shape:
                 tensor = _resized(tensor, shape[1], align_corners=config.vision.has_pre_norm)
-            yield name, tensor
             if progress is not None:
                 progress(done, len(wanted))
+            yield name, tensor
 
-    out_folder.mkdir(parents=True, exist_ok=True)
-    _write(out_folder, tensors())
-    _write_companions(out_folder, like_folder, like_config, config)
+    sizes = [(name, 4 * math.prod(shape)) for name, shape in wanted.items()]  # at most: most are float32
+    write_model(out_folder, sizes, tensors(), _companions(like_folder, like_config, config))
 
 
 def convert_to_lavis(
@@ -280,13 +278,8 @@ def _resized(positions_1PD: Tensor, length: int, *, align_corners: bool) -> Tens
     return torch.cat([class_11D, grid_1Dhw.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    with _unfinished(folder / WEIGHTS) as unfinished:
-        save_file({name: tensor.contiguous() for name, tensor in tensors}, unfinished, metadata={"format": "pt"})
-
-
-def _write_companions(folder: Path, like_folder: Path, like: Config, config: Config) -> None:
-    """What stands beside the weights; config.json, without which a folder is no model, comes last."""
+def _companions(like_folder: Path, like: Config, config: Config) -> dict[str, str]:
+    """The small files that stand beside the weights, config.json the last."""
     texts = {
         file.name: file.read_text(encoding="utf-8")
         for file in sorted(like_folder.iterdir())
@@ -297,11 +290,7 @@ def _write_companions(folder: Path, like_folder: Path, like: Config, config: Con
         size = replace(image_settings(like_folder), size=config.vision.image_size)
         texts["preprocessor_config.json"] = json.dumps(preprocessor_json(size), indent=2) + "\n"
     texts["config.json"] = settings if config == like else json.dumps(config_json(config), indent=2) + "\n"
-    for name, text in texts.items():
-        with _unfinished(folder / name) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-    # safetensors writes for the owner alone; a model is as readable as the files beside it.
-    shutil.copymode(folder / "config.json", folder / WEIGHTS)
+    return texts
 
 
 @contextmanager

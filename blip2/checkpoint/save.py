@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,37 @@ def save(
     size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing of
     the attempt stays, and the model that was there is as it was.
     """
-    texts = _texts(model, tokenizer, quantization)
-    files = _split([(name, _size(name, tensor, dtype)) for name, tensor in named_tensors(model)], max_shard_size_bytes)
-    if len(files) > 1:
-        total = sum(_size(name, tensor, dtype) for name, tensor in named_tensors(model))
-        places = {name: file for file, names in files.items() for name in names}
-        texts = {INDEX: _json({"metadata": {"total_size": total}, "weight_map": places})} | texts
+    sizes = [(name, tensor.numel() * _dtype(name, tensor, dtype).itemsize) for name, tensor in named_tensors(model)]
+    tensors = ((name, tensor.to("cpu", _dtype(name, tensor, dtype))) for name, tensor in named_tensors(model))
+    write_model(folder, sizes, tensors, _texts(model, tokenizer, quantization), max_shard_size_bytes)
+
+
+def write_model(
+    folder: Path,
+    sizes: list[tuple[str, int]],
+    tensors: Iterator[tuple[str, Tensor]],
+    texts: dict[str, str],
+    max_shard_size_bytes: int = MAX_SHARD_SIZE_BYTES,
+) -> None:
+    """Write tensors and small files, config.json the last; ``sizes`` in bytes, in their order, decide on the shards.
+
+    A file's tensors are in memory at a time. For the rest see `save`.
+    """
+    files = _split(sizes, max_shard_size_bytes)
+    num_bytes = 0
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = named_tensors(model)
         for file, names in files.items():
             written.append(folder / f"{file}.part")
-            _write_weights(written[-1], tensors, len(names), dtype)
+            chosen = {name: tensor.contiguous() for name, tensor in islice(tensors, len(names))}
+            assert list(chosen) == names, (list(chosen), names)
+            save_file(chosen, written[-1], metadata={"format": "pt"})
+            num_bytes += sum(tensor.nbytes for tensor in chosen.values())
+            del chosen
+        if len(files) > 1:
+            places = {name: file for file, names in files.items() for name in names}
+            texts = {INDEX: _json({"metadata": {"total_size": num_bytes}, "weight_map": places})} | texts
         for file, text in texts.items():
             written.append(folder / f"{file}.part")
             written[-1].write_text(text, encoding="utf-8")
@@ -98,24 +117,10 @@ def _split(sizes: list[tuple[str, int]], limit: int) -> dict[str, list[str]]:
     return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
 
 
-def _size(name: str, tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """Bytes of a tensor on disk."""
-    return tensor.numel() * _dtype(name, tensor, dtype).itemsize
-
-
 def _dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """What it is written as: a quantised weight, in its two tensors, is as it is."""
     is_quantized = name.endswith((f".{CODES}", f".{SCALES}"))
     return tensor.dtype if dtype is None or is_quantized or not tensor.is_floating_point() else dtype
-
-
-def _write_weights(path: Path, tensors: Iterator[tuple[str, Tensor]], count: int, dtype: torch.dtype | None) -> None:
-    """The next ``count`` tensors, to one file."""
-    chosen = {}
-    for _ in range(count):
-        name, tensor = next(tensors)
-        chosen[name] = tensor.to("cpu", _dtype(name, tensor, dtype)).contiguous()
-    save_file(chosen, path, metadata={"format": "pt"})
 
 
 def _texts(
