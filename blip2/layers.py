@@ -57,6 +57,11 @@ def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
     return x_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def split_parts(x_BTD: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values of one product, side by side: ``[B, T, parts * H * D]`` to ``[B, H, T, D]`` each."""
+    return x_BTD.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
 class PackedLinear(nn.Module):
     """Stands in for an ``nn.Linear`` on a CPU in bfloat16, its weights in the order in which oneDNN reads them.
 
@@ -137,12 +142,13 @@ class KVCache:
         assert end <= self.capacity, f"the cache holds {self.capacity} tokens a row, {end} are needed"
         keys, values = self.keys[layer], self.values[layer]
         if self._is_even:
-            keys[:, :, self._longest : end], values[:, :, self._longest : end] = key_BHTD, value_BHTD
+            keys.narrow(2, self._longest, num_tokens).copy_(key_BHTD)
+            values.narrow(2, self._longest, num_tokens).copy_(value_BHTD)
         else:
             rows_B1 = torch.arange(len(keys), device=keys.device)[:, None]
             keys[rows_B1, :, positions_BT] = key_BHTD.transpose(1, 2)
             values[rows_B1, :, positions_BT] = value_BHTD.transpose(1, 2)
-        return keys[:, :, :end], values[:, :, :end]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, num_tokens_B: Tensor | int, longest: int) -> None:
         """After all layers wrote: each row grew by ``num_tokens_B``, the longest of the call by ``longest``."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import VisionConfig
-from blip2.layers import attend, split_heads
+from blip2.layers import attend, split_parts
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, width)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
-        query, key, value = (split_heads(x, self.num_heads) for x in self.qkv(self.norm1(x_BPD)).chunk(3, dim=-1))
+        query, key, value = split_parts(self.qkv(self.norm1(x_BPD)), 3, self.num_heads)
         x_BPD = x_BPD + self.projection(attend(query, key, value))
         return x_BPD + self.fc2(self.activation(self.fc1(self.norm2(x_BPD))))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blip2.config import OPTConfig
 from blip2.errors import OptionError
-from blip2.layers import KVCache, attend, split_heads
+from blip2.layers import KVCache, attend, split_parts
 
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 
@@ -30,8 +30,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, *, layer: int, cache: KVCache | None, positions_BT: Tensor, mask: Tensor | None
     ) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x_BTD))
-        query, key, value = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+        query, key, value = split_parts(self.qkv(self.attention_norm(x_BTD)), 3, self.num_heads)
         if cache is not None:
             key, value = cache.write(layer, key, value, positions_BT)
         x_BTD = x_BTD + self.output(attend(query, key, value, mask=mask, is_causal=mask is None))

@@ -9,7 +9,7 @@ B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from blip2 import native
 from blip2.config import T5Config
-from blip2.layers import KVCache, attend, split_heads
+from blip2.layers import KVCache, attend, split_heads, split_parts
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
@@ -81,9 +81,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=False)
         self.output = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def heads(self, x_BTD: Tensor) -> Iterator[Tensor]:
+    def heads(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, ``float[B, H, T, head size]`` each."""
-        return (split_heads(part, self.num_heads) for part in self.qkv(self.norm(x_BTD)).chunk(3, dim=-1))
+        return split_parts(self.qkv(self.norm(x_BTD)), 3, self.num_heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         return self.output(attend(query, key, value, mask=bias, scale=1.0))
@@ -103,7 +103,7 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, encoded_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """What there is to look at, ``float[B, H, P, head size]`` twice; the same for every token that is decoded."""
-        key, value = (split_heads(part, self.num_heads) for part in self.key_value(encoded_BPD).chunk(2, dim=-1))
+        key, value = split_parts(self.key_value(encoded_BPD), 2, self.num_heads)
         return key, value
 
     def forward(self, x_BTD: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
