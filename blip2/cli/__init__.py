@@ -23,6 +23,12 @@ COMMANDS = {
     "ask": "Answer a question about pictures.",
     "chat": "Talk about a picture.",
     "train": "Train a Querying Transformer from a recipe.",
+    "models": "List the published models: what each is for, and what it needs.",
+    "pull": "Download a model, or what is missing of it.",
+    "info": "Tell what a model is, and what it would need here.",
+    "quantize": "Make a model of 8 or 4 bits from a model.",
+    "convert": "Convert from and to the authors' .pth checkpoints.",
+    "doctor": "Check this installation and this machine.",
 }
 """Each verb is the `command` of the file of its name; the words are its help in the list of verbs."""
 
@@ -32,11 +38,12 @@ FLAGS = {
     "num_return": "--num-captions",
     "num_beams": "--beams",
     "no_repeat_ngram_size": "--no-repeat-ngram",
+    "quantize": "--quantize",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
             "max_new_tokens", "min_new_tokens", "length_penalty", "temperature", "top_k", "top_p",
-            "repetition_penalty", "stop", "seed", "batch_size",
+            "repetition_penalty", "stop", "seed", "batch_size", "quantize_vision",
         )
     },
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, with_options
+from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
 from blip2.cli.pictures import find_pictures
 from blip2.cli.report import Report, row_of, see
 
@@ -35,10 +35,7 @@ def command(
     batch_size: int,
     recursive: bool,
     as_json: bool,
-    model: str | None,
-    device: str,
-    dtype: str,
-    **decoding: Any,
+    **others: Any,
 ) -> None:
     """Answer a question about pictures.
 
@@ -62,9 +59,10 @@ def command(
     from blip2.tasks.speaker import chunks
 
     images, questions = _split(arguments, questions)
-    answers = _answerer(questions, None if choices is None else choices.split(","), given(decoding), batch_size)
+    model = of_model(others)
+    answers = _answerer(questions, None if choices is None else choices.split(","), given(others), batch_size)
     pictures = find_pictures(images, recursive)
-    blip = load_pipeline(model, device, dtype)
+    blip = load_pipeline(**model)
     is_labelled = pictures.are_several
     report = Report(blip.name, as_json=as_json, shows_image=is_labelled, shows_question=len(questions) > 1)
     for problem in pictures.problems:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, with_options
+from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
 from blip2.cli.pictures import find_pictures
 from blip2.cli.report import Report, row_of, see
 
@@ -25,10 +25,7 @@ def command(
     batch_size: int,
     recursive: bool,
     as_json: bool,
-    model: str | None,
-    device: str,
-    dtype: str,
-    **decoding: Any,
+    **others: Any,
 ) -> None:
     """Describe pictures in words.
 
@@ -49,10 +46,11 @@ def command(
     from blip2.tasks.speaker import check_batch_size
 
     # What is wrong with the options is told before the model is loaded.
-    options = merged(CAPTION, given(decoding))
+    model = of_model(others)
+    options = merged(CAPTION, given(others))
     check_batch_size(batch_size)
     pictures = find_pictures(images, recursive)
-    blip = load_pipeline(model, device, dtype)
+    blip = load_pipeline(**model)
     report = Report(blip.name, as_json=as_json, shows_image=pictures.are_several)
     for problem in pictures.problems:
         report.problem(problem)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli import in_flags
-from blip2.cli.options import DECODING, MODEL, given, load_pipeline, with_options
+from blip2.cli.options import DECODING, MODEL, given, load_pipeline, of_model, with_options
 from blip2.errors import Blip2Error, OptionError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ HELP = """\
 @click.command("chat")
 @click.argument("image", required=False)
 @with_options(DECODING, MODEL)
-def command(image: str | None, model: str | None, device: str, dtype: str, **decoding: Any) -> None:
+def command(image: str | None, **others: Any) -> None:
     """Talk about a picture.
 
     Each question is read together with what was said before. IMAGE is a file or a web address. In the
@@ -42,11 +42,12 @@ def command(image: str | None, model: str | None, device: str, dtype: str, **dec
     """
     from blip2.tasks.defaults import CHAT, merged
 
-    options = given(decoding)
+    model = of_model(others)
+    options = given(others)
     merged(CHAT, options)
     if image == "-":
         raise click.UsageError("standard input is where the questions come from; name a file, or a web address")
-    talk = Conversation(load_pipeline(model, device, dtype), options)
+    talk = Conversation(load_pipeline(**model), options)
     if image is not None:
         talk.look_at(image)
     if sys.stdin.isatty():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,21 +13,38 @@ import click
 from blip2.cli import debug_option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from blip2.api import Pipeline
 
 Decorator = Callable[[Any], Any]
+
+LABEL_WIDTH = 16
+
+REVISION = click.option("--revision", help="Branch, tag or commit on the hub.  [default: the known good one]")
+
+PRECISION = (
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+        help="Precision of image encoder and language model.",
+    ),
+    click.option(
+        "--quantize", type=click.Choice(["int8", "int4"]), help="Keep the language model's weights in 8 or 4 bits.",
+    ),
+    click.option("--quantize-vision", is_flag=True, help="With --quantize: the image encoder's, too."),
+)  # fmt: skip
 
 MODEL = (
     click.option(
         "-m", "--model", metavar="NAME", help="Folder of a model, or its name on the Hugging Face hub, such as "
         "Salesforce/blip2-opt-2.7b.  [default: the bundled miniature]",
     ),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
-    click.option(
-        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
-        help="Precision of image encoder and language model.",
-    ),
+    REVISION,
+    *PRECISION,
 )  # fmt: skip
+MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision")
 
 # Ranges are checked where they are known: by GenerateOptions.
 DECODING = (
@@ -67,8 +87,53 @@ def given(decoding: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in decoding.items() if not (value is None or value is False or value == ())}
 
 
-def load_pipeline(model: str | None, device: str, dtype: str) -> Pipeline:
+def of_model(options: dict[str, Any]) -> dict[str, Any]:
+    """Take those of `MODEL` out of all options of a verb, for `load_pipeline`."""
+    return {name: options.pop(name) for name in MODEL_NAMES}
+
+
+def load_pipeline(model: str | None, device: str, dtype: str, **others: Any) -> Pipeline:
     """The model that the options name."""
     from blip2.api import load  # imports torch
 
-    return load(model, device=device, dtype=None if dtype == "auto" else dtype)
+    return load(model, device=device, dtype=None if dtype == "auto" else dtype, **others)
+
+
+@contextmanager
+def printing() -> Iterator[Console]:
+    """Tables and lines for standard output: as a terminal shows them, or plain text without colours."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        yield Console(highlight=False, markup=False, emoji=False)
+        return
+    console = Console(highlight=False, markup=False, emoji=False, width=120, file=StringIO())
+    with console.capture() as captured:
+        yield console
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def labelled(label: str, text: str) -> Table:
+    """A label and a text, whose further lines stand below its first."""
+    from rich.table import Table
+
+    grid = Table.grid()
+    grid.add_column(width=LABEL_WIDTH, style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(label, text)
+    return grid
+
+
+def in_bytes(number: float) -> str:
+    """1.97 GB, 48.9 GB; decimal, as disks and downloads are counted."""
+    if number < 1e8:
+        return f"{number / 1e6:.1f} MB"
+    return f"{number / 1e9:.2f} GB" if number < 1e10 else f"{number / 1e9:.1f} GB"
+
+
+def in_words(number: int) -> str:
+    """Parameters: 3.9 M, 986 M, 12.2 B (billions)."""
+    if number < 999.5e6:
+        return f"{number / 1e6:.1f} M" if number < 99.95e6 else f"{number / 1e6:.0f} M"
+    return f"{number / 1e9:.1f} B"

@@ -1,0 +1,189 @@
+"""What a model is and what it needs, told from its configuration: no weight is read, none has memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from blip2.checkpoint.load import count_parameters, empty_model
+from blip2.checkpoint.names import resolve
+from blip2.checkpoint.precision import Precision, choose_precision
+from blip2.checkpoint.quantize import Quantization, bits_of_layers, put_linears
+from blip2.checkpoint.reader import find_tensors
+from blip2.checkpoint.settings import read_quantization
+from blip2.config import PUBLISHED, Blip2Config, LanguageConfig, MatcherConfig, OPTConfig
+from blip2.errors import OptionError
+from blip2.layers import PackedLinear
+from blip2.quantized import QuantizedLinear
+
+Config = Blip2Config | MatcherConfig
+Value = TypeVar("Value", bound=Hashable)
+
+WHOLE_PARTS = ("vision", "language")  # all else is the Q-Former, with its projection or its heads
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ``vision``, ``qformer``, ``language``; ``architecture`` is a line for people."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model as `api.load` would build it. ``num_bytes`` are its weights in memory, nothing besides."""
+
+    parts: tuple[Part, ...]
+    precision: Precision
+    quantization: Quantization | None
+    quantized: dict[str, int]
+    """The layers that are quantised, each with its bits."""
+    kept: dict[str, torch.dtype]
+    """The layers and tables that are not, each with its precision."""
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(part.num_parameters for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+
+def describe(
+    config: Config,
+    *,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (devices are values)
+    dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
+) -> Description:
+    """The model of a configuration on a device; raises `OptionError` for a dtype that cannot be there."""
+    model = empty_model(config)
+    precision = choose_precision(
+        config, device, dtype, num_parameters=count_parameters(model), quantization=quantization
+    )
+    parts = _architectures(config)
+    num_parameters, num_bytes = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        num_parameters[part_of(name)] += parameter.numel()
+
+    put_linears(
+        model, quantization, lambda name: device.type == "cpu" and precision.of(f"{name}.weight") == torch.bfloat16
+    )
+    kept = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            num_bytes[part_of(name)] += _quantized_bytes(module)
+            continue
+        weights = dict(module.named_parameters(recurse=False))
+        if isinstance(module, PackedLinear):
+            weights["weight"] = module.weight
+        for last, weight in weights.items():
+            full = f"{name}.{last}" if name else last
+            num_bytes[part_of(full)] += weight.numel() * precision.of(full).itemsize
+            kept[re.sub(r"\.(weight|bias)$", "", full)] = precision.of(full)
+    return Description(
+        parts=tuple(Part(name, line, num_parameters[name], num_bytes[name]) for name, line in parts.items()),
+        precision=precision,
+        quantization=quantization,
+        quantized=bits_of_layers(model, quantization),
+        kept=kept,
+    )
+
+
+def part_of(name: str) -> str:
+    """The part that a weight belongs to, by our name."""
+    first = name.split(".")[0]
+    return first if first in WHOLE_PARTS else "qformer"
+
+
+def by_pattern(layers: Mapping[str, Value]) -> list[tuple[str, int, Value]]:
+    """Layers that differ only in their number, together: pattern, how many, and what they have in common."""
+    counts: dict[tuple[str, Value], int] = {}
+    for name, value in layers.items():
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        counts[pattern, value] = counts.get((pattern, value), 0) + 1
+    return [(pattern, count, value) for (pattern, value), count in counts.items()]
+
+
+def _quantized_bytes(module: QuantizedLinear) -> int:
+    bias = 0 if module.bias is None else module.bias.numel() * torch.float32.itemsize
+    return module.codes.nbytes + module.scales.nbytes + bias
+
+
+def _architectures(config: Config) -> dict[str, str]:
+    """Each part in a line."""
+    vision, qformer = config.vision, config.qformer
+    lines = {
+        "vision": f"{vision.num_layers} blocks of width {vision.hidden_size}, {vision.num_heads} heads; "
+        f"{vision.image_size} pixels, {vision.num_patches} patches",
+        "qformer": f"{qformer.num_layers} layers of width {qformer.hidden_size}, {qformer.num_heads} heads; "
+        f"{qformer.num_query_tokens} queries",
+    }
+    if isinstance(config, MatcherConfig):
+        lines["qformer"] += f"; reads text, compares in {config.projection_size} dimensions"
+        return lines
+    return lines | {"language": _language(config.language)}
+
+
+def _language(config: LanguageConfig) -> str:
+    if isinstance(config, OPTConfig):
+        blocks = f"OPT, {config.num_layers}"
+    else:
+        blocks = f"T5, {config.num_layers} + {config.num_decoder_layers}"
+    return f"{blocks} blocks of width {config.hidden_size}, {config.num_heads} heads; {config.vocab_size} tokens"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The weights of a folder as they lie there; ``dtypes``: every precision that occurs, the most bytes first."""
+
+    num_bytes: int
+    num_files: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+def stored(folder: Path) -> Stored:
+    """From the files' headers alone. Raises `CheckpointError` for files that are missing, cut short or damaged."""
+    places = find_tensors(folder).values()
+    sizes: dict[torch.dtype, int] = {}
+    for place in places:
+        sizes[place.dtype] = sizes.get(place.dtype, 0) + place.num_bytes
+    files = {place.path for place in places}
+    dtypes = tuple(sorted(sizes, key=lambda dtype: -sizes[dtype]))
+    return Stored(sum(path.stat().st_size for path in files), len(files), dtypes)
+
+
+def quantization_in(folder: Path, asked: Quantization | None = None) -> Quantization | None:
+    """How the weights in a folder are quantised, or are to be: `OptionError` if both, and not the same."""
+    found = read_quantization(folder)
+    if found is None:
+        return asked
+    quantization = Quantization(found["bits"], found["group_size"], tuple(found["parts"]))
+    if asked not in (None, quantization):
+        raise OptionError(f"{folder} is quantised to {found['bits']} bits already; take it as it is, or the original")
+    return quantization
+
+
+def find(name: str | None, revision: str | None = None) -> Path | None:
+    """The folder of a model without fetching anything; None for a published one that is not (whole) in the cache."""
+    if name not in PUBLISHED or Path(name).is_dir():
+        return resolve(name, revision=revision, local_files_only=True)
+    from blip2.checkpoint import hub  # slow to import
+
+    return hub.whole(name, revision) or (None if revision else hub.whole(name, hub.NEWEST))
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept."""
+    from huggingface_hub import constants  # slow to import
+
+    return Path(constants.HF_HUB_CACHE)

@@ -1,0 +1,249 @@
+"""``blip2 info``: what a model is, and what it would need here. No weight is read, nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from blip2.cli.options import LABEL_WIDTH, PRECISION, REVISION, in_bytes, in_words, labelled, printing, with_options
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from blip2.checkpoint.describe import Description, Stored
+    from blip2.config import Blip2Config, MatcherConfig, Published
+
+TITLES = {"vision": "Image encoder", "qformer": "Q-Former", "language": "Language model"}
+PURPOSES = {"generative": "captions, questions and chat", "matching": "matches images with texts"}
+
+
+class Facts(NamedTuple):
+    """All that is told about a model; ``folder`` and ``files`` are None where it is known by name alone."""
+
+    name: str
+    config: Blip2Config | MatcherConfig
+    published: Published | None
+    folder: Path | None
+    files: Stored | None
+    device: torch.device
+    model: Description
+    alternatives: dict[str, int]
+    """What --quantize would make of it: bytes in memory."""
+
+
+@click.command("info")
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with every layer.")
+@with_options((REVISION,), PRECISION)
+def command(model: str | None, as_json: bool, **options: Any) -> None:
+    """Tell what a model is, and what it would need here.
+
+    MODEL is a folder or a name on the Hugging Face hub; by default the bundled miniature. A published model need not
+    be downloaded for it. Told are its parts, the precision that would be chosen and why, the memory that its weights
+    take in that precision, and which layers are quantised.
+
+    \b
+    blip2 info Salesforce/blip2-flan-t5-xxl --quantize int4
+    blip2 info my-model --device cuda --json
+    """
+    facts = _facts(model, **options)
+    if as_json:
+        click.echo(json.dumps(_as_json(facts), indent=2))
+        return
+    with printing() as out:
+        for show in (_show_head, _show_architecture, _show_memory, _show_precision, _show_layers):
+            show(facts, out)
+
+
+def _facts(
+    name: str | None,
+    *,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    quantize: str | None,
+    quantize_vision: bool,
+) -> Facts:
+    from blip2.api import find_dtype
+    from blip2.checkpoint import quantization, read_config
+    from blip2.checkpoint.describe import describe, find, quantization_in, stored
+    from blip2.config import PUBLISHED
+
+    asked = quantization(quantize, vision=quantize_vision)
+    where, wanted = _device(device), find_dtype(None if dtype == "auto" else dtype)
+    folder = find(name, revision)
+    published = PUBLISHED.get(name) if name is not None else None
+    if folder is not None:
+        config, chosen, files = read_config(folder), quantization_in(folder, asked), stored(folder)
+    else:
+        assert published is not None
+        config, chosen, files = published.config, asked, None
+    model = describe(config, device=where, dtype=wanted, quantization=chosen)
+    alternatives = {}
+    if chosen is None:
+        for kind in ("int8", "int4"):
+            other = describe(config, device=where, dtype=wanted, quantization=quantization(kind))
+            if other.quantized:
+                alternatives[kind] = other.num_bytes
+    return Facts(name or "miniature", config, published, folder, files, where, model, alternatives)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name. It need not be there: what another machine would need may be asked."""
+    import torch
+
+    from blip2.api import find_device
+
+    with suppress(RuntimeError):
+        return torch.device(name)
+    return find_device(name)  # "auto", or the error
+
+
+def _as_json(facts: Facts) -> dict[str, Any]:
+    model, files = facts.model, facts.files
+    return {
+        "model": facts.name,
+        "folder": None if facts.folder is None else str(facts.folder),
+        "kind": _kind(facts),
+        "image_size_px": facts.config.vision.image_size,
+        "licence": facts.published.licence if facts.published else None,
+        "revision": facts.published.revision if facts.published else None,
+        "parameters": model.num_parameters,
+        "memory_bytes": model.num_bytes,
+        "parts": [
+            {
+                "name": part.name,
+                "architecture": part.architecture,
+                "parameters": part.num_parameters,
+                "memory_bytes": part.num_bytes,
+            }
+            for part in model.parts
+        ],
+        "device": str(facts.device),
+        "precision": {
+            "vision": _name(model.precision.vision),
+            "language": _name(model.precision.language),
+            "tables": _name(model.precision.tables),
+            "reason": model.precision.reason,
+        },
+        "quantization": model.quantization.as_json() if model.quantized and model.quantization else None,
+        "quantized": {name: f"int{bits}" for name, bits in model.quantized.items()},
+        "kept": {name: _name(dtype) for name, dtype in model.kept.items()},
+        "quantized_memory_bytes": facts.alternatives,
+        "disk": files
+        and {"bytes": files.num_bytes, "files": files.num_files, "dtypes": [_name(dtype) for dtype in files.dtypes]},
+    }
+
+
+def _show_head(facts: Facts, out: Console) -> None:
+    kind = _kind(facts)
+    purpose = facts.published.purpose if facts.published else PURPOSES[kind]
+    out.print(facts.name, style="bold")
+    out.print(labelled("For", purpose))
+    if facts.folder is not None:
+        assert facts.files is not None
+        out.print(labelled("Folder", str(facts.folder)))
+        files = "1 file" if facts.files.num_files == 1 else f"{facts.files.num_files} files"
+        dtypes = ", ".join(_name(dtype) for dtype in facts.files.dtypes)
+        out.print(labelled("On disk", f"{in_bytes(facts.files.num_bytes)} in {files}: {dtypes}"))
+    elif facts.published is not None:
+        size = in_bytes(facts.published.size_gb * 1e9)
+        out.print(labelled("Not here", f"{size} to download (blip2 pull); this is from the package's own table"))
+    if facts.published is not None:
+        out.print(labelled("Licence", facts.published.licence))
+    out.print()
+
+
+def _show_architecture(facts: Facts, out: Console) -> None:
+    for part in facts.model.parts:
+        out.print(labelled(TITLES[part.name], part.architecture))
+    out.print()
+
+
+def _show_memory(facts: Facts, out: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(f"On {facts.device}", min_width=LABEL_WIDTH - 2)
+    for heading in ("parameters", "memory"):
+        table.add_column(heading, justify="right", min_width=10)
+    table.add_column("weights in")
+    for part in facts.model.parts:
+        table.add_row(
+            TITLES[part.name], in_words(part.num_parameters), in_bytes(part.num_bytes), _formats(facts.model, part.name)
+        )
+    table.add_row("Together", in_words(facts.model.num_parameters), in_bytes(facts.model.num_bytes), style="bold")
+    out.print(table)
+    if facts.alternatives:
+        others = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in facts.alternatives.items())
+        out.print(labelled("--quantize", others))
+    out.print()
+
+
+def _show_precision(facts: Facts, out: Console) -> None:
+    out.print(labelled("Precision", facts.model.precision.reason))
+
+
+def _show_layers(facts: Facts, out: Console) -> None:
+    """The quantised layers by pattern, and what is kept: of a part that has none of them, its name."""
+    from rich.table import Table
+
+    from blip2.checkpoint.describe import by_pattern, part_of
+
+    model = facts.model
+    if not model.quantized:
+        why = (
+            "" if model.quantization is None else "; there is no language model (--quantize-vision: the image encoder)"
+        )
+        out.print(labelled("Quantised", f"nothing{why}"))
+        return
+    assert model.quantization is not None
+    groups = f", groups of {model.quantization.group_size} inputs" if model.quantization.bits == 4 else ""
+    out.print(labelled("Quantised", f"{len(model.quantized)} layers, to {model.quantization.bits} bits{groups}"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for pattern, count, bits in by_pattern(model.quantized):
+        table.add_row(f"  {pattern}", f"{count} layer{'' if count == 1 else 's'}", f"int{bits}")
+    out.print(table)
+    label = "Kept"
+    for (part, dtype), names in _kept(model).items():
+        is_whole = not any(part_of(name) == part for name in model.quantized)
+        what = "all of it" if is_whole else ", ".join(pattern for pattern, *_ in by_pattern(dict.fromkeys(names)))
+        out.print(labelled(label, f"{TITLES[part]} in {_name(dtype)}: {what}"))
+        label = ""
+
+
+def _kept(model: Description) -> dict[tuple[str, torch.dtype], list[str]]:
+    """What is not quantised, by part and precision."""
+    from blip2.checkpoint.describe import part_of
+
+    groups: dict[tuple[str, torch.dtype], list[str]] = {}
+    for name, dtype in model.kept.items():
+        groups.setdefault((part_of(name), dtype), []).append(name)
+    return groups
+
+
+def _kind(facts: Facts) -> str:
+    from blip2.config import Blip2Config
+
+    return "generative" if isinstance(facts.config, Blip2Config) else "matching"
+
+
+def _formats(model: Description, part: str) -> str:
+    """The kinds of weights that a part has, the quantised ones first."""
+    from blip2.checkpoint.describe import part_of
+
+    bits = sorted({bits for name, bits in model.quantized.items() if part_of(name) == part})
+    dtypes = dict.fromkeys(dtype for name, dtype in model.kept.items() if part_of(name) == part)
+    return ", ".join([*(f"int{each}" for each in bits), *(_name(dtype) for dtype in dtypes)])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,107 @@
+"""``blip2 models``: the published models side by side."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from blip2.cli.options import in_words, printing, with_options
+
+KINDS = ("bfloat16", "int8", "int4")
+COLUMNS: tuple[tuple[str, int, Any], ...] = (
+    ("", 31, "left"), ("size", 6, "right"), ("fetch", 5, "right"), ("bf16", 4, "right"), ("int8", 4, "right"),
+    ("int4", 4, "right"), ("px", 3, "right"), ("commit", 7, "left"), ("here", 4, "left"),
+)  # fmt: skip
+"""Heading, width and side of each column: of 80 characters together, and the same in every table."""
+
+
+@click.command("models")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list, with all that is known of each.")
+@with_options()
+def command(as_json: bool) -> None:
+    """List the published models: what each is for, and what it needs.
+
+    The memory is that of the weights on a CPU, of image encoder and language model in bfloat16, or with --quantize
+    int8 or int4; pictures and texts take some more.
+
+    \b
+    blip2 models
+    blip2 pull Salesforce/blip2-opt-2.7b
+    """
+    rows = known_models()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        _show(rows)
+
+
+def known_models() -> list[dict[str, Any]]:
+    """Each published model as plain values: bytes, pixels, the names of commits and folders."""
+    import torch
+
+    from blip2.checkpoint import quantization
+    from blip2.checkpoint.describe import describe, find
+    from blip2.config import PUBLISHED
+
+    rows = []
+    for name, model in PUBLISHED.items():
+        needs = {
+            kind: describe(
+                model.config, dtype=torch.bfloat16, quantization=quantization(kind if kind.startswith("int") else None)
+            )
+            for kind in KINDS
+        }
+        folder = find(name)
+        rows.append(
+            {
+                "name": name,
+                "purpose": model.purpose,
+                "parameters": needs["bfloat16"].num_parameters,
+                "download_bytes": round(model.size_gb * 1e9),
+                "memory_bytes": {
+                    kind: each.num_bytes for kind, each in needs.items() if each.quantized or kind == KINDS[0]
+                },
+                "image_size_px": model.config.vision.image_size,
+                "licence": model.licence,
+                "revision": model.revision,
+                "folder": None if folder is None else str(folder),
+            }
+        )
+    return rows
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    with printing() as out:
+        for purpose in dict.fromkeys(row["purpose"] for row in rows):
+            table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+            for heading, width, justify in COLUMNS:
+                table.add_column(heading, justify=justify, no_wrap=True, min_width=width)
+            for row in rows:
+                if row["purpose"] == purpose:
+                    table.add_row(*_cells(row))
+            out.print(f"{purpose[0].upper()}{purpose[1:]}", style="bold")
+            out.print(table)
+            out.print()
+        out.print("GB to fetch, and GB of memory for the weights in bfloat16, int8 and int4; pixels a side.")
+        out.print()
+        for licence in dict.fromkeys(row["licence"] for row in rows):
+            names = (row["name"].rpartition("/")[2] for row in rows if row["licence"] == licence)
+            out.print(f"Licence of {', '.join(names)}:")
+            out.print(f"  {licence}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    memory = row["memory_bytes"]
+    return [
+        row["name"],
+        in_words(row["parameters"]),
+        f"{row['download_bytes'] / 1e9:.1f}",
+        *(f"{memory[kind] / 1e9:.1f}" if kind in memory else "-" for kind in KINDS),
+        str(row["image_size_px"]),
+        (row["revision"] or "newest")[:7],
+        "yes" if row["folder"] else "-",
+    ]

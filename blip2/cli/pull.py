@@ -1,0 +1,38 @@
+"""``blip2 pull``: fetch a model now, to have it later."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from blip2.cli import Failure
+from blip2.cli.options import REVISION, with_options
+
+
+@click.command("pull")
+@click.argument("name")
+@with_options((REVISION,))
+def command(name: str, revision: str | None) -> None:
+    """Download a model, or what is missing of it.
+
+    NAME is that of a repository on the Hugging Face hub; `blip2 models` lists the published ones. Progress is shown
+    on standard error; the folder is printed on standard output. Ctrl-C stops, and the same command goes on from there.
+
+    \b
+    blip2 pull Salesforce/blip2-opt-2.7b
+    blip2 pull somebody/blip2-of-mine --revision v2
+    """
+    from blip2.checkpoint import hub
+    from blip2.checkpoint.names import BUNDLED
+    from blip2.errors import CheckpointError
+
+    if name in BUNDLED:
+        raise CheckpointError(f"{name} comes with the package; there is nothing to download")
+    if os.path.isdir(name) or name.count("/") != 1:
+        raise click.UsageError(f"{name} is no name on the hub, such as Salesforce/blip2-opt-2.7b")
+    try:
+        folder = hub.cached(name, revision) if hub.is_offline() else hub.pull(name, revision)
+    except KeyboardInterrupt:
+        raise Failure("stopped; what has arrived is kept, and the same command goes on from there", 130) from None
+    click.echo(folder)

@@ -1,0 +1,49 @@
+"""What the verbs have in common: the options that name a model reach its loading; numbers as people read them."""
+
+import pytest
+
+from blip2.cli.options import in_bytes, in_words
+from blip2.errors import CheckpointError
+
+
+@pytest.mark.parametrize("verb", [["caption", "x.png"], ["ask", "x.png", "is it?"], ["chat", "x.png"]])
+def test_the_options_of_a_model_reach_its_loading(run, monkeypatch, verb):
+    given = []
+
+    def load(name, **options):
+        given.append((name, options))
+        raise CheckpointError("that is all")
+
+    monkeypatch.setattr("blip2.api.load", load)
+    chosen = [
+        "--device",
+        "cuda:1",
+        "--dtype",
+        "bfloat16",
+        "--quantize",
+        "int4",
+        "--quantize-vision",
+        "--revision",
+        "v2",
+    ]
+    assert run(*verb, "--model", "a/b", *chosen, "--beams", 2).stderr == "blip2: that is all\n"
+    run(*verb)
+    nothing = {"device": "auto", "dtype": None, "quantize": None, "quantize_vision": False, "revision": None}
+    everything = {
+        "device": "cuda:1", "dtype": "bfloat16", "quantize": "int4", "quantize_vision": True, "revision": "v2",
+    }  # fmt: skip
+    assert given == [("a/b", everything), (None, nothing)]
+
+
+def test_quantising_nothing(run, pictures, opt_model):
+    result = run("caption", pictures[0], "--model", opt_model, "--quantize-vision")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("blip2: --quantize-vision is set without")
+
+
+def test_numbers():
+    sizes = {15_200_000: "15.2 MB", 99_900_000: "99.9 MB", 425_000_000: "0.42 GB", 8_580_000_000: "8.58 GB"}
+    assert {size: in_bytes(size) for size in sizes} == sizes
+    assert in_bytes(48.9e9) == "48.9 GB"
+    counts = {7_600_000: "7.6 M", 99_960_000: "100 M", 985_952_256: "986 M", 999_600_000: "1.0 B"}
+    assert {count: in_words(count) for count in counts} == counts
