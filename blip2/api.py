@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
-from blip2 import checkpoint
+from blip2 import checkpoint, placement
 from blip2.checkpoint import ImageSettings
 from blip2.errors import CheckpointError, ImageError, OptionError
 from blip2.generation import Engine
@@ -69,21 +69,19 @@ def load(
     """A model that captions, answers and chats.
 
     ``name``: None for the miniature that comes with the package, the folder of a checkpoint, or its name on the
-    Hugging Face hub (``revision``: a tag or commit there). ``device``: "auto" takes the GPU if there is one.
+    Hugging Face hub (``revision``: a tag or commit there). ``device``: "auto" takes the GPU if there
+    is one, and what does not fit on it stays on the CPU (see `blip2.placement`).
     ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device. ``quantize``: "int8" or "int4"
     for the language model's weights, with ``quantize_vision`` for the image encoder's, too.
 
     Raises CheckpointError if there is no such model, it is incomplete, or it only matches images with texts;
     OptionError for a device or precision that cannot be had.
     """
+    chosen = checkpoint.quantization(quantize, vision=quantize_vision)
+    where = device if device == "auto" else str(find_device(device))
     folder = checkpoint.resolve(name, revision=revision)
-    model = checkpoint.load(
-        folder,
-        device=find_device(device),
-        dtype=find_dtype(dtype),
-        quantize=checkpoint.quantization(quantize, vision=quantize_vision),
-        pack=True,
-    )
+    plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
+    model = placement.load(folder, plan, quantize=chosen, pack=True)
     called = str(name) if name is not None else "miniature"
     if not isinstance(model, Blip2):
         raise CheckpointError(

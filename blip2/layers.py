@@ -5,6 +5,8 @@ B batch rows, H heads, T new tokens, S all tokens so far (or keys), D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,22 +77,29 @@ class PackedLinear(nn.Module):
         self.out_features = out_features
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if has_bias else None
         self._packed: Tensor | None = None  # of a layout that modules cannot move or save; see `weight`
+        self._plain = torch.empty(out_features, in_features, device="meta")  # in its place where it cannot be
 
     @property
     def weight(self) -> Tensor:
         """The weights in plain order, ``bfloat16[N, D]``; a copy."""
-        if self._packed is None:
-            return torch.empty(self.out_features, self.in_features, device="meta")
-        return self._packed.to_dense()
+        return self._plain if self._packed is None else self._packed.to_dense()
 
     @torch.no_grad()
     def fill(self, weight_ND: Tensor, device: torch.device) -> None:
         assert device.type == "cpu"
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_ND.to(torch.bfloat16), None)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """What `nn.Module.to` does: elsewhere than on the CPU the weights are in plain order."""
+        super()._apply(fn, recurse)
+        moved = fn(self.weight)
+        if moved.device.type != "cpu" or moved.dtype != torch.bfloat16:
+            self._plain, self._packed = moved, None
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., N]``."""
-        if x.requires_grad and torch.is_grad_enabled():
+        if self._packed is None or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
@@ -105,8 +114,8 @@ class KVCache:
 
     def __init__(
         self,
+        layers: Iterable[nn.Module],
         *,
-        num_layers: int,
         rows: int,
         num_heads: int,
         capacity: int,
@@ -114,9 +123,11 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (num_layers, rows, num_heads, capacity, head_size)
-        self.keys = list(torch.zeros(shape, device=device, dtype=dtype))
-        self.values = list(torch.zeros(shape, device=device, dtype=dtype))
+        """``device``: of the tokens. Each layer's keys and values are where its weights are."""
+        shape = (rows, num_heads, capacity, head_size)
+        places = [next(layer.parameters()).device for layer in layers]
+        self.keys = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
+        self.values = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
         self.lengths_B = torch.zeros(rows, dtype=torch.long, device=device)
         self._longest = 0  # of all rows, known without asking the device
         self._is_even = True  # whether all rows are equally long
@@ -159,8 +170,8 @@ class KVCache:
 
     def select(self, rows_N: Tensor) -> None:
         """Keep these rows, in this order; a row named twice is copied (a beam that splits)."""
-        self.keys = [keys[rows_N] for keys in self.keys]
-        self.values = [values[rows_N] for values in self.values]
+        self.keys = [keys[rows_N.to(keys.device)] for keys in self.keys]
+        self.values = [values[rows_N.to(values.device)] for values in self.values]
         self.lengths_B = self.lengths_B[rows_N]
 
 

@@ -46,11 +46,11 @@ class Blip2(nn.Module):
     def prompt(self, patches_BPD: Tensor) -> Tensor:
         """Patch features ``float[B, 1 + P, D]`` to soft prompts ``float[B, Q, D]`` for the language model.
 
-        Each part may have a precision of its own; here the values are carried over.
+        Each part may have a precision and a device of its own; here the values are carried over.
         """
         queries_BQD = self.qformer(image_BPD=patches_BPD.to(self.qformer.query_tokens.dtype)).hidden_BSD
         projected_BQD = self.projection(queries_BQD.to(self.projection.weight.dtype))
-        return projected_BQD.to(self.language.dtype)
+        return projected_BQD.to(self.language.token_embedding.weight.device, self.language.dtype)
 
     def freeze_pretrained(self) -> None:
         """What both training stages do: only the Q-Former, the projection and the norm on the patches learn."""

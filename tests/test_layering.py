@@ -21,7 +21,7 @@ ORDER = [
     {"image", "vision", "qformer", "text", "language"},
     {"model"},
     {"checkpoint", "generation", "data"},
-    {"tasks"},
+    {"tasks", "placement"},
     {"api"},
     {"train"},
     {"compat"},
@@ -38,6 +38,7 @@ ROOMS = {
     "huggingface_hub": {"checkpoint", "train"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
+    "accelerate": {"placement"},
     "click": {"cli"},
     "rich": {"cli"},
     "transformers": set(),  # the reference that tests compare with

@@ -15,9 +15,7 @@ from blip2.checkpoint.names import resolve
 from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import Quantization, bits_of_layers, put_linears
 from blip2.checkpoint.reader import find_tensors
-from blip2.checkpoint.settings import read_quantization
 from blip2.config import PUBLISHED, Blip2Config, LanguageConfig, MatcherConfig, OPTConfig
-from blip2.errors import OptionError
 from blip2.layers import PackedLinear
 from blip2.quantized import QuantizedLinear
 
@@ -160,17 +158,6 @@ def stored(folder: Path) -> Stored:
     files = {place.path for place in places}
     dtypes = tuple(sorted(sizes, key=lambda dtype: -sizes[dtype]))
     return Stored(sum(path.stat().st_size for path in files), len(files), dtypes)
-
-
-def quantization_in(folder: Path, asked: Quantization | None = None) -> Quantization | None:
-    """How the weights in a folder are quantised, or are to be: `OptionError` if both, and not the same."""
-    found = read_quantization(folder)
-    if found is None:
-        return asked
-    quantization = Quantization(found["bits"], found["group_size"], tuple(found["parts"]))
-    if asked not in (None, quantization):
-        raise OptionError(f"{folder} is quantised to {found['bits']} bits already; take it as it is, or the original")
-    return quantization
 
 
 def find(name: str | None, revision: str | None = None) -> Path | None:

@@ -17,11 +17,20 @@ from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.keys import ALIASES, IGNORED, published_names, table
 from blip2.checkpoint.precision import Precision, choose_precision
-from blip2.checkpoint.quantize import CODES, OUTPUT, SCALES, Quantization, has_table_as_head, put_linears, quantization
+from blip2.checkpoint.quantize import (
+    CODES,
+    OUTPUT,
+    SCALES,
+    Quantization,
+    has_table_as_head,
+    put_linears,
+    quantization,
+    quantization_in,
+)
 from blip2.checkpoint.reader import Place, find_tensors, read_ahead
 from blip2.checkpoint.settings import read_config, read_json, read_quantization
 from blip2.config import Blip2Config, MatcherConfig
-from blip2.errors import CheckpointError, OptionError
+from blip2.errors import CheckpointError
 from blip2.layers import PackedLinear
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
@@ -53,25 +62,24 @@ def load(
     config = read_config(folder)
     if isinstance(quantize, str):
         quantize = quantization(quantize)
-    stored = _stored_quantization(folder)
-    if stored is not None and quantize not in (None, stored):
-        raise OptionError(f"{folder} is quantised to {stored.bits} bits already; load it as it is, or the original")
+    is_quantized = read_quantization(folder) is not None
+    quantize = quantization_in(folder, quantize)
     model = empty_model(config)
     precision = choose_precision(
         config,
         torch.device(device),
         dtype,
         num_parameters=count_parameters(model),
-        quantization=stored or quantize,
+        quantization=quantize,
     )
 
     def packs(name: str) -> bool:
         is_half = precision.of(f"{name}.weight") == torch.bfloat16
         return pack and is_half and _device_of(name, devices, device).type == "cpu"
 
-    put_linears(model, stored or quantize, packs)
+    put_linears(model, quantize, packs)
     tensors = find_tensors(folder)
-    steps = list(_steps(model, config, tensors, folder, is_quantized=stored is not None))
+    steps = list(_steps(model, config, tensors, folder, is_quantized=is_quantized))
     total = sum(place.num_bytes for step in steps for place in step.places)
     _check_twins(tensors, folder)
     done = 0
@@ -211,11 +219,6 @@ def _check_twins(tensors: dict[str, Place], folder: Path) -> None:
 
 def _is_tied(folder: Path) -> bool:
     return bool(read_json(folder / "config.json").get("text_config", {}).get("tie_word_embeddings"))
-
-
-def _stored_quantization(folder: Path) -> Quantization | None:
-    stored = read_quantization(folder)
-    return None if stored is None else Quantization(stored["bits"], stored["group_size"], tuple(stored["parts"]))
 
 
 def _device_of(name: str, devices: Devices | None, default: str | torch.device) -> torch.device:

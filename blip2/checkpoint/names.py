@@ -22,9 +22,11 @@ def resolve(name: str | Path | None = None, *, revision: str | None = None, loca
     """
     if name is None:
         name = "miniature"
+    path = Path(name).expanduser()
+    if revision is not None and (str(name) in BUNDLED or path.is_dir()):
+        raise CheckpointError(f"{name}: is here as it is and has no revision {revision}; leave it out")
     if str(name) in BUNDLED:
         return BUNDLED[str(name)]
-    path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.suffix == ".pth":

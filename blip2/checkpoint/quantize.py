@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
+from blip2.checkpoint.settings import read_quantization
 from blip2.errors import OptionError
 from blip2.language import OPT
 from blip2.layers import PackedLinear
@@ -54,6 +56,17 @@ def quantization(kind: str | None, *, vision: bool = False, group_size: int = 64
     if kind not in KINDS:
         raise OptionError(f"quantize is {kind!r}; use {' or '.join(KINDS)}")
     return Quantization(KINDS[kind], group_size, PARTS if vision else PARTS[:1])
+
+
+def quantization_in(folder: Path, asked: Quantization | None = None) -> Quantization | None:
+    """How the weights in a folder are quantised, or are to be: `OptionError` if both, and not the same."""
+    found = read_quantization(folder)
+    if found is None:
+        return asked
+    stored = Quantization(found["bits"], found["group_size"], tuple(found["parts"]))
+    if asked not in (None, stored):
+        raise OptionError(f"{folder} is quantised to {stored.bits} bits already; take it as it is, or the original")
+    return stored
 
 
 def bits_of_layers(model: nn.Module, quantization: Quantization | None) -> dict[str, int]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from blip2.checkpoint.describe import Description, Stored
     from blip2.config import Blip2Config, MatcherConfig, Published
+    from blip2.placement import Plan
 
 TITLES = {"vision": "Image encoder", "qformer": "Q-Former", "language": "Language model"}
 PURPOSES = {"generative": "captions, questions and chat", "matching": "matches images with texts"}
@@ -39,8 +40,10 @@ class Facts(NamedTuple):
 @click.command("info")
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every layer.")
+@click.option("--plan", "with_plan", is_flag=True, help="Where each part would go: on the GPU, on the CPU.")
+@click.option("--gpu-memory", type=float, metavar="GB", help="With --plan: for a GPU with so much free memory.")
 @with_options((REVISION,), PRECISION)
-def command(model: str | None, as_json: bool, **options: Any) -> None:
+def command(model: str | None, as_json: bool, with_plan: bool, gpu_memory: float | None, **options: Any) -> None:
     """Tell what a model is, and what it would need here.
 
     MODEL is a folder or a name on the Hugging Face hub; by default the bundled miniature. A published model need not
@@ -51,13 +54,21 @@ def command(model: str | None, as_json: bool, **options: Any) -> None:
     blip2 info Salesforce/blip2-flan-t5-xxl --quantize int4
     blip2 info my-model --device cuda --json
     """
+    if gpu_memory is not None and not (with_plan and gpu_memory > 0):
+        raise click.UsageError("--gpu-memory is a number of GB above 0, and goes with --plan")
     facts = _facts(model, **options)
+    plan = _plan(facts, options["dtype"], gpu_memory) if with_plan else None
     if as_json:
-        click.echo(json.dumps(_as_json(facts), indent=2))
+        content = _as_json(facts)
+        if plan is not None:
+            content["plan"] = {"devices": plan.devices, "reason": plan.reason}
+        click.echo(json.dumps(content, indent=2))
         return
     with printing() as out:
         for show in (_show_head, _show_architecture, _show_memory, _show_precision, _show_layers):
             show(facts, out)
+        for number, line in enumerate(plan.lines() if plan is not None else ()):
+            out.print(labelled("" if number else "Plan", line))
 
 
 def _facts(
@@ -71,7 +82,8 @@ def _facts(
 ) -> Facts:
     from blip2.api import find_dtype
     from blip2.checkpoint import quantization, read_config
-    from blip2.checkpoint.describe import describe, find, quantization_in, stored
+    from blip2.checkpoint.describe import describe, find, stored
+    from blip2.checkpoint.quantize import quantization_in
     from blip2.config import PUBLISHED
 
     asked = quantization(quantize, vision=quantize_vision)
@@ -91,6 +103,22 @@ def _facts(
             if other.quantized:
                 alternatives[kind] = other.num_bytes
     return Facts(name or "miniature", config, published, folder, files, where, model, alternatives)
+
+
+def _plan(facts: Facts, dtype: str, gpu_memory: float | None) -> Plan:
+    """Where it would go on this machine, or on one whose GPU has ``gpu_memory`` GB free."""
+    import torch
+
+    from blip2 import placement
+    from blip2.api import find_dtype
+
+    free = None if gpu_memory is None else int(gpu_memory * 1e9)
+    if free is None and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    where = "auto" if gpu_memory is not None or facts.device.type == "cpu" else str(facts.device)
+    wanted = find_dtype(None if dtype == "auto" else dtype)
+    quantization = facts.model.quantization
+    return placement.plan(facts.config, device=where, dtype=wanted, quantize=quantization, free_bytes=free)
 
 
 def _device(name: str) -> torch.device:

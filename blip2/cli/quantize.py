@@ -68,7 +68,8 @@ def command(model: str, out: Path, kind: str, group_size: str | None, vision: bo
 def _check(folder: Path, quantization: Quantization) -> None:
     """What is wrong with the model is told before the work begins."""
     from blip2.checkpoint import image_settings, read_config
-    from blip2.checkpoint.describe import describe, quantization_in
+    from blip2.checkpoint.describe import describe
+    from blip2.checkpoint.quantize import quantization_in
     from blip2.text import Tokenizer
 
     config = read_config(folder)

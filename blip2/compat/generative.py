@@ -61,7 +61,7 @@ class Blip2ForConditionalGeneration(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.qformer.query_tokens.device
+        return self.model.language.token_embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

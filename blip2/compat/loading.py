@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blip2 import checkpoint
+from blip2 import checkpoint, placement
 from blip2.api import find_device, find_dtype
 from blip2.checkpoint.settings import read_json
 from blip2.errors import OptionError
@@ -43,10 +43,11 @@ def find_folder(name: str | Path, options: Mapping[str, Any], known: Iterable[st
 def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Blip2Matcher, Path]:
     """The model that ``from_pretrained(name, **options)`` asks for, and the folder that it came from.
 
-    - ``dtype`` (or ``torch_dtype``): a torch.dtype, its name, or "auto": what config.json says. None: float32 on a
-      CPU (as the paper's authors publish their weights, and what a CPU computes best in); on a GPU "auto".
-      A CPU does not compute in float16: there it gives bfloat16, and a warning.
-    - ``device_map``: None is the CPU, "auto" the GPU if there is one, else a device or ``{"": device}``.
+    - ``dtype`` (or ``torch_dtype``): a torch.dtype, its name, or "auto": what config.json says. None: what suits a CPU
+      (bfloat16 for a large model where it computes in that, else float32); on a GPU "auto". A CPU does not compute in
+      float16: there it gives bfloat16, and a warning.
+    - ``device_map``: None is the CPU, "auto" the GPU if there is one, with what does not fit on the CPU, else a device
+      or ``{"": device}``.
     - ``load_in_8bit``, ``load_in_4bit``, or a ``quantization_config`` that says so.
     - ``revision``, ``local_files_only``.
 
@@ -57,7 +58,10 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
     device = _device(options.get("device_map"))
     quantize = _quantize(options)
     dtype = _dtype(options, folder, device, quantize)
-    return checkpoint.load(folder, device=device, dtype=dtype, quantize=quantize), folder
+    where = "auto" if options.get("device_map") == "auto" else str(device)
+    chosen = checkpoint.quantization(quantize)
+    plan = placement.plan_for(folder, device=where, dtype=dtype, quantize=chosen)
+    return placement.load(folder, plan, quantize=chosen, pack=True), folder
 
 
 def named_device(device: Device) -> torch.device:

@@ -104,7 +104,7 @@ class OPT(nn.Module):
                 f"reads {self.config.max_position_embeddings}; shorten the prompt, or lower max_new_tokens"
             )
         cache = KVCache(
-            num_layers=self.config.num_layers,
+            self.blocks,
             rows=rows,
             num_heads=self.config.num_heads,
             capacity=longest + num_new_tokens,

@@ -179,7 +179,9 @@ class T5State:
 
     def select(self, rows_N: Tensor) -> None:
         """Keep these rows, in this order; a row named twice is copied."""
-        keys_values = [(key[rows_N], value[rows_N]) for key, value in self.encoded.keys_values]
+        keys_values = [
+            (key[rows_N.to(key.device)], value[rows_N.to(value.device)]) for key, value in self.encoded.keys_values
+        ]
         self.encoded = Encoded(keys_values, self.encoded.mask_B11P[rows_N])
         self.cache.select(rows_N)
 
@@ -264,7 +266,7 @@ class T5(nn.Module):
     def prefill(self, prompt_BPD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, T5State]:
         """Read right-padded prompts; the logits of each row's first token ``float[B, V]``, and the state to go on."""
         cache = KVCache(
-            num_layers=len(self.decoder),
+            self.decoder,
             rows=len(prompt_BPD),
             num_heads=self.config.num_heads,
             capacity=1 + num_new_tokens,

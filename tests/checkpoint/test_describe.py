@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from blip2 import checkpoint
-from blip2.checkpoint.describe import by_pattern, describe, find, part_of, quantization_in, stored
+from blip2.checkpoint.describe import by_pattern, describe, find, part_of, stored
 from blip2.checkpoint.load import count_parameters
+from blip2.checkpoint.quantize import quantization_in
 from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError, OptionError
 from blip2.layers import PackedLinear

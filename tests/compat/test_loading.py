@@ -22,14 +22,15 @@ def asked(monkeypatch, opt_model):
     """What the loader is asked for, in place of loading."""
     seen = {}
 
-    def load(folder, **arguments):
+    def plan_for(folder, **arguments):
         seen.update(arguments, folder=folder)
 
     def resolve(name, **arguments):
         seen.update(arguments, name=name)
         return opt_model
 
-    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(loading.placement, "plan_for", plan_for)
+    monkeypatch.setattr(loading.placement, "load", lambda folder, plan, **arguments: None)
     monkeypatch.setattr(checkpoint, "resolve", resolve)
     monkeypatch.setattr(loading, "find_device", lambda name: torch.device("cuda:0" if name == "auto" else name))
     return seen
@@ -39,18 +40,18 @@ def test_the_defaults(asked, opt_model):
     loading.load_model("someone/model", {})
     assert asked == {
         "name": "someone/model", "revision": None, "local_files_only": False, "folder": opt_model,
-        "device": torch.device("cpu"), "dtype": None, "quantize": None,
+        "device": "cpu", "dtype": None, "quantize": None,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("device_map", "device"),
-    [(None, "cpu"), ("auto", "cuda:0"), ("cuda:1", "cuda:1"), ({"": 2}, "cuda:2"), (3, "cuda:3"), ({"": "cpu"}, "cpu"),
+    [(None, "cpu"), ("auto", "auto"), ("cuda:1", "cuda:1"), ({"": 2}, "cuda:2"), (3, "cuda:3"), ({"": "cpu"}, "cpu"),
      (torch.device("cuda", 1), "cuda:1")],
 )  # fmt: skip
 def test_the_device(asked, device_map, device):
     loading.load_model("someone/model", {"device_map": device_map})
-    assert asked["device"] == torch.device(device)
+    assert asked["device"] == device
 
 
 @pytest.mark.parametrize("device_map", [{"vision_model": 0, "language_model": 1}, {}])
@@ -119,7 +120,7 @@ def test_other_precisions_say_nothing(opt_model):
 )
 def test_quantisation(asked, options, kind):
     loading.load_model("someone/model", options)
-    assert asked["quantize"] == kind
+    assert asked["quantize"] == checkpoint.quantization(kind)
 
 
 @pytest.mark.parametrize(
