@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.keys import ALIASES, IGNORED, published_names, table
-from blip2.checkpoint.precision import Precision, choose_precision
+from blip2.checkpoint.precision import LARGE, Precision, choose_precision
 from blip2.checkpoint.quantize import (
     CODES,
     OUTPUT,
@@ -36,6 +36,7 @@ from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
 
 Progress = Callable[[int, int], None]
+PACKED = ("vision.", "qformer.", "language.")
 TABLE = "language.token_embedding.weight"
 Devices = Mapping[str, torch.device | str | int]
 
@@ -73,9 +74,12 @@ def load(
         quantization=quantize,
     )
 
+    is_large = count_parameters(model) >= LARGE
+
     def packs(name: str) -> bool:
-        is_half = precision.of(f"{name}.weight") == torch.bfloat16
-        return pack and is_half and _device_of(name, devices, device).type == "cpu"
+        gains = precision.of(f"{name}.weight") == torch.bfloat16 or is_large
+        can = name.startswith(PACKED) and _device_of(name, devices, device).type == "cpu"
+        return pack and gains and can
 
     put_linears(model, quantize, packs)
     tensors = find_tensors(folder)
@@ -236,15 +240,15 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
     if isinstance(module, QuantizedLinear) and last in (CODES, SCALES):
         setattr(module, last, tensor.to(device))
         return
-    if step.name == TABLE and has_table_as_head(model) and model.language.output is not None:
-        cast("PackedLinear | QuantizedLinear", model.language.output).fill(tensor, device)
-    if isinstance(module, QuantizedLinear | PackedLinear) and last == "weight":
-        module.fill(tensor, device)
-        return
     dtype = tensor.dtype if precision is None else precision.of(step.name)
-    if isinstance(module, QuantizedLinear):
-        dtype = torch.float32  # its bias
-    setattr(module, last, nn.Parameter(tensor.to(device, dtype)))
+    if step.name == TABLE and has_table_as_head(model) and model.language.output is not None:
+        cast("PackedLinear | QuantizedLinear", model.language.output).fill(tensor.to(dtype), device)
+    if isinstance(module, PackedLinear) and last == "weight":
+        module.fill(tensor.to(dtype), device)
+    elif isinstance(module, QuantizedLinear) and last == "weight":
+        module.fill(tensor, device)
+    else:
+        setattr(module, last, nn.Parameter(tensor.to(device, torch.float32 if isinstance(module, QuantizedLinear) else dtype)))
 
 
 def named_tensors(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from blip2.model import Blip2, EncodedImage
 from blip2.tasks.speaker import chunks
 
 NUM_THREADS = 4
+CACHE_BYTES = 4_000_000  # on two cores, a quarter faster than 16 images at a time
 Seen = EncodedImage | ImageError
 Images = Generator[Seen, None, None]
 Result = TypeVar("Result")
@@ -62,14 +64,24 @@ class Eye:
         except ImageError as error:
             return error
 
+    def _images_at_a_time(self, device: torch.device) -> int:
+        """All of a batch on a GPU; on a CPU so many that what a layer computes stays in its cache."""
+        vision = self._model.vision
+        tokens = vision.config.num_patches + 1
+        layer_bytes = tokens * vision.config.intermediate_size * vision.position_embedding.itemsize
+        return sys.maxsize if device.type != "cpu" else max(1, CACHE_BYTES // layer_bytes)
+
     @torch.no_grad()
     def _encode(self, loads: list[Callable[[], Tensor | Seen]]) -> list[Seen]:
         loaded = [load() for load in loads]
         fresh = [pixels_CHW for pixels_CHW in loaded if isinstance(pixels_CHW, Tensor)]
-        if fresh:
-            device = self._model.vision.position_embedding.device
-            # A copy each, so that who keeps one image does not keep its batch.
-            prompts = (prompt_QD.clone() for prompt_QD in self._model.encode(torch.stack(fresh).to(device)))
+        device = self._model.vision.position_embedding.device
+        # A copy each, so that who keeps one image does not keep its batch.
+        prompts = (
+            prompt_QD.clone()
+            for some in chunks(fresh, self._images_at_a_time(device))
+            for prompt_QD in self._model.encode(torch.stack(list(some)).to(device))
+        )
         return [EncodedImage(next(prompts)) if isinstance(seen, Tensor) else seen for seen in loaded]
 
 
