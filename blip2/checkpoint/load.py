@@ -27,7 +27,7 @@ from blip2.checkpoint.quantize import (
     quantization,
     quantization_in,
 )
-from blip2.checkpoint.reader import Place, find_tensors, read_ahead
+from blip2.checkpoint.reader import Place, find_tensors, give_back_memory, read_ahead
 from blip2.checkpoint.settings import read_config, read_json, read_quantization
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.errors import CheckpointError
@@ -36,6 +36,7 @@ from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
 
 Progress = Callable[[int, int], None]
+TRIM_BYTES = 2**28
 PACKED = ("vision.", "qformer.", "language.")
 TABLE = "language.token_embedding.weight"
 Devices = Mapping[str, torch.device | str | int]
@@ -84,16 +85,18 @@ def load(
     put_linears(model, quantize, packs)
     tensors = find_tensors(folder)
     steps = list(_steps(model, config, tensors, folder, is_quantized=is_quantized))
+    # The largest first: when most of the model is in memory, what comes beside it is small.
+    steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)
     total = sum(place.num_bytes for step in steps for place in step.places)
     _check_twins(tensors, folder)
     done = 0
-    for step, parts in zip(steps, read_ahead([step.places for step in steps]), strict=True):
+    for step, tensor in zip(steps, read_ahead([step.places for step in steps]), strict=True):
         where = _device_of(step.name, devices, device)
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        del parts
         _fill(model, step, tensor, where, None if as_stored else precision)
         del tensor
-        done += sum(place.num_bytes for place in step.places)
+        before, done = done, done + sum(place.num_bytes for place in step.places)
+        if done // TRIM_BYTES > before // TRIM_BYTES or done == total:
+            give_back_memory()
         if progress is not None:
             progress(done, total)
     return model.eval()
@@ -157,7 +160,7 @@ def _steps(
         found = places[0].shape
         if len(places) > 1:
             found = (sum(place.shape[0] for place in places), *found[1:])
-            is_uniform = len({place.shape for place in places}) == 1
+            is_uniform = len({(place.shape, place.dtype) for place in places}) == 1
         if found != wanted or (len(places) > 1 and not is_uniform):
             asked = [wanted[0] // len(places), *wanted[1:]] if len(places) > 1 else list(wanted)
             wrong = next((name for name in theirs if list(tensors[name].shape) != asked), theirs[0])
@@ -247,8 +250,9 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
         module.fill(tensor.to(dtype), device)
     elif isinstance(module, QuantizedLinear) and last == "weight":
         module.fill(tensor, device)
-    else:
-        setattr(module, last, nn.Parameter(tensor.to(device, torch.float32 if isinstance(module, QuantizedLinear) else dtype)))
+    else:  # the bias of a quantised layer is added to sums in fp32
+        dtype = torch.float32 if isinstance(module, QuantizedLinear) else dtype
+        setattr(module, last, nn.Parameter(tensor.to(device, dtype)))
 
 
 def named_tensors(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, Tensor]]:

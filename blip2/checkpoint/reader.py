@@ -7,11 +7,16 @@ had from it, so the header (JSON behind its length, https://github.com/huggingfa
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,6 +25,10 @@ from torch import Tensor
 
 from blip2.checkpoint.files import weight_files
 from blip2.errors import CheckpointError
+
+RUN_BYTES = 2**23
+NUM_READERS = 4
+HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
 
 DTYPES = {
     "F32": torch.float32,
@@ -42,19 +51,7 @@ class Place:
 
     def read(self) -> Tensor:
         """The tensor. Raises `CheckpointError` if the file was cut since it was opened, or cannot be read."""
-        content = torch.empty(self.num_bytes, dtype=torch.uint8)
-        view = memoryview(content.numpy())  # type: ignore[arg-type]
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.start)
-                done = 0
-                while done < self.num_bytes:
-                    if not (count := file.readinto(view[done:])):
-                        raise OSError("it ends too early")
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read ({error}); fetch the file again") from None
-        return content.view(self.dtype).view(self.shape)
+        return read([self])
 
 
 def find_tensors(folder: Path) -> dict[str, Place]:
@@ -92,25 +89,74 @@ def _places(path: Path) -> dict[str, Place]:
     return places
 
 
-def read_ahead(groups: Sequence[Sequence[Place]]) -> Iterator[list[Tensor]]:
-    """The tensors of each group in turn; while one is worked on, the next is read."""
+def read(places: Sequence[Place]) -> Tensor:
+    """Tensors of one type, one below the other. Raises `CheckpointError` if a file cannot be read."""
+    first = places[0]
+    content = _memory(sum(place.num_bytes for place in places))
+    view = memoryview(content.numpy())  # type: ignore[arg-type]
+    runs = []
+    for place in places:
+        for start in range(0, place.num_bytes, RUN_BYTES):
+            size = min(RUN_BYTES, place.num_bytes - start)
+            runs.append((place.path, place.start + start, view[:size]))
+            view = view[size:]
+    if len(runs) == 1:
+        _read_run(*runs[0])
+    else:
+        deque(_readers().map(lambda run: _read_run(*run), runs), maxlen=0)
+    num_rows = sum(place.shape[0] for place in places) if len(places) > 1 else 0
+    return content.view(first.dtype).view((num_rows, *first.shape[1:]) if num_rows else first.shape)
+
+
+def _memory(num_bytes: int) -> Tensor:
+    """``uint8[num_bytes]``, in large pages where the system has them: taking small ones costs as much as reading."""
+    content = torch.empty(num_bytes, dtype=torch.uint8)
+    if num_bytes >= 2 * HUGE_PAGE and sys.platform == "linux":
+        start = -(-content.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        length = (content.data_ptr() + num_bytes - start) // HUGE_PAGE * HUGE_PAGE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
+    return content
+
+
+def _read_run(path: Path, start: int, into: memoryview) -> None:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while len(into):
+                if not (count := file.readinto(into)):
+                    raise OSError("it ends too early")
+                into = into[count:]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """Several requests at a time: a disk answers them together."""
+    return ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blip2 weights")
+
+
+def read_ahead(groups: Sequence[Sequence[Place]]) -> Iterator[Tensor]:
+    """The tensor of each group in turn; while one is worked on, the next is read."""
     if not groups:
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="blip2 weights") as pool:
-        waiting: Future[list[Tensor]] = pool.submit(_read, groups[0])
+    with ThreadPoolExecutor(1, thread_name_prefix="blip2 next weights") as pool:
+        waiting: Future[Tensor] = pool.submit(read, groups[0])
         try:
             for following in [*groups[1:], None]:
-                tensors = waiting.result()
+                tensor = waiting.result()
                 if following is not None:
-                    waiting = pool.submit(_read, following)
-                yield tensors
-                del tensors
+                    waiting = pool.submit(read, following)
+                yield tensor
+                del tensor
         finally:
             waiting.cancel()
 
 
-def _read(group: Sequence[Place]) -> list[Tensor]:
-    return [place.read() for place in group]
+def give_back_memory() -> None:
+    """Let the C library return what was freed between what is kept; unasked it holds some per cent of a model."""
+    with suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_cached(path: Path) -> None:
