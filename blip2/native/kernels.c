@@ -329,6 +329,30 @@ INLINE void attend_head(const void *query, long at_q, const void *keys, long at_
     for (long d = 0; d < size; d++) store(out, at_out + d, sum[d] / total, type);
 }
 
+typedef void Attend(const void *query, long at_q, const void *keys, long at_k, long step_k, const void *values,
+                    long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind, int type,
+                    long length, long size, float scale, float *scores, void *out, long at_out);
+
+#define ATTEND(type) \
+    attend_head(query, at_q, keys, at_k, step_k, values, at_v, step_v, mask, at_m, step_m, mask_kind, type, length, \
+                size, scale, scores, out, at_out)
+static void attend_plain(const void *query, long at_q, const void *keys, long at_k, long step_k, const void *values,
+                         long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind, int type,
+                         long length, long size, float scale, float *scores, void *out, long at_out) {
+    if (type == BFLOAT16) ATTEND(BFLOAT16);
+    else ATTEND(FLOAT32);
+}
+
+#if HAS_VNNI_CODE
+VNNI static void attend_vnni(const void *query, long at_q, const void *keys, long at_k, long step_k,
+                             const void *values, long at_v, long step_v, const void *mask, long at_m, long step_m,
+                             int mask_kind, int type, long length, long size, float scale, float *scores, void *out,
+                             long at_out) {
+    if (type == BFLOAT16) ATTEND(BFLOAT16);
+    else ATTEND(FLOAT32);
+}
+#endif
+
 INLINE void rms_norm_row(const void *x, const void *weight, const int type, long at, long width, float eps, void *out) {
     float square = 0;
     SIMD(reduction(+ : square))
@@ -347,15 +371,16 @@ INLINE void rms_norm_row(const void *x, const void *weight, const int type, long
 static Split *split = split_plain;
 static Product *product = product_plain;
 static Quantize *quantize = quantize_plain;
+static Attend *attend = attend_plain;
 
 /* Choose the code for this processor, or with `plain` that for any. Returns 1 for byte dot products, 0 without. */
 int blip2_prepare(int plain) {
-    split = split_plain, product = product_plain, quantize = quantize_plain;
+    split = split_plain, product = product_plain, quantize = quantize_plain, attend = attend_plain;
 #if HAS_VNNI_CODE
     if (!plain && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vnni")) {
-        split = split_vnni, product = product_vnni, quantize = quantize_vnni;
+        split = split_vnni, product = product_vnni, quantize = quantize_vnni, attend = attend_vnni;
         return 1;
     }
 #endif
@@ -414,7 +439,7 @@ int blip2_attend(const void *query, const void *keys, const void *values, const 
                  int threads) {
     const long *q = strides, *k = strides + 2, *v = strides + 5, *m = strides + 8;
     int failed = 0;
-#pragma omp parallel for num_threads(threads) if (rows * heads * length * size > 100000)
+#pragma omp parallel for num_threads(threads) if (rows * heads * length * size > 30000)
     for (long pair = 0; pair < rows * heads; pair++) {
         float *scores = malloc((length + 2 * size) * sizeof(float));
         if (!scores) {
@@ -422,13 +447,9 @@ int blip2_attend(const void *query, const void *keys, const void *values, const 
             continue;
         }
         long row = pair / heads, head = pair % heads;
-        long at_k = row * k[0] + head * k[1], at_v = row * v[0] + head * v[1], at_m = row * m[0] + head * m[1];
-        if (type == BFLOAT16)
-            attend_head(query, row * q[0] + head * q[1], keys, at_k, k[2], values, at_v, v[2], mask, at_m, m[2],
-                        mask_kind, BFLOAT16, length, size, scale, scores, out, pair * size);
-        else
-            attend_head(query, row * q[0] + head * q[1], keys, at_k, k[2], values, at_v, v[2], mask, at_m, m[2],
-                        mask_kind, FLOAT32, length, size, scale, scores, out, pair * size);
+        attend(query, row * q[0] + head * q[1], keys, row * k[0] + head * k[1], k[2], values,
+               row * v[0] + head * v[1], v[2], mask, row * m[0] + head * m[1], m[2], mask_kind, type, length, size,
+               scale, scores, out, pair * size);
         free(scores);
     }
     return failed;
