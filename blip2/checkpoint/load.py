@@ -36,7 +36,7 @@ from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
 
 Progress = Callable[[int, int], None]
-TRIM_BYTES = 2**28
+TRIM_BYTES = 2**29
 PACKED = ("vision.", "qformer.", "language.")
 TABLE = "language.token_embedding.weight"
 Devices = Mapping[str, torch.device | str | int]
