@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -89,8 +88,11 @@ def _places(path: Path) -> dict[str, Place]:
     return places
 
 
-def read(places: Sequence[Place]) -> Tensor:
-    """Tensors of one type, one below the other. Raises `CheckpointError` if a file cannot be read."""
+def read(places: Sequence[Place], readers: ThreadPoolExecutor | None = None) -> Tensor:
+    """Tensors of one type, one below the other; with ``readers`` in several requests at a time, as a disk likes it.
+
+    Raises `CheckpointError` if a file cannot be read.
+    """
     first = places[0]
     content = _memory(sum(place.num_bytes for place in places))
     view = memoryview(content.numpy())  # type: ignore[arg-type]
@@ -100,10 +102,8 @@ def read(places: Sequence[Place]) -> Tensor:
             size = min(RUN_BYTES, place.num_bytes - start)
             runs.append((place.path, place.start + start, view[:size]))
             view = view[size:]
-    if len(runs) == 1:
-        _read_run(*runs[0])
-    else:
-        deque(_readers().map(lambda run: _read_run(*run), runs), maxlen=0)
+    each = map if readers is None else readers.map
+    deque(each(lambda run: _read_run(*run), runs), maxlen=0)
     num_rows = sum(place.shape[0] for place in places) if len(places) > 1 else 0
     return content.view(first.dtype).view((num_rows, *first.shape[1:]) if num_rows else first.shape)
 
@@ -130,23 +130,20 @@ def _read_run(path: Path, start: int, into: memoryview) -> None:
         raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
 
 
-@cache
-def _readers() -> ThreadPoolExecutor:
-    """Several requests at a time: a disk answers them together."""
-    return ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blip2 weights")
-
-
 def read_ahead(groups: Sequence[Sequence[Place]]) -> Iterator[Tensor]:
     """The tensor of each group in turn; while one is worked on, the next is read."""
     if not groups:
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="blip2 next weights") as pool:
-        waiting: Future[Tensor] = pool.submit(read, groups[0])
+    with (
+        ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blip2 weights") as readers,
+        ThreadPoolExecutor(1, thread_name_prefix="blip2 next weights") as pool,
+    ):
+        waiting: Future[Tensor] = pool.submit(read, groups[0], readers)
         try:
             for following in [*groups[1:], None]:
                 tensor = waiting.result()
                 if following is not None:
-                    waiting = pool.submit(read, following)
+                    waiting = pool.submit(read, following, readers)
                 yield tensor
                 del tensor
         finally:
