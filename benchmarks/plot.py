@@ -38,7 +38,7 @@ def chart(left: float, top: float, found: dict[str, Any], name: str, title: str,
     sides = {side: samples for side, samples in found["sides"].items() if kept(samples, name)[0]}
     parts = [text(left, top, title, bold=True)]
     if not sides:
-        return parts
+        return []
     values = {side: statistics.median(kept(samples, name)[0]) * scale for side, samples in sides.items()}
     room = (WIDTH - 60) / max(values.values())
     for row, (side, value) in enumerate(values.items()):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import (
+    HfApi,
     constants,
     get_hf_file_metadata,
     hf_hub_download,
@@ -42,6 +43,7 @@ from blip2.errors import CheckpointError
 
 SMALL_FILES = ("*.json", "*.txt", "tokenizer*", "spiece.model")  # never the pickled twins, .bin, .pth, .msgpack
 NEWEST = "main"
+TIMEOUT_S = 10
 
 
 def is_offline() -> bool:
@@ -86,6 +88,7 @@ def pull(name: str, revision: str | None = None) -> Path:
     if folder is not None and folder.name == revision and not _missing(folder):
         return folder
     with _explained(name, revision):
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)  # without five tries where there is no network
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES)))
         for file in weight_files(folder):
             if not (folder / file).exists():
@@ -177,7 +180,8 @@ def _reason(error: Exception, name: str, revision: str) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = constants.HF_HUB_CACHE
         return f"no space is left in {where} ({error.strerror}); make room, or set HF_HOME to a folder on a larger disk"
-    cause = error.__cause__ or error  # the client wraps what happened in a page of advice
+    # The client wraps what happened in a page of advice, but for the answers of the hub.
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
         return f"the hub refuses ({cause.response.status_code}); run: hf auth login"
     return f"the hub did not give it ({_first_line(cause)}); check the network and try again, what has arrived is kept"

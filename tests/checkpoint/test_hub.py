@@ -137,6 +137,7 @@ def test_a_published_name_is_its_pinned_commit(cache: Path, opt_model: Path, mon
     pinned = PUBLISHED[name].revision
     asked = []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(our_hub.HfApi, "model_info", lambda *a, **k: None)
     monkeypatch.setattr(
         our_hub, "snapshot_download", lambda *a, revision, **k: asked.append(revision) or str(opt_model)
     )
@@ -190,11 +191,13 @@ def test_only_pickled_weights(hub: FakeHub) -> None:
     one_line(caught)
 
 
-def test_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [NAME, "Salesforce/blip2-opt-2.7b"])
+def test_no_network(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     go_online(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(CheckpointError, match="check the network and try again") as caught:
-        resolve(NAME)
+        resolve(name)
     one_line(caught)
+    assert capsys.readouterr() == ("", "")  # no word of trying again and again
 
 
 def test_no_space(hub: FakeHub, cache: Path) -> None:
