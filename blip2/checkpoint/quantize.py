@@ -69,6 +69,16 @@ def quantization_in(folder: Path, asked: Quantization | None = None) -> Quantiza
     return stored
 
 
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """How a loaded model is quantised; None if it is not."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    if not layers:
+        return None
+    lowest = min(layers.values(), key=lambda layer: layer.bits)
+    parts = tuple(part for part in PARTS if any(name.startswith(f"{part}.") for name in layers))
+    return Quantization(lowest.bits, lowest.group_size if lowest.bits == 4 else 64, parts)
+
+
 def bits_of_layers(model: nn.Module, quantization: Quantization | None) -> dict[str, int]:
     """The linear layers that are quantised, by name, each with its bits; none of the Q-Former, ever."""
     if quantization is None:

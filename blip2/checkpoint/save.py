@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blip2.checkpoint.files import INDEX, WEIGHTS
 from blip2.checkpoint.load import named_tensors
-from blip2.checkpoint.quantize import CODES, SCALES
+from blip2.checkpoint.quantize import CODES, SCALES, quantization_of
 from blip2.checkpoint.settings import ImageSettings, config_json, preprocessor_json
 from blip2.config import Blip2Config, OPTConfig
 from blip2.errors import CheckpointError
@@ -44,12 +44,15 @@ def save(
 
     ``tokenizer`` is the path or the text of a tokenizer.json. ``dtype`` casts the weights (as they are, if None),
     quantised ones excepted. More than ``max_shard_size_bytes`` of weights become several files with an index.
-    ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`).
+    ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`); by default
+    what the model's layers say.
 
     Everything is written under temporary names, then renamed, config.json last; then what an earlier save of another
     size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing of
     the attempt stays, and the model that was there is as it was.
     """
+    if quantization is None and (found := quantization_of(model)) is not None:
+        quantization = found.as_json()
     sizes = [(name, tensor.numel() * _dtype(name, tensor, dtype).itemsize) for name, tensor in named_tensors(model)]
     tensors = ((name, tensor.to("cpu", _dtype(name, tensor, dtype))) for name, tensor in named_tensors(model))
     write_model(folder, sizes, tensors, _texts(model, tokenizer, quantization), max_shard_size_bytes)

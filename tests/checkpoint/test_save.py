@@ -174,3 +174,14 @@ def test_saved_over_the_files_that_it_was_loaded_from(opt_model: Path, tmp_path:
     for name, tensor in load_file(opt_model / WEIGHTS).items():
         assert torch.equal(load_file(folder / WEIGHTS)[name], tensor), name
     assert len({os.stat(path).st_mode for path in folder.iterdir() if path.name != "tokenizer.json"}) == 1
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_model_says_so_by_itself(any_model: Path, tmp_path: Path, kind: str) -> None:
+    """Whoever saves it (`save_pretrained` among them): otherwise the folder could not be read again."""
+    model = checkpoint.load(any_model, quantize=kind)
+    checkpoint.save(model, tmp_path)
+    again = checkpoint.load(tmp_path)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
