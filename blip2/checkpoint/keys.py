@@ -126,6 +126,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "language_model.encoder.embed_tokens.weight",
         "language_model.decoder.embed_tokens.weight",
     ),
+    # Expected, not seen: the published blip2-itm-vit-g is larger than its weights by just these two tables.
+    "embeddings.word_embeddings.weight": ("qformer.embeddings.word_embeddings.weight",),
+    "embeddings.position_embeddings.weight": ("qformer.embeddings.position_embeddings.weight",),
 }
 # Buffers that older files carry; they hold no weights.
 IGNORED = ("embeddings.position_ids", "qformer.embeddings.position_ids")

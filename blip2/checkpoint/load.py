@@ -225,7 +225,7 @@ def _check_twins(tensors: dict[str, Place], folder: Path) -> None:
 
 
 def _is_tied(folder: Path) -> bool:
-    return bool(read_json(folder / "config.json").get("text_config", {}).get("tie_word_embeddings"))
+    return bool((read_json(folder / "config.json").get("text_config") or {}).get("tie_word_embeddings"))
 
 
 def _device_of(name: str, devices: Devices | None, default: str | torch.device) -> torch.device:

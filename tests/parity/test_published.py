@@ -221,3 +221,18 @@ def test_an_older_matching_model(matching_pair, tmp_path: Path) -> None:
     loaded = checkpoint.load(tmp_path)
     assert loaded.config == replace(matching_pair.ours.config, image_token_id=content["image_token_index"])
     assert same(loaded, matching_pair.ours)
+
+
+@pytest.mark.parametrize("matching_pair", [None], indirect=True, ids=["no image token"])
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_matching_model_with_its_text_tables_twice(matching_pair, change: int, tmp_path: Path) -> None:
+    """Equal copies under the Q-Former's names are passed over; others are another model's."""
+    matching_pair.theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tables = ("embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight")
+    save_file(tensors | {f"qformer.{name}": tensors[name] + change for name in tables}, tmp_path / "model.safetensors")
+    if change:
+        with pytest.raises(CheckpointError, match=r"qformer\.embeddings\.word_embeddings\.weight differs"):
+            checkpoint.load(tmp_path)
+    else:
+        assert same(checkpoint.load(tmp_path), matching_pair.ours)
