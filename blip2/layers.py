@@ -80,6 +80,13 @@ class PackedLinear(nn.Module):
         self._packed: Tensor | None = None  # of a layout that modules cannot move or save; see `weight`
         self._plain = torch.empty(out_features, in_features, device="meta")  # in its place where it cannot be
 
+    @staticmethod
+    def can_hold(dtype: torch.dtype) -> bool:
+        """Whether oneDNN has products of its own for this precision on this processor: fp32 anywhere, bf16 on some."""
+        return dtype == torch.float32 or (
+            dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+
     @property
     def weight(self) -> Tensor:
         """The weights in plain order, ``float[N, D]``; a copy."""

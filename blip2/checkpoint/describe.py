@@ -73,9 +73,12 @@ def describe(
     for name, parameter in model.named_parameters():
         num_parameters[part_of(name)] += parameter.numel()
 
-    put_linears(
-        model, quantization, lambda name: device.type == "cpu" and precision.of(f"{name}.weight") == torch.bfloat16
-    )
+    def packs(name: str) -> bool:
+        """As in loading, so far as it takes memory: in bf16 an OPT's head is kept beside its table."""
+        is_half = precision.of(f"{name}.weight") == torch.bfloat16
+        return device.type == "cpu" and is_half and PackedLinear.can_hold(torch.bfloat16)
+
+    put_linears(model, quantization, packs)
     kept = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):

@@ -78,9 +78,10 @@ def load(
     is_large = count_parameters(model) >= LARGE
 
     def packs(name: str) -> bool:
-        gains = precision.of(f"{name}.weight") == torch.bfloat16 or is_large
-        can = name.startswith(PACKED) and _device_of(name, devices, device).type == "cpu"
-        return pack and gains and can
+        dtype = precision.of(f"{name}.weight")
+        gains = dtype == torch.bfloat16 or (is_large and name != OUTPUT)  # beside an OPT's table, fp32 takes too much
+        is_here = name.startswith(PACKED) and _device_of(name, devices, device).type == "cpu"
+        return pack and gains and is_here and PackedLinear.can_hold(dtype)
 
     put_linears(model, quantize, packs)
     tensors = find_tensors(folder)

@@ -42,7 +42,7 @@ def test_a_published_name_needs_no_download(run):
     assert told["Licence"] == PUBLISHED[XXL].licence
     assert told["Together"].split()[:3] == ["12.2", "B", "8.58"]
     assert told["Quantised"] == "265 layers, to 4 bits, groups of 64 inputs"
-    text = run("info", XXL, "--quantize", "int4").stdout
+    text = run("info", XXL, "--quantize", "int4", "--dtype", "bfloat16").stdout
     assert "language.decoder.*.cross_attention.key_value  24 layers  int4\n" in text
     assert "language.output                                 1 layer  int8\n" in text
     assert "Q-Former in float32: all of it" in text
