@@ -14,16 +14,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blip2.api import Pipeline, load
+    from blip2.api import Matcher, Pipeline, load
     from blip2.compat import (
         Blip2ForConditionalGeneration,
         Blip2ForImageTextRetrieval,
         Blip2Processor,
         BlipProcessor,
     )
+    from blip2.encoded import EncodedImage
     from blip2.errors import Blip2Error
     from blip2.generation import GenerateOptions
-    from blip2.model import EncodedImage
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "BlipProcessor",
     "EncodedImage",
     "GenerateOptions",
+    "Matcher",
     "Pipeline",
     "__version__",
     "load",
@@ -45,8 +46,9 @@ _HOMES = {
     "Blip2ForImageTextRetrieval": "blip2.compat",
     "Blip2Processor": "blip2.compat",
     "BlipProcessor": "blip2.compat",
-    "EncodedImage": "blip2.model",
+    "EncodedImage": "blip2.encoded",
     "GenerateOptions": "blip2.generation",
+    "Matcher": "blip2.api",
     "Pipeline": "blip2.api",
     "load": "blip2.api",
 }

@@ -1,6 +1,7 @@
 """The only place where the parts meet: Figure 1 of the paper.
 
     pixels_BCHW --VisionTransformer--> patches_BPD --QFormer--> queries_BQD --projection--> prompt_BQD
+                                                                (EncodedImage)
 
 B images, C colours, H, W pixels, P patches (class token first), Q queries, T text tokens, D width of whatever
 the tensor belongs to, E width of the space in which images and texts are compared.
@@ -8,7 +9,7 @@ the tensor belongs to, E width of the space in which images and texts are compar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,6 @@ from blip2.language import OPT, T5, build_language_model
 from blip2.layers import freeze
 from blip2.qformer import QFormer, QFormerOutput
 from blip2.vision import VisionTransformer
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """What the language model sees of a picture: ``prompt_QD`` float[Q, D]. Encode once, ask often."""
-
-    prompt_QD: Tensor
 
 
 class Blip2(nn.Module):
@@ -40,16 +34,20 @@ class Blip2(nn.Module):
         self.language: OPT | T5 = build_language_model(config.language)
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Normalised pixels ``float[B, 3, H, W]`` to soft prompts ``float[B, Q, D]`` for the language model."""
-        return self.prompt(self.vision(pixels_BCHW))
+        """Normalised pixels ``float[B, 3, H, W]`` to what an `EncodedImage` keeps of each, ``float[B, Q, D]``."""
+        return self.look(self.vision(pixels_BCHW))
 
-    def prompt(self, patches_BPD: Tensor) -> Tensor:
-        """Patch features ``float[B, 1 + P, D]`` to soft prompts ``float[B, Q, D]`` for the language model.
+    def look(self, patches_BPD: Tensor, image_bias: Tensor | None = None) -> Tensor:
+        """Patch features ``float[B, 1 + P, D]`` to queries ``float[B, Q, D]``; ``image_bias``: see `QFormer`.
 
-        Each part may have a precision and a device of its own; here the values are carried over.
+        Each part may have a precision and a device of its own; here and in `prompt` the values are carried over.
         """
-        queries_BQD = self.qformer(image_BPD=patches_BPD.to(self.qformer.query_tokens.dtype)).hidden_BSD
-        projected_BQD = self.projection(queries_BQD.to(self.projection.weight.dtype))
+        patches_BPD = patches_BPD.to(self.qformer.query_tokens.dtype)
+        return self.qformer(image_BPD=patches_BPD, image_bias=image_bias).hidden_BSD
+
+    def prompt(self, queries_BQD: Tensor) -> Tensor:
+        """Queries ``float[..., Q, D]`` to soft prompts ``float[..., Q, D]`` of the language model's width."""
+        projected_BQD = self.projection(queries_BQD.to(self.projection.weight))
         return projected_BQD.to(self.language.token_embedding.weight.device, self.language.dtype)
 
     def freeze_pretrained(self) -> None:
@@ -128,3 +126,15 @@ class Blip2Matcher(nn.Module):
 def similarity(images_NQE: Tensor, texts_ME: Tensor) -> Tensor:
     """Cosine of every image with every text ``float[N, M]``: the best of the image's queries (section 3.1)."""
     return torch.einsum("nqe,me->nmq", images_NQE, texts_ME).amax(dim=-1)
+
+
+def identity(model: Blip2 | Blip2Matcher) -> str:
+    """Which model it is, by its Q-Former: the same in every precision and on every device, 16 hexadecimal digits.
+
+    What two models see of a picture can be compared, or read by the other, only if this is equal.
+    """
+    qformer = model.qformer
+    told = hashlib.sha256(repr((type(model).__name__, model.config.vision, qformer.config)).encode())
+    for weight in (qformer.query_tokens, qformer.embedding_norm.weight, *qformer.layers[-1].parameters()):
+        told.update(weight.detach().float().cpu().numpy().tobytes())
+    return told.hexdigest()[:16]

@@ -19,6 +19,7 @@ B rows, Q queries, T text tokens, S both, P image patches, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,7 @@ class Layer(nn.Module):
         *,
         num_queries: int,
         image_BPD: Tensor | None,
+        image_bias: Tensor | None,
         mask: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -106,7 +108,10 @@ class Layer(nn.Module):
         if num_queries:
             if self.cross_attention is not None:
                 assert image_BPD is not None, "queries need a picture to look at"
-                queries_BQD = self.cross_attention(queries_BQD, *self.cross_attention.keys_values(image_BPD))
+                key, value = self.cross_attention.keys_values(image_BPD)
+                if len(key) != len(x_BSD):  # one picture for many texts: looked at once
+                    key, value = (part.expand(len(x_BSD), -1, -1, -1) for part in (key, value))
+                queries_BQD = self.cross_attention(queries_BQD, key, value, image_bias)
             parts.append(self.query_feed_forward(queries_BQD))
         if text_BTD.shape[1]:
             assert self.text_feed_forward is not None, "this Q-Former was built without its text branch"
@@ -151,6 +156,7 @@ class QFormer(nn.Module):
         text_BT: Tensor | None = None,
         text_mask_BT: Tensor | None = None,
         memory: Memory | None = None,
+        image_bias: Tensor | None = None,
     ) -> QFormerOutput:
         """One pass, by what is given:
 
@@ -159,12 +165,15 @@ class QFormer(nn.Module):
         - both: queries and text see each other (matching), text padding masked;
         - ``text_BT`` and ``memory`` of an image pass: the text sees the queries and its own past (generation).
 
-        ``image_BPD`` float[B, P, encoder_hidden_size]; ``text_BT`` int[B, T] token ids; ``text_mask_BT``
-        bool[B, T], True for real tokens (all, if not given).
+        ``image_BPD`` float[B or 1, P, encoder_hidden_size]; ``text_BT`` int[B, T] token ids; ``text_mask_BT``
+        bool[B, T], True for real tokens (all, if not given). ``image_bias`` float[C, B or 1, H, Q, P] is added to
+        the scores of the C layers with cross-attention: its gradient tells where a look would have mattered, and
+        minus infinity hides a patch.
         """
         embedded: list[Tensor] = []
         if image_BPD is not None:
-            embedded.append(self.query_tokens.expand(len(image_BPD), -1, -1))
+            rows = len(image_BPD) if text_BT is None else len(text_BT)
+            embedded.append(self.query_tokens.expand(rows, -1, -1))
         if text_BT is not None:
             embedded.append(self._embed_text(text_BT))
         num_queries = self.config.num_query_tokens if image_BPD is not None else 0
@@ -173,11 +182,13 @@ class QFormer(nn.Module):
 
         mask = self._mask(num_queries, text_BT, text_mask_BT, memory)
         own: Memory = []
+        biases: Iterator[Tensor] = iter(image_bias if image_bias is not None else ())
         for index, layer in enumerate(self.layers):
             x_BSD, keys_values = layer(
                 x_BSD,
                 num_queries=num_queries,
                 image_BPD=image_BPD,
+                image_bias=next(biases, None) if layer.cross_attention is not None else None,
                 mask=mask,
                 past=memory[index] if memory is not None else None,
             )

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 import blip2
-from blip2.api import DTYPES, Options
+from blip2.api.loading import DTYPES
+from blip2.api.pipeline import Options
+from blip2.encoded import EncodedImage
 from blip2.errors import CheckpointError, ImageError, OptionError
 from blip2.generation import GenerateOptions
-from blip2.model import EncodedImage
 from tests import tiny
 
 
@@ -164,8 +165,8 @@ def test_sources(blip):
 
 def test_seen_once(blip, pictures, monkeypatch):
     seen = blip.encode(pictures[:2])
-    assert all(isinstance(image, EncodedImage) and image.prompt_QD.shape == (4, 24) for image in seen)
-    assert not seen[0].prompt_QD.requires_grad
+    assert all(isinstance(image, EncodedImage) and image.queries_QD.shape == (4, 16) for image in seen)
+    assert not seen[0].queries_QD.requires_grad
     expected = blip.caption(pictures[:2])
     calls = []
     encode = blip.speaker.model.encode
@@ -241,9 +242,9 @@ def test_no_such_model(tmp_path):
         blip2.load(tmp_path)
 
 
-def test_a_model_that_cannot_speak(matching_model):
-    with pytest.raises(CheckpointError, match=r"is a matching model.*load a generative one"):
-        blip2.load(matching_model)
+def test_what_is_there_decides(matching_model, opt_model):
+    assert isinstance(blip2.load(matching_model), blip2.Matcher)
+    assert isinstance(blip2.load(opt_model), blip2.Pipeline)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])

@@ -18,7 +18,7 @@ ORDER = [
     {"config"},
     {"native"},
     {"layers", "quantized"},
-    {"image", "vision", "qformer", "text", "language"},
+    {"image", "encoded", "vision", "qformer", "text", "language"},
     {"model"},
     {"checkpoint", "generation", "data"},
     {"tasks", "placement"},
@@ -34,7 +34,7 @@ FRONT_DOORS = {"__init__", "__main__"}  # the files of the package itself: they 
 ROOMS = {
     "PIL": {"image"},
     "tokenizers": {"text"},
-    "safetensors": {"checkpoint", "train"},
+    "safetensors": {"checkpoint", "encoded", "train"},
     "huggingface_hub": {"checkpoint", "train"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},

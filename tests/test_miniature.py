@@ -59,7 +59,7 @@ def test_a_follow_up_rests_on_what_was_said(model: blip2.Pipeline) -> None:
 
 
 def test_the_matching_model_tells_right_captions_from_wrong_ones() -> None:
-    folder = checkpoint.resolve("miniature-matching")
+    folder = checkpoint.resolve("miniature-itm")
     matcher, tokenizer = checkpoint.load(folder), Tokenizer.from_folder(folder)
     assert isinstance(matcher, Blip2Matcher)
     settings = checkpoint.image_settings(folder)

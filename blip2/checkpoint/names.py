@@ -8,11 +8,11 @@ from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
-BUNDLED = {"miniature": MINIATURE / "generative", "miniature-matching": MINIATURE / "matching"}
+BUNDLED = {"miniature": MINIATURE / "generative", "miniature-itm": MINIATURE / "matching"}
 
 
 def resolve(name: str | Path | None = None, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder of a model; None is the bundled miniature, ``miniature-matching`` its matching half.
+    """The folder of a model; None is the bundled miniature, ``miniature-itm`` its matching half.
 
     A name that is no folder is taken for a hub repository: from the local cache if it is whole there, else fetched
     (`hub.pull`), unless ``local_files_only`` or HF_HUB_OFFLINE=1 forbid it. ``revision`` is a branch, a tag or a

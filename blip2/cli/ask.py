@@ -13,7 +13,7 @@ from blip2.cli.pictures import find_pictures
 from blip2.cli.report import Report, row_of, see
 
 if TYPE_CHECKING:
-    from blip2.model import EncodedImage
+    from blip2.encoded import EncodedImage
     from blip2.tasks.speaker import Speaker
 
     Answerer = Callable[[Speaker, Sequence[EncodedImage], Sequence[str]], list[dict[str, Any]]]

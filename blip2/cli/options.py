@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli import debug_option
+from blip2.errors import CheckpointError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from blip2.api import Pipeline
+    from blip2.api import Matcher, Pipeline
 
 Decorator = Callable[[Any], Any]
 
@@ -92,8 +93,33 @@ def of_model(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in MODEL_NAMES}
 
 
-def load_pipeline(model: str | None, device: str, dtype: str, **others: Any) -> Pipeline:
-    """The model that the options name."""
+def load_pipeline(**options: Any) -> Pipeline:
+    """The generative model that the options name."""
+    from blip2.api import Pipeline
+
+    found = _load(**options)
+    if not isinstance(found, Pipeline):
+        raise CheckpointError(
+            f"{found.name} is a matching model: it compares images with texts and has no language model to answer "
+            "with; name a generative one here, such as Salesforce/blip2-opt-2.7b, or none for the bundled miniature"
+        )
+    return found
+
+
+def load_matcher(**options: Any) -> Matcher:
+    """The matching model that the options name; the bundled one by default."""
+    from blip2.api import Matcher
+
+    found = _load(**(options | {"model": options["model"] or "miniature-itm"}))
+    if not isinstance(found, Matcher):
+        raise CheckpointError(
+            f"{found.name} writes about images and does not compare them with texts; name a matching model here, such "
+            "as Salesforce/blip2-itm-vit-g, or none for the bundled miniature-itm"
+        )
+    return found
+
+
+def _load(model: str | None, device: str, dtype: str, **others: Any) -> Pipeline | Matcher:
     from blip2.api import load  # imports torch
 
     return load(model, device=device, dtype=None if dtype == "auto" else dtype, **others)

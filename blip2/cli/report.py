@@ -16,7 +16,7 @@ from blip2.errors import ImageError
 
 if TYPE_CHECKING:
     from blip2.api import Pipeline
-    from blip2.model import EncodedImage
+    from blip2.encoded import EncodedImage
     from blip2.tasks.speaker import Answer
 
 MANY = 16

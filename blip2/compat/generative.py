@@ -86,7 +86,7 @@ class Blip2ForConditionalGeneration(nn.Module):
     def get_image_features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> ModelOutput:
         """``last_hidden_state`` of the image encoder, and ``pooler_output`` float[N, Q, D], the soft prompts."""
         patches_NPD = self.model.vision(self._pixels(pixel_values, interpolate_pos_encoding))
-        return ModelOutput(last_hidden_state=patches_NPD, pooler_output=self.model.prompt(patches_NPD))
+        return ModelOutput(last_hidden_state=patches_NPD, pooler_output=self.model.prompt(self.model.look(patches_NPD)))
 
     def forward(
         self,
@@ -193,7 +193,7 @@ class Blip2ForConditionalGeneration(nn.Module):
         ids_MT = self._begin(len(pixels)) if input_ids is None else input_ids.to(self.device)
         is_real_MT = self._is_real(ids_MT, attention_mask)
         number = num_pairs(len(pixels), len(ids_MT))
-        images_BQD = self.model.encode(pixels).expand(number, -1, -1)
+        images_BQD = self.model.prompt(self.model.encode(pixels)).expand(number, -1, -1)
         ids_BT, is_real_BT = ids_MT.expand(number, -1), is_real_MT.expand(number, -1)
         is_image_BT = ids_BT == image_token_id if image_token_id is not None else torch.zeros_like(is_real_BT)
         words_BT = ids_BT.masked_fill(is_image_BT, 0)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import GenerateOptions
-from blip2.model import EncodedImage
 from blip2.tasks.defaults import ASK, BATCH_SIZE
 from blip2.tasks.speaker import Answer, Speaker, check_batch_size, chunks, pairs
 from blip2.text import clean, question_prompt

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from blip2.encoded import EncodedImage
 from blip2.generation import GenerateOptions
-from blip2.model import EncodedImage
 from blip2.tasks.defaults import BATCH_SIZE, CAPTION
 from blip2.tasks.speaker import Answer, Speaker
 from blip2.text import clean

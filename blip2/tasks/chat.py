@@ -6,8 +6,8 @@ import queue
 import threading
 from collections.abc import Generator
 
+from blip2.encoded import EncodedImage
 from blip2.generation import GenerateOptions
-from blip2.model import EncodedImage
 from blip2.tasks.defaults import CHAT
 from blip2.tasks.speaker import Speaker
 from blip2.text import TextStream, chat_prompt

@@ -1,40 +1,55 @@
-"""Pictures of any source to what the language model sees of them; decoded by threads ahead of the model."""
+"""Pictures of any source to what a model keeps of them; decoded by threads ahead of the model."""
 
 from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice, repeat
-from typing import TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from blip2.errors import ImageError
+from blip2.errors import ImageError, OptionError
 from blip2.image import Source, load_image, to_pixels
-from blip2.model import Blip2, EncodedImage
-from blip2.tasks.speaker import chunks
+from blip2.tasks.speaker import check_batch_size, chunks
+from blip2.vision import VisionTransformer
 
 NUM_THREADS = 4
 CACHE_BYTES = 4_000_000  # on two cores, a quarter faster than 16 images at a time
-Seen = EncodedImage | ImageError
-Images = Generator[Seen, None, None]
+OnError = Literal["raise", "return"]
 Result = TypeVar("Result")
+Kept = TypeVar("Kept")
+"""What a model keeps of a picture: an `EncodedImage`, or what a matching model compares."""
 
 
-class Eye:
-    """A model's image half with its image settings: side in pixels, mean and deviation of each channel."""
+class Eye(Generic[Kept]):
+    """A model's image half with its image settings: side in pixels, mean and deviation of each channel.
 
-    def __init__(self, model: Blip2, *, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self._model = model
+    ``encode``: pixels float[B, 3, size, size] on the image encoder's device to what is kept of each, of type ``kind``.
+    """
+
+    def __init__(
+        self,
+        vision: VisionTransformer,
+        encode: Callable[[Tensor], Iterable[Kept]],
+        kind: type[Kept],
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._vision = vision
+        self._encode_pixels = encode
+        self._kind = kind
         self._size = size
         self._mean = mean
         self._std = std
 
-    def see(self, images: Sequence[Source | EncodedImage], batch_size: int) -> Images:
+    def see(self, images: Sequence[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
         """Each image encoded, in order; what cannot be read gives its ImageError in its place.
 
         An image that is encoded already passes through. While the model works on a batch, the next one is read;
@@ -55,53 +70,64 @@ class Eye:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _pixels(self, image: Source | EncodedImage) -> Tensor | Seen:
+    def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
         """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
-        if isinstance(image, EncodedImage):
+        if isinstance(image, self._kind):
             return image
         try:
-            return to_pixels([load_image(image)], size=self._size, mean=self._mean, std=self._std)[0]
+            return to_pixels([load_image(cast("Source", image))], size=self._size, mean=self._mean, std=self._std)[0]
         except ImageError as error:
             return error
 
     def _images_at_a_time(self, device: torch.device) -> int:
         """All of a batch on a GPU; on a CPU so many that what a layer computes stays in its cache."""
-        vision = self._model.vision
-        tokens = vision.config.num_patches + 1
-        layer_bytes = tokens * vision.config.intermediate_size * vision.position_embedding.itemsize
+        config = self._vision.config
+        layer_bytes = (config.num_patches + 1) * config.intermediate_size * self._vision.position_embedding.itemsize
         return sys.maxsize if device.type != "cpu" else max(1, CACHE_BYTES // layer_bytes)
 
     @torch.no_grad()
-    def _encode(self, loads: list[Callable[[], Tensor | Seen]]) -> list[Seen]:
+    def _encode(self, loads: list[Callable[[], Tensor | Kept | ImageError]]) -> list[Kept | ImageError]:
         loaded = [load() for load in loads]
         fresh = [pixels_CHW for pixels_CHW in loaded if isinstance(pixels_CHW, Tensor)]
-        device = self._model.vision.position_embedding.device
-        # A copy each, so that who keeps one image does not keep its batch.
-        prompts = (
-            prompt_QD.clone()
+        device = self._vision.position_embedding.device
+        kept = (
+            kept
             for some in chunks(fresh, self._images_at_a_time(device))
-            for prompt_QD in self._model.encode(torch.stack(list(some)).to(device))
+            for kept in self._encode_pixels(torch.stack(list(some)).to(device))
         )
-        return [EncodedImage(next(prompts)) if isinstance(seen, Tensor) else seen for seen in loaded]
+        return [next(kept) if isinstance(seen, Tensor) else seen for seen in loaded]
 
 
 # ---- streams of images: each closes what it reads from, so that no thread goes on after an error ----------
 
+Seen = Generator[Kept | ImageError, None, None]
+
 
 def in_batches(
-    task: Callable[[list[EncodedImage], list[str]], list[Result]], seen: Images, texts: list[str], batch_size: int
+    task: Callable[[list[Kept], list[str]], list[Result]], seen: Seen[Kept], texts: list[str], batch_size: int
 ) -> Generator[Result | ImageError, None, None]:
     """The task's result for each image with its text, in order; an ImageError stays in its place."""
     with closing(seen):
         for some in chunks(texts, batch_size):
             batch = list(zip(islice(seen, len(some)), some, strict=True))
-            sound = [(image, text) for image, text in batch if isinstance(image, EncodedImage)]
+            sound = [(image, text) for image, text in batch if not isinstance(image, ImageError)]
             results = iter(task([image for image, _ in sound], [text for _, text in sound]) if sound else [])
             for image, _ in batch:
                 yield image if isinstance(image, ImageError) else next(results)
 
 
-def raising(seen: Images) -> Images:
+def checked(
+    see: Callable[[Sequence[Any], int], Seen[Kept]], images: Sequence[Any], on_error: OnError, batch_size: int
+) -> Seen[Kept]:
+    """The images, and what cannot be read as ``on_error`` says. OptionError at once for what is no such choice."""
+    check_batch_size(batch_size)
+    if on_error not in ("raise", "return"):
+        raise OptionError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
+    seen = see(images, batch_size)
+    return seen if on_error == "return" else raising(seen)
+
+
+def raising(seen: Seen[Kept]) -> Generator[Kept, None, None]:
     """The images, or the first ImageError."""
     with closing(seen):
         for image in seen:
@@ -110,7 +136,7 @@ def raising(seen: Images) -> Images:
             yield image
 
 
-def repeated(seen: Images, number: int) -> Images:
+def repeated(seen: Seen[Kept], number: int) -> Seen[Kept]:
     """The one image there is, so many times."""
     with closing(seen):
         yield from repeat(next(seen), number)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import Engine, GenerateOptions, Hypothesis
-from blip2.model import Blip2, EncodedImage
+from blip2.model import Blip2, identity
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.text import Tokenizer
 
@@ -40,6 +42,11 @@ class Speaker:
     tokenizer: Tokenizer
     engine: Engine
 
+    @cached_property
+    def identity(self) -> str:
+        """Whose encoded images it reads (`model.identity`)."""
+        return identity(self.model)
+
     @torch.no_grad()
     def prompt(self, image: EncodedImage, text: str, num_new_tokens: int) -> Tensor:
         """What the language model reads, ``float[Q + T, D]``: the image's vectors, then the text's.
@@ -49,11 +56,11 @@ class Speaker:
         """
         config = self.model.config.language
         table_VD = self.model.language.token_embedding.weight
-        shape = (self.model.config.qformer.num_query_tokens, config.hidden_size)
-        if tuple(image.prompt_QD.shape) != shape:
+        shape = (self.model.config.qformer.num_query_tokens, self.model.config.qformer.hidden_size)
+        if tuple(image.queries_QD.shape) != shape or image.model not in ("", self.identity):
             raise OptionError(
-                f"the encoded image is {list(image.prompt_QD.shape)}, this model reads {list(shape)}; "
-                "it was encoded by another model, encode the picture again"
+                f"the encoded image (of {list(image.queries_QD.shape)}) was encoded by another model than this one "
+                f"(which reads {list(shape)}); load that model, or encode the picture again"
             )
         ids = self.tokenizer.prompt_ids(text, config)
         if config.family == "opt":
@@ -64,7 +71,7 @@ class Speaker:
                     f"this model has room for {max(room, 0)}; shorten it, or ask for fewer new tokens"
                 )
         text_TD = self.model.language.embed(torch.tensor(ids, device=table_VD.device))
-        return torch.cat([image.prompt_QD.to(text_TD), text_TD])
+        return torch.cat([self.model.prompt(image.queries_QD).to(text_TD), text_TD])
 
     def fits(self, text: str, num_new_tokens: int) -> bool:
         """Whether the model has room for the picture, the text and as many new tokens."""

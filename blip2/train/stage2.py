@@ -73,7 +73,7 @@ def losses(model: Blip2, features_BPD: Tensor, texts: PackedTexts | SplitTexts) 
     ``features_BPD`` float[B, 1 + P, D] are those before the image encoder's last norm.
     """
     patches_BPD = model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
-    prompt_BQD = model.prompt(patches_BPD)
+    prompt_BQD = model.prompt(model.look(patches_BPD))
     if isinstance(texts, PackedTexts):
         assert isinstance(model.language, OPT)
         hidden_BTD = _read_packed(model.language, prompt_BQD, texts)

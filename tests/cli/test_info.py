@@ -53,7 +53,7 @@ def test_what_quantising_would_save(run):
     told = rows(run("info", XXL, "--dtype", "bfloat16"))
     assert told["--quantize"] == "int8 13.7 GB, int4 8.58 GB"
     assert "--quantize" not in rows(run("info", XXL, "--quantize", "int8"))
-    assert "--quantize" not in rows(run("info", "miniature-matching"))
+    assert "--quantize" not in rows(run("info", "miniature-itm"))
 
 
 def test_json_has_every_layer(run, opt_model):

@@ -209,7 +209,7 @@ def their_inputs(pair, texts):
 def our_prompts(pair, texts):
     """The same as vectors, one sequence a picture."""
     with torch.inference_mode():
-        prompts_BQD = pair.ours.encode(pair.pixels_BCHW)
+        prompts_BQD = pair.ours.prompt(pair.ours.encode(pair.pixels_BCHW))
         return [
             torch.cat([prompt_QD, pair.ours.language.embed(torch.tensor(text))])
             for prompt_QD, text in zip(prompts_BQD, texts, strict=True)

@@ -50,7 +50,7 @@ def test_qformer_and_prompt(pair):
     theirs = pair.theirs.get_image_features(pair.pixels_BCHW, return_dict=True)
     queries_BQD = pair.ours.qformer(image_BPD=pair.ours.vision(pair.pixels_BCHW)).hidden_BSD
     assert_same(queries_BQD, theirs.qformer_outputs.last_hidden_state)
-    assert_same(pair.ours.encode(pair.pixels_BCHW), theirs.pooler_output)
+    assert_same(pair.ours.prompt(pair.ours.encode(pair.pixels_BCHW)), theirs.pooler_output)
     assert queries_BQD.std(dim=0).mean() > 0.1, "different pictures, different queries"
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import Engine
-from blip2.model import EncodedImage
 from blip2.tasks.chat import Chat
 from blip2.tasks.defaults import CHAT, merged
 from blip2.tasks.speaker import Speaker
@@ -19,7 +19,7 @@ def new_chat(family="opt", **options):
     eos = model.config.language.eos_token_id
     engine = Engine(model.language, eos_token_ids=[eos], decode=tokenizer.decode)
     torch.manual_seed(5)
-    return Chat(Speaker(model, tokenizer, engine), EncodedImage(torch.randn(4, 24)), merged(CHAT, options))
+    return Chat(Speaker(model, tokenizer, engine), EncodedImage(torch.randn(4, 16)), merged(CHAT, options))
 
 
 def test_history_stands_in_the_prompt():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import Engine, GenerateOptions, Hypothesis
-from blip2.model import EncodedImage
 from blip2.tasks.ask import ask, check_choices, rank
 from blip2.tasks.caption import caption
 from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, CHAT, merged
@@ -42,7 +42,7 @@ def speaker(request):
 
 def images(number):
     torch.manual_seed(1)
-    return [EncodedImage(torch.randn(4, 24)) for _ in range(number)]
+    return [EncodedImage(torch.randn(4, 16)) for _ in range(number)]
 
 
 def text_read(speaker, prompt_TD):
@@ -54,7 +54,7 @@ def text_read(speaker, prompt_TD):
 def test_a_prompt_is_the_image_then_the_text(speaker):
     [image] = images(1)
     prompt_TD = speaker.prompt(image, "two dogs", 10)
-    assert torch.equal(prompt_TD[:4], image.prompt_QD)
+    assert torch.equal(prompt_TD[:4], speaker.model.prompt(image.queries_QD))
     config = speaker.model.config.language
     assert text_read(speaker, prompt_TD) == speaker.tokenizer.prompt_ids("two dogs", config)
 
@@ -110,14 +110,18 @@ def test_batches_are_bounded_and_in_order(speaker):
     answers = caption(speaker, images(37))
     assert speaker.engine.batches == [BATCH_SIZE, BATCH_SIZE, 5]
     assert len(answers) == 37
-    assert [row[:4].equal(image.prompt_QD) for row, image in zip(speaker.engine.prompts, images(37), strict=True)]
+    expected = [speaker.model.prompt(image.queries_QD) for image in images(37)]
+    assert all(row[:4].equal(prompt_QD) for row, prompt_QD in zip(speaker.engine.prompts, expected, strict=True))
     with pytest.raises(OptionError, match="batch_size=0"):
         caption(speaker, images(1), batch_size=0)
 
 
 def test_an_image_of_another_model(speaker):
-    with pytest.raises(OptionError, match=r"\[4, 32\], this model reads \[4, 24\].*encode the picture again"):
+    with pytest.raises(OptionError, match=r"\[4, 32\].*another model.*\[4, 16\].*encode the picture again"):
         caption(speaker, [EncodedImage(torch.zeros(4, 32))])
+    caption(speaker, [EncodedImage(torch.zeros(4, 16), speaker.identity)])
+    with pytest.raises(OptionError, match="another model"):  # of the same shape
+        caption(speaker, [EncodedImage(torch.zeros(4, 16), "0123456789abcdef")])
 
 
 def test_what_does_not_fit():

@@ -1,41 +1,28 @@
-"""The front door for Python: `load` a model, and ask it about pictures.
-
-    blip = load()                                       # the bundled miniature, or a folder, or a hub name
-    blip.caption("beach.jpg")                           # 'a woman sitting on the beach with a dog'
-    blip.caption(["a.jpg", "b.jpg"])                    # a list in, a list out, in order
-    blip.ask("beach.jpg", "how many dogs are there?")   # 'one'
-
-One picture gives one answer, a list gives a list. Wherever a picture is taken, an `EncodedImage` may stand in its
-place, and the image encoder does not run again.
-"""
+"""`Pipeline`: a generative model that captions, answers and chats."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-import torch
+from torch import Tensor
 
-from blip2 import checkpoint, placement
 from blip2.checkpoint import ImageSettings
-from blip2.errors import CheckpointError, ImageError, OptionError
+from blip2.encoded import EncodedImage
+from blip2.errors import ImageError, OptionError
 from blip2.generation import Engine
 from blip2.image import Source
-from blip2.model import Blip2, EncodedImage
+from blip2.model import Blip2
 from blip2.tasks import ask as ask_task
 from blip2.tasks import caption as caption_task
 from blip2.tasks.ask import Choice
 from blip2.tasks.chat import Chat
 from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, CHAT, merged
-from blip2.tasks.see import Eye, Images, Result, in_batches, raising, repeated
-from blip2.tasks.speaker import Answer, Speaker, check_batch_size, num_pairs
+from blip2.tasks.see import Eye, OnError, Result, Seen, checked, in_batches, repeated
+from blip2.tasks.speaker import Answer, Speaker, num_pairs
 from blip2.text import Tokenizer
 
 Picture = Source | EncodedImage
-OnError = Literal["raise", "return"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Options(TypedDict, total=False):
@@ -57,62 +44,6 @@ class Options(TypedDict, total=False):
     seed: int | None
 
 
-def load(
-    name: str | Path | None = None,
-    *,
-    device: str = "auto",
-    dtype: str | torch.dtype | None = None,
-    quantize: str | None = None,
-    quantize_vision: bool = False,
-    revision: str | None = None,
-) -> Pipeline:
-    """A model that captions, answers and chats.
-
-    ``name``: None for the miniature that comes with the package, the folder of a checkpoint, or its name on the
-    Hugging Face hub (``revision``: a tag or commit there). ``device``: "auto" takes the GPU if there
-    is one, and what does not fit on it stays on the CPU (see `blip2.placement`).
-    ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device. ``quantize``: "int8" or "int4"
-    for the language model's weights, with ``quantize_vision`` for the image encoder's, too.
-
-    Raises CheckpointError if there is no such model, it is incomplete, or it only matches images with texts;
-    OptionError for a device or precision that cannot be had.
-    """
-    chosen = checkpoint.quantization(quantize, vision=quantize_vision)
-    where = device if device == "auto" else str(find_device(device))
-    folder = checkpoint.resolve(name, revision=revision)
-    plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
-    model = placement.load(folder, plan, quantize=chosen, pack=True)
-    called = str(name) if name is not None else "miniature"
-    if not isinstance(model, Blip2):
-        raise CheckpointError(
-            f"{called} is a matching model: it compares images with texts and has no language model to answer with; "
-            "load a generative one here, such as Salesforce/blip2-opt-2.7b, or no name for the bundled miniature"
-        )
-    return Pipeline(model, Tokenizer.from_folder(folder), checkpoint.image_settings(folder), name=called)
-
-
-def find_device(device: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one. OptionError if it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise OptionError(f"device {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N") from None
-    return found
-
-
-def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A precision by its name; OptionError for another name."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise OptionError(f"dtype {dtype!r} is not a precision for this model; use {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
 class Pipeline:
     """A model with all that it needs to speak of pictures; `load` makes one.
 
@@ -130,7 +61,13 @@ class Pipeline:
             decode=tokenizer.decode,
         )
         self.speaker = Speaker(model.eval(), tokenizer, engine)
-        self._eye = Eye(model, size=settings.size, mean=settings.mean, std=settings.std)
+
+        def encode(pixels_BCHW: Tensor) -> list[EncodedImage]:
+            # A copy each, so that who keeps one image does not keep its batch.
+            identity = self.speaker.identity
+            return [EncodedImage(queries_QD.clone(), identity) for queries_QD in model.encode(pixels_BCHW)]
+
+        self._eye = Eye(model.vision, encode, EncodedImage, size=settings.size, mean=settings.mean, std=settings.std)
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.name} on {next(self.speaker.model.parameters()).device}>"
@@ -145,8 +82,8 @@ class Pipeline:
         self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE
     ) -> EncodedImage | list[EncodedImage]:
         """What the language model sees of a picture: encode once, ask often. Raises ImageError."""
-        seen: list[Any] = list(self.each_encoded(_listed(images), batch_size=batch_size))
-        return seen if _is_list(images) else seen[0]
+        seen: list[Any] = list(self.each_encoded(listed(images), batch_size=batch_size))
+        return seen if is_list(images) else seen[0]
 
     # ---- captions ----
 
@@ -169,7 +106,7 @@ class Pipeline:
         options = {**options, "num_return": num_captions} if num_captions != 1 else options
         found = self.each_caption(images, prompt=prompt, on_error=on_error, batch_size=batch_size, **options)
         texts = [_texts(answers) for answers in found]
-        return texts if _is_list(images) or _is_list(prompt) else texts[0]
+        return texts if is_list(images) or is_list(prompt) else texts[0]
 
     def each_caption(
         self,
@@ -217,7 +154,7 @@ class Pipeline:
         else:
             ranked = self.each_ranking(images, questions, choices, on_error=on_error, batch_size=batch_size)
             texts = [row if isinstance(row, ImageError) else row[0].text for row in ranked]
-        return texts if _is_list(images) or _is_list(questions) else texts[0]
+        return texts if is_list(images) or is_list(questions) else texts[0]
 
     def each_answer(
         self,
@@ -230,7 +167,7 @@ class Pipeline:
     ) -> Generator[list[Answer] | ImageError, None, None]:
         """As `ask`, but one after the other as their batches are done, and with scores and tokens."""
         chosen = merged(ASK, options)
-        ask_task.prompts(self.speaker, _listed(questions))  # what is wrong with one is told before the work begins
+        ask_task.prompts(self.speaker, listed(questions))  # what is wrong with one is told before the work begins
 
         def answer(seen: list[EncodedImage], asked: list[str]) -> list[list[Answer]]:
             return ask_task.ask(self.speaker, seen, asked, options=chosen, batch_size=batch_size)
@@ -251,7 +188,7 @@ class Pipeline:
         See `tasks.ask.rank` for what the probabilities mean.
         """
         ranked = list(self.each_ranking(images, questions, choices, on_error=on_error, batch_size=batch_size))
-        return ranked if _is_list(images) or _is_list(questions) else ranked[0]
+        return ranked if is_list(images) or is_list(questions) else ranked[0]
 
     def each_ranking(
         self,
@@ -264,7 +201,7 @@ class Pipeline:
     ) -> Generator[list[Choice] | ImageError, None, None]:
         """As `rank`, but one after the other as their batches are done."""
         choices = ask_task.check_choices(choices)
-        ask_task.prompts(self.speaker, _listed(questions))
+        ask_task.prompts(self.speaker, listed(questions))
 
         def choose(seen: list[EncodedImage], asked: list[str]) -> list[list[Choice]]:
             return ask_task.rank(self.speaker, seen, asked, choices, batch_size=batch_size)
@@ -281,13 +218,9 @@ class Pipeline:
 
     def each_encoded(
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
-    ) -> Images:
+    ) -> Seen[EncodedImage]:
         """As `encode`, but one after the other as their batches are done."""
-        check_batch_size(batch_size)
-        if on_error not in ("raise", "return"):
-            raise OptionError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
-        seen = self._eye.see(images, batch_size)
-        return seen if on_error == "return" else raising(seen)
+        return checked(self._eye.see, images, on_error, batch_size)
 
     def _each(
         self,
@@ -298,20 +231,20 @@ class Pipeline:
         batch_size: int,
     ) -> Generator[Result | ImageError, None, None]:
         """The task's results for pairs of image and text, in order. What is wrong with the numbers is told at once."""
-        listed, asked = _listed(images), _listed(texts)
-        number = num_pairs(len(listed), len(asked))
-        seen = self.each_encoded(listed, on_error=on_error, batch_size=batch_size)
-        if len(listed) == 1:
+        pictures, asked = listed(images), listed(texts)
+        number = num_pairs(len(pictures), len(asked))
+        seen = self.each_encoded(pictures, on_error=on_error, batch_size=batch_size)
+        if len(pictures) == 1:
             seen = repeated(seen, number)
         return in_batches(task, seen, asked * number if len(asked) == 1 else asked, batch_size)
 
 
-def _is_list(given: object) -> bool:
+def is_list(given: object) -> bool:
     return isinstance(given, list | tuple)
 
 
-def _listed(given: Any) -> list[Any]:
-    return list(given) if _is_list(given) else [given]
+def listed(given: Any) -> list[Any]:
+    return list(given) if is_list(given) else [given]
 
 
 def _texts(answers: list[Answer] | ImageError) -> str | list[str] | ImageError:

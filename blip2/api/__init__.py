@@ -1,0 +1,19 @@
+"""The front door for Python: `load` a model, and ask it about pictures.
+
+    blip = load()                                       # the bundled miniature, or a folder, or a hub name
+    blip.caption("beach.jpg")                           # 'a woman sitting on the beach with a dog'
+    blip.caption(["a.jpg", "b.jpg"])                    # a list in, a list out, in order
+    blip.ask("beach.jpg", "how many dogs are there?")   # 'one'
+
+    matcher = load("miniature-itm")
+    matcher.match("beach.jpg", ["a dog", "a cat"])      # how well each text fits
+
+One picture gives one answer, a list gives a list. Wherever a picture is taken, an encoded one may stand in its
+place, and the image encoder does not run again.
+"""
+
+from blip2.api.loading import find_device, find_dtype, load
+from blip2.api.matcher import Matcher
+from blip2.api.pipeline import Pipeline
+
+__all__ = ["Matcher", "Pipeline", "find_device", "find_dtype", "load"]

@@ -1,0 +1,86 @@
+"""`load`: the front door for Python. A model by its name, ready to be asked about pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+import torch
+
+from blip2 import checkpoint, placement
+from blip2.api.matcher import Matcher
+from blip2.api.pipeline import Pipeline
+from blip2.errors import OptionError
+from blip2.model import Blip2
+from blip2.text import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadOptions(TypedDict, total=False):
+    """The keywords of `load`."""
+
+    device: str
+    dtype: str | torch.dtype | None
+    quantize: str | None
+    quantize_vision: bool
+    revision: str | None
+
+
+@overload
+def load(name: None = None, **options: Unpack[LoadOptions]) -> Pipeline: ...
+@overload
+def load(name: str | Path, **options: Unpack[LoadOptions]) -> Any: ...
+def load(
+    name: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_vision: bool = False,
+    revision: str | None = None,
+) -> Pipeline | Matcher:
+    """A `Pipeline`, which captions, answers and chats, or a `Matcher`, which compares images with texts.
+
+    ``name``: None for the miniature that comes with the package ("miniature-itm" for the matching one), the folder of
+    a checkpoint, or its name on the Hugging Face hub (``revision``: a tag or commit there); what is there decides
+    which of the two it is. ``device``: "auto" takes the GPU if there is one, and what does not fit on it stays on the
+    CPU (see `blip2.placement`). ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device.
+    ``quantize``: "int8" or "int4" for the language model's weights, with ``quantize_vision`` for the image encoder's,
+    too.
+
+    Raises CheckpointError if there is no such model or it is incomplete; OptionError for a device or precision that
+    cannot be had.
+    """
+    chosen = checkpoint.quantization(quantize, vision=quantize_vision)
+    where = device if device == "auto" else str(find_device(device))
+    folder = checkpoint.resolve(name, revision=revision)
+    plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
+    model = placement.load(folder, plan, quantize=chosen, pack=True)
+    called = str(name) if name is not None else "miniature"
+    tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder)
+    if isinstance(model, Blip2):
+        return Pipeline(model, tokenizer, settings, name=called)
+    return Matcher(model, tokenizer, settings, name=called)
+
+
+def find_device(device: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one. OptionError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise OptionError(f"device {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N") from None
+    return found
+
+
+def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A precision by its name; OptionError for another name."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r} is not a precision for this model; use {', '.join(DTYPES)}")
+    return DTYPES[dtype]

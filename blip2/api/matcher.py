@@ -1,0 +1,160 @@
+"""`Matcher`: a matching model that tells how well images and texts fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from blip2.api.pipeline import Options, is_list, listed
+from blip2.checkpoint import ImageSettings
+from blip2.errors import OptionError
+from blip2.generation import Engine
+from blip2.image import Source
+from blip2.model import Blip2Matcher, identity
+from blip2.tasks.defaults import BATCH_SIZE, CAPTION, merged
+from blip2.tasks.match import ImageFeatures, Matches, Reader
+from blip2.tasks.see import Eye, OnError, Seen, checked, raising
+from blip2.tasks.speaker import pairs
+from blip2.tasks.write import QFormerWriter
+from blip2.text import Tokenizer
+
+Picture = Source | ImageFeatures
+
+
+class Matcher:
+    """A model that compares images with texts; `load` makes one.
+
+    Pictures may be paths, addresses, bytes, PIL images, arrays or tensors (see `image.load_image`), or encoded ones.
+    """
+
+    def __init__(
+        self, model: Blip2Matcher, tokenizer: Tokenizer, settings: ImageSettings, *, name: str = "model"
+    ) -> None:
+        self.name = name
+        self.model = model.eval()
+        self.identity = identity(model)
+        """Of the model that its vectors come from (`model.identity`)."""
+        self.reader = Reader(model, tokenizer)
+
+        def encode(pixels_BCHW: Tensor) -> list[ImageFeatures]:
+            patches_BPD = model.encode(pixels_BCHW)
+            vectors_BQE, _ = model.embed_image(patches_BPD)
+            rows = zip(patches_BPD, vectors_BQE, strict=True)
+            # A copy each, so that who keeps one image does not keep its batch.
+            return [ImageFeatures(patches_PD.clone(), vectors_QE.clone()) for patches_PD, vectors_QE in rows]
+
+        self._eye = Eye(model.vision, encode, ImageFeatures, size=settings.size, mean=settings.mean, std=settings.std)
+
+    def __repr__(self) -> str:
+        return f"<Matcher {self.name} on {self.model.qformer.query_tokens.device}>"
+
+    # ---- images and texts by themselves ----
+
+    def encode(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Any:
+        """The `ImageFeatures` of a picture, or a list for a list: encode once, compare often. Raises ImageError."""
+        seen = list(self.each_encoded(listed(images), batch_size=batch_size))
+        return seen if is_list(images) else seen[0]
+
+    def embed_images(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """The unit vectors of pictures, one a query: ``float32[N, Q, E]``, [N, 32, 256] in the published models.
+
+        One picture gives ``float32[Q, E]``. An image is as near to a text as the nearest of its vectors.
+        """
+        seen = self.each_encoded(listed(images), batch_size=batch_size)
+        vectors = [image.vectors_QE.float().cpu() for image in raising(seen)]
+        return torch.stack(vectors) if is_list(images) else vectors[0]
+
+    def embed_texts(self, texts: str | Sequence[str], *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """The unit vectors of texts: ``float32[M, E]``, or ``float32[E]`` of one. Raises OptionError.
+
+        A text is read whole, or refused if it is longer than the model reads (510 tokens in the published ones).
+        """
+        vectors = self.reader.embed_texts(listed(texts), batch_size).float().cpu()
+        return vectors if is_list(texts) else vectors[0]
+
+    # ---- images with texts ----
+
+    def match(
+        self,
+        images: Picture | Sequence[Picture],
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = BATCH_SIZE,
+    ) -> Matches:
+        """N images with M texts, each with each: see `Matches`. Raises ImageError and OptionError.
+
+        For classification without training give the labels as texts ("a photo of a dog"). What is kept of an image
+        is dropped once it was compared, so that N may be large.
+        """
+        asked = listed(texts)
+        ids, texts_ME = self.reader.ids(asked), self.reader.embed_texts(asked, batch_size)
+        found = [
+            self.reader.compare_read([image], ids, texts_ME, batch_size)
+            for image in raising(self.each_encoded(listed(images), batch_size=batch_size))
+        ]
+        if not found:
+            raise OptionError("there is no picture; give at least one to compare with")
+        probabilities = [matches.itc_probability for matches in found if matches.itc_probability is not None]
+        return Matches(
+            torch.cat([matches.itm_logits for matches in found]),
+            torch.cat([matches.itc_cosine for matches in found]),
+            torch.cat(probabilities) if probabilities else None,
+        )
+
+    def embed_pairs(
+        self,
+        images: Picture | Sequence[Picture],
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = BATCH_SIZE,
+    ) -> Tensor:
+        """The multimodal feature of pairs (N and N, one and N, N and one): ``float32[N, Q, D]``, D = 768.
+
+        What the queries hold after they saw the image and read the text; a single pair gives ``float32[Q, D]``.
+        """
+        seen = self.encode(listed(images), batch_size=batch_size)
+        fused = self.reader.embed_pairs(pairs(seen, listed(texts)), batch_size).float().cpu()
+        return fused if is_list(images) or is_list(texts) else fused[0]
+
+    # ---- captions ----
+
+    def caption(
+        self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE, **options: Unpack[Options]
+    ) -> Any:
+        """Captions by the Q-Former alone, as stage 1 of the training taught it: a text for one picture, a list for
+        a list. Options are those of `GenerateOptions`.
+
+        Raises OptionError if the files have no head for it (the published ones on the Hugging Face hub have none).
+        """
+        if self.model.lm_head is None:
+            raise OptionError(
+                f"{self.name} cannot write: its files lack the Q-Former's caption head, which only the authors' own "
+                ".pth has (blip2 convert keeps it); for captions load a generative model"
+            )
+        tokenizer = self.reader.tokenizer
+        engine = Engine(
+            QFormerWriter(self.model),
+            eos_token_ids=[tokenizer.token_id("[SEP]")],
+            suppress_token_ids=[tokenizer.token_id(name) for name in ("[PAD]", "[CLS]", "[DEC]")],
+            decode=tokenizer.decode,
+        )
+        chosen = merged(CAPTION, options)
+        texts: list[Any] = []
+        seen = self.encode(listed(images), batch_size=batch_size)
+        for start in range(0, len(seen), batch_size):
+            prompts = [image.patches_PD for image in seen[start : start + batch_size]]
+            for answers in engine.generate(prompts, chosen):
+                said = [tokenizer.decode(answer.tokens) for answer in answers]
+                texts.append(said if chosen.num_return > 1 else said[0])
+        return texts if is_list(images) else texts[0]
+
+    # ---- what they share ----
+
+    def each_encoded(
+        self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
+    ) -> Seen[ImageFeatures]:
+        """As `encode`, but one after the other as their batches are done; ``on_error="return"``: errors in place."""
+        return checked(self._eye.see, images, on_error, batch_size)

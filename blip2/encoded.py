@@ -1,0 +1,57 @@
+"""What is kept of a picture once it was seen: a few vectors, to be asked again without the picture."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blip2.errors import ImageError
+
+FORMAT = "blip2 encoded image"
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The Q-Former's view of a picture: all that the language model gets to know of it. Encode once, ask often.
+
+    ``queries_QD`` float[Q, D], before the projection to the language model's width: 48 KiB in half precision for
+    the published models. ``model`` is the identity of the model that saw it (`model.identity`), or "" if unknown;
+    no other can read it.
+    """
+
+    queries_QD: Tensor
+    model: str = ""
+
+    def save(self, path: str | os.PathLike[str], *, half: bool = False) -> None:
+        """Write a safetensors file with the tensor ``queries``; ``half``: in float16, which is half the size.
+
+        Raises ImageError if it cannot be written; what was there is then as it was.
+        """
+        path = Path(path)
+        queries_QD = self.queries_QD.detach().to("cpu", torch.float16 if half else None).contiguous()
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            save_file({"queries": queries_QD}, unfinished, {"format": FORMAT, "model": self.model})
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            raise ImageError(f"{path}: cannot be written ({error}); check the folder and the space on it") from None
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EncodedImage:
+        """Read what `save` wrote. Raises ImageError for any other file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") == FORMAT:
+                    return cls(file.get_tensor("queries"), about.get("model", ""))
+        except (OSError, SafetensorError) as error:
+            raise ImageError(f"{path}: no encoded image can be read ({error}); encode the picture again") from None
+        raise ImageError(f"{path}: is another safetensors file, no encoded image; encode a picture and save that")

@@ -1,0 +1,134 @@
+"""Images and texts compared: by their vectors, which is fast (ITC), and read together, which is right (ITM).
+
+Section 3.1 of the paper. N images, M texts, B pairs, P patches, Q queries, T tokens, D and E widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from blip2.errors import OptionError
+from blip2.model import Blip2Matcher, similarity
+from blip2.tasks.defaults import BATCH_SIZE
+from blip2.tasks.speaker import chunks
+from blip2.text import Tokenizer, clean
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a matching model keeps of a picture, to compare it with any text.
+
+    ``patches_PD`` float[1 + P, D]: what the Q-Former looks at, class token first. ``vectors_QE`` float[Q, E]: unit
+    vectors, one a query.
+    """
+
+    patches_PD: Tensor
+    vectors_QE: Tensor
+
+
+@dataclass(frozen=True)
+class Matches:
+    """N images against M texts, each ``float32[N, M]`` on the CPU.
+
+    ``itm_probability`` (0 to 1): whether the two belong together, read side by side; each pair by itself.
+    ``itm_logits`` float32[N, M, 2]: what it is the softmax of, [..., 1] speaks for a match. ``itc_cosine`` (-1 to 1):
+    how near their vectors are. ``itc_probability`` (rows sum to 1): which of these texts is the image's, by the
+    learned temperature; None where the files have no temperature, as the published ones on the Hugging Face hub.
+    """
+
+    itm_logits: Tensor
+    itc_cosine: Tensor
+    itc_probability: Tensor | None
+
+    @property
+    def itm_probability(self) -> Tensor:
+        return self.itm_logits.softmax(dim=-1)[..., 1]
+
+    @property
+    def score(self) -> Tensor:
+        """What the authors rank by: the logit of a match and the cosine, added (``compute_sim_matrix``)."""
+        return self.itm_logits[..., 1] + self.itc_cosine
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A matching model and its tokenizer: reads texts, alone or with an image."""
+
+    model: Blip2Matcher
+    tokenizer: Tokenizer
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """``[CLS] ids [SEP]`` of each text, whole. Raises OptionError for an empty text, and one that is too long."""
+        if isinstance(texts, str):
+            raise OptionError(f"the texts are one text, {texts!r}; give a list")
+        if not texts:
+            raise OptionError("there is no text; give at least one to compare with")
+        for text in texts:
+            if not clean(text):
+                raise OptionError("one of the texts is empty; write what the picture is to be compared with")
+        limit = self.model.config.qformer.max_position_embeddings
+        return [self.tokenizer.matching_ids(clean(text), limit) for text in texts]
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
+        """The unit vectors of texts, ``float[M, E]``."""
+        return self._scattered(self.ids(texts), batch_size, self.model.embed_text)
+
+    @torch.no_grad()
+    def itm_logits(self, images: Sequence[ImageFeatures], ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:
+        """The matching head's logits of each image with each text, ``float[N, M, 2]``."""
+        if len(ids) == 1:
+            text_1T, mask_1T = self._padded(ids)
+            rows = []
+            for some in chunks(images, batch_size):
+                patches_BPD = torch.stack([image.patches_PD for image in some])
+                rows.append(self.model.match(patches_BPD, text_1T.expand(len(some), -1), mask_1T.expand(len(some), -1)))
+            return torch.cat(rows)[:, None]
+        return torch.stack(
+            [self._scattered(ids, batch_size, partial(self.model.match, image.patches_PD[None])) for image in images]
+        )
+
+    @torch.no_grad()
+    def embed_pairs(self, pairs: Sequence[tuple[ImageFeatures, str]], batch_size: int = BATCH_SIZE) -> Tensor:
+        """The queries after they have seen the image and read the text: the multimodal feature, ``float[B, Q, D]``."""
+        ids = self.ids([text for _, text in pairs])
+        found = []
+        for some in chunks(list(zip(pairs, ids, strict=True)), batch_size):
+            text_BT, mask_BT = self._padded([row for _, row in some])
+            patches_BPD = torch.stack([image.patches_PD for (image, _), _ in some])
+            fused = self.model.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=mask_BT)
+            found.append(fused.hidden_BSD[:, : self.model.config.qformer.num_query_tokens])
+        return torch.cat(found)
+
+    def compare(self, images: Sequence[ImageFeatures], texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Matches:
+        """All that there is to know of N images and M texts."""
+        return self.compare_read(images, self.ids(texts), self.embed_texts(texts, batch_size), batch_size)
+
+    def compare_read(
+        self, images: Sequence[ImageFeatures], ids: list[list[int]], texts_ME: Tensor, batch_size: int = BATCH_SIZE
+    ) -> Matches:
+        """The same for texts that were read already, so that many images need not read them again."""
+        cosine_NM = similarity(torch.stack([image.vectors_QE for image in images]), texts_ME)
+        temperature = self.model.temperature
+        probability_NM = None if temperature is None else (cosine_NM / temperature.detach()).softmax(dim=1).cpu()
+        return Matches(self.itm_logits(images, ids, batch_size).cpu(), cosine_NM.cpu(), probability_NM)
+
+    def _scattered(self, ids: list[list[int]], batch_size: int, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What ``read`` makes of each text, in order; texts of like length together, so that little is padded."""
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        found = [read(*self._padded([ids[number] for number in some])) for some in chunks(order, batch_size)]
+        back = torch.tensor(order, device=found[0].device).argsort()
+        return torch.cat(found)[back]
+
+    def _padded(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids ``int64[M, T]``, right-padded, and which are real, ``bool[M, T]``."""
+        device = self.model.qformer.query_tokens.device
+        rows = [torch.tensor(row, device=device) for row in ids]
+        lengths_M1 = torch.tensor([[len(row)] for row in ids], device=device)
+        text_MT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return text_MT, torch.arange(text_MT.shape[1], device=device) < lengths_M1
