@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from blip2.api.pipeline import Options, is_list, listed
 from blip2.checkpoint import ImageSettings
-from blip2.errors import OptionError
+from blip2.errors import ImageError, OptionError
 from blip2.generation import Engine
 from blip2.image import Source
 from blip2.model import Blip2Matcher, identity
 from blip2.tasks.defaults import BATCH_SIZE, CAPTION, merged
-from blip2.tasks.match import ImageFeatures, Matches, Reader
+from blip2.tasks.match import ImageFeatures, Match, Matches, Reader
 from blip2.tasks.see import Eye, OnError, Seen, checked, raising
 from blip2.tasks.speaker import pairs
 from blip2.tasks.write import QFormerWriter
@@ -86,13 +86,12 @@ class Matcher:
     ) -> Matches:
         """N images with M texts, each with each: see `Matches`. Raises ImageError and OptionError.
 
-        For classification without training give the labels as texts ("a photo of a dog"). What is kept of an image
-        is dropped once it was compared, so that N may be large.
+        What is kept of an image is dropped once it was compared, so that N may be large.
         """
         asked = listed(texts)
         ids, texts_ME = self.reader.ids(asked), self.reader.embed_texts(asked, batch_size)
         found = [
-            self.reader.compare_read([image], ids, texts_ME, batch_size)
+            self.reader.compare([image], ids, texts_ME, batch_size)
             for image in raising(self.each_encoded(listed(images), batch_size=batch_size))
         ]
         if not found:
@@ -102,6 +101,58 @@ class Matcher:
             torch.cat([matches.itm_logits for matches in found]),
             torch.cat([matches.itc_cosine for matches in found]),
             torch.cat(probabilities) if probabilities else None,
+        )
+
+    def classify(
+        self,
+        images: Picture | Sequence[Picture],
+        labels: Sequence[str],
+        *,
+        top: int = 5,
+        template: str = "{}",
+        candidates: int = 32,
+        batch_size: int = BATCH_SIZE,
+    ) -> Any:
+        """Classification without training: the ``top`` labels of a picture as `Match`, the best first; a list of
+        such for a list.
+
+        ``template`` puts words around each label ("a photo of a {}"). The ``candidates`` nearest labels by their
+        vectors are read together with the picture, and ranked by that; so labels may be thousands. Raises ImageError
+        and OptionError.
+        """
+        ranked = list(
+            self.each_classified(
+                listed(images), labels, top=top, template=template, candidates=candidates, batch_size=batch_size
+            )
+        )
+        return ranked if is_list(images) else ranked[0]
+
+    def each_classified(
+        self,
+        images: Sequence[Picture],
+        labels: Sequence[str],
+        *,
+        top: int = 5,
+        template: str = "{}",
+        candidates: int = 32,
+        on_error: OnError = "raise",
+        batch_size: int = BATCH_SIZE,
+    ) -> Generator[list[Match] | ImageError, None, None]:
+        """As `classify`, but one after the other as their batches are done."""
+        if top < 1:
+            raise OptionError(f"top is {top}, which leaves nothing to tell; use 1 or more")
+        if "{}" not in template:
+            raise OptionError(f"template is {template!r}, which has no place for the label; write {{}} where it belongs")
+        texts = [template.replace("{}", label) for label in labels]
+        ids, texts_ME = self.reader.ids(texts), self.reader.embed_texts(texts, batch_size)
+        seen = self.each_encoded(images, on_error=on_error, batch_size=batch_size)
+        return (
+            image
+            if isinstance(image, ImageError)
+            else self.reader.classify(
+                image, labels, ids, texts_ME, top=top, candidates=candidates, batch_size=batch_size
+            )
+            for image in seen
         )
 
     def embed_pairs(

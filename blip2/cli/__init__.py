@@ -22,6 +22,7 @@ COMMANDS = {
     "caption": "Describe pictures in words.",
     "ask": "Answer a question about pictures.",
     "chat": "Talk about a picture.",
+    "match": "Tell how well texts fit a picture.",
     "train": "Train a Querying Transformer from a recipe.",
     "models": "List the published models: what each is for, and what it needs.",
     "pull": "Download a model, or what is missing of it.",
@@ -39,6 +40,8 @@ FLAGS = {
     "num_beams": "--beams",
     "no_repeat_ngram_size": "--no-repeat-ngram",
     "quantize": "--quantize",
+    "top": "--top",
+    "template": "--template",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (

@@ -67,10 +67,11 @@ def command(
     report = Report(blip.name, as_json=as_json, shows_image=is_labelled, shows_question=len(questions) > 1)
     for problem in pictures.problems:
         report.problem(problem)
-    for batch in see(blip, pictures.sources, batch_size):
+    seen = blip.each_encoded(pictures.sources, on_error="return", batch_size=batch_size)
+    for batch in see(seen, pictures.sources, batch_size):
         # Each picture with each question, the questions of one picture side by side.
-        seen = [image for image in batch.images for _ in questions]
-        rows = answers(blip.speaker, seen, [*questions] * len(batch.images))
+        repeated = [image for image in batch.images for _ in questions]
+        rows = answers(blip.speaker, repeated, [*questions] * len(batch.images))
         report.results(batch, map(list, chunks(rows, len(questions))))
     context.exit(report.exit_code)
 

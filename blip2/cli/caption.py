@@ -54,7 +54,8 @@ def command(
     report = Report(blip.name, as_json=as_json, shows_image=pictures.are_several)
     for problem in pictures.problems:
         report.problem(problem)
-    for batch in see(blip, pictures.sources, batch_size):
+    seen = blip.each_encoded(pictures.sources, on_error="return", batch_size=batch_size)
+    for batch in see(seen, pictures.sources, batch_size):
         found = caption(blip.speaker, batch.images, [prompt], options=options, batch_size=batch_size)
         report.results(batch, ([row_of(answer) for answer in answers] for answers in found))
     context.exit(report.exit_code)

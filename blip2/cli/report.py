@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +15,6 @@ import click
 from blip2.errors import ImageError
 
 if TYPE_CHECKING:
-    from blip2.api import Pipeline
-    from blip2.encoded import EncodedImage
     from blip2.tasks.speaker import Answer
 
 MANY = 16
@@ -32,11 +30,11 @@ class Batch(NamedTuple):
     """Pictures that are answered together: what each is called, and what was seen of it (or went wrong)."""
 
     names: list[str]
-    seen: list[EncodedImage | ImageError]
+    seen: list[Any]
     started: float
 
     @property
-    def images(self) -> list[EncodedImage]:
+    def images(self) -> list[Any]:
         """Those that could be read, in order."""
         return [image for image in self.seen if not isinstance(image, ImageError)]
 
@@ -44,14 +42,23 @@ class Batch(NamedTuple):
 class Report:
     """Prints results as they come, and remembers whether anything failed.
 
-    ``shows_image``, ``shows_question``: whether a line of plain text begins with them.
+    ``shows_image``, ``shows_question``: whether a line of plain text begins with them. ``plain``: a row in one line.
     """
 
-    def __init__(self, model: str, *, as_json: bool, shows_image: bool, shows_question: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        as_json: bool,
+        shows_image: bool,
+        shows_question: bool = False,
+        plain: Callable[[dict[str, Any]], str] = lambda row: row["text"],
+    ) -> None:
         self._model = model
         self._as_json = as_json
         self._shows_image = shows_image
         self._shows_question = shows_question
+        self._plain = plain
         self.exit_code = 0
 
     def results(self, batch: Batch, rows: Iterable[list[dict[str, Any]]]) -> None:
@@ -78,7 +85,7 @@ class Report:
             click.echo(json.dumps({"image": image, **row, "model": self._model}))
             return
         # Whatever a model writes or a person asks: one line, and no tab in it.
-        columns = [" ".join(row["text"].split())]
+        columns = [self._plain({**row, "text": " ".join(row["text"].split())})]
         if self._shows_question:
             columns.insert(0, " ".join(row["question"].split()))
         if self._shows_image:
@@ -91,16 +98,15 @@ class Report:
             click.echo(json.dumps({"image": image, "error": str(error), "model": self._model}))
 
 
-def see(blip: Pipeline, sources: Sequence[str], batch_size: int) -> Iterator[Batch]:
-    """Read and encode pictures batch by batch, with a progress bar if they are many."""
+def see(seen: Iterator[Any], names: Sequence[str], batch_size: int) -> Iterator[Batch]:
+    """What a model sees of pictures, batch by batch, with a progress bar if they are many."""
     from blip2.tasks.speaker import chunks  # imports torch
 
-    seen = blip.each_encoded(list(sources), on_error="return", batch_size=batch_size)
-    with _bar(len(sources)) as advance:
-        for names in chunks(sources, batch_size):
+    with _bar(len(names)) as advance:
+        for some in chunks(names, batch_size):
             started = time.perf_counter()
-            yield Batch(list(names), list(islice(seen, len(names))), started)
-            advance(len(names))
+            yield Batch(list(some), list(islice(seen, len(some))), started)
+            advance(len(some))
 
 
 @contextmanager

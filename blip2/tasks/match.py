@@ -56,6 +56,16 @@ class Matches:
 
 
 @dataclass(frozen=True)
+class Match:
+    """One image with one text; the numbers are those of `Matches`."""
+
+    text: str
+    itm_probability: float
+    itc_cosine: float
+    itc_probability: float | None
+
+
+@dataclass(frozen=True)
 class Reader:
     """A matching model and its tokenizer: reads texts, alone or with an image."""
 
@@ -105,18 +115,59 @@ class Reader:
             found.append(fused.hidden_BSD[:, : self.model.config.qformer.num_query_tokens])
         return torch.cat(found)
 
-    def compare(self, images: Sequence[ImageFeatures], texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Matches:
-        """All that there is to know of N images and M texts."""
-        return self.compare_read(images, self.ids(texts), self.embed_texts(texts, batch_size), batch_size)
-
-    def compare_read(
+    def compare(
         self, images: Sequence[ImageFeatures], ids: list[list[int]], texts_ME: Tensor, batch_size: int = BATCH_SIZE
     ) -> Matches:
-        """The same for texts that were read already, so that many images need not read them again."""
-        cosine_NM = similarity(torch.stack([image.vectors_QE for image in images]), texts_ME)
+        """All that there is to know of N images and M texts, given by `ids` and `embed_texts`."""
+        cosine_NM = self.cosines(images, texts_ME)
+        probability_NM = self.itc_probability(cosine_NM)
+        return Matches(
+            self.itm_logits(images, ids, batch_size).float().cpu(),
+            cosine_NM.cpu(),
+            None if probability_NM is None else probability_NM.cpu(),
+        )
+
+    def classify(
+        self,
+        image: ImageFeatures,
+        texts: Sequence[str],
+        ids: list[list[int]],
+        texts_ME: Tensor,
+        *,
+        top: int,
+        candidates: int,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Match]:
+        """The ``top`` texts for an image, the best first by `Matches.score`.
+
+        Only the ``candidates`` nearest by cosine (or ``top``, if that is more) are read together with the image; the
+        authors' ranking goes the same way (section 4.4 of the paper). ``itc_probability`` is that among all texts.
+        """
+        cosine_M = self.cosines([image], texts_ME)[0]
+        probability = self.itc_probability(cosine_M[None])
+        nearest = cosine_M.topk(min(max(top, candidates), len(ids))).indices.tolist()
+        logits_C2 = self.itm_logits([image], [ids[number] for number in nearest], batch_size)[0].float()
+        score_C = logits_C2[:, 1] + cosine_M[nearest]
+        matching_C = logits_C2.softmax(dim=-1)[:, 1]
+        best = score_C.argsort(descending=True, stable=True)[:top].tolist()
+        return [
+            Match(
+                text=texts[number],
+                itm_probability=float(matching_C[place]),
+                itc_cosine=float(cosine_M[number]),
+                itc_probability=None if probability is None else float(probability[0, number]),
+            )
+            for place, number in ((place, nearest[place]) for place in best)
+        ]
+
+    def cosines(self, images: Sequence[ImageFeatures], texts_ME: Tensor) -> Tensor:
+        """``float32[N, M]``, the nearest of each image's vectors."""
+        return similarity(torch.stack([image.vectors_QE for image in images]).float(), texts_ME.float())
+
+    def itc_probability(self, cosine_NM: Tensor) -> Tensor | None:
+        """The share of each text among all M by the learned temperature; None if there is none."""
         temperature = self.model.temperature
-        probability_NM = None if temperature is None else (cosine_NM / temperature.detach()).softmax(dim=1).cpu()
-        return Matches(self.itm_logits(images, ids, batch_size).cpu(), cosine_NM.cpu(), probability_NM)
+        return None if temperature is None else (cosine_NM / temperature.detach()).softmax(dim=1)
 
     def _scattered(self, ids: list[list[int]], batch_size: int, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What ``read`` makes of each text, in order; texts of like length together, so that little is padded."""
