@@ -1,4 +1,4 @@
-"""The C kernels against torch: the same results within rounding, on processors with byte dot products and without."""
+"""The C kernels against torch: the same results within rounding, on each kind of processor that this one is."""
 
 from __future__ import annotations
 
@@ -15,9 +15,20 @@ from blip2.layers import attend
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason="the C kernels are not compiled here")
 
 
+@pytest.fixture(params=native.LEVELS)
+def level(request):
+    """The kernels for each kind of processor."""
+    library = native.kernels()
+    number = native.LEVELS.index(request.param)
+    if library.blip2_prepare(number) < number:
+        pytest.skip(f"this processor is without {request.param}")
+    yield request.param
+    library.blip2_prepare(len(native.LEVELS) - 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask_kind", ["none", "bool", "bool per head", "added", "added per row"])
-def test_attention_of_single_tokens(dtype: torch.dtype, mask_kind: str) -> None:
+def test_attention_of_single_tokens(level: str, dtype: torch.dtype, mask_kind: str) -> None:
     torch.manual_seed(0)
     rows, heads, length, size = 3, 4, 9, 6
     query = torch.randn(rows, 1, heads, size, dtype=dtype).transpose(1, 2)  # strided, as heads come from a product
@@ -38,7 +49,7 @@ def test_attention_of_single_tokens(dtype: torch.dtype, mask_kind: str) -> None:
     torch.testing.assert_close(ours.double(), theirs, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
-def test_a_slot_of_minus_infinity_is_not_looked_at() -> None:
+def test_a_slot_of_minus_infinity_is_not_looked_at(level: str) -> None:
     query, keys, values = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     bias = torch.zeros(1, 1, 1, 5)
     bias[..., 3:] = float("-inf")

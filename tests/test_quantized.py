@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from blip2 import native
 from blip2.quantized import QuantizedLinear, pack, unpack
 
+T = TypeVar("T")
 WEIGHT_ERROR = {8: 0.012, 4: 0.11}  # relative, of normally distributed weights
 HAS_KERNELS = native.kernels() is not None
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="the C kernels are not compiled here")
@@ -29,9 +33,12 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-@pytest.fixture(params=["kernels", "kernels for any processor", "torch"])
+BEST = len(native.LEVELS) - 1
+
+
+@pytest.fixture(params=[*native.LEVELS, "torch"])
 def way(request, monkeypatch):
-    """The three ways in which a product is computed."""
+    """The ways in which a product is computed: the kernels for each kind of processor, and torch."""
     library = native.kernels()
     if request.param == "torch":
         monkeypatch.setattr(native, "kernels", lambda: None)
@@ -39,9 +46,21 @@ def way(request, monkeypatch):
         return
     if library is None:
         pytest.skip("the C kernels are not compiled here")
-    library.blip2_prepare(request.param != "kernels")
+    level = native.LEVELS.index(request.param)
+    if library.blip2_prepare(level) < level:
+        pytest.skip(f"this processor is without {request.param}")
     yield request.param
-    library.blip2_prepare(0)
+    library.blip2_prepare(BEST)
+
+
+def on_each_level(work: Callable[[], T]) -> list[T]:
+    """What the kernels for any processor make of it, and those for each kind that this one is."""
+    library = native.kernels()
+    assert library is not None
+    try:
+        return [work() for level in range(BEST + 1) if library.blip2_prepare(level) == level]
+    finally:
+        library.blip2_prepare(BEST)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -70,26 +89,45 @@ def test_the_rounding(way, bits: int) -> None:
 @given(
     bits=st.sampled_from([8, 4]), group_size=st.sampled_from([32, 64, 128]), num_inputs=st.integers(1, 200),
     num_outputs=st.integers(1, 80), rows=st.integers(1, 9), seed=st.integers(0, 99),
-    scale=st.sampled_from([1e-6, 1, 1e6]),
+    scale=st.sampled_from([1e-6, 1, 1e6]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_kernels_equal_those_for_any_processor_and_torch(
-    bits: int, group_size: int, num_inputs: int, num_outputs: int, rows: int, seed: int, scale: float
-) -> None:
+    bits: int, group_size: int, num_inputs: int, num_outputs: int, rows: int, seed: int, scale: float,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(num_outputs, num_inputs, generator=generator) * scale
-    layer = quantized(weight, bits, group_size=group_size)
-    x = torch.randn(rows, num_inputs, generator=generator)
-    library = native.kernels()
-    assert library is not None
+    weight = (torch.randn(num_outputs, num_inputs, generator=generator) * scale).to(dtype)
+    layers = on_each_level(lambda: quantized(weight, bits, group_size=group_size))
+    layer = layers[0]
+    assert all(torch.equal(other.codes, layer.codes) for other in layers)
+    assert all(torch.equal(other.scales, layer.scales) for other in layers)
+    x = torch.randn(rows, num_inputs, generator=generator).to(dtype)
     with torch.inference_mode():
-        ours = layer(x)
-        library.blip2_prepare(1)
-        plain = layer(x)
-        library.blip2_prepare(0)
-    assert torch.equal(ours, plain)  # sums of integers: to the last bit
-    theirs = F.linear(x, layer.dequantized())
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3 * float(theirs.abs().max()) + 1e-30)
+        ours, *others = on_each_level(lambda: layer(x))
+    assert all(torch.equal(ours, other) for other in others)  # sums of integers: to the last bit
+    theirs = F.linear(x.float(), layer.dequantized())
+    precision = 1e-3 if dtype == torch.float32 else 2**-8
+    atol = 2e-3 * float(theirs.abs().max()) + 1e-30
+    torch.testing.assert_close(ours.float(), theirs, rtol=precision, atol=atol)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_largest_codes_and_activations_do_not_overflow(bits: int, rows: int) -> None:
+    """Sums of pairs in 16 bits are what some processors have: all as large as it gets, of either sign."""
+    layer = quantized(torch.zeros(32, 10_240), bits)
+    layer.scales.fill_(1)
+    for code in (0, 255):
+        layer.codes.fill_(code)
+        for sign in (1, -1):
+            x = torch.full((rows, 10_240), 127.0 * sign)
+            x[:, ::2] -= 0.49 * sign  # what is left over is of almost full size as well
+            with torch.inference_mode():
+                ours, *others = on_each_level(lambda x=x: layer(x))
+            assert all(torch.equal(ours, other) for other in others)
+            torch.testing.assert_close(ours, F.linear(x, layer.dequantized()), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -137,16 +137,16 @@ def _processor() -> Finding:
 
 
 def _kernels() -> Finding:
-    from blip2.native import kernels
+    from blip2.native import LEVELS, kernels
     from blip2.native.build import LIBRARY
 
     library = kernels()
     if library is not None:
-        has_dot_products = bool(library.blip2_prepare(0))
-        text = "active, with byte dot products" if has_dot_products else "active, without byte dot products"
-        return Finding(text, {"active": True, "byte_dot_products": has_dot_products})
+        level = LEVELS[library.blip2_prepare(len(LEVELS) - 1)]
+        text = "active, " + ("the code for any processor: slow" if level == LEVELS[0] else f"with {level}")
+        return Finding(text, {"active": True, "level": level})
     why = "compiled, but cannot be loaded here" if LIBRARY.exists() else "not compiled"
-    finding = Finding(f"{why}; quantised models are slow on the CPU", {"active": False, "byte_dot_products": False})
+    finding = Finding(f"{why}; quantised models are slow on the CPU", {"active": False, "level": None})
     if sys.platform == "linux":
         finding.problem = (
             f"the C kernels are {why}; install a C compiler with OpenMP, such as gcc, then install blip2 again "

@@ -1,7 +1,8 @@
 """C kernels for what decoding on a CPU spends its time in, if they were compiled.
 
-See ``kernels.c`` for what they compute and `build` for how they come about. Everything that uses them works without,
-by torch's functions. Only for tensors on the CPU, in fp32 or bf16, without gradients: see `can_take`.
+See ``kernels.c`` for what they compute and `build` for how they come about. Which of the `LEVELS` a processor has is
+found out when they are loaded; the products are the same to the last bit on each. Everything that uses them works
+without, by torch's functions. Only for tensors on the CPU, in fp32 or bf16, without gradients: see `can_take`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from blip2.native.build import LIBRARY
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels read and write, by the numbers that they know it by."""
+
+LEVELS = ("any", "AVX2", "VNNI")
+"""What processors have that there is code for, by the numbers that ``blip2_prepare`` takes and returns."""
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {
@@ -38,7 +42,7 @@ def kernels() -> ctypes.CDLL | None:
             getattr(library, name).argtypes = arguments
     except (OSError, AttributeError):  # not compiled, for another processor, without OpenMP in torch, out of date
         return None
-    library.blip2_prepare(0)
+    library.blip2_prepare(len(LEVELS) - 1)
     return library
 
 

@@ -1,5 +1,6 @@
-/* What decoding on a processor spends its time in: products with int8 and int4 weights, with byte dot products (VNNI)
- * and without, and the attention of single tokens, which as separate operations would cost more than the products.
+/* What decoding on a processor spends its time in: products with int8 and int4 weights, and the attention of single
+ * tokens, which as separate operations would cost more than the products. For processors with byte dot products
+ * (VNNI), for those with AVX2, and for any: the products are the same to the last bit.
  *
  * A row of activations becomes two planes of signed bytes, the second holding what the first rounds away:
  *
@@ -23,10 +24,11 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define HAS_VNNI_CODE 1
+#define IS_X86 1
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define AVX2 __attribute__((target("avx2,fma")))
 #else
-#define HAS_VNNI_CODE 0
+#define IS_X86 0
 #endif
 
 /* Several at a time, also where the order of floating point sums changes. */
@@ -100,12 +102,6 @@ INLINE float split_typed(const void *row, const int type, long width, long padde
     return largest / 127 + poison;
 }
 
-#define SPLIT(type) split_typed(row, type, width, padded, group, high, low, sums)
-static float split_plain(const void *row, int type, long width, long padded, long group, int8_t *high, int8_t *low,
-                         int32_t *sums) {
-    return type == BFLOAT16 ? SPLIT(BFLOAT16) : SPLIT(FLOAT32);
-}
-
 /* ---- products: up to ROWS rows with a tile; out[row][channel] in units of step / 254 ---- */
 
 typedef void Product(const int8_t *planes, const int32_t *sums, long padded, long plane, long group, int rows,
@@ -138,13 +134,25 @@ static void product_plain(const int8_t *planes, const int32_t *sums, long padded
     }
 }
 
+/* ---- what comes out: some channels of a row; `scale` is its step / 254 ---- */
+
+typedef void Finish(const float *totals, float scale, const float *bias, long some, void *out, long at, int type);
+
+INLINE void finish_typed(const float *totals, float scale, const float *bias, long some, void *out, long at,
+                         const int type) {
+    SIMD()
+    for (long c = 0; c < some; c++) store(out, at + c, fmaf(totals[c], scale, bias ? bias[c] : 0), type);
+}
+
 /* ---- weights: the codes and scales of a tile; channels beyond `channels` are zeros ---- */
 
 typedef void Quantize(const void *weight, int type, long channels, long width, long padded, long group, int bits,
                       uint8_t *codes, uint16_t *scales);
 
 /* The scale of a group in 4 bits with the least squared error of several, as bfloat16. The largest value becomes
- * code 0 or nearly: -8 is further from zero than 7. */
+ * code 0 or nearly: -8 is further from zero than 7. Sums are of so many parts on every processor, so that the codes
+ * are the same ones. */
+#define LANES 8
 INLINE float scale_of_group(const float *values, long group) {
     static const float ends[] = {8, 7.5f, 7, 8.5f, 9};
     float least = 0, most = 0, best = 0, scale = 0;
@@ -156,13 +164,16 @@ INLINE float scale_of_group(const float *values, long group) {
     float extreme = -least > most ? least : most;
     if (extreme == 0) return 0;
     for (int i = 0; i < 5; i++) {
-        float inverse = -ends[i] / extreme, product = 0, square = 0;
-        SIMD(reduction(+ : product, square))
-        for (long k = 0; k < group; k++) {
-            float code = clamp(rintf(values[k] * inverse), -8, 7);
-            product += values[k] * code;
-            square += code * code;
+        float inverse = -ends[i] / extreme, product = 0, square = 0, products[LANES] = {0}, squares[LANES] = {0};
+        for (long k = 0; k < group; k += LANES) {
+            SIMD()
+            for (int j = 0; j < LANES; j++) {
+                float code = clamp(rintf(values[k + j] * inverse), -8, 7);
+                products[j] += values[k + j] * code;
+                squares[j] += code * code;
+            }
         }
+        for (int j = 0; j < LANES; j++) product += products[j], square += squares[j];
         /* The best scale for these codes is product / square, which leaves out product^2 / square of the error. */
         if (product * product > best * square) best = product * product / square, scale = product / square;
     }
@@ -204,27 +215,9 @@ INLINE void quantize_typed(const void *weight, const int type, long channels, lo
         }
 }
 
-#define QUANTIZE(type) quantize_typed(weight, type, channels, width, padded, group, bits, codes, scales)
-static void quantize_plain(const void *weight, int type, long channels, long width, long padded, long group, int bits,
-                           uint8_t *codes, uint16_t *scales) {
-    if (type == BFLOAT16) QUANTIZE(BFLOAT16);
-    else QUANTIZE(FLOAT32);
-}
+/* ---- products with byte dot products, and with AVX2 ---- */
 
-/* ---- the same with byte dot products ---- */
-
-#if HAS_VNNI_CODE
-
-VNNI static float split_vnni(const void *row, int type, long width, long padded, long group, int8_t *high, int8_t *low,
-                             int32_t *sums) {
-    return type == BFLOAT16 ? SPLIT(BFLOAT16) : SPLIT(FLOAT32);
-}
-
-VNNI static void quantize_vnni(const void *weight, int type, long channels, long width, long padded, long group,
-                               int bits, uint8_t *codes, uint16_t *scales) {
-    if (type == BFLOAT16) QUANTIZE(BFLOAT16);
-    else QUANTIZE(FLOAT32);
-}
+#if IS_X86
 
 VNNI INLINE __m512i four_bytes(const int8_t *bytes) {
     int32_t four;
@@ -234,8 +227,8 @@ VNNI INLINE __m512i four_bytes(const int8_t *bytes) {
 
 /* Codes are multiplied unsigned, as the instruction wants one side; that they stand for code - zero is in where the
  * sums begin. A register holds 16 channels of 4 inputs each. */
-VNNI INLINE void product_of(const int8_t *planes, const int32_t *sums, long padded, long plane, long group,
-                            const int rows, const int bits, const uint8_t *codes, const uint16_t *scales, float *out) {
+VNNI INLINE void rows_vnni(const int8_t *planes, const int32_t *sums, long padded, long plane, long group,
+                           const int rows, const int bits, const uint8_t *codes, const uint16_t *scales, float *out) {
     const long groups = padded / group, step = 32 / bits;
     const __m512i half = _mm512_set1_epi8(15);
     __m512 total[ROWS][2];
@@ -284,20 +277,106 @@ VNNI INLINE void product_of(const int8_t *planes, const int32_t *sums, long padd
         for (int side = 0; side < 2; side++) _mm512_storeu_ps(out + r * TILE + side * 16, total[r][side]);
 }
 
-#define PRODUCT(rows, bits) product_of(planes, sums, padded, plane, group, rows, bits, codes, scales, out)
-VNNI static void product_vnni(const int8_t *planes, const int32_t *sums, long padded, long plane, long group, int rows,
-                              int bits, const uint8_t *codes, const uint16_t *scales, float *out) {
-    switch (rows * 8 + bits) { /* each a loop of its own, with everything in registers */
-        case 1 * 8 + 4: PRODUCT(1, 4); break;
-        case 2 * 8 + 4: PRODUCT(2, 4); break;
-        case 3 * 8 + 4: PRODUCT(3, 4); break;
-        case 4 * 8 + 4: PRODUCT(4, 4); break;
-        case 1 * 8 + 8: PRODUCT(1, 8); break;
-        case 2 * 8 + 8: PRODUCT(2, 8); break;
-        case 3 * 8 + 8: PRODUCT(3, 8); break;
-        default: PRODUCT(4, 8);
+/* AVX2 multiplies and adds pairs: of bytes into 16 bits, which two codes of 8 bits would overflow, and of 16 bits into
+ * 32. So codes of 8 bits meet their activations in 16 bits, the first and third byte of four, then the second and
+ * fourth. Those of 4 bits meet them in bytes, low halves, then high ones: over 32 inputs a sum is at most
+ * 8 * 2 * 15 * 127, and 16 bits hold it. There are registers for the sums of 16 channels of one row, or 8 channels of
+ * four: 32 inputs of a tile are gone through in such parts. */
+#define ADD_PRODUCT(sum, codes, x) \
+    sum = bits == 8 ? _mm256_add_epi32(sum, _mm256_madd_epi16(codes, x)) \
+                    : _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x))
+AVX2 INLINE void rows_avx2(const int8_t *planes, const int32_t *sums, long padded, long plane, long group,
+                           const int rows, const int bits, const uint8_t *codes, const uint16_t *scales, float *out) {
+    const long groups = padded / group;
+    const int wide = rows == 1 ? 2 : 1; /* registers of 8 channels */
+    const __m256i mask = bits == 8 ? _mm256_set1_epi16(255) : _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256 total[ROWS][4];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 4; c++) total[r][c] = _mm256_setzero_ps();
+    for (long g = 0; g < groups; g++) {
+        __m256i sum[ROWS][2][4];
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < 2; p++)
+                for (int c = 0; c < 4; c++)
+                    sum[r][p][c] = _mm256_set1_epi32(-(1 << (bits - 1)) * sums[(r * 2 + p) * groups + g]);
+        for (long k = g * group; k < (g + 1) * group; k += 32) {
+            const long left = ((g + 1) * group - k) / 4, steps = bits == 4 ? 4 : left < 8 ? left : 8;
+            const uint8_t *bytes = codes + k * bits / 32 * TILE * 4;
+            int32_t x[ROWS][2][2][8]; /* fours of activations: the two parts that a step's codes meet */
+            for (int r = 0; r < rows; r++)
+                for (int p = 0; p < 2; p++) {
+                    __m256i all = _mm256_loadu_si256((const __m256i *)(planes + p * plane + r * padded + k));
+                    __m256i first = bits == 8 ? _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8) : all;
+                    __m256i second = bits == 8 ? _mm256_srai_epi16(all, 8) : _mm256_srli_epi64(all, 32);
+                    _mm256_storeu_si256((__m256i *)x[r][p][0], first);
+                    _mm256_storeu_si256((__m256i *)x[r][p][1], second);
+                }
+            for (int c = 0; c < 4; c += wide) {
+                __m256i part[ROWS][2][2];
+                for (int r = 0; r < rows; r++)
+                    for (int p = 0; p < 2; p++)
+                        for (int w = 0; w < wide; w++) part[r][p][w] = _mm256_setzero_si256();
+                PRAGMA(GCC unroll 1) /* one step after another is what there are registers for */
+                for (int j = 0; j < steps; j++) {
+                    const uint8_t *here = bytes + (j * 4 + c) * 32;
+                    if (c % 2 == 0) _mm_prefetch((const char *)here + AHEAD, _MM_HINT_T0);
+                    __m256i first[2], second[2];
+                    for (int w = 0; w < wide; w++) {
+                        __m256i both = _mm256_loadu_si256((const __m256i *)here + w);
+                        first[w] = _mm256_and_si256(both, mask);
+                        second[w] = bits == 8 ? _mm256_srli_epi16(both, 8)
+                                              : _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+                    }
+                    for (int r = 0; r < rows; r++)
+                        for (int p = 0; p < 2; p++) {
+                            const int at = bits == 8 ? j : 2 * j;
+                            __m256i a = _mm256_set1_epi32(x[r][p][0][at]), b = _mm256_set1_epi32(x[r][p][1][at]);
+                            for (int w = 0; w < wide; w++) {
+                                ADD_PRODUCT(part[r][p][w], first[w], a);
+                                ADD_PRODUCT(part[r][p][w], second[w], b);
+                            }
+                        }
+                }
+                for (int r = 0; r < rows; r++)
+                    for (int p = 0; p < 2; p++)
+                        for (int w = 0; w < wide; w++) {
+                            __m256i few = part[r][p][w];
+                            if (bits == 4) few = _mm256_madd_epi16(few, ones);
+                            sum[r][p][c + w] = _mm256_add_epi32(sum[r][p][c + w], few);
+                        }
+            }
+        }
+        for (int c = 0; c < 4; c++) {
+            __m128i half = _mm_loadu_si128((const __m128i *)(scales + g * TILE + c * 8));
+            __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+            for (int r = 0; r < rows; r++) {
+                __m256 both = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][0][c]), _mm256_set1_ps(254),
+                                              _mm256_cvtepi32_ps(sum[r][1][c]));
+                total[r][c] = _mm256_fmadd_ps(both, scale, total[r][c]);
+            }
+        }
     }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 4; c++) _mm256_storeu_ps(out + r * TILE + c * 8, total[r][c]);
 }
+
+#define ROWS_OF(name, rows, bits) rows_##name(planes, sums, padded, plane, group, rows, bits, codes, scales, out)
+#define PRODUCT(name, target) \
+    target static void product_##name(const int8_t *planes, const int32_t *sums, long padded, long plane, long group, \
+                                      int rows, int bits, const uint8_t *codes, const uint16_t *scales, float *out) { \
+        switch (rows * 8 + bits) { /* each a loop of its own, with everything in registers */ \
+            case 1 * 8 + 4: ROWS_OF(name, 1, 4); break; \
+            case 2 * 8 + 4: ROWS_OF(name, 2, 4); break; \
+            case 3 * 8 + 4: ROWS_OF(name, 3, 4); break; \
+            case 4 * 8 + 4: ROWS_OF(name, 4, 4); break; \
+            case 1 * 8 + 8: ROWS_OF(name, 1, 8); break; \
+            case 2 * 8 + 8: ROWS_OF(name, 2, 8); break; \
+            case 3 * 8 + 8: ROWS_OF(name, 3, 8); break; \
+            default: ROWS_OF(name, 4, 8); \
+        } \
+    }
+PRODUCT(avx2, AVX2)
+PRODUCT(vnni, VNNI)
 
 #endif
 
@@ -333,26 +412,6 @@ typedef void Attend(const void *query, long at_q, const void *keys, long at_k, l
                     long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind, int type,
                     long length, long size, float scale, float *scores, void *out, long at_out);
 
-#define ATTEND(type) \
-    attend_head(query, at_q, keys, at_k, step_k, values, at_v, step_v, mask, at_m, step_m, mask_kind, type, length, \
-                size, scale, scores, out, at_out)
-static void attend_plain(const void *query, long at_q, const void *keys, long at_k, long step_k, const void *values,
-                         long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind, int type,
-                         long length, long size, float scale, float *scores, void *out, long at_out) {
-    if (type == BFLOAT16) ATTEND(BFLOAT16);
-    else ATTEND(FLOAT32);
-}
-
-#if HAS_VNNI_CODE
-VNNI static void attend_vnni(const void *query, long at_q, const void *keys, long at_k, long step_k,
-                             const void *values, long at_v, long step_v, const void *mask, long at_m, long step_m,
-                             int mask_kind, int type, long length, long size, float scale, float *scores, void *out,
-                             long at_out) {
-    if (type == BFLOAT16) ATTEND(BFLOAT16);
-    else ATTEND(FLOAT32);
-}
-#endif
-
 INLINE void rms_norm_row(const void *x, const void *weight, const int type, long at, long width, float eps, void *out) {
     float square = 0;
     SIMD(reduction(+ : square))
@@ -366,26 +425,70 @@ INLINE void rms_norm_row(const void *x, const void *weight, const int type, long
     }
 }
 
+/* ---- all of it for each kind of processor, compiled with what that has ---- */
+
+typedef struct {
+    Split *split;
+    Product *product;
+    Finish *finish;
+    Quantize *quantize;
+    Attend *attend;
+} Kernels;
+
+#define SPLIT(type) split_typed(row, type, width, padded, group, high, low, sums)
+#define FINISH(type) finish_typed(totals, scale, bias, some, out, at, type)
+#define QUANTIZE(type) quantize_typed(weight, type, channels, width, padded, group, bits, codes, scales)
+#define ATTEND(type) \
+    attend_head(query, at_q, keys, at_k, step_k, values, at_v, step_v, mask, at_m, step_m, mask_kind, type, length, \
+                size, scale, scores, out, at_out)
+#define KERNELS(name, target) \
+    target static float split_##name(const void *row, int type, long width, long padded, long group, int8_t *high, \
+                                     int8_t *low, int32_t *sums) { \
+        return type == BFLOAT16 ? SPLIT(BFLOAT16) : SPLIT(FLOAT32); \
+    } \
+    target static void finish_##name(const float *totals, float scale, const float *bias, long some, void *out, \
+                                     long at, int type) { \
+        if (type == BFLOAT16) FINISH(BFLOAT16); \
+        else FINISH(FLOAT32); \
+    } \
+    target static void quantize_##name(const void *weight, int type, long channels, long width, long padded, \
+                                       long group, int bits, uint8_t *codes, uint16_t *scales) { \
+        if (type == BFLOAT16) QUANTIZE(BFLOAT16); \
+        else QUANTIZE(FLOAT32); \
+    } \
+    target static void attend_##name(const void *query, long at_q, const void *keys, long at_k, long step_k, \
+                                     const void *values, long at_v, long step_v, const void *mask, long at_m, \
+                                     long step_m, int mask_kind, int type, long length, long size, float scale, \
+                                     float *scores, void *out, long at_out) { \
+        if (type == BFLOAT16) ATTEND(BFLOAT16); \
+        else ATTEND(FLOAT32); \
+    } \
+    static const Kernels name = {split_##name, product_##name, finish_##name, quantize_##name, attend_##name};
+
+KERNELS(plain, )
+#if IS_X86
+KERNELS(avx2, AVX2)
+KERNELS(vnni, VNNI)
+#endif
+
 /* ---- what Python calls ---- */
 
-static Split *split = split_plain;
-static Product *product = product_plain;
-static Quantize *quantize = quantize_plain;
-static Attend *attend = attend_plain;
+static const Kernels *kernels = &plain;
 
-/* Choose the code for this processor, or with `plain` that for any. Returns 1 for byte dot products, 0 without. */
-int blip2_prepare(int plain) {
-    split = split_plain, product = product_plain, quantize = quantize_plain, attend = attend_plain;
-#if HAS_VNNI_CODE
-    if (!plain && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+/* Choose the code for this processor, at most that of a level: 0 is for any, 1 for AVX2, 2 for byte dot products.
+ * Returns the level chosen. */
+int blip2_prepare(int most) {
+    int level = 0;
+    kernels = &plain;
+#if IS_X86
+    if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels = &avx2, level = 1;
+    if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni")) {
-        split = split_vnni, product = product_vnni, quantize = quantize_vnni, attend = attend_vnni;
-        return 1;
-    }
+        __builtin_cpu_supports("avx512vnni"))
+        kernels = &vnni, level = 2;
 #endif
-    (void)plain;
-    return 0;
+    (void)most;
+    return level;
 }
 
 /* weight[channels][width] to codes and scales, for `padded` inputs, a whole number of groups. */
@@ -393,7 +496,7 @@ void blip2_quantize(const void *weight, int type, long channels, long width, lon
                     uint8_t *codes, uint16_t *scales, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long c = 0; c < channels; c += TILE)
-        quantize((const char *)weight + c * width * (type == BFLOAT16 ? 2 : 4), type,
+        kernels->quantize((const char *)weight + c * width * (type == BFLOAT16 ? 2 : 4), type,
                  channels - c < TILE ? channels - c : TILE, width, padded, group, bits,
                  codes + c * padded * bits / 8, scales + c * (padded / group));
 }
@@ -403,13 +506,14 @@ int blip2_linear(const void *x, int type, long rows, long width, long padded, lo
                  const uint8_t *codes, const uint16_t *scales, const float *bias, long channels, void *out,
                  int threads) {
     long plane = rows * padded, groups = padded / group;
-    int8_t *planes = aligned_alloc(64, (2 * plane + rows * 4 + 2 * rows * groups * 4 + 63) / 64 * 64);
+    /* 32 more: the last activations of the last row are read as if there were a block of them */
+    int8_t *planes = aligned_alloc(64, (2 * plane + rows * 4 + 2 * rows * groups * 4 + 32 + 63) / 64 * 64);
     if (!planes) return 1;
     float *steps = (float *)(planes + 2 * plane);
     int32_t *sums = (int32_t *)(steps + rows); /* [rows][2][groups] */
 #pragma omp parallel for num_threads(threads) if (rows > 4)
     for (long r = 0; r < rows; r++)
-        steps[r] = split((const char *)x + r * width * (type == BFLOAT16 ? 2 : 4), type, width, padded, group,
+        steps[r] = kernels->split((const char *)x + r * width * (type == BFLOAT16 ? 2 : 4), type, width, padded, group,
                          planes + r * padded, planes + plane + r * padded, sums + r * 2 * groups);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long c = 0; c < (channels + TILE - 1) / TILE * TILE; c += TILE) {
@@ -417,12 +521,11 @@ int blip2_linear(const void *x, int type, long rows, long width, long padded, lo
         for (long r = 0; r < rows; r += ROWS) { /* the tile stays in the cache while all rows pass by */
             int few = rows - r < ROWS ? (int)(rows - r) : ROWS;
             float totals[ROWS * TILE];
-            product(planes + r * padded, sums + r * 2 * groups, padded, plane, group, few, bits,
+            kernels->product(planes + r * padded, sums + r * 2 * groups, padded, plane, group, few, bits,
                     codes + c * padded * bits / 8, scales + c * groups, totals);
             for (int i = 0; i < few; i++)
-                for (long j = 0; j < some; j++)
-                    store(out, (r + i) * channels + c + j,
-                          fmaf(totals[i * TILE + j], steps[r + i] / 254, bias ? bias[c + j] : 0), type);
+                kernels->finish(totals + i * TILE, steps[r + i] / 254, bias ? bias + c : NULL, some, out,
+                                (r + i) * channels + c, type);
         }
     }
     free(planes);
@@ -447,7 +550,7 @@ int blip2_attend(const void *query, const void *keys, const void *values, const 
             continue;
         }
         long row = pair / heads, head = pair % heads;
-        attend(query, row * q[0] + head * q[1], keys, row * k[0] + head * k[1], k[2], values,
+        kernels->attend(query, row * q[0] + head * q[1], keys, row * k[0] + head * k[1], k[2], values,
                row * v[0] + head * v[1], v[2], mask, row * m[0] + head * m[1], m[2], mask_kind, type, length, size,
                scale, scores, out, pair * size);
         free(scores);

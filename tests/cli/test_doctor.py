@@ -19,8 +19,8 @@ def sound(monkeypatch, tmp_path):
     """A Linux machine without a GPU, with torch's CPU build, compiled kernels and an empty cache."""
 
     class Library:
-        def blip2_prepare(self, plain):
-            return 1
+        def blip2_prepare(self, most):
+            return most
 
     monkeypatch.setattr(native, "kernels", Library)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -53,10 +53,17 @@ def test_all_is_well(told, tmp_path):
     findings = told()
     assert findings["problems"] == 0
     assert findings["torch"]["version"] == torch.__version__ and findings["torch"]["build"] == "CPU"
-    assert findings["kernels"] | {"active": True, "byte_dot_products": True} == findings["kernels"]
+    assert findings["kernels"] | {"active": True, "level": "VNNI", "text": "active, with VNNI"} == findings["kernels"]
     assert findings["cache"]["folder"] == str(tmp_path) and findings["cache"]["published"] == []
     assert findings["network"]["offline"] is True
     assert findings["install"]["line"] == f"{CPU_LINE} && pip install blip2"
+
+
+def test_kernels_on_a_lesser_processor(told, monkeypatch):
+    monkeypatch.setattr(native.kernels, "blip2_prepare", lambda self, most: 1)
+    assert told()["kernels"]["level"] == "AVX2"
+    monkeypatch.setattr(native.kernels, "blip2_prepare", lambda self, most: 0)
+    assert told()["kernels"]["text"] == "active, the code for any processor: slow"
 
 
 def test_no_kernels(told, monkeypatch):
