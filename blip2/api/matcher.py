@@ -142,7 +142,7 @@ class Matcher:
         if top < 1:
             raise OptionError(f"top is {top}, which leaves nothing to tell; use 1 or more")
         if "{}" not in template:
-            raise OptionError(f"template is {template!r}, which has no place for the label; write {{}} where it belongs")
+            raise OptionError(f"template is {template!r}, which has no place for the label; write {{}} there")
         texts = [template.replace("{}", label) for label in labels]
         ids, texts_ME = self.reader.ids(texts), self.reader.embed_texts(texts, batch_size)
         seen = self.each_encoded(images, on_error=on_error, batch_size=batch_size)
