@@ -72,7 +72,7 @@ class Matcher:
 
         A text is read whole, or refused if it is longer than the model reads (510 tokens in the published ones).
         """
-        vectors = self.reader.embed_texts(listed(texts), batch_size).float().cpu()
+        vectors = self.reader.embed_texts(self.reader.ids(listed(texts)), batch_size).float().cpu()
         return vectors if is_list(texts) else vectors[0]
 
     # ---- images with texts ----
@@ -89,7 +89,8 @@ class Matcher:
         What is kept of an image is dropped once it was compared, so that N may be large.
         """
         asked = listed(texts)
-        ids, texts_ME = self.reader.ids(asked), self.reader.embed_texts(asked, batch_size)
+        ids = self.reader.ids(asked)
+        texts_ME = self.reader.embed_texts(ids, batch_size)
         found = [
             self.reader.compare([image], ids, texts_ME, batch_size)
             for image in raising(self.each_encoded(listed(images), batch_size=batch_size))
@@ -144,7 +145,8 @@ class Matcher:
         if "{}" not in template:
             raise OptionError(f"template is {template!r}, which has no place for the label; write {{}} there")
         texts = [template.replace("{}", label) for label in labels]
-        ids, texts_ME = self.reader.ids(texts), self.reader.embed_texts(texts, batch_size)
+        ids = self.reader.ids(texts)
+        texts_ME = self.reader.embed_texts(ids, batch_size)
         seen = self.each_encoded(images, on_error=on_error, batch_size=batch_size)
         return (
             image

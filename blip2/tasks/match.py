@@ -85,9 +85,9 @@ class Reader:
         return [self.tokenizer.matching_ids(clean(text), limit) for text in texts]
 
     @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
-        """The unit vectors of texts, ``float[M, E]``."""
-        return self._scattered(self.ids(texts), batch_size, self.model.embed_text)
+    def embed_texts(self, ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:
+        """The unit vectors of texts, given by their `ids`: ``float[M, E]``."""
+        return self._scattered(ids, batch_size, self.model.embed_text)
 
     @torch.no_grad()
     def itm_logits(self, images: Sequence[ImageFeatures], ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:

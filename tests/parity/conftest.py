@@ -141,21 +141,21 @@ def _generative(sizes):
     return redraw(model, sizes["seed"])
 
 
-def _matching(seed, image_token):
-    sizes = SIZES["opt, 8 queries, cross-attention in every third layer"]
+def matching(seed, image_token=None, sizes=SIZES["opt, 8 queries, cross-attention in every third layer"], shared=12):
+    """The reference's matching model; ``shared``: the width of the space in which images and texts are compared."""
     config = transformers.Blip2Config(
         vision_config=_vision_config(sizes["vision"]),
         qformer_config=_qformer_config(
             sizes["qformer"], use_qformer_text_input=True, vocab_size=50, max_position_embeddings=20
         ),
-        num_query_tokens=8,
-        image_text_hidden_size=12,
+        num_query_tokens=sizes["qformer"][5],
+        image_text_hidden_size=shared,
         image_token_index=image_token,
     )
     return redraw(transformers.Blip2ForImageTextRetrieval(config), seed)
 
 
-def _load(reference, folder):
+def load(reference, folder):
     reference.save_pretrained(folder)
     return checkpoint.load(folder)
 
@@ -164,7 +164,7 @@ def _load(reference, folder):
 def pair(request, tmp_path_factory):
     """``theirs`` and ``ours`` with the same weights, and three pictures."""
     theirs = _generative(SIZES[request.param])
-    ours = _load(theirs, tmp_path_factory.mktemp("generative"))
+    ours = load(theirs, tmp_path_factory.mktemp("generative"))
     side = theirs.config.vision_config.image_size
     pixels_BCHW = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(7))
     return SimpleNamespace(theirs=theirs, ours=ours, pixels_BCHW=pixels_BCHW, family=ours.config.language.family)
@@ -172,8 +172,8 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture(scope="session", params=[None, 49], ids=["no image token", "image token"])
 def matching_pair(request, tmp_path_factory):
-    theirs = _matching(seed=3, image_token=request.param)
-    ours = _load(theirs, tmp_path_factory.mktemp("matching"))
+    theirs = matching(seed=3, image_token=request.param)
+    ours = load(theirs, tmp_path_factory.mktemp("matching"))
     pixels_BCHW = torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(8))
     return SimpleNamespace(theirs=theirs, ours=ours, pixels_BCHW=pixels_BCHW, image_token=request.param)
 
