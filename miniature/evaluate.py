@@ -49,12 +49,15 @@ class Tally:
         return 100 * self.right[kind] / max(self.asked[kind], 1)
 
     def interval(self, kind: str) -> tuple[float, float]:
-        """Wilson's 95 % confidence interval, in percent."""
-        total, z = max(self.asked[kind], 1), 1.96
-        share = self.right[kind] / total
-        middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-        half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-        return 100 * (middle - half), 100 * (middle + half)
+        return wilson(self.right[kind], max(self.asked[kind], 1))
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of a share, in percent."""
+    share, z = right / total, 1.96
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return 100 * (middle - half), 100 * (middle + half)
 
 
 def is_right(kind: str, said: str, wanted: str) -> bool:
