@@ -107,7 +107,10 @@ class Blip2Matcher(nn.Module):
         return F.normalize(self.text_projection(read.hidden_BSD[:, 0]), dim=-1)
 
     def match(self, patches_BPD: Tensor, text_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
-        """Logits ``float[B, 2]`` of pairs: [:, 1] speaks for a match. The mean over the queries (section 3.1)."""
+        """Logits ``float[B, 2]`` of pairs: [:, 1] speaks for a match. The mean over the queries (section 3.1).
+
+        ``patches_BPD`` may be of one picture, for many texts.
+        """
         fused = self.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=text_mask_BT)
         return self.itm_head(fused.hidden_BSD[:, : self.config.qformer.num_query_tokens]).mean(dim=1)
 

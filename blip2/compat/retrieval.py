@@ -84,9 +84,7 @@ class Blip2ForImageTextRetrieval(nn.Module):
         patches_NPD = self.model.encode(pixel_values.to(self.device))
         if use_image_text_matching_head:
             number = num_pairs(len(patches_NPD), len(ids_MT))
-            logits_B2 = self.model.match(
-                patches_NPD.expand(number, -1, -1), ids_MT.expand(number, -1), is_real_MT.expand(number, -1)
-            )
+            logits_B2 = self.model.match(patches_NPD, ids_MT.expand(number, -1), is_real_MT.expand(number, -1))
             return ModelOutput(loss=None, logits_per_image=logits_B2, logits_per_text=logits_B2.t())
         images_NQE, _ = self.model.embed_image(patches_NPD)
         texts_ME = self.model.embed_text(ids_MT, is_real_MT)
