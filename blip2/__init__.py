@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from blip2.encoded import EncodedImage
     from blip2.errors import Blip2Error
     from blip2.generation import GenerateOptions
+    from blip2.tasks.explain import Explanation
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Blip2Processor",
     "BlipProcessor",
     "EncodedImage",
+    "Explanation",
     "GenerateOptions",
     "Matcher",
     "Pipeline",
@@ -47,6 +49,7 @@ _HOMES = {
     "Blip2Processor": "blip2.compat",
     "BlipProcessor": "blip2.compat",
     "EncodedImage": "blip2.encoded",
+    "Explanation": "blip2.tasks.explain",
     "GenerateOptions": "blip2.generation",
     "Matcher": "blip2.api",
     "Pipeline": "blip2.api",

@@ -13,7 +13,9 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http.client import HTTPException
+from pathlib import Path
 from typing import BinaryIO, TypeAlias
 from urllib import request
 from urllib.error import HTTPError
@@ -32,6 +34,11 @@ Source: TypeAlias = str | os.PathLike | Encoded | Image.Image | np.ndarray | tor
 # Rasters only: Pillow would also run PostScript and open whole documents.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 READABLE = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+
+WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix -> format
+
+# Heat of 0, 1/4, ..., 1: brighter with each step, so that it can be read without its colours.
+HEAT_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 
 ORIENTATION_TAG = 0x0112
 TURNS = {  # EXIF orientation -> what makes the picture upright
@@ -116,6 +123,43 @@ def to_pixels(
     tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
     pixels_BCHW = np.stack([table[bytes_BHWC[..., c]] for c, table in enumerate(tables)], axis=1)
     return torch.from_numpy(pixels_BCHW)
+
+
+def overlay(picture: RgbImage, heat_HW: np.ndarray) -> RgbImage:
+    """The picture under a map of its size, float32[H, W] of 0 to 1: the picture grows darker to 0, coloured to 1."""
+    levels = Image.fromarray((heat_HW * 255).round().astype(np.uint8))
+    stops = np.linspace(0, 1, len(HEAT_COLOURS))
+    colours = [np.interp(np.linspace(0, 1, 256), stops, channel).round() for channel in HEAT_COLOURS.T]
+    coloured = levels.copy()
+    coloured.putpalette(np.stack(colours, axis=1).astype(np.uint8).tobytes())
+    opacity = levels.point([round(102 + 0.3 * level) for level in range(256)])
+    return Image.composite(coloured.convert("RGB"), picture, opacity)
+
+
+def check_writable(path: str | os.PathLike[str]) -> str:
+    """Pillow's name of the format that the file's suffix stands for; OptionError if it is none of `WRITABLE`."""
+    format = WRITABLE.get(Path(path).suffix.lower())
+    if format is None:
+        raise OptionError(f"{os.fspath(path)}: pictures are written as {' '.join(WRITABLE)}; name the file so")
+    return format
+
+
+def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
+    """Write a picture in the format of the file's suffix: whole, or not at all.
+
+    Raises OptionError as `check_writable` does, ImageError where it cannot be written.
+    """
+    path, format = Path(path), check_writable(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(unfinished, format)
+        os.replace(unfinished, path)
+    except OSError as error:
+        reason = error.strerror or _reason(error)
+        raise ImageError(f"{path}: cannot be written ({reason}); check the folder and the space on it") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 # ---- sources ------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def attend(
     ``mask`` is either boolean (True: may attend) or a float bias that is added to the scores; it broadcasts
     to ``[B, H, T, S]``. ``scale`` is 1/sqrt(D) unless given. Returns ``float[B, T, H * D]``.
     """
-    if query_BHTD.shape[2] == 1 and not dropout and key_BHSD.stride(3) == 1 and native.can_take(query_BHTD, key_BHSD):
+    others = (key_BHSD,) if mask is None else (key_BHSD, mask)
+    if query_BHTD.shape[2] == 1 and not dropout and key_BHSD.stride(3) == 1 and native.can_take(query_BHTD, *others):
         scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
         return native.attend(query_BHTD, key_BHSD, value_BHSD, mask, scale)
     is_half = query_BHTD.dtype == torch.bfloat16 and mask is None and not is_causal

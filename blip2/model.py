@@ -37,6 +37,10 @@ class Blip2(nn.Module):
         """Normalised pixels ``float[B, 3, H, W]`` to what an `EncodedImage` keeps of each, ``float[B, Q, D]``."""
         return self.look(self.vision(pixels_BCHW))
 
+    def patches(self, pixels_BCHW: Tensor) -> Tensor:
+        """Normalised pixels ``float[B, 3, H, W]`` to patch features ``float[B, 1 + P, D]`` in the Q-Former's dtype."""
+        return self.vision(pixels_BCHW).to(self.qformer.query_tokens.dtype)
+
     def look(self, patches_BPD: Tensor, image_bias: Tensor | None = None) -> Tensor:
         """Patch features ``float[B, 1 + P, D]`` to queries ``float[B, Q, D]``; ``image_bias``: see `QFormer`.
 
@@ -106,12 +110,14 @@ class Blip2Matcher(nn.Module):
         read = self.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT)
         return F.normalize(self.text_projection(read.hidden_BSD[:, 0]), dim=-1)
 
-    def match(self, patches_BPD: Tensor, text_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
+    def match(
+        self, patches_BPD: Tensor, text_BT: Tensor, text_mask_BT: Tensor, image_bias: Tensor | None = None
+    ) -> Tensor:
         """Logits ``float[B, 2]`` of pairs: [:, 1] speaks for a match. The mean over the queries (section 3.1).
 
-        ``patches_BPD`` may be of one picture, for many texts.
+        ``patches_BPD`` may be of one picture, for many texts. ``image_bias``: see `QFormer`.
         """
-        fused = self.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=text_mask_BT)
+        fused = self.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=text_mask_BT, image_bias=image_bias)
         return self.itm_head(fused.hidden_BSD[:, : self.config.qformer.num_query_tokens]).mean(dim=1)
 
     def caption_logits(self, text_BT: Tensor, text_mask_BT: Tensor, seen: QFormerOutput) -> Tensor:

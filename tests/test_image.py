@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blip2.errors import Blip2Error, ImageError, OptionError
-from blip2.image import load_image, to_pixels
+from blip2.image import load_image, overlay, save_image, to_pixels
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -466,3 +466,39 @@ def test_filters():
     assert not torch.equal(to_pixels([image], **square), to_pixels([image], **square, resample="nearest"))
     with pytest.raises(OptionError, match=r"'cubic' is not a filter.*bicubic"):
         to_pixels([image], **square, resample="cubic")
+
+
+# ---- what is written ----------------------------------------------------------------------------------
+
+
+def test_an_overlay_shows_the_picture_and_the_map():
+    picture = Image.fromarray(noise(40, 60) // 4 + 90)
+    heat = np.linspace(0, 1, 60, dtype=np.float32)[None].repeat(40, 0)
+    drawn = overlay(picture, heat)
+    assert drawn.mode == "RGB" and drawn.size == picture.size
+    brightness, before = (np.asarray(image.convert("L"), dtype=float) for image in (drawn, picture))
+    columns = brightness.mean(0)
+    assert columns[0] < before.mean() - 20 and columns[-1] > before.mean() + 20  # dark to bright
+    assert (np.diff(columns[::6]) > 0).mean() > 0.7
+    for column in (0, 30, 59):  # and the picture is seen through it everywhere
+        assert np.corrcoef(brightness[:, column], before[:, column])[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("name", ["drawn.png", "drawn.JPG", "drawn.jpeg", "drawn.webp"])
+def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, name):
+    save_image(Image.new("RGB", (30, 20), "red"), tmp_path / name)
+    with Image.open(tmp_path / name) as read:
+        assert read.size == (30, 20) and read.format == {"P": "PNG", "J": "JPEG", "W": "WEBP"}[name[6:7].upper()]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_where_no_picture_can_be_written(tmp_path):
+    picture = Image.new("RGB", (3, 2))
+    with pytest.raises(OptionError, match=r"drawn\.gif: pictures are written as \.png"):
+        save_image(picture, tmp_path / "drawn.gif")
+    with pytest.raises(ImageError, match=r"drawn\.png: cannot be written \(No such file"):
+        save_image(picture, tmp_path / "missing/drawn.png")
+    (tmp_path / "drawn.png").mkdir()
+    with pytest.raises(ImageError, match=r"drawn\.png: cannot be written"):
+        save_image(picture, tmp_path / "drawn.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]

@@ -58,6 +58,14 @@ def test_a_slot_of_minus_infinity_is_not_looked_at(level: str) -> None:
     torch.testing.assert_close(ours, native.attend(query, keys[:, :, :3], values[:, :, :3], None, 1.0))
 
 
+def test_a_mask_whose_gradient_is_wanted_gets_it() -> None:
+    """By the kernel it would get none: maps of where a single query looks would be empty."""
+    query, key, value = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    bias = torch.zeros(1, 2, 1, 5, requires_grad=True)
+    [gradient] = torch.autograd.grad(attend(query, key, value, mask=bias).sum(), bias)
+    assert gradient.abs().max() > 0
+
+
 def test_attend_is_the_same_for_one_token_as_among_several() -> None:
     query, keys, values = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
     with torch.inference_mode():

@@ -7,6 +7,7 @@
 
     matcher = load("miniature-itm")
     matcher.match("beach.jpg", ["a dog", "a cat"])      # how well each text fits
+    matcher.explain("beach.jpg", "a dog").overlay()     # where it looks; a Pipeline explains answers and words
 
 One picture gives one answer, a list gives a list. Wherever a picture is taken, an encoded one may stand in its
 place, and the image encoder does not run again.

@@ -15,6 +15,7 @@ from blip2.generation import Engine
 from blip2.image import Source
 from blip2.model import Blip2Matcher, identity
 from blip2.tasks.defaults import BATCH_SIZE, CAPTION, merged
+from blip2.tasks.explain import Explanation, explain_match, sight
 from blip2.tasks.match import ImageFeatures, Match, Matches, Reader
 from blip2.tasks.see import Eye, OnError, Seen, checked, raising
 from blip2.tasks.speaker import pairs
@@ -171,6 +172,14 @@ class Matcher:
         seen = self.encode(listed(images), batch_size=batch_size)
         fused = self.reader.embed_pairs(pairs(seen, listed(texts)), batch_size).float().cpu()
         return fused if is_list(images) or is_list(texts) else fused[0]
+
+    def explain(self, image: Source, text: str) -> Explanation:
+        """Where in a picture the model finds what speaks for the text: a map of its pixels, see `Explanation`.
+
+        It is evidence, not proof. Raises ImageError and OptionError.
+        """
+        self.reader.ids([text])  # what is wrong with it is told before the work begins
+        return explain_match(self.reader, sight(image, self._eye, self.model.encode), text)
 
     # ---- captions ----
 

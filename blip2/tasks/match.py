@@ -79,8 +79,7 @@ class Reader:
         if not texts:
             raise OptionError("there is no text; give at least one to compare with")
         for text in texts:
-            if not clean(text):
-                raise OptionError("one of the texts is empty; write what the picture is to be compared with")
+            check_text(text)
         limit = self.model.config.qformer.max_position_embeddings
         return [self.tokenizer.matching_ids(clean(text), limit) for text in texts]
 
@@ -183,3 +182,9 @@ class Reader:
         lengths_M1 = torch.tensor([[len(row)] for row in ids], device=device)
         text_MT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return text_MT, torch.arange(text_MT.shape[1], device=device) < lengths_M1
+
+
+def check_text(text: str) -> None:
+    """OptionError for a text without words."""
+    if not clean(text):
+        raise OptionError("one of the texts is empty; write what the picture is to be compared with")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.errors import ImageError, OptionError
-from blip2.image import Source, load_image, to_pixels
+from blip2.image import RgbImage, Source, load_image, to_pixels
 from blip2.tasks.speaker import check_batch_size, chunks
 from blip2.vision import VisionTransformer
 
@@ -69,6 +69,14 @@ class Eye(Generic[Kept]):
                 yield from self._encode([future.result for future in futures])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    @torch.no_grad()
+    def see_with_blank(self, picture: RgbImage, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Patches ``float[1 + P, D]`` of a picture and of one that is all of the mean colour, which shows nothing."""
+        pixels_1CHW = to_pixels([picture], size=self._size, mean=self._mean, std=self._std)
+        pixels_2CHW = torch.cat([pixels_1CHW, torch.zeros_like(pixels_1CHW)])
+        patches_PD, blank_PD = encode(pixels_2CHW.to(self._vision.position_embedding.device))
+        return patches_PD, blank_PD
 
     def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
         """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""

@@ -1,0 +1,132 @@
+"""``blip2 explain``: a picture of where a model looks."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blip2.cli.options import MODEL, load_matcher, load_pipeline, of_model, with_options
+from blip2.errors import ImageError
+
+if TYPE_CHECKING:
+    from blip2.tasks.explain import Explanation
+
+ARRAY = ".npy"
+
+
+@click.command("explain")
+@click.argument("image")
+@click.argument("text", required=False)
+@click.option("-q", "--question", help="Explain the answer to this question.")
+@click.option("-a", "--answer", help="With --question: this answer.  [default: the model's own]")
+@click.option("-w", "--word", help="Explain this word of the caption.")
+@click.option("-c", "--caption", help="The caption to explain, or that has the word.  [default: the model's own]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write: .png, .jpg or .webp for the "
+              "picture with the map on it, .npy for the map as numbers, float32[height, width].")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: what was explained, its score (of a TEXT "
+              "the probability of a match, else the log-probability), the strongest place, [x, y].")  # fmt: skip
+@with_options(MODEL)
+def command(
+    image: str,
+    text: str | None,
+    question: str | None,
+    answer: str | None,
+    word: str | None,
+    caption: str | None,
+    out: Path | None,
+    as_json: bool,
+    **others: Any,
+) -> None:
+    """Show where in a picture a model finds what it says.
+
+    IMAGE is a file, a web address, or - for standard input. With a TEXT a matching model tells where the picture
+    speaks for it; with --question, --word or --caption a generative model tells where its answer, its word or its
+    caption comes from. Bright is strong; prints what was explained. The map is evidence of what the model used, and
+    no proof.
+
+    \b
+    blip2 explain photo.jpg "a dog" -o heat.png
+    blip2 explain photo.jpg --question "how many dogs are there?" -o heat.png
+    blip2 explain photo.jpg --word dogs -o heat.png
+    """
+    _check(text, question, answer, word, caption, out, as_json)
+    model = of_model(others)
+    found: Explanation
+    if text is not None:
+        from blip2.tasks.match import check_text
+
+        check_text(text)
+        matcher = load_matcher(**model)
+        name, start = matcher.name, time.perf_counter()
+        found = matcher.explain(image, text)
+    else:
+        blip = load_pipeline(**model)
+        name, start = blip.name, time.perf_counter()
+        found = blip.explain(image, question=question, answer=answer, word=word, caption=caption)
+    seconds = time.perf_counter() - start
+    if out is not None:
+        _write(found, out)
+    if not as_json:
+        click.echo(" ".join(found.text.split()))
+        return
+    row = {"image": image, "text": found.text, "score": found.score, "strongest": found.strongest}
+    click.echo(json.dumps({**row, "file": out and str(out), "seconds": round(seconds, 4), "model": name}))
+
+
+def _check(
+    text: str | None,
+    question: str | None,
+    answer: str | None,
+    word: str | None,
+    caption: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """What is wrong with a request is told before a model is loaded."""
+    from blip2.image import check_writable
+    from blip2.text import question_prompt
+
+    options = {"--question": question, "--word": word, "--caption": caption}
+    asked = [name for name, value in options.items() if value is not None]
+    if text is None and not asked:
+        raise click.UsageError("there is nothing to explain; give a TEXT, --question, --word or --caption")
+    if text is not None and (asked or answer is not None):
+        raise click.UsageError(f"a TEXT is explained by itself; leave it out, or {(asked or ['--answer'])[0]}")
+    if question is not None and (word is not None or caption is not None):
+        raise click.UsageError("--question explains an answer; leave out --word and --caption")
+    if answer is not None and question is None:
+        raise click.UsageError("--answer belongs to a --question; give it, too")
+    if question is not None:
+        question_prompt(question, "opt")
+    if out is None and not as_json:
+        raise click.UsageError("there is no file to write the picture to; give one by -o heat.png, or ask for --json")
+    if out is not None and out.suffix.lower() != ARRAY:
+        check_writable(out)
+    if out is not None and not out.parent.is_dir():
+        raise ImageError(f"{out}: there is no folder {out.parent}; make it, or name another")
+
+
+def _write(found: Explanation, out: Path) -> None:
+    if out.suffix.lower() != ARRAY:
+        from blip2.image import save_image
+
+        save_image(found.overlay(), out)
+        return
+    import numpy as np
+
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as file:
+            np.save(file, found.heat.numpy())
+        os.replace(unfinished, out)
+    except OSError as error:
+        raise ImageError(f"{out}: cannot be written ({error.strerror}); check the folder and the space on it") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""Where a model looks: which parts of a picture speak for a text, an answer, or a word of a caption.
+
+A bias of nought on the scores of the Q-Former's cross-attention changes nothing, but its gradient is the attention
+times how much more the looked-at would raise the score than what else is looked at (Grad-CAM on attention, but without
+hooks). Where the model is certain, that gradient is nearly nothing and tells of small doubts ("two" against "three")
+rather than of what was seen. So it is added up along the way from a blank picture to this one, as integrated gradients
+do (Sundararajan et al., 2017): over the whole way the score rises from what the model says unseeing.
+
+It is evidence and no proof. `miniature/pointing.py` measures it where the places of things are known.
+
+S steps of the way, P patches with the class token first, D width, C layers with cross-attention, H heads, Q queries,
+T tokens of a text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip2.config import QFormerConfig
+from blip2.encoded import EncodedImage
+from blip2.errors import ImageError, OptionError
+from blip2.image import RgbImage, Source, load_image, overlay
+from blip2.language import T5
+from blip2.model import Blip2
+from blip2.tasks.ask import ask
+from blip2.tasks.caption import caption as describe
+from blip2.tasks.match import ImageFeatures, Reader
+from blip2.tasks.see import Eye
+from blip2.tasks.speaker import Answer, Speaker
+from blip2.text import UNFINISHED, clean, question_prompt
+
+NUM_STEPS = 8
+"""Of the way from a blank picture, all in one pass; half as many point nearly as well (miniature/README.md)."""
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Patches ``float[S, P, D]`` and a bias ``float[C, S, H, Q, P]`` of the cross-attention to scores ``float[S]``."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a picture speaks for a text.
+
+    ``heat`` float32[H, W], of the picture's own size, 0 to 1: how much each place speaks for it, compared with the
+    strongest (1); all 0 if none does. ``text``: what is explained: the text itself, the answer, the word, or the
+    caption. ``score``: by a `Matcher` the probability that text and picture match (0 to 1); by a `Pipeline` the
+    log-probability of the text's tokens.
+    """
+
+    heat: Tensor
+    text: str
+    score: float
+    picture: RgbImage = field(repr=False)
+
+    @property
+    def strongest(self) -> tuple[int, int] | None:
+        """The place that speaks for it most, x and y in pixels from the top left; None if none does."""
+        if not self.heat.any():
+            return None
+        y, x = divmod(int(self.heat.argmax()), self.heat.shape[1])
+        return x, y
+
+    def overlay(self) -> RgbImage:
+        """The picture with the heat laid over it, from dark (nothing) to bright."""
+        return overlay(self.picture, self.heat.numpy())
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A picture as it came, and the model's patches of it and of a blank one, ``float[P, D]`` each."""
+
+    picture: RgbImage
+    patches_PD: Tensor
+    blank_PD: Tensor
+
+
+def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> Sight:
+    """See a picture; ``encode`` makes patches of pixels. Raises ImageError, also for what is encoded already."""
+    if isinstance(image, EncodedImage | ImageFeatures):
+        raise ImageError("an encoded image is no picture any more; give the picture itself, to lay the map over it")
+    picture = load_image(image)
+    return Sight(picture, *eye.see_with_blank(picture, encode))
+
+
+# ---- what is explained --------------------------------------------------------------------------------
+
+
+def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
+    """Where the picture speaks for the text, as the matching head reads the two together (ITM)."""
+    [ids] = reader.ids([text])
+    model = reader.model
+
+    def log_odds(patches_SPD: Tensor, image_bias: Tensor) -> Tensor:
+        text_ST = torch.tensor([ids] * len(patches_SPD), device=patches_SPD.device)
+        logits_S2 = model.match(patches_SPD, text_ST, torch.ones_like(text_ST, dtype=torch.bool), image_bias)
+        return logits_S2[:, 1] - logits_S2[:, 0]
+
+    evidence_P, score = evidence(log_odds, sight, model.config.qformer)
+    return _explanation(sight, evidence_P, clean(text), 1 / (1 + math.exp(-score)))
+
+
+def explain_answer(speaker: Speaker, sight: Sight, question: str, answer: str | None = None) -> Explanation:
+    """Where the picture speaks for an answer to the question: the given one, or (None) the model's own."""
+    prompt = question_prompt(question, speaker.model.config.language.family)
+    if answer is None:
+        [[own]] = ask(speaker, [_encoded(speaker, sight)], [question])
+        tokens = _written(own, "answer")
+    else:
+        tokens = _tokens(speaker, answer, "answer")
+    return _explain_tokens(speaker, sight, prompt, tokens, slice(None))
+
+
+def explain_caption(speaker: Speaker, sight: Sight, word: str | None, caption: str | None = None) -> Explanation:
+    """Where the picture speaks for a word of a caption, or (None) for the caption: the given one, or the model's own.
+
+    Of a word that comes several times, the first is explained. Raises OptionError for a word that is not in it.
+    """
+    if caption is None:
+        [[own]] = describe(speaker, [_encoded(speaker, sight)])
+        tokens = _written(own, "caption")
+    else:
+        tokens = _tokens(speaker, caption, "caption")
+    place = slice(None) if word is None else find_word(tokens, speaker.tokenizer.decode, word)
+    return _explain_tokens(speaker, sight, "", tokens, place)
+
+
+def find_word(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], word: str) -> slice:
+    """The tokens that write the word, in any case of letters. OptionError if the text has no such word."""
+    text = decode(tokens)
+    wanted = clean(word)
+    if not wanted:
+        raise OptionError("the word is empty; give a word of the caption")
+    found = re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE)
+    if found is None:
+        raise OptionError(f"the word {wanted!r} is not in the caption {text!r}; give one that is, or another caption")
+    # A character may take several tokens; before its last it shows as unfinished.
+    ends = [len(decode(tokens[:number])) for number in range(1, len(tokens) + 1)]
+    starts = [len(decode(tokens[:number]).rstrip(UNFINISHED)) for number in range(len(tokens))]
+    inside = [number for number in range(len(tokens)) if starts[number] < found.end() and ends[number] > found.start()]
+    return slice(inside[0], inside[-1] + 1)
+
+
+# ---- where the evidence is ----------------------------------------------------------------------------
+
+
+def evidence(score: Score, sight: Sight, config: QFormerConfig) -> tuple[Tensor, float]:
+    """How much each patch speaks for what is scored, ``float32[P]`` (0 or more), and the score of the picture itself.
+
+    What speaks against it, by any head of any layer, is left out: it would hide what another head found there.
+    """
+    patches_PD = sight.patches_PD
+    share_S = torch.arange(1, NUM_STEPS + 1, device=patches_PD.device, dtype=patches_PD.dtype) / NUM_STEPS
+    way_SPD = torch.lerp(sight.blank_PD, patches_PD, share_S[:, None, None])
+    num_layers = len(range(0, config.num_layers, config.cross_attention_frequency))
+    shape = (num_layers, NUM_STEPS, config.num_heads, config.num_query_tokens, len(patches_PD))
+    with torch.inference_mode(False), torch.enable_grad():
+        image_bias = torch.zeros(shape, device=patches_PD.device, dtype=patches_PD.dtype, requires_grad=True)
+        score_S = score(way_SPD.clone(), image_bias)
+        # Not `backward`, which would leave gradients on the model.
+        [gradient] = torch.autograd.grad(score_S.sum(), image_bias)
+    along_CHP = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).mean(dim=1).sum(dim=2)
+    return along_CHP.relu().sum(dim=(0, 1)), float(score_S[-1].detach())
+
+
+def heat_map(evidence_P: Tensor, height: int, width: int) -> Tensor:
+    """Evidence of the patches (class token first) to ``float32[H, W]``, 0 to 1."""
+    side = math.isqrt(len(evidence_P) - 1)
+    grid = evidence_P[1:].unflatten(0, (1, 1, side, side)).float().cpu()
+    # Mirrored at the border: continued there, a patch would be strongest at its outer edge, where nothing may be.
+    y_H, x_W = (((torch.arange(length) + 0.5) * side / length - 0.5) for length in (height, width))
+    places_HW2 = torch.stack(torch.meshgrid(x_W, y_H, indexing="xy"), dim=-1) * (2 / max(side - 1, 1)) - 1
+    heat_HW = F.grid_sample(grid, places_HW2[None], mode="bicubic", padding_mode="reflection", align_corners=True)[0, 0]
+    heat_HW = heat_HW.clamp(min=0)
+    return heat_HW / heat_HW.max().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _explain_tokens(speaker: Speaker, sight: Sight, prompt: str, tokens: list[int], explained: slice) -> Explanation:
+    """Where the picture speaks for some of the tokens that follow a prompt, given those before them."""
+    model = speaker.model
+    num_queries = model.config.qformer.num_query_tokens
+    text_TD = speaker.prompt(_encoded(speaker, sight), prompt, len(tokens))[num_queries:]
+    read = tokens[: explained.stop]  # what comes later has no part in it
+
+    def log_probability(patches_SPD: Tensor, image_bias: Tensor) -> Tensor:
+        queries_SQD = model.prompt(model.look(patches_SPD, image_bias))
+        prompt_SED = torch.cat([queries_SQD, text_TD.expand(len(queries_SQD), -1, -1)], dim=1)
+        return _log_probabilities(model, prompt_SED, read)[:, explained].sum(dim=1)
+
+    evidence_P, score = evidence(log_probability, sight, model.config.qformer)
+    return _explanation(sight, evidence_P, speaker.tokenizer.decode(tokens[explained]), score)
+
+
+def _log_probabilities(model: Blip2, prompt_SED: Tensor, tokens: list[int]) -> Tensor:
+    """Of each token after prompts ``float[S, E, D]`` and the tokens before it, ``float[S, T]``; differentiable."""
+    language = model.language
+    rows, length, _ = prompt_SED.shape
+    tokens_ST = torch.tensor([tokens] * rows, device=prompt_SED.device)
+    if isinstance(language, T5):
+        start_S1 = torch.full((rows, 1), language.config.decoder_start_token_id, device=prompt_SED.device)
+        lengths_S = torch.full((rows,), length, device=prompt_SED.device)
+        hidden_STD = language(prompt_SED, lengths_S, torch.cat([start_S1, tokens_ST[:, :-1]], dim=1))
+    else:
+        written_STD = language.embed(tokens_ST[:, :-1])
+        hidden_STD = language(torch.cat([prompt_SED, written_STD], dim=1))[:, length - 1 :]
+    logits_STV = language.logits(hidden_STD)
+    log_prob_STV = logits_STV.to(torch.promote_types(logits_STV.dtype, torch.float32)).log_softmax(dim=-1)
+    return log_prob_STV.gather(2, tokens_ST.to(log_prob_STV.device)[..., None])[..., 0]
+
+
+def _explanation(sight: Sight, evidence_P: Tensor, text: str, score: float) -> Explanation:
+    width, height = sight.picture.size
+    return Explanation(heat_map(evidence_P, height, width), text, score, sight.picture)
+
+
+def _encoded(speaker: Speaker, sight: Sight) -> EncodedImage:
+    with torch.no_grad():
+        return EncodedImage(speaker.model.look(sight.patches_PD[None])[0], speaker.identity)
+
+
+def _written(answer: Answer, what: str) -> list[int]:
+    if not answer.text:
+        raise OptionError(f"the model's own {what} has no words to explain; give the {what}")
+    return answer.tokens
+
+
+def _tokens(speaker: Speaker, text: str, what: str) -> list[int]:
+    """A text as the model would write it, without its end."""
+    if not clean(text):
+        raise OptionError(f"the {what} is empty; write one, or leave it out to explain the model's own")
+    return speaker.tokenizer.answer_ids(clean(text), speaker.model.config.language)[:-1]
