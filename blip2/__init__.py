@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from blip2.encoded import EncodedImage
     from blip2.errors import Blip2Error
     from blip2.generation import GenerateOptions
+    from blip2.index import Index
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "BlipProcessor",
     "EncodedImage",
     "GenerateOptions",
+    "Index",
     "Matcher",
     "Pipeline",
     "__version__",
@@ -48,6 +50,7 @@ _HOMES = {
     "BlipProcessor": "blip2.compat",
     "EncodedImage": "blip2.encoded",
     "GenerateOptions": "blip2.generation",
+    "Index": "blip2.index",
     "Matcher": "blip2.api",
     "Pipeline": "blip2.api",
     "load": "blip2.api",
