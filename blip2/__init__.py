@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from blip2.encoded import EncodedImage
     from blip2.errors import Blip2Error
     from blip2.generation import GenerateOptions
+    from blip2.index import Index
     from blip2.tasks.explain import Explanation
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "EncodedImage",
     "Explanation",
     "GenerateOptions",
+    "Index",
     "Matcher",
     "Pipeline",
     "__version__",
@@ -51,6 +53,7 @@ _HOMES = {
     "EncodedImage": "blip2.encoded",
     "Explanation": "blip2.tasks.explain",
     "GenerateOptions": "blip2.generation",
+    "Index": "blip2.index",
     "Matcher": "blip2.api",
     "Pipeline": "blip2.api",
     "load": "blip2.api",

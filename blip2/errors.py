@@ -19,3 +19,7 @@ class RecipeError(Blip2Error):
 
 class OptionError(Blip2Error):
     """An option outside what it may be, or options that exclude each other."""
+
+
+class IndexFileError(Blip2Error):
+    """An index of pictures that cannot be read or written, or that another model made."""

@@ -4,6 +4,7 @@ What cannot be read is an ImageError: one line with the source, what is wrong, a
 
     source   path, URL, bytes, "-", PIL image, array   load_image   ->  RgbImage, upright, opaque, 8 bits
     images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]
+    source   path, ...                                 thumbnail    ->  a small JPEG, to be shown
 """
 
 import base64
@@ -160,6 +161,15 @@ def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def thumbnail(source: Source, size_px: int) -> bytes:
+    """A small JPEG of a picture, at most ``size_px`` wide and high, in its proportions. Raises ImageError."""
+    image = load_image(source)
+    image.thumbnail((size_px, size_px))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return stream.getvalue()
 
 
 # ---- sources ------------------------------------------------------------------------------------------

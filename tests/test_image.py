@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blip2.errors import Blip2Error, ImageError, OptionError
-from blip2.image import load_image, overlay, save_image, to_pixels
+from blip2.image import load_image, overlay, save_image, thumbnail, to_pixels
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -502,3 +502,9 @@ def test_where_no_picture_can_be_written(tmp_path):
     with pytest.raises(ImageError, match=r"drawn\.png: cannot be written"):
         save_image(picture, tmp_path / "drawn.png")
     assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
+
+
+def test_a_thumbnail_keeps_the_proportions():
+    small = load_image(thumbnail(np.zeros((300, 900, 3), np.uint8), 90))
+    assert small.size == (90, 30)
+    assert load_image(thumbnail(np.zeros((3, 9, 3), np.uint8), 90)).size == (9, 3)  # nothing is blown up

@@ -23,6 +23,7 @@ ORDER = [
     {"checkpoint", "generation", "data"},
     {"tasks", "placement"},
     {"api"},
+    {"index"},
     {"train"},
     {"compat"},
     {"serve"},
@@ -34,11 +35,12 @@ FRONT_DOORS = {"__init__", "__main__"}  # the files of the package itself: they 
 ROOMS = {
     "PIL": {"image"},
     "tokenizers": {"text"},
-    "safetensors": {"checkpoint", "encoded", "train"},
+    "safetensors": {"checkpoint", "encoded", "index", "train"},
     "huggingface_hub": {"checkpoint", "train"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
     "accelerate": {"placement"},
+    "filelock": {"index"},
     "click": {"cli"},
     "rich": {"cli"},
     "transformers": set(),  # the reference that tests compare with

@@ -97,3 +97,15 @@ def test_rms_norm_in_bfloat16_rounds_where_torch_does() -> None:
     theirs = norm(x.clone().requires_grad_()).detach()
     assert (ours == theirs).float().mean() > 0.99  # a sum in another order may round the other way
     torch.testing.assert_close(ours, theirs, atol=0, rtol=2**-7)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 256, 300])
+def test_the_greatest_product_of_several_halves(length: int) -> None:
+    vectors_NRL, query_L = torch.randn(50, 3, length).half(), torch.randn(length)
+    ours = native.greatest(vectors_NRL, query_L)
+    if ours is None:
+        pytest.skip("this processor is without half precision")
+    torch.testing.assert_close(ours.double(), (vectors_NRL.double() @ query_L.double()).amax(dim=1), atol=1e-4, rtol=0)
+    vectors_NRL[7, 1, 0] = float("nan")  # damage is not passed over
+    assert native.greatest(vectors_NRL, query_L).isnan().nonzero().tolist() == [[7]]
+    assert native.greatest(vectors_NRL[:, ::2], query_L) is None or vectors_NRL[:, ::2].is_contiguous()

@@ -37,7 +37,7 @@ def test_every_file_that_is_named_exists() -> None:
 
 def test_every_verb_that_is_shown_exists() -> None:
     verbs = set(re.findall(r"^\$ blip2 (\w+)", README, re.M))
-    assert {"caption", "ask", "chat", "train", "info", "quantize", "convert", "doctor"} <= verbs
+    assert {"caption", "ask", "chat", "index", "search", "train", "info", "quantize", "convert", "doctor"} <= verbs
     for verb in verbs:
         assert CliRunner().invoke(cli, [verb, "--help"]).exit_code == 0
 

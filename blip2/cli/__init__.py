@@ -24,6 +24,8 @@ COMMANDS = {
     "chat": "Talk about a picture.",
     "match": "Tell how well texts fit a picture.",
     "explain": "Show where in a picture a model finds what it says.",
+    "index": "See pictures once, to search or ask them.",
+    "search": "Find pictures by words, or by a picture.",
     "train": "Train a Querying Transformer from a recipe.",
     "models": "List the published models: what each is for, and what it needs.",
     "pull": "Download a model, or what is missing of it.",
@@ -43,6 +45,9 @@ FLAGS = {
     "quantize": "--quantize",
     "top": "--top",
     "template": "--template",
+    "k": "-k",
+    "rerank": "--rerank",
+    "threshold": "--duplicates",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (

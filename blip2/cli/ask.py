@@ -39,7 +39,8 @@ def command(
 ) -> None:
     """Answer a question about pictures.
 
-    The question comes last, after one or more IMAGEs (files, folders, web addresses, or - for standard input).
+    The question comes last, after one or more IMAGEs (files, folders, web addresses, or - for standard input), or an
+    index of pictures (blip2 index --for ask), which is asked without opening them.
     Give the question alone: the words that the model expects around it are added. Several questions are given by
     -q, each is asked about each picture, in order.
 
@@ -53,6 +54,7 @@ def command(
     \b
     blip2 ask street.jpg "how many buses are there?"
     blip2 ask photos/*.jpg "is it raining?" --choices yes,no
+    blip2 ask photos.index "is there a dog?" --choices yes,no --json
     blip2 ask street.jpg -q "what is on the left?" -q "what colour is it?"
     curl -s https://example.org/photo.jpg | blip2 ask - "who is in the picture?"
     """
@@ -61,13 +63,13 @@ def command(
     images, questions = _split(arguments, questions)
     model = of_model(others)
     answers = _answerer(questions, None if choices is None else choices.split(","), given(others), batch_size)
-    pictures = find_pictures(images, recursive)
-    blip = load_pipeline(**model)
+    pictures = find_pictures(images, recursive, takes_index=True)
+    blip = load_pipeline(**pictures.model(model))
     is_labelled = pictures.are_several
     report = Report(blip.name, as_json=as_json, shows_image=is_labelled, shows_question=len(questions) > 1)
     for problem in pictures.problems:
         report.problem(problem)
-    seen = blip.each_encoded(pictures.sources, on_error="return", batch_size=batch_size)
+    seen = pictures.seen_by(blip, batch_size)
     for batch in see(seen, pictures.sources, batch_size):
         # Each picture with each question, the questions of one picture side by side.
         repeated = [image for image in batch.images for _ in questions]

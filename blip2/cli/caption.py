@@ -29,9 +29,9 @@ def command(
 ) -> None:
     """Describe pictures in words.
 
-    IMAGES are files, folders, web addresses, or - for standard input. One picture gives its caption alone;
-    several give a line each: the picture, a tab, the caption. A picture that cannot be read does not stop the
-    others; the exit code is then 1.
+    IMAGES are files, folders, web addresses, or - for standard input; or an index of pictures (blip2 index --for
+    ask), of which none is opened. One picture gives its caption alone; several give a line each: the picture, a tab,
+    the caption. A picture that cannot be read does not stop the others; the exit code is then 1.
 
     By default 5 beams and at most 30 tokens. What --prompt says is not repeated in the caption.
 
@@ -49,12 +49,12 @@ def command(
     model = of_model(others)
     options = merged(CAPTION, given(others))
     check_batch_size(batch_size)
-    pictures = find_pictures(images, recursive)
-    blip = load_pipeline(**model)
+    pictures = find_pictures(images, recursive, takes_index=True)
+    blip = load_pipeline(**pictures.model(model))
     report = Report(blip.name, as_json=as_json, shows_image=pictures.are_several)
     for problem in pictures.problems:
         report.problem(problem)
-    seen = blip.each_encoded(pictures.sources, on_error="return", batch_size=batch_size)
+    seen = pictures.seen_by(blip, batch_size)
     for batch in see(seen, pictures.sources, batch_size):
         found = caption(blip.speaker, batch.images, [prompt], options=options, batch_size=batch_size)
         report.results(batch, ([row_of(answer) for answer in answers] for answers in found))

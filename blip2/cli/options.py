@@ -45,6 +45,14 @@ MODEL = (
     REVISION,
     *PRECISION,
 )  # fmt: skip
+INDEX_MODEL = (
+    click.option(
+        "-m", "--model", metavar="NAME", help="Folder of a model, or its name on the Hugging Face hub.  [default: the "
+        "index's own; the bundled miniature for a new one]",
+    ),
+    REVISION,
+    *PRECISION,
+)  # fmt: skip
 MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision")
 
 # Ranges are checked where they are known: by GenerateOptions.

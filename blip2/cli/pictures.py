@@ -1,33 +1,66 @@
-"""The pictures that the arguments name: files, addresses, ``-`` for standard input, folders of files."""
+"""The pictures that the arguments name: files, addresses, ``-`` for standard input, folders of files, an index."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from blip2.errors import ImageError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"})
+if TYPE_CHECKING:
+    from blip2.api import Pipeline
+    from blip2.encoded import EncodedImage
+    from blip2.index import Index
 
 
-class Pictures(NamedTuple):
-    """``sources`` in order; ``are_several``: their names stand beside the results (not for a lone file)."""
+@dataclass(frozen=True)
+class Pictures:
+    """``sources`` in order; ``are_several``: their names stand beside the results (not for a lone file).
+
+    With an ``index`` they are only named: what was seen of them is in there, in the same order.
+    """
 
     sources: list[str]
     are_several: bool
     problems: list[str]
     """What is wrong with a folder, a line each; the pictures of the others are there."""
+    index: Index | None = None
+
+    def model(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of `MODEL`; if none is named, the model that made the index."""
+        if self.index is None or options["model"] is not None:
+            return options
+        return options | {"model": self.index.model_name}
+
+    def seen_by(self, blip: Pipeline, batch_size: int) -> Iterator[EncodedImage | ImageError]:
+        """What the model sees of them, or what is wrong with one. IndexFileError if another one made the index."""
+        if self.index is not None:
+            self.index.check_model(blip)
+        images: Sequence[Any] = self.sources if self.index is None else self.index
+        return blip.each_encoded(images, on_error="return", batch_size=batch_size)
 
 
-def find_pictures(arguments: Iterable[str], recursive: bool) -> Pictures:
-    """Folders give the pictures in them, by name; all else is taken as it is."""
+def find_pictures(arguments: Iterable[str], recursive: bool, *, takes_index: bool = False) -> Pictures:
+    """Folders give the pictures in them, by name, and an index those that it holds; all else is taken as it is."""
+    from blip2.index import Index, is_index  # imports torch
+    from blip2.index.folders import pictures_in
+
     arguments = list(arguments)
     if arguments.count("-") > 1:
         raise click.UsageError("standard input holds one picture; give '-' only once")
+    indexes = [argument for argument in arguments if is_index(argument)]
+    if indexes:
+        if not takes_index or len(arguments) > 1:
+            how = "give it alone" if takes_index else "give pictures, or use blip2 search"
+            raise click.UsageError(f"{click.format_filename(indexes[0])} is an index of pictures; {how}")
+        index = Index.open(indexes[0])
+        index.check_kind("ask")
+        return Pictures(index.paths, True, [], index)
     sources: list[str] = []
     problems: list[str] = []
     for argument in arguments:
@@ -35,30 +68,7 @@ def find_pictures(arguments: Iterable[str], recursive: bool) -> Pictures:
             sources.append(argument)
             continue
         try:
-            sources += _in_folder(Path(argument), recursive)
+            sources += pictures_in(Path(argument), recursive)
         except ImageError as error:
             problems.append(str(error))
     return Pictures(sources, sources != arguments[:1], problems)
-
-
-def _in_folder(folder: Path, recursive: bool) -> list[str]:
-    try:
-        found = sorted(str(path) for path in _files(folder, recursive) if path.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise ImageError(f"{folder}: cannot be read ({error.strerror}); check its rights") from None
-    if not found:
-        kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        hint = "" if recursive else "; -r also looks into the folders within"
-        raise ImageError(f"{folder}: there are no pictures in this folder ({kinds}){hint}")
-    return found
-
-
-def _files(folder: Path, recursive: bool) -> Iterator[Path]:
-    # Hidden ones are thumbnails and the like. Links to folders are not followed: they may lead in circles.
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_file():
-            yield path
-        elif recursive and path.is_dir() and not path.is_symlink():
-            yield from _files(path, recursive)

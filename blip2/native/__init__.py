@@ -30,6 +30,7 @@ ARGUMENTS = {
         POINTER, POINTER, POINTER, POINTER, INT, LONG * 11, INT, LONG, LONG, LONG, LONG, FLOAT, POINTER, INT,
     ],
     "blip2_rms_norm": [POINTER, POINTER, INT, LONG, LONG, FLOAT, POINTER],
+    "blip2_greatest": [POINTER, POINTER, LONG, LONG, LONG, POINTER, INT],
 }  # fmt: skip
 
 
@@ -121,3 +122,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x.data_ptr(), weight.data_ptr(), TYPES[x.dtype], x.numel() // width, width, eps, out.data_ptr()
     )
     return out
+
+
+def greatest(vectors_NRL: Tensor, query_L: Tensor) -> Tensor | None:
+    """The greatest product of each N's vectors ``float16[N, R, L]`` with ``float32[L]``, summed in float32:
+    ``float32[N]``. None where there is no kernel for it.
+    """
+    library = kernels()
+    if library is None or not vectors_NRL.is_contiguous():
+        return None
+    out = torch.empty(len(vectors_NRL))
+    query_L = query_L.contiguous()
+    failed = library.blip2_greatest(
+        vectors_NRL.data_ptr(), query_L.data_ptr(), *vectors_NRL.shape, out.data_ptr(), torch.get_num_threads()
+    )
+    return None if failed else out

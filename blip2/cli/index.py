@@ -1,0 +1,97 @@
+"""``blip2 index``: pictures in, a file to search or to ask out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blip2.cli import Failure
+from blip2.cli.options import INDEX_MODEL, load_matcher, load_pipeline, of_model, with_options
+
+if TYPE_CHECKING:
+    from blip2.api import Matcher, Pipeline
+
+
+@click.command("index")
+@click.argument("photos", nargs=-1, required=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The index; it is "
+              "brought up to date if it exists.")  # fmt: skip
+@click.option("--for", "kind", type=click.Choice(["search", "ask"]), help="To be searched, by a matching model, or to "
+              "be asked, by a model that answers.  [default: what it is for, or search]")  # fmt: skip
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures at a time.")
+@with_options(INDEX_MODEL)
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    photos: tuple[str, ...],
+    output: Path,
+    kind: str | None,
+    batch_size: int,
+    **others: Any,
+) -> None:
+    """See pictures once, to search or ask them.
+
+    PHOTOS are folders, with all folders within, or picture files. A second run encodes only what is new or changed,
+    by size and time of change, and forgets what is gone from the folders that are named. A picture that cannot be read
+    is told and left out; the exit code is then 1. A run that is stopped loses little: the same command goes on.
+
+    The index is a safetensors file (README, "Search"). It remembers its model, so that later runs, and blip2 search and
+    blip2 ask, need no --model.
+
+    \b
+    blip2 index photos/ -o photos.index
+    blip2 search photos.index "two cats on a sofa"
+    blip2 index photos/ -o seen.index --for ask
+    blip2 ask seen.index "is there a dog?"
+    """
+    from blip2.index import update
+
+    model = of_model(others)
+    name = model.pop("model")
+    problems = 0
+
+    def load(name: str, kind: str) -> Matcher | Pipeline:
+        return load_pipeline(model=name, **model) if kind == "ask" else load_matcher(model=name, **model)
+
+    def tell(message: str) -> None:
+        nonlocal problems
+        problems += 1
+        print(f"blip2: {message}", file=sys.stderr)  # which the progress bar redirects, so that it stays whole
+
+    try:
+        with _bar() as on_progress:
+            changes = update(
+                output, photos, load, kind=kind, model=name, batch_size=batch_size, on_progress=on_progress,
+                on_problem=tell,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Failure(f"stopped; what was encoded is kept beside {output}, and the same command goes on", 130) from None
+    click.echo(f"{changes}; {changes.total:,} pictures in {click.format_filename(output)}", err=True)
+    context.exit(1 if problems else 0)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """On a terminal a bar for pictures done and in all, with their rate, on standard error."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(TextColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.3g} a second")
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), TextColumn("left:"),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,87 @@
+"""A page of pictures that were found: one file, with thumbnails in it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from blip2.errors import ImageError
+
+THUMBNAIL_PX = 320
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fafafa; --front: #1c1c1e; --dim: #63636a; --card: #fff; --line: #dcdce0; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #161618; --front: #ececf0; --dim: #a0a0a8; --card: #222225; --line: #3a3a3f; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; padding: 1rem; background: var(--back); color: var(--front); font: 1rem/1.4 system-ui, sans-serif; }
+h1 { margin: 0 0 .25rem; font-size: 1.4rem; overflow-wrap: anywhere; }
+p, h2 { margin: 0 0 1rem; color: var(--dim); font-size: .9rem; font-weight: normal; }
+section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 100%), 1fr)); gap: .75rem;
+  margin-bottom: 2rem; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; }
+figure a { display: block; aspect-ratio: 1; }
+img { display: block; width: 100%; height: 100%; object-fit: contain; }
+.gone { display: grid; place-items: center; aspect-ratio: 1; color: var(--dim); font-size: .9rem; }
+figcaption { padding: .5rem .6rem; font-size: .8rem; overflow-wrap: anywhere; border-top: 1px solid var(--line); }
+figcaption b { display: block; font-variant-numeric: tabular-nums; }
+figcaption span { color: var(--dim); }
+"""
+
+
+class Shown(NamedTuple):
+    """A picture that was found, with what is told about it, its score first."""
+
+    path: str
+    values: dict[str, Any]
+
+    @property
+    def columns(self) -> list[str]:
+        """The score, and the group that it belongs to if there are groups."""
+        return [f"{self.values['score']:.4f}"] + [str(self.values[name]) for name in ("group",) if name in self.values]
+
+
+def page(title: str, groups: Sequence[Sequence[Shown]], tell: Callable[[str], None]) -> str:
+    """HTML of pictures in groups. ``tell`` gets a line for each that cannot be opened; it is shown by its name."""
+    # A name that is no UTF-8, or a text with a lone surrogate, becomes something that can be written.
+    title = click.format_filename(title)
+    number = sum(map(len, groups))
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{number:,} picture{'' if number == 1 else 's'}</p>"]
+    for place, group in enumerate(groups, start=1):
+        if len(groups) > 1:
+            parts.append(f"<h2>group {place}, {len(group)} pictures</h2>")
+        parts += ["<section>", *(_figure(shown, tell) for shown in group), "</section>"]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} - blip2 search</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _figure(shown: Shown, tell: Callable[[str], None]) -> str:
+    from blip2.image import thumbnail  # imports torch
+
+    path = Path(shown.path)
+    name, folder = (click.format_filename(str(part)) for part in (path.name, path.parent))
+    try:
+        data = base64.b64encode(thumbnail(path, THUMBNAIL_PX)).decode("ascii")
+    except ImageError as error:
+        tell(str(error))
+        picture = '<div class="gone">cannot be opened</div>'
+    else:
+        picture = (
+            f'<a href="{escape(path.as_uri())}"><img src="data:image/jpeg;base64,{data}" alt="{escape(name)}" '
+            'loading="lazy"></a>'
+        )
+    score = f"{shown.values['score']:.4f}"
+    return (
+        f"<figure>{picture}<figcaption><b>{score}</b>{escape(name)} <span>{escape(folder)}</span></figcaption></figure>"
+    )

@@ -1,0 +1,139 @@
+"""``blip2 search``: a text or a picture in, the nearest pictures of an index out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blip2.cli import Failure
+from blip2.cli.options import INDEX_MODEL, load_matcher, of_model, with_options
+from blip2.cli.page import Shown, page
+
+if TYPE_CHECKING:
+    from blip2.api import Matcher
+    from blip2.index import Index
+
+
+@click.command("search")
+@click.argument("index")
+@click.argument("text", required=False)
+@click.option("-k", type=int, help="So many pictures.  [default: 10]")
+@click.option("--rerank", type=int, default=0, metavar="N", help="Open the N nearest and read them together with the "
+              "text, which is slower and better; 128 in the paper.")  # fmt: skip
+@click.option("--image", metavar="IMAGE", help="Find pictures like this one, in the place of TEXT.")
+@click.option("--duplicates", "threshold", type=float, is_flag=False, flag_value=0.95, metavar="[SIMILARITY]",
+              help="Find pictures of the index that are nearly the same, from this similarity on (0.95).")  # fmt: skip
+@click.option("--html", "html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with thumbnails, "
+              "all in one file.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@with_options(INDEX_MODEL)
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    index: str,
+    text: str | None,
+    k: int | None,
+    rerank: int,
+    image: str | None,
+    threshold: float | None,
+    html: Path | None,
+    as_json: bool,
+    **others: Any,
+) -> None:
+    """Find pictures by words, or by a picture.
+
+    INDEX is a file that blip2 index made. A line for each picture that is found, the nearest first: its score, a tab,
+    the picture. The score is the cosine (-1 to 1) between text and picture; with --rerank it is that and the logit of
+    a match (ITM), and pictures that cannot be opened any more come last, with the exit code 1. With --image it is the
+    similarity of two pictures, 1 for the same. The search is exact. --duplicates prints groups of pictures that hang
+    together: similarity, number of the group, picture.
+
+    \b
+    blip2 search photos.index "two cats on a sofa" -k 20
+    blip2 search photos.index "two cats on a sofa" --rerank 128 --html cats.html
+    blip2 search photos.index --image query.jpg
+    blip2 search photos.index --duplicates 0.98 --json
+    """
+    if (text is not None) + (image is not None) + (threshold is not None) != 1:
+        raise click.UsageError("give a TEXT, or --image, or --duplicates")
+    if rerank and text is None:
+        raise click.UsageError("--rerank reads pictures together with a text; give a TEXT")
+    if k is not None and threshold is not None:
+        raise click.UsageError("--duplicates finds all there are; leave out -k")
+    problems: list[str] = []
+
+    def tell(message: str) -> None:
+        if message not in problems:  # the same picture may be missed for its score and for the page
+            problems.append(message)
+            click.echo(f"blip2: {message}", err=True)
+
+    model = of_model(others)
+    groups: list[list[Shown]]
+    if threshold is not None:
+        title, groups = "nearly the same", _duplicates(index, threshold)
+    elif text is not None:
+        title, groups = text, [_by_text(index, model, text, 10 if k is None else k, rerank, tell)]
+    else:
+        title, groups = f"like {image}", [_by_picture(index, model, str(image), 10 if k is None else k)]
+    if html is not None:
+        _write(html, page(title, groups, tell))
+    for shown in (shown for group in groups for shown in group):
+        if as_json:
+            click.echo(json.dumps({"path": shown.path, **shown.values}))
+        else:
+            click.echo("\t".join([*shown.columns, click.format_filename(shown.path)]))
+    context.exit(1 if problems else 0)
+
+
+def _by_text(
+    path: str, model: dict[str, Any], text: str, k: int, rerank: int, tell: Callable[[str], None]
+) -> list[Shown]:
+    from blip2.index import Index
+    from blip2.index.index import check_search, check_text
+
+    # What is wrong with a request is told before a model is loaded.
+    check_search(k, rerank)
+    check_text(text)
+    index = Index.open(path)
+    hits = index.search(_matcher(index, model), text, k, rerank=rerank, on_problem=tell)
+    return [
+        Shown(hit.path, {"score": hit.score} | ({"cosine": hit.cosine, "reranked": hit.is_reranked} if rerank else {}))
+        for hit in hits
+    ]
+
+
+def _by_picture(path: str, model: dict[str, Any], image: str, k: int) -> list[Shown]:
+    from blip2.index import Index
+    from blip2.index.index import check_search
+
+    check_search(k, 0)
+    index = Index.open(path)
+    return [Shown(hit.path, {"score": hit.score}) for hit in index.search_picture(_matcher(index, model), image, k)]
+
+
+def _duplicates(path: str, threshold: float) -> list[list[Shown]]:
+    from blip2.index import Index
+
+    groups = Index.open(path).near_duplicates(threshold)
+    return [
+        [Shown(path, {"score": group.similarity, "group": number}) for path in group.paths]
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def _matcher(index: Index, model: dict[str, Any]) -> Matcher:
+    """The model that made the index, unless another is named."""
+    index.check_kind("search")
+    return load_matcher(**(model | {"model": model["model"] or index.model_name}))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Failure(f"{path}: cannot be written ({error.strerror}); check the folder and the space on it") from None

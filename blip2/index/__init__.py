@@ -1,0 +1,7 @@
+"""An index of pictures: seen once, searched by words or by picture, asked without the pictures."""
+
+from blip2.index.file import FORMAT, is_index
+from blip2.index.index import Hit, Index
+from blip2.index.update import Changes, update
+
+__all__ = ["FORMAT", "Changes", "Hit", "Index", "is_index", "update"]

@@ -1,0 +1,98 @@
+"""Pictures that are nearly the same: all pairs above a threshold, without comparing each pair in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 1024
+"""Rows that are compared with as many others at a time."""
+SAMPLE = 1024
+DIRECTIONS = 512
+"""Pairs are first compared along so many directions, those in which a sample of the pictures is largest."""
+
+
+def groups(vectors_NL: Tensor, threshold: float) -> list[tuple[float, list[int]]]:
+    """Rows that hang together by pairs whose cosine is ``threshold`` or more, each group with its greatest cosine.
+
+    ``vectors_NL`` float16. Exact: a pair counts by its cosine in double precision, rounded to float32. The groups with
+    the greatest come first.
+    """
+    best_N = torch.full((len(vectors_NL),), -torch.inf)
+    group_N = torch.arange(len(vectors_NL))
+    for first_B, second_B, product_B in _pairs(vectors_NL, threshold):
+        for side_B in (first_B, second_B):
+            best_N.scatter_reduce_(0, side_B, product_B, "amax")
+        group_N = _joined(group_N, first_B, second_B)
+    members: dict[int, list[int]] = {}
+    for row in (best_N > -torch.inf).nonzero()[:, 0].tolist():
+        members.setdefault(int(group_N[row]), []).append(row)
+    found = [(float(best_N[rows].max()), rows) for rows in members.values()]
+    return sorted(found, key=lambda group: (-group[0], group[1]))
+
+
+def _joined(group_N: Tensor, first_B: Tensor, second_B: Tensor) -> Tensor:
+    """The group of each row, called by its lowest row, after these pairs were joined."""
+    while True:
+        one_B, other_B = group_N[first_B], group_N[second_B]
+        if torch.equal(one_B, other_B):
+            return group_N
+        group_N = group_N.scatter_reduce(0, torch.maximum(one_B, other_B), torch.minimum(one_B, other_B), "amin")
+        while not torch.equal(group_N, further_N := group_N[group_N]):
+            group_N = further_N
+
+
+def _pairs(vectors_NL: Tensor, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every pair of rows above the threshold once, in portions: the two rows, and their cosine in float32.
+
+    Let W be some orthonormal directions, and a' what they leave of a. Then <a, b> is <Wa, Wb> + <a', b'>, and by
+    Cauchy-Schwarz at most <Wa, Wb> + |a'| |b'|: one product of the projections with the length of the rest behind them.
+    Only pairs for which that reaches the threshold are compared in full.
+    """
+    projected_NW, length_N = _projected(vectors_NL)
+    # Higham, 2002, section 3.1: how far a float32 sum of L products may be off, doubled for terms of second order.
+    slack = 2 * vectors_NL.shape[1] * 2**-24
+    starts = range(0, len(vectors_NL), BLOCK)
+    for start in starts:
+        for other in starts[start // BLOCK :]:
+            bound_BB = projected_NW[start : start + BLOCK] @ projected_NW[other : other + BLOCK].T
+            is_near_BB = ~(bound_BB < threshold - slack)
+            first_P, second_P = (is_near_BB.triu(1) if start == other else is_near_BB).nonzero().T
+            if not len(first_P):
+                continue
+            yield _compared(vectors_NL, length_N, start + first_P, other + second_P, threshold, slack)
+
+
+def _compared(
+    vectors_NL: Tensor, length_N: Tensor, first_P: Tensor, second_P: Tensor, threshold: float, slack: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of the pairs that are above the threshold, compared in full: at worst, that is a block with a block."""
+    (rows_F, at_P), (others_S, other_at_P) = (side.unique(return_inverse=True) for side in (first_P, second_P))
+    cosine_P = (vectors_NL[rows_F].float() @ vectors_NL[others_S].float().T)[at_P, other_at_P]
+    cosine_P /= length_N[first_P] * length_N[second_P]
+    # Where float32 cannot tell on which side of the threshold a pair is, double precision does.
+    for some in ((cosine_P - threshold).abs() < slack).nonzero()[:, 0].split(256):
+        one_PL, two_PL = vectors_NL[first_P[some]].double(), vectors_NL[second_P[some]].double()
+        cosine_P[some] = F.cosine_similarity(one_PL, two_PL).float()
+    is_kept_P = cosine_P >= threshold
+    return first_P[is_kept_P], second_P[is_kept_P], cosine_P[is_kept_P].clamp(max=1.0)
+
+
+def _projected(vectors_NL: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row, made 1 long, the part along the directions and the length of the rest; and how long it was."""
+    number = len(vectors_NL)
+    sample_SL = vectors_NL[torch.linspace(0, number - 1, min(SAMPLE, number)).round().long()].float()
+    _, vectors_SS = torch.linalg.eigh(sample_SL @ sample_SL.T)  # the greatest last
+    directions_LW, _ = torch.linalg.qr(sample_SL.T @ vectors_SS[:, -DIRECTIONS:])
+    projected, lengths = [], []
+    for some in vectors_NL.split(BLOCK):
+        length_B1 = some.float().norm(dim=1, keepdim=True)
+        unit_BW = some.float() @ directions_LW / length_B1
+        # A little more than is left, since what is left over of 1 is not exact where it is little.
+        rest_B1 = (1 - unit_BW.square().sum(dim=1, keepdim=True)).clamp(min=0).add(1e-6).sqrt()
+        projected.append(torch.cat([unit_BW, rest_B1], dim=1))
+        lengths.append(length_B1[:, 0])
+    return torch.cat(projected), torch.cat(lengths)

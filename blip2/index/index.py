@@ -1,0 +1,234 @@
+"""`Index`: a file of pictures that were seen, to search and to ask."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple, overload
+
+from torch import Tensor
+
+from blip2.api import Matcher, Pipeline
+from blip2.encoded import EncodedImage
+from blip2.errors import ImageError, OptionError
+from blip2.image import Source
+from blip2.index import duplicates
+from blip2.index.file import Stored, read
+from blip2.index.search import nearest
+from blip2.index.update import Changes, check_kind, check_model, kind_of, update
+from blip2.tasks.defaults import BATCH_SIZE
+from blip2.tasks.speaker import chunks
+from blip2.text import clean
+
+DUPLICATE = 0.95
+"""From this similarity on pictures count as nearly the same, unless another is given."""
+
+
+class Hit(NamedTuple):
+    """A picture that was found.
+
+    ``cosine`` (-1 to 1): how near it is to what was searched for. ``score``: what the order is by; the cosine, or where
+    the model has read picture and text together, the logit of a match added to it. ``row``: where it is in the index.
+    """
+
+    path: str
+    score: float
+    cosine: float
+    row: int
+    is_reranked: bool = False
+
+
+class Group(NamedTuple):
+    """Pictures that hang together by pairs that are nearly the same, and how similar the most similar two are."""
+
+    similarity: float
+    paths: list[str]
+
+
+class Index(Sequence[EncodedImage]):
+    """Pictures that were seen, in one file: N of them, each with Q vectors of D numbers.
+
+    An index to search (``kind`` "search") is made by a `Matcher`, one to ask ("ask") by a `Pipeline`. The latter is a
+    sequence of `EncodedImage`: ``index[:]`` can be given to `Pipeline.ask` in the place of pictures.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+
+    # ---- the file ----
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Index:
+        """Nothing but the list of pictures is read. Raises IndexFileError for what is no index, or not a whole one."""
+        return cls(read(path))
+
+    @staticmethod
+    def update(
+        path: str | os.PathLike[str],
+        folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        model: Matcher | Pipeline,
+        *,
+        batch_size: int = BATCH_SIZE,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_problem: Callable[[str], None] = lambda message: None,
+    ) -> Changes:
+        """Make an index of the pictures in folders, or bring it up to date; see `index.update`."""
+        folders = [folders] if isinstance(folders, str | os.PathLike) else folders
+        if os.path.isfile(path):
+            stored = read(path)
+            check_kind(stored, kind_of(model))
+            check_model(stored, model)
+        return update(
+            path, folders, lambda name, kind: model, kind=kind_of(model), model=model.name, batch_size=batch_size,
+            on_progress=on_progress, on_problem=on_problem,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"<Index {self._stored.path} to {self.kind}, {len(self):,} pictures by {self.model_name}>"
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def kind(self) -> str:
+        return self._stored.origin.kind
+
+    @property
+    def model_name(self) -> str:
+        """What the model that made it is called, for `load`."""
+        return self._stored.origin.model
+
+    @property
+    def vectors(self) -> Tensor:
+        """``float16[N, Q, D]``, mapped: what is not looked at is not read. Not to be written to."""
+        return self._stored.vectors_NQD
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """Where the pictures were, in order."""
+        return [picture.path for picture in self._stored.pictures()]
+
+    # ---- to be asked ----
+
+    @overload
+    def __getitem__(self, row: int) -> EncodedImage: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[EncodedImage]: ...
+    def __getitem__(self, row: int | slice) -> EncodedImage | list[EncodedImage]:
+        """What was seen of a picture, as `Pipeline.encode` gives it, in half precision. Raises IndexFileError."""
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        self.check_kind("ask")
+        number = range(len(self))[row]
+        return EncodedImage(self._stored.vectors(number), self._stored.origin.identity)
+
+    # ---- to be searched ----
+
+    def search(
+        self,
+        matcher: Matcher,
+        text: str,
+        k: int = 10,
+        *,
+        rerank: int = 0,
+        batch_size: int = BATCH_SIZE,
+        on_problem: Callable[[str], None] = lambda message: None,
+    ) -> list[Hit]:
+        """The ``k`` pictures nearest to a text, the nearest first; exact. See `search_picture` for a picture.
+
+        ``rerank``: so many of the nearest are opened, and read together with the text (ITM), which is slow and right;
+        they are ordered by the logit of a match plus the cosine, as the authors do. One that cannot be opened any more
+        is told to ``on_problem`` and comes after them. Raises OptionError and IndexFileError.
+        """
+        check_search(k, rerank)
+        self.check_kind("search")
+        self.check_model(matcher)
+        check_text(text)
+        found = nearest(self.vectors, matcher.embed_texts(text), max(k, rerank))
+        hits = self._hits(*found)
+        if rerank:
+            hits = _reranked(matcher, text, hits[:rerank], batch_size, on_problem) + hits[rerank:]
+        return hits[:k]
+
+    def search_picture(self, matcher: Matcher, picture: Source, k: int = 10) -> list[Hit]:
+        """The ``k`` pictures most like a picture: by the mean cosine of their vectors, each with its like.
+
+        Raises OptionError, ImageError and IndexFileError.
+        """
+        check_search(k, 0)
+        self.check_kind("search")
+        self.check_model(matcher)
+        vectors_QE = matcher.embed_images(picture)
+        # Each of the queries asks the same of every picture, so that the first is compared with the first, and so on.
+        whole_NRL = self.vectors.view(len(self), 1, -1)
+        return self._hits(*nearest(whole_NRL, vectors_QE.flatten(), k, length=len(vectors_QE) ** 0.5))
+
+    def near_duplicates(self, threshold: float = DUPLICATE) -> list[Group]:
+        """Pictures that are nearly the same, in groups; similarity as in `search_picture`. Raises OptionError.
+
+        Exact: no pair above the threshold is missed. A group hangs together by such pairs; its first and its last
+        may be less alike.
+        """
+        if not 0 < threshold <= 1:
+            raise OptionError(f"threshold is {threshold}; a similarity is above 0 and at most 1, such as {DUPLICATE}")
+        self.check_kind("search")
+        found = duplicates.groups(self.vectors.view(len(self), -1), threshold)
+        return [Group(similarity, [self._path(row) for row in rows]) for similarity, rows in found]
+
+    def _hits(self, scores: list[float], rows: list[int]) -> list[Hit]:
+        return [Hit(self._path(row), score, score, row) for score, row in zip(scores, rows, strict=True)]
+
+    def _path(self, row: int) -> str:
+        self._stored.vectors(row)  # what is shown is what was written, or an error
+        return self._stored.picture(row).path
+
+    def check_kind(self, kind: str) -> None:
+        """Raises IndexFileError if it is for something else."""
+        check_kind(self._stored, kind)
+
+    def check_model(self, model: Matcher | Pipeline) -> None:
+        """Raises IndexFileError if another model made it."""
+        check_model(self._stored, model)
+
+
+def check_search(k: int, rerank: int) -> None:
+    """Raises OptionError for numbers that mean nothing."""
+    if k < 1:
+        raise OptionError(f"k is {k}; ask for 1 picture or more")
+    if rerank < 0:
+        raise OptionError(f"rerank is {rerank}; give how many of the nearest are to be read again, or 0 for none")
+
+
+def check_text(text: str) -> None:
+    """Raises OptionError if there is nothing in it."""
+    if not clean(text):
+        raise OptionError("the text is empty; write what is to be found")
+
+
+def _reranked(
+    matcher: Matcher, text: str, hits: list[Hit], batch_size: int, on_problem: Callable[[str], None]
+) -> list[Hit]:
+    """Read together with the text and ordered anew (section 4.4 of the paper); what cannot be read comes last."""
+    reader = matcher.reader
+    ids = reader.ids([text])
+    text_1E = reader.embed_texts(ids)
+    seen = matcher.each_encoded([hit.path for hit in hits], on_error="return", batch_size=batch_size)
+    ranked, unread = [], []
+    for some in chunks(hits, batch_size):
+        sound = []
+        for hit, image in zip(some, islice(seen, len(some)), strict=True):
+            if isinstance(image, ImageError):
+                on_problem(str(image))
+                unread.append(hit)
+            else:
+                sound.append((hit, image))
+        if sound:
+            scores_N1 = reader.compare([image for _, image in sound], ids, text_1E, batch_size).score
+            scores = scores_N1[:, 0].tolist()
+            ranked += [
+                hit._replace(score=score, is_reranked=True) for (hit, _), score in zip(sound, scores, strict=True)
+            ]
+    ranked.sort(key=lambda hit: (-hit.score, hit.row))
+    return ranked + unread

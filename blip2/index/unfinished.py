@@ -1,0 +1,104 @@
+"""What a run has done so far: a folder beside the index, held by one run at a time.
+
+Every few hundred pictures become a small index of their own in it, so that a run that is killed loses at most one of
+these; the next run takes them over.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from blip2.errors import IndexFileError
+from blip2.index.file import Origin, Picture, Stored, read, write
+
+
+class Unfinished:
+    """The folder ``photos.index.unfinished``; `held` makes it."""
+
+    def __init__(self, index: Path) -> None:
+        self.index = index
+        self.folder = index.with_name(f"{index.name}.unfinished")
+
+    def shards(self) -> list[Stored]:
+        """What earlier runs left; what cannot be read is left out, and its pictures are encoded again."""
+        found = []
+        for path in self._paths():
+            with suppress(IndexFileError):
+                found.append(read(path))
+        return found
+
+    @property
+    def has_shards(self) -> bool:
+        return bool(self._paths())
+
+    def add(self, origin: Origin, rows: Sequence[tuple[Picture, Tensor]]) -> None:
+        """Keep these pictures with their vectors. Raises IndexFileError if there is no room."""
+        number = 1 + max((int(path.stem) for path in self._paths()), default=0)
+        self._write(self.folder / f"{number:08}.part", origin, [picture for picture, _ in rows], rows[0][1].shape,
+                    (vectors_QD for _, vectors_QD in rows))  # fmt: skip
+
+    def replace(
+        self, origin: Origin, pictures: Sequence[Picture], shape: Sequence[int], vectors: Iterable[Tensor]
+    ) -> None:
+        """Put these rows in the place of the index, all or nothing."""
+        self._write(self.index, origin, pictures, shape, vectors)
+
+    def _paths(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*.part") if path.stem.isdecimal())
+
+    def _write(
+        self, path: Path, origin: Origin, pictures: Sequence[Picture], shape: Sequence[int], vectors: Iterable[Tensor]
+    ) -> None:
+        unnamed = self.folder / "writing"
+        try:
+            write(unnamed, origin, pictures, (shape[0], shape[1]), vectors)
+            os.replace(unnamed, path)
+            _sync(path.parent)
+        except OSError as error:
+            unnamed.unlink(missing_ok=True)
+            raise IndexFileError(
+                f"{path}: cannot be written ({error.strerror}); make room there, and run the same again: what was "
+                "encoded before is kept"
+            ) from None
+
+
+@contextmanager
+def held(index: Path) -> Iterator[Unfinished]:
+    """The folder, for this run alone; it goes when nothing unfinished is in it. Raises IndexFileError."""
+    unfinished = Unfinished(index)
+    folder = unfinished.folder
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise IndexFileError(f"{index}: another run is at work on it; wait for its end") from None
+    except OSError as error:
+        raise IndexFileError(
+            f"{index}: cannot be written ({error.strerror}); check that its folder exists, and your rights there"
+        ) from None
+    finished = False
+    try:
+        yield unfinished
+        finished = True
+    finally:
+        if finished or not unfinished.has_shards:
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def _sync(folder: Path) -> None:
+    """A rename is safe only when the folder itself is on the disk; some systems cannot open a folder for that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
