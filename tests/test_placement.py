@@ -236,7 +236,7 @@ def test_hooks_change_no_answer(family):
         pixels_BCHW = torch.linspace(-1, 1, 3 * 3 * 32 * 32).reshape(3, 3, 32, 32)
         engine = Engine(model.language, eos_token_ids=[model.config.language.eos_token_id])
         with torch.no_grad():
-            prompts = list(model.encode(pixels_BCHW))
+            prompts = list(model.prompt(model.encode(pixels_BCHW)))
         return engine.generate(prompts, GenerateOptions(num_beams=3, max_new_tokens=6))
 
     model = tiny.generative(family)
@@ -296,7 +296,7 @@ def run(model: Blip2, *, num_steps: int = 2) -> None:
     image_size = model.config.vision.image_size
     pixels_BCHW = torch.zeros(2, 3, image_size, image_size, device=model.vision.position_embedding.device)
     home = model.language.token_embedding.weight.device
-    prompt_BQD = model.encode(pixels_BCHW)
+    prompt_BQD = model.prompt(model.encode(pixels_BCHW))
     assert prompt_BQD.device == home
     words_BTD = model.language.embed(torch.zeros(2, 3, dtype=torch.long, device=home))
     prompt_BTD = torch.cat([prompt_BQD, words_BTD], dim=1)

@@ -144,7 +144,7 @@ def some_texts(config, counts, seed=0):
 
 def alone(model, patches_1PD, text):
     """The sum of the target tokens' negative log-likelihoods, written out for one text."""
-    prompt_1QD = model.prompt(model.vision.post_norm(patches_1PD))
+    prompt_1QD = model.prompt(model.look(model.vision.post_norm(patches_1PD)))
     language, config = model.language, model.config.language
     if config.family == "opt":
         read = torch.tensor([text.prompt_ids + text.target_ids])
@@ -196,7 +196,7 @@ def test_which_tokens_are_right(model):
     features_1PD = torch.randn(1, 5, 16)
     start = [config.bos_token_id] if config.family == "opt" else [config.eos_token_id]
     with torch.no_grad():
-        read = model.prompt(model.vision.post_norm(features_1PD))
+        read = model.prompt(model.look(model.vision.post_norm(features_1PD)))
         read = torch.cat([read, model.language.embed(torch.tensor([start]))], dim=1)
         logits, state = model.language.prefill(read, torch.tensor([read.shape[1]]), 6)
         greedy = [logits.argmax(-1)]
