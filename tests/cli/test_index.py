@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import functools
 import json
 import os
 import shutil
@@ -101,7 +102,8 @@ def test_stopped_by_ctrl_c_it_says_how_to_go_on(matching_model, tmp_path):
         os.link(photos / "picture000.png", photos / f"copy{number}.png")
     command = [sys.executable, "-m", "blip2", "index", photos, "-o", index, "--model", matching_model]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as run:
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where pytest was told to ignore it
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as run:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("photos.index.unfinished/*.part")) and time.monotonic() < deadline:
             time.sleep(0.01)
