@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import html.parser
 import functools
+import html.parser
 import json
 import os
 import shutil
