@@ -183,6 +183,23 @@ class KVCache:
         self.keys = [keys[rows_N.to(keys.device)] for keys in self.keys]
         self.values = [values[rows_N.to(values.device)] for values in self.values]
         self.lengths_B = self.lengths_B[rows_N]
+        if not self._is_even:  # the longest rows may have left
+            self._longest = int(self.lengths_B.max())
+
+    def join(self, other: KVCache) -> None:
+        """Take in the rows of another cache, after those here."""
+        capacity = max(self.capacity, other.capacity)
+        for own, their in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, (here, there) in enumerate(zip(own, their, strict=True)):
+                own[layer] = torch.cat([_widened(here, capacity), _widened(there, capacity)])
+        self.lengths_B = torch.cat([self.lengths_B, other.lengths_B])
+        self._is_even = self._is_even and other._is_even and self._longest == other._longest
+        self._longest = max(self._longest, other._longest)
+
+
+def _widened(values_BHSD: Tensor, capacity: int) -> Tensor:
+    """With room for so many tokens."""
+    return F.pad(values_BHSD, (0, 0, 0, capacity - values_BHSD.shape[2]))
 
 
 def freeze(module: nn.Module) -> nn.Module:
