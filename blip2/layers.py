@@ -180,8 +180,15 @@ class KVCache:
 
     def select(self, rows_N: Tensor) -> None:
         """Keep these rows, in this order; a row named twice is copied (a beam that splits)."""
-        self.keys = [keys[rows_N.to(keys.device)] for keys in self.keys]
-        self.values = [values[rows_N.to(values.device)] for values in self.values]
+        for layers in (self.keys, self.values):
+            for layer, old in enumerate(layers):
+                # Slots that no row has reached hold nothing to copy; but they are read, with weight 0.
+                new = old.new_empty(len(rows_N), *old.shape[1:])
+                new[:, :, self._longest :] = 0
+                torch.index_select(
+                    old.narrow(2, 0, self._longest), 0, rows_N.to(old.device), out=new.narrow(2, 0, self._longest)
+                )
+                layers[layer] = new
         self.lengths_B = self.lengths_B[rows_N]
         if not self._is_even:  # the longest rows may have left
             self._longest = int(self.lengths_B.max())

@@ -10,6 +10,7 @@ R rows of all jobs, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from blip2.language import LanguageModel, pad_rows
 
 
 class Job:
-    """Some prompts whose answers are being written."""
+    """Some prompts ``float[T_i, D]`` and how they are answered; `Engine.job` makes one."""
 
-    def __init__(self, strategy: Strategy, num_rows: int) -> None:
+    def __init__(self, prompts: Sequence[Tensor], strategy: Strategy, num_new_tokens: int) -> None:
+        self.prompts = prompts
         self.strategy = strategy
-        self.num_rows = num_rows
-        """How many rows of the batch are this job's, at present; 0 when it is over."""
+        self.num_new_tokens = num_new_tokens
+        self.num_rows = len(prompts) * strategy.rows_per_prompt
+        """How many rows of a batch are this job's, at present; 0 when it is over."""
         self.error: Exception | None = None
         """What ended it before its answers were there: whoever listened to its tokens raised this."""
 
@@ -56,11 +59,21 @@ class Batch:
         return sum(job.num_rows for job in self._jobs)
 
     @torch.inference_mode()
-    def add(self, prompts: Sequence[Tensor], strategy: Strategy, num_new_tokens: int) -> Job:
-        """Read the prompts ``float[T_i, D]`` and take them in; the next step writes the first token of each."""
-        logits_RV, state = self._language.prefill(*pad_rows(list(prompts)), num_new_tokens)
-        if strategy.rows_per_prompt > 1:  # a prompt is read once, then its state is copied to its rows
-            rows_R = torch.arange(len(prompts), device=logits_RV.device).repeat_interleave(strategy.rows_per_prompt)
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Read the prompts of jobs and take them in; the next step writes the first token of each.
+
+        Those that may grow equally long are read in one pass.
+        """
+        by_length = sorted(jobs, key=lambda job: job.num_new_tokens)
+        for num_new_tokens, some in groupby(by_length, key=lambda job: job.num_new_tokens):
+            self._read(list(some), num_new_tokens)
+
+    def _read(self, jobs: list[Job], num_new_tokens: int) -> None:
+        prompts = [prompt for job in jobs for prompt in job.prompts]
+        logits_RV, state = self._language.prefill(*pad_rows(prompts), num_new_tokens)
+        if any(job.strategy.rows_per_prompt > 1 for job in jobs):  # a prompt is read once, its state copied to its rows
+            copies = [job.strategy.rows_per_prompt for job in jobs for _ in job.prompts]
+            rows_R = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(logits_RV.device)
             state.select(rows_R)
             logits_RV = logits_RV[rows_R]
         if self._logits_RV is None:
@@ -68,9 +81,7 @@ class Batch:
         else:
             self._logits_RV = torch.cat([self._logits_RV, logits_RV])
             self._state.join(state)
-        job = Job(strategy, len(logits_RV))
-        self._jobs.append(job)
-        return job
+        self._jobs += jobs
 
     @torch.inference_mode()
     def step(self) -> list[Job]:

@@ -24,7 +24,7 @@ class Engine:
     """Decodes with one language model.
 
     All prompts of a call run as one batch; how many fit is the caller's business. A server keeps one `Batch` running,
-    which requests enter and leave (`start`). An answer does not depend on what else is in the batch.
+    which requests enter and leave (`job`). An answer does not depend on what else is in the batch.
 
     - ``eos_token_ids``: any of these ends an answer.
     - ``suppress_token_ids``: never written: the image token, rows of the vocabulary that stand for no text.
@@ -58,15 +58,14 @@ class Engine:
         if not prompts:
             return []
         batch = Batch(self.language)
-        job = self.start(batch, prompts, options, on_token=on_token)
+        job = self.job(prompts, options, on_token=on_token)
+        batch.add([job])
         while not job.is_over:
             batch.step()
         return job.answers()
 
-    def start(
-        self, batch: Batch, prompts: Sequence[Tensor], options: GenerateOptions, *, on_token: OnToken | None = None
-    ) -> Job:
-        """Take prompts into a running batch of this engine's language model; for the rest see `generate`.
+    def job(self, prompts: Sequence[Tensor], options: GenerateOptions, *, on_token: OnToken | None = None) -> Job:
+        """The same as `generate` for a batch of this engine's language model that is running (`Batch.add`).
 
         ``on_token`` is called while the batch steps; what it raises ends this job alone.
         """
@@ -78,7 +77,7 @@ class Engine:
         _check(prompts)
         endings = Endings(options, self.eos_token_ids, self.decode)
         strategy = self._strategy(options, endings, len(prompts), prompts[0].device, on_token)
-        return batch.add(prompts, strategy, options.max_new_tokens)
+        return Job(prompts, strategy, options.max_new_tokens)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[float]:

@@ -1,6 +1,7 @@
 """Requests that come and go while others are written: nobody's answer changes, and rows are freed at once."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -39,10 +40,13 @@ def test_whoever_comes_and_goes_the_answers_are_those_alone(engine, prompts, see
     running, found, dropped = {}, {}, set()
     number = 0
     while len(found) + len(dropped) < len(waiting):
+        coming = []
         while number < len(waiting) and (not running or chance.random() < 0.5):
             which, way = waiting[number]
-            running[number] = engine.start(batch, [prompts[at] for at in which], WAYS[way])
+            running[number] = engine.job([prompts[at] for at in which], WAYS[way])
+            coming.append(running[number])
             number += 1
+        batch.add(coming)
         if running and chance.random() < 0.1:
             gone = chance.choice(list(running))
             rows = running[gone].num_rows
@@ -62,14 +66,20 @@ def test_all_rows_pass_through_the_model_together(table_language):
     language = table_language(8, seed=3)
     engine = Engine(language, eos_token_ids=[])
     batch = Batch(language)
-    engine.start(batch, [language.prompt(1), language.prompt(2)], GenerateOptions(max_new_tokens=4))
+    batch.add([engine.job([language.prompt(1), language.prompt(2)], GenerateOptions(max_new_tokens=4))])
     batch.step()
-    engine.start(batch, [language.prompt(3)], GenerateOptions(max_new_tokens=2, num_beams=3))
+    two = GenerateOptions(max_new_tokens=2)
+    beams = engine.job([language.prompt(3)], replace(two, num_beams=3))
+    batch.add([beams])
+    assert language.rows_of_calls == [2, 2, 1]
     language.rows_of_calls.clear()
     ended = [len(batch.step()) for _ in range(4)]
     assert ended == [0, 1, 1, 0]
     assert language.rows_of_calls == [5, 2]  # and nothing more when all are over
     assert batch.step() == []
+    language.rows_of_calls.clear()
+    batch.add([engine.job([language.prompt(1)], two), engine.job([language.prompt(2)], replace(two, num_beams=3))])
+    assert language.rows_of_calls == [2] and batch.num_rows == 4  # read together, whatever comes after
 
 
 def test_a_listener_that_raises_ends_its_own_job_alone(engine, prompts):
@@ -83,8 +93,9 @@ def test_a_listener_that_raises_ends_its_own_job_alone(engine, prompts):
             raise ConnectionError("hung up")
 
     batch = Batch(engine.language)
-    good = engine.start(batch, prompts[:1], options)
-    bad = engine.start(batch, prompts[1:2], options, on_token=refuse)
+    good = engine.job(prompts[:1], options)
+    bad = engine.job(prompts[1:2], options, on_token=refuse)
+    batch.add([good, bad])
     while not good.is_over:
         batch.step()
         assert bad.is_over == (len(heard) == 3)
@@ -95,7 +106,8 @@ def test_a_listener_that_raises_ends_its_own_job_alone(engine, prompts):
 
 def test_a_job_that_is_over_is_dropped_without_effect(engine, prompts):
     batch = Batch(engine.language)
-    job = engine.start(batch, prompts[:1], GenerateOptions(max_new_tokens=1))
+    job = engine.job(prompts[:1], GenerateOptions(max_new_tokens=1))
+    batch.add([job])
     batch.step()
     batch.drop(job)
     assert job.is_over and batch.num_rows == 0 and len(job.answers()) == 1
