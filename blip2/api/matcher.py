@@ -46,7 +46,7 @@ class Matcher:
             # A copy each, so that who keeps one image does not keep its batch.
             return [ImageFeatures(patches_PD.clone(), vectors_QE.clone()) for patches_PD, vectors_QE in rows]
 
-        self._eye = Eye(model.vision, encode, ImageFeatures, size=settings.size, mean=settings.mean, std=settings.std)
+        self.eye = Eye(model.vision, encode, ImageFeatures, size=settings.size, mean=settings.mean, std=settings.std)
 
     def __repr__(self) -> str:
         return f"<Matcher {self.name} on {self.model.qformer.query_tokens.device}>"
@@ -210,4 +210,4 @@ class Matcher:
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[ImageFeatures]:
         """As `encode`, but one after the other as their batches are done; ``on_error="return"``: errors in place."""
-        return checked(self._eye.see, images, on_error, batch_size)
+        return checked(self.eye.see, images, on_error, batch_size)

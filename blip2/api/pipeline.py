@@ -67,7 +67,7 @@ class Pipeline:
             identity = self.speaker.identity
             return [EncodedImage(queries_QD.clone(), identity) for queries_QD in model.encode(pixels_BCHW)]
 
-        self._eye = Eye(model.vision, encode, EncodedImage, size=settings.size, mean=settings.mean, std=settings.std)
+        self.eye = Eye(model.vision, encode, EncodedImage, size=settings.size, mean=settings.mean, std=settings.std)
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.name} on {next(self.speaker.model.parameters()).device}>"
@@ -220,7 +220,7 @@ class Pipeline:
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[EncodedImage]:
         """As `encode`, but one after the other as their batches are done."""
-        return checked(self._eye.see, images, on_error, batch_size)
+        return checked(self.eye.see, images, on_error, batch_size)
 
     def _each(
         self,

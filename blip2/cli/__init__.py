@@ -23,6 +23,7 @@ COMMANDS = {
     "ask": "Answer a question about pictures.",
     "chat": "Talk about a picture.",
     "match": "Tell how well texts fit a picture.",
+    "serve": "Answer over HTTP, many at once.",
     "train": "Train a Querying Transformer from a recipe.",
     "models": "List the published models: what each is for, and what it needs.",
     "pull": "Download a model, or what is missing of it.",

@@ -101,6 +101,8 @@ class RowByRow:
         self._tokens_RT = torch.empty(rows, 0, dtype=torch.long, device=device)
         self._score_R = torch.zeros(rows, device=device)
         self._texts: list[list[int]] = [[] for _ in range(rows)]
+        self.log_probs: list[list[float]] = [[] for _ in range(rows)]
+        """Of each token that a row has taken so far, as the model gives it."""
         self._num_reported = [0] * rows
         self._answers: dict[int, Hypothesis] = {}
 
@@ -111,6 +113,8 @@ class RowByRow:
         log_prob_R1 = logits_RV.log_softmax(-1).gather(1, tokens_R[:, None])
         self._score_R = self._score_R + log_prob_R1[:, 0]
         self._tokens_RT = torch.cat([self._tokens_RT, tokens_R[:, None]], dim=1)
+        for row, log_prob in zip(self._running, log_prob_R1[:, 0].tolist(), strict=True):
+            self.log_probs[row].append(log_prob)
         kept = [place for place, token in enumerate(tokens_R.tolist()) if not self._ends(place, token)]
         if not kept:
             return None
@@ -129,7 +133,8 @@ class RowByRow:
         reason = self._endings.reason(text)
         if reason is not None:
             text = self._endings.cut(text, reason)
-            self._answers[row] = Hypothesis(text, float(self._score_R[place]), reason)
+            log_probs = self.log_probs[row][: len(text)]
+            self._answers[row] = Hypothesis(text, float(self._score_R[place]), reason, log_probs)
         if self._on_token is not None:
             certain = len(text) if reason is not None else self._endings.num_certain(text)
             for known in text[self._num_reported[row] : certain]:

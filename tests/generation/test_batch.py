@@ -111,3 +111,13 @@ def test_a_job_that_is_over_is_dropped_without_effect(engine, prompts):
     batch.step()
     batch.drop(job)
     assert job.is_over and batch.num_rows == 0 and len(job.answers()) == 1
+
+
+def test_each_token_has_its_log_probability_and_their_sum_is_the_score(engine, prompts):
+    options = GenerateOptions(max_new_tokens=6, min_new_tokens=6, sample=True, seed=3, num_return=2)
+    for answers in engine.generate(prompts[:3], options):
+        for answer in answers:
+            assert len(answer.log_probs) == len(answer.tokens) == 6
+            assert answer.score == pytest.approx(sum(answer.log_probs), abs=1e-4)
+    [[best, *_]] = engine.generate(prompts[:1], GenerateOptions(max_new_tokens=6, num_beams=2))
+    assert best.log_probs is None
