@@ -43,11 +43,16 @@ FLAGS = {
     "quantize": "--quantize",
     "top": "--top",
     "template": "--template",
+    "deadline_s": "--deadline",
+    "body_s": "--body-timeout",
+    "shutdown_s": "--shutdown-timeout",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
             "max_new_tokens", "min_new_tokens", "length_penalty", "temperature", "top_k", "top_p",
             "repetition_penalty", "stop", "seed", "batch_size", "quantize_vision",
+            "max_body_bytes", "max_pixels", "max_images", "max_texts", "max_prompt_tokens", "max_queue", "max_rows",
+            "cache_entries", "cache_bytes",
         )
     },
 }  # fmt: skip

@@ -67,9 +67,10 @@ class Doorman:
         try:
             await self._let_in(scope, receive, noted_send)
         except ApiError as error:
-            await error.response()(scope, receive, noted_send)
-        except asyncio.CancelledError:
-            raise
+            response = error.response()
+            if scope["method"] == "POST":
+                response.headers["connection"] = "close"  # what was to come of the request is not waited for
+            await response(scope, receive, noted_send)
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.request_seconds.labels(path, str(status)).observe(time.monotonic() - began_s)

@@ -11,8 +11,10 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -22,8 +24,14 @@ from blip2.serve.errors import ApiError
 MAX_REDIRECTS = 5
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
-# Public by their numbers, but with another address inside, which need not be: NAT64, 6to4, Teredo.
-WRAPPING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
+# What the standard library's tables take for public, in some versions: addresses with another one inside, which need
+# not be public (NAT64, 6to4, Teredo), and those that are set aside for protocols and sites.
+NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/23", "fec0::/10", "192.0.0.0/24", "192.88.99.0/24"),
+    )
+)
 
 Resolve = Callable[[str, int], Sequence[str]]
 """All addresses of a host; raises OSError."""
@@ -40,11 +48,10 @@ def is_public(address: str) -> bool:
         parsed = ipaddress.ip_address(address)
     except ValueError:  # with a scope, "fe80::1%eth0"
         return False
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return is_public(str(parsed.ipv4_mapped))
-        if any(parsed in network for network in WRAPPING):
-            return False
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        return is_public(str(parsed.ipv4_mapped))
+    if any(parsed in network for network in NOT_PUBLIC):
+        return False
     return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified)
 
 
@@ -93,6 +100,9 @@ class Fetcher:
             raise _refused(url, "its host is not on the public internet")
         connection = _Pinned(addresses[0], host, port, is_secure=parts.scheme == "https", end_s=end_s)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        # A host that sends one byte now and then would outlast any timeout of the socket.
+        alarm = threading.Timer(max(end_s - time.monotonic(), 0), connection.abort)
+        alarm.start()
         try:
             connection.request("GET", path, headers={"User-Agent": "blip2", "Accept-Encoding": "identity"})
             response = connection.getresponse()
@@ -101,12 +111,14 @@ class Fetcher:
                 content += chunk
                 if len(content) > self.max_bytes:
                     raise ApiError(413, "image_too_large", f"{_short(url)}: larger than {self.max_bytes:,} bytes")
-                connection.hurry()
+            if time.monotonic() >= end_s:
+                raise TimeoutError("it took too long")
             return response.status, response.getheader("Location"), bytes(content)
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"{_short(url)}: cannot be fetched ({reason}); check the address") from None
         finally:
+            alarm.cancel()
             connection.close()
 
     def _checked(self, url: str) -> tuple[SplitResult, str, int]:
@@ -141,25 +153,24 @@ class _Pinned(http.client.HTTPConnection):
         if is_secure:
             self.default_port = PORTS["https"]  # so that the Host header is without the port
         self._address = address
+        self._raw: socket.socket | None = None
         self._is_secure = is_secure
         self._end_s = end_s
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), timeout=self._left_s())
-        if self._is_secure:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
-        self.hurry()
-
-    def hurry(self) -> None:
-        """Wait for no single packet longer than there is time for all."""
-        if self.sock is not None:  # it is gone once the answer is whole
-            self.sock.settimeout(self._left_s())
-
-    def _left_s(self) -> float:
         left_s = self._end_s - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("it took too long")
-        return left_s
+        self._raw = socket.create_connection((self._address, self.port), timeout=left_s)
+        self.sock = self._raw
+        if self._is_secure:
+            self.sock = ssl.create_default_context().wrap_socket(self._raw, server_hostname=self.host)
+
+    def abort(self) -> None:
+        """End whatever is being waited for, from another thread."""
+        if self._raw is not None:
+            with suppress(OSError):
+                self._raw.shutdown(socket.SHUT_RDWR)
 
 
 def _refused(url: str, reason: str) -> ApiError:

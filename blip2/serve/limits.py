@@ -28,7 +28,7 @@ class Limits:
     max_queue: int = 128
     """Requests in the house, those at work included; the next one is sent away (429)."""
     max_rows: int = 64
-    """Answers that are written at a time; a search with 5 beams is 5."""
+    """Answers that are written at a time; a search with 5 beams, as the tasks have it, is 5."""
     deadline_s: float = 120.0
     """From the last byte of the request to the last of the answer (504)."""
     shutdown_s: float = 30.0

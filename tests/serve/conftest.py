@@ -19,7 +19,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import blip2
 from blip2.serve.app import create_app
-from blip2.serve.limits import Limits
 from blip2.serve.run import listen
 from blip2.serve.service import Models, Service
 
@@ -104,7 +103,7 @@ def tiny_models(opt_model: Path, matching_model: Path) -> Models:
 
 
 @contextmanager
-def slowed(models: Models, seconds: float = 0.05) -> Iterator[Callable[[], int]]:
+def slowed(models: Models, seconds: float = 0.02) -> Iterator[Callable[[], int]]:
     """Each step of the language model takes so long at least; gives how many there were."""
     language: Any = models.pipeline.speaker.engine.language
     plain_step = language.step

@@ -13,13 +13,17 @@ from tests.serve.conftest import PICTURES, serving, user
 
 def test_a_second_question_skips_the_image_encoder(models, tmp_path) -> None:
     runs = []
-    models.pipeline.eye.encode, plain = (lambda pixels: runs.append(len(pixels)) or plain(pixels)), (
-        models.pipeline.eye.encode
+    models.pipeline.eye.encode, plain = (
+        (lambda pixels: runs.append(len(pixels)) or plain(pixels)),
+        (models.pipeline.eye.encode),
     )
     try:
         with serving(lambda: models) as server:
             assert server.chat(user("what is in the picture?", PICTURES[0])).status_code == 200
-            hits, misses = server.metric("blip2_image_cache_hits_total"), server.metric("blip2_image_cache_misses_total")
+            hits, misses = (
+                server.metric("blip2_image_cache_hits_total"),
+                server.metric("blip2_image_cache_misses_total"),
+            )
             assert (hits, misses, server.metric("blip2_images_encoded_total")) == (0, 1, 1)
             # The same pixels in another file are the same picture.
             from PIL import Image
