@@ -9,6 +9,14 @@ class ImageError(Blip2Error):
     """A picture that cannot be read."""
 
 
+class ImageFormatError(ImageError):
+    """Bytes that are no picture, or one of a format that is not read."""
+
+
+class ImageSizeError(ImageError):
+    """A picture with more pixels than are allowed."""
+
+
 class CheckpointError(Blip2Error):
     """A model that cannot be found, or whose files do not hold what its configuration promises."""
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from blip2.errors import ImageError, OptionError
+from blip2.errors import ImageError, ImageFormatError, ImageSizeError, OptionError
 
 RgbImage: TypeAlias = Image.Image
 Encoded: TypeAlias = bytes | bytearray | memoryview  # an image file in memory
@@ -59,6 +59,7 @@ def load_image(
     max_pixels: int = 50_000_000,
     max_bytes: int = 20 * 2**20,
     timeout_s: float = 20.0,
+    formats: tuple[str, ...] = FORMATS,
 ) -> RgbImage:
     """Read a picture from wherever it is, as people see it.
 
@@ -71,8 +72,8 @@ def load_image(
     32 bits likewise where they fit 16. Floating-point pixels have no known range and are refused.
 
     `max_pixels` is checked from the header, before anything is decoded; `max_bytes` and `timeout_s` bound
-    a download (seconds, the whole of it). Raises ImageError, one line that names the source, for anything
-    that cannot be read.
+    a download (seconds, the whole of it); only `formats` are read (Pillow's names). Raises ImageError, one
+    line that names the source, for anything that cannot be read.
     """
     name = _name_of(source)
     match source:
@@ -93,7 +94,7 @@ def load_image(
         case _:
             raise ImageError(f"{name}: not a picture; give a path, address, bytes, PIL image or array")
     with stream:
-        return _decode(stream, name, max_pixels)
+        return _decode(stream, name, max_pixels, formats)
 
 
 def to_pixels(
@@ -280,17 +281,18 @@ def _from_array(source: np.ndarray | torch.Tensor, name: str) -> Image.Image:
 # ---- decoding -----------------------------------------------------------------------------------------
 
 
-def _decode(stream: BinaryIO, name: str, max_pixels: int) -> RgbImage:
+def _decode(stream: BinaryIO, name: str, max_pixels: int, formats: tuple[str, ...]) -> RgbImage:
     try:
-        image = Image.open(stream, formats=FORMATS)
+        image = Image.open(stream, formats=formats)
     except UnidentifiedImageError:
         if stream.seekable() and stream.seek(0, os.SEEK_END) == 0:
             raise ImageError(f"{name}: empty; there is no picture in it, save or download it again") from None
-        raise ImageError(f"{name}: not a {READABLE} image, or damaged; convert it to PNG or JPEG") from None
+        readable = READABLE if formats is FORMATS else " or ".join(formats)
+        raise ImageFormatError(f"{name}: not a {readable} image, or damaged; convert it to PNG or JPEG") from None
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too many pixels ({_reason(error)}); make the picture smaller") from None
+        raise ImageSizeError(f"{name}: too many pixels ({_reason(error)}); make the picture smaller") from None
     except Exception as error:  # the codecs raise whatever they stumble over
         raise ImageError(f"{name}: damaged ({_reason(error)}); save or download it again") from error
     with image:
@@ -303,7 +305,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RgbImage:
         raise ImageError(f"{name}: has no pixels ({width}x{height}); give a picture of at least 1x1")
     if width * height > max_pixels:
         problem = f"{width}x{height} is more than {max_pixels:,} pixels"
-        raise ImageError(f"{name}: {problem}; make it smaller, or raise max_pixels")
+        raise ImageSizeError(f"{name}: {problem}; make it smaller, or raise max_pixels")
     try:
         image.load()
         rgb = _flatten(image, name)

@@ -56,8 +56,15 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text, and nothing else: no special tokens, no padding, never cut."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of the text, and nothing else: no special tokens, no padding, never cut.
+
+        Raises OptionError for a text with halves of characters (lone surrogates), as broken JSON may have them.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            whole = text.encode("utf-8", "replace").decode()
+            raise OptionError(f"the text {shortened(whole)!r} has halves of characters; write it as Unicode") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens and without white space at either end."""

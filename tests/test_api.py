@@ -204,7 +204,7 @@ def test_a_broken_picture(blip, pictures, tmp_path):
     with pytest.raises(ImageError, match=r"broken\.png: not a"):
         blip.caption(images)
     for texts in (blip.caption(images, on_error="return"), blip.ask(images, "is it?", on_error="return")):
-        assert [type(text) for text in texts] == [str, ImageError, str, ImageError]
+        assert [isinstance(text, ImageError) for text in texts] == [False, True, False, True]
         assert "missing.png: no such file" in str(texts[3])
     assert blip.caption(images, on_error="return")[2] == blip.caption(pictures[1])
     assert isinstance(blip.caption(missing, on_error="return"), ImageError)
@@ -214,9 +214,8 @@ def test_a_broken_picture(blip, pictures, tmp_path):
         blip.ask(missing, ["a?", "b?"])
     with pytest.raises(ImageError):
         blip.encode(images)
-    assert [type(row) for row in blip.rank(images, "is it?", ["a", "b"], on_error="return")] == [
-        list, ImageError, list, ImageError,
-    ]  # fmt: skip
+    ranked = blip.rank(images, "is it?", ["a", "b"], on_error="return")
+    assert [isinstance(row, ImageError) for row in ranked] == [False, True, False, True]
     with pytest.raises(OptionError, match="'ignore'; it may be 'raise' or 'return'"):
         blip.caption(images, on_error="ignore")
 

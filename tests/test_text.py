@@ -161,3 +161,11 @@ def test_the_template_twice():
     with pytest.raises(OptionError, match="give the question alone"):
         question_prompt("question: how many? short answer:", "t5")
     assert question_prompt("Question: or answer?", "opt") == "Question: Question: or answer? Answer:"
+
+
+@pytest.mark.parametrize("text", ["\ud800", "two \udcff dogs"])
+def test_half_a_character_is_refused_and_named(text):
+    from tests import tiny
+
+    with pytest.raises(OptionError, match="halves of characters"):
+        Tokenizer(tiny.opt_tokenizer()).encode(text)

@@ -47,7 +47,7 @@ class Matcher:
             # A copy each, so that who keeps one image does not keep its batch.
             return [ImageFeatures(patches_PD.clone(), vectors_QE.clone()) for patches_PD, vectors_QE in rows]
 
-        self._eye = Eye(model.vision, encode, ImageFeatures, size=settings.size, mean=settings.mean, std=settings.std)
+        self.eye = Eye(model.vision, encode, ImageFeatures, size=settings.size, mean=settings.mean, std=settings.std)
 
     def __repr__(self) -> str:
         return f"<Matcher {self.name} on {self.model.qformer.query_tokens.device}>"
@@ -179,7 +179,7 @@ class Matcher:
         It is evidence, not proof. Raises ImageError and OptionError.
         """
         self.reader.ids([text])  # what is wrong with it is told before the work begins
-        return explain_match(self.reader, sight(image, self._eye, self.model.encode), text)
+        return explain_match(self.reader, sight(image, self.eye, self.model.encode), text)
 
     # ---- captions ----
 
@@ -219,4 +219,4 @@ class Matcher:
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[ImageFeatures]:
         """As `encode`, but one after the other as their batches are done; ``on_error="return"``: errors in place."""
-        return checked(self._eye.see, images, on_error, batch_size)
+        return checked(self.eye.see, images, on_error, batch_size)

@@ -68,7 +68,7 @@ class Pipeline:
             identity = self.speaker.identity
             return [EncodedImage(queries_QD.clone(), identity) for queries_QD in model.encode(pixels_BCHW)]
 
-        self._eye = Eye(model.vision, encode, EncodedImage, size=settings.size, mean=settings.mean, std=settings.std)
+        self.eye = Eye(model.vision, encode, EncodedImage, size=settings.size, mean=settings.mean, std=settings.std)
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.name} on {next(self.speaker.model.parameters()).device}>"
@@ -233,7 +233,7 @@ class Pipeline:
             raise OptionError("a question has an answer, which is explained as a whole; leave out word and caption")
         if question is not None:
             ask_task.prompts(self.speaker, [question])
-        seen = sight(image, self._eye, self.speaker.model.patches)
+        seen = sight(image, self.eye, self.speaker.model.patches)
         if question is not None:
             return explain_answer(self.speaker, seen, question, answer)
         return explain_caption(self.speaker, seen, word, caption)
@@ -250,7 +250,7 @@ class Pipeline:
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[EncodedImage]:
         """As `encode`, but one after the other as their batches are done."""
-        return checked(self._eye.see, images, on_error, batch_size)
+        return checked(self.eye.see, images, on_error, batch_size)
 
     def _each(
         self,

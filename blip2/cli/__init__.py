@@ -26,6 +26,7 @@ COMMANDS = {
     "explain": "Show where in a picture a model finds what it says.",
     "index": "See pictures once, to search or ask them.",
     "search": "Find pictures by words, or by a picture.",
+    "serve": "Answer over HTTP, many at once.",
     "train": "Train a Querying Transformer from a recipe.",
     "models": "List the published models: what each is for, and what it needs.",
     "pull": "Download a model, or what is missing of it.",
@@ -48,11 +49,16 @@ FLAGS = {
     "k": "-k",
     "rerank": "--rerank",
     "threshold": "--duplicates",
+    "deadline_s": "--deadline",
+    "body_s": "--body-timeout",
+    "shutdown_s": "--shutdown-timeout",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
             "max_new_tokens", "min_new_tokens", "length_penalty", "temperature", "top_k", "top_p",
             "repetition_penalty", "stop", "seed", "batch_size", "quantize_vision",
+            "max_body_bytes", "max_pixels", "max_images", "max_texts", "max_prompt_tokens", "max_queue", "max_rows",
+            "cache_entries", "cache_bytes",
         )
     },
 }  # fmt: skip

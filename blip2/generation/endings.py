@@ -25,6 +25,8 @@ class Hypothesis:
     (number of those tokens ** length_penalty), as Hugging Face's ``sequences_scores``."""
     finish_reason: FinishReason
     """"eos": the model ended it; "stop": a stop string; "length": max_new_tokens were reached."""
+    log_probs: list[float] | None = None
+    """Greedy and sampling: of each of ``tokens``, as the model gives it, before any filter. Beams have none."""
 
 
 class Endings:

@@ -1,4 +1,4 @@
-"""Prompts in, answers out: the one loop that all decoding goes through.
+"""Prompts in, answers out: what all decoding goes through.
 
 A prompt is a sequence of vectors (image queries and embedded words alike), an answer a list of token ids; nothing
 here knows of pictures or, but for stop strings, of text.
@@ -7,12 +7,12 @@ here knows of pictures or, but for stop strings, of text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2.errors import OptionError
+from blip2.generation.batch import Batch, Job
 from blip2.generation.endings import Decode, Endings, Hypothesis
 from blip2.generation.filters import build_filters
 from blip2.generation.options import GenerateOptions
@@ -23,8 +23,8 @@ from blip2.language import LanguageModel, pad_rows
 class Engine:
     """Decodes with one language model.
 
-    All prompts of a call run as one batch; how many fit is the caller's business. An answer does not depend on
-    what else is in the batch.
+    All prompts of a call run as one batch; how many fit is the caller's business. A server keeps one `Batch` running,
+    which requests enter and leave (`job`). An answer does not depend on what else is in the batch.
 
     - ``eos_token_ids``: any of these ends an answer.
     - ``suppress_token_ids``: never written: the image token, rows of the vocabulary that stand for no text.
@@ -55,26 +55,29 @@ class Engine:
         with more than one running answer to a prompt.
         """
         options = options or GenerateOptions()
+        if not prompts:
+            return []
+        batch = Batch(self.language)
+        job = self.job(prompts, options, on_token=on_token)
+        batch.add([job])
+        while not job.is_over:
+            batch.step()
+        return job.answers()
+
+    def job(self, prompts: Sequence[Tensor], options: GenerateOptions, *, on_token: OnToken | None = None) -> Job:
+        """The same as `generate` for a batch of this engine's language model that is running (`Batch.add`).
+
+        ``on_token`` is called while the batch steps; what it raises ends this job alone.
+        """
         if on_token is not None and (options.num_beams > 1 or options.num_return > 1):
             raise OptionError(
                 f"on_token follows one answer to a prompt, not num_beams={options.num_beams} and "
                 f"num_return={options.num_return}; set both to 1"
             )
+        _check(prompts)
         endings = Endings(options, self.eos_token_ids, self.decode)
-        if not prompts:
-            return []
         strategy = self._strategy(options, endings, len(prompts), prompts[0].device, on_token)
-
-        logits_RV, state = self._prefill(prompts, options.max_new_tokens)
-        if strategy.rows_per_prompt > 1:  # a prompt is read once, then its state is copied to its rows
-            rows_R = torch.arange(len(prompts), device=logits_RV.device).repeat_interleave(strategy.rows_per_prompt)
-            state.select(rows_R)
-            logits_RV = logits_RV[rows_R]
-        while (choice := strategy.choose(logits_RV)) is not None:
-            if choice.rows_R is not None:
-                state.select(choice.rows_R)
-            logits_RV = self.language.step(choice.tokens_R, state)
-        return strategy.answers()
+        return Job(prompts, strategy, options.max_new_tokens)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[float]:
@@ -86,10 +89,11 @@ class Engine:
             raise ValueError(f"{len(prompts)} prompts, but {len(answers)} answers; give each answer its prompt")
         if not prompts:
             return []
+        _check(prompts)
         # Longest answer first, so that the rows which are over are the last ones.
         order = sorted(range(len(answers)), key=lambda number: len(answers[number]), reverse=True)
         longest = len(answers[order[0]])
-        logits_RV, state = self._prefill([prompts[number] for number in order], longest)
+        logits_RV, state = self.language.prefill(*pad_rows([prompts[number] for number in order]), longest)
         total_R = torch.zeros(len(order), device=logits_RV.device)
         for place in range(longest):
             tokens = [answers[number][place] for number in order if len(answers[number]) > place]
@@ -103,12 +107,6 @@ class Engine:
                 logits_RV = self.language.step(tokens_R, state)
         score_of = dict(zip(order, total_R.tolist(), strict=True))
         return [score_of[number] for number in range(len(answers))]
-
-    def _prefill(self, prompts: Sequence[Tensor], num_new_tokens: int) -> tuple[Tensor, Any]:
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {number} is empty; a prompt has one vector or more")
-        return self.language.prefill(*pad_rows(list(prompts)), num_new_tokens)
 
     def _strategy(
         self,
@@ -126,3 +124,9 @@ class Engine:
         return RowByRow(
             options, num_prompts=num_prompts, filters=filters, endings=endings, device=device, on_token=on_token
         )
+
+
+def _check(prompts: Sequence[Tensor]) -> None:
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {number} is empty; a prompt has one vector or more")

@@ -101,6 +101,8 @@ class RowByRow:
         self._tokens_RT = torch.empty(rows, 0, dtype=torch.long, device=device)
         self._score_R = torch.zeros(rows, device=device)
         self._texts: list[list[int]] = [[] for _ in range(rows)]
+        self.log_probs: list[list[float]] = [[] for _ in range(rows)]
+        """Of each token that a row has taken so far, as the model gives it."""
         self._num_reported = [0] * rows
         self._answers: dict[int, Hypothesis] = {}
 
@@ -111,6 +113,8 @@ class RowByRow:
         log_prob_R1 = logits_RV.log_softmax(-1).gather(1, tokens_R[:, None])
         self._score_R = self._score_R + log_prob_R1[:, 0]
         self._tokens_RT = torch.cat([self._tokens_RT, tokens_R[:, None]], dim=1)
+        for row, log_prob in zip(self._running, log_prob_R1[:, 0].tolist(), strict=True):
+            self.log_probs[row].append(log_prob)
         kept = [place for place, token in enumerate(tokens_R.tolist()) if not self._ends(place, token)]
         if not kept:
             return None
@@ -129,7 +133,8 @@ class RowByRow:
         reason = self._endings.reason(text)
         if reason is not None:
             text = self._endings.cut(text, reason)
-            self._answers[row] = Hypothesis(text, float(self._score_R[place]), reason)
+            log_probs = self.log_probs[row][: len(text)]
+            self._answers[row] = Hypothesis(text, float(self._score_R[place]), reason, log_probs)
         if self._on_token is not None:
             certain = len(text) if reason is not None else self._endings.num_certain(text)
             for known in text[self._num_reported[row] : certain]:
@@ -239,6 +244,8 @@ class BeamSearch:
         num_beams = self._options.num_beams
         may_end_C = torch.arange(score_PC.shape[1], device=score_PC.device) < num_beams
         reason_PC = reason_PC * (may_end_C & (score_PC > RULED_OUT))
+        if not reason_PC.any():
+            return
         score_PC = score_PC / (self._step**self._options.length_penalty)
         score_PC = score_PC.masked_fill(reason_PC == 0, RULED_OUT)
         merged_score_PM = torch.cat([self._ended.score_PK, score_PC], dim=1)
@@ -294,5 +301,7 @@ class BeamSearch:
 
 def _take(values_PK: Tensor, index_PN: Tensor) -> Tensor:
     """For each prompt, the named entries of its second dimension: ``[P, K, ...] -> [P, N, ...]``."""
+    if len(index_PN) == 1:  # a server's jobs have one prompt, and so many of them that this is felt
+        return values_PK[0].index_select(0, index_PN[0])[None]
     prompts_P1 = torch.arange(len(index_PN), device=index_PN.device)[:, None]
     return values_PK[prompts_P1, index_PN]

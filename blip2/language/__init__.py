@@ -24,6 +24,9 @@ class DecoderState(Protocol):
     def select(self, rows_N: Tensor) -> None:
         """Keep these rows, in this order; a row named twice is copied (a beam that splits)."""
 
+    def join(self, other: Any) -> None:
+        """Take in the rows of another state of the same language model, after those here."""
+
 
 class LanguageModel(Protocol):
     """What the decoder (`blip2.generation`) needs of a language model; `OPT` and `T5` are the two."""

@@ -185,6 +185,20 @@ class T5State:
         self.encoded = Encoded(keys_values, self.encoded.mask_B11P[rows_N])
         self.cache.select(rows_N)
 
+    def join(self, other: T5State) -> None:
+        """Take in the rows of another state, after those here; the shorter prompts get padding, which is masked."""
+        own, their = self.encoded.mask_B11P, other.encoded.mask_B11P
+        longest = max(own.shape[-1], their.shape[-1])
+        keys_values = [
+            (_joined(key, their_key, longest), _joined(value, their_value, longest))
+            for (key, value), (their_key, their_value) in zip(
+                self.encoded.keys_values, other.encoded.keys_values, strict=True
+            )
+        ]
+        mask_B11P = torch.cat([F.pad(mask, (0, longest - mask.shape[-1])) for mask in (own, their)])
+        self.encoded = Encoded(keys_values, mask_B11P)
+        self.cache.join(other.cache)
+
 
 class T5(nn.Module):
     """See `blip2.language` for what a language model offers; here the prompt goes into the encoder."""
@@ -283,6 +297,11 @@ class T5(nn.Module):
         hidden_B1D = self.decode(self.embed(tokens_B[:, None]), state.encoded, state.cache)
         state.cache.advance(1, 1)
         return self.logits(hidden_B1D[:, 0])
+
+
+def _joined(first_BHPD: Tensor, second_BHPD: Tensor, longest: int) -> Tensor:
+    """The rows of both, with room for ``longest`` tokens."""
+    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in (first_BHPD, second_BHPD)])
 
 
 def _masked(bias: Tensor, mask: Tensor) -> Tensor:

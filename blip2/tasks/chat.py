@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from blip2.encoded import EncodedImage
 from blip2.generation import GenerateOptions
@@ -50,13 +50,10 @@ class Chat:
 
     def prompt(self, question: str) -> str:
         """What the model is going to read: as many of the last turns as it has room for, then the question."""
-        for first in range(len(self.history)):
-            prompt = chat_prompt(self.history[first:], question)
-            if self._speaker.fits(prompt, self.options.max_new_tokens):
-                self.num_forgotten = first
-                return prompt
-        self.num_forgotten = len(self.history)
-        return chat_prompt([], question)
+        prompt, self.num_forgotten = prompt_that_fits(
+            self._speaker, self.history, question, self.options.max_new_tokens
+        )
+        return prompt
 
     def _listen(self, question: str, prompt: str) -> Generator[str, None, None]:
         heard: list[str] = []
@@ -69,6 +66,20 @@ class Chat:
                 self.history.append((question, "".join(heard)))
             raise
         self.history.append((question, "".join(heard)))
+
+
+def prompt_that_fits(
+    speaker: Speaker, history: Sequence[tuple[str, str]], question: str, num_new_tokens: int
+) -> tuple[str, int]:
+    """As many of the last turns as the model has room for, then the question; and how many turns are left out.
+
+    Raises OptionError if the question is empty.
+    """
+    for first in range(len(history)):
+        prompt = chat_prompt(history[first:], question)
+        if speaker.fits(prompt, num_new_tokens):
+            return prompt, first
+    return chat_prompt([], question), len(history)
 
 
 class _Stopped(Exception):

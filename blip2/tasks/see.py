@@ -78,12 +78,26 @@ class Eye(Generic[Kept]):
         patches_PD, blank_PD = encode(pixels_2CHW.to(self._vision.position_embedding.device))
         return patches_PD, blank_PD
 
+    def pixels(self, image: Source) -> Tensor:
+        """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
+        return to_pixels([load_image(image)], size=self._size, mean=self._mean, std=self._std)[0]
+
+    @torch.no_grad()
+    def encode(self, pixels: Sequence[Tensor]) -> list[Kept]:
+        """What is kept of pictures that `pixels` has read, in order."""
+        device = self._vision.position_embedding.device
+        return [
+            kept
+            for some in chunks(pixels, self._images_at_a_time(device))
+            for kept in self._encode_pixels(torch.stack(list(some)).to(device))
+        ]
+
     def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
         """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
         if isinstance(image, self._kind):
             return image
         try:
-            return to_pixels([load_image(cast("Source", image))], size=self._size, mean=self._mean, std=self._std)[0]
+            return self.pixels(cast("Source", image))
         except ImageError as error:
             return error
 
@@ -93,16 +107,9 @@ class Eye(Generic[Kept]):
         layer_bytes = (config.num_patches + 1) * config.intermediate_size * self._vision.position_embedding.itemsize
         return sys.maxsize if device.type != "cpu" else max(1, CACHE_BYTES // layer_bytes)
 
-    @torch.no_grad()
     def _encode(self, loads: list[Callable[[], Tensor | Kept | ImageError]]) -> list[Kept | ImageError]:
         loaded = [load() for load in loads]
-        fresh = [pixels_CHW for pixels_CHW in loaded if isinstance(pixels_CHW, Tensor)]
-        device = self._vision.position_embedding.device
-        kept = (
-            kept
-            for some in chunks(fresh, self._images_at_a_time(device))
-            for kept in self._encode_pixels(torch.stack(list(some)).to(device))
-        )
+        kept = iter(self.encode([pixels_CHW for pixels_CHW in loaded if isinstance(pixels_CHW, Tensor)]))
         return [next(kept) if isinstance(seen, Tensor) else seen for seen in loaded]
 
 

@@ -1,0 +1,97 @@
+"""The application: its routes, its doorman, and its models, which are loaded once the port is open."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware import Middleware
+
+from blip2 import __version__
+from blip2.serve import openai, plain
+from blip2.serve.doorman import Doorman
+from blip2.serve.errors import add_handlers
+from blip2.serve.fetch import Fetcher
+from blip2.serve.limits import Limits
+from blip2.serve.service import Models, Service
+
+PAGE = Path(__file__).parent / "page"
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data: blob:",
+        "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+    )
+)  # fmt: skip
+"""The page runs what this server gives it and speaks to this server, and to nobody else."""
+
+
+def create_app(
+    load: Callable[[], Models],
+    *,
+    limits: Limits | None = None,
+    keys: Sequence[str] = (),
+    fetcher: Fetcher | None = None,
+) -> FastAPI:
+    """An ASGI application. ``load`` is called in a thread when it starts.
+
+    ``keys``: whoever has none of them is sent away; without any, everybody is let in. ``fetcher``: for pictures at
+    web addresses, which by default are refused. ``app.state.service`` is its `Service`.
+    """
+    limits = limits or Limits()
+    service = Service(load, limits, fetcher or Fetcher())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(title="blip2", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    add_handlers(app)
+    app.include_router(openai.router(service))
+    app.include_router(plain.router(service))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the server is there at all."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether it can answer; 503 while the model is loading, and if it is gone."""
+        refusal = service.refusal()
+        return JSONResponse({"status": "ready"}) if refusal is None else refusal.response()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return _page_file("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        return _page_file(name)
+
+    routes = [path for path in app.openapi()["paths"] if "{" not in path]
+    app.user_middleware.append(
+        Middleware(Doorman, limits=limits, metrics=service.metrics, keys=keys, refusal=service.refusal, routes=routes)
+    )
+    return app
+
+
+def _page_file(name: str) -> Response:
+    """A file of the page, and none but those that lie there."""
+    files = {path.name: path for path in PAGE.iterdir() if path.is_file()} if PAGE.is_dir() else {}
+    if name not in files:
+        if name == "index.html":
+            return PlainTextResponse("blip2 is here; its interface is described at /openapi.json\n")
+        return JSONResponse({"error": {"message": "there is no such file", "code": "not_found"}}, 404)
+    headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"}
+    return FileResponse(files[name], headers=headers)

@@ -1,0 +1,104 @@
+"""What a model keeps of the pictures seen last, found again by their pixels."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+Kept = TypeVar("Kept")
+
+
+Encode = Callable[[Sequence[Tensor]], list[Kept]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """A picture that was read: the digest of its decoded pixels, and what the image encoder is given of it."""
+
+    digest: str
+    pixels_CHW: Tensor
+
+
+class ImageCache(Generic[Kept]):
+    """At most so many entries and bytes; what was not used for longest goes first.
+
+    ``hits`` and ``misses`` count requests: whether the image encoder was spared; ``num_encoded`` its pictures.
+    """
+
+    def __init__(self, encode: Encode[Kept], max_entries: int, max_bytes: int) -> None:
+        self.max_entries = max_entries
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self.num_encoded = 0
+        self._encode = encode
+        self._entries: OrderedDict[str, Kept] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def see(self, looks: Sequence[Look]) -> list[Kept | Exception]:
+        """What the model keeps of each picture; each is encoded once, those that are new together.
+
+        By the models' thread alone. A picture that cannot be encoded has its error in its place.
+        """
+        found: dict[str, Kept | Exception | None] = {}
+        for look in looks:
+            is_known = look.digest in found
+            if not is_known:
+                found[look.digest] = self.get(look.digest)
+                is_known = found[look.digest] is not None
+            self.hits += is_known
+            self.misses += not is_known
+        new = [look for look in {look.digest: look for look in looks}.values() if found[look.digest] is None]
+        for look, seen in zip(new, self._encode_all(new), strict=True):
+            found[look.digest] = seen
+            if not isinstance(seen, Exception):
+                self.num_encoded += 1
+                self.put(look.digest, seen)
+        return [kept for look in looks if (kept := found[look.digest]) is not None]
+
+    def _encode_all(self, looks: Sequence[Look]) -> Sequence[Kept | Exception]:
+        """Together if it can be, else each by itself, to find the one at fault."""
+        if not looks:
+            return []
+        try:
+            return self._encode([look.pixels_CHW for look in looks])
+        except Exception as error:
+            if len(looks) == 1:
+                return [error]
+            return [kept for look in looks for kept in self._encode_all([look])]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, digest: str) -> Kept | None:
+        with self._lock:
+            kept = self._entries.get(digest)
+            if kept is not None:
+                self._entries.move_to_end(digest)
+            return kept
+
+    def put(self, digest: str, kept: Kept) -> None:
+        """What is larger than the whole cache is not kept."""
+        size = num_bytes(kept)
+        if size > self.max_bytes or self.max_entries < 1:
+            return
+        with self._lock:
+            if (old := self._entries.pop(digest, None)) is not None:
+                self.num_bytes -= num_bytes(old)
+            self._entries[digest] = kept
+            self.num_bytes += size
+            while len(self._entries) > self.max_entries or self.num_bytes > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self.num_bytes -= num_bytes(oldest)
+
+
+def num_bytes(kept: Any) -> int:
+    """Of the tensors of a dataclass."""
+    values = (getattr(kept, field.name) for field in fields(kept))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))

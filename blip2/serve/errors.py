@@ -1,0 +1,89 @@
+"""What goes wrong, told in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from blip2.errors import Blip2Error, CheckpointError, ImageError, ImageFormatError, ImageSizeError
+
+logger = logging.getLogger("blip2.serve")
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error: HTTP status, a code for programs, one line for people."""
+
+    def __init__(
+        self, status: int, code: str, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        # What a client sent may hold halves of characters, which no answer can carry.
+        message = self.message.encode("utf-8", "replace").decode()
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of any error; what should not happen is logged here, and not told."""
+    match error:
+        case ApiError():
+            return error
+        case ImageSizeError():
+            return ApiError(413, "image_too_large", str(error), param="image")
+        case ImageFormatError():
+            return ApiError(415, "unsupported_image", str(error), param="image")
+        case ImageError():
+            return ApiError(400, "invalid_image", str(error), param="image")
+        case Blip2Error() if not isinstance(error, CheckpointError):
+            return ApiError(400, "invalid_value", str(error))
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "internal_error", "something went wrong in the server; its log says what")
+
+
+def add_handlers(app: FastAPI) -> None:
+    async def told(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return of_validation(error.errors()).response()
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        headers = dict(error.headers) if error.headers else None
+        return ApiError(error.status_code, code, str(error.detail), headers=headers).response()
+
+    app.add_exception_handler(ApiError, told)
+    app.add_exception_handler(Blip2Error, told)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, told)
+
+
+def of_validation(problems: Any) -> ApiError:
+    """The first problem that pydantic found; what was given is not repeated, it may be a picture."""
+    first = problems[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    where = ".".join(path) or None
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    subject = f"{where}: " if where and not first["type"].startswith("json") else ""
+    return ApiError(400, "invalid_value", f"{subject}{first['msg']}{more}"[:500], param=where and where[:100])

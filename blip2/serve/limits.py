@@ -1,0 +1,46 @@
+"""How much a stranger may ask for; each limit is enforced before the work that it guards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from blip2.errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Counts are 1 or more, times in seconds."""
+
+    max_body_bytes: int = 20 * 2**20
+    """Of a request, counted while it is read."""
+    body_s: float = 30.0
+    """A body that has not arrived after that time is given up (408)."""
+    max_pixels: int = 50_000_000
+    """Of a picture, from its header."""
+    max_images: int = 32
+    """In one request, those of earlier turns of a conversation included."""
+    max_texts: int = 256
+    """In one request: to match, or to embed."""
+    max_prompt_tokens: int = 2048
+    """Of text; a model that reads less says so itself. Of 16 characters a token, no more are even looked at."""
+    max_new_tokens: int = 512
+    """That a request may ask for."""
+    max_queue: int = 128
+    """Requests in the house, those at work included; the next one is sent away (429)."""
+    max_rows: int = 64
+    """Answers that are written at a time; a search with 5 beams, as the tasks have it, is 5."""
+    deadline_s: float = 120.0
+    """From the last byte of the request to the last of the answer (504)."""
+    shutdown_s: float = 30.0
+    """How long a stop signal waits for what is running."""
+    cache_entries: int = 4096
+    """Encoded images that are remembered."""
+    cache_bytes: int = 512 * 2**20
+    """What these may take, of each of the two models."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name.startswith("cache") else 1 if isinstance(field.default, int) else 1e-3
+            if not value >= least:
+                raise OptionError(f"{field.name} is {value}; use {least} or more")

@@ -1,0 +1,58 @@
+"""What an operator sees at /metrics, in Prometheus' format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from blip2.serve.cache import ImageCache
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """All numbers of one server, in a registry of its own, so that two servers in one process do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        self.running = Gauge("blip2_requests_running", "Requests whose answers are being written", **own)
+        self.waiting = Gauge("blip2_requests_waiting", "Requests that wait for a place in the batch", **own)
+        self.rows = Gauge("blip2_rows", "Answers in the running batch; each beam counts", **own)
+        self.in_house = Gauge("blip2_requests_in_house", "Requests that have come and are not answered yet", **own)
+        self.request_seconds = Histogram(
+            "blip2_request_seconds", "From the request's first byte to the answer's last",
+            ["route", "status"], buckets=SECONDS, **own,
+        )  # fmt: skip
+        self.first_token_seconds = Histogram(
+            "blip2_time_to_first_token_seconds", "From a request's entering the queue to its first token",
+            buckets=SECONDS, **own,
+        )  # fmt: skip
+        self.tokens = Counter("blip2_tokens", "Tokens read and written", ["kind"], **own)
+        self.batch_size = Histogram("blip2_batch_size", "Rows of a decoding step", buckets=ROWS, **own)
+        self.image_rejected = Counter("blip2_image_rejected", "Pictures that were refused", ["reason"], **own)
+        self.requests_rejected = Counter("blip2_requests_rejected", "Requests refused at the door", ["reason"], **own)
+
+    def follow_caches(self, caches: Sequence[ImageCache[Any]]) -> None:
+        """Show what the caches count themselves."""
+
+        class FromCaches(Collector):
+            def collect(self) -> list[CounterMetricFamily]:
+                return [
+                    CounterMetricFamily(f"blip2_{name}", words, value=sum(getattr(cache, count) for cache in caches))
+                    for name, words, count in (
+                        ("image_cache_hits", "Questions about a picture seen already", "hits"),
+                        ("image_cache_misses", "Questions about a picture that is new", "misses"),
+                        ("images_encoded", "Pictures that went through an image encoder", "num_encoded"),
+                    )
+                ]
+
+        self.registry.register(FromCaches())
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,134 @@
+"""Answers to /v1/chat/completions: whole, or as the sequence of events that clients expect.
+
+Events: the role; pieces of content; an empty one with the reason why it ends; the usage, if it was asked for; [DONE].
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from blip2.generation import Hypothesis
+from blip2.serve.errors import as_api_error
+from blip2.serve.service import Piece
+from blip2.text import Tokenizer
+
+FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+class Reply:
+    """Builds one response, whole or in chunks."""
+
+    def __init__(self, model: str, tokenizer: Tokenizer, has_log_probs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._has_log_probs = has_log_probs
+        self._shared = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, answers: Sequence[Hypothesis], num_prompt_tokens: int) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": self._tokenizer.decode(answer.tokens), "refusal": None},
+                "logprobs": self._log_probs(answer.tokens, answer.log_probs or []),
+                "finish_reason": FINISH[answer.finish_reason],
+            }
+            for index, answer in enumerate(answers)
+        ]
+        usage = _usage(num_prompt_tokens, sum(len(answer.tokens) for answer in answers))
+        return {**self._shared, "object": "chat.completion", "choices": choices, "usage": usage}
+
+    async def chunks(
+        self, pieces: AsyncGenerator[Piece | Hypothesis, None], num_prompt_tokens: int, has_usage: bool
+    ) -> AsyncGenerator[str, None]:
+        """The events of an answer that is being written."""
+        yield self._chunk(0, {"role": "assistant", "content": ""}, has_usage=has_usage)
+        try:
+            async for piece in pieces:
+                if isinstance(piece, Piece):
+                    log_probs = self._log_probs(piece.tokens, piece.log_probs)
+                    yield self._chunk(0, {"content": piece.text}, log_probs=log_probs, has_usage=has_usage)
+                else:
+                    yield self._chunk(0, {}, finish_reason=FINISH[piece.finish_reason], has_usage=has_usage)
+                    if has_usage:
+                        yield self._usage_chunk(num_prompt_tokens, len(piece.tokens))
+        except Exception as error:  # the status was sent long ago: an event has to tell
+            yield _event(as_api_error(error).body)
+            return
+        finally:
+            await pieces.aclose()
+        yield "data: [DONE]\n\n"
+
+    async def chunks_of(
+        self, answers: Sequence[Hypothesis], num_prompt_tokens: int, has_usage: bool
+    ) -> AsyncGenerator[str, None]:
+        """The same events for answers that are all there."""
+        for index, answer in enumerate(answers):
+            log_probs = self._log_probs(answer.tokens, answer.log_probs or [])
+            content = self._tokenizer.decode(answer.tokens)
+            yield self._chunk(index, {"role": "assistant", "content": ""}, has_usage=has_usage)
+            yield self._chunk(index, {"content": content}, log_probs=log_probs, has_usage=has_usage)
+            yield self._chunk(index, {}, finish_reason=FINISH[answer.finish_reason], has_usage=has_usage)
+        if has_usage:
+            yield self._usage_chunk(num_prompt_tokens, sum(len(answer.tokens) for answer in answers))
+        yield "data: [DONE]\n\n"
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        *,
+        log_probs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+        has_usage: bool,
+    ) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
+        usage = {"usage": None} if has_usage else {}
+        return _event({**self._shared, "object": "chat.completion.chunk", "choices": [choice], **usage})
+
+    def _usage_chunk(self, num_prompt_tokens: int, num_tokens: int) -> str:
+        usage = _usage(num_prompt_tokens, num_tokens)
+        return _event({**self._shared, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+
+    def _log_probs(self, tokens: Sequence[int], log_probs: Sequence[float]) -> dict[str, Any] | None:
+        if not self._has_log_probs:
+            return None
+        content = []
+        for token, log_prob in zip(tokens, log_probs, strict=True):
+            text = self._tokenizer.decode([token])
+            content.append({"token": text, "logprob": log_prob, "bytes": list(text.encode()), "top_logprobs": []})
+        return {"content": content, "refusal": None}
+
+
+def _usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+    }
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """``on_end`` is called however it ends: also if the client hangs up before the first event."""
+
+    def __init__(
+        self, events: AsyncGenerator[str, None], headers: dict[str, str], on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()

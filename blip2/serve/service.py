@@ -1,0 +1,201 @@
+"""Between the event loop and the models' thread: loading, waiting, deadlines, clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from fastapi import Request
+
+from blip2.api import Matcher, Pipeline
+from blip2.generation import Hypothesis
+from blip2.serve.doorman import END
+from blip2.serve.errors import ApiError
+from blip2.serve.fetch import Fetcher
+from blip2.serve.limits import Limits
+from blip2.serve.metrics import Metrics
+from blip2.serve.pictures import Pictures
+from blip2.serve.worker import Ticket, Worker, WorkerError
+
+logger = logging.getLogger("blip2.serve")
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is served: a generative model, and a matching one if there is to be."""
+
+    pipeline: Pipeline
+    matcher: Matcher | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer that is being written."""
+
+    text: str
+    tokens: list[int]
+    log_probs: list[float]
+
+
+class Service:
+    """What all routes share. ``load`` runs in a thread, once the port is open."""
+
+    def __init__(self, load: Callable[[], Models], limits: Limits, fetcher: Fetcher) -> None:
+        self.limits = limits
+        self.metrics = Metrics()
+        self.pictures = Pictures(limits, self.metrics, fetcher)
+        self.load_error: BaseException | None = None
+        self.is_stopping = False
+        self._load = load
+        self._worker: Worker | None = None
+
+    # ---- coming and going ----
+
+    def start(self) -> None:
+        threading.Thread(target=self._load_models, name="blip2 loading", daemon=True).start()
+
+    def _load_models(self) -> None:
+        try:
+            models = self._load()
+            self._worker = Worker(models.pipeline, models.matcher, self.limits, self.metrics)
+        except BaseException as error:  # told by /ready, and by whoever runs the server
+            self.load_error = error
+            logger.error("the model cannot be loaded: %s", error)
+
+    async def stop(self) -> None:
+        self.is_stopping = True
+        if self._worker is not None:
+            await asyncio.to_thread(self._worker.close, self.limits.shutdown_s)
+        self.pictures.close()
+
+    def refusal(self) -> ApiError | None:
+        """Why nothing can be answered at present; None: it can."""
+        if self.load_error is not None:
+            return ApiError(503, "model_failed", f"the model cannot be loaded: {self.load_error}")
+        if self._worker is None:
+            return ApiError(503, "loading", "the model is being loaded; try again", headers={"Retry-After": "2"})
+        if self.is_stopping:
+            return ApiError(503, "stopping", "the server is stopping")
+        if not self._worker.is_alive:
+            return ApiError(503, "model_stopped", "the model has stopped; the server has to be started anew")
+        return None
+
+    @property
+    def worker(self) -> Worker:
+        if (refusal := self.refusal()) is not None:
+            raise refusal
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.worker.pipeline
+
+    @property
+    def matcher(self) -> Matcher:
+        """Raises ApiError if there is none."""
+        matcher = self.worker.matcher
+        if matcher is None:
+            raise ApiError(
+                400, "no_matching_model", "this server has no model that compares pictures with texts; start it with "
+                "--matching-model"
+            )  # fmt: skip
+        return matcher
+
+    # ---- answers ----
+
+    async def answers(self, request: Request, ticket: Ticket) -> list[Hypothesis]:
+        """The answers to one prompt. If nobody waits for them any more, they are not written."""
+        worker = self.worker
+        try:
+            worker.submit(ticket)
+            return await self._wait(request, asyncio.wrap_future(ticket.answers))
+        except WorkerError as error:
+            raise ApiError(503, "model_stopped", str(error)) from error
+        finally:
+            worker.cancel(ticket)
+
+    async def compute(self, request: Request, function: Callable[[], Value]) -> Value:
+        """What a function gives on the models' thread."""
+        try:
+            future: Future[Value] = self.worker.call(function)
+            return await self._wait(request, asyncio.wrap_future(future))
+        except WorkerError as error:
+            raise ApiError(503, "model_stopped", str(error)) from error
+
+    async def stream(self, request: Request, ticket: Ticket) -> tuple[AsyncGenerator[Piece | Hypothesis, None], Ticket]:
+        """The only answer in pieces, and then whole; and the ticket that it runs under.
+
+        The first piece is waited for here, so that what goes wrong until then still is an error of its own; what goes
+        wrong later is raised by the generator.
+        """
+        loop = asyncio.get_running_loop()
+        heard: asyncio.Queue[Piece | None] = asyncio.Queue()
+
+        def on_piece(text: str, tokens: list[int], log_probs: list[float]) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, Piece(text, tokens, log_probs))
+
+        ticket = replace(ticket, on_piece=on_piece)
+        worker = self.worker
+        try:
+            worker.submit(ticket)
+            ticket.answers.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, None))
+            first = await self._wait(request, asyncio.ensure_future(heard.get()))
+            if first is None:
+                ticket.answers.result()
+        except WorkerError as error:
+            worker.cancel(ticket)
+            raise ApiError(503, "model_stopped", str(error)) from error
+        except BaseException:
+            worker.cancel(ticket)
+            raise
+
+        async def pieces() -> AsyncGenerator[Piece | Hypothesis, None]:
+            try:
+                piece = first
+                while piece is not None:
+                    yield piece
+                    piece = await self._in_time(request, heard.get())
+                yield ticket.answers.result()[0]
+            finally:
+                worker.cancel(ticket)
+
+        return pieces(), ticket
+
+    async def _wait(self, request: Request, result: asyncio.Future[Value]) -> Value:
+        """The result; ApiError if the time is up, CancelledError if the client hung up meanwhile."""
+        hung_up = asyncio.ensure_future(_hang_up(request))
+        try:
+            left_s = request.scope[END] - time.monotonic()
+            await asyncio.wait((result, hung_up), timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
+            if hung_up.done():
+                raise ApiError(499, "client_closed_request", "the client hung up")
+            raise self._too_late()
+        finally:
+            hung_up.cancel()
+            result.cancel()
+
+    async def _in_time(self, request: Request, result: Awaitable[Value]) -> Value:
+        try:
+            async with asyncio.timeout(max(request.scope[END] - time.monotonic(), 0)):
+                return await result
+        except TimeoutError:
+            raise self._too_late() from None
+
+    def _too_late(self) -> ApiError:
+        return ApiError(504, "deadline", f"there was no answer within {self.limits.deadline_s:g} s; try again later")
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,70 @@
+"""`blip2 serve`: what it is told, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import builtins
+import socket
+
+import pytest
+
+from blip2.cli.serve import _keys
+from blip2.errors import OptionError
+
+
+def test_without_its_packages_it_says_what_to_install(run, monkeypatch) -> None:
+    plain = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name == "blip2.serve.app":
+            raise ModuleNotFoundError("No module named 'fastapi'")
+        return plain(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    done = run("serve")
+    assert done.exit_code == 1 and "pip install 'blip2[serve]'" in done.stderr and "fastapi" in done.stderr
+
+
+def test_a_port_that_is_taken(run) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", str(port))
+    assert done.exit_code == 2 and f"port {port} of 127.0.0.1 cannot be opened" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "99999"], "cannot be opened"),
+        (["--max-rows", "0"], "--max-rows is 0; use 1 or more"),
+        (["--deadline", "-1"], "--deadline is -1"),
+        (["--api-key", ""], "an API key is empty"),
+    ],
+)
+def test_what_cannot_be(run, arguments, words) -> None:
+    done = run("serve", *arguments)
+    assert done.exit_code == 2 and words in done.stderr
+
+
+def test_a_model_that_is_not_there_ends_it(run, tmp_path) -> None:
+    done = run("serve", "--port", "0", "-m", str(tmp_path / "nowhere"))
+    assert done.exit_code == 1 and "nowhere" in done.stderr
+
+
+def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("BLIP2_API_KEY", raising=False)
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n")
+    assert _keys(("zero",), file) == ["zero", "one", "two"]
+    assert _keys((), None) == []
+    monkeypatch.setenv("BLIP2_API_KEY", "three")
+    assert _keys((), None) == ["three"]
+    monkeypatch.setenv("BLIP2_API_KEY", "")
+    with pytest.raises(OptionError, match="empty"):
+        _keys((), None)
+    file.write_text("\n")
+    with pytest.raises(OptionError, match="has no key"):
+        _keys((), file)
+    with pytest.raises(OptionError, match="cannot be read"):
+        _keys((), tmp_path / "missing")
