@@ -183,18 +183,16 @@ def test_only_two_batches_of_pictures_in_memory(blip, monkeypatch):
     load = blip2.tasks.see.load_image
     monkeypatch.setattr("blip2.tasks.see.load_image", lambda source: read.append(source) or load(source))
     images = [tiny.picture(seed) for seed in range(20)]
+    before = set(threading.enumerate())
     results = blip.each_caption(images, batch_size=4, max_new_tokens=2, num_beams=1)
     next(results)
     assert len(read) <= 8
+    started = set(threading.enumerate()) - before
+    assert started
     results.close()
-    assert not any(thread.name.startswith("blip2") and thread.is_alive() for thread in settled_threads())
-
-
-def settled_threads():
-    for thread in threading.enumerate():
-        if thread.name.startswith("blip2"):
-            thread.join(5)
-    return threading.enumerate()
+    for thread in started:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_a_broken_picture(blip, pictures, tmp_path):
