@@ -18,7 +18,7 @@ from blip2.tasks import caption as caption_task
 from blip2.tasks.ask import Choice
 from blip2.tasks.chat import Chat
 from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, CHAT, merged
-from blip2.tasks.explain import Explanation, explain_answer, explain_caption, sight
+from blip2.tasks.explain import Explanation, Words, explain_words, sight
 from blip2.tasks.see import Eye, OnError, Result, Seen, checked, in_batches, repeated
 from blip2.tasks.speaker import Answer, Speaker, num_pairs
 from blip2.text import Tokenizer
@@ -227,16 +227,9 @@ class Pipeline:
 
         Raises ImageError, and OptionError for a word that is not in the caption, or what does not go together.
         """
-        if question is None and answer is not None:
-            raise OptionError("an answer without a question says nothing; give the question, too")
-        if question is not None and not (word is caption is None):
-            raise OptionError("a question has an answer, which is explained as a whole; leave out word and caption")
-        if question is not None:
-            ask_task.prompts(self.speaker, [question])
-        seen = sight(image, self.eye, self.speaker.model.patches)
-        if question is not None:
-            return explain_answer(self.speaker, seen, question, answer)
-        return explain_caption(self.speaker, seen, word, caption)
+        words = Words(question, answer, word, caption)
+        words.check()
+        return explain_words(self.speaker, sight(image, self.eye, self.speaker.model.patches), words)
 
     # ---- conversation ----
 

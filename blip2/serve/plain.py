@@ -1,4 +1,4 @@
-"""``/caption``, ``/ask``, ``/match``: one thing each, as a form with a file or as JSON, for curl and for the page."""
+"""``/caption``, ``/ask``, ``/match``, ``/explain``: one thing each, as a form with a file or as JSON."""
 
 from __future__ import annotations
 
@@ -10,21 +10,36 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
+from blip2.api import Matcher
 from blip2.generation import GenerateOptions
-from blip2.image import RgbImage
+from blip2.image import RgbImage, grey_address, shrunk
 from blip2.serve.cache import Look
 from blip2.serve.decoding import check_prompt, checked_text, options_of
 from blip2.serve.errors import ApiError
 from blip2.serve.names import served_name
 from blip2.serve.pictures import look
-from blip2.serve.schemas import Answered, AskRequest, CaptionRequest, Decoding, Matched, MatchedText, MatchRequest
+from blip2.serve.schemas import (
+    Answered,
+    AskRequest,
+    CaptionRequest,
+    Decoding,
+    Explained,
+    ExplainRequest,
+    Matched,
+    MatchedText,
+    MatchRequest,
+)
 from blip2.serve.service import Service
 from blip2.serve.worker import Ticket
 from blip2.tasks import ask as ask_task
 from blip2.tasks.defaults import ASK, CAPTION
+from blip2.tasks.explain import Explanation, Sight, Words, explain_match, explain_words
 from blip2.text import clean
 
+MAP_PX = 512
+"""The longer side of the map that /explain gives."""
 LISTS = ("texts", "stop")
 """Fields of a form that may be given several times."""
 Asked = TypeVar("Asked", bound=BaseModel)
@@ -94,6 +109,45 @@ def router(service: Service) -> APIRouter:
             ]
 
         return Matched(results=await service.compute(request, compare), model=served_name(matcher.name))
+
+    @routes.post("/explain", openapi_extra=_either(ExplainRequest))
+    async def explain(request: Request) -> Explained:
+        """Where in a picture the model finds what speaks for a text, an answer, or a word of a caption."""
+        body, image = await _read(request, ExplainRequest)
+        given = {
+            name: checked_text(text, service.limits)
+            for name in ("text", "question", "answer", "word", "caption")
+            if (text := getattr(body, name)) is not None
+        }
+        text = given.pop("text", None)
+        words = Words(**given)
+        words.check()
+        if text is not None and given:
+            raise ApiError(400, "invalid_value", f"a text is explained by itself; leave out {next(iter(given))}")
+        model = service.pipeline if text is None else service.matcher
+
+        def prepare(picture: RgbImage) -> tuple[RgbImage, Tensor]:
+            return shrunk(picture, MAP_PX), model.eye.pixels(picture)
+
+        small, pixels_CHW = await service.pictures.read(image, prepare)
+
+        def look_closely() -> Explanation:
+            if isinstance(model, Matcher):
+                assert text is not None
+                seen = Sight(small, *model.eye.with_blank(pixels_CHW, model.model.encode))
+                return explain_match(model.reader, seen, text)
+            seen = Sight(small, *model.eye.with_blank(pixels_CHW, model.speaker.model.patches))
+            return explain_words(model.speaker, seen, words)
+
+        found = await service.compute(request, look_closely)
+        place = found.strongest
+        return Explained(
+            text=found.text,
+            score=found.score,
+            strongest=None if place is None else (place[0] / small.width, place[1] / small.height),
+            heat=grey_address(found.heat.numpy()),
+            model=served_name(model.name),
+        )
 
     return routes
 

@@ -117,6 +117,18 @@ class MatchRequest(Body):
     texts: Annotated[list[Text], Field(min_length=1)]
 
 
+class ExplainRequest(Body):
+    """POST /explain: where the picture speaks for ``text`` (by the matching model), or for the answer to ``question``,
+    or for ``word`` of ``caption``, or all of it; what is not given of these is the model's own."""
+
+    image: ImageText
+    text: Text | None = None
+    question: Text | None = None
+    answer: Text | None = None
+    word: Text | None = None
+    caption: Text | None = None
+
+
 class Answered(BaseModel):
     """What /caption and /ask give: the best answer, and all of them if more were asked for."""
 
@@ -139,4 +151,16 @@ class Matched(BaseModel):
     """What /match gives: the texts in the order in which they were given."""
 
     results: list[MatchedText]
+    model: str
+
+
+class Explained(BaseModel):
+    """What /explain gives; see `Explanation`."""
+
+    text: str
+    score: float
+    strongest: tuple[float, float] | None
+    """The place that speaks for it most, as shares of width and height; None if none does."""
+    heat: str
+    """A map of the picture, at most 512 pixels a side: a grey PNG in a data address, white where it speaks most."""
     model: str

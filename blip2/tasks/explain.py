@@ -86,7 +86,7 @@ def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> S
     if isinstance(image, EncodedImage | ImageFeatures):
         raise ImageError("an encoded image is no picture any more; give the picture itself, to lay the map over it")
     picture = load_image(image)
-    return Sight(picture, *eye.see_with_blank(picture, encode))
+    return Sight(picture, *eye.with_blank(eye.pixels(picture), encode))
 
 
 # ---- what is explained --------------------------------------------------------------------------------
@@ -104,6 +104,37 @@ def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
 
     evidence_P, score = evidence(log_odds, sight, model.config.qformer)
     return _explanation(sight, evidence_P, clean(text), 1 / (1 + math.exp(-score)))
+
+
+@dataclass(frozen=True)
+class Words:
+    """What of a generative model's words is explained.
+
+    With ``question``: the ``answer`` to it, by default the model's own. Without: a ``word`` of the ``caption``, or all
+    of it; by default the model's own.
+    """
+
+    question: str | None = None
+    answer: str | None = None
+    word: str | None = None
+    caption: str | None = None
+
+    def check(self) -> None:
+        """Raises OptionError for what does not go together."""
+        if self.question is None and self.answer is not None:
+            raise OptionError("an answer without a question says nothing; give the question, too")
+        if self.question is not None and not (self.word is self.caption is None):
+            raise OptionError("a question has an answer, which is explained as a whole; leave out word and caption")
+        if self.question is not None:
+            question_prompt(self.question, "opt")
+
+
+def explain_words(speaker: Speaker, sight: Sight, words: Words) -> Explanation:
+    """Where the picture speaks for words of the model. Raises OptionError as `Words.check`, and for a missing word."""
+    words.check()
+    if words.question is not None:
+        return explain_answer(speaker, sight, words.question, words.answer)
+    return explain_caption(speaker, sight, words.word, words.caption)
 
 
 def explain_answer(speaker: Speaker, sight: Sight, question: str, answer: str | None = None) -> Explanation:

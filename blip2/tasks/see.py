@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.errors import ImageError, OptionError
-from blip2.image import RgbImage, Source, load_image, to_pixels
+from blip2.image import Source, load_image, to_pixels
 from blip2.tasks.speaker import check_batch_size, chunks
 from blip2.vision import VisionTransformer
 
@@ -71,11 +71,10 @@ class Eye(Generic[Kept]):
             pool.shutdown(wait=False, cancel_futures=True)
 
     @torch.no_grad()
-    def see_with_blank(self, picture: RgbImage, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def with_blank(self, pixels_CHW: Tensor, patches_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Patches ``float[1 + P, D]`` of a picture and of one that is all of the mean colour, which shows nothing."""
-        pixels_1CHW = to_pixels([picture], size=self._size, mean=self._mean, std=self._std)
-        pixels_2CHW = torch.cat([pixels_1CHW, torch.zeros_like(pixels_1CHW)])
-        patches_PD, blank_PD = encode(pixels_2CHW.to(self._vision.position_embedding.device))
+        pixels_2CHW = torch.stack([pixels_CHW, torch.zeros_like(pixels_CHW)])
+        patches_PD, blank_PD = patches_of(pixels_2CHW.to(self._vision.position_embedding.device))
         return patches_PD, blank_PD
 
     def pixels(self, image: Source) -> Tensor:

@@ -1,10 +1,9 @@
-"""Any source of a picture -> RGB -> pixels: the one place where Pillow lives.
+"""Any source of a picture -> RGB -> pixels.
 
 What cannot be read is an ImageError: one line with the source, what is wrong, and the remedy.
 
     source   path, URL, bytes, "-", PIL image, array   load_image   ->  RgbImage, upright, opaque, 8 bits
     images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]
-    source   path, ...                                 thumbnail    ->  a small JPEG, to be shown
 """
 
 import base64
@@ -14,9 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from http.client import HTTPException
-from pathlib import Path
 from typing import BinaryIO, TypeAlias
 from urllib import request
 from urllib.error import HTTPError
@@ -35,11 +32,6 @@ Source: TypeAlias = str | os.PathLike | Encoded | Image.Image | np.ndarray | tor
 # Rasters only: Pillow would also run PostScript and open whole documents.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 READABLE = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
-
-WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix -> format
-
-# Heat of 0, 1/4, ..., 1: brighter with each step, so that it can be read without its colours.
-HEAT_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 
 ORIENTATION_TAG = 0x0112
 TURNS = {  # EXIF orientation -> what makes the picture upright
@@ -127,52 +119,6 @@ def to_pixels(
     return torch.from_numpy(pixels_BCHW)
 
 
-def overlay(picture: RgbImage, heat_HW: np.ndarray) -> RgbImage:
-    """The picture under a map of its size, float32[H, W] of 0 to 1: the picture grows darker to 0, coloured to 1."""
-    levels = Image.fromarray((heat_HW * 255).round().astype(np.uint8))
-    stops = np.linspace(0, 1, len(HEAT_COLOURS))
-    colours = [np.interp(np.linspace(0, 1, 256), stops, channel).round() for channel in HEAT_COLOURS.T]
-    coloured = levels.copy()
-    coloured.putpalette(np.stack(colours, axis=1).astype(np.uint8).tobytes())
-    opacity = levels.point([round(102 + 0.3 * level) for level in range(256)])
-    return Image.composite(coloured.convert("RGB"), picture, opacity)
-
-
-def check_writable(path: str | os.PathLike[str]) -> str:
-    """Pillow's name of the format that the file's suffix stands for; OptionError if it is none of `WRITABLE`."""
-    format = WRITABLE.get(Path(path).suffix.lower())
-    if format is None:
-        raise OptionError(f"{os.fspath(path)}: pictures are written as {' '.join(WRITABLE)}; name the file so")
-    return format
-
-
-def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
-    """Write a picture in the format of the file's suffix: whole, or not at all.
-
-    Raises OptionError as `check_writable` does, ImageError where it cannot be written.
-    """
-    path, format = Path(path), check_writable(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        picture.save(unfinished, format)
-        os.replace(unfinished, path)
-    except OSError as error:
-        reason = error.strerror or _reason(error)
-        raise ImageError(f"{path}: cannot be written ({reason}); check the folder and the space on it") from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-
-
-def thumbnail(source: Source, size_px: int) -> bytes:
-    """A small JPEG of a picture, at most ``size_px`` wide and high, in its proportions. Raises ImageError."""
-    image = load_image(source)
-    image.thumbnail((size_px, size_px))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=80)
-    return stream.getvalue()
-
-
 # ---- sources ------------------------------------------------------------------------------------------
 
 
@@ -196,7 +142,7 @@ def _name_of(source: object) -> str:
     return type(source).__name__
 
 
-def _reason(error: object) -> str:
+def reason_of(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -208,7 +154,7 @@ def _open_file(path: str | os.PathLike, name: str) -> BinaryIO:
     except IsADirectoryError:
         raise ImageError(f"{name}: this is a folder; name a picture in it") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or _reason(error)
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise ImageError(f"{name}: cannot be opened ({reason}); check the path and its rights") from error
 
 
@@ -219,7 +165,7 @@ def _from_data_url(url: str) -> bytes:
     try:
         return base64.b64decode("".join(unquote(payload).split()), validate=True)
     except ValueError as error:
-        raise ImageError(f"data address: not valid base64 ({_reason(error)}); encode it again") from error
+        raise ImageError(f"data address: not valid base64 ({reason_of(error)}); encode it again") from error
 
 
 def _download(url: str, name: str, max_bytes: int, timeout_s: float) -> bytes:
@@ -250,10 +196,10 @@ def _download(url: str, name: str, max_bytes: int, timeout_s: float) -> bytes:
                     raise TimeoutError(f"not finished after {timeout_s:g} s")
     except HTTPError as error:
         error.close()
-        reason = _reason(error.reason)
+        reason = reason_of(error.reason)
         raise ImageError(f"{name}: the server says {error.code} {reason}; check the address") from None
     except (OSError, HTTPException, ValueError) as error:
-        reason = _reason(getattr(error, "reason", error))
+        reason = reason_of(getattr(error, "reason", error))
         raise ImageError(f"{name}: cannot be downloaded ({reason}); check address and connection") from error
     if len(content) > max_bytes:
         raise ImageError(f"{name}: larger than {max_bytes:,} bytes; download it first, or raise max_bytes")
@@ -292,9 +238,9 @@ def _decode(stream: BinaryIO, name: str, max_pixels: int, formats: tuple[str, ..
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageSizeError(f"{name}: too many pixels ({_reason(error)}); make the picture smaller") from None
+        raise ImageSizeError(f"{name}: too many pixels ({reason_of(error)}); make the picture smaller") from None
     except Exception as error:  # the codecs raise whatever they stumble over
-        raise ImageError(f"{name}: damaged ({_reason(error)}); save or download it again") from error
+        raise ImageError(f"{name}: damaged ({reason_of(error)}); save or download it again") from error
     with image:
         return _to_rgb(image, name, max_pixels)
 
@@ -314,7 +260,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RgbImage:
     except (MemoryError, ImageError):
         raise
     except Exception as error:
-        problem = f"damaged or cut short ({_reason(error)})"
+        problem = f"damaged or cut short ({reason_of(error)})"
         raise ImageError(f"{name}: {problem}; save or download it again") from error
     rgb.info.clear()  # an orientation left behind would turn the picture once more when it is loaded again
     return rgb if turn is None else rgb.transpose(turn)

@@ -1,0 +1,13 @@
+"""Any source of a picture -> RGB -> pixels, and pictures to be shown: the one room where Pillow lives.
+
+    source   path, URL, bytes, "-", PIL image, array   load_image   ->  RgbImage, upright, opaque, 8 bits
+    images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]
+"""
+
+from blip2.image.read import RgbImage, Source, load_image, to_pixels
+from blip2.image.show import check_writable, grey_address, overlay, save_image, shrunk, thumbnail
+
+__all__ = [
+    "RgbImage", "Source", "check_writable", "grey_address", "load_image", "overlay", "save_image", "shrunk",
+    "thumbnail", "to_pixels",
+]  # fmt: skip

@@ -1,0 +1,78 @@
+"""Pictures to be shown: maps laid over them, thumbnails, files."""
+
+import base64
+import io
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from blip2.errors import ImageError, OptionError
+from blip2.image.read import RgbImage, Source, load_image, reason_of
+
+WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix -> format
+
+# Heat of 0, 1/4, ..., 1: brighter with each step, so that it can be read without its colours.
+HEAT_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+
+
+def overlay(picture: RgbImage, heat_HW: np.ndarray) -> RgbImage:
+    """The picture under a map of its size, float32[H, W] of 0 to 1: the picture grows darker to 0, coloured to 1."""
+    levels = Image.fromarray((heat_HW * 255).round().astype(np.uint8))
+    stops = np.linspace(0, 1, len(HEAT_COLOURS))
+    colours = [np.interp(np.linspace(0, 1, 256), stops, channel).round() for channel in HEAT_COLOURS.T]
+    coloured = levels.copy()
+    coloured.putpalette(np.stack(colours, axis=1).astype(np.uint8).tobytes())
+    opacity = levels.point([round(102 + 0.3 * level) for level in range(256)])
+    return Image.composite(coloured.convert("RGB"), picture, opacity)
+
+
+def check_writable(path: str | os.PathLike[str]) -> str:
+    """Pillow's name of the format that the file's suffix stands for; OptionError if it is none of `WRITABLE`."""
+    format = WRITABLE.get(Path(path).suffix.lower())
+    if format is None:
+        raise OptionError(f"{os.fspath(path)}: pictures are written as {' '.join(WRITABLE)}; name the file so")
+    return format
+
+
+def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
+    """Write a picture in the format of the file's suffix: whole, or not at all.
+
+    Raises OptionError as `check_writable` does, ImageError where it cannot be written.
+    """
+    path, format = Path(path), check_writable(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(unfinished, format)
+        os.replace(unfinished, path)
+    except OSError as error:
+        reason = error.strerror or reason_of(error)
+        raise ImageError(f"{path}: cannot be written ({reason}); check the folder and the space on it") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def thumbnail(source: Source, size_px: int) -> bytes:
+    """A small JPEG of a picture, at most ``size_px`` wide and high, in its proportions. Raises ImageError."""
+    image = load_image(source)
+    image.thumbnail((size_px, size_px))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return stream.getvalue()
+
+
+def shrunk(picture: RgbImage, size_px: int) -> RgbImage:
+    """A copy of at most ``size_px`` wide and high, in its proportions."""
+    small = picture.copy()
+    small.thumbnail((size_px, size_px))
+    return small
+
+
+def grey_address(values_HW: np.ndarray) -> str:
+    """A map float32[H, W] of 0 to 1 as a grey PNG in a data address, for web pages: black 0, white 1."""
+    stream = io.BytesIO()
+    Image.fromarray((values_HW * 255).round().astype(np.uint8)).save(stream, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
