@@ -94,6 +94,8 @@ async function take(file, description = "") {
   $("image").alt = description || `Your picture: ${picture.name}`;
   $("sent").textContent = picture.note;
   $("sent").hidden = !picture.note;
+  $("figure").style.setProperty("--ratio", String(picture.ratio));
+  document.body.classList.add("has-picture");
   for (const id of ["drop", "intro"]) $(id).hidden = true;
   for (const id of ["figure", "work", "another"]) $(id).hidden = false;
   $("knows").open = false;

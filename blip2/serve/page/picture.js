@@ -7,7 +7,7 @@ const MAX_BYTES = 4 * 2 ** 20;
 const MAX_SIDE = 2048;
 
 /**
- * `{file, url, name, note}`: what is sent, what is shown, and what people should know of the difference.
+ * `{file, url, name, ratio, note}`: what is sent, what is shown, its width over its height, and what people should know of the difference.
  * Throws a Refusal for what the browser cannot open.
  */
 export async function readPicture(file) {
@@ -21,9 +21,10 @@ export async function readPicture(file) {
     URL.revokeObjectURL(url);
     throw new Refusal(`${name} is no picture that can be opened here. PNG, JPEG, WebP and GIF can.`);
   }
-  if (TAKEN.includes(file.type) && file.size <= MAX_BYTES) return { file, url, name, note: "" };
+  const ratio = (image.naturalWidth || 1) / (image.naturalHeight || 1);
+  if (TAKEN.includes(file.type) && file.size <= MAX_BYTES) return { file, url, name, ratio, note: "" };
   const { blob, width, height } = await redrawn(image, name);
-  return { file: blob, url, name, note: `Sent as a JPEG of ${width} × ${height} pixels.` };
+  return { file: blob, url, name, ratio, note: `Sent as a JPEG of ${width} × ${height} pixels.` };
 }
 
 /** The same as a JPEG of moderate size: for what is very large, or of a kind that the server does not read. */
