@@ -139,6 +139,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
         self.values = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
         self.lengths_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self._spare: Tensor | None = None  # what `select` copies into next
         self._longest = 0  # of all rows, known without asking the device
         self._is_even = True  # whether all rows are equally long
 
@@ -180,15 +181,19 @@ class KVCache:
 
     def select(self, rows_N: Tensor) -> None:
         """Keep these rows, in this order; a row named twice is copied (a beam that splits)."""
+        # A beam search comes here at every step, so no memory is asked for: each tensor is copied into the one before.
+        spare: Tensor | None = self._spare
         for layers in (self.keys, self.values):
             for layer, old in enumerate(layers):
-                # Slots that no row has reached hold nothing to copy; but they are read, with weight 0.
-                new = old.new_empty(len(rows_N), *old.shape[1:])
-                new[:, :, self._longest :] = 0
+                if spare is None or not _has_room(spare, old, len(rows_N)):
+                    spare = old.new_zeros(len(rows_N), *old.shape[1:])
+                # Slots that no row has reached are not copied; they are read with weight 0, so anything finite will do.
+                new = spare.narrow(0, 0, len(rows_N))
                 torch.index_select(
                     old.narrow(2, 0, self._longest), 0, rows_N.to(old.device), out=new.narrow(2, 0, self._longest)
                 )
-                layers[layer] = new
+                layers[layer], spare = new, old
+        self._spare = spare
         self.lengths_B = self.lengths_B[rows_N]
         if not self._is_even:  # the longest rows may have left
             self._longest = int(self.lengths_B.max())
@@ -199,9 +204,15 @@ class KVCache:
         for own, their in ((self.keys, other.keys), (self.values, other.values)):
             for layer, (here, there) in enumerate(zip(own, their, strict=True)):
                 own[layer] = torch.cat([_widened(here, capacity), _widened(there, capacity)])
+        self._spare = None
         self.lengths_B = torch.cat([self.lengths_B, other.lengths_B])
         self._is_even = self._is_even and other._is_even and self._longest == other._longest
         self._longest = max(self._longest, other._longest)
+
+
+def _has_room(spare: Tensor, like: Tensor, num_rows: int) -> bool:
+    """For so many rows of the same kind."""
+    return len(spare) >= num_rows and spare.shape[1:] == like.shape[1:] and spare.device == like.device
 
 
 def _widened(values_BHSD: Tensor, capacity: int) -> Tensor:

@@ -244,6 +244,8 @@ class BeamSearch:
         num_beams = self._options.num_beams
         may_end_C = torch.arange(score_PC.shape[1], device=score_PC.device) < num_beams
         reason_PC = reason_PC * (may_end_C & (score_PC > RULED_OUT))
+        if not reason_PC.any():
+            return
         score_PC = score_PC / (self._step**self._options.length_penalty)
         score_PC = score_PC.masked_fill(reason_PC == 0, RULED_OUT)
         merged_score_PM = torch.cat([self._ended.score_PK, score_PC], dim=1)
@@ -299,5 +301,7 @@ class BeamSearch:
 
 def _take(values_PK: Tensor, index_PN: Tensor) -> Tensor:
     """For each prompt, the named entries of its second dimension: ``[P, K, ...] -> [P, N, ...]``."""
+    if len(index_PN) == 1:  # a server's jobs have one prompt, and so many of them that this is felt
+        return values_PK[0].index_select(0, index_PN[0])[None]
     prompts_P1 = torch.arange(len(index_PN), device=index_PN.device)[:, None]
     return values_PK[prompts_P1, index_PN]

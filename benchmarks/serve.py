@@ -1,0 +1,184 @@
+"""Throughput and latency of `blip2 serve` at 1 to 32 clients, beside the obvious server in the same run.
+
+    python benchmarks/serve.py [--models miniature,random] [--clients 1,4,32] [--seconds 10] [--json OUT]
+
+The obvious server is FastAPI around `transformers` with a lock: one request after the other. Both answer the same
+request (a greedy caption of one of three pictures, --tokens new tokens) with the same weights. ``random`` is a model
+with 300 million parameters and more, made for the run. Only ours streams: its time to the first token is of streamed
+requests; the obvious server's is that of the whole answer. Everything happens on 127.0.0.1, in a bounded time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+PICTURES = [ROOT / f"examples/{name}.png" for name in ("picture", "flowers", "cats")]
+
+OBVIOUS = '''
+import base64, io, sys, threading
+import torch, transformers, uvicorn
+from fastapi import FastAPI
+from PIL import Image
+folder, port, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+model = transformers.Blip2ForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+processor = transformers.Blip2Processor.from_pretrained(folder)
+app, lock = FastAPI(), threading.Lock()
+
+@app.get("/ready")
+def ready(): return {}
+
+@app.post("/caption")
+def caption(body: dict):
+    image = Image.open(io.BytesIO(base64.b64decode(body["image"]))).convert("RGB")
+    with lock, torch.inference_mode():
+        inputs = processor(images=image, return_tensors="pt").to(model.dtype)
+        tokens = body["max_tokens"]
+        out = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+        return {"text": processor.batch_decode(out, skip_special_tokens=True)[0]}
+
+uvicorn.run(app, port=port, log_level="error")
+'''
+
+
+def make_random(folder: Path) -> None:
+    """A model of an OPT with 24 layers of 1024, the published Q-Former, and a small image encoder."""
+    import torch
+
+    from benchmarks.random_checkpoint import opt_tokenizer
+    from blip2 import checkpoint
+    from blip2.config import Blip2Config, OPTConfig, QFormerConfig, VisionConfig
+    from blip2.model import Blip2
+
+    torch.manual_seed(0)
+    language = OPTConfig(vocab_size=50304, hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096,
+                         max_position_embeddings=512, eos_token_id=50118)  # fmt: skip
+    vision = VisionConfig(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=1536, image_size=224,
+                          patch_size=14)  # fmt: skip
+    qformer = QFormerConfig(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=1536,
+                            encoder_hidden_size=384)  # fmt: skip
+    model = Blip2(Blip2Config(vision, qformer, language, image_token_id=50265)).eval()
+    print(f"random model: {sum(weight.numel() for weight in model.parameters()) / 1e6:.0f} M parameters", flush=True)
+    checkpoint.save(model, folder, tokenizer=opt_tokenizer().to_str())
+
+
+@contextmanager
+def server(command: list[str], url: str) -> Iterator[None]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                if httpx.get(f"{url}/ready").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            if process.poll() is not None:
+                raise SystemExit(f"{command[0]} ended with {process.returncode}")
+            time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def ask(http: httpx.AsyncClient, is_ours: bool, number: int, tokens: int) -> tuple[float, float]:
+    """Seconds until the first token, and until the last."""
+    image = base64.b64encode(PICTURES[number % 3].read_bytes()).decode()
+    began_s = time.perf_counter()
+    if not is_ours:
+        (await http.post("/caption", json={"image": image, "max_tokens": tokens})).raise_for_status()
+        whole_s = time.perf_counter() - began_s
+        return whole_s, whole_s
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}]
+    body = {"messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": tokens,
+            "min_new_tokens": tokens}  # fmt: skip
+    first_s = None
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        async for _ in response.aiter_lines():
+            first_s = first_s or time.perf_counter() - began_s
+    return first_s or 0.0, time.perf_counter() - began_s
+
+
+async def load(url: str, is_ours: bool, num_clients: int, seconds: float, tokens: int) -> dict[str, float]:
+    """So many clients, each asking again as soon as it is answered."""
+    found: list[tuple[float, float]] = []
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=64)) as http:
+        await ask(http, is_ours, 0, tokens)
+        began_s = time.perf_counter()
+
+        async def client(number: int) -> None:
+            while time.perf_counter() - began_s < seconds:
+                found.append(await ask(http, is_ours, number + len(found), tokens))
+
+        await asyncio.gather(*(client(number) for number in range(num_clients)))
+        took_s = time.perf_counter() - began_s
+    firsts, wholes = (sorted(column) for column in zip(*found, strict=True))
+    row = {"clients": num_clients, "requests": len(found), "requests_per_s": len(found) / took_s}
+    for name, values in (("first_token_s", firsts), ("answer_s", wholes)):
+        row |= {f"{name}_p50": statistics.median(values), f"{name}_p99": values[int(0.99 * (len(values) - 1))]}
+    return row
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", default="miniature,random")
+    parser.add_argument("--clients", default="1,2,4,8,16,32")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in args.models.split(","):
+            folder = ROOT / "blip2/miniature/generative"
+            if model == "random":
+                make_random(folder := Path(scratch) / "random")
+            for name in ("blip2 serve", "transformers with a lock"):
+                port = free_port()
+                is_ours, url = name == "blip2 serve", f"http://127.0.0.1:{port}"
+                ours = [sys.executable, "-m", "blip2", "serve", "--port", str(port), "-m", str(folder)]
+                obvious = [sys.executable, "-c", OBVIOUS, str(folder), str(port), "float32"]
+                with server([*ours, "--dtype", "float32"] if is_ours else obvious, url):
+                    alone = 0.0
+                    for clients in map(int, args.clients.split(",")):
+                        row = asyncio.run(load(url, is_ours, clients, args.seconds, args.tokens))
+                        alone = alone or row["requests_per_s"]
+                        rows.append({"model": model, "server": name, **row, "times": row["requests_per_s"] / alone})
+                        print(
+                            f"{model:10} {name:25} {clients:3} clients  {row['requests_per_s']:7.2f} requests/s "
+                            f"({row['requests_per_s'] / alone:.1f} x)  "
+                            f"first token p50 {row['first_token_s_p50']:.3f} s "
+                            f"p99 {row['first_token_s_p99']:.3f} s  answer p50 {row['answer_s_p50']:.3f} s",
+                            flush=True,
+                        )  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps({"threads": os.cpu_count(), "tokens": args.tokens, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
