@@ -3,10 +3,10 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint test-slow bench clean
+.PHONY: help venv demo test lint test-slow bench screenshots clean
 
 help:       ## this list
-	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 venv: .venv/dev.stamp  ## an environment in .venv with everything that developing needs
 
@@ -26,6 +26,9 @@ test-slow: venv  ## the tests that `make test` leaves out: real sizes, training 
 
 bench: venv  ## every benchmark, one after the other
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+screenshots: venv  ## pictures of the server's page into docs/ (needs a Chromium)
+	$(BIN)/python docs/screenshots.py
 
 clean:      ## remove the environment, caches and build results
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

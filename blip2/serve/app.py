@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
 
 from blip2 import __version__
-from blip2.serve import openai, plain
+from blip2.serve import openai, plain, static
 from blip2.serve.doorman import Doorman
 from blip2.serve.errors import add_handlers
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
 from blip2.serve.service import Models, Service
-
-PAGE = Path(__file__).parent / "page"
-CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data: blob:",
-        "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-    )
-)  # fmt: skip
-"""The page runs what this server gives it and speaks to this server, and to nobody else."""
 
 
 def create_app(
@@ -55,6 +45,7 @@ def create_app(
     add_handlers(app)
     app.include_router(openai.router(service))
     app.include_router(plain.router(service))
+    app.include_router(static.router())
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -71,27 +62,8 @@ def create_app(
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return _page_file("index.html")
-
-    @app.get("/page/{name}", include_in_schema=False)
-    async def page_file(name: str) -> Response:
-        return _page_file(name)
-
     routes = [path for path in app.openapi()["paths"] if "{" not in path]
     app.user_middleware.append(
         Middleware(Doorman, limits=limits, metrics=service.metrics, keys=keys, refusal=service.refusal, routes=routes)
     )
     return app
-
-
-def _page_file(name: str) -> Response:
-    """A file of the page, and none but those that lie there."""
-    files = {path.name: path for path in PAGE.iterdir() if path.is_file()} if PAGE.is_dir() else {}
-    if name not in files:
-        if name == "index.html":
-            return PlainTextResponse("blip2 is here; its interface is described at /openapi.json\n")
-        return JSONResponse({"error": {"message": "there is no such file", "code": "not_found"}}, 404)
-    headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"}
-    return FileResponse(files[name], headers=headers)

@@ -15,6 +15,8 @@ from blip2.serve.metrics import Metrics
 
 OPEN_PATHS = ("/", "/health", "/ready")
 """The page and what load balancers ask; these need no key."""
+OPEN_FOLDER = "/page/"
+"""The page's own files; it is the page that asks for the key."""
 END = "blip2.end_s"
 """Where the scope has the moment (monotonic) at which the answer has to be there."""
 HEADERS = (
@@ -76,7 +78,8 @@ class Doorman:
             self._metrics.request_seconds.labels(path, str(status)).observe(time.monotonic() - began_s)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
+        is_open = scope["path"] in OPEN_PATHS or (scope["method"] == "GET" and scope["path"].startswith(OPEN_FOLDER))
+        if self._keys and not is_open and not self._has_key(scope):
             raise self._rejected(
                 ApiError(
                     401, "invalid_api_key", "this server asks for a key: send the header 'Authorization: Bearer KEY'",

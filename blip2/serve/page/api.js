@@ -1,0 +1,152 @@
+/** Speaking to the server: with the key if it asks for one, waiting where it says so, and its errors as sentences. */
+
+const BUSY_TRIES = 8;
+const KEY = "blip2-key";
+
+let key = sessionStorage.getItem(KEY) ?? "";
+let askForKey = () => Promise.reject(new Refusal("This server asks for a key."));
+let keyAsked = null;
+
+/** Something that was not done, with a sentence for people. */
+export class Refusal extends Error {
+  constructor(message, { status = 0, code = "", canRetry = false } = {}) {
+    super(message);
+    Object.assign(this, { status, code, canRetry });
+  }
+}
+
+export const isAbort = (error) => error?.name === "AbortError";
+
+/** `ask` shows a field and gives what was typed; called when the server says 401. */
+export function onKeyNeeded(ask) {
+  askForKey = ask;
+}
+
+/**
+ * A response that is good. `json` or `form` is sent; `onWait` is told why it takes longer, and "" when that is over.
+ * Throws a Refusal, or an AbortError if `signal` says so.
+ */
+export async function request(path, { json, form, signal, onWait = () => {} } = {}) {
+  for (let tries = 1; ; tries++) {
+    const keyUsed = key;
+    const headers = keyUsed ? { Authorization: `Bearer ${keyUsed}` } : {};
+    if (json) headers["Content-Type"] = "application/json";
+    const body = json ? JSON.stringify(json) : form;
+    let response;
+    try {
+      response = await fetch(path, { method: body ? "POST" : "GET", headers, body, signal });
+    } catch (error) {
+      throw isAbort(error) ? error : await gone(Boolean(body));
+    }
+    if (response.ok) {
+      onWait("");
+      return response;
+    }
+    const told = await errorOf(response);
+    if (response.status === 401) {
+      if (key === keyUsed) await newKey(Boolean(keyUsed));
+    } else if (response.status === 429 && tries < BUSY_TRIES) {
+      onWait("The server is busy. Trying again…");
+      await sleep(secondsOf(response), signal);
+    } else if (told.code === "loading") {
+      onWait("The model is being loaded…");
+      await sleep(secondsOf(response), signal);
+      await untilReady(onWait, signal);
+    } else {
+      throw refusal(response.status, told);
+    }
+  }
+}
+
+/** Comes back when the server can answer. */
+export async function untilReady(onWait, signal) {
+  for (;;) {
+    let response;
+    try {
+      response = await fetch("/ready", { signal });
+    } catch (error) {
+      throw isAbort(error) ? error : await gone(false);
+    }
+    if (response.ok) return;
+    const told = await errorOf(response);
+    if (told.code !== "loading") throw refusal(response.status, told);
+    onWait("The model is being loaded…");
+    await sleep(secondsOf(response), signal);
+  }
+}
+
+/** The pieces of text of a streamed answer, as they come. */
+export async function* pieces(response) {
+  let rest = "";
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (;;) {
+    const { value, done } = await reader.read().catch((error) => {
+      throw isAbort(error) ? error : new Refusal("The answer broke off: the server has gone.", { canRetry: true });
+    });
+    if (done) throw new Refusal("The answer broke off.", { canRetry: true });
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw refusal(chunk.error.code === "deadline" ? 504 : 500, chunk.error);
+      const text = chunk.choices[0]?.delta.content;
+      if (text) yield text;
+    }
+  }
+}
+
+async function errorOf(response) {
+  try {
+    return (await response.json()).error ?? {};
+  } catch {
+    return {};
+  }
+}
+
+function refusal(status, { code = "", message = "" }) {
+  const byStatus = {
+    413: "This picture is too large for this server. A smaller one will do; the model sees it small anyway.",
+    415: "This file is no picture that the server can read. PNG, JPEG, WebP and GIF are.",
+    429: "The server is busy, and was still after several tries. Try again in a moment.",
+    504: "The answer took longer than this server allows. Try again later.",
+  };
+  const byCode = { stopping: "The server is stopping.", model_stopped: "The model has stopped; the server has to be started anew." };
+  const sentence = byCode[code] ?? byStatus[status] ?? `The server says: ${message || `error ${status}`}`;
+  return new Refusal(sentence, { status, code, canRetry: status === 429 || status >= 500 });
+}
+
+/** Why there was no response at all. A server that refuses a large body may hang up before it is through. */
+async function gone(hadBody) {
+  const isThere = await fetch("/health").then((response) => response.ok, () => false);
+  const message = !isThere
+    ? "The server cannot be reached. Is it still running?"
+    : hadBody
+      ? "The connection broke while sending. Perhaps the picture is too large for this server."
+      : "The connection broke.";
+  return new Refusal(message, { code: "gone", canRetry: true });
+}
+
+async function newKey(wasWrong) {
+  keyAsked ??= askForKey(wasWrong).finally(() => (keyAsked = null));
+  key = await keyAsked;
+  sessionStorage.setItem(KEY, key);
+}
+
+const secondsOf = (response) => Math.min(Number(response.headers.get("Retry-After")) || 1, 30);
+
+function sleep(seconds, signal) {
+  return new Promise((resolve, reject) => {
+    const stop = () => {
+      clearTimeout(timer);
+      reject(new DOMException("stopped", "AbortError"));
+    };
+    const timer = setTimeout(() => {
+      signal?.removeEventListener("abort", stop);
+      resolve();
+    }, seconds * 1000);
+    if (signal?.aborted) stop();
+    signal?.addEventListener("abort", stop, { once: true });
+  });
+}

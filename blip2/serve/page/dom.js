@@ -1,0 +1,43 @@
+/** Finding and making elements. Whatever people, models or servers wrote goes in as text, never as HTML. */
+
+export const $ = (id) => document.getElementById(id);
+
+export function make(tag, { class: name = "", text, ...attributes } = {}, ...children) {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text;
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+export function button(text, onClick, attributes = {}) {
+  const made = make("button", { type: "button", text, ...attributes });
+  made.addEventListener("click", onClick);
+  return made;
+}
+
+/** For those who listen: once, when it is whole. */
+export function speak(text) {
+  $("spoken").textContent = text;
+}
+
+let again = null;
+
+/** What went wrong, in one sentence; `retry`, where it may go better next time. */
+export function notice(text, retry = null) {
+  again = retry;
+  $("notice-text").textContent = text;
+  $("notice-again").hidden = retry === null;
+  $("notice").hidden = false;
+}
+
+export function closeNotice() {
+  $("notice").hidden = true;
+}
+
+$("notice-close").addEventListener("click", closeNotice);
+$("notice-again").addEventListener("click", () => {
+  closeNotice();
+  again?.();
+});

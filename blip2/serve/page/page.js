@@ -1,0 +1,205 @@
+/** The page: who answers, how a picture comes in, and what happens then. */
+
+import { isAbort, onKeyNeeded, request, untilReady } from "./api.js";
+import { Chat } from "./chat.js";
+import { $, button, closeNotice, notice } from "./dom.js";
+import { Look } from "./look.js";
+import { Match } from "./match.js";
+import { formOf, readPicture } from "./picture.js";
+
+const MINIATURE = {
+  things: "dog, cat, horse, bird, fish, rabbit, pig, elephant, turtle, butterfly, apple, banana, car, bus, tree, flower, mushroom, house, bicycle, boat, airplane, ball, umbrella, clock",
+  backgrounds: "white, black, gray, green, blue, yellow, pink, purple",
+  questions: ["how many dogs are there?", "and cats?", "what color is the background?", "what is in the picture?"],
+  texts: ["two dogs and a boat", "a dog and a boat", "two cats"],
+};
+
+const look = new Look();
+const chat = new Chat(null);
+const match = new Match(null);
+let picture = null;
+let captioning = null;
+let caption = "";
+
+// ---- who answers ----
+
+async function meet() {
+  const tell = (text) => ($("models").textContent = text);
+  try {
+    await untilReady(tell);
+    const { data } = await (await request("/v1/models")).json();
+    const { paths } = await (await request("/openapi.json")).json();
+    const does = (what) => data.find((model) => model.capabilities?.includes(what))?.id;
+    const [speaker, matcher] = [does("ask") ?? data[0]?.id, does("match")];
+    tell(matcher && matcher !== speaker ? `${speaker} answers, ${matcher} compares` : `${speaker} answers`);
+    $("tab-match").hidden = !matcher;
+    if ("/explain" in paths) {
+      chat.look = (fields, what) => look.show(fields, what);
+      match.look = matcher ? chat.look : null;
+      $("look-caption").hidden = !caption;
+    }
+    if (speaker === "miniature") introduceMiniature();
+  } catch (error) {
+    tell("No model is answering");
+    notice(error.message, meet);
+  }
+}
+
+function introduceMiniature() {
+  $("knows-things").textContent = MINIATURE.things;
+  $("knows-backgrounds").textContent = MINIATURE.backgrounds;
+  $("knows").hidden = false;
+  $("knows").open = picture === null;
+  $("texts").value ||= MINIATURE.texts.join("\n");
+  const ask = (question) => {
+    if (!chat.running) chat.ask(question);
+  };
+  $("ideas").replaceChildren(...MINIATURE.questions.map((question) => button(question, () => ask(question))));
+  $("ideas").hidden = false;
+}
+
+onKeyNeeded((wasWrong) => {
+  $("key-form").hidden = false;
+  $("key").focus();
+  if (wasWrong) notice("That key was not taken.");
+  return new Promise((resolve) => {
+    const given = (event) => {
+      event.preventDefault();
+      $("key-form").removeEventListener("submit", given);
+      $("key-form").hidden = true;
+      closeNotice();
+      const key = $("key").value.trim();
+      $("key").value = "";
+      resolve(key);
+    };
+    $("key-form").addEventListener("submit", given);
+  });
+});
+
+// ---- a picture comes in ----
+
+async function take(file, description = "") {
+  closeNotice();
+  let taken;
+  try {
+    taken = await readPicture(file);
+  } catch (error) {
+    notice(error.message);
+    return;
+  }
+  if (picture) URL.revokeObjectURL(picture.url);
+  picture = taken;
+  for (const each of [chat, match, look]) each.begin(picture);
+  $("image").src = picture.url;
+  $("image").alt = description || `Your picture: ${picture.name}`;
+  $("sent").textContent = picture.note;
+  $("sent").hidden = !picture.note;
+  $("figure").style.setProperty("--ratio", String(picture.ratio));
+  document.body.classList.add("has-picture");
+  for (const id of ["drop", "intro"]) $(id).hidden = true;
+  for (const id of ["figure", "work", "another"]) $(id).hidden = false;
+  $("knows").open = false;
+  // On a phone this would cover half of the picture with a keyboard.
+  if (matchMedia("(pointer: fine)").matches && !$("ask").hidden) $("question").focus({ preventScroll: true });
+  await describe(description);
+}
+
+async function describe(description) {
+  captioning?.abort();
+  const running = (captioning = new AbortController());
+  const tell = (text) => ($("caption").textContent = text);
+  caption = "";
+  tell("");
+  $("look-caption").hidden = true;
+  $("caption").classList.add("writing");
+  try {
+    const response = await request("/caption", { form: formOf(picture), signal: running.signal, onWait: tell });
+    const { text } = await response.json();
+    if (running.signal.aborted) return;
+    caption = text;
+    tell(caption || "It has no words for this picture.");
+    if (!description && caption) $("image").alt = `Your picture: ${caption}`;
+    $("look-caption").hidden = !(chat.look && caption);
+  } catch (error) {
+    if (captioning !== running) return;
+    tell("");
+    if (!isAbort(error)) notice(error.message, error.canRetry ? () => describe(description) : null);
+  } finally {
+    if (captioning === running) $("caption").classList.remove("writing");
+  }
+}
+
+for (const [press, field] of [["drop", "file"], ["another", "file"], ["camera", "camera-file"]]) {
+  $(press).addEventListener("click", () => $(field).click());
+}
+for (const id of ["file", "camera-file"]) {
+  $(id).addEventListener("change", ({ target }) => {
+    if (target.files[0]) take(target.files[0]);
+    target.value = ""; // the same file may be chosen again
+  });
+}
+for (const sample of document.querySelectorAll("[data-sample]")) {
+  sample.addEventListener("click", async () => {
+    try {
+      const blob = await (await request(`/page/${sample.dataset.sample}`)).blob();
+      await take(new File([blob], sample.dataset.sample, { type: blob.type }), sample.firstElementChild.alt);
+    } catch (error) {
+      notice(error.message);
+    }
+  });
+}
+
+document.addEventListener("paste", (event) => {
+  const [file] = event.clipboardData.files;
+  if (!file) return;
+  event.preventDefault();
+  take(file);
+});
+
+let depth = 0; // of elements entered: leaving a child is not leaving the window
+const dragging = (step) => {
+  depth = step ? Math.max(depth + step, 0) : 0;
+  document.body.classList.toggle("dragging", depth > 0);
+};
+document.addEventListener("dragenter", () => dragging(1));
+document.addEventListener("dragleave", () => dragging(-1));
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  dragging(0);
+  const [file] = event.dataTransfer.files;
+  if (file) take(file);
+  else notice("That was no file. Save the picture first, then drop the file here.");
+});
+
+// ---- with it ----
+
+$("look-caption").addEventListener("click", () => look.show({ caption }, caption, caption));
+
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  for (const each of [chat, match]) each.stop();
+});
+
+const tabs = [$("tab-ask"), $("tab-match")];
+function choose(tab) {
+  for (const each of tabs) {
+    each.setAttribute("aria-selected", String(each === tab));
+    each.tabIndex = each === tab ? 0 : -1;
+    $(each.getAttribute("aria-controls")).hidden = each !== tab;
+  }
+}
+for (const tab of tabs) {
+  tab.addEventListener("click", () => choose(tab));
+  tab.addEventListener("keydown", (event) => {
+    const shown = tabs.filter((each) => !each.hidden);
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const next = step ? shown[(shown.indexOf(tab) + step + shown.length) % shown.length] : { Home: shown[0], End: shown.at(-1) }[event.key];
+    if (!next) return;
+    event.preventDefault();
+    choose(next);
+    next.focus();
+  });
+}
+
+meet();

@@ -1,0 +1,459 @@
+"""The page, in a real browser against a real server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from blip2.serve.limits import Limits
+from tests.serve.conftest import PICTURES, Running, eventually, serving, slowed
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the page")
+expect = sync_api.expect
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+DESKTOP, PHONE = {"width": 1180, "height": 820}, {"width": 360, "height": 740}
+REFUSED = re.compile("Failed to load resource")
+"""What a browser itself writes down where a server says no."""
+SAMPLE = "Two dogs and a boat on blue"
+
+
+@dataclass
+class Opened:
+    """A page, and what its console complained of."""
+
+    page: Any
+    complaints: list[str] = field(default_factory=list)
+    allowed: re.Pattern[str] | None = None
+
+    def go(self, server: Running) -> Any:
+        self.page.goto(server.url)
+        return self.page
+
+
+# Of this module alone: while it is there, asyncio is taken in this thread.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[Opened]:
+    """At the end the console has to be empty: no error, nothing that the policy forbids."""
+    options = {"viewport": DESKTOP, "reduced_motion": "reduce", **getattr(request, "param", {})}
+    context = browser.new_context(**options)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    opened = Opened(page)
+    page.on("console", lambda said: said.type in ("error", "warning") and opened.complaints.append(said.text))
+    page.on("pageerror", lambda error: opened.complaints.append(str(error)))
+    yield opened
+    context.close()
+    assert [said for said in opened.complaints if not (opened.allowed and opened.allowed.search(said))] == []
+
+
+def drop(page: Any, content: bytes, name: str, kind: str) -> None:
+    """As a person does who drags a file in."""
+    data = page.evaluate_handle(
+        """([content, name, type]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name, { type }));
+            return data;
+        }""",
+        [base64.b64encode(content).decode(), name, kind],
+    )
+    for event in ("dragenter", "dragover", "drop"):
+        page.dispatch_event("body", event, {"dataTransfer": data})
+
+
+def drop_file(page: Any, path: Path) -> None:
+    drop(page, path.read_bytes(), path.name, "image/png")
+
+
+def ask(page: Any, question: str) -> Any:
+    """Where the answer is, once it is whole."""
+    page.get_by_label("Your question").fill(question)
+    page.keyboard.press("Enter")
+    turn = page.locator(".turn").last
+    expect(turn.locator(".asked")).to_have_text(question)
+    expect(turn.get_by_role("button", name="Ask again")).to_be_visible()
+    return turn.locator(".said")
+
+
+def is_wider_than_the_screen(page: Any) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+
+
+def test_a_dropped_picture_is_captioned_and_asked_about(opened, server) -> None:
+    page = opened.go(server)
+    expect(page.locator("#models")).to_have_text("miniature answers, miniature-itm compares")
+    expect(page.get_by_text("knows nothing of photographs")).to_be_visible()
+    drop_file(page, PICTURES[0])
+    expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+    expect(page.locator("#image")).to_have_attribute("alt", "Your picture: a boat and two dogs")
+    assert page.evaluate("document.getElementById('image').naturalWidth") == 258
+    expect(ask(page, "how many dogs are there?")).to_have_text("two")
+    expect(page.locator("#spoken")).to_have_text("two")
+    sent = []
+    page.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
+    expect(ask(page, "and cats?")).to_have_text("zero")
+    messages = json.loads(sent[0].post_data)["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert [part["type"] for part in messages[0]["content"]] == ["text", "image_url"]
+    page.get_by_role("button", name="Copy the answer to: how many dogs are there?").click()
+    assert page.evaluate("navigator.clipboard.readText()") == "two"
+    page.get_by_role("button", name="Ask again: and cats?").click()
+    expect(page.locator(".turn")).to_have_count(2)
+    expect(page.get_by_role("button", name="Ask again: and cats?")).to_be_visible()
+    # Another picture begins anew.
+    page.set_input_files("#file", PICTURES[2])
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator("#caption")).to_contain_text("cats")
+    expect(ask(page, "how many cats are there?")).to_have_text("four")
+
+
+def test_a_pasted_picture(opened, server) -> None:
+    page = opened.go(server)
+    page.evaluate(
+        """async () => {
+            const blob = await (await fetch("/page/dogs-and-boat.webp")).blob();
+            const data = new DataTransfer();
+            data.items.add(new File([blob], "pasted.webp", { type: "image/webp" }));
+            document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, cancelable: true }));
+        }"""
+    )
+    expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+
+
+def test_stop_reaches_the_server(opened, models) -> None:
+    with serving(lambda: models) as server, slowed(models, 0.4):
+        page = opened.go(server)
+        page.get_by_role("button", name=SAMPLE).click()
+        page.get_by_label("Your question").fill("what is in the picture?")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        answer = page.locator(".turn .said")
+        expect(answer).not_to_have_text("")
+        stop = page.get_by_role("button", name="Stop")
+        expect(stop).to_be_focused()
+        stop.click()
+        expect(page.locator(".turn .problem")).to_have_text("Stopped.")
+        eventually(lambda: server.metric("blip2_requests_running") == server.metric("blip2_rows") == 0)
+        expect(page.get_by_label("Your question")).to_be_focused()
+        said = answer.inner_text()
+        page.wait_for_timeout(600)
+        assert answer.inner_text() == said
+        page.get_by_label("Your question").fill("what is in the picture?")
+        page.keyboard.press("Enter")
+        expect(page.locator(".turn .said").last).not_to_have_text("")
+        page.keyboard.press("Escape")
+        expect(page.locator(".turn .problem").last).to_have_text("Stopped.")
+    opened.allowed = REFUSED
+
+
+def test_three_texts(opened, server) -> None:
+    page = opened.go(server)
+    page.get_by_role("button", name=SAMPLE).click()
+    page.get_by_role("tab", name="Match").click()
+    page.get_by_label("Texts to compare").fill("two cats\n\ntwo dogs and a boat\na dog and a boat\n")
+    page.get_by_role("button", name="Compare").click()
+    rows = page.locator("#match-rows tr")
+    expect(rows).to_have_count(3)
+    expect(rows.nth(0)).to_contain_text("two dogs and a boat")
+    expect(rows.nth(0).locator("td").nth(0)).to_have_text("96.9 %")
+    expect(rows.nth(0).locator("td").nth(1)).to_have_text("0.74")
+    full, empty = (rows.nth(place).locator(".bar span").first.bounding_box()["width"] for place in (0, 2))
+    assert full > 50 and empty < 5
+    assert page.locator("#spoken").inner_text().startswith("two dogs and a boat fits best")
+
+
+def test_where_it_looks(opened, server) -> None:
+    page = opened.page
+    is_offered = "/explain" in server.http.get("/openapi.json").json()["paths"]
+    if not is_offered:  # the page against what the server is going to say
+        api = server.http.get("/openapi.json").json()
+        api["paths"]["/explain"] = {"post": {}}
+        heat = [[0.0] * 8 for _ in range(8)]
+        heat[2][1] = 1.0
+        page.route("**/openapi.json", lambda route: route.fulfill(json=api))
+        page.route("**/explain", lambda route: route.fulfill(json={"text": "", "score": 0.5, "heat": heat}))
+    opened.go(server)
+    expect(page.locator("#models")).to_contain_text("compares")
+    page.get_by_role("button", name=SAMPLE).click()
+    page.get_by_role("button", name="Where it looks", exact=True).click()
+    light = page.locator("#light")
+    expect(light).to_be_visible()
+    expect(page.locator("#look-what")).to_have_text("Where it looks for “a boat and two dogs”")
+    page.get_by_role("button", name="boat", exact=True).press("Enter")
+    expect(page.locator("#look-what")).to_have_text("Where it looks for “boat”")
+    expect(page.get_by_role("button", name="boat", exact=True)).to_be_focused()
+    assert light.bounding_box() == page.locator("#image").bounding_box()
+    darkest = """(() => {
+        const context = Object.assign(document.createElement("canvas"), { width: 8, height: 8 }).getContext("2d");
+        context.drawImage(document.getElementById("light"), 0, 0, 8, 8);
+        return Math.max(...context.getImageData(0, 0, 8, 8).data);
+    })()"""
+    before = page.evaluate(darkest)
+    page.get_by_label("Strength").press("Home")
+    assert before > 100 and page.evaluate(darkest) == 0
+    page.get_by_role("button", name="Hide").click()
+    expect(light).to_be_hidden()
+    ask(page, "how many dogs are there?")
+    page.get_by_role("button", name="Where it looks for the answer: two").click()
+    expect(page.locator("#look-what")).to_have_text("Where it looks for “two”")
+    expect(light).to_be_visible()
+
+
+def test_where_it_looks_is_not_offered_where_the_server_cannot_tell(opened, server) -> None:
+    api = server.http.get("/openapi.json").json()
+    api["paths"].pop("/explain", None)
+    opened.page.route("**/openapi.json", lambda route: route.fulfill(json=api))
+    page = opened.go(server)
+    page.get_by_role("button", name=SAMPLE).click()
+    expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+    ask(page, "is there a boat?")
+    expect(page.get_by_role("button", name="Where it looks")).to_have_count(0)
+
+
+def test_with_the_keyboard_alone(opened, server) -> None:
+    page = opened.go(server)
+    expect(page.locator("#models")).to_contain_text("compares")
+
+    def focused() -> str:
+        return page.evaluate(
+            "document.activeElement.id || document.activeElement.dataset.sample || document.activeElement.tagName"
+        )
+
+    def tab_to(wanted: str, key: str = "Tab") -> None:
+        for _ in range(25):
+            page.keyboard.press(key)
+            outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline == "solid" or focused() == "BODY", f"{focused()} does not show that it has the focus"
+            if focused() == wanted:
+                return
+        raise AssertionError(f"{wanted} cannot be reached")
+
+    page.keyboard.press("Tab")
+    assert focused() == "drop"
+    with page.expect_file_chooser():
+        page.keyboard.press("Enter")
+    tab_to("dogs-and-boat.webp")
+    page.keyboard.press("Enter")
+    expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+    assert focused() == "question"
+    page.keyboard.type("how many dogs are there?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn .said")).to_have_text("two")
+    tab_to("tab-ask", "Shift+Tab")
+    page.keyboard.press("ArrowRight")
+    assert focused() == "tab-match"
+    tab_to("texts")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#match-rows tr")).to_have_count(3)
+
+
+@pytest.mark.parametrize(
+    "opened", [{"viewport": PHONE, "is_mobile": True, "has_touch": True}], indirect=True, ids=["phone"]
+)
+def test_on_a_phone(opened, server) -> None:
+    page = opened.go(server)
+    expect(page.get_by_role("button", name="Take a photo")).to_be_visible()
+    assert not is_wider_than_the_screen(page)
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Take a photo").tap()
+    assert chooser.value.element.get_attribute("capture") == "environment"
+    chooser.value.set_files(PICTURES[1])
+    expect(page.locator("#caption")).to_contain_text("dogs")
+    ask(page, "how many flowers are there, and is the background green or is it " + "very" * 30 + " blue?")
+    assert not is_wider_than_the_screen(page)
+    page.get_by_role("tab", name="Match").tap()
+    page.get_by_role("button", name="Compare").tap()
+    expect(page.locator("#match-rows tr")).to_have_count(3)
+    assert not is_wider_than_the_screen(page)
+
+
+@pytest.mark.parametrize("opened", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)
+def test_names_headings_and_contrast(opened, server) -> None:
+    page = opened.go(server)
+    for has_picture in (False, True):
+        if has_picture:
+            page.get_by_role("button", name=SAMPLE).click()
+            expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+            ask(page, "how many dogs are there?")
+        found = page.evaluate(
+            """() => {
+                const seen = (element) => element.checkVisibility();
+                const all = (selector) => [...document.querySelectorAll(selector)].filter(seen);
+                const name = (element) => element.getAttribute("aria-label") || element.innerText?.trim()
+                    || element.labels?.[0]?.innerText || element.querySelector("img")?.alt;
+                const rgb = (color) => color.match(/[\\d.]+/g).map(Number);
+                const light = (color) => rgb(color).slice(0, 3).map((v) => v / 255)
+                    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+                    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+                const ground = (element) => {
+                    for (let at = element; at; at = at.parentElement) {
+                        const { backgroundColor } = getComputedStyle(at);
+                        if ((rgb(backgroundColor)[3] ?? 1) > 0) return backgroundColor;
+                    }
+                };
+                const contrast = (element) => {
+                    const colors = [getComputedStyle(element).color, ground(element)];
+                    const [a, b] = colors.map(light).sort((x, y) => y - x);
+                    return (a + 0.05) / (b + 0.05);
+                };
+                const hasText = (element) => [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+                return {
+                    nameless: all("button, input, textarea, a, summary").filter((e) => !name(e))
+                        .map((e) => e.outerHTML),
+                    without_alt: all("img").filter((e) => !e.alt).map((e) => e.outerHTML),
+                    headings: all("h1, h2, h3").map((e) => Number(e.tagName[1])),
+                    faint: all("body *").filter((e) => hasText(e) && contrast(e) < 4.5).map((e) => e.outerHTML),
+                    landmarks: all("header, main, footer").map((e) => e.tagName),
+                    ids: [...document.querySelectorAll("[id]")].map((e) => e.id),
+                    low: all("button, summary, input:not([type=range])")
+                        .filter((e) => e.getBoundingClientRect().height < 24).map((e) => e.outerHTML),
+                };
+            }"""
+        )
+        assert found["nameless"] == found["without_alt"] == found["faint"] == found["low"] == []
+        assert found["headings"][0] == 1 and found["headings"].count(1) == 1
+        steps = zip(found["headings"], found["headings"][1:], strict=False)
+        assert all(after <= before + 1 for before, after in steps), found["headings"]
+        assert found["landmarks"] == ["HEADER", "MAIN", "FOOTER"]
+        assert len(found["ids"]) == len(set(found["ids"]))
+    assert page.locator("html").get_attribute("lang") == "en"
+
+
+def test_what_is_no_picture(opened, server) -> None:
+    page = opened.go(server)
+    drop(page, b"not a picture", "notes.png", "image/png")
+    expect(page.get_by_role("alert")).to_contain_text("notes.png is no picture that can be opened here")
+    page.get_by_role("button", name="Close").click()
+    expect(page.get_by_role("alert")).to_be_hidden()
+    # What the browser can draw and the server does not read is drawn for it.
+    drawing = b'<svg xmlns="http://www.w3.org/2000/svg" width="200" height="100"><circle r="90" fill="red"/></svg>'
+    drop(page, drawing, "drawn.svg", "image/svg+xml")
+    expect(page.get_by_text("Sent as a JPEG of 200 × 100 pixels.")).to_be_visible()
+    expect(page.locator("#caption")).not_to_have_text("")
+
+
+def test_what_is_too_large(opened, models) -> None:
+    opened.allowed = REFUSED
+    with serving(lambda: models, limits=Limits(max_pixels=100_000)) as server:
+        page = opened.go(server)
+        drop_file(page, PICTURES[1])
+        expect(page.get_by_role("alert")).to_contain_text("too large for this server")
+        drop_file(page, PICTURES[0])
+        expect(page.get_by_role("alert")).to_be_hidden()
+        expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+
+
+def test_a_busy_server_and_one_that_has_gone(opened, models) -> None:
+    opened.allowed = re.compile("Failed to load resource|ERR_")
+    with serving(lambda: models) as server:
+        page = opened.go(server)
+        expect(page.locator("#models")).to_contain_text("compares")
+        said_no = []
+
+        def busy(route: Any) -> None:
+            if len(said_no) < 2:
+                said_no.append(route)
+                body = {"error": {"message": "full", "code": "queue_full"}}
+                route.fulfill(status=429, headers={"Retry-After": "1"}, json=body)
+            else:
+                route.continue_()
+
+        page.route("**/caption", busy)
+        page.get_by_role("button", name=SAMPLE).click()
+        expect(page.locator("#caption")).to_have_text("The server is busy. Trying again…")
+        expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+        assert len(said_no) == 2
+    page.get_by_label("Your question").fill("how many dogs are there?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn .problem")).to_have_text("The server cannot be reached. Is it still running?")
+
+
+def test_a_server_that_is_still_loading(opened, models) -> None:
+    opened.allowed = REFUSED
+    may_load = threading.Event()
+
+    def load() -> Any:
+        may_load.wait(20)
+        return models
+
+    with serving(load, waits=False) as server:
+        page = opened.go(server)
+        expect(page.locator("#models")).to_have_text("The model is being loaded…")
+        page.get_by_role("button", name=SAMPLE).click()
+        expect(page.locator("#caption")).to_have_text("The model is being loaded…")
+        may_load.set()
+        expect(page.locator("#models")).to_contain_text("compares")
+        expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+
+
+def test_a_key_is_asked_for_only_where_it_is_needed(opened, models) -> None:
+    opened.allowed = REFUSED
+    with serving(lambda: models, keys=["secret"]) as server:
+        page = opened.go(server)
+        field = page.get_by_label("This server asks for a key")
+        field.fill("wrong")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("not taken")
+        field.fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#models")).to_contain_text("compares")
+        expect(field).to_be_hidden()
+        page.get_by_role("button", name=SAMPLE).click()
+        expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+        page.reload()
+        expect(page.locator("#models")).to_contain_text("compares")
+        expect(field).to_be_hidden()
+        assert page.evaluate("localStorage.length") == 0
+
+
+def test_the_files_and_their_headers(server) -> None:
+    page = server.http.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    names = set(re.findall(r'"/page/([^"]+)"', page.text))
+    names |= {name for path in names if path.endswith(".js") for name in _imports(server, path)}
+    assert {"page.js", "api.js", "chat.js", "style.css", "icon.svg", "dogs-and-boat.webp"} <= names
+    kinds = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8"}
+    kinds |= {"svg": "image/svg+xml", "webp": "image/webp"}
+    for name in names:
+        found = server.http.get(f"/page/{name}")
+        assert found.headers["content-type"] == kinds[name.rpartition(".")[2]]
+        assert "default-src 'none'" in found.headers["content-security-policy"]
+        assert "unsafe" not in found.headers["content-security-policy"]
+        assert found.headers["cache-control"] == "no-cache"
+        again = server.http.get(f"/page/{name}", headers={"If-None-Match": found.headers["etag"]})
+        assert again.status_code == 304 and not again.content
+    for name in ("", "none.js", "..%2fapp.py", "__init__.py"):
+        assert server.http.get(f"/page/{name}").status_code == 404
+    assert not re.search(r"<script(?! type=\"module\" src=)|<style|style=|https?://", page.text)
+
+
+def test_a_key_guards_everything_but_the_page(models) -> None:
+    with serving(lambda: models, keys=["secret"]) as server:
+        assert server.http.get("/").status_code == server.http.get("/page/page.js").status_code == 200
+        refused = [server.http.get("/v1/models"), server.http.get("/metrics"), server.http.post("/page/page.js")]
+        assert [answer.status_code for answer in refused] == [401, 401, 401]
+
+
+def _imports(server: Running, name: str) -> set[str]:
+    answer: httpx.Response = server.http.get(f"/page/{name}")
+    found = set(re.findall(r'from "\./([^"]+)"', answer.text))
+    return found.union(*(_imports(server, each) for each in found))
