@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from blip2.serve.limits import Limits
@@ -21,7 +20,7 @@ from tests.serve.conftest import PICTURES, Running, eventually, serving, slowed
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the page")
 expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
 
 DESKTOP, PHONE = {"width": 1180, "height": 820}, {"width": 360, "height": 740}
 REFUSED = re.compile("Failed to load resource")
@@ -423,37 +422,3 @@ def test_a_key_is_asked_for_only_where_it_is_needed(opened, models) -> None:
         expect(page.locator("#models")).to_contain_text("compares")
         expect(field).to_be_hidden()
         assert page.evaluate("localStorage.length") == 0
-
-
-def test_the_files_and_their_headers(server) -> None:
-    page = server.http.get("/")
-    assert page.headers["content-type"] == "text/html; charset=utf-8"
-    names = set(re.findall(r'"/page/([^"]+)"', page.text))
-    names |= {name for path in names if path.endswith(".js") for name in _imports(server, path)}
-    assert {"page.js", "api.js", "chat.js", "style.css", "icon.svg", "dogs-and-boat.webp"} <= names
-    kinds = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8"}
-    kinds |= {"svg": "image/svg+xml", "webp": "image/webp"}
-    for name in names:
-        found = server.http.get(f"/page/{name}")
-        assert found.headers["content-type"] == kinds[name.rpartition(".")[2]]
-        assert "default-src 'none'" in found.headers["content-security-policy"]
-        assert "unsafe" not in found.headers["content-security-policy"]
-        assert found.headers["cache-control"] == "no-cache"
-        again = server.http.get(f"/page/{name}", headers={"If-None-Match": found.headers["etag"]})
-        assert again.status_code == 304 and not again.content
-    for name in ("", "none.js", "..%2fapp.py", "__init__.py"):
-        assert server.http.get(f"/page/{name}").status_code == 404
-    assert not re.search(r"<script(?! type=\"module\" src=)|<style|style=|https?://", page.text)
-
-
-def test_a_key_guards_everything_but_the_page(models) -> None:
-    with serving(lambda: models, keys=["secret"]) as server:
-        assert server.http.get("/").status_code == server.http.get("/page/page.js").status_code == 200
-        refused = [server.http.get("/v1/models"), server.http.get("/metrics"), server.http.post("/page/page.js")]
-        assert [answer.status_code for answer in refused] == [401, 401, 401]
-
-
-def _imports(server: Running, name: str) -> set[str]:
-    answer: httpx.Response = server.http.get(f"/page/{name}")
-    found = set(re.findall(r'from "\./([^"]+)"', answer.text))
-    return found.union(*(_imports(server, each) for each in found))
