@@ -144,6 +144,8 @@ def identity(model: Blip2 | Blip2Matcher) -> str:
     """
     qformer = model.qformer
     told = hashlib.sha256(repr((type(model).__name__, model.config.vision, qformer.config)).encode())
-    for weight in (qformer.query_tokens, qformer.embedding_norm.weight, *qformer.layers[-1].parameters()):
+    # Norms and biases, since the matrices are kept in another order, and out of sight, where they are packed.
+    vectors = [weight for weight in qformer.parameters() if weight.dim() == 1]
+    for weight in (qformer.query_tokens, *vectors):
         told.update(weight.detach().float().cpu().numpy().tobytes())
     return told.hexdigest()[:16]

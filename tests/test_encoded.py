@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from blip2 import checkpoint
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError
+from blip2.layers import PackedLinear
+from blip2.model import identity
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -19,6 +24,20 @@ def test_there_and_back(tmp_path, half):
     assert torch.equal(back.queries_QD, image.queries_QD.half() if half else image.queries_QD)
     if half:  # 48 KiB and a few words
         assert 0 < (tmp_path / "a.safetensors").stat().st_size - 48 * 1024 < 300
+
+
+def test_a_model_is_the_same_however_it_is_kept(opt_model, matching_model, monkeypatch):
+    """What one saw, the other reads: weights packed for a CPU or not, in another precision, quantised."""
+    monkeypatch.setattr(sys.modules["blip2.checkpoint.load"], "LARGE", 0)
+    for folder in (opt_model, matching_model):
+        plain, packed = (checkpoint.load(folder, pack=pack) for pack in (False, True))
+        assert not any(isinstance(module, PackedLinear) for module in plain.qformer.modules())
+        assert any(isinstance(module, PackedLinear) for module in packed.qformer.modules())
+        halved, quantized = checkpoint.load(folder, dtype=torch.bfloat16), checkpoint.load(folder, quantize="int8")
+        assert {identity(model) for model in (packed, halved, quantized)} == {identity(plain)}
+        with torch.no_grad():
+            plain.qformer.query_tokens[0, 0, 0] += 1
+        assert identity(plain) != identity(packed)
 
 
 def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
