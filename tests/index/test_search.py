@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import blip2
@@ -51,12 +51,14 @@ def test_the_size_of_the_portions_changes_nothing(monkeypatch, chunk_bytes):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), length=st.sampled_from([8, 256, 1024]), number=st.integers(1, 40))
+@example(seed=447, length=1024, number=1)
 def test_near_ties_are_put_in_order(seed, length, number):
     """All pictures within what half precision can tell: rows that differ in the last bits of a few numbers."""
     query_L = unit(length, seed=seed)
     vectors_NRL = query_L.half().expand(200, 2, length).clone()
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-1, 2, vectors_NRL.shape, generator=generator, dtype=torch.int16)
+    bits[vectors_NRL.abs() < 1e-4] = 0  # below nought in its bits is not a number
     vectors_NRL = (vectors_NRL.view(torch.int16) + bits * (torch.rand(bits.shape, generator=generator) < 0.1)).view(
         torch.float16
     )
