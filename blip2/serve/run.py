@@ -22,7 +22,8 @@ def listen(host: str, port: int) -> socket.socket:
     """An open port; 0 is any free one. Raises OptionError if it cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # TCP by name: else asyncio does not switch off Nagle's algorithm, and every answer waits 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
@@ -49,7 +50,9 @@ def run(
     )
     server = uvicorn.Server(config)
     with _quiet_signals():
-        asyncio.run(_serve(server, listener, service, on_open))
+        # The event loop that uvicorn would choose: uvloop where it is installed.
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_serve(server, listener, service, on_open))
     if service.load_error is not None:
         raise service.load_error
 
