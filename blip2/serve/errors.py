@@ -62,6 +62,11 @@ def add_handlers(app: FastAPI) -> None:
     async def told(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        response = as_api_error(error).response()
+        response.headers["connection"] = "close"  # uvicorn hangs up once it hears of the error; say so before
+        return response
+
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         return of_validation(error.errors()).response()
@@ -76,7 +81,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Blip2Error, told)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, told)
+    app.add_exception_handler(Exception, failed)
 
 
 def of_validation(problems: Any) -> ApiError:

@@ -49,10 +49,9 @@ def run(
         timeout_graceful_shutdown=int(service.limits.shutdown_s) or 1,
     )
     server = uvicorn.Server(config)
-    with _quiet_signals():
-        # The event loop that uvicorn would choose: uvloop where it is installed.
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(server, listener, service, on_open))
+    # The event loop that uvicorn would choose: uvloop where it is installed.
+    with _quiet_signals(), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(server, listener, service, on_open))
     if service.load_error is not None:
         raise service.load_error
 
