@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from blip2.generation.endings import Hypothesis
-from blip2.generation.strategies import Choice, Strategy
+from blip2.generation.strategies import Choice, Picked, RowByRow, Strategy, pick_most_likely
 from blip2.language import LanguageModel, pad_rows
 
 
@@ -88,33 +88,47 @@ class Batch:
         """One token more for every row; the jobs that are over now, which have left the batch."""
         if self._logits_RV is None:
             return []
-        tokens, rows, over = [], [], []
+        picked = self._picked(self._logits_RV)
+        tokens: list[int] = []
+        rows: list[int] = []
+        over = []
         first = 0
-        is_changed = False
         for job in self._jobs:
-            logits = self._logits_RV[first : first + job.num_rows]
-            choice = self._choose(job, logits)
-            here_R = torch.arange(first, first + job.num_rows, device=logits.device)
-            first += job.num_rows
+            here = range(first, first + job.num_rows)
+            first = here.stop
+            choice = self._choose(job, self._logits_RV, here, picked)
             if choice is None:
                 job.num_rows = 0
                 over.append(job)
-                is_changed = True
                 continue
-            if choice.rows_R is not None:
-                here_R = here_R[choice.rows_R]
-                job.num_rows = len(here_R)
-                is_changed = True
-            tokens.append(choice.tokens_R)
-            rows.append(here_R)
+            tokens += choice.tokens
+            rows += here if choice.rows is None else [here[row] for row in choice.rows]
+            job.num_rows = len(choice.tokens)
         self._jobs = [job for job in self._jobs if not job.is_over]
+        device = self._logits_RV.device
         if not self._jobs:
             self._logits_RV = self._state = None
             return over
-        if is_changed:
-            self._state.select(torch.cat(rows))
-        self._logits_RV = self._language.step(torch.cat(tokens), self._state)
+        if rows != list(range(first)):
+            self._state.select(torch.tensor(rows, device=device))
+        self._logits_RV = self._language.step(torch.tensor(tokens, device=device), self._state)
         return over
+
+    def _picked(self, logits_RV: Tensor) -> Picked | None:
+        """The next token of every row, greedily; what it says of rows whose job wants something else is of no use.
+
+        For all jobs at once, since a small operation takes as long for one row as for many.
+        """
+        ruled_out: list[tuple[int, int]] = []
+        first = 0
+        is_wanted = False
+        for job in self._jobs:
+            if is_plain(job.strategy):
+                is_wanted = True
+                ids = job.strategy.ruled_out
+                ruled_out += [(row, token) for row in range(first, first + job.num_rows) for token in ids]
+            first += job.num_rows
+        return pick_most_likely(logits_RV, ruled_out) if is_wanted else None
 
     @torch.inference_mode()
     def drop(self, job: Job) -> None:
@@ -136,10 +150,18 @@ class Batch:
         self._state.select(rows_R)
 
     @staticmethod
-    def _choose(job: Job, logits_RV: Tensor) -> Choice | None:
+    def _choose(job: Job, logits_RV: Tensor, here: range, picked: Picked | None) -> Choice | None:
         """The job's next tokens; None where it is over, by itself or because its listener raised."""
+        own = slice(here.start, here.stop)
         try:
-            return job.strategy.choose(logits_RV)
+            if picked is not None and is_plain(job.strategy):
+                return job.strategy.take(Picked(picked.tokens[own], picked.log_probs[own]))
+            return job.strategy.choose(logits_RV[own])
         except Exception as error:
             job.error = error
             return None
+
+
+def is_plain(strategy: Strategy) -> TypeGuard[RowByRow]:
+    """Greedy decoding without more ado, which needs no logits of its own."""
+    return isinstance(strategy, RowByRow) and strategy.is_plain

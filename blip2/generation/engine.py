@@ -122,7 +122,12 @@ class Engine:
         if options.num_beams > 1:
             return BeamSearch(options, num_prompts=num_prompts, filters=filters, endings=endings, device=device)
         return RowByRow(
-            options, num_prompts=num_prompts, filters=filters, endings=endings, device=device, on_token=on_token
+            options,
+            num_prompts=num_prompts,
+            filters=filters,
+            suppress_token_ids=self.suppress_token_ids,
+            endings=endings,
+            on_token=on_token,
         )
 
 

@@ -25,8 +25,8 @@ OnToken = Callable[[int, int], None]
 class Choice(NamedTuple):
     """What goes on: the token that each row takes next, and which of the present rows it continues."""
 
-    tokens_R: Tensor
-    rows_R: Tensor | None
+    tokens: list[int]
+    rows: list[int] | None
     """None: the present rows, all and in order."""
 
 
@@ -43,8 +43,29 @@ class Strategy(Protocol):
 # --- Each row for itself -----------------------------------------------------------------------------------------
 
 
+class Picked(NamedTuple):
+    """A token for each row, and its log-probability as the model gives it, before any filter."""
+
+    tokens: list[int]
+    log_probs: list[float]
+
+
+def pick_most_likely(logits_RV: Tensor, ruled_out: Sequence[tuple[int, int]] = ()) -> Picked:
+    """Greedy decoding of any rows at once; ``ruled_out``: pairs of a row and a token that it may not take."""
+    logits_RV = logits_RV.float()
+    scores_RV = logits_RV
+    if ruled_out:
+        rows, tokens = torch.tensor(ruled_out, device=logits_RV.device).unbind(1)
+        scores_RV = logits_RV.index_put((rows, tokens), torch.tensor(RULED_OUT, device=logits_RV.device))
+    return _with_log_probs(logits_RV, scores_RV.argmax(-1))
+
+
+def _with_log_probs(logits_RV: Tensor, tokens_R: Tensor) -> Picked:
+    log_prob_R1 = logits_RV.log_softmax(-1).gather(1, tokens_R[:, None])
+    return Picked(tokens_R.tolist(), log_prob_R1[:, 0].tolist())
+
+
 def most_likely(scores_RV: Tensor, rows: list[int], step: int) -> Tensor:
-    """Greedy decoding."""
     return scores_RV.argmax(-1)
 
 
@@ -79,7 +100,10 @@ def _generator(seed: int | None, sample: int) -> torch.Generator:
 
 
 class RowByRow:
-    """Greedy decoding and sampling: a row that is over leaves the batch, the others do not notice."""
+    """Greedy decoding and sampling: a row that is over leaves the batch, the others do not notice.
+
+    `choose` picks and takes; who picks for many strategies at once calls `take` (see ``is_plain``).
+    """
 
     def __init__(
         self,
@@ -87,54 +111,67 @@ class RowByRow:
         *,
         num_prompts: int,
         filters: Sequence[Filter],
+        suppress_token_ids: Sequence[int],
         endings: Endings,
-        device: torch.device,
         on_token: OnToken | None = None,
     ) -> None:
         self.rows_per_prompt = options.num_return
+        self.is_plain = not (options.sample or options.repetition_penalty != 1 or options.no_repeat_ngram_size)
+        """Whether each row simply takes the most likely token that is not `ruled_out`."""
         self._pick = Sampler(options, num_prompts) if options.sample else most_likely
         self._filters = filters
+        self._suppress_token_ids = tuple(suppress_token_ids)
+        self._min_new_tokens = options.min_new_tokens
         self._endings = endings
         self._on_token = on_token
         rows = num_prompts * options.num_return
         self._running = list(range(rows))  # the numbers, counted from the start, of the rows still in the batch
-        self._tokens_RT = torch.empty(rows, 0, dtype=torch.long, device=device)
-        self._score_R = torch.zeros(rows, device=device)
+        self._num_taken = 0
         self._texts: list[list[int]] = [[] for _ in range(rows)]
         self.log_probs: list[list[float]] = [[] for _ in range(rows)]
         """Of each token that a row has taken so far, as the model gives it."""
         self._num_reported = [0] * rows
         self._answers: dict[int, Hypothesis] = {}
 
+    @property
+    def ruled_out(self) -> tuple[int, ...]:
+        """Tokens that no row may take next, whatever it has written."""
+        is_early = self._num_taken < self._min_new_tokens
+        return (*self._suppress_token_ids, *(self._endings.eos_token_ids if is_early else ()))
+
     def choose(self, logits_RV: Tensor) -> Choice | None:
         logits_RV = logits_RV.float()
-        scores_RV = apply_filters(self._filters, self._tokens_RT, logits_RV)
-        tokens_R = self._pick(scores_RV, self._running, self._tokens_RT.shape[1])
-        log_prob_R1 = logits_RV.log_softmax(-1).gather(1, tokens_R[:, None])
-        self._score_R = self._score_R + log_prob_R1[:, 0]
-        self._tokens_RT = torch.cat([self._tokens_RT, tokens_R[:, None]], dim=1)
-        for row, log_prob in zip(self._running, log_prob_R1[:, 0].tolist(), strict=True):
+        texts = [self._texts[row] for row in self._running]
+        tokens_RT = torch.tensor(texts, dtype=torch.long, device=logits_RV.device)
+        scores_RV = apply_filters(self._filters, tokens_RT, logits_RV)
+        return self.take(_with_log_probs(logits_RV, self._pick(scores_RV, self._running, self._num_taken)))
+
+    def take(self, picked: Picked) -> Choice | None:
+        """Each running row takes its token; None when every answer is over."""
+        self._num_taken += 1
+        for row, log_prob in zip(self._running, picked.log_probs, strict=True):
             self.log_probs[row].append(log_prob)
-        kept = [place for place, token in enumerate(tokens_R.tolist()) if not self._ends(place, token)]
+        kept = [
+            place
+            for place, (row, token) in enumerate(zip(self._running, picked.tokens, strict=True))
+            if not self._ends(row, token)
+        ]
         if not kept:
             return None
         if len(kept) == len(self._running):
-            return Choice(tokens_R, None)
-        rows_R = torch.tensor(kept, device=tokens_R.device)
+            return Choice(picked.tokens, None)
         self._running = [self._running[place] for place in kept]
-        self._tokens_RT, self._score_R = self._tokens_RT[rows_R], self._score_R[rows_R]
-        return Choice(tokens_R[rows_R], rows_R)
+        return Choice([picked.tokens[place] for place in kept], kept)
 
-    def _ends(self, place: int, token: int) -> bool:
-        """Whether the row at this place of the batch is over with this token; records and reports it."""
-        row = self._running[place]
+    def _ends(self, row: int, token: int) -> bool:
+        """Whether a row is over with this token; records and reports it."""
         text = self._texts[row]
         text.append(token)
         reason = self._endings.reason(text)
         if reason is not None:
             text = self._endings.cut(text, reason)
-            log_probs = self.log_probs[row][: len(text)]
-            self._answers[row] = Hypothesis(text, float(self._score_R[place]), reason, log_probs)
+            log_probs = self.log_probs[row]
+            self._answers[row] = Hypothesis(text, sum(log_probs), reason, log_probs[: len(text)])
         if self._on_token is not None:
             certain = len(text) if reason is not None else self._endings.num_certain(text)
             for known in text[self._num_reported[row] : certain]:
@@ -223,7 +260,7 @@ class BeamSearch:
             return None
         if kept is not None:
             rows_PK = rows_PK[kept]
-        return Choice(self._tokens_PKT[:, :, self._step - 1].flatten(), rows_PK.flatten())
+        return Choice(self._tokens_PKT[:, :, self._step - 1].flatten().tolist(), rows_PK.flatten().tolist())
 
     def _reasons(self, tokens_PCT: Tensor) -> Tensor:
         """Why each candidate is over: an index of ``REASONS``, 0 where it goes on."""
