@@ -1,7 +1,8 @@
-"""What a model keeps of the pictures seen last, found again by their pixels."""
+"""What a model keeps of the pictures seen last, found again by their files or by their pixels."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -10,18 +11,20 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from blip2.image import RgbImage
+from blip2.tasks.see import Eye
+
 Kept = TypeVar("Kept")
 
 
-Encode = Callable[[Sequence[Tensor]], list[Kept]]
-
-
 @dataclass(frozen=True)
-class Look:
-    """A picture that was read: the digest of its decoded pixels, and what the image encoder is given of it."""
+class Look(Generic[Kept]):
+    """A picture that was read: what the image encoder is given of it, or what is kept of it if it was seen before."""
 
     digest: str
-    pixels_CHW: Tensor
+    """Of its decoded pixels."""
+    pixels_CHW: Tensor | None
+    kept: Kept | None = None
 
 
 class ImageCache(Generic[Kept]):
@@ -30,18 +33,36 @@ class ImageCache(Generic[Kept]):
     ``hits`` and ``misses`` count requests: whether the image encoder was spared; ``num_encoded`` its pictures.
     """
 
-    def __init__(self, encode: Encode[Kept], max_entries: int, max_bytes: int) -> None:
+    def __init__(self, eye: Eye[Kept], max_entries: int, max_bytes: int) -> None:
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.hits = 0
         self.misses = 0
         self.num_encoded = 0
-        self._encode = encode
+        self._eye = eye
         self._entries: OrderedDict[str, Kept] = OrderedDict()
+        self._digests: OrderedDict[bytes, str] = OrderedDict()  # of the pixels, by the digest of the file
         self._lock = threading.Lock()
 
-    def see(self, looks: Sequence[Look]) -> list[Kept | Exception]:
+    def look(self, content: bytes, load: Callable[[bytes], RgbImage]) -> Look[Kept]:
+        """The picture in a file's bytes; by any thread. A file that was seen before is not even decoded."""
+        file = hashlib.sha256(content).digest()
+        with self._lock:
+            digest = self._digests.get(file)
+        if digest is not None and (kept := self.get(digest)) is not None:
+            return Look(digest, None, kept)
+        image = load(content)
+        digest = digest_of(image)
+        with self._lock:
+            self._digests[file] = digest
+            self._digests.move_to_end(file)
+            while len(self._digests) > self.max_entries:
+                self._digests.popitem(last=False)
+        kept = self.get(digest)
+        return Look(digest, self._eye.pixels(image) if kept is None else None, kept)
+
+    def see(self, looks: Sequence[Look[Kept]]) -> list[Kept | Exception]:
         """What the model keeps of each picture; each is encoded once, those that are new together.
 
         By the models' thread alone. A picture that cannot be encoded has its error in its place.
@@ -50,7 +71,7 @@ class ImageCache(Generic[Kept]):
         for look in looks:
             is_known = look.digest in found
             if not is_known:
-                found[look.digest] = self.get(look.digest)
+                found[look.digest] = self.get(look.digest) if look.kept is None else look.kept
                 is_known = found[look.digest] is not None
             self.hits += is_known
             self.misses += not is_known
@@ -62,12 +83,12 @@ class ImageCache(Generic[Kept]):
                 self.put(look.digest, seen)
         return [kept for look in looks if (kept := found[look.digest]) is not None]
 
-    def _encode_all(self, looks: Sequence[Look]) -> Sequence[Kept | Exception]:
+    def _encode_all(self, looks: Sequence[Look[Kept]]) -> Sequence[Kept | Exception]:
         """Together if it can be, else each by itself, to find the one at fault."""
         if not looks:
             return []
         try:
-            return self._encode([look.pixels_CHW for look in looks])
+            return self._eye.encode([look.pixels_CHW for look in looks if look.pixels_CHW is not None])
         except Exception as error:
             if len(looks) == 1:
                 return [error]
@@ -96,6 +117,13 @@ class ImageCache(Generic[Kept]):
             while len(self._entries) > self.max_entries or self.num_bytes > self.max_bytes:
                 _, oldest = self._entries.popitem(last=False)
                 self.num_bytes -= num_bytes(oldest)
+
+
+def digest_of(image: RgbImage) -> str:
+    """Of the pixels that people see, whatever file they came in."""
+    found = hashlib.sha256(f"{image.width}x{image.height}:".encode())
+    found.update(image.tobytes())
+    return found.hexdigest()
 
 
 def num_bytes(kept: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any
 
@@ -9,13 +10,10 @@ import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from blip2.image import RgbImage
 from blip2.serve import conversation
-from blip2.serve.cache import Look
 from blip2.serve.decoding import check_prompt, checked_text, options_of
 from blip2.serve.errors import ApiError
 from blip2.serve.names import Names
-from blip2.serve.pictures import look
 from blip2.serve.reply import EventStream, Reply
 from blip2.serve.schemas import ChatRequest, EmbeddingImage, EmbeddingsRequest
 from blip2.serve.service import Service
@@ -61,12 +59,13 @@ def router(service: Service) -> APIRouter:
         checked_text(asked.question + "".join(f"{question} {said}" for question, said in asked.history), service.limits)
         pipeline = service.pipeline
 
-        def prepare(image: RgbImage) -> tuple[Look, str, int]:
+        def prompt() -> tuple[str, int]:
             text, num_forgotten = asked.prompt(pipeline.speaker, options)
             check_prompt(pipeline.speaker, text, service.limits)
-            return look(image, pipeline.eye.pixels), text, num_forgotten
+            return text, num_forgotten
 
-        seen, text, num_forgotten = await service.pictures.read(asked.image, prepare)
+        text, num_forgotten = await asyncio.to_thread(prompt)
+        seen = await service.pictures.look(asked.image, service.worker.images)
         headers = {"X-Blip2-Forgotten-Turns": str(num_forgotten)} if num_forgotten else {}
         reply = Reply(name, pipeline.speaker.tokenizer, has_log_probs)
         ticket = Ticket(seen, text, options)
@@ -102,13 +101,10 @@ def router(service: Service) -> APIRouter:
         for text in texts:
             checked_text(text, service.limits)
         ids = matcher.reader.ids(texts) if texts else []
-        looks = [
-            await service.pictures.read(image, lambda picture: look(picture, matcher.eye.pixels)) for image in images
-        ]
+        cache = service.features
+        looks = [await service.pictures.look(image, cache) for image in images]
 
         def embed() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            cache = service.worker.features
-            assert cache is not None
             of_texts = list(matcher.reader.embed_texts(ids).float().cpu()) if ids else []
             of_images = []
             for kept in cache.see(looks):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
-from torch import Tensor
-
 from blip2.errors import ImageError
 from blip2.image import RgbImage, load_image
-from blip2.serve.cache import Look
+from blip2.serve.cache import ImageCache, Look
 from blip2.serve.errors import as_api_error
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
@@ -26,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 NUM_THREADS = 2
 
 Result = TypeVar("Result")
+Kept = TypeVar("Kept")
 
 
 class Pictures:
@@ -39,41 +37,39 @@ class Pictures:
         # Apart from the decoders: a slow host must not keep anybody from sending a picture.
         self._fetchers = ThreadPoolExecutor(4 * NUM_THREADS, thread_name_prefix="blip2 fetch")
 
-    async def read(self, source: str | bytes, use: Callable[[RgbImage], Result]) -> Result:
-        """What ``use`` makes of a picture; the picture itself, which may be large, is not kept. Raises ApiError.
+    async def look(self, source: str | bytes, cache: ImageCache[Kept]) -> Look[Kept]:
+        """A picture for a model. Raises ApiError.
 
         ``source`` is a data address, plain base64, a web address, or the bytes of an image file.
         """
+        return await self._read(source, lambda content: cache.look(content, self._load))
+
+    async def read(self, source: str | bytes, use: Callable[[RgbImage], Result]) -> Result:
+        """What ``use`` makes of a picture; the picture itself, which may be large, is not kept. Raises ApiError."""
+        return await self._read(source, lambda content: use(self._load(content)))
+
+    async def _read(self, source: str | bytes, use: Callable[[bytes], Result]) -> Result:
         loop = asyncio.get_running_loop()
         try:
             if isinstance(source, str) and re.match("https?:", source, re.IGNORECASE):
                 source = await loop.run_in_executor(self._fetchers, self._fetcher.fetch, source)
-            return await loop.run_in_executor(self._decoders, self._use, source, use)
+            return await loop.run_in_executor(self._decoders, _use, source, use)
         except Exception as error:
             told = as_api_error(error)
             if told.param == "image":
                 self._metrics.image_rejected.labels(told.code).inc()
             raise told from error
 
+    def _load(self, content: bytes) -> RgbImage:
+        return load_image(content, max_pixels=self._limits.max_pixels, formats=FORMATS)
+
     def close(self) -> None:
         for pool in (self._decoders, self._fetchers):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _use(self, source: str | bytes, use: Callable[[RgbImage], Result]) -> Result:
-        content = decoded(source) if isinstance(source, str) else source
-        return use(load_image(content, max_pixels=self._limits.max_pixels, formats=FORMATS))
 
-
-def look(image: RgbImage, pixels_of: Callable[[RgbImage], Tensor]) -> Look:
-    """A picture as a worker takes it."""
-    return Look(digest(image), pixels_of(image))
-
-
-def digest(image: RgbImage) -> str:
-    """Of the pixels that people see, whatever file they came in."""
-    found = hashlib.sha256(f"{image.width}x{image.height}:".encode())
-    found.update(image.tobytes())
-    return found.hexdigest()
+def _use(source: str | bytes, use: Callable[[bytes], Result]) -> Result:
+    return use(decoded(source) if isinstance(source, str) else source)
 
 
 def decoded(source: str) -> bytes:

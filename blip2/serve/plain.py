@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any, TypeVar
 
@@ -15,11 +16,9 @@ from torch import Tensor
 from blip2.api import Matcher
 from blip2.generation import GenerateOptions
 from blip2.image import RgbImage, grey_address, shrunk
-from blip2.serve.cache import Look
 from blip2.serve.decoding import check_prompt, checked_text, options_of
 from blip2.serve.errors import ApiError
 from blip2.serve.names import served_name
-from blip2.serve.pictures import look
 from blip2.serve.schemas import (
     Answered,
     AskRequest,
@@ -53,12 +52,8 @@ def router(service: Service) -> APIRouter:
     ) -> Answered:
         options = options_of(body, defaults, service.limits)
         pipeline = service.pipeline
-
-        def prepare(picture: RgbImage) -> Look:
-            check_prompt(pipeline.speaker, text, service.limits)
-            return look(picture, pipeline.eye.pixels)
-
-        seen = await service.pictures.read(image, prepare)
+        await asyncio.to_thread(check_prompt, pipeline.speaker, text, service.limits)
+        seen = await service.pictures.look(image, service.worker.images)
         answers = await service.answers(request, Ticket(seen, text, options))
         texts = [pipeline.speaker.tokenizer.decode(each.tokens) for each in answers]
         return Answered(
@@ -88,11 +83,10 @@ def router(service: Service) -> APIRouter:
             message = f"{len(body.texts)} texts; at most {service.limits.max_texts} are compared"
             raise ApiError(400, "too_many_texts", message, param="texts")
         ids = matcher.reader.ids([checked_text(text, service.limits) for text in body.texts])
-        seen = await service.pictures.read(image, lambda picture: look(picture, matcher.eye.pixels))
+        cache = service.features
+        seen = await service.pictures.look(image, cache)
 
         def compare() -> list[MatchedText]:
-            cache = service.worker.features
-            assert cache is not None
             [kept] = cache.see([seen])
             if isinstance(kept, Exception):
                 raise kept

@@ -15,6 +15,7 @@ from fastapi import Request
 
 from blip2.api import Matcher, Pipeline
 from blip2.generation import Hypothesis
+from blip2.serve.cache import ImageCache
 from blip2.serve.doorman import END
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
@@ -22,6 +23,7 @@ from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.pictures import Pictures
 from blip2.serve.worker import Ticket, Worker, WorkerError
+from blip2.tasks.match import ImageFeatures
 
 logger = logging.getLogger("blip2.serve")
 
@@ -104,11 +106,22 @@ class Service:
         """Raises ApiError if there is none."""
         matcher = self.worker.matcher
         if matcher is None:
-            raise ApiError(
-                400, "no_matching_model", "this server has no model that compares pictures with texts; start it with "
-                "--matching-model"
-            )  # fmt: skip
+            raise self._no_matcher()
         return matcher
+
+    @staticmethod
+    def _no_matcher() -> ApiError:
+        return ApiError(
+            400, "no_matching_model", "this server has no model that compares pictures with texts; start it with "
+            "--matching-model"
+        )  # fmt: skip
+
+    @property
+    def features(self) -> ImageCache[ImageFeatures]:
+        """What the `matcher` keeps of pictures. Raises ApiError if there is none."""
+        if self.worker.features is None:
+            raise self._no_matcher()
+        return self.worker.features
 
     # ---- answers ----
 

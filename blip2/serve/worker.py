@@ -47,7 +47,7 @@ class WorkerError(RuntimeError):
 class Ticket:
     """One prompt on its way: what is asked, and where the answers go."""
 
-    look: Look
+    look: Look[EncodedImage]
     text: str
     options: GenerateOptions
     on_piece: OnPiece | None = None
@@ -77,10 +77,10 @@ class Worker:
         self.pipeline = pipeline
         self.matcher = matcher
         size = (limits.cache_entries, limits.cache_bytes)
-        self.images: ImageCache[EncodedImage] = ImageCache(pipeline.eye.encode, *size)
+        self.images: ImageCache[EncodedImage] = ImageCache(pipeline.eye, *size)
         self.features: ImageCache[ImageFeatures] | None = None
         if matcher is not None:
-            self.features = ImageCache(matcher.eye.encode, *size)
+            self.features = ImageCache(matcher.eye, *size)
         self.max_rows = limits.max_rows
         self._metrics = metrics
         self._waiting: deque[Ticket] = deque()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from PIL import Image
 
 from blip2.serve.cache import ImageCache, Look
 from blip2.serve.limits import Limits
@@ -26,8 +29,6 @@ def test_a_second_question_skips_the_image_encoder(models, tmp_path) -> None:
             )
             assert (hits, misses, server.metric("blip2_images_encoded_total")) == (0, 1, 1)
             # The same pixels in another file are the same picture.
-            from PIL import Image
-
             Image.open(PICTURES[0]).save(tmp_path / "same.png", compress_level=0)
             server.chat(user("how many dogs are there?", tmp_path / "same.png"))
             server.http.post("/caption", files={"image": PICTURES[0].read_bytes()})
@@ -74,7 +75,8 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
     def looks(*numbers: int) -> list[Look]:
         return [Look(str(number), torch.full((4,), float(number))) for number in numbers]
 
-    cache: ImageCache[Look] = ImageCache(encode, max_entries=2, max_bytes=1000)
+    eye: Any = SimpleNamespace(encode=encode)
+    cache: ImageCache[Look] = ImageCache(eye, max_entries=2, max_bytes=1000)
     assert [kept.digest for kept in cache.see(looks(1, 2, 1))] == ["1", "2", "1"]
     assert (encoded, cache.hits, cache.misses, cache.num_bytes) == ([2], 1, 2, 32)
     cache.see(looks(1))
@@ -83,11 +85,36 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
     assert encoded == [2, 1]
     cache.see(looks(2))
     assert encoded == [2, 1, 1] and len(cache) == 2
-    small: ImageCache[Look] = ImageCache(encode, max_entries=9, max_bytes=40)
+    small: ImageCache[Look] = ImageCache(eye, max_entries=9, max_bytes=40)
     small.see(looks(1, 2, 3))
     assert len(small) == 2 and small.num_bytes == 32
-    none: ImageCache[Look] = ImageCache(encode, max_entries=0, max_bytes=1000)
+    none: ImageCache[Look] = ImageCache(eye, max_entries=0, max_bytes=1000)
     assert len(none.see(looks(1, 2))) == 2 and len(none) == 0
+
+
+def test_a_file_that_was_seen_is_not_even_decoded() -> None:
+    decoded, prepared = [], []
+
+    def load(content: bytes) -> Image.Image:
+        decoded.append(content)
+        return Image.new("RGB", (2, 2), {b"r": "red", b"R": "red", b"b": "blue"}[content])
+
+    def pixels(image: Image.Image) -> torch.Tensor:
+        prepared.append(image.getpixel((0, 0)))
+        return torch.zeros(3)
+
+    eye: Any = SimpleNamespace(pixels=pixels, encode=lambda pixels: [Look("kept", each) for each in pixels])
+    cache: ImageCache[Look] = ImageCache(eye, max_entries=1, max_bytes=1000)
+    red = cache.look(b"r", load)
+    assert red.pixels_CHW is not None and red.kept is None
+    [kept] = cache.see([red])
+    assert cache.look(b"r", load).kept is kept and decoded == [b"r"]
+    assert cache.look(b"R", load).kept is kept and decoded == [b"r", b"R"] and prepared == [(255, 0, 0)]
+    known = cache.look(b"R", load)
+    assert cache.see([cache.look(b"b", load)])[0] is not kept  # there is room for one
+    assert cache.see([known])[0] is kept  # what a request holds already is not lost
+    assert cache.look(b"R", load).kept is None and decoded == [b"r", b"R", b"b", b"R"]
+    assert (cache.hits, cache.misses, cache.num_encoded) == (1, 2, 2)
 
 
 def test_without_room_for_pictures_answers_are_the_same(models) -> None:
