@@ -72,6 +72,9 @@ def command(
     curl -F image=@photo.jpg http://127.0.0.1:8000/caption
     curl -F image=@photo.jpg -F question="how many dogs are there?" http://127.0.0.1:8000/ask
     """
+    # OpenMP's threads wait for one another busily, for 100 ms; beside an event loop that wants a processor too, steps
+    # took 20 times as long on two of them. Torch's OpenMP reads this when torch is imported, which is below.
+    os.environ.setdefault("GOMP_SPINCOUNT", "200")
     try:
         from blip2.serve.app import create_app
         from blip2.serve.fetch import Fetcher
