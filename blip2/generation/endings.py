@@ -27,6 +27,8 @@ class Hypothesis:
     """"eos": the model ended it; "stop": a stop string; "length": max_new_tokens were reached."""
     log_probs: list[float] | None = None
     """Greedy and sampling: of each of ``tokens``, as the model gives it, before any filter. Beams have none."""
+    top: list[dict[int, float]] | None = None
+    """At the place of each of ``tokens``, the most likely ones with their log-probabilities, if they were asked for."""
 
 
 class Endings:

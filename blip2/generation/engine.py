@@ -64,10 +64,18 @@ class Engine:
             batch.step()
         return job.answers()
 
-    def job(self, prompts: Sequence[Tensor], options: GenerateOptions, *, on_token: OnToken | None = None) -> Job:
+    def job(
+        self,
+        prompts: Sequence[Tensor],
+        options: GenerateOptions,
+        *,
+        on_token: OnToken | None = None,
+        num_top: int = 0,
+    ) -> Job:
         """The same as `generate` for a batch of this engine's language model that is running (`Batch.add`).
 
-        ``on_token`` is called while the batch steps; what it raises ends this job alone.
+        ``on_token`` is called while the batch steps; what it raises ends this job alone. ``num_top``: so many of the
+        most likely tokens are noted at each place (`Hypothesis.top`); not with beams.
         """
         if on_token is not None and (options.num_beams > 1 or options.num_return > 1):
             raise OptionError(
@@ -76,7 +84,7 @@ class Engine:
             )
         _check(prompts)
         endings = Endings(options, self.eos_token_ids, self.decode)
-        strategy = self._strategy(options, endings, len(prompts), prompts[0].device, on_token)
+        strategy = self._strategy(options, endings, len(prompts), prompts[0].device, on_token, num_top)
         return Job(prompts, strategy, options.max_new_tokens)
 
     @torch.inference_mode()
@@ -115,6 +123,7 @@ class Engine:
         num_prompts: int,
         device: torch.device,
         on_token: OnToken | None,
+        num_top: int,
     ) -> Strategy:
         filters = build_filters(
             options, eos_token_ids=self.eos_token_ids, suppress_token_ids=self.suppress_token_ids, device=device
@@ -128,6 +137,7 @@ class Engine:
             suppress_token_ids=self.suppress_token_ids,
             endings=endings,
             on_token=on_token,
+            num_top=num_top,
         )
 
 

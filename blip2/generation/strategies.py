@@ -114,9 +114,11 @@ class RowByRow:
         suppress_token_ids: Sequence[int],
         endings: Endings,
         on_token: OnToken | None = None,
+        num_top: int = 0,
     ) -> None:
         self.rows_per_prompt = options.num_return
-        self.is_plain = not (options.sample or options.repetition_penalty != 1 or options.no_repeat_ngram_size)
+        has_history = options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0
+        self.is_plain = not (options.sample or has_history or num_top)
         """Whether each row simply takes the most likely token that is not `ruled_out`."""
         self._pick = Sampler(options, num_prompts) if options.sample else most_likely
         self._filters = filters
@@ -130,6 +132,9 @@ class RowByRow:
         self._texts: list[list[int]] = [[] for _ in range(rows)]
         self.log_probs: list[list[float]] = [[] for _ in range(rows)]
         """Of each token that a row has taken so far, as the model gives it."""
+        self.top: list[list[dict[int, float]]] = [[] for _ in range(rows)]
+        """At each place of a row the ``num_top`` most likely tokens, best first, with their log-probabilities."""
+        self._num_top = num_top
         self._num_reported = [0] * rows
         self._answers: dict[int, Hypothesis] = {}
 
@@ -144,6 +149,10 @@ class RowByRow:
         texts = [self._texts[row] for row in self._running]
         tokens_RT = torch.tensor(texts, dtype=torch.long, device=logits_RV.device)
         scores_RV = apply_filters(self._filters, tokens_RT, logits_RV)
+        if self._num_top:
+            best = logits_RV.log_softmax(-1).topk(min(self._num_top, logits_RV.shape[1]))
+            for row, ids, log_probs in zip(self._running, best.indices.tolist(), best.values.tolist(), strict=True):
+                self.top[row].append(dict(zip(ids, log_probs, strict=True)))
         return self.take(_with_log_probs(logits_RV, self._pick(scores_RV, self._running, self._num_taken)))
 
     def take(self, picked: Picked) -> Choice | None:
@@ -171,7 +180,8 @@ class RowByRow:
         if reason is not None:
             text = self._endings.cut(text, reason)
             log_probs = self.log_probs[row]
-            self._answers[row] = Hypothesis(text, sum(log_probs), reason, log_probs[: len(text)])
+            top = self.top[row][: len(text)] if self._num_top else None
+            self._answers[row] = Hypothesis(text, sum(log_probs), reason, log_probs[: len(text)], top)
         if self._on_token is not None:
             certain = len(text) if reason is not None else self._endings.num_certain(text)
             for known in text[self._num_reported[row] : certain]:

@@ -50,6 +50,8 @@ def router(service: Service) -> APIRouter:
             max_new_tokens=body.max_completion_tokens,
             is_followed=is_stream or has_log_probs,
         )
+        if body.top_logprobs and not has_log_probs:
+            raise ApiError(400, "invalid_value", "top_logprobs come with logprobs; set it true", param="top_logprobs")
         if has_log_probs and options.num_beams > 1:
             raise ApiError(
                 400, "invalid_value", "logprobs go with one token at a time, not with a search; leave out num_beams "
@@ -68,7 +70,7 @@ def router(service: Service) -> APIRouter:
         seen = await service.pictures.look(asked.image, service.worker.images)
         headers = {"X-Blip2-Forgotten-Turns": str(num_forgotten)} if num_forgotten else {}
         reply = Reply(name, pipeline.speaker.tokenizer, has_log_probs)
-        ticket = Ticket(seen, text, options)
+        ticket = Ticket(seen, text, options, num_top=body.top_logprobs or 0)
         if not is_stream:
             answers = await service.answers(request, ticket)
             return JSONResponse(reply.whole(answers, ticket.num_prompt_tokens), headers=headers)
@@ -139,7 +141,6 @@ def check(body: ChatRequest) -> None:
         "presence_penalty": bool(body.presence_penalty) and "use repetition_penalty",
         "logit_bias": bool(body.logit_bias) and "single tokens cannot be favoured",
         "modalities": body.modalities not in (None, ["text"]) and "this model writes plain text only",
-        "top_logprobs": bool(body.top_logprobs) and "only the chosen tokens have their logprobs",
     }
     for name, problem in problems.items():
         if problem:

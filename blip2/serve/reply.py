@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from blip2.generation import Hypothesis
 from blip2.serve.errors import as_api_error
-from blip2.serve.service import Piece
+from blip2.serve.worker import Piece
 from blip2.text import Tokenizer
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -35,7 +35,7 @@ class Reply:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": self._tokenizer.decode(answer.tokens), "refusal": None},
-                "logprobs": self._log_probs(answer.tokens, answer.log_probs or []),
+                "logprobs": self._log_probs(answer),
                 "finish_reason": FINISH[answer.finish_reason],
             }
             for index, answer in enumerate(answers)
@@ -51,7 +51,7 @@ class Reply:
         try:
             async for piece in pieces:
                 if isinstance(piece, Piece):
-                    log_probs = self._log_probs(piece.tokens, piece.log_probs)
+                    log_probs = self._log_probs(piece)
                     yield self._chunk(0, {"content": piece.text}, log_probs=log_probs, has_usage=has_usage)
                 else:
                     yield self._chunk(0, {}, finish_reason=FINISH[piece.finish_reason], has_usage=has_usage)
@@ -69,7 +69,7 @@ class Reply:
     ) -> AsyncGenerator[str, None]:
         """The same events for answers that are all there."""
         for index, answer in enumerate(answers):
-            log_probs = self._log_probs(answer.tokens, answer.log_probs or [])
+            log_probs = self._log_probs(answer)
             content = self._tokenizer.decode(answer.tokens)
             yield self._chunk(index, {"role": "assistant", "content": ""}, has_usage=has_usage)
             yield self._chunk(index, {"content": content}, log_probs=log_probs, has_usage=has_usage)
@@ -95,14 +95,21 @@ class Reply:
         usage = _usage(num_prompt_tokens, num_tokens)
         return _event({**self._shared, "object": "chat.completion.chunk", "choices": [], "usage": usage})
 
-    def _log_probs(self, tokens: Sequence[int], log_probs: Sequence[float]) -> dict[str, Any] | None:
+    def _log_probs(self, said: Piece | Hypothesis) -> dict[str, Any] | None:
         if not self._has_log_probs:
             return None
-        content = []
-        for token, log_prob in zip(tokens, log_probs, strict=True):
-            text = self._tokenizer.decode([token])
-            content.append({"token": text, "logprob": log_prob, "bytes": list(text.encode()), "top_logprobs": []})
+        assert said.log_probs is not None
+        top = said.top or [{}] * len(said.tokens)
+        content = [
+            self._log_prob(token, log_prob)
+            | {"top_logprobs": [self._log_prob(other, its) for other, its in others.items()]}
+            for token, log_prob, others in zip(said.tokens, said.log_probs, top, strict=True)
+        ]
         return {"content": content, "refusal": None}
+
+    def _log_prob(self, token: int, log_prob: float) -> dict[str, Any]:
+        text = self._tokenizer.decode([token])
+        return {"token": text, "logprob": log_prob, "bytes": list(text.encode())}
 
 
 def _usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:

@@ -66,7 +66,7 @@ class ChatRequest(Decoding):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # These are known only to be refused where they ask for something:
     tools: Any = None
     functions: Any = None

@@ -22,7 +22,7 @@ from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.pictures import Pictures
-from blip2.serve.worker import Ticket, Worker, WorkerError
+from blip2.serve.worker import Piece, Ticket, Worker, WorkerError
 from blip2.tasks.match import ImageFeatures
 
 logger = logging.getLogger("blip2.serve")
@@ -36,15 +36,6 @@ class Models:
 
     pipeline: Pipeline
     matcher: Matcher | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of an answer that is being written."""
-
-    text: str
-    tokens: list[int]
-    log_probs: list[float]
 
 
 class Service:
@@ -153,8 +144,8 @@ class Service:
         loop = asyncio.get_running_loop()
         heard: asyncio.Queue[Piece | None] = asyncio.Queue()
 
-        def on_piece(text: str, tokens: list[int], log_probs: list[float]) -> None:
-            loop.call_soon_threadsafe(heard.put_nowait, Piece(text, tokens, log_probs))
+        def on_piece(piece: Piece) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, piece)
 
         ticket = replace(ticket, on_piece=on_piece)
         worker = self.worker

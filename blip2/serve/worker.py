@@ -23,6 +23,7 @@ from blip2.api import Matcher, Pipeline
 from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import Batch, GenerateOptions, Hypothesis, Job
+from blip2.generation.strategies import RowByRow
 from blip2.serve.cache import ImageCache, Look
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
@@ -35,8 +36,19 @@ MAX_FAILURES = 3
 """So many steps that fail one after the other are the end: the device is gone, and waiting would not help."""
 
 Value = TypeVar("Value")
-OnPiece = Callable[[str, list[int], list[float]], None]
-"""A piece of text, and the tokens that make it with their log-probabilities; called by the model's thread."""
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer that is being written, and the tokens that make it."""
+
+    text: str
+    tokens: list[int]
+    log_probs: list[float]
+    top: list[dict[int, float]] | None = None
+    """See `Hypothesis`."""
+
+
+OnPiece = Callable[[Piece], None]
+"""Called by the model's thread."""
 
 
 class WorkerError(RuntimeError):
@@ -52,6 +64,8 @@ class Ticket:
     options: GenerateOptions
     on_piece: OnPiece | None = None
     """Called with each piece of the only answer; no beams then, and ``num_return`` 1."""
+    num_top: int = 0
+    """So many of the most likely tokens are told at each place."""
     answers: Future[list[Hypothesis]] = field(default_factory=Future)
     num_prompt_tokens: int = 0
     """Known when the answers are; the picture's are among them."""
@@ -230,11 +244,11 @@ class Worker:
         prompt_TD = speaker.prompt(image, ticket.text, ticket.options.max_new_tokens)
         ticket.num_prompt_tokens = len(prompt_TD)
         if ticket.on_piece is None:
-            return Running(ticket, speaker.engine.job([prompt_TD], ticket.options), lambda: None)
+            job = speaker.engine.job([prompt_TD], ticket.options, num_top=ticket.num_top)
+            return Running(ticket, job, lambda: None)
         on_piece = ticket.on_piece
         text = TextStream(speaker.tokenizer)
         pending: list[int] = []
-        log_probs: list[float] = []
         num_told = 0
 
         def on_token(row: int, token: int) -> None:
@@ -244,9 +258,10 @@ class Worker:
 
         def tell(piece: str) -> None:
             nonlocal num_told
-            end = num_told + len(pending)
-            on_piece(piece, pending.copy(), log_probs[num_told:end])
-            num_told = end
+            own = slice(num_told, num_told + len(pending))
+            top = strategy.top[0][own] if ticket.num_top else None
+            on_piece(Piece(piece, pending.copy(), strategy.log_probs[0][own], top))
+            num_told = own.stop
             pending.clear()
 
         def finish_text() -> None:
@@ -254,8 +269,9 @@ class Worker:
             if piece or pending:
                 tell(piece)
 
-        job = speaker.engine.job([prompt_TD], ticket.options, on_token=on_token)
-        log_probs = job.strategy.log_probs[0]  # type: ignore[attr-defined]  # grows while the job runs
+        job = speaker.engine.job([prompt_TD], ticket.options, on_token=on_token, num_top=ticket.num_top)
+        assert isinstance(job.strategy, RowByRow)  # a search cannot be followed
+        strategy: RowByRow = job.strategy
         return Running(ticket, job, finish_text)
 
     def _added(self, coming: list[Running]) -> Iterable[Running]:

@@ -107,6 +107,21 @@ def test_logprobs_are_those_of_the_model(client, models) -> None:
         )
 
 
+def test_the_most_likely_tokens_are_told_at_each_place(client) -> None:
+    asked = {"model": "miniature", "messages": [user("", PICTURES[0])], "logprobs": True, "top_logprobs": 3}
+    entries = client.chat.completions.create(**asked).choices[0].logprobs.content
+    for entry in entries:
+        best = [other.logprob for other in entry.top_logprobs]
+        assert len(best) == 3 and best == sorted(best, reverse=True)
+        # Greedy: what is written is the best one.
+        assert (entry.top_logprobs[0].token, best[0]) == (entry.token, pytest.approx(entry.logprob, abs=1e-5))
+    stream = client.chat.completions.create(**asked, stream=True)
+    streamed = [entry for chunk in stream if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert [[other.token for other in entry.top_logprobs] for entry in streamed] == [
+        [other.token for other in entry.top_logprobs] for entry in entries
+    ]
+
+
 def test_the_asynchronous_client(server, models) -> None:
     async def ask_all() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:

@@ -74,6 +74,7 @@ def test_what_has_no_meaning_is_refused(messages, code) -> None:
         {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"response_format": {"type": "json_object"}},
         {"functions": [{"name": "f"}]}, {"tool_choice": "required"}, {"frequency_penalty": 0.5},
         {"presence_penalty": -1}, {"logit_bias": {"5": 1}}, {"modalities": ["audio"]}, {"top_logprobs": 3},
+        {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": -1},
         {"logprobs": True, "num_beams": 2}, {"temperature": 0.7, "num_beams": 2}, {"num_beams": 2, "n": 3},
         {"min_new_tokens": 9, "max_tokens": 8}, {"temperature": 3}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0},
         {"seed": -1}, {"stop": ""}, {"length_penalty": 1e300}, {"repetition_penalty": 0}, {"messages": []},
