@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py [RESULTS.json ...] [--out docs/benchmarks.svg]
 
-Without results: docs/benchmarks/*.json. For each checkpoint a row of three charts: ms per token (with a line at what
+Without results: docs/benchmarks/x*l.json. For each checkpoint a row of three charts: ms per token (with a line at what
 the machine's memory speed allows for that precision), captions per second, and the most memory that was resident.
 Writes plain SVG, and prints its path.
 """
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, default=DOCS / "benchmarks.svg")
     args = parser.parse_args()
-    paths = args.results or sorted((DOCS / "benchmarks").glob("*.json"))
+    paths = args.results or sorted((DOCS / "benchmarks").glob("x*l.json"))
     if not paths:
         print(f"nothing to draw: write results to {DOCS / 'benchmarks'} with published.py --json")
         return

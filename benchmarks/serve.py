@@ -76,6 +76,8 @@ def make_random(folder: Path) -> None:
     qformer = QFormerConfig(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=1536,
                             encoder_hidden_size=384)  # fmt: skip
     model = Blip2(Blip2Config(vision, qformer, language, image_token_id=50265)).eval()
+    # Beside these the positions decide, so that each token is another one, and has a text that can be streamed.
+    torch.nn.init.normal_(model.language.token_embedding.weight, std=0.02)
     print(f"random model: {sum(weight.numel() for weight in model.parameters()) / 1e6:.0f} M parameters", flush=True)
     checkpoint.save(model, folder, tokenizer=opt_tokenizer().to_str())
 
