@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from blip2.errors import OptionError
+from blip2.serve.connection import Connection
 from blip2.serve.service import Service
 
 MAX_CONNECTIONS = 1024
@@ -42,6 +43,8 @@ def run(
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         log_level=log_level,
         access_log=False,
         server_header=False,

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import blip2
 from blip2.serve.app import create_app
+from blip2.serve.connection import Connection
 from blip2.serve.run import listen
 from blip2.serve.service import Models, Service
 
@@ -60,18 +61,20 @@ class Running:
 
 
 @contextmanager
-def serving(load: Callable[[], Models], *, waits: bool = True, **options: Any) -> Iterator[Running]:
+def serving(
+    load: Callable[[], Models], *, waits: bool = True, http: type[Connection] = Connection, **options: Any
+) -> Iterator[Running]:
     app = create_app(load, **options)
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=60) as client:
         eventually(lambda: server.started)
         if waits:
-            eventually(lambda: http.get("/ready").status_code == 200)
-        yield Running(url, app.state.service, http)
+            eventually(lambda: client.get("/ready").status_code == 200)
+        yield Running(url, app.state.service, client)
         server.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
