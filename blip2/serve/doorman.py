@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,8 @@ OPEN_FOLDER = "/page/"
 """The page's own files; it is the page that asks for the key."""
 END = "blip2.end_s"
 """Where the scope has the moment (monotonic) at which the answer has to be there."""
+LINGER_S, SILENCE_S = 5.0, 0.5
+"""So long is the rest of a refused request still taken, as long as it keeps coming."""
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -58,6 +61,7 @@ class Doorman:
             return
         began_s = time.monotonic()
         status = 499  # hung up before there was an answer
+        lingers = False
 
         async def noted_send(message: Message) -> None:
             nonlocal status
@@ -72,10 +76,16 @@ class Doorman:
             response = error.response()
             if scope["method"] == "POST":
                 response.headers["connection"] = "close"  # what was to come of the request is not waited for
-            await response(scope, receive, noted_send)
+                lingers = True
+                await response(scope, receive, _unfinished(noted_send))
+            else:
+                await response(scope, receive, noted_send)
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.request_seconds.labels(path, str(status)).observe(time.monotonic() - began_s)
+        if lingers:
+            await _discard(receive)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_open = scope["path"] in OPEN_PATHS or (scope["method"] == "GET" and scope["path"].startswith(OPEN_FOLDER))
@@ -143,6 +153,30 @@ class Doorman:
     def _rejected(self, error: ApiError) -> ApiError:
         self._metrics.requests_rejected.labels(error.code).inc()
         return error
+
+
+def _unfinished(send: Send) -> Send:
+    """Sends all of a response, and leaves the connection open."""
+
+    async def send_on(message: Message) -> None:
+        await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+    return send_on
+
+
+async def _discard(receive: Receive) -> None:
+    """The rest of a request that is answered already, for a while.
+
+    To close a connection on which something is unread is to reset it, and a client that is still sending would never
+    see the answer.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            is_over = False
+            while not is_over:
+                async with asyncio.timeout(SILENCE_S):
+                    message = await receive()
+                is_over = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -148,3 +148,21 @@ def test_an_answer_that_nobody_reads_is_dropped(hasty, header) -> None:
         num_heard = len(heard_until_closed(client))
     assert num_heard < whole
     assert hasty.http.get("/health").status_code == 200
+
+
+def test_who_is_still_sending_hears_why_it_is_too_much(server) -> None:
+    """A connection that is closed with something unread on it is reset, and the answer lost."""
+    with connected(server) as client:
+        client.sendall(POST + b"Content-Length: 200000000\r\n\r\n")
+        for _ in range(100):
+            client.sendall(b"x" * 100_000)
+            time.sleep(0.001)
+        assert b"HTTP/1.1 413" in client.recv(1000)
+
+
+def test_what_is_refused_is_not_listened_to_for_ever(server) -> None:
+    with connected(server) as client, pytest.raises(OSError):
+        client.sendall(POST + b"Content-Length: 200000000\r\n\r\n")
+        for _ in range(2000):
+            client.sendall(b"x" * 10_000)
+            time.sleep(0.01)
