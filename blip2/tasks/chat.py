@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
 
 from blip2.encoded import EncodedImage
@@ -75,11 +76,14 @@ def prompt_that_fits(
 
     Raises OptionError if the question is empty.
     """
-    for first in range(len(history)):
-        prompt = chat_prompt(history[first:], question)
-        if speaker.fits(prompt, num_new_tokens):
-            return prompt, first
-    return chat_prompt([], question), len(history)
+
+
+    def fits(first: int) -> bool:
+        return speaker.fits(chat_prompt(history[first:], question), num_new_tokens)
+
+    # The shorter, the sooner it fits, so a thousand turns are not read a thousand times.
+    first = bisect_left(range(len(history)), True, key=fits)
+    return chat_prompt(history[first:], question), first
 
 
 class _Stopped(Exception):

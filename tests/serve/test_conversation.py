@@ -108,6 +108,15 @@ def test_a_conversation_too_long_for_the_model_forgets_its_beginning_and_says_so
     assert int(response.headers["x-blip2-forgotten-turns"]) == chat.num_forgotten > 0
 
 
+def test_a_thousand_turns_are_not_read_a_thousand_times(server, models, monkeypatch) -> None:
+    speaker, reads = type(models.pipeline.speaker), []
+    fits = speaker.fits
+    monkeypatch.setattr(speaker, "fits", lambda *given: reads.append(given) or fits(*given))
+    turns = [user("what?", PICTURES[0]), *[{"role": "assistant", "content": "two"}, user("what?")] * 999]
+    assert server.chat(*turns, max_tokens=2).status_code == 200
+    assert 0 < len(reads) < 20
+
+
 def test_a_question_in_the_words_of_the_template_is_refused(server) -> None:
     response = server.chat(user("Question: how many? Answer:", PICTURES[0]))
     assert response.status_code == 400 and "give the question alone" in response.json()["error"]["message"]
