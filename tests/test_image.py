@@ -175,6 +175,26 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(width, height):
         load_image(bomb)
 
 
+def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused_unread():
+    whole = encoded(Image.new("L", (7000, 7000), 128), "JPEG", progressive=True)
+    scans = whole.split(b"\xff\xda")
+    again = b"\xff\xda" + scans[-1].removesuffix(b"\xff\xd9")
+    assert len(again) < 100  # and 60 ms of work
+    assert load_image(whole).size == (7000, 7000)
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        load_image(whole[:-2] + 200_000 * again + whole[-2:])
+
+
+@pytest.mark.parametrize("is_progressive", [False, True])
+def test_what_looks_like_a_scan_and_is_none_does_not_count(is_progressive):
+    """In the metadata, as of a thumbnail, and behind the picture, where telephones put films."""
+    array = noise(40, 40)
+    whole = encoded(Image.fromarray(array), "JPEG", progressive=is_progressive, quality=95)
+    metadata = b"\xff\xe5\xf0\x02" + b"\xff\xda" * 0x7800
+    found = load_image(whole[:2] + metadata + whole[2:] + b"\xff\xda" * 200)
+    assert np.array_equal(np.asarray(found), np.asarray(load_image(whole)))
+
+
 def test_max_pixels():
     assert load_image(PNG, max_pixels=54).size == (9, 6)
     for source in (PNG, PHOTO, PHOTO_HW3):

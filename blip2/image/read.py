@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from http.client import HTTPException
-from typing import BinaryIO, TypeAlias
+from typing import IO, BinaryIO, TypeAlias
 from urllib import request
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote
@@ -32,6 +32,9 @@ Source: TypeAlias = str | os.PathLike | Encoded | Image.Image | np.ndarray | tor
 # Rasters only: Pillow would also run PostScript and open whole documents.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 READABLE = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+
+MAX_SCANS = 100  # of a JPEG; encoders write ten or so
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
 ORIENTATION_TAG = 0x0112
 TURNS = {  # EXIF orientation -> what makes the picture upright
@@ -242,7 +245,30 @@ def _decode(stream: BinaryIO, name: str, max_pixels: int, formats: tuple[str, ..
     except Exception as error:  # the codecs raise whatever they stumble over
         raise ImageError(f"{name}: damaged ({reason_of(error)}); save or download it again") from error
     with image:
+        if image.format in ("JPEG", "MPO") and image.fp is not None:
+            _check_scans(image.fp, name)
         return _to_rgb(image, name, max_pixels)
+
+
+def _check_scans(stream: IO[bytes], name: str) -> None:
+    """A JPEG may go over all of its pixels again with every 70 bytes, so that a small file takes hours to decode."""
+    place = stream.tell()
+    stream.seek(0)
+    content = stream.read()
+    stream.seek(place)
+    if content.count(b"\xff\xda") > MAX_SCANS and _num_scans(content) > MAX_SCANS:
+        raise ImageError(f"{name}: a JPEG of more than {MAX_SCANS} scans; save it again")
+
+
+def _num_scans(content: bytes) -> int:
+    """Those of the picture, without what only looks like one in its metadata, or in what is appended to it."""
+    number = 0
+    marker = JPEG_MARKER.search(content, 2)
+    while marker is not None and marker[0] != b"\xff\xd9":
+        number += marker[0] == b"\xff\xda"
+        length = int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+        marker = JPEG_MARKER.search(content, marker.end() + length)
+    return number
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RgbImage:
