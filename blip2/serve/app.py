@@ -40,7 +40,14 @@ def create_app(
         yield
         await service.stop()
 
-    app = FastAPI(title="blip2", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="blip2",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # behind a proxy it would send clients, and their keys, to the wrong scheme and host
+    )
     app.state.service = service
     add_handlers(app)
     app.include_router(openai.router(service))

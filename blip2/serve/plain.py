@@ -182,8 +182,9 @@ async def _form(request: Request) -> tuple[dict[str, Any], bytes | None]:
                     given.setdefault(name, []).append(value)
                 elif name != "image" or image is None:
                     given[name] = value
-    except HTTPException as error:
-        raise ApiError(400, "invalid_form", f"the form cannot be read: {error.detail}") from None
+    except (HTTPException, UnicodeError) as error:  # the latter: a form may name the encoding of its own names
+        reason = error.detail if isinstance(error, HTTPException) else error
+        raise ApiError(400, "invalid_form", f"the form cannot be read: {reason}") from None
     return given, image
 
 

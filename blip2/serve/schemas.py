@@ -11,6 +11,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(max_length=100_000)]
 ImageText = Annotated[str, Field(min_length=1, description="data:image/...;base64,..., or plain base64")]
 
+FIRST_ERROR = Field(fail_fast=True)
+"""For lists: a body has room for millions of items, and to tell what is wrong with each of them takes gigabytes."""
+
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
@@ -50,7 +53,7 @@ class Part(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], FIRST_ERROR] | None = None
 
 
 class StreamOptions(Body):
@@ -60,7 +63,7 @@ class StreamOptions(Body):
 class ChatRequest(Decoding):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2000), FIRST_ERROR]
     model: str | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
@@ -87,7 +90,7 @@ class EmbeddingImage(Body):
 class EmbeddingsRequest(Body):
     """POST /v1/embeddings"""
 
-    input: Text | EmbeddingImage | Annotated[list[Text | EmbeddingImage], Field(min_length=1)]
+    input: Text | EmbeddingImage | Annotated[list[Text | EmbeddingImage], Field(min_length=1), FIRST_ERROR]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -114,7 +117,7 @@ class MatchRequest(Body):
     """POST /match"""
 
     image: ImageText
-    texts: Annotated[list[Text], Field(min_length=1)]
+    texts: Annotated[list[Text], Field(min_length=1), FIRST_ERROR]
 
 
 class ExplainRequest(Body):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,39 @@ def test_json_that_breaks_parsers(server, path, body) -> None:
     response = server.http.post(path, content=body, headers={"content-type": "application/json"})
     check(response)
     assert response.status_code == 400
+
+
+@pytest.mark.parametrize("encoding", ["undefined", "idna", "utf-16", "hex", "unheard-of", "\ud800"])
+def test_forms_in_any_encoding(server, encoding) -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="\xff\xfe"\r\n\r\n\xff\xfe\r\n--x--\r\n'
+    kind = f"multipart/form-data; boundary=x; charset={encoding}".encode("utf-8", "replace")
+    response = server.http.post("/ask", content=form, headers={"content-type": kind})
+    check(response)
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "item", "after"),
+    [
+        ("/v1/embeddings", b'{"input": [', b"{}", b"]}"),
+        ("/match", b'{"image": "a", "texts": [', b"[]", b"]}"),
+        ("/v1/chat/completions", b'{"messages": [', b"{}", b"]}"),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": [', b"{}", b"]}]}"),
+        ("/caption", b'{"image": "a", "stop": [', b"[]", b"]}"),
+    ],
+)
+def test_what_is_wrong_with_a_million_items_is_told_of_one(server, path, before, item, after) -> None:
+    """To tell of each took gigabytes, and half a minute in which nobody else was answered."""
+    body = before + b",".join([item] * 1_000_000) + after
+    response = server.http.post(path, content=body, headers={"content-type": "application/json"})
+    check(response)
+    more = re.search(r"\(and (\d+) more\)", response.json()["error"]["message"])
+    assert response.status_code == 400 and (more is None or int(more[1]) < 10)
+
+
+def test_a_path_that_is_almost_right_leads_nowhere_else(server) -> None:
+    response = server.http.post("/caption/", json={}, headers={"host": "evil.example"})
+    assert response.status_code == 404 and "location" not in response.headers
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\ud800b", "\x00", "\u202e", "\U0010ffff", "🐕" * 50, "\u0301" * 300])
