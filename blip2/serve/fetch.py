@@ -14,14 +14,17 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from blip2.errors import ImageError
 from blip2.serve.errors import ApiError
 
 MAX_REDIRECTS = 5
+MAX_LOOKUPS = 32
+"""Names that are looked up at the same time, those included that nobody waits for any more."""
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 # What the standard library's tables take for public, in some versions: addresses with another one inside, which need
@@ -68,6 +71,9 @@ class Fetcher:
     ports: tuple[int, ...] = (80, 443)
     resolve: Resolve = resolve
     is_allowed: Callable[[str], bool] = is_public
+    lookups: threading.Semaphore = field(
+        default_factory=lambda: threading.Semaphore(MAX_LOOKUPS), init=False, repr=False, compare=False
+    )
 
     def fetch(self, url: str) -> bytes:
         """What is there. Raises ApiError for what is not allowed, ImageError for what does not come."""
@@ -92,10 +98,7 @@ class Fetcher:
 
     def _get(self, url: str, end_s: float) -> tuple[int, str | None, bytes]:
         parts, host, port = self._checked(url)
-        try:
-            addresses = self.resolve(host, port)
-        except (OSError, UnicodeError):
-            raise ImageError(f"{_short(url)}: there is no host of that name; check the address") from None
+        addresses = self._addresses(url, host, port, end_s)
         if not addresses or not all(self.is_allowed(address) for address in addresses):
             raise _refused(url, "its host is not on the public internet")
         connection = _Pinned(addresses[0], host, port, is_secure=parts.scheme == "https", end_s=end_s)
@@ -114,12 +117,39 @@ class Fetcher:
             if time.monotonic() >= end_s:
                 raise TimeoutError("it took too long")
             return response.status, response.getheader("Location"), bytes(content)
+        except ssl.SSLCertVerificationError as error:
+            raise ImageError(
+                f"{_short(url)}: its host cannot prove to be {host} ({error.verify_message}); check the address"
+            ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"{_short(url)}: cannot be fetched ({reason}); check the address") from None
         finally:
             alarm.cancel()
             connection.close()
+
+    def _addresses(self, url: str, host: str, port: int, end_s: float) -> Sequence[str]:
+        """All addresses of a host, in a thread of its own: a name server that does not answer is waited for no longer
+        than a host, though the system's resolver cannot be stopped. So many are left behind at most."""
+        if not self.lookups.acquire(blocking=False):
+            raise ImageError(f"{_short(url)}: too many names are being looked up; try again later")
+        found: Future[Sequence[str]] = Future()
+
+        def look_up() -> None:
+            try:
+                found.set_result(self.resolve(host, port))
+            except BaseException as error:  # handed to whoever waits
+                found.set_exception(error)
+            finally:
+                self.lookups.release()
+
+        threading.Thread(target=look_up, name="blip2 name", daemon=True).start()
+        try:
+            return found.result(max(end_s - time.monotonic(), 0))
+        except TimeoutError:
+            raise ImageError(f"{_short(url)}: to look up its host took too long; check the address") from None
+        except (OSError, UnicodeError):
+            raise ImageError(f"{_short(url)}: there is no host of that name; check the address") from None
 
     def _checked(self, url: str) -> tuple[SplitResult, str, int]:
         """Scheme, host and port, all of them allowed."""
@@ -164,13 +194,17 @@ class _Pinned(http.client.HTTPConnection):
         self._raw = socket.create_connection((self._address, self.port), timeout=left_s)
         self.sock = self._raw
         if self._is_secure:
-            self.sock = ssl.create_default_context().wrap_socket(self._raw, server_hostname=self.host)
+            # The plain socket is of no use once it is wrapped, so `abort` has to know the other before it is spoken to.
+            self.sock = self._raw = ssl.create_default_context().wrap_socket(
+                self._raw, server_hostname=self.host, do_handshake_on_connect=False
+            )
+            self.sock.do_handshake()
 
     def abort(self) -> None:
         """End whatever is being waited for, from another thread."""
         if self._raw is not None:
             with suppress(OSError):
-                self._raw.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(self._raw, socket.SHUT_RDWR)  # below TLS, which another thread is reading
 
 
 def _refused(url: str, reason: str) -> ApiError:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from blip2.errors import ImageError
 from blip2.serve.errors import ApiError
-from blip2.serve.fetch import Fetcher, is_public, resolve
-from tests.serve.conftest import PICTURES, serving
+from blip2.serve.fetch import MAX_LOOKUPS, Fetcher, is_public, resolve
+from tests.serve.conftest import PICTURES, eventually, serving
 
 PUBLIC = ["93.184.216.34", "8.8.8.8", "2606:2800:220:1:248:1893:25c8:1946"]
 PRIVATE = [
@@ -97,6 +101,7 @@ def test_a_dot_before_a_domain_means_those_below_it() -> None:
 
 class Handler(BaseHTTPRequestHandler):
     heard: list[str] = []
+    sent: list[tuple[str, bool]] = []  # what was asked for, and whether it was taken to its end
 
     def do_GET(self) -> None:
         Handler.heard.append(self.headers["Host"])
@@ -113,9 +118,11 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 self.wfile.write(content[start : start + 500])
             except OSError:
+                Handler.sent.append((name, False))
                 return
             if name == "slow":
                 time.sleep(0.1)
+        Handler.sent.append((name, True))
 
     def log_message(self, *arguments) -> None: ...
 
@@ -177,6 +184,110 @@ def test_bytes_and_seconds_are_bounded(host) -> None:
     assert time.monotonic() - began_s < 2
     with pytest.raises(ImageError, match="says 404"):
         fetcher(host).fetch(f"{base}/missing")
+
+
+def test_a_name_server_that_does_not_answer_is_given_up(host, monkeypatch) -> None:
+    monkeypatch.setattr("socket.create_connection", never)
+    answers, asked = threading.Event(), []
+
+    def stuck(name: str, port: int) -> list[str]:
+        asked.append(name)
+        answers.wait(60)
+        return ["127.0.0.1"]
+
+    slow = Fetcher(domains=("*",), timeout_s=0.02, resolve=stuck)
+    for _ in range(MAX_LOOKUPS):
+        with pytest.raises(ImageError, match="took too long"):
+            slow.fetch("http://slow.example/cat.png")
+    # Its threads cannot be stopped, so there is an end to them.
+    with pytest.raises(ImageError, match="too many names"):
+        slow.fetch("http://slow.example/cat.png")
+    assert len(asked) == MAX_LOOKUPS
+    answers.set()
+    eventually(lambda: slow.lookups._value == MAX_LOOKUPS)
+    with pytest.raises(ApiError, match="not on the public internet"):
+        dataclasses.replace(slow, timeout_s=5).fetch("http://slow.example/cat.png")
+
+
+# ---- TLS ----
+
+TLS = Path(__file__).parent / "tls"
+"""An authority of our own and what it signed, until 2126:
+
+    openssl ecparam -name prime256v1 -genkey -noout -out authority.key
+    openssl req -x509 -new -key authority.key -days 36500 -subj "/CN=Test authority of blip2" \\
+        -addext keyUsage=critical,keyCertSign -out authority.pem
+
+and for each NAME, "pictures" and "other":
+
+    openssl ecparam -name prime256v1 -genkey -noout -out NAME.key
+    openssl req -new -key NAME.key -subj "/CN=NAME.example" -out NAME.csr
+    printf "subjectAltName=DNS:NAME.example\nbasicConstraints=CA:FALSE\nauthorityKeyIdentifier=keyid\n" >NAME.ext
+    openssl x509 -req -in NAME.csr -CA authority.pem -CAkey authority.key -days 36500 -extfile NAME.ext -out NAME.crt
+    cat NAME.key NAME.crt >NAME.pem
+"""
+
+
+@pytest.fixture
+def secure(monkeypatch) -> Iterator[Callable[[str], tuple[int, list[str | None]]]]:
+    """Starts a web server with a certificate; gives its port, and the names that it will be called by (SNI)."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "authority.pem"))
+    servers = []
+
+    def start(certificate: str) -> tuple[int, list[str | None]]:
+        called: list[str | None] = []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(TLS / f"{certificate}.pem")
+        context.sni_callback = lambda connection, name, context: called.append(name)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.handle_error = lambda request, address: None  # type: ignore[method-assign]  # clients leave early here
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server.server_port, called
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_secure_host_is_known_by_its_name_though_it_is_called_by_its_address(secure) -> None:
+    port, called = secure("pictures")
+    Handler.heard.clear()
+    found = fetcher(port).fetch(f"https://pictures.example:{port}/cat.png")
+    assert found == PICTURES[0].read_bytes()
+    assert called == ["pictures.example"] and Handler.heard == [f"pictures.example:{port}"]
+
+
+def test_a_host_that_cannot_prove_its_name_is_not_listened_to(secure) -> None:
+    port, called = secure("other")
+    Handler.heard.clear()
+    with pytest.raises(ImageError, match=r"cannot prove to be pictures\.example \(Hostname mismatch"):
+        fetcher(port).fetch(f"https://pictures.example:{port}/cat.png")
+    assert called == ["pictures.example"] and Handler.heard == []
+
+
+def test_a_host_that_nobody_vouches_for_is_not_listened_to(secure, monkeypatch) -> None:
+    port, _ = secure("pictures")
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "other.pem"))
+    Handler.heard.clear()
+    with pytest.raises(ImageError, match=r"cannot prove to be pictures\.example \(.*local issuer"):
+        fetcher(port).fetch(f"https://pictures.example:{port}/cat.png")
+    assert Handler.heard == []
+
+
+def test_the_seconds_of_a_secure_host_are_bounded(secure, host) -> None:
+    port, _ = secure("pictures")
+    Handler.sent.clear()
+    with pytest.raises(ImageError, match="took too long"):  # each byte is in time
+        fetcher(port, timeout_s=0.5).fetch(f"https://pictures.example:{port}/slow")
+    eventually(lambda: Handler.sent)
+    assert Handler.sent == [("slow", False)]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # never says hello
+        silent_port = silent.getsockname()[1]
+        with pytest.raises(ImageError, match="cannot be fetched"):
+            fetcher(silent_port, timeout_s=0.3).fetch(f"https://pictures.example:{silent_port}/")
 
 
 def test_a_server_that_is_allowed_to_fetches(host, models) -> None:
