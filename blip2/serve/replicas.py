@@ -14,8 +14,11 @@ import os
 import re
 import secrets
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,12 +27,14 @@ from fastapi import FastAPI
 from blip2 import errors
 from blip2.errors import OptionError
 from blip2.serve.limits import Limits
-from blip2.serve.run import listen
+from blip2.serve.run import MAX_CONNECTIONS, listen
 from blip2.serve.service import Models
 
 NAME = "blip2"
 SPARE_REQUESTS = 64
 """What a replica is given beyond its queue: the doorman turns them away in our words, or they are no work at all."""
+SHUTDOWN_SPARE_S = 10
+"""For Ray to end the replicas, beyond what these wait for their last answers."""
 OBJECT_STORE_BYTES = 100_000_000
 """Nothing of ours goes through it; by default Ray takes a third of the memory."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
@@ -71,23 +76,27 @@ def run_replicas(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stopped = threading.Event()
     with ExitStack() as undo:
-        _connect(ray, address)
+        _heed_signals(stopped, undo)
+        # In a thread Ray's Python puts no signal handlers; and what Ray starts ends with the thread that started it.
+        aside = undo.enter_context(ThreadPoolExecutor(1))
         undo.callback(ray.shutdown)
-        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which has a handler of its own
-            undo.callback(signal.signal, number, signal.signal(number, lambda *_: stopped.set()))
+        aside.submit(_connect, ray, address).result()
+        _heed_signals(stopped, undo)  # once more: Ray's C++ has put one, which aborts
+        if stopped.is_set():
+            return
         options = _shares(ray.nodes(), replicas, device)
         if address is not None and serve.status().proxies:
             raise OptionError(f"the cluster at {address} runs Ray Serve already, at a port of its own; stop that first")
-        undo.callback(serve.shutdown)
+        undo.callback(_finish, serve, address, limits.shutdown_s)
         serve.start(http_options={"host": host, "port": port}, logging_config=_logging())
         deployment = serve.deployment(
             name="replica",
             num_replicas=replicas,
             ray_actor_options=options,
             max_ongoing_requests=limits.max_queue + SPARE_REQUESTS,
-            max_queued_requests=limits.max_queue,
+            max_queued_requests=MAX_CONNECTIONS,
             max_constructor_retry_count=1,
-            health_check_period_s=2,
+            health_check_period_s=1,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=limits.shutdown_s,
             logging_config=_logging(),
@@ -106,14 +115,22 @@ def _prepare(address: str | None) -> None:
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
+def _heed_signals(stopped: threading.Event, undo: ExitStack) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        undo.callback(signal.signal, number, signal.signal(number, lambda *_: stopped.set()))
+
+
 def _connect(ray: Any, address: str | None) -> None:
     if address is not None:
+        host, _, port = address.rpartition(":")
         try:
-            ray.init(address, log_to_driver=True)
-        except (ConnectionError, ValueError) as error:
-            raise OptionError(f"no Ray cluster answers at {address} ({error}); see: ray status") from error
+            if host and port.isdigit():  # where nobody listens, Ray would try for minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            ray.init(address, logging_level="error")
+        except (OSError, ValueError) as error:
+            raise OptionError(f"no Ray cluster can be had at {address} ({error}); give HOST:PORT, or auto") from error
         return
-    ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, logging_level="warning")
+    ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, logging_level="error")
 
 
 def _logging() -> dict[str, Any]:
@@ -148,23 +165,25 @@ def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
 
 def _started(serve: Any, application: Any, stopped: threading.Event) -> bool:
     """Whether all replicas have loaded; False: a stop signal came first. Raises what went wrong."""
-    failures: list[Exception] = []
+    serve.run_many([serve.RunTarget(application, name=NAME)], wait_for_applications_running=False)
+    while not stopped.wait(0.1):
+        status = serve.status().applications[NAME]
+        if status.status == "RUNNING":
+            return True
+        if status.status == "DEPLOY_FAILED":
+            accounts = [each.message for each in status.deployments.values()]
+            raise load_error("\n".join([status.message, *accounts]))
+    return False
 
-    def start() -> None:
-        try:
-            serve.run(application, name=NAME)
-        except Exception as error:
-            failures.append(error)
 
-    starting = threading.Thread(target=start, name="blip2 starting", daemon=True)
-    starting.start()
-    while starting.is_alive() and not stopped.is_set():
-        starting.join(0.1)
-    if stopped.is_set():
-        return False
-    for failure in failures:
-        raise load_error(str(failure)) from failure
-    return True
+def _finish(serve: Any, address: str | None, shutdown_s: float) -> None:
+    """Let the replicas finish what they answer. A cluster's Serve ends as well; ours goes down with its cluster."""
+    serve.delete(NAME, _blocking=False)
+    end_s = time.monotonic() + shutdown_s + SHUTDOWN_SPARE_S
+    while NAME in serve.status().applications and time.monotonic() < end_s:
+        time.sleep(0.1)
+    if address is not None:
+        serve.shutdown()
 
 
 def load_error(message: str) -> Exception:
