@@ -39,6 +39,7 @@ ROOMS = {
     "huggingface_hub": {"checkpoint", "train"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
+    "ray": {"serve"},
     "starlette": {"serve"},
     "pydantic": {"serve"},
     "prometheus_client": {"serve"},

@@ -52,6 +52,7 @@ FLAGS = {
     "deadline_s": "--deadline",
     "body_s": "--body-timeout",
     "shutdown_s": "--shutdown-timeout",
+    "replicas": "--replicas",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (

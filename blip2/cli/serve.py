@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ ADDRESS = (
     click.option("--port", type=int, default=8000, show_default=True, help="0 takes any free one."),
     click.option("--matching-model", metavar="NAME", help="Model for /match and /v1/embeddings.  [default: the "
                  "bundled one, if --model is not given]"),
+)  # fmt: skip
+
+ENGINE = (
+    click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="ray: "
+                 "several replicas behind one port, by Ray Serve. Each has its own models (on a GPU of its own, or an "
+                 "equal share of the processors), the limits below for itself, and remembers its own pictures."),
+    click.option("--replicas", type=int, help="With --engine ray: how many.  [default: 1]"),
+    click.option("--address", metavar="ADDRESS", help="With --engine ray: of a Ray cluster, whose machines have blip2, "
+                 "the models' files and the same --port.  [default: this machine alone]"),
 )  # fmt: skip
 
 DOOR = (
@@ -51,11 +61,14 @@ LIMITS = (
 
 
 @click.command("serve")
-@with_options(ADDRESS, DOOR, LIMITS, MODEL)
+@with_options(ADDRESS, ENGINE, DOOR, LIMITS, MODEL)
 def command(
     host: str,
     port: int,
     matching_model: str | None,
+    engine: str,
+    replicas: int | None,
+    address: str | None,
     keys: tuple[str, ...],
     api_key_file: Path | None,
     domains: tuple[str, ...],
@@ -71,7 +84,13 @@ def command(
     blip2 serve
     curl -F image=@photo.jpg http://127.0.0.1:8000/caption
     curl -F image=@photo.jpg -F question="how many dogs are there?" http://127.0.0.1:8000/ask
+    blip2 serve --engine ray --replicas 2
     """
+    for flag, value in (("--replicas", replicas), ("--address", address)):
+        if engine == "local" and value is not None:
+            raise OptionError(f"{flag} is for several servers behind one port; add --engine ray")
+    if replicas is not None and replicas < 1:
+        raise OptionError(f"replicas is {replicas}; use 1 or more")
     # OpenMP's threads wait for one another busily, for 100 ms; beside an event loop that wants a processor too, steps
     # took 20 times as long on two of them. Torch's OpenMP reads this when torch is imported, which is below.
     os.environ.setdefault("GOMP_SPINCOUNT", "200")
@@ -79,6 +98,7 @@ def command(
         from blip2.serve.app import create_app
         from blip2.serve.fetch import Fetcher
         from blip2.serve.limits import Limits
+        from blip2.serve.replicas import run_replicas
         from blip2.serve.run import listen, run
         from blip2.serve.service import Models
     except ImportError as error:
@@ -95,11 +115,26 @@ def command(
         matching = model | {"model": matching_model, "revision": None, "quantize": None, "quantize_vision": False}
         return Models(load_pipeline(**model), load_matcher(**matching))
 
-    fetcher = Fetcher(domains=domains, max_bytes=limits.max_body_bytes)
-    app = create_app(load, limits=limits, keys=_keys(keys, api_key_file), fetcher=fetcher)
-    listener = listen(host, port)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    run(app, listener, on_open=lambda: click.echo(f"listening at {address} (Ctrl-C stops)"))
+    all_keys = _keys(keys, api_key_file)
+
+    def create(load: Callable[[], Models], replica: str | None = None) -> Any:
+        fetcher = Fetcher(domains=domains, max_bytes=limits.max_body_bytes)
+        return create_app(load, limits=limits, keys=all_keys, fetcher=fetcher, replica=replica)
+
+    def on_open(port: int) -> None:
+        click.echo(f"listening at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops)")
+
+    if engine == "local":
+        listener = listen(host, port)
+        run(create(load), listener, on_open=lambda: on_open(listener.getsockname()[1]))
+        return
+    try:
+        run_replicas(
+            load, create, limits, replicas=replicas or 1, address=address, host=host, port=port,
+            device=model["device"], on_open=on_open,
+        )  # fmt: skip
+    except ImportError as error:
+        raise Failure(f"--engine ray needs more packages ({error}); pip install 'blip2[ray]'") from error
 
 
 def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:

@@ -25,14 +25,16 @@ def create_app(
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     fetcher: Fetcher | None = None,
+    replica: str | None = None,
 ) -> FastAPI:
     """An ASGI application. ``load`` is called in a thread when it starts.
 
     ``keys``: whoever has none of them is sent away; without any, everybody is let in. ``fetcher``: for pictures at
-    web addresses, which by default are refused. ``app.state.service`` is its `Service`.
+    web addresses, which by default are refused. ``replica``: its name, if it is one of several; answers and metrics
+    carry it. ``app.state.service`` is its `Service`.
     """
     limits = limits or Limits()
-    service = Service(load, limits, fetcher or Fetcher())
+    service = Service(load, limits, fetcher or Fetcher(), replica)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -71,6 +73,14 @@ def create_app(
 
     routes = [path for path in app.openapi()["paths"] if "{" not in path]
     app.user_middleware.append(
-        Middleware(Doorman, limits=limits, metrics=service.metrics, keys=keys, refusal=service.refusal, routes=routes)
+        Middleware(
+            Doorman,
+            limits=limits,
+            metrics=service.metrics,
+            keys=keys,
+            refusal=service.refusal,
+            routes=routes,
+            replica=replica,
+        )
     )
     return app

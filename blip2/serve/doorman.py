@@ -34,6 +34,7 @@ class Doorman:
     """ASGI middleware around the whole application.
 
     ``refusal``: why nothing can be answered at present, if so. ``routes``: the paths that /metrics tells apart.
+    ``replica``: sent with each answer.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Doorman:
         keys: Sequence[str],
         refusal: Callable[[], ApiError | None],
         routes: Sequence[str],
+        replica: str | None = None,
     ) -> None:
         self._app = app
         self._limits = limits
@@ -52,6 +54,7 @@ class Doorman:
         self._keys = [key.encode() for key in keys]
         self._refusal = refusal
         self._routes = frozenset(routes)
+        self._headers = HEADERS if replica is None else (*HEADERS, (b"x-blip2-replica", replica.encode()))
         self._num_guests = 0
         metrics.in_house.set_function(lambda: self._num_guests)
 
@@ -67,7 +70,7 @@ class Doorman:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
+                message = {**message, "headers": [*message.get("headers", ()), *self._headers]}
             await send(message)
 
         try:

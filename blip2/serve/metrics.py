@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from blip2.serve.cache import ImageCache
@@ -16,10 +16,14 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """All numbers of one server, in a registry of its own, so that two servers in one process do not mix."""
+    """All numbers of one server, in a registry of its own, so that two servers in one process do not mix.
 
-    def __init__(self) -> None:
+    ``replica``: a label of every number, where several servers answer at one address.
+    """
+
+    def __init__(self, replica: str | None = None) -> None:
         self.registry = CollectorRegistry()
+        self._replica = replica
         own: dict[str, Any] = {"registry": self.registry}
         self.running = Gauge("blip2_requests_running", "Requests whose answers are being written", **own)
         self.waiting = Gauge("blip2_requests_waiting", "Requests that wait for a place in the batch", **own)
@@ -55,4 +59,16 @@ class Metrics:
         self.registry.register(FromCaches())
 
     def text(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(self.registry if self._replica is None else _Labelled(self.registry, self._replica))
+
+
+class _Labelled(Collector):
+    def __init__(self, registry: CollectorRegistry, replica: str) -> None:
+        self._registry = registry
+        self._replica = replica
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            samples = metric.samples
+            metric.samples = [each._replace(labels={**each.labels, "replica": self._replica}) for each in samples]
+            yield metric

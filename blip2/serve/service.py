@@ -41,9 +41,11 @@ class Models:
 class Service:
     """What all routes share. ``load`` runs in a thread, once the port is open."""
 
-    def __init__(self, load: Callable[[], Models], limits: Limits, fetcher: Fetcher) -> None:
+    def __init__(
+        self, load: Callable[[], Models], limits: Limits, fetcher: Fetcher, replica: str | None = None
+    ) -> None:
         self.limits = limits
-        self.metrics = Metrics()
+        self.metrics = Metrics(replica)
         self.pictures = Pictures(limits, self.metrics, fetcher)
         self.load_error: BaseException | None = None
         self.is_stopping = False

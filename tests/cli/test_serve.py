@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import socket
+import sys
 
 import pytest
 
@@ -24,6 +25,13 @@ def test_without_its_packages_it_says_what_to_install(run, monkeypatch) -> None:
     assert done.exit_code == 1 and "pip install 'blip2[serve]'" in done.stderr and "fastapi" in done.stderr
 
 
+def test_without_ray_it_says_what_to_install(run, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("blip2.serve.replicas._prepare", lambda address: None)  # the environment is the other tests'
+    done = run("serve", "--engine", "ray", "--port", "0")
+    assert done.exit_code == 1 and "pip install 'blip2[ray]'" in done.stderr
+
+
 def test_a_port_that_is_taken(run) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -40,6 +48,11 @@ def test_a_port_that_is_taken(run) -> None:
         (["--max-rows", "0"], "--max-rows is 0; use 1 or more"),
         (["--deadline", "-1"], "--deadline is -1"),
         (["--api-key", ""], "an API key is empty"),
+        (["--replicas", "2"], "--replicas is for several servers behind one port; add --engine ray"),
+        (["--address", "auto"], "--address is for several servers"),
+        (["--engine", "ray", "--replicas", "0"], "--replicas is 0; use 1 or more"),
+        (["--engine", "ray", "--address", "10.0.0.1:6379", "--port", "0"], "--port 0"),
+        (["--engine", "ray", "--max-rows", "0"], "--max-rows is 0"),
     ],
 )
 def test_what_cannot_be(run, arguments, words) -> None:
