@@ -63,10 +63,12 @@ def test_what_cannot_be_shared(nodes, device, words) -> None:
 
 def made_without_ray(load):
     """A replica, and its name, as Ray would make it."""
-    serve = SimpleNamespace(
-        get_replica_context=lambda: SimpleNamespace(replica_id=SimpleNamespace(unique_id="one")),
-        ingress=lambda build: lambda cls: type("Replica", (cls,), {"__init__": lambda self: setattr(self, "app", build())}),
-    )
+
+    def ingress(build):
+        return lambda cls: type("Replica", (cls,), {"__init__": lambda self: setattr(self, "app", build())})
+
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
+    serve = SimpleNamespace(get_replica_context=lambda: context, ingress=ingress)
     return replica_of(serve, load, lambda load, name: create_app(load, replica=name))()
 
 
@@ -91,7 +93,7 @@ def test_what_a_replica_cannot_load_is_told_as_ever() -> None:
 
     with pytest.raises(RuntimeError) as raised:
         made_without_ray(load)
-    account = f"Failed to start. Error:\nTraceback (most recent call last):\n  ...\nRuntimeError: {raised.value}\n\nmore"
+    account = f"Failed to start. Error:\nTraceback (most recent call last):\n...\nRuntimeError: {raised.value}\n\nmore"
     found = load_error(account)
     assert type(found) is CheckpointError and str(found) == "nowhere: no such folder\nat all"
     assert str(load_error("first\nModuleNotFoundError: No module named 'blip2'\n")).startswith("ModuleNotFoundError")
