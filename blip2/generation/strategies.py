@@ -42,7 +42,6 @@ class Strategy(Protocol):
 
 # --- Each row for itself -----------------------------------------------------------------------------------------
 
-
 class Picked(NamedTuple):
     """A token for each row, and its log-probability as the model gives it, before any filter."""
 
@@ -52,8 +51,7 @@ class Picked(NamedTuple):
 
 def pick_most_likely(logits_RV: Tensor, ruled_out: Sequence[tuple[int, int]] = ()) -> Picked:
     """Greedy decoding of any rows at once; ``ruled_out``: pairs of a row and a token that it may not take."""
-    logits_RV = logits_RV.float()
-    scores_RV = logits_RV
+    logits_RV = scores_RV = logits_RV.float()
     if ruled_out:
         rows, tokens = torch.tensor(ruled_out, device=logits_RV.device).unbind(1)
         scores_RV = logits_RV.index_put((rows, tokens), torch.tensor(RULED_OUT, device=logits_RV.device))
@@ -63,10 +61,6 @@ def pick_most_likely(logits_RV: Tensor, ruled_out: Sequence[tuple[int, int]] = (
 def _with_log_probs(logits_RV: Tensor, tokens_R: Tensor) -> Picked:
     log_prob_R1 = logits_RV.log_softmax(-1).gather(1, tokens_R[:, None])
     return Picked(tokens_R.tolist(), log_prob_R1[:, 0].tolist())
-
-
-def most_likely(scores_RV: Tensor, rows: list[int], step: int) -> Tensor:
-    return scores_RV.argmax(-1)
 
 
 class Sampler:
@@ -117,10 +111,10 @@ class RowByRow:
         num_top: int = 0,
     ) -> None:
         self.rows_per_prompt = options.num_return
-        has_history = options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0
-        self.is_plain = not (options.sample or has_history or num_top)
+        needs_history = options.repetition_penalty != 1 or options.no_repeat_ngram_size
+        self.is_plain = not (options.sample or needs_history or num_top)
         """Whether each row simply takes the most likely token that is not `ruled_out`."""
-        self._pick = Sampler(options, num_prompts) if options.sample else most_likely
+        self._sampler = Sampler(options, num_prompts) if options.sample else None
         self._filters = filters
         self._suppress_token_ids = tuple(suppress_token_ids)
         self._min_new_tokens = options.min_new_tokens
@@ -153,7 +147,9 @@ class RowByRow:
             best = logits_RV.log_softmax(-1).topk(min(self._num_top, logits_RV.shape[1]))
             for row, ids, log_probs in zip(self._running, best.indices.tolist(), best.values.tolist(), strict=True):
                 self.top[row].append(dict(zip(ids, log_probs, strict=True)))
-        return self.take(_with_log_probs(logits_RV, self._pick(scores_RV, self._running, self._num_taken)))
+        if self._sampler is None:
+            return self.take(_with_log_probs(logits_RV, scores_RV.argmax(-1)))
+        return self.take(_with_log_probs(logits_RV, self._sampler(scores_RV, self._running, self._num_taken)))
 
     def take(self, picked: Picked) -> Choice | None:
         """Each running row takes its token; None when every answer is over."""
