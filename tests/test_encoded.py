@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -28,7 +26,7 @@ def test_there_and_back(tmp_path, half):
 
 def test_a_model_is_the_same_however_it_is_kept(opt_model, matching_model, monkeypatch):
     """What one saw, the other reads: weights packed for a CPU or not, in another precision, quantised."""
-    monkeypatch.setattr(sys.modules["blip2.checkpoint.load"], "LARGE", 0)
+    monkeypatch.setattr(PackedLinear, "WORTH_IT", 0)
     for folder in (opt_model, matching_model):
         plain, packed = (checkpoint.load(folder, pack=pack) for pack in (False, True))
         assert not any(isinstance(module, PackedLinear) for module in plain.qformer.modules())

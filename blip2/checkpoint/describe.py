@@ -73,7 +73,7 @@ def describe(
     for name, parameter in model.named_parameters():
         num_parameters[part_of(name)] += parameter.numel()
 
-    def packs(name: str) -> bool:
+    def packs(name: str, num_weights: int) -> bool:
         """As in loading, so far as it takes memory: in bf16 an OPT's head is kept beside its table."""
         is_half = precision.of(f"{name}.weight") == torch.bfloat16
         return device.type == "cpu" and is_half and PackedLinear.can_hold(torch.bfloat16)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.keys import ALIASES, IGNORED, published_names, table
-from blip2.checkpoint.precision import LARGE, Precision, choose_precision
+from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import (
     CODES,
     OUTPUT,
@@ -75,11 +75,10 @@ def load(
         quantization=quantize,
     )
 
-    is_large = count_parameters(model) >= LARGE
-
-    def packs(name: str) -> bool:
+    def packs(name: str, num_weights: int) -> bool:
         dtype = precision.of(f"{name}.weight")
-        gains = dtype == torch.bfloat16 or (is_large and name != OUTPUT)  # beside an OPT's table, fp32 takes too much
+        is_beside = name == OUTPUT and has_table_as_head(model)  # an OPT's table, which in fp32 would take too much
+        gains = dtype == torch.bfloat16 or (num_weights >= PackedLinear.WORTH_IT and not is_beside)
         is_here = name.startswith(PACKED) and _device_of(name, devices, device).type == "cpu"
         return pack and gains and is_here and PackedLinear.can_hold(dtype)
 

@@ -91,9 +91,10 @@ def bits_of_layers(model: nn.Module, quantization: Quantization | None) -> dict[
 
 
 def put_linears(
-    model: nn.Module, quantization: Quantization | None, packs: Callable[[str], bool] = lambda name: False
+    model: nn.Module, quantization: Quantization | None, packs: Callable[[str, int], bool] = lambda name, size: False
 ) -> None:
-    """Put a stand-in, still empty, in the place of each linear layer that is quantised, or ``packs`` by its name.
+    """Put a stand-in, still empty, in the place of each linear layer that is quantised, or ``packs`` by its name and
+    number of weights.
 
     The head of an OPT is its table of tokens; where it would be quantised or packed it is so beside the table.
     """
@@ -105,7 +106,9 @@ def put_linears(
                 assert quantization is not None
                 bits, group_size = quantized[name], quantization.group_size
                 return QuantizedLinear(num_inputs, num_outputs, bits=bits, group_size=group_size, has_bias=has_bias)
-            return PackedLinear(num_inputs, num_outputs, has_bias=has_bias) if packs(name) else None
+            if packs(name, num_inputs * num_outputs):
+                return PackedLinear(num_inputs, num_outputs, has_bias=has_bias)
+            return None
 
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear):

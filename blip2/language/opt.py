@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blip2.config import OPTConfig
 from blip2.errors import OptionError
-from blip2.layers import KVCache, attend, split_parts
+from blip2.layers import KVCache, attend, multiply_by_table, split_parts
 
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 
@@ -93,7 +93,7 @@ class OPT(nn.Module):
         if self.output is not None:
             return self.output(hidden)
         table_VD = self.token_embedding.weight
-        return F.linear(hidden.to(table_VD.dtype), table_VD)
+        return multiply_by_table(hidden.to(table_VD.dtype), table_VD)
 
     def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
         """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""
