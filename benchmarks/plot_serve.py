@@ -18,16 +18,18 @@ from plot import COLOURS, DOCS, text
 
 WIDTH, HEIGHT, LEFT, TOP = 360, 240, 60, 60
 OURS, OBVIOUS = "blip2 serve", "transformers with a lock"
-LINES = {  # of each chart: label, whose, streamed or not, which number, dashed or not
+LINES = {  # of each chart: label, whose, the way of asking, which number, its dashes
     "answers per second": (
-        ("blip2 serve", OURS, False, "requests_per_s", False),
-        ("blip2 serve, streamed", OURS, True, "requests_per_s", True),
-        ("transformers with a lock", OBVIOUS, False, "requests_per_s", False),
+        ("blip2 serve, pictures seen before", OURS, "seen", "requests_per_s", ""),
+        ("blip2 serve, seen before, streamed", OURS, "streamed", "requests_per_s", "5 4"),
+        ("blip2 serve, new pictures", OURS, "new", "requests_per_s", "2 2"),
+        ("transformers with a lock", OBVIOUS, "new", "requests_per_s", ""),
     ),
     "seconds, median": (
-        ("blip2 serve, answer", OURS, False, "answer_s_p50", False),
-        ("blip2 serve, first token", OURS, True, "first_token_s_p50", True),
-        ("transformers with a lock, answer", OBVIOUS, False, "answer_s_p50", False),
+        ("blip2 serve, answer, seen before", OURS, "seen", "answer_s_p50", ""),
+        ("blip2 serve, first token, seen before", OURS, "streamed", "first_token_s_p50", "5 4"),
+        ("blip2 serve, answer, new pictures", OURS, "new", "answer_s_p50", "2 2"),
+        ("transformers with a lock, answer", OBVIOUS, "new", "answer_s_p50", ""),
     ),
 }
 
@@ -43,11 +45,9 @@ def ticks(values: list[float]) -> list[float]:
 
 def chart(left: float, top: float, rows: list[dict[str, Any]], title: str) -> list[str]:
     curves = []
-    for label, server, is_streamed, name, is_dashed in LINES[title]:
-        points = [
-            (row["clients"], row[name]) for row in rows if (row["server"], row["is_streamed"]) == (server, is_streamed)
-        ]
-        curves.append((label, COLOURS["ours" if server == OURS else "transformers"], is_dashed, points))
+    for label, server, way, name, dashes in LINES[title]:
+        points = [(row["clients"], row[name]) for row in rows if (row["server"], row["way"]) == (server, way)]
+        curves.append((label, COLOURS["ours" if server == OURS else "transformers"], dashes, points))
     clients = sorted({x for *_, points in curves for x, _ in points})
     marks = ticks([y for *_, points in curves for _, y in points])
 
@@ -56,7 +56,7 @@ def chart(left: float, top: float, rows: list[dict[str, Any]], title: str) -> li
         up = math.log(y / marks[0]) / (math.log(marks[-1] / marks[0]) or 1)
         return left + across * WIDTH, top + HEIGHT - up * HEIGHT
 
-    parts = [text(left, top - 48, title, bold=True)]
+    parts = [text(left, top - 61, title, bold=True)]
     for mark in marks:
         _, y = place(clients[0], mark)
         parts.append(f'<line x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
@@ -65,11 +65,11 @@ def chart(left: float, top: float, rows: list[dict[str, Any]], title: str) -> li
         x, _ = place(count, marks[0])
         parts.append(text(x - 4, top + HEIGHT + 16, str(count)))
     parts.append(text(left + WIDTH, top + HEIGHT + 32, "clients", end=True))
-    for number, (label, colour, is_dashed, points) in enumerate(curves):
-        style = f'stroke="{colour}" stroke-width="2"' + (' stroke-dasharray="5 4"' if is_dashed else "")
+    for number, (label, colour, dashes, points) in enumerate(curves):
+        style = f'stroke="{colour}" stroke-width="2"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         parts.append(f'<polyline points="{path}" fill="none" {style}/>')
-        y = top - 34 + 13 * number
+        y = top - 47 + 13 * number
         parts.append(f'<line x1="{left}" x2="{left + 24}" y1="{y}" y2="{y}" {style}/>')
         parts.append(text(left + 30, y + 4, label))
     return parts
@@ -79,12 +79,12 @@ def draw(found: dict[str, Any]) -> str:
     models = list(dict.fromkeys(row["model"] for row in found["rows"]))
     parts = []
     for number, model in enumerate(models):
-        top = TOP + 40 + number * (HEIGHT + TOP + 70)
+        top = TOP + 53 + number * (HEIGHT + TOP + 83)
         rows = [row for row in found["rows"] if row["model"] == model]
-        parts.append(text(10, top - 72, f"{model} model, {found['tokens']} tokens an answer", bold=True))
+        parts.append(text(10, top - 85, f"{model} model, {found['tokens']} tokens an answer", bold=True))
         for column, title in enumerate(LINES):
             parts += chart(LEFT + column * (WIDTH + 2 * LEFT), top, rows, title)
-    size = f'width="{2 * (WIDTH + 2 * LEFT)}" height="{len(models) * (HEIGHT + TOP + 70) + 20}"'
+    size = f'width="{2 * (WIDTH + 2 * LEFT)}" height="{len(models) * (HEIGHT + TOP + 83) + 20}"'
     body = "\n".join(parts)
     style = 'font-family="sans-serif" font-size="12" fill="#222"'
     background = '<rect width="100%" height="100%" fill="#fff"/>'

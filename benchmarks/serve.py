@@ -3,10 +3,11 @@
     python benchmarks/serve.py [--models miniature,random] [--clients 1,4,32] [--seconds 10] [--json OUT]
 
 The obvious server is FastAPI around `transformers` with a lock: one request after the other. Both answer the same
-request (a greedy caption of one of three pictures, --tokens new tokens) with the same weights. ``random`` is a model
-with 300 million parameters and more, made for the run. Only ours streams, so it is measured twice: answers in one
-piece, as the obvious server gives them, and streamed, with the time to the first token. Everything happens on
-127.0.0.1, in a bounded time, and clients and servers share the machine.
+request (a greedy caption, --tokens new tokens) with the same weights. ``random`` is a model with 300 million
+parameters and more, made for the run. Ours is asked in three ways: about three pictures in turn, which it encodes
+once; the same streamed, with the time to the first token; about new pictures, each request another. The obvious server
+does not stream and encodes whatever it is given, so one way tells all. Everything happens on 127.0.0.1, in a bounded
+time, and clients and servers share the machine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import io
+import itertools
 import json
 import os
 import re
@@ -23,17 +26,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PICTURES = [ROOT / f"examples/{name}.png" for name in ("picture", "flowers", "cats")]
+WAYS = ("seen", "streamed", "new")
+Row = dict[str, Any]
 
-OBVIOUS = '''
+OBVIOUS = """
 import base64, io, sys, threading
 import torch, transformers, uvicorn
 from fastapi import FastAPI
@@ -56,7 +62,7 @@ def caption(body: dict):
         return {"text": processor.batch_decode(out, skip_special_tokens=True)[0]}
 
 uvicorn.run(app, port=port, log_level="error")
-'''
+"""
 
 
 def make_random(folder: Path) -> None:
@@ -134,45 +140,62 @@ class Connection:
         self._writer.close()
 
 
-def requests(is_ours: bool, is_streamed: bool, tokens: int) -> list[bytes]:
-    """For a caption of each picture, ready to be sent."""
-    found = []
-    for picture in PICTURES:
-        image = base64.b64encode(picture.read_bytes()).decode()
-        body: dict[str, Any] = {"image": image, "max_tokens": tokens}
-        path = "/caption"
-        if is_ours:
-            body |= {"min_new_tokens": tokens, "num_beams": 1}
-        if is_streamed:
-            del body["image"]
-            url = {"url": f"data:image/png;base64,{image}"}
-            body["messages"] = [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]
-            body["stream"] = True
-            path = "/v1/chat/completions"
-        content = json.dumps(body).encode()
+Requests = Callable[[int], bytes]
+"""The request of a number, ready to be sent."""
+
+
+def requests(is_ours: bool, way: str, tokens: int) -> Requests:
+    """For a caption of a picture, by the ``WAYS`` to ask."""
+    pictures = [gif(picture) for picture in PICTURES]
+    fields: dict[str, Any] = {"max_tokens": tokens}
+    if is_ours:
+        fields |= {"min_new_tokens": tokens, "num_beams": 1}
+    image: Any = "IMAGE"
+    path, name = "/caption", "image"
+    if way == "streamed":
+        path, name = "/v1/chat/completions", "messages"
+        url = {"url": "data:image/gif;base64,IMAGE"}
+        image = [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]
+        fields["stream"] = True
+    before, after = json.dumps({**fields, name: image}).encode().split(b"IMAGE")
+
+    def request(number: int) -> bytes:
+        picture = pictures[number % len(pictures)]
+        if way == "new":  # another first colour of the palette
+            picture = picture[:13] + number.to_bytes(3, "big") + picture[16:]
+        content = before + base64.b64encode(picture) + after
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        found.append(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-    return found
+        return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+    return request
 
 
-async def load(port: int, requests: list[bytes], num_clients: int, seconds: float) -> dict[str, float]:
+def gif(path: Path) -> bytes:
+    """With a palette at a known place, so that another picture is quickly made of it."""
+    stream = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(256).save(stream, "GIF")
+    return stream.getvalue()
+
+
+async def load(port: int, request: Requests, numbers: Iterator[int], num_clients: int, seconds: float) -> Row:
     """So many clients, each asking again as soon as it is answered."""
     found: list[tuple[float, float]] = []
     connections = [await Connection.open(port) for _ in range(num_clients)]
-    for request in requests:
-        await connections[0].ask(request)
+    for _ in PICTURES:
+        await connections[0].ask(request(next(numbers)))
     began_s = time.perf_counter()
 
     async def client(number: int) -> None:
         while time.perf_counter() - began_s < seconds:
-            found.append(await connections[number].ask(requests[(number + len(found)) % len(requests)]))
+            found.append(await connections[number].ask(request(next(numbers))))
 
     await asyncio.gather(*(client(number) for number in range(num_clients)))
     took_s = time.perf_counter() - began_s
     for connection in connections:
         connection.close()
     firsts, wholes = (sorted(column) for column in zip(*found, strict=True))
-    row = {"clients": num_clients, "requests": len(found), "requests_per_s": len(found) / took_s}
+    row: Row = {"clients": num_clients, "requests": len(found), "requests_per_s": len(found) / took_s}
     for name, values in (("first_token_s", firsts), ("answer_s", wholes)):
         row |= {f"{name}_p50": statistics.median(values), f"{name}_p99": values[int(0.99 * (len(values) - 1))]}
     return row
@@ -184,13 +207,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     found = (
-        f"{row['model']:10} {row['server']:25} {row['clients']:3} clients  {row['requests_per_s']:7.2f} requests/s "
-        f"({row['times']:.1f} x)  answer p50 {row['answer_s_p50']:.3f} s p99 {row['answer_s_p99']:.3f} s"
+        f"{row['model']:10} {row['server']:25} {row['way']:9} {row['clients']:3} clients  "
+        f"{row['requests_per_s']:7.2f} requests/s ({row['times']:.1f} x)  "
+        f"answer p50 {row['answer_s_p50']:.3f} s p99 {row['answer_s_p99']:.3f} s"
     )
-    if row["is_streamed"]:
-        found += f"  streamed: first token p50 {row['first_token_s_p50']:.3f} s p99 {row['first_token_s_p99']:.3f} s"
+    if row["way"] == "streamed":
+        found += f"  first token p50 {row['first_token_s_p50']:.3f} s p99 {row['first_token_s_p99']:.3f} s"
     return found
 
 
@@ -202,7 +226,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    numbers = itertools.count()
     with tempfile.TemporaryDirectory() as scratch:
         for model in args.models.split(","):
             folder = ROOT / "blip2/miniature/generative"
@@ -214,13 +239,13 @@ def main() -> None:
                 ours = [sys.executable, "-m", "blip2", "serve", "--port", str(port), "-m", str(folder)]
                 obvious = [sys.executable, "-c", OBVIOUS, str(folder), str(port), "float32"]
                 with server([*ours, "--dtype", "float32"] if is_ours else obvious, url):
-                    for is_streamed in (False, True) if is_ours else (False,):
-                        asked = requests(is_ours, is_streamed, args.tokens)
+                    for way in WAYS if is_ours else ("new",):
+                        request = requests(is_ours, way, args.tokens)
                         alone = 0.0
                         for clients in map(int, args.clients.split(",")):
-                            row = asyncio.run(load(port, asked, clients, args.seconds))
+                            row = asyncio.run(load(port, request, numbers, clients, args.seconds))
                             alone = alone or row["requests_per_s"]
-                            row |= {"model": model, "server": name, "is_streamed": is_streamed}
+                            row |= {"model": model, "server": name, "way": way}
                             rows.append(row | {"times": row["requests_per_s"] / alone})
                             print(line(rows[-1]), flush=True)
     if args.json:

@@ -5,9 +5,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+def _no_bool(value: Any) -> Any:
+    """For Python true is 1, and 1 token is not what anybody meant by it."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "Input should be a number, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(max_length=100_000)]
 ImageText = Annotated[str, Field(min_length=1, description="data:image/...;base64,..., or plain base64")]
 
@@ -22,14 +33,14 @@ class Body(BaseModel):
 class Decoding(Body):
     """How answers are written. What is not given is as the model's own task has it."""
 
-    num_beams: Annotated[int, Field(ge=1)] | None = None
-    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    num_beams: Annotated[Whole, Field(ge=1)] | None = None
+    length_penalty: Annotated[Number, Field(ge=-10, le=10)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    min_new_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=100)]
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=16)]
@@ -65,18 +76,18 @@ class ChatRequest(Decoding):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=2000), FIRST_ERROR]
     model: str | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     # These are known only to be refused where they ask for something:
     tools: Any = None
     functions: Any = None
     tool_choice: Any = None
     response_format: Any = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
     logit_bias: Any = None
     modalities: Any = None
 
@@ -93,7 +104,7 @@ class EmbeddingsRequest(Body):
     input: Text | EmbeddingImage | Annotated[list[Text | EmbeddingImage], Field(min_length=1), FIRST_ERROR]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    dimensions: Whole | None = None
 
 
 # ---- plain ----

@@ -110,6 +110,15 @@ def test_what_is_wrong_with_a_million_items_is_told_of_one(server, path, before,
     assert response.status_code == 400 and (more is None or int(more[1]) < 10)
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "num_beams", "temperature", "seed", "max_completion_tokens"])
+def test_true_is_no_number(server, name) -> None:
+    fields = {"messages": [user("", PICTURES[0])], name: True}
+    response = server.http.post("/v1/chat/completions", json=fields)
+    check(response)
+    assert response.status_code == 400 and response.json()["error"]["param"] == name
+    assert "a number, not true or false" in response.json()["error"]["message"]
+
+
 def test_a_path_that_is_almost_right_leads_nowhere_else(server) -> None:
     response = server.http.post("/caption/", json={}, headers={"host": "evil.example"})
     assert response.status_code == 404 and "location" not in response.headers
