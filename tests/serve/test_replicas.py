@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,7 +126,12 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def replicas_of(process: subprocess.Popen) -> list[psutil.Process]:
-    return [each for each in family(process) if each.is_running() and "ServeReplica" in " ".join(each.cmdline())]
+    found = []
+    for each in family(process):
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile, or nearly
+            if "ServeReplica" in " ".join(each.cmdline()):
+                found.append(each)
+    return found
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
