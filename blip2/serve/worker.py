@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from blip2.api import Matcher, Pipeline
+from blip2.checkpoint.reader import give_back_memory
 from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import Batch, GenerateOptions, Hypothesis, Job
@@ -35,7 +36,12 @@ logger = logging.getLogger("blip2.serve")
 MAX_FAILURES = 3
 """So many steps that fail one after the other are the end: the device is gone, and waiting would not help."""
 
+IDLE_S = 1.0
+"""After so long with nothing to do, the memory that the work has left free goes back to the system."""
+
 Value = TypeVar("Value")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A piece of an answer that is being written, and the tokens that make it."""
@@ -180,8 +186,11 @@ class Worker:
     def _turn(self) -> bool:
         """Whatever there is to do until the next token of every running answer; False: it is over."""
         with self._wake:
+            idle_s: float | None = IDLE_S
             while not (self._waiting or self._calls or self._running or self._is_closing):
-                self._wake.wait()
+                if not self._wake.wait(idle_s):
+                    give_back_memory()
+                    idle_s = None
             if not (self._waiting or self._calls or self._running):
                 return False
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.is_cancelled)

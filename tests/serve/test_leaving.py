@@ -23,6 +23,18 @@ from tests.serve.conftest import LONG, PICTURES, eventually, serving, slowed, us
 ROOT = Path(__file__).parents[2]
 
 
+def test_a_server_with_nothing_to_do_gives_back_memory_once(tiny_models, monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr("blip2.serve.worker.IDLE_S", 0.05)
+    monkeypatch.setattr("blip2.serve.worker.give_back_memory", lambda: given.append(time.monotonic()))
+    with serving(lambda: tiny_models) as server:
+        eventually(lambda: len(given) == 1)
+        assert server.chat(user("", PICTURES[0]), max_tokens=3).status_code == 200
+        eventually(lambda: len(given) == 2)
+        time.sleep(0.3)
+        assert len(given) == 2
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_who_hangs_up_frees_the_rows_at_once(tiny_models, is_stream) -> None:
     with slowed(tiny_models) as steps, serving(lambda: tiny_models) as server:
