@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from blip2 import native
-from blip2.layers import PackedLinear
+from blip2.linear import Linear
 from blip2.quantized import BITS, QuantizedLinear
 
 SHAPES = {"queries, keys, values": (6144, 2048), "square": (2048, 2048), "gate and up": (10240, 2048),
@@ -54,11 +54,6 @@ def side(build: Callable[[], nn.Module], x: torch.Tensor, num_bytes: int, level:
 def sides(outputs: int, inputs: int, rows: int) -> dict[str, Side]:
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
 
-    def packed() -> nn.Module:
-        layer = PackedLinear(inputs, outputs, has_bias=False)
-        layer.fill(weight, torch.device("cpu"))
-        return layer
-
     def quantized(bits: int) -> QuantizedLinear:
         layer = QuantizedLinear(inputs, outputs, bits=bits, group_size=64, has_bias=False)
         layer.fill(weight, torch.device("cpu"))
@@ -66,7 +61,7 @@ def sides(outputs: int, inputs: int, rows: int) -> dict[str, Side]:
 
     found = {
         "float32": side(partial(nn.Linear, inputs, outputs, bias=False), x, weight.nbytes),
-        "float32, packed": side(packed, x, weight.nbytes),
+        "float32, packed": side(partial(Linear, inputs, outputs, bias=False), x, weight.nbytes),
     }
     library = native.kernels()
     if library is None:

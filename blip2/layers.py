@@ -5,7 +5,7 @@ B batch rows, H heads, T new tokens, S all tokens so far (or keys), D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -64,70 +64,6 @@ def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
 def split_parts(x_BTD: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """Queries, keys and values of one product, side by side: ``[B, T, parts * H * D]`` to ``[B, H, T, D]`` each."""
     return x_BTD.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-
-
-def multiply_by_table(x: Tensor, table_VD: Tensor) -> Tensor:
-    """``float[..., D]`` to ``float[..., V]``: the head that is the table of tokens, which nobody may put in order.
-
-    For a large table and few rows oneDNN takes half of the time that `F.linear` does.
-    """
-    is_large = table_VD.numel() >= PackedLinear.WORTH_IT
-    is_trained = torch.is_grad_enabled() and (x.requires_grad or table_VD.requires_grad)
-    if is_large and not is_trained and table_VD.device.type == "cpu" and table_VD.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(x, table_VD, None, "none", [], "")
-    return F.linear(x, table_VD)
-
-
-class PackedLinear(nn.Module):
-    """Stands in for an ``nn.Linear`` on a CPU, its weights in the order in which oneDNN reads them.
-
-    Plain weights are put in order anew for every product, which for few rows takes twice as long as the product
-    itself. Gradients reach the input, never the weights.
-    """
-
-    WORTH_IT = 2**20
-    """With fewer weights than this, in fp32, a product of one row takes longer than it does with plain weights."""
-
-    def __init__(self, in_features: int, out_features: int, *, has_bias: bool) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if has_bias else None
-        self._packed: Tensor | None = None  # of a layout that modules cannot move or save; see `weight`
-        self._plain = torch.empty(out_features, in_features, device="meta")  # in its place where it cannot be
-
-    @staticmethod
-    def can_hold(dtype: torch.dtype) -> bool:
-        """Whether oneDNN has products of its own for this precision on this processor: fp32 anywhere, bf16 on some."""
-        return dtype == torch.float32 or (
-            dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights in plain order, ``float[N, D]``; a copy."""
-        return self._plain if self._packed is None else self._packed.to_dense()
-
-    @torch.no_grad()
-    def fill(self, weight_ND: Tensor, device: torch.device) -> None:
-        """Take over the weights of ``float[N, D]``, fp32 or bf16: that is what it computes in."""
-        assert device.type == "cpu"
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_ND, None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """What `nn.Module.to` does: elsewhere than on the CPU the weights are in plain order."""
-        super()._apply(fn, recurse)
-        weight_ND = self.weight
-        moved = fn(weight_ND)
-        if moved.device != weight_ND.device or moved.dtype != weight_ND.dtype:
-            self._plain, self._packed = moved, None
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``float[..., D]`` to ``float[..., N]``."""
-        if self._packed is None or (x.requires_grad and torch.is_grad_enabled()):
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
 class KVCache:

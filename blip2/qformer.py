@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from blip2.config import QFormerConfig
 from blip2.layers import attend, split_heads
+from blip2.linear import Linear
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -47,10 +48,10 @@ class Attention(nn.Module):
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_size, width)
-        self.value = nn.Linear(source_size, width)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(source_size, width)
+        self.value = Linear(source_size, width)
+        self.output = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +69,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.intermediate = Linear(config.hidden_size, config.intermediate_size)
+        self.output = Linear(config.intermediate_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x_BSD: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from blip2.config import VisionConfig
 from blip2.layers import attend, split_parts
+from blip2.linear import Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -34,11 +35,11 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.activation = ACTIVATIONS[activation]
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.projection = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.fc1 = nn.Linear(width, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, width)
+        self.fc1 = Linear(width, intermediate_size)
+        self.fc2 = Linear(intermediate_size, width)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         query, key, value = split_parts(self.qkv(self.norm1(x_BPD)), 3, self.num_heads)

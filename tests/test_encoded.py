@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blip2 import checkpoint
+from blip2 import checkpoint, linear
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError
-from blip2.layers import PackedLinear
 from blip2.model import identity
 
 
@@ -26,11 +25,13 @@ def test_there_and_back(tmp_path, half):
 
 def test_a_model_is_the_same_however_it_is_kept(opt_model, matching_model, monkeypatch):
     """What one saw, the other reads: weights packed for a CPU or not, in another precision, quantised."""
-    monkeypatch.setattr(PackedLinear, "WORTH_IT", 0)
     for folder in (opt_model, matching_model):
-        plain, packed = (checkpoint.load(folder, pack=pack) for pack in (False, True))
-        assert not any(isinstance(module, PackedLinear) for module in plain.qformer.modules())
-        assert any(isinstance(module, PackedLinear) for module in packed.qformer.modules())
+        plain = checkpoint.load(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(linear, "WORTH_IT", 0)
+            packed = checkpoint.load(folder)
+        assert not any(isinstance(weight, linear.Weight) for weight in plain.qformer.parameters())
+        assert any(isinstance(weight, linear.Weight) for weight in packed.qformer.parameters())
         halved, quantized = checkpoint.load(folder, dtype=torch.bfloat16), checkpoint.load(folder, quantize="int8")
         assert {identity(model) for model in (packed, halved, quantized)} == {identity(plain)}
         with torch.no_grad():

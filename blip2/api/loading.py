@@ -56,7 +56,7 @@ def load(
     where = device if device == "auto" else str(find_device(device))
     folder = checkpoint.resolve(name, revision=revision)
     plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
-    model = placement.load(folder, plan, quantize=chosen, pack=True)
+    model = placement.load(folder, plan, quantize=chosen)
     called = str(name) if name is not None else "miniature"
     tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder)
     if isinstance(model, Blip2):

@@ -13,10 +13,10 @@ import torch
 from blip2.checkpoint.load import count_parameters, empty_model
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.precision import Precision, choose_precision
-from blip2.checkpoint.quantize import Quantization, bits_of_layers, put_linears
+from blip2.checkpoint.quantize import OUTPUT, Quantization, bits_of_layers, put_linears
 from blip2.checkpoint.reader import find_tensors
 from blip2.config import PUBLISHED, Blip2Config, LanguageConfig, MatcherConfig, OPTConfig
-from blip2.layers import PackedLinear
+from blip2.linear import Table, is_worth_packing
 from blip2.quantized import QuantizedLinear
 
 Config = Blip2Config | MatcherConfig
@@ -73,29 +73,26 @@ def describe(
     for name, parameter in model.named_parameters():
         num_parameters[part_of(name)] += parameter.numel()
 
-    def packs(name: str, num_weights: int) -> bool:
-        """As in loading, so far as it takes memory: in bf16 an OPT's head is kept beside its table."""
-        is_half = precision.of(f"{name}.weight") == torch.bfloat16
-        return device.type == "cpu" and is_half and PackedLinear.can_hold(torch.bfloat16)
-
-    put_linears(model, quantization, packs)
+    put_linears(model, quantization)
+    quantized = bits_of_layers(model, quantization)
     kept = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             num_bytes[part_of(name)] += _quantized_bytes(module)
             continue
-        weights = dict(module.named_parameters(recurse=False))
-        if isinstance(module, PackedLinear):
-            weights["weight"] = module.weight
-        for last, weight in weights.items():
+        for last, weight in module.named_parameters(recurse=False):
             full = f"{name}.{last}" if name else last
-            num_bytes[part_of(full)] += weight.numel() * precision.of(full).itemsize
-            kept[re.sub(r"\.(weight|bias)$", "", full)] = precision.of(full)
+            dtype = precision.of(full)
+            # In bf16 on a CPU an OPT's table is there twice: for looking up, and as the head.
+            is_twice = isinstance(module, Table) and dtype == torch.bfloat16 and device.type == "cpu"
+            is_twice = is_twice and OUTPUT not in quantized and is_worth_packing(dtype, weight.numel())
+            num_bytes[part_of(full)] += (1 + is_twice) * weight.numel() * dtype.itemsize
+            kept[re.sub(r"\.(weight|bias)$", "", full)] = dtype
     return Description(
         parts=tuple(Part(name, line, num_parameters[name], num_bytes[name]) for name, line in parts.items()),
         precision=precision,
         quantization=quantization,
-        quantized=bits_of_layers(model, quantization),
+        quantized=quantized,
         kept=kept,
     )
 

@@ -31,13 +31,12 @@ from blip2.checkpoint.reader import Place, find_tensors, give_back_memory, read_
 from blip2.checkpoint.settings import read_config, read_json, read_quantization
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.errors import CheckpointError
-from blip2.layers import PackedLinear
+from blip2.linear import Linear, Table, readable
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
 
 Progress = Callable[[int, int], None]
 TRIM_BYTES = 2**29
-PACKED = ("vision.", "qformer.", "language.")
 TABLE = "language.token_embedding.weight"
 Devices = Mapping[str, torch.device | str | int]
 
@@ -50,14 +49,12 @@ def load(
     dtype: torch.dtype | None = None,
     quantize: Quantization | str | None = None,
     as_stored: bool = False,
-    pack: bool = False,
     progress: Progress | None = None,
 ) -> Blip2 | Blip2Matcher:
     """The model in a folder of the published layout, in evaluation mode, generative or matching.
 
     ``dtype`` is meant for the image encoder and the language model (see `choose_precision`); ``as_stored`` keeps
     every weight in the precision of the file instead. ``quantize`` quantises what is not quantised in the file.
-    ``pack`` is for answering, not for training: on a CPU, weights are put in the order of the products.
     ``devices`` puts parts and layers, by the beginnings of our names ("" is the rest), elsewhere than on ``device``.
     ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
     """
@@ -75,14 +72,7 @@ def load(
         quantization=quantize,
     )
 
-    def packs(name: str, num_weights: int) -> bool:
-        dtype = precision.of(f"{name}.weight")
-        is_beside = name == OUTPUT and has_table_as_head(model)  # an OPT's table, which in fp32 would take too much
-        gains = dtype == torch.bfloat16 or (num_weights >= PackedLinear.WORTH_IT and not is_beside)
-        is_here = name.startswith(PACKED) and _device_of(name, devices, device).type == "cpu"
-        return pack and gains and is_here and PackedLinear.can_hold(dtype)
-
-    put_linears(model, quantize, packs)
+    put_linears(model, quantize)
     tensors = find_tensors(folder)
     steps = list(_steps(model, config, tensors, folder, is_quantized=is_quantized))
     # The largest first: when most of the model is in memory, what comes beside it is small.
@@ -245,9 +235,9 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
         return
     dtype = tensor.dtype if precision is None else precision.of(step.name)
     if step.name == TABLE and has_table_as_head(model) and model.language.output is not None:
-        cast("PackedLinear | QuantizedLinear", model.language.output).fill(tensor.to(dtype), device)
-    if isinstance(module, PackedLinear) and last == "weight":
-        module.fill(tensor.to(dtype), device)
+        cast("QuantizedLinear", model.language.output).fill(tensor.to(dtype), device)
+    if isinstance(module, Linear | Table) and last == "weight":
+        module.keep(tensor.to(device, dtype), packs=precision is not None)
     elif isinstance(module, QuantizedLinear) and last == "weight":
         module.fill(tensor, device)
     else:  # the bias of a quantised layer is added to sums in fp32
@@ -259,7 +249,7 @@ def named_tensors(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its name in files, in the table's order; what is one tensor here and several there is cut."""
     for ours, theirs in names_in_files(model, model.config).items():
         module_name, _, last = ours.rpartition(".")
-        tensor = getattr(model.get_submodule(module_name), last).detach()
+        tensor = readable(getattr(model.get_submodule(module_name), last))
         if last in (CODES, SCALES):
             yield theirs, tensor
             continue

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantised (or packed), and how their weights are called in a checkpoint.
+"""Which linear layers of a model are quantised, and how their weights are called in a checkpoint.
 
 A quantised weight ``a.b.weight`` is in the file as ``a.b.weight.codes`` and ``a.b.weight.scales``, as
 `QuantizedLinear` has them; config.json says so under ``quantization_config``.
@@ -6,7 +6,6 @@ A quantised weight ``a.b.weight`` is in the file as ``a.b.weight.codes`` and ``a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,7 +16,6 @@ from torch import nn
 from blip2.checkpoint.settings import read_quantization
 from blip2.errors import OptionError
 from blip2.language import OPT
-from blip2.layers import PackedLinear
 from blip2.model import Blip2
 from blip2.quantized import BITS, GROUP_SIZES, QuantizedLinear
 
@@ -90,34 +88,26 @@ def bits_of_layers(model: nn.Module, quantization: Quantization | None) -> dict[
     return {name: 8 if name == OUTPUT else quantization.bits for name in chosen}
 
 
-def put_linears(
-    model: nn.Module, quantization: Quantization | None, packs: Callable[[str, int], bool] = lambda name, size: False
-) -> None:
-    """Put a stand-in, still empty, in the place of each linear layer that is quantised, or ``packs`` by its name and
-    number of weights.
+def put_linears(model: nn.Module, quantization: Quantization | None) -> None:
+    """Put a stand-in, still empty, in the place of each linear layer that is quantised.
 
-    The head of an OPT is its table of tokens; where it would be quantised or packed it is so beside the table.
+    The head of an OPT is its table of tokens; where it would be quantised it is so beside the table.
     """
     quantized = bits_of_layers(model, quantization)
 
-    def stand_in(name: str, num_inputs: int, num_outputs: int, has_bias: bool) -> nn.Module | None:
+    def stand_in(name: str, num_inputs: int, num_outputs: int, has_bias: bool) -> QuantizedLinear:
+        assert quantization is not None
+        bits, group_size = quantized[name], quantization.group_size
         with torch.device("meta"):
-            if name in quantized:
-                assert quantization is not None
-                bits, group_size = quantized[name], quantization.group_size
-                return QuantizedLinear(num_inputs, num_outputs, bits=bits, group_size=group_size, has_bias=has_bias)
-            if packs(name, num_inputs * num_outputs):
-                return PackedLinear(num_inputs, num_outputs, has_bias=has_bias)
-            return None
+            return QuantizedLinear(num_inputs, num_outputs, bits=bits, group_size=group_size, has_bias=has_bias)
 
     for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear):
+        if name in quantized and isinstance(linear, nn.Linear):
             instead = stand_in(name, linear.in_features, linear.out_features, linear.bias is not None)
-            if instead is not None:
-                model.set_submodule(name, instead)
+            model.set_submodule(name, instead)
     if has_table_as_head(model):
         num_tokens, width = model.language.token_embedding.weight.shape
-        model.language.output = stand_in(OUTPUT, width, num_tokens, False)
+        model.language.output = stand_in(OUTPUT, width, num_tokens, False) if OUTPUT in quantized else None
 
 
 def has_table_as_head(model: nn.Module) -> TypeGuard[Blip2]:

@@ -61,7 +61,7 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
     where = "auto" if options.get("device_map") == "auto" else str(device)
     chosen = checkpoint.quantization(quantize)
     plan = placement.plan_for(folder, device=where, dtype=dtype, quantize=chosen)
-    return placement.load(folder, plan, quantize=chosen, pack=True), folder
+    return placement.load(folder, plan, quantize=chosen), folder
 
 
 def named_device(device: Device) -> torch.device:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from blip2.config import OPTConfig
 from blip2.errors import OptionError
-from blip2.layers import KVCache, attend, multiply_by_table, split_parts
+from blip2.layers import KVCache, attend, split_parts
+from blip2.linear import Linear, Table
 
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 
@@ -21,11 +22,11 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.output = Linear(width, width)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, width)
+        self.fc1 = Linear(width, intermediate_size)
+        self.fc2 = Linear(intermediate_size, width)
 
     def forward(
         self, x_BTD: Tensor, *, layer: int, cache: KVCache | None, positions_BT: Tensor, mask: Tensor | None
@@ -43,7 +44,7 @@ class OPT(nn.Module):
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = Table(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
         self.blocks = nn.ModuleList(
             Block(width=config.hidden_size, num_heads=config.num_heads, intermediate_size=config.intermediate_size)
@@ -51,7 +52,7 @@ class OPT(nn.Module):
         )
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.output: nn.Module | None = None
-        """The table of tokens as a linear layer of a faster make; without it the table itself is the head."""
+        """The table of tokens, quantised, beside the table; without it the table itself is the head."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,8 +93,7 @@ class OPT(nn.Module):
         """``float[..., D]`` to ``float[..., V]``; the output table is the input table."""
         if self.output is not None:
             return self.output(hidden)
-        table_VD = self.token_embedding.weight
-        return multiply_by_table(hidden.to(table_VD.dtype), table_VD)
+        return self.token_embedding.scores(hidden.to(self.token_embedding.weight.dtype))
 
     def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
         """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from blip2 import native
 from blip2.config import T5Config
 from blip2.layers import KVCache, attend, split_heads, split_parts
+from blip2.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
@@ -78,8 +79,8 @@ class SelfAttention(nn.Module):
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=False)
-        self.output = nn.Linear(inner, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, 3 * inner, bias=False)
+        self.output = Linear(inner, config.hidden_size, bias=False)
 
     def heads(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, ``float[B, H, T, head size]`` each."""
@@ -97,9 +98,9 @@ class CrossAttention(nn.Module):
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.query = nn.Linear(config.hidden_size, inner, bias=False)
-        self.key_value = nn.Linear(config.hidden_size, 2 * inner, bias=False)
-        self.output = nn.Linear(inner, config.hidden_size, bias=False)
+        self.query = Linear(config.hidden_size, inner, bias=False)
+        self.key_value = Linear(config.hidden_size, 2 * inner, bias=False)
+        self.output = Linear(inner, config.hidden_size, bias=False)
 
     def keys_values(self, encoded_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """What there is to look at, ``float[B, H, P, head size]`` twice; the same for every token that is decoded."""
@@ -118,8 +119,8 @@ class GatedFeedForward(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
@@ -219,7 +220,7 @@ class T5(nn.Module):
         self.decoder_bias = bias(is_bidirectional=False)
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_decoder_layers))
         self.decoder_norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,9 +27,9 @@ from blip2 import checkpoint, placement
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-checkpoint.load(Path(sys.argv[3]), quantize=sys.argv[2] if sys.argv[2] != "None" else None, pack=True)  # warms up
+checkpoint.load(Path(sys.argv[3]), quantize=sys.argv[2] if sys.argv[2] != "None" else None)  # warms up
 before = peak()
-model = checkpoint.load(Path(sys.argv[1]), quantize=sys.argv[2] if sys.argv[2] != "None" else None, pack=True)
+model = checkpoint.load(Path(sys.argv[1]), quantize=sys.argv[2] if sys.argv[2] != "None" else None)
 print(json.dumps(peak() - before))
 """
 

@@ -1,0 +1,338 @@
+"""Linear layers whose weights lie, on a CPU, in the order in which oneDNN reads them.
+
+A product of few rows (decoding) takes up to twice as long with plain weights, which are put in order anew each time.
+So the numbers of a large weight are kept in oneDNN's order while the model answers, and in plain order from the
+moment that anybody changes them or takes a view of them until the next answer. To everybody it is one
+`torch.nn.Parameter` that behaves as every other: see `Weight`.
+
+N outputs, D inputs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+WORTH_IT = 2**20
+"""With fewer weights than this, in fp32, a product of one row takes longer in oneDNN's order than in plain order."""
+
+ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+# What asks a tensor for its memory instead of its numbers.
+OF_MEMORY = {
+    Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor._typed_storage, Tensor.numpy, Tensor.__array__,
+    Tensor.share_memory_, Tensor.is_shared, Tensor.is_pinned, Tensor.__dlpack__, Tensor.__dlpack_device__,
+}  # fmt: skip
+
+
+class _WithWeight(nn.Module):
+    """A module whose ``weight`` may be a `Weight`."""
+
+    weight: Any
+
+    def keep(self, weight_ND: Tensor, *, packs: bool = False) -> None:
+        """Take a tensor for the weight, as a `Weight` where that is worth it; ``packs``: in oneDNN's order at once."""
+        self.weight = nn.Parameter(weight_ND, requires_grad=self.weight.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `nn.Module.to` does; a `Weight` cannot change its device or type, so another one takes its place."""
+        weight = self._parameters["weight"]
+        if type(weight) is not Weight:
+            return super()._apply(fn, recurse)
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters["weight"] = weight
+        with torch.no_grad():
+            moved = fn(weight)
+        if moved is not weight:
+            self.keep(moved)
+            if weight.grad is not None:
+                self.weight.grad = fn(weight.grad)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self._parameters["weight"]
+        if type(weight) is Weight and not keep_vars:  # an ordinary tensor that shares its memory, as all others do
+            destination[prefix + "weight"] = weight.numbers.shared()
+
+
+class Linear(_WithWeight, nn.Linear):
+    """An ``nn.Linear`` of the same parameters, state and results, faster on a CPU where its weight is a `Weight`."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.keep(self.weight.detach())
+
+    def keep(self, weight_ND: Tensor, *, packs: bool = False) -> None:
+        if _can_be_packed(weight_ND):
+            make = Weight.packed_at_once if packs else Weight
+            self.weight = make(weight_ND, self.weight.requires_grad)
+        else:
+            super().keep(weight_ND)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``float[..., D]`` to ``float[..., N]``."""
+        return linear(x, self.weight, self.bias)
+
+
+class Table(_WithWeight, nn.Embedding):
+    """The embedding of tokens whose table is also the head, as in an OPT.
+
+    On a CPU in bfloat16 the head reads a copy of the table in oneDNN's order, made at the first answer.
+    """
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__(num_tokens, width)
+        self.keep(self.weight.detach())
+
+    def keep(self, weight_ND: Tensor, *, packs: bool = False) -> None:
+        if weight_ND.dtype == torch.bfloat16 and _can_be_packed(weight_ND):
+            self.weight = Weight(weight_ND, self.weight.requires_grad, keeps_plain=True)
+        else:
+            super().keep(weight_ND)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """``float[..., D]`` times the table: ``float[..., V]``."""
+        weight = self.weight
+        is_large = weight.numel() >= WORTH_IT and weight.dtype == torch.float32
+        if type(weight) is nn.Parameter and is_large and _suits(hidden, weight) and not _learns(hidden, weight):
+            # For few rows oneDNN, though the table is in plain order, takes half of the time that `F.linear` does.
+            return _product(hidden, weight, None)
+        return linear(hidden, weight, None)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by oneDNN where the weight is a `Weight` and no gradient is wanted of it."""
+    if type(weight) is not Weight or not _suits(x, weight) or _learns(weight, bias):
+        return F.linear(x, weight, bias)
+    packed = weight.numbers.packed()
+    if packed is None:
+        return F.linear(x, weight, bias)
+    return _Product.apply(x, packed, bias) if _learns(x) else _product(x, packed, bias)
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product may be oneDNN's own: one precision, on the CPU, and no autocast that wants another."""
+    is_here = x.device.type == "cpu" and weight.device.type == "cpu"
+    return x.dtype == weight.dtype and is_here and not torch.is_autocast_enabled("cpu")
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is wanted of any."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+
+
+def is_worth_packing(dtype: torch.dtype, num_weights: int) -> bool:
+    """Whether this processor multiplies few rows faster with so many weights in oneDNN's order."""
+    if dtype == torch.bfloat16:
+        return num_weights > 0 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 and num_weights >= max(WORTH_IT, 1)
+
+
+def _can_be_packed(weight_ND: Tensor) -> bool:
+    return weight_ND.device.type == "cpu" and is_worth_packing(weight_ND.dtype, weight_ND.numel())
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The same as an ordinary tensor without gradient, to be read and not changed."""
+    return tensor.numbers.read() if isinstance(tensor, Weight) else tensor.detach()
+
+
+class Numbers:
+    """What a weight is, in plain order, in oneDNN's, or (``keeps_plain``) in both."""
+
+    def __init__(self, plain_ND: Tensor | None, packed: Tensor | None = None, *, keeps_plain: bool = False) -> None:
+        self._plain = plain_ND
+        self._packed = packed
+        self._keeps_plain = keeps_plain
+        self._lock = threading.RLock()
+
+    def read(self) -> Tensor:
+        """In plain order, ``[N, D]``; to be read only, perhaps a copy that is nobody's."""
+        plain, packed = self._plain, self._packed
+        if plain is not None:
+            return plain.detach()
+        assert packed is not None
+        with torch.inference_mode(False):
+            return packed.to_dense()
+
+    def shared(self) -> Tensor:
+        """In plain order, ``[N, D]``: the weight's own memory, for views and changes."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._plain is None:
+                assert self._packed is not None
+                self._plain = self._packed.to_dense()
+            self._packed = None
+            return self._plain.detach()
+
+    def packed(self) -> Tensor | None:
+        """In oneDNN's order; None while somebody beside the model holds the plain memory, and might change it."""
+        if self._packed is not None:
+            return self._packed
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._packed is None:
+                assert self._plain is not None
+                if _num_holders(self._plain) > 1:
+                    return None
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(self._plain, None)
+                if not self._keeps_plain:
+                    self._plain = None
+            return self._packed
+
+    def replace(self, plain_ND: Tensor) -> None:
+        with self._lock:
+            self._plain, self._packed = plain_ND, None
+
+    def copy(self) -> Numbers:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            plain, packed = (None if each is None else each.clone() for each in (self._plain, self._packed))
+            return Numbers(plain, packed, keeps_plain=self._keeps_plain)
+
+
+def _num_holders(plain: Tensor) -> int:
+    """How many tensors, arrays or storages share a tensor's memory, itself among them."""
+    storage = plain.untyped_storage()
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count - 1  # the storage that was just asked for
+
+
+class Weight(nn.Parameter):
+    """A `torch.nn.Parameter` ``float[N, D]`` whose numbers may lie in oneDNN's order.
+
+    Operations that only read get the numbers in plain order for the moment; those that change them or return a view
+    bring them back into plain order, where they stay until the next product of a model that answers. Copies,
+    pickles and gradients are those of an ordinary parameter.
+    """
+
+    numbers: Numbers
+
+    @staticmethod
+    def __new__(
+        cls: type[Weight], data: Tensor, requires_grad: bool = True, *, keeps_plain: bool = False
+    ) -> Weight:
+        """``keeps_plain``: for a table whose rows are looked up, too; both orders are kept while a model answers."""
+        plain = data.numbers.read() if isinstance(data, Weight) else data.detach()
+        return cls._of(Numbers(plain.contiguous(), keeps_plain=keeps_plain), plain.shape, plain.dtype, requires_grad)
+
+    @classmethod
+    def _of(cls, numbers: Numbers, shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> Weight:
+        weight: Weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, requires_grad=requires_grad)
+        weight.numbers = numbers
+        weight._is_param = True
+        return weight
+
+    @classmethod
+    def packed_at_once(cls, data: Tensor, requires_grad: bool = True) -> Weight:
+        """In oneDNN's order from the start, whoever holds ``data``, which is not kept."""
+        with torch.no_grad():
+            packed = torch.ops.mkldnn._reorder_linear_weight(data, None)
+        return cls._of(Numbers(None, packed), data.shape, data.dtype, requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        if id(self) not in memo:
+            twin = self._of(self.numbers.copy(), self.shape, self.dtype, self.requires_grad)
+            memo[id(self)] = twin
+            if self.grad is not None:
+                twin.grad = self.grad.clone()
+        twin = memo[id(self)]
+        assert isinstance(twin, Weight)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        keeps_plain = self.numbers._keeps_plain
+        return _rebuilt, (self.numbers.read(), self.requires_grad, keeps_plain)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Parameter containing:\n{self.numbers.read().requires_grad_(self.requires_grad)!r}"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        weight = args[0] if args else None
+        if isinstance(weight, Weight):
+            if func in OF_MEMORY:
+                out = func(weight.numbers.shared(), *args[1:], **kwargs)
+                return weight if func is Tensor.share_memory_ else out
+            if func == _SET_DATA:  # made anew at each use, so not the same object
+                return weight._set_data(args[1])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def _set_data(self, data: Tensor) -> None:
+        """``weight.data = data``."""
+        if data.shape != self.shape or data.dtype != self.dtype or data.device.type != "cpu":
+            raise RuntimeError(
+                f"this weight is {list(self.shape)}, {self.dtype}, on the CPU; data of {list(data.shape)}, "
+                f"{data.dtype}, on {data.device} cannot be put in its place. Use model.to(...), or give the layer "
+                "another torch.nn.Parameter"
+            )
+        if not (isinstance(data, Weight) and data.numbers is self.numbers):
+            self.numbers.replace(data.numbers.shared() if isinstance(data, Weight) else data.detach())
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in ALIASES:
+            weight = args[0]
+            return cls._of(weight.numbers, weight.shape, weight.dtype, False)
+        originals: dict[int, Weight] = {}
+
+        def plain(argument: Any, is_shared: bool) -> Any:
+            if not isinstance(argument, Weight):
+                return argument
+            tensor = argument.numbers.shared() if is_shared else argument.numbers.read()
+            originals[id(tensor)] = argument
+            return tensor
+
+        wanted = func._schema.arguments
+        named = {argument.name: argument.alias_info is not None for argument in wanted}
+        new_args = [
+            tree_map(lambda each, shared=wanted[place].alias_info is not None: plain(each, shared), argument)
+            for place, argument in enumerate(args)
+        ]
+        new_kwargs = {
+            name: tree_map(lambda each, shared=named[name]: plain(each, shared), argument)
+            for name, argument in (kwargs or {}).items()
+        }
+        return tree_map(lambda each: originals.get(id(each), each), func(*new_args, **new_kwargs))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _rebuilt(plain_ND: Tensor, requires_grad: bool, keeps_plain: bool) -> nn.Parameter:
+    """From a pickle, perhaps on another processor."""
+    if not _can_be_packed(plain_ND):
+        return nn.Parameter(plain_ND, requires_grad)
+    return Weight(plain_ND, requires_grad, keeps_plain=keeps_plain)
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return out
+
+
+class _Product(torch.autograd.Function):
+    """A product with weights that do not learn; the gradient reaches the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.packed = packed
+        return _product(x, packed, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.packed.to_dense(), None, None
