@@ -29,8 +29,9 @@ def attend(
     ``mask`` is either boolean (True: may attend) or a float bias that is added to the scores; it broadcasts
     to ``[B, H, T, S]``. ``scale`` is 1/sqrt(D) unless given. Returns ``float[B, T, H * D]``.
     """
-    others = (key_BHSD,) if mask is None else (key_BHSD, mask)
-    if query_BHTD.shape[2] == 1 and not dropout and key_BHSD.stride(3) == 1 and native.can_take(query_BHTD, *others):
+    if mask is not None and mask.dtype not in (torch.bool, query_BHTD.dtype):
+        mask = mask.to(query_BHTD.dtype)
+    if not dropout and native.can_attend(query_BHTD, key_BHSD, value_BHSD, mask):
         scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
         return native.attend(query_BHTD, key_BHSD, value_BHSD, mask, scale)
     is_half = query_BHTD.dtype == torch.bfloat16 and mask is None and not is_causal
@@ -120,8 +121,8 @@ class KVCache:
             values.narrow(2, self._longest, num_tokens).copy_(value_BHTD)
         else:
             rows_B1 = torch.arange(len(keys), device=keys.device)[:, None]
-            keys[rows_B1, :, positions_BT] = key_BHTD.transpose(1, 2)
-            values[rows_B1, :, positions_BT] = value_BHTD.transpose(1, 2)
+            keys[rows_B1, :, positions_BT] = key_BHTD.transpose(1, 2).to(keys.dtype)
+            values[rows_B1, :, positions_BT] = value_BHTD.transpose(1, 2).to(values.dtype)
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, num_tokens_B: Tensor | int, longest: int) -> None:

@@ -9,6 +9,9 @@ N output channels (padded to tiles of 32), D inputs (padded to whole groups), G 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,12 +71,28 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., N]``. Gradients reach x, never the weights."""
-        if native.can_take(x):
+        if native.can_take(x) and self._is_as_made():
             return native.linear(
                 x, self.codes, self.scales, self.bias,
                 bits=self.bits, group_size=self.group_size, channels=self.out_features,
             )  # fmt: skip
         return F.linear(x, self.dequantized(x.dtype), self._bias(x.dtype))
+
+    def _is_as_made(self) -> bool:
+        """Whether codes, scales and bias are what the kernels read: on the CPU, of the types that they came in."""
+        scales, bias = self.scales, self.bias
+        if bias is not None and (bias.dtype != torch.float32 or (bias.requires_grad and torch.is_grad_enabled())):
+            return False
+        return self.codes.device.type == scales.device.type == "cpu" and scales.dtype == torch.bfloat16
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `nn.Module.to` does: the layer moves, but scales and bias keep their precision."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.bits == 4 else ""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import NamedTuple, cast
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,31 @@ from torch import Tensor, nn
 
 from blip2 import native
 from blip2.config import T5Config
+from blip2.errors import OptionError
 from blip2.layers import KVCache, attend, split_heads, split_parts
 from blip2.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def never_in_float16(method: Method) -> Method:
+    """A T5's feed-forward layers overflow in float16, and its answers are nonsense: refused as the precision of the
+    weights, and where autocast asks for it the method computes in the weights' own."""
+
+    @wraps(method)
+    def wrapper(self: T5, x: Tensor, *arguments: Any) -> Any:
+        if self.dtype == torch.float16:
+            raise OptionError("a T5 overflows in float16; use bfloat16, by model.to(torch.bfloat16), or float32")
+        kind = x.device.type
+        if not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16):
+            return method(self, x, *arguments)
+        with torch.autocast(kind, enabled=False):
+            return method(self, x.to(self.dtype), *arguments)
+
+    return wrapper  # type: ignore[return-value]
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +55,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype and native.can_take(x, self.weight):
+        if native.can_take(x, self.weight):
             return native.rms_norm(x, self.weight, self.eps)
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (x.float() * scale).to(self.weight.dtype)
@@ -231,6 +252,7 @@ class T5(nn.Module):
         """``int[B, T]`` to ``float[B, T, D]``; encoder and decoder share the table."""
         return self.token_embedding(tokens_BT).to(self.dtype)
 
+    @never_in_float16
     def encode(self, prompt_BPD: Tensor, lengths_B: Tensor) -> Encoded:
         """Read right-padded prompts ``float[B, P, D]`` of ``lengths_B`` tokens."""
         positions_P = torch.arange(prompt_BPD.shape[1], device=prompt_BPD.device)
@@ -243,6 +265,7 @@ class T5(nn.Module):
         blocks = cast("Iterable[DecoderBlock]", self.decoder)
         return Encoded([block.cross_attention.keys_values(x_BPD) for block in blocks], mask_B11P)
 
+    @never_in_float16
     def decode(self, embeddings_BTD: Tensor, encoded: Encoded, cache: KVCache | None = None) -> Tensor:
         """Decoder states ``float[B, T, D]`` after the final norm; each token sees those before it and the prompt.
 
@@ -274,6 +297,7 @@ class T5(nn.Module):
         """The whole text at once, for training: decoder states ``float[B, T, D]``."""
         return self.decode(self.embed(decoder_tokens_BT), self.encode(prompt_BPD, lengths_B))
 
+    @never_in_float16
     def logits(self, hidden: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., V]``."""
         return self.output(hidden)

@@ -47,11 +47,25 @@ def kernels() -> ctypes.CDLL | None:
     return library
 
 
-def can_take(x: Tensor, *others: Tensor) -> bool:
-    """Whether there are kernels for a tensor, and (with others of an operation) no gradient is wanted of it."""
-    if x.dtype not in TYPES or x.device.type != "cpu" or kernels() is None:
+def can_take(*operands: Tensor) -> bool:
+    """Whether there are kernels for an operation of these tensors, which are all of one type, and no gradient is wanted
+    of any of them. What the kernels read besides, masks and codes, they check themselves."""
+    dtype = operands[0].dtype
+    if dtype not in TYPES or kernels() is None:
         return False
-    return not torch.is_grad_enabled() or not (x.requires_grad or any(other.requires_grad for other in others))
+    if not all(each.dtype == dtype and each.device.type == "cpu" for each in operands):
+        return False
+    return not (torch.is_grad_enabled() and any(each.requires_grad for each in operands))
+
+
+def can_attend(query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attend` computes this: one token a row, numbers of a head side by side, a mask that it reads."""
+    operands = (query_BHTD, key_BHSD, value_BHSD)
+    if query_BHTD.shape[2] != 1 or any(each.stride(3) != 1 for each in operands):
+        return False
+    if mask is None or (mask.dtype == torch.bool and mask.device.type == "cpu"):
+        return can_take(*operands)
+    return can_take(*operands, mask)
 
 
 def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scales: Tensor) -> None:

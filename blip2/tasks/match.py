@@ -161,7 +161,8 @@ class Reader:
 
     def cosines(self, images: Sequence[ImageFeatures], texts_ME: Tensor) -> Tensor:
         """``float32[N, M]``, the nearest of each image's vectors."""
-        return similarity(torch.stack([image.vectors_QE for image in images]).float(), texts_ME.float())
+        with torch.autocast(texts_ME.device.type, enabled=False):  # differences of neighbours are small
+            return similarity(torch.stack([image.vectors_QE for image in images]).float(), texts_ME.float())
 
     def itc_probability(self, cosine_NM: Tensor) -> Tensor | None:
         """The share of each text among all M by the learned temperature; None if there is none."""
