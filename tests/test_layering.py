@@ -16,7 +16,7 @@ MAX_LINES = 350
 ORDER = [
     {"errors"},
     {"config"},
-    {"native", "linear"},
+    {"native", "linear", "threads"},
     {"layers", "quantized"},
     {"image", "encoded", "vision", "qformer", "text", "language"},
     {"model"},

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blip2 import threads
 from blip2.errors import OptionError
 from blip2.generation.batch import Batch, Job
 from blip2.generation.endings import Decode, Endings, Hypothesis
@@ -43,6 +44,7 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.suppress_token_ids = tuple(suppress_token_ids)
         self.decode = decode
+        self._num_threads = threads.worth(language)
 
     @torch.inference_mode()
     def generate(
@@ -59,9 +61,10 @@ class Engine:
             return []
         batch = Batch(self.language)
         job = self.job(prompts, options, on_token=on_token)
-        batch.add([job])
-        while not job.is_over:
-            batch.step()
+        with threads.at_most(self._num_threads):
+            batch.add([job])
+            while not job.is_over:
+                batch.step()
         return job.answers()
 
     def job(
@@ -98,6 +101,10 @@ class Engine:
         if not prompts:
             return []
         _check(prompts)
+        with threads.at_most(self._num_threads):
+            return self._scores(prompts, answers)
+
+    def _scores(self, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[float]:
         # Longest answer first, so that the rows which are over are the last ones.
         order = sorted(range(len(answers)), key=lambda number: len(answers[number]), reverse=True)
         longest = len(answers[order[0]])

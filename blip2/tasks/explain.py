@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip2 import threads
 from blip2.config import QFormerConfig
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, OptionError
@@ -102,7 +103,8 @@ def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
         logits_S2 = model.match(patches_SPD, text_ST, torch.ones_like(text_ST, dtype=torch.bool), image_bias)
         return logits_S2[:, 1] - logits_S2[:, 0]
 
-    evidence_P, score = evidence(log_odds, sight, model.config.qformer)
+    with threads.fitting(model):
+        evidence_P, score = evidence(log_odds, sight, model.config.qformer)
     return _explanation(sight, evidence_P, clean(text), 1 / (1 + math.exp(-score)))
 
 
@@ -224,7 +226,8 @@ def _explain_tokens(speaker: Speaker, sight: Sight, prompt: str, tokens: list[in
         prompt_SED = torch.cat([queries_SQD, text_TD.expand(len(queries_SQD), -1, -1)], dim=1)
         return _log_probabilities(model, prompt_SED, read)[:, explained].sum(dim=1)
 
-    evidence_P, score = evidence(log_probability, sight, model.config.qformer)
+    with threads.fitting(model):
+        evidence_P, score = evidence(log_probability, sight, model.config.qformer)
     return _explanation(sight, evidence_P, speaker.tokenizer.decode(tokens[explained]), score)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from blip2 import threads
 from blip2.errors import OptionError
 from blip2.model import Blip2Matcher, similarity
 from blip2.tasks.defaults import BATCH_SIZE
@@ -86,11 +87,16 @@ class Reader:
     @torch.no_grad()
     def embed_texts(self, ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:
         """The unit vectors of texts, given by their `ids`: ``float[M, E]``."""
-        return self._scattered(ids, batch_size, self.model.embed_text)
+        with threads.fitting(self.model):
+            return self._scattered(ids, batch_size, self.model.embed_text)
 
     @torch.no_grad()
     def itm_logits(self, images: Sequence[ImageFeatures], ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:
         """The matching head's logits of each image with each text, ``float[N, M, 2]``."""
+        with threads.fitting(self.model):
+            return self._itm_logits(images, ids, batch_size)
+
+    def _itm_logits(self, images: Sequence[ImageFeatures], ids: list[list[int]], batch_size: int) -> Tensor:
         if len(ids) == 1:
             text_1T, mask_1T = self._padded(ids)
             rows = []
@@ -110,7 +116,8 @@ class Reader:
         for some in chunks(list(zip(pairs, ids, strict=True)), batch_size):
             text_BT, mask_BT = self._padded([row for _, row in some])
             patches_BPD = torch.stack([image.patches_PD for (image, _), _ in some])
-            fused = self.model.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=mask_BT)
+            with threads.fitting(self.model):
+                fused = self.model.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=mask_BT)
             found.append(fused.hidden_BSD[:, : self.model.config.qformer.num_query_tokens])
         return torch.cat(found)
 

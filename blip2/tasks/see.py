@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
+from blip2 import threads
 from blip2.errors import ImageError, OptionError
 from blip2.image import Source, load_image, to_pixels
 from blip2.tasks.speaker import check_batch_size, chunks
@@ -43,6 +44,7 @@ class Eye(Generic[Kept]):
         std: Sequence[float],
     ) -> None:
         self._vision = vision
+        self._num_threads = threads.worth(vision)
         self._encode_pixels = encode
         self._kind = kind
         self._size = size
@@ -85,11 +87,12 @@ class Eye(Generic[Kept]):
     def encode(self, pixels: Sequence[Tensor]) -> list[Kept]:
         """What is kept of pictures that `pixels` has read, in order."""
         device = self._vision.position_embedding.device
-        return [
-            kept
-            for some in chunks(pixels, self._images_at_a_time(device))
-            for kept in self._encode_pixels(torch.stack(list(some)).to(device))
-        ]
+        with threads.at_most(self._num_threads):
+            return [
+                kept
+                for some in chunks(pixels, self._images_at_a_time(device))
+                for kept in self._encode_pixels(torch.stack(list(some)).to(device))
+            ]
 
     def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
         """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
