@@ -52,13 +52,18 @@ def test_a_number_that_was_asked_for_stays(four_threads, monkeypatch):
 def test_the_miniature_works_alone(four_threads, monkeypatch):
     """Both its halves: the image encoder and the decoding."""
     seen = set()
-    for where, name in ((Eye, "_images_at_a_time"), (batch.Batch, "step")):
 
-        def noted(*given, name=name, inner=getattr(where, name)):
+    def noting(where: type, name: str) -> None:
+        inner = getattr(where, name)
+
+        def noted(*given):
             seen.add((name, torch.get_num_threads()))
             return inner(*given)
 
         monkeypatch.setattr(where, name, noted)
+
+    for where, name in ((Eye, "_images_at_a_time"), (batch.Batch, "step")):
+        noting(where, name)
     blip2.load().caption("examples/picture.png")
     assert seen == {("_images_at_a_time", 1), ("step", 1)}
     assert torch.get_num_threads() == 4
