@@ -6,6 +6,7 @@ B batch rows, H heads, T new tokens, S all tokens so far (or keys), D head size.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +172,12 @@ def _has_room(spare: Tensor, like: Tensor, num_rows: int) -> bool:
 def _widened(values_BHSD: Tensor, capacity: int) -> Tensor:
     """With room for so many tokens."""
     return F.pad(values_BHSD, (0, 0, 0, capacity - values_BHSD.shape[2]))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within, operations on this kind of device compute in the precision of their tensors."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def freeze(module: nn.Module) -> nn.Module:

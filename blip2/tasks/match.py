@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blip2 import threads
 from blip2.errors import OptionError
+from blip2.layers import without_autocast
 from blip2.model import Blip2Matcher, similarity
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.speaker import chunks
@@ -168,7 +169,7 @@ class Reader:
 
     def cosines(self, images: Sequence[ImageFeatures], texts_ME: Tensor) -> Tensor:
         """``float32[N, M]``, the nearest of each image's vectors."""
-        with torch.autocast(texts_ME.device.type, enabled=False):  # differences of neighbours are small
+        with without_autocast(texts_ME.device):  # differences of neighbours are small
             return similarity(torch.stack([image.vectors_QE for image in images]).float(), texts_ME.float())
 
     def itc_probability(self, cosine_NM: Tensor) -> Tensor | None:
