@@ -17,6 +17,7 @@ ORDER = [
     {"errors"},
     {"config"},
     {"native", "linear", "threads"},
+    {"finite"},
     {"layers", "quantized"},
     {"image", "encoded", "vision", "qformer", "text", "language"},
     {"model"},

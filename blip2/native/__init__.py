@@ -68,17 +68,18 @@ def can_attend(query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: T
     return can_take(*operands, mask)
 
 
-def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scales: Tensor) -> None:
-    """Fill ``codes`` and ``scales`` from ``float[N, D]``."""
+def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scales: Tensor) -> bool:
+    """Fill ``codes`` and ``scales`` from ``float[N, D]``; False if a weight is NaN or infinite, which has no code."""
     library = kernels()
     assert library is not None
     channels, width = weight_ND.shape
     padded = scales.shape[1] * group_size
     weight_ND = weight_ND.contiguous()
-    library.blip2_quantize(
+    is_poisoned = library.blip2_quantize(
         weight_ND.data_ptr(), TYPES[weight_ND.dtype], channels, width, padded, group_size, bits,
         codes.data_ptr(), scales.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    return not is_poisoned
 
 
 def linear(
