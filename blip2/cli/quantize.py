@@ -90,6 +90,8 @@ def _write(folder: Path, out: Path, quantization: Quantization) -> None:
     try:
         with _bar() as (progress, writes):
             quantized = checkpoint.load(folder, quantize=quantization, as_stored=True, progress=progress)
+            if (found := checkpoint.damage(quantized)) is not None:
+                raise CheckpointError(f"{folder}: has weights that are NaN or infinite: {found}")
             writes()
             checkpoint.save(
                 quantized, unfinished, tokenizer=folder / "tokenizer.json", quantization=quantization.as_json()
