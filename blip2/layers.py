@@ -152,6 +152,10 @@ class KVCache:
         if not self._is_even:  # the longest rows may have left
             self._longest = int(self.lengths_B.max())
 
+    def forget(self) -> None:
+        """Let go of what rows have left behind that are gone: it may be NaN, which counts even with weight 0."""
+        self._spare = None
+
     def join(self, other: KVCache) -> None:
         """Take in the rows of another cache, after those here."""
         capacity = max(self.capacity, other.capacity)
