@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.errors import ImageError
+from blip2.errors import ImageError, ImageNotFiniteError
+from blip2.finite import is_finite
 
 FORMAT = "blip2 encoded image"
 
@@ -31,10 +32,18 @@ class EncodedImage:
     def save(self, path: str | os.PathLike[str], *, half: bool = False) -> None:
         """Write a safetensors file with the tensor ``queries``; ``half``: in float16, which is half the size.
 
-        Raises ImageError if it cannot be written; what was there is then as it was.
+        Raises ImageError if it cannot be written; what was there is then as it was. ImageNotFiniteError for a value
+        that is NaN or infinite, or too large for float16.
         """
         path = Path(path)
         queries_QD = self.queries_QD.detach().to("cpu", torch.float16 if half else None).contiguous()
+        if not is_finite(queries_QD):
+            overflow = (
+                " in float16; save it without half" if is_finite(self.queries_QD) else "; encode the picture again"
+            )
+            raise ImageNotFiniteError(
+                f"{path}: not written, since the encoded image has values that are NaN or infinite{overflow}"
+            )
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             save_file({"queries": queries_QD}, unfinished, {"format": FORMAT, "model": self.model})
@@ -46,12 +55,17 @@ class EncodedImage:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedImage:
-        """Read what `save` wrote. Raises ImageError for any other file."""
+        """Read what `save` wrote. Raises ImageError for any other file, or values that are NaN or infinite."""
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") == FORMAT:
-                    return cls(file.get_tensor("queries"), about.get("model", ""))
+                    found = cls(file.get_tensor("queries"), about.get("model", ""))
+                    if not is_finite(found.queries_QD):
+                        raise ImageNotFiniteError(
+                            f"{path}: has values that are NaN or infinite; encode the picture again"
+                        )
+                    return found
         except (OSError, SafetensorError) as error:
             raise ImageError(f"{path}: no encoded image can be read ({error}); encode the picture again") from None
         raise ImageError(f"{path}: is another safetensors file, no encoded image; encode a picture and save that")

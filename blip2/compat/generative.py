@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +165,11 @@ class Blip2ForConditionalGeneration(nn.Module):
             room = None
         how = decoding(asked, prompt_length=before_BT.shape[1], room=room)
 
-        engine = Engine(self.model.language, eos_token_ids=[how.eos_token_id])
+        engine = Engine(
+            self.model.language,
+            eos_token_ids=[how.eos_token_id],
+            damage=partial(checkpoint.damage, self.model),
+        )
         answers = [
             torch.tensor([*answer.tokens, *[how.eos_token_id] * (answer.finish_reason == "eos")], device=self.device)
             for answers in engine.generate(_rows(prompt), how.options)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from blip2 import threads
-from blip2.errors import OptionError
+from blip2.checkpoint import why_not_finite
+from blip2.errors import NotFiniteError, OptionError
+from blip2.finite import is_finite
 from blip2.layers import without_autocast
 from blip2.model import Blip2Matcher, similarity
 from blip2.tasks.defaults import BATCH_SIZE
@@ -69,7 +71,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Reader:
-    """A matching model and its tokenizer: reads texts, alone or with an image."""
+    """A matching model and its tokenizer: reads texts, alone or with an image.
+
+    All methods but `itm_logits` and `cosines` raise NotFiniteError where the model's numbers are NaN or infinite.
+    """
 
     model: Blip2Matcher
     tokenizer: Tokenizer
@@ -89,7 +94,7 @@ class Reader:
     def embed_texts(self, ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:
         """The unit vectors of texts, given by their `ids`: ``float[M, E]``."""
         with threads.fitting(self.model):
-            return self._scattered(ids, batch_size, self.model.embed_text)
+            return self._sound(self._scattered(ids, batch_size, self.model.embed_text))
 
     @torch.no_grad()
     def itm_logits(self, images: Sequence[ImageFeatures], ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:
@@ -120,7 +125,7 @@ class Reader:
             with threads.fitting(self.model):
                 fused = self.model.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=mask_BT)
             found.append(fused.hidden_BSD[:, : self.model.config.qformer.num_query_tokens])
-        return torch.cat(found)
+        return self._sound(torch.cat(found))
 
     def compare(
         self, images: Sequence[ImageFeatures], ids: list[list[int]], texts_ME: Tensor, batch_size: int = BATCH_SIZE
@@ -129,9 +134,9 @@ class Reader:
         cosine_NM = self.cosines(images, texts_ME)
         probability_NM = self.itc_probability(cosine_NM)
         return Matches(
-            self.itm_logits(images, ids, batch_size).float().cpu(),
-            cosine_NM.cpu(),
-            None if probability_NM is None else probability_NM.cpu(),
+            self._sound(self.itm_logits(images, ids, batch_size).float().cpu()),
+            self._sound(cosine_NM.cpu()),
+            None if probability_NM is None else self._sound(probability_NM.cpu()),
         )
 
     def classify(
@@ -152,9 +157,11 @@ class Reader:
         """
         cosine_M = self.cosines([image], texts_ME)[0]
         probability = self.itc_probability(cosine_M[None])
+        if probability is not None:
+            self._sound(probability)
         nearest = cosine_M.topk(min(max(top, candidates), len(ids))).indices.tolist()
         logits_C2 = self.itm_logits([image], [ids[number] for number in nearest], batch_size)[0].float()
-        score_C = logits_C2[:, 1] + cosine_M[nearest]
+        score_C = self._sound(logits_C2[:, 1] + cosine_M[nearest])
         matching_C = logits_C2.softmax(dim=-1)[:, 1]
         best = score_C.argsort(descending=True, stable=True)[:top].tolist()
         return [
@@ -176,6 +183,13 @@ class Reader:
         """The share of each text among all M by the learned temperature; None if there is none."""
         temperature = self.model.temperature
         return None if temperature is None else (cosine_NM / temperature.detach()).softmax(dim=1)
+
+    def _sound(self, values: Tensor) -> Tensor:
+        if not is_finite(values):
+            raise NotFiniteError(
+                f"what the model makes of a picture and a text is NaN or infinite: {why_not_finite(self.model)}"
+            )
+        return values
 
     def _scattered(self, ids: list[list[int]], batch_size: int, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What ``read`` makes of each text, in order; texts of like length together, so that little is padded."""

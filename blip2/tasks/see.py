@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from blip2 import threads
-from blip2.errors import ImageError, OptionError
-from blip2.image import Source, load_image, to_pixels
+from blip2.errors import ImageError, ImageNotFiniteError, NotFiniteError, OptionError
+from blip2.finite import overflow
+from blip2.image import Source, load_image, name_of, to_pixels
 from blip2.tasks.speaker import check_batch_size, chunks
 from blip2.vision import VisionTransformer
 
@@ -31,6 +32,7 @@ class Eye(Generic[Kept]):
     """A model's image half with its image settings: side in pixels, mean and deviation of each channel.
 
     ``encode``: pixels float[B, 3, size, size] on the image encoder's device to what is kept of each, of type ``kind``.
+    What is kept holds no NaN and nothing infinite; ``damage``, asked only if it would, names weights that are at fault.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Eye(Generic[Kept]):
         size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        damage: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._vision = vision
+        self._damage = damage
         self._num_threads = threads.worth(vision)
         self._encode_pixels = encode
         self._kind = kind
@@ -58,17 +62,18 @@ class Eye(Generic[Kept]):
         of those beyond nothing is in memory.
         """
         if len(images) == 1:
-            yield from self._encode([lambda: self._pixels(images[0])])
+            yield from self._encode(images, [lambda: self._pixels(images[0])])
             return
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blip2 pictures")
         try:
-            waiting: deque[list[Future]] = deque()
+            waiting: deque[tuple[Sequence[Source | Kept], list[Future]]] = deque()
             for batch in chunks(images, batch_size):
-                waiting.append([pool.submit(self._pixels, image) for image in batch])
+                waiting.append((batch, [pool.submit(self._pixels, image) for image in batch]))
                 if len(waiting) > 1:
-                    yield from self._encode([future.result for future in waiting.popleft()])
-            for futures in waiting:
-                yield from self._encode([future.result for future in futures])
+                    batch, futures = waiting.popleft()
+                    yield from self._encode(batch, [future.result for future in futures])
+            for batch, futures in waiting:
+                yield from self._encode(batch, [future.result for future in futures])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -84,15 +89,30 @@ class Eye(Generic[Kept]):
         return to_pixels([load_image(image)], size=self._size, mean=self._mean, std=self._std)[0]
 
     @torch.no_grad()
-    def encode(self, pixels: Sequence[Tensor]) -> list[Kept]:
-        """What is kept of pictures that `pixels` has read, in order."""
+    def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
+        """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.
+
+        A picture of which the model makes NaN or infinite numbers gives an error in its place. Raises NotFiniteError
+        if that is because of the model's weights.
+        """
         device = self._vision.position_embedding.device
         with threads.at_most(self._num_threads):
-            return [
+            seen = [
                 kept
                 for some in chunks(pixels, self._images_at_a_time(device))
                 for kept in self._encode_pixels(torch.stack(list(some)).to(device))
             ]
+        is_sound = are_finite(seen)
+        if all(is_sound):
+            return [*seen]
+        what = "what the model sees of it is NaN or infinite"
+        if (damage := self._damage()) is not None:
+            raise NotFiniteError(f"{(names or ['a picture'])[is_sound.index(False)]}: {what}: {damage}")
+        remedy = overflow(self._vision.position_embedding.dtype)
+        return [
+            kept if sound else ImageNotFiniteError(f"{name}: {what}: {remedy}")
+            for name, kept, sound in zip(names or ["the picture"] * len(seen), seen, is_sound, strict=True)
+        ]
 
     def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
         """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
@@ -109,10 +129,25 @@ class Eye(Generic[Kept]):
         layer_bytes = (config.num_patches + 1) * config.intermediate_size * self._vision.position_embedding.itemsize
         return sys.maxsize if device.type != "cpu" else max(1, CACHE_BYTES // layer_bytes)
 
-    def _encode(self, loads: list[Callable[[], Tensor | Kept | ImageError]]) -> list[Kept | ImageError]:
+    def _encode(
+        self, images: Sequence[Source | Kept], loads: list[Callable[[], Tensor | Kept | ImageError]]
+    ) -> list[Kept | ImageError]:
         loaded = [load() for load in loads]
-        kept = iter(self.encode([pixels_CHW for pixels_CHW in loaded if isinstance(pixels_CHW, Tensor)]))
+        new = [
+            (pixels_CHW, name_of(image))
+            for pixels_CHW, image in zip(loaded, images, strict=True)
+            if isinstance(pixels_CHW, Tensor)
+        ]
+        kept = iter(self.encode([pixels_CHW for pixels_CHW, _ in new], [name for _, name in new]))
         return [next(kept) if isinstance(seen, Tensor) else seen for seen in loaded]
+
+
+def are_finite(seen: Sequence[Any]) -> list[bool]:
+    """Of dataclasses of tensors, whether each is without NaN and infinity. Waits for a GPU, once."""
+    each = [[value for value in vars(kept).values() if isinstance(value, Tensor)] for kept in seen]
+    if not each:
+        return []
+    return torch.stack([torch.stack([value.isfinite().all() for value in values]).all() for values in each]).tolist()
 
 
 # ---- streams of images: each closes what it reads from, so that no thread goes on after an error ----------

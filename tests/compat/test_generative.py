@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blip2 import Blip2ForConditionalGeneration, Blip2Processor, checkpoint
-from blip2.errors import OptionError
+from blip2.errors import NotFiniteError, OptionError
 from tests import tiny
 
 QUERIES = 4
@@ -217,3 +217,13 @@ def test_the_precision_is_chosen_when_the_model_is_loaded(model):
     assert model.to("cpu", torch.float32) is model and model.to(device="cpu") is model and model.eval() is model
     with pytest.raises(OptionError, match=r"from_pretrained\(\.\.\., dtype=torch\.bfloat16\)"):
         model.to(torch.bfloat16)
+
+
+def test_no_answer_is_made_of_what_is_no_number(any_model, inputs):
+    model = Blip2ForConditionalGeneration.from_pretrained(any_model)
+    model.model.projection.bias.data[0] = float("nan")
+    for options in ({}, {"num_beams": 2}, {"do_sample": True}):
+        with pytest.raises(NotFiniteError, match=r"projection.bias .in files: language_projection.bias. holds such"):
+            model.generate(**inputs, **options)
+    labels = torch.tensor([[5, 6, 7]] * 3)
+    assert model(**inputs, labels=labels).loss.isnan()  # as torch has it
