@@ -23,6 +23,7 @@ from torch import Tensor
 
 from blip2.data.loader import Pictures
 from blip2.errors import RecipeError
+from blip2.finite import first_not_finite
 from blip2.vision import VisionTransformer
 
 
@@ -129,6 +130,8 @@ def _compute(
             numbers = range(done, min(done + batch_size, len(pictures)))
             features_BPD = vision.features(pictures.pixels(numbers).to(device)).to(torch.float16)
             if not torch.isfinite(features_BPD).all():
+                if (name := first_not_finite(vision)) is not None:
+                    raise RecipeError(f"{name} of the image encoder is NaN or infinite; start from another model")
                 raise RecipeError(
                     f"the features of {pictures.paths[done]} or one of the next {len(numbers) - 1} pictures "
                     "do not fit into half precision; train without data.features"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from blip2.data import prefetch
 from blip2.errors import Blip2Error
+from blip2.finite import first_not_finite
 from blip2.train.optim import build_optimizer, learning_rate, trained_parameters
 from blip2.train.recipes import Recipe
 from blip2.train.state import load_state, save_state
@@ -77,7 +78,7 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
     """Train to the recipe's last step, from wherever the state in its folder stands.
 
     Raises `TrainingStopped` after SIGINT or SIGTERM (the state is saved), `TrainingFailed` if the loss is no
-    number ten steps in a row.
+    number ten steps in a row (the state before them is saved) or in none of all steps, or if a trained weight is none.
     """
     folder, optim = recipe.out / "training", recipe.optim
     parameters = trained_parameters(task.model)
@@ -112,13 +113,19 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
             bad_steps = 0 if is_good else bad_steps + 1
             if not is_good:
                 meter.say("train", done, f"skipped step {done}: the loss or its gradient is no number")
-            if bad_steps == MOST_BAD_STEPS:
+            is_last = done == optim.steps
+            if bad_steps == MOST_BAD_STEPS or (is_last and bad_steps == done):
+                if done - bad_steps > saved and first_not_finite(parameters) is None:
+                    saved = done - bad_steps  # nothing was learnt since
+                    save_state(folder, parameters, optimizer, recipe, step=saved)
                 raise TrainingFailed(
-                    f"no number as loss or gradient in {MOST_BAD_STEPS} steps in a row, the last is step {done}; lower "
-                    f"optim.peak_lr or set optim.clip, and start again from the state of step {saved}"
+                    f"no number as loss or gradient in {bad_steps} steps in a row, the last is step {done}: "
+                    f"{_cause(task.model, parameters)}; {_state(folder, saved)}"
                 )
             meter.add(done, losses if is_good else {}, rate, task.num_cut())
-            is_last = done == optim.steps
+            is_due = done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0
+            if (is_due or is_last or stop.is_set()) and first_not_finite(parameters) is not None:
+                raise TrainingFailed(f"after step {done} {_cause(task.model, parameters)}; {_state(folder, saved)}")
             if task.evaluate is not None and (done % recipe.evaluate_every == 0 or is_last):
                 task.learning.eval()
                 with meter.paused(), torch.no_grad(), autocast():
@@ -134,6 +141,20 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
                     "again to go on"
                 )
     task.model.eval()
+
+
+def _cause(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
+    """Why there are no numbers, most likely, and what to do."""
+    remedy = "lower optim.peak_lr or set optim.clip, and begin anew with another 'out'"
+    if (name := first_not_finite(parameters)) is not None:
+        return f"{name}, which is trained, is NaN or infinite; {remedy}"
+    if (name := first_not_finite(dict(model.named_parameters()))) is not None:
+        return f"{name}, which is not trained, is NaN or infinite; start from another model"
+    return f"no weight is NaN or infinite, so numbers overflow; {remedy}, or set precision to fp32"
+
+
+def _state(folder: Path, step: int) -> str:
+    return f"the state of step {step} is in {folder}" if step else "no state was saved"
 
 
 class Meter:

@@ -91,3 +91,9 @@ def test_a_fingerprint_is_of_the_values(vision):
     assert fingerprint(VisionTransformer(VISION)) != before
     vision.post_norm.bias.data += 1
     assert fingerprint(vision) == before
+
+
+def test_a_damaged_encoder_is_named(vision, shown, tmp_path):
+    vision.blocks[0].fc1.weight.data[0, 0] = float("nan")
+    with pytest.raises(RecipeError, match=r"blocks.0.fc1.weight of the image encoder is NaN or infinite"):
+        frozen_features(vision, shown, tmp_path, "rows")

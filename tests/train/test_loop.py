@@ -5,10 +5,12 @@ import math
 import os
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from blip2.errors import RecipeError
@@ -141,6 +143,42 @@ def test_ten_bad_steps_end_it(tmp_path):
         run(task(model, lambda step: math.inf if step > 1 else 1.0), recipe(tmp_path))
     assert "\n" not in str(raised.value)
     assert model.weight.isfinite().all()
+    assert "numbers overflow; lower optim.peak_lr" in str(raised.value)
+    # What was learnt before is not lost: that of step 10 was due, and there is nothing newer.
+    assert f"the state of step 10 is in {tmp_path / 'training'}" in str(raised.value)
+    assert torch.equal(load_file(tmp_path / "training" / "state.safetensors")["model.weight"], model.weight)
+
+
+def test_what_was_learnt_before_bad_steps_is_saved(tmp_path):
+    model = Vector()
+    with pytest.raises(TrainingFailed, match=r"the last is step 13: .*; the state of step 3 is in"):
+        run(
+            task(model, lambda step: math.nan if step > 2 else 1.0),
+            replace(recipe(tmp_path, steps=20), checkpoint_every=100),
+        )
+    assert torch.equal(load_file(tmp_path / "training" / "state.safetensors")["model.weight"], model.weight)
+
+
+def test_a_trained_weight_that_is_no_number_ends_it_and_is_not_saved(tmp_path):
+    model = Vector()
+
+    def factor(step):
+        if step == 6:
+            with torch.no_grad():
+                model.weight[1, 2] = math.nan
+        return 1.0
+
+    with pytest.raises(TrainingFailed, match="after step 10 weight, which is trained, is NaN or infinite; lower") as it:
+        run(task(model, factor), recipe(tmp_path))
+    assert f"the state of step 5 is in {tmp_path / 'training'}" in str(it.value)
+    assert load_file(tmp_path / "training" / "state.safetensors")["model.weight"].isfinite().all()
+
+
+def test_weights_of_the_start_that_are_no_numbers_are_named(tmp_path):
+    model = Vector()
+    model.frozen[1] = math.inf
+    with pytest.raises(TrainingFailed, match="frozen, which is not trained, is NaN or infinite; start from"):
+        run(task(model, lambda step: math.nan), recipe(tmp_path))
 
 
 def test_an_infinite_gradient_is_a_bad_step(tmp_path):
@@ -156,11 +194,12 @@ def test_an_infinite_gradient_is_a_bad_step(tmp_path):
             return torch.full((3, 4), math.inf)
 
     seen = []
-    run(
-        Task(model, model, int, lambda step, generator: {"square": Explode.apply(model.weight)}),
-        recipe(tmp_path, steps=2),
-        seen.append,
-    )
+    with pytest.raises(TrainingFailed, match="in 2 steps in a row, the last is step 2: no weight is NaN"):
+        run(
+            Task(model, model, int, lambda step, generator: {"square": Explode.apply(model.weight)}),
+            recipe(tmp_path, steps=2),
+            seen.append,
+        )
     assert "skipped step 1" in seen[0].message
     assert torch.equal(model.weight, torch.ones(3, 4))
 
