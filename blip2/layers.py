@@ -180,8 +180,15 @@ def _widened(values_BHSD: Tensor, capacity: int) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Within, operations on this kind of device compute in the precision of their tensors."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The precision that autocast asks for on this kind of device; None where it does not."""
     kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blip2 import native
 from blip2.config import T5Config
 from blip2.errors import OptionError
-from blip2.layers import KVCache, attend, split_heads, split_parts, without_autocast
+from blip2.layers import KVCache, attend, autocast_dtype, split_heads, split_parts, without_autocast
 from blip2.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -37,8 +37,7 @@ def never_in_float16(method: Method) -> Method:
     def wrapper(self: T5, x: Tensor, *arguments: Any) -> Any:
         if self.dtype == torch.float16:
             raise OptionError("a T5 overflows in float16; use bfloat16, by model.to(torch.bfloat16), or float32")
-        kind = x.device.type
-        if not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16):
+        if autocast_dtype(x.device) != torch.float16:
             return method(self, x, *arguments)
         with without_autocast(x.device):
             return method(self, x.to(self.dtype), *arguments)
