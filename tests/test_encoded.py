@@ -47,7 +47,7 @@ def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("blip2.encoded.save_file", full)
+    monkeypatch.setattr("blip2.tensorfile.save_file", full)
     with pytest.raises(ImageError, match=r"a\.safetensors: cannot be written .*No space left"):
         EncodedImage(torch.zeros(2, 3)).save(path)
     assert torch.equal(EncodedImage.load(path).queries_QD, torch.ones(2, 3))

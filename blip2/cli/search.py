@@ -12,6 +12,7 @@ import click
 from blip2.cli import Failure
 from blip2.cli.options import INDEX_MODEL, load_matcher, of_model, with_options
 from blip2.cli.page import Shown, page
+from blip2.disk import write_text
 
 if TYPE_CHECKING:
     from blip2.api import Matcher
@@ -134,6 +135,6 @@ def _matcher(index: Index, model: dict[str, Any]) -> Matcher:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise Failure(f"{path}: cannot be written ({error.strerror}); check the folder and the space on it") from None

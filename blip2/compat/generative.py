@@ -22,6 +22,7 @@ from blip2.compat.loading import Device, check_names, device_and_dtype, load_mod
 from blip2.compat.options import KNOWN, WITHOUT_EFFECT, decoding, from_config, merged
 from blip2.compat.records import ModelOutput
 from blip2.config import Blip2Config
+from blip2.disk import write_text
 from blip2.errors import CheckpointError, OptionError
 from blip2.generation import Engine
 from blip2.language import OPT, pad_rows
@@ -82,7 +83,7 @@ class Blip2ForConditionalGeneration(nn.Module):
         """Write the model in the published layout, which `from_pretrained` and transformers read."""
         checkpoint.save(self.model, Path(folder))
         text = json.dumps(self.generation_config, indent=2) + "\n"
-        (Path(folder) / "generation_config.json").write_text(text, encoding="utf-8")
+        write_text(Path(folder) / "generation_config.json", text)
 
     def get_image_features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> ModelOutput:
         """``last_hidden_state`` of the image encoder, and ``pooler_output`` float[N, Q, D], the soft prompts."""

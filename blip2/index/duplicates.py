@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip2.index.rows import Rows
+
 BLOCK = 1024
 """Rows that are compared with as many others at a time."""
 SAMPLE = 1024
@@ -15,7 +17,7 @@ DIRECTIONS = 512
 """Pairs are first compared along so many directions, those in which a sample of the pictures is largest."""
 
 
-def groups(vectors_NL: Tensor, threshold: float) -> list[tuple[float, list[int]]]:
+def groups(vectors_NL: Rows | Tensor, threshold: float) -> list[tuple[float, list[int]]]:
     """Rows that hang together by pairs whose cosine is ``threshold`` or more, each group with its greatest cosine.
 
     ``vectors_NL`` float16. Exact: a pair counts by its cosine in double precision, rounded to float32. The groups with
@@ -45,7 +47,7 @@ def _joined(group_N: Tensor, first_B: Tensor, second_B: Tensor) -> Tensor:
             group_N = further_N
 
 
-def _pairs(vectors_NL: Tensor, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pairs(vectors_NL: Rows | Tensor, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every pair of rows above the threshold once, in portions: the two rows, and their cosine in float32.
 
     Let W be some orthonormal directions, and a' what they leave of a. Then <a, b> is <Wa, Wb> + <a', b'>, and by
@@ -67,7 +69,7 @@ def _pairs(vectors_NL: Tensor, threshold: float) -> Iterator[tuple[Tensor, Tenso
 
 
 def _compared(
-    vectors_NL: Tensor, length_N: Tensor, first_P: Tensor, second_P: Tensor, threshold: float, slack: float
+    vectors_NL: Rows | Tensor, length_N: Tensor, first_P: Tensor, second_P: Tensor, threshold: float, slack: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of the pairs that are above the threshold, compared in full: at worst, that is a block with a block."""
     (rows_F, at_P), (others_S, other_at_P) = (side.unique(return_inverse=True) for side in (first_P, second_P))
@@ -81,7 +83,7 @@ def _compared(
     return first_P[is_kept_P], second_P[is_kept_P], cosine_P[is_kept_P].clamp(max=1.0)
 
 
-def _projected(vectors_NL: Tensor) -> tuple[Tensor, Tensor]:
+def _projected(vectors_NL: Rows | Tensor) -> tuple[Tensor, Tensor]:
     """Of each row, made 1 long, the part along the directions and the length of the rest; and how long it was."""
     number = len(vectors_NL)
     sample_SL = vectors_NL[torch.linspace(0, number - 1, min(SAMPLE, number)).round().long()].float()

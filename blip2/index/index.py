@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -102,7 +103,11 @@ class Index(Sequence[EncodedImage]):
 
     @property
     def vectors(self) -> Tensor:
-        """``float16[N, Q, D]``, mapped: what is not looked at is not read. Not to be written to."""
+        """``float16[N, Q, D]``, mapped: what is not looked at is not read. Not to be written to.
+
+        Unlike all else here these numbers are not checked. Raises IndexFileError if the file was cut; one that is cut
+        later, while they are looked at, ends the process.
+        """
         return self._stored.vectors_NQD
 
     @cached_property
@@ -122,7 +127,8 @@ class Index(Sequence[EncodedImage]):
             return [self[number] for number in range(*row.indices(len(self)))]
         self.check_kind("ask")
         number = range(len(self))[row]
-        return EncodedImage(self._stored.vectors(number), self._stored.origin.identity)
+        identity = self._stored.origin.identity.partition("-")[0]  # the model's own, see `update.identity_of`
+        return EncodedImage(self._stored.vectors(number), identity)
 
     # ---- to be searched ----
 
@@ -146,7 +152,7 @@ class Index(Sequence[EncodedImage]):
         self.check_kind("search")
         self.check_model(matcher)
         check_text(text)
-        found = nearest(self.vectors, matcher.embed_texts(text), max(k, rerank))
+        found = nearest(self._stored.rows, matcher.embed_texts(text), max(k, rerank))
         hits = self._hits(*found)
         if rerank:
             hits = _reranked(matcher, text, hits[:rerank], batch_size, on_problem) + hits[rerank:]
@@ -162,7 +168,7 @@ class Index(Sequence[EncodedImage]):
         self.check_model(matcher)
         vectors_QE = matcher.embed_images(picture)
         # Each of the queries asks the same of every picture, so that the first is compared with the first, and so on.
-        whole_NRL = self.vectors.view(len(self), 1, -1)
+        whole_NRL = self._stored.rows.viewed(1, vectors_QE.numel())
         return self._hits(*nearest(whole_NRL, vectors_QE.flatten(), k, length=len(vectors_QE) ** 0.5))
 
     def near_duplicates(self, threshold: float = DUPLICATE) -> list[Group]:
@@ -174,14 +180,13 @@ class Index(Sequence[EncodedImage]):
         if not 0 < threshold <= 1:
             raise OptionError(f"threshold is {threshold}; a similarity is above 0 and at most 1, such as {DUPLICATE}")
         self.check_kind("search")
-        found = duplicates.groups(self.vectors.view(len(self), -1), threshold)
+        found = duplicates.groups(self._stored.rows.viewed(math.prod(self._stored.rows.shape[1:])), threshold)
         return [Group(similarity, [self._path(row) for row in rows]) for similarity, rows in found]
 
     def _hits(self, scores: list[float], rows: list[int]) -> list[Hit]:
         return [Hit(self._path(row), score, score, row) for score, row in zip(scores, rows, strict=True)]
 
     def _path(self, row: int) -> str:
-        self._stored.vectors(row)  # what is shown is what was written, or an error
         return self._stored.picture(row).path
 
     def check_kind(self, kind: str) -> None:

@@ -6,20 +6,25 @@ the paper); for a picture, whose queries are compared each with its like, all of
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blip2 import native
+from blip2.index.rows import Rows
 
-CHUNK_BYTES = 64_000_000
+CHUNK_BYTES = 16_000_000
 STRETCH = 1e-3
 """Rounding to half precision makes a vector longer or shorter by at most 2^-11 of its length; where its numbers are so
 tiny that they are rounded more coarsely, by less than what this is above that."""
 
 
-def nearest(vectors_NRL: Tensor, query_L: Tensor, number: int, *, length: float = 1.0) -> tuple[list[float], list[int]]:
+def nearest(
+    vectors_NRL: Rows | Tensor, query_L: Tensor, number: int, *, length: float = 1.0
+) -> tuple[list[float], list[int]]:
     """The ``number`` rows with the greatest max over R of the cosine: their scores, and which they are, best first.
 
     ``vectors_NRL`` float16, each L of this ``length`` before it was rounded; ``query_L`` float32. The scores are those
@@ -49,7 +54,7 @@ def exactly(vectors_NRL: Tensor, unit_L: Tensor) -> np.ndarray:
     return ((wide_NRL * unit_L.numpy()).sum(axis=-1) / length_NR).max(axis=1).astype(np.float32)
 
 
-def roughly(vectors_NRL: Tensor, unit_L: Tensor, length: float) -> tuple[np.ndarray, float]:
+def roughly(vectors_NRL: Rows | Tensor, unit_L: Tensor, length: float) -> tuple[np.ndarray, float]:
     """Scores ``float32[N]`` by products in half precision, and how far the worst of them may be off.
 
     Four things are rounded. The query, to half precision: by Cauchy-Schwarz that moves a product by at most its
@@ -60,10 +65,8 @@ def roughly(vectors_NRL: Tensor, unit_L: Tensor, length: float) -> tuple[np.ndar
     """
     query_L = unit_L / length
     half_L = query_L.half()
-    products_N = native.greatest(vectors_NRL, half_L.float())
-    if products_N is None:
-        products_N = torch.cat([_greatest(some, half_L) for some in vectors_NRL.split(_num_rows(vectors_NRL, 2))])
-    roughly_N = products_N.numpy()
+    portions = vectors_NRL.split(_num_rows(vectors_NRL, 2))
+    roughly_N = torch.cat([_greatest(some_NRL, half_L) for some_NRL in portions]).numpy()
     query_error = float((query_L - half_L.double()).norm())
     sum_error = 2 * len(half_L) * 2**-24 * float(half_L.double().norm())
     largest = float(np.abs(np.nan_to_num(roughly_N, posinf=0, neginf=0)).max())
@@ -72,11 +75,14 @@ def roughly(vectors_NRL: Tensor, unit_L: Tensor, length: float) -> tuple[np.ndar
 
 
 def _greatest(vectors_NRL: Tensor, half_L: Tensor) -> Tensor:
-    """As `native.greatest`, by torch: half as fast."""
+    """By the kernel, or by torch, which takes twice as long."""
+    greatest_N = native.greatest(vectors_NRL, half_L.float())
+    if greatest_N is not None:
+        return greatest_N
     products = torch.mv(vectors_NRL.reshape(-1, len(half_L)), half_L)
     return products.float().view(vectors_NRL.shape[:2]).amax(dim=1)
 
 
-def _num_rows(vectors_NRL: Tensor, item_bytes: int) -> int:
-    """So many rows are worked on at a time that memory stays bounded."""
-    return max(1, CHUNK_BYTES // (item_bytes * vectors_NRL[0].numel()))
+def _num_rows(vectors_NRL: Rows | Tensor, item_bytes: int) -> int:
+    """So many rows are worked on at a time that memory stays bounded, and what was read is still near."""
+    return max(1, CHUNK_BYTES // (item_bytes * math.prod(vectors_NRL.shape[1:])))

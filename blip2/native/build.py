@@ -36,6 +36,8 @@ def build() -> Path | None:
     try:
         for step in steps:
             subprocess.run(step, check=True, capture_output=True, text=True)
+        with unfinished[1].open("rb+") as file:
+            os.fsync(file.fileno())  # not by `blip2.disk`: this file runs alone
         os.replace(unfinished[1], LIBRARY)
     except subprocess.CalledProcessError as error:
         sys.stderr.write(f"blip2: no C kernels, torch's functions take their place:\n{error.stderr}")

@@ -52,8 +52,8 @@ class Eye(Generic[Kept]):
         self._encode_pixels = encode
         self._kind = kind
         self._size = size
-        self._mean = mean
-        self._std = std
+        self.mean = tuple(mean)
+        self.std = tuple(std)
 
     def see(self, images: Sequence[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
         """Each image encoded, in order; what cannot be read gives its ImageError in its place.
@@ -86,7 +86,7 @@ class Eye(Generic[Kept]):
 
     def pixels(self, image: Source) -> Tensor:
         """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
-        return to_pixels([load_image(image)], size=self._size, mean=self._mean, std=self._std)[0]
+        return to_pixels([load_image(image)], size=self._size, mean=self.mean, std=self.std)[0]
 
     @torch.no_grad()
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.data import prefetch
+from blip2.disk import write_text
 from blip2.errors import Blip2Error
 from blip2.finite import first_not_finite
 from blip2.train.optim import build_optimizer, learning_rate, trained_parameters
@@ -203,10 +204,10 @@ class Log:
     """One JSON object a line. What was written after the step that training goes on from is taken out."""
 
     def __init__(self, path: Path, keep_to: int) -> None:
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() and keep_to else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= keep_to]
+        lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() and keep_to else []
+        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= keep_to]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(kept), "utf-8")
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
@@ -218,6 +219,14 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """Of a line of the log; a line that is damaged is none of them."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch
 import blip2
 from blip2.errors import IndexFileError, OptionError
 from blip2.index import Changes, update
-from blip2.index import unfinished as unfinished_module
 from blip2.index.unfinished import held
 from tests import tiny
 
@@ -179,7 +178,7 @@ def test_stopped_at_a_write_and_finished(index, photos, matcher, small_shards, m
         return true(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(unfinished_module.os, function, stop)
+        patched.setattr(os, function, stop)
         with pytest.raises(Stopped):
             blip2.Index.update(index, photos, matcher)
     blip2.Index.update(index, photos, matcher)
