@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 PathLike = str | os.PathLike[str]
 
@@ -82,6 +83,43 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+# ---- read ----
+
+
+class OpenFile:
+    """A file that stays the one it was when it was opened, also if another takes its place.
+
+    Not mapped: to look at what another program has cut off would end the process. ``held``: whether it is kept open;
+    a process may not have as many files open as it likes. Raises OSError.
+    """
+
+    def __init__(self, path: PathLike, held: bool = True) -> None:
+        self.path = Path(path)
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if held else None
+        if self._handle is not None:
+            weakref.finalize(self, os.close, self._handle)
+
+    def read(self, start: int, into: memoryview) -> None:
+        """Fill ``into`` from there on; by any thread. Raises OSError if it cannot be read, or ends before."""
+        if self._handle is not None and hasattr(os, "preadv"):
+            while len(into) and (count := os.preadv(self._handle, [into], start)):
+                start, into = start + count, into[count:]
+        else:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(start)
+                while len(into) and (count := file.readinto(into) or 0):
+                    into = into[count:]
+        if len(into):
+            raise OSError("it is shorter than when it was opened, or was written")
+
+    def stamp(self) -> Stamp | None:
+        return stamp_of(self.path if self._handle is None else self._handle)
+
+    def reopened(self) -> BinaryIO:
+        """The same file once more, for others to read."""
+        return open(self.path if self._handle is None else os.dup(self._handle), "rb")
+
+
 # ---- known again ----
 
 
@@ -101,7 +139,7 @@ class Stamp(NamedTuple):
         return now is not None and self[:2] == now[:2] and self.ctime_ns in (0, now.ctime_ns)
 
 
-def stamp_of(path: PathLike) -> Stamp | None:
+def stamp_of(path: PathLike | int) -> Stamp | None:
     """None if it is not there."""
     try:
         found = os.stat(path)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from blip2.disk import Stamp
+from blip2.disk import OpenFile, Stamp
 from blip2.errors import IndexFileError
-from blip2.index.rows import OpenFile, Rows
+from blip2.index.rows import Rows
 from blip2.tensorfile import read_header
 
 FORMAT = "blip2 index"
@@ -73,14 +73,13 @@ class Stored:
     def __init__(self, file: OpenFile, origin: Origin, shape: tuple[int, ...], start: int, lines: bytes) -> None:
         self.path = file.path
         self.origin = origin
-        self._file, self._shape, self._start = file, shape, start
         self._lines = lines
         self._ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))
         crc32_N = np.array(re.findall(rb'"crc32": (\d+)}\n', lines), np.uint32)
         self.rows = Rows(file, start, shape, crc32_N, lambda row: self.picture(row).path)
 
     def __len__(self) -> int:
-        return self._shape[0]
+        return len(self.rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return read, (self.path,)
@@ -88,7 +87,7 @@ class Stored:
     @property
     def vectors_NQD(self) -> Tensor:
         """Mapped: what is not looked at is not read. Nothing of it is checked. Raises IndexFileError if it was cut."""
-        return self._file.mapped(self._start, self._shape)
+        return self.rows.mapped()
 
     def picture(self, row: int) -> Picture:
         start = int(self._ends[row - 1]) + 1 if row else 0
@@ -129,6 +128,10 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
     try:
         header = read_header(path)
         file = OpenFile(path, held)
+        vectors, pictures = (header.tensors.get(name) for name in ("vectors", "pictures"))
+        lines = bytearray(0 if pictures is None else pictures.num_bytes)
+        if pictures is not None:
+            file.read(pictures.start, memoryview(lines))
     except OSError as error:
         raise IndexFileError(
             f"{path}: is no index of pictures, or cut short ({error}); make it again with blip2 index"
@@ -142,10 +145,6 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
             f"{VERSION}); make it again with blip2 index"
         )
     origin = Origin(*(about.get(name, "") for name in ("kind", "model", "identity")))
-    vectors, pictures = (header.tensors.get(name) for name in ("vectors", "pictures"))
-    lines = bytearray(0 if pictures is None else pictures.num_bytes)
-    if pictures is not None:
-        file.read(pictures.start, memoryview(lines))
     is_sound = (
         vectors is not None
         and (vectors.dtype, len(vectors.shape)) == ("F16", 3)

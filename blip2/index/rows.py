@@ -3,68 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
-import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from blip2.disk import OpenFile
 from blip2.errors import IndexFileError
 
 READERS = 2
 """Threads that read and check while what was read before is worked on."""
-
-
-class OpenFile:
-    """A file that stays the one it was when it was opened, also if another takes its place.
-
-    Not mapped: to read what another program has cut off would end the process. ``held``: whether it is kept open; there
-    may be more parts of an unfinished index than a process may have files, and their names stay theirs.
-    """
-
-    def __init__(self, path: Path, held: bool = True) -> None:
-        self.path = path
-        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if held else None
-        if self._handle is not None:
-            weakref.finalize(self, os.close, self._handle)
-
-    def read(self, start: int, into: memoryview) -> None:
-        """Fill ``into`` from there on. Raises IndexFileError if it cannot be read, or ends before."""
-        try:
-            if self._handle is not None and hasattr(os, "preadv"):
-                while len(into) and (count := os.preadv(self._handle, [into], start)):
-                    start, into = start + count, into[count:]
-            else:
-                with open(self.path if self._handle is None else os.dup(self._handle), "rb", buffering=0) as file:
-                    file.seek(start)
-                    while len(into) and (count := file.readinto(into) or 0):
-                        into = into[count:]
-        except OSError as error:
-            raise IndexFileError(f"{self.path}: cannot be read ({error.strerror}); check the disk") from None
-        if len(into):
-            raise IndexFileError(
-                f"{self.path}: was cut short while it was open; make it again with blip2 index, and open it anew"
-            )
-
-    def stamp(self) -> tuple[int, int]:
-        """Bytes, and nanoseconds of the last change."""
-        found = os.stat(self.path if self._handle is None else self._handle)
-        return found.st_size, found.st_mtime_ns
-
-    def mapped(self, start: int, shape: Sequence[int]) -> Tensor:
-        """``float16[shape]`` from there on, mapped. Raises IndexFileError if the file is not that long any more."""
-        end = start + 2 * math.prod(shape)
-        if self.stamp()[0] < end:
-            self.read(end, memoryview(bytearray(1)))
-        with open(self.path if self._handle is None else os.dup(self._handle), "rb") as file:
-            # A private copy of what would be written to, which nobody does: torch wants no array that cannot be.
-            return torch.from_numpy(np.memmap(file, np.float16, "c", start, tuple(shape)))
 
 
 class Rows:
@@ -127,7 +79,7 @@ class Rows:
     def _read(self, first: int, into: Tensor) -> None:
         """Rows from ``first`` on, checked."""
         content = memoryview(into.view(-1).numpy()).cast("B")  # type: ignore[arg-type]
-        self._file.read(self._start + first * self._row_bytes, content)
+        self._fill(first * self._row_bytes, content)
         last = first + len(into)
         if self._is_known_N[first:last].all():
             return
@@ -139,7 +91,23 @@ class Rows:
                 )
         self._is_known_N[first:last] = True
 
+    def _fill(self, start: int, into: memoryview) -> None:
+        try:
+            self._file.read(self._start + start, into)
+        except OSError as error:
+            raise IndexFileError(
+                f"{self._file.path}: cannot be read ({error.strerror or error}); if another program changed it, open "
+                "it anew, or make it again with blip2 index"
+            ) from None
+
     def _look_for_changes(self) -> None:
         if (stamp := self._file.stamp()) != self._stamp:
             self._is_known_N[:] = False
             self._stamp = stamp
+
+    def mapped(self) -> Tensor:
+        """``float16[N, ...]``, mapped and not checked. Raises IndexFileError if the file is shorter than that."""
+        self._fill(len(self) * self._row_bytes - 1, memoryview(bytearray(1)))
+        with self._file.reopened() as file:
+            # A private copy of what would be written to, which nobody does: torch wants no array that cannot be.
+            return torch.from_numpy(np.memmap(file, np.float16, "c", self._start, self.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -74,6 +75,41 @@ def test_new_changed_gone(index, photos, matcher, monkeypatch):
     again = index.with_name("again.index")
     blip2.Index.update(again, photos, matcher)
     assert index.read_bytes() == again.read_bytes()
+
+
+def test_a_picture_is_known_by_its_content(index, photos, matcher, monkeypatch):
+    """One that was replaced with its size and time kept is seen again; one that was only touched or copied is not."""
+    replaced, touched = photos / "picture001.png", photos / "picture002.png"
+    os.truncate(replaced, 2000)  # what follows a PNG's end is no part of it
+    blip2.Index.update(index, photos, matcher)
+    before = replaced.stat()
+    while replaced.stat().st_ctime_ns == before.st_ctime_ns:  # a tick of the system's clock, some milliseconds
+        tiny.picture(101).save(replaced)
+        os.truncate(replaced, 2000)
+        os.utime(replaced, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(touched, ns=(1, 1))
+    encoded = []
+    each_encoded = matcher.each_encoded
+    monkeypatch.setattr(matcher, "each_encoded", lambda paths, **options: encoded.extend(paths) or each_encoded(
+        paths, **options))  # fmt: skip
+    assert blip2.Index.update(index, photos, matcher) == Changes(0, 1, 0, 0, 8)
+    assert encoded == [str(replaced)]
+    again = index.with_name("again.index")
+    blip2.Index.update(again, photos, matcher)
+    assert index.read_bytes() == again.read_bytes()
+    assert update(index, [photos], never) == Changes(0, 0, 0, 0, 8)
+
+
+def test_other_pixels_of_the_same_model_are_not_mixed(index, photos, matching_model, tmp_path):
+    """Mean and deviation of the preprocessor are part of what made an index."""
+    blip2.Index.update(index, photos, blip2.load(matching_model))
+    other = shutil.copytree(matching_model, tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(IndexFileError, match="cannot read its vectors"):
+        blip2.Index.update(index, photos, blip2.load(other))
+    with pytest.raises(IndexFileError, match="cannot read its vectors"):
+        blip2.Index.open(index).search(blip2.load(other), "two dogs")
 
 
 def test_folders_that_are_not_named_stay(index, photos, matcher):
