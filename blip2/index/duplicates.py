@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip2.index.rows import Rows
+from blip2.index.rows import Rows, each
 
 BLOCK = 1024
 """Rows that are compared with as many others at a time."""
@@ -89,12 +89,13 @@ def _projected(vectors_NL: Rows | Tensor) -> tuple[Tensor, Tensor]:
     sample_SL = vectors_NL[torch.linspace(0, number - 1, min(SAMPLE, number)).round().long()].float()
     _, vectors_SS = torch.linalg.eigh(sample_SL @ sample_SL.T)  # the greatest last
     directions_LW, _ = torch.linalg.qr(sample_SL.T @ vectors_SS[:, -DIRECTIONS:])
-    projected, lengths = [], []
-    for some in vectors_NL.split(BLOCK):
-        length_B1 = some.float().norm(dim=1, keepdim=True)
-        unit_BW = some.float() @ directions_LW / length_B1
+
+    def along(some_BL: Tensor) -> tuple[Tensor, Tensor]:
+        length_B1 = some_BL.float().norm(dim=1, keepdim=True)
+        unit_BW = some_BL.float() @ directions_LW / length_B1
         # A little more than is left, since what is left over of 1 is not exact where it is little.
         rest_B1 = (1 - unit_BW.square().sum(dim=1, keepdim=True)).clamp(min=0).add(1e-6).sqrt()
-        projected.append(torch.cat([unit_BW, rest_B1], dim=1))
-        lengths.append(length_B1[:, 0])
+        return torch.cat([unit_BW, rest_B1], dim=1), length_B1[:, 0]
+
+    projected, lengths = zip(*each(vectors_NL, along, BLOCK), strict=True)
     return torch.cat(projected), torch.cat(lengths)

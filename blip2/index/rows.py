@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
+import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from blip2 import native
 from blip2.disk import OpenFile
 from blip2.errors import IndexFileError
 
-READERS = 2
-"""Threads that read and check while what was read before is worked on."""
+T = TypeVar("T")
 
 
 class Rows:
-    """``float16[N, ...]`` in a file. As far as a search goes it is used as a tensor is: ``shape``, ``len``,
-    ``rows[numbers]`` and `split`.
+    """``float16[N, ...]`` in a file: ``rows[numbers]`` as of a tensor, and `each`.
 
     Each row is compared with its checksum when it is first read, and again if the file was changed since. Raises
     IndexFileError for one that is not what was written, or that cannot be read.
@@ -54,27 +54,24 @@ class Rows:
             self._read(number, found[place : place + 1])
         return found
 
-    def split(self, size: int) -> Iterator[Tensor]:
-        """All rows in portions of ``size``, of which the last may be smaller; each is good until the next is taken."""
+    def each(self, portion: Callable[[Tensor], T], size: int) -> Iterator[T]:
+        """What ``portion`` makes of every ``size`` rows, in order; by as many threads as torch may use.
+
+        Each thread has one piece of memory, so that what it has read is still near when it is worked on; ``portion``
+        must not keep it.
+        """
         self._look_for_changes()
-        buffers = [
-            torch.empty(min(size, len(self)), *self.shape[1:], dtype=torch.float16)
-            for _ in range(min(READERS + 1, -(-len(self) // size)))
-        ]
+        own = threading.local()
 
-        def portion(first: int) -> Tensor:
-            into = buffers[first // size % len(buffers)][: len(self) - first]
-            self._read(first, into)
-            return into
+        def work(first: int) -> T:
+            if not hasattr(own, "memory"):
+                own.memory = torch.empty(min(size, len(self)), *self.shape[1:], dtype=torch.float16)
+            rows = own.memory[: len(self) - first]
+            self._read(first, rows)
+            return portion(rows)
 
-        with ThreadPoolExecutor(READERS, thread_name_prefix="blip2 index") as readers:
-            waiting: deque[Future[Tensor]] = deque()
-            for first in range(0, len(self), size):
-                if len(waiting) == len(buffers):
-                    yield waiting.popleft().result()
-                waiting.append(readers.submit(portion, first))
-            while waiting:
-                yield waiting.popleft().result()
+        with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="blip2 index") as pool:
+            yield from pool.map(work, range(0, len(self), size))
 
     def _read(self, first: int, into: Tensor) -> None:
         """Rows from ``first`` on, checked."""
@@ -83,12 +80,15 @@ class Rows:
         last = first + len(into)
         if self._is_known_N[first:last].all():
             return
-        for number, wanted in enumerate(self._crc32_N[first:last].tolist()):
-            if zlib.crc32(content[number * self._row_bytes : (number + 1) * self._row_bytes]) != wanted:
-                raise IndexFileError(
-                    f"{self._file.path}: is damaged (what it holds of {self._name(first + number)} is not what was "
-                    "written); delete it, and make it again with blip2 index"
-                )
+        found_B = native.checksums(into)
+        if found_B is None:
+            size = self._row_bytes
+            found_B = np.array([zlib.crc32(content[at : at + size]) for at in range(0, len(content), size)], np.uint32)
+        if (wrong := np.flatnonzero(found_B != self._crc32_N[first:last])).size:
+            raise IndexFileError(
+                f"{self._file.path}: is damaged (what it holds of {self._name(first + int(wrong[0]))} is not what was "
+                "written); delete it, and make it again with blip2 index"
+            )
         self._is_known_N[first:last] = True
 
     def _fill(self, start: int, into: memoryview) -> None:
@@ -111,3 +111,8 @@ class Rows:
         with self._file.reopened() as file:
             # A private copy of what would be written to, which nobody does: torch wants no array that cannot be.
             return torch.from_numpy(np.memmap(file, np.float16, "c", self._start, self.shape))
+
+
+def each(rows: Rows | Tensor, portion: Callable[[Tensor], T], size: int) -> Iterator[T]:
+    """As `Rows.each`, of vectors in memory too."""
+    return rows.each(portion, size) if isinstance(rows, Rows) else map(portion, rows.split(size))

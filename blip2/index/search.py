@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2 import native
-from blip2.index.rows import Rows
+from blip2.index.rows import Rows, each
 
-CHUNK_BYTES = 16_000_000
+CHUNK_BYTES = 64_000_000
+READ_BYTES = 1_000_000
+"""So much is read at a time that it is still in a processor's cache when it is worked on."""
 STRETCH = 1e-3
 """Rounding to half precision makes a vector longer or shorter by at most 2^-11 of its length; where its numbers are so
 tiny that they are rounded more coarsely, by less than what this is above that."""
@@ -38,7 +40,7 @@ def nearest(
     # `number` rows truly reach the last of them less an error, so none below that by another error can be among them.
     last = np.partition(roughly_N, -number)[-number]
     rows = np.flatnonzero(~(roughly_N < last - 2 * error))  # so put, damage (not a number) is not passed over
-    at_a_time = _num_rows(vectors_NRL, 32)
+    at_a_time = _num_rows(vectors_NRL, CHUNK_BYTES // 32)
     found = [exactly(vectors_NRL[rows[at : at + at_a_time]], unit_L) for at in range(0, len(rows), at_a_time)]
     scores = np.concatenate(found)
     order = np.argsort(np.where(np.isnan(scores), -np.inf, -scores), kind="stable")[:number]
@@ -65,8 +67,8 @@ def roughly(vectors_NRL: Rows | Tensor, unit_L: Tensor, length: float) -> tuple[
     """
     query_L = unit_L / length
     half_L = query_L.half()
-    portions = vectors_NRL.split(_num_rows(vectors_NRL, 2))
-    roughly_N = torch.cat([_greatest(some_NRL, half_L) for some_NRL in portions]).numpy()
+    products = each(vectors_NRL, lambda some_NRL: _greatest(some_NRL, half_L), _num_rows(vectors_NRL, READ_BYTES // 2))
+    roughly_N = torch.cat(list(products)).numpy()
     query_error = float((query_L - half_L.double()).norm())
     sum_error = 2 * len(half_L) * 2**-24 * float(half_L.double().norm())
     largest = float(np.abs(np.nan_to_num(roughly_N, posinf=0, neginf=0)).max())
@@ -83,6 +85,6 @@ def _greatest(vectors_NRL: Tensor, half_L: Tensor) -> Tensor:
     return products.float().view(vectors_NRL.shape[:2]).amax(dim=1)
 
 
-def _num_rows(vectors_NRL: Rows | Tensor, item_bytes: int) -> int:
-    """So many rows are worked on at a time that memory stays bounded, and what was read is still near."""
-    return max(1, CHUNK_BYTES // (item_bytes * math.prod(vectors_NRL.shape[1:])))
+def _num_rows(vectors_NRL: Rows | Tensor, numbers: int) -> int:
+    """Rows of so many numbers together, at least one."""
+    return max(1, numbers // math.prod(vectors_NRL.shape[1:]))

@@ -626,3 +626,54 @@ int blip2_greatest(const uint16_t *vectors, const float *query, long rows, long 
 #endif
     return 1;
 }
+
+/* ---- checksums: CRC-32 as zlib has it ---- */
+
+/* One bit after the other, for what is left at the end of a row. */
+static uint32_t checksum_of_few(uint32_t sum, const uint8_t *bytes, long count) {
+    for (long i = 0; i < count; i++) {
+        sum ^= bytes[i];
+        for (int bit = 0; bit < 8; bit++) sum = sum >> 1 ^ (0xedb88320u & -(sum & 1));
+    }
+    return sum;
+}
+
+#if IS_X86
+/* What stands before other bytes may be replaced by its remainder at their distance, a product without carries: V.
+ * Gopal and others, "Fast CRC computation for generic polynomials using PCLMULQDQ" (Intel, 2009), whose constants
+ * for this polynomial are the remainders of x^(512 + 64), x^512 and x^(128 + 64), x^128, bits reversed. */
+__attribute__((target("pclmul,sse4.1"))) static uint32_t checksum_of_row(const uint8_t *bytes, long count) {
+    uint32_t sum = 0xffffffff;
+    if (count >= 64) {
+        const __m128i four = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), one = _mm_set_epi64x(0xccaa009e, 0x1751997d0);
+#define BLOCK(at) _mm_loadu_si128((const __m128i *)(bytes + (at)))
+#define MOVED(block, by) _mm_xor_si128(_mm_clmulepi64_si128(block, by, 0x00), _mm_clmulepi64_si128(block, by, 0x11))
+        __m128i blocks[4] = {_mm_xor_si128(BLOCK(0), _mm_cvtsi32_si128((int)sum)), BLOCK(16), BLOCK(32), BLOCK(48)};
+        long at = 64;
+        for (; at + 64 <= count; at += 64)
+            for (int i = 0; i < 4; i++) blocks[i] = _mm_xor_si128(MOVED(blocks[i], four), BLOCK(at + 16 * i));
+        for (int i = 1; i < 4; i++) blocks[i] = _mm_xor_si128(MOVED(blocks[i - 1], one), blocks[i]);
+        uint8_t left[16];
+        _mm_storeu_si128((__m128i *)left, blocks[3]);
+#undef BLOCK
+#undef MOVED
+        sum = checksum_of_few(0, left, 16);
+        bytes += at, count -= at;
+    }
+    return ~checksum_of_few(sum, bytes, count);
+}
+#endif
+
+/* out[rows]: the checksum of each row of `width` bytes. Returns 1 if this processor has no instructions for it. */
+int blip2_checksums(const uint8_t *content, long rows, long width, uint32_t *out) {
+#if IS_X86
+    if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
+        for (long r = 0; r < rows; r++) out[r] = checksum_of_row(content + r * width, width);
+        return 0;
+    }
+#endif
+    return 1;
+}
+
+/* Of this file and how it was compiled, so that a library of another one is known: see build.py. */
+uint32_t blip2_source(void) { return BLIP2_SOURCE; }
