@@ -55,7 +55,11 @@ class Header:
 
 
 def read_header(path: PathLike) -> Header:
-    """Raises OSError, whose text is the reason, for a file that cannot be read or is no whole safetensors file."""
+    """Raises OSError, whose text is the reason, for a file that cannot be read or is no whole safetensors file.
+
+    The library checks the file; what it knows of places is not to be had from it, so the header (JSON behind its
+    length, https://github.com/huggingface/safetensors) is read once more.
+    """
     try:
         with safe_open(path, framework="pt"):  # whether header and length of the file are sound
             pass
