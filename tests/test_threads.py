@@ -13,7 +13,7 @@ from torch import nn
 import blip2
 from blip2 import threads
 from blip2.generation import batch
-from blip2.tasks.see import Eye
+from blip2.vision import VisionTransformer
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def test_the_miniature_works_alone(four_threads, monkeypatch):
 
         monkeypatch.setattr(where, name, noted)
 
-    for where, name in ((Eye, "_images_at_a_time"), (batch.Batch, "step")):
+    for where, name in ((VisionTransformer, "forward"), (batch.Batch, "step")):
         noting(where, name)
     blip2.load().caption("examples/picture.png")
-    assert seen == {("_images_at_a_time", 1), ("step", 1)}
+    assert seen == {("forward", 1), ("step", 1)}
     assert torch.get_num_threads() == 4
 
 

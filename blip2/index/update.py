@@ -121,7 +121,7 @@ def check_model(stored: Stored, model: Model) -> None:
 def identity_of(model: Model) -> str:
     """The model's own (`model.identity`); more than that where pictures do not become pixels as they usually do."""
     identity = model.identity if isinstance(model, Matcher) else model.speaker.identity
-    settings = [[round(value, 6) for value in values] for values in (model.eye.mean, model.eye.std)]
+    settings = [[round(value, 6) for value in values] for values in model.eye.normalization]
     is_usual = settings == [[round(value, 6) for value in values] for values in (CLIP_MEAN, CLIP_STD)]
     return identity if is_usual else f"{identity}-{crc32(json.dumps(settings).encode()):08x}"
 

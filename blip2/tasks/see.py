@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice, repeat
@@ -52,8 +52,13 @@ class Eye(Generic[Kept]):
         self._encode_pixels = encode
         self._kind = kind
         self._size = size
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self._mean = mean
+        self._std = std
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel, which are part of what makes a model see a picture as it does."""
+        return tuple(self._mean), tuple(self._std)
 
     def see(self, images: Sequence[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
         """Each image encoded, in order; what cannot be read gives its ImageError in its place.
@@ -86,33 +91,32 @@ class Eye(Generic[Kept]):
 
     def pixels(self, image: Source) -> Tensor:
         """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
-        return to_pixels([load_image(image)], size=self._size, mean=self.mean, std=self.std)[0]
+        return to_pixels([load_image(image)], size=self._size, mean=self._mean, std=self._std)[0]
 
-    @torch.no_grad()
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
         """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.
 
         A picture of which the model makes NaN or infinite numbers gives an error in its place. Raises NotFiniteError
         if that is because of the model's weights.
         """
+        return list(self._each_encoded(pixels, names or ["the picture"] * len(pixels)))
+
+    def _each_encoded(self, pixels: Sequence[Tensor], names: Sequence[str]) -> Iterator[Kept | ImageNotFiniteError]:
+        """As `encode`, one after the other as they are done: who takes them can keep each, however slow the next is."""
         device = self._vision.position_embedding.device
-        with threads.at_most(self._num_threads):
-            seen = [
-                kept
-                for some in chunks(pixels, self._images_at_a_time(device))
-                for kept in self._encode_pixels(torch.stack(list(some)).to(device))
-            ]
-        is_sound = are_finite(seen)
-        if all(is_sound):
-            return [*seen]
+        at_a_time = self._images_at_a_time(device)
+        for some, called in zip(chunks(pixels, at_a_time), chunks(names, at_a_time), strict=True):
+            with threads.at_most(self._num_threads), torch.no_grad():
+                seen = list(self._encode_pixels(torch.stack(list(some)).to(device)))
+            for name, kept, is_sound in zip(called, seen, are_finite(seen), strict=True):
+                yield kept if is_sound else self._not_finite(name)
+
+    def _not_finite(self, name: str) -> ImageNotFiniteError:
+        """What is wrong with a picture of which the model made no numbers. Raises NotFiniteError if it is the model."""
         what = "what the model sees of it is NaN or infinite"
         if (damage := self._damage()) is not None:
-            raise NotFiniteError(f"{(names or ['a picture'])[is_sound.index(False)]}: {what}: {damage}")
-        remedy = overflow(self._vision.position_embedding.dtype)
-        return [
-            kept if sound else ImageNotFiniteError(f"{name}: {what}: {remedy}")
-            for name, kept, sound in zip(names or ["the picture"] * len(seen), seen, is_sound, strict=True)
-        ]
+            raise NotFiniteError(f"{name}: {what}: {damage}")
+        return ImageNotFiniteError(f"{name}: {what}: {overflow(self._vision.position_embedding.dtype)}")
 
     def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
         """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
@@ -131,15 +135,15 @@ class Eye(Generic[Kept]):
 
     def _encode(
         self, images: Sequence[Source | Kept], loads: list[Callable[[], Tensor | Kept | ImageError]]
-    ) -> list[Kept | ImageError]:
+    ) -> Iterator[Kept | ImageError]:
         loaded = [load() for load in loads]
         new = [
             (pixels_CHW, name_of(image))
             for pixels_CHW, image in zip(loaded, images, strict=True)
             if isinstance(pixels_CHW, Tensor)
         ]
-        kept = iter(self.encode([pixels_CHW for pixels_CHW, _ in new], [name for _, name in new]))
-        return [next(kept) if isinstance(seen, Tensor) else seen for seen in loaded]
+        kept = self._each_encoded([pixels_CHW for pixels_CHW, _ in new], [name for _, name in new])
+        return (next(kept) if isinstance(seen, Tensor) else seen for seen in loaded)
 
 
 def are_finite(seen: Sequence[Any]) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ import torch
 import blip2
 from blip2.errors import IndexFileError, OptionError
 from blip2.index import Changes, update
-from blip2.index.unfinished import held
+from blip2.index.unfinished import Unfinished, held
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -220,6 +222,27 @@ def test_stopped_at_a_write_and_finished(index, photos, matcher, small_shards, m
     blip2.Index.update(index, photos, matcher)
     assert index.read_bytes() == made.read_bytes()
     assert not index.with_name("photos.index.unfinished").exists()
+
+
+def test_what_was_done_is_kept_by_time_too(index, photos, matcher, monkeypatch):
+    """Each picture by itself where one takes longer than may be lost; the index is the same."""
+    made = index.with_name("made.index")
+    blip2.Index.update(made, photos, matcher)
+    module = sys.modules[update.__module__]
+    clock = itertools.count(0, 20)  # seconds, each time somebody looks
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("blip2.tasks.see.CACHE_BYTES", 1)  # the pictures of a batch one after the other
+    kept, add = [], Unfinished.add
+    monkeypatch.setattr(Unfinished, "add", lambda *arguments: kept.append(len(arguments[2])) or add(*arguments))
+    encode, encoded = matcher.eye._encode_pixels, []
+    monkeypatch.setattr(matcher.eye, "_encode_pixels", lambda pixels: encoded.append(pixels) or encode(pixels))
+
+    def check(done, total):
+        assert len(encoded) == done  # none ahead of those that were handed over
+
+    blip2.Index.update(index, photos, matcher, on_progress=check)
+    assert max(kept) <= 2 and sum(kept) == 8
+    assert index.read_bytes() == made.read_bytes()
 
 
 def test_what_changed_since_the_stop_is_encoded_again(index, photos, matcher, small_shards):
