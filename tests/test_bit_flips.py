@@ -18,6 +18,7 @@ import torch
 import blip2
 from blip2 import checkpoint
 from blip2.checkpoint.load import named_tensors
+from blip2.checkpoint.pickled import unpickled
 from blip2.encoded import EncodedImage
 from blip2.errors import Blip2Error
 from blip2.train.state import load_state, save_state
@@ -84,6 +85,16 @@ def a_header_of_weights(folder: Path, matching_model: Path, pictures: list[str])
     return Kept(path, range(8 + int.from_bytes(path.read_bytes()[:8], "little")), answers)
 
 
+def a_lavis_file(folder: Path, matching_model: Path, pictures: list[str]) -> Kept:
+    path = folder / "stage2.pth"
+    torch.save({"model": {f"weight{number}": torch.randn(20, 30) for number in range(4)}}, path)
+
+    def answers() -> Any:
+        return {name: tensor.tolist() for name, tensor in unpickled(path)["model"].items()}
+
+    return Kept(path, whole(path), answers)
+
+
 def whole(path: Path) -> range:
     return range(path.stat().st_size)
 
@@ -93,6 +104,7 @@ KINDS = {
     "encoded image": an_encoded_image,
     "training state": a_training_state,
     "checkpoint's header": a_header_of_weights,
+    "LAVIS file": a_lavis_file,
 }
 
 

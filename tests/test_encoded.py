@@ -54,6 +54,13 @@ def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_one_of_an_earlier_version_is_read(tmp_path):
+    """Without a checksum."""
+    save_file({"queries": torch.ones(2, 3)}, tmp_path / "a", {"format": "blip2 encoded image", "model": "0123"})
+    image = EncodedImage.load(tmp_path / "a")
+    assert torch.equal(image.queries_QD, torch.ones(2, 3)) and image.model == "0123"
+
+
 def test_what_is_none(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(ImageError, match="no encoded image can be read"):

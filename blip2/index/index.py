@@ -12,13 +12,14 @@ from typing import NamedTuple, overload
 from torch import Tensor
 
 from blip2.api import Matcher, Pipeline
+from blip2.disk import stamp_of
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, OptionError
 from blip2.image import Source
 from blip2.index import duplicates
 from blip2.index.file import Stored, read
 from blip2.index.search import nearest
-from blip2.index.update import Changes, check_kind, check_model, kind_of, update
+from blip2.index.update import Changes, check_kind, check_model, current, kind_of, update
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.speaker import chunks
 from blip2.text import clean
@@ -114,6 +115,15 @@ class Index(Sequence[EncodedImage]):
     def paths(self) -> list[str]:
         """Where the pictures were, in order."""
         return [picture.path for picture in self._stored.pictures()]
+
+    def changed(self, rows: Iterable[int] | None = None) -> list[str]:
+        """The paths, of these rows or of all, of pictures whose files hold something else now than what was seen.
+
+        What the index says of them is of what was there before. Files that are gone are not among them.
+        """
+        pictures = map(self._stored.picture, range(len(self)) if rows is None else rows)
+        stamped = ((picture, stamp_of(picture.path)) for picture in pictures)
+        return [picture.path for picture, now in stamped if now is not None and current(picture, now) is None]
 
     # ---- to be asked ----
 

@@ -131,6 +131,14 @@ def kind_of(model: Model) -> str:
     return "search" if isinstance(model, Matcher) else "ask"
 
 
+def current(picture: Picture, now: Stamp | None) -> Picture | None:
+    """The row of a picture if the file is still what was seen; where its stamp does not tell, its content does."""
+    if now is None or picture.stamp.is_still(now):
+        return picture if now is not None else None
+    is_same = picture.digest and picture.stamp.size == now.size and digest_since(picture.path, now) == picture.digest
+    return picture._replace(stamp=now) if is_same else None
+
+
 @dataclass
 class _Update:
     """One run."""
@@ -151,8 +159,8 @@ class _Update:
                 before[picture.path] = picture.stamp
                 now = self.found.stamps.get(picture.path)
                 is_elsewhere = now is None and not self.found.covers(picture.path)
-                if (current := picture if is_elsewhere else _current(picture, now)) is not None:
-                    rows[picture.path] = Row(self.old, number, current)
+                if (known := picture if is_elsewhere else current(picture, now)) is not None:
+                    rows[picture.path] = Row(self.old, number, known)
         origin = self.old.origin if self.old is not None else None
         shards = self.unfinished.shards()
         name = _lasting(name or (origin or (shards[-1].origin if shards else None) or _unnamed(self.kind)).model)
@@ -194,8 +202,8 @@ class _Update:
                 now = self.found.stamps.get(picture.path)
                 if now is None and not self.found.covers(picture.path):
                     now = stamp_of(picture.path)
-                if (current := _current(picture, now)) is not None:
-                    rows[picture.path] = Row(shard, number, current)
+                if (known := current(picture, now)) is not None:
+                    rows[picture.path] = Row(shard, number, known)
 
     def _encode(self, paths: list[str], model: Model, origin: Origin) -> list[str]:
         """Into the unfinished folder; the paths of what cannot be read come back."""
@@ -244,14 +252,6 @@ class _Update:
 
         shape = ordered[0].stored.rows.shape[1:]
         self.unfinished.replace(origin, [row.picture for row in ordered], shape, vectors())
-
-
-def _current(picture: Picture, now: Stamp | None) -> Picture | None:
-    """The row of a picture if the file is still what was seen; where its stamp does not tell, its content does."""
-    if now is None or picture.stamp.is_still(now):
-        return picture if now is not None else None
-    is_same = picture.digest and picture.stamp.size == now.size and digest_since(picture.path, now) == picture.digest
-    return picture._replace(stamp=now) if is_same else None
 
 
 def _vectors(path: str, image: ImageFeatures | EncodedImage | ImageError) -> Tensor:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from blip2 import tensorfile
 from blip2.errors import RecipeError
 from blip2.train import TrainingFailed, TrainingStopped
 from blip2.train.loop import Task, train
 from blip2.train.recipes import DataRecipe, OptimRecipe, Recipe
+from blip2.train.state import ROWS, save_state
 
 
 class Vector(nn.Module):
@@ -93,6 +95,46 @@ def test_another_recipe_does_not_go_on(tmp_path):
     run(task(), recipe(tmp_path))
     with pytest.raises(RecipeError, match=r"saved with optim.peak_lr = 0.1, the recipe says 0.2"):
         run(task(), recipe(tmp_path, peak_lr=0.2))
+
+
+def test_other_rows_under_the_same_name_do_not_go_on(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    run(task(), replace(recipe(tmp_path), data=DataRecipe(rows=(rows,))))
+    os.utime(rows, ns=(1, 1))  # touched only
+    run(task(), replace(recipe(tmp_path), data=DataRecipe(rows=(rows,))))
+    rows.write_text("{} \n")
+    with pytest.raises(RecipeError, match=r"state\.safetensors: was saved when data\.rows held other rows"):
+        run(task(), replace(recipe(tmp_path), data=DataRecipe(rows=(rows,))))
+
+
+def test_a_state_of_an_earlier_version_goes_on(tmp_path):
+    """Without a checksum, and without what was in data.rows."""
+    whole, parts = task(), task()
+    run(whole, recipe(tmp_path / "whole"))
+    run(parts, recipe(tmp_path / "parts", steps=12))
+    path = tmp_path / "parts" / "training" / "state.safetensors"
+    tensors, about = tensorfile.load(path)
+    facts = json.loads(about["recipe"])
+    del facts[ROWS]
+    save_file(tensors, path, {"step": about["step"], "recipe": json.dumps(facts)})
+    again = task()
+    run(again, recipe(tmp_path / "parts"))
+    assert torch.equal(again.model.weight, whole.model.weight)
+
+
+def test_a_state_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "training").write_text("in the way")
+    with pytest.raises(RecipeError, match=r"state\.safetensors: cannot be written .*make room"):
+        save_state(tmp_path / "training", {}, None, recipe(tmp_path), step=1)
+
+
+def test_a_damaged_log_does_not_stop_a_training(tmp_path):
+    run(task(), recipe(tmp_path, steps=5))
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"step": 2', b'"st\xffp": 2', 1))
+    run(task(), recipe(tmp_path, steps=5))
+    assert list(losses_of(tmp_path)) == [1, 3, 4, 5]
 
 
 def test_a_damaged_state_is_named(tmp_path):
