@@ -17,7 +17,7 @@ from blip2 import native
 from blip2.index.rows import Rows, each
 
 CHUNK_BYTES = 64_000_000
-READ_BYTES = 1_000_000
+READ_BYTES = 4_000_000
 """So much is read at a time that it is still in a processor's cache when it is worked on."""
 STRETCH = 1e-3
 """Rounding to half precision makes a vector longer or shorter by at most 2^-11 of its length; where its numbers are so
