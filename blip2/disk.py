@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +37,8 @@ def written(path: PathLike, unfinished: Path | None = None) -> Iterator[Path]:
         unfinished = place.with_name(f".blip2-{secrets.token_hex(4)}.part{place.suffix}")
     try:
         yield unfinished
+        with suppress(FileNotFoundError):
+            shutil.copymode(place, unfinished)  # what was private stays so
         replace([(unfinished, place)])
     finally:
         with suppress(OSError):

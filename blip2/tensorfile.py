@@ -85,7 +85,10 @@ def save(
     content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with written(path, unfinished) as place:
         try:
+            place.touch()
+            mode = place.stat().st_mode
             save_file(content, place, {**about, CHECKSUM: _checksum(content, about)})
+            place.chmod(mode)  # the library writes for the owner alone
         except SafetensorError as error:
             raise OSError(" ".join(str(error).split())) from None
 

@@ -37,6 +37,13 @@ def test_as_many_letters_as_a_name_may_have(tmp_path):
     assert (tmp_path / ("a" * 255)).read_text() == "whole"
 
 
+def test_what_is_private_stays_so(tmp_path):
+    disk.write_text(tmp_path / "a.txt", "the first")
+    (tmp_path / "a.txt").chmod(0o600)
+    disk.write_text(tmp_path / "a.txt", "the second")
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
     (tmp_path / "within").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "within" / "file")
