@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,32 +209,40 @@ class _Update:
     def _encode(self, paths: list[str], model: Model, origin: Origin) -> list[str]:
         """Into the unfinished folder; the paths of what cannot be read come back."""
         unreadable: list[str] = []
-        done: list[tuple[Picture, Tensor]] = []
+        done: list[tuple[Future[Picture], Tensor]] = []
         kept_at = time.monotonic()
-        try:
-            seen = model.each_encoded(paths, on_error="return", batch_size=self.batch_size)
-            for number, (path, image) in enumerate(zip(paths, seen, strict=True), start=1):
-                try:
-                    vectors_QD = _vectors(path, image)
-                except ImageError as error:
-                    self.on_problem(str(error))
-                    unreadable.append(path)
-                else:
-                    stamp = self.found.stamps[path]
-                    picture = Picture(path, stamp, crc32_of(vectors_QD), digest_since(path, stamp))
-                    done.append((picture, vectors_QD))
-                if len(done) >= SHARD_PICTURES or (done and time.monotonic() - kept_at > SHARD_SECONDS):
-                    self.unfinished.add(origin, done)
-                    done, kept_at = [], time.monotonic()
-                self.on_progress(number, len(paths))
-        except BaseException:
-            with suppress(IndexFileError):  # what went wrong first is what is told
-                if done:
-                    self.unfinished.add(origin, done)
-            raise
-        if done:
-            self.unfinished.add(origin, done)
+
+        def keep() -> None:
+            if done:
+                self.unfinished.add(origin, [(picture.result(), vectors_QD) for picture, vectors_QD in done])
+                done.clear()
+
+        with ThreadPoolExecutor(2, thread_name_prefix="blip2 digests") as pool:
+            try:
+                seen = model.each_encoded(paths, on_error="return", batch_size=self.batch_size)
+                for number, (path, image) in enumerate(zip(paths, seen, strict=True), start=1):
+                    try:
+                        vectors_QD = _vectors(path, image)
+                    except ImageError as error:
+                        self.on_problem(str(error))
+                        unreadable.append(path)
+                    else:
+                        done.append((pool.submit(self._picture, path, crc32_of(vectors_QD)), vectors_QD))
+                    if len(done) >= SHARD_PICTURES or (done and time.monotonic() - kept_at > SHARD_SECONDS):
+                        keep()
+                        kept_at = time.monotonic()
+                    self.on_progress(number, len(paths))
+            except BaseException:
+                with suppress(IndexFileError):  # what went wrong first is what is told
+                    keep()
+                raise
+            keep()
         return unreadable
+
+    def _picture(self, path: str, crc32: int) -> Picture:
+        """The row of a picture that was seen; without a digest if its file was changed meanwhile."""
+        stamp = self.found.stamps[path]
+        return Picture(path, stamp, crc32, digest_since(path, stamp))
 
     def _report(self, paths: list[str]) -> list[str]:
         for path in paths:

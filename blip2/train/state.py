@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def is_finished(recipe: Recipe) -> bool:
     path = recipe.out / "training" / STATE
     if not path.exists() or not (recipe.out / "config.json").exists():
         return False
+    with suppress(OSError, LookupError, ValueError):  # `load_state` tells what is wrong
+        if int(tensorfile.read_header(path).about["step"]) < recipe.optim.steps:
+            return False  # without reading all of it
     _, step, facts = _read(path)
     return step >= recipe.optim.steps and _difference(facts, _facts(recipe)) is None
 
