@@ -184,7 +184,7 @@ class _Cache:
             return False
         seen, now = Stamp(*records[number]["stamp"].tolist()), stamp_of(path)
         if now is None or seen.is_still(now):
-            return True
+            return seen != UNKNOWN
         digest = records[number]["digest"].tobytes().hex()
         if seen.size != now.size or digest_since(path, now) != digest:
             return False
