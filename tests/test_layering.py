@@ -35,6 +35,7 @@ FRONT_DOORS = {"__init__", "__main__"}  # the files of the package itself: they 
 
 ROOMS = {
     "PIL": {"image"},
+    "pillow_heif": {"image"},
     "tokenizers": {"text"},
     "safetensors": {"checkpoint", "tensorfile"},
     "huggingface_hub": {"checkpoint", "train"},

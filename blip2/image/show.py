@@ -10,7 +10,9 @@ from PIL import Image
 
 from blip2.disk import written
 from blip2.errors import ImageError, OptionError
-from blip2.image.read import RgbImage, Source, load_image, reason_of
+from blip2.image.decode import RgbImage
+from blip2.image.read import load_image
+from blip2.image.sources import Source, reason_of
 
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix -> format
 

@@ -1,0 +1,169 @@
+"""Where pictures come from: files, pipes, standard input, addresses, arrays -> a stream of bytes, or an image."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import select
+import stat
+import sys
+import time
+from http.client import HTTPException
+from typing import BinaryIO, TypeAlias
+from urllib import request
+from urllib.error import HTTPError
+from urllib.parse import quote, unquote
+
+import numpy as np
+import torch
+from PIL import Image
+
+from blip2.errors import ImageError
+
+Encoded: TypeAlias = bytes | bytearray | memoryview  # an image file in memory
+Source: TypeAlias = str | os.PathLike | Encoded | Image.Image | np.ndarray | torch.Tensor
+
+
+def stream_of(source: object, name: str, max_bytes: int, timeout_s: float) -> BinaryIO:
+    """The bytes of an image file; ``max_bytes`` and ``timeout_s`` bound a download, and a pipe. Raises ImageError."""
+    match source:
+        case bytes() | bytearray() | memoryview():
+            return io.BytesIO(source)
+        case "-":
+            return io.BytesIO(sys.stdin.buffer.read())
+        case str() if re.match("data:", source, re.IGNORECASE):
+            return io.BytesIO(_from_data_url(source))
+        case str() if re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
+            return io.BytesIO(_download(source, name, max_bytes, timeout_s))
+        case str() | os.PathLike():
+            return _open_file(source, name, max_bytes, timeout_s)
+    raise ImageError(f"{name}: not a picture; give a path, address, bytes, PIL image or array")
+
+
+def name_of(source: object) -> str:
+    """What an error calls `source`: short, on one line."""
+    match source:
+        case str() if source == "-":  # a bare `case "-"` would also ask an array whether it equals that
+            return "standard input"
+        case str() if re.match("data:", source, re.IGNORECASE):
+            return "data address"
+        case str() | os.PathLike():
+            text = os.fsdecode(source)
+            text = text if text.isprintable() and text else repr(text)
+            return text if len(text) <= 120 else f"{text[:70]}...{text[-40:]}"
+        case bytes() | bytearray() | memoryview():
+            return f"{len(source)} bytes"
+        case Image.Image():
+            return str(getattr(source, "filename", "")) or "PIL image"
+        case np.ndarray() | torch.Tensor():
+            return f"{type(source).__name__} {source.dtype}{list(source.shape)}"
+    return type(source).__name__
+
+
+def reason_of(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _open_file(path: str | os.PathLike, name: str, max_bytes: int, timeout_s: float) -> BinaryIO:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISFIFO(mode):
+            return io.BytesIO(_from_pipe(path, name, max_bytes, timeout_s))
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a device may never end
+            raise ImageError(f"{name}: a device or socket, no file; name a picture file")
+        return open(path, "rb")
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise ImageError(f"{name}: a link to what is not there; mend or remove it") from None
+        raise ImageError(f"{name}: no such file; check the path (seen from {os.getcwd()})") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name}: this is a folder; name a picture in it") from None
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise ImageError(f"{name}: cannot be opened ({reason}); check the path and its rights") from error
+
+
+def _from_pipe(path: str | os.PathLike, name: str, max_bytes: int, timeout_s: float) -> bytes:
+    """What a program writes into a named pipe, as a shell's <(...) is one; nothing where nobody writes."""
+    deadline_s = time.monotonic() + timeout_s
+    content = bytearray()
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        while len(content) <= max_bytes:
+            chunk = pipe.read(2**16)
+            if chunk == b"":
+                return bytes(content)
+            if chunk is not None:
+                content += chunk
+            elif not select.select([pipe], [], [], max(deadline_s - time.monotonic(), 0))[0]:
+                raise ImageError(f"{name}: a pipe in which nothing came for {timeout_s:g} s; give the picture as -")
+    raise ImageError(f"{name}: a pipe of more than {max_bytes:,} bytes; write it to a file first")
+
+
+def _from_data_url(url: str) -> bytes:
+    header, _, payload = url.partition(",")
+    if not header.lower().endswith(";base64"):
+        raise ImageError("data address: does not begin with 'data:image/...;base64,'; encode it so")
+    try:
+        return base64.b64decode("".join(unquote(payload).split()), validate=True)
+    except ValueError as error:
+        raise ImageError(f"data address: not valid base64 ({reason_of(error)}); encode it again") from error
+
+
+def _download(url: str, name: str, max_bytes: int, timeout_s: float) -> bytes:
+    if not re.match("https?://", url, re.IGNORECASE):
+        raise ImageError(f"{name}: only http and https addresses are read; download it first")
+    # Put together by hand, because urllib's own opener would also follow a redirect to ftp://.
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler,
+        request.HTTPHandler,
+        request.HTTPSHandler,
+        request.HTTPRedirectHandler,
+        request.HTTPDefaultErrorHandler,
+        request.HTTPErrorProcessor,
+        request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    deadline_s = time.monotonic() + timeout_s
+    content = bytearray()
+    try:
+        # Browsers also take addresses with spaces and accents; what is already encoded stays as it is.
+        address = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        asked = request.Request(address, headers={"User-Agent": "blip2 (Python urllib)"})
+        with opener.open(asked, timeout=timeout_s) as response:
+            while len(content) <= max_bytes and (chunk := response.read1(2**16)):
+                content += chunk
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError(f"not finished after {timeout_s:g} s")
+    except HTTPError as error:
+        error.close()
+        reason = reason_of(error.reason)
+        raise ImageError(f"{name}: the server says {error.code} {reason}; check the address") from None
+    except (OSError, HTTPException, ValueError) as error:
+        reason = reason_of(getattr(error, "reason", error))
+        raise ImageError(f"{name}: cannot be downloaded ({reason}); check address and connection") from error
+    if len(content) > max_bytes:
+        raise ImageError(f"{name}: larger than {max_bytes:,} bytes; download it first, or raise max_bytes")
+    return bytes(content)
+
+
+def from_array(source: np.ndarray | torch.Tensor, name: str) -> Image.Image:
+    if str(source.dtype).removeprefix("torch.") != "uint8":
+        raise ImageError(f"{name}: pixels have to be uint8; make floats in 0..1 (255 * x).round() first")
+    if isinstance(source, torch.Tensor):
+        layout = "[H, W] or [1 | 3 | 4, H, W]"
+        array = (source.permute(1, 2, 0) if source.ndim == 3 else source).numpy(force=True)
+    else:
+        layout = "[H, W] or [H, W, 1 | 3 | 4]"
+        array = source
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ImageError(f"{name}: not one picture, which is {layout}; give it in that shape")
+    if array.size == 0:
+        raise ImageError(f"{name}: has no pixels; give a picture of at least 1x1")
+    if array.shape[2:] == (1,):
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(array))
