@@ -1,4 +1,4 @@
-"""Without Pillow's warnings while a picture is read, in this thread alone.
+"""Without Pillow's warnings and log while a picture is read, in this thread alone.
 
 They name no picture and tell nobody what to do: whatever spoils the pixels is an error of its own. The standard
 library's `catch_warnings` would silence (or undo) what other threads do at the same time.
@@ -6,6 +6,7 @@ library's `catch_warnings` would silence (or undo) what other threads do at the 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,17 @@ class _WhileReading(Warning, metaclass=_OnlyWhileReading):
     """A category of a filter: every warning is of it where a picture is being read, and elsewhere none."""
 
 
+def _is_told(record: logging.LogRecord) -> bool:
+    return not _is_reading.get()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No warning is shown, nor made an error, by what this thread does within."""
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[2] is not _WhileReading:  # others may have been put before it
         warnings.simplefilter("ignore", _WhileReading)
+    logging.getLogger("PIL.TiffImagePlugin").addFilter(_is_told)  # the one that logs what its error says again
     before = _is_reading.set(True)
     try:
         yield

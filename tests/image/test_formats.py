@@ -303,3 +303,15 @@ def test_warnings_of_pillow_do_not_appear_and_those_of_others_do(recwarn):
         assert load_image(bytes(broken)).size == GRADIENT.size
         with pytest.raises(UserWarning):
             warnings.warn("mine", stacklevel=1)
+
+
+def test_pillow_logs_nothing_of_a_broken_picture(caplog):
+    content = encoded(GRADIENT, "TIFF").replace(
+        struct.pack("<HHIH", 277, 3, 1, 3), struct.pack("<HHIH", 277, 3, 1, 999)
+    )
+    with pytest.raises(ImageError, match="damaged"):
+        load_image(content)
+    assert not caplog.records
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(content))
+    assert caplog.records
