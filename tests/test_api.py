@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import pickle
 import threading
 from typing import get_type_hints
 
@@ -258,3 +259,36 @@ def test_precision(opt_model, pictures):
     with pytest.raises(OptionError, match="dtype 'half' is not a precision"):
         blip2.load(opt_model, dtype="half")
     assert all(getattr(torch, name) is dtype for name, dtype in DTYPES.items())
+
+
+# ---- which pictures are read, and copies --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["any_model", "matching_model"])
+def test_what_is_read_is_said_at_load(request, pictures, name):
+    folder = request.getfixturevalue(name)
+    with open(pictures[0], "rb") as file:
+        buffer = io.BytesIO()
+        Image.open(file).convert("RGB").save(buffer, "JPEG")
+    cut = buffer.getvalue()[:-2]
+    strict, lenient = blip2.load(folder), blip2.load(folder, allow_truncated=True, max_pixels=100_000)
+    with pytest.raises(ImageError, match="allow_truncated=True"):
+        strict.encode(cut)
+    assert type(lenient.encode(cut)) is type(strict.encode(buffer.getvalue()))
+    with pytest.raises(ImageError, match="320x320 is more than 100,000 pixels"):
+        lenient.encode(Image.new("RGB", (320, 320)))
+    with pytest.raises(OptionError, match="max_pixels is 0"):
+        blip2.load(folder, max_pixels=0)
+
+
+def test_a_pipeline_can_be_pickled_and_answers_the_same(blip, pictures):
+    again = pickle.loads(pickle.dumps(blip))
+    assert again.caption(pictures[:2]) == blip.caption(pictures[:2])
+    assert (again.name, again.speaker.identity) == (blip.name, blip.speaker.identity)
+
+
+def test_a_matcher_can_be_pickled_and_sees_the_same(matching_model, pictures):
+    matcher = blip2.load(matching_model)
+    again = pickle.loads(pickle.dumps(matcher))
+    assert torch.equal(again.embed_images(pictures[:2]), matcher.embed_images(pictures[:2]))
+    assert again.identity == matcher.identity

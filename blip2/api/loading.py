@@ -11,6 +11,7 @@ from blip2 import checkpoint, placement
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
 from blip2.errors import OptionError
+from blip2.image import MAX_PIXELS, Reading
 from blip2.model import Blip2
 from blip2.text import Tokenizer
 
@@ -25,6 +26,8 @@ class LoadOptions(TypedDict, total=False):
     quantize: str | None
     quantize_vision: bool
     revision: str | None
+    max_pixels: int
+    allow_truncated: bool
 
 
 @overload
@@ -39,6 +42,8 @@ def load(
     quantize: str | None = None,
     quantize_vision: bool = False,
     revision: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    allow_truncated: bool = False,
 ) -> Pipeline | Matcher:
     """A `Pipeline`, which captions, answers and chats, or a `Matcher`, which compares images with texts.
 
@@ -47,11 +52,12 @@ def load(
     which of the two it is. ``device``: "auto" takes the GPU if there is one, and what does not fit on it stays on the
     CPU (see `blip2.placement`). ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device.
     ``quantize``: "int8" or "int4" for the language model's weights, with ``quantize_vision`` for the image encoder's,
-    too.
+    too. ``max_pixels`` and ``allow_truncated``: which pictures are read, see `image.load_image`.
 
     Raises CheckpointError if there is no such model or it is incomplete; OptionError for a device or precision that
     cannot be had.
     """
+    reading = Reading(max_pixels=max_pixels, allow_truncated=allow_truncated)
     chosen = checkpoint.quantization(quantize, vision=quantize_vision)
     where = device if device == "auto" else str(find_device(device))
     folder = checkpoint.resolve(name, revision=revision)
@@ -60,8 +66,8 @@ def load(
     called = str(name) if name is not None else "miniature"
     tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder)
     if isinstance(model, Blip2):
-        return Pipeline(model, tokenizer, settings, name=called)
-    return Matcher(model, tokenizer, settings, name=called)
+        return Pipeline(model, tokenizer, settings, name=called, reading=reading)
+    return Matcher(model, tokenizer, settings, name=called, reading=reading)
 
 
 def find_device(device: str) -> torch.device:

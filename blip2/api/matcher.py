@@ -13,7 +13,7 @@ from blip2.api.pipeline import Options, is_list, listed
 from blip2.checkpoint import ImageSettings, damage
 from blip2.errors import ImageError, OptionError
 from blip2.generation import Engine
-from blip2.image import Source
+from blip2.image import DEFAULT_READING, Reading, Source
 from blip2.model import Blip2Matcher, identity
 from blip2.tasks.defaults import BATCH_SIZE, CAPTION, merged
 from blip2.tasks.explain import Explanation, explain_match, sight
@@ -30,33 +30,40 @@ class Matcher:
     """A model that compares images with texts; `load` makes one.
 
     Pictures may be paths, addresses, bytes, PIL images, arrays or tensors (see `image.load_image`), or encoded ones.
+    ``reading``: how large they may be, and whether they may lack their end. It can be pickled.
     """
 
     def __init__(
-        self, model: Blip2Matcher, tokenizer: Tokenizer, settings: ImageSettings, *, name: str = "model"
+        self,
+        model: Blip2Matcher,
+        tokenizer: Tokenizer,
+        settings: ImageSettings,
+        *,
+        name: str = "model",
+        reading: Reading = DEFAULT_READING,
     ) -> None:
         self.name = name
         self.model = model.eval()
         self.identity = identity(model)
         """Of the model that its vectors come from (`model.identity`)."""
         self.reader = Reader(model, tokenizer)
-
-        def encode(pixels_BCHW: Tensor) -> list[ImageFeatures]:
-            patches_BPD = model.encode(pixels_BCHW)
-            vectors_BQE, _ = model.embed_image(patches_BPD)
-            rows = zip(patches_BPD, vectors_BQE, strict=True)
-            # A copy each, so that who keeps one image does not keep its batch.
-            return [ImageFeatures(patches_PD.clone(), vectors_QE.clone()) for patches_PD, vectors_QE in rows]
-
         self.eye = Eye(
             model.vision,
-            encode,
+            self._see,
             ImageFeatures,
             size=settings.size,
             mean=settings.mean,
             std=settings.std,
+            reading=reading,
             damage=partial(damage, model),
         )
+
+    def _see(self, pixels_BCHW: Tensor) -> list[ImageFeatures]:
+        patches_BPD = self.model.encode(pixels_BCHW)
+        vectors_BQE, _ = self.model.embed_image(patches_BPD)
+        rows = zip(patches_BPD, vectors_BQE, strict=True)
+        # A copy each, so that who keeps one image does not keep its batch.
+        return [ImageFeatures(patches_PD.clone(), vectors_QE.clone()) for patches_PD, vectors_QE in rows]
 
     def __repr__(self) -> str:
         return f"<Matcher {self.name} on {self.model.qformer.query_tokens.device}>"

@@ -12,7 +12,7 @@ from blip2.checkpoint import ImageSettings, damage
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, OptionError
 from blip2.generation import Engine
-from blip2.image import Source
+from blip2.image import DEFAULT_READING, Reading, Source
 from blip2.model import Blip2
 from blip2.tasks import ask as ask_task
 from blip2.tasks import caption as caption_task
@@ -50,9 +50,18 @@ class Pipeline:
     """A model with all that it needs to speak of pictures; `load` makes one.
 
     Pictures may be paths, addresses, bytes, PIL images, arrays or tensors (see `image.load_image`), or encoded ones.
+    ``reading``: how large they may be, and whether they may lack their end. It can be pickled.
     """
 
-    def __init__(self, model: Blip2, tokenizer: Tokenizer, settings: ImageSettings, *, name: str = "model") -> None:
+    def __init__(
+        self,
+        model: Blip2,
+        tokenizer: Tokenizer,
+        settings: ImageSettings,
+        *,
+        name: str = "model",
+        reading: Reading = DEFAULT_READING,
+    ) -> None:
         self.name = name
         config = model.config
         engine = Engine(
@@ -64,21 +73,21 @@ class Pipeline:
             damage=partial(damage, model),
         )
         self.speaker = Speaker(model.eval(), tokenizer, engine)
-
-        def encode(pixels_BCHW: Tensor) -> list[EncodedImage]:
-            # A copy each, so that who keeps one image does not keep its batch.
-            identity = self.speaker.identity
-            return [EncodedImage(queries_QD.clone(), identity) for queries_QD in model.encode(pixels_BCHW)]
-
         self.eye = Eye(
             model.vision,
-            encode,
+            self._see,
             EncodedImage,
             size=settings.size,
             mean=settings.mean,
             std=settings.std,
+            reading=reading,
             damage=partial(damage, model),
         )
+
+    def _see(self, pixels_BCHW: Tensor) -> list[EncodedImage]:
+        # A copy each, so that who keeps one image does not keep its batch.
+        identity = self.speaker.identity
+        return [EncodedImage(queries_QD.clone(), identity) for queries_QD in self.speaker.model.encode(pixels_BCHW)]
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.name} on {next(self.speaker.model.parameters()).device}>"

@@ -7,6 +7,7 @@ What cannot be read is an ImageError: one line with the source, what is wrong, a
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -57,6 +58,25 @@ def load_image(
         return from_image(source, name, max_pixels)
     with stream_of(source, name, max_bytes, timeout_s) as stream:
         return decode(stream, name, max_pixels=max_pixels, formats=formats, allow_truncated=allow_truncated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which pictures are read, as `load_image` has it. Raises OptionError for what cannot be."""
+
+    max_pixels: int = MAX_PIXELS
+    allow_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise OptionError(f"max_pixels is {self.max_pixels}; it may be 1 or more, and is {MAX_PIXELS:,} by default")
+
+    def load(self, source: Source) -> RgbImage:
+        """`load_image`. Raises ImageError."""
+        return load_image(source, max_pixels=self.max_pixels, allow_truncated=self.allow_truncated)
+
+
+DEFAULT_READING = Reading()
 
 
 def to_pixels(

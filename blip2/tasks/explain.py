@@ -30,7 +30,7 @@ from blip2.config import QFormerConfig
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, NotFiniteError, OptionError
 from blip2.finite import is_finite
-from blip2.image import RgbImage, Source, load_image, overlay
+from blip2.image import RgbImage, Source, overlay
 from blip2.language import T5
 from blip2.model import Blip2, Blip2Matcher
 from blip2.tasks.ask import ask
@@ -88,7 +88,7 @@ def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> S
     """See a picture; ``encode`` makes patches of pixels. Raises ImageError, also for what is encoded already."""
     if isinstance(image, EncodedImage | ImageFeatures):
         raise ImageError("an encoded image is no picture any more; give the picture itself, to lay the map over it")
-    picture = load_image(image)
+    picture = eye.reading.load(image)
     return Sight(picture, *eye.with_blank(eye.pixels(picture), encode))
 
 

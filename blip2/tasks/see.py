@@ -16,7 +16,7 @@ from torch import Tensor
 from blip2 import threads
 from blip2.errors import ImageError, ImageNotFiniteError, NotFiniteError, OptionError
 from blip2.finite import overflow
-from blip2.image import Source, load_image, name_of, to_pixels
+from blip2.image import DEFAULT_READING, Reading, Source, name_of, to_pixels
 from blip2.tasks.speaker import check_batch_size, chunks
 from blip2.vision import VisionTransformer
 
@@ -33,6 +33,7 @@ class Eye(Generic[Kept]):
 
     ``encode``: pixels float[B, 3, size, size] on the image encoder's device to what is kept of each, of type ``kind``.
     What is kept holds no NaN and nothing infinite; ``damage``, asked only if it would, names weights that are at fault.
+    ``reading``: which pictures are read.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Eye(Generic[Kept]):
         mean: Sequence[float],
         std: Sequence[float],
         damage: Callable[[], str | None] = lambda: None,
+        reading: Reading = DEFAULT_READING,
     ) -> None:
+        self.reading = reading
         self._vision = vision
         self._damage = damage
         self._num_threads = threads.worth(vision)
@@ -91,7 +94,7 @@ class Eye(Generic[Kept]):
 
     def pixels(self, image: Source) -> Tensor:
         """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
-        return to_pixels([load_image(image)], size=self._size, mean=self._mean, std=self._std)[0]
+        return to_pixels([self.reading.load(image)], size=self._size, mean=self._mean, std=self._std)[0]
 
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
         """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.
