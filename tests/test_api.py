@@ -264,7 +264,7 @@ def test_precision(opt_model, pictures):
 # ---- which pictures are read, and copies --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["any_model", "matching_model"])
+@pytest.mark.parametrize("name", ["opt_model", "matching_model"])
 def test_what_is_read_is_said_at_load(request, pictures, name):
     folder = request.getfixturevalue(name)
     with open(pictures[0], "rb") as file:
