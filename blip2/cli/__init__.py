@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from blip2 import __version__
-from blip2.errors import Blip2Error, OptionError
+from blip2.errors import Blip2Error, ImageError, OptionError
 
 COMMANDS = {
     "caption": "Describe pictures in words.",
@@ -126,7 +126,7 @@ def _failure(error: Exception) -> Failure:
     if isinstance(error, OptionError):
         return Failure(in_flags(str(error)), 2)
     if isinstance(error, Blip2Error):
-        return Failure(str(error))
+        return Failure(of_picture(str(error)) if isinstance(error, ImageError) else str(error))
     what = " ".join(str(error).split())
     what = f"{type(error).__name__}: {what}" if what else type(error).__name__
     return Failure(f"{what} (this should not happen; add --debug to see where)")
@@ -139,6 +139,15 @@ def in_flags(message: str) -> str:
     for name, flag in FLAGS.items():
         if "_" in name or "=" in name:  # the others may be words of the sentence
             message = message.replace(name, flag)
+    return message
+
+
+def of_picture(message: str) -> str:
+    """What is wrong with a picture, in the words of the command line; its name, which may be any, stays as it is."""
+    message = message.replace("by allow_truncated=True", "by --allow-truncated")
+    message = message.replace("raise max_pixels", "raise --max-pixels")
+    if message.endswith("but text; name a picture"):
+        message += ", or give a list of names by --files-from"
     return message
 
 

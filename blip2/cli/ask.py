@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
-from blip2.cli.pictures import find_pictures
+from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, row_of, see
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 @click.command("ask")
-@click.argument("arguments", nargs=-1, required=True, metavar="IMAGE... QUESTION")
+@click.argument("arguments", nargs=-1, metavar="IMAGE... QUESTION")
 @click.option("-q", "--question", "questions", multiple=True, help="A question; may be given several times. All "
               "arguments are pictures then.")  # fmt: skip
 @click.option("--choices", metavar="A,B,...", help="Choose among these answers, by likelihood.")
-@with_options(OUTPUT, DECODING, MODEL)
+@with_options(OUTPUT, PICTURES, DECODING, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -33,14 +33,14 @@ def command(
     questions: tuple[str, ...],
     choices: str | None,
     batch_size: int,
-    recursive: bool,
     as_json: bool,
     **others: Any,
 ) -> None:
     """Answer a question about pictures.
 
     The question comes last, after one or more IMAGEs (files, folders, web addresses, or - for standard input), or an
-    index of pictures (blip2 index --for ask), which is asked without opening them.
+    index of pictures (blip2 index --for ask), which is asked without opening them. A folder gives the pictures in it
+    and in the folders within.
     Give the question alone: the words that the model expects around it are added. Several questions are given by
     -q, each is asked about each picture, in order.
 
@@ -60,15 +60,17 @@ def command(
     """
     from blip2.tasks.speaker import chunks
 
-    images, questions = _split(arguments, questions)
-    model = of_model(others)
+    images, questions = _split(arguments, questions, has_list=others["files_from"] is not None)
+    model = of_model(others) | of_reading(others)
+    asked = Asked.of(images, others)
     answers = _answerer(questions, None if choices is None else choices.split(","), given(others), batch_size)
-    pictures = find_pictures(images, recursive, takes_index=True)
+    pictures = find_pictures(asked, takes_index=True)
     blip = load_pipeline(**pictures.model(model))
     is_labelled = pictures.are_several
-    report = Report(blip.name, as_json=as_json, shows_image=is_labelled, shows_question=len(questions) > 1)
-    for problem in pictures.problems:
-        report.problem(problem)
+    report = Report(
+        blip.name, as_json=as_json, shows_image=is_labelled, shows_question=len(questions) > 1, is_null=asked.is_null
+    )
+    report.about(pictures)
     seen = pictures.seen_by(blip, batch_size)
     for batch in see(seen, pictures.sources, batch_size):
         # Each picture with each question, the questions of one picture side by side.
@@ -78,12 +80,16 @@ def command(
     context.exit(report.exit_code)
 
 
-def _split(arguments: tuple[str, ...], questions: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Pictures and questions: the last argument is the question, unless -q gave any."""
+def _split(
+    arguments: tuple[str, ...], questions: tuple[str, ...], has_list: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Pictures and questions: the last argument is the question, unless -q gave any. ``has_list``: of pictures."""
     if questions:
         return arguments, questions
+    if not arguments:
+        raise click.UsageError("Missing argument 'IMAGE... QUESTION'.")
     *images, question = arguments
-    if not images:
+    if not images and not has_list:
         missing = "no question" if os.path.exists(question) else "no picture"
         raise click.UsageError(f"there is {missing}; give the picture first, the question last")
     if os.path.exists(question):

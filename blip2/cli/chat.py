@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import in_flags
+from blip2.cli import in_flags, of_picture
 from blip2.cli.options import DECODING, MODEL, given, load_pipeline, of_model, with_options
-from blip2.errors import Blip2Error, OptionError
+from blip2.cli.pictures import READING, of_reading
+from blip2.errors import Blip2Error, ImageError, OptionError
 
 if TYPE_CHECKING:
     from blip2.api import Pipeline
@@ -25,7 +26,7 @@ HELP = """\
 
 @click.command("chat")
 @click.argument("image", required=False)
-@with_options(DECODING, MODEL)
+@with_options(DECODING, READING, MODEL)
 def command(image: str | None, **others: Any) -> None:
     """Talk about a picture.
 
@@ -42,7 +43,7 @@ def command(image: str | None, **others: Any) -> None:
     """
     from blip2.tasks.defaults import CHAT, merged
 
-    model = of_model(others)
+    model = of_model(others) | of_reading(others)
     options = given(others)
     merged(CHAT, options)
     if image == "-":
@@ -126,7 +127,7 @@ def _on_terminal(talk: Conversation) -> None:
             elif line:
                 _show_answer(talk.about(), line)
         except Blip2Error as error:
-            click.echo(in_flags(str(error)), err=True)
+            click.echo(of_picture(str(error)) if isinstance(error, ImageError) else in_flags(str(error)), err=True)
 
 
 def _show_answer(chat: Chat, question: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli.options import MODEL, load_matcher, load_pipeline, of_model, with_options
+from blip2.cli.pictures import READING, of_reading
 from blip2.disk import written
 from blip2.errors import ImageError
 
@@ -30,7 +31,7 @@ ARRAY = ".npy"
               "picture with the map on it, .npy for the map as numbers, float32[height, width].")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: what was explained, its score (of a TEXT "
               "the probability of a match, else the log-probability), the strongest place, [x, y].")  # fmt: skip
-@with_options(MODEL)
+@with_options(READING, MODEL)
 def command(
     image: str,
     text: str | None,
@@ -55,7 +56,7 @@ def command(
     blip2 explain photo.jpg --word dogs -o heat.png
     """
     _check(text, question, answer, word, caption, out, as_json)
-    model = of_model(others)
+    model = of_model(others) | of_reading(others)
     found: Explanation
     if text is not None:
         from blip2.tasks.match import check_text

@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import Failure
+from blip2.cli import Failure, of_picture
 from blip2.cli.options import INDEX_MODEL, load_matcher, load_pipeline, of_model, with_options
+from blip2.cli.pictures import PICTURES, Asked, of_reading
+from blip2.cli.report import tell
 
 if TYPE_CHECKING:
     from blip2.api import Matcher, Pipeline
 
 
 @click.command("index")
-@click.argument("photos", nargs=-1, required=True)
+@click.argument("photos", nargs=-1, metavar="PHOTOS...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The index; it is "
               "brought up to date if it exists.")  # fmt: skip
 @click.option("--for", "kind", type=click.Choice(["search", "ask"]), help="To be searched, by a matching model, or to "
               "be asked, by a model that answers.  [default: what it is for, or search]")  # fmt: skip
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures at a time.")
-@with_options(INDEX_MODEL)
+@with_options(PICTURES, INDEX_MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -37,9 +39,10 @@ def command(
 ) -> None:
     """See pictures once, to search or ask them.
 
-    PHOTOS are folders, with all folders within, or picture files. A second run encodes only what is new or changed,
-    by size and time of change, and forgets what is gone from the folders that are named. A picture that cannot be read
-    is told and left out; the exit code is then 1. A run that is stopped loses little: the same command goes on.
+    PHOTOS are folders, with all folders within, or picture files, or are listed in a file (--files-from). A second run
+    encodes only what is new or changed, by size and time of change, and forgets what is gone from the folders that are
+    named. A picture or a folder that cannot be read is told and left out (what is known of a folder stays); the exit
+    code is then 1. A run that is stopped loses little: the same command goes on.
 
     The index is a safetensors file (README, "Search"). It remembers its model, so that later runs, and blip2 search and
     blip2 ask, need no --model.
@@ -50,25 +53,29 @@ def command(
     blip2 index photos/ -o seen.index --for ask
     blip2 ask seen.index "is there a dog?"
     """
+    from blip2.image import Reading
     from blip2.index import update
 
-    model = of_model(others)
+    model, reading = of_model(others), of_reading(others)
+    asked = Asked.of(photos, others, "PHOTOS...")
     name = model.pop("model")
     problems = 0
 
     def load(name: str, kind: str) -> Matcher | Pipeline:
-        return load_pipeline(model=name, **model) if kind == "ask" else load_matcher(model=name, **model)
+        chosen = model | reading | {"model": name}
+        return load_pipeline(**chosen) if kind == "ask" else load_matcher(**chosen)
 
-    def tell(message: str) -> None:
+    def problem(message: str) -> None:
         nonlocal problems
         problems += 1
-        print(f"blip2: {message}", file=sys.stderr)  # which the progress bar redirects, so that it stays whole
+        tell(of_picture(message))
 
     try:
         with _bar() as on_progress:
             changes = update(
-                output, photos, load, kind=kind, model=name, batch_size=batch_size, on_progress=on_progress,
-                on_problem=tell,
+                output, asked.arguments, load, kind=kind, model=name, batch_size=batch_size,
+                recursive=asked.recursive, exclude=asked.exclude, reading=Reading(**reading), on_progress=on_progress,
+                on_problem=problem, on_note=tell,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Failure(f"stopped; what was encoded is kept beside {output}, and the same command goes on", 130) from None

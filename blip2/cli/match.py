@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from blip2.cli.options import MODEL, OUTPUT, load_matcher, of_model, with_options
-from blip2.cli.pictures import find_pictures
+from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, see
 from blip2.errors import OptionError
 
@@ -20,14 +20,14 @@ CANDIDATES = 32
 
 
 @click.command("match")
-@click.argument("arguments", nargs=-1, required=True, metavar="IMAGE TEXT...")
+@click.argument("arguments", nargs=-1, metavar="IMAGE TEXT...")
 @click.option("-t", "--text", "texts", multiple=True, help="A text; may be given several times. All arguments are "
               "pictures then.")  # fmt: skip
 @click.option("--labels", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Texts from a file, one a line. All arguments are pictures then.")  # fmt: skip
 @click.option("--template", default="{}", metavar="TEXT", help='Words around each text, such as "a photo of a {}".')
 @click.option("--top", type=int, metavar="K", help="Only the K best texts, the best first.")
-@with_options(OUTPUT, MODEL)
+@with_options(OUTPUT, PICTURES, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -38,13 +38,13 @@ def command(
     template: str,
     top: int | None,
     batch_size: int,
-    recursive: bool,
     as_json: bool,
     **others: Any,
 ) -> None:
     """Tell how well texts fit a picture.
 
-    The picture comes first, then one or more TEXTs; or any number of pictures, with the texts by -t or --labels.
+    The picture comes first, then one or more TEXTs; or any number of pictures and folders, with the texts by -t or
+    --labels. A folder gives the pictures in it and in the folders within.
 
     \b
     match    the probability that the two belong together, of each text by itself
@@ -61,9 +61,10 @@ def command(
     blip2 match photos/*.jpg --labels animals.txt --template "a photo of a {}" --top 5
     blip2 match street.jpg "a bus" --json
     """
-    images, compared = _split(arguments, texts, labels)
-    model = of_model(others)
-    pictures = find_pictures(images, recursive)
+    images, compared = _split(arguments, texts, labels, has_list=others["files_from"] is not None)
+    model = of_model(others) | of_reading(others)
+    asked = Asked.of(images, others)
+    pictures = find_pictures(asked)
     matcher = load_matcher(**model)
     found = matcher.each_classified(
         pictures.sources,
@@ -74,10 +75,11 @@ def command(
         on_error="return",
         batch_size=batch_size,
     )
-    report = Report(matcher.name, as_json=as_json, shows_image=pictures.are_several, plain=_line)
-    for problem in pictures.problems:
-        report.problem(problem)
-    if not (as_json or pictures.are_several):
+    report = Report(
+        matcher.name, as_json=as_json, shows_image=pictures.are_several, plain=_line, is_null=asked.is_null
+    )
+    report.about(pictures)
+    if not (as_json or pictures.are_several or asked.is_null):
         click.echo(f"{'match':>7}  {'cosine':>6}  {'share':>7}  text")
     for batch in see(found, pictures.sources, batch_size):
         report.results(batch, ([asdict(match) for match in matches] for matches in batch.images))
@@ -92,14 +94,20 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _split(
-    arguments: tuple[str, ...], texts: tuple[str, ...], labels: Path | None
+    arguments: tuple[str, ...], texts: tuple[str, ...], labels: Path | None, has_list: bool
 ) -> tuple[tuple[str, ...], Sequence[str]]:
-    """Pictures and texts: the first argument is the picture and the others are texts, unless options give these."""
+    """Pictures and texts: the first argument is the picture and the others are texts, unless options give these.
+
+    ``has_list``: of pictures, so that all arguments are texts, unless options give these.
+    """
     if labels is not None:
         return arguments, [*texts, *_lines(labels)]
     if texts:
         return arguments, texts
-    image, *others = arguments
+    if not (arguments or has_list):
+        raise click.UsageError("Missing argument 'IMAGE TEXT...'.")
+    images = () if has_list else arguments[:1]
+    others = arguments[len(images) :]
     if not others:
         raise click.UsageError("there is no text; give the picture first, then one text or more")
     if several := [argument for argument in others if os.path.exists(argument)]:
@@ -107,7 +115,7 @@ def _split(
             f"{click.format_filename(several[0])} is a file, and a text is wanted there; with more than one picture "
             "give the texts by -t or --labels"
         )
-    return (image,), others
+    return images, others
 
 
 def _lines(path: Path) -> list[str]:

@@ -73,7 +73,6 @@ DECODING = (
 
 OUTPUT = (
     click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures at a time."),
-    click.option("-r", "--recursive", is_flag=True, help="Look for pictures in the folders within a folder, too."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with score, tokens and seconds."),
 )
 

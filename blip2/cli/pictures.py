@@ -1,21 +1,116 @@
-"""The pictures that the arguments name: files, addresses, ``-`` for standard input, folders of files, an index."""
+"""The pictures that the arguments name: files, addresses, ``-`` for standard input, folders of files, an index.
+
+How plain text shows their names: a control character or a backslash as an escape, so that a line is a picture; raw
+with ``-0``, where NUL ends what a newline ends else.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.errors import ImageError
+from blip2.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
     from blip2.api import Pipeline
     from blip2.encoded import EncodedImage
     from blip2.index import Index
+
+READING = (
+    click.option("--max-pixels", type=int, metavar="N", help="Largest picture that is read.  [default: 250 million]"),
+    click.option("--allow-truncated", is_flag=True, help="Read what is there of pictures that lack their end."),
+)
+FOLDERS = (
+    click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to look for pictures in the folders "
+                 "within a folder, too.  [default: yes]"),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help='Leave out of folders what has such a name or '
+                 'path, such as "lost+found" or "*.gif"; may be given several times.'),
+    click.option("--files-from", metavar="FILE", help="More pictures and folders, one a line of this file; - is "
+                 "standard input."),
+)  # fmt: skip
+NULL = (
+    click.option("-0", "--null", "is_null", is_flag=True, help="In plain output and in --files-from, a NUL byte stands "
+                 "in the place of each newline, and names are as they are."),
+)  # fmt: skip
+PICTURES = (*FOLDERS, *NULL, *READING)
+
+
+def of_reading(options: dict[str, Any]) -> dict[str, Any]:
+    """Take those of `READING` out of all options of a verb, for `load`."""
+    max_pixels, allow_truncated = options.pop("max_pixels"), options.pop("allow_truncated")
+    return {"allow_truncated": allow_truncated} | ({} if max_pixels is None else {"max_pixels": max_pixels})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which pictures are asked for: the arguments and those of a list, and how folders are looked through."""
+
+    arguments: list[str]
+    recursive: bool
+    exclude: tuple[str, ...]
+    is_null: bool
+    is_listed: bool
+    """Whether some stand in a list, of which nobody knows how many they are."""
+
+    @classmethod
+    def of(cls, arguments: Iterable[str], options: dict[str, Any], metavar: str = "IMAGES...") -> Asked:
+        """Take those of `FOLDERS` and `NULL` out of all options of a verb. UsageError if there is no picture."""
+        recursive, exclude = options.pop("recursive"), options.pop("exclude")
+        files_from, is_null = options.pop("files_from"), options.pop("is_null")
+        found = list(arguments)
+        if files_from is not None:
+            if files_from == "-" and "-" in found:
+                raise click.UsageError("standard input is either a list of names or a picture; leave out one '-'")
+            found += names_in(files_from, is_null)
+        elif not found:
+            raise click.UsageError(f"Missing argument '{metavar}'.")
+        if found.count("-") > 1:
+            raise click.UsageError("standard input holds one picture; give '-' only once")
+        return cls(found, recursive, exclude, is_null, files_from is not None)
+
+
+def names_in(file: str, is_null: bool) -> list[str]:
+    """The names that a file lists, one a line (or each before a NUL byte); raises OptionError if it cannot be read."""
+    try:
+        if file == "-":
+            content = sys.stdin.buffer.read()
+        else:
+            with open(file, "rb") as stream:
+                content = stream.read()
+    except OSError as error:
+        raise OptionError(f"--files-from {file}: cannot be read ({error.strerror}); name a list of pictures") from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as Windows writes it
+        content = content.decode("utf-16", "replace").encode()
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    lines = content.split(b"\0") if is_null else content.splitlines()
+    if not is_null and b"\0" in content:
+        raise OptionError(f"--files-from {file}: has NUL bytes in it; for a list that they divide add -0")
+    found = [os.fsdecode(line) for line in lines if line.strip()]
+    if not found:
+        raise OptionError(f"--files-from {file}: names no picture; write one name a line")
+    return found
+
+
+NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029" + ("" if os.sep == "\\" else r"\\") + "]")
+
+
+def shown(name: str, is_null: bool = False) -> str:
+    """A name in plain output: on one line and without a tab."""
+    if is_null:
+        return name
+    return NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), click.format_filename(name))
+
+
+def echo(columns: Sequence[str], is_null: bool) -> None:
+    """A line of plain output."""
+    end = "\0" if is_null else "\n"
+    click.echo(("\t".join(columns) + end).encode("utf-8", "surrogateescape"), nl=False)
 
 
 @dataclass(frozen=True)
@@ -27,8 +122,10 @@ class Pictures:
 
     sources: list[str]
     are_several: bool
-    problems: list[str]
-    """What is wrong with a folder, a line each; the pictures of the others are there."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with a folder or something in it, a line each; the other pictures are there."""
+    notes: list[str] = field(default_factory=list)
+    """What was passed over and is no picture."""
     index: Index | None = None
 
     def model(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -53,30 +150,23 @@ def changes(index: Index, rows: Iterable[int] | None = None) -> list[str]:
     ]
 
 
-def find_pictures(arguments: Iterable[str], recursive: bool, *, takes_index: bool = False) -> Pictures:
+def find_pictures(asked: Asked, *, takes_index: bool = False) -> Pictures:
     """Folders give the pictures in them, by name, and an index those that it holds; all else is taken as it is."""
+    from blip2.data.folders import find_in
     from blip2.index import Index, is_index  # imports torch
-    from blip2.index.folders import pictures_in
 
-    arguments = list(arguments)
-    if arguments.count("-") > 1:
-        raise click.UsageError("standard input holds one picture; give '-' only once")
-    indexes = [argument for argument in arguments if is_index(argument)]
+    arguments = asked.arguments
+    indexes = [argument for argument in arguments if os.path.isfile(argument) and is_index(argument)]
     if indexes:
         if not takes_index or len(arguments) > 1:
             how = "give it alone" if takes_index else "give pictures, or use blip2 search"
             raise click.UsageError(f"{click.format_filename(indexes[0])} is an index of pictures; {how}")
         index = Index.open(indexes[0])
         index.check_kind("ask")
-        return Pictures(index.paths, True, changes(index), index)
-    sources: list[str] = []
-    problems: list[str] = []
-    for argument in arguments:
-        if not os.path.isdir(argument):
-            sources.append(argument)
-            continue
-        try:
-            sources += pictures_in(Path(argument), recursive)
-        except ImageError as error:
-            problems.append(str(error))
-    return Pictures(sources, sources != arguments[:1], problems)
+        return Pictures(index.paths, True, changes(index), index=index)
+    found = find_in(arguments, recursive=asked.recursive, exclude=asked.exclude)
+    problems, notes = list(found.problems), list[str]()
+    if passed_over := found.passed_over():
+        (problems if found.missing else notes).append(passed_over)
+    are_several = asked.is_listed or found.pictures != arguments[:1]
+    return Pictures(found.pictures, are_several, problems, notes)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from blip2.cli import of_picture
+from blip2.cli.pictures import Pictures, echo, shown
 from blip2.errors import ImageError
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Report:
     """Prints results as they come, and remembers whether anything failed.
 
     ``shows_image``, ``shows_question``: whether a line of plain text begins with them. ``plain``: a row in one line.
+    ``is_null``: lines end with a NUL byte, and names are raw.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class Report:
         shows_image: bool,
         shows_question: bool = False,
         plain: Callable[[dict[str, Any]], str] = lambda row: row["text"],
+        is_null: bool = False,
     ) -> None:
         self._model = model
         self._as_json = as_json
         self._shows_image = shows_image
         self._shows_question = shows_question
         self._plain = plain
+        self._is_null = is_null
         self.exit_code = 0
 
     def results(self, batch: Batch, rows: Iterable[list[dict[str, Any]]]) -> None:
@@ -75,9 +80,16 @@ class Report:
             for row in next(remaining):
                 self._result(name, {**row, "seconds": round(seconds, 4)})
 
+    def about(self, pictures: Pictures) -> None:
+        """What is wrong with folders, and what was passed over in them."""
+        for problem in pictures.problems:
+            self.problem(problem)
+        for note in pictures.notes:
+            tell(note)
+
     def problem(self, message: str) -> None:
         """Something that went wrong while the rest goes on."""
-        print(f"blip2: {message}", file=sys.stderr)  # which the progress bar redirects, so that it stays whole
+        tell(message)
         self.exit_code = 1
 
     def _result(self, image: str, row: dict[str, Any]) -> None:
@@ -89,13 +101,18 @@ class Report:
         if self._shows_question:
             columns.insert(0, " ".join(row["question"].split()))
         if self._shows_image:
-            columns.insert(0, click.format_filename(image))
-        click.echo("\t".join(columns))
+            columns.insert(0, shown(image, self._is_null))
+        echo(columns, self._is_null)
 
     def _failure(self, image: str, error: ImageError) -> None:
-        self.problem(str(error))
+        self.problem(of_picture(str(error)))
         if self._as_json:  # so that whoever counts the lines finds one for each picture
             click.echo(json.dumps({"image": image, "error": str(error), "model": self._model}))
+
+
+def tell(message: str) -> None:
+    """A line on standard error."""
+    print(f"blip2: {message}", file=sys.stderr)  # which the progress bar redirects, so that it stays whole
 
 
 def see(seen: Iterator[Any], names: Sequence[str], batch_size: int) -> Iterator[Batch]:

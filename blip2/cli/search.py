@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import Failure
+from blip2.cli import Failure, of_picture
 from blip2.cli.options import INDEX_MODEL, load_matcher, of_model, with_options
 from blip2.cli.page import Shown, page
-from blip2.cli.pictures import changes
+from blip2.cli.pictures import NULL, READING, changes, echo, of_reading, shown
 from blip2.disk import write_text
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--html", "html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with thumbnails, "
               "all in one file.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@with_options(INDEX_MODEL)
+@with_options(NULL, READING, INDEX_MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -45,6 +45,7 @@ def command(
     threshold: float | None,
     html: Path | None,
     as_json: bool,
+    is_null: bool,
     **others: Any,
 ) -> None:
     """Find pictures by words, or by a picture.
@@ -72,9 +73,9 @@ def command(
     def tell(message: str) -> None:
         if message not in problems:  # the same picture may be missed for its score and for the page
             problems.append(message)
-            click.echo(f"blip2: {message}", err=True)
+            click.echo(f"blip2: {of_picture(message)}", err=True)
 
-    model = of_model(others)
+    model = of_model(others) | of_reading(others)
     groups: list[list[Shown]]
     if threshold is not None:
         title, groups = "nearly the same", _duplicates(index, threshold, tell)
@@ -84,11 +85,11 @@ def command(
         title, groups = f"like {image}", [_by_picture(index, model, str(image), 10 if k is None else k, tell)]
     if html is not None:
         _write(html, page(title, groups, tell))
-    for shown in (shown for group in groups for shown in group):
+    for picture in (picture for group in groups for picture in group):
         if as_json:
-            click.echo(json.dumps({"path": shown.path, **shown.values}))
+            click.echo(json.dumps({"path": picture.path, **picture.values}))
         else:
-            click.echo("\t".join([*shown.columns, click.format_filename(shown.path)]))
+            echo([*picture.columns, shown(picture.path, is_null)], is_null)
     context.exit(1 if problems else 0)
 
 

@@ -1,77 +1,51 @@
-"""The pictures in folders."""
+"""The picture files that an index stands for, as they are now."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
+from blip2.data.folders import find_in
 from blip2.disk import Stamp, stamp_of
-from blip2.errors import ImageError, IndexFileError
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"})
-
-
-def pictures_in(folder: Path, recursive: bool) -> list[str]:
-    """The picture files in a folder, by name. Raises ImageError if there are none, or a folder cannot be read."""
-    try:
-        found = sorted(
-            str(path) for path in _files(folder, recursive) if os.path.splitext(path.name)[1].lower() in SUFFIXES
-        )
-    except OSError as error:
-        raise ImageError(f"{folder}: cannot be read ({error.strerror}); check its rights") from None
-    if not found:
-        kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        hint = "" if recursive else "; -r also looks into the folders within"
-        raise ImageError(f"{folder}: there are no pictures in this folder ({kinds}){hint}")
-    return found
-
-
-def _files(folder: Path, recursive: bool) -> Iterator[Path]:
-    # Hidden ones are thumbnails and the like. Links to folders are not followed: they may lead in circles.
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_file():
-                yield folder / entry.name
-            elif recursive and entry.is_dir(follow_symlinks=False):
-                yield from _files(folder / entry.name, recursive)
+from blip2.errors import IndexFileError
+from blip2.image import name_of
 
 
 class Collection:
     """All picture files that folders and single files give, by absolute path, each with its stamp.
 
-    Raises IndexFileError for what does not exist, and for a folder without pictures: it may be a drive that is not
+    ``problems``: a line for each place or entry that could not be looked at; what the index knows of them stays.
+    ``found``: what the folders hold. Raises IndexFileError if there is nothing at all: it may be a drive that is not
     there today, and everything would be forgotten.
     """
 
-    def __init__(self, places: Iterable[str | os.PathLike[str]]) -> None:
+    def __init__(
+        self, places: Iterable[str | os.PathLike[str]], *, recursive: bool = True, exclude: Iterable[str] = ()
+    ) -> None:
+        named = [os.path.abspath(place) for place in places]
+        folders = [place for place in named if os.path.isdir(place)]
+        self.found = find_in(named, recursive=recursive, exclude=exclude)
+        self.problems = list(self.found.problems)
         self.stamps: dict[str, Stamp] = {}
         self._files: set[str] = set()
-        self._folders: list[str] = []
-        for place in (os.path.abspath(place) for place in places):
-            if os.path.isdir(place):
-                self._folders.append(os.path.join(place, ""))
-                found = self._in_folder(place)
+        self._folders = _within(folder for folder in folders if folder not in self.found.unknown)
+        self._unknown = _within(self.found.unknown)
+        for path in self.found.pictures:
+            if (stamp := stamp_of(path)) is None:
+                self.problems.append(f"{name_of(path)}: no such file or folder; check the path")
             else:
-                self._files.add(place)
-                found = [place]
-            for path in found:
-                if (stamp := stamp_of(path)) is not None:
-                    self.stamps[path] = stamp
-                elif path == place:
-                    raise IndexFileError(f"{place}: no such file or folder; check the path")
-        if not self.stamps:
+                self.stamps[path] = stamp
+                self._files.add(path)
+        if not named:
             raise IndexFileError("there is no folder to look for pictures in; name at least one")
+        if not self.stamps:
+            told = self.problems[0] if self.problems else self.found.passed_over()
+            raise IndexFileError(f"{told}; the index is left as it was")
 
     def covers(self, path: str) -> bool:
         """Whether a picture of this path would be among them if it existed."""
-        return path in self._files or path.startswith(tuple(self._folders))
+        return path in self._files or (path.startswith(self._folders) and not path.startswith(self._unknown))
 
-    @staticmethod
-    def _in_folder(folder: str) -> list[str]:
-        try:
-            return pictures_in(Path(folder), recursive=True)
-        except ImageError as error:
-            raise IndexFileError(f"{error}; the index is left as it was") from None
+
+def _within(folders: Iterable[str]) -> tuple[str, ...]:
+    return tuple(os.path.join(folder, "") for folder in folders)

@@ -73,6 +73,8 @@ class Index(Sequence[EncodedImage]):
         model: Matcher | Pipeline,
         *,
         batch_size: int = BATCH_SIZE,
+        recursive: bool = True,
+        exclude: Iterable[str] = (),
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_problem: Callable[[str], None] = lambda message: None,
     ) -> Changes:
@@ -84,7 +86,8 @@ class Index(Sequence[EncodedImage]):
             check_model(stored, model)
         return update(
             path, folders, lambda name, kind: model, kind=kind_of(model), model=model.name, batch_size=batch_size,
-            on_progress=on_progress, on_problem=on_problem,
+            recursive=recursive, exclude=exclude, reading=model.eye.reading, on_progress=on_progress,
+            on_problem=on_problem,
         )  # fmt: skip
 
     def __repr__(self) -> str:

@@ -23,7 +23,7 @@ from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.disk import Stamp, digest_since, stamp_of
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, IndexFileError, OptionError
-from blip2.image import load_image
+from blip2.image import DEFAULT_READING, Reading
 from blip2.index.file import KINDS, Origin, Picture, Stored, crc32_of, read
 from blip2.index.folders import Collection
 from blip2.index.unfinished import Unfinished, held
@@ -72,8 +72,12 @@ def update(
     kind: str | None = None,
     model: str | None = None,
     batch_size: int = BATCH_SIZE,
+    recursive: bool = True,
+    exclude: Iterable[str] = (),
+    reading: Reading = DEFAULT_READING,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_problem: Callable[[str], None] = lambda message: None,
+    on_note: Callable[[str], None] = lambda message: None,
 ) -> Changes:
     """Make the index of the pictures in folders (and single files), or bring it up to date.
 
@@ -81,8 +85,10 @@ def update(
     does not, not encoded again; those of folders that are not named stay as they are. ``kind``: "search" or "ask", by
     default the index's own, or "search". ``load`` gives the model of a name for that kind, and is called only if there
     is work for it; ``model`` is the name, by default the index's own.
-    ``on_progress``: pictures done and in all. ``on_problem``: a line for each picture that cannot be read, which is
-    left out.
+    ``recursive`` and ``exclude``: see `data.folders.find_in`; what they leave out of a folder is forgotten, too.
+    ``reading``: which pictures are read, as the model's own.
+    ``on_progress``: pictures done and in all. ``on_problem``: a line for each picture or folder that cannot be read,
+    which is left out; what the index knows of a folder stays. ``on_note``: a line that counts what is no picture.
 
     Raises IndexFileError (the index is then as it was, and what was encoded is kept for the next run) and OptionError.
     """
@@ -92,12 +98,16 @@ def update(
         raise OptionError(f"kind is {kind!r}; an index is for {' or '.join(KINDS)}")
     if path.is_dir():
         raise IndexFileError(f"{path}: is a folder; name a file, such as {path / 'photos.index'}")
-    found = Collection(places)
+    found = Collection(places, recursive=recursive, exclude=exclude)
+    for problem in found.problems:
+        on_problem(problem)
+    if passed_over := found.found.passed_over():
+        (on_problem if found.found.missing else on_note)(passed_over)
     with held(path) as unfinished:
         old = read(path) if path.exists() else None
         kind = kind or (old.origin.kind if old else "search")
         check_kind(old, kind)
-        return _Update(unfinished, old, found, kind, batch_size, on_progress, on_problem).run(load, model)
+        return _Update(unfinished, old, found, kind, batch_size, reading, on_progress, on_problem).run(load, model)
 
 
 def check_kind(stored: Stored | None, kind: str) -> None:
@@ -149,6 +159,7 @@ class _Update:
     found: Collection
     kind: str
     batch_size: int
+    reading: Reading
     on_progress: Callable[[int, int], None]
     on_problem: Callable[[str], None]
 
@@ -166,7 +177,7 @@ class _Update:
         shards = self.unfinished.shards()
         name = _lasting(name or (origin or (shards[-1].origin if shards else None) or _unnamed(self.kind)).model)
         # No model is loaded for nothing, not even for pictures that are broken and were yesterday.
-        if shards or (origin is not None and origin.model != name) or any(map(_is_readable, self._missing(rows))):
+        if shards or (origin is not None and origin.model != name) or any(map(self._is_readable, self._missing(rows))):
             model = load(name, self.kind)
             if kind_of(model) != self.kind:
                 raise OptionError(f"{name} is no model to make an index for {self.kind} with; name another")
@@ -190,6 +201,13 @@ class _Update:
             unreadable=len(unreadable),
             total=len(rows),
         )
+
+    def _is_readable(self, path: str) -> bool:
+        try:
+            self.reading.load(path)
+        except ImageError:
+            return False
+        return True
 
     def _missing(self, rows: dict[str, Row]) -> list[str]:
         return sorted(self.found.stamps.keys() - rows.keys())
@@ -247,7 +265,7 @@ class _Update:
     def _report(self, paths: list[str]) -> list[str]:
         for path in paths:
             try:
-                load_image(path)
+                self.reading.load(path)
             except ImageError as error:
                 self.on_problem(str(error))
         return paths
@@ -275,14 +293,6 @@ def _vectors(path: str, image: ImageFeatures | EncodedImage | ImageError) -> Ten
     if not half_QD.isfinite().all():
         raise ImageError(f"{path}: what the model sees of it is not finite; load the model in another precision")
     return half_QD
-
-
-def _is_readable(path: str) -> bool:
-    try:
-        load_image(path)
-    except ImageError:
-        return False
-    return True
 
 
 def _unnamed(kind: str) -> Origin:

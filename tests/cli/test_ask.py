@@ -85,3 +85,14 @@ def test_wrong_use_is_told_before_a_model_is_loaded(run, pictures, arguments, wo
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("blip2: ") and words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_pictures_from_a_list(run, model, pictures, tmp_path):
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(pictures[:2]))
+    expected = run("ask", *pictures[:2], "is it red?", *model).stdout
+    assert expected.count("\n") == 2
+    assert run("ask", "--files-from", listed, "is it red?", *model).stdout == expected
+    assert run("ask", "--files-from", listed, "-q", "is it red?", *model).stdout == expected
+    assert run("ask", "--files-from", listed, "is it red?", "-0", *model).exit_code == 1  # a name with a newline in it
+    assert run("ask", "--files-from", listed, *model).exit_code == 2

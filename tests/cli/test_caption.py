@@ -91,10 +91,15 @@ def test_folders(run, model, pictures, texts, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(Path(path).read_bytes())
     (tmp_path / "inner" / "circle").symlink_to(tmp_path)
-    result = run("caption", tmp_path, *model)
+    result = run("caption", tmp_path, *model, "--no-recursive")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/a.png\t{texts[1]}\n{tmp_path}/b.PNG\t{texts[0]}\n")
-    result = run("caption", "-r", tmp_path, *model)
-    assert result.stdout.splitlines()[2:] == [f"{tmp_path}/inner/c.png\t{texts[2]}"]
+    assert result.stderr == "blip2: passed over in folders: 1 other file (1 .txt)\n"
+    for default in ([], ["-r"], ["--recursive"]):
+        result = run("caption", *default, tmp_path, *model)
+        assert result.stdout.splitlines()[2:] == [f"{tmp_path}/inner/c.png\t{texts[2]}"]
+    assert result.stderr == "blip2: passed over in folders: 1 other file (1 .txt), 1 link to folders\n"
+    for pattern in ("inner", "inner/*.png", "c.*"):
+        assert "c.png" not in run("caption", "--exclude", pattern, tmp_path, *model).stdout
     result = run("caption", tmp_path / "inner", *model)  # one picture, but found by the command: it tells which
     assert result.stdout == f"{tmp_path}/inner/c.png\t{texts[2]}\n"
 
@@ -102,7 +107,10 @@ def test_folders(run, model, pictures, texts, tmp_path):
 def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
     result = run("caption", tmp_path, pictures[0], *model)
     assert (result.exit_code, result.stdout) == (1, f"{pictures[0]}\t{texts[0]}\n")
-    assert "there are no pictures in this folder (bmp gif jpeg jpg png webp); -r also looks" in result.stderr
+    assert result.stderr == f"blip2: {tmp_path}: there are no pictures in this folder\n"
+    (tmp_path / "within").mkdir()
+    result = run("caption", tmp_path, pictures[0], *model, "--no-recursive")
+    assert "no pictures in this folder; the folders within it were not looked into" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -132,3 +140,83 @@ def test_no_picture(run):
     result = run("caption")
     assert result.exit_code == 2
     assert result.stderr == "blip2: Missing argument 'IMAGES...'. (see blip2 caption --help)\n"
+
+
+# ---- names and lists ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(tmp_path, pictures):
+    """Names as no one should give them, in order."""
+    names = ["a\ttab.png", "back\\slash.png", "plain \N{NARROW NO-BREAK SPACE}é.png", "two\nlines.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(Path(pictures[0]).read_bytes())
+    return [f"{tmp_path}/{name}" for name in names]
+
+
+def test_a_line_is_a_picture_whatever_its_name(run, model, texts, odd):
+    lines = run("caption", *odd, *model).stdout.splitlines()
+    assert [line.split("\t")[1] for line in lines] == [texts[0]] * 4
+    names = [line.split("\t")[0].rpartition("/")[2] for line in lines]
+    assert names == [r"a\ttab.png", r"back\\slash.png", "plain \N{NARROW NO-BREAK SPACE}é.png", r"two\nlines.png"]
+    rows = run("caption", "-0", *odd, *model).stdout
+    assert rows == "".join(f"{name}\t{texts[0]}\0" for name in odd)
+
+
+@pytest.mark.parametrize("source", ["-", "list.txt"])
+def test_pictures_from_a_list(run, model, pictures, texts, odd, tmp_path, monkeypatch, source):
+    def listed(content: bytes, *options) -> object:
+        (tmp_path / "list.txt").write_bytes(content)
+        name = source if source == "-" else tmp_path / source
+        return run("caption", "--files-from", name, *options, *model, input=content if source == "-" else b"")
+
+    expected = f"{pictures[1]}\t{texts[1]}\n{pictures[2]}\t{texts[2]}\n"
+    for content in (
+        f"{pictures[1]}\n{pictures[2]}\n".encode(),
+        f"\ufeff{pictures[1]}\r\n\r\n{pictures[2]}".encode(),
+        f"{pictures[1]}\r\n{pictures[2]}\r\n".encode("utf-16"),
+    ):
+        assert (result := listed(content)).stdout == expected and result.exit_code == 0
+    assert listed(pictures[1].encode()).stdout == f"{pictures[1]}\t{texts[1]}\n"  # a list tells which, also of one
+    result = listed("".join(f"{name}\0" for name in odd).encode(), "-0")
+    assert result.stdout == "".join(f"{name}\t{texts[0]}\0" for name in odd)
+    for content, options, words in (
+        (b"", [], "names no picture"),
+        (b"\n \n", [], "names no picture"),
+        (b"a.png\0b.png\0", [], "for a list that they divide add -0"),
+    ):
+        result = listed(content, *options)
+        assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
+    monkeypatch.chdir(Path(pictures[0]).parent)
+    assert listed(Path(pictures[3]).name.encode()).stdout == f"{Path(pictures[3]).name}\t{texts[3]}\n"
+
+
+def test_lists_that_cannot_be(run, tmp_path):
+    for arguments, words in (
+        (["--files-from", tmp_path / "missing"], "missing: cannot be read (No such file or directory)"),
+        (["--files-from", tmp_path], "cannot be read (Is a directory)"),
+        (["-", "--files-from", "-"], "standard input is either"),
+    ):
+        result = run("caption", *arguments, input=b"")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_list_where_a_picture_is_wanted_is_told_so(run, model, tmp_path):
+    (tmp_path / "list.txt").write_text("a.png\nb.png\n")
+    result = run("caption", tmp_path / "list.txt", *model)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("but text; name a picture, or give a list of names by --files-from\n")
+
+
+def test_what_is_read_is_said_by_flags(run, model, tmp_path, pictures):
+    content = Path(pictures[0]).read_bytes()
+    cut = tmp_path / "allow_truncated=True.png"
+    cut.write_bytes(content[: len(content) * 3 // 4])
+    result = run("caption", cut, *model)
+    assert result.exit_code == 1 and result.stderr.endswith(", or take what is there by --allow-truncated\n")
+    assert str(cut) in result.stderr
+    assert run("caption", cut, "--allow-truncated", *model).exit_code == 0
+    result = run("caption", pictures[0], "--max-pixels", 9, *model)
+    assert result.exit_code == 1 and "is more than 9 pixels; make it smaller, or raise --max-pixels" in result.stderr
+    assert "--max-pixels is 0" in run("caption", pictures[0], "--max-pixels", 0, *model).stderr

@@ -133,7 +133,32 @@ def test_stopped_by_ctrl_c_it_says_how_to_go_on(matching_model, tmp_path):
     assert again.stderr == f"3,008 new, 0 changed, 0 gone; 3,008 pictures in {index}\n"
 
 
+def test_index_takes_pictures_as_the_other_verbs_do(run, matching, photos, tmp_path):
+    index, listed = tmp_path / "photos.index", tmp_path / "list.txt"
+    (photos / "within").mkdir()
+    (photos / "picture000.png").rename(photos / "within" / "picture000.png")
+    (photos / "notes.txt").touch()
+    listed.write_text(f"{photos}\n")
+    result = run("index", "--files-from", listed, "--exclude", "*1.png", "-o", index, *matching)
+    noted, told = result.stderr.splitlines()
+    assert result.exit_code == 0 and noted == "blip2: passed over in folders: 1 other file (1 .txt)"
+    assert told == f"7 new, 0 changed, 0 gone; 7 pictures in {index}"
+    result = run("index", "--no-recursive", photos, "-o", index, *matching)
+    assert result.stderr.endswith(f"1 new, 0 changed, 1 gone; 7 pictures in {index}\n")
+    result = run("index", photos, "--max-pixels", 1, "-o", tmp_path / "other.index", *matching)
+    assert result.exit_code == 1 and result.stderr.count("or raise --max-pixels") == 8
+    assert run("index", "-o", index).stderr == "blip2: Missing argument 'PHOTOS...'. (see blip2 index --help)\n"
+
+
 # ---- search ----
+
+
+def test_names_are_found_as_plain_output_shows_them(run, matching, pictures, tmp_path):
+    odd, index = tmp_path / "two\nlines.png", tmp_path / "photos.index"
+    shutil.copy(pictures[0], odd)
+    run("index", odd, "-o", index, *matching)
+    assert run("search", index, "two dogs").stdout.endswith(r"two\nlines.png" + "\n")
+    assert run("search", index, "two dogs", "-0").stdout.endswith(f"\t{odd}\0")
 
 
 def test_search(run, searched, matching_model, pictures):

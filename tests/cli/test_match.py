@@ -93,3 +93,15 @@ def test_what_cannot_be_compared(run, model, pictures, tmp_path, arguments, word
 def test_a_generative_verb_refuses_a_matching_model(run, model, pictures):
     result = run("caption", pictures[0], *model)
     assert result.exit_code == 1 and "is a matching model" in result.stderr
+
+
+def test_pictures_from_a_list(run, model, pictures, tmp_path):
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(pictures[:2]))
+    expected = run("match", *pictures[:2], "-t", "a dog", "-t", "a car", *model).stdout
+    assert expected.count("\n") == 4
+    assert run("match", "--files-from", listed, "a dog", "a car", *model).stdout == expected
+    assert run("match", "--files-from", listed, "-t", "a dog", "-t", "a car", *model).stdout == expected
+    nulls = run("match", *pictures[:2], "-t", "a dog", "-t", "a car", "-0", *model).stdout
+    assert nulls == expected.replace("\n", "\0")
+    assert "there is no text" in run("match", "--files-from", listed, *model).stderr

@@ -154,6 +154,44 @@ def test_a_picture_that_breaks_is_not_found_by_what_it_showed(index, photos, mat
     assert "picture000.png" not in names(index)
 
 
+def test_what_an_index_knows_of_a_folder_that_cannot_be_read_stays(index, photos, matcher, monkeypatch):
+    blip2.Index.update(index, photos, matcher)
+    (photos / "picture000.png").unlink()
+    scandir, problems = os.scandir, []
+
+    def refusing(path):
+        if str(path).endswith("within"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refusing)
+        changes = blip2.Index.update(index, photos, matcher, on_problem=problems.append)
+    assert changes == Changes(0, 0, 1, 0, 7)
+    assert len(problems) == 1 and f"{photos / 'within'}: this folder cannot be read" in problems[0]
+    assert blip2.Index.update(index, photos, matcher) == Changes(0, 0, 0, 0, 7)
+
+
+def test_one_place_that_is_not_there_does_not_stop_the_others(index, photos, matcher):
+    problems, notes = [], []
+    blip2.Index.update(index, [photos / "within"], matcher)
+    shutil.move(photos / "within", photos / "away")
+    (photos / "away" / "notes.txt").touch()
+    places = [photos / "within", photos / "missing.png", photos / "away"]
+    found = update(index, places, lambda *_: matcher, on_problem=problems.append, on_note=notes.append)
+    assert found == Changes(3, 0, 0, 0, 6)
+    assert [problem.split(": ")[1] for problem in problems] == ["no such file or folder; check the path"] * 2
+    assert notes == ["passed over in folders: 1 other file (1 .txt)"]
+    with pytest.raises(IndexFileError, match=r"no such file or folder.*the index is left as it was"):
+        blip2.Index.update(index, [photos / "within"], matcher)
+
+
+def test_what_is_left_out_of_a_folder_is_forgotten(index, photos, matcher):
+    blip2.Index.update(index, photos, matcher)
+    assert blip2.Index.update(index, photos, matcher, exclude=["picture000.png"]) == Changes(0, 0, 1, 0, 7)
+    assert blip2.Index.update(index, photos, matcher, recursive=False) == Changes(1, 0, 3, 0, 5)
+
+
 def test_names_that_are_no_utf_8_come_back(index, photos, matcher):
     odd = os.fsencode(photos) + b"/caf\xe9\n.png"
     shutil.copy(os.fsencode(photos / "picture000.png"), odd)
