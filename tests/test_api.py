@@ -17,6 +17,7 @@ from blip2.api.pipeline import Options
 from blip2.encoded import EncodedImage
 from blip2.errors import CheckpointError, ImageError, OptionError
 from blip2.generation import GenerateOptions
+from blip2.image import Reading
 from tests import tiny
 
 
@@ -181,8 +182,9 @@ def test_seen_once(blip, pictures, monkeypatch):
 
 def test_only_two_batches_of_pictures_in_memory(blip, monkeypatch):
     read = []
-    load = blip2.tasks.see.load_image
-    monkeypatch.setattr("blip2.tasks.see.load_image", lambda source: read.append(source) or load(source))
+    pixels = Reading.pixels
+    monkeypatch.setattr(Reading, "pixels", lambda *arguments, **options: read.append(arguments) or pixels(
+        *arguments, **options))  # fmt: skip
     images = [tiny.picture(seed) for seed in range(20)]
     before = set(threading.enumerate())
     results = blip.each_caption(images, batch_size=4, max_new_tokens=2, num_beams=1)

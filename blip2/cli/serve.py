@@ -43,7 +43,7 @@ DOOR = (
 
 LIMITS = (
     click.option("--max-body-bytes", type=int, help="Bytes of a request.  [default: 20 MiB]"),
-    click.option("--max-pixels", type=int, help="Pixels of a picture.  [default: 50 million]"),
+    click.option("--max-pixels", type=int, help="Pixels of a picture.  [default: 250 million]"),
     click.option("--max-images", type=int, help="Pictures in a request.  [default: 32]"),
     click.option("--max-texts", type=int, help="Texts to match or embed in a request.  [default: 256]"),
     click.option("--max-prompt-tokens", type=int, help="Tokens of a question, with what was said before.  "

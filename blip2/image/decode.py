@@ -78,7 +78,7 @@ def decode(
 
 
 def from_image(image: Image.Image, name: str, max_pixels: int) -> RgbImage:
-    """A copy of a PIL image, as it stands: not turned, and of the colours that its numbers are in sRGB."""
+    """A PIL image as it stands: not turned, and of the colours that its numbers are in sRGB. May share its pixels."""
     _check_size(image, name, max_pixels)
     with quiet():
         try:
@@ -89,7 +89,6 @@ def from_image(image: Image.Image, name: str, max_pixels: int) -> RgbImage:
         except Exception as error:
             problem = f"damaged or cut short ({reason_of(error)})"
             raise ImageError(f"{name}: {problem}; save or download it again") from error
-    rgb = rgb.copy() if rgb.im is image.im else rgb
     rgb.info.clear()
     return rgb
 

@@ -18,14 +18,40 @@ from blip2.image.decode import MAX_PIXELS, RgbImage, decode, from_image
 from blip2.image.formats import FORMATS
 from blip2.image.sources import Source, from_array, name_of, stream_of
 
+MAX_BYTES = 20 * 2**20
+TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which pictures are read, as `load_image` has it. Raises OptionError for what cannot be."""
+
+    max_pixels: int = MAX_PIXELS
+    allow_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise OptionError(f"max_pixels is {self.max_pixels}; it may be 1 or more, and is {MAX_PIXELS:,} by default")
+
+    def load(self, source: Source) -> RgbImage:
+        """`load_image`. Raises ImageError."""
+        return load_image(source, max_pixels=self.max_pixels, allow_truncated=self.allow_truncated)
+
+    def pixels(self, source: Source, *, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+        """`to_pixels` of one picture, float32[3, size, size], without a copy of an image that is RGB already."""
+        return to_pixels([_load(source, self)], size=size, mean=mean, std=std)[0]
+
+
+DEFAULT_READING = Reading()
+
 
 def load_image(
     source: Source,
     *,
     max_pixels: int = MAX_PIXELS,
     allow_truncated: bool = False,
-    max_bytes: int = 20 * 2**20,
-    timeout_s: float = 20.0,
+    max_bytes: int = MAX_BYTES,
+    timeout_s: float = TIMEOUT_S,
     formats: tuple[str, ...] = FORMATS,
 ) -> RgbImage:
     """Read a picture from wherever it is, as people see it.
@@ -51,32 +77,34 @@ def load_image(
     Raises ImageError, one line that names the source, for anything that cannot be read. Warnings of Pillow do
     not appear.
     """
+    image = _load(
+        source, Reading(max_pixels=max_pixels, allow_truncated=allow_truncated), max_bytes, timeout_s, formats
+    )
+    is_shared = isinstance(source, Image.Image) and image.im is source.im
+    return image.copy() if is_shared else image
+
+
+def _load(
+    source: Source,
+    reading: Reading,
+    max_bytes: int = MAX_BYTES,
+    timeout_s: float = TIMEOUT_S,
+    formats: tuple[str, ...] = FORMATS,
+) -> RgbImage:
+    """As `load_image`, but it may share its pixels with a PIL image that is given."""
     name = name_of(source)
     if isinstance(source, np.ndarray | torch.Tensor):
         source = from_array(source, name)
     if isinstance(source, Image.Image):
-        return from_image(source, name, max_pixels)
+        return from_image(source, name, reading.max_pixels)
     with stream_of(source, name, max_bytes, timeout_s) as stream:
-        return decode(stream, name, max_pixels=max_pixels, formats=formats, allow_truncated=allow_truncated)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Which pictures are read, as `load_image` has it. Raises OptionError for what cannot be."""
-
-    max_pixels: int = MAX_PIXELS
-    allow_truncated: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_pixels < 1:
-            raise OptionError(f"max_pixels is {self.max_pixels}; it may be 1 or more, and is {MAX_PIXELS:,} by default")
-
-    def load(self, source: Source) -> RgbImage:
-        """`load_image`. Raises ImageError."""
-        return load_image(source, max_pixels=self.max_pixels, allow_truncated=self.allow_truncated)
-
-
-DEFAULT_READING = Reading()
+        return decode(
+            stream,
+            name,
+            max_pixels=reading.max_pixels,
+            formats=formats,
+            allow_truncated=reading.allow_truncated,
+        )
 
 
 def to_pixels(

@@ -15,8 +15,8 @@ class Limits:
     """Of a request, counted while it is read."""
     body_s: float = 30.0
     """A body that has not arrived after that time is given up (408)."""
-    max_pixels: int = 50_000_000
-    """Of a picture, from its header."""
+    max_pixels: int = 250_000_000
+    """Of a picture, from its header. A large one is decoded while no other is; it takes 4 to 9 bytes a pixel."""
     max_images: int = 32
     """In one request, those of earlier turns of a conversation included."""
     max_texts: int = 256

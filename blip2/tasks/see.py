@@ -16,7 +16,7 @@ from torch import Tensor
 from blip2 import threads
 from blip2.errors import ImageError, ImageNotFiniteError, NotFiniteError, OptionError
 from blip2.finite import overflow
-from blip2.image import DEFAULT_READING, Reading, Source, name_of, to_pixels
+from blip2.image import DEFAULT_READING, Reading, Source, name_of
 from blip2.tasks.speaker import check_batch_size, chunks
 from blip2.vision import VisionTransformer
 
@@ -94,7 +94,7 @@ class Eye(Generic[Kept]):
 
     def pixels(self, image: Source) -> Tensor:
         """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
-        return to_pixels([self.reading.load(image)], size=self._size, mean=self._mean, std=self._std)[0]
+        return self.reading.pixels(image, size=self._size, mean=self._mean, std=self._std)
 
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
         """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.
