@@ -2,10 +2,11 @@
 
 from blip2.data.features import FeatureFile, frozen_features
 from blip2.data.jsonl import read_rows
-from blip2.data.loader import Pictures, indices_of_step, prefetch
+from blip2.data.loader import BadPictures, Pictures, indices_of_step, prefetch
 from blip2.data.sample import Row, Turn
 
 __all__ = [
+    "BadPictures",
     "FeatureFile",
     "Pictures",
     "Row",

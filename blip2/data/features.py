@@ -29,7 +29,7 @@ from torch import Tensor
 from blip2 import disk
 from blip2.data.loader import Pictures
 from blip2.disk import Stamp, digest_since, stamp_of
-from blip2.errors import RecipeError
+from blip2.errors import ImageError, RecipeError
 from blip2.finite import first_not_finite
 from blip2.vision import VisionTransformer
 
@@ -42,6 +42,7 @@ KEEP_SECONDS = 5.0
 """After so long what was computed is put on the disk, and then its records: that is what a killed run may lose."""
 
 Report = Callable[[int, int], None]
+OnBad = Callable[[str, ImageError], None]
 
 
 class FeatureFile:
@@ -54,7 +55,10 @@ class FeatureFile:
         return self._shape[0]
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """``float16[B, 1 + P, D]`` of the pictures with these numbers. Raises RecipeError for what is damaged."""
+        """``float16[B, 1 + P, D]`` of the pictures with these numbers, NaN for one that could not be read.
+
+        Raises RecipeError for what is damaged.
+        """
         features_BPD = torch.empty(len(numbers), *self._shape[1:], dtype=torch.float16)
         for place, number in enumerate(numbers.tolist()):
             content = memoryview(features_BPD[place].view(-1).numpy()).cast("B")  # type: ignore[arg-type]
@@ -78,12 +82,14 @@ def frozen_features(
     *,
     batch_size: int = 64,
     report: Report | None = None,
+    on_bad: OnBad | None = None,
 ) -> FeatureFile:
     """The features of all pictures: opened if they are there, else computed (`VisionTransformer.features`).
 
     These are the values before the encoder's last layer norm, which is trained. ``report(done, total)`` is
-    called now and then. Raises RecipeError if what is there belongs to another encoder or other pictures, if it is
-    damaged or cannot be written, or if the features do not fit into half precision.
+    called now and then. A picture that cannot be read is told to ``on_bad`` by its path, and its features are NaN until
+    it has changed; without ``on_bad`` its ImageError is raised. Raises RecipeError if what is there belongs to another
+    encoder or other pictures, if it is damaged or cannot be written, or if the features do not fit into half precision.
     """
     header: dict[str, object] = {
         "shape": [len(pictures), vision.config.num_patches + 1, vision.config.hidden_size],
@@ -92,7 +98,7 @@ def frozen_features(
         "pictures": _fingerprint_of_names(pictures),
     }
     try:
-        return _Cache(folder, name, header).brought_up_to_date(vision, pictures, batch_size, report)
+        return _Cache(folder, name, header).brought_up_to_date(vision, pictures, batch_size, report, on_bad)
     except OSError as error:
         raise RecipeError(
             f"{folder / name}: the features cannot be kept there ({error.strerror or error}); make room, or name "
@@ -140,13 +146,18 @@ class _Cache:
             )
 
     def brought_up_to_date(
-        self, vision: VisionTransformer, pictures: Pictures, batch_size: int, report: Report | None
+        self,
+        vision: VisionTransformer,
+        pictures: Pictures,
+        batch_size: int,
+        report: Report | None,
+        on_bad: OnBad | None,
     ) -> FeatureFile:
         records = self._records(pictures.paths)
         stale = [number for number, path in enumerate(pictures.paths) if not self._is_current(records, number, path)]
         self._write(records)
         if stale:
-            self._compute(vision, pictures, records, stale, batch_size, report)
+            self._compute(vision, pictures, records, stale, batch_size, report, on_bad)
         if self._path == self._partial:
             with self._partial.open("r+b") as file:
                 file.truncate(self._shape[0] * self._row_bytes)
@@ -206,6 +217,7 @@ class _Cache:
         stale: list[int],
         batch_size: int,
         report: Report | None,
+        on_bad: OnBad | None,
     ) -> None:
         device = vision.class_embedding.device
         total, keep_at = len(pictures), time.monotonic() + KEEP_SECONDS
@@ -223,8 +235,18 @@ class _Cache:
                     numbers = stale[start : start + batch_size]
                     paths = [pictures.paths[number] for number in numbers]
                     stamps = list(pool.map(stamp_of, paths))
-                    features_BPD = vision.features(pictures.pixels(numbers).to(device)).to(torch.float16)
-                    if not torch.isfinite(features_BPD).all():
+                    read = pictures.read(numbers)
+                    for path, found in zip(paths, read, strict=True):
+                        if isinstance(found, ImageError):
+                            if on_bad is None:
+                                raise found
+                            on_bad(path, found)
+                    features_BPD = torch.full((len(numbers), *self._shape[1:]), torch.nan, dtype=torch.float16)
+                    is_sound_B = torch.tensor([isinstance(found, Tensor) for found in read])
+                    if is_sound_B.any():
+                        pixels_BCHW = torch.stack([found for found in read if isinstance(found, Tensor)])
+                        features_BPD[is_sound_B] = vision.features(pixels_BCHW.to(device)).to("cpu", torch.float16)
+                    if not torch.isfinite(features_BPD[is_sound_B]).all():
                         if (name := first_not_finite(vision)) is not None:
                             raise RecipeError(
                                 f"{name} of the image encoder is NaN or infinite; start from another model"
@@ -233,7 +255,7 @@ class _Cache:
                             f"the features of {paths[0]} or one of the next {len(numbers) - 1} pictures "
                             "do not fit into half precision; train without data.features"
                         )
-                    rows = [features_PD.numpy().tobytes() for features_PD in features_BPD.cpu()]
+                    rows = [features_PD.numpy().tobytes() for features_PD in features_BPD]
                     for number, row in zip(numbers, rows, strict=True):
                         file.seek(number * self._row_bytes)
                         file.write(row)

@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blip2.data.sample import Row
+from blip2.errors import ImageError
 from blip2.image import load_image, to_pixels
 
 Batch = TypeVar("Batch")
@@ -41,11 +42,37 @@ class Pictures:
         return len(self.paths)
 
     def pixels(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
-        """Normalised pixels ``float32[B, 3, H, W]`` of the pictures with these numbers."""
-        return torch.cat(list(self._pool.map(self._one, [self.paths[number] for number in numbers])))
+        """Normalised pixels ``float32[B, 3, H, W]`` of the pictures with these numbers. Raises ImageError."""
+        read = self.read(numbers)
+        for found in read:
+            if isinstance(found, ImageError):
+                raise found
+        return torch.stack([found for found in read if isinstance(found, Tensor)])
 
-    def _one(self, path: str) -> Tensor:
-        return to_pixels([load_image(path)], size=self.size, mean=self.mean, std=self.std)
+    def read(self, numbers: Sequence[int] | np.ndarray) -> list[Tensor | ImageError]:
+        """The pixels ``float32[3, H, W]`` of each of the pictures with these numbers, or what is wrong with it."""
+        return list(self._pool.map(self._one, [self.paths[number] for number in numbers]))
+
+    def _one(self, path: str) -> Tensor | ImageError:
+        try:
+            image = load_image(path, allow_truncated=None)
+        except ImageError as error:
+            return error
+        return to_pixels([image], size=self.size, mean=self.mean, std=self.std)[0]
+
+
+class BadPictures:
+    """Those that could not be read, by path, each with what is wrong with it; or the first ends it all."""
+
+    def __init__(self, on_bad_picture: Literal["skip", "stop"]) -> None:
+        self._is_error = on_bad_picture == "stop"
+        self.found: dict[str, str] = {}
+
+    def note(self, path: str, error: ImageError) -> None:
+        """Raises the error if the recipe says so. By any thread."""
+        if self._is_error:
+            raise ImageError(f'{error}; or pass such pictures over: data.on_bad_picture = "skip"') from error
+        self.found.setdefault(path, str(error))
 
 
 def indices_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from PIL.ImageFile import ImageFile
 from blip2.errors import ImageError, ImageFormatError, ImageSizeError
 from blip2.image import png
 from blip2.image.colour import plain, to_srgb
-from blip2.image.formats import FORMATS, HEAD_BYTES, SPOKEN, TEXT, foreign, format_of, is_raw_photo, readable
+from blip2.image.formats import HEAD_BYTES, SPOKEN, TEXT, foreign, format_of, is_raw_photo, readable
 from blip2.image.quiet import quiet
 from blip2.image.sources import reason_of
 
@@ -50,7 +50,7 @@ _one_large_picture = threading.Lock()
 
 
 def decode(
-    stream: BinaryIO, name: str, *, max_pixels: int, formats: tuple[str, ...], allow_truncated: bool
+    stream: BinaryIO, name: str, *, max_pixels: int, formats: tuple[str, ...], allow_truncated: bool | None
 ) -> RgbImage:
     """The picture in a stream, as people see it. Raises ImageError."""
     head = stream.read(HEAD_BYTES)
@@ -63,7 +63,7 @@ def decode(
         _check_size(opened, name, max_pixels)
         is_large = opened.width * opened.height > LARGE_PIXELS
         with _one_large_picture if is_large else nullcontext():
-            image = _load(opened, stream, name, formats, allow_truncated)
+            image = _load(opened, stream, name, allow_truncated)
             try:
                 rgb = _flatten(image, name, profile)
                 # Only now: a TIFF turns itself while it loads, and then forgets its tag.
@@ -168,7 +168,7 @@ def _num_scans(content: bytes) -> int:
 # ---- its pixels ---------------------------------------------------------------------------------------
 
 
-def _load(image: ImageFile, stream: BinaryIO, name: str, formats: tuple[str, ...], allow_truncated: bool) -> ImageFile:
+def _load(image: ImageFile, stream: BinaryIO, name: str, allow_truncated: bool | None) -> ImageFile:
     """The image with its pixels; those that are missing at the end are grey (JPEG) or black if that is allowed."""
     try:
         image.load()
@@ -179,8 +179,8 @@ def _load(image: ImageFile, stream: BinaryIO, name: str, formats: tuple[str, ...
         reason = reason_of(error)
         is_cut = "truncated" in reason
         if not (is_cut and allow_truncated):
-            has_option = is_cut and formats is FORMATS  # the server, which names its formats, does not offer it
-            remedy = ", or take what is there by allow_truncated=True" if has_option else ""
+            is_offered = is_cut and allow_truncated is not None
+            remedy = ", or take what is there by allow_truncated=True" if is_offered else ""
             raise ImageError(f"{name}: damaged or cut short ({reason}); save or download it again{remedy}") from error
     try:
         if image.format in ("JPEG", "MPO"):  # its decoder gives out the last rows when it sees the end

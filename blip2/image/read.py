@@ -27,7 +27,7 @@ class Reading:
     """Which pictures are read, as `load_image` has it. Raises OptionError for what cannot be."""
 
     max_pixels: int = MAX_PIXELS
-    allow_truncated: bool = False
+    allow_truncated: bool | None = False
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
@@ -49,7 +49,7 @@ def load_image(
     source: Source,
     *,
     max_pixels: int = MAX_PIXELS,
-    allow_truncated: bool = False,
+    allow_truncated: bool | None = False,
     max_bytes: int = MAX_BYTES,
     timeout_s: float = TIMEOUT_S,
     formats: tuple[str, ...] = FORMATS,
@@ -71,8 +71,9 @@ def load_image(
 
     `max_pixels` is checked from the header, before anything is decoded; by default it lets pass what
     telephones take. `allow_truncated` takes a file that lacks its end, if some of its pixels are there; the
-    others are grey or black. `max_bytes` and `timeout_s` bound a download, or a pipe (seconds, the whole of
-    it); only `formats` are read (Pillow's names). HEIC needs pillow-heif.
+    others are grey or black (None: as False, where the error shall not tell of that option). `max_bytes` and
+    `timeout_s` bound a download, or a pipe (seconds, the whole of it); only `formats` are read (Pillow's
+    names). HEIC needs pillow-heif.
 
     Raises ImageError, one line that names the source, for anything that cannot be read. Warnings of Pillow do
     not appear.

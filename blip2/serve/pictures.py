@@ -61,7 +61,7 @@ class Pictures:
             raise told from error
 
     def _load(self, content: bytes) -> RgbImage:
-        return load_image(content, max_pixels=self._limits.max_pixels, formats=FORMATS)
+        return load_image(content, max_pixels=self._limits.max_pixels, allow_truncated=None, formats=FORMATS)
 
     def close(self) -> None:
         for pool in (self._decoders, self._fetchers):

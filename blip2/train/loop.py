@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,15 @@ class Task:
     evaluate: Callable[[], dict[str, float]] | None = None
     num_cut: Callable[[], int] = int
     """How many texts were longer than the recipe allows, so far."""
+    bad_pictures: Callable[[], dict[str, str]] = dict
+    """Those that could not be read so far, by path, each with what is wrong with it."""
 
 
 def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], AbstractContextManager]) -> None:
     """Train to the recipe's last step, from wherever the state in its folder stands.
 
-    Raises `TrainingStopped` after SIGINT or SIGTERM (the state is saved), `TrainingFailed` if the loss is no
-    number ten steps in a row (the state before them is saved) or in none of all steps, or if a trained weight is none.
+    Raises `TrainingStopped` after SIGINT or SIGTERM, `TrainingFailed` if the loss is no number ten steps in a row or in
+    none of all steps, or if a trained weight is none, and whatever a step raises. What was learnt before is saved.
     """
     folder, optim = recipe.out / "training", recipe.optim
     parameters = trained_parameters(task.model)
@@ -89,58 +91,78 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
     first = load_state(folder, parameters, optimizer, recipe)
     log = Log(recipe.out / "log.jsonl", keep_to=first)
     meter = Meter(report, log, recipe, first)
-    bad_steps, saved = 0, first
+    bad_steps, done, saved = 0, first, first
+    is_whole = True
+
+    def save() -> None:
+        nonlocal saved
+        with meter.paused():
+            save_state(folder, parameters, optimizer, recipe, step=done)
+        saved = done
+        meter.say("checkpoint", done, f"saved the state of step {done}")
+
+    def evaluate() -> None:
+        if task.evaluate is not None and (done % recipe.evaluate_every == 0 or done == optim.steps):
+            task.learning.eval()
+            with meter.paused(), torch.no_grad(), autocast():
+                meter.scores(done, task.evaluate())
 
     with stop_signals() as stop, log:
-        for step, batch in enumerate(prefetch(task.make_batch, range(first, optim.steps)), start=first):
-            torch.manual_seed(recipe.seed * 1_000_003 + step)
-            generator.manual_seed(recipe.seed * 1_000_003 + step)
-            task.learning.train()
-            rate = learning_rate(step, optim)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with autocast():
-                losses = task.losses(batch, generator)
-                loss = torch.stack([value.float() for value in losses.values()]).sum()
-            is_good = math.isfinite(loss.item())
-            if is_good:
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(parameters.values(), optim.clip or math.inf)
-                is_good = math.isfinite(norm.item())
-            if is_good:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done = step + 1
-            bad_steps = 0 if is_good else bad_steps + 1
-            if not is_good:
-                meter.say("train", done, f"skipped step {done}: the loss or its gradient is no number")
-            is_last = done == optim.steps
-            if bad_steps == MOST_BAD_STEPS or (is_last and bad_steps == done):
-                if done - bad_steps > saved and first_not_finite(parameters) is None:
-                    saved = done - bad_steps  # nothing was learnt since
-                    save_state(folder, parameters, optimizer, recipe, step=saved)
-                raise TrainingFailed(
-                    f"no number as loss or gradient in {bad_steps} steps in a row, the last is step {done}: "
-                    f"{_cause(task.model, parameters)}; {_state(folder, saved)}"
-                )
-            meter.add(done, losses if is_good else {}, rate, task.num_cut())
-            is_due = done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0
-            if (is_due or is_last or stop.is_set()) and first_not_finite(parameters) is not None:
-                raise TrainingFailed(f"after step {done} {_cause(task.model, parameters)}; {_state(folder, saved)}")
-            if task.evaluate is not None and (done % recipe.evaluate_every == 0 or is_last):
-                task.learning.eval()
-                with meter.paused(), torch.no_grad(), autocast():
-                    meter.scores(done, task.evaluate())
-            if done % recipe.checkpoint_every == 0 or is_last or stop.is_set():
-                with meter.paused():
-                    save_state(folder, parameters, optimizer, recipe, step=done)
-                saved = done
-                meter.say("checkpoint", done, f"saved the state of step {done}")
-            if stop.is_set() and not is_last:
-                raise TrainingStopped(
-                    f"stopped after step {done} of {optim.steps}; the state is in {folder}: start the same recipe "
-                    "again to go on"
-                )
+        try:
+            if first and log.evaluated != first:  # an error came between the step and its evaluation
+                evaluate()
+            for step, batch in enumerate(prefetch(task.make_batch, range(first, optim.steps)), start=first):
+                torch.manual_seed(recipe.seed * 1_000_003 + step)
+                generator.manual_seed(recipe.seed * 1_000_003 + step)
+                task.learning.train()
+                rate = learning_rate(step, optim)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                with autocast():
+                    losses = task.losses(batch, generator)
+                    loss = torch.stack([value.float() for value in losses.values()]).sum()
+                is_good = math.isfinite(loss.item())
+                if is_good:
+                    loss.backward()
+                    norm = nn.utils.clip_grad_norm_(parameters.values(), optim.clip or math.inf)
+                    is_good = math.isfinite(norm.item())
+                is_whole = False
+                if is_good:
+                    optimizer.step()
+                done, is_whole = step + 1, True
+                optimizer.zero_grad(set_to_none=True)
+                bad_steps = 0 if is_good else bad_steps + 1
+                if not is_good:
+                    meter.say("train", done, f"skipped step {done}: the loss or its gradient is no number")
+                is_last = done == optim.steps
+                if bad_steps == MOST_BAD_STEPS or (is_last and bad_steps == done):
+                    if done - bad_steps > saved and first_not_finite(parameters) is None:
+                        saved = done - bad_steps  # nothing was learnt since
+                        save_state(folder, parameters, optimizer, recipe, step=saved)
+                    raise TrainingFailed(
+                        f"no number as loss or gradient in {bad_steps} steps in a row, the last is step {done}: "
+                        f"{_cause(task.model, parameters)}; {_state(folder, saved)}"
+                    )
+                meter.bad_pictures(done, task.bad_pictures())
+                meter.add(done, losses if is_good else {}, rate, task.num_cut())
+                is_due = done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0
+                if (is_due or is_last or stop.is_set()) and first_not_finite(parameters) is not None:
+                    raise TrainingFailed(f"after step {done} {_cause(task.model, parameters)}; {_state(folder, saved)}")
+                evaluate()
+                if done % recipe.checkpoint_every == 0 or is_last or stop.is_set():
+                    save()
+                if stop.is_set() and not is_last:
+                    raise TrainingStopped(
+                        f"stopped after step {done} of {optim.steps}; the state is in {folder}: start the same recipe "
+                        "again to go on"
+                    )
+        except TrainingFailed:  # has saved what is worth it
+            raise
+        except BaseException:
+            if is_whole and done > saved and first_not_finite(parameters) is None:
+                with suppress(Exception):  # what went wrong first is what is told
+                    save()
+            raise
     task.model.eval()
 
 
@@ -166,6 +188,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._count, self._last, self._started = 0, first, time.perf_counter()
         self._is_cut_told = False
+        self._bad: set[str] = set()
 
     def add(self, done: int, losses: dict[str, Tensor], rate: float, num_cut: int) -> None:
         for name, value in losses.items():
@@ -177,13 +200,21 @@ class Meter:
         steps, now = self._recipe.optim.steps, time.perf_counter()
         steps_per_s = (done - self._last) / (now - self._started)
         images_per_s, left_s = steps_per_s * self._recipe.optim.batch_size, (steps - done) / steps_per_s
-        values = {"learning_rate": rate, "images_per_s": round(images_per_s, 2), "cut_texts": num_cut}
+        values = {"learning_rate": rate, "images_per_s": round(images_per_s, 2), "cut_texts": num_cut,
+                  "bad_pictures": len(self._bad)}  # fmt: skip
         self._log.write({"step": done, **means, **values})
         message = ""
         if num_cut and not self._is_cut_told:
             message, self._is_cut_told = "some texts are longer than the recipe allows, and are cut", True
         self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s, message))
         self._sums, self._count, self._last, self._started = {}, 0, done, now
+
+    def bad_pictures(self, done: int, found: dict[str, str]) -> None:
+        """Tell and log those that are new."""
+        for path in found.keys() - self._bad:
+            self._log.write({"step": done, "bad_picture": path, "problem": found[path]})
+            self.say("train", done, f"passed over: {found[path]}")
+        self._bad |= found.keys()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -206,6 +237,8 @@ class Log:
     def __init__(self, path: Path, keep_to: int) -> None:
         lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() and keep_to else []
         kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= keep_to]
+        self.evaluated = max((json.loads(line)["step"] for line in kept if '"evaluation"' in line), default=0)
+        """The step of the last evaluation in it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")

@@ -7,6 +7,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from blip2 import checkpoint
 from blip2.checkpoint import ImageSettings
-from blip2.data import FeatureFile, Pictures, frozen_features, indices_of_step, read_rows
+from blip2.data import BadPictures, FeatureFile, Pictures, frozen_features, indices_of_step, read_rows
 from blip2.data.features import fingerprint
-from blip2.errors import RecipeError
+from blip2.errors import ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
 from blip2.train import stage1, stage2
@@ -40,28 +41,59 @@ class RowSet:
         settings: ImageSettings,
         recipe: Recipe,
         report: Report,
+        bad: BadPictures,
     ) -> None:
         self.rows = read_rows(files, images)
         self.pictures = Pictures(
             self.rows, size=settings.size, mean=settings.mean, std=settings.std, threads=recipe.threads
         )
         self._vision = vision
+        self._bad = bad
         self._file: FeatureFile | None = None
         if recipe.data.features is not None:
             listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
             name = f"{files[0].absolute().parent.name}-{files[0].stem}-{listed[:8]}"
             self._file = frozen_features(
-                vision, self.pictures, recipe.data.features, name, report=_feature_report(report)
+                vision, self.pictures, recipe.data.features, name, report=_feature_report(report), on_bad=bad.note
             )
 
     def keep(self, count: int) -> None:
         """Only the first rows."""
         self.rows = self.rows[:count]
 
-    def read(self, numbers: np.ndarray) -> Tensor:
-        """What is stored of these rows' pictures: features ``float16[B, 1 + P, D]`` or pixels."""
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Rows, and what is stored of their pictures: features ``float16[B, 1 + P, D]`` or pixels.
+
+        They are the rows with these numbers, but one whose picture cannot be read gives its place to the next one
+        whose can be. So a batch follows from the numbers and the files alone, whatever was read before.
+        """
+        numbers, found = numbers.copy(), self._stored(numbers)
+        for place in range(len(numbers)):
+            first = numbers[place]
+            while isinstance(error := found[place], ImageError):
+                self._bad.note(self.rows[numbers[place]].image, error)
+                numbers[place] = (numbers[place] + 1) % len(self.rows)
+                if numbers[place] == first:
+                    raise RecipeError(f"none of the pictures of {len(self.rows):,} rows can be read, such as {error}")
+                [found[place]] = self._stored(numbers[place : place + 1])
+        # By numpy: under autocast torch would have all of one precision.
+        return numbers, torch.from_numpy(np.stack([stored.numpy() for stored in found if isinstance(stored, Tensor)]))
+
+    def _stored(self, numbers: np.ndarray) -> list[Tensor | ImageError]:
         pictures = self.pictures.number_of_row[numbers]
-        return self.pictures.pixels(pictures) if self._file is None else self._file.read(pictures)
+        if self._file is None:
+            return self.pictures.read(pictures)
+        return [
+            self._problem(number) if features_PD[0, 0].isnan() else features_PD
+            for number, features_PD in zip(pictures, self._file.read(pictures), strict=True)
+        ]
+
+    def _problem(self, number: int) -> ImageError:
+        """What is wrong with a picture that could not be read when the features were made."""
+        [found] = self.pictures.read([number])
+        if isinstance(found, ImageError):
+            return found
+        return ImageError(f"{self.pictures.paths[number]}: can be read only now; start again to learn from it, too")
 
     def features(self, stored: Tensor) -> Tensor:
         """Features before the last norm ``float[B, 1 + P, D]`` of what `read` gave."""
@@ -95,8 +127,10 @@ def prepare(model: Blip2 | Blip2Matcher, folder: Path, recipe: Recipe, report: R
             parameter.data = parameter.data.float()  # small steps vanish in half precision
     tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder)
 
+    bad = BadPictures(recipe.data.on_bad_picture)
+
     def row_set(files: Sequence[Path], images: Path | None) -> RowSet:
-        return RowSet(files, images, model.vision, settings, recipe, report)
+        return RowSet(files, images, model.vision, settings, recipe, report, bad)
 
     train_set = row_set(recipe.data.rows, recipe.data.images)
     held_out = None
@@ -108,8 +142,10 @@ def prepare(model: Blip2 | Blip2Matcher, folder: Path, recipe: Recipe, report: R
             f"optim.batch_size is {recipe.optim.batch_size}, but there are only {len(train_set.rows)} rows; lower it"
         )
     if isinstance(model, Blip2Matcher):
-        return _Stage1(model, tokenizer, recipe).task(train_set, held_out)
-    return _Stage2(model, tokenizer, recipe).task(train_set, held_out)
+        task = _Stage1(model, tokenizer, recipe).task(train_set, held_out)
+    else:
+        task = _Stage2(model, tokenizer, recipe).task(train_set, held_out)
+    return replace(task, bad_pictures=lambda: dict(bad.found))
 
 
 T = TypeVar("T", bound=tuple)
@@ -180,6 +216,7 @@ class _Stage1:
         return Task(self.model, self.model.qformer, make_batch, losses, evaluate, lambda: self.num_cut)
 
     def batch(self, row_set: RowSet, numbers: np.ndarray, chance: random.Random) -> Stage1Batch:
+        numbers, stored = row_set.read(numbers)
         texts = [self.encode(chance.choice(row_set.rows[number].captions)) for number in numbers]
         text_BT = np.full((len(texts), max(map(len, texts))), self.pad)
         mask_BT = np.zeros(text_BT.shape, dtype=bool)
@@ -187,7 +224,7 @@ class _Stage1:
             text_BT[row, : len(text)] = text
             mask_BT[row, : len(text)] = True
         picture_B = torch.from_numpy(row_set.pictures.number_of_row[numbers])
-        return Stage1Batch(row_set.read(numbers), torch.from_numpy(text_BT), torch.from_numpy(mask_BT), picture_B)
+        return Stage1Batch(stored, torch.from_numpy(text_BT), torch.from_numpy(mask_BT), picture_B)
 
     def losses(self, row_set: RowSet, batch: Stage1Batch, generator: torch.Generator | None) -> stage1.Stage1Losses:
         batch = to_device(batch, self.model.qformer.query_tokens.device)
@@ -253,10 +290,11 @@ class _Stage2:
         return Task(self.model, self.model.qformer, make_batch, losses, evaluate, lambda: self.source.num_cut)
 
     def batch(self, row_set: RowSet, numbers: np.ndarray, chance: random.Random) -> Stage2Batch:
+        numbers, stored = row_set.read(numbers)
         count = self.recipe.data.texts_per_image
         drawn = [self.source.draw(row_set.rows[number], count, chance) for number in numbers]
         kinds = [text.kind for texts in drawn for text in texts]
-        return Stage2Batch(row_set.read(numbers), stage2.collate(drawn, self.model.config.language), kinds)
+        return Stage2Batch(stored, stage2.collate(drawn, self.model.config.language), kinds)
 
     def losses(self, row_set: RowSet, batch: Stage2Batch) -> stage2.Stage2Losses:
         batch = to_device(batch, self.model.qformer.query_tokens.device)

@@ -33,6 +33,9 @@ class DataRecipe:
     """Where the rows' relative picture paths start; absent: the folder of each file of rows."""
     features: Path | None = None
     """A folder for the frozen image encoder's output, computed once; absent: computed at every step."""
+    on_bad_picture: Literal["skip", "stop"] = "skip"
+    """A picture that cannot be read: its row gives its place to the next one whose can be, and the log names it; or
+    its error ends the training, with its state saved."""
     max_text_tokens: int = 32
     """Stage 1: of a caption with its [CLS] and [SEP]; stage 2: of a caption or an answer with its end."""
     max_prompt_tokens: int = 128

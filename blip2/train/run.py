@@ -46,7 +46,9 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     task = prepare(model, folder, recipe, report)
     train(task, recipe, report=report, autocast=autocast)
     checkpoint.save(model, recipe.out, tokenizer=folder / "tokenizer.json")
-    report(Progress("done", steps, steps, message=f"wrote {recipe.out}"))
+    number = len(task.bad_pictures())
+    told = f"; {number:,} pictures could not be read and were passed over, log.jsonl names them" if number else ""
+    report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))
     return recipe.out
 
 

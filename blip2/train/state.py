@@ -21,7 +21,7 @@ from blip2.train.recipes import Recipe
 
 STATE = "state.safetensors"
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "updates": "step"}
-FREE = {"out", "evaluation", "threads", "log_every", "evaluate_every", "checkpoint_every", "features"}
+FREE = {"out", "evaluation", "threads", "log_every", "evaluate_every", "checkpoint_every", "features", "on_bad_picture"}
 """What of a recipe may change between stopping and going on; all else would make it another training."""
 ROWS = "what is in data.rows"
 """Not a value of the recipe, but what such a value stands for."""

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from blip2 import disk
 from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.data import Pictures, Row, frozen_features
 from blip2.data.features import fingerprint
-from blip2.errors import RecipeError
+from blip2.errors import ImageError, RecipeError
 from blip2.vision import VisionTransformer
 from tests import tiny
 from tests.tiny import VISION
@@ -179,3 +180,19 @@ def test_a_damaged_encoder_is_named(vision, shown, tmp_path):
     vision.blocks[0].fc1.weight.data[0, 0] = float("nan")
     with pytest.raises(RecipeError, match=r"blocks.0.fc1.weight of the image encoder is NaN or infinite"):
         frozen_features(vision, shown, tmp_path, "rows")
+
+
+def test_a_picture_that_cannot_be_read_is_seen_once_it_can(vision, pictures, tmp_path):
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for path, picture in zip(paths, pictures, strict=False):
+        shutil.copy(picture, path)
+    Path(paths[1]).write_bytes(b"broken")
+    shown, told = Pictures([Row(path) for path in paths], size=32, mean=CLIP_MEAN, std=CLIP_STD), []
+    with pytest.raises(ImageError, match=r"1\.png: not a JPEG"):
+        frozen_features(vision, shown, tmp_path, "rows")
+    file = frozen_features(vision, shown, tmp_path, "rows", on_bad=lambda path, error: told.append(path))
+    assert told == [paths[1]]
+    assert file.read(shown.number_of_row).isnan().flatten(1).all(1).tolist() == [False, True, False]
+    shutil.copy(pictures[1], paths[1])
+    file = frozen_features(vision, shown, tmp_path, "rows", on_bad=lambda path, error: told.append(path))
+    assert told == [paths[1]] and not file.read(shown.number_of_row).isnan().any()

@@ -79,7 +79,7 @@ def test_resuming_is_as_if_nothing_had_happened(tmp_path):
     again = task()
     seen = []
     run(again, recipe(tmp_path / "parts"), seen.append)
-    assert seen[0].step == 6  # after the state of step 5
+    assert seen[0].step == 9  # an error saves the state before it ends the run
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
     assert torch.equal(again.model.weight, whole.model.weight)
 
@@ -159,6 +159,35 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     seen = []
     run(task(), recipe(tmp_path), seen.append)
     assert seen[0].step == 8
+
+
+@pytest.mark.parametrize("where", ["make_batch", "losses", "evaluate"])
+def test_the_state_is_saved_before_an_error_ends_the_run(tmp_path, where):
+    """A picture, memory, an evaluation: whatever fails once six steps are done."""
+    is_broken = True
+
+    def training():
+        done = task(evaluate=lambda: {"score": 0.5})
+
+        def fail(step, *arguments):
+            if is_broken and step == 6:
+                raise MemoryError("no more")
+            return getattr(done, where)(step, *arguments) if where != "evaluate" else {"score": 0.5}
+
+        return replace(done, **{where: fail if where != "evaluate" else lambda: fail(6)})
+
+    seen = []
+    with pytest.raises(MemoryError, match="no more"):
+        run(training(), recipe(tmp_path), seen.append)
+    assert seen[-1].message == "saved the state of step 6"
+    is_broken, seen = False, []
+    run(training(), recipe(tmp_path), seen.append)
+    assert [(p.phase, p.step) for p in seen if p.losses or p.scores][:2] == (
+        [("evaluation", 6), ("train", 7)] if where == "evaluate" else [("train", 7), ("train", 8)]
+    )
+    whole = task()
+    run(whole, recipe(tmp_path / "whole"))
+    assert losses_of(tmp_path) == losses_of(tmp_path / "whole")
 
 
 def test_a_bad_step_is_skipped_and_told(tmp_path):

@@ -3,13 +3,14 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from blip2 import checkpoint, train
-from blip2.errors import CheckpointError, RecipeError
+from blip2.errors import CheckpointError, ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
 
@@ -110,6 +111,72 @@ def test_bf16_trains_too(write_recipe, matching_model, any_model):
     for stage, start in ((1, matching_model), (2, any_model)):
         out = train.run(write_recipe(stage, start), overrides={"precision": "bf16"})
         assert all(value.dtype == torch.float32 for value in weights(out).values())
+
+
+# ---- pictures that cannot be read ----
+
+
+@pytest.fixture
+def broken(rows, tmp_path):
+    """Two of the eight pictures: one cut, one missing."""
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    content = Path(lines[2]["image"]).read_bytes()
+    cut, missing = tmp_path / "cut.png", tmp_path / "missing.png"
+    cut.write_bytes(content[: len(content) // 2])
+    lines[2]["image"], lines[7]["image"] = str(cut), str(missing)
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {str(cut), str(missing)}
+
+
+def losses(folder):
+    kinds = ("itc", "itm", "lm", "evaluation")
+    return [{kind: line[kind] for kind in kinds if kind in line} for line in log(folder) if "bad_picture" not in line]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("features", ["features", None])
+def test_bad_pictures_are_passed_over_counted_and_named(
+    write_recipe, matching_model, opt_model, broken, tmp_path, stage, features
+):
+    path, seen = write_recipe(stage, matching_model if stage == 1 else opt_model), []
+    if features is None:
+        path.write_text(path.read_text().replace('features = "features"', ""))
+    out = train.run(path, report=seen.append)
+    named = [line for line in log(out) if "bad_picture" in line]
+    assert {line["bad_picture"] for line in named} == broken and len(named) == 2
+    assert all("damaged or cut short" in line["problem"] or "no such file" in line["problem"] for line in named)
+    assert [line for line in log(out) if "bad_pictures" in line][-1]["bad_pictures"] == 2
+    assert seen[-1].message.endswith("; 2 pictures could not be read and were passed over, log.jsonl names them")
+    assert sum(progress.message.startswith("passed over: ") for progress in seen) == 2
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        if progress.phase == "train" and progress.step == 3 and progress.losses:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train.run(path, report=stop, overrides={"out": "parts"})
+    assert losses(train.run(path, overrides={"out": "parts"})) == losses(out)
+
+
+def test_bad_pictures_end_a_training_that_is_told_so(write_recipe, opt_model, broken, tmp_path):
+    path, seen = write_recipe(2, opt_model), []
+    path.write_text(path.read_text().replace('features = "features"', ""))
+    with pytest.raises(ImageError, match=r'data\.on_bad_picture = "skip"$') as raised:
+        train.run(path, report=seen.append, overrides={"data.on_bad_picture": "stop"})
+    assert any(name in str(raised.value) for name in broken) and "allow_truncated" not in str(raised.value)
+    saved = [progress.step for progress in seen if progress.message.startswith("saved the state")]
+    assert saved == [progress.step for progress in seen if progress.losses][-1:]
+    # The same recipe goes on from there once it passes them over, and learns what it would have learnt.
+    assert losses(train.run(path)) == losses(train.run(path, overrides={"out": "whole"}))
+
+
+def test_a_training_without_a_picture_is_an_error(write_recipe, opt_model, rows, tmp_path):
+    rows.write_text("".join(json.dumps({"image": f"{n}.png", "caption": "a dog"}) + "\n" for n in range(8)))
+    with pytest.raises(RecipeError, match=r"none of the pictures of 8 rows can be read, such as .*\d\.png"):
+        train.run(write_recipe(2, opt_model))
 
 
 def test_a_finished_run_is_not_repeated(write_recipe, opt_model):
