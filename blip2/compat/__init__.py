@@ -16,7 +16,8 @@ Names, defaults, shapes and values are those of transformers 5. What differs doe
 - ``repetition_penalty`` and ``no_repeat_ngram_size`` look at the new tokens only; the reference's look at the prompt
   too where the language model is an OPT.
 - Special tokens are those that the model's layout has; "<image>" or "</s>" within a text is text.
-- Pictures are turned upright by their EXIF and laid on white where they are transparent.
+- Pictures are laid on white where they are transparent. Those that are read here (paths, addresses) are also turned
+  upright by their EXIF and converted to sRGB; PIL images and arrays are taken as they stand, as the reference does.
 """
 
 from blip2.compat.generative import Blip2ForConditionalGeneration

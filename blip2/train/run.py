@@ -47,7 +47,7 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     train(task, recipe, report=report, autocast=autocast)
     checkpoint.save(model, recipe.out, tokenizer=folder / "tokenizer.json")
     number = len(task.bad_pictures())
-    told = f"; {number:,} pictures could not be read and were passed over, log.jsonl names them" if number else ""
+    told = f"; pictures that cannot be read: {number:,}, passed over and named in log.jsonl" if number else ""
     report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))
     return recipe.out
 
