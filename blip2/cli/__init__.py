@@ -145,7 +145,7 @@ def in_flags(message: str) -> str:
 def of_picture(message: str) -> str:
     """What is wrong with a picture, in the words of the command line; its name, which may be any, stays as it is."""
     message = message.replace("by allow_truncated=True", "by --allow-truncated")
-    message = message.replace("raise max_pixels", "raise --max-pixels")
+    message = message.replace("raise max_pixels", "raise --max-pixels").replace(", or raise max_bytes", "")
     if message.endswith("but text; name a picture"):
         message += ", or give a list of names by --files-from"
     return message

@@ -49,7 +49,7 @@ class Found:
             kinds += ["..."] if len(self.others) > MOST_KINDS else []
             told.append(f"{_number(self.others.total(), 'other file')} ({', '.join(kinds)})")
         if self.links:
-            told.append(f"{_number(self.links, 'link')} to folders")
+            told.append(_number(self.links, "linked folder"))
         return f"passed over in folders: {', '.join(told)}" if told else ""
 
 

@@ -18,7 +18,7 @@ from blip2.image.decode import MAX_PIXELS, RgbImage, decode, from_image
 from blip2.image.formats import FORMATS
 from blip2.image.sources import Source, from_array, name_of, stream_of
 
-MAX_BYTES = 20 * 2**20
+MAX_BYTES = 100 * 2**20
 TIMEOUT_S = 20.0
 
 

@@ -95,6 +95,8 @@ def _from_pipe(path: str | os.PathLike, name: str, max_bytes: int, timeout_s: fl
         while len(content) <= max_bytes:
             chunk = pipe.read(2**16)
             if chunk == b"":
+                if not content:
+                    raise ImageError(f"{name}: a pipe into which nobody writes; name a picture file")
                 return bytes(content)
             if chunk is not None:
                 content += chunk

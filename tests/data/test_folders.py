@@ -44,7 +44,7 @@ def test_what_is_no_picture_is_counted_in_one_line(place):
     assert names_of(found, top) == ["a.png"]
     assert found.is_complete
     told = found.passed_over()
-    assert told.startswith("passed over in folders: 5 other files (2 .txt, ") and told.endswith("), 1 link to folders")
+    assert told.startswith("passed over in folders: 5 other files (2 .txt, ") and told.endswith("), 1 linked folder")
     assert "1 without a suffix" in told and "\n" not in told
 
 
