@@ -20,7 +20,7 @@ from PIL.ImageFile import ImageFile
 from blip2.errors import ImageError, ImageFormatError, ImageSizeError
 from blip2.image import png
 from blip2.image.colour import plain, to_srgb
-from blip2.image.formats import HEAD_BYTES, SPOKEN, TEXT, foreign, format_of, is_raw_photo, readable
+from blip2.image.formats import HEAD_BYTES, SPOKEN, TEXT, foreign, format_of, grey_range, is_raw_photo, readable
 from blip2.image.quiet import quiet
 from blip2.image.sources import reason_of
 
@@ -217,9 +217,12 @@ def _flatten(image: Image.Image, name: str, profile: bytes | None) -> RgbImage:
     if image.mode == "RGB" and convert is plain and not image.has_transparency_data:
         return image._new(image.im)
 
+    black, white = grey_range(image)
+
     def flat(part: Image.Image) -> Image.Image:
         if part.mode.startswith("I"):
-            part = _to_8_bits(part, name)
+            part = _to_8_bits(part, name, black, white)
+        part = part.convert("LA") if part.mode == "La" else part
         if not part.has_transparency_data:
             return convert(part)
         layered = part.convert("RGBA")
@@ -243,12 +246,13 @@ def _in_strips(image: Image.Image, change: Callable[[Image.Image], Image.Image])
     return changed
 
 
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Grey of 16 or 32 bits (modes I;16, I) -> L, or LA where one value is declared transparent."""
+def _to_8_bits(image: Image.Image, name: str, black: int, white: int) -> Image.Image:
+    """Grey of 12, 16 or 32 bits (modes I;16, I) -> L, or LA where one value is declared transparent."""
     values_HW = np.asarray(image).astype(np.int32)
-    if values_HW.min() < 0 or values_HW.max() > 65535:
-        raise ImageError(f"{name}: pixels outside 0..65535 have no known range; scale them to 8 bits first")
-    grey = Image.fromarray(((values_HW + 128) // 257).astype(np.uint8))
+    most = max(black, white)
+    if values_HW.min() < 0 or values_HW.max() > most:
+        raise ImageError(f"{name}: pixels outside 0..{most} have no known range; scale them to 8 bits first")
+    grey = Image.fromarray(((abs(values_HW - black) * 255 + most // 2) // most).astype(np.uint8))
     if (transparent := image.info.get("transparency")) is not None:
         grey.putalpha(Image.fromarray(np.where(values_HW == transparent, 0, 255).astype(np.uint8)))
     return grey

@@ -188,6 +188,17 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
+BITS, PHOTOMETRIC = 258, 262
+MIN_IS_WHITE = 0
+
+
+def grey_range(image: Image.Image) -> tuple[int, int]:
+    """Which values of grey of more than 8 bits are black and white; Pillow leaves those of a TIFF as they are."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    most = 4095 if tags.get(BITS) == (12,) else 65535
+    return (most, 0) if tags.get(PHOTOMETRIC) == MIN_IS_WHITE else (0, most)
+
+
 RAW_TAGS = (50706, 50740)  # DNGVersion, DNGPrivateData
 SUBFILE_TYPE, SUB_FILES = 254, 330
 

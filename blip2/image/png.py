@@ -28,14 +28,20 @@ def essence(stream: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
     """
     kept = [stream.read(SIGNATURE_BYTES)]
     profile: bytes | None = None
+    unpacked: set[bytes] = set()  # each once: a file may hold a thousand that unpack to as many times its size
     while len(header := stream.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         body = stream.read(length + 4)
         data = body[:length]
+        keyword = data.partition(b"\0")[0]
         if kind == b"iCCP":
-            profile = _unpacked(data.partition(b"\0")[2][1:])
+            if kind not in unpacked:
+                profile = _unpacked(data.partition(b"\0")[2][1:])
+                unpacked.add(kind)
         elif kind in TEXTS:
-            kept.append(_turning(kind, data))
+            if keyword in TURNING and keyword not in unpacked:
+                kept.append(_turning(kind, data))
+                unpacked.add(keyword)
         elif not kind[0] & 0x20 or kind in NEEDED:
             kept += [header, body]
         if kind == b"IEND" or len(body) < length + 4:
@@ -44,10 +50,8 @@ def essence(stream: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
 
 
 def _turning(kind: bytes, data: bytes) -> bytes:
-    """The chunk again, unpacked, if it may say how the picture is to be turned; else nothing."""
+    """A chunk of `TURNING` again, unpacked; nothing if it cannot be."""
     keyword, _, rest = data.partition(b"\0")
-    if keyword not in TURNING:
-        return b""
     text: bytes | None = rest
     if kind == b"zTXt":
         text = _unpacked(rest[1:])

@@ -229,6 +229,15 @@ def test_a_png_is_turned_by_its_texts(turning):
     assert load_image(with_chunks(PNG, turning)).size == (64, 96)
 
 
+def test_a_thousand_packed_texts_are_not_unpacked_a_thousand_times(monkeypatch):
+    unpacked = []
+    monkeypatch.setattr("blip2.image.png._unpacked", lambda data: unpacked.append(len(data)) or b"x")
+    text = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LONG))
+    profile = chunk(b"iCCP", b"profile\0\0" + zlib.compress(LONG))
+    assert load_image(with_chunks(PNG, *[text, profile] * 500)).size == GRADIENT.size
+    assert len(unpacked) == 2
+
+
 def test_pictures_of_telephones_pass():
     """200 megapixels, of which only the header is there: it is not the number of pixels that is complained about."""
     header = struct.pack(">IIBBBBB", 16320, 12240, 8, 2, 0, 0, 0)
@@ -245,6 +254,26 @@ def test_a_large_picture_is_made_strip_by_strip_to_the_same(monkeypatch):
     monkeypatch.setattr("blip2.image.decode.LARGE_PIXELS", 700)
     for content, expected in zip(contents, whole, strict=True):
         assert np.array_equal(load_image(content), expected)
+
+
+def grey_tiff(bits: int, photometric: int, row: bytes, width: int) -> bytes:
+    """A TIFF of one row, made by hand: width, height, bits, no compression, what black is, and where the row is."""
+    tags = ((256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8 + 2 + 9 * 12 + 4), (277, 1),
+            (278, 1), (279, len(row)))  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0\0\0\0" + row
+
+
+def test_grey_of_more_bits_is_scaled_from_black_to_white():
+    deep = struct.pack("<3H", 0, 32896, 65535)
+    for bits, photometric, row, expected in (
+        (16, 1, deep, [0, 128, 255]),
+        (16, 0, deep, [255, 127, 0]),  # 0 is white: X-rays and facsimiles
+        (12, 1, bytes([0x00, 0x08, 0x08, 0xFF, 0xF0, 0x00]), [0, 128, 255]),
+        (8, 0, bytes([0, 128, 255]), [255, 127, 0]),
+    ):
+        assert np.asarray(load_image(grey_tiff(bits, photometric, row, 3)))[0, :, 0].tolist() == expected
+    assert np.asarray(load_image(Image.new("LA", (1, 1), (0, 51)).convert("La"))).tolist() == [[[204, 204, 204]]]
 
 
 # ---- pictures cut short -------------------------------------------------------------------------------
