@@ -32,16 +32,16 @@ def essence(stream: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
     while len(header := stream.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         body = stream.read(length + 4)
-        data = body[:length]
-        keyword = data.partition(b"\0")[0]
-        if kind == b"iCCP":
-            if kind not in unpacked:
+        if kind == b"iCCP" or kind in TEXTS:
+            data = body[:length]
+            keyword = kind if kind == b"iCCP" else data.partition(b"\0")[0]
+            if keyword in unpacked:
+                pass
+            elif keyword == b"iCCP":
                 profile = _unpacked(data.partition(b"\0")[2][1:])
-                unpacked.add(kind)
-        elif kind in TEXTS:
-            if keyword in TURNING and keyword not in unpacked:
+            elif keyword in TURNING:
                 kept.append(_turning(kind, data))
-                unpacked.add(keyword)
+            unpacked.add(keyword)
         elif not kind[0] & 0x20 or kind in NEEDED:
             kept += [header, body]
         if kind == b"IEND" or len(body) < length + 4:
