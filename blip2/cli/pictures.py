@@ -42,9 +42,9 @@ PICTURES = (*FOLDERS, *NULL, *READING)
 
 
 def of_reading(options: dict[str, Any]) -> dict[str, Any]:
-    """Take those of `READING` out of all options of a verb, for `load`."""
-    max_pixels, allow_truncated = options.pop("max_pixels"), options.pop("allow_truncated")
-    return {"allow_truncated": allow_truncated} | ({} if max_pixels is None else {"max_pixels": max_pixels})
+    """Take those of `READING` that were given out of all options of a verb, for `load`."""
+    given = {name: options.pop(name) for name in ("max_pixels", "allow_truncated")}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)
