@@ -82,7 +82,7 @@ class _Walk:
 
     def run(self) -> None:
         pictures: list[str] = []
-        num_problems = len(self.found.problems)
+        num_told = self._num_told()
         waiting = [self.top]
         while waiting:
             place = waiting.pop()
@@ -96,7 +96,7 @@ class _Walk:
             for entry in entries:
                 if entry.name.startswith(".") or self._is_excluded(entry):  # hidden: thumbnails and the like
                     continue
-                if entry.is_dir(follow_symlinks=False):
+                if _is_folder(entry):
                     if self.recursive:
                         waiting.append(entry.path)
                     else:
@@ -104,10 +104,14 @@ class _Walk:
                 elif self._is_picture(entry):
                     pictures.append(entry.path)
         self.found.pictures += sorted(pictures)
-        if not pictures and len(self.found.problems) == num_problems:
+        if not pictures and self._num_told() == num_told:
             hint = "; the folders within it were not looked into" if self.num_left else ""
             self.found.unknown.append(self.top)
             self._problem(self.top, f"there are no pictures in this folder{hint}")
+
+    def _num_told(self) -> int:
+        """Of pictures and folders that cannot be read."""
+        return len(self.found.problems) + self.found.missing.total()
 
     def _is_excluded(self, entry: os.DirEntry[str]) -> bool:
         within = os.path.relpath(entry.path, self.top) if self.exclude else ""
@@ -137,6 +141,13 @@ class _Walk:
 
     def _problem(self, path: str, what: str) -> None:
         self.found.problems.append(f"{name_of(path)}: {what}")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:  # `_is_picture` tells of it
+        return False
 
 
 def _shown(suffix: str) -> str:

@@ -53,6 +53,7 @@ def test_pictures_that_this_installation_cannot_read_are_counted_with_the_remedy
     found = find_in([place("a.png", "b.heic", "within/c.HEIC")])
     assert found.passed_over() == "passed over in folders: 2 pictures (pip install pillow-heif reads them)"
     assert not found.is_complete
+    assert find_in([place() + "/within"]).problems == []  # there are pictures in it
 
 
 def test_what_should_be_a_picture_and_is_none_is_named_and_not_opened(place, monkeypatch):
