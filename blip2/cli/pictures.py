@@ -145,7 +145,7 @@ class Pictures:
 def changes(index: Index, rows: Iterable[int] | None = None) -> list[str]:
     """A line for each picture, of these rows or of all, whose file is not what was seen any more."""
     return [
-        f"{click.format_filename(path)}: has changed since it was seen; bring the index up to date with blip2 index"
+        f"{shown(path)}: has changed since it was seen; bring the index up to date with blip2 index"
         for path in index.changed(rows)
     ]
 
