@@ -19,6 +19,7 @@ Names, defaults, shapes and values are those of transformers 5. What differs doe
 - Pictures are turned upright by their EXIF and laid on white where they are transparent.
 """
 
+from blip2.compat.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from blip2.compat.generative import Blip2ForConditionalGeneration
 from blip2.compat.processor import Blip2Processor, BlipProcessor
 from blip2.compat.records import BatchFeature, ModelOutput
@@ -26,9 +27,12 @@ from blip2.compat.retrieval import Blip2ForImageTextRetrieval
 
 __all__ = [
     "BatchFeature",
+    "Blip2Config",
     "Blip2ForConditionalGeneration",
     "Blip2ForImageTextRetrieval",
     "Blip2Processor",
+    "Blip2QFormerConfig",
+    "Blip2VisionConfig",
     "BlipProcessor",
     "ModelOutput",
 ]

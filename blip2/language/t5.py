@@ -99,6 +99,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
+        self.dropout = 0.0  # for who trains the language model; here it is frozen
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.qkv = Linear(config.hidden_size, 3 * inner, bias=False)
         self.output = Linear(inner, config.hidden_size, bias=False)
@@ -108,7 +109,9 @@ class SelfAttention(nn.Module):
         return split_parts(self.qkv(self.norm(x_BTD)), 3, self.num_heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        return self.output(attend(query, key, value, mask=bias, scale=1.0))
+        dropout = self.dropout if self.training else 0.0
+        attended = self.output(attend(query, key, value, mask=bias, scale=1.0, dropout=dropout))
+        return F.dropout(attended, dropout, self.training)
 
 
 class CrossAttention(nn.Module):
@@ -118,6 +121,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
+        self.dropout = 0.0  # for who trains the language model; here it is frozen
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.query = Linear(config.hidden_size, inner, bias=False)
         self.key_value = Linear(config.hidden_size, 2 * inner, bias=False)
@@ -130,7 +134,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         query = split_heads(self.query(self.norm(x_BTD)), self.num_heads)
-        return self.output(attend(query, *keys_values, mask=mask, scale=1.0))
+        dropout = self.dropout if self.training else 0.0
+        attended = self.output(attend(query, *keys_values, mask=mask, scale=1.0, dropout=dropout))
+        return F.dropout(attended, dropout, self.training)
 
 
 class GatedFeedForward(nn.Module):
@@ -139,13 +145,15 @@ class GatedFeedForward(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
+        self.dropout = 0.0
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
-        return x + self.down(self.activation(gate) * up)
+        hidden = F.dropout(self.activation(gate) * up, self.dropout, self.training)
+        return x + F.dropout(self.down(hidden), self.dropout, self.training)
 
 
 class EncoderBlock(nn.Module):
