@@ -25,6 +25,7 @@ from blip2.compat.records import ModelOutput, PartsOutput, returned
 from blip2.compat.t5 import T5Decoder, T5Encoder, T5Model
 from blip2.errors import OptionError
 from blip2.language import OPT
+from blip2.linear import Table, readable
 from blip2.model import Blip2
 
 
@@ -93,8 +94,8 @@ class Generative(Prompts, PreTrained):
         if model.config.language is not language.config or model.config.image_token_id != self.config.image_token_id:
             model.config = replace(model.config, language=language.config, image_token_id=self.config.image_token_id)
         if isinstance(language, OPT) and language.output is None:
-            head = self.language_model.lm_head
-            if getattr(head, "weight", None) is not language.token_embedding.weight:
+            head, table = self.language_model.lm_head, cast("nn.Module", language.token_embedding)
+            if not isinstance(table, Table) or getattr(head, "weight", None) is not table.weight:
                 language.output = head
 
     # ---- parts ------------------------------------------------------------------------------------------
@@ -134,20 +135,19 @@ class Generative(Prompts, PreTrained):
             return old
         if self.is_quantized:
             raise OptionError("a quantised model keeps its table of tokens; resize it unquantised, then quantise")
-        embedding = nn.Embedding(number, old.embedding_dim, device="meta")
-        embedding.weight = _resized(cast("nn.Parameter", old.weight), number)
-        head = self.get_output_embeddings()
-        is_tied = head.weight is old.weight or isinstance(self.model.language, OPT)
-        self.set_input_embeddings(embedding)
-        if not is_tied:
-            wider = nn.Linear(old.embedding_dim, number, bias=False, device="meta")
-            wider.weight = _resized(cast("nn.Parameter", head.weight), number)
-            self.set_output_embeddings(wider)
-        self.config.text_config.vocab_size = number
-        language = self.model.language
+        head, language = cast("Any", self.get_output_embeddings()), self.model.language
+        is_tied = head.weight is old.weight
+        _keep(old, _resized(old.weight, number))
+        old.num_embeddings = number
+        if is_tied:
+            head.weight = old.weight
+        else:
+            _keep(head, _resized(head.weight, number))
+        head.out_features = number
         language.config = replace(language.config, vocab_size=number)
+        self.config.text_config.vocab_size = number
         self.sync()
-        return embedding
+        return old
 
     # ---- features ---------------------------------------------------------------------------------------
 
@@ -288,10 +288,17 @@ class Blip2ForConditionalGeneration(Generates, Generative):
         return returned(output, return_dict, self.config)
 
 
-def _resized(weight: nn.Parameter, number: int) -> nn.Parameter:
-    old = weight.detach()
+def _resized(weight: Tensor, number: int) -> Tensor:
+    old = readable(weight)
     new = old.new_empty(number, old.shape[1])
     kept = min(number, len(old))
     new[:kept] = old[:kept]
     new[kept:] = old.float().mean(dim=0).to(old.dtype)
-    return nn.Parameter(new, requires_grad=weight.requires_grad)
+    return new
+
+
+def _keep(module: Any, weight: Tensor) -> None:
+    if hasattr(module, "keep"):
+        module.keep(weight)
+    else:
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)

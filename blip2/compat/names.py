@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from blip2.checkpoint.keys import published_names, table
 from blip2.errors import OptionError
 from blip2.language import OPT
+from blip2.linear import Linear, Weight, readable
 from blip2.model import Blip2, Blip2Matcher
 from blip2.placement import follow
 from blip2.quantized import QuantizedLinear
@@ -116,11 +117,8 @@ class Fused(nn.Module):
         biases: list[Any] = [None] * len(names)
         if whole.bias is not None:
             biases = list(whole.bias.detach().chunk(len(names)))
-        for name, weight, bias in zip(names, whole.weight.detach().chunk(len(names)), biases, strict=True):
-            part = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-            part.weight = nn.Parameter(weight, requires_grad=whole.weight.requires_grad)
-            if bias is not None:
-                part.bias = nn.Parameter(bias, requires_grad=whole.bias.requires_grad)
+        for name, weight, bias in zip(names, readable(whole.weight).chunk(len(names)), biases, strict=True):
+            part = layer(weight, bias, requires_grad=whole.weight.requires_grad, packs=isinstance(whole.weight, Weight))
             parts.add_module(name, part)
         return parts.train(whole.training)
 
@@ -250,9 +248,21 @@ def _name_twins(place: Callable[[str], Named], model: Blip2) -> None:
         top.put("lm_head", language, "output")
 
 
-def tied_head(language: OPT) -> nn.Linear:
+def layer(
+    weight_ND: Tensor, bias_N: Tensor | None = None, *, requires_grad: bool = True, packs: bool = False
+) -> Linear:
+    """A linear layer of these weights, which are not copied where they can stay in plain order."""
+    made = Linear.__new__(Linear)
+    nn.Module.__init__(made)
+    made.out_features, made.in_features = weight_ND.shape
+    made.weight = nn.Parameter(weight_ND, requires_grad)
+    made.keep(weight_ND, packs=packs)
+    made.register_parameter("bias", None if bias_N is None else nn.Parameter(bias_N, requires_grad))
+    return made
+
+
+def tied_head(language: OPT) -> Linear:
     """The table of tokens as a linear layer."""
-    table_VD = language.token_embedding.weight
-    head = nn.Linear(table_VD.shape[1], table_VD.shape[0], bias=False, device="meta")
-    head.weight = table_VD
+    head = layer(language.token_embedding.weight.detach())
+    head.weight = language.token_embedding.weight
     return head

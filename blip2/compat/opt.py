@@ -5,6 +5,7 @@ B rows, T tokens of this call, S tokens so far, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -116,6 +117,15 @@ class OPTModel(LanguagePart):
             attentions=seen.attentions,
         )
         return returned(output, return_dict, self.config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `nn.Module.to` does; the head stays the table of tokens."""
+        table = self.get_input_embeddings()
+        is_tied = getattr(self.lm_head, "weight", None) is table.weight
+        super()._apply(fn, recurse)
+        if is_tied:
+            self.lm_head.weight = table.weight
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         return cast("OPTDecoder", cast("OPTBody", self.model).decoder).get_input_embeddings()

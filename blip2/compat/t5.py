@@ -16,6 +16,7 @@ from blip2.compat.parts import Watched, seen_by_all
 from blip2.compat.records import ModelOutput, returned
 from blip2.errors import OptionError
 from blip2.language import T5
+from blip2.language.float16 import own_precision
 
 
 class T5Encoder(LanguagePart):
@@ -37,13 +38,13 @@ class T5Encoder(LanguagePart):
         positions_P = torch.arange(x_BPD.shape[1], device=x_BPD.device)
         bias = torch.where(seen_by_all(is_real_BP), core.encoder_bias(positions_P, positions_P)[None], float("-inf"))
         watched = Watched(self.config, output_attentions, output_hidden_states)
-        with watched.attention():
+        with own_precision(core, x_BPD.device.type), watched.attention():
             x_BPD = self.dropped(x_BPD)
             watched.state(x_BPD)
             for block in core.encoder:
                 x_BPD = self.run(block, x_BPD, bias)
                 watched.state(x_BPD)
-        x_BPD = self.dropped(core.encoder_norm(x_BPD))
+            x_BPD = self.dropped(core.encoder_norm(x_BPD))
         output = ModelOutput(
             last_hidden_state=x_BPD, hidden_states=watched.states(x_BPD), attentions=watched.attentions()
         )
@@ -86,7 +87,7 @@ class T5Decoder(T5Encoder):
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = Past()
         watched = Watched(self.config, output_attentions, output_hidden_states)
-        with watched.attention():
+        with own_precision(core, x_BTD.device.type), watched.attention():
             x_BTD = self.dropped(x_BTD)
             watched.state(x_BTD)
             for number, block in enumerate(core.decoder):
@@ -101,7 +102,7 @@ class T5Decoder(T5Encoder):
                     encoded_mask=seen_by_all(is_seen_BP),
                 )
                 watched.state(x_BTD)
-        x_BTD = self.dropped(core.decoder_norm(x_BTD))
+            x_BTD = self.dropped(core.decoder_norm(x_BTD))
         output = ModelOutput(
             last_hidden_state=x_BTD,
             past_key_values=cache,
@@ -161,7 +162,8 @@ class T5Model(LanguagePart):
             return_dict=True,
             **watching,
         )
-        logits_BTV = self.scores(written.last_hidden_state)
+        with own_precision(cast("T5", self.core), self.device.type):
+            logits_BTV = self.scores(written.last_hidden_state)
         output = ModelOutput(
             loss=None if labels is None else loss_of(logits_BTV, labels),
             logits=logits_BTV,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +19,11 @@ from torch import Tensor, nn
 
 from blip2 import native
 from blip2.config import T5Config
-from blip2.errors import OptionError
+from blip2.language.float16 import never_in_float16
 from blip2.layers import KVCache, attend, split_heads, split_parts
 from blip2.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def never_in_float16(method: Method) -> Method:
-    """A T5's feed-forward layers overflow in float16, and its answers are nonsense: refused as the precision of the
-    weights, and where autocast asks for it the method computes in the weights' own."""
-
-    @wraps(method)
-    def wrapper(self: T5, x: Tensor, *arguments: Any) -> Any:
-        if self.dtype == torch.float16:
-            raise OptionError("a T5 overflows in float16; use bfloat16, by model.to(torch.bfloat16), or float32")
-        kind = x.device.type
-        if not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16):
-            return method(self, x, *arguments)
-        with torch.autocast(kind, enabled=False):
-            return method(self, x.to(self.dtype), *arguments)
-
-    return wrapper  # type: ignore[return-value]
 
 
 class RMSNorm(nn.Module):
