@@ -49,12 +49,14 @@ def load(
     dtype: torch.dtype | None = None,
     quantize: Quantization | str | None = None,
     as_stored: bool = False,
+    pickles: bool = False,
     progress: Progress | None = None,
 ) -> Blip2 | Blip2Matcher:
     """The model in a folder of the published layout, in evaluation mode, generative or matching.
 
     ``dtype`` is meant for the image encoder and the language model (see `choose_precision`); ``as_stored`` keeps
     every weight in the precision of the file instead. ``quantize`` quantises what is not quantised in the file.
+    ``pickles``: whether the tensors of .bin files are read where a folder holds only those.
     ``devices`` puts parts and layers, by the beginnings of our names ("" is the rest), elsewhere than on ``device``.
     ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
     """
@@ -73,7 +75,7 @@ def load(
     )
 
     put_linears(model, quantize)
-    tensors = find_tensors(folder)
+    tensors = find_tensors(folder, pickles=pickles)
     steps = list(_steps(model, config, tensors, folder, is_quantized=is_quantized))
     # The largest first: when most of the model is in memory, what comes beside it is small.
     steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)

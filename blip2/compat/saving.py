@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 from blip2 import checkpoint
 from blip2.checkpoint.save import MAX_SHARD_SIZE_BYTES
 from blip2.checkpoint.settings import read_json
-from blip2.compat.loading import check_names
+from blip2.compat.loading import check_names, size_bytes
 from blip2.errors import OptionError
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WITHOUT_EFFECT = ("token", "use_auth_token", "save_peft_format", "save_original_format", "repo_id", "commit_message")
 HEEDED = ("max_shard_size", "is_main_process")
 REFUSED = {
@@ -44,7 +42,9 @@ def save(model: Any, folder: Path, options: Mapping[str, Any]) -> None:
     if not options.get("is_main_process", True):
         return
     model.sync()
-    checkpoint.save(model.model, folder, max_shard_size_bytes=size_bytes(options.get("max_shard_size")))
+    asked = options.get("max_shard_size")
+    largest = MAX_SHARD_SIZE_BYTES if asked is None else size_bytes(asked)
+    checkpoint.save(model.model, folder, max_shard_size_bytes=largest)
     content = model.config.to_dict() | read_json(folder / "config.json")
     for part, values in model.config.to_dict().items():
         if isinstance(values, dict) and isinstance(content.get(part), dict):
@@ -53,16 +53,6 @@ def save(model: Any, folder: Path, options: Mapping[str, Any]) -> None:
     _write(folder / "config.json", content)
     if (settings := model.generation_settings()) is not None:
         _write(folder / "generation_config.json", settings)
-
-
-def size_bytes(size: int | str | None) -> int:
-    """5000, "5GB" or "5GiB" in bytes. OptionError for what is no size."""
-    if size is None:
-        return MAX_SHARD_SIZE_BYTES
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", str(size).upper())
-    if not found:
-        raise OptionError(f'size is {size!r}; give it as "5GB", or as a number of bytes')
-    return int(float(found[1]) * UNITS[found[2] or ""])
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
