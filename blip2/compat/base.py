@@ -34,6 +34,8 @@ class PreTrained(Named):
     base_model_prefix = "blip"
     supports_gradient_checkpointing = True
     is_parallelizable = False
+    is_activation_checkpointing = False
+    _keys_to_ignore_on_save = None
     model: Any
     config: Blip2Config
     query_tokens: nn.Parameter
@@ -248,6 +250,19 @@ class PreTrained(Named):
 
     def get_output_embeddings(self) -> Any:
         return None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The weights under the reference's names. A table that has several names is there under each, in memory of
+        its own but for the first, since safetensors writes no two names of one memory."""
+        state = super().state_dict(*args, **kwargs)
+        seen: set[int] = set()
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter) or not tensor.numel():
+                continue
+            if tensor.device.type != "meta" and tensor.data_ptr() in seen:
+                state[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+        return state
 
     def tie_weights(self, **options: Any) -> None:
         """What is one table is one here from the start."""

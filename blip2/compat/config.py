@@ -65,7 +65,7 @@ class Config:
     model_type: ClassVar[str] = ""
     defaults: ClassVar[dict[str, Any]] = {}
     attribute_map: ClassVar[dict[str, str]] = {}
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, **values: Any) -> None:
         for name, value in copy.deepcopy({**COMMON, **self.defaults, **values}).items():

@@ -32,6 +32,7 @@ from blip2.model import Blip2
 class Generative(Prompts, PreTrained):
     """Image encoder, Q-Former, projection and language model; see the classes below."""
 
+    loss_type = "ForConditionalGeneration"  # by which Trainer knows how labels are counted
     _no_split_modules = ("Block", "Layer", "EncoderBlock", "DecoderBlock")
 
     vision_model: VisionModel
