@@ -31,6 +31,19 @@ HOOKS = (
 )  # fmt: skip
 
 
+# The order in which the reference registers layers: optimisers count parameters, adapters draw numbers in it.
+ORDERS = (
+    ("vision_model", "embeddings", "qformer", "vision_projection", "text_projection", "itm_head"),
+    ("embeddings", "pre_layernorm", "encoder", "post_layernorm"),
+    ("self_attn", "layer_norm1", "mlp", "layer_norm2"),
+    ("attention", "crossattention", "intermediate", "output", "intermediate_query", "output_query"),
+    ("self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
+    ("k_proj", "v_proj", "q_proj", "out_proj"),
+    ("embed_tokens", "block", "final_layer_norm"),
+    ("q", "k", "v", "o", "relative_attention_bias"),
+)
+
+
 class Named(nn.Module):
     """A place in the tree. ``core``: the module of ours that computes what this one stands for, if there is one.
 
@@ -195,6 +208,11 @@ def name_layers(root: Named, model: Blip2 | Blip2Matcher, parts: Mapping[str, Ca
         place(above).put(name, model.get_submodule(owner) if owner else model, attribute)
     if isinstance(model, Blip2):
         _name_twins(place, model)
+    for made in places.values():
+        order = next((order for order in ORDERS if set(made._modules) <= set(order)), ())
+        for name in order:
+            if name in made._modules:
+                made._modules[name] = made._modules.pop(name)
 
 
 def _pairs(model: Blip2 | Blip2Matcher) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ N images, M texts, B pairs, P patches, Q queries, T tokens, E width of the space
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ class Matching(PreTrained):
     """Image encoder and Q-Former with its text branch; see the classes below and in `others`."""
 
     is_matching = True
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Parts that a class does not show."""
 
     vision_model: VisionModel
     qformer: QFormerModel
@@ -31,6 +33,11 @@ class Matching(PreTrained):
     vision_projection: nn.Linear
     text_projection: nn.Linear
     itm_head: nn.Linear
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        for name in self.unused:
+            self._modules.pop(name, None)
 
     def _parts(self) -> dict[str, Any]:
         model, config = cast("Blip2Matcher", self.model), self.config
