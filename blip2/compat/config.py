@@ -50,7 +50,7 @@ T5: dict[str, Any] = {
     "num_decoder_layers": None, "num_heads": 8, "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128, "dropout_rate": 0.1, "layer_norm_epsilon": 1e-6, "initializer_factor": 1.0,
     "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True, "use_cache": True,
-    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "decoder_start_token_id": 0,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
 WHOLE: dict[str, Any] = {

@@ -41,6 +41,7 @@ ORDERS = (
     ("k_proj", "v_proj", "q_proj", "out_proj"),
     ("embed_tokens", "block", "final_layer_norm"),
     ("q", "k", "v", "o", "relative_attention_bias"),
+    ("SelfAttention", "EncDecAttention", "DenseReluDense", "layer_norm"),
 )
 
 
