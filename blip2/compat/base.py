@@ -41,7 +41,8 @@ class PreTrained(Named):
     query_tokens: nn.Parameter
 
     def __init__(self, model: Any) -> None:
-        """``model``: one of this package, or a configuration (ours, transformers', a dictionary) to draw one from."""
+        """``model``: one of this package, whose layers are taken over, or a configuration to draw one from: ours,
+        transformers', or a dictionary."""
         super().__init__()
         config = None
         if not isinstance(model, nn.Module):
