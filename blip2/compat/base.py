@@ -225,8 +225,13 @@ class PreTrained(Named):
     def is_gradient_checkpointing(self) -> bool:
         return any(part.gradient_checkpointing for part in self._called())
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Keep the layers' inputs alone in training and compute the rest again: less memory, more time."""
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **how: Any
+    ) -> None:
+        """Keep the layers' inputs alone in training and compute the rest again: less memory, more time.
+
+        How it is done (the arguments) changes no value; here it is done for each layer.
+        """
         for part in self._called():
             part.gradient_checkpointing = True
 

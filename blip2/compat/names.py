@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blip2.checkpoint.keys import published_names, table
 from blip2.errors import OptionError
 from blip2.language import OPT
-from blip2.linear import Linear, Weight, readable
+from blip2.linear import Linear, Weight, is_worth_packing, readable
 from blip2.model import Blip2, Blip2Matcher
 from blip2.placement import follow
 from blip2.quantized import QuantizedLinear
@@ -126,13 +126,16 @@ class Fused(nn.Module):
 
     @classmethod
     def of(cls, whole: Any, names: list[str]) -> Fused:
-        """Take a layer apart. Its parts share its memory where the weights are in plain order."""
+        """Take a layer apart. Each part has memory of its own: what is saved or sent by its storage is the part."""
         parts = cls()
         biases: list[Any] = [None] * len(names)
         if whole.bias is not None:
-            biases = list(whole.bias.detach().chunk(len(names)))
+            biases = [bias.clone() for bias in whole.bias.detach().chunk(len(names))]
+        packs = isinstance(whole.weight, Weight)
         for name, weight, bias in zip(names, readable(whole.weight).chunk(len(names)), biases, strict=True):
-            part = layer(weight, bias, requires_grad=whole.weight.requires_grad, packs=isinstance(whole.weight, Weight))
+            if not (packs and is_worth_packing(weight.dtype, weight.numel())):
+                weight = weight.clone()
+            part = layer(weight, bias, requires_grad=whole.weight.requires_grad, packs=packs)
             parts.add_module(name, part)
         return parts.train(whole.training)
 

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from blip2 import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, linear
@@ -203,3 +204,24 @@ def test_made_of_a_configuration(any_model, tmp_path):
         Blip2Config(text_config={"model_type": "llama"})
     with pytest.raises(CheckpointError, match="activation_function is 'gelu'"):
         Blip2ForConditionalGeneration(Blip2Config(text_config={"activation_function": "gelu"}))
+
+
+def test_every_weight_has_memory_of_its_own(model, tmp_path):
+    """Otherwise safetensors refuses to write it, and accelerate leaves weights out."""
+    for name, parameter in model.named_parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.itemsize, name
+    state = model.state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    save_file(state, tmp_path / "model.safetensors")
+    assert not any(model.load_state_dict(load_file(tmp_path / "model.safetensors")))
+
+
+def test_a_quantised_model_is_asked_like_any_other(any_model, inputs, tmp_path):
+    model = Blip2ForConditionalGeneration.from_pretrained(any_model, load_in_8bit=True)
+    before = logits(model, inputs)
+    assert not any(model.load_state_dict(model.state_dict()))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(Blip2ForConditionalGeneration.from_pretrained(tmp_path), inputs), before)
+    assert torch.equal(logits(copy.deepcopy(model), inputs), before)
+    with pytest.raises(OptionError, match="resize it unquantised"):
+        model.resize_token_embeddings(999)
