@@ -213,12 +213,6 @@ def place(model: Model, plan: Plan) -> Model:
     return model
 
 
-def follow(module: nn.Module, stand_in: nn.Module) -> None:
-    """Let a module that takes the place of another of a divided model fetch its inputs likewise."""
-    if (hook := getattr(module, "_hf_hook", None)) is not None:
-        _hooks().add_hook_to_module(stand_in, hook)
-
-
 def _hooks() -> Any:
     try:
         from accelerate import hooks

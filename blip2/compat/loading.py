@@ -14,6 +14,7 @@ from blip2 import checkpoint, placement
 from blip2.api import find_device, find_dtype
 from blip2.checkpoint import elsewhere
 from blip2.checkpoint.settings import read_json
+from blip2.compat.names import unfuse
 from blip2.errors import OptionError
 from blip2.model import Blip2, Blip2Matcher
 
@@ -113,7 +114,7 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
                 f"max_memory is {limit / 1e9:.2f} GB for {place}, where the model takes {needed / 1e9:.2f} GB; raise "
                 "it, or take a smaller model (load_in_8bit=True, load_in_4bit=True)"
             )
-    return placement.load(folder, plan, quantize=chosen, pickles=True), folder
+    return placement.load(folder, plan, quantize=chosen, pickles=True, prepare=unfuse), folder
 
 
 def _limits(max_memory: Mapping[Any, Any] | None) -> dict[str, int]:

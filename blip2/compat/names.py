@@ -11,18 +11,18 @@ The tree is made from the tables of `blip2.checkpoint.keys`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from blip2.checkpoint.keys import published_names, table
+from blip2.checkpoint.load import in_parts
 from blip2.errors import OptionError
 from blip2.language import OPT
 from blip2.linear import Linear, Weight, is_worth_packing, readable
 from blip2.model import Blip2, Blip2Matcher
-from blip2.placement import follow
 from blip2.quantized import QuantizedLinear
 
 HOOKS = (
@@ -139,16 +139,6 @@ class Fused(nn.Module):
             parts.add_module(name, part)
         return parts.train(whole.training)
 
-    @property
-    def weight(self) -> Tensor:
-        """``float[N, D]`` of all parts, one below the other; a copy."""
-        return torch.cat([cast("Tensor", part.weight) for part in self.children()])
-
-    @property
-    def bias(self) -> Tensor | None:
-        biases = [cast("Tensor | None", part.bias) for part in self.children()]
-        return torch.cat([bias for bias in biases if bias is not None]) if biases[0] is not None else None
-
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
@@ -160,9 +150,7 @@ def unfuse(model: Blip2 | Blip2Matcher) -> None:
         if "|" in theirs and last == "weight":
             whole = model.get_submodule(name)
             if not isinstance(whole, Fused | QuantizedLinear):
-                parts = Fused.of(whole, [each.split(".")[-2] for each in published_names(theirs)])
-                follow(whole, parts)
-                model.set_submodule(name, parts)
+                model.set_submodule(name, Fused.of(whole, [each.split(".")[-2] for each in published_names(theirs)]))
 
 
 class _Entry(NamedTuple):
@@ -219,20 +207,14 @@ def name_layers(root: Named, model: Blip2 | Blip2Matcher, parts: Mapping[str, Ca
                 made._modules[name] = made._modules.pop(name)
 
 
-def _pairs(model: Blip2 | Blip2Matcher) -> list[tuple[str, str]]:
+def _pairs(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, str]]:
     """Our names and the public ones, one weight a row."""
-    pairs = []
-    for ours, theirs in table(model.config).items():
+    for ours, theirs in in_parts(model, table(model.config)).items():
         names = published_names(theirs)
-        module, _, last = ours.rpartition(".")
-        if len(names) == 1:
-            pairs.append((ours, theirs))
-        elif isinstance(model.get_submodule(module), Fused):
-            pairs += [(f"{module}.{name.split('.')[-2]}.{last}", name) for name in names]
-        else:  # quantised, and so in one piece
-            stem, end = names[0].rsplit(".", 2)[0], names[0].rsplit(".", 1)[1]
-            pairs.append((ours, f"{stem}.{'_'.join(name.split('.')[-2] for name in names)}.{end}"))
-    return pairs
+        if len(names) > 1:  # quantised, and so in one piece
+            stem, last = names[0].rsplit(".", 2)[0], names[0].rsplit(".", 1)[1]
+            theirs = f"{stem}.{'_'.join(name.split('.')[-2] for name in names)}.{last}"
+        yield ours, theirs
 
 
 def _cores(stems: Mapping[str, set[str]]) -> dict[str, str]:
