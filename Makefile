@@ -40,10 +40,10 @@ clean:      ## remove the environment, caches and build results
 	  echo "Name another one: make $(or $(MAKECMDGOALS),venv) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/runtime.stamp: pyproject.toml constraints.txt blip2/native/kernels.c | .venv/bin/pip
+.venv/runtime.stamp: pyproject.toml constraints.txt blip2/native/kernels.c blip2/native/build.py | .venv/bin/pip
 	$(INSTALL) .
 	@touch $@
 
-.venv/dev.stamp: pyproject.toml constraints.txt blip2/native/kernels.c | .venv/bin/pip
+.venv/dev.stamp: pyproject.toml constraints.txt blip2/native/kernels.c blip2/native/build.py | .venv/bin/pip
 	$(INSTALL) '.[dev]'
 	@touch $@ .venv/runtime.stamp

@@ -11,6 +11,7 @@ The names below are imported when they are first used, so that ``import blip2`` 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from blip2.generation import GenerateOptions
     from blip2.index import Index
     from blip2.tasks.explain import Explanation
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # OpenMP's threads wait for one another busily; where another program has one of the processors, two threads took
+    # six times as long as one. Torch's OpenMP reads this when torch is imported: later it has no effect.
+    os.environ.setdefault("GOMP_SPINCOUNT", "200")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.errors import ImageError
+from blip2 import tensorfile
+from blip2.errors import ImageError, ImageNotFiniteError
+from blip2.finite import is_finite
 
 FORMAT = "blip2 encoded image"
 
@@ -31,27 +30,33 @@ class EncodedImage:
     def save(self, path: str | os.PathLike[str], *, half: bool = False) -> None:
         """Write a safetensors file with the tensor ``queries``; ``half``: in float16, which is half the size.
 
-        Raises ImageError if it cannot be written; what was there is then as it was.
+        Raises ImageError if it cannot be written; what was there is then as it was. ImageNotFiniteError for a value
+        that is NaN or infinite, or too large for float16. It carries a checksum.
         """
-        path = Path(path)
-        queries_QD = self.queries_QD.detach().to("cpu", torch.float16 if half else None).contiguous()
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        queries_QD = self.queries_QD.detach().to("cpu", torch.float16 if half else None)
+        if not is_finite(queries_QD):
+            overflow = (
+                " in float16; save it without half" if is_finite(self.queries_QD) else "; encode the picture again"
+            )
+            raise ImageNotFiniteError(
+                f"{path}: not written, since the encoded image has values that are NaN or infinite{overflow}"
+            )
         try:
-            save_file({"queries": queries_QD}, unfinished, {"format": FORMAT, "model": self.model})
-            os.replace(unfinished, path)
-        except (OSError, SafetensorError) as error:
+            tensorfile.save(path, {"queries": queries_QD}, {"format": FORMAT, "model": self.model})
+        except OSError as error:
             raise ImageError(f"{path}: cannot be written ({error}); check the folder and the space on it") from None
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedImage:
-        """Read what `save` wrote. Raises ImageError for any other file."""
+        """Read what `save` wrote. Raises ImageError for any other file, for what is not what was written, and for
+        values that are NaN or infinite."""
         try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if about.get("format") == FORMAT:
-                    return cls(file.get_tensor("queries"), about.get("model", ""))
-        except (OSError, SafetensorError) as error:
+            tensors, about = tensorfile.load(path)
+        except OSError as error:
             raise ImageError(f"{path}: no encoded image can be read ({error}); encode the picture again") from None
-        raise ImageError(f"{path}: is another safetensors file, no encoded image; encode a picture and save that")
+        is_ours = about.keys() == {"format", "model"} and about["format"] == FORMAT and tensors.keys() == {"queries"}
+        if not is_ours or tensors["queries"].dim() != 2 or not tensors["queries"].is_floating_point():
+            raise ImageError(f"{path}: is another safetensors file, no encoded image; encode a picture and save that")
+        if not is_finite(tensors["queries"]):
+            raise ImageNotFiniteError(f"{path}: has values that are NaN or infinite; encode the picture again")
+        return cls(tensors["queries"], about["model"])

@@ -21,6 +21,14 @@ class CheckpointError(Blip2Error):
     """A model that cannot be found, or whose files do not hold what its configuration promises."""
 
 
+class NotFiniteError(Blip2Error):
+    """Numbers that are NaN or infinite where a model computes: damaged weights, or an overflow."""
+
+
+class ImageNotFiniteError(ImageError, NotFiniteError):
+    """A picture of which a model computes what is NaN or infinite."""
+
+
 class RecipeError(Blip2Error):
     """A training recipe or its data that cannot be carried out."""
 

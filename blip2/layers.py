@@ -6,7 +6,7 @@ B batch rows, H heads, T new tokens, S all tokens so far (or keys), D head size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -179,6 +179,10 @@ class KVCache:
         if not self._is_even:  # the longest rows may have left
             self._longest = int(self.lengths_B.max())
 
+    def forget(self) -> None:
+        """Let go of what rows have left behind that are gone: it may be NaN, which counts even with weight 0."""
+        self._spare = None
+
     def join(self, other: KVCache) -> None:
         """Take in the rows of another cache, after those here."""
         capacity = max(self.capacity, other.capacity)
@@ -199,6 +203,19 @@ def _has_room(spare: Tensor, like: Tensor, num_rows: int) -> bool:
 def _widened(values_BHSD: Tensor, capacity: int) -> Tensor:
     """With room for so many tokens."""
     return F.pad(values_BHSD, (0, 0, 0, capacity - values_BHSD.shape[2]))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within, operations on this kind of device compute in the precision of their tensors."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The precision that autocast asks for on this kind of device; None where it does not."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2 import native
+from blip2.errors import NotFiniteError
+from blip2.finite import is_finite
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)
 TILE = 32
+LANES = 8
 
 
 class QuantizedLinear(nn.Module):
@@ -50,17 +53,22 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def fill(self, weight_ND: Tensor, device: torch.device) -> None:
-        """Take over the weights of ``float[N, D]``, rounded to the nearest codes, on a device."""
+        """Take over the weights of ``float[N, D]``, rounded to the nearest codes, on a device.
+
+        Raises NotFiniteError if one is NaN or infinite, which has no code.
+        """
         assert weight_ND.shape == (self.out_features, self.in_features)
         codes = torch.empty_like(self.codes, device="cpu")
         scales = torch.empty_like(self.scales, device="cpu")
         weight_ND = weight_ND.cpu() if weight_ND.dtype in native.TYPES else weight_ND.cpu().float()
         if native.can_take(weight_ND):
-            native.quantize(weight_ND, self.bits, self.group_size, codes, scales)
-        else:
+            is_sound = native.quantize(weight_ND, self.bits, self.group_size, codes, scales)
+        elif is_sound := is_finite(weight_ND):
             codes_ND, scales_NG = round_to_codes(self._padded(weight_ND.float()), self.bits, self.group_size)
             codes.copy_(pack(codes_ND, self.bits))
             scales.copy_(scales_NG.unflatten(0, (-1, TILE)).transpose(1, 2))
+        if not is_sound:
+            raise NotFiniteError("a weight is NaN or infinite, and cannot be quantised")
         self.codes, self.scales = codes.to(device), scales.to(device)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,11 +120,14 @@ class QuantizedLinear(nn.Module):
 
 
 def round_to_codes(weight_ND: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """``float[N, D]`` to ``uint8[N, D]`` and ``bfloat16[N, G]``, as `kernels.c` does it."""
+    """Finite ``float[N, D]`` to ``uint8[N, D]`` and ``bfloat16[N, G]``, as `kernels.c` does it, to the last bit."""
     grouped = weight_ND.unflatten(1, (-1, group_size))
-    scales = grouped.abs().amax(-1) / 127 if bits == 8 else _best_scales(grouped)
-    scales = scales.bfloat16()
-    inverse = torch.where(scales == 0, 0, 1 / scales.float())
+    largest = grouped.abs().amax(-1)
+    # A power of two for each group changes no digit, and keeps sums and inverses within the range of a float.
+    factor = torch.where(largest > 2.0**46, 2.0**-87, torch.where(largest < 2.0**-46, 2.0**97, 1.0)).float()
+    grouped = grouped * factor[..., None]
+    scales = (largest / 127 if bits == 8 else _best_scales(grouped) / factor).bfloat16()
+    inverse = torch.where(scales == 0, 0, 1 / (scales.float() * factor))
     least, most = (-127, 127) if bits == 8 else (-8, 7)
     codes = (grouped * inverse[..., None]).round().clamp(least, most) + 2 ** (bits - 1)
     return codes.flatten(1).to(torch.uint8), scales
@@ -124,15 +135,25 @@ def round_to_codes(weight_ND: Tensor, bits: int, group_size: int) -> tuple[Tenso
 
 def _best_scales(grouped: Tensor) -> Tensor:
     """For each group in 4 bits, of five ways to round it, the scale with the least squared error."""
-    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
-    best = scales = torch.zeros_like(extreme[..., 0])
+    least, most = grouped.aminmax(dim=-1)
+    extreme = torch.where(-least > most, least, most)[..., None]
+    best = scales = torch.zeros_like(most)
     for end in (8, 7.5, 7, 8.5, 9):
-        codes = torch.where(extreme == 0, 0, grouped * (-end / extreme)).round().clamp(-8, 7)
-        product, square = (grouped * codes).sum(-1), codes.square().sum(-1)
-        gain = torch.where(square == 0, 0, product.square() / square)
-        scales = torch.where(gain > best, product / square, scales)
-        best = torch.maximum(gain, best)
+        inverse = torch.full_like(extreme, -end) / extreme  # a number over a tensor is rounded twice
+        codes = torch.where(extreme == 0, 0, grouped * inverse).round().clamp(-8, 7)
+        product, square = _sum(grouped * codes), _sum(codes.square())
+        is_better = product.square() > best * square
+        scales = torch.where(is_better, product / square, scales)
+        best = torch.where(is_better, product.square() / square, best)
     return scales
+
+
+def _sum(grouped: Tensor) -> Tensor:
+    """Over the last dimension, in the order of ``kernels.c``: eight sums, and then theirs."""
+    for size in (LANES, 1):
+        first, *others = grouped.split(size, dim=-1)
+        grouped = sum(others, start=first)
+    return grouped[..., 0]
 
 
 def pack(codes_ND: Tensor, bits: int) -> Tensor:

@@ -47,11 +47,18 @@ def test_an_older_one_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("blip2.encoded.save_file", full)
+    monkeypatch.setattr("blip2.tensorfile.save_file", full)
     with pytest.raises(ImageError, match=r"a\.safetensors: cannot be written .*No space left"):
         EncodedImage(torch.zeros(2, 3)).save(path)
     assert torch.equal(EncodedImage.load(path).queries_QD, torch.ones(2, 3))
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_one_of_an_earlier_version_is_read(tmp_path):
+    """Without a checksum."""
+    save_file({"queries": torch.ones(2, 3)}, tmp_path / "a", {"format": "blip2 encoded image", "model": "0123"})
+    image = EncodedImage.load(tmp_path / "a")
+    assert torch.equal(image.queries_QD, torch.ones(2, 3)) and image.model == "0123"
 
 
 def test_what_is_none(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from blip2 import native
 from blip2.language.t5 import RMSNorm
 from blip2.layers import attend
+from blip2.native import build
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason="the C kernels are not compiled here")
 
@@ -109,3 +112,21 @@ def test_the_greatest_product_of_several_halves(length: int) -> None:
     vectors_NRL[7, 1, 0] = float("nan")  # damage is not passed over
     assert native.greatest(vectors_NRL, query_L).isnan().nonzero().tolist() == [[7]]
     assert native.greatest(vectors_NRL[:, ::2], query_L) is None or vectors_NRL[:, ::2].is_contiguous()
+
+
+@pytest.mark.parametrize("width", [1, 15, 63, 64, 79, 128, 131, 1000, 16384])
+def test_checksums_are_those_of_zlib(width: int) -> None:
+    content = torch.randint(0, 256, (7, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(width))
+    if (found := native.checksums(content)) is None:
+        pytest.skip("this processor is without the instructions")
+    assert found.tolist() == [zlib.crc32(row.numpy().tobytes()) for row in content]
+
+
+def test_a_library_of_another_source_is_not_used(tmp_path, monkeypatch) -> None:
+    """As after an update of the package that did not compile."""
+    assert not native.is_stale(native.kernels())
+    changed = tmp_path / "kernels.c"
+    changed.write_bytes(build.SOURCE.read_bytes() + b"/* changed */")
+    monkeypatch.setattr(build, "SOURCE", changed)
+    with pytest.warns(UserWarning, match=r"compile it again: python .*build\.py"):
+        assert native.kernels.__wrapped__() is None

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip2 import native
-from blip2.quantized import QuantizedLinear, pack, unpack
+from blip2.errors import NotFiniteError
+from blip2.quantized import TILE, QuantizedLinear, pack, round_to_codes, unpack
 
 T = TypeVar("T")
 WEIGHT_ERROR = {8: 0.012, 4: 0.11}  # relative, of normally distributed weights
@@ -110,6 +111,70 @@ def test_kernels_equal_those_for_any_processor_and_torch(
     precision = 1e-3 if dtype == torch.float32 else 2**-8
     atol = 2e-3 * float(theirs.abs().max()) + 1e-30
     torch.testing.assert_close(ours.float(), theirs, rtol=precision, atol=atol)
+
+
+def by_torch(weight_ND: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = QuantizedLinear(*reversed(weight_ND.shape), bits=bits, group_size=group_size, has_bias=False)
+    codes_ND, scales_NG = round_to_codes(layer._padded(weight_ND.float()), bits, layer.group_size)
+    return pack(codes_ND, bits), scales_NG.unflatten(0, (-1, TILE)).transpose(1, 2)
+
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)  # tiny, subnormal, huge ones; zeros of either sign
+
+
+@needs_kernels
+@given(
+    bits=st.sampled_from([8, 4]), group_size=st.sampled_from([32, 64, 128]), dtype=st.sampled_from([*native.TYPES]),
+    row=st.lists(FLOATS, min_size=1, max_size=200), magnitude=st.integers(-149, 127), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_both_quantisers_agree_on_every_finite_weight(
+    bits: int, group_size: int, dtype: torch.dtype, row: list[float], magnitude: int, seed: int
+) -> None:
+    noise = torch.randn(3, len(row), generator=torch.Generator().manual_seed(seed)) * 2.0**magnitude
+    weight = torch.cat([torch.tensor([row]), -torch.tensor([row]), noise]).to(dtype)
+    weight = weight.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    codes, scales = by_torch(weight, bits, group_size)
+    assert scales.isfinite().all()
+    for layer in on_each_level(lambda: quantized(weight, bits, group_size=group_size)):
+        assert torch.equal(layer.codes, codes)
+        assert torch.equal(layer.scales.view(torch.int16), scales.contiguous().view(torch.int16))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-38, 1e-30, 1e30, 1e37])
+def test_weights_of_any_magnitude_are_rounded_as_well(way, bits: int, magnitude: float) -> None:
+    """Where a bfloat16 is a multiple of the smallest one, scales are coarse, but no code flies to the other end."""
+    torch.manual_seed(6)
+    weight = torch.randn(32, 128) * magnitude
+    layer = quantized(weight, bits)
+    error = (layer.dequantized() - weight).abs()
+    assert (error <= torch.finfo(torch.bfloat16).smallest_normal * 2**-7 * 127 + 0.2 * weight.abs().max()).all()
+    if magnitude > 1e-37:
+        assert relative_error(layer.dequantized(), weight) < WEIGHT_ERROR[bits]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [(0, 0), (32, 69)])
+def test_a_weight_that_is_no_number_has_no_code(
+    way, bits: int, value: float, dtype: torch.dtype, place: tuple[int, int]
+) -> None:
+    weight = torch.randn(33, 70)
+    weight[place] = value
+    with pytest.raises(NotFiniteError, match="a weight is NaN or infinite, and cannot be quantised"):
+        quantized(weight.to(dtype), bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_activations_of_any_magnitude(way, bits: int) -> None:
+    layer = quantized(torch.randn(32, 128), bits)
+    for magnitude in (1e-45, 1e-39, 1e-37, 1e-30, 1e30):
+        x = torch.randn(2, 128) * magnitude
+        with torch.inference_mode():
+            expected = F.linear(x.double(), layer.dequantized().double()).float()
+            torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=max(2e-3 * magnitude, 1e-34))
 
 
 @needs_kernels

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from blip2.api.pipeline import Options, is_list, listed
-from blip2.checkpoint import ImageSettings
+from blip2.checkpoint import ImageSettings, damage
 from blip2.errors import ImageError, OptionError
 from blip2.generation import Engine
 from blip2.image import Source
@@ -47,7 +48,15 @@ class Matcher:
             # A copy each, so that who keeps one image does not keep its batch.
             return [ImageFeatures(patches_PD.clone(), vectors_QE.clone()) for patches_PD, vectors_QE in rows]
 
-        self.eye = Eye(model.vision, encode, ImageFeatures, size=settings.size, mean=settings.mean, std=settings.std)
+        self.eye = Eye(
+            model.vision,
+            encode,
+            ImageFeatures,
+            size=settings.size,
+            mean=settings.mean,
+            std=settings.std,
+            damage=partial(damage, model),
+        )
 
     def __repr__(self) -> str:
         return f"<Matcher {self.name} on {self.model.qformer.query_tokens.device}>"
@@ -202,6 +211,7 @@ class Matcher:
             eos_token_ids=[tokenizer.token_id("[SEP]")],
             suppress_token_ids=[tokenizer.token_id(name) for name in ("[PAD]", "[CLS]", "[DEC]")],
             decode=tokenizer.decode,
+            damage=partial(damage, self.model),
         )
         chosen = merged(CAPTION, options)
         texts: list[Any] = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from blip2.checkpoint import ImageSettings
+from blip2.checkpoint import ImageSettings, damage
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, OptionError
 from blip2.generation import Engine
@@ -60,6 +61,7 @@ class Pipeline:
             # It marks where an image belongs in a prompt, and never is a word of an answer.
             suppress_token_ids=[] if config.image_token_id is None else [config.image_token_id],
             decode=tokenizer.decode,
+            damage=partial(damage, model),
         )
         self.speaker = Speaker(model.eval(), tokenizer, engine)
 
@@ -68,7 +70,15 @@ class Pipeline:
             identity = self.speaker.identity
             return [EncodedImage(queries_QD.clone(), identity) for queries_QD in model.encode(pixels_BCHW)]
 
-        self.eye = Eye(model.vision, encode, EncodedImage, size=settings.size, mean=settings.mean, std=settings.std)
+        self.eye = Eye(
+            model.vision,
+            encode,
+            EncodedImage,
+            size=settings.size,
+            mean=settings.mean,
+            std=settings.std,
+            damage=partial(damage, model),
+        )
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.name} on {next(self.speaker.model.parameters()).device}>"

@@ -1,5 +1,6 @@
 """Checkpoints: where they are, what is in them, loading and saving. One layout, the published one."""
 
+from blip2.checkpoint.damage import damage, why_not_finite
 from blip2.checkpoint.load import load
 from blip2.checkpoint.names import BUNDLED, resolve
 from blip2.checkpoint.quantize import Quantization, quantization
@@ -7,6 +8,6 @@ from blip2.checkpoint.save import save
 from blip2.checkpoint.settings import ImageSettings, image_settings, read_config
 
 __all__ = [
-    "BUNDLED", "ImageSettings", "Quantization", "image_settings", "load", "quantization", "read_config", "resolve",
-    "save",
+    "BUNDLED", "ImageSettings", "Quantization", "damage", "image_settings", "load", "quantization", "read_config",
+    "resolve", "save", "why_not_finite",
 ]  # fmt: skip

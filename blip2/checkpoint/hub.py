@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore
 
 from blip2.checkpoint.files import weight_files
 from blip2.config import PUBLISHED
+from blip2.disk import replace
 from blip2.errors import CheckpointError
 
 SMALL_FILES = ("*.json", "*.txt", "tokenizer*", "spiece.model")  # never the pickled twins, .bin, .pth, .msgpack
@@ -142,7 +142,7 @@ def _fetch(name: str, file: str, *, commit: str) -> None:
                     displayed_filename=file,
                 )
             _check(part, file, metadata.etag)
-            os.replace(part, blob)
+            replace([(part, blob)])
     hf_hub_download(name, file, revision=commit)  # finds the blob, and links it into the snapshot
 
 

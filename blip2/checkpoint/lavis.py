@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +31,7 @@ from blip2.checkpoint.reader import find_tensors
 from blip2.checkpoint.save import write_model
 from blip2.checkpoint.settings import config_json, image_settings, preprocessor_json, read_config, read_quantization
 from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
+from blip2.disk import written
 from blip2.errors import CheckpointError
 
 Config = Blip2Config | MatcherConfig
@@ -295,13 +295,10 @@ def _companions(like_folder: Path, like: Config, config: Config) -> dict[str, st
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write under; renamed if all went well, deleted if not."""
-    unfinished = path.with_name(f"{path.name}.part")
+    """A name beside ``path`` to write under (`disk.written`), with what may go wrong as a `CheckpointError`."""
     try:
-        yield unfinished
-        os.replace(unfinished, path)
+        with written(path, path.with_name(f"{path.name}.part")) as unfinished:
+            yield unfinished
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is what torch calls a full disk
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be written ({reason}); make room there, or write elsewhere") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

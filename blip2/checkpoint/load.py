@@ -30,7 +30,8 @@ from blip2.checkpoint.quantize import (
 from blip2.checkpoint.reader import Place, find_tensors, give_back_memory, read_ahead
 from blip2.checkpoint.settings import read_config, read_json, read_quantization
 from blip2.config import Blip2Config, MatcherConfig
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, NotFiniteError
+from blip2.finite import is_finite
 from blip2.linear import Linear, Table, readable
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
@@ -88,7 +89,12 @@ def load(
     done = 0
     for step, tensor in zip(steps, read_ahead([step.places for step in steps]), strict=True):
         where = _device_of(step.name, devices, device)
-        _fill(model, step, tensor, where, None if as_stored else precision)
+        try:
+            _fill(model, step, tensor, where, None if as_stored else precision)
+        except NotFiniteError as error:
+            sources = list(zip(step.sources, step.places, strict=True))
+            name, place = next((source for source in sources if not is_finite(source[1].read())), sources[0])
+            raise CheckpointError(f"{place.path}: {name}: {error}; fetch the file again") from None
         del tensor
         before, done = done, done + sum(place.num_bytes for place in step.places)
         if done // TRIM_BYTES > before // TRIM_BYTES or done == total:
@@ -132,6 +138,8 @@ class _Step:
     """One tensor of ours, and the places of the tensors that it is made of, one below the other."""
 
     name: str
+    sources: list[str]
+    """The names of these in the files."""
     places: list[Place]
 
 
@@ -164,7 +172,7 @@ def _steps(
                 f"{folder}: {wrong} is {list(tensors[wrong].shape)}, config.json asks for {asked}; "
                 "the weights belong to another configuration"
             )
-        yield _Step(ours, places)
+        yield _Step(ours, theirs, places)
 
 
 def names_in_files(model: nn.Module, config: Blip2Config | MatcherConfig) -> dict[str, str]:
@@ -250,6 +258,8 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
     module_name, _, last = step.name.rpartition(".")
     module = model.get_submodule(module_name)
     if isinstance(module, QuantizedLinear) and last in (CODES, SCALES):
+        if not is_finite(tensor):
+            raise NotFiniteError("a scale is NaN or infinite")
         setattr(module, last, tensor.to(device))
         return
     dtype = tensor.dtype if precision is None else precision.of(step.name)

@@ -1,14 +1,12 @@
 """Tensors from safetensors files, each read straight into memory of its own.
 
 Not through the library's memory map: its pages would count as this process's memory, as many of them as the file
-has, and reading them fault by fault is slower. The library checks the files; what it knows of places is not to be
-had from it, so the header (JSON behind its length, https://github.com/huggingface/safetensors) is read once more.
+has, and reading them fault by fault is slower.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import sys
 from collections import deque
@@ -19,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blip2.checkpoint.files import INDEX, WEIGHTS, pickled_files, weight_files
 from blip2.checkpoint.pickled import unpickled
 from blip2.errors import CheckpointError
+from blip2.tensorfile import read_header
 
 RUN_BYTES = 2**23
 NUM_READERS = 4
@@ -98,23 +96,18 @@ def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _places(path: Path) -> dict[str, Place]:
     try:
-        with safe_open(path, framework="pt"):  # whether header and length of the file are sound
-            pass
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged or cut short ({error}); fetch the file again") from None
-    header.pop("__metadata__", None)
+        entries = read_header(path).tensors
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{path}: is damaged or cut short ({reason}); fetch the file again") from None
     places = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: {name} is of type {entry['dtype']}, which is none of {', '.join(DTYPES)}; "
+                f"{path}: {name} is of type {entry.dtype}, which is none of {', '.join(DTYPES)}; "
                 "the weights were quantised by another program, use the original ones"
             )
-        start, end = entry["data_offsets"]
-        places[name] = Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + start, end - start)
+        places[name] = Place(path, DTYPES[entry.dtype], entry.shape, entry.start, entry.num_bytes)
     return places
 
 

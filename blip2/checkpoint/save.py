@@ -6,7 +6,6 @@ Weights are written one file at a time, of 5 GB at most as on the hub, so that t
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from blip2.checkpoint.load import named_tensors
 from blip2.checkpoint.quantize import CODES, SCALES, quantization_of
 from blip2.checkpoint.settings import ImageSettings, config_json, preprocessor_json
 from blip2.config import Blip2Config, OPTConfig
+from blip2.disk import replace
 from blip2.errors import CheckpointError
 from blip2.model import Blip2, Blip2Matcher
 
@@ -47,9 +47,9 @@ def save(
     ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`); by default
     what the model's layers say.
 
-    Everything is written under temporary names, then renamed, config.json last; then what an earlier save of another
-    size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing of
-    the attempt stays, and the model that was there is as it was.
+    Everything is written under temporary names, synced, then renamed, config.json last; then what an earlier save of
+    another size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing
+    of the attempt stays, and the model that was there is as it was.
     """
     if quantization is None and (found := quantization_of(model)) is not None:
         quantization = found.as_json()
@@ -90,8 +90,7 @@ def write_model(
         for part in written:
             # safetensors writes for the owner alone; a model is as readable as the files beside it.
             shutil.copymode(written[-1], part)
-        for part in written:
-            os.replace(part, part.with_suffix(""))
+        replace([(part, part.with_suffix("")) for part in written])
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(

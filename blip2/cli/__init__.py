@@ -159,6 +159,21 @@ def debug_option(command: Any) -> Any:
     )(command)
 
 
+def threads_option(command: Any) -> Any:
+    """``--threads``, for every verb. OpenMP and torch read their number of threads when torch is imported."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+        if value is not None:
+            os.environ["OMP_NUM_THREADS"] = str(value)
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(value)
+
+    return click.option(
+        "--threads", type=click.IntRange(min=1), expose_value=False, callback=remember,
+        help="Threads of the processor to compute with.  [default: as many as the model's size is worth]",
+    )(command)
+
+
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="blip2 %(version)s")
 @debug_option

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -140,12 +141,14 @@ def _kernels() -> Finding:
     from blip2.native import LEVELS, kernels
     from blip2.native.build import LIBRARY
 
-    library = kernels()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is told below
+        library = kernels()
     if library is not None:
         level = LEVELS[library.blip2_prepare(len(LEVELS) - 1)]
         text = "active, " + ("the code for any processor: slow" if level == LEVELS[0] else f"with {level}")
         return Finding(text, {"active": True, "level": level})
-    why = "compiled, but cannot be loaded here" if LIBRARY.exists() else "not compiled"
+    why = "compiled, but of another source, or cannot be loaded here" if LIBRARY.exists() else "not compiled"
     finding = Finding(f"{why}; quantised models are slow on the CPU", {"active": False, "level": None})
     if sys.platform == "linux":
         finding.problem = (

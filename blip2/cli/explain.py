@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from blip2.cli.options import MODEL, load_matcher, load_pipeline, of_model, with_options
+from blip2.disk import written
 from blip2.errors import ImageError
 
 if TYPE_CHECKING:
@@ -120,13 +119,8 @@ def _write(found: Explanation, out: Path) -> None:
         return
     import numpy as np
 
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        with unfinished.open("wb") as file:
+        with written(out) as unfinished, unfinished.open("wb") as file:
             np.save(file, found.heat.numpy())
-        os.replace(unfinished, out)
     except OSError as error:
         raise ImageError(f"{out}: cannot be written ({error.strerror}); check the folder and the space on it") from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import debug_option
+from blip2.cli import debug_option, threads_option
 from blip2.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ OUTPUT = (
 
 
 def with_options(*groups: tuple[Decorator, ...]) -> Decorator:
-    """Add groups of options to a verb, shown in this order, and --debug at the end."""
+    """Add groups of options to a verb, shown in this order, and --threads and --debug at the end."""
 
     def add(command: Any) -> Any:
-        command = debug_option(command)
+        command = threads_option(debug_option(command))
         for option in reversed([option for group in groups for option in group]):
             command = option(command)
         return command

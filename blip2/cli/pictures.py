@@ -45,6 +45,14 @@ class Pictures:
         return blip.each_encoded(images, on_error="return", batch_size=batch_size)
 
 
+def changes(index: Index, rows: Iterable[int] | None = None) -> list[str]:
+    """A line for each picture, of these rows or of all, whose file is not what was seen any more."""
+    return [
+        f"{click.format_filename(path)}: has changed since it was seen; bring the index up to date with blip2 index"
+        for path in index.changed(rows)
+    ]
+
+
 def find_pictures(arguments: Iterable[str], recursive: bool, *, takes_index: bool = False) -> Pictures:
     """Folders give the pictures in them, by name, and an index those that it holds; all else is taken as it is."""
     from blip2.index import Index, is_index  # imports torch
@@ -60,7 +68,7 @@ def find_pictures(arguments: Iterable[str], recursive: bool, *, takes_index: boo
             raise click.UsageError(f"{click.format_filename(indexes[0])} is an index of pictures; {how}")
         index = Index.open(indexes[0])
         index.check_kind("ask")
-        return Pictures(index.paths, True, [], index)
+        return Pictures(index.paths, True, changes(index), index)
     sources: list[str] = []
     problems: list[str] = []
     for argument in arguments:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blip2.cli.options import REVISION, in_bytes, with_options
+from blip2.disk import replace
 from blip2.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def _write(folder: Path, out: Path, quantization: Quantization) -> None:
     try:
         with _bar() as (progress, writes):
             quantized = checkpoint.load(folder, quantize=quantization, as_stored=True, progress=progress)
+            if (found := checkpoint.damage(quantized)) is not None:
+                raise CheckpointError(f"{folder}: has weights that are NaN or infinite: {found}")
             writes()
             checkpoint.save(
                 quantized, unfinished, tokenizer=folder / "tokenizer.json", quantization=quantization.as_json()
@@ -99,8 +101,8 @@ def _write(folder: Path, out: Path, quantization: Quantization) -> None:
             (unfinished / name).unlink(missing_ok=True)
             if (folder / name).exists():
                 shutil.copyfile(folder / name, unfinished / name)
-        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, out / path.name)
+        whole = sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json")
+        replace([(path, out / path.name) for path in whole])
     except OSError as error:
         raise CheckpointError(
             f"{out}: cannot be written ({error.strerror}); make room there, or name another"

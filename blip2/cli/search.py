@@ -12,6 +12,8 @@ import click
 from blip2.cli import Failure
 from blip2.cli.options import INDEX_MODEL, load_matcher, of_model, with_options
 from blip2.cli.page import Shown, page
+from blip2.cli.pictures import changes
+from blip2.disk import write_text
 
 if TYPE_CHECKING:
     from blip2.api import Matcher
@@ -75,11 +77,11 @@ def command(
     model = of_model(others)
     groups: list[list[Shown]]
     if threshold is not None:
-        title, groups = "nearly the same", _duplicates(index, threshold)
+        title, groups = "nearly the same", _duplicates(index, threshold, tell)
     elif text is not None:
         title, groups = text, [_by_text(index, model, text, 10 if k is None else k, rerank, tell)]
     else:
-        title, groups = f"like {image}", [_by_picture(index, model, str(image), 10 if k is None else k)]
+        title, groups = f"like {image}", [_by_picture(index, model, str(image), 10 if k is None else k, tell)]
     if html is not None:
         _write(html, page(title, groups, tell))
     for shown in (shown for group in groups for shown in group):
@@ -101,25 +103,34 @@ def _by_text(
     check_text(text)
     index = Index.open(path)
     hits = index.search(_matcher(index, model), text, k, rerank=rerank, on_problem=tell)
+    for line in changes(index, [hit.row for hit in hits]):
+        tell(line)
     return [
         Shown(hit.path, {"score": hit.score} | ({"cosine": hit.cosine, "reranked": hit.is_reranked} if rerank else {}))
         for hit in hits
     ]
 
 
-def _by_picture(path: str, model: dict[str, Any], image: str, k: int) -> list[Shown]:
+def _by_picture(path: str, model: dict[str, Any], image: str, k: int, tell: Callable[[str], None]) -> list[Shown]:
     from blip2.index import Index
     from blip2.index.index import check_search
 
     check_search(k, 0)
     index = Index.open(path)
-    return [Shown(hit.path, {"score": hit.score}) for hit in index.search_picture(_matcher(index, model), image, k)]
+    hits = index.search_picture(_matcher(index, model), image, k)
+    for line in changes(index, [hit.row for hit in hits]):
+        tell(line)
+    return [Shown(hit.path, {"score": hit.score}) for hit in hits]
 
 
-def _duplicates(path: str, threshold: float) -> list[list[Shown]]:
+def _duplicates(path: str, threshold: float, tell: Callable[[str], None]) -> list[list[Shown]]:
     from blip2.index import Index
 
-    groups = Index.open(path).near_duplicates(threshold)
+    index = Index.open(path)
+    groups = index.near_duplicates(threshold)
+    found = {path for group in groups for path in group.paths}
+    for line in changes(index, [row for row, path in enumerate(index.paths) if path in found]):
+        tell(line)
     return [
         [Shown(path, {"score": group.similarity, "group": number}) for path in group.paths]
         for number, group in enumerate(groups, start=1)
@@ -134,6 +145,6 @@ def _matcher(index: Index, model: dict[str, Any]) -> Matcher:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise Failure(f"{path}: cannot be written ({error.strerror}); check the folder and the space on it") from None

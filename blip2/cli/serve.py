@@ -91,9 +91,6 @@ def command(
             raise OptionError(f"{flag} is for several servers behind one port; add --engine ray")
     if replicas is not None and replicas < 1:
         raise OptionError(f"replicas is {replicas}; use 1 or more")
-    # OpenMP's threads wait for one another busily, for 100 ms; beside an event loop that wants a processor too, steps
-    # took 20 times as long on two of them. Torch's OpenMP reads this when torch is imported, which is below.
-    os.environ.setdefault("GOMP_SPINCOUNT", "200")
     try:
         from blip2.serve.app import create_app
         from blip2.serve.fetch import Fetcher

@@ -20,6 +20,7 @@ from blip2.checkpoint import resolve
 from blip2.checkpoint.settings import config_json, parse, read_json
 from blip2.config import Blip2Config as Generative
 from blip2.config import LanguageConfig, MatcherConfig, QFormerConfig, VisionConfig
+from blip2.disk import write_text
 from blip2.errors import CheckpointError, OptionError
 
 COMMON: dict[str, Any] = {
@@ -125,7 +126,7 @@ class Config:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(self.to_json_string(), encoding="utf-8")
+        write_text(Path(folder) / "config.json", self.to_json_string())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self.to_dict() == other.to_dict()

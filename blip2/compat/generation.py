@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from blip2 import checkpoint
 from blip2.compat.loading import check_names
 from blip2.compat.options import KNOWN, WITHOUT_EFFECT, decoding, from_config, merged
 from blip2.generation import Engine
@@ -81,7 +83,11 @@ class Generates:
             room = None
         how = decoding(asked, prompt_length=before_BT.shape[1], room=room)
 
-        engine = Engine(self.model.language, eos_token_ids=[how.eos_token_id])
+        engine = Engine(
+            self.model.language,
+            eos_token_ids=[how.eos_token_id],
+            damage=partial(checkpoint.damage, self.model),
+        )
         answers = [
             torch.tensor([*answer.tokens, *[how.eos_token_id] * (answer.finish_reason == "eos")], device=self.device)
             for answers in engine.generate(rows_of(prompt), how.options)

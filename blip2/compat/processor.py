@@ -26,6 +26,7 @@ from blip2.checkpoint import ImageSettings
 from blip2.checkpoint.settings import read_json
 from blip2.compat.loading import find_folder
 from blip2.compat.records import BatchFeature
+from blip2.disk import write_bytes, write_text
 from blip2.errors import CheckpointError, OptionError
 from blip2.image import Source, load_image, to_pixels
 from blip2.text import Tokenizer
@@ -172,8 +173,8 @@ class Blip2Processor:
         told = json.loads(self._files.get("processor_config.json", b"{}"))
         told |= {"processor_class": "Blip2Processor", "num_query_tokens": self.num_query_tokens}
         for name, content in self._files.items():
-            (folder / name).write_bytes(content)
-        (folder / "processor_config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            write_bytes(folder / name, content)
+        write_text(folder / "processor_config.json", json.dumps(told, indent=2) + "\n")
 
     def _rows(
         self,

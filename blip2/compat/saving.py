@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from blip2 import checkpoint
 from blip2.checkpoint.save import MAX_SHARD_SIZE_BYTES
 from blip2.checkpoint.settings import read_json
 from blip2.compat.loading import check_names, size_bytes
+from blip2.disk import write_text
 from blip2.errors import OptionError
 
 WITHOUT_EFFECT = ("token", "use_auth_token", "save_peft_format", "save_original_format", "repo_id", "commit_message")
@@ -56,6 +56,4 @@ def save(model: Any, folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")

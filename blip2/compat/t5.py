@@ -38,7 +38,7 @@ class T5Encoder(LanguagePart):
         positions_P = torch.arange(x_BPD.shape[1], device=x_BPD.device)
         bias = torch.where(seen_by_all(is_real_BP), core.encoder_bias(positions_P, positions_P)[None], float("-inf"))
         watched = Watched(self.config, output_attentions, output_hidden_states)
-        with own_precision(core, x_BPD.device.type), watched.attention():
+        with own_precision(core, x_BPD.device), watched.attention():
             x_BPD = self.dropped(x_BPD)
             watched.state(x_BPD)
             for block in core.encoder:
@@ -87,7 +87,7 @@ class T5Decoder(T5Encoder):
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = Past()
         watched = Watched(self.config, output_attentions, output_hidden_states)
-        with own_precision(core, x_BTD.device.type), watched.attention():
+        with own_precision(core, x_BTD.device), watched.attention():
             x_BTD = self.dropped(x_BTD)
             watched.state(x_BTD)
             for number, block in enumerate(core.decoder):
@@ -162,7 +162,7 @@ class T5Model(LanguagePart):
             return_dict=True,
             **watching,
         )
-        with own_precision(cast("T5", self.core), self.device.type):
+        with own_precision(cast("T5", self.core), self.device):
             logits_BTV = self.scores(written.last_hidden_state)
         output = ModelOutput(
             loss=None if labels is None else loss_of(logits_BTV, labels),

@@ -2,42 +2,72 @@
 
 Next to each other in one folder, for each set of pictures:
 
-    <name>.bin    float16[N, 1 + P, D], the features of picture n at n, as one memory map
-    <name>.json   the shape, and fingerprints of the image encoder and of the pictures
+    <name>.bin    float16[N, 1 + P, D], the features of picture n at n
+    <name>.seen   a `RECORD` of each picture: how its file was when it was seen, and the checksum of its features
+    <name>.json   the shape, and fingerprints of the image encoder and of the pictures' names
 
-While it is being made the file ends in ``.partial`` and grows picture by picture, so that what was interrupted
-goes on where it stopped. N pictures, P patches, D width, B pictures at a time.
+While they are being made the first ends in ``.partial`` and grows picture by picture, so that what was interrupted
+goes on where it stopped. Features belong to a picture's content: of one that has changed they are computed again.
+N pictures, P patches, D width, B pictures at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import time
+import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from blip2 import disk
 from blip2.data.loader import Pictures
+from blip2.disk import Stamp, digest_since, stamp_of
 from blip2.errors import RecipeError
+from blip2.finite import first_not_finite
 from blip2.vision import VisionTransformer
+
+RECORD = np.dtype([
+    ("stamp", "<i8", 3), ("digest", "u1", 16), ("features_crc32", "<u4"), ("crc32", "<u4"),
+])  # fmt: skip
+"""``stamp`` and ``digest`` of the picture's file (see `disk`), ``crc32`` of its number and of all before."""
+UNKNOWN = Stamp(-1, -1, -1)
+KEEP_SECONDS = 5.0
+"""After so long what was computed is put on the disk, and then its records: that is what a killed run may lose."""
+
+Report = Callable[[int, int], None]
 
 
 class FeatureFile:
-    """``float16[N, 1 + P, D]`` on disk; rows are read when they are asked for."""
+    """``float16[N, 1 + P, D]`` on disk; rows are read, and compared with their checksums, when they are asked for."""
 
-    def __init__(self, path: Path, shape: Sequence[int]) -> None:
-        self._features_NPD = np.memmap(path, np.float16, mode="r", shape=tuple(shape))
+    def __init__(self, path: Path, shape: Sequence[int], crc32_N: np.ndarray) -> None:
+        self._file, self._shape, self._crc32_N = disk.OpenFile(path), tuple(shape), crc32_N
 
     def __len__(self) -> int:
-        return len(self._features_NPD)
+        return self._shape[0]
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """``float16[B, 1 + P, D]`` of the pictures with these numbers."""
-        return torch.from_numpy(self._features_NPD[numbers])
+        """``float16[B, 1 + P, D]`` of the pictures with these numbers. Raises RecipeError for what is damaged."""
+        features_BPD = torch.empty(len(numbers), *self._shape[1:], dtype=torch.float16)
+        for place, number in enumerate(numbers.tolist()):
+            content = memoryview(features_BPD[place].view(-1).numpy()).cast("B")  # type: ignore[arg-type]
+            try:
+                self._file.read(number * len(content), content)
+                if zlib.crc32(content) != self._crc32_N[number]:
+                    raise OSError(f"what it holds of picture {number} is not what was written")
+            except OSError as error:
+                raise RecipeError(
+                    f"{self._file.path}: is damaged ({error.strerror or error}); delete it, and start again: it is "
+                    "made anew"
+                ) from None
+        return features_BPD
 
 
 def frozen_features(
@@ -47,37 +77,27 @@ def frozen_features(
     name: str,
     *,
     batch_size: int = 64,
-    report: Callable[[int, int], None] | None = None,
+    report: Report | None = None,
 ) -> FeatureFile:
     """The features of all pictures: opened if they are there, else computed (`VisionTransformer.features`).
 
     These are the values before the encoder's last layer norm, which is trained. ``report(done, total)`` is
-    called now and then. Raises RecipeError if what is there belongs to another encoder or other pictures, or
-    if the features do not fit into half precision.
+    called now and then. Raises RecipeError if what is there belongs to another encoder or other pictures, if it is
+    damaged or cannot be written, or if the features do not fit into half precision.
     """
-    shape = [len(pictures), vision.config.num_patches + 1, vision.config.hidden_size]
     header: dict[str, object] = {
-        "shape": shape,
+        "shape": [len(pictures), vision.config.num_patches + 1, vision.config.hidden_size],
         "dtype": "float16",
         "vision": fingerprint(vision),
-        "pictures": _fingerprint_of_pictures(pictures),
+        "pictures": _fingerprint_of_names(pictures),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path, description = folder / f"{name}.bin", folder / f"{name}.json"
-    partial = folder / f"{name}.bin.partial"
-    if description.exists():
-        _check(description, header)
-    else:
-        temporary = description.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(header, indent=1))
-        os.replace(temporary, description)
-        partial.unlink(missing_ok=True)
-    if not path.exists():
-        _compute(vision, pictures, partial, shape, batch_size, report)
-        os.replace(partial, path)
-    if path.stat().st_size != int(np.prod(shape)) * 2:
-        raise RecipeError(f"{path}: not of the size that {description.name} promises; delete both")
-    return FeatureFile(path, shape)
+    try:
+        return _Cache(folder, name, header).brought_up_to_date(vision, pictures, batch_size, report)
+    except OSError as error:
+        raise RecipeError(
+            f"{folder / name}: the features cannot be kept there ({error.strerror or error}); make room, or name "
+            "another folder as data.features"
+        ) from None
 
 
 def fingerprint(vision: VisionTransformer) -> str:
@@ -91,49 +111,173 @@ def fingerprint(vision: VisionTransformer) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint_of_pictures(pictures: Pictures) -> str:
+def _fingerprint_of_names(pictures: Pictures) -> str:
     digest = hashlib.sha256(repr((pictures.size, pictures.mean, pictures.std)).encode())
     digest.update("\n".join(pictures.paths).encode())
     return digest.hexdigest()
 
 
+class _Cache:
+    """The three files of a set of pictures."""
+
+    def __init__(self, folder: Path, name: str, header: dict[str, object]) -> None:
+        """Raises RecipeError if what is there belongs to another header, OSError if nothing can be written."""
+        self._whole, self._partial = folder / f"{name}.bin", folder / f"{name}.bin.partial"
+        self._seen, self._description = folder / f"{name}.seen", folder / f"{name}.json"
+        self._shape: list[int] = header["shape"]  # type: ignore[assignment]
+        self._row_bytes = 2 * self._shape[1] * self._shape[2]
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._description.exists():
+            _check(self._description, header)
+        else:
+            for path in (self._whole, self._partial, self._seen):  # nobody knows whose they are
+                path.unlink(missing_ok=True)
+            disk.write_text(self._description, json.dumps(header, indent=1))
+        self._path = self._whole if self._whole.exists() else self._partial
+        if self._path == self._whole and self._whole.stat().st_size != self._shape[0] * self._row_bytes:
+            raise RecipeError(
+                f"{self._whole}: not of the size that {self._description.name} promises; delete both, and start again"
+            )
+
+    def brought_up_to_date(
+        self, vision: VisionTransformer, pictures: Pictures, batch_size: int, report: Report | None
+    ) -> FeatureFile:
+        records = self._records(pictures.paths)
+        stale = [number for number, path in enumerate(pictures.paths) if not self._is_current(records, number, path)]
+        self._write(records)
+        if stale:
+            self._compute(vision, pictures, records, stale, batch_size, report)
+        if self._path == self._partial:
+            with self._partial.open("r+b") as file:
+                file.truncate(self._shape[0] * self._row_bytes)
+            disk.replace([(self._partial, self._whole)])
+        return FeatureFile(self._whole, self._shape, records["features_crc32"].copy())
+
+    def _records(self, paths: Sequence[str]) -> np.ndarray:
+        """`RECORD` of each picture; all zero, which is none, where there is no whole one, or no features."""
+        num_rows = self._path.stat().st_size // self._row_bytes if self._path.exists() else 0
+        records = np.zeros(self._shape[0], RECORD)
+        if not self._seen.exists():
+            self._take_over(records, paths[:num_rows])
+            return records
+        content = self._seen.read_bytes()
+        size = RECORD.itemsize
+        for number in range(min(num_rows, len(records), len(content) // size)):
+            record = content[number * size : (number + 1) * size]
+            if _crc32(number, record) == int.from_bytes(record[-4:], "little"):
+                records[number] = np.frombuffer(record, RECORD)[0]
+        return records
+
+    def _take_over(self, records: np.ndarray, paths: Sequence[str]) -> None:
+        """What an earlier version computed, without records, of pictures that were there before and not changed."""
+        begun_ns = self._description.stat().st_mtime_ns
+        for number, path in enumerate(paths):
+            stamp = stamp_of(path)
+            if stamp is not None and max(stamp.mtime_ns, stamp.ctime_ns) < begun_ns:
+                with self._path.open("rb") as file:
+                    file.seek(number * self._row_bytes)
+                    records[number] = _record(number, path, stamp, file.read(self._row_bytes))
+
+    def _is_current(self, records: np.ndarray, number: int, path: str) -> bool:
+        """Whether the features are of what is in the picture's file now; of a file that is gone, of what was in it."""
+        if records[number]["crc32"] == 0:
+            return False
+        seen, now = Stamp(*records[number]["stamp"].tolist()), stamp_of(path)
+        if now is None or seen.is_still(now):
+            return seen != UNKNOWN
+        digest = records[number]["digest"].tobytes().hex()
+        if seen.size != now.size or digest_since(path, now) != digest:
+            return False
+        records[number]["stamp"] = now  # copied, or only touched
+        records[number]["crc32"] = _crc32(number, records[number].tobytes())
+        return True
+
+    def _write(self, records: np.ndarray) -> None:
+        content = records.tobytes()
+        if not self._seen.exists() or self._seen.read_bytes() != content:
+            disk.write_bytes(self._seen, content)
+
+    @torch.no_grad()
+    def _compute(
+        self,
+        vision: VisionTransformer,
+        pictures: Pictures,
+        records: np.ndarray,
+        stale: list[int],
+        batch_size: int,
+        report: Report | None,
+    ) -> None:
+        device = vision.class_embedding.device
+        total, keep_at = len(pictures), time.monotonic() + KEEP_SECONDS
+        self._path.touch()
+        with self._path.open("r+b") as file, ThreadPoolExecutor(4) as pool:
+
+            def keep() -> None:
+                # In this order: what has a record is on the disk.
+                file.flush()
+                disk.sync(self._path)
+                self._write(records)
+
+            try:
+                for start in range(0, len(stale), batch_size):
+                    numbers = stale[start : start + batch_size]
+                    paths = [pictures.paths[number] for number in numbers]
+                    stamps = list(pool.map(stamp_of, paths))
+                    features_BPD = vision.features(pictures.pixels(numbers).to(device)).to(torch.float16)
+                    if not torch.isfinite(features_BPD).all():
+                        if (name := first_not_finite(vision)) is not None:
+                            raise RecipeError(
+                                f"{name} of the image encoder is NaN or infinite; start from another model"
+                            )
+                        raise RecipeError(
+                            f"the features of {paths[0]} or one of the next {len(numbers) - 1} pictures "
+                            "do not fit into half precision; train without data.features"
+                        )
+                    rows = [features_PD.numpy().tobytes() for features_PD in features_BPD.cpu()]
+                    for number, row in zip(numbers, rows, strict=True):
+                        file.seek(number * self._row_bytes)
+                        file.write(row)
+                    for number, record in zip(numbers, pool.map(_record, numbers, paths, stamps, rows), strict=True):
+                        records[number] = record
+                    if (now := time.monotonic()) > keep_at:
+                        keep()
+                        taken = time.monotonic() - now
+                        keep_at = now + max(KEEP_SECONDS, 20 * taken)
+                    if report is not None:
+                        report(total - len(stale) + start + len(numbers), total)
+            except BaseException:
+                with suppress(OSError):  # what went wrong first is what is told
+                    keep()
+                raise
+            keep()
+
+
+def _record(number: int, path: str, stamp: Stamp | None, features: bytes) -> np.ndarray:
+    """Of a picture that was stamped before it was seen. Where it changed meanwhile, it will be seen again."""
+    record = np.zeros((), RECORD)
+    digest = digest_since(path, stamp)
+    record["stamp"] = stamp if stamp is not None and digest else UNKNOWN
+    record["digest"] = np.frombuffer(bytes.fromhex(digest or "00" * 16), np.uint8)
+    record["features_crc32"] = zlib.crc32(features)
+    record["crc32"] = _crc32(number, record.tobytes())
+    return record
+
+
+def _crc32(number: int, record: bytes) -> int:
+    """Of all but itself, which comes last. Never 0, which is where there is no record."""
+    return zlib.crc32(record[:-4], number) or 1
+
+
 def _check(description: Path, header: dict[str, object]) -> None:
     try:
         found = json.loads(description.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError):
-        found = {}
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise RecipeError(f"{description}: is damaged; delete it, and start again: the features are made anew")
     for key, meaning in (("vision", "another image encoder"), ("pictures", "other pictures")):
         if found.get(key) != header[key]:
             raise RecipeError(
                 f"{description}: these features were made by or for {meaning}; delete them or name another "
                 "folder as data.features"
             )
-
-
-@torch.no_grad()
-def _compute(
-    vision: VisionTransformer,
-    pictures: Pictures,
-    partial: Path,
-    shape: Sequence[int],
-    batch_size: int,
-    report: Callable[[int, int], None] | None,
-) -> None:
-    device = vision.class_embedding.device
-    row_bytes = 2 * shape[1] * shape[2]
-    with partial.open("ab") as file:
-        done = file.tell() // row_bytes
-        file.truncate(done * row_bytes)  # the last picture may have been cut
-        file.seek(0, os.SEEK_END)
-        while done < len(pictures):
-            numbers = range(done, min(done + batch_size, len(pictures)))
-            features_BPD = vision.features(pictures.pixels(numbers).to(device)).to(torch.float16)
-            if not torch.isfinite(features_BPD).all():
-                raise RecipeError(
-                    f"the features of {pictures.paths[done]} or one of the next {len(numbers) - 1} pictures "
-                    "do not fit into half precision; train without data.features"
-                )
-            file.write(features_BPD.cpu().numpy().tobytes())
-            done += len(numbers)
-            if report is not None:
-                report(done, len(pictures))

@@ -9,7 +9,7 @@ R rows of all jobs, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, TypeGuard
 
@@ -24,14 +24,23 @@ from blip2.language import LanguageModel, pad_rows
 class Job:
     """Some prompts ``float[T_i, D]`` and how they are answered; `Engine.job` makes one."""
 
-    def __init__(self, prompts: Sequence[Tensor], strategy: Strategy, num_new_tokens: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Tensor],
+        strategy: Strategy,
+        num_new_tokens: int,
+        explained: Callable[[Exception], Exception] = lambda error: error,
+    ) -> None:
+        """``explained``: what is raised in place of an error that ended it."""
         self.prompts = prompts
         self.strategy = strategy
         self.num_new_tokens = num_new_tokens
         self.num_rows = len(prompts) * strategy.rows_per_prompt
         """How many rows of a batch are this job's, at present; 0 when it is over."""
         self.error: Exception | None = None
-        """What ended it before its answers were there: whoever listened to its tokens raised this."""
+        """What ended it before its answers were there: its scores were no numbers, or whoever listened to its tokens
+        raised this."""
+        self._explained = explained
 
     @property
     def is_over(self) -> bool:
@@ -41,7 +50,7 @@ class Job:
         """For each prompt its answers, best first. Raises ``error`` if there is one."""
         assert self.is_over
         if self.error is not None:
-            raise self.error
+            raise self._explained(self.error)
         return self.strategy.answers()
 
 
@@ -111,6 +120,8 @@ class Batch:
             return over
         if rows != list(range(first)):
             self._state.select(torch.tensor(rows, device=device))
+        if any(job.error is not None for job in over):
+            self._state.forget()
         self._logits_RV = self._language.step(torch.tensor(tokens, device=device), self._state)
         return over
 
@@ -148,6 +159,7 @@ class Batch:
         rows_R = torch.cat(kept).nonzero()[:, 0]
         self._logits_RV = self._logits_RV[rows_R]
         self._state.select(rows_R)
+        self._state.forget()  # it may have been about to end for want of numbers
 
     @staticmethod
     def _choose(job: Job, logits_RV: Tensor, here: range, picked: Picked | None) -> Choice | None:

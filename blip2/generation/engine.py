@@ -6,17 +6,21 @@ here knows of pictures or, but for stop strings, of text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from blip2.errors import OptionError
+from blip2 import threads
+from blip2.errors import NotFiniteError, OptionError
+from blip2.finite import is_finite, overflow
+from blip2.generation import soundness
 from blip2.generation.batch import Batch, Job
 from blip2.generation.endings import Decode, Endings, Hypothesis
 from blip2.generation.filters import build_filters
 from blip2.generation.options import GenerateOptions
-from blip2.generation.strategies import BeamSearch, OnToken, RowByRow, Strategy
+from blip2.generation.strategies import BeamSearch, OnToken, RowByRow, Strategy, log_probs_of
 from blip2.language import LanguageModel, pad_rows
 
 
@@ -29,6 +33,7 @@ class Engine:
     - ``eos_token_ids``: any of these ends an answer.
     - ``suppress_token_ids``: never written: the image token, rows of the vocabulary that stand for no text.
     - ``decode``: token ids to text; needed for stop strings only.
+    - ``damage``: the weights that are NaN or infinite, in words, or None; asked only where scores are.
     """
 
     def __init__(
@@ -38,11 +43,14 @@ class Engine:
         eos_token_ids: Sequence[int],
         suppress_token_ids: Sequence[int] = (),
         decode: Decode | None = None,
+        damage: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.language = language
         self.eos_token_ids = tuple(eos_token_ids)
         self.suppress_token_ids = tuple(suppress_token_ids)
         self.decode = decode
+        self._damage = damage
+        self._num_threads = threads.worth(language)
 
     @torch.inference_mode()
     def generate(
@@ -52,16 +60,18 @@ class Engine:
 
         ``on_token(prompt number, token)`` is called for each token of an answer as soon as it is sure to belong to
         it. Raises `OptionError` where options need what is not there: stop strings without ``decode``, ``on_token``
-        with more than one running answer to a prompt.
+        with more than one running answer to a prompt; or where they rule out every token. Raises `NotFiniteError` where
+        the model's scores are NaN or infinite.
         """
         options = options or GenerateOptions()
         if not prompts:
             return []
         batch = Batch(self.language)
         job = self.job(prompts, options, on_token=on_token)
-        batch.add([job])
-        while not job.is_over:
-            batch.step()
+        with threads.at_most(self._num_threads):
+            batch.add([job])
+            while not job.is_over:
+                batch.step()
         return job.answers()
 
     def job(
@@ -85,19 +95,24 @@ class Engine:
         _check(prompts)
         endings = Endings(options, self.eos_token_ids, self.decode)
         strategy = self._strategy(options, endings, len(prompts), prompts[0].device, on_token, num_top)
-        return Job(prompts, strategy, options.max_new_tokens)
+        return Job(prompts, strategy, options.max_new_tokens, partial(self._explained, prompts=prompts))
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[float]:
         """The log-probability of each answer (token ids) after its prompt ``float[T_i, D]``, as the model gives it.
 
-        An end token counts only where the answer has it. An empty answer scores 0.
+        An end token counts only where the answer has it. An empty answer scores 0. Raises NotFiniteError where the
+        model's scores are NaN or infinite.
         """
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts, but {len(answers)} answers; give each answer its prompt")
         if not prompts:
             return []
         _check(prompts)
+        with threads.at_most(self._num_threads):
+            return self._scores(prompts, answers)
+
+    def _scores(self, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[float]:
         # Longest answer first, so that the rows which are over are the last ones.
         order = sorted(range(len(answers)), key=lambda number: len(answers[number]), reverse=True)
         longest = len(answers[order[0]])
@@ -109,12 +124,25 @@ class Engine:
             if len(tokens) < len(logits_RV):
                 state.select(torch.arange(len(tokens), device=logits_RV.device))
                 logits_RV = logits_RV[: len(tokens)]
-            log_prob_R1 = logits_RV.float().log_softmax(-1).gather(1, tokens_R[:, None])
-            total_R[: len(tokens)] += log_prob_R1[:, 0]
+            total_R[: len(tokens)] += log_probs_of(logits_RV, tokens_R)
             if place + 1 < longest:
                 logits_RV = self.language.step(tokens_R, state)
-        score_of = dict(zip(order, total_R.tolist(), strict=True))
+        scores = total_R.tolist()
+        try:
+            soundness.check(scores)
+        except NotFiniteError as error:
+            raise self._explained(error, prompts) from None
+        score_of = dict(zip(order, scores, strict=True))
         return [score_of[number] for number in range(len(answers))]
+
+    def _explained(self, error: Exception, prompts: Sequence[Tensor]) -> Exception:
+        """An error that ended an answer to prompts; with the likely cause, if it is that there were no numbers."""
+        if not isinstance(error, NotFiniteError):
+            return error
+        why = self._damage()
+        if why is None and prompts[0].dtype != torch.float16 and not all(map(is_finite, prompts)):
+            why = "what the language model was given to read is, such as an encoded image; encode the picture again"
+        return NotFiniteError(f"{error}: {why or overflow(prompts[0].dtype)}")
 
     def _strategy(
         self,

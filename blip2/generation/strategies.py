@@ -15,9 +15,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from blip2.generation import soundness
 from blip2.generation.endings import Endings, FinishReason, Hypothesis
 from blip2.generation.filters import RULED_OUT, Filter, apply_filters
 from blip2.generation.options import GenerateOptions
+from blip2.generation.sampler import Sampler
 
 OnToken = Callable[[int, int], None]
 
@@ -55,42 +57,14 @@ def pick_most_likely(logits_RV: Tensor, ruled_out: Sequence[tuple[int, int]] = (
     if ruled_out:
         rows, tokens = torch.tensor(ruled_out, device=logits_RV.device).unbind(1)
         scores_RV = logits_RV.index_put((rows, tokens), torch.tensor(RULED_OUT, device=logits_RV.device))
-    return _with_log_probs(logits_RV, scores_RV.argmax(-1))
+    tokens_R = scores_RV.argmax(-1)
+    return Picked(tokens_R.tolist(), log_probs_of(logits_RV, tokens_R).tolist())
 
 
-def _with_log_probs(logits_RV: Tensor, tokens_R: Tensor) -> Picked:
-    log_prob_R1 = logits_RV.log_softmax(-1).gather(1, tokens_R[:, None])
-    return Picked(tokens_R.tolist(), log_prob_R1[:, 0].tolist())
-
-
-class Sampler:
-    """Draws tokens; every row has a random sequence of its own, made in advance.
-
-    A draw is one number u in [0, 1), and the token is the one at which the summed probability passes u, so what a
-    row draws depends on its numbers alone.
-    """
-
-    def __init__(self, options: GenerateOptions, num_prompts: int) -> None:
-        self._draws_RT = torch.stack(
-            [
-                torch.rand(options.max_new_tokens, dtype=torch.float64, generator=_generator(options.seed, sample))
-                for _ in range(num_prompts)
-                for sample in range(options.num_return)
-            ]
-        )
-
-    def __call__(self, scores_RV: Tensor, rows: list[int], step: int) -> Tensor:
-        summed_RV = scores_RV.softmax(-1).cumsum(-1, dtype=torch.float64)
-        draw_R1 = self._draws_RT[rows, step].to(scores_RV.device)[:, None] * summed_RV[:, -1:]
-        return torch.searchsorted(summed_RV, draw_R1, right=True)[:, 0].clamp(max=scores_RV.shape[1] - 1)
-
-
-def _generator(seed: int | None, sample: int) -> torch.Generator:
-    """The random numbers of the n-th sample of any prompt; without a seed, from torch's global ones."""
-    if seed is None:
-        return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    # An odd constant (2**64 / golden ratio) keeps the samples of one seed apart from those of the next seeds.
-    return torch.Generator().manual_seed((seed + sample * 0x9E3779B97F4A7C15) % 2**64)
+def log_probs_of(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
+    """Of a token a row, ``float32[R]``; NaN where any of the row's logits is NaN or infinite."""
+    log_prob_RV = logits_RV.float().log_softmax(-1)
+    return soundness.poisoned(log_prob_RV.gather(1, tokens_R[:, None])[:, 0], log_prob_RV)
 
 
 class RowByRow:
@@ -148,11 +122,16 @@ class RowByRow:
             for row, ids, log_probs in zip(self._running, best.indices.tolist(), best.values.tolist(), strict=True):
                 self.top[row].append(dict(zip(ids, log_probs, strict=True)))
         if self._sampler is None:
-            return self.take(_with_log_probs(logits_RV, scores_RV.argmax(-1)))
-        return self.take(_with_log_probs(logits_RV, self._sampler(scores_RV, self._running, self._num_taken)))
+            tokens_R = scores_RV.argmax(-1)
+        else:
+            tokens_R = self._sampler(scores_RV, self._running, self._num_taken)
+        is_out_R = scores_RV.gather(1, tokens_R[:, None])[:, 0] == RULED_OUT  # then all tokens are
+        log_prob_R = log_probs_of(logits_RV, tokens_R) + torch.where(is_out_R, torch.inf, 0.0)
+        return self.take(Picked(tokens_R.tolist(), log_prob_R.tolist()))
 
     def take(self, picked: Picked) -> Choice | None:
-        """Each running row takes its token; None when every answer is over."""
+        """Each running row takes its token; None when every answer is over. Raises as `soundness.check`."""
+        soundness.check(picked.log_probs)
         self._num_taken += 1
         for row, log_prob in zip(self._running, picked.log_probs, strict=True):
             self.log_probs[row].append(log_prob)
@@ -245,8 +224,10 @@ class BeamSearch:
     def choose(self, logits_RV: Tensor) -> Choice | None:
         num_beams = self._options.num_beams
         tokens_RT = self._tokens_PKT[:, :, : self._step].flatten(0, 1)
-        scores_RV = apply_filters(self._filters, tokens_RT, logits_RV.float().log_softmax(-1))
-        total_PKV = scores_RV.unflatten(0, (-1, num_beams)) + self._score_PK[:, :, None]
+        log_prob_RV = logits_RV.float().log_softmax(-1)
+        scores_RV = apply_filters(self._filters, tokens_RT, log_prob_RV)
+        so_far_PK = soundness.poisoned(self._score_PK, log_prob_RV)
+        total_PKV = scores_RV.unflatten(0, (-1, num_beams)) + so_far_PK[:, :, None]
         vocabulary = total_PKV.shape[-1]
         score_PC, which_PC = total_PKV.flatten(1).topk(min(self._num_candidates, num_beams * vocabulary))
         beam_PC = which_PC // vocabulary
@@ -261,7 +242,7 @@ class BeamSearch:
         first_row_P1 = torch.arange(0, len(self._prompts) * num_beams, num_beams, device=going_PK.device)[:, None]
         rows_PK = first_row_P1 + _take(beam_PC, going_PK)
 
-        kept = self._drop_prompts_that_are_over()
+        kept = self._drop_prompts_that_are_over(score_PC[:, 0].isnan())  # NaN comes before all numbers
         if not self._prompts:
             return None
         if kept is not None:
@@ -300,9 +281,10 @@ class BeamSearch:
             _take(torch.cat([self._ended.length_PK, torch.full_like(reason_PC, self._step)], dim=1), best_PK),
         )
 
-    def _drop_prompts_that_are_over(self) -> Tensor | None:
+    def _drop_prompts_that_are_over(self, is_nan_P: Tensor) -> Tensor | None:
         """Which prompts of the batch go on (None: all do); the answers of the others are noted."""
-        over = self._is_over_P().tolist()
+        over = torch.where(is_nan_P, torch.nan, self._is_over_P().float()).tolist()
+        soundness.check(over)
         if not any(over):
             return None
         for place, is_over in enumerate(over):
@@ -336,6 +318,8 @@ class BeamSearch:
         for tokens, score, code, length in zip(*(part.tolist() for part in ended), strict=True):
             if (reason := REASONS[code]) is not None:  # a place is free only where there are too few texts to fill it
                 best.append(Hypothesis(self._endings.cut(tokens[:length], reason), score, reason))
+        if not best:
+            raise soundness.nothing_left()
         return best[: self._options.num_return]
 
     def answers(self) -> list[list[Hypothesis]]:

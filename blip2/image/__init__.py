@@ -4,10 +4,10 @@
     images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]
 """
 
-from blip2.image.read import RgbImage, Source, load_image, to_pixels
+from blip2.image.read import RgbImage, Source, load_image, name_of, to_pixels
 from blip2.image.show import check_writable, grey_address, overlay, save_image, shrunk, thumbnail
 
 __all__ = [
-    "RgbImage", "Source", "check_writable", "grey_address", "load_image", "overlay", "save_image", "shrunk",
-    "thumbnail", "to_pixels",
+    "RgbImage", "Source", "check_writable", "grey_address", "load_image", "name_of", "overlay", "save_image",
+    "shrunk", "thumbnail", "to_pixels",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ def load_image(
     a download (seconds, the whole of it); only `formats` are read (Pillow's names). Raises ImageError, one
     line that names the source, for anything that cannot be read.
     """
-    name = _name_of(source)
+    name = name_of(source)
     match source:
         case Image.Image():
             return _to_rgb(source, name, max_pixels)
@@ -125,7 +125,7 @@ def to_pixels(
 # ---- sources ------------------------------------------------------------------------------------------
 
 
-def _name_of(source: object) -> str:
+def name_of(source: object) -> str:
     """What an error calls `source`: short, on one line."""
     match source:
         case str() if source == "-":  # a bare `case "-"` would also ask an array whether it equals that

@@ -3,12 +3,12 @@
 import base64
 import io
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from blip2.disk import written
 from blip2.errors import ImageError, OptionError
 from blip2.image.read import RgbImage, Source, load_image, reason_of
 
@@ -43,16 +43,12 @@ def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
     Raises OptionError as `check_writable` does, ImageError where it cannot be written.
     """
     path, format = Path(path), check_writable(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        picture.save(unfinished, format)
-        os.replace(unfinished, path)
+        with written(path) as unfinished:
+            picture.save(unfinished, format)
     except OSError as error:
         reason = error.strerror or reason_of(error)
         raise ImageError(f"{path}: cannot be written ({reason}); check the folder and the space on it") from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def thumbnail(source: Source, size_px: int) -> bytes:

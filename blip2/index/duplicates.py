@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip2.index.rows import Rows, each
+
 BLOCK = 1024
 """Rows that are compared with as many others at a time."""
 SAMPLE = 1024
@@ -15,7 +17,7 @@ DIRECTIONS = 512
 """Pairs are first compared along so many directions, those in which a sample of the pictures is largest."""
 
 
-def groups(vectors_NL: Tensor, threshold: float) -> list[tuple[float, list[int]]]:
+def groups(vectors_NL: Rows | Tensor, threshold: float) -> list[tuple[float, list[int]]]:
     """Rows that hang together by pairs whose cosine is ``threshold`` or more, each group with its greatest cosine.
 
     ``vectors_NL`` float16. Exact: a pair counts by its cosine in double precision, rounded to float32. The groups with
@@ -45,7 +47,7 @@ def _joined(group_N: Tensor, first_B: Tensor, second_B: Tensor) -> Tensor:
             group_N = further_N
 
 
-def _pairs(vectors_NL: Tensor, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pairs(vectors_NL: Rows | Tensor, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every pair of rows above the threshold once, in portions: the two rows, and their cosine in float32.
 
     Let W be some orthonormal directions, and a' what they leave of a. Then <a, b> is <Wa, Wb> + <a', b'>, and by
@@ -67,7 +69,7 @@ def _pairs(vectors_NL: Tensor, threshold: float) -> Iterator[tuple[Tensor, Tenso
 
 
 def _compared(
-    vectors_NL: Tensor, length_N: Tensor, first_P: Tensor, second_P: Tensor, threshold: float, slack: float
+    vectors_NL: Rows | Tensor, length_N: Tensor, first_P: Tensor, second_P: Tensor, threshold: float, slack: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of the pairs that are above the threshold, compared in full: at worst, that is a block with a block."""
     (rows_F, at_P), (others_S, other_at_P) = (side.unique(return_inverse=True) for side in (first_P, second_P))
@@ -81,18 +83,19 @@ def _compared(
     return first_P[is_kept_P], second_P[is_kept_P], cosine_P[is_kept_P].clamp(max=1.0)
 
 
-def _projected(vectors_NL: Tensor) -> tuple[Tensor, Tensor]:
+def _projected(vectors_NL: Rows | Tensor) -> tuple[Tensor, Tensor]:
     """Of each row, made 1 long, the part along the directions and the length of the rest; and how long it was."""
     number = len(vectors_NL)
     sample_SL = vectors_NL[torch.linspace(0, number - 1, min(SAMPLE, number)).round().long()].float()
     _, vectors_SS = torch.linalg.eigh(sample_SL @ sample_SL.T)  # the greatest last
     directions_LW, _ = torch.linalg.qr(sample_SL.T @ vectors_SS[:, -DIRECTIONS:])
-    projected, lengths = [], []
-    for some in vectors_NL.split(BLOCK):
-        length_B1 = some.float().norm(dim=1, keepdim=True)
-        unit_BW = some.float() @ directions_LW / length_B1
+
+    def along(some_BL: Tensor) -> tuple[Tensor, Tensor]:
+        length_B1 = some_BL.float().norm(dim=1, keepdim=True)
+        unit_BW = some_BL.float() @ directions_LW / length_B1
         # A little more than is left, since what is left over of 1 is not exact where it is little.
         rest_B1 = (1 - unit_BW.square().sum(dim=1, keepdim=True)).clamp(min=0).add(1e-6).sqrt()
-        projected.append(torch.cat([unit_BW, rest_B1], dim=1))
-        lengths.append(length_B1[:, 0])
+        return torch.cat([unit_BW, rest_B1], dim=1), length_B1[:, 0]
+
+    projected, lengths = zip(*each(vectors_NL, along, BLOCK), strict=True)
     return torch.cat(projected), torch.cat(lengths)

@@ -1,7 +1,8 @@
-"""The file of an index: plain safetensors that anyone can open, mapped when read, written row after row.
+"""The file of an index: plain safetensors that anyone can open, written row after row, read when it is asked for.
 
     vectors    float16[N, Q, D]   of each picture one vector a query
-    pictures   uint8[bytes]       N lines of JSON: path, size, mtime_ns, crc32 (of the picture's vectors)
+    pictures   uint8[bytes]       N lines of JSON: path, size, mtime_ns, ctime_ns and digest (of the picture's content,
+                                  both left out where they are not known), crc32 (of its vectors, and the last)
     metadata   format, version, kind, model, identity, checksum (of all that is not vectors)
 
 Rows are sorted by path, so that the same pictures make the same file, whatever the order in which they came.
@@ -11,19 +12,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from blip2.disk import OpenFile, Stamp
 from blip2.errors import IndexFileError
-from blip2.index.folders import Stamp
+from blip2.index.rows import Rows
+from blip2.tensorfile import read_header
 
 FORMAT = "blip2 index"
 VERSION = "1"
@@ -50,50 +52,55 @@ class Origin:
 
 
 class Picture(NamedTuple):
-    """A row: the picture's absolute path, the file's stamp when it was seen, the checksum of its vectors."""
+    """A row: the picture's absolute path, the file's stamp when it was seen, the checksum of its vectors, and the
+    digest of its content, or "" where that is not known."""
 
     path: str
     stamp: Stamp
     crc32: int
+    digest: str = ""
 
     def line(self) -> bytes:
-        size, mtime_ns = self.stamp
-        row = {"path": self.path, "size": size, "mtime_ns": mtime_ns, "crc32": self.crc32}
+        row = {"path": self.path} | self.stamp._asdict() | {"digest": self.digest, "crc32": self.crc32}
+        row = {name: value for name, value in row.items() if value or name not in ("ctime_ns", "digest")}
         # In ASCII even a name that is no UTF-8 comes back as it was: its odd bytes are escaped.
         return json.dumps(row).encode("ascii") + b"\n"
 
 
 class Stored:
-    """An index file that is open. ``vectors_NQD`` is mapped: what is not looked at is not read."""
+    """An index file that is open. ``rows``: its vectors, read when they are asked for, and known to be whole."""
 
-    def __init__(self, path: Path, origin: Origin, vectors_NQD: Tensor, lines: Tensor) -> None:
-        self.path = path
+    def __init__(self, file: OpenFile, origin: Origin, shape: tuple[int, ...], start: int, lines: bytes) -> None:
+        self.path = file.path
         self.origin = origin
-        self.vectors_NQD = vectors_NQD
-        self._lines = lines.numpy().tobytes()
-        self._ends = np.flatnonzero(np.frombuffer(self._lines, np.uint8) == ord("\n"))
+        self._lines = lines
+        self._ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))
+        crc32_N = np.array(re.findall(rb'"crc32": (\d+)}\n', lines), np.uint32)
+        self.rows = Rows(file, start, shape, crc32_N, lambda row: self.picture(row).path)
 
     def __len__(self) -> int:
-        return len(self.vectors_NQD)
+        return len(self.rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return read, (self.path,)
+
+    @property
+    def vectors_NQD(self) -> Tensor:
+        """Mapped: what is not looked at is not read. Nothing of it is checked. Raises IndexFileError if it was cut."""
+        return self.rows.mapped()
 
     def picture(self, row: int) -> Picture:
         start = int(self._ends[row - 1]) + 1 if row else 0
         found = json.loads(self._lines[start : int(self._ends[row])])
-        return Picture(found["path"], Stamp(found["size"], found["mtime_ns"]), found["crc32"])
+        stamp = Stamp(found["size"], found["mtime_ns"], found.get("ctime_ns", 0))
+        return Picture(found["path"], stamp, found["crc32"], found.get("digest", ""))
 
     def pictures(self) -> list[Picture]:
         return [self.picture(row) for row in range(len(self))]
 
     def vectors(self, row: int) -> Tensor:
         """A picture's vectors ``float16[Q, D]``, as they were written. Raises IndexFileError if they are not."""
-        vectors_QD = self.vectors_NQD[row]
-        picture = self.picture(row)
-        if crc32_of(vectors_QD) != picture.crc32:
-            raise IndexFileError(
-                f"{self.path}: is damaged (what it holds of {picture.path} is not what was written); delete it, and "
-                "make it again with blip2 index"
-            )
-        return vectors_QD
+        return self.rows[np.array([row])][0]
 
 
 def crc32_of(vectors_QD: Tensor) -> int:
@@ -111,53 +118,53 @@ def is_index(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def read(path: str | os.PathLike[str]) -> Stored:
-    """Open an index. Raises IndexFileError for anything that is not a whole one."""
+def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
+    """Open an index. Raises IndexFileError for anything that is not a whole one. ``held``: see `OpenFile`."""
     path = Path(path)
     if not path.exists():
         raise IndexFileError(f"{path}: there is no such index; make one with blip2 index PHOTOS -o {path}")
     if path.is_dir():
         raise IndexFileError(f"{path}: is a folder; name the file of an index, such as {path / 'photos.index'}")
     try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise IndexFileError(f"{path}: is another safetensors file, no index of pictures")
-            if about.get("version") != VERSION:
-                raise IndexFileError(
-                    f"{path}: was written by another version of this program (format {about.get('version')}, here "
-                    f"{VERSION}); make it again with blip2 index"
-                )
-            vectors_NQD, lines = file.get_tensor("vectors"), file.get_tensor("pictures")
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        if isinstance(error, IndexFileError):
-            raise
-        reason = " ".join(str(error).split())
+        header = read_header(path)
+        file = OpenFile(path, held)
+        vectors, pictures = (header.tensors.get(name) for name in ("vectors", "pictures"))
+        lines = bytearray(0 if pictures is None else pictures.num_bytes)
+        if pictures is not None:
+            file.read(pictures.start, memoryview(lines))
+    except OSError as error:
         raise IndexFileError(
-            f"{path}: is no index of pictures, or cut short ({reason}); make it again with blip2 index"
+            f"{path}: is no index of pictures, or cut short ({error}); make it again with blip2 index"
         ) from None
+    about = header.about
+    if about.get("format") != FORMAT:
+        raise IndexFileError(f"{path}: is another safetensors file, no index of pictures")
+    if about.get("version") != VERSION:
+        raise IndexFileError(
+            f"{path}: was written by another version of this program (format {about.get('version')}, here "
+            f"{VERSION}); make it again with blip2 index"
+        )
     origin = Origin(*(about.get(name, "") for name in ("kind", "model", "identity")))
     is_sound = (
-        vectors_NQD.dtype == torch.float16
-        and vectors_NQD.dim() == 3
-        and lines.dtype == torch.uint8
-        and lines.dim() == 1
-        and about.get("checksum") == _checksum(origin, vectors_NQD.shape, lines.numpy().tobytes())
+        vectors is not None
+        and (vectors.dtype, len(vectors.shape)) == ("F16", 3)
+        and about.get("checksum") == _checksum(origin, vectors.shape, bytes(lines))
     )
     if not is_sound or origin.kind not in KINDS:
         raise IndexFileError(
             f"{path}: is damaged (its list of pictures is not what was written); delete it, and make it again with "
             "blip2 index"
         )
-    return Stored(path, origin, vectors_NQD, lines)
+    assert vectors is not None
+    return Stored(file, origin, vectors.shape, vectors.start, bytes(lines))
 
 
 def write(
     path: Path, origin: Origin, pictures: Sequence[Picture], shape: tuple[int, int], vectors: Iterable[Tensor]
 ) -> None:
-    """Write an index whose pictures have vectors ``float16[shape]``, taken one after the other; safe on the disk.
+    """Write an index whose pictures have vectors ``float16[shape]``, taken one after the other.
 
-    Raises OSError.
+    Half-written if it fails; `disk.written` makes it safe. Raises OSError.
     """
     lines = b"".join(picture.line() for picture in pictures)
     full_shape = (len(pictures), *shape)
@@ -176,8 +183,6 @@ def write(
         for vectors_QD in vectors:
             file.write(vectors_QD.numpy().data)
         file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _checksum(origin: Origin, shape: Sequence[int], lines: bytes) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from blip2.disk import Stamp, stamp_of
 from blip2.errors import ImageError, IndexFileError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"})
@@ -37,13 +37,6 @@ def _files(folder: Path, recursive: bool) -> Iterator[Path]:
                 yield folder / entry.name
             elif recursive and entry.is_dir(follow_symlinks=False):
                 yield from _files(folder / entry.name, recursive)
-
-
-class Stamp(NamedTuple):
-    """By which a file is known to be as it was: bytes, and nanoseconds of its last change."""
-
-    size: int
-    mtime_ns: int
 
 
 class Collection:
@@ -82,12 +75,3 @@ class Collection:
             return pictures_in(Path(folder), recursive=True)
         except ImageError as error:
             raise IndexFileError(f"{error}; the index is left as it was") from None
-
-
-def stamp_of(path: str) -> Stamp | None:
-    """None if it is not there."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return Stamp(found.st_size, found.st_mtime_ns)

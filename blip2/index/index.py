@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -11,13 +12,14 @@ from typing import NamedTuple, overload
 from torch import Tensor
 
 from blip2.api import Matcher, Pipeline
+from blip2.disk import stamp_of
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, OptionError
 from blip2.image import Source
 from blip2.index import duplicates
 from blip2.index.file import Stored, read
 from blip2.index.search import nearest
-from blip2.index.update import Changes, check_kind, check_model, kind_of, update
+from blip2.index.update import Changes, check_kind, check_model, current, kind_of, update
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.speaker import chunks
 from blip2.text import clean
@@ -102,13 +104,26 @@ class Index(Sequence[EncodedImage]):
 
     @property
     def vectors(self) -> Tensor:
-        """``float16[N, Q, D]``, mapped: what is not looked at is not read. Not to be written to."""
+        """``float16[N, Q, D]``, mapped: what is not looked at is not read. Not to be written to.
+
+        Unlike all else here these numbers are not checked. Raises IndexFileError if the file was cut; one that is cut
+        later, while they are looked at, ends the process.
+        """
         return self._stored.vectors_NQD
 
     @cached_property
     def paths(self) -> list[str]:
         """Where the pictures were, in order."""
         return [picture.path for picture in self._stored.pictures()]
+
+    def changed(self, rows: Iterable[int] | None = None) -> list[str]:
+        """The paths, of these rows or of all, of pictures whose files hold something else now than what was seen.
+
+        What the index says of them is of what was there before. Files that are gone are not among them.
+        """
+        pictures = map(self._stored.picture, range(len(self)) if rows is None else rows)
+        stamped = ((picture, stamp_of(picture.path)) for picture in pictures)
+        return [picture.path for picture, now in stamped if now is not None and current(picture, now) is None]
 
     # ---- to be asked ----
 
@@ -122,7 +137,8 @@ class Index(Sequence[EncodedImage]):
             return [self[number] for number in range(*row.indices(len(self)))]
         self.check_kind("ask")
         number = range(len(self))[row]
-        return EncodedImage(self._stored.vectors(number), self._stored.origin.identity)
+        identity = self._stored.origin.identity.partition("-")[0]  # the model's own, see `update.identity_of`
+        return EncodedImage(self._stored.vectors(number), identity)
 
     # ---- to be searched ----
 
@@ -146,7 +162,7 @@ class Index(Sequence[EncodedImage]):
         self.check_kind("search")
         self.check_model(matcher)
         check_text(text)
-        found = nearest(self.vectors, matcher.embed_texts(text), max(k, rerank))
+        found = nearest(self._stored.rows, matcher.embed_texts(text), max(k, rerank))
         hits = self._hits(*found)
         if rerank:
             hits = _reranked(matcher, text, hits[:rerank], batch_size, on_problem) + hits[rerank:]
@@ -162,7 +178,7 @@ class Index(Sequence[EncodedImage]):
         self.check_model(matcher)
         vectors_QE = matcher.embed_images(picture)
         # Each of the queries asks the same of every picture, so that the first is compared with the first, and so on.
-        whole_NRL = self.vectors.view(len(self), 1, -1)
+        whole_NRL = self._stored.rows.viewed(1, vectors_QE.numel())
         return self._hits(*nearest(whole_NRL, vectors_QE.flatten(), k, length=len(vectors_QE) ** 0.5))
 
     def near_duplicates(self, threshold: float = DUPLICATE) -> list[Group]:
@@ -174,14 +190,13 @@ class Index(Sequence[EncodedImage]):
         if not 0 < threshold <= 1:
             raise OptionError(f"threshold is {threshold}; a similarity is above 0 and at most 1, such as {DUPLICATE}")
         self.check_kind("search")
-        found = duplicates.groups(self.vectors.view(len(self), -1), threshold)
+        found = duplicates.groups(self._stored.rows.viewed(math.prod(self._stored.rows.shape[1:])), threshold)
         return [Group(similarity, [self._path(row) for row in rows]) for similarity, rows in found]
 
     def _hits(self, scores: list[float], rows: list[int]) -> list[Hit]:
         return [Hit(self._path(row), score, score, row) for score, row in zip(scores, rows, strict=True)]
 
     def _path(self, row: int) -> str:
-        self._stored.vectors(row)  # what is shown is what was written, or an error
         return self._stored.picture(row).path
 
     def check_kind(self, kind: str) -> None:

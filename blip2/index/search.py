@@ -6,20 +6,27 @@ the paper); for a picture, whose queries are compared each with its like, all of
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blip2 import native
+from blip2.index.rows import Rows, each
 
 CHUNK_BYTES = 64_000_000
+READ_BYTES = 4_000_000
+"""So much is read at a time that it is still in a processor's cache when it is worked on."""
 STRETCH = 1e-3
 """Rounding to half precision makes a vector longer or shorter by at most 2^-11 of its length; where its numbers are so
 tiny that they are rounded more coarsely, by less than what this is above that."""
 
 
-def nearest(vectors_NRL: Tensor, query_L: Tensor, number: int, *, length: float = 1.0) -> tuple[list[float], list[int]]:
+def nearest(
+    vectors_NRL: Rows | Tensor, query_L: Tensor, number: int, *, length: float = 1.0
+) -> tuple[list[float], list[int]]:
     """The ``number`` rows with the greatest max over R of the cosine: their scores, and which they are, best first.
 
     ``vectors_NRL`` float16, each L of this ``length`` before it was rounded; ``query_L`` float32. The scores are those
@@ -33,7 +40,7 @@ def nearest(vectors_NRL: Tensor, query_L: Tensor, number: int, *, length: float 
     # `number` rows truly reach the last of them less an error, so none below that by another error can be among them.
     last = np.partition(roughly_N, -number)[-number]
     rows = np.flatnonzero(~(roughly_N < last - 2 * error))  # so put, damage (not a number) is not passed over
-    at_a_time = _num_rows(vectors_NRL, 32)
+    at_a_time = _num_rows(vectors_NRL, CHUNK_BYTES // 32)
     found = [exactly(vectors_NRL[rows[at : at + at_a_time]], unit_L) for at in range(0, len(rows), at_a_time)]
     scores = np.concatenate(found)
     order = np.argsort(np.where(np.isnan(scores), -np.inf, -scores), kind="stable")[:number]
@@ -49,7 +56,7 @@ def exactly(vectors_NRL: Tensor, unit_L: Tensor) -> np.ndarray:
     return ((wide_NRL * unit_L.numpy()).sum(axis=-1) / length_NR).max(axis=1).astype(np.float32)
 
 
-def roughly(vectors_NRL: Tensor, unit_L: Tensor, length: float) -> tuple[np.ndarray, float]:
+def roughly(vectors_NRL: Rows | Tensor, unit_L: Tensor, length: float) -> tuple[np.ndarray, float]:
     """Scores ``float32[N]`` by products in half precision, and how far the worst of them may be off.
 
     Four things are rounded. The query, to half precision: by Cauchy-Schwarz that moves a product by at most its
@@ -60,10 +67,8 @@ def roughly(vectors_NRL: Tensor, unit_L: Tensor, length: float) -> tuple[np.ndar
     """
     query_L = unit_L / length
     half_L = query_L.half()
-    products_N = native.greatest(vectors_NRL, half_L.float())
-    if products_N is None:
-        products_N = torch.cat([_greatest(some, half_L) for some in vectors_NRL.split(_num_rows(vectors_NRL, 2))])
-    roughly_N = products_N.numpy()
+    products = each(vectors_NRL, lambda some_NRL: _greatest(some_NRL, half_L), _num_rows(vectors_NRL, READ_BYTES // 2))
+    roughly_N = torch.cat(list(products)).numpy()
     query_error = float((query_L - half_L.double()).norm())
     sum_error = 2 * len(half_L) * 2**-24 * float(half_L.double().norm())
     largest = float(np.abs(np.nan_to_num(roughly_N, posinf=0, neginf=0)).max())
@@ -72,11 +77,14 @@ def roughly(vectors_NRL: Tensor, unit_L: Tensor, length: float) -> tuple[np.ndar
 
 
 def _greatest(vectors_NRL: Tensor, half_L: Tensor) -> Tensor:
-    """As `native.greatest`, by torch: half as fast."""
+    """By the kernel, or by torch, which takes twice as long."""
+    greatest_N = native.greatest(vectors_NRL, half_L.float())
+    if greatest_N is not None:
+        return greatest_N
     products = torch.mv(vectors_NRL.reshape(-1, len(half_L)), half_L)
     return products.float().view(vectors_NRL.shape[:2]).amax(dim=1)
 
 
-def _num_rows(vectors_NRL: Tensor, item_bytes: int) -> int:
-    """So many rows are worked on at a time that memory stays bounded."""
-    return max(1, CHUNK_BYTES // (item_bytes * vectors_NRL[0].numel()))
+def _num_rows(vectors_NRL: Rows | Tensor, numbers: int) -> int:
+    """Rows of so many numbers together, at least one."""
+    return max(1, numbers // math.prod(vectors_NRL.shape[1:]))

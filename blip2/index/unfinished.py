@@ -6,7 +6,6 @@ these; the next run takes them over.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from blip2.disk import written
 from blip2.errors import IndexFileError
 from blip2.index.file import Origin, Picture, Stored, read, write
 
@@ -31,7 +31,7 @@ class Unfinished:
         found = []
         for path in self._paths():
             with suppress(IndexFileError):
-                found.append(read(path))
+                found.append(read(path, held=False))
         return found
 
     @property
@@ -58,11 +58,9 @@ class Unfinished:
     ) -> None:
         unnamed = self.folder / "writing"
         try:
-            write(unnamed, origin, pictures, (shape[0], shape[1]), vectors)
-            os.replace(unnamed, path)
-            _sync(path.parent)
+            with written(path, unnamed):
+                write(unnamed, origin, pictures, (shape[0], shape[1]), vectors)
         except OSError as error:
-            unnamed.unlink(missing_ok=True)
             raise IndexFileError(
                 f"{path}: cannot be written ({error.strerror}); make room there, and run the same again: what was "
                 "encoded before is kept"
@@ -92,13 +90,3 @@ def held(index: Path) -> Iterator[Unfinished]:
         if finished or not unfinished.has_shards:
             shutil.rmtree(folder, ignore_errors=True)
         lock.release()
-
-
-def _sync(folder: Path) -> None:
-    """A rename is safe only when the folder itself is on the disk; some systems cannot open a folder for that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

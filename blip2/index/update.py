@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +19,13 @@ from torch import Tensor
 
 from blip2.api import Matcher, Pipeline
 from blip2.checkpoint.names import BUNDLED
+from blip2.config import CLIP_MEAN, CLIP_STD
+from blip2.disk import Stamp, digest_since, stamp_of
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, IndexFileError, OptionError
 from blip2.image import load_image
 from blip2.index.file import KINDS, Origin, Picture, Stored, crc32_of, read
-from blip2.index.folders import Collection, Stamp, stamp_of
+from blip2.index.folders import Collection
 from blip2.index.unfinished import Unfinished, held
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.match import ImageFeatures
@@ -72,9 +77,10 @@ def update(
 ) -> Changes:
     """Make the index of the pictures in folders (and single files), or bring it up to date.
 
-    Pictures whose size and time of change are known are not looked at again; those of folders that are not named stay
-    as they are. ``kind``: "search" or "ask", by default the index's own, or "search". ``load`` gives the model of a
-    name for that kind, and is called only if there is work for it; ``model`` is the name, by default the index's own.
+    Pictures whose size and times of change are known are not looked at again, and where these differ, but the content
+    does not, not encoded again; those of folders that are not named stay as they are. ``kind``: "search" or "ask", by
+    default the index's own, or "search". ``load`` gives the model of a name for that kind, and is called only if there
+    is work for it; ``model`` is the name, by default the index's own.
     ``on_progress``: pictures done and in all. ``on_problem``: a line for each picture that cannot be read, which is
     left out.
 
@@ -114,12 +120,24 @@ def check_model(stored: Stored, model: Model) -> None:
 
 
 def identity_of(model: Model) -> str:
-    return model.identity if isinstance(model, Matcher) else model.speaker.identity
+    """The model's own (`model.identity`); more than that where pictures do not become pixels as they usually do."""
+    identity = model.identity if isinstance(model, Matcher) else model.speaker.identity
+    settings = [[round(value, 6) for value in values] for values in model.eye.normalization]
+    is_usual = settings == [[round(value, 6) for value in values] for values in (CLIP_MEAN, CLIP_STD)]
+    return identity if is_usual else f"{identity}-{crc32(json.dumps(settings).encode()):08x}"
 
 
 def kind_of(model: Model) -> str:
     """What an index by this model is for."""
     return "search" if isinstance(model, Matcher) else "ask"
+
+
+def current(picture: Picture, now: Stamp | None) -> Picture | None:
+    """The row of a picture if the file is still what was seen; where its stamp does not tell, its content does."""
+    if now is None or picture.stamp.is_still(now):
+        return picture if now is not None else None
+    is_same = picture.digest and picture.stamp.size == now.size and digest_since(picture.path, now) == picture.digest
+    return picture._replace(stamp=now) if is_same else None
 
 
 @dataclass
@@ -140,9 +158,10 @@ class _Update:
         if self.old is not None:
             for number, picture in enumerate(self.old.pictures()):
                 before[picture.path] = picture.stamp
-                current = self.found.stamps.get(picture.path)
-                if current == picture.stamp or (current is None and not self.found.covers(picture.path)):
-                    rows[picture.path] = Row(self.old, number, picture)
+                now = self.found.stamps.get(picture.path)
+                is_elsewhere = now is None and not self.found.covers(picture.path)
+                if (known := picture if is_elsewhere else current(picture, now)) is not None:
+                    rows[picture.path] = Row(self.old, number, known)
         origin = self.old.origin if self.old is not None else None
         shards = self.unfinished.shards()
         name = _lasting(name or (origin or (shards[-1].origin if shards else None) or _unnamed(self.kind)).model)
@@ -161,11 +180,12 @@ class _Update:
             unreadable = self._report(self._missing(rows))
         if not rows or origin is None:
             raise IndexFileError(f"{self.unfinished.index}: none of the pictures can be read; it is left as it was")
-        if self.old is None or origin != self.old.origin or rows.keys() != before.keys() or self._has_other(rows):
+        has_other = any(row.stored is not self.old or row.picture.stamp != before[path] for path, row in rows.items())
+        if self.old is None or origin != self.old.origin or rows.keys() != before.keys() or has_other:
             self._merge(origin, rows)
         return Changes(
             new=len(rows.keys() - before.keys()),
-            changed=sum(path in before and before[path] != row.picture.stamp for path, row in rows.items()),
+            changed=sum(path in before and row.stored is not self.old for path, row in rows.items()),
             gone=len(before.keys() - rows.keys() - set(unreadable)),
             unreadable=len(unreadable),
             total=len(rows),
@@ -174,50 +194,55 @@ class _Update:
     def _missing(self, rows: dict[str, Row]) -> list[str]:
         return sorted(self.found.stamps.keys() - rows.keys())
 
-    def _has_other(self, rows: dict[str, Row]) -> bool:
-        """Whether any row does not come from the index as it is."""
-        return any(row.stored is not self.old for row in rows.values())
-
     def _take_over(self, shards: list[Stored], origin: Origin, rows: dict[str, Row]) -> None:
         """What a run of the same model left, or this one did, of pictures that are still as they were then."""
         for shard in shards:
             if (shard.origin.kind, shard.origin.identity) != (origin.kind, origin.identity):
                 continue
             for number, picture in enumerate(shard.pictures()):
-                current = self.found.stamps.get(picture.path)
-                if current is None and not self.found.covers(picture.path):
-                    current = stamp_of(picture.path)
-                if current == picture.stamp:
-                    rows[picture.path] = Row(shard, number, picture)
+                now = self.found.stamps.get(picture.path)
+                if now is None and not self.found.covers(picture.path):
+                    now = stamp_of(picture.path)
+                if (known := current(picture, now)) is not None:
+                    rows[picture.path] = Row(shard, number, known)
 
     def _encode(self, paths: list[str], model: Model, origin: Origin) -> list[str]:
         """Into the unfinished folder; the paths of what cannot be read come back."""
         unreadable: list[str] = []
-        done: list[tuple[Picture, Tensor]] = []
+        done: list[tuple[Future[Picture], Tensor]] = []
         kept_at = time.monotonic()
-        try:
-            seen = model.each_encoded(paths, on_error="return", batch_size=self.batch_size)
-            for number, (path, image) in enumerate(zip(paths, seen, strict=True), start=1):
-                try:
-                    vectors_QD = _vectors(path, image)
-                except ImageError as error:
-                    self.on_problem(str(error))
-                    unreadable.append(path)
-                else:
-                    picture = Picture(path, self.found.stamps[path], crc32_of(vectors_QD))
-                    done.append((picture, vectors_QD))
-                if len(done) >= SHARD_PICTURES or (done and time.monotonic() - kept_at > SHARD_SECONDS):
-                    self.unfinished.add(origin, done)
-                    done, kept_at = [], time.monotonic()
-                self.on_progress(number, len(paths))
-        except BaseException:
-            with suppress(IndexFileError):  # what went wrong first is what is told
-                if done:
-                    self.unfinished.add(origin, done)
-            raise
-        if done:
-            self.unfinished.add(origin, done)
+
+        def keep() -> None:
+            if done:
+                self.unfinished.add(origin, [(picture.result(), vectors_QD) for picture, vectors_QD in done])
+                done.clear()
+
+        with ThreadPoolExecutor(2, thread_name_prefix="blip2 digests") as pool:
+            try:
+                seen = model.each_encoded(paths, on_error="return", batch_size=self.batch_size)
+                for number, (path, image) in enumerate(zip(paths, seen, strict=True), start=1):
+                    try:
+                        vectors_QD = _vectors(path, image)
+                    except ImageError as error:
+                        self.on_problem(str(error))
+                        unreadable.append(path)
+                    else:
+                        done.append((pool.submit(self._picture, path, crc32_of(vectors_QD)), vectors_QD))
+                    if len(done) >= SHARD_PICTURES or (done and time.monotonic() - kept_at > SHARD_SECONDS):
+                        keep()
+                        kept_at = time.monotonic()
+                    self.on_progress(number, len(paths))
+            except BaseException:
+                with suppress(IndexFileError):  # what went wrong first is what is told
+                    keep()
+                raise
+            keep()
         return unreadable
+
+    def _picture(self, path: str, crc32: int) -> Picture:
+        """The row of a picture that was seen; without a digest if its file was changed meanwhile."""
+        stamp = self.found.stamps[path]
+        return Picture(path, stamp, crc32, digest_since(path, stamp))
 
     def _report(self, paths: list[str]) -> list[str]:
         for path in paths:
@@ -234,7 +259,7 @@ class _Update:
             for row in ordered:
                 yield row.stored.vectors(row.number)
 
-        shape = ordered[0].stored.vectors_NQD.shape[1:]
+        shape = ordered[0].stored.rows.shape[1:]
         self.unfinished.replace(origin, [row.picture for row in ordered], shape, vectors())
 
 

@@ -24,6 +24,9 @@ class DecoderState(Protocol):
     def select(self, rows_N: Tensor) -> None:
         """Keep these rows, in this order; a row named twice is copied (a beam that splits)."""
 
+    def forget(self) -> None:
+        """Let go of what rows have left behind that are gone: it may be NaN, and must not reach others."""
+
     def join(self, other: Any) -> None:
         """Take in the rows of another state of the same language model, after those here."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blip2.errors import OptionError
+from blip2.layers import autocast_dtype, without_autocast
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -21,19 +22,19 @@ def never_in_float16(method: Method) -> Method:
 
     @wraps(method)
     def wrapper(self: Any, x: Tensor, *arguments: Any) -> Any:
-        with own_precision(self, x.device.type) as is_changed:
+        with own_precision(self, x.device) as is_changed:
             return method(self, x.to(self.dtype) if is_changed else x, *arguments)
 
     return wrapper  # type: ignore[return-value]
 
 
 @contextmanager
-def own_precision(model: Any, device_type: str) -> Iterator[bool]:
+def own_precision(model: Any, device: torch.device) -> Iterator[bool]:
     """See `never_in_float16`; whether autocast asked for it, and is off within."""
     if model.dtype == torch.float16:
         raise OptionError("a T5 overflows in float16; use bfloat16, by model.to(torch.bfloat16), or float32")
-    if not (torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16):
+    if autocast_dtype(device) != torch.float16:
         yield False
         return
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(device):
         yield True

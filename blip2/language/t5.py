@@ -195,6 +195,10 @@ class T5State:
         self.encoded = Encoded(keys_values, self.encoded.mask_B11P[rows_N])
         self.cache.select(rows_N)
 
+    def forget(self) -> None:
+        """Let go of what rows have left behind that are gone."""
+        self.cache.forget()
+
     def join(self, other: T5State) -> None:
         """Take in the rows of another state, after those here; the shorter prompts get padding, which is masked."""
         own, their = self.encoded.mask_B11P, other.encoded.mask_B11P

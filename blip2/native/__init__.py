@@ -8,18 +8,23 @@ without, by torch's functions. Only for tensors on the CPU, in fp32 or bf16, wit
 from __future__ import annotations
 
 import ctypes
+import warnings
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.native.build import LIBRARY
+from blip2.native.build import LIBRARY, SOURCE, source_crc32
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels read and write, by the numbers that they know it by."""
 
 LEVELS = ("any", "AVX2", "VNNI")
 """What processors have that there is code for, by the numbers that ``blip2_prepare`` takes and returns."""
+
+BYTES_A_THREAD = 4_000_000
+"""To wake another thread costs more than to read fewer bytes."""
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {
@@ -30,6 +35,8 @@ ARGUMENTS = {
         POINTER, POINTER, POINTER, POINTER, INT, LONG * 11, INT, LONG, LONG, LONG, LONG, FLOAT, POINTER, INT,
     ],
     "blip2_rms_norm": [POINTER, POINTER, INT, LONG, LONG, FLOAT, POINTER],
+    "blip2_checksums": [POINTER, LONG, LONG, POINTER],
+    "blip2_source": [],
     "blip2_greatest": [POINTER, POINTER, LONG, LONG, LONG, POINTER, INT],
 }  # fmt: skip
 
@@ -43,8 +50,17 @@ def kernels() -> ctypes.CDLL | None:
             getattr(library, name).argtypes = arguments
     except (OSError, AttributeError):  # not compiled, for another processor, without OpenMP in torch, out of date
         return None
+    if is_stale(library):
+        warnings.warn(f"{LIBRARY} was compiled of another kernels.c and is not used; compile it again: python "
+                      f"{SOURCE.with_name('build.py')}", stacklevel=2)  # fmt: skip
+        return None
     library.blip2_prepare(len(LEVELS) - 1)
     return library
+
+
+def is_stale(library: ctypes.CDLL) -> bool:
+    """Whether a library is of another source than the one beside it. Where there is none, it cannot be."""
+    return SOURCE.exists() and library.blip2_source() & 0xFFFFFFFF != source_crc32()
 
 
 def can_take(*operands: Tensor) -> bool:
@@ -68,17 +84,18 @@ def can_attend(query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: T
     return can_take(*operands, mask)
 
 
-def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scales: Tensor) -> None:
-    """Fill ``codes`` and ``scales`` from ``float[N, D]``."""
+def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scales: Tensor) -> bool:
+    """Fill ``codes`` and ``scales`` from ``float[N, D]``; False if a weight is NaN or infinite, which has no code."""
     library = kernels()
     assert library is not None
     channels, width = weight_ND.shape
     padded = scales.shape[1] * group_size
     weight_ND = weight_ND.contiguous()
-    library.blip2_quantize(
+    is_poisoned = library.blip2_quantize(
         weight_ND.data_ptr(), TYPES[weight_ND.dtype], channels, width, padded, group_size, bits,
         codes.data_ptr(), scales.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    return not is_poisoned
 
 
 def linear(
@@ -147,7 +164,18 @@ def greatest(vectors_NRL: Tensor, query_L: Tensor) -> Tensor | None:
         return None
     out = torch.empty(len(vectors_NRL))
     query_L = query_L.contiguous()
+    threads = min(torch.get_num_threads(), 1 + vectors_NRL.nbytes // BYTES_A_THREAD)
     failed = library.blip2_greatest(
-        vectors_NRL.data_ptr(), query_L.data_ptr(), *vectors_NRL.shape, out.data_ptr(), torch.get_num_threads()
+        vectors_NRL.data_ptr(), query_L.data_ptr(), *vectors_NRL.shape, out.data_ptr(), threads
     )
+    return None if failed else out
+
+
+def checksums(rows: Tensor) -> np.ndarray | None:
+    """The CRC-32 of each row's bytes, ``uint32[N]``, of a tensor ``[N, ...]``. None where there is no kernel for it."""
+    library = kernels()
+    if library is None or not rows.is_contiguous():
+        return None
+    out = np.empty(len(rows), np.uint32)
+    failed = library.blip2_checksums(rows.data_ptr(), len(rows), rows.nbytes // max(len(rows), 1), out.ctypes.data)
     return None if failed else out

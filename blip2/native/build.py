@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -22,6 +23,11 @@ FLAGS = (
 )  # fmt: skip
 
 
+def source_crc32() -> int:
+    """Of the source and how it is compiled; a library remembers it, so that one of another source is not used."""
+    return zlib.crc32(SOURCE.read_bytes(), zlib.crc32(repr(FLAGS).encode()))
+
+
 def build() -> Path | None:
     """Compile; the library's path, or None where that is not possible (another system, no compiler, an error)."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
@@ -29,13 +35,15 @@ def build() -> Path | None:
         return None
     unfinished = [LIBRARY.with_name(f"kernels.{os.getpid()}{ending}") for ending in (".o", ".so")]
     steps = (
-        [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unfinished[0])],
+        [compiler, *FLAGS, f"-DBLIP2_SOURCE={source_crc32()}u", "-c", str(SOURCE), "-o", str(unfinished[0])],
         # Not linked with OpenMP: its functions are those that torch has loaded, so that there is one pool of threads.
         [compiler, "-shared", str(unfinished[0]), "-o", str(unfinished[1]), "-lm"],
     )
     try:
         for step in steps:
             subprocess.run(step, check=True, capture_output=True, text=True)
+        with unfinished[1].open("rb+") as file:
+            os.fsync(file.fileno())  # not by `blip2.disk`: this file runs alone
         os.replace(unfinished[1], LIBRARY)
     except subprocess.CalledProcessError as error:
         sys.stderr.write(f"blip2: no C kernels, torch's functions take their place:\n{error.stderr}")

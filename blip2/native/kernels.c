@@ -37,6 +37,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define TILE 32
 #define ROWS 4      /* rows of activations that meet a tile at a time */
+#define LEAST 4e-37f /* a row of activations that are all smaller counts as zeros: 127 / largest would be infinite */
 #define AHEAD 16384 /* bytes between the weights in use and those being fetched: memory answers slowly */
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
@@ -83,7 +84,12 @@ INLINE float split_typed(const void *row, const int type, long width, long padde
         largest = size > largest ? size : largest;
         poison += x - x; /* 0, unless x is infinite or not a number: then so is the step */
     }
-    float inverse = largest > 0 ? 127 / largest : 0;
+    long groups = padded / group;
+    if (poison != 0) { /* nothing here can be an integer, and the step says so */
+        memset(high, 0, padded), memset(low, 0, padded), memset(sums, 0, 2 * groups * sizeof *sums);
+        return poison;
+    }
+    float inverse = largest > LEAST ? 127 / largest : 0;
     SIMD()
     for (long k = 0; k < width; k++) {
         float scaled = load(row, k, type) * inverse, rounded = rintf(scaled);
@@ -92,14 +98,13 @@ INLINE float split_typed(const void *row, const int type, long width, long padde
     }
     memset(high + width, 0, padded - width);
     memset(low + width, 0, padded - width);
-    long groups = padded / group;
     for (long g = 0; g < groups; g++) {
         int32_t high_sum = 0, low_sum = 0;
         SIMD(reduction(+ : high_sum, low_sum))
         for (long k = g * group; k < (g + 1) * group; k++) high_sum += high[k], low_sum += low[k];
         sums[g] = high_sum, sums[groups + g] = low_sum;
     }
-    return largest / 127 + poison;
+    return largest / 127;
 }
 
 /* ---- products: up to ROWS rows with a tile; out[row][channel] in units of step / 254 ---- */
@@ -144,14 +149,19 @@ INLINE void finish_typed(const float *totals, float scale, const float *bias, lo
     for (long c = 0; c < some; c++) store(out, at + c, fmaf(totals[c], scale, bias ? bias[c] : 0), type);
 }
 
-/* ---- weights: the codes and scales of a tile; channels beyond `channels` are zeros ---- */
+/* ---- weights: the codes and scales of a tile; channels beyond `channels` are zeros. Returns 1 if a weight is
+ * infinite or not a number; its group is zeros then ---- */
 
-typedef void Quantize(const void *weight, int type, long channels, long width, long padded, long group, int bits,
+typedef int Quantize(const void *weight, int type, long channels, long width, long padded, long group, int bits,
                       uint8_t *codes, uint16_t *scales);
 
-/* The scale of a group in 4 bits with the least squared error of several, as bfloat16. The largest value becomes
- * code 0 or nearly: -8 is further from zero than 7. Sums are of so many parts on every processor, so that the codes
- * are the same ones. */
+/* A power of two by which a group whose largest value this is can be multiplied, so that neither squares of its sums
+ * nor the inverse of its scale leave the range of a float; it changes no digit. */
+INLINE float factor_of(float largest) { return largest > 0x1p46f ? 0x1p-87f : largest < 0x1p-46f ? 0x1p97f : 1; }
+
+/* The scale of a group in 4 bits with the least squared error of several. The largest value becomes code 0 or nearly:
+ * -8 is further from zero than 7. Sums are of so many parts on every processor, so that the codes are the same ones,
+ * and the same as those of quantized.py. */
 #define LANES 8
 INLINE float scale_of_group(const float *values, long group) {
     static const float ends[] = {8, 7.5f, 7, 8.5f, 9};
@@ -177,30 +187,38 @@ INLINE float scale_of_group(const float *values, long group) {
         /* The best scale for these codes is product / square, which leaves out product^2 / square of the error. */
         if (product * product > best * square) best = product * product / square, scale = product / square;
     }
-    return from_bfloat16(to_bfloat16(scale));
+    return scale;
 }
 
-INLINE void quantize_typed(const void *weight, const int type, long channels, long width, long padded, long group,
+INLINE int quantize_typed(const void *weight, const int type, long channels, long width, long padded, long group,
                            int bits, uint8_t *codes, uint16_t *scales) {
     const int zero = 1 << (bits - 1);
+    int is_poisoned = 0;
     memset(codes, bits == 8 ? 0x80 : 0x88, padded * TILE * bits / 8);
     memset(scales, 0, padded / group * TILE * 2);
     for (long c = 0; c < channels; c++)
         for (long g = 0; g < padded / group; g++) {
-            float values[group], scale;
+            float values[group], largest = 0, poison = 0;
             uint8_t code[group];
             long known = width - g * group < group ? width - g * group : group;
-            SIMD()
-            for (long k = 0; k < known; k++) values[k] = load(weight, c * width + g * group + k, type);
-            for (long k = known; k < group; k++) values[k] = 0;
-            if (bits == 4) scale = scale_of_group(values, group);
-            else {
-                float largest = 0;
-                SIMD(reduction(max : largest))
-                for (long k = 0; k < group; k++) largest = fabsf(values[k]) > largest ? fabsf(values[k]) : largest;
-                scale = from_bfloat16(to_bfloat16(largest / 127));
+            SIMD(reduction(max : largest) reduction(+ : poison))
+            for (long k = 0; k < known; k++) {
+                float value = load(weight, c * width + g * group + k, type), size = fabsf(value);
+                largest = size > largest ? size : largest;
+                poison += value - value; /* 0, unless the value is infinite or not a number */
+                values[k] = value;
             }
-            float inverse = scale != 0 ? 1 / scale : 0, first = bits == 8 ? -127 : -8, last = zero - 1;
+            if (poison != 0) {
+                is_poisoned = 1;
+                continue;
+            }
+            float factor = factor_of(largest);
+            SIMD()
+            for (long k = 0; k < known; k++) values[k] *= factor;
+            for (long k = known; k < group; k++) values[k] = 0;
+            float scale = bits == 8 ? largest / 127 : scale_of_group(values, group) / factor;
+            scale = from_bfloat16(to_bfloat16(scale));
+            float inverse = scale != 0 ? 1 / (scale * factor) : 0, first = bits == 8 ? -127 : -8, last = zero - 1;
             SIMD()
             for (long k = 0; k < group; k++)
                 code[k] = (uint8_t)((int)clamp(rintf(values[k] * inverse), first, last) + zero);
@@ -213,6 +231,7 @@ INLINE void quantize_typed(const void *weight, const int type, long channels, lo
             }
             scales[g * TILE + c] = to_bfloat16(scale);
         }
+    return is_poisoned;
 }
 
 /* ---- products with byte dot products, and with AVX2 ---- */
@@ -451,10 +470,9 @@ typedef struct {
         if (type == BFLOAT16) FINISH(BFLOAT16); \
         else FINISH(FLOAT32); \
     } \
-    target static void quantize_##name(const void *weight, int type, long channels, long width, long padded, \
-                                       long group, int bits, uint8_t *codes, uint16_t *scales) { \
-        if (type == BFLOAT16) QUANTIZE(BFLOAT16); \
-        else QUANTIZE(FLOAT32); \
+    target static int quantize_##name(const void *weight, int type, long channels, long width, long padded, \
+                                      long group, int bits, uint8_t *codes, uint16_t *scales) { \
+        return type == BFLOAT16 ? QUANTIZE(BFLOAT16) : QUANTIZE(FLOAT32); \
     } \
     target static void attend_##name(const void *query, long at_q, const void *keys, long at_k, long step_k, \
                                      const void *values, long at_v, long step_v, const void *mask, long at_m, \
@@ -491,14 +509,17 @@ int blip2_prepare(int most) {
     return level;
 }
 
-/* weight[channels][width] to codes and scales, for `padded` inputs, a whole number of groups. */
-void blip2_quantize(const void *weight, int type, long channels, long width, long padded, long group, int bits,
-                    uint8_t *codes, uint16_t *scales, int threads) {
-#pragma omp parallel for num_threads(threads)
+/* weight[channels][width] to codes and scales, for `padded` inputs, a whole number of groups. Returns 1 if a weight is
+ * infinite or not a number, which has no code. */
+int blip2_quantize(const void *weight, int type, long channels, long width, long padded, long group, int bits,
+                   uint8_t *codes, uint16_t *scales, int threads) {
+    int is_poisoned = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : is_poisoned)
     for (long c = 0; c < channels; c += TILE)
-        kernels->quantize((const char *)weight + c * width * (type == BFLOAT16 ? 2 : 4), type,
-                 channels - c < TILE ? channels - c : TILE, width, padded, group, bits,
-                 codes + c * padded * bits / 8, scales + c * (padded / group));
+        is_poisoned |= kernels->quantize(
+            (const char *)weight + c * width * (type == BFLOAT16 ? 2 : 4), type, channels - c < TILE ? channels - c : TILE,
+            width, padded, group, bits, codes + c * padded * bits / 8, scales + c * (padded / group));
+    return is_poisoned;
 }
 
 /* out[rows][channels] = x[rows][width] times the weights, plus bias (or NULL). Returns 1 if there is no memory. */
@@ -605,3 +626,54 @@ int blip2_greatest(const uint16_t *vectors, const float *query, long rows, long 
 #endif
     return 1;
 }
+
+/* ---- checksums: CRC-32 as zlib has it ---- */
+
+/* One bit after the other, for what is left at the end of a row. */
+static uint32_t checksum_of_few(uint32_t sum, const uint8_t *bytes, long count) {
+    for (long i = 0; i < count; i++) {
+        sum ^= bytes[i];
+        for (int bit = 0; bit < 8; bit++) sum = sum >> 1 ^ (0xedb88320u & -(sum & 1));
+    }
+    return sum;
+}
+
+#if IS_X86
+/* What stands before other bytes may be replaced by its remainder at their distance, a product without carries: V.
+ * Gopal and others, "Fast CRC computation for generic polynomials using PCLMULQDQ" (Intel, 2009), whose constants
+ * for this polynomial are the remainders of x^(512 + 64), x^512 and x^(128 + 64), x^128, bits reversed. */
+__attribute__((target("pclmul,sse4.1"))) static uint32_t checksum_of_row(const uint8_t *bytes, long count) {
+    uint32_t sum = 0xffffffff;
+    if (count >= 64) {
+        const __m128i four = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), one = _mm_set_epi64x(0xccaa009e, 0x1751997d0);
+#define BLOCK(at) _mm_loadu_si128((const __m128i *)(bytes + (at)))
+#define MOVED(block, by) _mm_xor_si128(_mm_clmulepi64_si128(block, by, 0x00), _mm_clmulepi64_si128(block, by, 0x11))
+        __m128i blocks[4] = {_mm_xor_si128(BLOCK(0), _mm_cvtsi32_si128((int)sum)), BLOCK(16), BLOCK(32), BLOCK(48)};
+        long at = 64;
+        for (; at + 64 <= count; at += 64)
+            for (int i = 0; i < 4; i++) blocks[i] = _mm_xor_si128(MOVED(blocks[i], four), BLOCK(at + 16 * i));
+        for (int i = 1; i < 4; i++) blocks[i] = _mm_xor_si128(MOVED(blocks[i - 1], one), blocks[i]);
+        uint8_t left[16];
+        _mm_storeu_si128((__m128i *)left, blocks[3]);
+#undef BLOCK
+#undef MOVED
+        sum = checksum_of_few(0, left, 16);
+        bytes += at, count -= at;
+    }
+    return ~checksum_of_few(sum, bytes, count);
+}
+#endif
+
+/* out[rows]: the checksum of each row of `width` bytes. Returns 1 if this processor has no instructions for it. */
+int blip2_checksums(const uint8_t *content, long rows, long width, uint32_t *out) {
+#if IS_X86
+    if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
+        for (long r = 0; r < rows; r++) out[r] = checksum_of_row(content + r * width, width);
+        return 0;
+    }
+#endif
+    return 1;
+}
+
+/* Of this file and how it was compiled, so that a library of another one is known: see build.py. */
+uint32_t blip2_source(void) { return BLIP2_SOURCE; }

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from blip2.errors import Blip2Error, CheckpointError, ImageError, ImageFormatError, ImageSizeError
+from blip2.errors import Blip2Error, CheckpointError, ImageError, ImageFormatError, ImageSizeError, NotFiniteError
 
 logger = logging.getLogger("blip2.serve")
 
@@ -46,6 +46,9 @@ def as_api_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
+        case NotFiniteError():  # the model's fault, and whoever runs the server has to know
+            logger.error("a request failed: %s", error)
+            return ApiError(500, "not_finite", str(error))
         case ImageSizeError():
             return ApiError(413, "image_too_large", str(error), param="image")
         case ImageFormatError():

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from blip2 import threads
 from blip2.api import Matcher, Pipeline
 from blip2.checkpoint.reader import give_back_memory
 from blip2.encoded import EncodedImage
@@ -167,8 +168,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            while self._turn():
-                pass
+            with threads.fitting(self.pipeline.speaker.model):
+                while self._turn():
+                    pass
         except BaseException as error:  # whatever it is, those who wait have to be told
             logger.critical("the model's thread has ended", exc_info=error)
             with self._wake:

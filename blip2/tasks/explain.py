@@ -24,12 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip2 import threads
+from blip2.checkpoint import why_not_finite
 from blip2.config import QFormerConfig
 from blip2.encoded import EncodedImage
-from blip2.errors import ImageError, OptionError
+from blip2.errors import ImageError, NotFiniteError, OptionError
+from blip2.finite import is_finite
 from blip2.image import RgbImage, Source, load_image, overlay
 from blip2.language import T5
-from blip2.model import Blip2
+from blip2.model import Blip2, Blip2Matcher
 from blip2.tasks.ask import ask
 from blip2.tasks.caption import caption as describe
 from blip2.tasks.match import ImageFeatures, Reader
@@ -102,8 +105,10 @@ def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
         logits_S2 = model.match(patches_SPD, text_ST, torch.ones_like(text_ST, dtype=torch.bool), image_bias)
         return logits_S2[:, 1] - logits_S2[:, 0]
 
-    evidence_P, score = evidence(log_odds, sight, model.config.qformer)
-    return _explanation(sight, evidence_P, clean(text), 1 / (1 + math.exp(-score)))
+    with threads.fitting(model):
+        evidence_P, score = evidence(log_odds, sight, model.config.qformer)
+    _check(model, evidence_P, score)
+    return _explanation(sight, evidence_P, clean(text), 1 / (1 + math.exp(min(-score, 700))))
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,9 @@ def _explain_tokens(speaker: Speaker, sight: Sight, prompt: str, tokens: list[in
         prompt_SED = torch.cat([queries_SQD, text_TD.expand(len(queries_SQD), -1, -1)], dim=1)
         return _log_probabilities(model, prompt_SED, read)[:, explained].sum(dim=1)
 
-    evidence_P, score = evidence(log_probability, sight, model.config.qformer)
+    with threads.fitting(model):
+        evidence_P, score = evidence(log_probability, sight, model.config.qformer)
+    _check(model, evidence_P, score)
     return _explanation(sight, evidence_P, speaker.tokenizer.decode(tokens[explained]), score)
 
 
@@ -243,6 +250,12 @@ def _log_probabilities(model: Blip2, prompt_SED: Tensor, tokens: list[int]) -> T
     logits_STV = language.logits(hidden_STD)
     log_prob_STV = logits_STV.to(torch.promote_types(logits_STV.dtype, torch.float32)).log_softmax(dim=-1)
     return log_prob_STV.gather(2, tokens_ST.to(log_prob_STV.device)[..., None])[..., 0]
+
+
+def _check(model: Blip2 | Blip2Matcher, evidence_P: Tensor, score: float) -> None:
+    """Raises NotFiniteError where there is a NaN or an infinite number."""
+    if not (is_finite(evidence_P) and math.isfinite(score)):
+        raise NotFiniteError(f"the score or the evidence for it is NaN or infinite: {why_not_finite(model)}")
 
 
 def _explanation(sight: Sight, evidence_P: Tensor, text: str, score: float) -> Explanation:

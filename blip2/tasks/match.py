@@ -12,7 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blip2.errors import OptionError
+from blip2 import threads
+from blip2.checkpoint import why_not_finite
+from blip2.errors import NotFiniteError, OptionError
+from blip2.finite import is_finite
+from blip2.layers import without_autocast
 from blip2.model import Blip2Matcher, similarity
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.speaker import chunks
@@ -67,7 +71,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Reader:
-    """A matching model and its tokenizer: reads texts, alone or with an image."""
+    """A matching model and its tokenizer: reads texts, alone or with an image.
+
+    All methods but `itm_logits` and `cosines` raise NotFiniteError where the model's numbers are NaN or infinite.
+    """
 
     model: Blip2Matcher
     tokenizer: Tokenizer
@@ -86,11 +93,16 @@ class Reader:
     @torch.no_grad()
     def embed_texts(self, ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:
         """The unit vectors of texts, given by their `ids`: ``float[M, E]``."""
-        return self._scattered(ids, batch_size, self.model.embed_text)
+        with threads.fitting(self.model):
+            return self._sound(self._scattered(ids, batch_size, self.model.embed_text))
 
     @torch.no_grad()
     def itm_logits(self, images: Sequence[ImageFeatures], ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:
         """The matching head's logits of each image with each text, ``float[N, M, 2]``."""
+        with threads.fitting(self.model):
+            return self._itm_logits(images, ids, batch_size)
+
+    def _itm_logits(self, images: Sequence[ImageFeatures], ids: list[list[int]], batch_size: int) -> Tensor:
         if len(ids) == 1:
             text_1T, mask_1T = self._padded(ids)
             rows = []
@@ -110,9 +122,10 @@ class Reader:
         for some in chunks(list(zip(pairs, ids, strict=True)), batch_size):
             text_BT, mask_BT = self._padded([row for _, row in some])
             patches_BPD = torch.stack([image.patches_PD for (image, _), _ in some])
-            fused = self.model.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=mask_BT)
+            with threads.fitting(self.model):
+                fused = self.model.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=mask_BT)
             found.append(fused.hidden_BSD[:, : self.model.config.qformer.num_query_tokens])
-        return torch.cat(found)
+        return self._sound(torch.cat(found))
 
     def compare(
         self, images: Sequence[ImageFeatures], ids: list[list[int]], texts_ME: Tensor, batch_size: int = BATCH_SIZE
@@ -121,9 +134,9 @@ class Reader:
         cosine_NM = self.cosines(images, texts_ME)
         probability_NM = self.itc_probability(cosine_NM)
         return Matches(
-            self.itm_logits(images, ids, batch_size).float().cpu(),
-            cosine_NM.cpu(),
-            None if probability_NM is None else probability_NM.cpu(),
+            self._sound(self.itm_logits(images, ids, batch_size).float().cpu()),
+            self._sound(cosine_NM.cpu()),
+            None if probability_NM is None else self._sound(probability_NM.cpu()),
         )
 
     def classify(
@@ -144,9 +157,11 @@ class Reader:
         """
         cosine_M = self.cosines([image], texts_ME)[0]
         probability = self.itc_probability(cosine_M[None])
+        if probability is not None:
+            self._sound(probability)
         nearest = cosine_M.topk(min(max(top, candidates), len(ids))).indices.tolist()
         logits_C2 = self.itm_logits([image], [ids[number] for number in nearest], batch_size)[0].float()
-        score_C = logits_C2[:, 1] + cosine_M[nearest]
+        score_C = self._sound(logits_C2[:, 1] + cosine_M[nearest])
         matching_C = logits_C2.softmax(dim=-1)[:, 1]
         best = score_C.argsort(descending=True, stable=True)[:top].tolist()
         return [
@@ -161,13 +176,20 @@ class Reader:
 
     def cosines(self, images: Sequence[ImageFeatures], texts_ME: Tensor) -> Tensor:
         """``float32[N, M]``, the nearest of each image's vectors."""
-        with torch.autocast(texts_ME.device.type, enabled=False):  # differences of neighbours are small
+        with without_autocast(texts_ME.device):  # differences of neighbours are small
             return similarity(torch.stack([image.vectors_QE for image in images]).float(), texts_ME.float())
 
     def itc_probability(self, cosine_NM: Tensor) -> Tensor | None:
         """The share of each text among all M by the learned temperature; None if there is none."""
         temperature = self.model.temperature
         return None if temperature is None else (cosine_NM / temperature.detach()).softmax(dim=1)
+
+    def _sound(self, values: Tensor) -> Tensor:
+        if not is_finite(values):
+            raise NotFiniteError(
+                f"what the model makes of a picture and a text is NaN or infinite: {why_not_finite(self.model)}"
+            )
+        return values
 
     def _scattered(self, ids: list[list[int]], batch_size: int, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What ``read`` makes of each text, in order; texts of like length together, so that little is padded."""

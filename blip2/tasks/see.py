@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice, repeat
@@ -13,8 +13,10 @@ from typing import Any, Generic, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from blip2.errors import ImageError, OptionError
-from blip2.image import Source, load_image, to_pixels
+from blip2 import threads
+from blip2.errors import ImageError, ImageNotFiniteError, NotFiniteError, OptionError
+from blip2.finite import overflow
+from blip2.image import Source, load_image, name_of, to_pixels
 from blip2.tasks.speaker import check_batch_size, chunks
 from blip2.vision import VisionTransformer
 
@@ -30,6 +32,7 @@ class Eye(Generic[Kept]):
     """A model's image half with its image settings: side in pixels, mean and deviation of each channel.
 
     ``encode``: pixels float[B, 3, size, size] on the image encoder's device to what is kept of each, of type ``kind``.
+    What is kept holds no NaN and nothing infinite; ``damage``, asked only if it would, names weights that are at fault.
     """
 
     def __init__(
@@ -41,13 +44,21 @@ class Eye(Generic[Kept]):
         size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        damage: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._vision = vision
+        self._damage = damage
+        self._num_threads = threads.worth(vision)
         self._encode_pixels = encode
         self._kind = kind
         self._size = size
         self._mean = mean
         self._std = std
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel, which are part of what makes a model see a picture as it does."""
+        return tuple(self._mean), tuple(self._std)
 
     def see(self, images: Sequence[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
         """Each image encoded, in order; what cannot be read gives its ImageError in its place.
@@ -56,17 +67,18 @@ class Eye(Generic[Kept]):
         of those beyond nothing is in memory.
         """
         if len(images) == 1:
-            yield from self._encode([lambda: self._pixels(images[0])])
+            yield from self._encode(images, [lambda: self._pixels(images[0])])
             return
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blip2 pictures")
         try:
-            waiting: deque[list[Future]] = deque()
+            waiting: deque[tuple[Sequence[Source | Kept], list[Future]]] = deque()
             for batch in chunks(images, batch_size):
-                waiting.append([pool.submit(self._pixels, image) for image in batch])
+                waiting.append((batch, [pool.submit(self._pixels, image) for image in batch]))
                 if len(waiting) > 1:
-                    yield from self._encode([future.result for future in waiting.popleft()])
-            for futures in waiting:
-                yield from self._encode([future.result for future in futures])
+                    batch, futures = waiting.popleft()
+                    yield from self._encode(batch, [future.result for future in futures])
+            for batch, futures in waiting:
+                yield from self._encode(batch, [future.result for future in futures])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -81,15 +93,30 @@ class Eye(Generic[Kept]):
         """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
         return to_pixels([load_image(image)], size=self._size, mean=self._mean, std=self._std)[0]
 
-    @torch.no_grad()
-    def encode(self, pixels: Sequence[Tensor]) -> list[Kept]:
-        """What is kept of pictures that `pixels` has read, in order."""
+    def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
+        """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.
+
+        A picture of which the model makes NaN or infinite numbers gives an error in its place. Raises NotFiniteError
+        if that is because of the model's weights.
+        """
+        return list(self._each_encoded(pixels, names or ["the picture"] * len(pixels)))
+
+    def _each_encoded(self, pixels: Sequence[Tensor], names: Sequence[str]) -> Iterator[Kept | ImageNotFiniteError]:
+        """As `encode`, one after the other as they are done: who takes them can keep each, however slow the next is."""
         device = self._vision.position_embedding.device
-        return [
-            kept
-            for some in chunks(pixels, self._images_at_a_time(device))
-            for kept in self._encode_pixels(torch.stack(list(some)).to(device))
-        ]
+        at_a_time = self._images_at_a_time(device)
+        for some, called in zip(chunks(pixels, at_a_time), chunks(names, at_a_time), strict=True):
+            with threads.at_most(self._num_threads), torch.no_grad():
+                seen = list(self._encode_pixels(torch.stack(list(some)).to(device)))
+            for name, kept, is_sound in zip(called, seen, are_finite(seen), strict=True):
+                yield kept if is_sound else self._not_finite(name)
+
+    def _not_finite(self, name: str) -> ImageNotFiniteError:
+        """What is wrong with a picture of which the model made no numbers. Raises NotFiniteError if it is the model."""
+        what = "what the model sees of it is NaN or infinite"
+        if (damage := self._damage()) is not None:
+            raise NotFiniteError(f"{name}: {what}: {damage}")
+        return ImageNotFiniteError(f"{name}: {what}: {overflow(self._vision.position_embedding.dtype)}")
 
     def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
         """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
@@ -106,10 +133,25 @@ class Eye(Generic[Kept]):
         layer_bytes = (config.num_patches + 1) * config.intermediate_size * self._vision.position_embedding.itemsize
         return sys.maxsize if device.type != "cpu" else max(1, CACHE_BYTES // layer_bytes)
 
-    def _encode(self, loads: list[Callable[[], Tensor | Kept | ImageError]]) -> list[Kept | ImageError]:
+    def _encode(
+        self, images: Sequence[Source | Kept], loads: list[Callable[[], Tensor | Kept | ImageError]]
+    ) -> Iterator[Kept | ImageError]:
         loaded = [load() for load in loads]
-        kept = iter(self.encode([pixels_CHW for pixels_CHW in loaded if isinstance(pixels_CHW, Tensor)]))
-        return [next(kept) if isinstance(seen, Tensor) else seen for seen in loaded]
+        new = [
+            (pixels_CHW, name_of(image))
+            for pixels_CHW, image in zip(loaded, images, strict=True)
+            if isinstance(pixels_CHW, Tensor)
+        ]
+        kept = self._each_encoded([pixels_CHW for pixels_CHW, _ in new], [name for _, name in new])
+        return (next(kept) if isinstance(seen, Tensor) else seen for seen in loaded)
+
+
+def are_finite(seen: Sequence[Any]) -> list[bool]:
+    """Of dataclasses of tensors, whether each is without NaN and infinity. Waits for a GPU, once."""
+    each = [[value for value in vars(kept).values() if isinstance(value, Tensor)] for kept in seen]
+    if not each:
+        return []
+    return torch.stack([torch.stack([value.isfinite().all() for value in values]).all() for values in each]).tolist()
 
 
 # ---- streams of images: each closes what it reads from, so that no thread goes on after an error ----------

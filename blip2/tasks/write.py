@@ -26,6 +26,9 @@ class Writing:
         self.memory = [(key[rows_N], value[rows_N]) for key, value in self.memory]
         self.text_BT = self.text_BT[rows_N]
 
+    def forget(self) -> None:
+        """Of rows that are gone nothing is kept."""
+
     def join(self, other: Writing) -> None:
         raise NotImplementedError("captions of the Q-Former are written together from the start")
 

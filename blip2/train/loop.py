@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from blip2.data import prefetch
+from blip2.disk import write_text
 from blip2.errors import Blip2Error
+from blip2.finite import first_not_finite
 from blip2.train.optim import build_optimizer, learning_rate, trained_parameters
 from blip2.train.recipes import Recipe
 from blip2.train.state import load_state, save_state
@@ -77,7 +79,7 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
     """Train to the recipe's last step, from wherever the state in its folder stands.
 
     Raises `TrainingStopped` after SIGINT or SIGTERM (the state is saved), `TrainingFailed` if the loss is no
-    number ten steps in a row.
+    number ten steps in a row (the state before them is saved) or in none of all steps, or if a trained weight is none.
     """
     folder, optim = recipe.out / "training", recipe.optim
     parameters = trained_parameters(task.model)
@@ -112,13 +114,19 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
             bad_steps = 0 if is_good else bad_steps + 1
             if not is_good:
                 meter.say("train", done, f"skipped step {done}: the loss or its gradient is no number")
-            if bad_steps == MOST_BAD_STEPS:
+            is_last = done == optim.steps
+            if bad_steps == MOST_BAD_STEPS or (is_last and bad_steps == done):
+                if done - bad_steps > saved and first_not_finite(parameters) is None:
+                    saved = done - bad_steps  # nothing was learnt since
+                    save_state(folder, parameters, optimizer, recipe, step=saved)
                 raise TrainingFailed(
-                    f"no number as loss or gradient in {MOST_BAD_STEPS} steps in a row, the last is step {done}; lower "
-                    f"optim.peak_lr or set optim.clip, and start again from the state of step {saved}"
+                    f"no number as loss or gradient in {bad_steps} steps in a row, the last is step {done}: "
+                    f"{_cause(task.model, parameters)}; {_state(folder, saved)}"
                 )
             meter.add(done, losses if is_good else {}, rate, task.num_cut())
-            is_last = done == optim.steps
+            is_due = done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0
+            if (is_due or is_last or stop.is_set()) and first_not_finite(parameters) is not None:
+                raise TrainingFailed(f"after step {done} {_cause(task.model, parameters)}; {_state(folder, saved)}")
             if task.evaluate is not None and (done % recipe.evaluate_every == 0 or is_last):
                 task.learning.eval()
                 with meter.paused(), torch.no_grad(), autocast():
@@ -134,6 +142,20 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
                     "again to go on"
                 )
     task.model.eval()
+
+
+def _cause(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
+    """Why there are no numbers, most likely, and what to do."""
+    remedy = "lower optim.peak_lr or set optim.clip, and begin anew with another 'out'"
+    if (name := first_not_finite(parameters)) is not None:
+        return f"{name}, which is trained, is NaN or infinite; {remedy}"
+    if (name := first_not_finite(dict(model.named_parameters()))) is not None:
+        return f"{name}, which is not trained, is NaN or infinite; start from another model"
+    return f"no weight is NaN or infinite, so numbers overflow; {remedy}, or set precision to fp32"
+
+
+def _state(folder: Path, step: int) -> str:
+    return f"the state of step {step} is in {folder}" if step else "no state was saved"
 
 
 class Meter:
@@ -182,10 +204,10 @@ class Log:
     """One JSON object a line. What was written after the step that training goes on from is taken out."""
 
     def __init__(self, path: Path, keep_to: int) -> None:
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() and keep_to else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= keep_to]
+        lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() and keep_to else []
+        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= keep_to]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(kept), "utf-8")
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
@@ -197,6 +219,14 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """Of a line of the log; a line that is damaged is none of them."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def hard_negatives(logits_BB: Tensor, equal_BB: Tensor, generator: torch.Generat
     forbidden_BB = torch.where(equal_BB.all(dim=1, keepdim=True), own_BB, equal_BB)
 
     def draw(rows_BB: Tensor) -> Tensor:
-        chances_BB = rows_BB.float().masked_fill(forbidden_BB, float("-inf")).softmax(dim=1)
+        # What is NaN makes the loss NaN, which the loop tells of; on a GPU an impossible draw would end the process.
+        chances_BB = rows_BB.float().nan_to_num().masked_fill(forbidden_BB, float("-inf")).softmax(dim=1)
         return torch.multinomial(chances_BB, 1, generator=generator)[:, 0]
 
     return draw(logits_BB.t()), draw(logits_BB)

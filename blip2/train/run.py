@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from blip2 import checkpoint
-from blip2.errors import RecipeError
+from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.train.loop import Progress, Report, autocast_for, train
 from blip2.train.prepare import prepare, take_qformer
@@ -41,6 +41,8 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     if recipe.qformer is not None:
         assert isinstance(model, Blip2)
         take_qformer(model, _folder(recipe.qformer, Path(path)), dtype=frozen_dtype)
+    if (damage := checkpoint.damage(model)) is not None:
+        raise CheckpointError(f"{path}: start: {folder} has weights that are NaN or infinite: {damage}")
     task = prepare(model, folder, recipe, report)
     train(task, recipe, report=report, autocast=autocast)
     checkpoint.save(model, recipe.out, tokenizer=folder / "tokenizer.json")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blip2 import tensorfile
+from blip2.disk import Stamp, digest_of, stamp_of
 from blip2.errors import RecipeError
 from blip2.train.recipes import Recipe
 
@@ -22,22 +23,30 @@ STATE = "state.safetensors"
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "updates": "step"}
 FREE = {"out", "evaluation", "threads", "log_every", "evaluate_every", "checkpoint_every", "features"}
 """What of a recipe may change between stopping and going on; all else would make it another training."""
+ROWS = "what is in data.rows"
+"""Not a value of the recipe, but what such a value stands for."""
 
 
 def save_state(
     folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, recipe: Recipe, *, step: int
 ) -> None:
-    """Written under another name first: there is always one whole state."""
+    """There is always one whole state, safe on the disk. Raises RecipeError if it cannot be written."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        tensors[f"model.{name}"] = parameter.detach().contiguous()
+        tensors[f"model.{name}"] = parameter
         for ours, theirs in MOMENTS.items():
             if theirs in optimizer.state[parameter]:
-                tensors[f"{ours}.{name}"] = optimizer.state[parameter][theirs].contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{STATE}.part"
-    save_file(tensors, unfinished, metadata={"step": str(step), "recipe": json.dumps(_facts(recipe))})
-    os.replace(unfinished, folder / STATE)
+                tensors[f"{ours}.{name}"] = optimizer.state[parameter][theirs]
+    path = folder / STATE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"step": str(step), "recipe": json.dumps(_facts(recipe))}
+        tensorfile.save(path, tensors, about, unfinished=path.with_name(f"{STATE}.part"))
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be written ({error}); make room there, and start the same recipe again: it goes on from "
+            "the state before"
+        ) from None
 
 
 def load_state(
@@ -45,20 +54,15 @@ def load_state(
 ) -> int:
     """Put a saved state, if there is one, into weights and optimiser; returns the number of steps done.
 
-    Raises RecipeError if it was saved by another recipe, naming the first difference.
+    Raises RecipeError if it was saved by another recipe, naming the first difference, or is not what was saved.
     """
     path = folder / STATE
     if not path.exists():
         return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-    except (SafetensorError, OSError) as error:
-        raise RecipeError(f"{path}: is damaged ({error}); delete it to begin anew") from None
-    _compare(path, json.loads(metadata["recipe"]), _facts(recipe))
-    expected = {f"model.{name}" for name in parameters}
-    if {name for name in tensors if name.startswith("model.")} != expected:
+    tensors, step, facts = _read(path)
+    _compare(path, facts, _facts(recipe))
+    expected = {f"model.{name}": parameter.shape for name, parameter in parameters.items()}
+    if {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")} != expected:
         raise RecipeError(f"{path}: was saved for another model; delete it to begin anew, or change 'out'")
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -70,17 +74,29 @@ def load_state(
             }
             if moments:
                 optimizer.state[parameter] = moments
-    return int(metadata["step"])
+    return step
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether this very recipe has been carried out to its end."""
+    """Whether this very recipe has been carried out to its end. Raises RecipeError for a state that is damaged."""
     path = recipe.out / "training" / STATE
     if not path.exists() or not (recipe.out / "config.json").exists():
         return False
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    return int(metadata["step"]) >= recipe.optim.steps and json.loads(metadata["recipe"]) == _facts(recipe)
+    with suppress(OSError, LookupError, ValueError):  # `load_state` tells what is wrong
+        if int(tensorfile.read_header(path).about["step"]) < recipe.optim.steps:
+            return False  # without reading all of it
+    _, step, facts = _read(path)
+    return step >= recipe.optim.steps and _difference(facts, _facts(recipe)) is None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
+    """Tensors, steps done, and the recipe's facts."""
+    try:
+        tensors, about = tensorfile.load(path)
+        step, facts = int(about["step"]), dict(json.loads(about["recipe"]))
+    except (OSError, LookupError, ValueError, TypeError) as error:
+        raise RecipeError(f"{path}: is damaged ({error}); delete it to begin anew") from None
+    return tensors, step, facts
 
 
 def _facts(recipe: Recipe) -> dict[str, str]:
@@ -99,13 +115,27 @@ def _facts(recipe: Recipe) -> dict[str, str]:
                 facts[prefix + entry.name] = repr(inner)
         return facts
 
-    return walk(recipe, "")
+    return walk(recipe, "") | {ROWS: " ".join(_digest(path, stamp_of(path)) for path in recipe.data.rows)}
+
+
+@cache
+def _digest(path: Path, stamp: Stamp | None) -> str:
+    return digest_of(path)
+
+
+def _difference(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
+    """The first fact that is not as it was. What data.rows held, an earlier version did not note."""
+    return next((name for name in wanted if saved.get(name) != wanted[name] and (name != ROWS or name in saved)), None)
 
 
 def _compare(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    for name in wanted:
-        if saved.get(name) != wanted[name]:
-            raise RecipeError(
-                f"{path}: was saved with {name} = {saved.get(name)}, the recipe says {wanted[name]}; change it "
-                "back, or name another folder as 'out'"
-            )
+    name = _difference(saved, wanted)
+    if name == ROWS:
+        raise RecipeError(
+            f"{path}: was saved when data.rows held other rows than now; put them back, or name another folder as 'out'"
+        )
+    if name is not None:
+        raise RecipeError(
+            f"{path}: was saved with {name} = {saved.get(name)}, the recipe says {wanted[name]}; change it "
+            "back, or name another folder as 'out'"
+        )

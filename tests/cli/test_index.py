@@ -94,6 +94,24 @@ def test_index_that_cannot_be(run, matching, opt_model, photos, searched, tmp_pa
     assert not index.exists()
 
 
+@pytest.mark.parametrize("kind", ["search", "ask"])
+def test_what_is_found_of_a_picture_that_has_changed_is_told(run, photos, tmp_path, kind):
+    """The index knows what was there before; under that name there is something else now."""
+    index = tmp_path / "photos.index"
+    assert run("index", photos, "-o", index, "--for", kind).exit_code == 0
+    os.utime(photos / "picture002.png", ns=(1, 1))  # touched only
+    (photos / "picture003.png").unlink()  # "they may be on another disk by then"
+    tiny.picture(55, 44).save(photos / "picture001.png")
+    options = {"search": ["two dogs", "--json"], "ask": ["is it red?", "--choices", "yes,no", "--json"]}[kind]
+    result = run(kind, index, *options)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (1, 8)
+    told = f"blip2: {photos / 'picture001.png'}: has changed since it was seen; bring the index up to date"
+    assert [line for line in result.stderr.splitlines() if "picture" in line] == [f"{told} with blip2 index"]
+    assert run("index", photos, "-o", index).exit_code == 0
+    result = run(kind, index, *options)
+    assert (result.exit_code, len(result.stdout.splitlines()), result.stderr) == (0, 7, "")
+
+
 def test_stopped_by_ctrl_c_it_says_how_to_go_on(matching_model, tmp_path):
     photos, index = tmp_path / "many", tmp_path / "photos.index"
     photos.mkdir()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blip2 import Blip2ForConditionalGeneration, Blip2Processor, checkpoint
-from blip2.errors import OptionError
+from blip2.errors import NotFiniteError, OptionError
 from tests import tiny
 
 QUERIES = 4
@@ -229,3 +229,13 @@ def test_float16_is_refused_where_it_gives_nonsense(model, any_model):
         model.half()
     with pytest.raises(OptionError, match="precision of its own"):
         Blip2ForConditionalGeneration.from_pretrained(any_model, load_in_8bit=True).to(torch.bfloat16)
+
+
+def test_no_answer_is_made_of_what_is_no_number(any_model, inputs):
+    model = Blip2ForConditionalGeneration.from_pretrained(any_model)
+    model.model.projection.bias.data[0] = float("nan")
+    for options in ({}, {"num_beams": 2}, {"do_sample": True}):
+        with pytest.raises(NotFiniteError, match=r"projection.bias .in files: language_projection.bias. holds such"):
+            model.generate(**inputs, **options)
+    labels = torch.tensor([[5, 6, 7]] * 3)
+    assert model(**inputs, labels=labels).loss.isnan()  # as torch has it

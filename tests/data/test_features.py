@@ -1,15 +1,21 @@
 """Frozen features on disk: what the encoder says, computed once, and never for the wrong model."""
 
 import json
+import os
+import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from blip2 import disk
 from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.data import Pictures, Row, frozen_features
 from blip2.data.features import fingerprint
 from blip2.errors import RecipeError
 from blip2.vision import VisionTransformer
+from tests import tiny
 from tests.tiny import VISION
 
 
@@ -80,6 +86,82 @@ def test_a_file_that_was_cut_is_refused(vision, shown, tmp_path):
     assert json.loads((tmp_path / "rows.json").read_text())["shape"] == [8, 5, 16]
 
 
+def computed(vision, shown, folder) -> list[tuple[int, int]]:
+    """What a further start reports that it computes."""
+    done = []
+    frozen_features(vision, shown, folder, "rows", batch_size=1, report=lambda *counts: done.append(counts))
+    return done
+
+
+def replace_keeping_size_and_time(path):
+    """As ``cp -p`` or ``rsync -t`` of another picture leaves it."""
+    before = os.stat(path)
+    tiny.picture(77).save(path)
+    assert os.path.getsize(path) <= before.st_size
+    os.truncate(path, before.st_size)  # filled up with zeros
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_features_belong_to_the_content_and_not_to_the_name(vision, pictures, tmp_path):
+    paths = [shutil.copy(path, tmp_path) for path in pictures[:3]]
+    size = max(os.path.getsize(path) for path in paths) + 200
+    for path in paths:  # room for any picture, and what a picture's file may end with
+        os.truncate(path, size)
+    shown = Pictures([Row(path) for path in paths], size=32, mean=CLIP_MEAN, std=CLIP_STD)
+    before = frozen_features(vision, shown, tmp_path, "rows").read(np.arange(3))
+    replace_keeping_size_and_time(paths[1])
+    os.utime(paths[2])  # touched, which changes nothing
+    assert computed(vision, shown, tmp_path) == [(3, 3)]
+    after = frozen_features(vision, shown, tmp_path, "rows").read(np.arange(3))
+    assert torch.equal(after[[0, 2]], before[[0, 2]]) and not torch.equal(after[1], before[1])
+    with torch.no_grad():
+        assert torch.equal(after, vision.features(shown.pixels(range(3))).half())
+    assert computed(vision, shown, tmp_path) == []
+    os.unlink(paths[0])  # what was in it is still known
+    assert computed(vision, shown, tmp_path) == []
+
+
+def test_what_an_earlier_version_wrote_is_taken_over(vision, pictures, tmp_path):
+    """Without records; a picture that changed since they were begun is computed again."""
+    paths = [shutil.copy2(path, tmp_path) for path in pictures[:3]]
+    shown = Pictures([Row(path) for path in paths], size=32, mean=CLIP_MEAN, std=CLIP_STD)
+    whole = frozen_features(vision, shown, tmp_path, "rows").read(np.arange(3))
+    (tmp_path / "rows.seen").unlink()
+    later_ns = max(disk.stamp_of(path).ctime_ns for path in paths) + 1
+    os.utime(tmp_path / "rows.json", ns=(later_ns, later_ns))
+    assert computed(vision, shown, tmp_path) == []
+    assert torch.equal(frozen_features(vision, shown, tmp_path, "rows").read(np.arange(3)), whole)
+    (tmp_path / "rows.seen").unlink()
+    while disk.stamp_of(paths[1]).ctime_ns <= later_ns:
+        tiny.picture(77).save(paths[1])
+    assert computed(vision, shown, tmp_path) == [(3, 3)]
+
+
+@pytest.mark.parametrize("ending", ["bin", "seen", "json"])
+def test_a_flipped_bit_is_an_error_or_changes_nothing(vision, shown, tmp_path, ending):
+    whole = frozen_features(vision, shown, tmp_path, "rows").read(shown.number_of_row)
+    path = tmp_path / f"rows.{ending}"
+    content = path.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(content)), 40):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert torch.equal(frozen_features(vision, shown, tmp_path, "rows").read(shown.number_of_row), whole)
+            assert ending != "bin"
+        except RecipeError as error:
+            assert f"rows.{ending}" in str(error) and "delete" in str(error)
+
+
+def test_one_that_is_cut_while_it_is_open_is_refused(vision, shown, tmp_path):
+    file = frozen_features(vision, shown, tmp_path, "rows")
+    os.truncate(tmp_path / "rows.bin", 100)
+    with pytest.raises(RecipeError, match=r"rows\.bin: is damaged .*delete it"):
+        file.read(shown.number_of_row)
+    (tmp_path / "rows.bin").unlink()
+    assert computed(vision, shown, tmp_path)[-1] == (8, 8)
+
+
 def test_features_beyond_half_precision_are_refused(vision, shown, tmp_path):
     vision.blocks[0].fc2.bias.data[0] = 1e6
     with pytest.raises(RecipeError, match="half precision"):
@@ -91,3 +173,9 @@ def test_a_fingerprint_is_of_the_values(vision):
     assert fingerprint(VisionTransformer(VISION)) != before
     vision.post_norm.bias.data += 1
     assert fingerprint(vision) == before
+
+
+def test_a_damaged_encoder_is_named(vision, shown, tmp_path):
+    vision.blocks[0].fc1.weight.data[0, 0] = float("nan")
+    with pytest.raises(RecipeError, match=r"blocks.0.fc1.weight of the image encoder is NaN or infinite"):
+        frozen_features(vision, shown, tmp_path, "rows")

@@ -21,6 +21,9 @@ class TableState:
     def select(self, rows_N):
         self.previous_R = self.previous_R[rows_N]
 
+    def forget(self):
+        pass
+
     def join(self, other):
         self.previous_R = torch.cat([self.previous_R, other.previous_R])
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -15,6 +19,7 @@ from blip2.errors import Blip2Error, IndexFileError
 from blip2.index import Index, is_index
 from blip2.index.file import Origin, Picture, crc32_of, read, write
 from blip2.index.folders import Stamp
+from blip2.index.search import nearest
 
 ORIGIN = Origin("ask", "some/model", "0123456789abcdef")
 
@@ -107,6 +112,71 @@ def test_what_is_no_index(made, tmp_path, change, message):
     with pytest.raises(IndexFileError, match=message) as error:
         read(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def made_to_search(path, seed=0) -> Index:
+    vectors_NQD = F.normalize(torch.randn(300, 2, 8, generator=torch.Generator().manual_seed(seed)), dim=-1).half()
+    write(path, Origin("search", "none", "none"), pictures(vectors_NQD), (2, 8), vectors_NQD)
+    return Index.open(path)
+
+
+def found_in(path) -> tuple:
+    """All that is found: of a text, of a picture, near duplicates."""
+    index, query_L = Index.open(path), F.normalize(torch.arange(8.0), dim=0)
+    near = nearest(index._stored.rows, query_L, 3)
+    like = nearest(index._stored.rows.viewed(1, 16), query_L.repeat(2), 3, length=2**0.5)
+    return index.paths, near, like, index.near_duplicates(0.8)
+
+
+def test_a_flipped_bit_is_never_another_answer(tmp_path):
+    """Also where it is in a row that would have been found, and is not any more."""
+    path = tmp_path / "photos.index"
+    made_to_search(path)
+    wanted, content = found_in(path), path.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(content)), 60):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert found_in(path) == wanted
+        except IndexFileError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("ask", [
+    lambda index: nearest(index._stored.rows, torch.ones(8), 3),
+    lambda index: index.near_duplicates(0.8),
+    lambda index: index._stored.vectors(299),
+    lambda index: index.vectors,
+])  # fmt: skip
+def test_one_that_is_cut_while_it_is_open(tmp_path, ask):
+    """A map of it would end the process at the first of these."""
+    index = made_to_search(path := tmp_path / "photos.index")
+    ask(index)
+    os.truncate(path, 4000)
+    with pytest.raises(IndexFileError, match=r"photos\.index"):
+        ask(index)
+
+
+def test_one_that_is_overwritten_while_it_is_open(tmp_path):
+    """In place, as cp and rsync do: what was checked before is checked again."""
+    path, other = tmp_path / "photos.index", tmp_path / "other.index"
+    index = made_to_search(path)
+    nearest(index._stored.rows, torch.ones(8), 3)
+    made_to_search(other, seed=1)
+    path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(1, 1))  # the system's clock may not have ticked
+    with pytest.raises(IndexFileError, match="is damaged"):
+        nearest(index._stored.rows, torch.ones(8), 3)
+
+
+def test_one_that_is_replaced_while_it_is_open_stays(tmp_path):
+    index = made_to_search(tmp_path / "photos.index")
+    wanted = index.vectors.clone()
+    made_to_search(tmp_path / "other.index", seed=1)
+    os.replace(tmp_path / "other.index", tmp_path / "photos.index")
+    assert torch.equal(index._stored.rows[torch.arange(300)], wanted) and torch.equal(index.vectors, wanted)
+    assert not torch.equal(pickle.loads(pickle.dumps(index)).vectors, wanted)  # opened anew
 
 
 def check_corrupted(path, content, expected):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
 import resource
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +21,7 @@ import torch
 import blip2
 from blip2.errors import IndexFileError, OptionError
 from blip2.index import Changes, update
-from blip2.index import unfinished as unfinished_module
-from blip2.index.unfinished import held
+from blip2.index.unfinished import Unfinished, held
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,41 @@ def test_new_changed_gone(index, photos, matcher, monkeypatch):
     again = index.with_name("again.index")
     blip2.Index.update(again, photos, matcher)
     assert index.read_bytes() == again.read_bytes()
+
+
+def test_a_picture_is_known_by_its_content(index, photos, matcher, monkeypatch):
+    """One that was replaced with its size and time kept is seen again; one that was only touched or copied is not."""
+    replaced, touched = photos / "picture001.png", photos / "picture002.png"
+    os.truncate(replaced, 2000)  # what follows a PNG's end is no part of it
+    blip2.Index.update(index, photos, matcher)
+    before = replaced.stat()
+    while replaced.stat().st_ctime_ns == before.st_ctime_ns:  # a tick of the system's clock, some milliseconds
+        tiny.picture(101).save(replaced)
+        os.truncate(replaced, 2000)
+        os.utime(replaced, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(touched, ns=(1, 1))
+    encoded = []
+    each_encoded = matcher.each_encoded
+    monkeypatch.setattr(matcher, "each_encoded", lambda paths, **options: encoded.extend(paths) or each_encoded(
+        paths, **options))  # fmt: skip
+    assert blip2.Index.update(index, photos, matcher) == Changes(0, 1, 0, 0, 8)
+    assert encoded == [str(replaced)]
+    again = index.with_name("again.index")
+    blip2.Index.update(again, photos, matcher)
+    assert index.read_bytes() == again.read_bytes()
+    assert update(index, [photos], never) == Changes(0, 0, 0, 0, 8)
+
+
+def test_other_pixels_of_the_same_model_are_not_mixed(index, photos, matching_model, tmp_path):
+    """Mean and deviation of the preprocessor are part of what made an index."""
+    blip2.Index.update(index, photos, blip2.load(matching_model))
+    other = shutil.copytree(matching_model, tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(IndexFileError, match="cannot read its vectors"):
+        blip2.Index.update(index, photos, blip2.load(other))
+    with pytest.raises(IndexFileError, match="cannot read its vectors"):
+        blip2.Index.open(index).search(blip2.load(other), "two dogs")
 
 
 def test_folders_that_are_not_named_stay(index, photos, matcher):
@@ -179,12 +216,33 @@ def test_stopped_at_a_write_and_finished(index, photos, matcher, small_shards, m
         return true(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(unfinished_module.os, function, stop)
+        patched.setattr(os, function, stop)
         with pytest.raises(Stopped):
             blip2.Index.update(index, photos, matcher)
     blip2.Index.update(index, photos, matcher)
     assert index.read_bytes() == made.read_bytes()
     assert not index.with_name("photos.index.unfinished").exists()
+
+
+def test_what_was_done_is_kept_by_time_too(index, photos, matcher, monkeypatch):
+    """Each picture by itself where one takes longer than may be lost; the index is the same."""
+    made = index.with_name("made.index")
+    blip2.Index.update(made, photos, matcher)
+    module = sys.modules[update.__module__]
+    clock = itertools.count(0, 20)  # seconds, each time somebody looks
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("blip2.tasks.see.CACHE_BYTES", 1)  # the pictures of a batch one after the other
+    kept, add = [], Unfinished.add
+    monkeypatch.setattr(Unfinished, "add", lambda *arguments: kept.append(len(arguments[2])) or add(*arguments))
+    encode, encoded = matcher.eye._encode_pixels, []
+    monkeypatch.setattr(matcher.eye, "_encode_pixels", lambda pixels: encoded.append(pixels) or encode(pixels))
+
+    def check(done, total):
+        assert len(encoded) == done  # none ahead of those that were handed over
+
+    blip2.Index.update(index, photos, matcher, on_progress=check)
+    assert max(kept) <= 2 and sum(kept) == 8
+    assert index.read_bytes() == made.read_bytes()
 
 
 def test_what_changed_since_the_stop_is_encoded_again(index, photos, matcher, small_shards):

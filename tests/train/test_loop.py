@@ -5,16 +5,20 @@ import math
 import os
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from blip2 import tensorfile
 from blip2.errors import RecipeError
 from blip2.train import TrainingFailed, TrainingStopped
 from blip2.train.loop import Task, train
 from blip2.train.recipes import DataRecipe, OptimRecipe, Recipe
+from blip2.train.state import ROWS, save_state
 
 
 class Vector(nn.Module):
@@ -93,6 +97,46 @@ def test_another_recipe_does_not_go_on(tmp_path):
         run(task(), recipe(tmp_path, peak_lr=0.2))
 
 
+def test_other_rows_under_the_same_name_do_not_go_on(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    run(task(), replace(recipe(tmp_path), data=DataRecipe(rows=(rows,))))
+    os.utime(rows, ns=(1, 1))  # touched only
+    run(task(), replace(recipe(tmp_path), data=DataRecipe(rows=(rows,))))
+    rows.write_text("{} \n")
+    with pytest.raises(RecipeError, match=r"state\.safetensors: was saved when data\.rows held other rows"):
+        run(task(), replace(recipe(tmp_path), data=DataRecipe(rows=(rows,))))
+
+
+def test_a_state_of_an_earlier_version_goes_on(tmp_path):
+    """Without a checksum, and without what was in data.rows."""
+    whole, parts = task(), task()
+    run(whole, recipe(tmp_path / "whole"))
+    run(parts, recipe(tmp_path / "parts", steps=12))
+    path = tmp_path / "parts" / "training" / "state.safetensors"
+    tensors, about = tensorfile.load(path)
+    facts = json.loads(about["recipe"])
+    del facts[ROWS]
+    save_file(tensors, path, {"step": about["step"], "recipe": json.dumps(facts)})
+    again = task()
+    run(again, recipe(tmp_path / "parts"))
+    assert torch.equal(again.model.weight, whole.model.weight)
+
+
+def test_a_state_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "training").write_text("in the way")
+    with pytest.raises(RecipeError, match=r"state\.safetensors: cannot be written .*make room"):
+        save_state(tmp_path / "training", {}, None, recipe(tmp_path), step=1)
+
+
+def test_a_damaged_log_does_not_stop_a_training(tmp_path):
+    run(task(), recipe(tmp_path, steps=5))
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"step": 2', b'"st\xffp": 2', 1))
+    run(task(), recipe(tmp_path, steps=5))
+    assert list(losses_of(tmp_path)) == [1, 3, 4, 5]
+
+
 def test_a_damaged_state_is_named(tmp_path):
     run(task(), recipe(tmp_path))
     (tmp_path / "training" / "state.safetensors").write_bytes(b"nonsense")
@@ -141,6 +185,42 @@ def test_ten_bad_steps_end_it(tmp_path):
         run(task(model, lambda step: math.inf if step > 1 else 1.0), recipe(tmp_path))
     assert "\n" not in str(raised.value)
     assert model.weight.isfinite().all()
+    assert "numbers overflow; lower optim.peak_lr" in str(raised.value)
+    # What was learnt before is not lost: that of step 10 was due, and there is nothing newer.
+    assert f"the state of step 10 is in {tmp_path / 'training'}" in str(raised.value)
+    assert torch.equal(load_file(tmp_path / "training" / "state.safetensors")["model.weight"], model.weight)
+
+
+def test_what_was_learnt_before_bad_steps_is_saved(tmp_path):
+    model = Vector()
+    with pytest.raises(TrainingFailed, match=r"the last is step 13: .*; the state of step 3 is in"):
+        run(
+            task(model, lambda step: math.nan if step > 2 else 1.0),
+            replace(recipe(tmp_path, steps=20), checkpoint_every=100),
+        )
+    assert torch.equal(load_file(tmp_path / "training" / "state.safetensors")["model.weight"], model.weight)
+
+
+def test_a_trained_weight_that_is_no_number_ends_it_and_is_not_saved(tmp_path):
+    model = Vector()
+
+    def factor(step):
+        if step == 6:
+            with torch.no_grad():
+                model.weight[1, 2] = math.nan
+        return 1.0
+
+    with pytest.raises(TrainingFailed, match="after step 10 weight, which is trained, is NaN or infinite; lower") as it:
+        run(task(model, factor), recipe(tmp_path))
+    assert f"the state of step 5 is in {tmp_path / 'training'}" in str(it.value)
+    assert load_file(tmp_path / "training" / "state.safetensors")["model.weight"].isfinite().all()
+
+
+def test_weights_of_the_start_that_are_no_numbers_are_named(tmp_path):
+    model = Vector()
+    model.frozen[1] = math.inf
+    with pytest.raises(TrainingFailed, match="frozen, which is not trained, is NaN or infinite; start from"):
+        run(task(model, lambda step: math.nan), recipe(tmp_path))
 
 
 def test_an_infinite_gradient_is_a_bad_step(tmp_path):
@@ -156,11 +236,12 @@ def test_an_infinite_gradient_is_a_bad_step(tmp_path):
             return torch.full((3, 4), math.inf)
 
     seen = []
-    run(
-        Task(model, model, int, lambda step, generator: {"square": Explode.apply(model.weight)}),
-        recipe(tmp_path, steps=2),
-        seen.append,
-    )
+    with pytest.raises(TrainingFailed, match="in 2 steps in a row, the last is step 2: no weight is NaN"):
+        run(
+            Task(model, model, int, lambda step, generator: {"square": Explode.apply(model.weight)}),
+            recipe(tmp_path, steps=2),
+            seen.append,
+        )
     assert "skipped step 1" in seen[0].message
     assert torch.equal(model.weight, torch.ones(3, 4))
 

@@ -28,6 +28,14 @@ def test_equal_pairs_are_right_answers_as_much_as_each_other():
     assert contrast(logits_BB, torch.eye(4).bool(), 0.0) > contrast(logits_BB, equal_BB, 0.0) - 1e-6
 
 
+def test_hard_negatives_can_be_drawn_of_what_is_no_number():
+    """The loss is NaN then, and the loop says so."""
+    logits_BB = torch.randn(4, 4)
+    logits_BB[2, 1], logits_BB[0, 3] = float("nan"), float("inf")
+    image_B, text_B = hard_negatives(logits_BB, torch.eye(4).bool(), torch.Generator().manual_seed(0))
+    assert (image_B != torch.arange(4)).all() and (text_B != torch.arange(4)).all()
+
+
 def test_hard_negatives_are_wrong_and_like_the_right_ones():
     equal_BB = torch.eye(4).bool()
     equal_BB[0, 1] = equal_BB[1, 0] = True

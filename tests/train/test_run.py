@@ -1,13 +1,15 @@
 """From a recipe to a finished model, both stages, on tiny models."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from blip2 import checkpoint, train
-from blip2.errors import RecipeError
+from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
 
@@ -55,6 +57,18 @@ def test_both_stages(write_recipe, matching_model, any_model, tmp_path):
     found, taken = model.qformer.query_tokens, weights(first)["qformer.query_tokens"]
     other = weights(any_model)["qformer.query_tokens"]
     assert (found - taken).norm() < 0.5 * (found - other).norm()
+
+
+@pytest.mark.parametrize("name", ["query_tokens", "vision_model.encoder.layers.0.mlp.fc1.weight"])
+def test_a_damaged_start_is_told_before_the_work_begins(write_recipe, matching_model, tmp_path, name):
+    start = shutil.copytree(matching_model, tmp_path / "start")
+    tensors = load_file(start / "model.safetensors")
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, start / "model.safetensors", {"format": "pt"})
+    seen = []
+    with pytest.raises(CheckpointError, match=rf"in files: {name}\) holds such values: the model is damaged"):
+        train.run(write_recipe(1, start), report=seen.append)
+    assert seen == [] and not (tmp_path / "out1").exists() and not (tmp_path / "features").exists()
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -1,0 +1,37 @@
+"""Why what a model computes is NaN or infinite: told after the fact, so that loading need not look at every weight."""
+
+from __future__ import annotations
+
+import torch
+
+from blip2.checkpoint.keys import published_names
+from blip2.checkpoint.load import names_in_files
+from blip2.checkpoint.quantize import SCALES
+from blip2.finite import first_not_finite, is_finite, overflow
+from blip2.linear import readable
+from blip2.model import Blip2, Blip2Matcher
+
+
+def damage(model: Blip2 | Blip2Matcher) -> str | None:
+    """Which weights are NaN or infinite, by their name, ours and that in files, and what to do; None if none are.
+
+    Reads all weights up to those.
+    """
+    name = first_not_finite(model)
+    if name is None:
+        return None
+    module_name, _, last = name.rpartition(".")
+    tensor = readable(getattr(model.get_submodule(module_name), last))
+    stored = names_in_files(model, model.config).get(name, name)
+    names = [stored] if last == SCALES else published_names(stored)
+    parts = zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True)
+    stored = next(part_name for part_name, part in parts if not is_finite(part))
+    called = name if stored == name else f"{name} (in files: {stored})"
+    if tensor.dtype == torch.float16:
+        return f"{called} holds such values: it is damaged, or does not fit float16; load the model in bfloat16"
+    return f"{called} holds such values: the model is damaged, get it again"
+
+
+def why_not_finite(model: Blip2 | Blip2Matcher) -> str:
+    """`damage`, or if there is none, that numbers overflow."""
+    return damage(model) or overflow(model.vision.position_embedding.dtype)

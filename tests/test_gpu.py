@@ -1,0 +1,102 @@
+"""On a GPU: the answers of the CPU, the same in a batch as alone, in every precision; a T5 in float16 is refused.
+
+Skipped where there is no GPU. `pytest tests/test_gpu.py` runs them all; they take a minute.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import blip2
+from blip2 import checkpoint
+from blip2.errors import OptionError
+from tests.test_mixed_precision import scores
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+GPU = "cuda:0"
+PICTURES = ["examples/picture.png", "examples/cats.png", "examples/flowers.png"]
+QUESTIONS = ["how many dogs are in the picture?", "is there a boat?", "what color is the background of the picture?"]
+
+
+def answers(model: blip2.Pipeline) -> list[object]:
+    return [
+        model.caption(PICTURES),
+        model.caption(PICTURES, num_beams=1),
+        model.ask(PICTURES[0], QUESTIONS, num_beams=1),
+        model.ask(PICTURES[0], QUESTIONS[1], choices=["yes", "no"]),
+        model.caption(PICTURES[0], sample=True, seed=1, num_captions=2),
+    ]
+
+
+def test_the_miniature_answers_as_on_the_cpu():
+    expected = answers(blip2.load(device="cpu"))
+    assert answers(blip2.load(device="cuda", dtype="float32")) == expected
+    half = blip2.load(device="cuda")
+    assert half.caption(PICTURES[0], num_beams=1) == expected[1][0]
+    assert half.ask(PICTURES[0], QUESTIONS[:2], num_beams=1) == expected[2][:2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_alone_or_in_company(dtype):
+    model = blip2.load(device="cuda", dtype=dtype)
+    images = model.encode(PICTURES)
+    together = model.ask(images, QUESTIONS, num_beams=1)
+    assert together == [model.ask(image, text, num_beams=1) for image, text in zip(images, QUESTIONS, strict=True)]
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantised(any_model, quantize):
+    expected = scores(checkpoint.load(any_model, dtype=torch.float32, quantize=quantize))
+    found = scores(checkpoint.load(any_model, device=GPU, dtype=torch.float32, quantize=quantize), GPU)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_casts(any_model, dtype):
+    model = checkpoint.load(any_model, device=GPU, dtype=torch.float32)
+    expected = scores(checkpoint.load(any_model, dtype=torch.float32))
+    torch.testing.assert_close(scores(model, GPU), expected, rtol=1e-4, atol=1e-3)
+    with torch.autocast("cuda", dtype):
+        torch.testing.assert_close(scores(model, GPU), expected, rtol=0.02, atol=0.2)
+    twin = copy.deepcopy(model).to(dtype)
+    if dtype == torch.float16 and model.config.language.family == "t5":
+        with pytest.raises(OptionError, match="T5 overflows in float16"):
+            scores(twin, GPU)
+    else:
+        torch.testing.assert_close(scores(twin, GPU), expected, rtol=0.02, atol=0.2)
+
+
+def test_there_and_back(any_model, monkeypatch):
+    monkeypatch.setattr("blip2.linear.WORTH_IT", 0)
+    model = checkpoint.load(any_model, dtype=torch.float32)
+    expected = scores(model)
+    model.to(GPU)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    torch.testing.assert_close(scores(model, GPU), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(scores(model.to("cpu")), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_matching():
+    texts = ["two dogs and a boat", "four cats", "a flower"]
+    expected = blip2.load("miniature-itm", device="cpu").match(PICTURES, texts)
+    for dtype, atol in (("float32", 1e-4), ("float16", 0.02)):
+        found = blip2.load("miniature-itm", device="cuda", dtype=dtype).match(PICTURES, texts)
+        torch.testing.assert_close(found.itm_probability, expected.itm_probability, rtol=0, atol=atol)
+        torch.testing.assert_close(found.itc_cosine, expected.itc_cosine, rtol=0, atol=atol)
+
+
+def test_learning(any_model):
+    """One step of the drop-in model on the GPU moves what one on the CPU moves."""
+    moved = []
+    for device in ("cpu", GPU):
+        model = checkpoint.load(any_model, device=device, dtype=torch.float32)
+        learner = torch.optim.SGD(model.qformer.parameters(), lr=0.1)
+        pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
+        model.prompt(model.encode(pixels)).square().mean().backward()
+        learner.step()
+        moved.append(model.qformer.query_tokens.detach().cpu())
+    torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-5)
