@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from blip2.checkpoint.settings import read_json
@@ -98,6 +99,18 @@ class Generative(Prompts, PreTrained):
             head, table = self.language_model.lm_head, cast("nn.Module", language.token_embedding)
             if not isinstance(table, Table) or getattr(head, "weight", None) is not table.weight:
                 language.output = head
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids are looked up."""
+        device: torch.device = self.model.language.token_embedding.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model; the Q-Former is in float32."""
+        dtype: torch.dtype = self.model.language.token_embedding.weight.dtype
+        return dtype
 
     # ---- parts ------------------------------------------------------------------------------------------
 

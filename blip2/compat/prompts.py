@@ -32,11 +32,15 @@ class Prompts:
 
     config: Blip2Config
     model: Any
-    device: torch.device
     query_tokens: nn.Parameter
     vision_model: Any
     qformer: Any
     language_projection: nn.Linear
+
+    @property
+    def device(self) -> torch.device:
+        """See `generative.Generative`."""
+        raise NotImplementedError
 
     def sync(self) -> None:
         """See `generative.Generative`."""
