@@ -273,6 +273,9 @@ class PreTrained(Named):
     def tie_weights(self, **options: Any) -> None:
         """What is one table is one here from the start."""
 
+    def can_generate(self) -> bool:
+        return hasattr(self, "generate")
+
     def push_to_hub(self, *args: Any, **options: Any) -> None:
         raise OptionError("nothing is uploaded from here; use save_pretrained, and then: hf upload NAME FOLDER")
 

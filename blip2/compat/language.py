@@ -6,7 +6,7 @@ B rows, T tokens of this call, S tokens so far, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,21 @@ class LanguagePart(Part):
         if isinstance(head, nn.Linear) and isinstance(weight, Tensor):
             return head(hidden.to(weight.dtype))
         return cast("OPT | T5", self.core).logits(hidden)
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Go on from a text, int[B, T] or its vectors float[B, S, D]; options and result as for the whole model.
+
+        Of vectors nothing comes back but the new tokens (and a T5's start token).
+        """
+        if "writer" not in self.__dict__:
+            raise OptionError("a part of a language model writes nothing; ask model.language_model")
+        return self.__dict__["writer"].write_on(input_ids, inputs_embeds, attention_mask, **options)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

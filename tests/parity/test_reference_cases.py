@@ -140,6 +140,19 @@ def test_a_text_goes_on_where_it_stopped(twins):
         compare(language(input_ids=words, decoder_input_ids=written).logits[:, 2:], second.logits)
 
 
+@torch.no_grad()
+def test_the_language_model_writes_by_itself(twins):
+    """As programs do that put the prompt together themselves."""
+    words = torch.tensor([[9, 33, 12], [4, 8, 2]])
+    vectors = twins.theirs.get_input_embeddings()(words)
+    for prompt in ({"inputs_embeds": vectors}, {"input_ids": words}):
+        asked = {**prompt, "attention_mask": torch.ones_like(words), "max_new_tokens": 6, "num_beams": 2}
+        theirs = twins.theirs.language_model.generate(**asked, pad_token_id=1, eos_token_id=5)
+        ours = twins.ours.language_model.generate(**asked, pad_token_id=1, eos_token_id=5)
+        assert ours.tolist() == theirs.tolist()
+    assert copy.deepcopy(twins.ours).language_model.generate(**asked, eos_token_id=5).shape == ours.shape
+
+
 def test_names_and_state(twins):
     names = [name for name, _ in twins.theirs.named_parameters()]
     assert [name for name, _ in twins.ours.named_parameters()] == names
