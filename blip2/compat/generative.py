@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blip2.checkpoint.settings import read_json
 from blip2.compat.base import PreTrained
 from blip2.compat.generation import Generates, Prompt
-from blip2.compat.language import LanguagePart, checked_mask, next_token_loss
+from blip2.compat.language import LanguagePart, next_token_loss
 from blip2.compat.opt import OPTBody, OPTDecoder, OPTModel
 from blip2.compat.parts import Part, QFormerModel, VisionModel
 from blip2.compat.prompts import Prompts, Seen, right_padded
@@ -133,16 +133,10 @@ class Generative(Prompts, PreTrained):
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
-    def write_on(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, **options: Any
-    ) -> Any:
-        """What `LanguagePart.generate` does."""
+    def write_on(self, vectors_BSD: Tensor, is_real_BS: Tensor, ids_BT: Tensor, **options: Any) -> Any:
+        """What `LanguagePart.generate` asks for."""
         self.sync()
-        vectors_BSD = self.language_model.embedded(input_ids, inputs_embeds)
-        ids_BT = torch.empty(len(vectors_BSD), 0, dtype=torch.long) if input_ids is None else input_ids
-        is_real_BS = checked_mask(attention_mask, tuple(vectors_BSD.shape[:2]), vectors_BSD.device)
-        prompt = Prompt(vectors_BSD, is_real_BS, ids_BT.to(self.device))
-        return Words(self, prompt).generate(cast("Any", None), **options)
+        return Words(self, Prompt(vectors_BSD, is_real_BS, ids_BT)).generate(cast("Any", None), **options)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

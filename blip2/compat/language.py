@@ -99,7 +99,10 @@ class LanguagePart(Part):
         """
         if "writer" not in self.__dict__:
             raise OptionError("a part of a language model writes nothing; ask model.language_model")
-        return self.__dict__["writer"].write_on(input_ids, inputs_embeds, attention_mask, **options)
+        vectors_BSD = self.embedded(input_ids, inputs_embeds)
+        ids_BT = vectors_BSD.new_empty(len(vectors_BSD), 0, dtype=torch.long) if input_ids is None else input_ids
+        is_real_BS = checked_mask(attention_mask, tuple(vectors_BSD.shape[:2]), vectors_BSD.device)
+        return self.__dict__["writer"].write_on(vectors_BSD, is_real_BS, ids_BT.to(vectors_BSD.device), **options)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
