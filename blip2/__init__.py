@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip2.api import Matcher, Pipeline, load
     from blip2.compat import (
+        Blip2Config,
         Blip2ForConditionalGeneration,
         Blip2ForImageTextRetrieval,
+        Blip2Model,
         Blip2Processor,
+        Blip2QFormerConfig,
+        Blip2QFormerModel,
+        Blip2TextModelWithProjection,
+        Blip2VisionConfig,
+        Blip2VisionModel,
+        Blip2VisionModelWithProjection,
         BlipProcessor,
     )
     from blip2.encoded import EncodedImage
@@ -35,10 +43,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Blip2Config",
     "Blip2Error",
     "Blip2ForConditionalGeneration",
     "Blip2ForImageTextRetrieval",
+    "Blip2Model",
     "Blip2Processor",
+    "Blip2QFormerConfig",
+    "Blip2QFormerModel",
+    "Blip2TextModelWithProjection",
+    "Blip2VisionConfig",
+    "Blip2VisionModel",
+    "Blip2VisionModelWithProjection",
     "BlipProcessor",
     "EncodedImage",
     "Explanation",
@@ -51,6 +67,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Blip2Config": "blip2.compat",
+    "Blip2VisionConfig": "blip2.compat",
+    "Blip2QFormerConfig": "blip2.compat",
+    "Blip2Model": "blip2.compat",
+    "Blip2QFormerModel": "blip2.compat",
+    "Blip2TextModelWithProjection": "blip2.compat",
+    "Blip2VisionModel": "blip2.compat",
+    "Blip2VisionModelWithProjection": "blip2.compat",
     "Blip2Error": "blip2.errors",
     "Blip2ForConditionalGeneration": "blip2.compat",
     "Blip2ForImageTextRetrieval": "blip2.compat",

@@ -5,14 +5,28 @@ B batch rows, H heads, T new tokens, S all tokens so far (or keys), D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2 import native
+
+_SEEN: ContextVar[list[Tensor] | None] = ContextVar("attention weights", default=None)
+
+
+@contextmanager
+def recorded_attention() -> Iterator[list[Tensor]]:
+    """Within, every `attend` adds its weights ``float[B, H, T, S]`` to the list; slower, and of the same value."""
+    seen: list[Tensor] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
 
 
 def attend(
@@ -32,6 +46,9 @@ def attend(
     """
     if mask is not None and mask.dtype not in (torch.bool, query_BHTD.dtype):
         mask = mask.to(query_BHTD.dtype)
+    if (seen := _SEEN.get()) is not None:
+        out = _attend_plainly(query_BHTD, key_BHSD, value_BHSD, mask, is_causal, scale, dropout, seen)
+        return out.transpose(1, 2).flatten(2)
     if not dropout and native.can_attend(query_BHTD, key_BHSD, value_BHSD, mask):
         scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
         return native.attend(query_BHTD, key_BHSD, value_BHSD, mask, scale)
@@ -46,7 +63,14 @@ def attend(
 
 
 def _attend_plainly(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout: float,
+    seen: list[Tensor] | None = None,
 ) -> Tensor:
     """The same by matrix products, which on a CPU is faster: backward several times, in bfloat16 (images) twice."""
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -55,7 +79,10 @@ def _attend_plainly(
         mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return F.dropout(scores.softmax(-1), dropout, dropout > 0) @ value
+    weights = F.dropout(scores.softmax(-1), dropout, dropout > 0)
+    if seen is not None:
+        seen.append(weights)
+    return weights @ value
 
 
 def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:

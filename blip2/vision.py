@@ -76,8 +76,8 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.class_embedding, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.02)
 
-    def features(self, pixels_BCHW: Tensor) -> Tensor:
-        """``float[B, 3, H, W]`` normalised pixels to ``float[B, 1 + P, D]``, before the last layer norm.
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """``float[B, 3, H, W]`` normalised pixels to what the first block reads, ``float[B, 1 + P, D]``.
 
         A picture of another size than the model's (both sides multiples of the patch size) is met by bicubic
         interpolation of the position embedding.
@@ -87,7 +87,11 @@ class VisionTransformer(nn.Module):
         x_BPD = torch.cat(
             [self.class_embedding.expand(len(pixels_BCHW), -1, -1), patches_BDhw.flatten(2).transpose(1, 2)], dim=1
         )
-        x_BPD = self.pre_norm(x_BPD + self._positions(height, width))
+        return self.pre_norm(x_BPD + self._positions(height, width))
+
+    def features(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pixels as for `embed` to ``float[B, 1 + P, D]``, before the last layer norm."""
+        x_BPD = self.embed(pixels_BCHW)
         for block in self.blocks:
             x_BPD = block(x_BPD)
         return x_BPD

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 from blip2 import checkpoint, native, placement
 from blip2.checkpoint.load import _device_of, empty_model
 from blip2.checkpoint.quantize import Quantization
+from blip2.compat import Blip2ForConditionalGeneration
+from blip2.compat.names import unfuse
 from blip2.config import FLAN_T5_XXL, PUBLISHED, Blip2Config
 from blip2.errors import OptionError
 from blip2.generation import Engine, GenerateOptions
@@ -326,6 +328,28 @@ def test_nothing_mixes_devices(family, moved, answer):
     with without_values(answer=answer):
         put_fake(model, found)
         run(place(model, found))
+
+
+@by_division
+@by_family
+@torch.no_grad()
+def test_the_drop_in_mixes_no_devices(family, moved):
+    """Its layers are taken apart before they are placed, and called by itself."""
+    pytest.importorskip("accelerate")
+    model = empty_model(config_of(family)).eval()
+    found = divided(model, moved, ELSEWHERE, "cpu")
+    if not found.is_split:
+        pytest.skip("this family has no such layers")
+    unfuse(model)
+    with without_values():
+        put_fake(model, found)
+        drop_in = Blip2ForConditionalGeneration(place(model, found))
+        run(drop_in.model)
+        ids = torch.zeros(2, 3, dtype=torch.long)
+        decoder = {} if family == "opt" else {"decoder_input_ids": ids}
+        size = drop_in.config.vision_config.image_size
+        output = drop_in(torch.zeros(2, 3, size, size), ids, torch.ones_like(ids), **decoder, output_attentions=True)
+        assert output.logits.device == model.language.token_embedding.weight.device == drop_in.device
 
 
 @by_family

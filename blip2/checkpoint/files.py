@@ -9,6 +9,8 @@ from blip2.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = f"{PICKLED}.index.json"
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -16,13 +18,23 @@ def weight_files(folder: Path) -> list[str]:
 
     Raises `CheckpointError` for an index that is none, or that points out of the folder.
     """
-    index = folder / INDEX
+    return _named_by(folder / INDEX, ".safetensors") or [WEIGHTS]
+
+
+def pickled_files(folder: Path) -> list[str]:
+    """The .bin files of weights of a folder, if there are any. Raises as `weight_files`."""
+    named = _named_by(folder / PICKLED_INDEX, ".bin")
+    return named or ([PICKLED] if (folder / PICKLED).exists() else [])
+
+
+def _named_by(index: Path, ending: str) -> list[str]:
+    """The files that an index names; none, if there is no index."""
     if not index.exists():
-        return [WEIGHTS]
+        return []
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{index}: has no weight_map of names to files; fetch the file again")
     for file in set(places.values()):
-        if file != PurePosixPath(file).name or file != PureWindowsPath(file).name or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {file!r} is not a .safetensors file of this folder; fetch the file again")
+        if file != PurePosixPath(file).name or file != PureWindowsPath(file).name or not file.endswith(ending):
+            raise CheckpointError(f"{index}: {file!r} is not a {ending} file of this folder; fetch the file again")
     return sorted(set(places.values()))

@@ -50,12 +50,16 @@ def load(
     dtype: torch.dtype | None = None,
     quantize: Quantization | str | None = None,
     as_stored: bool = False,
+    pickles: bool = False,
+    prepare: Callable[[Blip2 | Blip2Matcher], None] | None = None,
     progress: Progress | None = None,
 ) -> Blip2 | Blip2Matcher:
     """The model in a folder of the published layout, in evaluation mode, generative or matching.
 
     ``dtype`` is meant for the image encoder and the language model (see `choose_precision`); ``as_stored`` keeps
     every weight in the precision of the file instead. ``quantize`` quantises what is not quantised in the file.
+    ``pickles``: whether the tensors of .bin files are read where a folder holds only those.
+    ``prepare`` is called with the empty model; a layer that is several in the files may be taken apart there.
     ``devices`` puts parts and layers, by the beginnings of our names ("" is the rest), elsewhere than on ``device``.
     ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
     """
@@ -74,7 +78,9 @@ def load(
     )
 
     put_linears(model, quantize)
-    tensors = find_tensors(folder)
+    if prepare is not None:
+        prepare(model)
+    tensors = find_tensors(folder, pickles=pickles)
     steps = list(_steps(model, config, tensors, folder, is_quantized=is_quantized))
     # The largest first: when most of the model is in memory, what comes beside it is small.
     steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)
@@ -146,7 +152,7 @@ def _steps(
     is_quantized: bool,
 ) -> Iterator[_Step]:
     """What is to be read for every weight of the model, every tensor of the files accounted for, shapes checked."""
-    names = names_in_files(model, config) if is_quantized else table(config)
+    names = names_in_files(model, config) if is_quantized else in_parts(model, table(config))
     for ours, theirs in _sources(names, tensors, folder).items():
         module_name, _, last = ours.rpartition(".")
         module = model.get_submodule(module_name)
@@ -172,7 +178,7 @@ def _steps(
 def names_in_files(model: nn.Module, config: Blip2Config | MatcherConfig) -> dict[str, str]:
     """Our names to names in files, with codes and scales where the model is quantised."""
     names: dict[str, str] = {}
-    for ours, theirs in table(config).items():
+    for ours, theirs in in_parts(model, table(config)).items():
         module = model.get_submodule(ours.rpartition(".")[0])
         if isinstance(module, QuantizedLinear) and ours.endswith(".weight"):
             stem = ours.removesuffix("weight")
@@ -180,6 +186,19 @@ def names_in_files(model: nn.Module, config: Blip2Config | MatcherConfig) -> dic
         else:
             names[ours] = theirs
     return names
+
+
+def in_parts(model: nn.Module, names: dict[str, str]) -> dict[str, str]:
+    """A layer that is several in the files, and is taken apart in the model too, has a row for each of its parts."""
+    rows: dict[str, str] = {}
+    for ours, theirs in names.items():
+        module, _, last = ours.rpartition(".")
+        parts = published_names(theirs)
+        if len(parts) > 1 and any(True for _ in model.get_submodule(module).children()):
+            rows |= {f"{module}.{part.split('.')[-2]}.{last}": part for part in parts}
+        else:
+            rows[ours] = theirs
+    return rows
 
 
 def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path) -> dict[str, list[str]]:

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.files import weight_files
+from blip2.checkpoint.files import INDEX, WEIGHTS, pickled_files, weight_files
+from blip2.checkpoint.pickled import unpickled
 from blip2.errors import CheckpointError
 from blip2.tensorfile import read_header
 
@@ -51,9 +52,31 @@ class Place:
         return read([self])
 
 
-def find_tensors(folder: Path) -> dict[str, Place]:
-    """Every tensor of the model in a folder. Raises `CheckpointError` that names the file."""
+@dataclass(frozen=True)
+class Unpickled(Place):
+    """A tensor of a .bin file, which lies in the memory that the file is mapped to."""
+
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, path: Path, tensor: Tensor) -> Unpickled:
+        return cls(path, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, tensor)
+
+    def read(self) -> Tensor:
+        return self.tensor.clone()
+
+
+def find_tensors(folder: Path, *, pickles: bool = False) -> dict[str, Place]:
+    """Every tensor of the model in a folder; with ``pickles`` those of .bin files, where there are only these.
+
+    Raises `CheckpointError` that names the file.
+    """
     places: dict[str, Place] = {}
+    if pickles and not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+        for name in pickled_files(folder):
+            places |= {key: Unpickled.of(folder / name, value) for key, value in _tensors_in(folder / name)}
+        if places:
+            return places
     for name in weight_files(folder):
         path = folder / name
         if not path.exists():
@@ -62,6 +85,13 @@ def find_tensors(folder: Path) -> dict[str, Place]:
             raise CheckpointError(f"{folder}: {name} is missing{hint}; fetch the model again")
         places |= _places(path)
     return places
+
+
+def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
+    for name, value in unpickled(path).items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {name} is no tensor; it is another kind of file")
+        yield name, value
 
 
 def _places(path: Path) -> dict[str, Place]:
@@ -87,6 +117,9 @@ def read(places: Sequence[Place], readers: ThreadPoolExecutor | None = None) -> 
     Raises `CheckpointError` if a file cannot be read.
     """
     first = places[0]
+    if isinstance(first, Unpickled):
+        parts = [place.read() for place in places]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
     content = _memory(sum(place.num_bytes for place in places))
     view = memoryview(content.numpy())  # type: ignore[arg-type]
     runs = []

@@ -130,7 +130,7 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
         )
     read_quantization(folder)
     try:
-        return _parse(content)
+        return parse(content)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -161,7 +161,8 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
     return dict(content)
 
 
-def _parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
+def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
+    """The configuration in the content of a config.json; ValueError for what this package does not build."""
     vision = VisionConfig(**_read(_section(content, "vision_config"), "vision_config", VISION))
     fields = _section(content, "qformer_config")
     if "qformer_text_input" in fields:  # the key's name before transformers 4.46

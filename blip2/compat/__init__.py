@@ -20,16 +20,32 @@ Names, defaults, shapes and values are those of transformers 5. What differs doe
   upright by their EXIF and converted to sRGB; PIL images and arrays are taken as they stand, as the reference does.
 """
 
+from blip2.compat.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from blip2.compat.generative import Blip2ForConditionalGeneration
+from blip2.compat.others import (
+    Blip2Model,
+    Blip2QFormerModel,
+    Blip2TextModelWithProjection,
+    Blip2VisionModel,
+    Blip2VisionModelWithProjection,
+)
 from blip2.compat.processor import Blip2Processor, BlipProcessor
 from blip2.compat.records import BatchFeature, ModelOutput
 from blip2.compat.retrieval import Blip2ForImageTextRetrieval
 
 __all__ = [
     "BatchFeature",
+    "Blip2Config",
     "Blip2ForConditionalGeneration",
     "Blip2ForImageTextRetrieval",
+    "Blip2Model",
     "Blip2Processor",
+    "Blip2QFormerConfig",
+    "Blip2QFormerModel",
+    "Blip2TextModelWithProjection",
+    "Blip2VisionConfig",
+    "Blip2VisionModel",
+    "Blip2VisionModelWithProjection",
     "BlipProcessor",
     "ModelOutput",
 ]

@@ -6,89 +6,275 @@ input, D its width, V its vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2 import checkpoint
 from blip2.checkpoint.settings import read_json
-from blip2.compat.loading import Device, check_names, device_and_dtype, load_model
-from blip2.compat.options import KNOWN, WITHOUT_EFFECT, decoding, from_config, merged
-from blip2.compat.records import ModelOutput
-from blip2.config import Blip2Config
-from blip2.disk import write_text
-from blip2.errors import CheckpointError, OptionError
-from blip2.generation import Engine
-from blip2.language import OPT, pad_rows
+from blip2.compat.base import PreTrained
+from blip2.compat.generation import Generates, Prompt
+from blip2.compat.language import LanguagePart, next_token_loss
+from blip2.compat.opt import OPTBody, OPTDecoder, OPTModel
+from blip2.compat.parts import Part, QFormerModel, VisionModel
+from blip2.compat.prompts import Prompts, Seen, right_padded
+from blip2.compat.records import ModelOutput, PartsOutput, returned
+from blip2.compat.t5 import T5Decoder, T5Encoder, T5Model
+from blip2.errors import OptionError
+from blip2.language import OPT
+from blip2.linear import Table, readable
 from blip2.model import Blip2
-from blip2.tasks.speaker import num_pairs
-
-NOT_A_LABEL = -100
 
 
-class Prompt(NamedTuple):
-    """What the language model reads, row by row, and the ids that the rows are made of."""
+class Generative(Prompts, PreTrained):
+    """Image encoder, Q-Former, projection and language model; see the classes below."""
 
-    embeddings_BSD: Tensor
-    is_real_BS: Tensor
-    ids_BT: Tensor
+    loss_type = "ForConditionalGeneration"  # by which Trainer knows how labels are counted
+    _no_split_modules = ("Block", "Layer", "EncoderBlock", "DecoderBlock")
 
+    vision_model: VisionModel
+    qformer: QFormerModel
+    language_projection: nn.Linear
+    language_model: LanguagePart
+    query_tokens: nn.Parameter
 
-class Blip2ForConditionalGeneration(nn.Module):
-    """A model that writes; `from_pretrained` makes one, in evaluation mode."""
+    def __init__(self, model: Any, generation_config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(model)
+        self.generation_config: Any = dict(generation_config or {})
+        self._prepare()
+        self.language_model.__dict__["writer"] = self  # so that it, too, can be asked to generate
 
-    def __init__(self, model: Blip2, generation_config: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.generation_config = dict(generation_config or {})
+    def _prepare(self) -> None:
+        """What only who trains the language model needs: its dropout."""
+        text, language = self.config.text_config, self.model.language
+        dropout = text.dropout if isinstance(language, OPT) else text.dropout_rate
+        for module in language.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = dropout
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = text.attention_dropout
+
+    def _parts(self) -> dict[str, Any]:
+        model, config = cast("Blip2", self.model), self.config
+        text = partial(partial, core=model.language, config=config.text_config)
+        names: dict[str, type[Part]] = (
+            {"language_model": OPTModel, "language_model.model": OPTBody, "language_model.model.decoder": OPTDecoder}
+            if isinstance(model.language, OPT)
+            else {"language_model": T5Model, "language_model.encoder": T5Encoder, "language_model.decoder": T5Decoder}
+        )
+        return {
+            "vision_model": lambda: VisionModel(model.vision, config.vision_config),
+            "qformer": lambda: QFormerModel(model.qformer, config.qformer_config),
+            **{path: text(made) for path, made in names.items()},
+        }
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> Blip2ForConditionalGeneration:
-        """The model in a folder or of that name on the hub; see `loading.load_model` for the options."""
-        model, folder = load_model(name, options)
-        if not isinstance(model, Blip2):
-            raise CheckpointError(f"{name} compares images with texts; load it with Blip2ForImageTextRetrieval")
+    def _of_folder(cls, loaded: Any, folder: Path) -> Any:
+        model = super()._of_folder(loaded, folder)
         path = folder / "generation_config.json"
-        return cls(model, read_json(path) if path.exists() else None)
+        model.generation_config = read_json(path) if path.exists() else {}
+        return model
 
-    @property
-    def config(self) -> Blip2Config:
-        return self.model.config
+    def generation_settings(self) -> dict[str, Any]:
+        """What generation_config.json is to hold."""
+        settings = self.generation_config
+        return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
+
+    def sync(self) -> None:
+        """Take over what was changed from outside and is known here by other names: token ids, a head of its own."""
+        model, text = cast("Blip2", self.model), self.config.text_config
+        language = model.language
+        names = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+        asked = {name: getattr(text, name) for name in names if hasattr(language.config, name)}
+        if any(isinstance(value, list | tuple | None) for value in asked.values()):
+            asked = {name: value for name, value in asked.items() if isinstance(value, int)}
+        if any(getattr(language.config, name) != value for name, value in asked.items()):
+            language.config = replace(cast("Any", language.config), **asked)
+        if model.config.language is not language.config or model.config.image_token_id != self.config.image_token_id:
+            model.config = replace(model.config, language=language.config, image_token_id=self.config.image_token_id)
+        if isinstance(language, OPT) and language.output is None:
+            head, table = self.language_model.lm_head, cast("nn.Module", language.token_embedding)
+            if not isinstance(table, Table) or getattr(head, "weight", None) is not table.weight:
+                language.output = head
 
     @property
     def device(self) -> torch.device:
-        return self.model.language.token_embedding.weight.device
+        """Where ids are looked up."""
+        device: torch.device = self.model.language.token_embedding.weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the language model; the Q-Former is in float32."""
-        return self.model.language.token_embedding.weight.dtype
+        dtype: torch.dtype = self.model.language.token_embedding.weight.dtype
+        return dtype
 
-    def to(  # type: ignore[override]
-        self, device: Device | torch.dtype | None = None, dtype: torch.dtype | None = None
-    ) -> Blip2ForConditionalGeneration:
-        """Move the model; OptionError for a device that is not there, or another precision than it was loaded in."""
-        place, asked = device_and_dtype(device, dtype)
-        if asked not in (None, self.dtype):
-            raise OptionError(f"the model is in {self.dtype}; for {asked} give from_pretrained(..., dtype={asked})")
-        return self if place is None else super().to(place)
+    # ---- parts ------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in the published layout, which `from_pretrained` and transformers read."""
-        checkpoint.save(self.model, Path(folder))
-        text = json.dumps(self.generation_config, indent=2) + "\n"
-        write_text(Path(folder) / "generation_config.json", text)
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
 
-    def get_image_features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> ModelOutput:
+    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
+        self.language_model.set_input_embeddings(embedding)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        self.language_model.set_output_embeddings(head)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.vision_model if modality == "image" else self.language_model.get_encoder()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def write_on(self, vectors_BSD: Tensor, is_real_BS: Tensor, ids_BT: Tensor, **options: Any) -> Any:
+        """What `LanguagePart.generate` asks for."""
+        self.sync()
+        return Words(self, Prompt(vectors_BSD, is_real_BS, ids_BT)).generate(cast("Any", None), **options)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Give the table of tokens (and the head) so many rows. New ones are the mean of those that are there.
+
+        Raises OptionError for a quantised table, and for fewer tokens than one.
+        """
+        old = cast("nn.Embedding", self.get_input_embeddings())
+        number = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            number = -(-number // pad_to_multiple_of) * pad_to_multiple_of
+        if number < 1:
+            raise OptionError(f"new_num_tokens is {number}; a model needs at least one")
+        if number == old.num_embeddings:
+            return old
+        if self.is_quantized:
+            raise OptionError("a quantised model keeps its table of tokens; resize it unquantised, then quantise")
+        head, language = cast("Any", self.get_output_embeddings()), self.model.language
+        is_tied = head.weight is old.weight
+        _keep(old, _resized(old.weight, number))
+        old.num_embeddings = number
+        if is_tied:
+            head.weight = old.weight
+        else:
+            _keep(head, _resized(head.weight, number))
+        head.out_features = number
+        language.config = replace(language.config, vocab_size=number)
+        self.config.text_config.vocab_size = number
+        self.sync()
+        return old
+
+    # ---- features ---------------------------------------------------------------------------------------
+
+    def get_text_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **decoder: Any,
+    ) -> Any:
+        """``last_hidden_state`` of the text alone: of an OPT, or of a T5's encoder."""
+        for name, value in decoder.items():
+            if name not in ("decoder_input_ids", "decoder_attention_mask", "labels"):
+                raise TypeError(f"get_text_features has no argument {name!r}")
+            if value is not None:
+                raise OptionError(f"get_text_features does not look at {name}; leave it out")
+        part = self.language_model.get_decoder() if isinstance(self.model.language, OPT) else self.get_encoder()
+        seen = part(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        output = ModelOutput(
+            last_hidden_state=seen.last_hidden_state,
+            pooler_output=None,
+            hidden_states=seen.hidden_states,
+            attentions=seen.attentions,
+        )
+        return returned(output, return_dict, self.config)
+
+    def get_qformer_features(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """The queries after the Q-Former, ``float[N, Q, D]``."""
+        patches_NPD = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True).last_hidden_state
+        return cast("Tensor", self._look(patches_NPD).last_hidden_state)
+
+    def _write(
+        self, seen: Seen, prompt: Prompt, labels: Tensor | None, number: Any, decoder: dict[str, Any], **options: Any
+    ) -> PartsOutput:
+        """What the language model says to a prompt, with what was seen on the way."""
+        if isinstance(self.model.language, OPT):
+            if any(value is not None for value in decoder.values()):
+                raise OptionError("decoder_input_ids are for a T5; an OPT has no decoder apart, leave them out")
+            outputs = self.language_model(
+                inputs_embeds=prompt.embeddings_BSD, attention_mask=prompt.is_real_BS, return_dict=True, **options
+            )
+            logits, loss = outputs.logits, None
+            if labels is not None:
+                logits = logits[:, -labels.shape[1] :]
+                loss = next_token_loss(logits, labels, number)
+        else:
+            if options.pop("logits_to_keep", 0):
+                raise OptionError("logits_to_keep is for an OPT; a T5 gives the logits of what its decoder reads")
+            embeddings_BSD, is_real_BS = right_padded(prompt)
+            outputs = self.language_model(
+                inputs_embeds=embeddings_BSD,
+                attention_mask=is_real_BS,
+                labels=None if labels is None else labels.to(self.device),
+                return_dict=True,
+                **decoder,
+                **options,
+            )
+            logits, loss = outputs.logits, outputs.loss
+        return PartsOutput(
+            loss=loss,
+            logits=logits,
+            vision_outputs=seen.vision,
+            qformer_outputs=seen.qformer,
+            language_model_outputs=outputs,
+        )
+
+
+class Words(Generates):
+    """A language model by itself as `Generates` needs it: the prompt is there already."""
+
+    def __init__(self, whole: Generative, prompt: Prompt) -> None:
+        self.model = whole.model
+        self.config = whole.config
+        self.device = whole.device
+        self.language_model = whole.language_model
+        self.generation_config = whole.generation_config
+        self._given = prompt
+
+    def _prompt(self, *_: Any) -> Prompt:
+        return self._given
+
+
+class Blip2ForConditionalGeneration(Generates, Generative):
+    """A model that writes; `from_pretrained` makes one, in evaluation mode."""
+
+    def get_image_features(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, return_dict: bool | None = None
+    ) -> Any:
         """``last_hidden_state`` of the image encoder, and ``pooler_output`` float[N, Q, D], the soft prompts."""
-        patches_NPD = self.model.vision(self._pixels(pixel_values, interpolate_pos_encoding))
-        return ModelOutput(last_hidden_state=patches_NPD, pooler_output=self.model.prompt(self.model.look(patches_NPD)))
+        seen = self._see(pixel_values, interpolate_pos_encoding)
+        output = ModelOutput(
+            last_hidden_state=seen.vision.last_hidden_state,
+            pooler_output=seen.prompts_NQD,
+            hidden_states=None,
+            attentions=None,
+            vision_outputs=seen.vision,
+            qformer_outputs=seen.qformer,
+        )
+        return returned(output, return_dict, self.config)
 
     def forward(
         self,
@@ -96,188 +282,58 @@ class Blip2ForConditionalGeneration(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> ModelOutput:
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> Any:
         """``logits`` of every token, and with ``labels`` the ``loss`` (labels of -100 do not count).
 
         OPT: logits float[B, S, V] of the prompt, with labels of their last tokens only. T5: float[B, T', V] of
         ``decoder_input_ids`` int[B, T'], which by default are the labels one place later.
+
+        ``inputs_embeds`` float[M, S, D] stands for the ids' vectors; without ids the image token's own vector says
+        where the image goes. ``output_attentions`` and ``output_hidden_states`` are of the language model
+        (``language_model_outputs``). ``use_cache`` keeps its ``past_key_values``, by default without labels.
+        ``num_items_in_batch``: of all labels that one step of training adds up, as `Trainer` counts them.
         """
-        prompt = self._prompt(pixel_values, input_ids, attention_mask, interpolate_pos_encoding)
-        language = self.model.language
-        if labels is not None:
-            labels = labels.to(self.device)
-        if isinstance(language, OPT):
-            if decoder_input_ids is not None:
-                raise OptionError("decoder_input_ids are for a T5; an OPT has no decoder apart, leave them out")
-            logits_BSV = language.logits(
-                language(prompt.embeddings_BSD, positions_BT=_positions(prompt), mask=_causal_mask(prompt))
-            )
-            if labels is None:
-                return ModelOutput(loss=None, logits=logits_BSV)
-            logits_BSV = logits_BSV[:, -labels.shape[1] :]
-            return ModelOutput(loss=_loss(logits_BSV[:, :-1], labels[:, 1:]), logits=logits_BSV)
-        if decoder_input_ids is None:
-            if labels is None:
-                raise OptionError("a T5 computes logits of decoder_input_ids; give them, or labels")
-            decoder_input_ids = self._one_later(labels)
-        hidden_BTD = language(*pad_rows(_rows(prompt)), decoder_input_ids.to(self.device))
-        logits_BTV = language.logits(hidden_BTD)
-        return ModelOutput(loss=None if labels is None else _loss(logits_BTV, labels), logits=logits_BTV)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        interpolate_pos_encoding: bool = False,
-        generation_config: Any = None,
-        **options: Any,
-    ) -> Tensor:
-        """Go on from images and prompts: ``int64[B * num_return_sequences, ...]``, filled with padding.
-
-        An OPT's rows are the prompt's ids and the new ones, a T5's the start token and the new ones; the end token is
-        there where the model wrote it. Without ``input_ids`` the prompt is the image and the token that begins a text.
-        N images go with N prompts, with one, or one with many.
-
-        Options (default): max_new_tokens (20) or max_length, which counts the prompt's ids too, min_new_tokens (0) or
-        min_length, num_beams (1), length_penalty (1), early_stopping (False), num_return_sequences (1), do_sample
-        (False), temperature (1), top_k (50), top_p (1), repetition_penalty (1), no_repeat_ngram_size (0), eos_token_id
-        and pad_token_id (the model's); or these in a ``generation_config``, a dictionary or an object with to_dict().
-
-        Raises OptionError for an image that would be ignored, numbers that do not pair, options that are not possible;
-        TypeError for an option that does not exist.
-        """
-        check_names("generate", options, (*KNOWN, *WITHOUT_EFFECT, "generation_config"))
-        language = self.config.language
-        tokens = {"eos_token_id": language.eos_token_id, "pad_token_id": language.pad_token_id}
-        given = {} if generation_config is None else from_config(generation_config)
-        asked = merged(tokens, from_config(self.generation_config), given, options)
-
-        prompt = self._prompt(pixel_values, input_ids, attention_mask, interpolate_pos_encoding)
-        if language.family == "opt":
-            before_BT = prompt.ids_BT
-            room = language.max_position_embeddings - prompt.is_real_BS.shape[1]
-        else:
-            before_BT = prompt.ids_BT.new_full((len(prompt.ids_BT), 1), language.decoder_start_token_id)
-            room = None
-        how = decoding(asked, prompt_length=before_BT.shape[1], room=room)
-
-        engine = Engine(
-            self.model.language,
-            eos_token_ids=[how.eos_token_id],
-            damage=partial(checkpoint.damage, self.model),
+        for name in others:
+            raise TypeError(f"the model has no argument {name!r}")
+        self.sync()
+        seen = self._see(pixel_values, interpolate_pos_encoding)
+        prompt = self._joined(seen, input_ids, attention_mask, inputs_embeds)
+        output = self._write(
+            seen,
+            prompt,
+            labels,
+            num_items_in_batch,
+            {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask},
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
+            logits_to_keep=logits_to_keep,
         )
-        answers = [
-            torch.tensor([*answer.tokens, *[how.eos_token_id] * (answer.finish_reason == "eos")], device=self.device)
-            for answers in engine.generate(_rows(prompt), how.options)
-            for answer in answers
-        ]
-        new_BT = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=how.fill_token_id)
-        return torch.cat([before_BT.repeat_interleave(how.options.num_return, dim=0), new_BT], dim=1)
-
-    def _pixels(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
-        size = self.config.vision.image_size
-        if pixel_values.dim() != 4:
-            raise OptionError(f"pixel_values are {list(pixel_values.shape)}; give them as [images, 3, {size}, {size}]")
-        if tuple(pixel_values.shape[2:]) != (size, size) and not interpolate:
-            raise OptionError(
-                f"pixel_values are {list(pixel_values.shape)}, this model sees {size}x{size}; use its own processor, "
-                "or pass interpolate_pos_encoding=True"
-            )
-        return pixel_values.to(self.device)
-
-    def _prompt(
-        self, pixel_values: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, interpolate: bool
-    ) -> Prompt:
-        """Images in the places of their tokens, or before the text of a model that has no such token."""
-        image_token_id = self.config.image_token_id
-        pixels = self._pixels(pixel_values, interpolate)
-        ids_MT = self._begin(len(pixels)) if input_ids is None else input_ids.to(self.device)
-        is_real_MT = self._is_real(ids_MT, attention_mask)
-        number = num_pairs(len(pixels), len(ids_MT))
-        images_BQD = self.model.prompt(self.model.encode(pixels)).expand(number, -1, -1)
-        ids_BT, is_real_BT = ids_MT.expand(number, -1), is_real_MT.expand(number, -1)
-        is_image_BT = ids_BT == image_token_id if image_token_id is not None else torch.zeros_like(is_real_BT)
-        words_BT = ids_BT.masked_fill(is_image_BT, 0)
-        self._check(words_BT, is_image_BT, is_real_BT)
-        words_BTD = self.model.language.embed(words_BT)
-        if image_token_id is None:
-            is_real_BS = torch.cat([is_real_BT.new_ones(images_BQD.shape[:2]), is_real_BT], dim=1)
-            return Prompt(torch.cat([images_BQD, words_BTD], dim=1), is_real_BS, ids_BT)
-        return Prompt(words_BTD.masked_scatter(is_image_BT[:, :, None], images_BQD), is_real_BT, ids_BT)
-
-    def _begin(self, rows: int) -> Tensor:
-        """The ids of a prompt without words."""
-        config = self.config
-        image = [] if config.image_token_id is None else [config.image_token_id] * config.qformer.num_query_tokens
-        bos = config.language.bos_token_id if config.language.family == "opt" else config.language.eos_token_id
-        return torch.tensor([[*image, bos]] * rows, device=self.device)
-
-    def _is_real(self, ids_MT: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """``bool[M, T]``: which ids are no padding."""
-        if attention_mask is None:
-            if (ids_MT == (pad := self.config.language.pad_token_id)).any():
-                raise OptionError(
-                    f"input_ids hold the padding token {pad}, but there is no attention_mask to say that it is "
-                    "padding; pass on the processor's"
-                )
-            return torch.ones_like(ids_MT, dtype=torch.bool)
-        if attention_mask.shape != ids_MT.shape:
-            raise OptionError(
-                f"attention_mask is {list(attention_mask.shape)}, input_ids are {list(ids_MT.shape)}; pass on both as "
-                "the processor made them"
-            )
-        return attention_mask.to(self.device).bool()
-
-    def _check(self, words_BT: Tensor, is_image_BT: Tensor, is_real_BT: Tensor) -> None:
-        """No image is ignored, in part or whole, and every word is one that the model has."""
-        config = self.config
-        queries, token = config.qformer.num_query_tokens, config.image_token_id
-        for row, count in enumerate((is_image_BT & is_real_BT).sum(dim=1).tolist() if token is not None else ()):
-            if count != queries:
-                raise OptionError(
-                    f"row {row} of input_ids has {count} image tokens ({token}) that attention_mask shows, the image "
-                    f"needs {queries}; make input_ids with Blip2Processor(images=..., text=...)"
-                )
-            if is_image_BT[row].sum() != queries:
-                raise OptionError(f"row {row} of attention_mask hides image tokens ({token}) of input_ids; show them")
-        if words_BT.numel() and int(words_BT.max()) >= config.language.vocab_size:
-            raise OptionError(
-                f"input_ids hold {int(words_BT.max())}, this model has {config.language.vocab_size} tokens; "
-                "use its own processor"
-            )
-
-    def _one_later(self, labels_BT: Tensor) -> Tensor:
-        """What the decoder reads to write the labels: the start token, then all but the last."""
-        language = self.config.language
-        assert language.family == "t5"
-        start_B1 = labels_BT.new_full((len(labels_BT), 1), language.decoder_start_token_id)
-        shifted_BT = torch.cat([start_B1, labels_BT[:, :-1]], dim=1)
-        return shifted_BT.masked_fill(shifted_BT == NOT_A_LABEL, language.pad_token_id)
+        return returned(output, return_dict, self.config)
 
 
-def _rows(prompt: Prompt) -> list[Tensor]:
-    """Each row without its padding: ``float[S_i, D]``."""
-    return [row_SD[real_S] for row_SD, real_S in zip(prompt.embeddings_BSD, prompt.is_real_BS, strict=True)]
+def _resized(weight: Tensor, number: int) -> Tensor:
+    old = readable(weight)
+    new = old.new_empty(number, old.shape[1])
+    kept = min(number, len(old))
+    new[:kept] = old[:kept]
+    new[kept:] = old.float().mean(dim=0).to(old.dtype)
+    return new
 
 
-def _positions(prompt: Prompt) -> Tensor:
-    """Real tokens are counted; padding has the place before the first, which an OPT keeps a row for."""
-    is_real_BS = prompt.is_real_BS.long()
-    return is_real_BS.cumsum(dim=1) * is_real_BS - 1
-
-
-def _causal_mask(prompt: Prompt) -> Tensor:
-    """``bool[B, 1, S, S]``: each token sees the real ones up to its own; one that would see none sees itself."""
-    length = prompt.is_real_BS.shape[1]
-    own_SS = torch.eye(length, dtype=torch.bool, device=prompt.is_real_BS.device)
-    mask_BSS = own_SS.new_ones(length, length).tril() & prompt.is_real_BS[:, None]
-    return (mask_BSS | (own_SS & ~mask_BSS.any(dim=-1, keepdim=True)))[:, None]
-
-
-def _loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=NOT_A_LABEL)
+def _keep(module: Any, weight: Tensor) -> None:
+    if hasattr(module, "keep"):
+        module.keep(weight)
+    else:
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)

@@ -43,11 +43,38 @@ class BatchFeature(Record):
 
 
 class ModelOutput(Record):
-    """What a model computed; ``output[0]`` is the first value that is not None, as Hugging Face has it."""
+    """What a model computed, in order. What was not asked for is None as an attribute, and no key.
 
-    def __getitem__(self, key: str | int) -> Any:
+    ``output[0]`` is the first value there is, as Hugging Face has it.
+    """
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        given = dict(*values, **named)
+        super().__init__({name: value for name, value in given.items() if value is not None})
+        self.__dict__["absent"] = frozenset(name for name, value in given.items() if value is None)
+
+    def __getattr__(self, name: str) -> Any:
+        return None if name in self.__dict__.get("absent", ()) else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None, in order."""
-        return tuple(value for value in self.values() if value is not None)
+        """The values in order."""
+        return tuple(self.values())
+
+
+class PartsOutput(ModelOutput):
+    """Of a model of several parts: in its tuple the parts' outputs are tuples too."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+def returned(output: ModelOutput, return_dict: bool | None, config: Any) -> Any:
+    """An output as it was asked for: by name, or with ``return_dict=False`` (there or in the config) as a tuple."""
+    by_name = config.return_dict if return_dict is None else return_dict
+    return output if by_name else output.to_tuple()

@@ -1,65 +1,85 @@
 """``Blip2ForImageTextRetrieval``: the matching model behind Hugging Face's arguments and outputs.
 
-N images, M texts, B pairs, Q queries, T tokens, E width of the space in which images and texts are compared.
+N images, M texts, B pairs, P patches, Q queries, T tokens, E width of the space in which images and texts are compared.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2 import checkpoint
-from blip2.compat.loading import Device, device_and_dtype, load_model
-from blip2.compat.records import ModelOutput
-from blip2.config import MatcherConfig
-from blip2.errors import CheckpointError, OptionError
+from blip2.compat.base import PreTrained
+from blip2.compat.parts import QFormerModel, TextEmbeddings, VisionModel
+from blip2.compat.records import ModelOutput, PartsOutput, returned
+from blip2.errors import OptionError
 from blip2.model import Blip2Matcher, similarity
 from blip2.tasks.speaker import num_pairs
 
 
-class Blip2ForImageTextRetrieval(nn.Module):
+class Matching(PreTrained):
+    """Image encoder and Q-Former with its text branch; see the classes below and in `others`."""
+
+    is_matching = True
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Parts that a class does not show."""
+
+    vision_model: VisionModel
+    qformer: QFormerModel
+    embeddings: Any
+    query_tokens: nn.Parameter
+    vision_projection: nn.Linear
+    text_projection: nn.Linear
+    itm_head: nn.Linear
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        for name in self.unused:
+            self._modules.pop(name, None)
+
+    def _parts(self) -> dict[str, Any]:
+        model, config = cast("Blip2Matcher", self.model), self.config
+        return {
+            "vision_model": lambda: VisionModel(model.vision, config.vision_config),
+            "qformer": lambda: QFormerModel(model.qformer, config.qformer_config),
+            "embeddings": lambda: TextEmbeddings(model.qformer, config.qformer_config),
+        }
+
+    def sync(self) -> None:
+        """Take over what was changed in the configuration."""
+
+    def generation_settings(self) -> None:
+        """A matching model has none."""
+
+    def get_input_embeddings(self) -> Any:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = embedding
+
+    def look(self, patches_NPD: Tensor, **watching: Any) -> ModelOutput:
+        """The queries look at pictures, ``float[N, 1 + P, D]``."""
+        queries_NQD = self.query_tokens.expand(len(patches_NPD), -1, -1)
+        output: ModelOutput = self.qformer(
+            query_embeds=queries_NQD, encoder_hidden_states=patches_NPD, return_dict=True, **watching
+        )
+        return output
+
+    def read(self, ids_MT: Tensor, is_real_MT: Tensor, position_ids: Tensor | None = None, **watching: Any) -> Any:
+        """Texts by themselves, ``int[M, T]``."""
+        return self.qformer(
+            query_embeds=self.embeddings(input_ids=ids_MT, position_ids=position_ids),
+            query_length=0,
+            attention_mask=is_real_MT,
+            return_dict=True,
+            **watching,
+        )
+
+
+class Blip2ForImageTextRetrieval(Matching):
     """A model that compares images with texts; `from_pretrained` makes one, in evaluation mode."""
-
-    def __init__(self, model: Blip2Matcher) -> None:
-        super().__init__()
-        self.model = model
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> Blip2ForImageTextRetrieval:
-        """The model in a folder or of that name on the hub; see `loading.load_model` for the options."""
-        model, _ = load_model(name, options)
-        if not isinstance(model, Blip2Matcher):
-            raise CheckpointError(f"{name} writes about images; load it with Blip2ForConditionalGeneration")
-        return cls(model)
-
-    @property
-    def config(self) -> MatcherConfig:
-        return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.qformer.query_tokens.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the image encoder; the rest is in float32."""
-        return self.model.vision.position_embedding.dtype
-
-    def to(  # type: ignore[override]
-        self, device: Device | torch.dtype | None = None, dtype: torch.dtype | None = None
-    ) -> Blip2ForImageTextRetrieval:
-        """Move the model; OptionError for a device that is not there, or another precision than it was loaded in."""
-        place, asked = device_and_dtype(device, dtype)
-        if asked not in (None, self.dtype):
-            raise OptionError(f"the model is in {self.dtype}; for {asked} give from_pretrained(..., dtype={asked})")
-        return self if place is None else super().to(place)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in the published layout, which `from_pretrained` and transformers read."""
-        checkpoint.save(self.model, Path(folder))
 
     def forward(
         self,
@@ -67,7 +87,10 @@ class Blip2ForImageTextRetrieval(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         use_image_text_matching_head: bool = False,
-    ) -> ModelOutput:
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         """How well images ``float[N, 3, H, W]`` and texts ``int[M, T]`` fit each other.
 
         By default every image with every text, by the cosine of their vectors: ``logits_per_image`` float[N, M],
@@ -75,30 +98,64 @@ class Blip2ForImageTextRetrieval(nn.Module):
         is applied.
 
         ``use_image_text_matching_head``: pair by pair, N images with N texts, with one, or one with many, by the
-        matching head: ``logits_per_image`` float[B, 2], whose softmax [:, 1] is the probability of a match.
+        matching head: ``logits_per_image`` float[B, 2], whose softmax [:, 1] is the probability of a match;
+        ``text_embeds`` float[B, Q + T, D] are the Q-Former's states, ``image_embeds`` float[N, 1 + P, D] the patches.
+
+        ``text_model_output`` and ``vision_model_output`` are the Q-Former's and the image encoder's.
+        ``output_attentions`` and ``output_hidden_states`` are of the image encoder.
 
         Image tokens before the text are passed over, and a text without them is read whole. Raises OptionError for
         image tokens in another number than the model's, and for numbers that do not pair.
         """
         ids_MT, is_real_MT = self._words(input_ids, attention_mask)
-        patches_NPD = self.model.encode(pixel_values.to(self.device))
-        if use_image_text_matching_head:
-            number = num_pairs(len(patches_NPD), len(ids_MT))
-            logits_B2 = self.model.match(patches_NPD, ids_MT.expand(number, -1), is_real_MT.expand(number, -1))
-            return ModelOutput(loss=None, logits_per_image=logits_B2, logits_per_text=logits_B2.t())
-        images_NQE, _ = self.model.embed_image(patches_NPD)
-        texts_ME = self.model.embed_text(ids_MT, is_real_MT)
-        logits_NM = similarity(images_NQE, texts_ME)
-        return ModelOutput(
-            loss=None,
-            logits_per_image=logits_NM,
-            logits_per_text=logits_NM.t(),
-            text_embeds=texts_ME,
-            image_embeds=images_NQE,
+        vision = self.vision_model(
+            pixel_values,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            return_dict=True,
         )
+        patches_NPD = vision.last_hidden_state
+        if use_image_text_matching_head:
+            text = self._fused(patches_NPD, ids_MT, is_real_MT)
+            states_BSD = text.last_hidden_state.to(_dtype(self.itm_head, text.last_hidden_state))
+            logits = self.itm_head(states_BSD[:, : self.query_tokens.shape[1]]).mean(dim=1)
+            texts, images = states_BSD, patches_NPD
+        else:
+            seen = self.look(patches_NPD).last_hidden_state
+            text = self.read(ids_MT, is_real_MT)
+            first_MD = text.last_hidden_state[:, 0]
+            images = F.normalize(self.vision_projection(seen.to(_dtype(self.vision_projection, seen))), dim=-1)
+            texts = F.normalize(self.text_projection(first_MD.to(_dtype(self.text_projection, first_MD))), dim=-1)
+            logits = similarity(images, texts)
+        output = PartsOutput(
+            loss=None,
+            logits_per_image=logits,
+            logits_per_text=logits.t(),
+            text_embeds=texts,
+            image_embeds=images,
+            text_model_output=text,
+            vision_model_output=vision,
+        )
+        return returned(output, return_dict, self.config)
+
+    def _fused(self, patches_NPD: Tensor, ids_MT: Tensor, is_real_MT: Tensor) -> ModelOutput:
+        """Queries and texts see each other, pair by pair."""
+        number = num_pairs(len(patches_NPD), len(ids_MT))
+        ids_BT, is_real_BT = ids_MT.expand(number, -1), is_real_MT.expand(number, -1)
+        queries_BQD = self.query_tokens.expand(number, -1, -1)
+        output: ModelOutput = self.qformer(
+            query_embeds=self.embeddings(input_ids=ids_BT, query_embeds=queries_BQD),
+            query_length=queries_BQD.shape[1],
+            attention_mask=torch.cat([is_real_BT.new_ones(queries_BQD.shape[:2]), is_real_BT], dim=1),
+            encoder_hidden_states=patches_NPD,
+            return_dict=True,
+        )
+        return output
 
     def _words(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The texts alone, right-padded, and ``bool[M, T]``: which ids are no padding."""
+        """The texts alone, right-padded, and ``bool[M, T]``: which ids are no padding. T is as the ids have it."""
         ids_MT = input_ids.to(self.device)
         is_real_MT = torch.ones_like(ids_MT) if attention_mask is None else attention_mask.to(self.device)
         if is_real_MT.shape != ids_MT.shape:
@@ -107,7 +164,7 @@ class Blip2ForImageTextRetrieval(nn.Module):
                 "processor made them"
             )
         queries, token, vocabulary = (
-            self.config.qformer.num_query_tokens, self.config.image_token_id, self.config.qformer.vocab_size
+            self.query_tokens.shape[1], self.config.image_token_id, self.embeddings.word_embeddings.num_embeddings
         )  # fmt: skip
         is_image_MT = ids_MT == token if token is not None else torch.zeros_like(ids_MT, dtype=torch.bool)
         for row, count in enumerate(is_image_MT.sum(dim=1).tolist()):
@@ -125,6 +182,13 @@ class Blip2ForImageTextRetrieval(nn.Module):
                 raise OptionError(
                     f"input_ids hold {largest}, this model has {vocabulary} tokens; use its own processor"
                 )
+        longest = ids_MT.shape[1] - (queries if is_image_MT.any() else 0)
         lengths_M1 = torch.tensor([[len(words_T)] for words_T in rows], device=self.device)
-        texts_MT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return texts_MT, torch.arange(texts_MT.shape[1], device=self.device) < lengths_M1
+        texts_MT = torch.stack([F.pad(words_T, (0, longest - len(words_T))) for words_T in rows])
+        return texts_MT, torch.arange(longest, device=self.device) < lengths_M1
+
+
+def _dtype(layer: nn.Module, like: Tensor) -> torch.dtype:
+    """What a layer computes in."""
+    weight = getattr(layer, "weight", like)
+    return cast("torch.dtype", weight.dtype)

@@ -21,6 +21,7 @@ class Block(nn.Module):
     def __init__(self, *, width: int, num_heads: int, intermediate_size: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.dropout = self.attention_dropout = 0.0  # for who trains the language model; here it is frozen
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = Linear(width, 3 * width)
         self.output = Linear(width, width)
@@ -34,8 +35,10 @@ class Block(nn.Module):
         query, key, value = split_parts(self.qkv(self.attention_norm(x_BTD)), 3, self.num_heads)
         if cache is not None:
             key, value = cache.write(layer, key, value, positions_BT)
-        x_BTD = x_BTD + self.output(attend(query, key, value, mask=mask, is_causal=mask is None))
-        return x_BTD + self.fc2(F.relu(self.fc1(self.feed_forward_norm(x_BTD))))
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = self.output(attend(query, key, value, mask=mask, is_causal=mask is None, dropout=dropout))
+        x_BTD = x_BTD + F.dropout(attended, self.dropout, self.training)
+        return x_BTD + F.dropout(self.fc2(F.relu(self.fc1(self.feed_forward_norm(x_BTD)))), self.dropout, self.training)
 
 
 class OPT(nn.Module):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +19,11 @@ from torch import Tensor, nn
 
 from blip2 import native
 from blip2.config import T5Config
-from blip2.errors import OptionError
-from blip2.layers import KVCache, attend, autocast_dtype, split_heads, split_parts, without_autocast
+from blip2.language.float16 import never_in_float16
+from blip2.layers import KVCache, attend, split_heads, split_parts
 from blip2.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def never_in_float16(method: Method) -> Method:
-    """A T5's feed-forward layers overflow in float16, and its answers are nonsense: refused as the precision of the
-    weights, and where autocast asks for it the method computes in the weights' own."""
-
-    @wraps(method)
-    def wrapper(self: T5, x: Tensor, *arguments: Any) -> Any:
-        if self.dtype == torch.float16:
-            raise OptionError("a T5 overflows in float16; use bfloat16, by model.to(torch.bfloat16), or float32")
-        if autocast_dtype(x.device) != torch.float16:
-            return method(self, x, *arguments)
-        with without_autocast(x.device):
-            return method(self, x.to(self.dtype), *arguments)
-
-    return wrapper  # type: ignore[return-value]
 
 
 class RMSNorm(nn.Module):
@@ -98,6 +79,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
+        self.dropout = 0.0  # for who trains the language model; here it is frozen
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.qkv = Linear(config.hidden_size, 3 * inner, bias=False)
         self.output = Linear(inner, config.hidden_size, bias=False)
@@ -107,7 +89,9 @@ class SelfAttention(nn.Module):
         return split_parts(self.qkv(self.norm(x_BTD)), 3, self.num_heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        return self.output(attend(query, key, value, mask=bias, scale=1.0))
+        dropout = self.dropout if self.training else 0.0
+        attended = self.output(attend(query, key, value, mask=bias, scale=1.0, dropout=dropout))
+        return F.dropout(attended, dropout, self.training)
 
 
 class CrossAttention(nn.Module):
@@ -117,6 +101,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
+        self.dropout = 0.0  # for who trains the language model; here it is frozen
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.query = Linear(config.hidden_size, inner, bias=False)
         self.key_value = Linear(config.hidden_size, 2 * inner, bias=False)
@@ -129,7 +114,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         query = split_heads(self.query(self.norm(x_BTD)), self.num_heads)
-        return self.output(attend(query, *keys_values, mask=mask, scale=1.0))
+        dropout = self.dropout if self.training else 0.0
+        attended = self.output(attend(query, *keys_values, mask=mask, scale=1.0, dropout=dropout))
+        return F.dropout(attended, dropout, self.training)
 
 
 class GatedFeedForward(nn.Module):
@@ -138,13 +125,15 @@ class GatedFeedForward(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
+        self.dropout = 0.0
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
-        return x + self.down(self.activation(gate) * up)
+        hidden = F.dropout(self.activation(gate) * up, self.dropout, self.training)
+        return x + F.dropout(self.down(hidden), self.dropout, self.training)
 
 
 class EncoderBlock(nn.Module):

@@ -212,11 +212,23 @@ def test_padding_before_everything_sees_nothing_and_harms_nothing(model, inputs)
         torch.testing.assert_close(logits[:, 2:][real], expected[real], atol=1e-5, rtol=0)
 
 
-def test_the_precision_is_chosen_when_the_model_is_loaded(model):
+def test_another_precision_is_the_one_that_loading_gives(model, any_model, inputs):
     assert model.to("cpu") is model and model.to(torch.float32) is model
     assert model.to("cpu", torch.float32) is model and model.to(device="cpu") is model and model.eval() is model
-    with pytest.raises(OptionError, match=r"from_pretrained\(\.\.\., dtype=torch\.bfloat16\)"):
-        model.to(torch.bfloat16)
+    loaded = Blip2ForConditionalGeneration.from_pretrained(any_model, dtype=torch.bfloat16)
+    cast = Blip2ForConditionalGeneration.from_pretrained(any_model).bfloat16()
+    dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+    assert {name: parameter.dtype for name, parameter in cast.named_parameters()} == dtypes
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16} and cast.dtype == torch.bfloat16
+    assert torch.equal(cast.generate(**inputs), loaded.generate(**inputs))
+    assert cast.float().dtype == torch.float32
+
+
+def test_float16_is_refused_where_it_gives_nonsense(model, any_model):
+    with pytest.raises(OptionError, match="use bfloat16"):
+        model.half()
+    with pytest.raises(OptionError, match="precision of its own"):
+        Blip2ForConditionalGeneration.from_pretrained(any_model, load_in_8bit=True).to(torch.bfloat16)
 
 
 def test_no_answer_is_made_of_what_is_no_number(any_model, inputs):

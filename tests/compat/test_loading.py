@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from blip2 import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor, checkpoint
+from blip2 import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor, checkpoint
 from blip2.compat import loading
 from blip2.errors import CheckpointError, OptionError
+from tests.checkpoint import fake_hub
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -160,3 +161,129 @@ def test_a_gpu_that_is_not_there(opt_model):
         Blip2ForConditionalGeneration.from_pretrained(opt_model, device_map={"": 0})
     with pytest.raises(OptionError, match="cannot be used"):
         Blip2ForConditionalGeneration.from_pretrained(opt_model).to("cuda")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_dir": "c"}, {"token": None}, {"token": "hf_x"}, {"use_auth_token": True}, {"force_download": True},
+        {"subfolder": ""}, {"max_memory": {"cpu": "9GB", 0: 10**9}}, {"offload_folder": "o"}, {"use_safetensors": True},
+        {"device_map": "balanced"}, {"device_map": "sequential"}, {"device_map": {"vision_model": "cpu", "": "cpu"}},
+        {"attn_implementation": "eager"}, {"ignore_mismatched_sizes": True}, {"variant": None}, {"proxies": None},
+    ],
+    ids=str,
+)  # fmt: skip
+@no_gpu
+def test_the_usual_arguments(opt_model, options):
+    assert Blip2ForConditionalGeneration.from_pretrained(opt_model, **options).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "fp16"}, "give dtype"),
+        ({"proxies": {"https": "x"}}, "HTTPS_PROXY"),
+        ({"attn_implementation": "fast"}, "'fast'; it may be one of eager"),
+        ({"max_memory": {"cpu": "1KB"}}, "max_memory is 0.00 GB for cpu"),
+        ({"max_memory": {"cpu": "much"}}, "'much'; give it as \"5GB\""),
+        ({"from_tf": True}, "safetensors"),
+        ({"state_dict": {}, "device_map": "auto"}, "device_map is not heeded"),
+    ],
+)
+def test_what_would_mislead_is_refused(opt_model, options, message):
+    with pytest.raises(OptionError, match=message):
+        Blip2ForConditionalGeneration.from_pretrained(opt_model, **options)
+
+
+def test_a_report_of_the_loading(opt_model):
+    model, report = Blip2ForConditionalGeneration.from_pretrained(opt_model, output_loading_info=True)
+    assert model.config.num_query_tokens == 4 and not any(report.values())
+    assert list(report) == ["missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"]
+
+
+def test_a_configuration_of_ones_own(opt_model):
+    config = Blip2Config.from_pretrained(opt_model)
+    config.text_config.eos_token_id = 9
+    assert Blip2ForConditionalGeneration.from_pretrained(opt_model, config=config).config.language.eos_token_id == 9
+    config.text_config.num_hidden_layers = 1
+    with pytest.raises(OptionError, match=r"num_hidden_layers of 1 \(not 2\)"):
+        Blip2ForConditionalGeneration.from_pretrained(opt_model, config=config)
+
+
+def test_weights_of_ones_own(opt_model):
+    state = Blip2ForConditionalGeneration.from_pretrained(opt_model).state_dict()
+    state["query_tokens"] = state["query_tokens"] + 1
+    config = Blip2Config.from_pretrained(opt_model)
+    for name, options in ((opt_model, {}), (None, {"config": config})):
+        model = Blip2ForConditionalGeneration.from_pretrained(name, state_dict=state, **options)
+        assert torch.equal(model.query_tokens, state["query_tokens"]) and not model.training
+
+
+def test_a_folder_in_a_folder(opt_model, tmp_path):
+    shutil.copytree(opt_model, tmp_path / "inside")
+    model = Blip2ForConditionalGeneration.from_pretrained(tmp_path, subfolder="inside")
+    assert model.config == Blip2ForConditionalGeneration.from_pretrained(opt_model).config
+    for subfolder in ("outside", "../.."):
+        with pytest.raises(CheckpointError, match="leave subfolder out"):
+            Blip2ForConditionalGeneration.from_pretrained(tmp_path, subfolder=subfolder)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_checkpoint_of_bin_files(opt_model, tmp_path, files):
+    expected = Blip2ForConditionalGeneration.from_pretrained(opt_model)
+    shutil.copytree(opt_model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    state = expected.state_dict()
+    if files == 1:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        names = {f"pytorch_model-{part}.bin": list(state)[part::2] for part in (0, 1)}
+        for file, inside in names.items():
+            torch.save({name: state[name].clone() for name in inside}, tmp_path / file)
+        places = {name: file for file, inside in names.items() for name in inside}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    for options in ({}, {"load_in_8bit": True}):
+        model = Blip2ForConditionalGeneration.from_pretrained(tmp_path, **options)
+        same = Blip2ForConditionalGeneration.from_pretrained(opt_model, **options).state_dict()
+        assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())
+    torch.save({"language_projection.weight": CheckpointError}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin.index.json").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="is not opened"):
+        Blip2ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_elsewhere_than_in_the_usual_cache(opt_model, tmp_path, monkeypatch):
+    with fake_hub.serving(opt_model) as hub:
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        urls = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        for name, value in {**urls, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        options = {"cache_dir": tmp_path, "token": "hf_x"}
+        model = Blip2ForConditionalGeneration.from_pretrained(fake_hub.NAME, **options)
+        assert model.config.num_query_tokens == 4 and list(tmp_path.rglob("model.safetensors"))
+        assert not list(tmp_path.rglob("*.bin"))
+        again = Blip2ForConditionalGeneration.from_pretrained(fake_hub.NAME, **options, local_files_only=True)
+        assert torch.equal(again.query_tokens, model.query_tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"safe_serialization": False}, "saved as safetensors"),
+        ({"push_to_hub": True}, "hf upload"),
+        ({"max_shard_size": "large"}, "'large'; give it as"),
+        ({"variant": "fp16"}, "one name each"),
+    ],
+)
+def test_how_a_model_is_saved(opt_model, tmp_path, options, message):
+    model = Blip2ForConditionalGeneration.from_pretrained(opt_model)
+    with pytest.raises(OptionError, match=message):
+        model.save_pretrained(tmp_path / "not", **options)
+    model.save_pretrained(tmp_path / "not", is_main_process=False)
+    assert not (tmp_path / "not").exists()
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB", safe_serialization=True, token=None)
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
+    read = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "parts").state_dict()
+    assert all(torch.equal(tensor, read[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(TypeError, match="'max_shard'"):
+        model.save_pretrained(tmp_path, max_shard=1)

@@ -1,0 +1,60 @@
+"""A repository of the hub that is kept elsewhere than in the usual cache, asked for with a token, or lies in a folder.
+
+By the hub's own client alone; what `hub` adds to it (a download that goes on where an earlier one stopped) is for the
+usual cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from blip2.checkpoint.hub import NEWEST, SMALL_FILES, _explained, is_offline
+from blip2.config import PUBLISHED
+from blip2.errors import CheckpointError
+
+WEIGHTS = ("*.safetensors",)
+
+
+@dataclass(frozen=True)
+class Place:
+    """``cache_dir``: instead of the usual one. ``token``: for what asks for permission, False for none.
+    ``subfolder``: of the repository. ``force``: fetch again what is there."""
+
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    subfolder: str = ""
+    force: bool = False
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether `names.resolve` finds the same; the saved token is always used."""
+        return self in (Place(), Place(token=True))
+
+
+def fetch(name: str, place: Place, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a model in a repository; `CheckpointError` as for `hub.pull`."""
+    if revision is None and name in PUBLISHED:
+        revision = PUBLISHED[name].revision
+    inside = f"{place.subfolder.strip('/')}/" if place.subfolder else ""
+    with _explained(name, revision or NEWEST):
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=place.cache_dir,
+            token=place.token,
+            force_download=place.force,
+            local_files_only=local_files_only or is_offline(),
+            allow_patterns=[f"{inside}{pattern}" for pattern in (*SMALL_FILES, *WEIGHTS)],
+        )
+    return inside_of(Path(folder), place.subfolder)
+
+
+def inside_of(folder: Path, subfolder: str) -> Path:
+    """A sub-folder of a model's folder; CheckpointError if it is not there, or is outside."""
+    inside = folder / subfolder
+    if not inside.resolve().is_relative_to(folder.resolve()) or not inside.is_dir():
+        raise CheckpointError(f"{folder}: has no folder {subfolder}; leave subfolder out, or name one that is there")
+    return inside

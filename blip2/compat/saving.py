@@ -1,0 +1,59 @@
+"""``save_pretrained``: what its arguments say, and the settings that this package's own files do not know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blip2 import checkpoint
+from blip2.checkpoint.save import MAX_SHARD_SIZE_BYTES
+from blip2.checkpoint.settings import read_json
+from blip2.compat.loading import check_names, size_bytes
+from blip2.disk import write_text
+from blip2.errors import OptionError
+
+WITHOUT_EFFECT = ("token", "use_auth_token", "save_peft_format", "save_original_format", "repo_id", "commit_message")
+HEEDED = ("max_shard_size", "is_main_process")
+REFUSED = {
+    "push_to_hub": "nothing is uploaded from here; save it, and then: hf upload NAME FOLDER",
+    "variant": "the files have one name each; save to another folder",
+    "state_dict": "the model's own weights are saved; load_state_dict puts others in",
+    "save_function": "the files are written as safetensors; leave it out",
+}
+
+
+def save(model: Any, folder: Path, options: Mapping[str, Any]) -> None:
+    """Write a model in the published layout, with the configuration as it stands.
+
+    - ``max_shard_size``: how large a file of weights may be, "5GB" (the default) or a number of bytes.
+    - ``is_main_process=False`` writes nothing, as the other processes of a training should.
+    - ``safe_serialization=False``, ``push_to_hub``, ``variant``, ``state_dict``, ``save_function``: refused.
+
+    Raises OptionError for these, TypeError for an argument that does not exist.
+    """
+    check_names("save_pretrained", options, (*HEEDED, *WITHOUT_EFFECT, *REFUSED, "safe_serialization"))
+    for name, reason in REFUSED.items():
+        if options.get(name) not in (None, False):
+            raise OptionError(f"{name}: {reason}")
+    if options.get("safe_serialization") is False:
+        raise OptionError("safe_serialization is False, which asks for a pickle; weights are saved as safetensors")
+    if not options.get("is_main_process", True):
+        return
+    model.sync()
+    asked = options.get("max_shard_size")
+    largest = MAX_SHARD_SIZE_BYTES if asked is None else size_bytes(asked)
+    checkpoint.save(model.model, folder, max_shard_size_bytes=largest)
+    content = model.config.to_dict() | read_json(folder / "config.json")
+    for part, values in model.config.to_dict().items():
+        if isinstance(values, dict) and isinstance(content.get(part), dict):
+            content[part] = values | content[part]
+    content["dtype"] = str(model.dtype).removeprefix("torch.")
+    _write(folder / "config.json", content)
+    if (settings := model.generation_settings()) is not None:
+        _write(folder / "generation_config.json", settings)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
