@@ -16,7 +16,8 @@ Names, defaults, shapes and values are those of transformers 5. What differs doe
 - Special tokens are those that the model's layout has; "<image>" or "</s>" within a text that the processor is given is
   text. (``processor.tokenizer`` reads them as tokens.)
 - Padding stands where the model needs it, whatever the tokenizer's files say; ``padding_side`` may be set.
-- Pictures are turned upright by their EXIF and laid on white where they are transparent; arrays are taken as they are.
+- Pictures are laid on white where they are transparent. Those that are read here (paths, addresses) are also turned
+  upright by their EXIF and converted to sRGB; PIL images and arrays are taken as they stand, as the reference does.
 - An assistant, or words looked up in the prompt, write what would be written without them.
 
 ``generate`` counts and changes scores as the reference does (``repetition_penalty`` sees an OPT's prompt, the image's
