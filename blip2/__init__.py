@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Blip2VisionConfig,
         Blip2VisionModel,
         Blip2VisionModelWithProjection,
+        BlipImageProcessor,
         BlipProcessor,
     )
     from blip2.encoded import EncodedImage
@@ -55,6 +56,7 @@ __all__ = [
     "Blip2VisionConfig",
     "Blip2VisionModel",
     "Blip2VisionModelWithProjection",
+    "BlipImageProcessor",
     "BlipProcessor",
     "EncodedImage",
     "Explanation",
@@ -79,6 +81,7 @@ _HOMES = {
     "Blip2ForConditionalGeneration": "blip2.compat",
     "Blip2ForImageTextRetrieval": "blip2.compat",
     "Blip2Processor": "blip2.compat",
+    "BlipImageProcessor": "blip2.compat",
     "BlipProcessor": "blip2.compat",
     "EncodedImage": "blip2.encoded",
     "Explanation": "blip2.tasks.explain",

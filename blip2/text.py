@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -55,20 +56,68 @@ class Tokenizer:
                 "download the file again, or install a newer tokenizers"
             ) from error
 
+    @classmethod
+    def from_json(cls, content: str) -> Tokenizer:
+        """Of the content of a sound tokenizer.json."""
+        return cls(tokenizers.Tokenizer.from_str(content))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made of the file's content: the library's own copies read "</s>" as a token."""
+        return Tokenizer.from_json, (self.to_json(),)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, and nothing else: no special tokens, no padding, never cut.
 
         Raises OptionError for a text with halves of characters (lone surrogates), as broken JSON may have them.
         """
+        return [token for token, _ in self.encode_with_places(text)]
+
+    def encode_with_places(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """As `encode`, each id with the characters that it stands for: the first, and the one after the last."""
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             whole = text.encode("utf-8", "replace").decode()
             raise OptionError(f"the text {shortened(whole)!r} has halves of characters; write it as Unicode") from None
+        return list(zip(encoding.ids, encoding.offsets, strict=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens and without white space at either end."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def decode_all(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids as it is, with its white space."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def find(self, token: str) -> int | None:
+        """The id of a token by its name; None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
+    def add(self, tokens: list[Any], *, special: bool) -> int:
+        """Add tokens, by name or as the library has them, to the vocabulary; how many were added."""
+        return self._tokenizer.add_special_tokens(tokens) if special else self._tokenizer.add_tokens(tokens)
+
+    def name_of(self, token_id: int) -> str | None:
+        """The name of a token by its id; None if there is none."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def vocabulary(self, *, with_added: bool = True) -> dict[str, int]:
+        """All names with their ids; those added to the trained vocabulary too."""
+        return self._tokenizer.get_vocab(with_added_tokens=with_added)
+
+    def special_ids(self) -> frozenset[int]:
+        """The ids of tokens that stand for no text."""
+        return frozenset(each for each, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that gives this tokenizer again."""
+        return self._tokenizer.to_str()
+
+    def reading_tokens(self) -> Tokenizer:
+        """The same vocabulary, but a "</s>" in a text is the token of that name."""
+        other = Tokenizer.from_json(self.to_json())
+        other._tokenizer.encode_special_tokens = False
+        return other
 
     def token_id(self, token: str) -> int:
         """The id of a token by its name. Raises CheckpointError if the tokenizer has none of that name."""
@@ -147,7 +196,9 @@ class TextStream:
 
 
 def clean(text: str) -> str:
-    """One line: no white space at either end, single spaces within."""
+    """One line: no white space at either end, single spaces within. OptionError for what is no text."""
+    if not isinstance(text, str):
+        raise OptionError(f"a text is wanted where {type(text).__name__} stands; give pictures first, then texts")
     return " ".join(text.split())
 
 

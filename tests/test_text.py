@@ -1,6 +1,8 @@
 """Ids in the layout that each model expects, prompts to the letter, text as it is written."""
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip2.errors import CheckpointError, OptionError
-from blip2.text import TextStream, Tokenizer, chat_prompt, question_prompt
+from blip2.text import TextStream, Tokenizer, chat_prompt, clean, question_prompt
 from tests import tiny
 
 OPT, T5, WORD_PIECE = (Tokenizer(make()) for make in (tiny.opt_tokenizer, tiny.t5_tokenizer, tiny.matching_tokenizer))
@@ -153,6 +155,21 @@ def test_empty_question(question):
     for ask in (lambda: question_prompt(question, "opt"), lambda: chat_prompt([("q?", "a")], question)):
         with pytest.raises(OptionError, match=r"empty; write one, such as"):
             ask()
+
+
+@pytest.mark.parametrize("what", [None, 3, b"how many?", ["how many?"]])
+def test_what_is_no_text(what):
+    """As when a picture and a question stand the other way round."""
+    for ask in (lambda: question_prompt(what, "opt"), lambda: chat_prompt([("q?", "a")], what), lambda: clean(what)):
+        with pytest.raises(OptionError, match=rf"where {type(what).__name__} stands; give pictures first"):
+            ask()
+
+
+def test_a_copy_reads_as_the_first(opt_model):
+    tokenizer = Tokenizer.from_folder(opt_model)
+    for again in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert again.encode("a </s> dog") == tokenizer.encode("a </s> dog")
+    assert 2 not in tokenizer.encode("a </s> dog") and 2 in tokenizer.reading_tokens().encode("a </s> dog")
 
 
 def test_the_template_twice():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -21,7 +21,7 @@ from blip2.tasks.match import ImageFeatures, Match, Matches, Reader
 from blip2.tasks.see import Eye, OnError, Seen, checked, raising
 from blip2.tasks.speaker import pairs
 from blip2.tasks.write import QFormerWriter
-from blip2.text import Tokenizer
+from blip2.text import Tokenizer, clean
 
 Picture = Source | ImageFeatures
 
@@ -161,7 +161,10 @@ class Matcher:
             raise OptionError(f"top is {top}, which leaves nothing to tell; use 1 or more")
         if "{}" not in template:
             raise OptionError(f"template is {template!r}, which has no place for the label; write {{}} there")
-        texts = [template.replace("{}", label) for label in labels]
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
+            raise OptionError(f"the labels are {labels!r}; give a list of texts, such as ['cat', 'dog']")
+        labels = list(labels)
+        texts = [template.replace("{}", clean(label)) for label in labels]
         ids = self.reader.ids(texts)
         texts_ME = self.reader.embed_texts(ids, batch_size)
         seen = self.each_encoded(images, on_error=on_error, batch_size=batch_size)

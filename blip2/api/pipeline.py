@@ -40,6 +40,8 @@ class Options(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    typical_p: float
     repetition_penalty: float
     no_repeat_ngram_size: int
     stop: tuple[str, ...]

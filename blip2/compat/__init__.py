@@ -13,11 +13,16 @@ Names, defaults, shapes and values are those of transformers 5. What differs doe
 - One image goes with many texts, one text with many images.
 - Padding never changes an answer, whichever side it stands on.
 - ``generation_config.json`` of the model's folder is heeded; the reference reads it and then asks the language model's.
-- ``repetition_penalty`` and ``no_repeat_ngram_size`` look at the new tokens only; the reference's look at the prompt
-  too where the language model is an OPT.
-- Special tokens are those that the model's layout has; "<image>" or "</s>" within a text is text.
+- Special tokens are those that the model's layout has; "<image>" or "</s>" within a text that the processor is given is
+  text. (``processor.tokenizer`` reads them as tokens.)
+- Padding stands where the model needs it, whatever the tokenizer's files say; ``padding_side`` may be set.
 - Pictures are laid on white where they are transparent. Those that are read here (paths, addresses) are also turned
   upright by their EXIF and converted to sRGB; PIL images and arrays are taken as they stand, as the reference does.
+- An assistant, or words looked up in the prompt, write what would be written without them.
+
+``generate`` counts and changes scores as the reference does (``repetition_penalty`` sees an OPT's prompt, the image's
+tokens among it), and draws the same samples from the same ``torch.manual_seed``. Refused are other ways of decoding
+(contrastive, grouped or constrained beams, guidance, watermarks), quantised caches, and prompts of the decoder.
 """
 
 from blip2.compat.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
@@ -29,6 +34,7 @@ from blip2.compat.others import (
     Blip2VisionModel,
     Blip2VisionModelWithProjection,
 )
+from blip2.compat.pixels import BlipImageProcessor
 from blip2.compat.processor import Blip2Processor, BlipProcessor
 from blip2.compat.records import BatchFeature, ModelOutput
 from blip2.compat.retrieval import Blip2ForImageTextRetrieval
@@ -46,6 +52,7 @@ __all__ = [
     "Blip2VisionConfig",
     "Blip2VisionModel",
     "Blip2VisionModelWithProjection",
+    "BlipImageProcessor",
     "BlipProcessor",
     "ModelOutput",
 ]

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from blip2.checkpoint.settings import read_json
 from blip2.compat.base import PreTrained
-from blip2.compat.generation import Generates, Prompt
+from blip2.compat.generation import Generates
 from blip2.compat.language import LanguagePart, next_token_loss
 from blip2.compat.opt import OPTBody, OPTDecoder, OPTModel
 from blip2.compat.parts import Part, QFormerModel, VisionModel
 from blip2.compat.prompts import Prompts, Seen, right_padded
-from blip2.compat.records import ModelOutput, PartsOutput, returned
+from blip2.compat.records import ModelOutput, PartsOutput, Prompt, returned
 from blip2.compat.t5 import T5Decoder, T5Encoder, T5Model
 from blip2.errors import OptionError
 from blip2.language import OPT

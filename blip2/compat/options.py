@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from blip2.compat.loading import check_names
 from blip2.errors import OptionError
 from blip2.generation import GenerateOptions
+from blip2.generation.options import SAMPLING as SAMPLING_ONLY
 
 NEW_TOKENS = 20
 """What Hugging Face's ``generate`` writes unless told otherwise."""
@@ -33,21 +36,49 @@ SAMPLING: tuple[tuple[str, str, Any], ...] = (
     ("temperature", "temperature", 1.0),
     ("top_k", "top_k", 50),
     ("top_p", "top_p", 1.0),
+    ("min_p", "min_p", 0.0),
+    ("typical_p", "typical_p", 1.0),
 )
 # Two names for one thing: new tokens, or the prompt's tokens and the new ones. The first goes before the second.
 LENGTHS = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
 TOKENS = ("eos_token_id", "pad_token_id")
-KNOWN = (*(row[0] for row in (*SHARED, *SAMPLING)), *LENGTHS[0], *LENGTHS[1], *TOKENS)
-# Change nothing: the cache is always used, and the first tokens are the model's own.
-WITHOUT_EFFECT = ("use_cache", "bos_token_id", "decoder_start_token_id", "transformers_version")
+# What the engine of this package does in another way or not at all: with one of these, all rows go in `lockstep`.
+WATCHED: dict[str, Any] = {
+    "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "renormalize_logits": False, "remove_invalid_values": False, "return_dict_in_generate": False,
+    **dict.fromkeys((
+        "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+        "forced_eos_token_id", "exponential_decay_length_penalty", "max_time", "stop_strings",
+    )),
+}  # fmt: skip
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# Arguments of a call, which no configuration holds.
+HANDED = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer")
+KNOWN = (*(row[0] for row in (*SHARED, *SAMPLING)), *LENGTHS[0], *LENGTHS[1], *TOKENS, *WATCHED, *OUTPUTS)
+# Change nothing: the cache is always used and holds what it is given, the first tokens are the model's own, and what a
+# draft of an assistant or of the prompt's words would speed up is written as without it.
+WITHOUT_EFFECT = (
+    "use_cache", "bos_token_id", "transformers_version", "synced_gpus", "cache_config", "low_memory", "compile_config",
+    "disable_compile", "assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "max_matching_ngram_size",
+    "trust_remote_code", "use_model_defaults", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
+CACHES = ("dynamic", "dynamic_full", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")
+# Other ways of decoding, which are not done here: what switches them off is taken, the rest refused.
+NOT_DONE = (
+    "num_beam_groups", "diversity_penalty", "penalty_alpha", "dola_layers", "constraints", "force_words_ids",
+    "guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask", "watermarking_config", "token_healing",
+    "top_h", "custom_generate", "past_key_values", "decoder_input_ids", "decoder_attention_mask", "encoder_outputs",
+)  # fmt: skip
+CHECKED = ("cache_implementation", "decoder_start_token_id")
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode, which token ends an answer, and which fills the rows that end early."""
+    """How to decode, which tokens end an answer, and which fills the rows that end early."""
 
     options: GenerateOptions
-    eos_token_id: int
+    """With beams never ``sample``, whatever is asked: the engine draws no beams."""
+    eos_token_ids: tuple[int, ...]
     fill_token_id: int
 
 
@@ -71,10 +102,28 @@ def from_config(config: Any) -> dict[str, Any]:
     one that would is a TypeError that names it.
     """
     content = config if isinstance(config, Mapping) else config.to_dict()
-    known = (*KNOWN, *WITHOUT_EFFECT)
     said = {name: value for name, value in content.items() if not _is_neutral(name, value)}
-    check_names("generation_config", said, known)
-    return {name: value for name, value in said.items() if name in KNOWN}
+    return heeded("generation_config", said)
+
+
+def heeded(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the arguments changes something.
+
+    Raises TypeError for a name that does not exist, OptionError for what is not done here.
+    """
+    check_names(where, given, (*KNOWN, *HANDED, *WITHOUT_EFFECT, *NOT_DONE, *CHECKED))
+    for name in NOT_DONE:
+        if name in given and not _is_neutral(name, given[name]):
+            raise OptionError(f"{name} asks for a way of decoding that is not done here; leave it out")
+    if given.get("cache_implementation") not in (None, *CACHES):
+        raise OptionError(
+            f"cache_implementation is {given['cache_implementation']!r}, which would change the answers; the cache is "
+            "kept as it is computed here, leave it out"
+        )
+    for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
+        if not _is_neutral(name, given.get(name)):
+            warnings.warn(f"{name} changes nothing: what is read is an image's vectors, not ids", stacklevel=4)
+    return {name: value for name, value in given.items() if name in (*KNOWN, *HANDED, "decoder_start_token_id")}
 
 
 def decoding(asked: Mapping[str, Any], *, prompt_length: int, room: int | None) -> Decoding:
@@ -87,16 +136,34 @@ def decoding(asked: Mapping[str, Any], *, prompt_length: int, room: int | None) 
     if chosen["sample"]:
         chosen |= {ours: asked.get(theirs, default) for theirs, ours, default in SAMPLING}
     elif unused := [theirs for theirs, _, neutral in SAMPLING if asked.get(theirs, neutral) not in (neutral, 0)]:
-        warnings.warn(f"{', '.join(unused)} changes nothing without do_sample=True", stacklevel=3)
+        warnings.warn(f"{', '.join(unused)} changes nothing without do_sample=True", stacklevel=4)
     chosen["max_new_tokens"] = _most(asked, prompt_length, room)
     chosen["min_new_tokens"] = _least(asked, prompt_length)
     try:
+        if chosen["sample"] and chosen["num_beams"] != 1:  # the engine's beams are not drawn
+            GenerateOptions(**chosen | {"num_beams": 1})
+            chosen = {name: value for name, value in chosen.items() if name not in SAMPLING_ONLY} | {"sample": False}
         options = GenerateOptions(**chosen)
     except OptionError as error:
         raise OptionError(_in_their_words(str(error))) from None
-    end, pad = _token("eos_token_id", asked), _token("pad_token_id", asked)
+    ends, pad = _tokens("eos_token_id", asked), _tokens("pad_token_id", asked)[0]
     # Beam search in transformers takes a pad token of 0, which T5 has, for none, and fills with the end token.
-    return Decoding(options, end, pad or end if options.num_beams > 1 else pad)
+    return Decoding(options, ends, pad or ends[0] if options.num_beams > 1 else pad)
+
+
+def is_watched(asked: Mapping[str, Any], how: Decoding) -> bool:
+    """Whether the rows have to go in lockstep, as the reference has it; else the engine gives the same, sooner."""
+    handed = [asked.get(name) for name in HANDED if name != "tokenizer"]
+    is_handed = any(each is not None and not (isinstance(each, list | tuple) and not each) for each in handed)
+    return (
+        is_handed
+        or len(how.eos_token_ids) > 1
+        or any(
+            not (value is neutral or (isinstance(value, bool | int | float) and value == neutral))
+            for name, neutral in WATCHED.items()
+            for value in [asked.get(name, neutral)]
+        )
+    )
 
 
 def _most(asked: Mapping[str, Any], prompt_length: int, room: int | None) -> Any:
@@ -118,14 +185,15 @@ def _least(asked: Mapping[str, Any], prompt_length: int) -> Any:
     return max(0, asked.get("min_length", 0) - prompt_length)
 
 
-def _token(name: str, asked: Mapping[str, Any]) -> int:
-    """A single token id; a list of one is as good."""
-    value = asked[name]
-    if isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, int):
-        raise OptionError(f"{name} is {value!r}; give one token id")
-    return value
+def _tokens(name: str, asked: Mapping[str, Any]) -> tuple[int, ...]:
+    """One token id or several."""
+    value = asked[name].tolist() if isinstance(asked[name], Tensor) else asked[name]
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+    is_whole = all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
+    if not ids or not is_whole or (len(ids) > 1 and name == "pad_token_id"):
+        several = "" if name == "pad_token_id" else " or a list of them"
+        raise OptionError(f"{name} is {value!r}; give a token id{several}")
+    return ids
 
 
 def _is_neutral(name: str, value: Any) -> bool:

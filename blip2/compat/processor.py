@@ -12,77 +12,51 @@ goes on from its last token, else at the end.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any, Literal, NoReturn
 
 from blip2 import checkpoint
-from blip2.checkpoint import ImageSettings
 from blip2.checkpoint.settings import read_json
-from blip2.compat.loading import find_folder
+from blip2.compat import pixels, tokenizer
+from blip2.compat.loading import check_names, find_folder
+from blip2.compat.pixels import BlipImageProcessor
 from blip2.compat.records import BatchFeature
-from blip2.disk import write_bytes, write_text
-from blip2.errors import CheckpointError, OptionError
-from blip2.image import Source, load_image, to_pixels
-from blip2.text import Tokenizer
+from blip2.compat.rows import TokenIds, tensors, texts_of
+from blip2.compat.tokenizer import Blip2Tokenizer
+from blip2.compat.vocabulary import SETTABLE
+from blip2.disk import write_bytes
+from blip2.errors import OptionError
+from blip2.image import Source
 
-FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+FILES = ("preprocessor_config.json", "processor_config.json")
 IMAGE_TOKEN = "<image>"
-
-TokenIds = int | Sequence[Any] | np.ndarray | Tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the special tokens of a family stand, and where its padding goes."""
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    pad: int
-    pads_left: bool = False
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Layout:
-        """The family that a tokenizer belongs to, by its special tokens."""
-        if _find(tokenizer, "[CLS]") is not None:
-            ends = tokenizer.token_id("[CLS]"), tokenizer.token_id("[SEP]")
-            return cls(ends[:1], ends[1:], tokenizer.token_id("[PAD]"))
-        end, pad = tokenizer.token_id("</s>"), tokenizer.token_id("<pad>")
-        return cls((), (end,), pad) if end == 1 else cls((end,), (), pad, pads_left=True)
+NESTED = ("text_kwargs", "images_kwargs", "common_kwargs")
 
 
 class Blip2Processor:
     """The tokenizer and the image settings of one model; `from_pretrained` makes one.
 
-    ``image_token_id`` and ``num_query_tokens`` are None for an old revision that has no image token: then the rows
-    are text alone, and the model puts the image before them.
+    ``num_query_tokens`` is None for an old revision that has no image token: then the rows are text alone, and the
+    model puts the image before them.
     """
+
+    chat_template = None
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        settings: ImageSettings,
+        image_processor: Any,
+        tokenizer: Any,
+        num_query_tokens: int | None = None,
         *,
-        num_query_tokens: int | None,
-        image_token_id: int | None,
-        model_max_length: int | None = None,
+        image_token_id: int | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.settings = settings
-        is_whole = num_query_tokens is not None and image_token_id is not None
-        self.num_query_tokens = num_query_tokens if is_whole else None
-        self.image_token_id = image_token_id if is_whole else None
-        self._model_max_length = model_max_length
-        self._layout = Layout.of(tokenizer)
+        self.tokenizer = Blip2Tokenizer.of(tokenizer)
+        self.image_processor = BlipImageProcessor.of(image_processor)
+        self.num_query_tokens = num_query_tokens
+        self._image_token_id = image_token_id
         self._files = dict(files or {})
 
     @classmethod
@@ -90,23 +64,31 @@ class Blip2Processor:
         """The processor of a model, by its folder or its name on the hub; ``revision``, ``local_files_only``.
 
         How many image tokens there are, and which, is told by config.json; a folder that holds a processor alone
-        tells it by processor_config.json and its tokenizer. Raises CheckpointError for files that are missing.
+        tells it by processor_config.json and its tokenizer. Steps of the image processor and settings of the tokenizer
+        (``do_rescale``, ``padding_side``, ``pad_token``, ...) may be given too. Raises CheckpointError for files that
+        are missing.
         """
+        steps = {each: options.pop(each) for each in pixels.STEPS if each in options}
+        settings = {each: options.pop(each) for each in SETTABLE if each in options}
         folder = find_folder(name, options)
-        tokenizer = Tokenizer.from_folder(folder)
+        words = Blip2Tokenizer.from_folder(folder)
+        for each, value in settings.items():
+            setattr(words, each, value)
+        image_token_id = None
         if (folder / "config.json").exists():
             config = checkpoint.read_config(folder)
             num_query_tokens: int | None = config.qformer.num_query_tokens
             image_token_id = config.image_token_id
+            if image_token_id is None:
+                num_query_tokens = None
         else:
-            num_query_tokens = _json(folder, "processor_config.json").get("num_query_tokens")
-            image_token_id = _find(tokenizer, IMAGE_TOKEN)
+            path = folder / "processor_config.json"
+            num_query_tokens = read_json(path).get("num_query_tokens") if path.exists() else None
         return cls(
-            tokenizer,
-            checkpoint.image_settings(folder),
-            num_query_tokens=num_query_tokens,
+            BlipImageProcessor.from_folder(folder, **steps),
+            words,
+            num_query_tokens,
             image_token_id=image_token_id,
-            model_max_length=_json(folder, "tokenizer_config.json").get("model_max_length"),
             files={file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()},
         )
 
@@ -116,143 +98,155 @@ class Blip2Processor:
         text: str | Sequence[str] | None = None,
         *,
         return_tensors: Literal["pt", "np"] | None = None,
-        padding: bool | Literal["longest", "max_length"] = False,
-        truncation: bool | None = None,
-        max_length: int | None = None,
+        **options: Any,
     ) -> BatchFeature:
         """What `generate` and the models take.
 
-        ``images``: one or a list of whatever `image.load_image` reads, or an array or tensor of several. ``text``:
-        one or a list. Either may be left out. Returns ``pixel_values`` float32[N, 3, size, size], and ``input_ids``
-        and ``attention_mask`` int64[M, T]; without ``return_tensors`` lists.
+        ``images``: one or a list of whatever `image.load_image` reads, or an array or tensor of several, of whole
+        numbers or floats, channels first or last. ``text``: one or a list. Either may be left out. Returns
+        ``pixel_values`` float32[N, 3, size, size], and ``input_ids`` and ``attention_mask`` int64[M, T]; without
+        ``return_tensors`` lists.
 
         ``padding``: True to the longest text, "max_length" to that length. ``max_length`` counts the image tokens
         where there are any; without ``padding`` it alone makes what is longer be cut, as ``truncation=True`` does.
+        Further options are those of the tokenizer and of the image processor, for this call; they may stand in
+        ``text_kwargs``, ``images_kwargs`` and ``common_kwargs`` too.
 
         Raises ImageError for a picture that cannot be read, OptionError for the rest.
         """
         if images is None and text is None:
             raise OptionError("neither images nor text is given; give one of them, or both")
-        if return_tensors not in ("pt", "np", None):
-            raise OptionError(f"return_tensors is {return_tensors!r}; it may be 'pt', 'np' or None")
-        made = BatchFeature()
+        if _are_texts(images) and text is not None and not _are_texts(text):
+            warnings.warn("text stands before images; write processor(images=..., text=...)", stacklevel=2)
+            images, text = text, images
+        of_text, of_images, in_common = _sorted(options)
+        return_tensors = in_common.get("return_tensors", return_tensors)
+        made = tensors(BatchFeature(), return_tensors)
         if text is not None:
-            is_cut = truncation if truncation is not None else max_length is not None and padding is False
-            rows = self._rows(_texts(text), images is not None, padding, is_cut, max_length)
-            made["input_ids"] = _integers([row for row, _ in rows], return_tensors)
-            made["attention_mask"] = _integers([mask for _, mask in rows], return_tensors)
+            has_image_tokens = images is not None and self.image_token_id is not None
+            made.update(self._rows(texts_of(text), has_image_tokens, of_text))
+            tensors(made, return_tensors)
         if images is not None:
-            settings = self.settings
-            loaded = [load_image(image) for image in _listed(images)]
-            if not loaded:
-                raise OptionError("the list of images is empty; give at least one, or leave images out")
-            pixels_BCHW = to_pixels(loaded, size=settings.size, mean=settings.mean, std=settings.std)
-            array = pixels_BCHW.numpy()
-            made["pixel_values"] = {"pt": pixels_BCHW, "np": array}.get(return_tensors or "", list(array))
+            made.update(self.image_processor(images, return_tensors=return_tensors, **of_images))
         return made
 
-    def decode(self, ids: TokenIds, skip_special_tokens: bool = False) -> Any:
-        """The text of token ids ``int[T]``, or the texts of ``int[B, T]``. White space stays as the model wrote it."""
-        plain = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
-        if isinstance(plain, int):
-            plain = [plain]
-        if plain and not isinstance(plain[0], int):
-            return [self.decode(row, skip_special_tokens) for row in plain]
-        # The package's own decode trims the text and always leaves special tokens out.
-        return self.tokenizer._tokenizer.decode(list(plain), skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: TokenIds, skip_special_tokens: bool = False, **options: Any) -> Any:
+        """The text of token ids ``int[T]``, or the texts of ``int[B, T]``; see `Blip2Tokenizer.decode`."""
+        return self.tokenizer.decode(ids, skip_special_tokens, **options)
 
-    def batch_decode(self, ids: TokenIds, skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, ids: TokenIds, skip_special_tokens: bool = False, **options: Any) -> list[str]:
         """The texts of rows of token ids."""
-        assert not isinstance(ids, int)
-        return [self.decode(row, skip_special_tokens) for row in ids]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write what `from_pretrained` reads, the files as they came."""
+    def post_process_image_text_to_text(
+        self, generated_outputs: TokenIds, skip_special_tokens: bool = True, **options: Any
+    ) -> Any:
+        """The texts of what ``generate`` gave."""
+        return self.decode(generated_outputs, skip_special_tokens, **options)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.image_processor.model_input_names, *self.tokenizer.model_input_names]
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Which token stands for a query; None where there is none."""
+        if self.num_query_tokens is None or self._image_token_id is not None:
+            return None if self.num_query_tokens is None else self._image_token_id
+        return self.tokenizer.find(IMAGE_TOKEN)
+
+    @property
+    def image_token(self) -> str | None:
+        """The name of the token that stands for a query; None where there is none."""
+        return None if self.image_token_id is None else IMAGE_TOKEN
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, without the vocabulary."""
+        return {
+            "processor_class": "Blip2Processor",
+            "num_query_tokens": self.num_query_tokens,
+            "image_processor": self.image_processor.to_dict(),
+        }
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __repr__(self) -> str:
+        return f"Blip2Processor:\n- image_processor: {self.image_processor}\n- tokenizer: {self.tokenizer}\n"
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> NoReturn:
+        """A BLIP-2 has no template of a conversation; OptionError, with the wording that it knows."""
+        raise OptionError(
+            "this processor has no chat template, as none of a BLIP-2 has; write the text yourself, such as "
+            '"Question: how many dogs are there? Answer:"'
+        )
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        """Nothing is published from here; OptionError that says how."""
+        raise OptionError(
+            "nothing is published from here; save_pretrained(folder), and upload the folder with `hf upload`"
+        )
+
+    def save_pretrained(self, folder: str | Path, push_to_hub: bool = False) -> None:
+        """Write what `from_pretrained` reads: the files as they came, and what was set since."""
+        if push_to_hub:
+            self.push_to_hub()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        told = json.loads(self._files.get("processor_config.json", b"{}"))
-        told |= {"processor_class": "Blip2Processor", "num_query_tokens": self.num_query_tokens}
-        for name, content in self._files.items():
+        for name, content in self.files().items():
             write_bytes(folder / name, content)
-        write_text(folder / "processor_config.json", json.dumps(told, indent=2) + "\n")
 
-    def _rows(
-        self,
-        texts: list[str],
-        has_images: bool,
-        padding: bool | Literal["longest", "max_length"],
-        is_cut: bool,
-        max_length: int | None,
-    ) -> list[tuple[list[int], list[int]]]:
-        """Ids and mask of each text."""
-        if padding not in (True, False, "longest", "max_length"):
-            raise OptionError(f"padding is {padding!r}; it may be True, False, 'longest' or 'max_length'")
-        layout = self._layout
-        image = []
-        if has_images and self.image_token_id is not None and self.num_query_tokens is not None:
-            image = [self.image_token_id] * self.num_query_tokens
-        special = len(layout.before) + len(layout.after)
-        longest = max_length - len(image) if max_length is not None else self._model_max_length
-        if longest is not None and longest < special:
-            raise OptionError(
-                f"max_length is {max_length}, which leaves no room for text: {len(image)} tokens stand for the image "
-                f"and {special} mark the text; raise it"
-            )
-        encoded = [self.tokenizer.encode(text) for text in texts]
-        if is_cut and longest is not None:
-            encoded = [ids[: longest - special] for ids in encoded]
-        texts_ids = [[*layout.before, *ids, *layout.after] for ids in encoded]
-        width = max(len(ids) for ids in texts_ids)
-        if padding == "max_length":
-            if max_length is None:
-                raise OptionError("padding is 'max_length', but there is no max_length; give it, or use padding=True")
-            width = max(width, max_length - len(image))
-        rows = []
-        for ids in texts_ids:
-            pads = (width - len(ids)) if padding else 0
-            fill, real = [layout.pad] * pads, [1] * len(ids)
-            if layout.pads_left:
-                rows.append(([*image, *fill, *ids], [*[1] * len(image), *[0] * pads, *real]))
-            else:
-                rows.append(([*image, *ids, *fill], [*[1] * len(image), *real, *[0] * pads]))
-        return rows
+    def files(self) -> dict[str, bytes]:
+        """What `save_pretrained` writes: content by name."""
+        told = {name: json.loads(self._files.get(name, b"{}")) for name in FILES}
+        told["preprocessor_config.json"] |= self.image_processor.to_dict()
+        told["processor_config.json"] |= {
+            "processor_class": "Blip2Processor",
+            "num_query_tokens": self.num_query_tokens,
+        }
+        if "image_processor" in told["processor_config.json"]:
+            told["processor_config.json"]["image_processor"] = told["preprocessor_config.json"]
+        ours = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in told.items()}
+        return self.tokenizer.files() | ours
+
+    def _rows(self, texts: list[str], has_image_tokens: bool, options: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """The columns of the texts, each row after its image tokens."""
+        number = (self.num_query_tokens or 0) if has_image_tokens else 0
+        columns = self.tokenizer.columns(texts, reads_tokens=False, options=options, num_before=number)
+        size = len(IMAGE_TOKEN)
+        image: dict[str, list[Any]] = {
+            "input_ids": [self.image_token_id] * number,
+            "attention_mask": [1] * number,
+            "token_type_ids": [0] * number,
+            "special_tokens_mask": [0] * number,
+            "offset_mapping": [(each * size, (each + 1) * size) for each in range(number)],
+        }
+        lengths = {"length": [length + number for length in columns["length"]]} if "length" in columns else {}
+        whole = {key: [[*image[key], *row] for row in rows] for key, rows in columns.items() if key in image}
+        return whole | lengths
 
 
 BlipProcessor = Blip2Processor
 """The name that the model card uses; for a BLIP-2 model the same processor."""
 
 
-def _find(tokenizer: Tokenizer, token: str) -> int | None:
-    try:
-        return tokenizer.token_id(token)
-    except CheckpointError:
-        return None
+def _are_texts(given: Any) -> bool:
+    """One text, or several; a path is one too."""
+    return isinstance(given, str) or (
+        isinstance(given, list | tuple) and bool(given) and all(isinstance(each, str) for each in given)
+    )
 
 
-def _json(folder: Path, name: str) -> dict[str, Any]:
-    """A file that may be absent."""
-    return read_json(folder / name) if (folder / name).exists() else {}
-
-
-def _texts(text: str | Sequence[str]) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text)
-    if not texts or not all(isinstance(each, str) for each in texts):
-        raise OptionError(f"text is {text!r}; give a text, or a list of at least one")
-    return texts
-
-
-def _listed(images: Any) -> list[Any]:
-    """Several pictures are a list, a tuple, or an array with a dimension more than one picture has."""
-    if isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4):
-        return list(images)
-    return [images]
-
-
-def _integers(rows: list[list[int]], return_tensors: str | None) -> Any:
-    if return_tensors is None:
-        return rows
-    if len(lengths := {len(row) for row in rows}) > 1:
-        raise OptionError(
-            f"the texts have {min(lengths)} to {max(lengths)} tokens, which make no tensor; pass padding=True"
-        )
-    return torch.tensor(rows) if return_tensors == "pt" else np.array(rows)
+def _sorted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Options of the tokenizer, of the image processor, and of both."""
+    known = (*tokenizer.ARGUMENTS, *pixels.ARGUMENTS, *NESTED)
+    check_names("the processor", options, known)
+    of_text, of_images, in_common = (dict(options.get(name) or {}) for name in NESTED)
+    for name, value in options.items():
+        for names, some in ((tokenizer.ARGUMENTS, of_text), (pixels.ARGUMENTS, of_images)):
+            if name in names and some.setdefault(name, value) is not value:
+                raise OptionError(f"{name} is given twice, as {value!r} and {some[name]!r}; give it once")
+    for some in (of_text, of_images):
+        in_common |= {"return_tensors": some.pop("return_tensors")} if "return_tensors" in some else {}
+    check_names("common_kwargs", in_common, ("return_tensors",))
+    return of_text, of_images, in_common

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.compat.config import Blip2Config
-from blip2.compat.generation import Prompt
-from blip2.compat.records import ModelOutput
+from blip2.compat.records import ModelOutput, Prompt
 from blip2.errors import OptionError
 from blip2.language import OPT
 from blip2.tasks.speaker import num_pairs

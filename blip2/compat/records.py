@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,3 +78,11 @@ def returned(output: ModelOutput, return_dict: bool | None, config: Any) -> Any:
     """An output as it was asked for: by name, or with ``return_dict=False`` (there or in the config) as a tuple."""
     by_name = config.return_dict if return_dict is None else return_dict
     return output if by_name else output.to_tuple()
+
+
+class Prompt(NamedTuple):
+    """What the language model reads, row by row, and the ids that the rows are made of."""
+
+    embeddings_BSD: Tensor
+    is_real_BS: Tensor
+    ids_BT: Tensor

@@ -95,7 +95,7 @@ class Engine:
         _check(prompts)
         endings = Endings(options, self.eos_token_ids, self.decode)
         strategy = self._strategy(options, endings, len(prompts), prompts[0].device, on_token, num_top)
-        return Job(prompts, strategy, options.max_new_tokens, partial(self._explained, prompts=prompts))
+        return Job(prompts, strategy, options.max_new_tokens, partial(self.explained, prompts=prompts))
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[float]:
@@ -131,11 +131,11 @@ class Engine:
         try:
             soundness.check(scores)
         except NotFiniteError as error:
-            raise self._explained(error, prompts) from None
+            raise self.explained(error, prompts) from None
         score_of = dict(zip(order, scores, strict=True))
         return [score_of[number] for number in range(len(answers))]
 
-    def _explained(self, error: Exception, prompts: Sequence[Tensor]) -> Exception:
+    def explained(self, error: Exception, prompts: Sequence[Tensor]) -> Exception:
         """An error that ended an answer to prompts; with the likely cause, if it is that there were no numbers."""
         if not isinstance(error, NotFiniteError):
             return error

@@ -60,14 +60,53 @@ def top_k(tokens_RT: Tensor, scores_RV: Tensor, *, k: int) -> Tensor:
     return scores_RV.masked_fill(scores_RV < kth_R1, RULED_OUT)
 
 
-def top_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float) -> Tensor:
-    """Keep the most likely tokens until their probability reaches ``p``; at least the first one."""
+def top_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float, least: int = 1) -> Tensor:
+    """Keep the most likely tokens until their probability reaches ``p``; at least the first ``least``."""
     ordered_RV, order_RV = scores_RV.sort(descending=True, dim=-1)
     probability_RV = ordered_RV.softmax(-1)
     before_RV = probability_RV.cumsum(-1) - probability_RV
     is_out_RV = before_RV >= p
-    is_out_RV[:, 0] = False
+    is_out_RV[:, :least] = False
     return scores_RV.masked_fill(is_out_RV.scatter(1, order_RV, is_out_RV), RULED_OUT)
+
+
+def min_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float, least: int = 1) -> Tensor:
+    """Rule out what is less likely than ``p`` times the most likely token; the ``least`` best stay."""
+    probability_RV = scores_RV.softmax(-1)
+    is_out_RV = probability_RV < p * probability_RV.amax(-1, keepdim=True)
+    return _all_but_the_best(scores_RV, is_out_RV, least)
+
+
+def typical_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float, least: int = 1) -> Tensor:
+    """Keep the tokens whose surprise is closest to the expected one, until their probability reaches ``p``."""
+    log_probs_RV = scores_RV.log_softmax(-1)
+    probability_RV = log_probs_RV.exp()
+    entropy_R1 = -(log_probs_RV * probability_RV).nansum(-1, keepdim=True)
+    distance_RV, order_RV = (-log_probs_RV - entropy_R1).abs().sort(dim=-1)
+    summed_RV = probability_RV.gather(1, order_RV).cumsum(-1)
+    last_R1 = (summed_RV < p).sum(-1, keepdim=True).clamp(max=scores_RV.shape[1] - 1)
+    is_out_RV = distance_RV > distance_RV.gather(1, last_R1)
+    is_out_RV[:, :least] = False
+    return scores_RV.masked_fill(is_out_RV.scatter(1, order_RV, is_out_RV), RULED_OUT)
+
+
+def epsilon_cutoff(tokens_RT: Tensor, scores_RV: Tensor, *, epsilon: float, least: int = 1) -> Tensor:
+    """Rule out what is less likely than ``epsilon``; the ``least`` best stay."""
+    return _all_but_the_best(scores_RV, scores_RV.softmax(-1) < epsilon, least)
+
+
+def eta_cutoff(tokens_RT: Tensor, scores_RV: Tensor, *, epsilon: float, least: int = 1) -> Tensor:
+    """As `epsilon_cutoff`, with a lower bound where the distribution is flat. (Hewitt et al., 2022)"""
+    probability_RV = scores_RV.softmax(-1)
+    entropy_R1 = -torch.xlogy(probability_RV, probability_RV).sum(-1, keepdim=True)
+    bound_R1 = (epsilon**0.5 * (-entropy_R1).exp()).clamp(max=epsilon)
+    return _all_but_the_best(scores_RV, probability_RV < bound_R1, least)
+
+
+def _all_but_the_best(scores_RV: Tensor, is_out_RV: Tensor, least: int) -> Tensor:
+    """Rule tokens out, except the ``least`` best."""
+    best_RN = scores_RV.topk(min(least, scores_RV.shape[1])).indices
+    return scores_RV.masked_fill(is_out_RV.scatter(1, best_RN, False), RULED_OUT)
 
 
 def build_filters(
@@ -91,6 +130,10 @@ def build_filters(
         filters.append(partial(top_k, k=options.top_k))
     if options.sample and options.top_p < 1:
         filters.append(partial(top_p, p=options.top_p))
+    if options.sample and options.min_p:
+        filters.append(partial(min_p, p=options.min_p))
+    if options.sample and options.typical_p < 1:
+        filters.append(partial(typical_p, p=options.typical_p))
     return filters
 
 

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from blip2.errors import OptionError
 
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+"""The options that only sampling heeds, with the values that switch them off."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
@@ -41,6 +44,12 @@ class GenerateOptions:
     top_p: float = 1.0
     """More than 0, up to 1 (off); only the most likely tokens that together have this probability are drawn.
     Sampling only. (Holtzman et al., 2020)"""
+    min_p: float = 0.0
+    """0 (off) to 1; only tokens at least this many times as likely as the most likely one are drawn. Sampling only.
+    (Nguyen et al., 2024)"""
+    typical_p: float = 1.0
+    """More than 0, up to 1 (off); only the tokens closest to the expected surprise that together have this
+    probability are drawn. Sampling only. (Meister et al., 2022)"""
     repetition_penalty: float = 1.0
     """More than 0; above 1 makes tokens that the answer already has less likely. (Keskar et al., 2019)"""
     no_repeat_ngram_size: int = 0
@@ -70,7 +79,7 @@ class GenerateOptions:
                 f"num_return is {self.num_return}, but {self.num_beams} beam(s) hold only that many answers; "
                 f"set num_beams to {self.num_return} or more, or sample=True"
             )
-        for name, unused in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
+        for name, unused in SAMPLING.items():
             if not self.sample and getattr(self, name) != unused:
                 raise OptionError(f"{name} is {getattr(self, name)}, but nothing is sampled; set sample=True")
 
@@ -107,6 +116,8 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "top_k": (_at_least(0), "a whole number, 0 or more", "0 switches it off"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "above 0 and up to 1", "1 switches it off"),
+    "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "0 to 1", "0 switches it off"),
+    "typical_p": (lambda value: _is_number(value) and 0 < value <= 1, "above 0 and up to 1", "1 switches it off"),
     "repetition_penalty": (
         lambda value: _is_number(value) and value > 0,
         "a finite number above 0",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from blip2.encoded import EncodedImage
@@ -71,6 +71,8 @@ def check_choices(choices: Sequence[str]) -> list[str]:
     """The choices, cleaned; OptionError for fewer than two, empty or repeated ones."""
     if isinstance(choices, str):
         raise OptionError(f"the choices are one text, {choices!r}; give a list, such as ['yes', 'no']")
+    if not isinstance(choices, Iterable):
+        raise OptionError(f"the choices are {choices!r}; give a list of texts, such as ['yes', 'no']")
     cleaned = [clean(choice) for choice in choices]
     if len(cleaned) < 2:
         raise OptionError(f"{len(cleaned)} choices leave nothing to choose; give at least two")

@@ -3,6 +3,7 @@ with the reference's results is tested in tests/parity."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -86,6 +87,12 @@ def test_the_legacy_form_without_image_token(model, any_model, inputs, processor
     assert new_tokens(legacy, legacy.generate(pixels), alone[0]) == new_tokens(model, model.generate(pixels), alone[1])
 
 
+class Stream:
+    def put(self, ids): ...
+
+    def end(self): ...
+
+
 def changed(inputs, **values):
     return {**inputs, **values}
 
@@ -151,11 +158,23 @@ def test_sampling_options_without_sampling_are_passed_over_with_a_warning(model,
     ("options", "message"),
     [
         ({"num_return_sequences": 2}, "num_return_sequences is 2, but 1 beam"),
-        ({"do_sample": True, "num_beams": 2}, "do_sample goes with num_beams=1"),
+        ({"do_sample": True, "num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3, but 2 beam"),
         ({"num_beams": 0}, "num_beams is 0"),
         ({"max_length": 1}, "give max_new_tokens instead"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9"),
-        ({"eos_token_id": [5, 6]}, "eos_token_id is .*one token id"),
+        ({"eos_token_id": [5, "6"]}, "eos_token_id is .*a token id or a list"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"num_beams": 2, "num_beam_groups": 2}, "num_beam_groups asks for a way of decoding that is not done"),
+        ({"generation_config": {"penalty_alpha": 0.6}}, "penalty_alpha asks for"),
+        ({"cache_implementation": "quantized"}, "would change the answers"),
+        ({"stop_strings": ["a"]}, "give tokenizer=processor.tokenizer"),
+        ({"streamer": io.StringIO()}, r"put\(ids\) and end\(\)"),
+        ({"streamer": Stream(), "num_beams": 2}, "set num_beams=1"),
+        ({"bad_words_ids": [5]}, "list of lists"),
+        ({"suppress_tokens": [5000]}, "suppress_tokens"),
+        ({"logits_processor": ["a"]}, "logits_processor holds 'a'"),
+        ({"logits_processor": lambda ids, scores: torch.full_like(scores, float("-inf"))}, "every token is ruled out"),
+        ({"logits_processor": lambda ids, scores: scores * float("nan")}, "makes NaN of the scores"),
     ],
 )
 def test_options_that_are_not_possible(model, inputs, options, message):
@@ -163,11 +182,27 @@ def test_options_that_are_not_possible(model, inputs, options, message):
         model.generate(**inputs, **options)
 
 
+def test_what_would_only_be_faster_or_is_not_read_changes_nothing(model, inputs):
+    plain = model.generate(**inputs)
+    assert torch.equal(model.generate(**inputs, assistant_model=model, prompt_lookup_num_tokens=2), plain)
+    assert torch.equal(model.generate(**inputs, cache_implementation="static", low_memory=True), plain)
+    with pytest.warns(UserWarning, match="encoder_repetition_penalty changes nothing"):
+        assert torch.equal(model.generate(**inputs, encoder_repetition_penalty=1.5), plain)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_scores_that_are_no_numbers(model, inputs, beams, monkeypatch):
+    step = model.model.language.step
+    monkeypatch.setattr(model.model.language, "step", lambda tokens, state: step(tokens, state) * float("nan"))
+    with pytest.raises(NotFiniteError, match="NaN or infinite: "):
+        model.generate(**inputs, num_beams=beams, repetition_penalty=1.2)
+
+
 def test_options_that_do_not_exist(model, inputs):
     with pytest.raises(TypeError, match=r"'num_beems'; it takes .*num_beams"):
         model.generate(**inputs, num_beems=3)
-    with pytest.raises(TypeError, match=r"generation_config has no argument 'penalty_alpha'"):
-        model.generate(**inputs, generation_config={"penalty_alpha": 0.6})
+    with pytest.raises(TypeError, match=r"generation_config has no argument 'num_beems'"):
+        model.generate(**inputs, generation_config={"num_beems": 6})
 
 
 def test_the_settings_of_the_folder_hold_until_others_are_given(model, any_model, inputs, tmp_path):

@@ -14,7 +14,7 @@ WAYS = (
     GenerateOptions(max_new_tokens=12, num_beams=4, num_return=2),
     GenerateOptions(max_new_tokens=9, num_beams=3, early_stopping=True, length_penalty=-1.0),
     GenerateOptions(max_new_tokens=12, sample=True, seed=4, temperature=1.3, top_k=12, top_p=0.9, num_return=3),
-    GenerateOptions(max_new_tokens=3, sample=True, seed=1),
+    GenerateOptions(max_new_tokens=3, sample=True, seed=1, min_p=0.05, typical_p=0.8),
 )
 
 

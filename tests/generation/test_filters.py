@@ -70,6 +70,21 @@ def test_top_p():
         assert [token for token in range(3) if out[0, token] != OUT] == kept
 
 
+def test_min_p():
+    scores = torch.tensor([[0.1, 0.6, 0.3]]).log()
+    for p, kept in ((0, [0, 1, 2]), (0.16, [0, 1, 2]), (0.17, [1, 2]), (0.51, [1]), (1, [1])):
+        out = filters.min_p(NONE_YET, scores, p=p)
+        assert [token for token in range(3) if out[0, token] != OUT] == kept
+
+
+def test_typical_p():
+    """The entropy is 0.90: the token of surprise 1.20 is nearest, then that of 0.51, and last that of 2.30."""
+    scores = torch.tensor([[0.1, 0.6, 0.3]]).log()
+    for p, kept in ((0.1, [2]), (0.4, [1, 2]), (0.95, [0, 1, 2])):
+        out = filters.typical_p(NONE_YET, scores, p=p)
+        assert [token for token in range(3) if out[0, token] != OUT] == kept
+
+
 def test_only_what_is_asked_for_is_built_and_in_order():
     def names(options, suppressed=()):
         built = build_filters(options, eos_token_ids=[0], suppress_token_ids=suppressed, device=torch.device("cpu"))
@@ -78,10 +93,11 @@ def test_only_what_is_asked_for_is_built_and_in_order():
     assert names(GenerateOptions()) == []
     options = GenerateOptions(
         sample=True, temperature=0.5, top_k=2, top_p=0.5, repetition_penalty=2.0, no_repeat_ngram_size=2,
-        min_new_tokens=1,
+        min_new_tokens=1, min_p=0.1, typical_p=0.9,
     )  # fmt: skip
     assert names(options, [3]) == [
         "repetition_penalty", "no_repeat_ngram", "min_length", "suppress", "temperature", "top_k", "top_p",
+        "min_p", "typical_p",
     ]  # fmt: skip
 
 

@@ -21,6 +21,8 @@ WRONG = {
     "temperature": [0, -1.0, math.nan, math.inf, True],
     "top_k": [-1, 2.5],
     "top_p": [0, -0.1, 1.1, math.nan],
+    "min_p": [-0.1, 1.1, math.nan, None],
+    "typical_p": [0, 1.1, True],
     "repetition_penalty": [0, -1.0, math.nan, math.inf],
     "no_repeat_ngram_size": [-1, 1.5],
     "stop": ["\n", ["\n"], ("",), (1,), None],
@@ -39,6 +41,8 @@ valid = st.fixed_dictionaries(
         "temperature": st.floats(1e-3, 100),
         "top_k": st.integers(0, 100),
         "top_p": st.floats(0, 1, exclude_min=True),
+        "min_p": st.floats(0, 1),
+        "typical_p": st.floats(0, 1, exclude_min=True),
         "repetition_penalty": st.floats(0.1, 10),
         "no_repeat_ngram_size": st.integers(0, 9),
         "stop": st.lists(st.text(min_size=1), max_size=3).map(tuple),
@@ -73,6 +77,7 @@ def test_right_values_pass_and_one_wrong_one_is_named(options, data):
         ({"temperature": 0.7}, "sample=True"),
         ({"top_k": 5}, "sample=True"),
         ({"top_p": 0.9, "num_beams": 5}, "sample=True"),
+        ({"min_p": 0.1}, "sample=True"),
     ],
 )
 def test_conflicts(options, named):

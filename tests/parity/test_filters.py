@@ -45,6 +45,23 @@ PAIRS = {
         )
         for p in (0.01, 0.5, 0.95)
     },
+    **{
+        f"{name} {value:g}, at least {least}": (
+            lambda tokens, scores, ours=ours, key=key, value=value, least=least: ours(
+                tokens, scores, **{key: value}, least=least
+            ),
+            lambda theirs=theirs, value=value, least=least: theirs(value, min_tokens_to_keep=least),
+        )
+        for name, ours, key, theirs, values in (
+            ("top p", filters.top_p, "p", process.TopPLogitsWarper, (0.01,)),
+            ("min p", filters.min_p, "p", process.MinPLogitsWarper, (0.001, 0.2, 1.0)),
+            ("typical p", filters.typical_p, "p", process.TypicalLogitsWarper, (0.01, 0.5, 0.95)),
+            ("epsilon", filters.epsilon_cutoff, "epsilon", process.EpsilonLogitsWarper, (0.001, 0.1, 0.9)),
+            ("eta", filters.eta_cutoff, "epsilon", process.EtaLogitsWarper, (0.001, 0.1, 0.9)),
+        )
+        for value in values
+        for least in (1, 3)
+    },
 }
 
 

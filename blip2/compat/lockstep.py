@@ -1,0 +1,260 @@
+"""Decoding as Hugging Face's ``generate`` goes about it: all rows together, whichever are over.
+
+The engine of this package lets a row leave as soon as it is over. Here a row that is over takes padding until the last
+one is, since what watches the decoding (scores, processors, criteria, a streamer) is promised all rows at every step,
+and samples are drawn for all rows at once: with torch's random numbers as the reference draws them.
+
+P prompts, K beams, C candidates, R rows, T ids so far (the prompt's first), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blip2.errors import NotFiniteError, OptionError
+from blip2.generation.filters import Filter, apply_filters
+from blip2.generation.soundness import nothing_left
+from blip2.generation.strategies import Choice
+from blip2.language import LanguageModel, pad_rows
+
+Scores = tuple[Tensor, ...]
+Criterion = Callable[[Tensor, Scores | None], Tensor]
+"""Ids ``int[R, T]`` and the scores of each step, if they are kept, to ``bool[R]``: which rows are over."""
+FAR_BELOW = -1e9  # less than any log-probability; what is ruled out altogether has -inf
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the rows are written, in either way of decoding."""
+
+    filters: Sequence[Filter]
+    """They see the prompt's ids too."""
+    criteria: Sequence[Criterion]
+    max_new_tokens: int
+    num_ends: int
+    fill_token_id: int
+    sample: bool = False
+    num_beams: int = 1
+    num_return: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    keeps_scores: bool = False
+    keeps_logits: bool = False
+    keeps_ids: bool = False
+    streamer: Any = None
+
+    def is_over(self, ids_RT: Tensor, scores: Scores | None) -> Tensor:
+        """``bool[R]``: which rows meet one of the criteria."""
+        is_over_R = torch.zeros(len(ids_RT), dtype=torch.bool, device=ids_RT.device)
+        for criterion in self.criteria:
+            is_over_R = is_over_R | torch.as_tensor(criterion(ids_RT, scores), device=ids_RT.device)
+        return is_over_R
+
+
+class Written(NamedTuple):
+    """What decoding gives: ids ``int[B * num_return, T]`` with the prompt's, and what was asked to be kept."""
+
+    sequences: Tensor
+    scores: Scores | None
+    """Of each step ``float[R, V]``, after the filters: logits, or with beams log-probabilities."""
+    logits: Scores | None
+    """Of each step ``float[R, V]``, as the model gives them."""
+    ids: Scores | None
+    """What each step read, ``int[R, T]``."""
+    sequences_scores: Tensor | None = None
+    beam_indices: Tensor | None = None
+    """With beams: which row of ``scores`` each new token was chosen in; -1 after the end."""
+
+
+def write(language: LanguageModel, prompts: Sequence[Tensor], ids_BT: Tensor, way: Way) -> Written:
+    """Go on from prompts ``float[T_i, D]``, whose ids are ``int[B, T]``."""
+    copies = way.num_beams if way.num_beams > 1 else way.num_return
+    strategy = Beams(ids_BT, way) if way.num_beams > 1 else Rows(ids_BT.repeat_interleave(copies, dim=0), way)
+    if way.streamer is not None:
+        way.streamer.put(ids_BT.repeat_interleave(copies, dim=0).cpu())
+    logits_RV, state = language.prefill(*pad_rows(list(prompts)), way.max_new_tokens)
+    if copies > 1:
+        rows_R = torch.arange(len(prompts), device=logits_RV.device).repeat_interleave(copies)
+        state.select(rows_R)
+        logits_RV = logits_RV[rows_R]
+    while (choice := strategy.choose(logits_RV.to(ids_BT.device, torch.float32))) is not None:
+        device = logits_RV.device
+        if choice.rows is not None:
+            state.select(torch.tensor(choice.rows, device=device))
+        logits_RV = language.step(torch.tensor(choice.tokens, device=device), state)
+    if way.streamer is not None:
+        way.streamer.end()
+    return strategy.written()
+
+
+class Rows:
+    """Greedy decoding and sampling."""
+
+    def __init__(self, ids_RT: Tensor, way: Way) -> None:
+        self._way = way
+        self._ids_RT = ids_RT
+        self._is_running_R = torch.ones(len(ids_RT), dtype=torch.bool, device=ids_RT.device)
+        self._kept = Kept(way)
+
+    def choose(self, logits_RV: Tensor) -> Choice | None:
+        way = self._way
+        scores_RV = apply_filters(way.filters, self._ids_RT, logits_RV.clone())
+        check(logits_RV, scores_RV[self._is_running_R])
+        self._kept.add(scores_RV, logits_RV, self._ids_RT)
+        if way.sample:
+            tokens_R = scores_RV.softmax(-1).multinomial(1)[:, 0]
+        else:
+            tokens_R = scores_RV.argmax(-1)
+        tokens_R = tokens_R.masked_fill(~self._is_running_R, way.fill_token_id)
+        self._ids_RT = torch.cat([self._ids_RT, tokens_R[:, None]], dim=1)
+        self._is_running_R &= ~way.is_over(self._ids_RT, self._kept.scores)
+        if way.streamer is not None:
+            way.streamer.put(tokens_R.cpu())
+        return Choice(tokens_R.tolist(), None) if self._is_running_R.any() else None
+
+    def written(self) -> Written:
+        return Written(self._ids_RT, self._kept.scores, self._kept.logits, self._kept.ids)
+
+
+class Beams:
+    """Beam search; `generation.BeamSearch` gives the same sequences where nothing watches."""
+
+    def __init__(self, ids_PT: Tensor, way: Way) -> None:
+        prompts, self._start = ids_PT.shape
+        shape, device = (prompts, way.num_beams), ids_PT.device
+        self._way = way
+        self._length = self._start
+        self._first_row_P1 = torch.arange(0, prompts * way.num_beams, way.num_beams, device=device)[:, None]
+        ids_PKT = torch.full((*shape, self._start + way.max_new_tokens), way.fill_token_id, device=device)
+        ids_PKT[:, :, : self._start] = ids_PT[:, None]
+        rows_PKT = torch.full((*shape, way.max_new_tokens), -1, dtype=torch.int32, device=device)
+        score_PK = torch.full(shape, FAR_BELOW, device=device)
+        self._going = Texts(ids_PKT, rows_PKT, score_PK.clone(), torch.zeros(shape, dtype=torch.bool, device=device))
+        self._going.score[:, 0] = 0  # all beams start equal: only the first one counts
+        self._ended = Texts(ids_PKT.clone(), rows_PKT.clone(), score_PK, self._going.is_over)
+        self._may_improve_P1 = torch.ones(prompts, 1, dtype=torch.bool, device=device)
+        self._kept = Kept(way)
+
+    def choose(self, logits_RV: Tensor) -> Choice | None:
+        way = self._way
+        log_probs_RV = logits_RV.log_softmax(-1)
+        ids_RT = self._going.ids[:, :, : self._length].flatten(0, 1)
+        scores_RV = apply_filters(way.filters, ids_RT, log_probs_RV)
+        best_P = (scores_RV.amax(-1).unflatten(0, (-1, way.num_beams)) + self._going.score).amax(dim=1, keepdim=True)
+        check(logits_RV, best_P[self._may_improve_P1[:, 0]])
+        self._kept.add(scores_RV, logits_RV, ids_RT)
+        candidates = self._candidates(scores_RV)
+        self._length += 1
+
+        # Those that are over may not go on; only the first K may end, the others are there to go on if these do.
+        score_PC = candidates.score + candidates.is_over * FAR_BELOW
+        self._going = candidates._replace(score=score_PC).select(score_PC.topk(way.num_beams).indices)
+        self._add_ended(candidates)
+        self._may_improve_P1 = self._may_improve_P1 & self._is_hopeful_P1()
+        is_full = way.early_stopping is True and bool(self._ended.is_over.all())
+        if is_full or not self._may_improve_P1.any() or candidates.is_over.all():
+            return None
+        last = self._length - 1
+        rows_R = self._going.rows[:, :, last - self._start].flatten()
+        return Choice(self._going.ids[:, :, last].flatten().tolist(), rows_R.tolist())
+
+    def _candidates(self, scores_RV: Tensor) -> Texts:
+        """The best continuations of each prompt, or drawn ones: so many that K go on even if K end."""
+        way = self._way
+        vocabulary = scores_RV.shape[1]
+        total_PN = (scores_RV.unflatten(0, (-1, way.num_beams)) + self._going.score[:, :, None]).flatten(1)
+        count = min(max(2, 1 + way.num_ends) * way.num_beams, total_PN.shape[1])
+        if way.sample:
+            which_PC = total_PN.softmax(-1).multinomial(count)
+        else:
+            which_PC = total_PN.topk(count).indices
+        beam_PC = which_PC // vocabulary
+        chosen = self._going.select(beam_PC)
+        chosen.ids[:, :, self._length] = which_PC % vocabulary
+        chosen.rows[:, :, self._length - self._start] = beam_PC + self._first_row_P1
+        ids_RT = chosen.ids[:, :, : self._length + 1].flatten(0, 1)
+        is_over_PC = way.is_over(ids_RT, self._kept.scores).unflatten(0, which_PC.shape)
+        return chosen._replace(score=total_PN.gather(1, which_PC), is_over=is_over_PC)
+
+    def _add_ended(self, candidates: Texts) -> None:
+        """Merge the candidates that are over into the best ended texts, where these may still change."""
+        way = self._way
+        place_C = torch.arange(candidates.score.shape[1], device=candidates.score.device)
+        is_over_PC = candidates.is_over & (place_C < way.num_beams)
+        is_final_P1 = ~self._may_improve_P1
+        if way.early_stopping is True:
+            is_final_P1 = is_final_P1 | self._ended.is_over.all(dim=1, keepdim=True)
+        score_PC = candidates.score / (self._length - self._start) ** way.length_penalty
+        score_PC = score_PC + is_final_P1 * FAR_BELOW + ~is_over_PC * FAR_BELOW
+        new = candidates._replace(score=score_PC, is_over=is_over_PC)
+        both = Texts(*(torch.cat(parts, dim=1) for parts in zip(self._ended, new, strict=True)))
+        self._ended = both.select(both.score.topk(way.num_beams).indices)
+
+    def _is_hopeful_P1(self) -> Tensor:
+        """Whether the best open beam is expected to do better than the worst ended text."""
+        way = self._way
+        length = self._length - self._start
+        if way.early_stopping == "never" and way.length_penalty > 0:
+            length = way.max_new_tokens
+        hoped_P1 = self._going.score[:, :1] / length**way.length_penalty
+        worst_PK = torch.where(self._ended.is_over, self._ended.score.amin(1, keepdim=True), FAR_BELOW)
+        return (hoped_P1 > worst_PK).any(dim=1, keepdim=True)
+
+    def written(self) -> Written:
+        best = Texts(*(part[:, : self._way.num_return].flatten(0, 1) for part in self._ended))
+        longest = int((best.rows >= 0).sum(dim=1).max())
+        return Written(
+            best.ids[:, : self._start + longest],
+            self._kept.scores,
+            self._kept.logits,
+            self._kept.ids,
+            best.score if self._way.keeps_scores else None,
+            best.rows[:, :longest],
+        )
+
+
+def check(logits_RV: Tensor, scores_RN: Tensor) -> None:
+    """Raises NotFiniteError for logits that are no numbers, OptionError for such scores, or with no token left."""
+    if not logits_RV.isfinite().all():
+        raise NotFiniteError("the scores of the next token are NaN or infinite")
+    best_R = scores_RN.amax(-1)
+    if best_R.isnan().any():
+        raise OptionError("a logits_processor makes NaN of the scores, by which no token can be chosen; mend it")
+    if best_R.isneginf().any():
+        raise nothing_left()
+
+
+class Texts(NamedTuple):
+    """Some texts of each prompt: ids, the row that each new token was chosen in, score, and whether they are over."""
+
+    ids: Tensor
+    rows: Tensor
+    score: Tensor
+    is_over: Tensor
+
+    def select(self, index_PN: Tensor) -> Texts:
+        """Those of each prompt by their numbers."""
+        prompts_P1 = torch.arange(len(index_PN), device=index_PN.device)[:, None]
+        return Texts(*(part[prompts_P1, index_PN] for part in self))
+
+
+class Kept:
+    """Scores, logits and ids of each step, as far as they are wanted."""
+
+    def __init__(self, way: Way) -> None:
+        self.scores: Scores | None = () if way.keeps_scores else None
+        self.logits: Scores | None = () if way.keeps_logits else None
+        self.ids: Scores | None = () if way.keeps_ids else None
+
+    def add(self, scores_RV: Tensor, logits_RV: Tensor, ids_RT: Tensor) -> None:
+        if self.scores is not None:
+            self.scores += (scores_RV,)
+        if self.logits is not None:
+            self.logits += (logits_RV,)
+        if self.ids is not None:
+            self.ids += (ids_RT,)

@@ -1,0 +1,119 @@
+"""Rows of ids: where the special tokens of a family stand, where padding goes, and how lists become tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2.compat.records import BatchFeature
+from blip2.errors import OptionError
+from blip2.text import Tokenizer
+
+TokenIds = int | Sequence[Any] | np.ndarray | Tensor
+
+PADDINGS = {
+    True: "longest", "longest": "longest", False: None, None: None, "do_not_pad": None, "max_length": "max_length"
+}  # fmt: skip
+TRUNCATIONS = {
+    True: True,
+    "longest_first": True,
+    "only_first": True,
+    False: False,
+    "do_not_truncate": False,
+    None: None,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the special tokens of a family stand, where its padding goes, and what they are called."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    pads_left: bool
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Layout:
+        """The family that a tokenizer belongs to, by its special tokens."""
+        if tokenizer.find("[CLS]") is not None:
+            names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+            return cls((tokenizer.token_id("[CLS]"),), (tokenizer.token_id("[SEP]"),), False, names)
+        end = tokenizer.token_id("</s>")
+        names = {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
+        tokenizer.token_id("<pad>")
+        if end == 1:
+            return cls((), (end,), False, names)
+        return cls((end,), (), True, names | {"bos": "</s>", "unk": "</s>"})
+
+
+class Row(NamedTuple):
+    """A text: its ids, for each whether it stands for no text, and the characters that it stands for."""
+
+    ids: list[int]
+    is_special: list[int]
+    places: list[tuple[int, int]]
+
+
+def filled(rows: Sequence[Sequence[Any]], width: int, fill: Any, side: str) -> list[list[Any]]:
+    """Rows of at least ``width``, filled up on one side."""
+    more = [[fill] * (width - len(row)) for row in rows]
+    return [[*some, *row] if side == "left" else [*row, *some] for row, some in zip(rows, more, strict=True)]
+
+
+def texts_of(text: Any) -> list[str]:
+    """One text or several, as a list."""
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else []
+    if not texts or not all(isinstance(each, str) for each in texts):
+        raise OptionError(
+            f"text is {re.sub(' at 0x[0-9a-fA-F]+', '', repr(text))}; give a text, or a list of at least one"
+        )
+    return texts
+
+
+def tensors(made: BatchFeature, return_tensors: str | None) -> BatchFeature:
+    """Lists as they are, or of whole numbers made into tensors or arrays."""
+    if return_tensors not in ("pt", "np", None):
+        raise OptionError(f"return_tensors is {return_tensors!r}; it may be 'pt', 'np' or None")
+    for name, rows in made.items() if return_tensors is not None else ():
+        if not isinstance(rows, list):
+            continue
+        lengths = {len(row) for row in rows if isinstance(row, list)}
+        if len(lengths) > 1:
+            raise OptionError(
+                f"the {name} have {min(lengths)} to {max(lengths)} tokens, which make no tensor; pass padding=True"
+            )
+        made[name] = torch.tensor(rows) if return_tensors == "pt" else np.array(rows)
+    return made
+
+
+def plain(ids: Any) -> Any:
+    """Lists and whole numbers, of whatever holds them."""
+    if isinstance(ids, Tensor | np.ndarray | np.integer):
+        return ids.tolist()
+    return [plain(each) for each in ids] if isinstance(ids, list | tuple) else ids
+
+
+def chosen(name: str, table: Mapping[Any, Any], options: Mapping[str, Any]) -> Any:
+    value = options.get(name)
+    value = getattr(value, "value", value)  # of an enumeration
+    if not isinstance(value, bool | str | None) or value not in table:
+        words = ", ".join(repr(each) for each in table if each is not None)
+        raise OptionError(f"{name} is {value!r}; it may be one of {words}")
+    return table[value]
+
+
+def checked_side(side: Any) -> str:
+    if side not in ("left", "right"):
+        raise OptionError(f"padding_side is {side!r}; it may be 'left' or 'right'")
+    return str(side)
+
+
+def rounded(width: int, multiple: int | None) -> int:
+    return width if not multiple else -(-width // multiple) * multiple

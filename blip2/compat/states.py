@@ -1,0 +1,89 @@
+"""Attentions and hidden states of each step of ``generate``, by its language model reading once more what it wrote.
+
+What writes keeps nothing of them; a second reading, step by step and without what was kept of the earlier ones, takes
+the longer, and only who asks for it pays.
+
+B prompts, R rows, S vectors of a prompt, T new tokens, H heads, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.compat.prompts import right_padded
+from blip2.compat.records import Prompt
+
+Layers = tuple[Tensor, ...]
+
+
+def states_of(
+    part: Any, family: str, prompt: Prompt, ids: Sequence[Tensor], *, attentions: bool, hidden_states: bool
+) -> dict[str, Any]:
+    """By the reference's names what each step saw: of a tuple of steps one of layers, ``[R, H, 1, S + T]`` or
+    ``[R, 1, D]`` each; an OPT's first step holds the whole prompt.
+
+    ``part``: the model's ``language_model``. ``ids``: what each step read, ``int[R, ...]``, the prompt's first.
+    """
+    watching = {
+        "output_attentions": attentions, "output_hidden_states": hidden_states, "return_dict": True, "use_cache": False
+    }  # fmt: skip
+    copies = len(ids[0]) // len(prompt.is_real_BS)
+    if family == "opt":
+        return _of_decoder(part, prompt, ids, copies, watching)
+    vectors_BSD, is_real_BS = right_padded(prompt)
+    encoded = part.encoder(
+        inputs_embeds=vectors_BSD,
+        attention_mask=is_real_BS,
+        **{name: value for name, value in watching.items() if name != "use_cache"},
+    )
+    repeated = (encoded.last_hidden_state.repeat_interleave(copies, dim=0),)
+    steps = [
+        part(
+            encoder_outputs=repeated,
+            attention_mask=is_real_BS.repeat_interleave(copies, dim=0),
+            decoder_input_ids=ids_RT,
+            **watching,
+        )
+        for ids_RT in ids
+    ]
+    return {
+        "encoder_attentions": encoded.attentions,
+        "encoder_hidden_states": encoded.hidden_states,
+        "decoder_attentions": tuple(_last(step.decoder_attentions, 2) for step in steps) if attentions else None,
+        "cross_attentions": tuple(_last(step.cross_attentions, 2) for step in steps) if attentions else None,
+        "decoder_hidden_states": tuple(_last(step.decoder_hidden_states, 1) for step in steps)
+        if hidden_states
+        else None,
+    }
+
+
+def _of_decoder(
+    part: Any, prompt: Prompt, ids: Sequence[Tensor], copies: int, watching: dict[str, bool]
+) -> dict[str, Any]:
+    vectors_RSD = prompt.embeddings_BSD.repeat_interleave(copies, dim=0)
+    is_real_RS = prompt.is_real_BS.repeat_interleave(copies, dim=0)
+    seen = []
+    for number, ids_RT in enumerate(ids):
+        new_RT = ids_RT[:, prompt.ids_BT.shape[1] :]
+        step = part(
+            inputs_embeds=torch.cat([vectors_RSD, part.get_input_embeddings()(new_RT).to(vectors_RSD)], dim=1),
+            attention_mask=torch.cat([is_real_RS, torch.ones_like(new_RT, dtype=torch.bool)], dim=1),
+            **watching,
+        )
+        if number == 0:
+            seen.append((step.attentions, step.hidden_states))
+        else:
+            seen.append((_last(step.attentions, 2), _last(step.hidden_states, 1)))
+    return {
+        "attentions": tuple(attentions for attentions, _ in seen) if watching["output_attentions"] else None,
+        "hidden_states": tuple(states for _, states in seen) if watching["output_hidden_states"] else None,
+    }
+
+
+def _last(layers: Layers | None, dim: int) -> Layers | None:
+    """Of each layer the last token alone."""
+    return None if layers is None else tuple(layer.narrow(dim, layer.shape[dim] - 1, 1) for layer in layers)
