@@ -19,6 +19,7 @@ import tokenizers
 
 from blip2.config import LanguageConfig
 from blip2.errors import CheckpointError, OptionError
+from blip2.plaintext import NotTextError, read_text
 
 QUESTION_TEMPLATES = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}
 """The wording of the zero-shot questions, by family of language model (paper, section 4.1)."""
@@ -41,10 +42,10 @@ class Tokenizer:
         """The tokenizer.json of a checkpoint's folder. Raises CheckpointError if there is none, or no valid one."""
         path = Path(folder) / "tokenizer.json"
         try:
-            content = path.read_text("utf-8")
+            content = read_text(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; the tokenizer belongs beside the weights") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, NotTextError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); download it again") from error
         try:
             return cls(tokenizers.Tokenizer.from_str(content))

@@ -10,7 +10,7 @@ import torch
 from blip2 import checkpoint, placement
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 from blip2.image import MAX_PIXELS, Reading
 from blip2.model import Blip2
 from blip2.text import Tokenizer
@@ -79,7 +79,9 @@ def find_device(device: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise OptionError(f"device {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N") from None
+        raise OptionError(
+            f"{option('device')} {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N"
+        ) from None
     return found
 
 
@@ -88,5 +90,5 @@ def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise OptionError(f"dtype {dtype!r} is not a precision for this model; use {', '.join(DTYPES)}")
+        raise OptionError(f"{option('dtype')} {dtype!r} is not a precision for this model; use {', '.join(DTYPES)}")
     return DTYPES[dtype]

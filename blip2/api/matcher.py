@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip2.api.pipeline import Options, is_list, listed
 from blip2.checkpoint import ImageSettings, damage
-from blip2.errors import ImageError, OptionError
+from blip2.errors import ImageError, OptionError, option
 from blip2.generation import Engine
 from blip2.image import DEFAULT_READING, Reading, Source
 from blip2.model import Blip2Matcher, identity
@@ -158,9 +158,11 @@ class Matcher:
     ) -> Generator[list[Match] | ImageError, None, None]:
         """As `classify`, but one after the other as their batches are done."""
         if top < 1:
-            raise OptionError(f"top is {top}, which leaves nothing to tell; use 1 or more")
+            raise OptionError(f"{option('top')} is {top}, which leaves nothing to tell; use 1 or more")
         if "{}" not in template:
-            raise OptionError(f"template is {template!r}, which has no place for the label; write {{}} there")
+            raise OptionError(
+                f"{option('template')} is {template!r}, which has no place for the label; write {{}} there"
+            )
         texts = [template.replace("{}", label) for label in labels]
         ids = self.reader.ids(texts)
         texts_ME = self.reader.embed_texts(ids, batch_size)

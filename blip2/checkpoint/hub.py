@@ -39,7 +39,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore
 from blip2.checkpoint.files import weight_files
 from blip2.config import PUBLISHED
 from blip2.disk import replace
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, setting
 
 SMALL_FILES = ("*.json", "*.txt", "tokenizer*", "spiece.model")  # never the pickled twins, .bin, .pth, .msgpack
 NEWEST = "main"
@@ -174,7 +174,7 @@ def _reason(error: Exception, name: str, revision: str) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "is neither a folder nor on the hub; check the name, or if it is private run: hf auth login"
     if isinstance(error, RevisionNotFoundError):
-        return f'the hub has no revision {revision}; ask for another, such as revision="{NEWEST}"'
+        return f"the hub has no revision {revision}; {setting('revision', NEWEST)}, or another that there is"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return f"has no safetensors weights in revision {revision}, and pickled ones are not read; convert them"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -33,6 +33,7 @@ from blip2.checkpoint.settings import config_json, image_settings, preprocessor_
 from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
 from blip2.disk import written
 from blip2.errors import CheckpointError
+from blip2.plaintext import read_text
 
 Config = Blip2Config | MatcherConfig
 Progress = Callable[[int, int], None]
@@ -281,7 +282,7 @@ def _resized(positions_1PD: Tensor, length: int, *, align_corners: bool) -> Tens
 def _companions(like_folder: Path, like: Config, config: Config) -> dict[str, str]:
     """The small files that stand beside the weights, config.json the last."""
     texts = {
-        file.name: file.read_text(encoding="utf-8")
+        file.name: read_text(file)
         for file in sorted(like_folder.iterdir())
         if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json")
     }

@@ -23,6 +23,7 @@ from blip2.config import (
     VisionConfig,
 )
 from blip2.errors import CheckpointError
+from blip2.plaintext import read_text
 
 Fields = tuple[tuple[str, str, Any], ...]
 Fixed = tuple[tuple[str, tuple[Any, ...], Any], ...]
@@ -110,11 +111,12 @@ class ImageSettings:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `CheckpointError` that names it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: there is no {path.name}; is it the folder of a model?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cannot be read ({reason}); fetch the file again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: is not a JSON object; fetch the file again")
     return content

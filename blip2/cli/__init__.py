@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from blip2 import __version__
-from blip2.errors import Blip2Error, ImageError, OptionError
+from blip2.errors import Blip2Error, OptionError, in_python
 
 COMMANDS = {
     "caption": "Describe pictures in words.",
@@ -36,35 +36,6 @@ COMMANDS = {
     "doctor": "Check this installation and this machine.",
 }
 """Each verb is the `command` of the file of its name; the words are its help in the list of verbs."""
-
-FLAGS = {
-    "sample=True": "--sample",
-    "sample": "--sample",
-    "num_return": "--num-captions",
-    "num_beams": "--beams",
-    "no_repeat_ngram_size": "--no-repeat-ngram",
-    "quantize": "--quantize",
-    "top": "--top",
-    "template": "--template",
-    "k": "-k",
-    "rerank": "--rerank",
-    "threshold": "--duplicates",
-    "deadline_s": "--deadline",
-    "body_s": "--body-timeout",
-    "shutdown_s": "--shutdown-timeout",
-    "replicas": "--replicas",
-    **{
-        name: f"--{name.replace('_', '-')}"
-        for name in (
-            "max_new_tokens", "min_new_tokens", "length_penalty", "temperature", "top_k", "top_p",
-            "repetition_penalty", "stop", "seed", "batch_size", "quantize_vision",
-            "max_body_bytes", "max_pixels", "max_images", "max_texts", "max_prompt_tokens", "max_queue", "max_rows",
-            "cache_entries", "cache_bytes",
-        )
-    },
-}  # fmt: skip
-"""What an option of the Python interface is called here."""
-
 
 class Failure(click.ClickException):
     """One line on standard error, and an exit code."""
@@ -119,27 +90,39 @@ class Cli(click.Group):
         except Exception as error:
             if context.meta.get("debug"):
                 raise
-            raise _failure(error) from error
+            verb = context.invoked_subcommand
+            raise _failure(error, self.get_command(context, verb) if verb else None) from error
 
 
-def _failure(error: Exception) -> Failure:
-    if isinstance(error, OptionError):
-        return Failure(in_flags(str(error)), 2)
+def _failure(error: Exception, verb: click.Command | None) -> Failure:
     if isinstance(error, Blip2Error):
-        return Failure(of_picture(str(error)) if isinstance(error, ImageError) else str(error))
+        return Failure(of_picture(in_flags(error, verb)), 2 if isinstance(error, OptionError) else 1)
     what = " ".join(str(error).split())
     what = f"{type(error).__name__}: {what}" if what else type(error).__name__
     return Failure(f"{what} (this should not happen; add --debug to see where)")
 
 
-def in_flags(message: str) -> str:
-    """An error of the Python interface in the words of the command line: "num_beams is 0" -> "--beams is 0"."""
-    first, space, rest = message.partition(" ")
-    message = FLAGS.get(first, first) + space + rest
-    for name, flag in FLAGS.items():
-        if "_" in name or "=" in name:  # the others may be words of the sentence
-            message = message.replace(name, flag)
-    return message
+def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
+    """An error in the words of the command line: "num_beams is 0" -> "--beams is 0".
+
+    The flags are those of the verb: each of its parameters is named as in the interface for Python.
+    """
+    flags = {
+        parameter.name: max(parameter.opts, key=len)
+        for parameter in (verb.params if verb is not None else ())
+        if isinstance(parameter, click.Option)
+    }
+
+    def spelled(name: str, value: str | None) -> str:
+        if (flag := flags.get(name)) is None:
+            return in_python(name, value)
+        if value is None:
+            return flag
+        if value in ("False", "None"):
+            return f"leave out {flag}"
+        return f"add {flag}" if value == "True" else f"give {flag} {value.strip(chr(39))}"
+
+    return error.told(spelled)
 
 
 def of_picture(message: str) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from blip2.data.foreign import WANTED, advice
 from blip2.data.sample import Row, parse_row
 from blip2.errors import RecipeError
+from blip2.plaintext import NotTextError, read_lines
 
 
 def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
@@ -20,20 +22,27 @@ def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
     for file in files:
         root = images or file.parent
         try:
-            lines = file.open(encoding="utf-8")
+            for number, line in enumerate(read_lines(file), start=1):
+                if line.strip():
+                    row = _row(line, f"{file}:{number}")
+                    rows.append(replace(row, image=str(root / row.image)))
         except OSError as error:
             raise RecipeError(f"{file}: cannot be read ({error.strerror}); name a file of rows") from None
-        with lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse_row(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise RecipeError(f"{file}:{number}: not JSON ({error.msg} at {error.colno})") from None
-                except ValueError as error:
-                    raise RecipeError(f"{file}:{number}: {error}") from None
-                rows.append(replace(row, image=str(root / row.image)))
+        except NotTextError as error:
+            raise RecipeError(f"{file}: {error}; {WANTED}") from None
     if not rows:
-        raise RecipeError(f"{', '.join(map(str, files)) or 'rows'}: no rows in it")
+        raise RecipeError(f"{', '.join(map(str, files)) or 'rows'}: no rows in it; {WANTED}")
     return rows
+
+
+def _row(line: str, place: str) -> Row:
+    try:
+        return parse_row(json.loads(line))
+    except (json.JSONDecodeError, RecursionError) as error:
+        # Others write all rows into one array, or each over several lines.
+        if line.lstrip().startswith("["):
+            raise RecipeError(f"{place}: {advice([])}") from None
+        reason = f"{error.msg} at {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        raise RecipeError(f"{place}: not JSON ({reason}); {WANTED}") from None
+    except ValueError as error:
+        raise RecipeError(f"{place}: {error}") from None

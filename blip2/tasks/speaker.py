@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blip2.encoded import EncodedImage
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 from blip2.generation import Engine, GenerateOptions, Hypothesis
 from blip2.model import Blip2, identity
 from blip2.tasks.defaults import BATCH_SIZE
@@ -127,4 +127,4 @@ def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 def check_batch_size(batch_size: int) -> None:
     """At least 1, else an OptionError."""
     if batch_size < 1:
-        raise OptionError(f"batch_size={batch_size} is not possible; use 1 or more")
+        raise OptionError(f"{option('batch_size')}={batch_size} is not possible; use 1 or more")
