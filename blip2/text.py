@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tokenizers
 
-from blip2.config import LanguageConfig
+from blip2.config import LanguageConfig, QFormerConfig
 from blip2.errors import CheckpointError, OptionError
 from blip2.plaintext import NotTextError, read_text
 
@@ -49,7 +49,9 @@ class Tokenizer:
             raise CheckpointError(f"{path}: cannot be read ({error}); download it again") from error
         try:
             return cls(tokenizers.Tokenizer.from_str(content))
-        except Exception as error:  # the library raises nothing more specific
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing more specific, and a panic of its is no Exception
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"{path}: not a tokenizer that tokenizers {tokenizers.__version__} can read ({reason}); "
@@ -83,7 +85,7 @@ class Tokenizer:
 
         Raises CheckpointError if the text has a token that the model has not.
         """
-        ids = self._known(self.encode(text), config)
+        ids = self.known(self.encode(text), config)
         return [config.bos_token_id, *ids] if config.family == "opt" else [*ids, config.eos_token_id]
 
     def answer_ids(self, text: str, config: LanguageConfig) -> list[int]:
@@ -92,7 +94,7 @@ class Tokenizer:
         OPT goes on after "Answer:" with a space that belongs to the first word. Raises as `prompt_ids` does.
         """
         ids = self.encode(f" {text}" if config.family == "opt" else text)
-        return [*self._known(ids, config), config.eos_token_id]
+        return [*self.known(ids, config), config.eos_token_id]
 
     def matching_ids(self, text: str, max_tokens: int, *, truncate: bool = False) -> list[int]:
         """A text for the Q-Former: ``[CLS] ids [SEP]``, at most ``max_tokens`` in all.
@@ -106,7 +108,8 @@ class Tokenizer:
             )
         return [self.token_id("[CLS]"), *ids[: max_tokens - 2], self.token_id("[SEP]")]
 
-    def _known(self, ids: list[int], config: LanguageConfig) -> list[int]:
+    def known(self, ids: list[int], config: LanguageConfig | QFormerConfig) -> list[int]:
+        """The ids. Raises CheckpointError if the model's table has no row for one of them."""
         if ids and max(ids) >= config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer gives token {max(ids)}, the model has only {config.vocab_size}; "

@@ -61,10 +61,12 @@ def load(
     chosen = checkpoint.quantization(quantize, vision=quantize_vision)
     where = device if device == "auto" else str(find_device(device))
     folder = checkpoint.resolve(name, revision=revision)
+    # What is wrong with the small files is told before the large ones are read.
+    config = checkpoint.read_config(folder)
+    tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder, config)
     plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
     model = placement.load(folder, plan, quantize=chosen)
     called = str(name) if name is not None else "miniature"
-    tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder)
     if isinstance(model, Blip2):
         return Pipeline(model, tokenizer, settings, name=called, reading=reading)
     return Matcher(model, tokenizer, settings, name=called, reading=reading)

@@ -27,9 +27,10 @@ from blip2.checkpoint.lavis_keys import POSITIONS, POST_NORM, family_of, to_auth
 from blip2.checkpoint.load import empty_model, named_tensors
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.pickled import unpickled
+from blip2.checkpoint.preprocessor import image_settings, preprocessor_json
 from blip2.checkpoint.reader import find_tensors
 from blip2.checkpoint.save import write_model
-from blip2.checkpoint.settings import config_json, image_settings, preprocessor_json, read_config, read_quantization
+from blip2.checkpoint.settings import config_json, read_config, read_quantization
 from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
 from blip2.disk import written
 from blip2.errors import CheckpointError

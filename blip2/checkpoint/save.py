@@ -20,8 +20,9 @@ from torch import Tensor
 
 from blip2.checkpoint.files import INDEX, WEIGHTS
 from blip2.checkpoint.load import named_tensors
+from blip2.checkpoint.preprocessor import ImageSettings, preprocessor_json
 from blip2.checkpoint.quantize import CODES, SCALES, quantization_of
-from blip2.checkpoint.settings import ImageSettings, config_json, preprocessor_json
+from blip2.checkpoint.settings import config_json
 from blip2.config import Blip2Config, OPTConfig
 from blip2.disk import replace
 from blip2.errors import CheckpointError

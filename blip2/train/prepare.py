@@ -125,7 +125,7 @@ def prepare(model: Blip2 | Blip2Matcher, folder: Path, recipe: Recipe, report: R
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small steps vanish in half precision
-    tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder)
+    tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder, model.config)
 
     bad = BadPictures(recipe.data.on_bad_picture)
 
@@ -193,7 +193,7 @@ class _Stage1:
         @lru_cache(maxsize=2**20)
         def encode(text: str) -> list[int]:
             self.num_cut += len(tokenizer.encode(text)) + 2 > most
-            return tokenizer.matching_ids(text, most, truncate=True)
+            return tokenizer.known(tokenizer.matching_ids(text, most, truncate=True), model.config.qformer)
 
         self.encode = encode
 

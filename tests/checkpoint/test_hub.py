@@ -179,7 +179,7 @@ def test_what_the_hub_refuses_is_one_line(hub: FakeHub, refusal: tuple[int, str]
 
 
 def test_no_such_revision(hub: FakeHub) -> None:
-    with pytest.raises(CheckpointError, match='no revision v9; ask for another, such as revision="main"') as caught:
+    with pytest.raises(CheckpointError, match="no revision v9; set revision='main', or another") as caught:
         resolve(NAME, revision="v9")
     one_line(caught)
 
