@@ -42,7 +42,7 @@ def resolve(name: str | Path | None = None, *, revision: str | None = None, loca
 
     if local_files_only or hub.is_offline():
         return hub.cached(str(name), revision)
-    return hub.whole(str(name), revision) or hub.pull(str(name), revision)
+    return hub.found(str(name), revision)
 
 
 def pull(name: str, *, revision: str | None = None) -> Path:
