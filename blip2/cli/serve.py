@@ -13,6 +13,7 @@ import click
 from blip2.cli import Failure
 from blip2.cli.options import MODEL, lines_in, load_matcher, load_pipeline, of_model, with_options
 from blip2.errors import OptionError
+from blip2.installed import install_line
 
 KEY_VARIABLE = "BLIP2_API_KEY"
 
@@ -99,7 +100,7 @@ def command(
         from blip2.serve.run import listen, run
         from blip2.serve.service import Models
     except ImportError as error:
-        raise Failure(f"serving needs more packages ({error}); pip install 'blip2[serve]'") from error
+        raise Failure(f"serving needs more packages ({error}); {install_line('serve')}") from error
 
     model = of_model(others)
     limits = Limits(
@@ -131,7 +132,7 @@ def command(
             device=model["device"], on_open=on_open,
         )  # fmt: skip
     except ImportError as error:
-        raise Failure(f"--engine ray needs more packages ({error}); pip install 'blip2[ray]'") from error
+        raise Failure(f"--engine ray needs more packages ({error}); {install_line('ray')}") from error
 
 
 def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:
