@@ -38,6 +38,7 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
 from blip2.checkpoint.files import is_whole, weight_files
+from blip2.checkpoint.names import nearest
 from blip2.checkpoint.settings import read_json
 from blip2.config import PUBLISHED
 from blip2.disk import replace
@@ -88,7 +89,7 @@ def cached(name: str, revision: str | None = None) -> Path:
         return folder
     if revision is None and (folder := another(name)) is not None:
         return _instead(name, folder)
-    how = "load it once with a network and without HF_HUB_OFFLINE, or give the folder of a model"
+    how = f"{nearest(name)}load it once with a network and without HF_HUB_OFFLINE, or give the folder of a model"
     if (folder := _snapshot(name, wanted) or (None if revision else _snapshot(name, NEWEST))) is not None:
         raise CheckpointError(f"{name}: {', '.join(_missing(folder))} is not yet in the cache; {how}")
     at = f" in revision {revision}" if revision is not None else ""
@@ -230,7 +231,7 @@ def _reason(error: Exception, name: str, revision: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"asks for permission; accept its conditions at https://huggingface.co/{name} and run: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
-        return "is neither a folder nor on the hub; check the name, or if it is private run: hf auth login"
+        return f"is neither a folder nor on the hub; {nearest(name)}check the name, or if it is private run: hf auth login"
     if isinstance(error, RevisionNotFoundError):
         return f"the hub has no revision {revision}; {setting('revision', NEWEST)}, or another that there is"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from blip2.config import PUBLISHED
@@ -35,14 +36,20 @@ def resolve(name: str | Path | None = None, *, revision: str | None = None, loca
         raise CheckpointError(f"{name}: is a file; give the folder that holds config.json and the weights")
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{name}: no such folder; give the folder of a model, a hub name such as {next(iter(PUBLISHED))}, "
-            f"or one of {', '.join(BUNDLED)}"
+            f"{name}: no such folder; {nearest(name)}give the folder of a model, a hub name such as "
+            f"{next(iter(PUBLISHED))}, or one of {', '.join(BUNDLED)}"
         )
     from blip2.checkpoint import hub  # slow to import, and not needed for a folder
 
     if local_files_only or hub.is_offline():
         return hub.cached(str(name), revision)
     return hub.found(str(name), revision)
+
+
+def nearest(name: str | Path) -> str:
+    """The name that was meant, perhaps, as the beginning of what to do instead; or nothing."""
+    near = difflib.get_close_matches(str(name), [*BUNDLED, *PUBLISHED], n=1, cutoff=0.8)
+    return f"did you mean {near[0]}? Or " if near and near[0] != name else ""
 
 
 def pull(name: str, *, revision: str | None = None) -> Path:

@@ -6,6 +6,7 @@ Errors are one line on standard error, and never a traceback unless ``--debug`` 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -58,6 +59,16 @@ class Cli(click.Group):
         if name not in COMMANDS:
             return None
         return importlib.import_module(f"blip2.cli.{name}").command
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name.lower(), [*COMMANDS, "--help"], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            context.fail(f"No such command {name!r}; {hint}")
+        return super().resolve_command(context, arguments)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

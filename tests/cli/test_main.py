@@ -51,11 +51,21 @@ def test_version(run):
     assert run("--version").stdout == f"blip2 {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["capton", "help"])
-def test_no_such_verb(run, verb):
-    result = run(verb)
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (["captoin"], "No such command 'captoin'; did you mean caption?"),
+        (["Serch"], "No such command 'Serch'; did you mean search?"),
+        (["help"], "No such command 'help'; did you mean --help?"),
+        (["xyz"], "No such command 'xyz'; there are caption, ask, chat, "),
+        (["caption", "a.png", "--beam", "3"], "'--beams'"),
+        (["ask", "a.png", "b?", "--num-beams", "3"], "'--beams'"),
+    ],
+)
+def test_a_verb_or_an_option_that_is_misspelt(run, given, hint):
+    result = run(*given)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"blip2: No such command '{verb}'") and result.stderr.count("\n") == 1
+    assert hint in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_no_such_model(run, pictures):
