@@ -231,7 +231,8 @@ def _reason(error: Exception, name: str, revision: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"asks for permission; accept its conditions at https://huggingface.co/{name} and run: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
-        return f"is neither a folder nor on the hub; {nearest(name)}check the name, or if it is private run: hf auth login"
+        private = "or if it is private run: hf auth login"
+        return f"is neither a folder nor on the hub; {nearest(name)}check the name, {private}"
     if isinstance(error, RevisionNotFoundError):
         return f"the hub has no revision {revision}; {setting('revision', NEWEST)}, or another that there is"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
