@@ -76,7 +76,8 @@ class EvaluationRecipe:
 class Recipe:
     stage: Literal[1, 2]
     start: str
-    """The model that training starts from: a folder in the published layout, or a name that `blip2` knows."""
+    """The model that training starts from: a folder in the published layout, the name of a bundled or published model,
+    or that of one on the hub that was fetched before (``blip2 pull``)."""
     out: Path
     """A folder for the finished model; the log and the state of training lie in it as well."""
     data: DataRecipe
