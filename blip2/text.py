@@ -12,6 +12,7 @@ truncation is not used, because published files disagree about it.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,7 +152,9 @@ class TextStream:
 
 
 def clean(text: str) -> str:
-    """One line: no white space at either end, single spaces within."""
+    """One line: no white space at either end, single spaces within. Raises OptionError for what is no text."""
+    if not isinstance(text, str):
+        raise OptionError(f"{reprlib.repr(text)} is no text (a {type(text).__name__}); give a text, or a list of texts")
     return " ".join(text.split())
 
 

@@ -79,8 +79,8 @@ def find_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].partition("Expected one of")[0].rstrip(".") or "there is no such kind"
         raise OptionError(
             f"{option('device')} {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N"
         ) from None

@@ -17,7 +17,7 @@ from blip2.image import DEFAULT_READING, Reading, Source
 from blip2.model import Blip2Matcher, identity
 from blip2.tasks.defaults import BATCH_SIZE, CAPTION, merged
 from blip2.tasks.explain import Explanation, explain_match, sight
-from blip2.tasks.match import ImageFeatures, Match, Matches, Reader
+from blip2.tasks.match import ImageFeatures, Match, Matches, Reader, check_text
 from blip2.tasks.see import Eye, OnError, Seen, checked, raising
 from blip2.tasks.speaker import pairs
 from blip2.tasks.write import QFormerWriter
@@ -159,10 +159,15 @@ class Matcher:
         """As `classify`, but one after the other as their batches are done."""
         if top < 1:
             raise OptionError(f"{option('top')} is {top}, which leaves nothing to tell; use 1 or more")
-        if "{}" not in template:
+        if isinstance(labels, str):
+            raise OptionError(f"the labels are one text, {labels!r}; give a list, such as ['cat', 'dog']")
+        if not isinstance(template, str) or "{}" not in template:
             raise OptionError(
                 f"{option('template')} is {template!r}, which has no place for the label; write {{}} there"
             )
+        labels = [] if labels is None else list(labels)
+        for label in labels:
+            check_text(label)
         texts = [template.replace("{}", label) for label in labels]
         ids = self.reader.ids(texts)
         texts_ME = self.reader.embed_texts(ids, batch_size)

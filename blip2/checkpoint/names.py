@@ -23,6 +23,8 @@ def resolve(name: str | Path | None = None, *, revision: str | None = None, loca
     """
     if name is None:
         name = "miniature"
+    if not isinstance(name, str | Path):
+        raise CheckpointError(f"{name!r} is no name of a model; give a folder, or one such as {next(iter(PUBLISHED))}")
     path = Path(name).expanduser()
     if revision is not None and (str(name) in BUNDLED or path.is_dir()):
         raise CheckpointError(f"{name}: is here as it is and has no revision {revision}; leave it out")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, Literal
 
 from blip2.errors import OptionError, option, setting
@@ -54,6 +55,9 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str | list):
             object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, value in vars(self).items():
+            if isinstance(value, Number) and not isinstance(value, int | float):  # such as NumPy's
+                object.__setattr__(self, name, value.item() if hasattr(value, "item") else value)
         for name, (is_allowed, allowed, remedy) in _ALLOWED.items():
             value = getattr(self, name)
             if not is_allowed(value):
