@@ -31,6 +31,7 @@ def advice(record: object) -> str:
 def _changes(record: object) -> Iterator[str]:
     if isinstance(record, list):
         yield ARRAY
+        yield from _changes(record[0] if record and isinstance(record[0], dict) else None)
     if not isinstance(record, dict):
         return
     if {"images", "annotations"} <= record.keys():

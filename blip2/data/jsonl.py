@@ -10,7 +10,9 @@ from pathlib import Path
 from blip2.data.foreign import WANTED, advice
 from blip2.data.sample import Row, parse_row
 from blip2.errors import RecipeError
-from blip2.plaintext import NotTextError, read_lines
+from blip2.plaintext import NotTextError, read_lines, read_text
+
+LARGEST_WHOLE = 2**28
 
 
 def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
@@ -24,7 +26,7 @@ def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
         try:
             for number, line in enumerate(read_lines(file), start=1):
                 if line.strip():
-                    row = _row(line, f"{file}:{number}")
+                    row = _row(line, file, number)
                     rows.append(replace(row, image=str(root / row.image)))
         except OSError as error:
             raise RecipeError(f"{file}: cannot be read ({error.strerror}); name a file of rows") from None
@@ -35,14 +37,24 @@ def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
     return rows
 
 
-def _row(line: str, place: str) -> Row:
+def _row(line: str, file: Path, number: int) -> Row:
+    place = f"{file}:{number}"
     try:
         return parse_row(json.loads(line))
     except (json.JSONDecodeError, RecursionError) as error:
-        # Others write all rows into one array, or each over several lines.
-        if line.lstrip().startswith("["):
-            raise RecipeError(f"{place}: {advice([])}") from None
+        if (whole := _whole(file)) is not None:
+            raise RecipeError(f"{file}: {advice(whole)}") from None
         reason = f"{error.msg} at {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
         raise RecipeError(f"{place}: not JSON ({reason}); {WANTED}") from None
     except ValueError as error:
         raise RecipeError(f"{place}: {error}") from None
+
+
+def _whole(file: Path) -> object:
+    """What a file holds that is one JSON value over several lines, as others write all their rows; or None."""
+    if file.stat().st_size > LARGEST_WHOLE:
+        return None
+    try:
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError):
+        return None

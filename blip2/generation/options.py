@@ -131,7 +131,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "no_repeat_ngram_size": (_at_least(0), "a whole number, 0 or more", "0 switches it off"),
     "stop": (
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
-        "a text, or a list of texts, of which none is empty",
+        "one text or several, none of them empty",
         f"leave out {option('stop')} to end where the model ends",
     ),
     "seed": (

@@ -97,7 +97,7 @@ def test_what_nobody_expected(run, monkeypatch, pictures, place):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--stop", ""], "--stop is ''; it may be a text, or a list of texts, .* leave out --stop to end where"),
+        (["--stop", ""], "--stop is ''; it may be one text or several, .* leave out --stop to end where"),
         (["--sample", "--temperature", 0], "--temperature is 0.0; .* leave it out, and leave out --sample$"),
         (["--sample", "--seed", -1], r"--seed is -1; .* from 0 to 2\^63 - 1; leave out --seed to draw anew each time$"),
         (["--temperature", 0.5], "--temperature is 0.5, but nothing is sampled; add --sample$"),

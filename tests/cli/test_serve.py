@@ -77,6 +77,9 @@ def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) 
     monkeypatch.setenv("BLIP2_API_KEY", "")
     with pytest.raises(OptionError, match="empty"):
         _keys((), None)
+    monkeypatch.delenv("BLIP2_API_KEY")
+    file.write_bytes("one\r\ntwo".encode("utf-8-sig"))
+    assert _keys((), file) == ["one", "two"]
     file.write_text("\n")
     with pytest.raises(OptionError, match="has no key"):
         _keys((), file)

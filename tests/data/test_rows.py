@@ -66,7 +66,7 @@ def test_a_broken_line_is_named(tmp_path, line, problem):
     ("line", "advice"),
     [
         ('[{"image": "a.png", "caption": "a"}]', "this is a JSON array; write each of its objects"),
-        ("[", "this is a JSON array"),
+        ('[{"image": "a", "conversations": []}]', "write what 'conversations' has as"),
         ('{"file_name": "a.png", "text": "a"}', "rename 'file_name' to 'image'"),
         ('{"image": "a", "question": "how?", "answer": ["two", "2"]}', "write one text as 'answer'"),
         ('{"image": "a", "question": "how?", "answers": [{"answer": "two"}]}', "write one of 'answers' as 'answer'"),
@@ -88,6 +88,16 @@ def test_rows_of_other_tools_are_told_what_to_change(tmp_path, line, advice):
     assert advice in str(raised.value)
     assert 'a row is one line such as {"image": "a.jpg", "caption": "two dogs"}' in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [([{"image": "a.png", "caption": "a"}], "this is a JSON array"), ({"images": [], "annotations": []}, "of COCO's")],
+)
+def test_a_file_that_is_one_value_is_known(tmp_path, content, advice):
+    (tmp_path / "rows.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(RecipeError, match=rf"rows\.json: .*{advice}"):
+        read_rows([tmp_path / "rows.json"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])

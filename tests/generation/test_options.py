@@ -98,7 +98,7 @@ def test_stop_may_be_a_text_or_a_list():
     for given_stop in ("end", ["end"], ("end",)):
         assert GenerateOptions(stop=given_stop).stop == ("end",)
     assert GenerateOptions(stop=[]).stop == ()
-    with pytest.raises(OptionError, match=r"^stop is 'a', ''; it may be a text, or a list of texts"):
+    with pytest.raises(OptionError, match=r"^stop is 'a', ''; it may be one text or several"):
         GenerateOptions(stop=["a", ""])
 
 
