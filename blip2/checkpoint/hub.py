@@ -71,9 +71,8 @@ def another(name: str) -> Path | None:
     """A whole folder at another commit than the pinned one: the newest that is in the cache."""
     if (folder := whole(name, NEWEST)) is not None:
         return folder
-    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
     found = []
-    for folder in snapshots.glob("*"):
+    for folder in _all(name):
         with suppress(CheckpointError):  # one that is damaged
             found += [] if _missing(folder) else [folder]
     return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
@@ -90,7 +89,8 @@ def cached(name: str, revision: str | None = None) -> Path:
     if revision is None and (folder := another(name)) is not None:
         return _instead(name, folder)
     how = f"{nearest(name)}load it once with a network and without HF_HUB_OFFLINE, or give the folder of a model"
-    if (folder := _snapshot(name, wanted) or (None if revision else _snapshot(name, NEWEST))) is not None:
+    there = [_snapshot(name, wanted)] if revision else [_snapshot(name, wanted), _snapshot(name, NEWEST), *_all(name)]
+    if (folder := next(filter(None, there), None)) is not None:
         raise CheckpointError(f"{name}: {', '.join(_missing(folder))} is not yet in the cache; {how}")
     at = f" in revision {revision}" if revision is not None else ""
     raise CheckpointError(f"{name}: is neither a folder nor in the cache{at}; {how}")
@@ -154,6 +154,12 @@ def _snapshot(name: str, revision: str) -> Path | None:
     except HFValidationError as error:
         raise CheckpointError(f"{name}: is no name of a repository ({_first_line(error)}); check it") from None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def _all(name: str) -> list[Path]:
+    """Every commit that the cache has, whole or in part."""
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    return [folder for folder in sorted(snapshots.glob("*")) if (folder / CONFIG).exists()]
 
 
 def _missing(folder: Path) -> list[str]:

@@ -181,6 +181,10 @@ def test_without_a_network_another_commit_does_and_is_told(
     for wanted in ({"revision": "v9"}, {"revision": PUBLISHED[name].revision}):
         with pytest.raises(CheckpointError):
             resolve(name, **wanted)
+    (here / "tokenizer.json").unlink()
+    go_offline(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not yet in the cache"):
+        resolve(name)
     (here / "config.json").write_text("{")  # damaged: as if it were not there
     with pytest.raises(CheckpointError):
         resolve(name)
