@@ -155,23 +155,24 @@ def _check_output(materials: Materials, recipe: Recipe) -> None:
     _check_writable("out", recipe.out)
     if (features := recipe.data.features) is None:
         return
-    _check_writable("data.features", features)
+    there = _check_writable("data.features", features)
     vision = materials.config.vision
     pictures = {row.image for row in [*materials.train_rows, *(materials.held_out_rows or [])]}
     num_bytes = len(pictures) * (vision.num_patches + 1) * vision.hidden_size * np.dtype(np.float16).itemsize
-    free = shutil.disk_usage(features).free
-    if num_bytes > free and not any(features.iterdir()):
+    free = shutil.disk_usage(there).free
+    if num_bytes > free and (there != features or not any(features.iterdir())):
         raise RecipeError(
             f"data.features: the features of {len(pictures):,} pictures take {num_bytes / 1e9:.1f} GB, and {features} "
             f"has room for {free / 1e9:.1f} GB; name another folder, or leave it out to compute them at each step"
         )
 
 
-def _check_writable(key: str, folder: Path) -> None:
+def _check_writable(key: str, folder: Path) -> Path:
+    """Nothing is left behind. Returns the folder, or else the one in which it will be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=there):
+            return there
     except OSError as error:
         reason = error.strerror or error
         raise RecipeError(f"{key}: {folder} cannot be written ({reason}); check it, or name another folder") from None

@@ -247,7 +247,7 @@ def changed(folder, tmp_path, **tensors):
         (2, {"data.images": "elsewhere", "data.rows": "relative.jsonl"}, "1 of 1 pictures are not there, the first is"),
         (2, {"optim.batch_size": 9}, "there are only 8 rows"),
         (2, {"evaluation.rows": "no.jsonl"}, "no.jsonl: cannot be read"),
-        (2, {"out": "taken"}, "out: {tmp}/taken cannot be written (File exists)"),
+        (2, {"out": "taken"}, "out: {tmp}/taken cannot be written (Not a directory)"),
         (2, {"data.features": "taken/features"}, "data.features: {tmp}/taken/features cannot be written"),
         (2, {"out": "START"}, "is the folder of 'start', which it would overwrite"),
         (1, {"evaluation.rows": "one.jsonl"}, "evaluation.rows has one picture alone"),
