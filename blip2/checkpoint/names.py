@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from blip2.config import PUBLISHED
@@ -17,13 +18,14 @@ def resolve(name: str | Path | None = None, *, revision: str | None = None, loca
 
     A name that is no folder is taken for a hub repository: from the local cache if it is whole there, else fetched
     (`hub.pull`), unless ``local_files_only`` or HF_HUB_OFFLINE=1 forbid it. ``revision`` is a branch, a tag or a
-    commit; by default the commit that `PUBLISHED` names for a published model, and the newest of any other.
+    commit; by default the commit that `PUBLISHED` names for a published model, and the newest of any other. Where that
+    is not in the cache and the hub is not reached, another commit that is there does, and a line of the log says so.
 
     Raises `CheckpointError` that says what was looked for and what to do.
     """
     if name is None:
         name = "miniature"
-    if not isinstance(name, str | Path):
+    if not isinstance(name, str | os.PathLike):
         raise CheckpointError(f"{name!r} is no name of a model; give a folder, or one such as {next(iter(PUBLISHED))}")
     path = Path(name).expanduser()
     if revision is not None and (str(name) in BUNDLED or path.is_dir()):
