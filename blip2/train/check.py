@@ -141,9 +141,10 @@ def _check_pictures(materials: Materials, recipe: Recipe) -> None:
     missing = [image for image in listed if not os.path.exists(image)]
     is_skipped = recipe.data.on_bad_picture == "skip" and len(missing) < len(listed)
     if missing and not is_skipped:
+        skip = '; or pass such pictures over: data.on_bad_picture = "skip"' if len(missing) < len(listed) else ""
         raise RecipeError(
             f"{len(missing):,} of {len(listed):,} pictures are not there, the first is {missing[0]}; check "
-            "data.images, from which the rows' paths start (absent: the folder of the rows)"
+            f"data.images, from which the rows' paths start (absent: the folder of the rows){skip}"
         )
 
 

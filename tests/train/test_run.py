@@ -166,6 +166,9 @@ def test_bad_pictures_are_passed_over_counted_and_named(
 def test_bad_pictures_end_a_training_that_is_told_so(write_recipe, opt_model, broken, tmp_path):
     path, seen = write_recipe(2, opt_model), []
     path.write_text(path.read_text().replace('features = "features"', ""))
+    with pytest.raises(RecipeError, match=r'1 of 8 pictures are not there, .*missing\.png; .*on_bad_picture = "skip"$'):
+        train.run(path, overrides={"data.on_bad_picture": "stop"})
+    (tmp_path / "missing.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r'data\.on_bad_picture = "skip"$') as raised:
         train.run(path, report=seen.append, overrides={"data.on_bad_picture": "stop"})
     assert any(name in str(raised.value) for name in broken) and "allow_truncated" not in str(raised.value)
@@ -177,6 +180,10 @@ def test_bad_pictures_end_a_training_that_is_told_so(write_recipe, opt_model, br
 
 def test_a_training_without_a_picture_is_an_error(write_recipe, opt_model, rows, tmp_path):
     rows.write_text("".join(json.dumps({"image": f"{n}.png", "caption": "a dog"}) + "\n" for n in range(8)))
+    with pytest.raises(RecipeError, match=r"8 of 8 pictures are not there, the first is .*0\.png"):
+        train.run(write_recipe(2, opt_model))
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
     with pytest.raises(RecipeError, match=r"none of the pictures of 8 rows can be read, such as .*\d\.png"):
         train.run(write_recipe(2, opt_model))
 
