@@ -23,7 +23,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from blip2.checkpoint.settings import ImageSettings, preprocessor_json
+from blip2.checkpoint.preprocessor import ImageSettings, preprocessor_json
 
 OPT = {"model_type": "opt", "vocab_size": 50304, "eos_token_id": 50118, "bos_token_id": 2, "pad_token_id": 1,
        "num_attention_heads": 32, "num_hidden_layers": 32, "max_position_embeddings": 2048}  # fmt: skip

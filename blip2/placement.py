@@ -31,7 +31,8 @@ from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import Quantization, quantization_in
 from blip2.checkpoint.settings import read_config
 from blip2.config import Blip2Config, MatcherConfig
-from blip2.errors import OptionError
+from blip2.errors import OptionError, setting
+from blip2.installed import install_line
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
 
@@ -219,7 +220,7 @@ def _hooks() -> Any:
     except ImportError:
         raise OptionError(
             "this model does not fit onto the GPU whole, and accelerate, which would divide it, is not installed; "
-            "pip install 'blip2[split]', or choose the device cpu"
+            f"{install_line('split')}, or {setting('device', 'cpu')}"
         ) from None
     return hooks
 

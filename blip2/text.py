@@ -12,14 +12,16 @@ truncation is not used, because published files disagree about it.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from blip2.config import LanguageConfig
+from blip2.config import LanguageConfig, QFormerConfig
 from blip2.errors import CheckpointError, OptionError
+from blip2.plaintext import NotTextError, read_text
 
 QUESTION_TEMPLATES = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}
 """The wording of the zero-shot questions, by family of language model (paper, section 4.1)."""
@@ -42,14 +44,16 @@ class Tokenizer:
         """The tokenizer.json of a checkpoint's folder. Raises CheckpointError if there is none, or no valid one."""
         path = Path(folder) / "tokenizer.json"
         try:
-            content = path.read_text("utf-8")
+            content = read_text(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; the tokenizer belongs beside the weights") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, NotTextError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); download it again") from error
         try:
             return cls(tokenizers.Tokenizer.from_str(content))
-        except Exception as error:  # the library raises nothing more specific
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing more specific, and a panic of its is no Exception
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"{path}: not a tokenizer that tokenizers {tokenizers.__version__} can read ({reason}); "
@@ -131,7 +135,7 @@ class Tokenizer:
 
         Raises CheckpointError if the text has a token that the model has not.
         """
-        ids = self._known(self.encode(text), config)
+        ids = self.known(self.encode(text), config)
         return [config.bos_token_id, *ids] if config.family == "opt" else [*ids, config.eos_token_id]
 
     def answer_ids(self, text: str, config: LanguageConfig) -> list[int]:
@@ -140,7 +144,7 @@ class Tokenizer:
         OPT goes on after "Answer:" with a space that belongs to the first word. Raises as `prompt_ids` does.
         """
         ids = self.encode(f" {text}" if config.family == "opt" else text)
-        return [*self._known(ids, config), config.eos_token_id]
+        return [*self.known(ids, config), config.eos_token_id]
 
     def matching_ids(self, text: str, max_tokens: int, *, truncate: bool = False) -> list[int]:
         """A text for the Q-Former: ``[CLS] ids [SEP]``, at most ``max_tokens`` in all.
@@ -154,7 +158,8 @@ class Tokenizer:
             )
         return [self.token_id("[CLS]"), *ids[: max_tokens - 2], self.token_id("[SEP]")]
 
-    def _known(self, ids: list[int], config: LanguageConfig) -> list[int]:
+    def known(self, ids: list[int], config: LanguageConfig | QFormerConfig) -> list[int]:
+        """The ids. Raises CheckpointError if the model's table has no row for one of them."""
         if ids and max(ids) >= config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer gives token {max(ids)}, the model has only {config.vocab_size}; "
@@ -196,9 +201,9 @@ class TextStream:
 
 
 def clean(text: str) -> str:
-    """One line: no white space at either end, single spaces within. OptionError for what is no text."""
+    """One line: no white space at either end, single spaces within. Raises OptionError for what is no text."""
     if not isinstance(text, str):
-        raise OptionError(f"a text is wanted where {type(text).__name__} stands; give pictures first, then texts")
+        raise OptionError(f"{reprlib.repr(text)} is no text (a {type(text).__name__}); give a text, or a list of texts")
     return " ".join(text.split())
 
 

@@ -33,6 +33,40 @@ def test_public_names():
         _ = blip2.Blip3
 
 
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda blip, picture: blip.ask(picture, None), "None is no text"),
+        (lambda blip, picture: blip.ask(picture, b"is it?"), "b'is it\\?' is no text"),
+        (lambda blip, picture: blip.ask(picture, "how many?", choices=[1, 2]), "1 is no text"),
+        (lambda blip, picture: blip.ask(picture, "is it?", choices="yes"), "the choices are one text"),
+        (lambda blip, picture: blip.caption(picture, prompt=3), "3 is no text"),
+        (lambda blip, picture: blip.caption(picture, stop={"and"}), "stop is {'and'}"),
+        (lambda blip, picture: blip.caption(picture, batch_size="3"), "batch_size=3 is not possible"),
+    ],
+)
+def test_what_is_no_text_is_said(opt_model, pictures, call, problem):
+    with pytest.raises(OptionError, match=problem):
+        call(blip2.load(opt_model), pictures[0])
+
+
+@pytest.mark.parametrize(("labels", "problem"), [("cat", "are one text"), ([3], "3 is no text"), (None, "no text")])
+def test_labels_are_a_list(matching_model, pictures, labels, problem):
+    with pytest.raises(OptionError, match=problem):
+        blip2.load(matching_model).classify(pictures[0], labels)
+
+
+def test_lists_tuples_and_numpy_do_as_well(opt_model, pictures):
+    blip = blip2.load(opt_model)
+    plain = blip.caption(pictures[0], num_beams=3, max_new_tokens=8)
+    assert plain
+    for stop in ([plain[2:4]], (plain[2:4],), plain[2:4]):
+        found = blip.caption(pictures[0], num_beams=np.int64(3), max_new_tokens=8, stop=stop)
+        assert plain[2:4] not in found
+    as_list, as_tuple = (blip.ask(pictures[0], "is it?", choices=kind(("yes", "no"))) for kind in (list, tuple))
+    assert as_list == as_tuple
+
+
 def test_options_are_those_of_the_engine():
     assert list(Options.__annotations__) == [field.name for field in dataclasses.fields(GenerateOptions)]
     assert get_type_hints(Options) == get_type_hints(GenerateOptions)

@@ -197,7 +197,7 @@ def test_a_divided_model_needs_accelerate_before_anything_is_read(folder, monkey
     model = checkpoint.load(folder)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read in vain"))
-    with pytest.raises(OptionError, match=r"pip install 'blip2\[split\]'"):
+    with pytest.raises(OptionError, match=r"pip install .*\[split\]"):
         placement.load(folder, divided(model, lambda name: name == "vision", "cpu", "cpu:0"))
 
 

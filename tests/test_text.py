@@ -101,6 +101,9 @@ def test_broken_tokenizer(tmp_path, content):
 def test_saved_and_read(tmp_path):
     tiny.opt_tokenizer().save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.from_folder(tmp_path).encode("two dogs") == OPT.encode("two dogs")
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(path.read_text("utf-8").encode("utf-8-sig"))  # saved again by an editor
+    assert Tokenizer.from_folder(tmp_path).encode("two dogs") == OPT.encode("two dogs")
 
 
 # ---- streams ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from blip2 import checkpoint, placement
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 from blip2.image import MAX_PIXELS, Reading
 from blip2.model import Blip2
 from blip2.text import Tokenizer
@@ -61,10 +61,12 @@ def load(
     chosen = checkpoint.quantization(quantize, vision=quantize_vision)
     where = device if device == "auto" else str(find_device(device))
     folder = checkpoint.resolve(name, revision=revision)
+    # What is wrong with the small files is told before the large ones are read.
+    config = checkpoint.read_config(folder)
+    tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder, config)
     plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
     model = placement.load(folder, plan, quantize=chosen)
     called = str(name) if name is not None else "miniature"
-    tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder)
     if isinstance(model, Blip2):
         return Pipeline(model, tokenizer, settings, name=called, reading=reading)
     return Matcher(model, tokenizer, settings, name=called, reading=reading)
@@ -77,9 +79,11 @@ def find_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise OptionError(f"device {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N") from None
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].partition("Expected one of")[0].rstrip(".") or "there is no such kind"
+        raise OptionError(
+            f"{option('device')} {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N"
+        ) from None
     return found
 
 
@@ -88,5 +92,5 @@ def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise OptionError(f"dtype {dtype!r} is not a precision for this model; use {', '.join(DTYPES)}")
+        raise OptionError(f"{option('dtype')} {dtype!r} is not a precision for this model; use {', '.join(DTYPES)}")
     return DTYPES[dtype]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from blip2.api.pipeline import Options, is_list, listed
 from blip2.checkpoint import ImageSettings, damage
-from blip2.errors import ImageError, OptionError
+from blip2.errors import ImageError, OptionError, option
 from blip2.generation import Engine
 from blip2.image import DEFAULT_READING, Reading, Source
 from blip2.model import Blip2Matcher, identity
 from blip2.tasks.defaults import BATCH_SIZE, CAPTION, merged
 from blip2.tasks.explain import Explanation, explain_match, sight
-from blip2.tasks.match import ImageFeatures, Match, Matches, Reader
+from blip2.tasks.match import ImageFeatures, Match, Matches, Reader, check_text
 from blip2.tasks.see import Eye, OnError, Seen, checked, raising
 from blip2.tasks.speaker import pairs
 from blip2.tasks.write import QFormerWriter
@@ -158,12 +158,16 @@ class Matcher:
     ) -> Generator[list[Match] | ImageError, None, None]:
         """As `classify`, but one after the other as their batches are done."""
         if top < 1:
-            raise OptionError(f"top is {top}, which leaves nothing to tell; use 1 or more")
-        if "{}" not in template:
-            raise OptionError(f"template is {template!r}, which has no place for the label; write {{}} there")
+            raise OptionError(f"{option('top')} is {top}, which leaves nothing to tell; use 1 or more")
         if isinstance(labels, str) or not isinstance(labels, Iterable):
             raise OptionError(f"the labels are {labels!r}; give a list of texts, such as ['cat', 'dog']")
+        if not isinstance(template, str) or "{}" not in template:
+            raise OptionError(
+                f"{option('template')} is {template!r}, which has no place for the label; write {{}} there"
+            )
         labels = list(labels)
+        for label in labels:
+            check_text(label)
         texts = [template.replace("{}", clean(label)) for label in labels]
         ids = self.reader.ids(texts)
         texts_ME = self.reader.embed_texts(ids, batch_size)

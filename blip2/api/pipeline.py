@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip2.checkpoint import ImageSettings, damage
 from blip2.encoded import EncodedImage
-from blip2.errors import ImageError, OptionError
+from blip2.errors import ImageError, OptionError, option
 from blip2.generation import Engine
 from blip2.image import DEFAULT_READING, Reading, Source
 from blip2.model import Blip2
@@ -44,7 +44,7 @@ class Options(TypedDict, total=False):
     typical_p: float
     repetition_penalty: float
     no_repeat_ngram_size: int
-    stop: tuple[str, ...]
+    stop: tuple[str, ...] | list[str] | str
     seed: int | None
 
 
@@ -172,7 +172,8 @@ class Pipeline:
             found = self.each_answer(images, questions, on_error=on_error, batch_size=batch_size, **options)
             texts = [_texts(answers) for answers in found]
         elif options:
-            raise OptionError(f"{next(iter(options))} means nothing with choices: no answer is written; leave it out")
+            unused = option(next(iter(options)))
+            raise OptionError(f"{unused} means nothing with choices: no answer is written; leave it out")
         else:
             ranked = self.each_ranking(images, questions, choices, on_error=on_error, batch_size=batch_size)
             texts = [row if isinstance(row, ImageError) else row[0].text for row in ranked]

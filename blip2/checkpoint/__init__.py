@@ -3,9 +3,10 @@
 from blip2.checkpoint.damage import damage, why_not_finite
 from blip2.checkpoint.load import load
 from blip2.checkpoint.names import BUNDLED, resolve
+from blip2.checkpoint.preprocessor import ImageSettings, image_settings
 from blip2.checkpoint.quantize import Quantization, quantization
 from blip2.checkpoint.save import save
-from blip2.checkpoint.settings import ImageSettings, image_settings, read_config
+from blip2.checkpoint.settings import read_config
 
 __all__ = [
     "BUNDLED", "ImageSettings", "Quantization", "damage", "image_settings", "load", "quantization", "read_config",

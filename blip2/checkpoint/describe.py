@@ -166,7 +166,7 @@ def find(name: str | None, revision: str | None = None) -> Path | None:
         return resolve(name, revision=revision, local_files_only=True)
     from blip2.checkpoint import hub  # slow to import
 
-    return hub.whole(name, revision) or (None if revision else hub.whole(name, hub.NEWEST))
+    return hub.whole(name, revision) or (None if revision else hub.another(name))
 
 
 def cache_folder() -> Path:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from blip2.checkpoint.settings import read_json
 from blip2.errors import CheckpointError
 
+LENGTH_BYTES = 8
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of weights is there as long as its header says; what is in it is not read."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            size = file.seek(0, os.SEEK_END)
+            if LENGTH_BYTES + header_bytes > size:
+                return False
+            file.seek(LENGTH_BYTES)
+            entries = json.loads(file.read(header_bytes))
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        return size == LENGTH_BYTES + header_bytes + max(ends, default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def weight_files(folder: Path) -> list[str]:

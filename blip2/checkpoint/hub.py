@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import (
@@ -36,14 +37,23 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
-from blip2.checkpoint.files import weight_files
+from blip2.checkpoint.files import is_whole, weight_files
+from blip2.checkpoint.names import nearest
+from blip2.checkpoint.settings import read_json
 from blip2.config import PUBLISHED
 from blip2.disk import replace
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, setting
 
 SMALL_FILES = ("*.json", "*.txt", "tokenizer*", "spiece.model")  # never the pickled twins, .bin, .pth, .msgpack
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 NEWEST = "main"
 TIMEOUT_S = 10
+logger = logging.getLogger("blip2")  # where nobody set up logging, a warning is a line on standard error
+
+
+class NoNetworkError(CheckpointError):
+    """The hub was not reached."""
 
 
 def is_offline() -> bool:
@@ -57,21 +67,57 @@ def whole(name: str, revision: str | None = None) -> Path | None:
     return folder if folder is not None and not _missing(folder) else None
 
 
+def another(name: str) -> Path | None:
+    """A whole folder at another commit than the pinned one: the newest that is in the cache."""
+    if (folder := whole(name, NEWEST)) is not None:
+        return folder
+    found = []
+    for folder in _all(name):
+        with suppress(CheckpointError):  # one that is damaged
+            found += [] if _missing(folder) else [folder]
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
 def cached(name: str, revision: str | None = None) -> Path:
     """The same where there is no network: `CheckpointError` says what is missing and how to come by it.
 
-    If no revision is asked for and the pinned one is not there, the newest that is will do.
+    If no revision is asked for and the pinned one is not there, another that is will do, and a line says so.
     """
-    wanted = [revision] if revision is not None else [_pinned(name), NEWEST]
-    for each in wanted:
-        if (folder := whole(name, each)) is not None:
-            return folder
-    how = "load it once with a network and without HF_HUB_OFFLINE, or give the folder of a model"
-    for each in wanted:
-        if (folder := _snapshot(name, each)) is not None:
-            raise CheckpointError(f"{name}: {', '.join(_missing(folder))} is not yet in the cache; {how}")
+    wanted = revision or _pinned(name)
+    if (folder := whole(name, wanted)) is not None:
+        return folder
+    if revision is None and (folder := another(name)) is not None:
+        return _instead(name, folder)
+    how = f"{nearest(name)}load it once with a network and without HF_HUB_OFFLINE, or give the folder of a model"
+    there = [_snapshot(name, wanted)] if revision else [_snapshot(name, wanted), _snapshot(name, NEWEST), *_all(name)]
+    if (folder := next(filter(None, there), None)) is not None:
+        raise CheckpointError(f"{name}: {', '.join(_missing(folder))} is not yet in the cache; {how}")
     at = f" in revision {revision}" if revision is not None else ""
     raise CheckpointError(f"{name}: is neither a folder nor in the cache{at}; {how}")
+
+
+def found(name: str, revision: str | None = None) -> Path:
+    """The folder of a repository: from the cache if it is whole there, else fetched.
+
+    Without a network another commit that is in the cache does for the pinned one, and a line says so. Raises as `pull`.
+    """
+    if (folder := whole(name, revision)) is not None:
+        return folder
+    try:
+        return pull(name, revision)
+    except NoNetworkError:
+        if revision is None and (folder := another(name)) is not None:
+            return _instead(name, folder)
+        raise
+
+
+def _instead(name: str, folder: Path) -> Path:
+    """Say that this commit stands in for the one that is wanted."""
+    logger.warning(
+        "%s: the hub is not reached, and the wanted commit %s is not in the cache; using commit %s, which is",
+        name, _pinned(name), folder.name,
+    )  # fmt: skip
+    return folder
 
 
 def pull(name: str, revision: str | None = None) -> Path:
@@ -87,11 +133,12 @@ def pull(name: str, revision: str | None = None) -> Path:
     folder = _snapshot(name, revision)
     if folder is not None and folder.name == revision and not _missing(folder):
         return folder
-    with _explained(name, revision):
+    with _explained(name, revision, is_first=True):
         HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)  # without five tries where there is no network
+    with _explained(name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES)))
         for file in weight_files(folder):
-            if not (folder / file).exists():
+            if not is_whole(folder / file):
                 _fetch(name, file, commit=folder.name)
     return folder
 
@@ -103,15 +150,27 @@ def _pinned(name: str) -> str:
 def _snapshot(name: str, revision: str) -> Path | None:
     """Where the cache has this revision, whole or in part."""
     try:
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        config = try_to_load_from_cache(name, CONFIG, revision=revision)
     except HFValidationError as error:
         raise CheckpointError(f"{name}: is no name of a repository ({_first_line(error)}); check it") from None
     return Path(config).parent if isinstance(config, str) else None
 
 
+def _all(name: str) -> list[Path]:
+    """Every commit that the cache has, whole or in part."""
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    return [folder for folder in sorted(snapshots.glob("*")) if (folder / CONFIG).exists()]
+
+
 def _missing(folder: Path) -> list[str]:
-    """The files of weights that are not there; the small files are always fetched before the first of them."""
-    return [file for file in weight_files(folder) if not (folder / file).exists()]
+    """The files that are not there, or cut: another program may have fetched them in any order, or only some."""
+    missing = [file for file in weight_files(folder) if not is_whole(folder / file)]
+    if read_json(folder / CONFIG).get("model_type") == "blip-2":  # a language model by itself needs nothing else here
+        newer = folder / PROCESSOR
+        has_settings = newer.exists() and "image_processor" in read_json(newer)
+        small = [TOKENIZER] if has_settings else [TOKENIZER, PREPROCESSOR]
+        missing += [file for file in small if not (folder / file).exists()]
+    return missing
 
 
 def _fetch(name: str, file: str, *, commit: str) -> None:
@@ -127,7 +186,7 @@ def _fetch(name: str, file: str, *, commit: str) -> None:
     for path in (blob, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if not blob.exists():
+        if not is_whole(blob):
             part = blob.with_name(f"{metadata.etag}.part")
             with part.open("ab") as stream:
                 remaining = metadata.size - stream.tell()
@@ -143,6 +202,9 @@ def _fetch(name: str, file: str, *, commit: str) -> None:
                 )
             _check(part, file, metadata.etag)
             replace([(part, blob)])
+    placed = cache / repository / "snapshots" / commit / file
+    if not is_whole(placed):  # a copy that was cut, where the system has no links
+        placed.unlink(missing_ok=True)
     hf_hub_download(name, file, revision=commit)  # finds the blob, and links it into the snapshot
 
 
@@ -158,23 +220,27 @@ def _check(path: Path, file: str, etag: str) -> None:
 
 
 @contextmanager
-def _explained(name: str, revision: str) -> Iterator[None]:
+def _explained(name: str, revision: str, *, is_first: bool = False) -> Iterator[None]:
     """Whatever the hub's client raises, as one line that says what to do."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{name}: {_reason(error, name, revision)}") from None
+        # At the first question, whatever is no answer means that the hub is not reached.
+        is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        kind = NoNetworkError if is_first and not is_answer else CheckpointError
+        raise kind(f"{name}: {_reason(error, name, revision)}") from None
 
 
 def _reason(error: Exception, name: str, revision: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"asks for permission; accept its conditions at https://huggingface.co/{name} and run: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
-        return "is neither a folder nor on the hub; check the name, or if it is private run: hf auth login"
+        private = "or if it is private run: hf auth login"
+        return f"is neither a folder nor on the hub; {nearest(name)}check the name, {private}"
     if isinstance(error, RevisionNotFoundError):
-        return f'the hub has no revision {revision}; ask for another, such as revision="{NEWEST}"'
+        return f"the hub has no revision {revision}; {setting('revision', NEWEST)}, or another that there is"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return f"has no safetensors weights in revision {revision}, and pickled ones are not read; convert them"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -27,12 +27,14 @@ from blip2.checkpoint.lavis_keys import POSITIONS, POST_NORM, family_of, to_auth
 from blip2.checkpoint.load import empty_model, named_tensors
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.pickled import unpickled
+from blip2.checkpoint.preprocessor import image_settings, preprocessor_json
 from blip2.checkpoint.reader import find_tensors
 from blip2.checkpoint.save import write_model
-from blip2.checkpoint.settings import config_json, image_settings, preprocessor_json, read_config, read_quantization
+from blip2.checkpoint.settings import config_json, read_config, read_quantization
 from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
 from blip2.disk import written
 from blip2.errors import CheckpointError
+from blip2.plaintext import read_text
 
 Config = Blip2Config | MatcherConfig
 Progress = Callable[[int, int], None]
@@ -281,7 +283,7 @@ def _resized(positions_1PD: Tensor, length: int, *, align_corners: bool) -> Tens
 def _companions(like_folder: Path, like: Config, config: Config) -> dict[str, str]:
     """The small files that stand beside the weights, config.json the last."""
     texts = {
-        file.name: file.read_text(encoding="utf-8")
+        file.name: read_text(file)
         for file in sorted(like_folder.iterdir())
         if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json")
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
 
 from blip2.config import PUBLISHED
@@ -16,12 +18,15 @@ def resolve(name: str | Path | None = None, *, revision: str | None = None, loca
 
     A name that is no folder is taken for a hub repository: from the local cache if it is whole there, else fetched
     (`hub.pull`), unless ``local_files_only`` or HF_HUB_OFFLINE=1 forbid it. ``revision`` is a branch, a tag or a
-    commit; by default the commit that `PUBLISHED` names for a published model, and the newest of any other.
+    commit; by default the commit that `PUBLISHED` names for a published model, and the newest of any other. Where that
+    is not in the cache and the hub is not reached, another commit that is there does, and a line of the log says so.
 
     Raises `CheckpointError` that says what was looked for and what to do.
     """
     if name is None:
         name = "miniature"
+    if not isinstance(name, str | os.PathLike):
+        raise CheckpointError(f"{name!r} is no name of a model; give a folder, or one such as {next(iter(PUBLISHED))}")
     path = Path(name).expanduser()
     if revision is not None and (str(name) in BUNDLED or path.is_dir()):
         raise CheckpointError(f"{name}: is here as it is and has no revision {revision}; leave it out")
@@ -35,14 +40,20 @@ def resolve(name: str | Path | None = None, *, revision: str | None = None, loca
         raise CheckpointError(f"{name}: is a file; give the folder that holds config.json and the weights")
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{name}: no such folder; give the folder of a model, a hub name such as {next(iter(PUBLISHED))}, "
-            f"or one of {', '.join(BUNDLED)}"
+            f"{name}: no such folder; {nearest(name)}give the folder of a model, a hub name such as "
+            f"{next(iter(PUBLISHED))}, or one of {', '.join(BUNDLED)}"
         )
     from blip2.checkpoint import hub  # slow to import, and not needed for a folder
 
     if local_files_only or hub.is_offline():
         return hub.cached(str(name), revision)
-    return hub.whole(str(name), revision) or hub.pull(str(name), revision)
+    return hub.found(str(name), revision)
+
+
+def nearest(name: str | Path) -> str:
+    """The name that was meant, perhaps, as the beginning of what to do instead; or nothing."""
+    near = difflib.get_close_matches(str(name), [*BUNDLED, *PUBLISHED], n=1, cutoff=0.8)
+    return f"did you mean {near[0]}? Or " if near and near[0] != name else ""
 
 
 def pull(name: str, *, revision: str | None = None) -> Path:

@@ -8,7 +8,7 @@ import torch
 
 from blip2.checkpoint.quantize import Quantization
 from blip2.config import Blip2Config, MatcherConfig
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 
 LARGE = 500_000_000
 """From so many parameters on, a CPU with bfloat16 arithmetic gains by it; below, conversions cost what it saves."""
@@ -61,7 +61,7 @@ def choose_precision(
     elif dtype not in DTYPES:
         raise OptionError(f"dtype {dtype} is not a precision for this model; use float32, bfloat16 or float16")
     elif dtype == torch.float16 and is_cpu:
-        raise OptionError("float16 is not for the CPU; use bfloat16 or float32")
+        raise OptionError(f"{option('dtype')} float16 is not for the CPU; use bfloat16 or float32")
     else:
         reason = f"{_name(dtype)} as asked for"
     language = dtype

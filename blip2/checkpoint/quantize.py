@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from blip2.checkpoint.settings import read_quantization
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option, setting
 from blip2.language import OPT
 from blip2.model import Blip2
 from blip2.quantized import BITS, GROUP_SIZES, QuantizedLinear
@@ -35,9 +35,10 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise OptionError(f"bits is {self.bits}; weights are quantised to 8 or 4 bits")
+            raise OptionError(f"{option('bits')} is {self.bits}; weights are quantised to 8 or 4 bits")
         if self.group_size not in GROUP_SIZES:
-            raise OptionError(f"group_size is {self.group_size}; use one of {', '.join(map(str, GROUP_SIZES))}")
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise OptionError(f"{option('group_size')} is {self.group_size}; use one of {sizes}")
         if not self.parts or set(self.parts) - set(PARTS):
             raise OptionError(f"parts is {', '.join(self.parts) or 'empty'}; use {' or '.join(PARTS)}")
 
@@ -49,10 +50,13 @@ def quantization(kind: str | None, *, vision: bool = False, group_size: int = 64
     """From words: None, "int8" or "int4"; ``vision``: the image encoder as well."""
     if kind is None:
         if vision:
-            raise OptionError("quantize_vision is set without quantize; say int8 or int4")
+            raise OptionError(
+                f"{option('quantize_vision')} is set without {option('quantize')}; {setting('quantize', 'int8')}, or "
+                "int4"
+            )
         return None
     if kind not in KINDS:
-        raise OptionError(f"quantize is {kind!r}; use {' or '.join(KINDS)}")
+        raise OptionError(f"{option('quantize')} is {kind!r}; use {' or '.join(KINDS)}")
     return Quantization(KINDS[kind], group_size, PARTS if vision else PARTS[:1])
 
 

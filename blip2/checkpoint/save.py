@@ -20,12 +20,14 @@ from torch import Tensor
 
 from blip2.checkpoint.files import INDEX, WEIGHTS
 from blip2.checkpoint.load import named_tensors
+from blip2.checkpoint.preprocessor import ImageSettings, preprocessor_json
 from blip2.checkpoint.quantize import CODES, SCALES, quantization_of
-from blip2.checkpoint.settings import ImageSettings, config_json, preprocessor_json
+from blip2.checkpoint.settings import config_json
 from blip2.config import Blip2Config, OPTConfig
 from blip2.disk import replace
 from blip2.errors import CheckpointError
 from blip2.model import Blip2, Blip2Matcher
+from blip2.plaintext import read_text
 
 MAX_SHARD_SIZE_BYTES = 5 * 10**9
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.part)?")
@@ -131,7 +133,7 @@ def _texts(
     """The small files and what is in them, config.json last."""
     texts = {}
     if tokenizer is not None:
-        texts["tokenizer.json"] = tokenizer.read_text(encoding="utf-8") if isinstance(tokenizer, Path) else tokenizer
+        texts["tokenizer.json"] = read_text(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         texts["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
     texts["preprocessor_config.json"] = _json(preprocessor_json(ImageSettings(model.config.vision.image_size)))
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.config.qformer.num_query_tokens}

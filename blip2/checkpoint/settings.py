@@ -7,13 +7,18 @@ revisions write only what differs from them.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import reprlib
 from pathlib import Path
 from typing import Any
 
+from blip2.checkpoint.bounds import (
+    AGAIN,
+    BOUNDS,
+    MOST_TOKENS,
+    check_token,
+    check_value,
+)
 from blip2.config import (
-    CLIP_MEAN,
-    CLIP_STD,
     Blip2Config,
     LanguageConfig,
     MatcherConfig,
@@ -23,6 +28,8 @@ from blip2.config import (
     VisionConfig,
 )
 from blip2.errors import CheckpointError
+from blip2.plaintext import read_text
+from blip2.quantized import GROUP_SIZES
 
 Fields = tuple[tuple[str, str, Any], ...]
 Fixed = tuple[tuple[str, tuple[Any, ...], Any], ...]
@@ -98,23 +105,15 @@ QUANTIZED_BITS = (4, 8)
 QUANTIZED_PARTS = ("language", "vision")
 
 
-@dataclass(frozen=True)
-class ImageSettings:
-    """How pictures become pixels: ``size`` (side, pixels), ``mean`` and ``std`` per channel."""
-
-    size: int = 224
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `CheckpointError` that names it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: there is no {path.name}; is it the folder of a model?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); fetch the file again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cannot be read ({reason}); fetch the file again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: is not a JSON object; fetch the file again")
     return content
@@ -126,7 +125,8 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
     content = read_json(path)
     if content.get("model_type") != "blip-2":
         raise CheckpointError(
-            f"{path}: model_type is {content.get('model_type')!r}, not 'blip-2'; this is another kind of model"
+            f"{path}: model_type is {reprlib.repr(content.get('model_type'))}, not 'blip-2'; this is another kind of "
+            "model"
         )
     read_quantization(folder)
     try:
@@ -151,12 +151,12 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
             "load the model as it was published and quantise it here"
         )
     bits, group_size, parts = (content.get(key) for key in ("bits", "group_size", "parts"))
-    is_whole = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
+    is_sized = isinstance(bits, int) and isinstance(group_size, int) and group_size in GROUP_SIZES
     is_known = isinstance(parts, list) and bool(parts) and all(part in QUANTIZED_PARTS for part in parts)
-    if bits not in QUANTIZED_BITS or not is_whole or not is_known:
+    if bits not in QUANTIZED_BITS or not is_sized or not is_known:
         raise CheckpointError(
-            f"{path}: quantization_config is {json.dumps(content)}; it needs bits (4 or 8), group_size (above 0) and "
-            f"parts (of {', '.join(QUANTIZED_PARTS)}); quantise the model again"
+            f"{path}: quantization_config is {reprlib.repr(content)}; it needs bits (4 or 8), group_size (32, 64 or "
+            f"128) and parts (of {', '.join(QUANTIZED_PARTS)}); quantise the model again"
         )
     return dict(content)
 
@@ -164,25 +164,39 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
 def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
     """The configuration in the content of a config.json; ValueError for what this package does not build."""
     vision = VisionConfig(**_read(_section(content, "vision_config"), "vision_config", VISION))
+    if vision.patch_size > vision.image_size:
+        raise ValueError(
+            f"patch_size is {vision.patch_size} in vision_config, more than image_size, which is {vision.image_size}; "
+            f"{AGAIN}"
+        )
     fields = _section(content, "qformer_config")
     if "qformer_text_input" in fields:  # the key's name before transformers 4.46
         fields.setdefault("use_qformer_text_input", fields["qformer_text_input"])
     qformer = QFormerConfig(
-        num_query_tokens=content.get("num_query_tokens", 32),
+        num_query_tokens=_top(content, "num_query_tokens", "num_query_tokens", 32),
         encoder_hidden_size=vision.hidden_size,  # whatever the file says, as the reference has it
         **_read(fields, "qformer_config", QFORMER),
     )
     image_token_id = content.get("image_token_index", content.get("image_token_id"))
-    if "Blip2ForImageTextRetrieval" in (content.get("architectures") or ()):
+    architectures = content.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"architectures is {reprlib.repr(architectures)}; it should be a list of names; {AGAIN}")
+    if "Blip2ForImageTextRetrieval" in architectures:
+        if image_token_id is not None:  # a published one is beyond the table: it never reaches it
+            check_token("image_token_index", image_token_id, MOST_TOKENS, "config.json")
+        bos_token_id = content.get("qformer_bos_token_id", qformer.vocab_size - 1)
+        check_token("qformer_bos_token_id", bos_token_id, qformer.vocab_size, "config.json")
         return MatcherConfig(
             vision=vision,
             qformer=qformer,
-            projection_size=content.get("image_text_hidden_size", 256),
-            bos_token_id=content.get("qformer_bos_token_id", qformer.vocab_size - 1),
-            has_lm_head=content.get("has_qformer_lm_head", False),
+            projection_size=_top(content, "image_text_hidden_size", "projection_size", 256),
+            bos_token_id=bos_token_id,
+            has_lm_head=_top(content, "has_qformer_lm_head", "has_lm_head", False),
             image_token_id=image_token_id,
         )
     language = _parse_language(_section(content, "text_config"))
+    if image_token_id is not None:
+        check_token("image_token_index", image_token_id, language.vocab_size, "config.json")
     return Blip2Config(vision=vision, qformer=qformer, language=language, image_token_id=image_token_id)
 
 
@@ -192,8 +206,8 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
         config = OPTConfig(**_read(text, "opt", OPT))
         if text.get("word_embed_proj_dim") not in (None, config.hidden_size):
             raise ValueError(
-                f"word_embed_proj_dim is {text['word_embed_proj_dim']}, hidden_size {config.hidden_size}; "
-                "an OPT whose embeddings are projected is not one that this package builds"
+                f"word_embed_proj_dim is {reprlib.repr(text['word_embed_proj_dim'])}, hidden_size "
+                f"{config.hidden_size}; an OPT whose embeddings are projected is not one that this package builds"
             )
         return config
     if family == "t5":
@@ -203,7 +217,13 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
                 "has; if it is a Flan-T5, set tie_word_embeddings to false"
             )
         return T5Config(**_read({"num_decoder_layers": text.get("num_layers", 6)} | text, "t5", T5))
-    raise ValueError(f"the language model is of family {family!r}; this package knows 'opt' and 't5'")
+    raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows 'opt' and 't5'")
+
+
+def _top(content: dict[str, Any], theirs: str, ours: str, default: Any) -> Any:
+    """A value that stands in no section."""
+    value = content.get(theirs)
+    return check_value(theirs, default if value is None else value, default, "config.json", BOUNDS.get(ours))
 
 
 def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -219,15 +239,22 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
     for theirs, known, default in FIXED[kind]:
         if section.get(theirs, default) not in known:
             raise ValueError(
-                f"{theirs} is {section.get(theirs, default)!r} in {kind}; this package builds only "
+                f"{theirs} is {reprlib.repr(section.get(theirs, default))} in {kind}; this package builds only "
                 f"{' or '.join(repr(value) for value in known)}"
             )
-    values = {}
+    values: dict[str, Any] = {}
     for ours, theirs, default in fields:
         value = section.get(theirs, default)
-        if isinstance(value, str) != isinstance(default, str) or not isinstance(value, str | int | float):
-            raise ValueError(f"{theirs} is {value!r} in {kind}; it should be something like {default!r}")
+        if ours.endswith("_token_id"):  # these stand below the size of the vocabulary
+            check_token(theirs, value, values["vocab_size"], kind)
+        else:
+            check_value(theirs, value, default, kind, BOUNDS.get(ours))
         values[ours] = value
+    if "head_size" not in values and values["hidden_size"] % values["num_heads"]:
+        raise ValueError(
+            f"num_attention_heads is {values['num_heads']} in {kind}, and does not divide hidden_size, which is "
+            f"{values['hidden_size']}; {AGAIN}"
+        )
     return values
 
 
@@ -272,32 +299,4 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
         "architectures": ["Blip2ForConditionalGeneration"],
         "use_decoder_only_language_model": is_opt,
         "text_config": text,
-    }
-
-
-def image_settings(folder: Path) -> ImageSettings:
-    """The image settings of the model in a folder, from ``preprocessor_config.json`` or where newer ones keep it."""
-    path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
-    together = read_json(newer).get("image_processor") if newer.exists() and not path.exists() else None
-    content = together if isinstance(together, dict) else read_json(path)
-    size = content.get("size", 224)
-    if isinstance(size, dict):
-        size = size.get("height", size.get("shortest_edge", 224))
-    mean, std = content.get("image_mean", CLIP_MEAN), content.get("image_std", CLIP_STD)
-    return ImageSettings(size=size, mean=tuple(mean), std=tuple(std))
-
-
-def preprocessor_json(settings: ImageSettings) -> dict[str, Any]:
-    """``preprocessor_config.json``: a square resize (bicubic, no crop), 0 to 1, CLIP's mean and deviation."""
-    return {
-        "image_processor_type": "BlipImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": settings.size, "width": settings.size},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(settings.mean),
-        "image_std": list(settings.std),
     }

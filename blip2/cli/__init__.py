@@ -6,6 +6,7 @@ Errors are one line on standard error, and never a traceback unless ``--debug`` 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from blip2 import __version__
-from blip2.errors import Blip2Error, ImageError, OptionError
+from blip2.errors import Blip2Error, OptionError, in_python
 
 COMMANDS = {
     "caption": "Describe pictures in words.",
@@ -36,35 +37,6 @@ COMMANDS = {
     "doctor": "Check this installation and this machine.",
 }
 """Each verb is the `command` of the file of its name; the words are its help in the list of verbs."""
-
-FLAGS = {
-    "sample=True": "--sample",
-    "sample": "--sample",
-    "num_return": "--num-captions",
-    "num_beams": "--beams",
-    "no_repeat_ngram_size": "--no-repeat-ngram",
-    "quantize": "--quantize",
-    "top": "--top",
-    "template": "--template",
-    "k": "-k",
-    "rerank": "--rerank",
-    "threshold": "--duplicates",
-    "deadline_s": "--deadline",
-    "body_s": "--body-timeout",
-    "shutdown_s": "--shutdown-timeout",
-    "replicas": "--replicas",
-    **{
-        name: f"--{name.replace('_', '-')}"
-        for name in (
-            "max_new_tokens", "min_new_tokens", "length_penalty", "temperature", "top_k", "top_p",
-            "repetition_penalty", "stop", "seed", "batch_size", "quantize_vision",
-            "max_body_bytes", "max_pixels", "max_images", "max_texts", "max_prompt_tokens", "max_queue", "max_rows",
-            "cache_entries", "cache_bytes",
-        )
-    },
-}  # fmt: skip
-"""What an option of the Python interface is called here."""
-
 
 class Failure(click.ClickException):
     """One line on standard error, and an exit code."""
@@ -87,6 +59,16 @@ class Cli(click.Group):
         if name not in COMMANDS:
             return None
         return importlib.import_module(f"blip2.cli.{name}").command
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name.lower(), [*COMMANDS, "--help"], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            context.fail(f"No such command {name!r}; {hint}")
+        return super().resolve_command(context, arguments)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -119,27 +101,39 @@ class Cli(click.Group):
         except Exception as error:
             if context.meta.get("debug"):
                 raise
-            raise _failure(error) from error
+            verb = context.invoked_subcommand
+            raise _failure(error, self.get_command(context, verb) if verb else None) from error
 
 
-def _failure(error: Exception) -> Failure:
-    if isinstance(error, OptionError):
-        return Failure(in_flags(str(error)), 2)
+def _failure(error: Exception, verb: click.Command | None) -> Failure:
     if isinstance(error, Blip2Error):
-        return Failure(of_picture(str(error)) if isinstance(error, ImageError) else str(error))
+        return Failure(of_picture(in_flags(error, verb)), 2 if isinstance(error, OptionError) else 1)
     what = " ".join(str(error).split())
     what = f"{type(error).__name__}: {what}" if what else type(error).__name__
     return Failure(f"{what} (this should not happen; add --debug to see where)")
 
 
-def in_flags(message: str) -> str:
-    """An error of the Python interface in the words of the command line: "num_beams is 0" -> "--beams is 0"."""
-    first, space, rest = message.partition(" ")
-    message = FLAGS.get(first, first) + space + rest
-    for name, flag in FLAGS.items():
-        if "_" in name or "=" in name:  # the others may be words of the sentence
-            message = message.replace(name, flag)
-    return message
+def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
+    """An error in the words of the command line: "num_beams is 0" -> "--beams is 0".
+
+    The flags are those of the verb: each of its parameters is named as in the interface for Python.
+    """
+    flags = {
+        parameter.name: max(parameter.opts, key=len)
+        for parameter in (verb.params if verb is not None else ())
+        if isinstance(parameter, click.Option)
+    }
+
+    def spelled(name: str, value: str | None) -> str:
+        if (flag := flags.get(name)) is None:
+            return in_python(name, value)
+        if value is None:
+            return flag
+        if value in ("False", "None"):
+            return f"leave out {flag}"
+        return f"set {flag}" if value == "True" else f"give {flag} {value.strip(chr(39))}"
+
+    return error.told(spelled)
 
 
 def of_picture(message: str) -> str:

@@ -11,7 +11,8 @@ import click
 from blip2.cli import in_flags, of_picture
 from blip2.cli.options import DECODING, MODEL, given, load_pipeline, of_model, with_options
 from blip2.cli.pictures import READING, of_reading
-from blip2.errors import Blip2Error, ImageError, OptionError
+from blip2.errors import Blip2Error, OptionError
+from blip2.plaintext import NotTextError, lines_of
 
 if TYPE_CHECKING:
     from blip2.api import Pipeline
@@ -99,15 +100,17 @@ class Conversation:
 
 def _through_pipe(talk: Conversation) -> None:
     """The first error ends it: otherwise questions and answers would no longer stand line by line."""
-    for line in sys.stdin:
-        line = line.strip()
-        if line.startswith("/"):
-            if (said := talk.command(line)) is not None:
-                click.echo(said, err=True)
-        elif line:
-            click.echo(talk.about().say(line))
-        if talk.is_over:
-            return
+    try:
+        for line in map(str.strip, lines_of(sys.stdin.buffer, sys.stdin.encoding)):
+            if line.startswith("/"):
+                if (said := talk.command(line)) is not None:
+                    click.echo(said, err=True)
+            elif line:
+                click.echo(talk.about().say(line))
+            if talk.is_over:
+                return
+    except NotTextError as error:
+        raise OptionError(f"what comes through the pipe {error}") from None
 
 
 def _on_terminal(talk: Conversation) -> None:
@@ -127,7 +130,7 @@ def _on_terminal(talk: Conversation) -> None:
             elif line:
                 _show_answer(talk.about(), line)
         except Blip2Error as error:
-            click.echo(of_picture(str(error)) if isinstance(error, ImageError) else in_flags(str(error)), err=True)
+            click.echo(of_picture(in_flags(error, click.get_current_context().command)), err=True)
 
 
 def _show_answer(chat: Chat, question: str) -> None:

@@ -18,6 +18,7 @@ import click
 
 from blip2 import __version__
 from blip2.cli.options import in_bytes, labelled, printing, with_options
+from blip2.installed import install_line
 
 CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 PACKAGES = ("numpy", "safetensors", "tokenizers", "Pillow", "huggingface-hub")
@@ -153,7 +154,7 @@ def _kernels() -> Finding:
     if sys.platform == "linux":
         finding.problem = (
             f"the C kernels are {why}; install a C compiler with OpenMP, such as gcc, then install blip2 again "
-            "(in a checkout: python blip2/native/build.py)"
+            f"({install_line()} --force-reinstall --no-deps; in a checkout: python blip2/native/build.py)"
         )
     return finding
 
@@ -224,7 +225,8 @@ def _miniature() -> Finding:
     try:
         sizes = {name: stored(folder).num_bytes for name, folder in BUNDLED.items()}
     except CheckpointError as error:
-        return Finding("damaged", problem=f"the bundled model is damaged ({error}); install blip2 again")
+        how = f"install blip2 again: {install_line()} --force-reinstall --no-deps"
+        return Finding("damaged", problem=f"the bundled model is damaged ({error}); {how}")
     return Finding(", ".join(f"{name} {in_bytes(size)}" for name, size in sizes.items()), {"bytes": sizes})
 
 
@@ -235,10 +237,10 @@ def _installation() -> Finding:
 def _install() -> str:
     """On Linux what pip finds of its own accord is built for CUDA; elsewhere it is built for the CPU."""
     if sys.platform == "linux" and not has_nvidia():
-        return f"{CPU_TORCH} && pip install blip2"
+        return f"{CPU_TORCH} && {install_line()}"
     if sys.platform == "win32" and has_nvidia():
-        return "uv pip install blip2 --torch-backend=auto"
-    return "pip install blip2"
+        return f"uv pip install{install_line().partition('pip install')[2]} --torch-backend=auto"
+    return install_line()
 
 
 def _build() -> str:

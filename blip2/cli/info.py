@@ -81,7 +81,7 @@ def _facts(
     quantize_vision: bool,
 ) -> Facts:
     from blip2.api import find_dtype
-    from blip2.checkpoint import quantization, read_config
+    from blip2.checkpoint import image_settings, quantization, read_config
     from blip2.checkpoint.describe import describe, find, stored
     from blip2.checkpoint.quantize import quantization_in
     from blip2.config import PUBLISHED
@@ -92,6 +92,7 @@ def _facts(
     published = PUBLISHED.get(name) if name is not None else None
     if folder is not None:
         config, chosen, files = read_config(folder), quantization_in(folder, asked), stored(folder)
+        image_settings(folder, config)  # that the two belong together
     else:
         assert published is not None
         config, chosen, files = published.config, asked, None

@@ -10,10 +10,9 @@ from typing import Any
 
 import click
 
-from blip2.cli.options import MODEL, OUTPUT, load_matcher, of_model, with_options
+from blip2.cli.options import MODEL, OUTPUT, lines_in, load_matcher, of_model, with_options
 from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, see
-from blip2.errors import OptionError
 
 CANDIDATES = 32
 """With --top: the texts that are looked at together with a picture."""
@@ -101,7 +100,7 @@ def _split(
     ``has_list``: of pictures, so that all arguments are texts, unless options give these.
     """
     if labels is not None:
-        return arguments, [*texts, *_lines(labels)]
+        return arguments, [*texts, *lines_in(labels, "label")]
     if texts:
         return arguments, texts
     if not (arguments or has_list):
@@ -116,14 +115,3 @@ def _split(
             "give the texts by -t or --labels"
         )
     return images, others
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise OptionError(f"{path}: cannot be read ({reason}); give a text file with one label a line") from None
-    if not found:
-        raise OptionError(f"{path}: is empty; give a text file with one label a line")
-    return found

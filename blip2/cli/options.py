@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from blip2.cli import debug_option, threads_option
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, OptionError
+from blip2.plaintext import NotTextError, filled_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,6 +132,20 @@ def _load(model: str | None, device: str, dtype: str, **others: Any) -> Pipeline
     from blip2.api import load  # imports torch
 
     return load(model, device=device, dtype=None if dtype == "auto" else dtype, **others)
+
+
+def lines_in(path: Path, what: str) -> list[str]:
+    """What a text file holds, one ``what`` a line, without empty lines; OptionError if there is none."""
+    how = f"give a text file with one {what} a line"
+    try:
+        found = filled_lines(path)
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be read ({error.strerror}); {how}") from None
+    except NotTextError as error:
+        raise OptionError(f"{path}: {error}; {how}") from None
+    if not found:
+        raise OptionError(f"{path}: has no {what} in it; {how}")
+    return found
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def _check(folder: Path, quantization: Quantization) -> None:
     if not describe(config, quantization=quantization).quantized:
         raise CheckpointError(f"{folder}: has no language model; --vision quantises its image encoder")
     Tokenizer.from_folder(folder)
-    image_settings(folder)
+    image_settings(folder, config)
 
 
 def _write(folder: Path, out: Path, quantization: Quantization) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from blip2.cli import Failure
-from blip2.cli.options import MODEL, load_matcher, load_pipeline, of_model, with_options
+from blip2.cli.options import MODEL, lines_in, load_matcher, load_pipeline, of_model, with_options
 from blip2.errors import OptionError
+from blip2.installed import install_line
 
 KEY_VARIABLE = "BLIP2_API_KEY"
 
@@ -90,7 +91,7 @@ def command(
         if engine == "local" and value is not None:
             raise OptionError(f"{flag} is for several servers behind one port; add --engine ray")
     if replicas is not None and replicas < 1:
-        raise OptionError(f"replicas is {replicas}; use 1 or more")
+        raise OptionError(f"--replicas is {replicas}; use 1 or more")
     try:
         from blip2.serve.app import create_app
         from blip2.serve.fetch import Fetcher
@@ -99,7 +100,7 @@ def command(
         from blip2.serve.run import listen, run
         from blip2.serve.service import Models
     except ImportError as error:
-        raise Failure(f"serving needs more packages ({error}); pip install 'blip2[serve]'") from error
+        raise Failure(f"serving needs more packages ({error}); {install_line('serve')}") from error
 
     model = of_model(others)
     limits = Limits(
@@ -131,21 +132,14 @@ def command(
             device=model["device"], on_open=on_open,
         )  # fmt: skip
     except ImportError as error:
-        raise Failure(f"--engine ray needs more packages ({error}); pip install 'blip2[ray]'") from error
+        raise Failure(f"--engine ray needs more packages ({error}); {install_line('ray')}") from error
 
 
 def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:
     """All keys; OptionError for one that is empty, or a file without any."""
     found = list(given)
     if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise OptionError(f"{file}: cannot be read ({reason}); give a text file with one key a line") from None
-        if not any(lines):
-            raise OptionError(f"{file}: has no key in it; write one a line")
-        found += filter(None, lines)
+        found += lines_in(file, "key")
     if (variable := os.environ.get(KEY_VARIABLE)) is not None:
         found.append(variable.strip())
     if not all(found):

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from blip2.data.foreign import WANTED, advice
 from blip2.data.sample import Row, parse_row
 from blip2.errors import RecipeError
+from blip2.plaintext import NotTextError, read_lines, read_text
+
+LARGEST_WHOLE = 2**28
 
 
 def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
@@ -20,20 +24,37 @@ def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
     for file in files:
         root = images or file.parent
         try:
-            lines = file.open(encoding="utf-8")
+            for number, line in enumerate(read_lines(file), start=1):
+                if line.strip():
+                    row = _row(line, file, number)
+                    rows.append(replace(row, image=str(root / row.image)))
         except OSError as error:
             raise RecipeError(f"{file}: cannot be read ({error.strerror}); name a file of rows") from None
-        with lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse_row(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise RecipeError(f"{file}:{number}: not JSON ({error.msg} at {error.colno})") from None
-                except ValueError as error:
-                    raise RecipeError(f"{file}:{number}: {error}") from None
-                rows.append(replace(row, image=str(root / row.image)))
+        except NotTextError as error:
+            raise RecipeError(f"{file}: {error}; {WANTED}") from None
     if not rows:
-        raise RecipeError(f"{', '.join(map(str, files)) or 'rows'}: no rows in it")
+        raise RecipeError(f"{', '.join(map(str, files)) or 'rows'}: no rows in it; {WANTED}")
     return rows
+
+
+def _row(line: str, file: Path, number: int) -> Row:
+    place = f"{file}:{number}"
+    try:
+        return parse_row(json.loads(line))
+    except (json.JSONDecodeError, RecursionError) as error:
+        if (whole := _whole(file)) is not None:
+            raise RecipeError(f"{file}: {advice(whole)}") from None
+        reason = f"{error.msg} at {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        raise RecipeError(f"{place}: not JSON ({reason}); {WANTED}") from None
+    except ValueError as error:
+        raise RecipeError(f"{place}: {error}") from None
+
+
+def _whole(file: Path) -> object:
+    """What a file holds that is one JSON value over several lines, as others write all their rows; or None."""
+    if file.stat().st_size > LARGEST_WHOLE:
+        return None
+    try:
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError):
+        return None

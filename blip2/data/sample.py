@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from blip2.data.foreign import advice
 
 
 class Turn(NamedTuple):
@@ -28,8 +31,15 @@ def parse_row(record: object) -> Row:
 
     ``image`` (text) is required; then any of ``caption`` or ``text`` (text), ``captions`` (list of texts),
     ``question`` with ``answer``, ``questions`` (list of objects with both), ``dialogues`` (list of lists of
-    them). Raises ValueError that says what is wrong.
+    them). Raises ValueError that says what is wrong, and what a row of another tool would have to be.
     """
+    try:
+        return _parsed(record)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice(record)}") from None
+
+
+def _parsed(record: object) -> Row:
     if not isinstance(record, dict):
         raise ValueError('it is not an object {"image": ...}')
     image = _text(record, "image")
@@ -44,7 +54,7 @@ def parse_row(record: object) -> Row:
             raise ValueError("a dialogue has to be a list of turns, each with question and answer")
         dialogues.append(tuple(_turn(turn, "dialogues") for turn in dialogue))
     if not (captions or questions or dialogues):
-        raise ValueError("it says nothing about its picture; give caption(s), question(s) or dialogues")
+        raise ValueError("it says nothing about its picture")
     return Row(image, tuple(captions), tuple(questions), tuple(dialogues))
 
 
@@ -62,12 +72,16 @@ def _text(record: dict[str, Any], key: str) -> str:
 
 def _said(value: object, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key!r} has to be a text that is not empty, not {value!r}")
+        raise ValueError(f"{key!r} has to be a text that is not empty, not {reprlib.repr(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # as broken JSON may have it
+        raise ValueError(f"{key!r} has halves of characters, {value!r}; write it as Unicode") from None
     return value.strip()
 
 
 def _list(record: dict[str, Any], key: str) -> list[Any]:
     value = record.get(key, [])
     if not isinstance(value, list):
-        raise ValueError(f"{key!r} has to be a list, not {value!r}")
+        raise ValueError(f"{key!r} has to be a list, not {reprlib.repr(value)}")
     return value

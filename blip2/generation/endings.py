@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 from blip2.generation.options import GenerateOptions
 
 FinishReason = Literal["eos", "length", "stop"]
@@ -37,10 +37,11 @@ class Endings:
     def __init__(self, options: GenerateOptions, eos_token_ids: Sequence[int], decode: Decode | None) -> None:
         if options.stop and decode is None:
             raise OptionError(
-                f"stop is {options.stop!r}, but this engine cannot read text; make it with decode=..., or give no stop"
+                f"{option('stop')} is {options.stop!r}, but this engine cannot read text; make it with decode=..., or "
+                "give no stop"
             )
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.stop = options.stop
+        self.stop = tuple(options.stop)
         self.max_new_tokens = options.max_new_tokens
         self._decode = decode
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2 import threads
-from blip2.errors import NotFiniteError, OptionError
+from blip2.errors import NotFiniteError, OptionError, option
 from blip2.finite import is_finite, overflow
 from blip2.generation import soundness
 from blip2.generation.batch import Batch, Job
@@ -89,8 +89,8 @@ class Engine:
         """
         if on_token is not None and (options.num_beams > 1 or options.num_return > 1):
             raise OptionError(
-                f"on_token follows one answer to a prompt, not num_beams={options.num_beams} and "
-                f"num_return={options.num_return}; set both to 1"
+                f"on_token follows one answer to a prompt, and {option('num_beams')} is {options.num_beams}, "
+                f"{option('num_return')} {options.num_return}; set both to 1"
             )
         _check(prompts)
         endings = Endings(options, self.eos_token_ids, self.decode)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, Literal
 
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option, setting
 
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 """The options that only sampling heeds, with the values that switch them off."""
@@ -54,34 +55,49 @@ class GenerateOptions:
     """More than 0; above 1 makes tokens that the answer already has less likely. (Keskar et al., 2019)"""
     no_repeat_ngram_size: int = 0
     """0 (off) or more; no run of that many tokens comes twice in an answer. (Paulus et al., 2018)"""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer; the answer stops short of them. They work with beams too."""
+    stop: tuple[str, ...] | list[str] | str = ()
+    """Texts that end an answer, or one; the answer stops short of them. They work with beams too. Kept as a tuple."""
     seed: int | None = None
     """0 to 2**63 - 1. With a seed, an answer depends on its prompt and the options alone, wherever it stands in a
     batch (so equal prompts get equal samples; num_return gives different ones). None: different every time."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, value in vars(self).items():
+            if isinstance(value, Number) and not isinstance(value, int | float):  # such as NumPy's
+                object.__setattr__(self, name, value.item() if hasattr(value, "item") else value)
         for name, (is_allowed, allowed, remedy) in _ALLOWED.items():
             value = getattr(self, name)
             if not is_allowed(value):
-                raise OptionError(f"{name} is {value!r}; it may be {allowed}; {remedy}")
+                raise OptionError(f"{option(name)} is {_shown(value)}; it may be {allowed}; {remedy}")
         if self.min_new_tokens > self.max_new_tokens:
             raise OptionError(
-                f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only {self.max_new_tokens}; raise the latter"
+                f"{option('min_new_tokens')} is {self.min_new_tokens}, {option('max_new_tokens')} only "
+                f"{self.max_new_tokens}; raise the latter"
             )
         if self.sample and self.num_beams > 1:
             raise OptionError(
-                f"sample goes with num_beams=1, not {self.num_beams}: beam search looks for the most likely text; "
-                "set num_beams=1, or sample=False"
+                f"{option('sample')} goes with {option('num_beams')}=1, not {self.num_beams}: beam search looks for "
+                f"the most likely text; {setting('num_beams', 1)}, or {setting('sample', False)}"
             )
         if not self.sample and self.num_return > self.num_beams:
             raise OptionError(
-                f"num_return is {self.num_return}, but {self.num_beams} beam(s) hold only that many answers; "
-                f"set num_beams to {self.num_return} or more, or sample=True"
+                f"{option('num_return')} is {self.num_return}, but {self.num_beams} beam(s) hold only that many "
+                f"answers; {setting('num_beams', self.num_return)} or more, or {setting('sample', True)}"
             )
         for name, unused in SAMPLING.items():
             if not self.sample and getattr(self, name) != unused:
-                raise OptionError(f"{name} is {getattr(self, name)}, but nothing is sampled; set sample=True")
+                raise OptionError(
+                    f"{option(name)} is {getattr(self, name)}, but nothing is sampled; {setting('sample', True)}"
+                )
+
+
+def _shown(value: object) -> str:
+    """A value as a message quotes it; texts one by one, as they were given."""
+    if isinstance(value, tuple) and value and all(isinstance(text, str) for text in value):
+        return ", ".join(map(repr, value))
+    return repr(value)
 
 
 def _is_int(value: Any) -> bool:
@@ -112,7 +128,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "temperature": (
         lambda value: _is_number(value) and value > 0,
         "a finite number above 0",
-        "for the most likely text leave it and set sample=False",
+        f"for the most likely text leave it out, and {setting('sample', False)}",
     ),
     "top_k": (_at_least(0), "a whole number, 0 or more", "0 switches it off"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "above 0 and up to 1", "1 switches it off"),
@@ -126,12 +142,12 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "no_repeat_ngram_size": (_at_least(0), "a whole number, 0 or more", "0 switches it off"),
     "stop": (
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
-        "a tuple of texts that are not empty",
-        'write stop=("a text",), with the comma',
+        "one text or several, none of them empty",
+        f"leave out {option('stop')} to end where the model ends",
     ),
     "seed": (
         lambda value: value is None or (_is_int(value) and 0 <= value < 2**63),
-        "None or a whole number from 0 to 2**63 - 1",
-        "None draws anew each time",
+        "a whole number from 0 to 2^63 - 1",
+        f"{setting('seed', None)} to draw anew each time",
     ),
 }

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from blip2.errors import NotFiniteError, OptionError
+from blip2.errors import NotFiniteError, OptionError, option
 
 
 def poisoned(values: Tensor, log_prob_RV: Tensor) -> Tensor:
@@ -36,6 +36,6 @@ def check(log_probs: Iterable[float]) -> None:
 
 def nothing_left() -> OptionError:
     return OptionError(
-        "every token is ruled out, so that no answer can go on; lower no_repeat_ngram_size or min_new_tokens, or rule "
-        "out fewer tokens"
+        f"every token is ruled out, so that no answer can go on; lower {option('no_repeat_ngram_size')} or "
+        f"{option('min_new_tokens')}, or rule out fewer tokens"
     )

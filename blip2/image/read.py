@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 from blip2.image.decode import MAX_PIXELS, RgbImage, decode, from_image
 from blip2.image.formats import FORMATS
 from blip2.image.sources import Source, from_array, name_of, stream_of
@@ -31,7 +31,9 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
-            raise OptionError(f"max_pixels is {self.max_pixels}; it may be 1 or more, and is {MAX_PIXELS:,} by default")
+            raise OptionError(
+                f"{option('max_pixels')} is {self.max_pixels}; it may be 1 or more, and is {MAX_PIXELS:,} by default"
+            )
 
     def load(self, source: Source) -> RgbImage:
         """`load_image`. Raises ImageError."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from blip2.api import Matcher, Pipeline
 from blip2.disk import stamp_of
 from blip2.encoded import EncodedImage
-from blip2.errors import ImageError, OptionError
+from blip2.errors import ImageError, OptionError, option
 from blip2.image import Source
 from blip2.index import duplicates
 from blip2.index.file import Stored, read
@@ -191,7 +191,9 @@ class Index(Sequence[EncodedImage]):
         may be less alike.
         """
         if not 0 < threshold <= 1:
-            raise OptionError(f"threshold is {threshold}; a similarity is above 0 and at most 1, such as {DUPLICATE}")
+            raise OptionError(
+                f"{option('threshold')} is {threshold}; a similarity is above 0 and at most 1, such as {DUPLICATE}"
+            )
         self.check_kind("search")
         found = duplicates.groups(self._stored.rows.viewed(math.prod(self._stored.rows.shape[1:])), threshold)
         return [Group(similarity, [self._path(row) for row in rows]) for similarity, rows in found]
@@ -214,9 +216,11 @@ class Index(Sequence[EncodedImage]):
 def check_search(k: int, rerank: int) -> None:
     """Raises OptionError for numbers that mean nothing."""
     if k < 1:
-        raise OptionError(f"k is {k}; ask for 1 picture or more")
+        raise OptionError(f"{option('k')} is {k}; ask for 1 picture or more")
     if rerank < 0:
-        raise OptionError(f"rerank is {rerank}; give how many of the nearest are to be read again, or 0 for none")
+        raise OptionError(
+            f"{option('rerank')} is {rerank}; give how many of the nearest are to be read again, or 0 for none"
+        )
 
 
 def check_text(text: str) -> None:

@@ -22,7 +22,7 @@ from blip2.checkpoint.names import BUNDLED
 from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.disk import Stamp, digest_since, stamp_of
 from blip2.encoded import EncodedImage
-from blip2.errors import ImageError, IndexFileError, OptionError
+from blip2.errors import ImageError, IndexFileError, OptionError, option
 from blip2.image import DEFAULT_READING, Reading
 from blip2.index.file import KINDS, Origin, Picture, Stored, crc32_of, read
 from blip2.index.folders import Collection
@@ -95,7 +95,7 @@ def update(
     path = Path(os.path.realpath(path))
     check_batch_size(batch_size)
     if kind not in (None, *KINDS):
-        raise OptionError(f"kind is {kind!r}; an index is for {' or '.join(KINDS)}")
+        raise OptionError(f"{option('kind')} is {kind!r}; an index is for {' or '.join(KINDS)}")
     if path.is_dir():
         raise IndexFileError(f"{path}: is a folder; name a file, such as {path / 'photos.index'}")
     found = Collection(places, recursive=recursive, exclude=exclude)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import OPTConfig
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 from blip2.layers import KVCache, attend, split_parts
 from blip2.linear import Linear, Table
 
@@ -104,7 +104,7 @@ class OPT(nn.Module):
         if longest + num_new_tokens > self.config.max_position_embeddings:
             raise OptionError(
                 f"a prompt of {longest} tokens with {num_new_tokens} new ones does not fit this language model, which "
-                f"reads {self.config.max_position_embeddings}; shorten the prompt, or lower max_new_tokens"
+                f"reads {self.config.max_position_embeddings}; shorten the prompt, or lower {option('max_new_tokens')}"
             )
         cache = KVCache(
             self.blocks,

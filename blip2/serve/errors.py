@@ -17,6 +17,20 @@ logger = logging.getLogger("blip2.serve")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
+FIELDS = {"num_return": "n", "sample": "temperature"}
+"""What an option of the interface for Python is called in a request; most have the same name."""
+
+
+def in_fields(name: str, value: str | None) -> str:
+    """How a request writes an option, see `Blip2Error.told`."""
+    field = FIELDS.get(name, name)
+    if value is None:
+        return field
+    if value in ("False", "None"):
+        return f"leave out {field}"
+    return f"give a {field} above 0" if value == "True" else f"set {field} to {value}"
+
+
 class ApiError(Exception):
     """An answer that is an error: HTTP status, a code for programs, one line for people."""
 
@@ -56,7 +70,7 @@ def as_api_error(error: BaseException) -> ApiError:
         case ImageError():
             return ApiError(400, "invalid_image", str(error), param="image")
         case Blip2Error() if not isinstance(error, CheckpointError):
-            return ApiError(400, "invalid_value", str(error))
+            return ApiError(400, "invalid_value", error.told(in_fields))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "internal_error", "something went wrong in the server; its log says what")
 

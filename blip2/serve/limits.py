@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +43,4 @@ class Limits:
             value = getattr(self, field.name)
             least = 0 if field.name.startswith("cache") else 1 if isinstance(field.default, int) else 1e-3
             if not value >= least:
-                raise OptionError(f"{field.name} is {value}; use {least} or more")
+                raise OptionError(f"{option(field.name)} is {value}; use {least} or more")

@@ -204,7 +204,7 @@ def _shares(nodes: Sequence[dict[str, Any]], replicas: int, device: str) -> dict
     gpus = int(sum(resources.get("GPU", 0) for resources in found))
     needs_gpu = device.startswith("cuda") or (device == "auto" and gpus > 0)
     if needs_gpu and gpus < replicas:
-        raise OptionError(f"replicas is {replicas}, one GPU each, and there are {gpus}; give fewer, or --device cpu")
+        raise OptionError(f"--replicas is {replicas}, one GPU each, and there are {gpus}; give fewer, or --device cpu")
     if ":" in device:
         raise OptionError(f"--device {device} is one GPU, but Ray gives each replica its own; use cuda or auto")
     # A replica cannot lie on two machines, so the share is one of which the machines together hold enough.

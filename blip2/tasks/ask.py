@@ -75,7 +75,8 @@ def check_choices(choices: Sequence[str]) -> list[str]:
         raise OptionError(f"the choices are {choices!r}; give a list of texts, such as ['yes', 'no']")
     cleaned = [clean(choice) for choice in choices]
     if len(cleaned) < 2:
-        raise OptionError(f"{len(cleaned)} choices leave nothing to choose; give at least two")
+        number = "one choice leaves" if cleaned else "no choices leave"
+        raise OptionError(f"{number} nothing to choose; give at least two")
     if "" in cleaned:
         raise OptionError("one of the choices is empty; leave it out, or write what it should say")
     if repeated := sorted({choice for choice in cleaned if cleaned.count(choice) > 1}):

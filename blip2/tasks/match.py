@@ -87,8 +87,9 @@ class Reader:
             raise OptionError("there is no text; give at least one to compare with")
         for text in texts:
             check_text(text)
-        limit = self.model.config.qformer.max_position_embeddings
-        return [self.tokenizer.matching_ids(clean(text), limit) for text in texts]
+        config = self.model.config.qformer
+        limit = config.max_position_embeddings
+        return [self.tokenizer.known(self.tokenizer.matching_ids(clean(text), limit), config) for text in texts]
 
     @torch.no_grad()
     def embed_texts(self, ids: list[list[int]], batch_size: int = BATCH_SIZE) -> Tensor:

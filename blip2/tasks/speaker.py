@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blip2.encoded import EncodedImage
-from blip2.errors import OptionError
+from blip2.errors import OptionError, option
 from blip2.generation import Engine, GenerateOptions, Hypothesis
 from blip2.model import Blip2, identity
 from blip2.tasks.defaults import BATCH_SIZE
@@ -68,7 +68,7 @@ class Speaker:
             if len(ids) > room:
                 raise OptionError(
                     f"the text has {len(ids)} tokens; beside {shape[0]} for the picture and {num_new_tokens} new ones "
-                    f"this model has room for {max(room, 0)}; shorten it, or ask for fewer new tokens"
+                    f"this model has room for {max(room, 0)}; shorten it, or lower {option('max_new_tokens')}"
                 )
         text_TD = self.model.language.embed(torch.tensor(ids, device=table_VD.device))
         return torch.cat([self.model.prompt(image.queries_QD).to(text_TD), text_TD])
@@ -126,5 +126,5 @@ def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 def check_batch_size(batch_size: int) -> None:
     """At least 1, else an OptionError."""
-    if batch_size < 1:
-        raise OptionError(f"batch_size={batch_size} is not possible; use 1 or more")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise OptionError(f"{option('batch_size')}={batch_size} is not possible; use 1 or more")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from blip2.data import prefetch
 from blip2.disk import write_text
-from blip2.errors import Blip2Error
+from blip2.errors import Blip2Error, RecipeError
 from blip2.finite import first_not_finite
 from blip2.train.optim import build_optimizer, learning_rate, trained_parameters
 from blip2.train.recipes import Recipe
@@ -89,6 +89,11 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device)
     first = load_state(folder, parameters, optimizer, recipe)
+    if first > optim.steps:
+        raise RecipeError(
+            f"optim.steps is {optim.steps}, and {folder} has done {first} steps already; raise it, or name another "
+            "folder as 'out'"
+        )
     log = Log(recipe.out / "log.jsonl", keep_to=first)
     meter = Meter(report, log, recipe, first)
     bad_steps, done, saved = 0, first, first

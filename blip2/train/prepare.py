@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from blip2 import checkpoint
 from blip2.checkpoint import ImageSettings
-from blip2.data import BadPictures, FeatureFile, Pictures, frozen_features, indices_of_step, read_rows
+from blip2.data import BadPictures, FeatureFile, Pictures, Row, frozen_features, indices_of_step
 from blip2.data.features import fingerprint
 from blip2.errors import ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
 from blip2.train import stage1, stage2
+from blip2.train.check import Materials
 from blip2.train.loop import Progress, Report, Task
 from blip2.train.recipes import Recipe
 from blip2.train.texts import TextSource
@@ -35,15 +36,15 @@ class RowSet:
 
     def __init__(
         self,
+        rows: list[Row],
         files: Sequence[Path],
-        images: Path | None,
         vision: VisionTransformer,
         settings: ImageSettings,
         recipe: Recipe,
         report: Report,
         bad: BadPictures,
     ) -> None:
-        self.rows = read_rows(files, images)
+        self.rows = rows
         self.pictures = Pictures(
             self.rows, size=settings.size, mean=settings.mean, std=settings.std, threads=recipe.threads
         )
@@ -116,31 +117,24 @@ def _feature_report(report: Report) -> Callable[[int, int], None]:
     return tell
 
 
-def prepare(model: Blip2 | Blip2Matcher, folder: Path, recipe: Recipe, report: Report) -> Task:
-    """Everything ready for the loop. ``model`` came from ``folder``, with its tokenizer and image settings.
-
-    Raises RecipeError for what does not fit together.
-    """
+def prepare(model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, report: Report) -> Task:
+    """Everything ready for the loop. ``model`` came from ``materials.start``."""
     model.freeze_pretrained()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small steps vanish in half precision
-    tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder)
+    tokenizer = materials.tokenizer
 
     bad = BadPictures(recipe.data.on_bad_picture)
 
-    def row_set(files: Sequence[Path], images: Path | None) -> RowSet:
-        return RowSet(files, images, model.vision, settings, recipe, report, bad)
+    def row_set(rows: list[Row], files: Sequence[Path]) -> RowSet:
+        return RowSet(rows, files, model.vision, materials.settings, recipe, report, bad)
 
-    train_set = row_set(recipe.data.rows, recipe.data.images)
+    train_set = row_set(materials.train_rows, recipe.data.rows)
     held_out = None
     if recipe.evaluation is not None:
-        held_out = row_set(recipe.evaluation.rows, recipe.evaluation.images)
+        held_out = row_set(materials.held_out_rows or [], recipe.evaluation.rows)
         held_out.keep(recipe.evaluation.max_rows)
-    if recipe.optim.batch_size > len(train_set.rows):
-        raise RecipeError(
-            f"optim.batch_size is {recipe.optim.batch_size}, but there are only {len(train_set.rows)} rows; lower it"
-        )
     if isinstance(model, Blip2Matcher):
         task = _Stage1(model, tokenizer, recipe).task(train_set, held_out)
     else:
@@ -180,11 +174,6 @@ class Stage1Batch(NamedTuple):
 
 class _Stage1:
     def __init__(self, model: Blip2Matcher, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        if model.lm_head is None:
-            raise RecipeError(
-                f"{recipe.start}: has no temperature and no caption head, which stage 1 trains; published matching "
-                "models come without: start from one that was saved by stage 1, or from a new one"
-            )
         most = min(recipe.data.max_text_tokens, model.config.qformer.max_position_embeddings)
         self.model, self.recipe = model, recipe
         self.pad = tokenizer.token_id("[PAD]")
@@ -193,15 +182,11 @@ class _Stage1:
         @lru_cache(maxsize=2**20)
         def encode(text: str) -> list[int]:
             self.num_cut += len(tokenizer.encode(text)) + 2 > most
-            return tokenizer.matching_ids(text, most, truncate=True)
+            return tokenizer.known(tokenizer.matching_ids(text, most, truncate=True), model.config.qformer)
 
         self.encode = encode
 
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
-        for row_set in filter(None, (train_set, held_out)):
-            missing = next((row for row in row_set.rows if not row.captions), None)
-            if missing is not None:
-                raise RecipeError(f"{missing.image}: its row has no caption, and stage 1 learns from captions")
         recipe, optim = self.recipe, self.recipe.optim
 
         def make_batch(step: int) -> Stage1Batch:
@@ -261,22 +246,10 @@ class Stage2Batch(NamedTuple):
 
 class _Stage2:
     def __init__(self, model: Blip2, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        config, data = model.config.language, recipe.data
-        if config.family == "opt":
-            longest = model.config.qformer.num_query_tokens + data.max_prompt_tokens + data.max_text_tokens
-            if longest > config.max_position_embeddings:
-                raise RecipeError(
-                    f"queries, data.max_prompt_tokens and data.max_text_tokens make {longest} tokens, the language "
-                    f"model has {config.max_position_embeddings} positions; lower data.max_prompt_tokens"
-                )
         self.model, self.recipe = model, recipe
-        self.source = TextSource(tokenizer, config, data)
+        self.source = TextSource(tokenizer, model.config.language, recipe.data)
 
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
-        for row_set in filter(None, (train_set, held_out)):
-            unusable = next((row for row in row_set.rows if not self.source.can_use(row)), None)
-            if unusable is not None:
-                raise RecipeError(f"{unusable.image}: its row has no text of a kind to which data.mix gives weight")
         recipe, optim = self.recipe, self.recipe.optim
 
         def make_batch(step: int) -> Stage2Batch:
@@ -323,8 +296,7 @@ def take_qformer(model: Blip2, folder: Path, *, dtype: torch.dtype) -> None:
     Raises RecipeError if the two were not made for each other.
     """
     source = checkpoint.load(folder, dtype=dtype)
-    if not isinstance(source, Blip2Matcher):
-        raise RecipeError(f"qformer: {folder} holds no matching model; name the result of stage 1")
+    assert isinstance(source, Blip2Matcher)
     if fingerprint(source.vision) != fingerprint(model.vision):
         raise RecipeError(f"qformer: {folder} was trained on another image encoder than the one of 'start'")
     _copy(source.qformer, model.qformer, folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blip2.errors import RecipeError
+from blip2.plaintext import NotTextError, read_text
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class EvaluationRecipe:
 class Recipe:
     stage: Literal[1, 2]
     start: str
-    """The model that training starts from: a folder in the published layout, or a name that `blip2` knows."""
+    """The model that training starts from: a folder in the published layout, the name of a bundled or published model,
+    or that of one on the hub that was fetched before (``blip2 pull``)."""
     out: Path
     """A folder for the finished model; the log and the state of training lie in it as well."""
     data: DataRecipe
@@ -100,11 +102,13 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     Raises RecipeError, one line, for whatever cannot be carried out.
     """
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        table = tomllib.loads(read_text(path))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a recipe, a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not TOML ({error})") from None
+    except NotTextError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: not TOML ({error}); write a recipe as those in examples/recipes") from None
     _override(table, overrides or {})
     reader = _Reader(path)
     recipe = reader.build(Recipe, table, "")

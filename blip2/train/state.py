@@ -21,7 +21,10 @@ from blip2.train.recipes import Recipe
 
 STATE = "state.safetensors"
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "updates": "step"}
-FREE = {"out", "evaluation", "threads", "log_every", "evaluate_every", "checkpoint_every", "features", "on_bad_picture"}
+FREE = {
+    "out", "evaluation", "steps", "threads", "log_every", "evaluate_every", "checkpoint_every", "features",
+    "on_bad_picture",
+}  # fmt: skip
 """What of a recipe may change between stopping and going on; all else would make it another training."""
 ROWS = "what is in data.rows"
 """Not a value of the recipe, but what such a value stands for."""
@@ -130,12 +133,11 @@ def _difference(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
 
 def _compare(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
     name = _difference(saved, wanted)
+    beyond = "name another folder as 'out' (and this one as 'start', to go on from its model)"
     if name == ROWS:
-        raise RecipeError(
-            f"{path}: was saved when data.rows held other rows than now; put them back, or name another folder as 'out'"
-        )
+        raise RecipeError(f"{path}: was saved when data.rows held other rows than now; put them back, or {beyond}")
     if name is not None:
         raise RecipeError(
-            f"{path}: was saved with {name} = {saved.get(name)}, the recipe says {wanted[name]}; change it "
-            "back, or name another folder as 'out'"
+            f"{path}: was saved with {name} = {saved.get(name)}, the recipe says {wanted[name]}; change it back, or "
+            f"{beyond}"
         )

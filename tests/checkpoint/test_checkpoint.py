@@ -218,6 +218,6 @@ def test_small_vision_configuration_round_trips(tmp_path: Path) -> None:
     """CLIP L/14's make: no bias in the patch embedding, a norm before the blocks, QuickGELU."""
     vision = VisionConfig(8, 1, 2, 16, 28, 14, 1e-5, "quick_gelu", has_patch_bias=False, has_pre_norm=True)
     qformer = QFormerConfig(8, 1, 2, 16, encoder_hidden_size=8, num_query_tokens=2)
-    model = Blip2(Blip2Config(vision, qformer, OPTConfig(16, 8, 1, 2, 16, 32)))
+    model = Blip2(Blip2Config(vision, qformer, OPTConfig(16, 8, 1, 2, 16, 32, eos_token_id=2)))
     checkpoint.save(model, tmp_path)
     assert checkpoint.load(tmp_path).config == model.config

@@ -75,7 +75,8 @@ def test_a_name_is_fetched_once_without_its_pickled_twins(
 def test_several_files_of_weights(
     cache: Path, opt_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(checkpoint.load(opt_model), tmp_path / "split", max_shard_size_bytes=30_000)
+    tokenizer = opt_model / "tokenizer.json"
+    checkpoint.save(checkpoint.load(opt_model), tmp_path / "split", tokenizer=tokenizer, max_shard_size_bytes=30_000)
     with serving(tmp_path / "split") as fake:
         go_online(monkeypatch, fake.url)
         folder = resolve(NAME)
@@ -161,6 +162,52 @@ def test_without_a_network_the_newest_does_for_the_pinned(
     one_line(caught)
 
 
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_without_a_network_another_commit_does_and_is_told(
+    cache: Path, opt_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_branch: bool
+) -> None:
+    name = "Salesforce/blip2-opt-2.7b"
+    repository = cache / "models--Salesforce--blip2-opt-2.7b"
+    here = repository / "snapshots" / COMMIT
+    shutil.copytree(opt_model, here)
+    if has_branch:
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+    said = f"the wanted commit {PUBLISHED[name].revision} is not in the cache; using commit {COMMIT}"
+    assert resolve(name) == here and said in caplog.text
+    caplog.clear()
+    go_online(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
+    assert resolve(name) == here and said in caplog.text
+    for wanted in ({"revision": "v9"}, {"revision": PUBLISHED[name].revision}):
+        with pytest.raises(CheckpointError):
+            resolve(name, **wanted)
+    (here / "tokenizer.json").unlink()
+    go_offline(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not yet in the cache"):
+        resolve(name)
+    (here / "config.json").write_text("{")  # damaged: as if it were not there
+    with pytest.raises(CheckpointError):
+        resolve(name)
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.json", "preprocessor_config.json", WEIGHTS, "cut weights"])
+def test_what_is_there_in_part_is_not_taken_for_whole(
+    hub: FakeHub, opt_model: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """As another program leaves it that was stopped, or that fetched only what it needed; then it is fetched."""
+    folder = resolve(NAME)
+    (folder / WEIGHTS if lost == "cut weights" else folder / lost).resolve().unlink()
+    if lost == "cut weights":
+        (folder / WEIGHTS).resolve().write_bytes(hub.files[WEIGHTS][:-1])
+    go_offline(monkeypatch)
+    with pytest.raises(CheckpointError, match=f"{lost.replace('cut weights', WEIGHTS)} is not yet in the cache"):
+        resolve(NAME)
+    go_online(monkeypatch, hub.url)
+    assert resolve(NAME) == folder
+    checkpoint.load(folder)
+    assert {file.name for file in folder.iterdir()} >= {file.name for file in opt_model.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
@@ -179,7 +226,7 @@ def test_what_the_hub_refuses_is_one_line(hub: FakeHub, refusal: tuple[int, str]
 
 
 def test_no_such_revision(hub: FakeHub) -> None:
-    with pytest.raises(CheckpointError, match='no revision v9; ask for another, such as revision="main"') as caught:
+    with pytest.raises(CheckpointError, match="no revision v9; set revision='main', or another") as caught:
         resolve(NAME, revision="v9")
     one_line(caught)
 

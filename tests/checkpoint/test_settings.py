@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def read(folder: Path, **content: object) -> Blip2Config | MatcherConfig:
     ("section", "content"),
     [
         ("text_config", {}),
-        ("text_config", {"model_type": "opt", "hidden_size": 2560, "eos_token_id": 50118}),
+        ("text_config", {"model_type": "opt", "hidden_size": 2560, "num_attention_heads": 32, "eos_token_id": 50118}),
         ("text_config", FLAN),
         ("text_config", FLAN | {"dense_act_fn": "gelu", "num_layers": 24, "d_ff": 5120}),
         ("text_config", FLAN | {"num_layers": 3, "num_decoder_layers": 2, "eos_token_id": None}),
@@ -59,7 +60,7 @@ def test_written_and_read_is_the_same(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"text_config": {"model_type": "bloom"}}, "family 'bloom'; this package knows 'opt' and 't5'"),
-        ({"text_config": {"word_embed_proj_dim": 512, "hidden_size": 1024}}, "word_embed_proj_dim is 512, hidden_size"),
+        ({"text_config": {"word_embed_proj_dim": 512, "hidden_size": 1536}}, "word_embed_proj_dim is 512, hidden_size"),
         ({"text_config": {"do_layer_norm_before": False}}, "do_layer_norm_before is False in opt; .* builds only True"),
         ({"text_config": {"activation_function": "gelu"}}, "activation_function is 'gelu' in opt"),
         ({"text_config": {"model_type": "t5", "tie_word_embeddings": False}}, "feed_forward_proj is 'relu' in t5"),
@@ -80,7 +81,78 @@ def test_what_would_be_built_wrongly_is_refused(tmp_path: Path, content: dict, m
     assert "\n" not in str(caught.value)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=3)
+@pytest.mark.parametrize(
+    ("section", "content", "message"),
+    [
+        ("text_config", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5 in opt; .* a whole number from 1 to 512"),
+        ("text_config", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000 in opt"),
+        ("text_config", {"hidden_size": -192}, "hidden_size is -192 in opt"),
+        ("text_config", {"num_attention_heads": 7}, "num_attention_heads is 7 in opt, and does not divide hidden_size"),
+        ("text_config", {"num_attention_heads": True}, "num_attention_heads is True in opt"),
+        ("text_config", {"eos_token_id": 10**9}, "eos_token_id is 1000000000 in opt; .* from 0 to 50271"),
+        ("text_config", {"eos_token_id": [2, 3]}, r"eos_token_id is \[2, 3\] in opt"),
+        ("text_config", FLAN | {"layer_norm_epsilon": math.nan}, "layer_norm_epsilon is nan in t5"),
+        ("text_config", FLAN | {"d_kv": 0}, "d_kv is 0 in t5"),
+        ("vision_config", {"patch_size": 0}, "patch_size is 0 in vision_config"),
+        ("vision_config", {"patch_size": 225}, "patch_size is 225 in vision_config, more than image_size"),
+        ("vision_config", {"hidden_size": "1408"}, "hidden_size is '1408' in vision_config"),
+        ("vision_config", {"layer_norm_eps": -1e-6}, "layer_norm_eps is -1e-06 in vision_config"),
+        ("vision_config", {"patch_bias": "no"}, "patch_bias is 'no' in vision_config; .* true or false"),
+        ("qformer_config", {"cross_attention_frequency": 0}, "cross_attention_frequency is 0 in qformer_config"),
+        ("qformer_config", {"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5 in qformer_config"),
+        (None, {"num_query_tokens": "x"}, "num_query_tokens is 'x' in config.json"),
+        (None, {"architectures": 5}, "architectures is 5"),
+        (None, {"image_token_index": 50272}, "image_token_index is 50272 in config.json"),
+    ],
+)  # fmt: skip
+def test_absurd_values_are_refused(tmp_path: Path, section: str | None, content: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read(tmp_path, **({section: content} if section else content))
+    assert str(caught.value).endswith("fetch the file again") and "\n" not in str(caught.value)
+
+
+def test_a_file_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        checkpoint.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_small_files_as_any_editor_saves_them(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "config.json").write_bytes(json.dumps(config_json(Blip2Config())).encode(encoding))
+    (tmp_path / "preprocessor_config.json").write_bytes(b'{"size": 224}'.decode().encode(encoding))
+    assert checkpoint.image_settings(tmp_path, checkpoint.read_config(tmp_path)).size == 224
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"size": 364}, "size is 364, and the model sees pictures of 224 pixels .* set size to 224"),
+        ({"size": {"height": 10**6, "width": 10**6}}, "size is 1000000; .* a whole number from 1 to 4096"),
+        ({"size": {"height": 224, "width": 336}}, "size is .*'width': 336.* a square"),
+        ({"size": {}}, "size is {}"),
+        ({"size": "224"}, "size is '224'"),
+        ({"size": True}, "size is True"),
+        ({"image_mean": 5}, "image_mean is 5; it should be three numbers"),
+        ({"image_mean": [123.7, 116.3, 103.5]}, "image_mean is 123.7"),
+        ({"image_std": [0, 0, 0]}, "image_std is 0"),
+        ({"image_std": [0.5, 0.5, math.nan]}, "image_std is nan"),
+        ({"do_normalize": False}, "do_normalize is False, and this package only does True"),
+        ({"do_center_crop": True}, "do_center_crop is True, and this package only does False"),
+        ({"resample": 0}, "resample is 0, and this package only does 3"),
+        ({"rescale_factor": 1}, "rescale_factor is 1, "),
+        ({"do_resize": [[]]}, r"do_resize is \[\[\]\]"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_show_other_pictures_are_refused(tmp_path: Path, content: dict, message: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"preprocessor_config.json: {message}") as caught:
+        checkpoint.image_settings(tmp_path, Blip2Config())
+    assert "\n" not in str(caught.value)
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+JSON = st.recursive(PLAIN, st.lists, max_leaves=3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,8 +176,8 @@ def test_no_configuration_is_a_traceback(tmp_path_factory, text: dict, section: 
         ({"load_in_8bit": True}, "quantised by 'another program'"),
         ("int8", "quantised by 'int8'"),
         (OURS | {"bits": 3}, r"it needs bits \(4 or 8\).*quantise the model again"),
-        (OURS | {"group_size": 0}, r"group_size \(above 0\)"),
-        (OURS | {"group_size": True}, r"group_size \(above 0\)"),
+        (OURS | {"group_size": 0}, r"group_size \(32, 64 or 128\)"),
+        (OURS | {"group_size": True}, r"group_size \(32, 64 or 128\)"),
         (OURS | {"parts": []}, "parts"),
         (OURS | {"parts": ["qformer"]}, "parts"),
     ],

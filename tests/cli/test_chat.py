@@ -28,6 +28,14 @@ def test_each_line_a_question(run, model, opt_model, pictures):
     assert result.stderr == ""
 
 
+def test_questions_with_a_byte_order_mark(run, model, opt_model, pictures):
+    for encoding in ("utf-8-sig", "utf-16"):
+        result = run("chat", pictures[0], *model, input="what is there?\r\nand where?".encode(encoding))
+        assert result.stdout == answers(opt_model, pictures[0], "what is there?", "and where?")
+    result = run("chat", pictures[0], *model, input=b"\xe9?\n")
+    assert result.exit_code == 2 and "what comes through the pipe is not UTF-8 text" in result.stderr
+
+
 def test_commands(run, model, opt_model, pictures):
     lines = f"/image {pictures[1]}\nwhat?\n/image {pictures[0]}\nwhat?\n/reset\nwhat?\n/help\n/quit\nnot asked\n"
     result = run("chat", *model, input=lines)

@@ -10,6 +10,7 @@ import torch
 from blip2 import native
 from blip2.checkpoint import hub
 from blip2.cli import doctor
+from blip2.installed import install_line
 
 CPU_LINE = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 
@@ -56,7 +57,7 @@ def test_all_is_well(told, tmp_path):
     assert findings["kernels"] | {"active": True, "level": "VNNI", "text": "active, with VNNI"} == findings["kernels"]
     assert findings["cache"]["folder"] == str(tmp_path) and findings["cache"]["published"] == []
     assert findings["network"]["offline"] is True
-    assert findings["install"]["line"] == f"{CPU_LINE} && pip install blip2"
+    assert findings["install"]["line"] == f"{CPU_LINE} && {install_line()}"
 
 
 def test_kernels_on_a_lesser_processor(told, monkeypatch):
@@ -88,7 +89,7 @@ def test_a_cpu_build_beside_a_gpu(told, monkeypatch):
     findings = told()
     assert findings["problems"] == 1
     assert findings["torch"]["problem"].endswith("pip uninstall torch, then pip install torch")
-    assert findings["install"]["line"] == "pip install blip2"
+    assert findings["install"]["line"] == install_line()
 
 
 def test_a_gpu_that_torch_cannot_use(told, monkeypatch):

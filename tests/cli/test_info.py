@@ -115,3 +115,13 @@ def test_folders_that_are_no_models(run, opt_model, tmp_path):
     assert "is damaged or cut short" in told(folder)
     (folder / "model.safetensors").unlink()
     assert "model.safetensors is missing" in told(folder)
+
+
+def test_a_preprocessor_of_another_size_is_told(run, opt_model, tmp_path):
+    folder = shutil.copytree(opt_model, tmp_path / "model")
+    (folder / "preprocessor_config.json").write_text('{"size": 224}')
+    for verb in (["info", folder], ["caption", "a.png", "--model", folder], ["quantize", folder, tmp_path / "o", "--to",
+                                                                            "int8"]):  # fmt: skip
+        result = run(*verb)
+        assert result.exit_code == 1
+        assert "preprocessor_config.json: size is 224, and the model sees pictures of 32 pixels" in result.stderr

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from blip2 import __version__, cli
+from blip2.errors import OptionError, option, setting
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "blip2"]
@@ -48,11 +51,21 @@ def test_version(run):
     assert run("--version").stdout == f"blip2 {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["capton", "help"])
-def test_no_such_verb(run, verb):
-    result = run(verb)
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (["captoin"], "No such command 'captoin'; did you mean caption?"),
+        (["Serch"], "No such command 'Serch'; did you mean search?"),
+        (["help"], "No such command 'help'; did you mean --help?"),
+        (["xyz"], "No such command 'xyz'; there are caption, ask, chat, "),
+        (["caption", "a.png", "--beam", "3"], "'--beams'"),
+        (["ask", "a.png", "b?", "--num-beams", "3"], "'--beams'"),
+    ],
+)
+def test_a_verb_or_an_option_that_is_misspelt(run, given, hint):
+    result = run(*given)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"blip2: No such command '{verb}'") and result.stderr.count("\n") == 1
+    assert hint in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_no_such_model(run, pictures):
@@ -81,9 +94,34 @@ def test_what_nobody_expected(run, monkeypatch, pictures, place):
     assert isinstance(run(*debug).exception, RuntimeError)
 
 
-def test_in_flags():
-    assert cli.in_flags("num_beams is 0; set num_beams to 1") == "--beams is 0; set --beams to 1"
-    assert cli.in_flags("the seed is lost, stop") == "the seed is lost, stop"
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--stop", ""], "--stop is ''; it may be one text or several, .* leave out --stop to end where"),
+        (["--sample", "--temperature", 0], "--temperature is 0.0; .* leave it out, and leave out --sample$"),
+        (["--sample", "--seed", -1], r"--seed is -1; .* from 0 to 2\^63 - 1; leave out --seed to draw anew each time$"),
+        (["--temperature", 0.5], "--temperature is 0.5, but nothing is sampled; set --sample$"),
+        (["--sample", "--beams", 3], "--sample goes with --beams=1, not 3: .* give --beams 1, or leave out --sample$"),
+        (["--beams", 1, "-n", 2], "--num-captions is 2, .* give --beams 2 or more, or set --sample$"),
+        (["--beams", 0], "--beams is 0; it may be a whole number, 1 or more; 1 searches without beams$"),
+        (["--batch-size", 0], "--batch-size=0 is not possible; use 1 or more$"),
+        (["--length-penalty", "nan"], "--length-penalty is nan; it may be any finite number"),
+        (["--quantize-vision"], "--quantize-vision is set without --quantize; give --quantize int8, or int4$"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used"),
+    ],
+)
+def test_errors_speak_of_flags(run, pictures, opt_model, given, message):
+    result = run("caption", pictures[0], "--model", opt_model, *given)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.match(f"blip2: {message}", result.stderr.strip()), result.stderr
+
+
+def test_a_word_of_a_sentence_is_no_flag():
+    verb = cli.cli.get_command(None, "caption")
+    assert cli.in_flags(OptionError("the seed is lost, stop"), verb) == "the seed is lost, stop"
+    error = OptionError(f"{option('stop')} is 'num_beams'; {setting('sample', True)}")
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == "stop is 'num_beams'; set sample=True"
+    assert cli.in_flags(pickle.loads(pickle.dumps(error)), verb) == "--stop is 'num_beams'; set --sample"
 
 
 def test_a_reader_that_leaves(opt_model, pictures):

@@ -74,7 +74,7 @@ def test_a_picture_that_cannot_be_read(run, model, pictures, tmp_path):
         (["IMAGE", "a dog", "--top", "0"], "--top is 0", 2),
         (["IMAGE", "a dog", "--template", "photo"], "--template is 'photo', which has no place", 2),
         (["IMAGE", "--labels", "FOLDER/none.txt"], "none.txt: cannot be read", 2),
-        (["IMAGE", "--labels", "FOLDER/empty.txt"], "empty.txt: is empty", 2),
+        (["IMAGE", "--labels", "FOLDER/empty.txt"], "empty.txt: has no label in it", 2),
         (["IMAGE", "--labels", "FOLDER/binary.txt"], "not UTF-8", 2),
         (["FOLDER/none.png", "a dog"], "no such file", 1),
         (["IMAGE", "a dog", "-m", "miniature"], "name a matching model here", 1),
@@ -82,12 +82,19 @@ def test_a_picture_that_cannot_be_read(run, model, pictures, tmp_path):
 )
 def test_what_cannot_be_compared(run, model, pictures, tmp_path, arguments, words, code):
     (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary.txt").write_bytes(b"\xe9t\xe9\n")
     arguments = [
         pictures[0] if part == "IMAGE" else part.replace("FOLDER", str(tmp_path)) for part in arguments
     ]
     result = run("match", *([*arguments] if "-m" in arguments else [*arguments, *model]))
     assert result.exit_code == code and words in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])  # Notepad's, and of PowerShell's ">"
+def test_labels_as_any_editor_saves_them(run, model, pictures, tmp_path, encoding):
+    (tmp_path / "labels.txt").write_bytes("a dog\r\n\r\na café \r\n".encode(encoding))
+    result = run("match", pictures[0], "--labels", tmp_path / "labels.txt", "--json", *model)
+    assert {json.loads(line)["text"] for line in result.stdout.splitlines()} == {"a dog", "a café"}
 
 
 def test_a_generative_verb_refuses_a_matching_model(run, model, pictures):

@@ -22,14 +22,15 @@ def test_without_its_packages_it_says_what_to_install(run, monkeypatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     done = run("serve")
-    assert done.exit_code == 1 and "pip install 'blip2[serve]'" in done.stderr and "fastapi" in done.stderr
+    assert done.exit_code == 1 and "fastapi" in done.stderr
+    assert "pip install" in done.stderr and "[serve]" in done.stderr
 
 
 def test_without_ray_it_says_what_to_install(run, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr("blip2.serve.replicas._prepare", lambda address: None)  # the environment is the other tests'
     done = run("serve", "--engine", "ray", "--port", "0")
-    assert done.exit_code == 1 and "pip install 'blip2[ray]'" in done.stderr
+    assert done.exit_code == 1 and "pip install" in done.stderr and "[ray]" in done.stderr
 
 
 def test_a_port_that_is_taken(run) -> None:
@@ -76,6 +77,9 @@ def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) 
     monkeypatch.setenv("BLIP2_API_KEY", "")
     with pytest.raises(OptionError, match="empty"):
         _keys((), None)
+    monkeypatch.delenv("BLIP2_API_KEY")
+    file.write_bytes("one\r\ntwo".encode("utf-8-sig"))
+    assert _keys((), file) == ["one", "two"]
     file.write_text("\n")
     with pytest.raises(OptionError, match="has no key"):
         _keys((), file)

@@ -62,6 +62,59 @@ def test_a_broken_line_is_named(tmp_path, line, problem):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ('[{"image": "a.png", "caption": "a"}]', "this is a JSON array; write each of its objects"),
+        ('[{"image": "a", "conversations": []}]', "write what 'conversations' has as"),
+        ('{"file_name": "a.png", "text": "a"}', "rename 'file_name' to 'image'"),
+        ('{"image": "a", "question": "how?", "answer": ["two", "2"]}', "write one text as 'answer'"),
+        ('{"image": "a", "question": "how?", "answers": [{"answer": "two"}]}', "write one of 'answers' as 'answer'"),
+        ('{"image": "a", "question": "how?", "multiple_choice_answer": "b"}', "rename 'multiple_choice_answer'"),
+        ('{"image": "a", "conversations": [{"from": "human", "value": "<image>"}]}', '"dialogues": [[{"question": ...'),
+        ('{"info": {}, "images": [], "annotations": []}', "this is a file of COCO's"),
+        ('{"image_id": 9, "caption": "a"}', "'image_id' alone does not tell where it lies"),
+        ('{"image": "a", "caption": ["a", "b"]}', "rename 'caption' to 'captions'"),
+        ('{"image": "a", "captoin": "a"}', "rename 'captoin' to 'caption'"),
+        ('{"image": "a", "description": "a"}', "rename 'description' to 'caption'"),
+        ('{"image": {"path": "a"}, "caption": "a"}', "write the path of the picture's file"),
+        ("image,caption", "not JSON"),
+        ('{"image": "a", "caption": "\\ud83d"}', "halves of characters"),
+    ],
+)  # fmt: skip
+def test_rows_of_other_tools_are_told_what_to_change(tmp_path, line, advice):
+    with pytest.raises(RecipeError, match=r"rows\.jsonl:1: ") as raised:
+        read_rows([write(tmp_path / "rows.jsonl", line)])
+    assert advice in str(raised.value)
+    assert 'a row is one line such as {"image": "a.jpg", "caption": "two dogs"}' in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [([{"image": "a.png", "caption": "a"}], "this is a JSON array"), ({"images": [], "annotations": []}, "of COCO's")],
+)
+def test_a_file_that_is_one_value_is_known(tmp_path, content, advice):
+    (tmp_path / "rows.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(RecipeError, match=rf"rows\.json: .*{advice}"):
+        read_rows([tmp_path / "rows.json"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_rows_as_any_editor_saves_them(tmp_path, encoding):
+    text = '{"image": "a.png", "caption": "naïve \u2028 café"}\r\n\r\n{"image": "b.png", "caption": "b"}'
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "rows.jsonl").write_bytes((mark + text).encode(encoding))
+    assert [row.captions for row in read_rows([tmp_path / "rows.jsonl"])] == [("naïve \u2028 café",), ("b",)]
+
+
+@pytest.mark.parametrize("content", ["é".encode("latin-1"), '{"image"'.encode("utf-16-le"), b"PAR1\xff\xfe"])
+def test_rows_that_are_no_text(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"rows\.jsonl: is not UTF-8 text .*; save it as UTF-8; a row is"):
+        read_rows([tmp_path / "rows.jsonl"])
+
+
 def test_no_file_and_no_rows(tmp_path):
     with pytest.raises(RecipeError, match=r"absent\.jsonl: cannot be read"):
         read_rows([tmp_path / "absent.jsonl"])

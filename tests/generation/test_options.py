@@ -25,7 +25,7 @@ WRONG = {
     "typical_p": [0, 1.1, True],
     "repetition_penalty": [0, -1.0, math.nan, math.inf],
     "no_repeat_ngram_size": [-1, 1.5],
-    "stop": ["\n", ["\n"], ("",), (1,), None],
+    "stop": ["", (1,), None, 3],
     "seed": [-1, 2**63, 0.5, "0", False],
 }
 
@@ -97,6 +97,14 @@ def test_conflicts(options, named):
 )
 def test_what_goes_together(options):
     GenerateOptions(**options)
+
+
+def test_stop_may_be_a_text_or_a_list():
+    for given_stop in ("end", ["end"], ("end",)):
+        assert GenerateOptions(stop=given_stop).stop == ("end",)
+    assert GenerateOptions(stop=[]).stop == ()
+    with pytest.raises(OptionError, match=r"^stop is 'a', ''; it may be one text or several"):
+        GenerateOptions(stop=["a", ""])
 
 
 def test_only_by_name_and_never_changed():

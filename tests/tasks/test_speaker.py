@@ -178,7 +178,7 @@ def test_probabilities_are_those_of_the_model():
     ("choices", "words"),
     [
         ("yes", "'yes'; give a list"),
-        ([], "0 choices"),
+        ([], "no choices"),
         (["yes"], "at least two"),
         (["yes", " "], "empty"),
         (["yes", "yes "], "'yes' is there more than once"),

@@ -37,6 +37,13 @@ def test_values_defaults_and_paths(tmp_path):
     assert (recipe.data.max_text_tokens, recipe.data.mix.captions) == (32, 1.0)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_as_any_editor_saves_it(tmp_path, encoding):
+    path = write(tmp_path)
+    path.write_bytes(GOOD.replace("\n", "\r\n").encode(encoding))
+    assert load_recipe(path).start == "model"
+
+
 def test_overrides(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     recipe = load_recipe(

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from blip2 import checkpoint, train
 from blip2.errors import CheckpointError, ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
+from blip2.vision import VisionTransformer
 
 
 def weights(folder):
@@ -164,6 +166,9 @@ def test_bad_pictures_are_passed_over_counted_and_named(
 def test_bad_pictures_end_a_training_that_is_told_so(write_recipe, opt_model, broken, tmp_path):
     path, seen = write_recipe(2, opt_model), []
     path.write_text(path.read_text().replace('features = "features"', ""))
+    with pytest.raises(RecipeError, match=r'1 of 8 pictures are not there, .*missing\.png; .*on_bad_picture = "skip"$'):
+        train.run(path, overrides={"data.on_bad_picture": "stop"})
+    (tmp_path / "missing.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r'data\.on_bad_picture = "skip"$') as raised:
         train.run(path, report=seen.append, overrides={"data.on_bad_picture": "stop"})
     assert any(name in str(raised.value) for name in broken) and "allow_truncated" not in str(raised.value)
@@ -175,6 +180,10 @@ def test_bad_pictures_end_a_training_that_is_told_so(write_recipe, opt_model, br
 
 def test_a_training_without_a_picture_is_an_error(write_recipe, opt_model, rows, tmp_path):
     rows.write_text("".join(json.dumps({"image": f"{n}.png", "caption": "a dog"}) + "\n" for n in range(8)))
+    with pytest.raises(RecipeError, match=r"8 of 8 pictures are not there, the first is .*0\.png"):
+        train.run(write_recipe(2, opt_model))
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
     with pytest.raises(RecipeError, match=r"none of the pictures of 8 rows can be read, such as .*\d\.png"):
         train.run(write_recipe(2, opt_model))
 
@@ -214,6 +223,98 @@ def test_what_does_not_fit_is_said(write_recipe, matching_model, opt_model, stag
         train.run(write_recipe(stage, matching_model if stage == 1 else opt_model), overrides=overrides)
     assert problem in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def no_features(monkeypatch):
+    """Whoever computes a feature has asked too late."""
+
+    def too_late(*_, **__):
+        raise AssertionError("a feature was computed before this was told")
+
+    monkeypatch.setattr(VisionTransformer, "features", too_late)
+
+
+def changed(folder, tmp_path, **tensors):
+    """A copy of a model with other tensors."""
+    model = checkpoint.load(folder)
+    for name, value in tensors.items():
+        model.get_parameter(name.replace("__", ".")).data.copy_(value)
+    checkpoint.save(model, tmp_path / "changed", tokenizer=folder / "tokenizer.json")
+    return tmp_path / "changed"
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "problem"),
+    [
+        (2, {"start": "models/stage1"}, "start: there is no folder {tmp}/models/stage1; name the folder of a model"),
+        (2, {"start": "./stage1"}, "start: there is no folder {tmp}/stage1; name"),
+        (2, {"start": "/no/where"}, "start: there is no folder /no/where; name"),
+        (2, {"start": "kept/stage_1"}, "did you mean {tmp}/kept/stage1?"),
+        (2, {"qformer": "runs/stage1"}, "qformer: there is no folder {tmp}/runs/stage1"),
+        (2, {"data.images": "elsewhere", "data.rows": "relative.jsonl"}, "1 of 1 pictures are not there, the first is"),
+        (2, {"optim.batch_size": 9}, "there are only 8 rows"),
+        (2, {"evaluation.rows": "no.jsonl"}, "no.jsonl: cannot be read"),
+        (2, {"out": "taken"}, "out: {tmp}/taken cannot be written (Not a directory)"),
+        (2, {"data.features": "taken/features"}, "data.features: {tmp}/taken/features cannot be written"),
+        (2, {"out": "START"}, "is the folder of 'start', which it would overwrite"),
+        (1, {"evaluation.rows": "one.jsonl"}, "evaluation.rows has one picture alone"),
+        (1, {"evaluation.max_rows": 1}, "evaluation.max_rows is 1; stage 1 compares 2 rows or more"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_is_computed(
+    write_recipe, matching_model, opt_model, pictures, tmp_path, monkeypatch, stage, overrides, problem
+):
+    no_features(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # nothing may ask the hub
+    monkeypatch.setattr("blip2.checkpoint.hub.pull", lambda *_: pytest.fail("the hub was asked"))
+    (tmp_path / "taken").touch()
+    (tmp_path / "kept/stage1").mkdir(parents=True)
+    (tmp_path / "relative.jsonl").write_text('{"image": "a.png", "caption": "a"}')
+    (tmp_path / "one.jsonl").write_text(json.dumps({"image": pictures[0], "captions": ["a dog", "two dogs"]}))
+    start = matching_model if stage == 1 else opt_model
+    overrides = {key: str(start) if value == "START" else value for key, value in overrides.items()}
+    if overrides.get("data.rows"):
+        overrides["optim.batch_size"] = 1
+        overrides["evaluation.rows"] = "relative.jsonl"
+        overrides["evaluation.images"] = "elsewhere"
+    with pytest.raises(RecipeError) as raised:
+        train.run(write_recipe(stage, start), overrides=overrides)
+    assert problem.format(tmp=tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"qformer__query_tokens": 0.0}, "its query tokens are all zero, as other programs make a new model"),
+        ({"qformer__query_tokens": 0.5}, "its query tokens are all equal"),
+        ({"temperature": 0.0}, "its temperature is 0, and has to be above 0, such as 0.07"),
+    ],
+)
+def test_weights_that_nothing_is_learnt_from(write_recipe, matching_model, tmp_path, monkeypatch, tensors, problem):
+    no_features(monkeypatch)
+    with pytest.raises(RecipeError, match=problem):
+        train.run(write_recipe(1, changed(matching_model, tmp_path, **tensors)))
+
+
+def test_a_preprocessor_of_another_size(write_recipe, opt_model, tmp_path, monkeypatch):
+    no_features(monkeypatch)
+    folder = changed(opt_model, tmp_path)
+    (folder / "preprocessor_config.json").write_text('{"size": 224}')
+    with pytest.raises(CheckpointError, match="size is 224, and the model sees pictures of 32 pixels"):
+        train.run(write_recipe(2, folder))
+
+
+def test_a_finished_run_is_extended(write_recipe, opt_model):
+    recipe, seen = write_recipe(2, opt_model), []
+    out = train.run(recipe)
+    before = weights(out)
+    train.run(recipe, report=seen.append)
+    assert [progress.message for progress in seen] == [f"{out} is finished already; raise optim.steps to train on"]
+    train.run(recipe, report=seen.append, overrides={"optim.steps": 9})
+    assert [line["step"] for line in log(out) if "lm" in line] == list(range(1, 10))
+    assert not torch.equal(before["qformer.query_tokens"], weights(out)["qformer.query_tokens"])
+    assert train.run(recipe, overrides={"optim.steps": 9}) == out
 
 
 def test_rows_without_the_texts_of_the_stage_are_named(write_recipe, matching_model, opt_model, pictures, tmp_path):

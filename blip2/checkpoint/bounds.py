@@ -1,0 +1,64 @@
+"""What a value of ``config.json`` may be: a damaged or foreign file is told before anything is built of it.
+
+The bounds are far beyond every model that was published.
+
+Each check raises ValueError: what is wrong, and what should stand there.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+AGAIN = "fetch the file again"
+WIDEST, MOST_LAYERS, MOST_TOKENS, LARGEST_IMAGE = 2**16, 512, 2**22, 4096
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "hidden_size": (1, WIDEST),
+    "head_size": (1, WIDEST),
+    "intermediate_size": (1, 2 * WIDEST),
+    "projection_size": (1, WIDEST),
+    "num_layers": (1, MOST_LAYERS),
+    "num_decoder_layers": (1, MOST_LAYERS),
+    "cross_attention_frequency": (1, MOST_LAYERS),
+    "num_heads": (1, 1024),
+    "image_size": (1, LARGEST_IMAGE),
+    "patch_size": (1, LARGEST_IMAGE),
+    "num_query_tokens": (1, 4096),
+    "vocab_size": (1, MOST_TOKENS),
+    "max_position_embeddings": (1, 2**20),
+    "num_buckets": (4, 2**16),
+    "max_distance": (4, 2**20),
+    "layer_norm_eps": (1e-30, 0.1),
+    "dropout": (0, 0.99),
+}
+"""By our names; a token id is bounded by the vocabulary instead."""
+
+
+def check_value(name: str, value: Any, like: Any, where: str = "", bounds: tuple[float, float] | None = None) -> Any:
+    """The value, if it is of the kind of ``like`` (bool, int, float or str) and within the bounds, both included."""
+    if isinstance(like, bool):
+        is_kind, words = isinstance(value, bool), "true or false"
+    elif isinstance(like, str):
+        is_kind, words = isinstance(value, str), "a text"
+    else:
+        kinds = int if isinstance(like, int) else (int, float)
+        is_kind = isinstance(value, kinds) and not isinstance(value, bool)
+        least, most = bounds or (0, MOST_TOKENS)
+        is_kind = is_kind and least <= value <= most  # false for NaN
+        words = f"a {'whole ' if isinstance(like, int) else ''}number from {least:g} to {most:.10g}"
+    if not is_kind:
+        place = f" in {where}" if where else ""
+        raise ValueError(
+            f"{name} is {reprlib.repr(value)}{place}; it should be something like {like!r}, {words}; {AGAIN}"
+        )
+    return value
+
+
+def check_token(name: str, value: Any, vocab_size: int, where: str) -> None:
+    """That a token is one of the vocabulary."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+        raise ValueError(
+            f"{name} is {reprlib.repr(value)} in {where}; a token of this model is a whole number from 0 to "
+            f"{vocab_size - 1} (vocab_size is {vocab_size}); {AGAIN}"
+        )

@@ -1,0 +1,73 @@
+"""Where this package was installed from, and the line that installs more of it.
+
+It is on no index, so that its name alone is nothing that pip finds: a checkout, a wheel or an address has to be named.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from importlib import metadata, util
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+NAME = "blip2"
+CHECKOUT = Path(__file__).parents[1]
+
+
+def install_line(extra: str | None = None) -> str:
+    """The command that installs the package with one of its extras, such as "serve", from where it came.
+
+    Where that is gone, it names the packages of the extra instead.
+    """
+    pip = "pip install" if util.find_spec("pip") else "uv pip install"
+    wanted = f"[{extra}]" if extra else ""
+    if (CHECKOUT / "pyproject.toml").exists():
+        return f"{pip} -e {_quoted(f'{CHECKOUT}{wanted}')}"
+    if (origin := _origin()) is not None:
+        named = f"{origin}{wanted}" if Path(origin).exists() else f"{NAME}{wanted} @ {origin}"
+        return f"{pip} {_quoted(named)}"
+    packages = sorted(_packages(extra)) if extra else [NAME]
+    return f"{pip} {' '.join(map(_quoted, packages or [f'{NAME}{wanted}']))}"
+
+
+def _origin() -> str | None:
+    """A folder or a wheel that is still there, or an address; None if nothing is known (PEP 610)."""
+    try:
+        told = json.loads(metadata.distribution(NAME).read_text("direct_url.json") or "{}")
+        url, repository = str(told["url"]), told.get("vcs_info")
+    except (metadata.PackageNotFoundError, ValueError, LookupError):
+        return None
+    if repository:
+        return f"{repository['vcs']}+{url}@{repository['commit_id']}"
+    if urlsplit(url).scheme != "file":
+        return url
+    path = url2pathname(urlsplit(url).path)
+    return path if Path(path).exists() else None
+
+
+def _packages(extra: str) -> Iterator[str]:
+    """What an extra needs, as the installed package tells; an extra of its own that it names, likewise."""
+    try:
+        listed = metadata.requires(NAME) or []
+    except metadata.PackageNotFoundError:
+        return
+    for requirement in listed:
+        package, _, marker = requirement.partition(";")
+        rest = re.sub(rf"""(\s*and\s*)?extra\s*==\s*["']{re.escape(extra)}["'](\s*and\s*)?""", "", marker).strip()
+        if rest == marker.strip():
+            continue
+        if inner := re.match(rf"\s*{NAME}\[(\w+)\]", package):
+            yield from _packages(inner[1])
+        else:
+            yield f"{package.strip()}; {rest.strip('() ')}" if rest.strip("() ") else package.strip()
+
+
+def _quoted(argument: str) -> str:
+    if sys.platform == "win32":  # its shells know no single quotes
+        return f'"{argument}"' if re.search(r"[\s<>\[;]", argument) else argument
+    return shlex.quote(argument)

@@ -1,0 +1,65 @@
+"""Text files as people's editors write them: with or without a byte order mark, with any line ends.
+
+Notepad and PowerShell begin UTF-8 with a mark, and PowerShell's ``>`` writes UTF-16. A mark that is read as text
+becomes a character that nobody sees; so every text file that this package reads is opened here.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+MARK = "\ufeff"
+LONGEST_MARK = 4
+# The longest first: UTF-32's mark begins with UTF-16's.
+ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+
+
+class NotTextError(ValueError):
+    """Bytes that are no text; the message goes on from "the file": "is not UTF-8 text ..."."""
+
+
+def read_text(path: Path) -> str:
+    """The whole file, line ends as ``\\n``. Raises OSError, and `NotTextError` for what is no text."""
+    return "".join(read_lines(path))
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, each with its ``\\n``, read as they are asked for. Raises as `read_text` does."""
+    with path.open("rb") as file:
+        yield from lines_of(file)
+
+
+def lines_of(stream: BinaryIO, encoding: str = "utf-8") -> Iterator[str]:
+    """The lines of a stream as they arrive; ``encoding`` is that of a stream without a mark."""
+    buffered: Any = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(Any, stream))
+    start = buffered.peek(LONGEST_MARK)[:LONGEST_MARK]
+    encoding = next((name for mark, name in ENCODINGS if start.startswith(mark)), encoding)
+    if encoding == "utf-8" and b"\0" in start:
+        raise NotTextError("is not UTF-8 text (it has NUL bytes, as UTF-16 without a mark); save it as UTF-8")
+    text = io.TextIOWrapper(buffered, encoding)
+    try:
+        # A file that was joined from several may have a mark at any line's start.
+        yield from (line.lstrip(MARK) for line in text)
+    except UnicodeError as error:
+        reason = " ".join(str(error).split())
+        kind = encoding.removesuffix("-sig").upper()
+        raise NotTextError(f"is not {kind} text ({reason}); save it as UTF-8") from None
+    finally:
+        text.detach()  # whoever opened the stream closes it
+        if buffered is not stream:
+            buffered.detach()
+
+
+def filled_lines(path: Path) -> list[str]:
+    """The lines that say something, without white space at either end. Raises as `read_text` does."""
+    return [line.strip() for line in read_lines(path) if line.strip()]

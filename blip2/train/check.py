@@ -1,0 +1,199 @@
+"""What can be known of a training before a weight is read: each thing that does not fit is told in its own words."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blip2 import checkpoint
+from blip2.checkpoint import BUNDLED, ImageSettings
+from blip2.config import PUBLISHED, Blip2Config, MatcherConfig
+from blip2.data import Row, read_rows
+from blip2.errors import CheckpointError, RecipeError
+from blip2.model import Blip2, Blip2Matcher
+from blip2.text import Tokenizer
+from blip2.train.recipes import Recipe
+from blip2.train.texts import TextSource
+
+
+@dataclass(frozen=True)
+class Materials:
+    """All that a training starts from, but the weights."""
+
+    start: Path
+    config: Blip2Config | MatcherConfig
+    tokenizer: Tokenizer
+    settings: ImageSettings
+    train_rows: list[Row]
+    held_out_rows: list[Row] | None = None
+    """Those of the evaluation; only the first ``evaluation.max_rows`` are used."""
+    qformer: Path | None = None
+
+
+def gather(recipe: Recipe, path: Path) -> Materials:
+    """Find, read and compare everything that the recipe at ``path`` names. Raises RecipeError and CheckpointError."""
+    start = find_model(recipe.start, path, "start")
+    config = checkpoint.read_config(start)
+    if isinstance(config, MatcherConfig) != (recipe.stage == 1):
+        holds, needs = ("matching", "generative") if isinstance(config, MatcherConfig) else ("generative", "matching")
+        raise RecipeError(f"{path}: start: {start} holds a {holds} model, stage {recipe.stage} needs a {needs} one")
+    tokenizer, settings = Tokenizer.from_folder(start), checkpoint.image_settings(start, config)
+    qformer = None if recipe.qformer is None else find_model(recipe.qformer, path, "qformer")
+    if qformer is not None:
+        taken = checkpoint.read_config(qformer)
+        if not isinstance(taken, MatcherConfig):
+            raise RecipeError(f"qformer: {qformer} holds no matching model; name the result of stage 1")
+        if taken.vision != config.vision:
+            raise RecipeError(f"qformer: {qformer} was trained on another image encoder than the one of 'start'")
+    _check_model(config, recipe)
+    evaluation = recipe.evaluation
+    materials = Materials(
+        start, config, tokenizer, settings,
+        read_rows(recipe.data.rows, recipe.data.images),
+        None if evaluation is None else read_rows(evaluation.rows, evaluation.images),
+        qformer,
+    )  # fmt: skip
+    _check_rows(materials, recipe)
+    _check_pictures(materials, recipe)
+    _check_output(materials, recipe)
+    return materials
+
+
+def find_model(name: str, recipe: Path, key: str) -> Path:
+    """A folder beside the recipe, or the bundled or a published model of this name, or one that is in the cache.
+
+    Any other name is taken for a folder that is missing, and is not looked up on the hub.
+    """
+    beside = recipe.absolute().parent / Path(name).expanduser()
+    if beside.is_dir():
+        return beside
+    if beside.is_file():
+        return checkpoint.resolve(beside)  # which says what to do with it
+    if name in BUNDLED or name in PUBLISHED:
+        return checkpoint.resolve(name)
+    try:
+        return checkpoint.resolve(name, local_files_only=True)
+    except CheckpointError:
+        pass
+    beyond = [folder.name for folder in beside.parent.iterdir() if folder.is_dir()] if beside.parent.is_dir() else []
+    near = difflib.get_close_matches(beside.name, beyond, n=1)
+    hint = f"did you mean {beside.with_name(near[0])}? Or " if near else ""
+    fetch = f"; a model of the hub is fetched first, by blip2 pull {name}" if name.count("/") == 1 else ""
+    raise RecipeError(
+        f"{recipe}: {key}: there is no folder {beside}; {hint}name the folder of a model, seen from the recipe's own "
+        f"folder, or one of {', '.join(BUNDLED)}{fetch}"
+    )
+
+
+def _check_model(config: Blip2Config | MatcherConfig, recipe: Recipe) -> None:
+    if isinstance(config, MatcherConfig):
+        if not config.has_lm_head:
+            raise RecipeError(
+                f"start: {recipe.start}: has no temperature and no caption head, which stage 1 trains; published "
+                "matching models come without: start from one that was saved by stage 1, or from a new one"
+            )
+        return
+    language, data = config.language, recipe.data
+    if language.family == "opt":
+        longest = config.qformer.num_query_tokens + data.max_prompt_tokens + data.max_text_tokens
+        if longest > language.max_position_embeddings:
+            raise RecipeError(
+                f"queries, data.max_prompt_tokens and data.max_text_tokens make {longest} tokens, the language "
+                f"model has {language.max_position_embeddings} positions; lower data.max_prompt_tokens"
+            )
+
+
+def _check_rows(materials: Materials, recipe: Recipe) -> None:
+    num_rows = len(materials.train_rows)
+    if recipe.optim.batch_size > num_rows:
+        size = recipe.optim.batch_size
+        raise RecipeError(f"optim.batch_size is {size}, but there are only {num_rows} rows; lower it")
+    rows = [*materials.train_rows, *(materials.held_out_rows or [])]
+    if isinstance(materials.config, MatcherConfig):
+        if (missing := next((row for row in rows if not row.captions), None)) is not None:
+            raise RecipeError(f"{missing.image}: its row has no caption, and stage 1 learns from captions")
+        for name, some in (("data.rows", materials.train_rows), ("evaluation.rows", materials.held_out_rows)):
+            if some is not None and len({row.image for row in some}) < 2:
+                raise RecipeError(
+                    f"{name} has one picture alone; stage 1 tells pictures from one another: give it two or more"
+                )
+        if recipe.evaluation is not None and recipe.evaluation.max_rows < 2:
+            raise RecipeError(f"evaluation.max_rows is {recipe.evaluation.max_rows}; stage 1 compares 2 rows or more")
+        return
+    source = TextSource(materials.tokenizer, materials.config.language, recipe.data)
+    if (unusable := next((row for row in rows if not source.can_use(row)), None)) is not None:
+        raise RecipeError(f"{unusable.image}: its row has no text of a kind to which data.mix gives weight")
+
+
+def _check_pictures(materials: Materials, recipe: Recipe) -> None:
+    """That they are there. Where features are kept, pictures that were seen may be gone by now."""
+    if recipe.data.features is not None and any(recipe.data.features.glob("*.bin")):
+        return
+    listed = {row.image: None for row in [*materials.train_rows, *(materials.held_out_rows or [])]}
+    missing = [image for image in listed if not os.path.exists(image)]
+    is_skipped = recipe.data.on_bad_picture == "skip" and len(missing) < len(listed)
+    if missing and not is_skipped:
+        skip = '; or pass such pictures over: data.on_bad_picture = "skip"' if len(missing) < len(listed) else ""
+        raise RecipeError(
+            f"{len(missing):,} of {len(listed):,} pictures are not there, the first is {missing[0]}; check "
+            f"data.images, from which the rows' paths start (absent: the folder of the rows){skip}"
+        )
+
+
+def _check_output(materials: Materials, recipe: Recipe) -> None:
+    """That it can be written, is no model that training starts from, and has room for the features."""
+    for key, source in (("start", materials.start), ("qformer", materials.qformer)):
+        if source is not None and recipe.out.resolve() == source.resolve():
+            raise RecipeError(f"out: {recipe.out} is the folder of {key!r}, which it would overwrite; name another")
+    _check_writable("out", recipe.out)
+    if (features := recipe.data.features) is None:
+        return
+    there = _check_writable("data.features", features)
+    vision = materials.config.vision
+    pictures = {row.image for row in [*materials.train_rows, *(materials.held_out_rows or [])]}
+    num_bytes = len(pictures) * (vision.num_patches + 1) * vision.hidden_size * np.dtype(np.float16).itemsize
+    free = shutil.disk_usage(there).free
+    if num_bytes > free and (there != features or not any(features.iterdir())):
+        raise RecipeError(
+            f"data.features: the features of {len(pictures):,} pictures take {num_bytes / 1e9:.1f} GB, and {features} "
+            f"has room for {free / 1e9:.1f} GB; name another folder, or leave it out to compute them at each step"
+        )
+
+
+def _check_writable(key: str, folder: Path) -> Path:
+    """Nothing is left behind. Returns the folder, or else the one in which it will be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return there
+    except OSError as error:
+        reason = error.strerror or error
+        raise RecipeError(f"{key}: {folder} cannot be written ({reason}); check it, or name another folder") from None
+
+
+def check_weights(model: Blip2 | Blip2Matcher, names: Sequence[str | None]) -> None:
+    """What only the weights tell: that there is something to learn from. ``names`` are those that the model came from.
+
+    Raises RecipeError for queries that are all equal, as new models of other programs have them (all zero), and for a
+    temperature that is none.
+    """
+    whence = next(name for name in reversed(names) if name is not None)
+    queries_QD = model.qformer.query_tokens.detach()[0]
+    if len(queries_QD) > 1 and torch.equal(queries_QD, queries_QD[:1].expand_as(queries_QD)):
+        what = "all zero" if not queries_QD.any() else "all equal"
+        raise RecipeError(
+            f"{whence}: its query tokens are {what}, as other programs make a new model, and what is equal stays equal "
+            "in training; draw them anew: checkpoint.load, model.qformer.query_tokens.data.normal_(std=0.02), "
+            "checkpoint.save"
+        )
+    temperature = getattr(model, "temperature", None)
+    if temperature is not None and not temperature.item() > 0:
+        raise RecipeError(f"{whence}: its temperature is {temperature.item():g}, and has to be above 0, such as 0.07")
