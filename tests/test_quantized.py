@@ -109,7 +109,8 @@ def test_kernels_equal_those_for_any_processor_and_torch(
     assert all(torch.equal(ours, other) for other in others)  # sums of integers: to the last bit
     theirs = F.linear(x.float(), layer.dequantized())
     precision = 1e-3 if dtype == torch.float32 else 2**-8
-    atol = 2e-3 * float(theirs.abs().max()) + 1e-30
+    # A row keeps 15 bits of its largest number; in a sum that cancels, that is all that its result is known to.
+    atol = float(x.abs().max() / 127 / 254 * layer.dequantized().abs().sum(-1).max()) + 1e-30
     torch.testing.assert_close(ours.float(), theirs, rtol=precision, atol=atol)
 
 

@@ -164,7 +164,7 @@ def test_empty_question(question):
 def test_what_is_no_text(what):
     """As when a picture and a question stand the other way round."""
     for ask in (lambda: question_prompt(what, "opt"), lambda: chat_prompt([("q?", "a")], what), lambda: clean(what)):
-        with pytest.raises(OptionError, match=rf"where {type(what).__name__} stands; give pictures first"):
+        with pytest.raises(OptionError, match=rf"is no text \(a {type(what).__name__}\)"):
             ask()
 
 

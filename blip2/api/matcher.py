@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -159,13 +159,13 @@ class Matcher:
         """As `classify`, but one after the other as their batches are done."""
         if top < 1:
             raise OptionError(f"{option('top')} is {top}, which leaves nothing to tell; use 1 or more")
-        if isinstance(labels, str) or not isinstance(labels, Iterable):
-            raise OptionError(f"the labels are {labels!r}; give a list of texts, such as ['cat', 'dog']")
+        if isinstance(labels, str):
+            raise OptionError(f"the labels are one text, {labels!r}; give a list, such as ['cat', 'dog']")
         if not isinstance(template, str) or "{}" not in template:
             raise OptionError(
                 f"{option('template')} is {template!r}, which has no place for the label; write {{}} there"
             )
-        labels = list(labels)
+        labels = [] if labels is None else list(labels)
         for label in labels:
             check_text(label)
         texts = [template.replace("{}", clean(label)) for label in labels]

@@ -23,9 +23,9 @@ from blip2.compat.records import ModelOutput, returned
 from blip2.compat.retrieval import Matching
 
 SMALL_VISION = {
-    "num_hidden_layers": 0, "image_size": 2, "patch_size": 2, "num_attention_heads": 1, "intermediate_size": 1
+    "num_hidden_layers": 1, "image_size": 2, "patch_size": 2, "num_attention_heads": 1, "intermediate_size": 1
 }  # fmt: skip
-SMALL_QFORMER = {"num_hidden_layers": 0, "hidden_size": 1, "num_attention_heads": 1, "intermediate_size": 1}
+SMALL_QFORMER = {"num_hidden_layers": 1, "hidden_size": 1, "num_attention_heads": 1, "intermediate_size": 1}
 
 
 class Blip2Model(Generative):
