@@ -13,6 +13,7 @@ import torch
 import blip2
 from blip2 import checkpoint
 from blip2.errors import OptionError
+from tests import tiny
 from tests.test_mixed_precision import scores
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -100,3 +101,28 @@ def test_learning(any_model):
         learner.step()
         moved.append(model.qformer.query_tokens.detach().cpu())
     torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_drop_in_beside_transformers(any_model, dtype):
+    """The same ids and losses on the GPU, also under autocast; a T5 in float16 is computed in bfloat16."""
+    transformers = pytest.importorskip("transformers")
+    models = [
+        library.Blip2ForConditionalGeneration.from_pretrained(any_model, dtype=dtype, device_map={"": 0}).eval()
+        for library in (transformers, blip2)
+    ]
+    processor = blip2.Blip2Processor.from_pretrained(any_model)
+    pictures = [tiny.picture(seed) for seed in range(2)]
+    texts = ["Question: how many dogs are there? Answer:", "a photo of"]
+    inputs = processor(pictures, texts, return_tensors="pt", padding=True).to(GPU, dtype)
+    losses = [float(model(**inputs, labels=inputs["input_ids"]).loss) for model in models]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if dtype == torch.float32 else 0.03)
+    if dtype != torch.float32:  # rounding decides between tokens of random models
+        return
+    for options in ({}, {"num_beams": 3}, {"return_dict_in_generate": True, "output_scores": True}):
+        theirs, ours = (model.generate(**inputs, max_new_tokens=8, **options) for model in models)
+        ids = [found if isinstance(found, torch.Tensor) else found.sequences for found in (theirs, ours)]
+        assert torch.equal(*ids)
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = [float(model(**inputs, labels=inputs["input_ids"]).loss) for model in models]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
