@@ -42,7 +42,7 @@ class _WithWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `nn.Module.to` does; a `Weight` cannot change its device or type, so another one takes its place."""
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")  # there is none where it is computed from others (parametrizations)
         if type(weight) is not Weight:
             return super()._apply(fn, recurse)
         self._parameters["weight"] = None
@@ -60,7 +60,7 @@ class _WithWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")
         if type(weight) is Weight and not keep_vars:  # an ordinary tensor that shares its memory, as all others do
             destination[prefix + "weight"] = weight.numbers.shared()
 
@@ -220,12 +220,16 @@ class Weight(nn.Parameter):
         cls: type[Weight], data: Tensor, requires_grad: bool = True, *, keeps_plain: bool = False
     ) -> Weight:
         """``keeps_plain``: for a table whose rows are looked up, too; both orders are kept while a model answers."""
-        plain = data.numbers.read() if isinstance(data, Weight) else data.detach()
+        plain = readable(data)
+        if not _can_be_packed(plain):  # as when accelerate puts a layer's weights elsewhere
+            return nn.Parameter(plain, requires_grad)  # type: ignore[return-value]
         return cls._of(Numbers(plain.contiguous(), keeps_plain=keeps_plain), plain.shape, plain.dtype, requires_grad)
 
     @classmethod
     def _of(cls, numbers: Numbers, shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> Weight:
-        weight: Weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, requires_grad=requires_grad)
+        weight: Weight = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=torch.device("cpu"), requires_grad=requires_grad
+        )
         weight.numbers = numbers
         weight._is_param = True
         return weight
@@ -314,8 +318,6 @@ _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 def _rebuilt(plain_ND: Tensor, requires_grad: bool, keeps_plain: bool) -> nn.Parameter:
     """From a pickle, perhaps on another processor."""
-    if not _can_be_packed(plain_ND):
-        return nn.Parameter(plain_ND, requires_grad)
     return Weight(plain_ND, requires_grad, keeps_plain=keeps_plain)
 
 

@@ -25,13 +25,14 @@ def scores(model: Blip2, device: str = "cpu") -> Tensor:
     """Log-probabilities of fixed answers to a batch of unequal prompts behind pictures, as decoding computes them."""
     generator = torch.Generator().manual_seed(3)
     with torch.inference_mode():
-        images = model.prompt(model.encode(torch.randn(3, 3, 32, 32, generator=generator).to(device)))
+        pixels = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float32)
+        images = model.prompt(model.encode(pixels.to(device)))
         rows = []
         for image_QD, length in zip(images, PROMPTS, strict=True):
             words = model.language.embed(torch.randint(5, 200, (length,), generator=generator).to(device))
             rows.append(torch.cat([image_QD, words.to(image_QD.dtype)]))
         answers = torch.randint(5, 200, (3, 4), generator=generator).tolist()
-        return torch.tensor(Engine(model.language, eos_token_ids=[2]).score(rows, answers))
+        return torch.tensor(Engine(model.language, eos_token_ids=[2]).score(rows, answers), dtype=torch.float32)
 
 
 @pytest.fixture
@@ -142,3 +143,27 @@ def test_a_quantised_layer_keeps_the_precision_of_its_scales(any_model):
     after = language.state_dict()
     assert before
     assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_default_type_of_the_program_is_not_ours(any_model, dtype, tmp_path):
+    """`torch.set_default_dtype` concerns the program's own tensors."""
+    model = checkpoint.load(any_model, dtype=torch.float32)
+    expected, [greatest] = scores(model), [native.greatest(torch.ones(3, 2, 8).half(), torch.ones(8))]
+    pictures = ["examples/picture.png", "examples/cats.png"]
+    blip, matcher = blip2.load(), blip2.load("miniature-itm")
+    said = blip.caption(pictures), blip.ask(pictures[0], "is there a boat?", choices=["yes", "no"])
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(scores(checkpoint.load(any_model, dtype=torch.float32)), expected)
+        found = native.greatest(torch.ones(3, 2, 8).half(), torch.ones(8, dtype=torch.float32))
+        assert (found is None) == (greatest is None)
+        assert found is None or torch.equal(found, greatest)
+        assert (blip.caption(pictures), blip.ask(pictures[0], "is there a boat?", choices=["yes", "no"])) == said
+        assert matcher.match(pictures, ["two dogs", "four cats"]).itm_probability.dtype == torch.float32
+        blip2.Index.update(tmp_path / "some.index", "examples", matcher)
+        index = blip2.Index.open(tmp_path / "some.index")
+        assert index.search(matcher, "two dogs and a boat", k=1, rerank=2)[0].path.endswith("picture.png")
+        assert index.near_duplicates(0.99) == []
+    finally:
+        torch.set_default_dtype(torch.float32)

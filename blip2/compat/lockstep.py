@@ -133,7 +133,7 @@ class Beams:
         ids_PKT = torch.full((*shape, self._start + way.max_new_tokens), way.fill_token_id, device=device)
         ids_PKT[:, :, : self._start] = ids_PT[:, None]
         rows_PKT = torch.full((*shape, way.max_new_tokens), -1, dtype=torch.int32, device=device)
-        score_PK = torch.full(shape, FAR_BELOW, device=device)
+        score_PK = torch.full(shape, FAR_BELOW, dtype=torch.float32, device=device)
         self._going = Texts(ids_PKT, rows_PKT, score_PK.clone(), torch.zeros(shape, dtype=torch.bool, device=device))
         self._going.score[:, 0] = 0  # all beams start equal: only the first one counts
         self._ended = Texts(ids_PKT.clone(), rows_PKT.clone(), score_PK, self._going.is_over)

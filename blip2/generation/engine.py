@@ -117,7 +117,7 @@ class Engine:
         order = sorted(range(len(answers)), key=lambda number: len(answers[number]), reverse=True)
         longest = len(answers[order[0]])
         logits_RV, state = self.language.prefill(*pad_rows([prompts[number] for number in order]), longest)
-        total_R = torch.zeros(len(order), device=logits_RV.device)
+        total_R = torch.zeros(len(order), dtype=torch.float32, device=logits_RV.device)
         for place in range(longest):
             tokens = [answers[number][place] for number in order if len(answers[number]) > place]
             tokens_R = torch.tensor(tokens, dtype=torch.long, device=logits_RV.device)

@@ -56,7 +56,7 @@ def pick_most_likely(logits_RV: Tensor, ruled_out: Sequence[tuple[int, int]] = (
     logits_RV = scores_RV = logits_RV.float()
     if ruled_out:
         rows, tokens = torch.tensor(ruled_out, device=logits_RV.device).unbind(1)
-        scores_RV = logits_RV.index_put((rows, tokens), torch.tensor(RULED_OUT, device=logits_RV.device))
+        scores_RV = logits_RV.index_put((rows, tokens), scores_RV.new_tensor(RULED_OUT))
     tokens_R = scores_RV.argmax(-1)
     return Picked(tokens_R.tolist(), log_probs_of(logits_RV, tokens_R).tolist())
 
@@ -214,10 +214,10 @@ class BeamSearch:
         shape = (num_prompts, options.num_beams)
         self._step = 0
         self._tokens_PKT = torch.zeros(*shape, options.max_new_tokens, dtype=torch.long, device=device)
-        self._score_PK = torch.zeros(shape, device=device)
+        self._score_PK = torch.zeros(shape, dtype=torch.float32, device=device)
         self._score_PK[:, 1:] = RULED_OUT  # all beams start equal: only the first one counts
         none_PK = torch.zeros(shape, dtype=torch.long, device=device)
-        self._ended = Ended(self._tokens_PKT.clone(), torch.full(shape, RULED_OUT, device=device), none_PK, none_PK)
+        self._ended = Ended(self._tokens_PKT.clone(), torch.full_like(self._score_PK, RULED_OUT), none_PK, none_PK)
         self._prompts = list(range(num_prompts))  # the numbers of the prompts still in the batch
         self._answers: dict[int, list[Hypothesis]] = {}
 

@@ -23,7 +23,7 @@ def groups(vectors_NL: Rows | Tensor, threshold: float) -> list[tuple[float, lis
     ``vectors_NL`` float16. Exact: a pair counts by its cosine in double precision, rounded to float32. The groups with
     the greatest come first.
     """
-    best_N = torch.full((len(vectors_NL),), -torch.inf)
+    best_N = torch.full((len(vectors_NL),), -torch.inf, dtype=torch.float32)
     group_N = torch.arange(len(vectors_NL))
     for first_B, second_B, product_B in _pairs(vectors_NL, threshold):
         for side_B in (first_B, second_B):

@@ -162,7 +162,7 @@ def greatest(vectors_NRL: Tensor, query_L: Tensor) -> Tensor | None:
     library = kernels()
     if library is None or not vectors_NRL.is_contiguous():
         return None
-    out = torch.empty(len(vectors_NRL))
+    out = torch.empty(len(vectors_NRL), dtype=torch.float32)
     query_L = query_L.contiguous()
     threads = min(torch.get_num_threads(), 1 + vectors_NRL.nbytes // BYTES_A_THREAD)
     failed = library.blip2_greatest(
