@@ -10,6 +10,7 @@ N outputs, D inputs.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,21 +42,12 @@ class _WithWeight(nn.Module):
         self.weight = nn.Parameter(weight_ND, requires_grad=self.weight.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `nn.Module.to` does; a `Weight` cannot change its device or type, so another one takes its place."""
+        """What `nn.Module.to` does; elsewhere than on the CPU an ordinary parameter takes a `Weight`'s place."""
+        super()._apply(fn, recurse)
         weight = self._parameters.get("weight")  # there is none where it is computed from others (parametrizations)
-        if type(weight) is not Weight:
-            return super()._apply(fn, recurse)
-        self._parameters["weight"] = None
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._parameters["weight"] = weight
-        with torch.no_grad():
-            moved = fn(weight)
-        if moved is not weight:
-            self.keep(moved)
-            if weight.grad is not None:
-                self.weight.grad = fn(weight.grad)
+        if type(weight) is Weight and weight.device.type != "cpu":
+            self.weight = nn.Parameter(readable(weight), weight.requires_grad)
+            self.weight.grad = weight.grad
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -103,7 +95,7 @@ class Table(_WithWeight, nn.Embedding):
     def scores(self, hidden: Tensor) -> Tensor:
         """``float[..., D]`` times the table: ``float[..., V]``."""
         weight = self.weight
-        is_large = weight.numel() >= WORTH_IT and weight.dtype == torch.float32
+        is_large = weight.dtype == torch.float32 and is_worth_packing(weight.dtype, weight.numel())
         if type(weight) is nn.Parameter and is_large and _suits(hidden, weight) and not _learns(hidden, weight):
             # For few rows oneDNN, though the table is in plain order, takes half of the time that `F.linear` does.
             return _product(hidden, weight, None)
@@ -133,13 +125,16 @@ def _learns(*tensors: Tensor | None) -> bool:
 
 def is_worth_packing(dtype: torch.dtype, num_weights: int) -> bool:
     """Whether this processor multiplies few rows faster with so many weights in oneDNN's order."""
+    if not torch.backends.mkldnn.is_available():  # as torch is built for some processors
+        return False
     if dtype == torch.bfloat16:
         return num_weights > 0 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32 and num_weights >= max(WORTH_IT, 1)
 
 
 def _can_be_packed(weight_ND: Tensor) -> bool:
-    return weight_ND.device.type == "cpu" and is_worth_packing(weight_ND.dtype, weight_ND.numel())
+    is_matrix = weight_ND.device.type == "cpu" and weight_ND.dim() == 2
+    return is_matrix and is_worth_packing(weight_ND.dtype, weight_ND.numel())
 
 
 def readable(tensor: Tensor) -> Tensor:
@@ -158,7 +153,8 @@ class Numbers:
 
     def read(self) -> Tensor:
         """In plain order, ``[N, D]``; to be read only, perhaps a copy that is nobody's."""
-        plain, packed = self._plain, self._packed
+        with self._lock:
+            plain, packed = self._plain, self._packed
         if plain is not None:
             return plain.detach()
         assert packed is not None
@@ -181,7 +177,7 @@ class Numbers:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._packed is None:
                 assert self._plain is not None
-                if _num_holders(self._plain) > 1:
+                if not _can_be_packed(self._plain) or _num_holders(self._plain) > 1:
                     return None
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(self._plain, None)
                 if not self._keeps_plain:
@@ -199,10 +195,12 @@ class Numbers:
 
 
 def _num_holders(plain: Tensor) -> int:
-    """How many tensors, arrays or storages share a tensor's memory, itself among them."""
+    """How many tensors, arrays and storages share a tensor's memory, itself among them."""
     storage = plain.untyped_storage()
     count: int = torch._C._storage_Use_Count(storage._cdata)
-    return count - 1  # the storage that was just asked for
+    # Less what was just asked for. Whoever else asked has the same object, which the memory itself, this function and
+    # the call that counts refer to.
+    return count - 1 + sys.getrefcount(storage) - 3
 
 
 class Weight(nn.Parameter):
@@ -223,12 +221,13 @@ class Weight(nn.Parameter):
         plain = readable(data)
         if not _can_be_packed(plain):  # as when accelerate puts a layer's weights elsewhere
             return nn.Parameter(plain, requires_grad)  # type: ignore[return-value]
-        return cls._of(Numbers(plain.contiguous(), keeps_plain=keeps_plain), plain.shape, plain.dtype, requires_grad)
+        return cls._of(Numbers(plain.contiguous(), keeps_plain=keeps_plain), plain, requires_grad)
 
     @classmethod
-    def _of(cls, numbers: Numbers, shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> Weight:
+    def _of(cls, numbers: Numbers, like: Tensor, requires_grad: bool) -> Weight:
+        """With the shape, type and place of a tensor."""
         weight: Weight = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=torch.device("cpu"), requires_grad=requires_grad
+            cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=requires_grad
         )
         weight.numbers = numbers
         weight._is_param = True
@@ -239,11 +238,11 @@ class Weight(nn.Parameter):
         """In oneDNN's order from the start, whoever holds ``data``, which is not kept."""
         with torch.no_grad():
             packed = torch.ops.mkldnn._reorder_linear_weight(data, None)
-        return cls._of(Numbers(None, packed), data.shape, data.dtype, requires_grad)
+        return cls._of(Numbers(None, packed), data, requires_grad)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
         if id(self) not in memo:
-            twin = self._of(self.numbers.copy(), self.shape, self.dtype, self.requires_grad)
+            twin = self._of(self.numbers.copy(), self, self.requires_grad)
             memo[id(self)] = twin
             if self.grad is not None:
                 twin.grad = self.grad.clone()
@@ -274,15 +273,14 @@ class Weight(nn.Parameter):
             return func(*args, **kwargs)
 
     def _set_data(self, data: Tensor) -> None:
-        """``weight.data = data``."""
-        if data.shape != self.shape or data.dtype != self.dtype or data.device.type != "cpu":
-            raise RuntimeError(
-                f"this weight is {list(self.shape)}, {self.dtype}, on the CPU; data of {list(data.shape)}, "
-                f"{data.dtype}, on {data.device} cannot be put in its place. Use model.to(...), or give the layer "
-                "another torch.nn.Parameter"
-            )
-        if not (isinstance(data, Weight) and data.numbers is self.numbers):
-            self.numbers.replace(data.numbers.shared() if isinstance(data, Weight) else data.detach())
+        """``weight.data = data``, of any type and place, as modules do that know nothing of this class."""
+        if isinstance(data, Weight) and data.numbers is self.numbers:
+            return
+        plain = data.numbers.shared() if isinstance(data, Weight) else data.detach()
+        twin = self._of(Numbers(plain), plain, False)
+        with torch._C.DisableTorchFunctionSubclass():
+            _SET_DATA(self, twin)
+        self.numbers = twin.numbers
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -290,7 +288,7 @@ class Weight(nn.Parameter):
     ) -> Any:
         if func in ALIASES:
             weight = args[0]
-            return cls._of(weight.numbers, weight.shape, weight.dtype, False)
+            return cls._of(weight.numbers, weight, False)
         originals: dict[int, Weight] = {}
 
         def plain(argument: Any, is_shared: bool) -> Any:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from blip2 import checkpoint, linear
 from blip2.linear import Linear, Table, Weight
@@ -87,6 +88,10 @@ def test_state_goes_out_and_in(pair, tmp_path):
 def test_what_shares_the_memory_is_never_stale(pair):
     """As long as somebody holds it, what they change is what the next answer is computed from."""
     ours, theirs, x = pair
+    storage = ours.weight.untyped_storage()
+    close(answer(ours, x), theirs(x))
+    assert not is_packed(ours)
+    del storage
     held = ours.state_dict()["weight"]
     array = ours.weight.detach().view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).numpy()
     close(answer(ours, x), theirs(x))
@@ -198,9 +203,17 @@ def test_inputs_of_another_type_are_refused_as_by_a_plain_one(pair):
         answer(ours, x.to(torch.float64))
 
 
-def test_data_of_another_kind_is_refused(pair):
-    with pytest.raises(RuntimeError, match=r"cannot be put in its place.*model\.to"):
-        pair[0].weight.data = torch.ones(3)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+def test_data_of_another_type_takes_its_place(pair, dtype):
+    ours, theirs, x = pair
+    learner = torch.optim.SGD(ours.parameters(), lr=0.1)
+    for layer in (ours, theirs):
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(dtype) * 2
+    assert learner.param_groups[0]["params"][0] is ours.weight
+    assert ours.weight.dtype == dtype
+    assert ours.state_dict()["weight"].dtype == dtype
+    close(answer(ours, x.to(dtype)), theirs(x.to(dtype)))
 
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -283,3 +296,24 @@ def test_a_numpy_array_of_a_weight_is_its_memory():
     assert isinstance(array, np.ndarray)
     array[:] = 2
     assert torch.equal(layer.weight, torch.full((OUTPUTS, INPUTS), 2.0))
+
+
+def test_parametrized_pruned_and_offloaded():
+    """What others do with layers: the weight computed from another, masked, or put elsewhere by its type."""
+    for change in (
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: setattr(layer, "weight", type(layer.weight)(layer.weight.double(), requires_grad=False)),
+        lambda layer: setattr(layer, "weight", type(layer.weight)(layer.weight.to("meta"), requires_grad=False)),
+    ):
+        ours, theirs = Linear(INPUTS, OUTPUTS), nn.Linear(INPUTS, OUTPUTS)
+        theirs.load_state_dict(ours.state_dict())
+        for layer in (ours, theirs):
+            change(layer)
+            layer.double()
+        x = torch.randn(2, INPUTS, dtype=torch.float64, device=ours.weight.device)
+        if x.device.type == "cpu":
+            close(answer(ours, x), theirs(x).detach())
+            assert set(ours.state_dict()) == set(theirs.state_dict())
+        else:
+            assert ours.weight.is_meta
