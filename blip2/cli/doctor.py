@@ -166,7 +166,8 @@ def _threads() -> Finding:
     finding = Finding(f"{number} of {available}", {"threads": number, "available": available})
     if number < available:
         setting = os.environ.get("OMP_NUM_THREADS")
-        finding.hint = f"OMP_NUM_THREADS is {setting}; without it all processors would work" if setting else None
+        hint = f"OMP_NUM_THREADS is {setting}; without it large models would use all processors"
+        finding.hint = hint if setting else None
     return finding
 
 
