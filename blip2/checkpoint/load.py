@@ -257,9 +257,10 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
     """Put what was read where it belongs. Without ``precision`` it stays in that of the file."""
     module_name, _, last = step.name.rpartition(".")
     module = model.get_submodule(module_name)
+    # Few and quickly looked at; and a bias of minus infinity only puts out a neuron, which no answer would show.
+    if (tensor.dim() < 2 or "_bias." in step.name or last == SCALES) and not is_finite(tensor):
+        raise NotFiniteError(f"a {'scale' if last == SCALES else 'weight'} is NaN or infinite")
     if isinstance(module, QuantizedLinear) and last in (CODES, SCALES):
-        if not is_finite(tensor):
-            raise NotFiniteError("a scale is NaN or infinite")
         setattr(module, last, tensor.to(device))
         return
     dtype = tensor.dtype if precision is None else precision.of(step.name)

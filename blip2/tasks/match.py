@@ -183,7 +183,9 @@ class Reader:
     def itc_probability(self, cosine_NM: Tensor) -> Tensor | None:
         """The share of each text among all M by the learned temperature; None if there is none."""
         temperature = self.model.temperature
-        return None if temperature is None else (cosine_NM / temperature.detach()).softmax(dim=1)
+        if temperature is None:
+            return None
+        return (cosine_NM / self._sound(temperature.detach())).softmax(dim=1)  # by infinity all would be alike
 
     def _sound(self, values: Tensor) -> Tensor:
         if not is_finite(values):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import blip2
 from blip2 import EncodedImage
-from blip2.errors import ImageError, ImageNotFiniteError, NotFiniteError
+from blip2.errors import CheckpointError, ImageError, ImageNotFiniteError, NotFiniteError
+from blip2.layers import attend
 from tests import tiny
 
 SPOKEN = {
@@ -67,6 +70,44 @@ def test_damage_in_the_image_encoder(pipe, way):
     with pytest.raises(NotFiniteError, match=r"vision.blocks.0.fc1.bias") as raised:
         SPOKEN[way](pipe, tiny.picture(1))
     assert not isinstance(raised.value, ImageError)
+
+
+@pytest.mark.parametrize("last", ["query", "key"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_attention_does_not_swallow_it(pipe, last, value):
+    """Torch answers 0 where all scores are minus infinity, or NaN of few keys."""
+    with torch.no_grad():
+        for layer in pipe.speaker.model.qformer.layers:
+            getattr(layer.self_attention, last).bias[0] = value
+    with pytest.raises(NotFiniteError, match=f"self_attention.{last}.bias"):
+        pipe.caption(tiny.picture(1))
+
+
+@pytest.mark.parametrize("scored", [math.nan, -math.inf])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_to_few(is_causal, scored):
+    query, key, value = torch.rand(3, 2, 2, 5, 8) + 0.1
+    query[0, 0, :, 0], key[0, 0, :, 0] = 1, scored
+    found = attend(query, key, value, is_causal=is_causal).unflatten(-1, (2, 8))
+    assert found[0, :, 0].isnan().all()
+    assert found[0, :, 1].isfinite().all() and found[1].isfinite().all()
+
+
+def test_an_infinite_temperature(matcher):
+    matcher.model.temperature = torch.nn.Parameter(torch.tensor(math.inf))
+    with pytest.raises(NotFiniteError, match=r"temperature .in files: temp. holds such values"):
+        matcher.match(tiny.picture(1), ["two dogs", "a red car"])
+
+
+def test_a_bias_of_minus_infinity_is_told_at_the_start(any_model, tmp_path):
+    """Behind a ReLU, or among the positions of a T5, it changes answers that are numbers still."""
+    folder = shutil.copytree(any_model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("1.fc1.bias", "relative_attention_bias.weight")))
+    tensors[name].view(-1)[0] = -math.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {name}: a weight is NaN or infinite"):
+        blip2.load(folder)
 
 
 @pytest.mark.parametrize("way", MATCHED)
