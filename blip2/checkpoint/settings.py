@@ -223,6 +223,8 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
 def _top(content: dict[str, Any], theirs: str, ours: str, default: Any) -> Any:
     """A value that stands in no section."""
     value = content.get(theirs)
+    if theirs not in content and (near := [key for key in content if _differs_in_a_letter(key, theirs)]):
+        raise ValueError(f"there is {near[0]} and no {theirs} in config.json; {AGAIN}")
     return check_value(theirs, default if value is None else value, default, "config.json", BOUNDS.get(ours))
 
 
@@ -243,6 +245,10 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
                 f"{' or '.join(repr(value) for value in known)}"
             )
     values: dict[str, Any] = {}
+    names = {name for name, *_ in (*FIXED[kind], *(field[1:] for field in fields))}
+    for absent in sorted(names - section.keys()):
+        if near := [key for key in section.keys() - names if _differs_in_a_letter(key, absent)]:
+            raise ValueError(f"there is {near[0]} and no {absent} in {kind}; {AGAIN}")
     for ours, theirs, default in fields:
         value = section.get(theirs, default)
         if ours.endswith("_token_id"):  # these stand below the size of the vocabulary
@@ -250,12 +256,22 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
         else:
             check_value(theirs, value, default, kind, BOUNDS.get(ours))
         values[ours] = value
+    if kind == "t5" and values["max_distance"] <= values["num_buckets"] // 2:
+        raise ValueError(
+            f"relative_attention_max_distance is {values['max_distance']} in {kind}, and has to be more than half of "
+            f"relative_attention_num_buckets, which is {values['num_buckets']}; {AGAIN}"
+        )
     if "head_size" not in values and values["hidden_size"] % values["num_heads"]:
         raise ValueError(
             f"num_attention_heads is {values['num_heads']} in {kind}, and does not divide hidden_size, which is "
             f"{values['hidden_size']}; {AGAIN}"
         )
     return values
+
+
+def _differs_in_a_letter(key: str, wanted: str) -> bool:
+    """As a flipped bit has it."""
+    return len(key) == len(wanted) and sum(a != b for a, b in zip(key, wanted, strict=True)) == 1
 
 
 def _write(config: Any, fields: Fields) -> dict[str, Any]:

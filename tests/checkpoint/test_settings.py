@@ -100,6 +100,8 @@ def test_what_would_be_built_wrongly_is_refused(tmp_path: Path, content: dict, m
         ("vision_config", {"patch_bias": "no"}, "patch_bias is 'no' in vision_config; .* true or false"),
         ("qformer_config", {"cross_attention_frequency": 0}, "cross_attention_frequency is 0 in qformer_config"),
         ("qformer_config", {"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5 in qformer_config"),
+        ("text_config", FLAN | {"relative_attention_max_distance": 16}, "relative_attention_max_distance is 16 in t5"),
+        ("text_config", {"num_attentinn_heads": 32}, "there is num_attentinn_heads and no num_attention_heads in opt"),
         (None, {"num_query_tokens": "x"}, "num_query_tokens is 'x' in config.json"),
         (None, {"architectures": 5}, "architectures is 5"),
         (None, {"image_token_index": 50272}, "image_token_index is 50272 in config.json"),
