@@ -4,7 +4,7 @@ Next to each other in one folder, for each set of pictures:
 
     <name>.bin    float16[N, 1 + P, D], the features of picture n at n
     <name>.seen   a `RECORD` of each picture: how its file was when it was seen, and the checksum of its features
-    <name>.json   the shape, and fingerprints of the image encoder and of the pictures' names
+    <name>.json   the shape, how pictures become pixels, and fingerprints of the image encoder and the pictures' names
 
 While they are being made the first ends in ``.partial`` and grows picture by picture, so that what was interrupted
 goes on where it stopped. Features belong to a picture's content: of one that has changed they are computed again.
@@ -31,6 +31,7 @@ from blip2.data.loader import Pictures
 from blip2.disk import Stamp, digest_since, stamp_of
 from blip2.errors import ImageError, RecipeError
 from blip2.finite import first_not_finite
+from blip2.image import PIXELS_VERSION
 from blip2.vision import VisionTransformer
 
 RECORD = np.dtype([
@@ -94,6 +95,7 @@ def frozen_features(
     header: dict[str, object] = {
         "shape": [len(pictures), vision.config.num_patches + 1, vision.config.hidden_size],
         "dtype": "float16",
+        "pixels": PIXELS_VERSION,
         "vision": fingerprint(vision),
         "pictures": _fingerprint_of_names(pictures),
     }
@@ -133,10 +135,9 @@ class _Cache:
         self._shape: list[int] = header["shape"]  # type: ignore[assignment]
         self._row_bytes = 2 * self._shape[1] * self._shape[2]
         folder.mkdir(parents=True, exist_ok=True)
-        if self._description.exists():
-            _check(self._description, header)
-        else:
-            for path in (self._whole, self._partial, self._seen):  # nobody knows whose they are
+        if not self._description.exists() or _check(self._description, header) != PIXELS_VERSION:
+            # Nobody knows whose they are; or they are of other pixels than these files give now.
+            for path in (self._whole, self._partial, self._seen):
                 path.unlink(missing_ok=True)
             disk.write_text(self._description, json.dumps(header, indent=1))
         self._path = self._whole if self._whole.exists() else self._partial
@@ -290,7 +291,8 @@ def _crc32(number: int, record: bytes) -> int:
     return zlib.crc32(record[:-4], number) or 1
 
 
-def _check(description: Path, header: dict[str, object]) -> None:
+def _check(description: Path, header: dict[str, object]) -> object:
+    """Raises RecipeError for what belongs to another header; returns by which `PIXELS_VERSION` it was made."""
     try:
         found = json.loads(description.read_text("utf-8"))
     except (OSError, ValueError):
@@ -303,3 +305,4 @@ def _check(description: Path, header: dict[str, object]) -> None:
                 f"{description}: these features were made by or for {meaning}; delete them or name another "
                 "folder as data.features"
             )
+    return found.get("pixels")

@@ -20,6 +20,9 @@ from blip2.image.sources import Source, from_array, name_of, stream_of
 
 MAX_BYTES = 100 * 2**20
 TIMEOUT_S = 20.0
+PIXELS_VERSION = 1
+"""To be raised when the same file becomes other pixels (colours, orientation, resampling): features of the earlier ones
+are then made anew, and an index of them is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)

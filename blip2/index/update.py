@@ -23,7 +23,7 @@ from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.disk import Stamp, digest_since, stamp_of
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, IndexFileError, OptionError, option
-from blip2.image import DEFAULT_READING, Reading
+from blip2.image import DEFAULT_READING, PIXELS_VERSION, Reading
 from blip2.index.file import KINDS, Origin, Picture, Stored, crc32_of, read
 from blip2.index.folders import Collection
 from blip2.index.unfinished import Unfinished, held
@@ -132,7 +132,9 @@ def check_model(stored: Stored, model: Model) -> None:
 def identity_of(model: Model) -> str:
     """The model's own (`model.identity`); more than that where pictures do not become pixels as they usually do."""
     identity = model.identity if isinstance(model, Matcher) else model.speaker.identity
-    settings = [[round(value, 6) for value in values] for values in model.eye.normalization]
+    settings: list[object] = [[round(value, 6) for value in values] for values in model.eye.normalization]
+    if PIXELS_VERSION > 1:  # the first is that of files which do not say it
+        settings.append(PIXELS_VERSION)
     is_usual = settings == [[round(value, 6) for value in values] for values in (CLIP_MEAN, CLIP_STD)]
     return identity if is_usual else f"{identity}-{crc32(json.dumps(settings).encode()):08x}"
 

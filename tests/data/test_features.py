@@ -78,6 +78,17 @@ def test_another_encoder_and_other_pictures_are_refused(vision, shown, pictures,
         frozen_features(vision, shown, tmp_path, "rows")
 
 
+@pytest.mark.parametrize("earlier", [0, None])
+def test_other_pixels_of_the_same_files_are_seen_anew(vision, shown, tmp_path, earlier):
+    """When the reading of pictures has changed: colours, orientation."""
+    frozen_features(vision, shown, tmp_path, "rows")
+    about = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(about | {"pixels": earlier}))
+    assert computed(vision, shown, tmp_path)[-1] == (8, 8)
+    assert json.loads((tmp_path / "rows.json").read_text()) == about
+    assert computed(vision, shown, tmp_path) == []
+
+
 def test_a_file_that_was_cut_is_refused(vision, shown, tmp_path):
     frozen_features(vision, shown, tmp_path, "rows")
     path = tmp_path / "rows.bin"
