@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from filelock import FileLock, Timeout
+
 PathLike = str | os.PathLike[str]
 
 # ---- written whole ----
@@ -84,6 +86,24 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within, no other process or thread comes here with this file, which is made with its folder, and stays.
+
+    Raises BlockingIOError if one is there already, OSError if the file cannot be made.
+    """
+    lock = FileLock(path, timeout=0, thread_local=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(f"{path}: another run is at work") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ---- read ----

@@ -46,7 +46,7 @@ ROOMS = {
     "pydantic": {"serve"},
     "prometheus_client": {"serve"},
     "accelerate": {"placement"},
-    "filelock": {"index"},
+    "filelock": {"disk", "index"},
     "click": {"cli"},
     "rich": {"cli"},
     "transformers": set(),  # the reference that tests compare with

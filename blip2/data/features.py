@@ -90,7 +90,8 @@ def frozen_features(
     These are the values before the encoder's last layer norm, which is trained. ``report(done, total)`` is
     called now and then. A picture that cannot be read is told to ``on_bad`` by its path, and its features are NaN until
     it has changed; without ``on_bad`` its ImageError is raised. Raises RecipeError if what is there belongs to another
-    encoder or other pictures, if it is damaged or cannot be written, or if the features do not fit into half precision.
+    encoder or other pictures, if it is damaged or cannot be written, if another run is
+    at work on it, or if the features do not fit into half precision.
     """
     header: dict[str, object] = {
         "shape": [len(pictures), vision.config.num_patches + 1, vision.config.hidden_size],
@@ -100,7 +101,13 @@ def frozen_features(
         "pictures": _fingerprint_of_names(pictures),
     }
     try:
-        return _Cache(folder, name, header).brought_up_to_date(vision, pictures, batch_size, report, on_bad)
+        with disk.locked(folder / f"{name}.lock"):
+            return _Cache(folder, name, header).brought_up_to_date(vision, pictures, batch_size, report, on_bad)
+    except BlockingIOError:
+        raise RecipeError(
+            f"{folder / name}: another run computes these features; wait for its end, or name another folder as "
+            "data.features"
+        ) from None
     except OSError as error:
         raise RecipeError(
             f"{folder / name}: the features cannot be kept there ({error.strerror or error}); make room, or name "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 from blip2 import checkpoint
 from blip2.api import find_device
+from blip2.disk import locked
 from blip2.errors import CheckpointError, OptionError, RecipeError
 from blip2.model import Blip2
 from blip2.train.check import check_weights, gather
@@ -45,13 +48,30 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     if (damage := checkpoint.damage(model)) is not None:
         raise CheckpointError(f"{path}: start: {materials.start} has weights that are NaN or infinite: {damage}")
     check_weights(model, (recipe.start, recipe.qformer))
-    task = prepare(model, materials, recipe, report)
-    train(task, recipe, report=report, autocast=autocast)
-    checkpoint.save(model, recipe.out, tokenizer=materials.start / "tokenizer.json")
+    with _alone(recipe.out):
+        task = prepare(model, materials, recipe, report)
+        train(task, recipe, report=report, autocast=autocast)
+        checkpoint.save(model, recipe.out, tokenizer=materials.start / "tokenizer.json")
     number = len(task.bad_pictures())
     told = f"; pictures that cannot be read: {number:,}, passed over and named in log.jsonl" if number else ""
     report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))
     return recipe.out
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other run writes there. Raises RecipeError if one does."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out / "training" / "lock"))
+        except BlockingIOError:
+            raise RecipeError(f"{out}: another run trains there; wait for its end, or name another as 'out'") from None
+        except OSError as error:
+            raise RecipeError(
+                f"{out}: cannot be written ({error.strerror or error}); check your rights there, or name another as "
+                "'out'"
+            ) from None
+        yield
 
 
 def _device(name: str) -> torch.device:

@@ -89,6 +89,13 @@ def test_other_pixels_of_the_same_files_are_seen_anew(vision, shown, tmp_path, e
     assert computed(vision, shown, tmp_path) == []
 
 
+def test_one_run_at_a_time(vision, shown, tmp_path):
+    with disk.locked(tmp_path / "rows.lock"), pytest.raises(RecipeError, match="rows: another run computes these"):
+        frozen_features(vision, shown, tmp_path, "rows")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.lock"]
+    assert len(frozen_features(vision, shown, tmp_path, "rows")) == 8
+
+
 def test_a_file_that_was_cut_is_refused(vision, shown, tmp_path):
     frozen_features(vision, shown, tmp_path, "rows")
     path = tmp_path / "rows.bin"

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from blip2 import checkpoint, train
+from blip2.disk import locked
 from blip2.errors import CheckpointError, ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
@@ -72,6 +73,12 @@ def test_a_damaged_start_is_told_before_the_work_begins(write_recipe, matching_m
     with pytest.raises(CheckpointError, match=rf"in files: {name}\) holds such values: the model is damaged"):
         train.run(write_recipe(1, start), report=seen.append)
     assert seen == [] and not (tmp_path / "out1").exists() and not (tmp_path / "features").exists()
+
+
+def test_one_run_at_a_time(write_recipe, matching_model, tmp_path):
+    with locked(tmp_path / "out1" / "training" / "lock"), pytest.raises(RecipeError, match="out1: another run trains"):
+        train.run(write_recipe(1, matching_model))
+    assert not (tmp_path / "features").exists()
 
 
 @pytest.mark.parametrize("stage", [1, 2])
