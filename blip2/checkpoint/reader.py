@@ -83,7 +83,13 @@ def find_tensors(folder: Path, *, pickles: bool = False) -> dict[str, Place]:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
             hint = " (pickled .bin weights are not read; convert them to safetensors)" if pickled else ""
             raise CheckpointError(f"{folder}: {name} is missing{hint}; fetch the model again")
-        places |= _places(path)
+        found = _places(path)
+        if twice := sorted(places.keys() & found.keys()):
+            raise CheckpointError(
+                f"{path}: {twice[0]} is in {places[twice[0]].path.name}, too; these files are of two models, fetch the "
+                "model again"
+            )
+        places |= found
     return places
 
 

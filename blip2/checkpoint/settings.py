@@ -245,7 +245,7 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
                 f"{' or '.join(repr(value) for value in known)}"
             )
     values: dict[str, Any] = {}
-    names = {name for name, *_ in (*FIXED[kind], *(field[1:] for field in fields))}
+    names = {name for name, _, _ in FIXED[kind]} | {theirs for _, theirs, _ in fields}
     for absent in sorted(names - section.keys()):
         if near := [key for key in section.keys() - names if _differs_in_a_letter(key, absent)]:
             raise ValueError(f"there is {near[0]} and no {absent} in {kind}; {AGAIN}")

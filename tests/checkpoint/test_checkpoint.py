@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,15 @@ def test_one_of_several_files_cut_short_is_named(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match=rf"{shard.name}: is damaged or cut short .*; fetch the file again"):
         checkpoint.load(folder)
+
+
+def test_a_tensor_in_two_files_is_refused(opt_model: Path, tmp_path: Path) -> None:
+    """One of them is a file of another model, and nobody knows which."""
+    checkpoint.save(checkpoint.load(opt_model), tmp_path, max_shard_size_bytes=60_000)
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    save_file(load_file(second) | dict(islice(load_file(first).items(), 1)), second)
+    with pytest.raises(CheckpointError, match=rf"{second.name}: .* is in {first.name}, too"):
+        checkpoint.load(tmp_path)
 
 
 def test_a_folder_of_pickles_is_refused(folder: Path) -> None:
