@@ -61,8 +61,9 @@ def attend(
         )
         if out.device.type == "cpu":
             # Where all scores of a query are minus infinity, or NaN of less than 16 keys, torch answers 0.
-            nothing_BHT1 = (query_BHTD * 0).sum(-1, keepdim=True) + (key_BHSD * 0).sum((-2, -1), keepdim=True)
-            out = out + nothing_BHT1.to(out.dtype)
+            query_BH11, key_BH11 = (x.sum((-2, -1), True, dtype=torch.float32) for x in (query_BHTD, key_BHSD))
+            nothing_BH11 = ((query_BH11 + key_BH11) * 0).to(out.dtype)
+            out = out + nothing_BH11 if out.requires_grad else out.add_(nothing_BH11)  # in place costs little
     return out.transpose(1, 2).flatten(2)
 
 
