@@ -82,8 +82,8 @@ class Table(_WithWeight, nn.Embedding):
     On a CPU in bfloat16 the head reads a copy of the table in oneDNN's order, made at the first answer.
     """
 
-    def __init__(self, num_tokens: int, width: int) -> None:
-        super().__init__(num_tokens, width)
+    def __init__(self, num_tokens: int, width: int, padding_idx: int | None = None) -> None:
+        super().__init__(num_tokens, width, padding_idx)
         self.keep(self.weight.detach())
 
     def keep(self, weight_ND: Tensor, *, packs: bool = False) -> None:
@@ -171,13 +171,14 @@ class Numbers:
             return self._plain.detach()
 
     def packed(self) -> Tensor | None:
-        """In oneDNN's order; None while somebody beside the model holds the plain memory, and might change it."""
+        """In oneDNN's order; None while somebody beside the model, or another process, holds the plain memory, and
+        might change it."""
         if self._packed is not None:
             return self._packed
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._packed is None:
                 assert self._plain is not None
-                if not _can_be_packed(self._plain) or _num_holders(self._plain) > 1:
+                if not _can_be_packed(self._plain) or _num_holders(self._plain) > 1 or self._plain.is_shared():
                     return None
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(self._plain, None)
                 if not self._keeps_plain:
@@ -226,9 +227,10 @@ class Weight(nn.Parameter):
     @classmethod
     def _of(cls, numbers: Numbers, like: Tensor, requires_grad: bool) -> Weight:
         """With the shape, type and place of a tensor."""
-        weight: Weight = Tensor._make_wrapper_subclass(
-            cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=requires_grad
-        )
+        with torch.inference_mode(False):
+            weight: Weight = Tensor._make_wrapper_subclass(
+                cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=requires_grad
+            )
         weight.numbers = numbers
         weight._is_param = True
         return weight
@@ -317,6 +319,9 @@ _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 def _rebuilt(plain_ND: Tensor, requires_grad: bool, keeps_plain: bool) -> nn.Parameter:
     """From a pickle, perhaps on another processor."""
     return Weight(plain_ND, requires_grad, keeps_plain=keeps_plain)
+
+
+torch.serialization.add_safe_globals([_rebuilt])  # so that `torch.load` reads parameters as it reads ordinary ones
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -170,6 +171,29 @@ def test_copies_and_pickles_are_independent(pair):
         assert torch.equal(twin.weight, theirs.weight)
         close(answer(twin, x), theirs(x))
         assert is_packed(twin)
+
+
+def test_memory_of_several_processes_stays_theirs(pair):
+    ours, theirs, x = pair
+    ours.share_memory()
+    answer(ours, x)
+    assert ours.weight.is_shared()
+    twin = pickle.loads(ForkingPickler.dumps(ours))  # as another process gets it
+    with torch.no_grad():
+        twin.weight.mul_(0.5)
+        theirs.weight.mul_(0.5)
+    close(answer(ours, x), theirs(x))
+
+
+def test_parameters_are_saved_as_they_are_and_looked_at_in_inference(pair):
+    ours, theirs, x = pair
+    with torch.inference_mode():
+        state = ours.state_dict() | {"data": ours.weight.data, "detached": ours.weight.detach()}
+    assert all(torch.equal(state[name], theirs.weight) for name in ("weight", "data", "detached"))
+    read = saved(dict(ours.named_parameters()))
+    assert torch.equal(read["weight"], theirs.weight)
+    ours(x).sum().backward()
+    assert ours.weight.grad is not None
 
 
 def saved(value):

@@ -159,6 +159,8 @@ class Generative(Prompts, PreTrained):
         is_tied = head.weight is old.weight
         _keep(old, _resized(old.weight, number))
         old.num_embeddings = number
+        if old.padding_idx is not None and old.padding_idx >= number:
+            old.padding_idx = None
         if is_tied:
             head.weight = old.weight
         else:

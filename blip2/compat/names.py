@@ -198,6 +198,8 @@ def name_layers(root: Named, model: Blip2 | Blip2Matcher, parts: Mapping[str, Ca
     for path, (owner, attribute) in entries.items():
         above, _, name = path.rpartition(".")
         place(above).put(name, model.get_submodule(owner) if owner else model, attribute)
+    for made in places.values():
+        _share_parameters(made)
     if isinstance(model, Blip2):
         _name_twins(place, model)
     for made in places.values():
@@ -205,6 +207,14 @@ def name_layers(root: Named, model: Blip2 | Blip2Matcher, parts: Mapping[str, Ca
         for name in order:
             if name in made._modules:
                 made._modules[name] = made._modules.pop(name)
+
+
+def _share_parameters(made: Named) -> None:
+    """Let a place and the module that computes hold their own parameters in one dictionary, so that they stay the same
+    where they are exchanged in the dictionary itself, as `torch.func.functional_call` does."""
+    for owner, attribute in made.places.values():
+        if made.places.get(attribute) == (owner, attribute) and made._parameters.keys() == owner._parameters.keys():
+            made.__dict__["_parameters"] = owner._parameters
 
 
 def _pairs(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, str]]:

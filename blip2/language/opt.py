@@ -47,7 +47,8 @@ class OPT(nn.Module):
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = Table(config.vocab_size, config.hidden_size)
+        padding = config.pad_token_id if 0 <= config.pad_token_id < config.vocab_size else None  # learns nothing
+        self.token_embedding = Table(config.vocab_size, config.hidden_size, padding)
         self.position_embedding = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
         self.blocks = nn.ModuleList(
             Block(width=config.hidden_size, num_heads=config.num_heads, intermediate_size=config.intermediate_size)

@@ -91,6 +91,30 @@ def test_what_is_replaced_is_used(model, inputs, part):
     assert torch.equal(logits(model, inputs), before)
 
 
+def test_each_parameter_that_is_given_for_a_call_is_used(model, inputs):
+    before = logits(model, inputs)
+    given = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name in ("query_tokens", "vision_model.embeddings.class_embedding", "language_projection.weight"):
+        changed = given | {name: torch.randn_like(given[name])}
+        decoder = {} if model.config.use_decoder_only_language_model else {"decoder_input_ids": torch.tensor([[0, 5]])}
+        with torch.no_grad():
+            out = torch.func.functional_call(model, changed, (), {**inputs, **decoder})
+        assert not torch.allclose(out.logits, before, atol=1e-4), name
+    assert torch.equal(logits(model, inputs), before)
+
+
+def test_padding_learns_nothing_from_being_looked_up(model, inputs):
+    """As in the reference: an OPT's token for padding is in no row's embeddings, a T5's is."""
+    embedding = model.get_input_embeddings()
+    is_opt = model.config.use_decoder_only_language_model
+    padding = model.config.text_config.pad_token_id
+    embedding(torch.tensor([[padding, 7]])).sum().backward()
+    assert embedding.weight.grad[7].any() and bool(embedding.weight.grad[padding].any()) is not is_opt
+    if is_opt:
+        model.resize_token_embeddings(padding)
+        assert embedding(torch.tensor([[0]])).shape[-1] == embedding.embedding_dim
+
+
 def test_a_head_of_its_own_is_used(model, inputs):
     before, ids = logits(model, inputs), model.generate(**inputs)
     old = model.get_output_embeddings()
