@@ -215,9 +215,7 @@ class Weight(nn.Parameter):
     numbers: Numbers
 
     @staticmethod
-    def __new__(
-        cls: type[Weight], data: Tensor, requires_grad: bool = True, *, keeps_plain: bool = False
-    ) -> Weight:
+    def __new__(cls: type[Weight], data: Tensor, requires_grad: bool = True, *, keeps_plain: bool = False) -> Weight:
         """``keeps_plain``: for a table whose rows are looked up, too; both orders are kept while a model answers."""
         plain = readable(data)
         if not _can_be_packed(plain):  # as when accelerate puts a layer's weights elsewhere

@@ -27,8 +27,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 INPUTS, OUTPUTS = 2048, 512  # 2**20 weights
 
 
-
-
 def answer(layer: nn.Module, x: Tensor) -> Tensor:
     with torch.inference_mode():
         return layer(x)

@@ -20,6 +20,7 @@ from blip2.compat.base import PreTrained
 from blip2.compat.generation import Generates
 from blip2.compat.language import LanguagePart, next_token_loss
 from blip2.compat.opt import OPTBody, OPTDecoder, OPTModel
+from blip2.compat.options import GenerationConfig
 from blip2.compat.parts import Part, QFormerModel, VisionModel
 from blip2.compat.prompts import Prompts, Seen, right_padded
 from blip2.compat.records import ModelOutput, PartsOutput, Prompt, returned
@@ -44,7 +45,7 @@ class Generative(Prompts, PreTrained):
 
     def __init__(self, model: Any, generation_config: Mapping[str, Any] | None = None) -> None:
         super().__init__(model)
-        self.generation_config: Any = dict(generation_config or {})
+        self.generation_config: Any = GenerationConfig(generation_config or {})
         self._prepare()
         self.language_model.__dict__["writer"] = self  # so that it, too, can be asked to generate
 
@@ -76,7 +77,7 @@ class Generative(Prompts, PreTrained):
     def _of_folder(cls, loaded: Any, folder: Path) -> Any:
         model = super()._of_folder(loaded, folder)
         path = folder / "generation_config.json"
-        model.generation_config = read_json(path) if path.exists() else {}
+        model.generation_config = GenerationConfig(read_json(path) if path.exists() else {})
         return model
 
     def generation_settings(self) -> dict[str, Any]:

@@ -56,11 +56,13 @@ OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden
 HANDED = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer")
 KNOWN = (*(row[0] for row in (*SHARED, *SAMPLING)), *LENGTHS[0], *LENGTHS[1], *TOKENS, *WATCHED, *OUTPUTS)
 # Change nothing: the cache is always used and holds what it is given, the first tokens are the model's own, and what a
-# draft of an assistant or of the prompt's words would speed up is written as without it.
+# draft of an assistant or of the prompt's words would speed up is written as without it. `Seq2SeqTrainer` hands
+# over the labels, too.
 WITHOUT_EFFECT = (
     "use_cache", "bos_token_id", "transformers_version", "synced_gpus", "cache_config", "low_memory", "compile_config",
     "disable_compile", "assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "max_matching_ngram_size",
     "trust_remote_code", "use_model_defaults", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "labels",
 )  # fmt: skip
 CACHES = ("dynamic", "dynamic_full", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")
 # Other ways of decoding, which are not done here: what switches them off is taken, the rest refused.
@@ -70,6 +72,33 @@ NOT_DONE = (
     "top_h", "custom_generate", "past_key_values", "decoder_input_ids", "decoder_attention_mask", "encoder_outputs",
 )  # fmt: skip
 CHECKED = ("cache_implementation", "decoder_start_token_id")
+
+
+class GenerationConfig(dict[str, Any]):
+    """What a model's ``generation_config`` holds: a dictionary whose entries are attributes, too, as programs set them.
+
+    What is unset is None, but for ``max_length``: `Seq2SeqTrainer` pads to it, and to the reference's 20 by default.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name, 20 if name == "max_length" else None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def update(self, *others: Any, defaults_only: bool = False, **values: Any) -> None:
+        """As of any dictionary; ``defaults_only``: only what is unset so far."""
+        for name, value in dict(*others, **values).items():
+            if not defaults_only or self.get(name) is None:
+                self[name] = value
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def _get_default_generation_params(self) -> dict[str, Any]:
+        return {}  # the defaults are those of `generate`
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from blip2.compat.loading import check_names, size_bytes
 from blip2.disk import write_text
 from blip2.errors import OptionError
 
-WITHOUT_EFFECT = ("token", "use_auth_token", "save_peft_format", "save_original_format", "repo_id", "commit_message")
+WITHOUT_EFFECT = (
+    "token", "use_auth_token", "save_peft_format", "save_original_format", "repo_id", "commit_message", "save_function",
+)  # fmt: skip
 HEEDED = ("max_shard_size", "is_main_process")
 REFUSED = {
     "push_to_hub": "nothing is uploaded from here; save it, and then: hf upload NAME FOLDER",
     "variant": "the files have one name each; save to another folder",
     "state_dict": "the model's own weights are saved; load_state_dict puts others in",
-    "save_function": "the files are written as safetensors; leave it out",
 }
 
 
@@ -29,7 +30,7 @@ def save(model: Any, folder: Path, options: Mapping[str, Any]) -> None:
 
     - ``max_shard_size``: how large a file of weights may be, "5GB" (the default) or a number of bytes.
     - ``is_main_process=False`` writes nothing, as the other processes of a training should.
-    - ``safe_serialization=False``, ``push_to_hub``, ``variant``, ``state_dict``, ``save_function``: refused.
+    - ``safe_serialization=False``, ``push_to_hub``, ``variant``, ``state_dict``: refused.
 
     Raises OptionError for these, TypeError for an argument that does not exist.
     """

@@ -3,6 +3,7 @@ with the reference's results is tested in tests/parity."""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import shutil
@@ -218,6 +219,19 @@ def test_the_settings_of_the_folder_hold_until_others_are_given(model, any_model
     other.save_pretrained(tmp_path / "again")
     again = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "again")
     assert torch.equal(again.generate(**inputs), other.generate(**inputs))
+
+
+def test_settings_are_attributes_and_entries(model, inputs):
+    expected = model.generate(**inputs, num_beams=3, max_new_tokens=4)
+    model.generation_config.max_new_tokens = 4
+    model.generation_config.update(num_beams=3, max_new_tokens=9, defaults_only=True)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.generate(**inputs, labels=inputs["input_ids"]), expected), "labels change nothing"
+    assert twin.generation_config.max_new_tokens == 4 == twin.generation_config["max_new_tokens"]
+    assert twin.generation_config.top_k is None
+    twin.generation_config.num_beems = 3
+    with pytest.raises(TypeError, match=r"generation_config has no argument 'num_beems'"):
+        twin.generate(**inputs)
 
 
 def test_labels_are_needed_where_a_decoder_has_nothing_to_read(model, inputs):
