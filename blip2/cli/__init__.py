@@ -172,7 +172,7 @@ def threads_option(command: Any) -> Any:
                 sys.modules["torch"].set_num_threads(value)
 
     return click.option(
-        "--threads", type=click.IntRange(1, 1024), expose_value=False, callback=remember,
+        "--threads", metavar="N", type=click.IntRange(1, 1024), expose_value=False, callback=remember,
         help="Threads of the processor to compute with.  [default: as many as the model's size is worth]",
     )(command)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 READING = (
     click.option("--max-pixels", type=int, metavar="N", help="Largest picture that is read.  [default: 250 million]"),
-    click.option("--allow-truncated", is_flag=True, help="Read what is there of pictures that lack their end."),
+    click.option("--allow-truncated", is_flag=True, help="Read truncated pictures as far as they go."),
 )
 FOLDERS = (
     click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to look for pictures in the folders "
