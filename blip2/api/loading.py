@@ -79,8 +79,12 @@ def find_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
+        if found.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0].partition("Expected one of")[0].rstrip(".") or "there is no such kind"
+        if reason.startswith("Could not run"):  # pages about operators
+            reason = "this torch is not built for it"
         raise OptionError(
             f"{option('device')} {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N"
         ) from None

@@ -172,7 +172,7 @@ def threads_option(command: Any) -> Any:
                 sys.modules["torch"].set_num_threads(value)
 
     return click.option(
-        "--threads", type=click.IntRange(min=1), expose_value=False, callback=remember,
+        "--threads", metavar="N", type=click.IntRange(1, 1024), expose_value=False, callback=remember,
         help="Threads of the processor to compute with.  [default: as many as the model's size is worth]",
     )(command)
 
@@ -194,6 +194,8 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """What the command ``blip2`` runs. Always ends the program."""
+    if sys.stdin is None:  # as with <&-, and under some services
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         cli(arguments)
     except SystemExit as ended:

@@ -51,7 +51,7 @@ def command(context: click.Context, /, as_json: bool) -> None:
 
     Tells which torch there is and whether it fits the machine, what the processor offers, whether the compiled
     kernels for quantised models are in use, and where downloads are kept. The exit code is 1 if there is a problem;
-    each comes with what to do. To be put into reports of errors.
+    each comes with what to do. Add the output to bug reports.
 
     \b
     blip2 doctor

@@ -26,7 +26,7 @@ ARRAY = ".npy"
 @click.option("-q", "--question", help="Explain the answer to this question.")
 @click.option("-a", "--answer", help="With --question: this answer.  [default: the model's own]")
 @click.option("-w", "--word", help="Explain this word of the caption.")
-@click.option("-c", "--caption", help="The caption to explain, or that has the word.  [default: the model's own]")
+@click.option("-c", "--caption", help="Caption to explain, or that contains the word.  [default: the model's own]")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write: .png, .jpg or .webp for the "
               "picture with the map on it, .npy for the map as numbers, float32[height, width].")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: what was explained, its score (of a TEXT "

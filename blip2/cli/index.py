@@ -79,7 +79,8 @@ def command(
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Failure(f"stopped; what was encoded is kept beside {output}, and the same command goes on", 130) from None
-    click.echo(f"{changes}; {changes.total:,} pictures in {click.format_filename(output)}", err=True)
+    pictures = "picture" if changes.total == 1 else "pictures"
+    click.echo(f"{changes}; {changes.total:,} {pictures} in {click.format_filename(output)}", err=True)
     context.exit(1 if problems else 0)
 
 

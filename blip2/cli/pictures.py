@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.errors import ImageError, OptionError
+from blip2.plaintext import ENCODINGS
 
 if TYPE_CHECKING:
     from blip2.api import Pipeline
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 READING = (
     click.option("--max-pixels", type=int, metavar="N", help="Largest picture that is read.  [default: 250 million]"),
-    click.option("--allow-truncated", is_flag=True, help="Read what is there of pictures that lack their end."),
+    click.option("--allow-truncated", is_flag=True, help="Read truncated pictures as far as they go."),
 )
 FOLDERS = (
     click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to look for pictures in the folders "
@@ -85,9 +86,10 @@ def names_in(file: str, is_null: bool) -> list[str]:
                 content = stream.read()
     except OSError as error:
         raise OptionError(f"--files-from {file}: cannot be read ({error.strerror}); name a list of pictures") from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as Windows writes it
-        content = content.decode("utf-16", "replace").encode()
-    content = content.removeprefix(b"\xef\xbb\xbf")
+    encoding = next((name for mark, name in ENCODINGS if content.startswith(mark)), None)
+    if encoding is not None:  # as Windows writes it; names without a mark may be of any bytes
+        how = "surrogateescape" if encoding == "utf-8-sig" else "replace"
+        content = content.decode(encoding, how).encode("utf-8", "surrogateescape")
     lines = content.split(b"\0") if is_null else content.splitlines()
     if not is_null and b"\0" in content:
         raise OptionError(f"--files-from {file}: has NUL bytes in it; for a list that they divide add -0")

@@ -30,7 +30,7 @@ def command(name: str, revision: str | None) -> None:
     if name in BUNDLED:
         raise CheckpointError(f"{name} comes with the package; there is nothing to download")
     if os.path.isdir(name) or name.count("/") != 1:
-        raise click.UsageError(f"{name} is no name on the hub, such as Salesforce/blip2-opt-2.7b")
+        raise click.UsageError(f"{name or repr(name)} is no name on the hub, such as Salesforce/blip2-opt-2.7b")
     try:
         folder = hub.cached(name, revision) if hub.is_offline() else hub.pull(name, revision)
     except KeyboardInterrupt:

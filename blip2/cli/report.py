@@ -105,9 +105,10 @@ class Report:
         echo(columns, self._is_null)
 
     def _failure(self, image: str, error: ImageError) -> None:
-        self.problem(of_picture(str(error)))
+        message = of_picture(str(error))
+        self.problem(message)
         if self._as_json:  # so that whoever counts the lines finds one for each picture
-            click.echo(json.dumps({"image": image, "error": str(error), "model": self._model}))
+            click.echo(json.dumps({"image": image, "error": message, "model": self._model}))
 
 
 def tell(message: str) -> None:

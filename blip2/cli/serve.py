@@ -92,6 +92,8 @@ def command(
             raise OptionError(f"{flag} is for several servers behind one port; add --engine ray")
     if replicas is not None and replicas < 1:
         raise OptionError(f"--replicas is {replicas}; use 1 or more")
+    if (wrong := next((name for name in domains if not name.strip(".") or set(name) & set("/:@ ,")), None)) is not None:
+        raise OptionError(f"--allow-images-from is {wrong!r}; give a host alone, such as example.org, or .example.org")
     try:
         from blip2.serve.app import create_app
         from blip2.serve.fetch import Fetcher

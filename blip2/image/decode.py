@@ -59,22 +59,29 @@ def decode(
         raise ImageError(f"{name}: empty; there is no picture in it, save or download it again")
     _check_format(head, name, formats)
     with quiet():
-        opened, profile = _open(stream, head, name)
-        _check_size(opened, name, max_pixels)
-        is_large = opened.width * opened.height > LARGE_PIXELS
-        with _one_large_picture if is_large else nullcontext():
-            image = _load(opened, stream, name, allow_truncated)
-            try:
-                rgb = _flatten(image, name, profile)
-                # Only now: a TIFF turns itself while it loads, and then forgets its tag.
-                turn = TURNS.get(_orientation(image))
-            except (MemoryError, ImageError):
-                raise
-            except Exception as error:
-                raise ImageError(f"{name}: damaged ({reason_of(error)}); save or download it again") from error
-            del image, opened  # their pixels go before they are turned, if they are not the result's
-            rgb.info.clear()  # an orientation left behind would turn the picture once more when it is loaded again
-            return rgb if turn is None else rgb.transpose(turn)
+        try:
+            return _decode(stream, head, name, max_pixels, allow_truncated)
+        except MemoryError:  # Pillow's own, too, where a line is longer than it can count
+            raise ImageSizeError(f"{name}: takes more memory than there is; make the picture smaller") from None
+
+
+def _decode(stream: BinaryIO, head: bytes, name: str, max_pixels: int, allow_truncated: bool | None) -> RgbImage:
+    opened, profile = _open(stream, head, name)
+    _check_size(opened, name, max_pixels)
+    is_large = opened.width * opened.height > LARGE_PIXELS
+    with _one_large_picture if is_large else nullcontext():
+        image = _load(opened, stream, name, allow_truncated)
+        try:
+            rgb = _flatten(image, name, profile)
+            # Only now: a TIFF turns itself while it loads, and then forgets its tag.
+            turn = TURNS.get(_orientation(image))
+        except (MemoryError, ImageError):
+            raise
+        except Exception as error:
+            raise ImageError(f"{name}: damaged ({reason_of(error)}); save or download it again") from error
+        del image, opened  # their pixels go before they are turned, if they are not the result's
+        rgb.info.clear()  # an orientation left behind would turn the picture once more when it is loaded again
+        return rgb if turn is None else rgb.transpose(turn)
 
 
 def from_image(image: Image.Image, name: str, max_pixels: int) -> RgbImage:

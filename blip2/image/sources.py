@@ -51,7 +51,7 @@ def name_of(source: object) -> str:
             return "data address"
         case str() | os.PathLike():
             text = os.fsdecode(source)
-            text = text if text.isprintable() and text else repr(text)
+            text = text if text.isprintable() and text and text == text.strip() else repr(text)
             return text if len(text) <= 120 else f"{text[:70]}...{text[-40:]}"
         case bytes() | bytearray() | memoryview():
             return f"{len(source)} bytes"

@@ -86,7 +86,8 @@ def find_model(name: str, recipe: Path, key: str) -> Path:
     beyond = [folder.name for folder in beside.parent.iterdir() if folder.is_dir()] if beside.parent.is_dir() else []
     near = difflib.get_close_matches(beside.name, beyond, n=1)
     hint = f"did you mean {beside.with_name(near[0])}? Or " if near else ""
-    fetch = f"; a model of the hub is fetched first, by blip2 pull {name}" if name.count("/") == 1 else ""
+    is_of_the_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    fetch = f"; a model of the hub is fetched first, by blip2 pull {name}" if is_of_the_hub else ""
     raise RecipeError(
         f"{recipe}: {key}: there is no folder {beside}; {hint}name the folder of a model, seen from the recipe's own "
         f"folder, or one of {', '.join(BUNDLED)}{fetch}"

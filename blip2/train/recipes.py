@@ -6,6 +6,7 @@ Paths are meant from the recipe's own folder. The defaults are the paper's where
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -15,6 +16,8 @@ from typing import Any, Literal
 
 from blip2.errors import RecipeError
 from blip2.plaintext import NotTextError, read_text
+
+MAX_THREADS = 1024  # far more and OpenMP ends the program
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,11 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         raise RecipeError(f"{path}: {error}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not TOML ({error}); write a recipe as those in examples/recipes") from None
-    _override(table, overrides or {})
+    try:
+        _override(table, overrides or {})
+    except (AttributeError, TypeError):
+        names = ", ".join(overrides or {})
+        raise RecipeError(f"{path}: {names}: names a key within a value that is no table") from None
     reader = _Reader(path)
     recipe = reader.build(Recipe, table, "")
     _check(recipe, reader)
@@ -174,10 +181,14 @@ class _Reader:
         if kind is str and isinstance(value, Path):
             return str(value.absolute())
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            value = float(value) if abs(value) < 2**63 else math.inf
         if not isinstance(value, kind) or isinstance(value, bool):
             kinds = {int: "a whole number", float: "a number", str: "a text"}
             raise self.error(name, f"has to be {kinds[kind]}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.error(name, f"has to be a finite number, not {value}")
+        if isinstance(value, int) and value >= 2**63:
+            raise self.error(name, f"has to be less than 2^63, not {value}")
         return value
 
 
@@ -204,10 +215,15 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
         "seed": (recipe.seed, 0),
         "threads": (recipe.threads, 0),
     }
+    if recipe.evaluation is not None:
+        least["evaluation.max_rows"] = (recipe.evaluation.max_rows, 1)
     for name, (value, bound) in least.items():
         if value < bound:
-            why = "; one pair alone has no wrong partner to be told from" if name == "optim.batch_size" else ""
+            is_pair = name == "optim.batch_size" and recipe.stage == 1
+            why = "; one pair alone has no wrong partner to be told from" if is_pair else ""
             raise reader.error(name, f"has to be at least {bound}, not {value}{why}")
+    if recipe.threads > MAX_THREADS:
+        raise reader.error("threads", f"has to be at most {MAX_THREADS}, not {recipe.threads}; 0: as many as cores")
     for name, value in (
         ("beta1", optim.beta1),
         ("beta2", optim.beta2),
@@ -227,3 +243,7 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
         raise reader.error("data.mix", "all kinds of text are at 0; give at least one a weight")
     if not data.rows:
         raise reader.error("data.rows", "names no file")
+    if recipe.evaluation is not None and not recipe.evaluation.rows:
+        raise reader.error("evaluation.rows", "names no file")
+    if not recipe.start:
+        raise reader.error("start", "is empty; name the folder of a model, or miniature")

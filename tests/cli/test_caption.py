@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import blip2
+from blip2.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +221,23 @@ def test_what_is_read_is_said_by_flags(run, model, tmp_path, pictures):
     result = run("caption", pictures[0], "--max-pixels", 9, *model)
     assert result.exit_code == 1 and "is more than 9 pixels; make it smaller, or raise --max-pixels" in result.stderr
     assert "--max-pixels is 0" in run("caption", pictures[0], "--max-pixels", 0, *model).stderr
+
+
+def test_json_speaks_of_flags_too(run, model, tmp_path, pictures):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(Path(pictures[0]).read_bytes()[:-40])
+    row = json.loads(run("caption", cut, "--json", *model).stdout)
+    assert row["error"].endswith("or take what is there by --allow-truncated")
+
+
+def test_a_list_in_utf_32(run, model, texts, pictures, tmp_path):
+    listed = tmp_path / "list.txt"
+    listed.write_bytes(f"{pictures[0]}\r\n".encode("utf-32"))
+    assert run("caption", "--files-from", listed, *model).stdout == f"{pictures[0]}\t{texts[0]}\n"
+
+
+def test_closed_standard_input_is_an_empty_one(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["caption", "--files-from", "-"])
+    assert capsys.readouterr().err == "blip2: --files-from -: names no picture; write one name a line\n"

@@ -47,3 +47,17 @@ def test_numbers():
     assert in_bytes(48.9e9) == "48.9 GB"
     counts = {7_600_000: "7.6 M", 99_960_000: "100 M", 985_952_256: "986 M", 999_600_000: "1.0 B"}
     assert {count: in_words(count) for count in counts} == counts
+
+
+@pytest.mark.parametrize("device", ["meta", "mps"])
+def test_a_device_that_computes_nothing_here(run, pictures, device):
+    result = run("caption", pictures[0], "--device", device)
+    assert result.exit_code == 2
+    assert f"--device '{device}' cannot be used (" in result.stderr
+    assert len(result.stderr) < 200
+
+
+def test_more_threads_than_can_be(run, pictures):
+    result = run("caption", pictures[0], "--threads", "99999999")
+    assert result.exit_code == 2
+    assert "'--threads': 99999999 is not in the range" in result.stderr

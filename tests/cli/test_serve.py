@@ -85,3 +85,10 @@ def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) 
         _keys((), file)
     with pytest.raises(OptionError, match="cannot be read"):
         _keys((), tmp_path / "missing")
+
+
+@pytest.mark.parametrize("domain", ["https://example.org/", "example.org:80", "a.org,b.org", "", "."])
+def test_what_is_no_host_is_refused(run, domain):
+    result = run("serve", "--allow-images-from", domain)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"blip2: --allow-images-from is {domain!r}; give a host alone")

@@ -344,3 +344,18 @@ def test_pillow_logs_nothing_of_a_broken_picture(caplog):
     with pytest.raises(OSError):
         Image.open(io.BytesIO(content))
     assert caplog.records
+
+
+def test_a_line_longer_than_memory_is_an_error_of_this_picture():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 200_000_000, 1, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match="takes more memory than there is"):
+        load_image(content)
+
+
+def test_a_name_with_a_space_at_its_end_is_quoted():
+    with pytest.raises(ImageError, match=r"^'cat.png  ': no such file"):
+        load_image("cat.png  ")
