@@ -223,7 +223,7 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
 def _top(content: dict[str, Any], theirs: str, ours: str, default: Any) -> Any:
     """A value that stands in no section."""
     value = content.get(theirs)
-    if theirs not in content and (near := [key for key in content if _differs_in_a_letter(key, theirs)]):
+    if theirs not in content and (near := [key for key in content if _differs_in_a_bit(key, theirs)]):
         raise ValueError(f"there is {near[0]} and no {theirs} in config.json; {AGAIN}")
     return check_value(theirs, default if value is None else value, default, "config.json", BOUNDS.get(ours))
 
@@ -247,7 +247,7 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
     values: dict[str, Any] = {}
     names = {name for name, _, _ in FIXED[kind]} | {theirs for _, theirs, _ in fields}
     for absent in sorted(names - section.keys()):
-        if near := [key for key in section.keys() - names if _differs_in_a_letter(key, absent)]:
+        if near := [key for key in section.keys() - names if _differs_in_a_bit(key, absent)]:
             raise ValueError(f"there is {near[0]} and no {absent} in {kind}; {AGAIN}")
     for ours, theirs, default in fields:
         value = section.get(theirs, default)
@@ -269,9 +269,10 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
     return values
 
 
-def _differs_in_a_letter(key: str, wanted: str) -> bool:
-    """As a flipped bit has it."""
-    return len(key) == len(wanted) and sum(a != b for a, b in zip(key, wanted, strict=True)) == 1
+def _differs_in_a_bit(key: str, name: str) -> bool:
+    """Whether a key is a name of which a bit flipped; bos_token_id beside eos_token_id is none."""
+    differ = [ord(one) ^ ord(other) for one, other in zip(key, name, strict=False) if one != other]
+    return len(key) == len(name) and len(differ) == 1 and differ[0].bit_count() == 1
 
 
 def _write(config: Any, fields: Fields) -> dict[str, Any]:
