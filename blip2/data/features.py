@@ -161,7 +161,7 @@ class _Cache:
         report: Report | None,
         on_bad: OnBad | None,
     ) -> FeatureFile:
-        records = self._records(pictures.paths)
+        records = self._records()
         stale = [number for number, path in enumerate(pictures.paths) if not self._is_current(records, number, path)]
         self._write(records)
         if stale:
@@ -172,30 +172,17 @@ class _Cache:
             disk.replace([(self._partial, self._whole)])
         return FeatureFile(self._whole, self._shape, records["features_crc32"].copy())
 
-    def _records(self, paths: Sequence[str]) -> np.ndarray:
+    def _records(self) -> np.ndarray:
         """`RECORD` of each picture; all zero, which is none, where there is no whole one, or no features."""
         num_rows = self._path.stat().st_size // self._row_bytes if self._path.exists() else 0
         records = np.zeros(self._shape[0], RECORD)
-        if not self._seen.exists():
-            self._take_over(records, paths[:num_rows])
-            return records
-        content = self._seen.read_bytes()
+        content = self._seen.read_bytes() if self._seen.exists() else b""
         size = RECORD.itemsize
         for number in range(min(num_rows, len(records), len(content) // size)):
             record = content[number * size : (number + 1) * size]
             if _crc32(number, record) == int.from_bytes(record[-4:], "little"):
                 records[number] = np.frombuffer(record, RECORD)[0]
         return records
-
-    def _take_over(self, records: np.ndarray, paths: Sequence[str]) -> None:
-        """What an earlier version computed, without records, of pictures that were there before and not changed."""
-        begun_ns = self._description.stat().st_mtime_ns
-        for number, path in enumerate(paths):
-            stamp = stamp_of(path)
-            if stamp is not None and max(stamp.mtime_ns, stamp.ctime_ns) < begun_ns:
-                with self._path.open("rb") as file:
-                    file.seek(number * self._row_bytes)
-                    records[number] = _record(number, path, stamp, file.read(self._row_bytes))
 
     def _is_current(self, records: np.ndarray, number: int, path: str) -> bool:
         """Whether the features are of what is in the picture's file now; of a file that is gone, of what was in it."""
