@@ -152,8 +152,7 @@ def _stored_bytes(layer: torch.nn.Module) -> int:
         return 0
     if hasattr(layer, "codes"):
         return layer.codes.nbytes + layer.scales.nbytes
-    size = layer.weight.itemsize if isinstance(layer, torch.nn.Linear) else 2  # packed ones are bfloat16
-    return layer.in_features * layer.out_features * size
+    return layer.weight.nbytes
 
 
 def build(side: str, folder: str) -> Ours | Transformers:

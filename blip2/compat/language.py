@@ -111,16 +111,16 @@ class LanguagePart(Part):
         self.lm_head = head
 
     def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError
+        return cast("nn.Module", self.embed_tokens)
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
-        raise NotImplementedError
+        raise OptionError("the parts of a language model share its table; set it on language_model")
 
     def get_encoder(self) -> nn.Module:
-        raise OptionError("an OPT has no encoder; its decoder reads the prompt")
+        raise OptionError(f"{type(self).__name__} has no encoder; only a T5, as a whole, has one")
 
     def get_decoder(self) -> nn.Module:
-        raise NotImplementedError
+        return self
 
 
 def causal_mask(is_real_BS: Tensor, num_tokens: int) -> Tensor:

@@ -62,9 +62,6 @@ class OPTDecoder(LanguagePart):
         )
         return returned(output, return_dict, self.config)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return cast("nn.Module", self.embed_tokens)
-
 
 class OPTBody(LanguagePart):
     """What stands around the decoder in the reference, and adds nothing."""

@@ -249,3 +249,14 @@ def test_a_quantised_model_is_asked_like_any_other(any_model, inputs, tmp_path):
     assert torch.equal(logits(copy.deepcopy(model), inputs), before)
     with pytest.raises(OptionError, match="resize it unquantised"):
         model.resize_token_embeddings(999)
+
+
+def test_a_decoder_is_its_own_and_shares_the_table(model):
+    language = model.language_model
+    decoder = language.get_decoder()
+    assert decoder.get_decoder() is decoder
+    assert decoder.get_input_embeddings().weight is language.get_input_embeddings().weight
+    with pytest.raises(OptionError, match="set it on language_model"):
+        decoder.set_input_embeddings(nn.Embedding(3, 4))
+    with pytest.raises(OptionError, match="Decoder has no encoder"):
+        decoder.get_encoder()
