@@ -32,8 +32,9 @@ LARGE_PIXELS = 30_000_000
 STRIP_PIXELS = 4_000_000
 
 MAX_SCANS = 100  # of a JPEG; encoders write ten or so
+MAX_SEGMENTS = 2000  # before its first scan; Pillow joins them one by one, which takes the square of their number
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-END_OF_JPEG = b"\xff\xd9"
+SCAN, END_OF_JPEG = b"\xff\xda", b"\xff\xd9"
 
 ORIENTATION_TAG = 0x0112
 TURNS = {  # EXIF orientation -> what makes the picture upright
@@ -127,9 +128,11 @@ def _open(stream: BinaryIO, head: bytes, name: str) -> tuple[ImageFile, bytes | 
         if format.name == "PNG":
             pixels, profile = png.essence(stream)
             return format.read(pixels), profile
+        if format.name == "JPEG":
+            _check_segments(stream, name)
         image = format.read(stream)
         is_raw = is_raw_photo(image, head)
-    except MemoryError:
+    except (MemoryError, ImageError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageSizeError(f"{name}: too many pixels ({reason_of(error)}); make the picture smaller") from None
@@ -151,14 +154,29 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise ImageSizeError(f"{name}: {problem}; make it smaller, or raise max_pixels")
 
 
+def _check_segments(stream: IO[bytes], name: str) -> None:
+    content = _whole(stream)
+    place, number = 2, 0
+    while (marker := JPEG_MARKER.search(content, place)) is not None and marker[0] not in (SCAN, END_OF_JPEG):
+        number += 1
+        if number > MAX_SEGMENTS:
+            raise ImageError(f"{name}: a JPEG of more than {MAX_SEGMENTS:,} segments of metadata; save it again")
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+
+
 def _check_scans(stream: IO[bytes], name: str) -> None:
     """A JPEG may go over all of its pixels again with every 70 bytes, so that a small file takes hours to decode."""
+    content = _whole(stream)
+    if content.count(SCAN) > MAX_SCANS and _num_scans(content) > MAX_SCANS:
+        raise ImageError(f"{name}: a JPEG of more than {MAX_SCANS} scans; save it again")
+
+
+def _whole(stream: IO[bytes]) -> bytes:
     place = stream.tell()
     stream.seek(0)
     content = stream.read()
     stream.seek(place)
-    if content.count(b"\xff\xda") > MAX_SCANS and _num_scans(content) > MAX_SCANS:
-        raise ImageError(f"{name}: a JPEG of more than {MAX_SCANS} scans; save it again")
+    return content
 
 
 def _num_scans(content: bytes) -> int:
@@ -166,7 +184,7 @@ def _num_scans(content: bytes) -> int:
     number = 0
     marker = JPEG_MARKER.search(content, 2)
     while marker is not None and marker[0] != END_OF_JPEG:
-        number += marker[0] == b"\xff\xda"
+        number += marker[0] == SCAN
         length = int.from_bytes(content[marker.end() : marker.end() + 2], "big")
         marker = JPEG_MARKER.search(content, marker.end() + length)
     return number

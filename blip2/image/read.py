@@ -6,17 +6,22 @@ What cannot be read is an ImageError: one line with the source, what is wrong, a
     images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
 from blip2.errors import OptionError, option
 from blip2.image.decode import MAX_PIXELS, RgbImage, decode, from_image
 from blip2.image.formats import FORMATS
-from blip2.image.sources import Source, from_array, name_of, stream_of
+from blip2.image.sources import Source, from_array, is_tensor, name_of, stream_of
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_BYTES = 100 * 2**20
 TIMEOUT_S = 20.0
@@ -99,7 +104,7 @@ def _load(
 ) -> RgbImage:
     """As `load_image`, but it may share its pixels with a PIL image that is given."""
     name = name_of(source)
-    if isinstance(source, np.ndarray | torch.Tensor):
+    if isinstance(source, np.ndarray) or is_tensor(source):
         source = from_array(source, name)
     if isinstance(source, Image.Image):
         return from_image(source, name, reading.max_pixels)
@@ -127,6 +132,20 @@ def to_pixels(
     Pillow's filter `resample` ("bicubic", "bilinear", "lanczos", ...); values / 255, then (x - mean) / std
     per channel. Raises OptionError for an unknown filter.
     """
+    import torch
+
+    return torch.from_numpy(to_array(images, size=size, mean=mean, std=std, resample=resample))
+
+
+def to_array(
+    images: Sequence[RgbImage],
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resample: str = "bicubic",
+) -> np.ndarray:
+    """`to_pixels`, where there is no torch."""
     try:
         kernel = Image.Resampling[resample.upper()]
     except KeyError:
@@ -139,5 +158,4 @@ def to_pixels(
     # A byte has 256 values, so the arithmetic is done once per value and then looked up.
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
     tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
-    pixels_BCHW = np.stack([table[bytes_BHWC[..., c]] for c, table in enumerate(tables)], axis=1)
-    return torch.from_numpy(pixels_BCHW)
+    return np.stack([table[bytes_BHWC[..., c]] for c, table in enumerate(tables)], axis=1)

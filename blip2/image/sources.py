@@ -11,19 +11,26 @@ import stat
 import sys
 import time
 from http.client import HTTPException
-from typing import BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
 from urllib import request
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote
 
 import numpy as np
-import torch
 from PIL import Image
 
 from blip2.errors import ImageError
 
+if TYPE_CHECKING:
+    import torch  # only who has a tensor needs it: the server's processes that decode pictures do without
+
 Encoded: TypeAlias = bytes | bytearray | memoryview  # an image file in memory
-Source: TypeAlias = str | os.PathLike | Encoded | Image.Image | np.ndarray | torch.Tensor
+Source: TypeAlias = "str | os.PathLike | Encoded | Image.Image | np.ndarray | torch.Tensor"
+
+
+def is_tensor(source: object) -> TypeGuard[torch.Tensor]:
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
 
 
 def stream_of(source: object, name: str, max_bytes: int, timeout_s: float) -> BinaryIO:
@@ -57,8 +64,10 @@ def name_of(source: object) -> str:
             return f"{len(source)} bytes"
         case Image.Image():
             return str(getattr(source, "filename", "")) or "PIL image"
-        case np.ndarray() | torch.Tensor():
+        case np.ndarray():
             return f"{type(source).__name__} {source.dtype}{list(source.shape)}"
+    if is_tensor(source):
+        return f"{type(source).__name__} {source.dtype}{list(source.shape)}"
     return type(source).__name__
 
 
@@ -156,10 +165,11 @@ def _download(url: str, name: str, max_bytes: int, timeout_s: float) -> bytes:
 def from_array(source: np.ndarray | torch.Tensor, name: str) -> Image.Image:
     if str(source.dtype).removeprefix("torch.") != "uint8":
         raise ImageError(f"{name}: pixels have to be uint8; make floats in 0..1 (255 * x).round() first")
-    if isinstance(source, torch.Tensor):
+    if is_tensor(source):
         layout = "[H, W] or [1 | 3 | 4, H, W]"
         array = (source.permute(1, 2, 0) if source.ndim == 3 else source).numpy(force=True)
     else:
+        assert isinstance(source, np.ndarray)
         layout = "[H, W] or [H, W, 1 | 3 | 4]"
         array = source
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
