@@ -44,6 +44,7 @@ ROOMS = {
     "ray": {"serve"},
     "starlette": {"serve"},
     "pydantic": {"serve"},
+    "python_multipart": {"serve"},
     "prometheus_client": {"serve"},
     "accelerate": {"placement"},
     "filelock": {"disk", "index"},

@@ -8,6 +8,7 @@ What cannot be read is an ImageError: one line with the source, what is wrong, a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from blip2.errors import OptionError, option
-from blip2.image.decode import MAX_PIXELS, RgbImage, decode, from_image
+from blip2.image.decode import MAX_PIXELS, STRIP_PIXELS, RgbImage, decode, from_image
 from blip2.image.formats import FORMATS
 from blip2.image.sources import Source, from_array, is_tensor, name_of, stream_of
 
@@ -159,3 +160,12 @@ def to_array(
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
     tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
     return np.stack([table[bytes_BHWC[..., c]] for c, table in enumerate(tables)], axis=1)
+
+
+def pixels_digest(image: RgbImage) -> str:
+    """Of the pixels that people see, whatever file they came in."""
+    found = hashlib.sha256(f"{image.width}x{image.height}:".encode())
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):  # not all of them once more in memory
+        found.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
+    return found.hexdigest()

@@ -11,7 +11,7 @@ import stat
 import sys
 import time
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard, Union
 from urllib import request
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch  # only who has a tensor needs it: the server's processes that decode pictures do without
 
 Encoded: TypeAlias = bytes | bytearray | memoryview  # an image file in memory
-Source: TypeAlias = "str | os.PathLike | Encoded | Image.Image | np.ndarray | torch.Tensor"
+Source: TypeAlias = Union[str, os.PathLike, Encoded, Image.Image, np.ndarray, "torch.Tensor"]
 
 
 def is_tensor(source: object) -> TypeGuard[torch.Tensor]:

@@ -13,8 +13,8 @@ from starlette.middleware import Middleware
 from blip2 import __version__
 from blip2.serve import openai, plain, static
 from blip2.serve.doorman import Doorman
-from blip2.serve.errors import add_handlers
 from blip2.serve.fetch import Fetcher
+from blip2.serve.handlers import add_handlers
 from blip2.serve.limits import Limits
 from blip2.serve.service import Models, Service
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from blip2.image import RgbImage
 from blip2.tasks.see import Eye
 
 Kept = TypeVar("Kept")
-STRIP_PIXELS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -41,27 +38,28 @@ class ImageCache(Generic[Kept]):
         self.hits = 0
         self.misses = 0
         self.num_encoded = 0
-        self._eye = eye
+        self.eye = eye
         self._entries: OrderedDict[str, Kept] = OrderedDict()
-        self._digests: OrderedDict[bytes, str] = OrderedDict()  # of the pixels, by the digest of the file
+        self._digests: OrderedDict[str, str] = OrderedDict()  # of the pixels, by the digest of the file
         self._lock = threading.Lock()
 
-    def look(self, content: bytes, load: Callable[[bytes], RgbImage]) -> Look[Kept]:
-        """The picture in a file's bytes; by any thread. A file that was seen before is not even decoded."""
-        file = hashlib.sha256(content).digest()
+    def known(self, file: str) -> Look[Kept] | None:
+        """What is kept of the picture in a file that was seen before, by the digest of the file."""
         with self._lock:
             digest = self._digests.get(file)
-        if digest is not None and (kept := self.get(digest)) is not None:
-            return Look(digest, None, kept)
-        image = load(content)
-        digest = digest_of(image)
+        if digest is None or (kept := self.get(digest)) is None:
+            return None
+        return Look(digest, None, kept)
+
+    def look(self, file: str, digest: str, pixels_CHW: Tensor) -> Look[Kept]:
+        """A picture that was decoded. ``file`` and ``digest``: of its file, and of its decoded pixels."""
         with self._lock:
             self._digests[file] = digest
             self._digests.move_to_end(file)
             while len(self._digests) > self.max_entries:
                 self._digests.popitem(last=False)
         kept = self.get(digest)
-        return Look(digest, self._eye.pixels(image) if kept is None else None, kept)
+        return Look(digest, pixels_CHW if kept is None else None, kept)
 
     def see(self, looks: Sequence[Look[Kept]]) -> list[Kept | Exception]:
         """What the model keeps of each picture; each is encoded once, those that are new together.
@@ -89,7 +87,7 @@ class ImageCache(Generic[Kept]):
         if not looks:
             return []
         try:
-            return self._eye.encode([look.pixels_CHW for look in looks if look.pixels_CHW is not None])
+            return self.eye.encode([look.pixels_CHW for look in looks if look.pixels_CHW is not None])
         except Exception as error:
             if len(looks) == 1:
                 return [error]
@@ -118,15 +116,6 @@ class ImageCache(Generic[Kept]):
             while len(self._entries) > self.max_entries or self.num_bytes > self.max_bytes:
                 _, oldest = self._entries.popitem(last=False)
                 self.num_bytes -= num_bytes(oldest)
-
-
-def digest_of(image: RgbImage) -> str:
-    """Of the pixels that people see, whatever file they came in."""
-    found = hashlib.sha256(f"{image.width}x{image.height}:".encode())
-    rows = max(1, STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):  # not all of them once more in memory
-        found.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
-    return found.hexdigest()
 
 
 def num_bytes(kept: Any) -> int:

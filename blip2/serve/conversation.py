@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blip2.errors import OptionError
-from blip2.generation import GenerateOptions
 from blip2.serve.errors import ApiError
 from blip2.serve.schemas import Message
-from blip2.tasks import ask
-from blip2.tasks.chat import prompt_that_fits
-from blip2.tasks.defaults import ASK, CAPTION, CHAT
-from blip2.tasks.speaker import Speaker
 from blip2.text import clean
 
 CAPTION_QUESTION = "what is in the picture?"
@@ -27,23 +22,14 @@ class Conversation:
     history: list[tuple[str, str]]
     question: str
 
-    @property
-    def defaults(self) -> GenerateOptions:
-        """How its task decodes: `Pipeline.caption`, `.ask`, or a `Chat`."""
-        if self.history:
-            return CHAT
-        return ASK if self.question else CAPTION
-
-    def prompt(self, speaker: Speaker, options: GenerateOptions) -> tuple[str, int]:
-        """The words that the language model is given, and how many of the oldest turns are left out of them."""
-        if self.history:
-            return prompt_that_fits(speaker, self.history, self.question, options.max_new_tokens)
-        return (ask.prompts(speaker, [self.question])[0] if self.question else ""), 0
-
 
 @dataclass
 class _Turn:
-    texts: list[str] = field(default_factory=list)
+    """What the user asked, and what was answered: in pieces, which are joined once, at the end."""
+
+    asked: list[str] = field(default_factory=list)
+    said: list[str] | None = None
+    """None: not answered yet."""
     has_image: bool = False
 
 
@@ -54,8 +40,7 @@ def read(messages: Sequence[Message], max_images: int) -> Conversation:
     nothing is left out in silence.
     """
     image: str | None = None
-    history: list[tuple[str, str]] = []
-    turn: _Turn | None = None
+    turns: list[_Turn] = []
     num_images = 0
     for number, message in enumerate(messages):
         where = f"messages.{number}"
@@ -69,24 +54,22 @@ def read(messages: Sequence[Message], max_images: int) -> Conversation:
                     raise _bad(
                         "one_image_only", f"{len(images)} pictures in one message; this model sees one at a time", where
                     )
+                is_open = bool(turns) and turns[-1].said is None
                 if images:
-                    image, history = images[0], []
-                    if turn is not None and turn.has_image:
-                        turn = None
-                turn = turn or _Turn()
-                turn.texts.append(text)
-                turn.has_image = turn.has_image or bool(images)
+                    image = images[0]
+                    turns = turns[-1:] if is_open and not turns[-1].has_image else []
+                if not (turns and turns[-1].said is None):
+                    turns.append(_Turn())
+                turns[-1].asked.append(text)
+                turns[-1].has_image |= bool(images)
             case "assistant":
                 if images:
                     raise _bad("invalid_message", "a picture in an answer; pictures come from the user", where)
-                if turn is not None:
-                    history = [*history, (_joined(turn.texts), clean(text))]
-                elif history:
-                    asked, said = history[-1]
-                    history = [*history[:-1], (asked, clean(f"{said} {text}"))]
-                elif text:
+                if not turns and text:
                     raise _bad("invalid_message", "the first message is an answer; begin with the user's", where)
-                turn = None
+                if turns:
+                    turns[-1].said = turns[-1].said or []
+                    turns[-1].said.append(text)
             case "system" | "developer":
                 if text or images:
                     raise _bad(
@@ -96,7 +79,7 @@ def read(messages: Sequence[Message], max_images: int) -> Conversation:
                     )
             case _:
                 raise _bad("invalid_message", f"this model calls no tools; leave out messages of {message.role}", where)
-    if turn is None:
+    if not turns or turns[-1].said is not None:
         raise _bad("invalid_message", "the last message has to be the user's")
     if image is None:
         raise _bad(
@@ -104,10 +87,11 @@ def read(messages: Sequence[Message], max_images: int) -> Conversation:
             "there is no picture in the conversation, and this model speaks only of pictures; send one as an "
             "image_url part with a data:image/...;base64, address",
         )
-    question = _joined(turn.texts)
-    if history and not question:
+    question = _joined(turns[-1].asked)
+    if turns[:-1] and not question:
         raise OptionError("the last message is empty; ask something, or send the picture alone to get a caption")
-    return Conversation(image, [(asked or CAPTION_QUESTION, said) for asked, said in history], question)
+    history = [(_joined(turn.asked) or CAPTION_QUESTION, _joined(turn.said or [])) for turn in turns[:-1]]
+    return Conversation(image, history, question)
 
 
 def _content(message: Message, where: str) -> tuple[str, list[str]]:

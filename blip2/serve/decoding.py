@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from blip2.generation import GenerateOptions
+from blip2.serve.body import too_long
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.schemas import Decoding
@@ -13,7 +14,6 @@ from blip2.tasks.speaker import Speaker
 
 GREEDY_BELOW = 0.01
 """A temperature that leaves nothing to chance."""
-CHARACTERS_PER_TOKEN = 16
 
 
 def options_of(
@@ -66,20 +66,8 @@ def options_of(
     return options
 
 
-def checked_text(text: str, limits: Limits) -> str:
-    """The text, if it is short enough to be worth reading at all."""
-    if len(text) > CHARACTERS_PER_TOKEN * limits.max_prompt_tokens:
-        raise _too_long(f"{len(text)} characters", limits)
-    return text
-
-
 def check_prompt(speaker: Speaker, text: str, limits: Limits) -> None:
     """Raises ApiError for a prompt of more tokens than are read."""
     number = len(speaker.tokenizer.encode(text))
     if number > limits.max_prompt_tokens:
-        raise _too_long(f"{number} tokens", limits)
-
-
-def _too_long(size: str, limits: Limits) -> ApiError:
-    message = f"the text has {size}; at most {limits.max_prompt_tokens} tokens are read; shorten it"
-    return ApiError(400, "prompt_too_long", message)
+        raise too_long(f"{number} tokens", limits)

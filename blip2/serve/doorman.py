@@ -20,6 +20,10 @@ OPEN_FOLDER = "/page/"
 """The page's own files; it is the page that asks for the key."""
 END = "blip2.end_s"
 """Where the scope has the moment (monotonic) at which the answer has to be there."""
+CLIENT = "blip2.client"
+"""Where the scope has who asks, for those who deal in turns."""
+LET_GO = "blip2.let_go"
+"""Where the scope has what is to be called when the body is needed no longer."""
 LINGER_S, SILENCE_S = 5.0, 0.5
 """So long is the rest of a refused request still taken, as long as it keeps coming."""
 HEADERS = (

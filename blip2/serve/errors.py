@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
-
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from typing import TYPE_CHECKING, Any
 
 from blip2.errors import Blip2Error, CheckpointError, ImageError, ImageFormatError, ImageSizeError, NotFiniteError
+
+if TYPE_CHECKING:
+    from starlette.responses import JSONResponse
 
 logger = logging.getLogger("blip2.serve")
 
@@ -52,6 +50,8 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
+        from starlette.responses import JSONResponse  # not for the processes that only read requests
+
         return JSONResponse(self.body, self.status, self.headers)
 
 
@@ -73,32 +73,6 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(400, "invalid_value", error.told(in_fields))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "internal_error", "something went wrong in the server; its log says what")
-
-
-def add_handlers(app: FastAPI) -> None:
-    async def told(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
-
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        response = as_api_error(error).response()
-        response.headers["connection"] = "close"  # uvicorn hangs up once it hears of the error; say so before
-        return response
-
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return of_validation(error.errors()).response()
-
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        headers = dict(error.headers) if error.headers else None
-        return ApiError(error.status_code, code, str(error.detail), headers=headers).response()
-
-    app.add_exception_handler(ApiError, told)
-    app.add_exception_handler(Blip2Error, told)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, failed)
 
 
 def of_validation(problems: Any) -> ApiError:

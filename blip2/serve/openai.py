@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
-from blip2.serve import conversation
-from blip2.serve.decoding import check_prompt, checked_text, options_of
+from blip2.generation import GenerateOptions
+from blip2.serve.attention import Attended
+from blip2.serve.decoding import check_prompt, options_of
 from blip2.serve.errors import ApiError
+from blip2.serve.limits import Limits
 from blip2.serve.names import Names
 from blip2.serve.reply import EventStream, Reply
-from blip2.serve.schemas import ChatRequest, EmbeddingImage, EmbeddingsRequest
+from blip2.serve.schemas import ChatRequest, EmbeddingsRequest
 from blip2.serve.service import Service
 from blip2.serve.worker import Ticket
+from blip2.tasks import ask
+from blip2.tasks.chat import prompt_that_fits
+from blip2.tasks.defaults import ASK, CAPTION, CHAT
+from blip2.tasks.speaker import Speaker
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix="/v1", route_class=Attended)
     names = Names(service)
 
     @routes.get("/models")
@@ -35,76 +43,59 @@ def router(service: Service) -> APIRouter:
                 return found
         raise names.unknown(name)
 
-    @routes.post("/chat/completions")
-    async def chat(request: Request, body: ChatRequest) -> Response:
+    @routes.post("/chat/completions", openapi_extra=body_of(ChatRequest))
+    async def chat(request: Request) -> Response:
         """An answer about a picture. A question is answered as `Pipeline.ask` answers it, a picture without text gets
         its caption, several turns are a `Chat`; streamed, or with logprobs, greedily."""
-        check(body)
-        name = names.generative(body.model)
-        asked = conversation.read(body.messages, service.limits.max_images)
-        is_stream, has_log_probs = bool(body.stream), bool(body.logprobs)
-        options = options_of(
-            body,
-            asked.defaults,
-            service.limits,
-            max_new_tokens=body.max_completion_tokens,
-            is_followed=is_stream or has_log_probs,
-        )
-        if body.top_logprobs and not has_log_probs:
-            raise ApiError(400, "invalid_value", "top_logprobs come with logprobs; set it true", param="top_logprobs")
-        if has_log_probs and options.num_beams > 1:
-            raise ApiError(
-                400, "invalid_value", "logprobs go with one token at a time, not with a search; leave out num_beams "
-                "and n, or logprobs",
-                param="logprobs",
-            )  # fmt: skip
-        checked_text(asked.question + "".join(f"{question} {said}" for question, said in asked.history), service.limits)
-        pipeline = service.pipeline
-
-        def prompt() -> tuple[str, int]:
-            text, num_forgotten = asked.prompt(pipeline.speaker, options)
-            check_prompt(pipeline.speaker, text, service.limits)
-            return text, num_forgotten
-
-        text, num_forgotten = await asyncio.to_thread(prompt)
-        seen = await service.pictures.look(asked.image, service.worker.images)
+        async with service.readings.read(request) as reading:
+            body = ChatRequest.model_construct(**reading.fields)
+            check(body)
+            name = names.generative(body.model)
+            history, question = reading.fields["history"], reading.fields["question"]
+            is_stream, has_log_probs = bool(body.stream), bool(body.logprobs)
+            options = options_of(
+                body,
+                CHAT if history else ASK if question else CAPTION,
+                service.limits,
+                max_new_tokens=body.max_completion_tokens,
+                is_followed=is_stream or has_log_probs,
+            )
+            check_log_probs(body, options)
+            pipeline = service.pipeline
+            text, num_forgotten = await asyncio.to_thread(
+                prompt_of, pipeline.speaker, history, question, options, service.limits
+            )
+            ticket = Ticket(await reading.look(0, service.worker.images), text, options, num_top=body.top_logprobs or 0)
         headers = {"X-Blip2-Forgotten-Turns": str(num_forgotten)} if num_forgotten else {}
         reply = Reply(name, pipeline.speaker.tokenizer, has_log_probs)
-        ticket = Ticket(seen, text, options, num_top=body.top_logprobs or 0)
         if not is_stream:
-            answers = await service.answers(request, ticket)
+            answers = await service.answers(ticket)
             return JSONResponse(reply.whole(answers, ticket.num_prompt_tokens), headers=headers)
-        has_usage = body.stream_options is not None and body.stream_options.include_usage
+        has_usage = bool((reading.fields["stream_options"] or {}).get("include_usage"))
         if options.num_beams > 1 or options.num_return > 1:
             # Which is best is known only when all are there, so each comes in one piece.
-            answers = await service.answers(request, ticket)
+            answers = await service.answers(ticket)
             events = reply.chunks_of(answers, ticket.num_prompt_tokens, has_usage)
             return EventStream(events, headers)
         pieces, ticket = await service.stream(request, ticket)
         events = reply.chunks(pieces, ticket.num_prompt_tokens, has_usage)
         return EventStream(events, headers, on_end=lambda: service.worker.cancel(ticket))
 
-    @routes.post("/embeddings")
-    async def embeddings(request: Request, body: EmbeddingsRequest) -> dict[str, Any]:
+    @routes.post("/embeddings", openapi_extra=body_of(EmbeddingsRequest))
+    async def embeddings(request: Request) -> dict[str, Any]:
         """The unit vector of each text. An extension: of a picture, its vectors one after the other (see ``shape``);
         a text is as near to it as to the nearest of them."""
-        matcher = service.matcher
-        name = names.matching(body.model)
-        items = body.input if isinstance(body.input, list) else [body.input]
-        images = [item.image for item in items if isinstance(item, EmbeddingImage)]
-        texts = [item for item in items if isinstance(item, str)]
-        if len(images) > service.limits.max_images:
-            raise ApiError(400, "too_many_images", f"{len(images)} pictures; at most {service.limits.max_images}")
-        if len(texts) > service.limits.max_texts:
-            raise ApiError(400, "too_many_texts", f"{len(texts)} texts; at most {service.limits.max_texts} are read")
-        width = matcher.model.config.projection_size
-        if body.dimensions not in (None, width):
-            raise ApiError(400, "invalid_value", f"the vectors of {name} have {width} numbers", param="dimensions")
-        for text in texts:
-            checked_text(text, service.limits)
-        ids = matcher.reader.ids(texts) if texts else []
-        cache = service.features
-        looks = [await service.pictures.look(image, cache) for image in images]
+        matcher, cache = service.matcher, service.features
+        async with service.readings.read(request) as reading:
+            body = EmbeddingsRequest.model_construct(**reading.fields)
+            name = names.matching(body.model)
+            items: list[str | None] = reading.fields["input"]
+            width = matcher.model.config.projection_size
+            if body.dimensions not in (None, width):
+                raise ApiError(400, "invalid_value", f"the vectors of {name} have {width} numbers", param="dimensions")
+            texts = [item for item in items if item is not None]
+            ids = await asyncio.to_thread(matcher.reader.ids, texts) if texts else []
+            looks = [await reading.look(place, cache) for place in range(reading.num_pictures)]
 
         def embed() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
             of_texts = list(matcher.reader.embed_texts(ids).float().cpu()) if ids else []
@@ -115,9 +106,9 @@ def router(service: Service) -> APIRouter:
                 of_images.append(kept.vectors_QE.float().cpu())
             return of_texts, of_images
 
-        of_texts, of_images = await service.compute(request, embed)
+        of_texts, of_images = await service.compute(embed)
         next_text, next_image = iter(of_texts), iter(of_images)
-        vectors = [next(next_text) if isinstance(item, str) else next(next_image) for item in items]
+        vectors = [next(next_image) if item is None else next(next_text) for item in items]
         num_tokens = sum(map(len, ids))
         return {
             "object": "list",
@@ -127,6 +118,35 @@ def router(service: Service) -> APIRouter:
         }
 
     return routes
+
+
+def body_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """A body of JSON, for /openapi.json."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema.model_json_schema()}}}}
+
+
+def prompt_of(
+    speaker: Speaker, history: Sequence[tuple[str, str]], question: str, options: GenerateOptions, limits: Limits
+) -> tuple[str, int]:
+    """The words that the language model is given, and how many of the oldest turns are left out of them."""
+    text, num_forgotten = "", 0
+    if history:
+        text, num_forgotten = prompt_that_fits(speaker, history, question, options.max_new_tokens)
+    elif question:
+        [text] = ask.prompts(speaker, [question])
+    check_prompt(speaker, text, limits)
+    return text, num_forgotten
+
+
+def check_log_probs(body: ChatRequest, options: GenerateOptions) -> None:
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "invalid_value", "top_logprobs come with logprobs; set it true", param="top_logprobs")
+    if body.logprobs and options.num_beams > 1:
+        raise ApiError(
+            400, "invalid_value", "logprobs go with one token at a time, not with a search; leave out num_beams "
+            "and n, or logprobs",
+            param="logprobs",
+        )  # fmt: skip
 
 
 def check(body: ChatRequest) -> None:

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,13 +14,14 @@ from fastapi import Request
 
 from blip2.api import Matcher, Pipeline
 from blip2.generation import Hypothesis
+from blip2.serve.attention import too_late
 from blip2.serve.cache import ImageCache
 from blip2.serve.doorman import END
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
-from blip2.serve.pictures import Pictures
+from blip2.serve.reading import Readings
 from blip2.serve.worker import Piece, Ticket, Worker, WorkerError
 from blip2.tasks.match import ImageFeatures
 
@@ -46,7 +46,7 @@ class Service:
     ) -> None:
         self.limits = limits
         self.metrics = Metrics(replica)
-        self.pictures = Pictures(limits, self.metrics, fetcher)
+        self.readings = Readings(limits, self.metrics, fetcher)
         self.load_error: BaseException | None = None
         self.is_stopping = False
         self._load = load
@@ -55,6 +55,8 @@ class Service:
     # ---- coming and going ----
 
     def start(self) -> None:
+        """In the event loop that is going to answer."""
+        self.readings.start()
         threading.Thread(target=self._load_models, name="blip2 loading", daemon=True).start()
 
     def _load_models(self) -> None:
@@ -69,7 +71,7 @@ class Service:
         self.is_stopping = True
         if self._worker is not None:
             await asyncio.to_thread(self._worker.close, self.limits.shutdown_s)
-        self.pictures.close()
+        self.readings.close()
 
     def refusal(self) -> ApiError | None:
         """Why nothing can be answered at present; None: it can."""
@@ -118,22 +120,21 @@ class Service:
 
     # ---- answers ----
 
-    async def answers(self, request: Request, ticket: Ticket) -> list[Hypothesis]:
+    async def answers(self, ticket: Ticket) -> list[Hypothesis]:
         """The answers to one prompt. If nobody waits for them any more, they are not written."""
         worker = self.worker
         try:
             worker.submit(ticket)
-            return await self._wait(request, asyncio.wrap_future(ticket.answers))
+            return await asyncio.wrap_future(ticket.answers)
         except WorkerError as error:
             raise ApiError(503, "model_stopped", str(error)) from error
         finally:
             worker.cancel(ticket)
 
-    async def compute(self, request: Request, function: Callable[[], Value]) -> Value:
+    async def compute(self, function: Callable[[], Value]) -> Value:
         """What a function gives on the models' thread."""
         try:
-            future: Future[Value] = self.worker.call(function)
-            return await self._wait(request, asyncio.wrap_future(future))
+            return await asyncio.wrap_future(self.worker.call(function))
         except WorkerError as error:
             raise ApiError(503, "model_stopped", str(error)) from error
 
@@ -154,7 +155,7 @@ class Service:
         try:
             worker.submit(ticket)
             ticket.answers.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, None))
-            first = await self._wait(request, asyncio.ensure_future(heard.get()))
+            first = await heard.get()
             if first is None:
                 ticket.answers.result()
         except WorkerError as error:
@@ -176,32 +177,9 @@ class Service:
 
         return pieces(), ticket
 
-    async def _wait(self, request: Request, result: asyncio.Future[Value]) -> Value:
-        """The result; ApiError if the time is up, CancelledError if the client hung up meanwhile."""
-        hung_up = asyncio.ensure_future(_hang_up(request))
-        try:
-            left_s = request.scope[END] - time.monotonic()
-            await asyncio.wait((result, hung_up), timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
-            if result.done():
-                return result.result()
-            if hung_up.done():
-                raise ApiError(499, "client_closed_request", "the client hung up")
-            raise self._too_late()
-        finally:
-            hung_up.cancel()
-            result.cancel()
-
     async def _in_time(self, request: Request, result: Awaitable[Value]) -> Value:
         try:
             async with asyncio.timeout(max(request.scope[END] - time.monotonic(), 0)):
                 return await result
         except TimeoutError:
-            raise self._too_late() from None
-
-    def _too_late(self) -> ApiError:
-        return ApiError(504, "deadline", f"there was no answer within {self.limits.deadline_s:g} s; try again later")
-
-
-async def _hang_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+            raise too_late() from None

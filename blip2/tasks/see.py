@@ -54,7 +54,7 @@ class Eye(Generic[Kept]):
         self._num_threads = threads.worth(vision)
         self._encode_pixels = encode
         self._kind = kind
-        self._size = size
+        self.size = size
         self._mean = mean
         self._std = std
 
@@ -94,7 +94,7 @@ class Eye(Generic[Kept]):
 
     def pixels(self, image: Source) -> Tensor:
         """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
-        return self.reading.pixels(image, size=self._size, mean=self._mean, std=self._std)
+        return self.reading.pixels(image, size=self.size, mean=self._mean, std=self._std)
 
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
         """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.

@@ -26,7 +26,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from blip2.serve.pictures import NUM_THREADS
+from blip2.serve.reading import NUM_FETCHERS
 from blip2.serve.service import Models
 from blip2.serve.worker import IDLE_S
 from tests.serve.conftest import PICTURES, eventually
@@ -40,7 +40,7 @@ NUM_PICTURES = 400
 CACHE_ENTRIES = 100
 MAX_BODY_BYTES = 2_000_000
 CORES = os.cpu_count() or 1
-MAX_THREADS = (3 + NUM_THREADS + min(32, CORES + 4)) * CORES
+MAX_THREADS = (3 + NUM_FETCHERS + min(32, CORES + 4)) * CORES
 """The event loop, the model, its loader; two pools, which start a thread when all others are busy; and OpenMP's team of
 each."""
 SHORT = {"max_tokens": 8, "temperature": 0}

@@ -93,27 +93,21 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
 
 
 def test_a_file_that_was_seen_is_not_even_decoded() -> None:
-    decoded, prepared = [], []
-
-    def load(content: bytes) -> Image.Image:
-        decoded.append(content)
-        return Image.new("RGB", (2, 2), {b"r": "red", b"R": "red", b"b": "blue"}[content])
-
-    def pixels(image: Image.Image) -> torch.Tensor:
-        prepared.append(image.getpixel((0, 0)))
-        return torch.zeros(3)
-
-    eye: Any = SimpleNamespace(pixels=pixels, encode=lambda pixels: [Look("kept", each) for each in pixels])
+    eye: Any = SimpleNamespace(encode=lambda pixels: [Look("kept", each) for each in pixels])
     cache: ImageCache[Look] = ImageCache(eye, max_entries=1, max_bytes=1000)
-    red = cache.look(b"r", load)
-    assert red.pixels_CHW is not None and red.kept is None
+    pixels_CHW = torch.zeros(3)
+    assert cache.known("red.png") is None
+    red = cache.look("red.png", "red", pixels_CHW)
+    assert red.pixels_CHW is pixels_CHW and red.kept is None
+    assert cache.known("red.png") is None  # decoded, but no model has seen it yet
     [kept] = cache.see([red])
-    assert cache.look(b"r", load).kept is kept and decoded == [b"r"]
-    assert cache.look(b"R", load).kept is kept and decoded == [b"r", b"R"] and prepared == [(255, 0, 0)]
-    known = cache.look(b"R", load)
-    assert cache.see([cache.look(b"b", load)])[0] is not kept  # there is room for one
+    known = cache.known("red.png")
+    assert known is not None and known.kept is kept
+    other_file = cache.look("red.gif", "red", pixels_CHW)
+    assert other_file.kept is kept and other_file.pixels_CHW is None
+    assert cache.see([cache.look("blue.png", "blue", pixels_CHW)])[0] is not kept  # there is room for one
     assert cache.see([known])[0] is kept  # what a request holds already is not lost
-    assert cache.look(b"R", load).kept is None and decoded == [b"r", b"R", b"b", b"R"]
+    assert cache.known("red.png") is None
     assert (cache.hits, cache.misses, cache.num_encoded) == (1, 2, 2)
 
 

@@ -1,0 +1,165 @@
+"""A process that reads what strangers send: requests into fields, pictures into pixels.
+
+It has no torch and no model, bounds for its memory and its processor time, and can be killed at any moment. Readers are
+forked from one parent, `main`, which has imported all that they need and has never read anything itself; so a new one
+costs some milliseconds. See `pool` for the other side.
+
+The parent is told, in five bytes each: "F" and a socket, to fork a reader that answers there (its process id comes
+back); "E" and a process id, to end that reader (its wait status comes back). When its own socket is closed, it ends all
+of them and itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from blip2.errors import ImageSizeError
+from blip2.image import load_image, pixels_digest, shrunk, to_array
+from blip2.serve import body, frames
+from blip2.serve.errors import ApiError, as_api_error
+from blip2.serve.limits import Limits
+
+COMMAND = struct.Struct("<ci")
+SPARE_BYTES = 256 * 2**20
+"""Of memory, for what is small."""
+BYTES_PER_PIXEL = 12
+BYTES_PER_BODY_BYTE = 8
+CPU_S, CPU_S_PER_PIXEL = 4.0, 8e-8
+"""Processor time for one message, and for each pixel that may be decoded; a picture of 12 million takes 0.3 s here."""
+
+
+class Desk:
+    """What one request is about, from its first message to the next request's."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._pictures: list[str | bytes] = []
+        self._do: dict[str, Callable[[dict[str, Any], bytes], frames.Message]] = {
+            "read": self._read, "take": self._take, "pixels": self._pixels, "forget": self._forget,
+        }  # fmt: skip
+
+    def answer(self, asked: dict[str, Any], payload: bytes) -> frames.Message:
+        try:
+            return self._do[asked["do"]](asked, payload)
+        except MemoryError:
+            error = ApiError(413, "body_too_large", "to read the request takes more memory than it may; send less")
+        except Exception as problem:
+            error = as_api_error(problem)
+        return {"error": [error.status, error.code, error.message, error.param]}, b""
+
+    def _read(self, asked: dict[str, Any], content: bytes) -> frames.Message:
+        found = body.read(asked["route"], asked["type"], content, self._limits)
+        self._pictures = found.pictures
+        return {"fields": found.fields, "pictures": [_told(picture) for picture in self._pictures]}, b""
+
+    def _take(self, asked: dict[str, Any], content: bytes) -> frames.Message:
+        """A picture that was fetched, in the place of its address."""
+        place = asked["picture"]
+        self._pictures += [""] * (place + 1 - len(self._pictures))
+        self._pictures[place] = content
+        return _told(content), b""
+
+    def _pixels(self, asked: dict[str, Any], _: bytes) -> frames.Message:
+        """A picture as the image encoder is given it, float32[3, size, size], and if asked a small one to be shown."""
+        content = self._pictures[asked["picture"]]
+        assert isinstance(content, bytes)
+        try:
+            image = load_image(content, max_pixels=asked["max_pixels"], allow_truncated=None)
+        except ImageSizeError:
+            if asked["is_last_word"]:
+                raise
+            return {"is_large": True}, b""
+        told = {"digest": pixels_digest(image), "num_pixels": image.width * image.height}
+        pixels = to_array([image], size=asked["size"], mean=asked["mean"], std=asked["std"]).tobytes()
+        if not asked["shown_px"]:
+            return told, pixels
+        small = shrunk(image, asked["shown_px"])
+        return {**told, "shown": small.size}, pixels + small.tobytes()
+
+    def _forget(self, asked: dict[str, Any], _: bytes) -> frames.Message:
+        self._pictures = []
+        return {}, b""
+
+
+def _told(picture: str | bytes) -> dict[str, str]:
+    return {"address": picture} if isinstance(picture, str) else {"file": hashlib.sha256(picture).hexdigest()}
+
+
+def work(connection: socket.socket, limits: Limits) -> None:
+    """Answers until the connection is closed."""
+    desk = Desk(limits)
+    with connection, connection.makefile("rb", buffering=2**16) as stream:
+        while head := stream.read(frames.HEAD.size):
+            num_json, num_payload = frames.lengths(head)
+            asked = json.loads(stream.read(num_json))
+            _bound(num_payload, asked.get("max_pixels", 0))
+            told, payload = desk.answer(asked, stream.read(num_payload))
+            connection.sendall(frames.packed(told, len(payload)))
+            connection.sendall(payload)
+
+
+def _bound(num_bytes: int, num_pixels: int) -> None:
+    """Memory and processor time for the next message."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = used.ru_utime + used.ru_stime + CPU_S + CPU_S_PER_PIXEL * num_pixels
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds + 1), most))
+    try:
+        with open("/proc/self/statm") as sizes:
+            now = int(sizes.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no Linux: there the bound of the memory would not be kept anyway
+        return
+    size = now + SPARE_BYTES + BYTES_PER_BODY_BYTE * num_bytes + BYTES_PER_PIXEL * num_pixels
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size if most == resource.RLIM_INFINITY else min(size, most), most))
+
+
+def main() -> None:
+    """The parent. Its arguments: the descriptor of its socket, and the limits as JSON."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    limits = Limits(**json.loads(sys.argv[2]))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
+    readers: set[int] = set()
+    with suppress(ConnectionError):  # the server has ended
+        while len((told := socket.recv_fds(control, COMMAND.size, 1))[0]) == COMMAND.size:
+            command, process = COMMAND.unpack(told[0])
+            if command == b"F":
+                process = _forked(control, told[1][0], limits)
+                readers.add(process)
+                answer = process
+            else:
+                answer = _end(process) if process in readers else 0
+                readers.discard(process)
+            control.sendall(struct.pack("<i", answer))
+    for process in readers:
+        _end(process)
+
+
+def _forked(control: socket.socket, descriptor: int, limits: Limits) -> int:
+    """The process id of a reader that answers at a socket."""
+    process = os.fork()
+    if process == 0:
+        control.close()
+        try:
+            work(socket.socket(fileno=descriptor), limits)
+        finally:
+            os._exit(0)
+    os.close(descriptor)
+    return process
+
+
+def _end(process: int) -> int:
+    """Kills a reader, and returns how it has ended (see `os.waitstatus_to_exitcode`): by itself, maybe, before that."""
+    os.kill(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

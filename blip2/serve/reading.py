@@ -1,0 +1,180 @@
+"""A request as the routes get it: its fields, checked, and its pictures as models are given them.
+
+All that grows with a request is done by a reader (`pool`). A large picture waits until no other one is decoded, and one
+at a web address is fetched by a thread; both give their reader back meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from fastapi import Request
+from torch import Tensor
+
+from blip2.image import RgbImage, load_image
+from blip2.serve.attention import BODY
+from blip2.serve.cache import ImageCache, Look
+from blip2.serve.doorman import CLIENT, LET_GO
+from blip2.serve.errors import ApiError, as_api_error
+from blip2.serve.fetch import Fetcher
+from blip2.serve.limits import Limits
+from blip2.serve.metrics import Metrics
+from blip2.serve.pool import Pool, Reader
+from blip2.serve.turns import Handout
+from blip2.tasks.see import Eye
+
+LARGE_PIXELS = 30_000_000
+"""Of a picture that is decoded while no other one of that size is."""
+WORN_PIXELS, WORN_BYTES = 8_000_000, 8_000_000
+"""After a larger picture, or body, a reader is replaced."""
+NUM_FETCHERS = 8
+
+Kept = TypeVar("Kept")
+
+
+class Readings:
+    """Reads requests. ``start`` in the event loop; ``close`` ends what is being read."""
+
+    def __init__(self, limits: Limits, metrics: Metrics, fetcher: Fetcher) -> None:
+        self.limits = limits
+        self.metrics = metrics
+        self.pool = Pool(limits)
+        self.large: Handout[None] = Handout([None])
+        self._fetcher = fetcher
+        # Not in the loop's own threads: a slow host must not keep anybody from something else.
+        self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="blip2 fetch")
+
+    def start(self) -> None:
+        self.pool.start()
+
+    def close(self) -> None:
+        self.pool.close()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[Reading]:
+        """The request; within the context its pictures can be looked at. Raises ApiError."""
+        content = request.scope.pop(BODY)
+        try:
+            async with AsyncExitStack() as held:
+                reading = Reading(self, request, content, held)
+                del content
+                try:
+                    await reading.begin()
+                    yield reading
+                finally:
+                    reading.forget()
+        except ApiError as error:
+            if error.param == "image":
+                self.metrics.image_rejected.labels(error.code).inc()
+            raise
+        finally:
+            request.scope.get(LET_GO, lambda: None)()
+
+    async def fetch(self, address: str) -> bytes:
+        """Raises ApiError."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetcher.fetch, address)
+        except Exception as error:
+            raise as_api_error(error) from error
+
+
+class Reading:
+    """``fields``: see `body.read`."""
+
+    fields: dict[str, Any]
+
+    def __init__(self, readings: Readings, request: Request, content: bytes, held: AsyncExitStack) -> None:
+        self._readings = readings
+        self._route = request.url.path
+        self._kind = request.headers.get("content-type", "")
+        self._client: str = request.scope.get(CLIENT, "")
+        self._content = content
+        self._fetched = b""
+        self._held = held
+        self._reader: Reader | None = None
+        self._pictures: list[dict[str, str]] = []
+        self._num_pixels = 0
+
+    async def begin(self) -> None:
+        """Raises ApiError for what is wrong with the request."""
+        told = await self._read_anew()
+        self.fields, self._pictures = told["fields"], told["pictures"]
+
+    def forget(self) -> None:
+        """Nothing is to be read of it any more: its bytes are let go."""
+        self._content = self._fetched = b""
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self._pictures)
+
+    async def look(self, place: int, cache: ImageCache[Kept]) -> Look[Kept]:
+        """A picture for a model; one that was seen before is not even decoded. Raises ApiError."""
+        file = await self._file(place)
+        if (look := cache.known(file)) is not None:
+            return look
+        told, pixels_CHW, _ = await self._decoded(place, cache.eye, 0)
+        return cache.look(file, told["digest"], pixels_CHW)
+
+    async def shown(self, place: int, eye: Eye[Any], size_px: int) -> tuple[RgbImage, Tensor]:
+        """A picture of at most ``size_px`` wide and high, and what the model is given of it. Raises ApiError."""
+        await self._file(place)
+        told, pixels_CHW, small = await self._decoded(place, eye, size_px)
+        width, height = told["shown"]
+        return load_image(np.frombuffer(small, np.uint8).reshape(height, width, 3)), pixels_CHW
+
+    async def _file(self, place: int) -> str:
+        """The digest of the picture's file, which the reader has then."""
+        if (address := self._pictures[place].get("address")) is not None:
+            await self._leave()
+            self._fetched = await self._readings.fetch(address)
+            await self._read_anew()
+            self._pictures[place] = await self._take(place)
+        return self._pictures[place]["file"]
+
+    async def _decoded(self, place: int, eye: Eye[Any], shown_px: int) -> tuple[dict[str, Any], Tensor, bytearray]:
+        assert self._reader is not None
+        left = self._readings.limits.max_pixels - self._num_pixels
+        mean, std = eye.normalization
+        asked = {"do": "pixels", "picture": place, "size": eye.size, "mean": mean, "std": std, "shown_px": shown_px}
+        most = min(LARGE_PIXELS, left)
+        told, content = await self._reader.ask({**asked, "max_pixels": most, "is_last_word": most == left})
+        if "is_large" in told:
+            await self._leave()
+            async with self._readings.large.lent(self._client):
+                await self._read_anew()
+                if self._fetched:
+                    await self._take(place)
+                told, content = await self._reader.ask({**asked, "max_pixels": left, "is_last_word": True})
+        self._fetched = b""
+        self._num_pixels += told["num_pixels"]
+        self._reader.is_worn |= told["num_pixels"] > WORN_PIXELS
+        number = 3 * eye.size**2
+        pixels_CHW = torch.frombuffer(content, dtype=torch.float32, count=number)
+        return told, pixels_CHW.view(3, eye.size, eye.size), content[4 * number :]
+
+    # ---- with a reader, and without ----
+
+    async def _read_anew(self) -> dict[str, Any]:
+        """By another reader than before, if it was left."""
+        size = len(self._content)
+        self._reader = await self._held.enter_async_context(self._readings.pool.reader(self._client, size))
+        self._reader.is_worn = size > WORN_BYTES
+        told, _ = await self._reader.ask({"do": "read", "route": self._route, "type": self._kind}, self._content)
+        return told
+
+    async def _take(self, place: int) -> dict[str, str]:
+        assert self._reader is not None
+        told, _ = await self._reader.ask({"do": "take", "picture": place}, self._fetched)
+        return told
+
+    async def _leave(self) -> None:
+        self._reader = None
+        await self._held.aclose()

@@ -1,0 +1,108 @@
+"""A queue in which clients take turns, so that one who asks much does not hold up the others."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Turns(Generic[Item]):
+    """The clients go round; of what one client has waiting, the smallest goes first, and of equals the first to come.
+
+    An item is in it once at most, and has to be hashable.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[str, list[tuple[float, int, Item]]] = OrderedDict()
+        self._client_of: dict[Item, str] = {}
+        self._number = count()
+
+    def __len__(self) -> int:
+        return len(self._client_of)
+
+    def push(self, client: str, item: Item, size: float = 0) -> None:
+        heapq.heappush(self._waiting.setdefault(client, []), (size, next(self._number), item))
+        self._client_of[item] = client
+
+    def peek(self) -> Item:
+        """What `pop` would give. Raises IndexError if nothing waits."""
+        if not self._client_of:
+            raise IndexError("nothing waits")
+        return next(iter(self._waiting.values()))[0][2]
+
+    def pop(self) -> Item:
+        """The next item; the client's next one has to wait for the other clients."""
+        item = self.peek()
+        client = self._client_of.pop(item)
+        heapq.heappop(self._waiting[client])
+        if self._waiting[client]:
+            self._waiting.move_to_end(client)
+        else:
+            del self._waiting[client]
+        return item
+
+    def remove(self, item: Item) -> None:
+        """Takes back what waits no longer; nothing happens if it is not there."""
+        client = self._client_of.pop(item, None)
+        if client is None:
+            return
+        rest = [entry for entry in self._waiting[client] if entry[2] is not item]
+        heapq.heapify(rest)
+        if rest:
+            self._waiting[client] = rest
+        else:
+            del self._waiting[client]
+
+
+class Handout(Generic[Item]):
+    """Things that are there a few times, and those who wait for one in turn. In one event loop."""
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        self._free = list(items)
+        self._waiting: Turns[asyncio.Future[Item]] = Turns()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    async def take(self, client: str, size: float = 0) -> Item:
+        if self._free:
+            return self._free.pop()
+        coming: asyncio.Future[Item] = asyncio.get_running_loop().create_future()
+        self._waiting.push(client, coming, size)
+        try:
+            return await coming
+        except asyncio.CancelledError:
+            self._waiting.remove(coming)
+            if coming.done() and not coming.cancelled():
+                self.offer(coming.result())
+            raise
+
+    @asynccontextmanager
+    async def lent(self, client: str, size: float = 0) -> AsyncIterator[Item]:
+        item = await self.take(client, size)
+        try:
+            yield item
+        finally:
+            self.offer(item)
+
+    def offer(self, item: Item) -> None:
+        """To whose turn it is, or to who comes next."""
+        while len(self._waiting):
+            coming = self._waiting.pop()
+            if not coming.done():
+                coming.set_result(item)
+                return
+        self._free.append(item)
+
+    def withdraw(self, item: Item) -> None:
+        """What is not to be taken any more, if nobody has it."""
+        if item in self._free:
+            self._free.remove(item)
