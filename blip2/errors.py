@@ -80,3 +80,7 @@ class OptionError(Blip2Error):
 
 class IndexFileError(Blip2Error):
     """An index of pictures that cannot be read or written, or that another model made."""
+
+
+class CollectionError(Blip2Error):
+    """A collection of pictures that cannot be read, or an output of it that cannot be written."""

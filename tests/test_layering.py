@@ -22,7 +22,7 @@ ORDER = [
     {"image", "encoded", "vision", "qformer", "text", "language"},
     {"model"},
     {"checkpoint", "generation", "data"},
-    {"tasks", "placement"},
+    {"tasks", "placement", "collection"},
     {"api"},
     {"index"},
     {"train"},

@@ -63,13 +63,13 @@ class Eye(Generic[Kept]):
         """Mean and deviation of each channel, which are part of what makes a model see a picture as it does."""
         return tuple(self._mean), tuple(self._std)
 
-    def see(self, images: Sequence[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
+    def see(self, images: Iterable[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
         """Each image encoded, in order; what cannot be read gives its ImageError in its place.
 
         An image that is encoded already passes through. While the model works on a batch, the next one is read;
         of those beyond nothing is in memory.
         """
-        if len(images) == 1:
+        if isinstance(images, Sequence) and len(images) == 1:
             yield from self._encode(images, [lambda: self._pixels(images[0])])
             return
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blip2 pictures")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -119,9 +120,12 @@ def pairs(images: Sequence[Item], texts: Sequence[str]) -> list[tuple[Item, str]
     return [(images[index if len(images) > 1 else 0], texts[index if len(texts) > 1 else 0]) for index in range(number)]
 
 
-def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """The items in runs of ``size``, the last one shorter."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+def chunks(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
+    """The items in runs of ``size``, the last one shorter; what is no sequence is asked for a run when it is due."""
+    if isinstance(items, Sequence):
+        return (items[start : start + size] for start in range(0, len(items), size))
+    remaining = iter(items)
+    return iter(lambda: list(islice(remaining, size)), [])
 
 
 def check_batch_size(batch_size: int) -> None:

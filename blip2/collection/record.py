@@ -1,0 +1,85 @@
+"""What goes through a run: records, the units that they come in, and the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+SUCCESS, FAILED, SKIPPED = "success", "failed", "skipped"
+"""As img2dataset has them; a picture is skipped that had a text already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A picture of a collection.
+
+    ``key``: by which it is known in the outputs, unique in its source: the path within the folder, the key in a shard,
+    the number of a row. ``picture``: a path, an address, or the bytes of an image file; None if ``problem`` says why
+    there is none. ``name``: what messages call it. ``stamp``: another one, and it is another picture under this key.
+    ``text``: what was said of it before, "" if nothing. ``columns``: all else that its source says of it.
+    """
+
+    key: str
+    picture: str | bytes | None
+    name: str
+    stamp: str
+    text: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """``number``: its place in the source. ``place``: the shard's file, or the folder. ``start`` and ``stop``: which of
+    the records there; all of them if ``stop`` is 0."""
+
+    number: int
+    place: str
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:06}"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a record. All of it depends on the picture, the model and the options alone.
+
+    ``captions``: those of the model, the best first, before any wording; ``scores`` and ``tokens`` of each. ``text``:
+    the one line that the outputs have. ``old``: what was said of the picture before.
+    """
+
+    key: str
+    stamp: str
+    status: str
+    name: str = ""
+    text: str = ""
+    captions: Sequence[str] = ()
+    scores: Sequence[float] = ()
+    tokens: Sequence[int] = ()
+    old: str = ""
+    error_message: str = ""
+
+
+class Source(Protocol):
+    """Where records come from. What is wrong with one record is its ``problem``; what is wrong with the source itself
+    is an OptionError when it is opened."""
+
+    @property
+    def units(self) -> Sequence[Unit]: ...
+
+    @property
+    def num_records(self) -> int | None:
+        """None if that is not known before they are read."""
+
+    def stamp(self, unit: Unit) -> str:
+        """Another one, and the unit has to be looked at again. Cheap: no picture is opened."""
+
+    def records(self, unit: Unit) -> Iterator[Record]:
+        """In an order that is always the same."""
+
+    def told(self) -> Mapping[str, Any]:
+        """What distinguishes this source from another, for `Journal.begin`."""
