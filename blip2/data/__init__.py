@@ -1,9 +1,18 @@
-"""Training data: rows of pictures and texts, frozen image features on disk, and the order they come in."""
+"""Training data: rows of pictures and texts, frozen image features on disk, and the order they come in.
 
-from blip2.data.features import FeatureFile, frozen_features
-from blip2.data.jsonl import read_rows
-from blip2.data.loader import BadPictures, Pictures, indices_of_step, prefetch
-from blip2.data.sample import Row, Turn
+The names below are imported when they are first used: who looks for pictures in folders needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blip2.data.features import FeatureFile, frozen_features
+    from blip2.data.jsonl import read_rows
+    from blip2.data.loader import BadPictures, Pictures, indices_of_step, prefetch
+    from blip2.data.sample import Row, Turn
 
 __all__ = [
     "BadPictures",
@@ -16,3 +25,21 @@ __all__ = [
     "prefetch",
     "read_rows",
 ]
+
+_HOMES = {
+    "BadPictures": "blip2.data.loader",
+    "FeatureFile": "blip2.data.features",
+    "Pictures": "blip2.data.loader",
+    "Row": "blip2.data.sample",
+    "Turn": "blip2.data.sample",
+    "frozen_features": "blip2.data.features",
+    "indices_of_step": "blip2.data.loader",
+    "prefetch": "blip2.data.loader",
+    "read_rows": "blip2.data.jsonl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blip2.data' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -4,26 +4,63 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from blip2.collection.record import Record, Unit
+from blip2.collection.sources.tables import read_json
 from blip2.disk import stamp_of
+from blip2.errors import CollectionError
+from blip2.image import name_of
 from blip2.plaintext import NotTextError, read_text
 
 UNIT_FILES = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What is known of a picture from elsewhere than a file beside it."""
+
+    text: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+NOTHING = Said()
+
+
 class Files:
     """Pictures by their paths, in order. ``root``: that keys begin from; ``text_suffix``: of the files beside them that
-    hold what was said of them before ("" if none do)."""
+    hold what was said of them before ("" if none do), in the place of the picture's own suffix or, if
+    ``keeps_suffix``, after it; ``has_json``: whether such files hold their columns; ``said``: of each path, what is
+    known of it else.
 
-    def __init__(self, paths: Sequence[str], *, root: str = "", text_suffix: str = "") -> None:
+    ``problems``: a line for each thing that could not be looked at, and ``passed_over`` what was no picture, as
+    `Found` tells it.
+    """
+
+    problems: Sequence[str] = ()
+    passed_over: str = ""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        root: str = "",
+        text_suffix: str = "",
+        keeps_suffix: bool = False,
+        has_json: bool = False,
+        said: Mapping[str, Said] | None = None,
+    ) -> None:
         self.paths = paths
         self.root = root
         self.text_suffix = text_suffix
+        self._keeps_suffix = keeps_suffix
+        self._has_json = has_json
+        self._said = said or {}
 
     @property
     def num_records(self) -> int:
@@ -42,14 +79,24 @@ class Files:
 
     def records(self, unit: Unit) -> Iterator[Record]:
         for path in self.paths[unit.start : unit.stop]:
-            text, problem = self._text(path)
-            yield Record(self.key(path), path, path, _stamp(path), text, problem=problem)
+            said = self._said.get(path, NOTHING)
+            text, problem = self._beside(path)
+            columns, wrong_columns = self._columns(path)
+            yield Record(
+                self.key(path), path, path, _stamp(path), text or said.text, {**columns, **said.columns},
+                problem or wrong_columns,
+            )  # fmt: skip
 
     def told(self) -> Mapping[str, Any]:
         return {"source": "files", "root": os.path.abspath(self.root) if self.root else ""}
 
     def key(self, path: str) -> str:
-        return os.path.relpath(path, self.root) if self.root else path
+        """With / between folders, whatever the system has there."""
+        if not self.root or _is_address(path):
+            return path
+        within = os.path.join(self.root, "")
+        key = path.removeprefix(within) if path.startswith(within) else os.path.relpath(path, self.root)
+        return key.replace(os.sep, "/")
 
     @cached_property
     def _stamps(self) -> list[str]:
@@ -63,17 +110,32 @@ class Files:
             found.append(digest.hexdigest())
         return found
 
-    def _text(self, path: str) -> tuple[str, str]:
-        """What is said of a picture beside it, and what is wrong with that."""
-        if not self.text_suffix:
+    def _beside(self, path: str) -> tuple[str, str]:
+        """What is said of a picture in a file beside it, and what is wrong with that."""
+        if not self.text_suffix or _is_address(path):
             return "", ""
-        beside = Path(path).with_suffix(self.text_suffix)
+        beside = Path(path + self.text_suffix) if self._keeps_suffix else Path(path).with_suffix(self.text_suffix)
         try:
             return " ".join(read_text(beside).split()), ""
         except FileNotFoundError:
             return "", ""
         except (OSError, NotTextError) as error:
-            return "", f"{beside}: cannot be read ({error}); mend or remove it"
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            return "", f"{name_of(beside)}: cannot be read ({reason}); mend or remove it"
+
+    def _columns(self, path: str) -> tuple[Mapping[str, Any], str]:
+        beside = Path(path).with_suffix(".json")
+        if not self._has_json or not beside.exists():
+            return {}, ""
+        try:
+            value = read_json(str(beside))
+        except CollectionError as error:
+            return {}, str(error)
+        return (value, "") if isinstance(value, dict) else ({}, f"{name_of(beside)}: is no object; mend or remove it")
+
+
+def _is_address(path: str) -> bool:
+    return bool(re.match(r"https?://|data:", path, re.IGNORECASE))
 
 
 def _stamp(path: str) -> str:

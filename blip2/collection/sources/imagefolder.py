@@ -1,0 +1,104 @@
+"""What `datasets` keeps of the pictures in a folder: metadata.jsonl, .csv or .parquet, in it or in folders within.
+
+A row names its picture by ``file_name``, from the folder of its own file. Here a folder is all of its pictures, those
+without a row too.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from blip2.collection.sources.files import Said
+from blip2.collection.sources.parquet import Parquet
+from blip2.collection.sources.rows import caption_column_of, text_of
+from blip2.collection.sources.tables import Cells, JsonLines, Row, Table
+from blip2.errors import CollectionError, option
+
+FILE = "file_name"
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+class Told:
+    """Of the pictures ``paths``, found in ``folders``. ``said``: what rows say of each; ``absent``: paths that rows
+    name, and that are not there; ``problems``: a line for each row that says nothing that can be used. Raises
+    CollectionError for files of several formats, of which `datasets` reads none, and for those that cannot be read."""
+
+    def __init__(self, metadata: Sequence[str], paths: Sequence[str], caption_column: str | None = None) -> None:
+        self.said: dict[str, Said] = {}
+        self.absent: list[str] = []
+        self.problems: list[str] = []
+        self._there = {os.path.normpath(path): path for path in paths}
+        self._composed = {_composed(path): path for path in paths if not path.isascii()}
+        tables = [table for path in metadata if FILE in (table := _table(path)).columns]
+        by_suffix = {os.path.splitext(table.path)[1]: table.path for table in tables}
+        if len(by_suffix) > 1:
+            first, second = sorted(by_suffix.values())[:2]
+            raise CollectionError(
+                f"{first} and {second} both tell of the pictures; keep one format, or leave one out by "
+                f"{option('exclude')}"
+            )
+        origins: dict[str, str] = {}
+        for table in tables:
+            column = caption_column_of([table], caption_column, FILE)
+            for row in table.rows():
+                self._take(table, row, column, origins)
+
+    def _take(self, table: Table, row: Row, column: str, origins: dict[str, str]) -> None:
+        name = row.values.get(FILE)
+        if reason := row.problem or _wrong(name):
+            self.problems.append(f"{row.name}: {reason}")
+            return
+        wanted = os.path.normpath(os.path.join(os.path.dirname(table.path), str(name)))
+        # macOS writes accents apart from their letters.
+        path = self._there.get(wanted) or self._composed.get(_composed(wanted))
+        if path is None:
+            path = wanted
+            self.absent.append(path)
+        if path in origins:
+            raise CollectionError(f"{origins[path]} and {row.name} both tell of {path}; keep one of them")
+        origins[path] = row.name
+        text, problem = text_of(row.values.get(column)) if column else ("", "")
+        if problem:
+            self.problems.append(f"{row.name}: {problem}")
+        self.said[path] = Said(text, {key: value for key, value in row.values.items() if key != FILE})
+
+
+def metadata_in(folders: Sequence[str], recursive: bool, exclude: Sequence[str]) -> list[str]:
+    """The metadata files of folders."""
+    return [path for path in files_in(folders, recursive, exclude) if os.path.basename(path) in NAMES]
+
+
+def files_in(folders: Sequence[str], recursive: bool, exclude: Sequence[str]) -> Iterator[str]:
+    """All files in folders, in order; hidden ones and what is excluded are left out, as for pictures."""
+    for folder in folders:
+
+        def is_wanted(path: str, top: str = folder) -> bool:
+            name, within = os.path.basename(path), os.path.relpath(path, top) if exclude else ""
+            is_excluded = any(fnmatchcase(known, pattern) for pattern in exclude for known in (name, within))
+            return not name.startswith(".") and not is_excluded
+
+        for place, inner, names in os.walk(folder):
+            inner[:] = sorted(name for name in inner if recursive and is_wanted(os.path.join(place, name)))
+            yield from filter(is_wanted, (os.path.join(place, name) for name in sorted(names)))
+
+
+def _composed(path: str) -> str:
+    return unicodedata.normalize("NFC", os.path.normpath(path))
+
+
+def _table(path: str) -> Table:
+    if path.endswith(".csv"):
+        return Cells(path, ",")
+    return Parquet(path) if path.endswith(".parquet") else JsonLines(path)
+
+
+def _wrong(name: object) -> str:
+    """As `datasets` refuses it too."""
+    if not isinstance(name, str) or not name.strip():
+        return f"there is no {FILE!r}"
+    if os.path.isabs(name) or "://" in name or ".." in name.replace("\\", "/").split("/") or "\0" in name:
+        return f"{FILE!r} is {name!r}, and has to be a path within the folder"
+    return ""

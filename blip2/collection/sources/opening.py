@@ -1,0 +1,287 @@
+"""From what was named on a command line to a source: by what is there, not by its suffix alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from glob import escape, glob, has_magic
+from itertools import islice
+from pathlib import Path
+
+from blip2.collection.record import Source
+from blip2.collection.sources.annotations import CAPTIONS, FILE, refuse_split, rows_of
+from blip2.collection.sources.files import Files
+from blip2.collection.sources.imagefolder import Told, files_in, metadata_in
+from blip2.collection.sources.parquet import Parquet
+from blip2.collection.sources.rows import Rows, is_known_image
+from blip2.collection.sources.shards import Shards
+from blip2.collection.sources.tables import (
+    HEAD_ROWS,
+    Cells,
+    JsonLines,
+    JsonRows,
+    Table,
+    commonest_separator,
+    parsed,
+    read_json,
+    reading,
+    separator_of,
+)
+from blip2.collection.sources.tarball import MAGIC
+from blip2.data.folders import find_in
+from blip2.errors import CollectionError
+from blip2.image import name_of, suffixes
+from blip2.installed import install_line
+from blip2.plaintext import ENCODINGS, read_lines
+
+TAKEN = (
+    "a folder, picture files, webdataset shards (.tar), or rows in JSON, JSONL, CSV, TSV or parquet, each also as a "
+    "pattern in quotes"
+)
+PICTURES, SHARDS, ROWS, ANNOTATIONS = "pictures", "shards", "rows", "annotations"
+TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+TABLE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".pq")
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+HEAD_BYTES = 512
+STATS = "_stats.json"
+"""What img2dataset writes beside each of its shards."""
+
+
+def open_source(
+    arguments: Sequence[str],
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    key_column: str | None = None,
+    images: str | None = None,
+    caption_suffix: str = "",
+    keeps_suffix: bool = False,
+    exclude: Sequence[str] = (),
+    recursive: bool = True,
+    split: str | None = None,
+) -> Source:
+    """What ``arguments`` name, all of one kind: folders, files, addresses, or patterns such as "shards/{000..099}.tar".
+
+    ``image_column``, ``caption_column``: where rows have picture and text (of shards: the fields), found by looking by
+    default; ``key_column``: what rows are known by, "row" for their numbers; ``images``: the folder that paths in rows
+    begin from; ``caption_suffix``: of text files beside pictures (".txt"), in the place of the picture's suffix or
+    after it (``keeps_suffix``); ``exclude``, ``recursive``: as `find_in` has them; ``split``: of Karpathy's files.
+
+    Raises CollectionError for what cannot be read, with what can.
+    """
+    places = list(dict.fromkeys(place for argument in arguments for place in _places(argument)))
+    if not places:
+        raise CollectionError(f"there is nothing to read; name {TAKEN}")
+    folders = [place for place in places if os.path.isdir(place)]
+    found = find_in(folders, recursive=recursive, exclude=exclude)
+    if folders and not found.pictures and (others := _others(folders, recursive, exclude)):
+        places = [place for place in places if place not in folders] + others
+        folders = []
+    looked = _Looked(image_column, images, split)
+    kinds = {kind: place for place in reversed(places) for kind in [looked.kind(place)]}
+    if len(kinds) > 1:
+        told = " and ".join(f"{name_of(place)} ({kind})" for kind, place in kinds.items())
+        raise CollectionError(f"{told} cannot be read together; name things of one kind")
+    [kind] = kinds
+    if kind != ANNOTATIONS:
+        refuse_split(split, places[0])
+    if kind == SHARDS:
+        return Shards(places, image_field=image_column, text_field=caption_column)
+    if kind != PICTURES:
+        tables = [looked.tables[place] for place in places]
+        if kind == ANNOTATIONS:
+            image_column, caption_column = FILE, caption_column or CAPTIONS * (CAPTIONS in tables[0].columns)
+        return Rows(
+            tables, image_column=image_column, caption_column=caption_column, key_column=key_column, images=images
+        )
+    everything = find_in(places, recursive=recursive, exclude=exclude) if len(folders) < len(places) else found
+    if not everything.pictures:
+        raise CollectionError("; ".join(everything.problems) or f"{places[0]}: there are no pictures in it")
+    told_of = Told(metadata_in(folders, recursive, exclude), everything.pictures, caption_column)
+    is_downloaded = any(glob(os.path.join(escape(folder), f"*{STATS}")) for folder in folders)
+    pictures = list({os.path.normpath(path): path for path in everything.pictures}.values())
+    source = Files(
+        sorted([*pictures, *told_of.absent]) if told_of.absent else pictures,
+        root=_root(folders, places),
+        text_suffix=caption_suffix or (".txt" if is_downloaded else ""),
+        keeps_suffix=keeps_suffix,
+        has_json=is_downloaded,
+        said=told_of.said,
+    )
+    source.problems = [*everything.problems, *told_of.problems]
+    source.passed_over = everything.passed_over()
+    return source
+
+
+# ---- places ----
+
+
+def _places(argument: str) -> Iterator[str]:
+    """What an argument stands for."""
+    if argument == "-" or re.match("data:", argument, re.IGNORECASE) or os.path.lexists(argument):
+        yield argument
+    elif re.match("https?://", argument, re.IGNORECASE):
+        if re.search(r"\.(tar|tgz|parquet|jsonl?|csv|tsv|gz)$", re.split("[?#]", argument)[0], re.IGNORECASE):
+            raise CollectionError(f"{argument}: only pictures are read from addresses; download it first")
+        yield argument
+    elif scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:)", argument):
+        raise CollectionError(
+            f"{name_of(argument)}: {scheme[0]}: is not read, and no command is run; name files on this machine"
+        )
+    elif re.search(r"\{.*(,|\.\.).*\}", argument):
+        yield from _braces(argument)
+    elif has_magic(argument):
+        yield from _fitting(argument)
+    elif argument.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)) or not argument:
+        raise CollectionError(f"{name_of(argument)}: no such file; check the path (seen from {os.getcwd()})")
+    else:
+        yield argument  # a picture that is not there is the problem of one record
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """As webdataset and shells expand them. Raises CollectionError for files that are not there."""
+    try:
+        import braceexpand
+    except ImportError:
+        raise CollectionError(f"{pattern}: to expand braces, {install_line('data')}") from None
+    try:
+        expanded = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise CollectionError(f"{pattern}: these braces cannot be expanded ({error})") from None
+    absent = [path for path in expanded if not has_magic(path) and not os.path.lexists(path)]
+    if absent:
+        more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
+        raise CollectionError(
+            f"{pattern}: {absent[0]}{more} of {len(expanded):,} files are not there; check the numbers"
+        )
+    for path in expanded:
+        yield from _fitting(path) if has_magic(path) and not os.path.lexists(path) else [path]
+
+
+def _fitting(pattern: str) -> list[str]:
+    """Files that fit a pattern, in order; beside pictures, others are left out, as they are in a folder."""
+    found = sorted(glob(pattern, recursive=True))
+    if not found:
+        raise CollectionError(f"{pattern}: fits no file; check it (seen from {os.getcwd()})")
+    readable, _ = suffixes()
+    pictures = [path for path in found if os.path.splitext(path)[1].lower() in readable and not os.path.isdir(path)]
+    return pictures or found
+
+
+def _others(folders: Sequence[str], recursive: bool, exclude: Sequence[str]) -> list[str]:
+    """Of folders without pictures: shards, or else parquet files, as `datasets` and img2dataset write them."""
+    names = list(files_in(folders, recursive, exclude))
+    for endings in (TAR_SUFFIXES, (".parquet",)):
+        if some := [name for name in names if name.lower().endswith(endings)]:
+            return some
+    return []
+
+
+def _root(folders: Sequence[str], places: Sequence[str]) -> str:
+    """What keys begin from: the folder, or that which all have in common; "" for a list of files."""
+    if not folders:
+        return ""
+    if len(places) == 1:
+        return folders[0]
+    files = [os.path.dirname(os.path.abspath(place)) for place in places if place not in folders]
+    try:
+        return os.path.commonpath([*map(os.path.abspath, folders), *files])
+    except ValueError:  # on several drives
+        return ""
+
+
+# ---- what is in a file ----
+
+
+class _Looked:
+    """``tables``: of the files that hold rows."""
+
+    def __init__(self, image_column: str | None, images: str | None, split: str | None) -> None:
+        self.tables: dict[str, Table] = {}
+        self._image_column = image_column
+        self._images = images
+        self._split = split
+        self._readable, self._missing = suffixes()
+
+    def kind(self, place: str) -> str:
+        """Raises CollectionError for what is of none, or cannot be read."""
+        suffix = os.path.splitext(place)[1].lower()
+        if place == "-" or os.path.isdir(place) or suffix in self._readable or suffix in self._missing:
+            return PICTURES
+        if not os.path.isfile(place):
+            if place.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)):
+                raise CollectionError(f"{name_of(place)}: is no file; write what it gives to one first")
+            return PICTURES
+        head = _head(place)
+        if head.startswith(b"PAR1"):
+            self.tables[place] = self._parquet(place)
+            return ROWS
+        if head[MAGIC] == b"ustar" or place.lower().endswith(TAR_SUFFIXES):
+            return SHARDS
+        if head.startswith(PACKED):
+            if tarfile.is_tarfile(place):
+                return SHARDS
+            raise CollectionError(f"{place}: is packed, and no tar file; unpack it first")
+        if _text(head).lstrip().startswith(("{", "[")):
+            return self._json(place)
+        separator = separator_of(place, lambda name: name == self._image_column or is_known_image(name))
+        if separator is None and suffix in (".csv", ".tsv"):
+            separator = "\t" if suffix == ".tsv" else commonest_separator(place)
+        if separator is not None:
+            self.tables[place] = Cells(place, separator)
+            return ROWS
+        if suffix in TABLE_SUFFIXES:
+            raise CollectionError(f"{place}: is no {suffix.lstrip('.')} file; name {TAKEN}")
+        return PICTURES  # what else it is, is told in its place
+
+    def _parquet(self, place: str) -> Table:
+        table = Parquet(place)
+        shard = os.path.splitext(place)[0] + ".tar"
+        if not table.holding_bytes and self._image_column is None and os.path.exists(shard):
+            raise CollectionError(f"{place}: only tells of the pictures in {shard}; name that")
+        return table
+
+    def _json(self, place: str) -> str:
+        value = _json_value(place)
+        if isinstance(value, list):
+            self.tables[place] = JsonRows(place, value)
+        elif (rows := rows_of(value, place, self._images, self._split)) is not None:
+            self.tables[place] = JsonRows(place, rows)
+            return ANNOTATIONS
+        else:
+            self.tables[place] = JsonLines(place)
+        return ROWS
+
+
+def _json_value(place: str) -> object:
+    """What a file is as a whole; None if it is an object a line. Raises CollectionError."""
+    with reading(place):
+        lines = [line for line in islice(read_lines(Path(place)), HEAD_ROWS) if line.strip()]
+    rows = list(map(_parsed, lines))
+    if isinstance(rows[0], dict) and len(rows) == 1:
+        return rows[0]
+    if any(isinstance(row, dict) for row in rows) and (len(rows) > 1 and not lines[0].lstrip().startswith("[")):
+        return None
+    value = read_json(place)
+    if isinstance(value, dict) and rows_of(value, place, None, None) is None:
+        raise CollectionError(f"{place}: is JSON of no tool that is known here; name {TAKEN}")
+    return value
+
+
+def _parsed(line: str) -> object:
+    try:
+        return parsed(line)
+    except ValueError:
+        return None
+
+
+def _head(place: str) -> bytes:
+    with reading(name_of(place)), open(place, "rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def _text(head: bytes) -> str:
+    encoding = next((name for mark, name in ENCODINGS if head.startswith(mark)), "utf-8")
+    return head.decode(encoding, errors="ignore")

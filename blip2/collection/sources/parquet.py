@@ -1,0 +1,104 @@
+"""Parquet, read a few rows at a time: never a whole file, and pictures only when their rows are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from blip2.collection.sources.tables import Row, Table
+from blip2.disk import stamp_of
+from blip2.errors import CollectionError
+from blip2.installed import install_line
+
+BATCH_ROWS = 16
+LOOKED_ROWS = 4096
+BUFFER_BYTES = 2**20
+
+
+class Parquet(Table):
+    """``schema``: the types of its columns, a pyarrow.Schema. Raises CollectionError for what is none."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with _opened(path) as file:
+            self.schema = file.schema_arrow
+            self.num_rows = file.metadata.num_rows
+            self._group_rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        self.columns = list(self.schema.names)
+        self.holding_bytes = [field.name for field in self.schema if _holds_bytes(field.type)]
+        found = stamp_of(path)
+        self.stamp = "" if found is None else f"{found.size}-{found.mtime_ns}"
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        group, before = 0, 0  # that the first row is in, and the rows before it
+        while group < len(self._group_rows) and before + self._group_rows[group] <= start:
+            before += self._group_rows[group]
+            group += 1
+        yield from self._batches(None, BATCH_ROWS, group, before, start)
+
+    def looked(self, columns: Sequence[str]) -> Iterator[Row]:
+        wanted = []
+        for name in dict.fromkeys(columns):
+            if name not in self.holding_bytes:
+                wanted.append(name)
+            elif _has_field(self.schema.field(name).type, "path"):
+                wanted.append(f"{name}.path")
+        if wanted:
+            yield from self._batches(wanted, LOOKED_ROWS, 0, 0, 0)
+        else:
+            yield from (Row(self._name(number), {}) for number in range(self.num_rows))
+
+    def _batches(
+        self, columns: list[str] | None, batch_rows: int, group: int, before: int, start: int
+    ) -> Iterator[Row]:
+        with _opened(self.path) as file:
+            groups = range(group, len(self._group_rows))
+            number = before
+            for batch in file.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False):
+                skipped = min(max(start - number, 0), batch.num_rows)
+                for offset, values in enumerate(batch.slice(skipped).to_pylist(), start=number + skipped):
+                    yield Row(self._name(offset), values)
+                number += batch.num_rows
+
+    def _name(self, number: int) -> str:
+        return f"{self.path} [{number}]"
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """As `datasets` writes pictures, struct<bytes, path>, or bare."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_struct(kind):
+        return _has_field(kind, "bytes")
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def _has_field(kind: Any, name: str) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The pyarrow.parquet.ParquetFile. What goes wrong within is a CollectionError that names the file."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet
+    except ImportError:
+        raise CollectionError(f"{path}: to read parquet, {install_line('data')}") from None
+    try:
+        # Without a buffer of its own, pyarrow reads each row group as a whole.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise CollectionError(f"{path}: cannot be read ({reason[:200]}); check or replace it") from None

@@ -1,0 +1,330 @@
+"""Rows that name a picture each, or hold it: of one file, or of several that have the same columns.
+
+A picture is known by the name that its row gives it; where that is no name of its own, by a column for it, or by the
+number of its row. All rows are looked at once when they are opened, without the bytes of pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from blip2.collection.record import Record, Unit
+from blip2.collection.sources.tables import HEAD_ROWS, Row, Table
+from blip2.data.foreign import IMAGES
+from blip2.disk import stamp_of
+from blip2.errors import CollectionError, option
+from blip2.image import name_of
+
+UNIT_ROWS = 256
+IMAGE_COLUMNS = ("image", *IMAGES, "jpg", "jpeg", "png", "webp")
+CAPTION_COLUMNS = (
+    "caption", "captions", "text", "txt", "title", "description", "sentences", "sentence", "alt_text", "raw"
+)  # fmt: skip
+KEY_COLUMN = "key"
+NUMBERS = "row"
+"""In the place of a column for the keys: rows are numbered."""
+
+
+class Rows:
+    """``image_column`` and ``caption_column`` are found by looking where they are not named; ``key_column`` names each
+    row, and "row" numbers them; ``images``: the folder that paths begin from, that of their file by default. Raises
+    CollectionError for what cannot be read, has no picture, or names two rows alike."""
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        *,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        key_column: str | None = None,
+        images: str | None = None,
+    ) -> None:
+        self.tables = tables
+        self._images = images
+        self.image_column = _image_column(tables, image_column)
+        self.caption_column = caption_column_of(tables, caption_column, self.image_column)
+        self._ahead: dict[tuple[str, int], Iterator[Row]] = {}
+        self._table = {table.path: table for table in tables}
+        self._first: dict[str, int] = {}  # the number of each table's first row
+        self.units: list[Unit] = []
+        self._stamps: list[str] = []
+        self._key_column = self._look(key_column)
+        if not self.num_records:
+            raise CollectionError(f"{_names(tables)}: no rows in it")
+
+    def stamp(self, unit: Unit) -> str:
+        return self._stamps[unit.number]
+
+    def records(self, unit: Unit) -> Iterator[Record]:
+        """Each unit goes on where that before it ended, so that a file is read once."""
+        table = self._table[unit.place]
+        rows = self._ahead.pop((unit.place, unit.start), None) or table.rows(unit.start)
+        for number, row in enumerate(islice(rows, unit.stop - unit.start), start=self._first[unit.place] + unit.start):
+            yield self._record(table, row, number)
+        self._ahead = {(unit.place, unit.stop): rows}
+
+    def told(self) -> Mapping[str, Any]:
+        return {
+            "source": "rows",
+            "files": [os.path.abspath(table.path) for table in self.tables],
+            "image_column": self.image_column,
+            "key_column": self._key_column or "",
+        }
+
+    # ---- one row ----
+
+    def _record(self, table: Table, row: Row, number: int) -> Record:
+        value = _value(row, self.image_column)
+        picture, problem = self._picture(value, table)
+        text, wrong_text = text_of(_value(row, self.caption_column)) if self.caption_column else ("", "")
+        reason = row.problem or problem or wrong_text
+        stamp = _stamp(picture)
+        if isinstance(picture, str) and not reason and not _is_address(picture):
+            reason = "" if stamp else f"{name_of(picture)}: no such file; mend the row, or the path"
+        name = picture if isinstance(picture, str) and picture[:5].lower() != "data:" else row.name
+        columns = {name: value for name, value in row.values.items() if name != self.image_column}
+        if reason:
+            picture, reason = None, f"{row.name}: {reason}"
+        return Record(self._key(row, number), picture, name, stamp, text, columns, reason)
+
+    def _picture(self, value: object, table: Table) -> tuple[str | bytes | None, str]:
+        """And what is wrong with it."""
+        if isinstance(value, dict):  # as `datasets` writes pictures; in JSON as base64
+            content = value.get("bytes")
+            if isinstance(content, str):
+                try:
+                    content = base64.b64decode(content, validate=True)
+                except ValueError:
+                    return None, f"the bytes in {self.image_column!r} are not base64"
+            value = value.get("path") if content is None else content
+        match value:
+            case bytes() if value:
+                return value, ""
+            case str() if value and not value.isspace():
+                if "\0" in value or not _is_name(value):
+                    return None, f"{value!r} is no name of a file"
+                if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value) and not _is_address(value):
+                    return None, f"{name_of(value)}: only http and https addresses are read; download it first"
+                return (value if _is_address(value) else os.path.join(self._root(table), value)), ""
+            case None | "" | b"" | str():
+                return None, f"there is no picture in {self.image_column!r}"
+        return None, f"{self.image_column!r} holds no picture, but {type(value).__name__}"
+
+    def _root(self, table: Table) -> str:
+        return self._images if self._images is not None else os.path.dirname(table.path)
+
+    def _key(self, row: Row, number: int) -> str:
+        if self._key_column not in (None, NUMBERS) and not row.problem:
+            return str(row.values[self._key_column])
+        label = None if self._key_column == NUMBERS else _label(_value(row, self.image_column))
+        return f"{number:09}" if label is None or row.problem else label
+
+    # ---- all of them ----
+
+    def _look(self, key_column: str | None) -> str | None:
+        """Divides the rows into units, and chooses what they are known by: a column, `NUMBERS`, or None for the names
+        of their pictures."""
+        wanted = key_column or KEY_COLUMN
+        own, labels, holds_files, number = _Names(), _Names(), False, 0
+        for table in self.tables:
+            self._first[table.path], start = number, number
+            digest = blake2b(table.stamp.encode(), digest_size=16)
+            for row in table.looked([self.image_column, wanted] if wanted in table.columns else [self.image_column]):
+                value = _value(row, self.image_column)
+                if not row.problem:
+                    own.add(_own_key(row, wanted))
+                labels.add(label := _label(value))
+                digest.update(repr((row.values, row.problem)).encode("utf-8", "surrogatepass"))
+                if label is not None and self.image_column not in table.holding_bytes:
+                    holds_files = True
+                    digest.update(_stamp(self._picture(value, table)[0]).encode())
+                number += 1
+                if (number - self._first[table.path]) % UNIT_ROWS == 0:
+                    self._add_unit(table, start, number, digest.hexdigest())
+                    start, digest = number, blake2b(table.stamp.encode(), digest_size=16)
+            if number > start:
+                self._add_unit(table, start, number, digest.hexdigest())
+        self.num_records = number
+        if key_column == NUMBERS:
+            return NUMBERS
+        if key_column:
+            if own.num_missing:
+                self._refuse_missing(key_column)
+            self._refuse_repeated(own, lambda row: _own_key(row, wanted), f"have the same {key_column!r}")
+            return key_column
+        if not own.num_missing and not own.repeated():
+            return KEY_COLUMN
+        if holds_files:
+            self._refuse_repeated(labels, lambda row: _label(_value(row, self.image_column)), "are of the same picture")
+            self._refuse_all_absent()
+            return None
+        return NUMBERS if labels.num_missing or labels.repeated() else None
+
+    def _add_unit(self, table: Table, start: int, stop: int, stamp: str) -> None:
+        first = self._first[table.path]
+        self.units.append(Unit(len(self.units), table.path, start - first, stop - first))
+        self._stamps.append(stamp)
+
+    def _refuse_repeated(self, names: _Names, of: Callable[[Row], str | None], what: str) -> None:
+        if not (repeated := names.repeated()):
+            return
+        seen: dict[str, str] = {}
+        for table in self.tables:
+            for row in table.looked(table.columns):
+                name = of(row)
+                if name is None or hash(name) not in repeated:
+                    continue
+                if name in seen:
+                    raise CollectionError(
+                        f"{seen[name]} and {row.name} {what}, {name_of(name)}; keep one of them, or "
+                        f"name a column that tells rows apart with {option('key_column')} ({NUMBERS!r} numbers them)"
+                    )
+                seen[name] = row.name
+
+    def _refuse_missing(self, column: str) -> None:
+        for table in self.tables:
+            for row in table.looked(table.columns):
+                if not row.problem and _own_key(row, column) is None:
+                    raise CollectionError(
+                        f"{row.name}: there is nothing in {column!r}, which {option('key_column')} names; fill it, or "
+                        f"give {NUMBERS!r} to number the rows"
+                    )
+
+    def _refuse_all_absent(self) -> None:
+        """That the folder of the pictures is another one should be known before a model is loaded."""
+        paths = []
+        table = self.tables[0]
+        for row in islice(table.looked([self.image_column]), HEAD_ROWS):
+            picture, _ = self._picture(_value(row, self.image_column), table)
+            if isinstance(picture, str) and (_is_address(picture) or os.path.lexists(picture)):
+                return
+            paths += [picture] if isinstance(picture, str) else []
+        if paths:
+            raise CollectionError(
+                f"{_names(self.tables)}: none of the pictures of its first rows is there (such as {name_of(paths[0])})"
+                f"; name their folder with {option('images')}"
+            )
+
+
+class _Names:
+    """Which of very many names come twice, in 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+        self.num_missing = 0
+
+    def add(self, name: str | None) -> None:
+        if name is None:
+            self.num_missing += 1
+        else:
+            self._hashes.append(hash(name))
+
+    def repeated(self) -> set[int]:
+        """Their hashes."""
+        ordered = np.sort(np.frombuffer(self._hashes, np.int64)) if self._hashes else np.empty(0, np.int64)
+        return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+
+def is_known_image(name: str) -> bool:
+    return name.strip().lower() in IMAGE_COLUMNS
+
+
+def _image_column(tables: Sequence[Table], wanted: str | None) -> str:
+    first = tables[0]
+    if wanted is None:
+        wanted = _found(first.holding_bytes, IMAGE_COLUMNS) or _found(first.columns, IMAGE_COLUMNS)
+    if wanted is None and len(first.holding_bytes) == 1:
+        [wanted] = first.holding_bytes
+    if wanted is None and not first.columns and (broken := next((row for row in first.rows() if row.problem), None)):
+        raise CollectionError(f"{broken.name}: {broken.problem}")
+    if wanted is None:
+        raise CollectionError(
+            f"{first.path}: none of its columns ({', '.join(map(repr, first.columns)) or 'there are none'}) is known "
+            f"to hold pictures; name the one that does with {option('image_column')}"
+        )
+    for table in tables:
+        if wanted not in table.columns:
+            raise CollectionError(f"{table.path}: has no column {wanted!r}, but {', '.join(map(repr, table.columns))}")
+    return wanted
+
+
+def caption_column_of(tables: Sequence[Table], wanted: str | None, image_column: str) -> str:
+    columns = [name for table in tables for name in table.columns if name != image_column]
+    if wanted is not None and wanted not in columns:
+        raise CollectionError(f"{tables[0].path}: has no column {wanted!r}, but {', '.join(map(repr, columns))}")
+    return wanted or _found(columns, CAPTION_COLUMNS) or ""
+
+
+def _found(columns: Sequence[str], known: Sequence[str]) -> str | None:
+    lowered = {name.strip().lower(): name for name in reversed(columns)}
+    return next((lowered[name] for name in known if name in lowered), None)
+
+
+def _value(row: Row, column: str) -> Any:
+    return row.values.get(column)
+
+
+def _label(value: object) -> str | None:
+    """The name that a row gives its picture; None if it has none, or holds it."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if not isinstance(value, str) or not value.strip() or value[:5].lower() == "data:":
+        return None
+    return value
+
+
+def _own_key(row: Row, column: str) -> str | None:
+    value = row.values.get(column)
+    return None if value is None or value == "" or isinstance(value, dict | list | bytes) else str(value)
+
+
+def text_of(value: object) -> tuple[str, str]:
+    """What was said of a picture, the first of several; and what is wrong with it."""
+    if isinstance(value, list):
+        value = value[0] if value else ""
+    if isinstance(value, dict):
+        value = value.get("raw", "")
+    if not isinstance(value, str):
+        return "", ""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "", f"its text has halves of characters, {value!r}; write it as Unicode"
+    return " ".join(value.split()), ""
+
+
+def _stamp(picture: str | bytes | None) -> str:
+    match picture:
+        case None:
+            return ""
+        case bytes():
+            return blake2b(picture, digest_size=16).hexdigest()
+        case _ if _is_address(picture):
+            return blake2b(picture.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    found = stamp_of(picture)
+    return "" if found is None else f"{found.size}-{found.mtime_ns}"
+
+
+def _is_address(picture: str) -> bool:
+    return bool(re.match(r"https?://|data:", picture, re.IGNORECASE))
+
+
+def _is_name(value: str) -> bool:
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _names(tables: Sequence[Table]) -> str:
+    return tables[0].path if len(tables) == 1 else f"{tables[0].path} and {len(tables) - 1} more"

@@ -1,0 +1,230 @@
+"""Shards: tar files in webdataset's layout, read from their first member to their last, one picture in memory.
+
+A member's name up to the first dot of its last part is the key of its sample, the rest is its field: ``a.b/c.jpg`` is
+the field ``jpg`` of ``a.b/c``. The members of a sample stand side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from blip2.collection.record import Record, Unit
+from blip2.collection.sources import tarball
+from blip2.collection.sources.tables import parsed
+from blip2.collection.sources.tarball import Damage, Member
+from blip2.disk import stamp_of
+from blip2.errors import CollectionError, option
+from blip2.image import suffixes
+
+KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+META = re.compile(r"__[^/]*__($|/)")
+TEXT_FIELDS = ("txt", "text", "caption")
+JSON_FIELD, JSON_CAPTION = "json", "caption"
+HEAD_MEMBERS = 1000
+"""So many of the first shard are looked at before a run if it is packed; all if it is not."""
+LARGEST_PICTURE, LARGEST_TEXT = 2**30, 2**26
+"""Bytes; a member that claims more is a damaged one."""
+
+
+class Shards:
+    """``image_field`` and ``text_field``: of the members that hold picture and text, found by looking by default.
+    Raises CollectionError for what is no tar file; none of them is opened before all are known to be files."""
+
+    num_records = None
+
+    def __init__(self, paths: Sequence[str], *, image_field: str | None = None, text_field: str | None = None) -> None:
+        for path in paths:
+            _check_file(path)
+        self.paths = paths
+        self._image_field = image_field.lower().lstrip(".") if image_field else None
+        self._text_field = text_field.lower().lstrip(".") if text_field else None
+        self._root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        self._readable, self._missing = suffixes()
+        self.units = [Unit(number, path) for number, path in enumerate(paths)]
+        self._stamps = [self._stamp(path) for path in paths]
+        self._check_first()
+
+    def stamp(self, unit: Unit) -> str:
+        return self._stamps[unit.number]
+
+    def records(self, unit: Unit) -> Iterator[Record]:
+        """Raises CollectionError for a shard in which the members of a sample do not stand side by side."""
+        sample: _Sample | None = None
+        seen: set[str] = set()
+        try:
+            for member, key, name in self._members(unit.place):
+                if sample is None or key != sample.key:
+                    if sample is not None:
+                        yield self._record(unit.place, sample)
+                    if key in seen:
+                        raise self._fragmented(unit.place, key)
+                    seen.add(key)
+                    sample = _Sample(key)
+                self._take(sample, member, name)
+        except Damage as damage:
+            if sample is not None:
+                message = f"{unit.place}: {sample.key}: the shard is damaged here ({damage}); get or make it again"
+                yield Record(sample.key, None, f"{unit.place}: {sample.key}", self.stamp(unit), problem=message)
+            message = f"{unit.place}: cannot be read further ({damage}); get or make it again"
+            yield Record(os.path.basename(unit.place), None, unit.place, self.stamp(unit), problem=message)
+            return
+        if sample is not None:
+            yield self._record(unit.place, sample)
+
+    def told(self) -> Mapping[str, Any]:
+        return {
+            "source": "shards",
+            "root": self._root,
+            "image_column": self._image_field or "",
+            "caption_column": self._text_field or "",
+        }
+
+    # ---- one sample ----
+
+    def _take(self, sample: _Sample, member: Member, name: str) -> None:
+        """Read of a member what a record has of it; the others are passed over."""
+        if name in sample.names:
+            sample.problems.append(f"has two members {name!r}; pack the shard again without one of them")
+        sample.names.append(name)
+        is_picture = self._is_picture(name)
+        if not is_picture and name != JSON_FIELD and name not in self._texts():
+            return
+        if not member.is_file:
+            sample.problems.append(f"{name!r} is a link; pack the shard again with --dereference --hard-dereference")
+        elif member.size > (LARGEST_PICTURE if is_picture else LARGEST_TEXT):
+            sample.problems.append(f"{name!r} has {member.size:,} bytes, which is too large")
+        elif is_picture:
+            sample.pictures[name] = member.read()
+        else:
+            sample.texts[name] = member.read()
+
+    def _record(self, shard: str, sample: _Sample) -> Record:
+        problems, columns, text = sample.problems, {}, ""
+        name = f"{shard}: {sample.key}"
+        try:
+            if JSON_FIELD in sample.texts:
+                columns = parsed(sample.texts[JSON_FIELD].decode("utf-8-sig"))
+                if not isinstance(columns, dict):
+                    columns = {}
+                    raise ValueError("is no object")
+        except ValueError as error:
+            problems.append(f"{JSON_FIELD!r} {_text_error(error)}")
+        try:
+            text = self._text(sample, columns)
+        except ValueError as error:
+            problems.append(f"the text {_text_error(error)}")
+        chosen, problem = self._chosen(sample)
+        picture = sample.pictures.get(chosen)
+        if picture is not None and not picture:
+            problem = f"{chosen!r} is empty"
+        stamp = blake2b(picture or b"", digest_size=16).hexdigest()
+        reason = "; ".join(problems[:1] or [problem] * bool(problem))
+        if reason:
+            return Record(sample.key, None, name, stamp, text, columns, f"{name}: {reason}")
+        return Record(sample.key, picture, name, stamp, text, columns)
+
+    def _chosen(self, sample: _Sample) -> tuple[str, str]:
+        """The field of the picture, and what is wrong with it."""
+        found = [name for name in sample.names if self._is_picture(name)]
+        plain = [name for name in found if "." not in name]  # jpg, rather than mask.jpg
+        some = plain or found
+        if len(some) == 1:
+            return some[0], ""
+        if some:
+            return "", (
+                f"has several pictures ({', '.join(some)}); name the one that is meant with {option('image_column')}, "
+                "or pack the shard again if the dots belong to their names"
+            )
+        for name in sample.names:
+            if needed := self._missing.get(_suffix(name)):
+                return "", f"{name!r} is a picture that {needed} reads"
+        what = repr(self._image_field) if self._image_field else "picture"
+        return "", f"has no {what}, but {', '.join(sample.names)}"
+
+    def _text(self, sample: _Sample, columns: Mapping[str, Any]) -> str:
+        """On one line. Raises ValueError for what is no UTF-8."""
+        for name in self._texts():
+            if name in sample.texts:
+                return " ".join(sample.texts[name].decode("utf-8-sig").split())
+        said = columns.get(JSON_CAPTION)
+        return " ".join(said.split()) if isinstance(said, str) and self._text_field is None else ""
+
+    def _is_picture(self, name: str) -> bool:
+        return name == self._image_field if self._image_field else _suffix(name) in self._readable
+
+    def _texts(self) -> Sequence[str]:
+        return TEXT_FIELDS if self._text_field is None else (self._text_field,)
+
+    # ---- a shard ----
+
+    def _members(self, path: str, most: int = 0) -> Iterator[tuple[Member, str, str]]:
+        """Each with its sample's key and its field; ``most``: only a look at names. Raises Damage."""
+        for member in tarball.names(path, most) if most else tarball.members(path):
+            if not META.match(member.name) and (parts := KEY.match(member.name)):
+                yield member, parts[1], parts[2].lower()
+
+    def _check_first(self) -> None:
+        """What would be wrong with all samples should be known before a model is loaded."""
+        path = self.paths[0]
+        samples: dict[str, _Sample] = {}
+        last = ""
+        try:
+            for _, key, name in self._members(path, HEAD_MEMBERS):
+                if key in samples and key != last:
+                    raise self._fragmented(path, key)
+                samples.setdefault(key, _Sample(key)).names.append(name)
+                last = key
+        except Damage as damage:
+            if not samples:
+                raise CollectionError(f"{path}: cannot be read as a tar file ({damage}); check it") from None
+        if samples:
+            problems = [(key, self._chosen(sample)[1]) for key, sample in samples.items()]
+            if all(problem for _, problem in problems):
+                key, problem = problems[0]
+                raise CollectionError(f"{path}: {key}: {problem}")
+        elif len(self.paths) == 1:
+            raise CollectionError(f"{path}: there are no pictures in this tar file")
+
+    def _fragmented(self, path: str, key: str) -> CollectionError:
+        return CollectionError(
+            f"{path}: the members of {key!r} do not stand side by side; pack it again in order of names "
+            "(tar --sort=name)"
+        )
+
+    def _stamp(self, path: str) -> str:
+        found = stamp_of(path)
+        within = os.path.relpath(os.path.abspath(path), self._root)
+        return "" if found is None else f"{within}:{found.size}-{found.mtime_ns}"
+
+
+@dataclass(slots=True)
+class _Sample:
+    key: str
+    names: list[str] = field(default_factory=list)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def _check_file(path: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CollectionError(f"{path}: cannot be read ({reason}); shards are files on this machine") from None
+    if not stat.S_ISREG(mode):
+        raise CollectionError(f"{path}: is no file; shards are files on this machine")
+
+
+def _suffix(name: str) -> str:
+    return f".{name.rsplit('.', 1)[-1]}"
+
+
+def _text_error(error: ValueError) -> str:
+    return "is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)

@@ -1,0 +1,92 @@
+"""The members of a tar file in their order, plain or packed by gzip, bzip2 or xz.
+
+Python's tarfile takes a damaged header for the end of the file, and so would lose what comes after it without a word.
+"""
+
+from __future__ import annotations
+
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Literal
+
+PIECE_BYTES = 2**16
+MAGIC = slice(257, 262)
+ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
+
+
+class Damage(Exception):
+    """Why a tar file cannot be read any further."""
+
+
+class Member:
+    """``read`` gives its bytes as long as the next member is not asked for. Raises Damage."""
+
+    def __init__(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
+        self._tar = tar
+        self._info = info
+        self.name = info.name
+        self.size = info.size
+        self.is_file = info.isreg()
+
+    def read(self) -> bytes:
+        try:
+            found = self._tar.extractfile(self._info)
+            content = b"" if found is None else found.read()
+        except ERRORS as error:
+            raise Damage(_reason(error)) from None
+        if len(content) != self.size:
+            raise Damage("it ends too early")
+        return content
+
+
+def members(path: str) -> Iterator[Member]:
+    """Files and links; folders and devices are passed over. Raises Damage where there is no more to be read."""
+    yield from _members(path, "r|*")
+
+
+def names(path: str, most: int) -> Iterator[Member]:
+    """As `members`, but what is in a plain file is not read, only skipped; of a packed one only the first ``most``."""
+    with open(path, "rb") as file:
+        is_plain = file.read(MAGIC.stop)[MAGIC] == b"ustar"
+    yield from _members(path, "r:") if is_plain else islice(_members(path, "r|*"), most)
+
+
+def _members(path: str, mode: Literal["r|*", "r:"]) -> Iterator[Member]:
+    try:
+        with tarfile.open(path, mode, tarinfo=_Header, errorlevel=2) as tar:
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
+                if info.isreg() or info.islnk() or info.issym():
+                    yield Member(tar, info)
+            if mode == "r|*":
+                _check_end(tar)
+    except Damage:
+        raise
+    except ERRORS as error:
+        raise Damage(_reason(error)) from None
+
+
+class _Header(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error) or "there is no end mark") from None
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """After the end mark there is nothing but zeros, or else it is none."""
+    stream: Any = tar.fileobj
+    while piece := stream.read(PIECE_BYTES):
+        if piece.strip(b"\0"):
+            raise Damage("there is more after its end mark, as in tar files that were joined, or a damaged one")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
