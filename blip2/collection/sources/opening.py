@@ -29,7 +29,7 @@ from blip2.collection.sources.tables import (
     reading,
     separator_of,
 )
-from blip2.collection.sources.tarball import MAGIC
+from blip2.collection.sources.tarball import MAGIC, PACKED
 from blip2.data.folders import find_in
 from blip2.errors import CollectionError
 from blip2.image import name_of, suffixes
@@ -43,7 +43,6 @@ TAKEN = (
 PICTURES, SHARDS, ROWS, ANNOTATIONS = "pictures", "shards", "rows", "annotations"
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 TABLE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".pq")
-PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 HEAD_BYTES = 512
 STATS = "_stats.json"
 """What img2dataset writes beside each of its shards."""
@@ -220,7 +219,7 @@ class _Looked:
             return ROWS
         if head[MAGIC] == b"ustar" or place.lower().endswith(TAR_SUFFIXES):
             return SHARDS
-        if head.startswith(PACKED):
+        if head.startswith(tuple(PACKED)):
             if tarfile.is_tarfile(place):
                 return SHARDS
             raise CollectionError(f"{place}: is packed, and no tar file; unpack it first")

@@ -60,7 +60,7 @@ class Shards:
         try:
             for member, key, name in self._members(unit.place):
                 if sample is None or key != sample.key:
-                    if sample is not None:
+                    if sample is not None and not self._is_meta(sample):
                         yield self._record(unit.place, sample)
                     if key in seen:
                         raise self._fragmented(unit.place, key)
@@ -74,7 +74,7 @@ class Shards:
             message = f"{unit.place}: cannot be read further ({damage}); get or make it again"
             yield Record(os.path.basename(unit.place), None, unit.place, self.stamp(unit), problem=message)
             return
-        if sample is not None:
+        if sample is not None and not self._is_meta(sample):
             yield self._record(unit.place, sample)
 
     def told(self) -> Mapping[str, Any]:
@@ -155,6 +155,10 @@ class Shards:
         said = columns.get(JSON_CAPTION)
         return " ".join(said.split()) if isinstance(said, str) and self._text_field is None else ""
 
+    def _is_meta(self, sample: _Sample) -> bool:
+        """Such as __meta__.json, which is nothing of a picture."""
+        return bool(META.match(sample.key)) and not any(map(self._is_picture, sample.names))
+
     def _is_picture(self, name: str) -> bool:
         return name == self._image_field if self._image_field else _suffix(name) in self._readable
 
@@ -183,7 +187,7 @@ class Shards:
         except Damage as damage:
             if not samples:
                 raise CollectionError(f"{path}: cannot be read as a tar file ({damage}); check it") from None
-        if samples:
+        if samples := {key: sample for key, sample in samples.items() if not self._is_meta(sample)}:
             problems = [(key, self._chosen(sample)[1]) for key, sample in samples.items()]
             if all(problem for _, problem in problems):
                 key, problem = problems[0]

@@ -5,15 +5,20 @@ Python's tarfile takes a damaged header for the end of the file, and so would lo
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, BinaryIO, cast
 
 PIECE_BYTES = 2**16
 MAGIC = slice(257, 262)
+"""Where "ustar" stands."""
+PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
 
 
@@ -44,29 +49,43 @@ class Member:
 
 def members(path: str) -> Iterator[Member]:
     """Files and links; folders and devices are passed over. Raises Damage where there is no more to be read."""
-    yield from _members(path, "r|*")
-
-
-def names(path: str, most: int) -> Iterator[Member]:
-    """As `members`, but what is in a plain file is not read, only skipped; of a packed one only the first ``most``."""
-    with open(path, "rb") as file:
-        is_plain = file.read(MAGIC.stop)[MAGIC] == b"ustar"
-    yield from _members(path, "r:") if is_plain else islice(_members(path, "r|*"), most)
-
-
-def _members(path: str, mode: Literal["r|*", "r:"]) -> Iterator[Member]:
     try:
-        with tarfile.open(path, mode, tarinfo=_Header, errorlevel=2) as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
-                if info.isreg() or info.islnk() or info.issym():
-                    yield Member(tar, info)
-            if mode == "r|*":
-                _check_end(tar)
+        # tarfile itself would not look at the checksum of what gzip packed.
+        with _opened(path) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as tar:
+            yield from _members(tar)
+            _check_end(tar)
     except Damage:
         raise
     except ERRORS as error:
         raise Damage(_reason(error)) from None
+
+
+def names(path: str, most: int) -> Iterator[Member]:
+    """As `members`, but what is in a plain file is not read, only skipped; of a packed one only the first ``most``."""
+    try:
+        with _opened(path) as stream:
+            is_plain = isinstance(stream, io.BufferedReader)
+        if is_plain:
+            with tarfile.open(path, "r:", tarinfo=_Header) as tar:
+                yield from _members(tar)
+    except ERRORS as error:
+        raise Damage(_reason(error)) from None
+    if not is_plain:
+        yield from islice(members(path), most)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[Member]:
+    while (info := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
+        if info.isreg() or info.islnk() or info.issym():
+            yield Member(tar, info)
+
+
+def _opened(path: str) -> BinaryIO:
+    with open(path, "rb") as file:
+        start = file.read(MAGIC.stop)
+    opener = next((opener for mark, opener in PACKED.items() if start.startswith(mark)), open)
+    return cast(BinaryIO, opener(path, "rb"))
 
 
 class _Header(tarfile.TarInfo):
