@@ -52,7 +52,7 @@ def test_stamps_tell_pictures_and_shards_apart(shards):
     again = open_source([str(shards)])
     assert again.stamp(again.units[0]) == source.stamp(source.units[0])
     assert again.stamp(again.units[1]) != source.stamp(source.units[1])
-    assert [record.stamp for record in records(again)] == [record.stamp for record in first]  # the pictures are the same
+    assert [record.stamp for record in records(again)] == [record.stamp for record in first]
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
@@ -63,8 +63,10 @@ def test_packed(tmp_path, mode):
 
 def test_names(tmp_path):
     long = "я" * 101
-    members = {f"{long}.jpg": jpeg(1), "a.b/c.png": jpeg(2, "PNG"), "__meta__.json": b"{}", ".hidden.jpg": jpeg(3),
-               "noext": b"", "__x__/d.jpg": jpeg(4), "d.JPG": jpeg(5), "d.TXT": "\ufeffein  Hund\n".encode()}  # fmt: skip
+    members = {
+        f"{long}.jpg": jpeg(1), "a.b/c.png": jpeg(2, "PNG"), "__meta__.json": b"{}", ".hidden.jpg": jpeg(3),
+        "noext": b"", "__x__/d.jpg": jpeg(4), "d.JPG": jpeg(5), "d.TXT": "\ufeffein  Hund\n".encode(),
+    }  # fmt: skip
     path = tar(tmp_path / "a.tar", members)
     assert told(open_source([str(path)])) == {long: "", "a.b/c": "", "d": "ein Hund"}
     keys = [sample["__key__"] for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
@@ -107,7 +109,7 @@ def test_texts(tmp_path):
 
 def test_members_apart_are_an_error_that_names_the_remedy(tmp_path):
     path = tar(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "a.txt": b"one"})
-    with pytest.raises(CollectionError, match="'a' do not stand side by side.*--sort=name"):
+    with pytest.raises(CollectionError, match=r"'a' do not stand side by side.*--sort=name"):
         open_source([str(path)])
     first = tar(tmp_path / "0.tar", {"a.jpg": jpeg(1)})
     source = open_source([str(first), str(path)])

@@ -91,12 +91,7 @@ class Files:
         return {"source": "files", "root": os.path.abspath(self.root) if self.root else ""}
 
     def key(self, path: str) -> str:
-        """With / between folders, whatever the system has there."""
-        if not self.root or _is_address(path):
-            return path
-        within = os.path.join(self.root, "")
-        key = path.removeprefix(within) if path.startswith(within) else os.path.relpath(path, self.root)
-        return key.replace(os.sep, "/")
+        return key_of(path, self.root)
 
     @cached_property
     def _stamps(self) -> list[str]:
@@ -132,6 +127,15 @@ class Files:
         except CollectionError as error:
             return {}, str(error)
         return (value, "") if isinstance(value, dict) else ({}, f"{name_of(beside)}: is no object; mend or remove it")
+
+
+def key_of(path: str, root: str) -> str:
+    """The path from ``root`` on, with / between folders whatever the system has there; without a root, all of it."""
+    if not root or _is_address(path):
+        return path
+    within = os.path.join(root, "")
+    is_plain = path.startswith(within) and f"{os.sep}." not in path and 2 * os.sep not in path
+    return (path.removeprefix(within) if is_plain else os.path.relpath(path, root)).replace(os.sep, "/")
 
 
 def _is_address(path: str) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from glob import escape, glob, has_magic
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from blip2.collection.record import Source
 from blip2.collection.sources.annotations import CAPTIONS, FILE, refuse_split, rows_of
-from blip2.collection.sources.files import Files
+from blip2.collection.sources.files import Files, key_of
 from blip2.collection.sources.imagefolder import Told, files_in, metadata_in
 from blip2.collection.sources.parquet import Parquet
 from blip2.collection.sources.rows import Rows, is_known_image
@@ -30,7 +31,7 @@ from blip2.collection.sources.tables import (
     separator_of,
 )
 from blip2.collection.sources.tarball import MAGIC, PACKED
-from blip2.data.folders import find_in
+from blip2.data.folders import Found, find_in
 from blip2.errors import CollectionError
 from blip2.image import name_of, suffixes
 from blip2.installed import install_line
@@ -74,12 +75,15 @@ def open_source(
     if not places:
         raise CollectionError(f"there is nothing to read; name {TAKEN}")
     folders = [place for place in places if os.path.isdir(place)]
-    found = find_in(folders, recursive=recursive, exclude=exclude)
-    if folders and not found.pictures and (others := _others(folders, recursive, exclude)):
+    walk: dict[str, Any] = {"recursive": recursive, "exclude": exclude}
+    found = find_in(folders, **walk)
+    if folders and not found.pictures and (others := _others(folders, walk)):
         places = [place for place in places if place not in folders] + others
         folders = []
     looked = _Looked(image_column, images, split)
-    kinds = {kind: place for place in reversed(places) for kind in [looked.kind(place)]}
+    kinds: dict[str, str] = {}  # each with the first that is of it
+    for place in places:
+        kinds.setdefault(looked.kind(place), place)
     if len(kinds) > 1:
         told = " and ".join(f"{name_of(place)} ({kind})" for kind, place in kinds.items())
         raise CollectionError(f"{told} cannot be read together; name things of one kind")
@@ -91,26 +95,42 @@ def open_source(
     if kind != PICTURES:
         tables = [looked.tables[place] for place in places]
         if kind == ANNOTATIONS:
-            image_column, caption_column = FILE, caption_column or CAPTIONS * (CAPTIONS in tables[0].columns)
+            image_column, caption_column = FILE, caption_column or (CAPTIONS if CAPTIONS in tables[0].columns else None)
         return Rows(
             tables, image_column=image_column, caption_column=caption_column, key_column=key_column, images=images
         )
-    everything = find_in(places, recursive=recursive, exclude=exclude) if len(folders) < len(places) else found
-    if not everything.pictures:
-        raise CollectionError("; ".join(everything.problems) or f"{places[0]}: there are no pictures in it")
-    told_of = Told(metadata_in(folders, recursive, exclude), everything.pictures, caption_column)
+    everything = found if len(folders) == len(places) else find_in(places, **walk)
+    return _files(everything, folders, _root(folders, places), caption_suffix, keeps_suffix, caption_column, walk)
+
+
+def _files(
+    found: Found,
+    folders: Sequence[str],
+    root: str,
+    text_suffix: str,
+    keeps_suffix: bool,
+    caption_column: str | None,
+    walk: Mapping[str, Any],
+) -> Files:
+    """Pictures, with what metadata in their folders, or img2dataset, say of them."""
+    if not found.pictures:
+        raise CollectionError("; ".join(found.problems) or "there are no pictures")
+    once: dict[str, str] = {}  # a list may name a picture that is in a folder, too
+    for path in found.pictures:
+        once.setdefault(key_of(path, root), path)
+    pictures = list(once.values())
+    told = Told(metadata_in(folders, **walk), pictures, caption_column)
     is_downloaded = any(glob(os.path.join(escape(folder), f"*{STATS}")) for folder in folders)
-    pictures = list({os.path.normpath(path): path for path in everything.pictures}.values())
     source = Files(
-        sorted([*pictures, *told_of.absent]) if told_of.absent else pictures,
-        root=_root(folders, places),
-        text_suffix=caption_suffix or (".txt" if is_downloaded else ""),
+        sorted([*pictures, *told.absent]) if told.absent else pictures,
+        root=root,
+        text_suffix=text_suffix or (".txt" if is_downloaded else ""),
         keeps_suffix=keeps_suffix,
         has_json=is_downloaded,
-        said=told_of.said,
+        said=told.said,
     )
-    source.problems = [*everything.problems, *told_of.problems]
-    source.passed_over = everything.passed_over()
+    source.problems = [*found.problems, *told.problems]
+    source.passed_over = found.passed_over()
     return source
 
 
@@ -169,9 +189,9 @@ def _fitting(pattern: str) -> list[str]:
     return pictures or found
 
 
-def _others(folders: Sequence[str], recursive: bool, exclude: Sequence[str]) -> list[str]:
+def _others(folders: Sequence[str], walk: Mapping[str, Any]) -> list[str]:
     """Of folders without pictures: shards, or else parquet files, as `datasets` and img2dataset write them."""
-    names = list(files_in(folders, recursive, exclude))
+    names = list(files_in(folders, **walk))
     for endings in (TAR_SUFFIXES, (".parquet",)):
         if some := [name for name in names if name.lower().endswith(endings)]:
             return some

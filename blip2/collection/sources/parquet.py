@@ -24,9 +24,10 @@ class Parquet(Table):
         with _opened(path) as file:
             self.schema = file.schema_arrow
             self.num_rows = file.metadata.num_rows
+            empty = _empty_columns(file.metadata)
             self._group_rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         self.columns = list(self.schema.names)
-        self.holding_bytes = [field.name for field in self.schema if _holds_bytes(field.type)]
+        self.holding_bytes = [field.name for field in self.schema if _holds_bytes(field.type, field.name, empty)]
         found = stamp_of(path)
         self.stamp = "" if found is None else f"{found.size}-{found.mtime_ns}"
 
@@ -65,20 +66,31 @@ class Parquet(Table):
         return f"{self.path} [{number}]"
 
 
-def _holds_bytes(kind: Any) -> bool:
-    """As `datasets` writes pictures, struct<bytes, path>, or bare."""
+def _holds_bytes(kind: Any, name: str, empty: set[str]) -> bool:
+    """As `datasets` writes pictures, struct<bytes, path>, or bare; where it wrote only paths, there are no bytes."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     if pa.types.is_struct(kind):
-        return _has_field(kind, "bytes")
+        return _has_field(kind, "bytes") and f"{name}.bytes" not in empty
     return bool(
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
         or pa.types.is_fixed_size_binary(kind)
         or pa.types.is_binary_view(kind)
     )
+
+
+def _empty_columns(metadata: Any) -> set[str]:
+    """The columns, also those within others, that have nothing in any row."""
+    counts: dict[str, int] = {}
+    for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
+        for column in (group.column(number) for number in range(group.num_columns)):
+            told = column.statistics
+            is_empty = told is not None and told.has_null_count and told.null_count == group.num_rows
+            counts[column.path_in_schema] = counts.get(column.path_in_schema, 0) + (not is_empty)
+    return {name for name, count in counts.items() if not count}
 
 
 def _has_field(kind: Any, name: str) -> bool:
