@@ -46,6 +46,12 @@ def test_coco(folder, indent):
     assert found[0].picture == str(folder / "val/a.jpg")
 
 
+def test_coco_with_an_image_a_line(folder):
+    lines = ['{"images": [', f"{json.dumps(IMAGES[0])},", json.dumps(IMAGES[1]), '], "annotations": []', "}"]
+    (folder / "val/a.json").write_text("\n".join(lines))
+    assert [record.columns["image_id"] for record in records(open_source([str(folder / "val/a.json")]))] == [9, 4]
+
+
 def test_coco_without_annotations(folder):
     path = write(folder / "val/image_info.json", {"images": IMAGES})
     assert told(open_source([path])) == {"a.jpg": "", "b.jpg": "", "c.jpg": ""}

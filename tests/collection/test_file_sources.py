@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 
 from blip2.collection.sources import open_source
-from blip2.errors import CollectionError
+from blip2.errors import CollectionError, OptionError
 from tests.collection.written import jpeg, pictures, records, told
 
 
@@ -29,6 +29,10 @@ def test_a_folder_with_sidecars(tmp_path):
     found = told(open_source([str(tmp_path)], caption_suffix=".txt", keeps_suffix=True))
     assert found["b/2.jpg"] == "whole name"
     assert set(told(open_source([str(tmp_path)])).values()) == {""}
+    assert told(open_source([str(tmp_path)], caption_suffix="txt"))["a.b.png"] == "dots"
+    for suffix in ("/x", ".", "..", "a/b", "\0"):
+        with pytest.raises(OptionError, match="caption_suffix"):
+            open_source([str(tmp_path)], caption_suffix=suffix)
 
 
 def test_several_places_have_keys_of_their_own(tmp_path):

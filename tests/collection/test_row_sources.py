@@ -49,7 +49,7 @@ def test_a_json_array_is_the_same(folder):
     for name in ("compact.json", "indented.json"):
         path = str(folder / name)
         found = told(open_source([path]))
-        assert found == {"a.jpg": "one", "b.jpg": "two", "000000002": f"!{path} [2]: it is no object"}
+        assert found == {"a.jpg": "one", "b.jpg": "two", "row-000000002": f"!{path} [2]: it is no object"}
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_short_and_long_rows_of_cells(folder):
     found = told(open_source([path]))
     assert found == {
         "a.jpg": "one",
-        "000000001": f"!{path}:3: it has 1 cells, and the first line 2; mend it",
-        "000000002": f"!{path}:4: it has 3 cells, and the first line 2; mend it",
+        "row-000000001": f"!{path}:3: it has 1 cells, and the first line 2; mend it",
+        "row-000000002": f"!{path}:4: it has 3 cells, and the first line 2; mend it",
     }
     (folder / "rows.csv").write_text('image,caption\na.jpg,one\nb.jpg,"two\nc.jpg,x\n')
     with pytest.raises(CollectionError, match=r"rows.csv:3: cannot be read further .*; mend its quotes"):
@@ -115,7 +115,7 @@ def test_addresses_and_data(folder):
     data = f"data:image/jpeg;base64,{base64.b64encode(jpeg(9)).decode()}"
     rows = [{"url": "https://example.org/a.jpg"}, {"url": data}, {"url": {"bytes": None, "path": "a.jpg"}}]
     found = records(open_source([json_lines(folder / "rows.jsonl", rows)]))
-    assert [record.key for record in found] == ["https://example.org/a.jpg", "000000001", "a.jpg"]
+    assert [record.key for record in found] == ["https://example.org/a.jpg", "row-000000001", "a.jpg"]
     assert [record.picture for record in found] == ["https://example.org/a.jpg", data, str(folder / "a.jpg")]
     assert len({record.stamp for record in found}) == 3
 
@@ -171,6 +171,19 @@ def test_units_are_runs_of_rows_that_only_change_with_them(folder):
     again = open_source([path])
     same = [source.stamp(unit) == again.stamp(unit) for unit in source.units]
     assert same == [True, False, False]
+
+
+def test_a_broken_first_row_and_empty_lines(folder):
+    path = folder / "rows.jsonl"
+    path.write_text("\n" * 40 + '{"image": "b.jpg\n{"image": "a.jpg"}\n')
+    assert list(told(open_source([str(path)]))) == ["row-000000000", "a.jpg"]
+
+
+def test_paths_as_windows_writes_them(folder):
+    pictures(folder, ["sub/d.jpg", "odd\\name.jpg"])
+    path = json_lines(folder / "rows.jsonl", [{"image": "sub\\d.jpg"}, {"image": "odd\\name.jpg"}])
+    found = [record.picture for record in records(open_source([path]))]
+    assert found == [str(folder / "sub/d.jpg"), str(folder / "odd\\name.jpg")]
 
 
 def test_several_files(folder):

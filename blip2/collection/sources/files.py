@@ -107,7 +107,7 @@ class Files:
 
     def _beside(self, path: str) -> tuple[str, str]:
         """What is said of a picture in a file beside it, and what is wrong with that."""
-        if not self.text_suffix or _is_address(path):
+        if not self.text_suffix or path == "-" or _is_address(path):
             return "", ""
         beside = Path(path + self.text_suffix) if self._keeps_suffix else Path(path).with_suffix(self.text_suffix)
         try:

@@ -32,7 +32,7 @@ class Told:
         self.problems: list[str] = []
         self._there = {os.path.normpath(path): path for path in paths}
         self._composed = {_composed(path): path for path in paths if not path.isascii()}
-        tables = [table for path in metadata if FILE in (table := _table(path)).columns]
+        tables = [table for path in metadata if FILE in (table := _table(path)).columns]  # others may have this name
         by_suffix = {os.path.splitext(table.path)[1]: table.path for table in tables}
         if len(by_suffix) > 1:
             first, second = sorted(by_suffix.values())[:2]
@@ -90,9 +90,12 @@ def _composed(path: str) -> str:
 
 
 def _table(path: str) -> Table:
-    if path.endswith(".csv"):
-        return Cells(path, ",")
-    return Parquet(path) if path.endswith(".parquet") else JsonLines(path)
+    try:
+        if path.endswith(".csv"):
+            return Cells(path, ",")
+        return Parquet(path) if path.endswith(".parquet") else JsonLines(path)
+    except CollectionError as error:
+        raise CollectionError(f"{error}; or leave it out by {option('exclude')}") from None
 
 
 def _wrong(name: object) -> str:

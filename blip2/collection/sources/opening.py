@@ -14,7 +14,7 @@ from typing import Any
 from blip2.collection.record import Source
 from blip2.collection.sources.annotations import CAPTIONS, FILE, refuse_split, rows_of
 from blip2.collection.sources.files import Files, key_of
-from blip2.collection.sources.imagefolder import Told, files_in, metadata_in
+from blip2.collection.sources.imagefolder import NAMES, Told, files_in, metadata_in
 from blip2.collection.sources.parquet import Parquet
 from blip2.collection.sources.rows import Rows, is_known_image
 from blip2.collection.sources.shards import Shards
@@ -32,7 +32,7 @@ from blip2.collection.sources.tables import (
 )
 from blip2.collection.sources.tarball import MAGIC, PACKED
 from blip2.data.folders import Found, find_in
-from blip2.errors import CollectionError
+from blip2.errors import CollectionError, OptionError, option
 from blip2.image import name_of, suffixes
 from blip2.installed import install_line
 from blip2.plaintext import ENCODINGS, read_lines
@@ -72,6 +72,8 @@ def open_source(
     Raises CollectionError for what cannot be read, with what can.
     """
     places = list(dict.fromkeys(place for argument in arguments for place in _places(argument)))
+    if caption_suffix and not re.fullmatch(r"\.?[^./\\\0][^/\\\0]*", caption_suffix):
+        raise OptionError(f"{option('caption_suffix')} is {caption_suffix!r}; it is the end of a name, such as .txt")
     if not places:
         raise CollectionError(f"there is nothing to read; name {TAKEN}")
     folders = [place for place in places if os.path.isdir(place)]
@@ -100,7 +102,8 @@ def open_source(
             tables, image_column=image_column, caption_column=caption_column, key_column=key_column, images=images
         )
     everything = found if len(folders) == len(places) else find_in(places, **walk)
-    return _files(everything, folders, _root(folders, places), caption_suffix, keeps_suffix, caption_column, walk)
+    suffix = f".{caption_suffix.removeprefix('.')}" if caption_suffix else ""
+    return _files(everything, folders, _root(folders, places), suffix, keeps_suffix, caption_column, walk)
 
 
 def _files(
@@ -119,7 +122,8 @@ def _files(
     for path in found.pictures:
         once.setdefault(key_of(path, root), path)
     pictures = list(once.values())
-    told = Told(metadata_in(folders, **walk), pictures, caption_column)
+    has_metadata = any(found.others[os.path.splitext(name)[1]] for name in NAMES)
+    told = Told(metadata_in(folders, **walk) if has_metadata else [], pictures, caption_column)
     is_downloaded = any(glob(os.path.join(escape(folder), f"*{STATS}")) for folder in folders)
     source = Files(
         sorted([*pictures, *told.absent]) if told.absent else pictures,
@@ -263,30 +267,32 @@ class _Looked:
         return table
 
     def _json(self, place: str) -> str:
-        value = _json_value(place)
+        value, is_whole = _json_value(place)
         if isinstance(value, list):
             self.tables[place] = JsonRows(place, value)
         elif (rows := rows_of(value, place, self._images, self._split)) is not None:
             self.tables[place] = JsonRows(place, rows)
             return ANNOTATIONS
+        elif is_whole:
+            raise CollectionError(f"{place}: is JSON of no tool that is known here; name {TAKEN}")
         else:
             self.tables[place] = JsonLines(place)
         return ROWS
 
 
-def _json_value(place: str) -> object:
-    """What a file is as a whole; None if it is an object a line. Raises CollectionError."""
+def _json_value(place: str) -> tuple[object, bool]:
+    """What a file is, and whether as a whole it is one value over several lines. Raises CollectionError."""
     with reading(place):
-        lines = [line for line in islice(read_lines(Path(place)), HEAD_ROWS) if line.strip()]
+        lines = list(islice((line for line in read_lines(Path(place)) if line.strip()), HEAD_ROWS))
     rows = list(map(_parsed, lines))
-    if isinstance(rows[0], dict) and len(rows) == 1:
-        return rows[0]
-    if any(isinstance(row, dict) for row in rows) and (len(rows) > 1 and not lines[0].lstrip().startswith("[")):
-        return None
-    value = read_json(place)
-    if isinstance(value, dict) and rows_of(value, place, None, None) is None:
-        raise CollectionError(f"{place}: is JSON of no tool that is known here; name {TAKEN}")
-    return value
+    if isinstance(rows[0], dict):
+        return (rows[0] if len(rows) == 1 else None), False
+    try:
+        return read_json(place), True
+    except CollectionError:
+        if lines[0].lstrip().startswith("[") or not any(isinstance(row, dict) for row in rows):
+            raise
+    return None, False  # rows, of which the first is broken
 
 
 def _parsed(line: str) -> object:

@@ -114,19 +114,23 @@ class Rows:
                     return None, f"{value!r} is no name of a file"
                 if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value) and not _is_address(value):
                     return None, f"{name_of(value)}: only http and https addresses are read; download it first"
-                return (value if _is_address(value) else os.path.join(self._root(table), value)), ""
+                return (value if _is_address(value) else self._path(value, table)), ""
             case None | "" | b"" | str():
                 return None, f"there is no picture in {self.image_column!r}"
         return None, f"{self.image_column!r} holds no picture, but {type(value).__name__}"
 
-    def _root(self, table: Table) -> str:
-        return self._images if self._images is not None else os.path.dirname(table.path)
+    def _path(self, name: str, table: Table) -> str:
+        path = os.path.join(self._images if self._images is not None else os.path.dirname(table.path), name)
+        if "\\" in name and not os.path.lexists(path):  # as Windows writes it
+            return path.replace("\\", "/")
+        return path
 
     def _key(self, row: Row, number: int) -> str:
-        if self._key_column not in (None, NUMBERS) and not row.problem:
-            return str(row.values[self._key_column])
-        label = None if self._key_column == NUMBERS else _label(_value(row, self.image_column))
-        return f"{number:09}" if label is None or row.problem else label
+        if self._key_column == NUMBERS:
+            return f"{number:09}"
+        value = _value(row, self.image_column)
+        name = _label(value) if self._key_column is None else _own_key(row, self._key_column)
+        return f"row-{number:09}" if name is None or row.problem else name
 
     # ---- all of them ----
 
@@ -154,6 +158,8 @@ class Rows:
             if number > start:
                 self._add_unit(table, start, number, digest.hexdigest())
         self.num_records = number
+        if holds_files:
+            self._refuse_all_absent()
         if key_column == NUMBERS:
             return NUMBERS
         if key_column:
@@ -165,7 +171,6 @@ class Rows:
             return KEY_COLUMN
         if holds_files:
             self._refuse_repeated(labels, lambda row: _label(_value(row, self.image_column)), "are of the same picture")
-            self._refuse_all_absent()
             return None
         return NUMBERS if labels.num_missing or labels.repeated() else None
 
