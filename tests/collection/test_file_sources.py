@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from blip2.collection.sources import open_source
 from blip2.errors import CollectionError, OptionError
-from tests.collection.written import jpeg, pictures, records, told
+from tests.collection.written import jpeg, pictures, records, tar, told
 
 
 def test_a_folder_with_sidecars(tmp_path):
@@ -212,6 +213,28 @@ def test_no_torch_and_no_formats_until_they_are_needed(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", check, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_other_processes_get_the_same(tmp_path):
+    pictures(tmp_path / "d", ["a.jpg", "b.jpg"])
+    (tmp_path / "rows.csv").write_text("image,text\nd/a.jpg,one\nd/b.jpg,two\n")
+    tar(tmp_path / "a.tar", {"a.jpg": jpeg(1)})
+    for name in ("d", "rows.csv", "a.tar"):
+        source = open_source([str(tmp_path / name)])
+        next(source.records(source.units[0]))
+        records(source)
+        assert records(pickle.loads(pickle.dumps(source))) == records(source)
+
+
+def test_files_that_are_nothing(tmp_path):
+    for name, content, what in (
+        ("a.gz", b"\x1f\x8b123", "is packed, and no tar file"), ("a.jsonl", b"", "is empty"),
+        ("a.tar", b"x" * 600, "cannot be read as a tar file"), ("a.parquet", b"PAR1", "cannot be read"),
+        ("a.json", b"hello", "is no json file"), ("b.csv", b"x\n", "is known to hold pictures"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CollectionError, match=what):
+            open_source([str(tmp_path / name)])
 
 
 def test_a_moved_folder_is_the_same_pictures(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from glob import escape, glob, has_magic
 from itertools import islice
@@ -30,7 +29,7 @@ from blip2.collection.sources.tables import (
     reading,
     separator_of,
 )
-from blip2.collection.sources.tarball import MAGIC, PACKED
+from blip2.collection.sources.tarball import MAGIC, PACKED, is_tar
 from blip2.data.folders import Found, find_in
 from blip2.errors import CollectionError, OptionError, option
 from blip2.image import name_of, suffixes
@@ -237,14 +236,15 @@ class _Looked:
             if place.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)):
                 raise CollectionError(f"{name_of(place)}: is no file; write what it gives to one first")
             return PICTURES
-        head = _head(place)
+        if not (head := _head(place)):
+            raise CollectionError(f"{name_of(place)}: is empty; check it")
         if head.startswith(b"PAR1"):
             self.tables[place] = self._parquet(place)
             return ROWS
         if head[MAGIC] == b"ustar" or place.lower().endswith(TAR_SUFFIXES):
             return SHARDS
         if head.startswith(tuple(PACKED)):
-            if tarfile.is_tarfile(place):
+            if is_tar(place):
                 return SHARDS
             raise CollectionError(f"{place}: is packed, and no tar file; unpack it first")
         if _text(head).lstrip().startswith(("{", "[")):

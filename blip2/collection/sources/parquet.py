@@ -13,7 +13,8 @@ from blip2.installed import install_line
 
 BATCH_ROWS = 16
 LOOKED_ROWS = 4096
-BUFFER_BYTES = 2**20
+OPENED = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
+"""Without a buffer of its own, pyarrow reads each row group as a whole; only some files have checksums."""
 
 
 class Parquet(Table):
@@ -108,8 +109,7 @@ def _opened(path: str) -> Iterator[Any]:
     except ImportError:
         raise CollectionError(f"{path}: to read parquet, {install_line('data')}") from None
     try:
-        # Without a buffer of its own, pyarrow reads each row group as a whole.
-        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(path, **OPENED) as file:
             yield file
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())

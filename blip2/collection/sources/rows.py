@@ -19,7 +19,7 @@ import numpy as np
 
 from blip2.collection.record import Record, Unit
 from blip2.collection.sources.tables import HEAD_ROWS, Row, Table
-from blip2.data.foreign import IMAGES
+from blip2.data.foreign import CAPTIONS, IMAGES
 from blip2.disk import stamp_of
 from blip2.errors import CollectionError, option
 from blip2.image import name_of
@@ -27,8 +27,12 @@ from blip2.image import name_of
 UNIT_ROWS = 256
 IMAGE_COLUMNS = ("image", *IMAGES, "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = (
-    "caption", "captions", "text", "txt", "title", "description", "sentences", "sentence", "alt_text", "raw"
-)  # fmt: skip
+    "caption",
+    "captions",
+    "text",
+    "txt",
+    *(name for name in CAPTIONS if name not in ("label", "output")),
+)
 KEY_COLUMN = "key"
 NUMBERS = "row"
 """In the place of a column for the keys: rows are numbered."""
@@ -71,6 +75,10 @@ class Rows:
         for number, row in enumerate(islice(rows, unit.stop - unit.start), start=self._first[unit.place] + unit.start):
             yield self._record(table, row, number)
         self._ahead = {(unit.place, unit.stop): rows}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, which read from the start."""
+        return {**self.__dict__, "_ahead": {}}
 
     def told(self) -> Mapping[str, Any]:
         return {

@@ -47,6 +47,15 @@ class Member:
         return content
 
 
+def is_tar(path: str) -> bool:
+    """Whether it begins as one, also if it is packed. Opens the file."""
+    try:
+        next(members(path), None)
+    except Damage:
+        return False
+    return True
+
+
 def members(path: str) -> Iterator[Member]:
     """Files and links; folders and devices are passed over. Raises Damage where there is no more to be read."""
     try:
