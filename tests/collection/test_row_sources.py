@@ -116,8 +116,12 @@ def test_addresses_and_data(folder):
     rows = [{"url": "https://example.org/a.jpg"}, {"url": data}, {"url": {"bytes": None, "path": "a.jpg"}}]
     found = records(open_source([json_lines(folder / "rows.jsonl", rows)]))
     assert [record.key for record in found] == ["https://example.org/a.jpg", "row-000000001", "a.jpg"]
-    assert [record.picture for record in found] == ["https://example.org/a.jpg", data, str(folder / "a.jpg")]
+    assert [record.picture for record in found] == ["https://example.org/a.jpg", jpeg(9), str(folder / "a.jpg")]
     assert len({record.stamp for record in found}) == 3
+    rows = [{"url": "data:image/jpeg;base64,!"}, {"url": "data:x"}, {"url": {"bytes": "?"}}]
+    found = told(open_source([json_lines(folder / "rows.jsonl", rows)]))
+    for text, what in zip(found.values(), ["not valid base64", "encode it so", "are not base64"], strict=True):
+        assert what in text
 
 
 def test_twins_are_refused_by_name_or_told_apart_by_a_column(folder):

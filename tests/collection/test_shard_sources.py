@@ -38,6 +38,25 @@ def test_what_webdataset_wrote(shards):
     assert [len(list(source.records(unit))) for unit in source.units] == [5, 2]
 
 
+def test_what_datasets_reads_of_them(shards):
+    import datasets
+
+    files = sorted(map(str, shards.glob("*.tar")))
+    loaded = datasets.load_dataset("webdataset", data_files=files, cache_dir=str(shards / "cache"), split="train")
+    assert [(row["__key__"], row["txt"]) for row in loaded] == list(told(open_source(files)).items())
+
+
+def test_img2dataset_tars(shards):
+    assert open_source([str(shards)]).num_records is None
+    for number, count in enumerate((5, 2)):
+        (shards / f"{number:05}_stats.json").write_text(json.dumps({"count": 9, "successes": count}))
+        (shards / f"{number:05}.parquet").write_bytes(b"PAR1")
+    source = open_source([str(shards)])
+    assert source.num_records == 7 == len(records(source))
+    (shards / "00001_stats.json").write_text("{")
+    assert open_source([str(shards)]).num_records is None
+
+
 def test_a_folder_a_pattern_and_a_list_are_the_same(shards):
     expected = told(open_source([f"{shards}/{{00000..00001}}.tar"]))
     for named in ([str(shards)], [f"{shards}/*.tar"], [f"{shards}/00000.tar", f"{shards}/00001.tar"]):

@@ -11,9 +11,9 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
+from blip2.collection.sources.fields import caption_column_of, text_of
 from blip2.collection.sources.files import Said
 from blip2.collection.sources.parquet import Parquet
-from blip2.collection.sources.rows import caption_column_of, text_of
 from blip2.collection.sources.tables import Cells, JsonLines, Row, Table
 from blip2.errors import CollectionError, option
 

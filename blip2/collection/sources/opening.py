@@ -12,10 +12,11 @@ from typing import Any
 
 from blip2.collection.record import Source
 from blip2.collection.sources.annotations import CAPTIONS, FILE, refuse_split, rows_of
+from blip2.collection.sources.fields import is_known_image
 from blip2.collection.sources.files import Files, key_of
 from blip2.collection.sources.imagefolder import NAMES, Told, files_in, metadata_in
 from blip2.collection.sources.parquet import Parquet
-from blip2.collection.sources.rows import Rows, is_known_image
+from blip2.collection.sources.rows import Rows
 from blip2.collection.sources.shards import Shards
 from blip2.collection.sources.tables import (
     HEAD_ROWS,

@@ -6,9 +6,7 @@ number of its row. All rows are looked at once when they are opened, without the
 
 from __future__ import annotations
 
-import base64
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
@@ -18,21 +16,20 @@ from typing import Any
 import numpy as np
 
 from blip2.collection.record import Record, Unit
+from blip2.collection.sources.fields import (
+    caption_column_of,
+    image_column_of,
+    is_address,
+    label_of,
+    picture_of,
+    text_of,
+)
 from blip2.collection.sources.tables import HEAD_ROWS, Row, Table
-from blip2.data.foreign import CAPTIONS, IMAGES
 from blip2.disk import stamp_of
 from blip2.errors import CollectionError, option
 from blip2.image import name_of
 
 UNIT_ROWS = 256
-IMAGE_COLUMNS = ("image", *IMAGES, "jpg", "jpeg", "png", "webp")
-CAPTION_COLUMNS = (
-    "caption",
-    "captions",
-    "text",
-    "txt",
-    *(name for name in CAPTIONS if name not in ("label", "output")),
-)
 KEY_COLUMN = "key"
 NUMBERS = "row"
 """In the place of a column for the keys: rows are numbered."""
@@ -54,7 +51,7 @@ class Rows:
     ) -> None:
         self.tables = tables
         self._images = images
-        self.image_column = _image_column(tables, image_column)
+        self.image_column = image_column_of(tables, image_column)
         self.caption_column = caption_column_of(tables, caption_column, self.image_column)
         self._ahead: dict[tuple[str, int], Iterator[Row]] = {}
         self._table = {table.path: table for table in tables}
@@ -96,38 +93,22 @@ class Rows:
         text, wrong_text = text_of(_value(row, self.caption_column)) if self.caption_column else ("", "")
         reason = row.problem or problem or wrong_text
         stamp = _stamp(picture)
-        if isinstance(picture, str) and not reason and not _is_address(picture):
+        if isinstance(picture, str) and not reason and not is_address(picture):
             reason = "" if stamp else f"{name_of(picture)}: no such file; mend the row, or the path"
-        name = picture if isinstance(picture, str) and picture[:5].lower() != "data:" else row.name
+        name = picture if isinstance(picture, str) else row.name
         columns = {name: value for name, value in row.values.items() if name != self.image_column}
         if reason:
             picture, reason = None, f"{row.name}: {reason}"
         return Record(self._key(row, number), picture, name, stamp, text, columns, reason)
 
     def _picture(self, value: object, table: Table) -> tuple[str | bytes | None, str]:
-        """And what is wrong with it."""
-        if isinstance(value, dict):  # as `datasets` writes pictures; in JSON as base64
-            content = value.get("bytes")
-            if isinstance(content, str):
-                try:
-                    content = base64.b64decode(content, validate=True)
-                except ValueError:
-                    return None, f"the bytes in {self.image_column!r} are not base64"
-            value = value.get("path") if content is None else content
-        match value:
-            case bytes() if value:
-                return value, ""
-            case str() if value and not value.isspace():
-                if "\0" in value or not _is_name(value):
-                    return None, f"{value!r} is no name of a file"
-                if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value) and not _is_address(value):
-                    return None, f"{name_of(value)}: only http and https addresses are read; download it first"
-                return (value if _is_address(value) else self._path(value, table)), ""
-            case None | "" | b"" | str():
-                return None, f"there is no picture in {self.image_column!r}"
-        return None, f"{self.image_column!r} holds no picture, but {type(value).__name__}"
+        """With the path made whole; and what is wrong with it."""
+        picture, problem = picture_of(value, self.image_column)
+        return (self._path(picture, table) if isinstance(picture, str) else picture), problem
 
     def _path(self, name: str, table: Table) -> str:
+        if is_address(name):
+            return name
         path = os.path.join(self._images if self._images is not None else os.path.dirname(table.path), name)
         if "\\" in name and not os.path.lexists(path):  # as Windows writes it
             return path.replace("\\", "/")
@@ -136,9 +117,11 @@ class Rows:
     def _key(self, row: Row, number: int) -> str:
         if self._key_column == NUMBERS:
             return f"{number:09}"
-        value = _value(row, self.image_column)
-        name = _label(value) if self._key_column is None else _own_key(row, self._key_column)
+        name = self._label(row) if self._key_column is None else _own_key(row, self._key_column)
         return f"row-{number:09}" if name is None or row.problem else name
+
+    def _label(self, row: Row) -> str | None:
+        return label_of(_value(row, self.image_column))
 
     # ---- all of them ----
 
@@ -154,7 +137,7 @@ class Rows:
                 value = _value(row, self.image_column)
                 if not row.problem:
                     own.add(_own_key(row, wanted))
-                labels.add(label := _label(value))
+                labels.add(label := label_of(value))
                 digest.update(repr((row.values, row.problem)).encode("utf-8", "surrogatepass"))
                 if label is not None and self.image_column not in table.holding_bytes:
                     holds_files = True
@@ -178,7 +161,7 @@ class Rows:
         if not own.num_missing and not own.repeated():
             return KEY_COLUMN
         if holds_files:
-            self._refuse_repeated(labels, lambda row: _label(_value(row, self.image_column)), "are of the same picture")
+            self._refuse_repeated(labels, self._label, "are of the same picture")
             return None
         return NUMBERS if labels.num_missing or labels.repeated() else None
 
@@ -218,7 +201,7 @@ class Rows:
         table = self.tables[0]
         for row in islice(table.looked([self.image_column]), HEAD_ROWS):
             picture, _ = self._picture(_value(row, self.image_column), table)
-            if isinstance(picture, str) and (_is_address(picture) or os.path.lexists(picture)):
+            if isinstance(picture, str) and (is_address(picture) or os.path.lexists(picture)):
                 return
             paths += [picture] if isinstance(picture, str) else []
         if paths:
@@ -247,72 +230,13 @@ class _Names:
         return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
 
 
-def is_known_image(name: str) -> bool:
-    return name.strip().lower() in IMAGE_COLUMNS
-
-
-def _image_column(tables: Sequence[Table], wanted: str | None) -> str:
-    first = tables[0]
-    if wanted is None:
-        wanted = _found(first.holding_bytes, IMAGE_COLUMNS) or _found(first.columns, IMAGE_COLUMNS)
-    if wanted is None and len(first.holding_bytes) == 1:
-        [wanted] = first.holding_bytes
-    if wanted is None and not first.columns and (broken := next((row for row in first.rows() if row.problem), None)):
-        raise CollectionError(f"{broken.name}: {broken.problem}")
-    if wanted is None:
-        raise CollectionError(
-            f"{first.path}: none of its columns ({', '.join(map(repr, first.columns)) or 'there are none'}) is known "
-            f"to hold pictures; name the one that does with {option('image_column')}"
-        )
-    for table in tables:
-        if wanted not in table.columns:
-            raise CollectionError(f"{table.path}: has no column {wanted!r}, but {', '.join(map(repr, table.columns))}")
-    return wanted
-
-
-def caption_column_of(tables: Sequence[Table], wanted: str | None, image_column: str) -> str:
-    columns = [name for table in tables for name in table.columns if name != image_column]
-    if wanted is not None and wanted not in columns:
-        raise CollectionError(f"{tables[0].path}: has no column {wanted!r}, but {', '.join(map(repr, columns))}")
-    return wanted or _found(columns, CAPTION_COLUMNS) or ""
-
-
-def _found(columns: Sequence[str], known: Sequence[str]) -> str | None:
-    lowered = {name.strip().lower(): name for name in reversed(columns)}
-    return next((lowered[name] for name in known if name in lowered), None)
-
-
 def _value(row: Row, column: str) -> Any:
     return row.values.get(column)
-
-
-def _label(value: object) -> str | None:
-    """The name that a row gives its picture; None if it has none, or holds it."""
-    if isinstance(value, dict):
-        value = value.get("path")
-    if not isinstance(value, str) or not value.strip() or value[:5].lower() == "data:":
-        return None
-    return value
 
 
 def _own_key(row: Row, column: str) -> str | None:
     value = row.values.get(column)
     return None if value is None or value == "" or isinstance(value, dict | list | bytes) else str(value)
-
-
-def text_of(value: object) -> tuple[str, str]:
-    """What was said of a picture, the first of several; and what is wrong with it."""
-    if isinstance(value, list):
-        value = value[0] if value else ""
-    if isinstance(value, dict):
-        value = value.get("raw", "")
-    if not isinstance(value, str):
-        return "", ""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "", f"its text has halves of characters, {value!r}; write it as Unicode"
-    return " ".join(value.split()), ""
 
 
 def _stamp(picture: str | bytes | None) -> str:
@@ -321,22 +245,10 @@ def _stamp(picture: str | bytes | None) -> str:
             return ""
         case bytes():
             return blake2b(picture, digest_size=16).hexdigest()
-        case _ if _is_address(picture):
+        case _ if is_address(picture):
             return blake2b(picture.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     found = stamp_of(picture)
     return "" if found is None else f"{found.size}-{found.mtime_ns}"
-
-
-def _is_address(picture: str) -> bool:
-    return bool(re.match(r"https?://|data:", picture, re.IGNORECASE))
-
-
-def _is_name(value: str) -> bool:
-    try:
-        os.fsencode(value)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _names(tables: Sequence[Table]) -> str:

@@ -6,12 +6,14 @@ the field ``jpg`` of ``a.b/c``. The members of a sample stand side by side.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from blip2.collection.record import Record, Unit
@@ -36,8 +38,6 @@ class Shards:
     """``image_field`` and ``text_field``: of the members that hold picture and text, found by looking by default.
     Raises CollectionError for what is no tar file; none of them is opened before all are known to be files."""
 
-    num_records = None
-
     def __init__(self, paths: Sequence[str], *, image_field: str | None = None, text_field: str | None = None) -> None:
         for path in paths:
             _check_file(path)
@@ -49,6 +49,11 @@ class Shards:
         self.units = [Unit(number, path) for number, path in enumerate(paths)]
         self._stamps = [self._stamp(path) for path in paths]
         self._check_first()
+
+    @property
+    def num_records(self) -> int | None:
+        """As img2dataset told beside each shard; else they have to be read."""
+        return _told_by_img2dataset(self.paths)
 
     def stamp(self, unit: Unit) -> str:
         return self._stamps[unit.number]
@@ -224,6 +229,17 @@ def _check_file(path: str) -> None:
         raise CollectionError(f"{path}: cannot be read ({reason}); shards are files on this machine") from None
     if not stat.S_ISREG(mode):
         raise CollectionError(f"{path}: is no file; shards are files on this machine")
+
+
+def _told_by_img2dataset(paths: Sequence[str]) -> int | None:
+    total = 0
+    for path in paths:
+        try:
+            told = json.loads(Path(f"{os.path.splitext(path)[0]}_stats.json").read_bytes())
+            total += int(told["successes"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None
+    return total
 
 
 def _suffix(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from blip2.errors import CollectionError
 from blip2.plaintext import NotTextError, read_lines, read_text
 
-HEAD_ROWS = 16
+HEAD_ROWS = 64
 """So many are looked at to find out what the columns hold."""
 LARGEST_JSON = 2**31
 """Of a file that is one JSON value, which is in memory as a whole."""
