@@ -61,6 +61,9 @@ def test_patterns(tmp_path):
     assert keys("**/*.jpg") == ["x/a.jpg", "y/[1].jpg", "y/deep/c.jpg"]
     assert keys("{y,x}/*.jpg") == ["y/[1].jpg", "x/a.jpg"]
     assert keys("y/[1].jpg") == ["y/[1].jpg"]  # a file of that name
+    everything = ["x/a.jpg", "x/b.png", "y/[1].jpg", "y/deep/c.jpg"]
+    assert [*told(open_source([f"{tmp_path}/*"]))] == everything  # folders that fit are looked into
+    assert [*told(open_source([f"{tmp_path}/y/*"]))] == ["[1].jpg", "deep/c.jpg"]
     with pytest.raises(CollectionError, match="fits no file"):
         keys("*.gif")
 
@@ -161,10 +164,14 @@ def test_imagefolder_metadata_at_any_depth(tmp_path, suffix):
             rows.to_json(place / "metadata.jsonl", orient="records", lines=True)
         else:
             getattr(rows, f"to_{suffix}")(place / f"metadata.{suffix}", index=False)
-    found = records(open_source([str(tmp_path)]))
-    assert [(record.key, record.text) for record in found] == [
-        ("a.jpg", "None"), ("no-a.jpg", "lost"), ("sub/b.jpg", "None"), ("sub/no-b.jpg", "lost")
-    ]  # fmt: skip
+    source = open_source([str(tmp_path)])
+    assert told(source) == {"a.jpg": "None", "sub/b.jpg": "None"}
+    assert [line.split(": ")[1] for line in source.problems] == [
+        f"{tmp_path}/no-a.jpg is not there; bring it back, or remove the row",
+        f"{tmp_path}/sub/no-b.jpg is not there; bring it back, or remove the row",
+    ]
+    assert open_source([str(tmp_path)], exclude=["b.jpg", "metadata.*"]).problems == []
+    assert len(open_source([str(tmp_path)], exclude=["b.jpg"]).problems) == 2
 
 
 def test_imagefolder_rules(tmp_path):

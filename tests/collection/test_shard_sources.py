@@ -51,8 +51,9 @@ def test_img2dataset_tars(shards):
     for number, count in enumerate((5, 2)):
         (shards / f"{number:05}_stats.json").write_text(json.dumps({"count": 9, "successes": count}))
         (shards / f"{number:05}.parquet").write_bytes(b"PAR1")
-    source = open_source([str(shards)])
-    assert source.num_records == 7 == len(records(source))
+    for named in (str(shards), f"{shards}/*"):
+        source = open_source([named])
+        assert source.num_records == 7 == len(records(source))
     (shards / "00001_stats.json").write_text("{")
     assert open_source([str(shards)]).num_records is None
 

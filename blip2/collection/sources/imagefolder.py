@@ -16,19 +16,19 @@ from blip2.collection.sources.files import Said
 from blip2.collection.sources.parquet import Parquet
 from blip2.collection.sources.tables import Cells, JsonLines, Row, Table
 from blip2.errors import CollectionError, option
+from blip2.image import name_of
 
 FILE = "file_name"
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class Told:
-    """Of the pictures ``paths``, found in ``folders``. ``said``: what rows say of each; ``absent``: paths that rows
-    name, and that are not there; ``problems``: a line for each row that says nothing that can be used. Raises
-    CollectionError for files of several formats, of which `datasets` reads none, and for those that cannot be read."""
+    """What metadata files say of the pictures ``paths``, by path: ``said``. ``problems``: a line for each row that
+    cannot be used, or whose picture is not there. Raises CollectionError for files of several formats, of which
+    `datasets` reads none, for those that cannot be read, and for two rows of one picture."""
 
     def __init__(self, metadata: Sequence[str], paths: Sequence[str], caption_column: str | None = None) -> None:
         self.said: dict[str, Said] = {}
-        self.absent: list[str] = []
         self.problems: list[str] = []
         self._there = {os.path.normpath(path): path for path in paths}
         self._composed = {_composed(path): path for path in paths if not path.isascii()}
@@ -51,12 +51,12 @@ class Told:
         if reason := row.problem or _wrong(name):
             self.problems.append(f"{row.name}: {reason}")
             return
-        wanted = os.path.normpath(os.path.join(os.path.dirname(table.path), str(name)))
-        # macOS writes accents apart from their letters.
-        path = self._there.get(wanted) or self._composed.get(_composed(wanted))
+        wanted = os.path.join(os.path.dirname(table.path), str(name))
+        path = self._path(wanted) or self._path(wanted.replace("\\", "/"))  # as Windows writes it
         if path is None:
-            path = wanted
-            self.absent.append(path)
+            if not os.path.lexists(wanted):  # else it was left out
+                self.problems.append(f"{row.name}: {name_of(wanted)} is not there; bring it back, or remove the row")
+            return
         if path in origins:
             raise CollectionError(f"{origins[path]} and {row.name} both tell of {path}; keep one of them")
         origins[path] = row.name
@@ -64,6 +64,14 @@ class Told:
         if problem:
             self.problems.append(f"{row.name}: {problem}")
         self.said[path] = Said(text, {key: value for key, value in row.values.items() if key != FILE})
+
+    def _path(self, wanted: str) -> str | None:
+        """As the folder has it: macOS writes accents apart from their letters."""
+        return self._there.get(os.path.normpath(wanted)) or self._composed.get(_composed(wanted))
+
+
+def _composed(path: str) -> str:
+    return unicodedata.normalize("NFC", os.path.normpath(path))
 
 
 def metadata_in(folders: Sequence[str], recursive: bool, exclude: Sequence[str]) -> list[str]:
@@ -83,10 +91,6 @@ def files_in(folders: Sequence[str], recursive: bool, exclude: Sequence[str]) ->
         for place, inner, names in os.walk(folder):
             inner[:] = sorted(name for name in inner if recursive and is_wanted(os.path.join(place, name)))
             yield from filter(is_wanted, (os.path.join(place, name) for name in sorted(names)))
-
-
-def _composed(path: str) -> str:
-    return unicodedata.normalize("NFC", os.path.normpath(path))
 
 
 def _table(path: str) -> Table:

@@ -124,9 +124,9 @@ def _files(
     pictures = list(once.values())
     has_metadata = any(found.others[os.path.splitext(name)[1]] for name in NAMES)
     told = Told(metadata_in(folders, **walk) if has_metadata else [], pictures, caption_column)
-    is_downloaded = any(glob(os.path.join(escape(folder), f"*{STATS}")) for folder in folders)
+    is_downloaded = any(map(_is_downloaded, folders))
     source = Files(
-        sorted([*pictures, *told.absent]) if told.absent else pictures,
+        pictures,
         root=root,
         text_suffix=text_suffix or (".txt" if is_downloaded else ""),
         keeps_suffix=keeps_suffix,
@@ -136,6 +136,12 @@ def _files(
     source.problems = [*found.problems, *told.problems]
     source.passed_over = found.passed_over()
     return source
+
+
+def _is_downloaded(folder: str) -> bool:
+    """Whether img2dataset wrote it: 00000_stats.json beside the folder 00000, with texts and JSON beside pictures."""
+    found = glob(os.path.join(escape(folder), f"*{STATS}"))
+    return any(os.path.isdir(path.removesuffix(STATS)) for path in found)
 
 
 # ---- places ----
@@ -184,18 +190,23 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def _fitting(pattern: str) -> list[str]:
-    """Files that fit a pattern, in order; beside pictures, others are left out, as they are in a folder."""
+    """What fits a pattern, in order; beside pictures and beside shards, other files are left out, as in a folder."""
     found = sorted(glob(pattern, recursive=True))
     if not found:
         raise CollectionError(f"{pattern}: fits no file; check it (seen from {os.getcwd()})")
+    files, folders = [path for path in found if not os.path.isdir(path)], [*filter(os.path.isdir, found)]
     readable, _ = suffixes()
-    pictures = [path for path in found if os.path.splitext(path)[1].lower() in readable and not os.path.isdir(path)]
-    return pictures or found
+    if pictures := [path for path in files if os.path.splitext(path)[1].lower() in readable]:
+        return sorted(pictures + folders)
+    return _shards_or_parquet(files) or found
 
 
 def _others(folders: Sequence[str], walk: Mapping[str, Any]) -> list[str]:
     """Of folders without pictures: shards, or else parquet files, as `datasets` and img2dataset write them."""
-    names = list(files_in(folders, **walk))
+    return _shards_or_parquet(list(files_in(folders, **walk)))
+
+
+def _shards_or_parquet(names: Sequence[str]) -> list[str]:
     for endings in (TAR_SUFFIXES, (".parquet",)):
         if some := [name for name in names if name.lower().endswith(endings)]:
             return some
