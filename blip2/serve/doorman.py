@@ -24,6 +24,8 @@ CLIENT = "blip2.client"
 """Where the scope has who asks, for those who deal in turns."""
 LET_GO = "blip2.let_go"
 """Where the scope has what is to be called when the body is needed no longer."""
+REFUSED = "blip2.refused"
+"""Where the scope has the `ApiError` of a request that was refused before it came here; it is sent away from here."""
 LINGER_S, SILENCE_S = 5.0, 0.5
 """So long is the rest of a refused request still taken, as long as it keeps coming."""
 HEADERS = (
@@ -95,6 +97,8 @@ class Doorman:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (refused := scope.get(REFUSED)) is not None:
+            raise self._rejected(refused)
         is_open = scope["path"] in OPEN_PATHS or (scope["method"] == "GET" and scope["path"].startswith(OPEN_FOLDER))
         if self._keys and not is_open and not self._has_key(scope):
             raise self._rejected(

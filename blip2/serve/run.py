@@ -33,9 +33,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(
-    app: FastAPI, listener: socket.socket, *, on_open: Callable[[], Any] = lambda: None, log_level: str = "warning"
-) -> None:
+def run(app: FastAPI, listener: socket.socket, *, on_open: Callable[[], Any] = lambda: None) -> None:
     """Serve until SIGTERM or SIGINT, and then finish what is running (`Limits.shutdown_s`).
 
     ``on_open`` is called once connections are taken. Raises what kept the model from being loaded.
@@ -45,7 +43,7 @@ def run(
         app,
         http=Connection,
         ws="none",
-        log_level=log_level,
+        log_config=None,
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
