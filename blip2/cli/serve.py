@@ -60,9 +60,9 @@ DOOR = (
 )  # fmt: skip
 
 LOG = (
-    click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True, help="What goes to "
-                 "standard error. info: a line for each request, with its id, route, status, time and size, and "
-                 "nothing of what was said; debug: those of /health, /ready and /metrics, too."),
+    click.option("--log-level", type=click.Choice(LEVELS), default="warning", show_default=True, help="What goes "
+                 "to standard error. warning: what failed; info: a line for each request, with its id, route, status, "
+                 "time and size, and nothing of what was said; debug: those of /health, /ready and /metrics, too."),
 )  # fmt: skip
 
 LIMITS = (

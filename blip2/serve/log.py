@@ -74,11 +74,17 @@ class RequestLog:
             await self._app(scope, counted_receive, noted_send)
         finally:
             route = self._routes.name(scope["path"])
-            level = logging.DEBUG if route in POLLED and (status < 400 or status == 503) else logging.INFO
+            level = _level(route, status)
             if logger.isEnabledFor(level):
                 method = scope["method"] if scope["method"] in METHODS else "OTHER"
                 took_ms = (time.monotonic() - began_s) * 1000
                 logger.log(level, "%s %s %d %.0f ms in=%d out=%d", method, route, status, took_ms, num_in, num_out)
+
+
+def _level(route: str, status: int) -> int:
+    if route in POLLED and (status < 400 or status == 503):
+        return logging.DEBUG
+    return logging.WARNING if status >= 500 and status != 503 else logging.INFO
 
 
 class Failures:
@@ -100,7 +106,9 @@ class Failures:
         except Exception as error:
             if has_begun or scope["type"] != "http":
                 raise
-            await as_api_error(error).response()(scope, receive, send)
+            response = as_api_error(error).response()
+            response.headers["connection"] = "close"  # whatever is wrong, the next request begins anew
+            await response(scope, receive, send)
 
 
 def _name(scope: Scope) -> str:

@@ -69,7 +69,7 @@ def test_what_failed_is_found_by_its_id_and_answered_like_every_error(models, he
     assert answer.headers["x-content-type-options"] == "nosniff"
     name = answer.headers["x-request-id"]
     found = lines(heard)
-    assert f"ERROR {name} a request failed" in found[0] and f"INFO {name} POST /caption 500" in found[-1]
+    assert f"ERROR {name} a request failed" in found[0] and f"WARNING {name} POST /caption 500" in found[-1]
     assert all(line.startswith("    ") for line in found[1:-1])
     assert any("forged \\x1b[31m line" in line for line in found)
     assert sum("Traceback" in line for line in found) == 1
