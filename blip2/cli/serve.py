@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -30,6 +31,9 @@ ADDRESS = (
                  "a reverse proxy. Its owner and group may connect (mode 660)."),
     click.option("--root-path", default="", metavar="PATH", help="Where a reverse proxy shows the server, such as "
                  "/blip2. The proxy may take it off, or not."),
+    click.option("--trust-proxy", "proxies", multiple=True, metavar="ADDRESS", help="A reverse proxy, or a network of "
+                 "them (10.0.0.0/8), that says by X-Forwarded-For whom it asks for; this machine's own are always "
+                 "believed. May be given several times."),
     click.option("--matching-model", metavar="NAME", help="Model for /match and /v1/embeddings.  [default: the "
                  "bundled one, if --model is not given]"),
 )  # fmt: skip
@@ -91,6 +95,7 @@ def command(
     port: int,
     uds: Path | None,
     root_path: str,
+    proxies: tuple[str, ...],
     matching_model: str | None,
     engine: str,
     replicas: int | None,
@@ -122,12 +127,17 @@ def command(
         raise OptionError(f"--replicas is {replicas}; use 1 or more")
     if (wrong := next((name for name in domains if not name.strip(".") or set(name) & set("/:@ ,")), None)) is not None:
         raise OptionError(f"--allow-images-from is {wrong!r}; give a host alone, such as example.org, or .example.org")
+    for proxy in proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            raise OptionError(f"--trust-proxy is {proxy!r}; give an address, or a network such as 10.0.0.0/8") from None
     if uds is not None:
         source = click.get_current_context().get_parameter_source
         if other := next((name for name in ("host", "port") if source(name) is not ParameterSource.DEFAULT), None):
             raise OptionError(f"--uds is instead of an address; leave out --{other}")
-        if engine != "local":
-            raise OptionError("--uds is for one server; leave out --engine ray")
+    if engine == "ray" and (uds is not None or proxies):
+        raise OptionError(f"{'--uds' if uds else '--trust-proxy'} is for one server; leave out --engine ray")
     try:
         from blip2.serve.app import create_app
         from blip2.serve.fetch import Fetcher
@@ -166,22 +176,24 @@ def command(
         return create_app(load, limits=limits, keys=all_keys, door=door, fetcher=fetcher, replica=replica)
 
     def on_open(port: int) -> None:
+        if uds is not None:
+            click.echo(f"listening at {uds} (Ctrl-C stops)")
+            return
         click.echo(f"listening at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops)")
 
-    if engine == "local":
-        with logging_at(log_level), listen(host, port) if uds is None else listen_at(uds) as listener:
-            if uds is None:
-                run(create(load), listener, on_open=lambda: on_open(listener.getsockname()[1]))
-            else:
-                run(create(load), listener, on_open=lambda: click.echo(f"listening at {uds} (Ctrl-C stops)"))
-        return
-    try:
-        run_replicas(
-            load, create, limits, replicas=replicas or 1, address=address, host=host, port=port,
-            device=model["device"], on_open=on_open,
-        )  # fmt: skip
-    except ImportError as error:
-        raise Failure(f"--engine ray needs more packages ({error}); {install_line('ray')}") from error
+    with logging_at(log_level):
+        if engine == "local":
+            with listen(host, port) if uds is None else listen_at(uds) as listener:
+                port = listener.getsockname()[1] if uds is None else 0
+                run(create(load), listener, trusted_proxies=proxies, on_open=lambda: on_open(port))
+            return
+        try:
+            run_replicas(
+                load, create, limits, replicas=replicas or 1, address=address, host=host, port=port,
+                device=model["device"], on_open=on_open,
+            )  # fmt: skip
+        except ImportError as error:
+            raise Failure(f"--engine ray needs more packages ({error}); {install_line('ray')}") from error
 
 
 def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:

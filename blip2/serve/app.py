@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
@@ -14,14 +15,12 @@ from starlette.types import ASGIApp
 from blip2 import __version__
 from blip2.serve import openai, plain, static
 from blip2.serve.doorman import Doorman
-from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
-from blip2.serve.front import Front
+from blip2.serve.gate import Gate
 from blip2.serve.handlers import add_handlers
 from blip2.serve.hosts import Door
 from blip2.serve.limits import Limits
 from blip2.serve.log import Failures, RequestLog
-from blip2.serve.metrics import Metrics
 from blip2.serve.routes import Routes
 from blip2.serve.service import Models, Service
 
@@ -85,11 +84,11 @@ def create_app(
         Middleware(
             guarded,
             door=door,
+            routes=routes_of(app),
+            keys=keys,
             limits=limits,
             metrics=service.metrics,
-            keys=keys,
             refusal=service.refusal,
-            routes=routes_of(app),
             replica=replica,
         )
     )
@@ -101,20 +100,8 @@ def routes_of(app: FastAPI) -> Routes:
     return Routes({**app.openapi()["paths"], **static.PATHS, "/openapi.json": ["get"]})
 
 
-def guarded(
-    app: ASGIApp,
-    *,
-    door: Door,
-    limits: Limits,
-    metrics: Metrics,
-    keys: Sequence[str],
-    refusal: Callable[[], ApiError | None],
-    routes: Routes,
-    replica: str | None = None,
-) -> ASGIApp:
+def guarded(app: ASGIApp, /, *, door: Door, routes: Routes, keys: Sequence[str], **of_doorman: Any) -> ASGIApp:
     """An application behind all that a request has to pass, from the outside in: its line in the log, the names and
-    pages that are let in, the doorman with the keys and the queue, and what failed without a word."""
-    inner = Doorman(
-        Failures(app), limits=limits, metrics=metrics, keys=keys, refusal=refusal, routes=routes.fixed, replica=replica
-    )
-    return RequestLog(Front(inner, door=door, routes=routes, has_keys=bool(keys)), routes=routes)
+    pages that are let in, the `Doorman` with the keys and the queue, and the answer to what nobody expected."""
+    doorman = Doorman(Failures(app), keys=keys, routes=routes.fixed, **of_doorman)
+    return RequestLog(Gate(doorman, door=door, routes=routes, has_keys=bool(keys)), routes=routes)

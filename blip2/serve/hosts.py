@@ -112,7 +112,7 @@ class Hosts:
             or host in self._names
             or "." not in host  # an IPv6 address, too
             or host.endswith(self._suffixes)
-            or _is_address(host)
+            or is_address(host)
         )
 
     def _stranger(self, scope: Scope, host: bytes) -> ApiError | None:
@@ -141,7 +141,8 @@ def _parsed(value: bytes) -> str | None:
     return found[1].strip("[]").removesuffix(".")
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
+    """IPv4 as `inet_aton` reads it, or IPv6."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -183,18 +183,19 @@ def logging_at(level: str, stream: TextIO | None = None) -> Iterator[None]:
     """The server's lines of ``level`` (``info``, ``warning``, ...) and above, and uvicorn's from warnings on, go to
     ``stream`` (standard error)."""
     handler = Aside(stream or sys.stderr)
-    number = logging.getLevelNamesMapping()[level.upper()]
-    at = {"blip2": number, "uvicorn": number if level in ("error", "debug") else logging.WARNING}
-    before = {name: (logging.getLogger(name).level, logging.getLogger(name).propagate) for name in at}
-    for name, chosen in at.items():
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(chosen)
-        logging.getLogger(name).propagate = False
+    handler.setLevel(level.upper())
+    ours, uvicorns = loggers = logging.getLogger("blip2"), logging.getLogger("uvicorn")
+    before = [(each.level, each.propagate) for each in loggers]
+    ours.setLevel(level.upper())
+    uvicorns.setLevel(logging.WARNING)
+    for each in loggers:
+        each.addHandler(handler)
+        each.propagate = False
     try:
         yield
     finally:
-        for name, (chosen, propagate) in before.items():
-            logging.getLogger(name).removeHandler(handler)
-            logging.getLogger(name).setLevel(chosen)
-            logging.getLogger(name).propagate = propagate
+        for each, (chosen, propagate) in zip(loggers, before, strict=True):
+            each.removeHandler(handler)
+            each.setLevel(chosen)
+            each.propagate = propagate
         handler.stop()

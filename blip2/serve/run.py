@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from blip2.serve.connection import Connection
 from blip2.serve.service import Service
 
 MAX_CONNECTIONS = 1024
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -33,16 +34,27 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(app: FastAPI, listener: socket.socket, *, on_open: Callable[[], Any] = lambda: None) -> None:
+def run(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    on_open: Callable[[], Any] = lambda: None,
+    log_level: str = "warning",
+    trusted_proxies: Sequence[str] = (),
+) -> None:
     """Serve until SIGTERM or SIGINT, and then finish what is running (`Limits.shutdown_s`).
 
-    ``on_open`` is called once connections are taken. Raises what kept the model from being loaded.
+    ``on_open`` is called once connections are taken. ``trusted_proxies``: addresses and networks, besides this
+    machine's own, whose X-Forwarded-For is believed. What is logged goes where `logging` was told to send it. Raises
+    what kept the model from being loaded.
     """
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
+        forwarded_allow_ips=[*LOOPBACK, *trusted_proxies],
         http=Connection,
         ws="none",
+        log_level=log_level,
         log_config=None,
         access_log=False,
         server_header=False,

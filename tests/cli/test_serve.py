@@ -52,6 +52,7 @@ def test_a_port_that_is_taken(run) -> None:
         (["--api-key", "schlüssel"], "--api-key: key has a character that no client can send"),
         (["--uds", "a.sock", "--port", "8000"], "--uds is instead of an address; leave out --port"),
         (["--uds", "a.sock", "--engine", "ray"], "--uds is for one server"),
+        (["--trust-proxy", "proxy.example"], "--trust-proxy is 'proxy.example'; give an address"),
         (["--allow-host", "http://a.org"], "--allow-host is 'http://a.org'; give a name alone"),
         (["--cors-origin", "a.org"], "--cors-origin is 'a.org'; give a scheme and a host"),
         (["--root-path", "blip2"], "--root-path is 'blip2'; give a path such as /blip2"),
@@ -122,6 +123,6 @@ def test_what_is_no_host_is_refused(run, domain):
 )
 def test_a_server_for_everybody_without_a_key_is_warned_of(run, monkeypatch, arguments, is_warned) -> None:
     monkeypatch.delenv("BLIP2_API_KEY", raising=False)
-    monkeypatch.setattr("blip2.serve.run.run", lambda app, listener, on_open: None)
+    monkeypatch.setattr("blip2.serve.run.run", lambda app, listener, **options: None)
     done = run("serve", "--port", "0", *arguments)
     assert done.exit_code == 0 and ("there is no key; add --api-key-file FILE" in done.stderr) is is_warned

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from blip2.errors import OptionError
 from blip2.serve.app import create_app
+from blip2.serve.gate import Gate
 from blip2.serve.hosts import ANY, NETWORK, Door, Hosts, default_hosts
+from blip2.serve.routes import Routes
 from tests.serve.conftest import PICTURES, serving
 
 LOOPBACK = Door(allow_hosts=default_hosts("127.0.0.1", False))
@@ -248,3 +250,19 @@ def test_a_stream_and_an_error_of_a_real_server_reach_an_allowed_page(models) ->
         refused = server.http.post("/caption", files={"image": b"x" * 9_000_000}, headers={"Origin": "http://evil.org"})
         assert refused.status_code == 403
         assert server.metric("blip2_requests_rejected_total", reason="cross_site") == 1
+
+
+def test_at_a_unix_socket_the_proxy_says_who_asks() -> None:
+    heard = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        heard.append(scope["client"])
+
+    gate = Gate(app, door=Door(), routes=Routes({}), has_keys=False)
+    for client, forwarded in (
+        (None, b"6.6.6.6, 10.0.0.7"), (None, b"10.0.0.7, evil"), (None, b"2001:db8::1"), (("10.0.0.1", 5), b"6.6.6.6"),
+    ):  # fmt: skip
+        headers = [(b"host", b"any.example"), (b"x-forwarded-for", forwarded)]
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": headers, "client": client}
+        asyncio.run(gate(scope, None, None))  # type: ignore[arg-type]
+    assert heard == [("10.0.0.7", 0), None, ("2001:db8::1", 0), ("10.0.0.1", 5)]

@@ -61,7 +61,7 @@ def test_what_failed_is_found_by_its_id_and_answered_like_every_error(models, he
         def broken(*arguments: object) -> None:
             raise RuntimeError("broken\nINFO forged \x1b[31m line")
 
-        monkeypatch.setattr(server.service.pictures, "look", broken)
+        monkeypatch.setattr(server.service, "answers", broken)
         with PICTURES[0].open("rb") as file:
             answer = server.http.post("/caption", files={"image": file})
         assert server.metric("blip2_request_seconds_count", route="/caption", status="500") == 1

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2.serve.doorman import HEADERS, REFUSED
 from blip2.serve.errors import ApiError
-from blip2.serve.hosts import ANY, Door, Hosts
+from blip2.serve.hosts import ANY, Door, Hosts, is_address
 from blip2.serve.routes import Routes
 
 EXPOSED = b"x-request-id, x-blip2-replica, x-blip2-forgotten-turns, retry-after"
@@ -20,7 +20,7 @@ HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,2000}")
 POLICY = b"cross-origin-resource-policy"
 
 
-class Front:
+class Gate:
     """ASGI middleware around the `Doorman`, which says what is refused here."""
 
     def __init__(self, app: ASGIApp, *, door: Door, routes: Routes, has_keys: bool) -> None:
@@ -35,6 +35,7 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _name_client(scope)
         is_folder_missing = self._take_off_root_path(scope)
         origin = self._allowed_origin(scope)
         if self._has_origins:
@@ -113,6 +114,16 @@ class Front:
             if asked.get(b"access-control-request-private-network") == b"true":
                 response.raw_headers.append((b"access-control-allow-private-network", b"true"))
         return response
+
+
+def _name_client(scope: Scope) -> None:
+    """At a Unix socket there is no address but what the proxy adds: the last of X-Forwarded-For, which no client of
+    its can write."""
+    if scope.get("client") is None:
+        given = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        address = given[-1].decode("latin-1").rpartition(",")[2].strip() if given else ""
+        if is_address(address):
+            scope["client"] = (address, 0)
 
 
 def _plain(status: int, **headers: str) -> Response:
