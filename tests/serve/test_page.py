@@ -20,7 +20,7 @@ import pytest
 
 from blip2.serve.hosts import Door
 from blip2.serve.limits import Limits
-from tests.serve.conftest import PICTURES, Running, eventually, serving, slowed
+from tests.serve.conftest import PICTURES, Running, eventually, serving, slowed, user
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the page")
 expect = sync_api.expect
@@ -530,3 +530,67 @@ def test_a_key_is_asked_for_only_where_it_is_needed(opened, models) -> None:
         expect(page.locator("#models")).to_contain_text("compares")
         expect(field).to_be_hidden()
         assert page.evaluate("localStorage.length") == 0
+
+
+ELSEWHERE = """async ([url, headers, body]) => {
+    try {
+        const response = await fetch(url, { method: "POST", headers, body });
+        return [response.status, response.headers.get("x-request-id"), (await response.text()).slice(-16)];
+    } catch (error) {
+        return String(error);
+    }
+}"""
+"""A page of another site asks; what it can read of the answer."""
+
+
+@contextmanager
+def another_site() -> Iterator[str]:
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<link rel=icon href=data:,><p>another site</p>")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        yield f"http://localhost:{site.server_port}"
+        site.shutdown()
+
+
+def test_a_page_of_another_site(opened, models) -> None:
+    opened.allowed = re.compile("CORS policy|Failed to load resource")
+    page = opened.page
+    body = json.dumps({"messages": [user("", PICTURES[0])], "stream": True})
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json", "X-Stainless-OS": "Linux"}
+    with another_site() as elsewhere:
+        page.goto(elsewhere)
+        with serving(lambda: models, keys=["secret"], door=Door(cors_origins=(elsewhere,))) as server:
+            url = f"{server.url}/v1/chat/completions"
+            status, name, end = page.evaluate(ELSEWHERE, [url, headers, body])
+            assert status == 200 and end.endswith("data: [DONE]\n\n")
+            assert re.fullmatch("[0-9a-f]{16}", name)
+            assert page.evaluate(ELSEWHERE, [url, headers | {"Authorization": "Bearer no"}, body])[0] == 401
+        with serving(lambda: models) as server:
+            url = f"{server.url}/v1/chat/completions"
+            assert "Failed to fetch" in page.evaluate(ELSEWHERE, [url, headers, body])
+            # What needs no permission is sent, and refused there.
+            assert "Failed to fetch" in page.evaluate(ELSEWHERE, [url, {"Content-Type": "text/plain"}, body])
+            assert server.metric("blip2_requests_rejected_total", reason="cross_site") == 1
+            assert server.metric("blip2_request_seconds_count", status="200", route="/v1/chat/completions") == 0
+
+
+def test_a_name_that_is_made_to_point_here(browser, models) -> None:
+    """DNS rebinding: to the browser, the page of evil.example and this server are one site."""
+    with serving(lambda: models, door=Door(allow_hosts=())) as server:
+        rules = "--host-resolver-rules=MAP evil.example 127.0.0.1"
+        with browser.browser_type.launch(executable_path=CHROMIUM, args=["--no-sandbox", rules]) as rebound:
+            page = rebound.new_page()
+            answer = page.goto(f"http://evil.example:{server.url.rpartition(':')[2]}/")
+            assert answer.status == 421 and "--allow-host evil.example" in page.inner_text("body")
+            assert (
+                page.evaluate("fetch('caption', { method: 'POST', body: '{}' }).then((answer) => answer.status)") == 421
+            )
