@@ -6,13 +6,14 @@ Each request has a name, its ``x-request-id``; every line that its work writes b
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import re
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TextIO
@@ -140,6 +141,8 @@ def _plain(text: str) -> str:
     shown = text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."
     if shown.isprintable():
         return shown
+    if shown.isprintable():
+        return shown
     return "".join(each if each.isprintable() else each.encode("unicode_escape", "replace").decode() for each in shown)
 
 
@@ -147,10 +150,10 @@ class Aside(logging.Handler):
     """Writes in a thread of its own, so that a pipe that nobody reads does not stop the server; what cannot be
     written meanwhile is dropped."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         super().__init__()
         self.setFormatter(Lines())
-        self._stream = stream
+        self._write_out = _writing(stream)
         self._lines: queue.Queue[str | None] = queue.Queue(CAPACITY)
         self._num_dropped = 0
         self._thread = threading.Thread(target=self._write, name="blip2 log", daemon=True)
@@ -170,14 +173,30 @@ class Aside(logging.Handler):
             if dropped:
                 line = f"({dropped} lines are missing here: they could not be written in time)\n{line}"
             with suppress(OSError, ValueError):  # closed, or the disk is full: the server goes on
-                self._stream.write(f"{line}\n")
-                self._stream.flush()
+                self._write_out(f"{line}\n")
 
     def stop(self) -> None:
         """Write what is there, for a second at most. Not `close`, which anybody's `logging.config` calls."""
         with suppress(queue.Full):
             self._lines.put_nowait(None)
             self._thread.join(1)
+
+
+def _writing(stream: TextIO | None) -> Callable[[str], object]:
+    """Past Python's own buffer where there is a file: a thread that waits there keeps the process from ending."""
+    if stream is None:  # standard error was closed before we began
+        return len
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        return stream.write
+
+    def write(text: str) -> None:
+        rest = text.encode("utf-8", "backslashreplace")
+        while rest:
+            rest = rest[os.write(number, rest) :]
+
+    return write
 
 
 @contextmanager
