@@ -123,13 +123,14 @@ class Hosts:
         if all(site in OWN_SITE for site in sites):
             if sites or not origins:  # a browser's word on it, which no page can change; or no browser
                 return None
-            if len(origins) == 1 and _authority(origins[0]) == _authority(host):
+            if len(origins) == 1 and b"://" in origins[0] and _authority(origins[0]) == _authority(host):
                 return None
         origin = _text(origins[0])[:100] if origins else ""
-        known = ORIGIN.fullmatch(origin) is not None
+        whose, named = (f" ({origin})", origin) if ORIGIN.fullmatch(origin) else ("", "ORIGIN")
         return ApiError(
-            403, "cross_site", f"a page of another site{f' ({origin})' if known else ''} may not use this server; "
-            f"whoever runs it may allow that: --cors-origin {origin if known else 'ORIGIN'}",
+            403, "cross_site", f"a page of another site{whose} may not use this server; whoever runs it may allow "
+            f"that: --cors-origin {named}. If it is the server's own page, a reverse proxy has to pass on the header "
+            "Host",
         )  # fmt: skip
 
 

@@ -152,6 +152,7 @@ def test_what_cannot_be_given(wrong) -> None:
         ({"sec_fetch_site": "cross-site"}, 403),
         ({"origin": "http://localhost:3001", "sec_fetch_site": "same-site"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "null", "host": "null"}, 403),
         ({"origin": "http://localhost:8000.evil.example"}, 403),
         ({"origin": "http://evil.example", "x_forwarded_host": "evil.example"}, 403),
         ({"origin": ORIGIN, "sec_fetch_site": "same-site"}, 503),
