@@ -185,7 +185,11 @@ def command(
         if engine == "local":
             with listen(host, port) if uds is None else listen_at(uds) as listener:
                 port = listener.getsockname()[1] if uds is None else 0
-                run(create(load), listener, trusted_proxies=proxies, on_open=lambda: on_open(port))
+                run(
+                    create(load), listener, on_open=lambda: on_open(port), trusted_proxies=proxies,
+                    # Its warnings are of requests that are no HTTP, which on the internet are many.
+                    log_level="warning" if log_level in ("info", "debug") else "error",
+                )  # fmt: skip
             return
         try:
             run_replicas(

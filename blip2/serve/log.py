@@ -208,7 +208,7 @@ def logging_at(level: str, stream: TextIO | None = None) -> Iterator[None]:
     ours, uvicorns = loggers = logging.getLogger("blip2"), logging.getLogger("uvicorn")
     before = [(each.level, each.propagate) for each in loggers]
     ours.setLevel(level.upper())
-    uvicorns.setLevel(logging.WARNING)
+    uvicorns.setLevel(max(logging.WARNING, handler.level))
     for each in loggers:
         each.addHandler(handler)
         each.propagate = False
