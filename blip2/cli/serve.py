@@ -41,10 +41,12 @@ ADDRESS = (
 ENGINE = (
     click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="ray: "
                  "several replicas behind one port, by Ray Serve. Each has its own models (on a GPU of its own, or an "
-                 "equal share of the processors), the limits below for itself, and remembers its own pictures."),
+                 "equal share of the processors), the limits below for itself, and remembers its own pictures; this "
+                 "process has the port, the keys and the page."),
     click.option("--replicas", type=int, help="With --engine ray: how many.  [default: 1]"),
-    click.option("--address", metavar="ADDRESS", help="With --engine ray: of a Ray cluster, whose machines have blip2, "
-                 "the models' files and the same --port.  [default: this machine alone]"),
+    click.option("--address", metavar="ADDRESS", help="With --engine ray: of a Ray cluster that this machine belongs "
+                 "to, whose machines have blip2 and the models' files; the port is opened on this one only.  "
+                 "[default: this machine alone]"),
 )  # fmt: skip
 
 DOOR = (
@@ -136,11 +138,10 @@ def command(
         source = click.get_current_context().get_parameter_source
         if other := next((name for name in ("host", "port") if source(name) is not ParameterSource.DEFAULT), None):
             raise OptionError(f"--uds is instead of an address; leave out --{other}")
-    if engine == "ray" and (uds is not None or proxies):
-        raise OptionError(f"{'--uds' if uds else '--trust-proxy'} is for one server; leave out --engine ray")
     try:
         from blip2.serve.app import create_app
         from blip2.serve.fetch import Fetcher
+        from blip2.serve.front import create_front
         from blip2.serve.hosts import Door, default_hosts, is_loopback
         from blip2.serve.limits import Limits
         from blip2.serve.log import logging_at
@@ -173,28 +174,33 @@ def command(
 
     def create(load: Callable[[], Models], replica: str | None = None) -> Any:
         fetcher = Fetcher(domains=domains, max_bytes=limits.max_body_bytes)
-        return create_app(load, limits=limits, keys=all_keys, door=door, fetcher=fetcher, replica=replica)
+        if replica is not None:  # the front of replicas has the door
+            return create_app(load, limits=limits, fetcher=fetcher, replica=replica)
+        return create_app(load, limits=limits, keys=all_keys, door=door, fetcher=fetcher)
 
-    def on_open(port: int) -> None:
+    def on_open() -> None:
         if uds is not None:
             click.echo(f"listening at {uds} (Ctrl-C stops)")
             return
+        port = listener.getsockname()[1]
         click.echo(f"listening at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops)")
 
-    with logging_at(log_level):
+    def serve(app: Any, on_open: Callable[[], None] = lambda: None) -> None:
+        # Its warnings are of requests that are no HTTP, which on the internet are many.
+        level = "warning" if log_level in ("info", "debug") else "error"
+        run(app, listener, on_open=on_open, trusted_proxies=proxies, log_level=level)
+
+    def serve_front(front: Any) -> None:
+        serve(create_front(front, keys=all_keys, door=door))
+
+    with logging_at(log_level), listen(host, port) if uds is None else listen_at(uds) as listener:
         if engine == "local":
-            with listen(host, port) if uds is None else listen_at(uds) as listener:
-                port = listener.getsockname()[1] if uds is None else 0
-                run(
-                    create(load), listener, on_open=lambda: on_open(port), trusted_proxies=proxies,
-                    # Its warnings are of requests that are no HTTP, which on the internet are many.
-                    log_level="warning" if log_level in ("info", "debug") else "error",
-                )  # fmt: skip
+            serve(create(load), on_open)
             return
         try:
             run_replicas(
-                load, create, limits, replicas=replicas or 1, address=address, host=host, port=port,
-                device=model["device"], on_open=on_open,
+                load, create, serve_front, limits, replicas=replicas or 1, address=address, device=model["device"],
+                on_open=on_open,
             )  # fmt: skip
         except ImportError as error:
             raise Failure(f"--engine ray needs more packages ({error}); {install_line('ray')}") from error

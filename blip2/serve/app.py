@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
@@ -15,12 +15,14 @@ from starlette.types import ASGIApp
 from blip2 import __version__
 from blip2.serve import openai, plain, static
 from blip2.serve.doorman import Doorman
+from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
 from blip2.serve.gate import Gate
 from blip2.serve.handlers import add_handlers
 from blip2.serve.hosts import Door
 from blip2.serve.limits import Limits
 from blip2.serve.log import Failures, RequestLog
+from blip2.serve.metrics import Metrics
 from blip2.serve.routes import Routes
 from blip2.serve.service import Models, Service
 
@@ -41,8 +43,36 @@ def create_app(
     it. ``fetcher``: for pictures at web addresses, which by default are refused. ``replica``: its name, if it is one of
     several; answers and metrics carry it. ``app.state.service`` is its `Service`.
     """
-    limits, door = limits or Limits(), door or Door()
-    service = Service(load, limits, fetcher or Fetcher(), replica)
+    service = Service(load, limits or Limits(), fetcher or Fetcher(), replica)
+    routers = [openai.router(service), plain.router(service)]
+    return application(service, routers, keys=keys, door=door, replica=replica)
+
+
+class Answering(Protocol):
+    """What an application needs of the `Service` behind it."""
+
+    limits: Limits
+    metrics: Metrics
+
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def refusal(self) -> ApiError | None: ...
+
+    async def numbers(self) -> bytes: ...
+
+
+def application(
+    service: Answering,
+    routers: Sequence[APIRouter],
+    *,
+    keys: Sequence[str] = (),
+    door: Door | None = None,
+    replica: str | None = None,
+) -> FastAPI:
+    """The routes that need a model, the page, what operators ask, and all that stands before them."""
+    door = door or Door()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -61,8 +91,8 @@ def create_app(
     )
     app.state.service = service
     add_handlers(app)
-    app.include_router(openai.router(service))
-    app.include_router(plain.router(service))
+    for router in routers:
+        app.include_router(router)
     app.include_router(static.router())
 
     @app.get("/health")
@@ -78,7 +108,7 @@ def create_app(
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await service.numbers(), media_type=CONTENT_TYPE_LATEST)
 
     app.user_middleware.append(
         Middleware(
@@ -86,7 +116,7 @@ def create_app(
             door=door,
             routes=routes_of(app),
             keys=keys,
-            limits=limits,
+            limits=service.limits,
             metrics=service.metrics,
             refusal=service.refusal,
             replica=replica,

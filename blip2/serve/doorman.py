@@ -124,7 +124,7 @@ class Doorman:
             body = await self._body(scope, receive)
             if body is None:
                 return  # nobody is there any more
-            scope[END] = time.monotonic() + self._limits.deadline_s
+            scope.setdefault(END, time.monotonic() + self._limits.deadline_s)  # or as the front of replicas says
             await self._app(scope, _again(body, receive), send)
         finally:
             self._num_guests -= 1

@@ -20,7 +20,7 @@ from typing import TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2.serve.errors import as_api_error
+from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.routes import Routes
 
 ID = "blip2.id"
@@ -104,6 +104,8 @@ class Failures:
 
         try:
             await self._app(scope, receive, noted_send)
+        except ApiError:  # the doorman sends it
+            raise
         except Exception as error:
             if has_begun or scope["type"] != "http":
                 raise

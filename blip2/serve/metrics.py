@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -58,17 +58,30 @@ class Metrics:
 
         self.registry.register(FromCaches())
 
+    def families(self) -> list[Metric]:
+        families = list(self.registry.collect())
+        if self._replica is not None:
+            for family in families:
+                family.samples = [
+                    each._replace(labels={**each.labels, "replica": self._replica}) for each in family.samples
+                ]
+        return families
+
     def text(self) -> bytes:
-        return generate_latest(self.registry if self._replica is None else _Labelled(self.registry, self._replica))
+        return text_of(self.families())
 
 
-class _Labelled(Collector):
-    def __init__(self, registry: CollectorRegistry, replica: str) -> None:
-        self._registry = registry
-        self._replica = replica
+def text_of(families: Iterable[Metric]) -> bytes:
+    """In Prometheus' format, where each name stands once, with the samples of all servers."""
+    found: dict[str, Metric] = {}
+    for family in families:
+        if family.name in found:
+            found[family.name].samples += family.samples
+        else:
+            found[family.name] = family
 
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            samples = metric.samples
-            metric.samples = [each._replace(labels={**each.labels, "replica": self._replica}) for each in samples]
-            yield metric
+    class Found(Collector):
+        def collect(self) -> Iterable[Metric]:
+            return found.values()
+
+    return generate_latest(Found())

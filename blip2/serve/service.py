@@ -118,6 +118,10 @@ class Service:
             raise self._no_matcher()
         return self.worker.features
 
+    async def numbers(self) -> bytes:
+        """For /metrics."""
+        return self.metrics.text()
+
     # ---- answers ----
 
     async def answers(self, ticket: Ticket) -> list[Hypothesis]:
