@@ -44,13 +44,18 @@ DOOR = (
 
 LIMITS = (
     click.option("--max-body-bytes", type=int, help="Bytes of a request.  [default: 20 MiB]"),
+    click.option("--max-flight-bytes", type=int, help="Bytes of all requests that are being sent, or are sent and "
+                 "still needed.  [default: 16 times --max-body-bytes]"),
     click.option("--max-pixels", type=int, help="Pixels of a picture.  [default: 250 million]"),
     click.option("--max-images", type=int, help="Pictures in a request.  [default: 32]"),
     click.option("--max-texts", type=int, help="Texts to match or embed in a request.  [default: 256]"),
     click.option("--max-prompt-tokens", type=int, help="Tokens of a question, with what was said before.  "
                  "[default: 2048]"),
     click.option("--max-new-tokens", type=int, help="Tokens that a request may ask for.  [default: 512]"),
-    click.option("--max-queue", type=int, help="Requests in work and waiting; others get 429.  [default: 128]"),
+    click.option("--max-queue", type=int, help="Requests in work and waiting; others get 429. One client (a key, or "
+                 "an address) has three quarters of them at most.  [default: 128]"),
+    click.option("--max-connections", type=int, help="At one more, a connection that does nothing is closed.  "
+                 "[default: 1024]"),
     click.option("--max-rows", type=int, help="Answers written at a time; each beam is one.  [default: 64]"),
     click.option("--deadline", "deadline_s", type=float, help="Seconds for an answer, then 504.  [default: 120]"),
     click.option("--body-timeout", "body_s", type=float, help="Seconds for a request to arrive.  [default: 30]"),
@@ -126,7 +131,7 @@ def command(
 
     if engine == "local":
         listener = listen(host, port)
-        run(create(load), listener, on_open=lambda: on_open(listener.getsockname()[1]))
+        run(create(load), listener, on_open=lambda: on_open(listener.getsockname()[1]), ends_process=True)
         return
     try:
         run_replicas(

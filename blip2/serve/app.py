@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
@@ -15,6 +16,7 @@ from blip2.serve import openai, plain, static
 from blip2.serve.doorman import Doorman
 from blip2.serve.fetch import Fetcher
 from blip2.serve.handlers import add_handlers
+from blip2.serve.house import STATE
 from blip2.serve.limits import Limits
 from blip2.serve.service import Models, Service
 
@@ -37,9 +39,9 @@ def create_app(
     service = Service(load, limits, fetcher or Fetcher(), replica)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, Any], None]:
         service.start()
-        yield
+        yield {STATE: service.house}
         await service.stop()
 
     app = FastAPI(
@@ -57,9 +59,11 @@ def create_app(
     app.include_router(static.router())
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether the server is there at all."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """Whether the server is there at all, also while the model is loading; 503 if it has to be started anew."""
+        if service.death is not None and (refusal := service.refusal()) is not None:
+            return refusal.response()
+        return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -81,6 +85,8 @@ def create_app(
             refusal=service.refusal,
             routes=routes,
             replica=replica,
+            places=service.places,
+            bodies=service.bodies,
         )
     )
     return app
