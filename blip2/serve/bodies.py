@@ -31,10 +31,9 @@ class Body:
     async def receive(self, scope: Scope, receive: Receive, limits: Limits) -> bool:
         """False: the client has hung up. Raises ApiError if it is too large, too slow, or has to give way."""
         limit = limits.max_body_bytes
-        too_large = ApiError(413, "body_too_large", f"the request is larger than {limit:,} bytes; send less at a time")
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-            raise too_large
+            raise _too_large(limit)
         began_s = asyncio.get_running_loop().time()
         content = bytearray()
         try:
@@ -50,7 +49,7 @@ class Body:
                         return False
                     piece = message.get("body", b"")
                     if len(content) + len(piece) > limit:
-                        raise too_large
+                        raise _too_large(limit)
                     self._bodies.add(self, len(piece))
                     content += piece
                     is_over = not message.get("more_body", False)
@@ -158,3 +157,7 @@ class Bodies:
         self._num_bytes_of[body.client] += num_bytes
         if not self._num_bytes_of[body.client]:
             del self._num_bytes_of[body.client]
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, "body_too_large", f"the request is larger than {limit:,} bytes; send less at a time")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -15,7 +16,7 @@ MAX_HEAD_BYTES = 2**16
 """Received without a request, or a part of its body, coming of it: a head, trailers, the frames of chunks."""
 MAX_HEADERS = 200
 """Of a request, trailers included: each takes far more memory than bytes on the line."""
-MAX_PIPELINED = 16
+MAX_PIPELINED = 8
 """Requests sent on one connection before the first of them is answered."""
 MIN_READ_BYTES = 4096
 """So many bytes of a waiting answer have to be taken in ``stall_s``."""
@@ -71,6 +72,13 @@ class Connection(HttpToolsProtocol):
         self._head_timer = None
         super().on_headers_complete()
         self._unanswered = *(each for each in self._unanswered if not each.response_complete), self.cycle
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        def begin() -> None:
+            if not cycle.disconnected:
+                super(Connection, self)._start_asgi_task(cycle, app)
+
+        self._house.starts.add(self.loop, begin, is_later=cycle in self._unanswered)
 
     def on_body(self, body: bytes) -> None:
         self._num_fruitless = 0
