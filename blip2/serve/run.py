@@ -29,8 +29,10 @@ except ImportError:  # Windows has no such limit
 
 SPARE_DESCRIPTORS = 256
 """For all that is no connection: the models' files, pictures from the web, processes that decode."""
-BACKLOG = 512
-"""Connections that wait to be accepted. All of them may be, before the first of them is looked at."""
+BACKLOG = 2048
+"""Connections that wait to be accepted: where there is no room for them, a client tries again after a second."""
+ACCEPTED_PER_TURN = 32
+"""By asyncio. Each has a descriptor for some turns before it is looked at; those are among the spare ones."""
 END_S, FORCED_END_S = 0.5, 1.5
 """After the time for a stop: for whoever waits to hear of it; and until the process ends, whatever still runs."""
 DEATH_S = 2.0
@@ -55,23 +57,25 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def connections_and_backlog(wanted: int) -> tuple[int, int]:
-    """How many connections there can be at a time, and how many can wait to become one; both 1 or more.
+def affordable(max_connections: int) -> tuple[int, int]:
+    """How many connections there can be, of so many wanted, and how many are accepted in one turn.
 
-    The limit of descriptors is raised as far as that is needed and allowed. Half of it, at most, is kept free.
+    The limit of descriptors is raised as far as needed and allowed. If it stays too low, half of them are spare.
     """
+    needed = max_connections + SPARE_DESCRIPTORS
     if resource is None:
-        return wanted, BACKLOG
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + BACKLOG + SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        return max_connections, ACCEPTED_PER_TURN
+    soft, hard = (
+        needed if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    if soft < needed and soft < hard:
         with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            soft = min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return wanted, BACKLOG
-    return max(min(wanted, soft // 2), 1), max(min(BACKLOG, soft // 4), 1)
+    if soft >= needed:
+        return max_connections, ACCEPTED_PER_TURN
+    return max(min(max_connections, soft // 2), 1), max(min(ACCEPTED_PER_TURN, soft // 16), 1)
 
 
 def run(
@@ -90,7 +94,7 @@ def run(
     Raises what kept the model from being loaded; SystemExit if the model's thread has died.
     """
     service: Service = app.state.service
-    service.house.max_connections, backlog = connections_and_backlog(service.limits.max_connections)
+    service.house.max_connections, num_accepted = affordable(service.limits.max_connections)
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -98,7 +102,7 @@ def run(
         log_level=log_level,
         access_log=False,
         server_header=False,
-        backlog=backlog,
+        backlog=num_accepted,
     )
     server = Server(config, service)
     # The event loop that uvicorn would choose: uvloop where it is installed.
@@ -167,6 +171,8 @@ async def _serve(server: Server, listener: socket.socket, service: Service, on_o
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     if server.started:
+        with suppress(OSError):
+            listener.listen(BACKLOG)
         on_open()
     while not serving.done():
         if service.load_error is not None:
