@@ -102,7 +102,7 @@ class Doorman:
                 await noted_send({"type": "http.response.body", "body": event, "more_body": False})
             elif status != 499:
                 pass  # half of an answer is there: the connection ends, and nobody takes it for a whole one
-            elif scope["method"] == "POST" and END not in scope:
+            elif scope["method"] == "POST" and END not in scope and error.code != "stopping":
                 response.headers["connection"] = "close"  # what was to come of the request is not waited for
                 lingers = True
                 await response(scope, receive, _unfinished(noted_send))

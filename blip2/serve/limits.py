@@ -62,7 +62,6 @@ class Limits:
         return 16 * self.max_body_bytes if self.max_flight_bytes is None else self.max_flight_bytes
 
 
-
 def share_of(number: int) -> int:
     """How many of so many one client may have: three quarters, so that something is left for others; of one, one."""
     return number - number // 4

@@ -73,6 +73,8 @@ class Service:
             models = self._load()
             self._worker = Worker(models.pipeline, models.matcher, self.limits, self.metrics)
         except BaseException as error:  # told by /ready, and by whoever runs the server
+            if self.is_stopping:  # a process that ends takes from it what it needs
+                return
             self.load_error = error
             logger.error("the model cannot be loaded: %s", error)
 
@@ -152,6 +154,11 @@ class Service:
             raise ApiError(503, "model_stopped", str(error)) from error
         finally:
             worker.cancel(ticket)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody wants its answers any more; also after the end."""
+        if self._worker is not None:
+            self._worker.cancel(ticket)
 
     async def compute(self, function: Callable[[], Value]) -> Value:
         """What a function gives on the models' thread."""
