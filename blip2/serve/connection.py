@@ -10,7 +10,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from blip2.serve.errors import ApiError
-from blip2.serve.house import STATE, House, Standing, origin_of
+from blip2.serve.house import STATE, House, Lane, Standing, origin_of
 
 MAX_HEAD_BYTES = 2**16
 """Received without a request, or a part of its body, coming of it: a head, trailers, the frames of chunks."""
@@ -18,6 +18,7 @@ MAX_HEADERS = 200
 """Of a request, trailers included: each takes far more memory than bytes on the line."""
 MAX_PIPELINED = 8
 """Requests sent on one connection before the first of them is answered."""
+WATCHED = ("/health", "/ready")
 MIN_READ_BYTES = 4096
 """So many bytes of a waiting answer have to be taken in ``stall_s``."""
 
@@ -32,6 +33,7 @@ class Connection(HttpToolsProtocol):
     stall_s = 20.0
 
     _num_fruitless = 0
+    _is_begun = False
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _num_unread = 0
@@ -76,9 +78,12 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         def begin() -> None:
             if not cycle.disconnected:
+                self._is_begun = True
                 super(Connection, self)._start_asgi_task(cycle, app)
 
-        self._house.starts.add(self.loop, begin, is_later=cycle in self._unanswered)
+        self._is_begun = False
+        lane = Lane.EXPRESS if cycle.scope["path"].endswith(WATCHED) else Lane.FRESH
+        self._house.starts.add(self.loop, begin, Lane.AHEAD if cycle in self._unanswered else lane)
 
     def on_body(self, body: bytes) -> None:
         self._num_fruitless = 0
@@ -108,10 +113,8 @@ class Connection(HttpToolsProtocol):
         waiting = [cycle for cycle in self._unanswered if not cycle.response_complete]
         if self.flow.write_paused or (not waiting and self.transport.get_write_buffer_size()):
             return Standing.UNREAD
-        if any(not cycle.more_body for cycle in waiting):
-            return Standing.WORK
-        if waiting:
-            return Standing.BODY
+        if waiting:  # they are answered one after the other
+            return Standing.WORK if self._is_begun and not waiting[0].more_body else Standing.BODY
         return Standing.IDLE if self._head_timer is None else Standing.SILENT
 
     def give_way(self) -> None:

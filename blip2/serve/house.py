@@ -13,8 +13,11 @@ from typing import Any, Protocol
 STATE = "blip2.house"
 """Where the state of the application's lifespan has the house, so that each connection finds it."""
 MAX_CONNECTIONS = 1024
-STARTS_PER_TURN = 16
-"""Requests that are begun in one turn of the event loop, so that no turn takes long, however many have come."""
+STARTS_PER_TURN = 2
+"""Requests that are begun in one turn of the event loop, so that no turn takes long, however many have come: uvloop
+accepts one connection a turn."""
+YOUNG_S = 1.0
+"""So long a connection that says nothing yet is taken for one whose request is on its way."""
 LOCAL = "local"
 """The origin of whoever comes without an address: through a Unix socket."""
 
@@ -27,7 +30,7 @@ class Standing(IntEnum):
     IDLE = 1
     """All that came is answered."""
     BODY = 2
-    """A head is there, its body is not."""
+    """A head is there, its body is not, or nobody has looked at it yet."""
     UNREAD = 3
     """An answer waits to be read."""
     WORK = 4
@@ -66,9 +69,12 @@ class House:
 
     def enter(self, guest: Guest) -> None:
         """A newcomer is always let in."""
+        now_s = guest.since_s
         if len(self._guests) < self.max_connections:
             self._next.clear()
-        elif (least := self._least()) is not None:
+        while len(self._guests) >= self.max_connections and (least := self._least(now_s)) is not None:
+            if _is_young(least, now_s) and len(self._guests) < self.max_connections * 5 // 4:
+                break  # everybody is at work, or has just come
             del self._guests[least]
             self.refuse("connection_gave_way")
             least.give_way()
@@ -80,57 +86,75 @@ class House:
     def count(self) -> Counter[Standing]:
         return Counter(guest.standing for guest in self._guests)
 
-    def _least(self) -> Guest | None:
+    def _least(self, now_s: float) -> Guest | None:
         """Of the origin that has most connections at which nothing is worked: the one that does least, for longest.
 
         So a crowd from one address costs nobody else a connection. None if all are being worked for.
         """
         while True:
             while self._next:
-                standing, since_s, guest = self._next.pop()
+                standing, since_s, guest = self._next[-1]
                 if guest in self._guests and (guest.standing, guest.since_s) == (standing, since_s):
                     return guest
+                self._next.pop()
             found = [(guest.standing, guest.since_s, guest) for guest in self._guests]
             found = [each for each in found if each[0] != Standing.WORK]
-            crowd = Counter(guest.origin for _, _, guest in found)
-            found.sort(key=lambda each: (-crowd[each[2].origin], *each[:2]))
-            # To look at all of them takes milliseconds, and there may be hundreds of newcomers at a time.
-            self._next = found[: max(self.max_connections // 32, 1)][::-1]
             if not found:
                 return None
+            crowd = Counter(guest.origin for _, _, guest in found)
+
+            ranked = sorted(
+                (-crowd[guest.origin], Standing.BODY if _is_young(guest, now_s) else standing, since_s, place)
+                for place, (standing, since_s, guest) in enumerate(found)
+            )
+            # To look at all of them takes milliseconds, and there may be hundreds of newcomers at a time.
+            self._next = [found[place] for *_, place in ranked[: max(self.max_connections // 32, 1)]][::-1]
+
+
+def _is_young(guest: Guest, now_s: float) -> bool:
+    return guest.standing == Standing.SILENT and now_s - guest.since_s < YOUNG_S
+
+
+class Lane(IntEnum):
+    """Which requests are begun first, when many wait for that."""
+
+    EXPRESS = 0
+    """Of those who watch the server."""
+    FRESH = 1
+    """It came when its connection had no other."""
+    AHEAD = 2
+    """It was sent before an earlier one was answered."""
 
 
 class Starts:
-    """Begins the work on requests, a few in each turn of the event loop.
-
-    A request that came when its connection had no other goes before those that were sent ahead of their turn.
-    """
+    """Begins the work on requests, a few in each turn of the event loop."""
 
     def __init__(self) -> None:
-        self._first: deque[Callable[[], None]] = deque()
-        self._later: deque[Callable[[], None]] = deque()
+        self._waiting: dict[Lane, deque[Callable[[], None]]] = {lane: deque() for lane in Lane}
         self._num_begun = 0
         self._has_turn = False
 
-    def add(self, loop: asyncio.AbstractEventLoop, begin: Callable[[], None], *, is_later: bool) -> None:
-        if self._num_begun < STARTS_PER_TURN and not self._first and not (is_later and self._later):
-            self._num_begun += 1
-            begin()
-        else:
-            (self._later if is_later else self._first).append(begin)
+    def add(self, loop: asyncio.AbstractEventLoop, begin: Callable[[], None], lane: Lane) -> None:
+        self._waiting[lane].append(begin)
+        self._begin()
         if not self._has_turn:
             self._has_turn = True
             loop.call_soon(self._turn, loop)
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._num_begun = 0
-        while (self._first or self._later) and self._num_begun < STARTS_PER_TURN:
-            self._num_begun += 1
-            is_last = self._num_begun == STARTS_PER_TURN  # of each turn one, so that nobody waits for ever
-            (self._later if self._later and (is_last or not self._first) else self._first).popleft()()
+        self._begin()
         self._has_turn = self._num_begun > 0
         if self._has_turn:
             loop.call_soon(self._turn, loop)
+
+    def _begin(self) -> None:
+        while self._num_begun < STARTS_PER_TURN and (lane := self._next()) is not None:
+            self._num_begun += 1
+            lane.popleft()()
+
+    def _next(self) -> deque[Callable[[], None]] | None:
+        return next((waiting for waiting in self._waiting.values() if waiting), None)
 
 
 @lru_cache(1024)
