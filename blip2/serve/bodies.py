@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 
 from starlette.types import Message, Receive, Scope
@@ -35,6 +36,7 @@ class Body:
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
             raise _too_large(limit)
         began_s = asyncio.get_running_loop().time()
+        grace_s = GRACE_S * random.uniform(1, 1.2)  # those that stall together do not end together
         content = bytearray()
         try:
             async with asyncio.timeout(None) as self._timer:
@@ -42,7 +44,7 @@ class Body:
                 while not is_over:
                     if self._refusal is not None:
                         raise self._refusal
-                    slow_s = GRACE_S + len(content) / MIN_BYTES_PER_S
+                    slow_s = grace_s + len(content) / MIN_BYTES_PER_S
                     self._timer.reschedule(began_s + min(limits.body_s, slow_s))
                     message = await receive()
                     if message["type"] == "http.disconnect":

@@ -34,6 +34,7 @@ class Connection(HttpToolsProtocol):
 
     _num_fruitless = 0
     _is_begun = False
+    _is_lost = False
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _num_unread = 0
@@ -95,12 +96,20 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._house.leave(self)
+        self._is_lost = True
         _cancel(self._head_timer)
         _cancel(self._stall_timer)
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
         for cycle in self._unanswered:  # uvicorn tells the last of several only, so that others would be written on
             cycle.disconnected = not cycle.response_complete
             cycle.message_event.set()
+        # Nothing is left that refers to itself, and would stay until Python looks for such things.
+        for cycle, _ in self.pipeline:
+            cycle.on_response = lambda: None
+        self.pipeline.clear()
+        self._unanswered = ()
+        self.cycle = None  # type: ignore[assignment]
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
@@ -159,7 +168,7 @@ class Connection(HttpToolsProtocol):
 
     def _expect_reading(self) -> None:
         """What waits to be read has to become less, else the connection would stay for ever, closed or not."""
-        if self._stall_timer is None:
+        if self._stall_timer is None and not self._is_lost:
             self._num_unread = self.transport.get_write_buffer_size()
             self._stall_timer = self.loop.call_later(self.stall_s, self._check_reading)
 

@@ -67,6 +67,9 @@ class House:
         self._next: list[tuple[Standing, float, Guest]] = []
         """Those that give way next, the first of them last, as far as they still do what they did."""
 
+    def __len__(self) -> int:
+        return len(self._guests)
+
     def enter(self, guest: Guest) -> None:
         """A newcomer is always let in."""
         now_s = guest.since_s

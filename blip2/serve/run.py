@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from blip2.checkpoint.reader import give_back_memory
 from blip2.errors import OptionError
 from blip2.serve.connection import Connection
 from blip2.serve.house import MAX_CONNECTIONS as MAX_CONNECTIONS
@@ -35,6 +36,8 @@ ACCEPTED_PER_TURN = 32
 """By asyncio. Each has a descriptor for some turns before it is looked at; those are among the spare ones."""
 END_S, FORCED_END_S = 0.5, 1.5
 """After the time for a stop: for whoever waits to hear of it; and until the process ends, whatever still runs."""
+MANY_CONNECTIONS = 100
+"""When so many have come and gone, the memory that they took goes back to the system."""
 DEATH_S = 2.0
 """So long a server without a model answers those who are still asking."""
 EX_DEAD_MODEL = 70
@@ -174,7 +177,12 @@ async def _serve(server: Server, listener: socket.socket, service: Service, on_o
         with suppress(OSError):
             listener.listen(BACKLOG)
         on_open()
+    peak = 0
     while not serving.done():
+        peak = max(peak, len(service.house))
+        if peak > MANY_CONNECTIONS and len(service.house) < peak // 4:
+            peak = 0
+            await asyncio.to_thread(give_back_memory)
         if service.load_error is not None:
             server.end(DEATH_S, EX_FORCED)
         if service.death is not None:  # those who wait have been told, and are being answered
