@@ -10,14 +10,19 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp
 
 from blip2 import __version__
 from blip2.serve import openai, plain, static
 from blip2.serve.doorman import Doorman
 from blip2.serve.fetch import Fetcher
+from blip2.serve.gate import Gate
 from blip2.serve.handlers import add_handlers
+from blip2.serve.hosts import Door
 from blip2.serve.house import STATE
 from blip2.serve.limits import Limits
+from blip2.serve.log import Failures, RequestLog
+from blip2.serve.routes import Routes
 from blip2.serve.service import Models, Service
 
 
@@ -26,16 +31,18 @@ def create_app(
     *,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
+    door: Door | None = None,
     fetcher: Fetcher | None = None,
     replica: str | None = None,
 ) -> FastAPI:
     """An ASGI application. ``load`` is called in a thread when it starts.
 
-    ``keys``: whoever has none of them is sent away; without any, everybody is let in. ``fetcher``: for pictures at
-    web addresses, which by default are refused. ``replica``: its name, if it is one of several; answers and metrics
-    carry it. ``app.state.service`` is its `Service`.
+    ``keys``: whoever has none of them is sent away; without any, everybody is let in. ``door``: the names that it
+    answers under (by default any), web pages of other sites that may use it (none), and the path where a proxy shows
+    it. ``fetcher``: for pictures at web addresses, which by default are refused. ``replica``: its name, if it is one of
+    several; answers and metrics carry it. ``app.state.service`` is its `Service`.
     """
-    limits = limits or Limits()
+    limits, door = limits or Limits(), door or Door()
     service = Service(load, limits, fetcher or Fetcher(), replica)
 
     @asynccontextmanager
@@ -50,6 +57,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        servers=[{"url": door.root_path}] if door.root_path else None,
         redirect_slashes=False,  # behind a proxy it would send clients, and their keys, to the wrong scheme and host
     )
     app.state.service = service
@@ -75,18 +83,30 @@ def create_app(
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    routes = [path for path in app.openapi()["paths"] if "{" not in path]
     app.user_middleware.append(
         Middleware(
-            Doorman,
+            guarded,
+            door=door,
+            routes=routes_of(app),
+            keys=keys,
             limits=limits,
             metrics=service.metrics,
-            keys=keys,
             refusal=service.refusal,
-            routes=routes,
             replica=replica,
             places=service.places,
             bodies=service.bodies,
         )
     )
     return app
+
+
+def routes_of(app: FastAPI) -> Routes:
+    """All that an application answers to."""
+    return Routes({**app.openapi()["paths"], **static.PATHS, "/openapi.json": ["get"]})
+
+
+def guarded(app: ASGIApp, /, *, door: Door, routes: Routes, keys: Sequence[str], **of_doorman: Any) -> ASGIApp:
+    """An application behind all that a request has to pass, from the outside in: its line in the log, the names and
+    pages that are let in, the `Doorman` with the keys and the queue, and the answer to what nobody expected."""
+    doorman = Doorman(Failures(app), keys=keys, routes=routes.fixed, **of_doorman)
+    return RequestLog(Gate(doorman, door=door, routes=routes, has_keys=bool(keys)), routes=routes)

@@ -31,6 +31,8 @@ CLIENT = "blip2.client"
 address."""
 LET_GO = "blip2.let_go"
 """Where the scope has what a route calls (without arguments) when it needs the body no longer."""
+REFUSED = "blip2.refused"
+"""Where the scope has the `ApiError` of a request that was refused before it came here; it is sent away from here."""
 LINGER_S, SILENCE_S = 5.0, 0.5
 """So long is the rest of a refused request still taken, as long as it keeps coming."""
 HEADERS = (
@@ -116,6 +118,8 @@ class Doorman:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (refused := scope.get(REFUSED)) is not None:
+            raise refused
         is_open = scope["path"] in OPEN_PATHS or (scope["method"] == "GET" and scope["path"].startswith(OPEN_FOLDER))
         key = self._key(scope) if self._keys else None
         if self._keys and not is_open and key is None:

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -44,6 +44,7 @@ EX_DEAD_MODEL = 70
 """The exit code when the model's thread has died: whoever watches the process may start it anew."""
 EX_FORCED = 1
 """The exit code when something kept the process from ending in time."""
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -87,12 +88,15 @@ def run(
     *,
     on_open: Callable[[], Any] = lambda: None,
     log_level: str = "warning",
+    trusted_proxies: Sequence[str] = (),
     ends_process: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT, and then finish what is running (`Limits.shutdown_s`).
 
-    A second SIGINT ends the process at once. ``on_open`` is called once connections are taken. ``ends_process``: the
-    process is to end when this is over, and is made to if something holds it up after a stop signal.
+    A second SIGINT ends the process at once. ``on_open`` is called once connections are taken. ``trusted_proxies``:
+    addresses and networks, besides this machine's own, whose X-Forwarded-For is believed. What is logged goes where
+    `logging` was told to send it. ``ends_process``: the process is to end when this is over, and is made to if
+    something holds it up after a stop signal.
 
     Raises what kept the model from being loaded; SystemExit if the model's thread has died.
     """
@@ -100,9 +104,11 @@ def run(
     service.house.max_connections, num_accepted = affordable(service.limits.max_connections)
     config = uvicorn.Config(
         app,
+        forwarded_allow_ips=[*LOOPBACK, *trusted_proxies],
         http=Connection,
         ws="none",
         log_level=log_level,
+        log_config=None,
         access_log=False,
         server_header=False,
         backlog=num_accepted,

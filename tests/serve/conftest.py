@@ -62,10 +62,15 @@ class Running:
 
 @contextmanager
 def serving(
-    load: Callable[[], Models], *, waits: bool = True, http: type[Connection] = Connection, **options: Any
+    load: Callable[[], Models],
+    *,
+    waits: bool = True,
+    port: int = 0,
+    http: type[Connection] = Connection,
+    **options: Any,
 ) -> Iterator[Running]:
     app = create_app(load, **options)
-    listener = listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
