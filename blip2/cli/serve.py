@@ -73,13 +73,18 @@ LOG = (
 
 LIMITS = (
     click.option("--max-body-bytes", type=int, help="Bytes of a request.  [default: 20 MiB]"),
+    click.option("--max-flight-bytes", type=int, help="Bytes of all requests that are being sent, or are sent and "
+                 "still needed.  [default: 16 times --max-body-bytes]"),
     click.option("--max-pixels", type=int, help="Pixels of a picture.  [default: 250 million]"),
     click.option("--max-images", type=int, help="Pictures in a request.  [default: 32]"),
     click.option("--max-texts", type=int, help="Texts to match or embed in a request.  [default: 256]"),
     click.option("--max-prompt-tokens", type=int, help="Tokens of a question, with what was said before.  "
                  "[default: 2048]"),
     click.option("--max-new-tokens", type=int, help="Tokens that a request may ask for.  [default: 512]"),
-    click.option("--max-queue", type=int, help="Requests in work and waiting; others get 429.  [default: 128]"),
+    click.option("--max-queue", type=int, help="Requests in work and waiting; others get 429. One client (a key, or "
+                 "an address) has three quarters of them at most.  [default: 128]"),
+    click.option("--max-connections", type=int, help="At one more, a connection that does nothing is closed.  "
+                 "[default: 1024]"),
     click.option("--max-rows", type=int, help="Answers written at a time; each beam is one.  [default: 64]"),
     click.option("--deadline", "deadline_s", type=float, help="Seconds for an answer, then 504.  [default: 120]"),
     click.option("--body-timeout", "body_s", type=float, help="Seconds for a request to arrive.  [default: 30]"),
@@ -185,17 +190,19 @@ def command(
         port = listener.getsockname()[1]
         click.echo(f"listening at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops)")
 
-    def serve(app: Any, on_open: Callable[[], None] = lambda: None) -> None:
+    def serve(app: Any, on_open: Callable[[], None] = lambda: None, ends_process: bool = False) -> None:
         # Its warnings are of requests that are no HTTP, which on the internet are many.
         level = "warning" if log_level in ("info", "debug") else "error"
-        run(app, listener, on_open=on_open, trusted_proxies=proxies, log_level=level)
+        run(
+            app, listener, on_open=on_open, trusted_proxies=proxies, log_level=level, ends_process=ends_process
+        )  # fmt: skip
 
     def serve_front(front: Any) -> None:
         serve(create_front(front, keys=all_keys, door=door))
 
     with logging_at(log_level), listen(host, port) if uds is None else listen_at(uds) as listener:
         if engine == "local":
-            serve(create(load), on_open)
+            serve(create(load), on_open, ends_process=True)
             return
         try:
             run_replicas(

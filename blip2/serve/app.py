@@ -14,15 +14,18 @@ from starlette.types import ASGIApp
 
 from blip2 import __version__
 from blip2.serve import openai, plain, static
+from blip2.serve.bodies import Bodies
 from blip2.serve.doorman import Doorman
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
 from blip2.serve.gate import Gate
 from blip2.serve.handlers import add_handlers
 from blip2.serve.hosts import Door
+from blip2.serve.house import STATE, House
 from blip2.serve.limits import Limits
 from blip2.serve.log import Failures, RequestLog
 from blip2.serve.metrics import Metrics
+from blip2.serve.places import Places
 from blip2.serve.routes import Routes
 from blip2.serve.service import Models, Service
 
@@ -53,6 +56,12 @@ class Answering(Protocol):
 
     limits: Limits
     metrics: Metrics
+    house: House
+    places: Places
+    bodies: Bodies
+
+    @property
+    def death(self) -> BaseException | None: ...
 
     def start(self) -> None: ...
 
@@ -75,9 +84,9 @@ def application(
     door = door or Door()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, Any], None]:
         service.start()
-        yield
+        yield {STATE: service.house}
         await service.stop()
 
     app = FastAPI(
@@ -96,9 +105,11 @@ def application(
     app.include_router(static.router())
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether the server is there at all."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """Whether the server is there at all, also while the model is loading; 503 if it has to be started anew."""
+        if service.death is not None and (refusal := service.refusal()) is not None:
+            return refusal.response()
+        return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -120,6 +131,8 @@ def application(
             metrics=service.metrics,
             refusal=service.refusal,
             replica=replica,
+            places=service.places,
+            bodies=service.bodies,
         )
     )
     return app

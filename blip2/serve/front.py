@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import Response
 from prometheus_client.core import Metric
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Match
@@ -23,18 +22,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2.serve import openai, plain
 from blip2.serve.app import application
+from blip2.serve.bodies import Bodies
 from blip2.serve.doorman import END, HEADERS
 from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.hosts import Door
+from blip2.serve.house import House
 from blip2.serve.limits import Limits
 from blip2.serve.log import current_id
 from blip2.serve.metrics import Metrics, text_of
+from blip2.serve.places import Places, too_late
 from blip2.serve.replica import Tidy
 from blip2.serve.service import Service
 
 NAME = "front"
 """What its numbers are labelled with, where a replica's carry the replica's name."""
-COUNTED_HERE = ("blip2_request_seconds", "blip2_requests_in_house")
+COUNTED_HERE = ("blip2_request_seconds", "blip2_requests_in_house", "blip2_connections", "blip2_body_bytes")
 """Each request passes this door and its replica's, and is counted once."""
 SHOWN = (*COUNTED_HERE, "blip2_requests_rejected")
 """The other numbers are of models, and none are here."""
@@ -82,6 +84,14 @@ class Front:
         self.replicas = replicas
         self.limits = replace(limits, max_queue=limits.max_queue * num_replicas)
         self.metrics = Metrics(NAME)
+        self.house = House(limits.max_connections, self.metrics.refuse)
+        self.places = Places(self.limits)
+        self.bodies = Bodies(self.limits)
+        self.metrics.follow_connections(self.house.count)
+        self.metrics.body_bytes.set_function(lambda: self.bodies.num_bytes)
+        self.death = None
+        self.end_s: float | None = None
+        """When everything has to be over (monotonic), once the process is asked to end."""
         self.load_error: BaseException | None = None
         self.is_stopping = False
         self.tidy = Tidy()
@@ -113,6 +123,13 @@ class Front:
         self.is_stopping = True
         self._stopped.set()
         await asyncio.to_thread(self._watching.join)
+
+    def end_requests(self) -> None:
+        """Whoever still waits for an answer is told now that there will be none."""
+        self.is_stopping = True
+        stopping = ApiError(503, "stopping", "the server is stopping; send it again", headers={"Retry-After": "2"})
+        self.bodies.end_all(stopping)
+        self.places.end_all(stopping)
 
     def refusal(self) -> ApiError | None:
         """Why nothing can be answered at present; None: it can."""
@@ -161,8 +178,7 @@ class _Forward:
             await self._app(scope, receive, send)
             return
         if (refusal := self._front.refusal()) is not None:
-            await refusal.response()(scope, receive, send)
-            return
+            raise refusal
         body = await _whole(receive)
         if body is not None:
             self._front.tidy.note(len(body[0]))
@@ -177,11 +193,10 @@ class _Passage:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._is_begun = self._is_stream = self._is_complete = False
+        self._is_complete = False
 
     async def answer(self, body: list[bytes]) -> None:
-        deadline_s = self._front.limits.deadline_s
-        left_s = self._scope.get(END, time.monotonic() + deadline_s) - time.monotonic()
+        left_s = self._scope.get(END, time.monotonic() + self._front.limits.deadline_s) - time.monotonic()
         passing = asyncio.ensure_future(self._pass_on(left_s, body))
         leaving = asyncio.ensure_future(_left(self._receive))
         error: ApiError | None = None
@@ -190,13 +205,13 @@ class _Passage:
             if passing.done():
                 error = _error_of(passing)
             elif not leaving.done():
-                error = ApiError(504, "deadline", f"there was no answer within {deadline_s:g} s; try again later")
+                error = too_late()
         finally:
             passing.cancel()
             leaving.cancel()
             await asyncio.wait((passing, leaving))
         if error is not None and not self._is_complete:
-            await self._tell(error)
+            raise error  # the doorman knows how far the answer has come
 
     async def _pass_on(self, left_s: float, body: list[bytes]) -> None:
         answer = self._front.replicas.answer(_carried(self._scope), left_s, body)
@@ -214,20 +229,9 @@ class _Passage:
             # The replica's doorman has put these as ours will.
             headers = [header for header in message["headers"] if header not in HEADERS]
             message = {**message, "headers": headers}
-            self._is_begun = True
-            self._is_stream = any(value.startswith(b"text/event-stream") for _, value in headers)
         elif message["type"] == "http.response.body":
             self._is_complete = not message.get("more_body", False)
         await self._send(message)
-
-    async def _tell(self, error: ApiError) -> None:
-        response: Response = error.response()
-        if not self._is_begun:
-            await response(self._scope, self._receive, self._send)
-        elif self._is_stream:  # the status was sent long ago: an event has to tell
-            event = b"data: " + bytes(response.body) + b"\n\n"
-            await self._send({"type": "http.response.body", "body": event, "more_body": False})
-        # Else part of a whole answer is out, and the server hangs up, since the rest does not come.
 
 
 def _error_of(passing: asyncio.Future[None]) -> ApiError | None:

@@ -79,7 +79,7 @@ def router(service: Service) -> APIRouter:
             return EventStream(events, headers)
         pieces, ticket = await service.stream(request, ticket)
         events = reply.chunks(pieces, ticket.num_prompt_tokens, has_usage)
-        return EventStream(events, headers, on_end=lambda: service.worker.cancel(ticket))
+        return EventStream(events, headers, on_end=lambda: service.cancel(ticket))
 
     @routes.post("/embeddings", openapi_extra=body_of(EmbeddingsRequest))
     async def embeddings(request: Request) -> dict[str, Any]:
