@@ -8,7 +8,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from blip2.errors import Blip2Error
-from blip2.serve.errors import ApiError, as_api_error, of_validation
+from blip2.serve.complaints import of_validation
+from blip2.serve.errors import ApiError, as_api_error
 
 
 def add_handlers(app: FastAPI) -> None:
