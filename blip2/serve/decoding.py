@@ -89,11 +89,13 @@ def _chance(body: Decoding) -> dict[str, Any]:
     return {"sample": True, **asked} if asked or body.sample else {}
 
 
-def fitting(speaker: Speaker, text: str, options: GenerateOptions) -> GenerateOptions:
+def fitting(speaker: Speaker, text: str, options: GenerateOptions, limits: Limits) -> GenerateOptions:
     """The options, with no more new tokens than the model has room for beside the prompt.
 
     Programs ask for thousands, whatever the model. A prompt that leaves no room at all is told where it is read.
+    Raises ApiError for one of more tokens than are read anywhere.
     """
+    check_prompt(speaker, text, limits)
     most = max(speaker.room(text), options.min_new_tokens, 1)
     return replace(options, max_new_tokens=min(options.max_new_tokens, most))
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from blip2.generation import GenerateOptions
 from blip2.serve.attention import Attended
-from blip2.serve.decoding import check_prompt, fitting, options_of
+from blip2.serve.decoding import fitting, options_of
 from blip2.serve.dialect import schema_of
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
@@ -145,8 +145,7 @@ def prompt_of(
         text, num_forgotten = prompt_that_fits(speaker, history, question, kept)
     elif question:
         [text] = ask.prompts(speaker, [question])
-    check_prompt(speaker, text, limits)
-    return text, fitting(speaker, text, options), num_forgotten
+    return text, fitting(speaker, text, options, limits), num_forgotten
 
 
 def check_log_probs(body: ChatRequest, options: GenerateOptions) -> None:

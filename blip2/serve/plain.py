@@ -13,7 +13,7 @@ from blip2.generation import GenerateOptions
 from blip2.image import grey_address
 from blip2.serve.attention import Attended
 from blip2.serve.choosing import chosen
-from blip2.serve.decoding import check_prompt, fitting, options_of
+from blip2.serve.decoding import fitting, options_of
 from blip2.serve.dialect import schema_of
 from blip2.serve.errors import ApiError
 from blip2.serve.names import served_name
@@ -44,9 +44,7 @@ def router(service: Service) -> APIRouter:
 
     async def ticket(reading: Reading, body: Decoding, text: str, defaults: GenerateOptions) -> Ticket:
         options = options_of(body, defaults, service.limits)
-        speaker = service.pipeline.speaker
-        await asyncio.to_thread(check_prompt, speaker, text, service.limits)
-        options = await asyncio.to_thread(fitting, speaker, text, options)
+        options = await asyncio.to_thread(fitting, service.pipeline.speaker, text, options, service.limits)
         return Ticket(await reading.look(0, service.worker.images), text, options)
 
     async def answered(asked: Ticket) -> Answered:
