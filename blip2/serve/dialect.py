@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -261,15 +260,3 @@ def what_to_send(route: str) -> str:
         f"send a form with the picture as a file (curl -F image=@FILE ... {route}), or JSON such as "
         '{"image": "data:image/...;base64,..."} with the header Content-Type: application/json'
     )
-
-
-def schema_of(route: str) -> dict[str, Any]:
-    """The JSON schema of what a route takes, with every name of its fields, for /openapi.json."""
-    found = SCHEMAS[route].model_json_schema()
-    properties: Mapping[str, Any] = found["properties"]
-    for name, own in NAMES[route].items():
-        if name != own:
-            properties = {**properties, name: {**properties[own], "description": f"The same as {own}"}}
-    required = [name for name in found.get("required", ()) if name not in ALIASES]
-    return {**found, "properties": dict(properties), "required": required,
-            "additionalProperties": route in PASSED_OVER}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qsl
@@ -10,6 +11,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from blip2.serve.errors import ApiError
+
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of each form that is not one
 
 MAX_FORM_FIELDS, MAX_FORM_TEXT_BYTES = 400, 2**20
 
@@ -92,8 +95,8 @@ def parts_of(content: bytes, content_type: str) -> Iterator[Part]:
     )
     try:
         parser.write(content)
-    except FormParserError as error:
-        raise _bad(str(error)) from None
+    except FormParserError:
+        raise _bad("its parts do not stand where its Content-Type says; leave that header to the client") from None
     if not is_whole:
         raise _bad("its end is missing; send all of it")
     for headers, data in parts:

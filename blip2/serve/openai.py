@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from blip2.generation import GenerateOptions
 from blip2.serve.attention import Attended
 from blip2.serve.decoding import fitting, options_of
-from blip2.serve.dialect import schema_of
+from blip2.serve.described import body_of
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.names import Names
@@ -119,11 +119,6 @@ def router(service: Service) -> APIRouter:
         }
 
     return routes
-
-
-def body_of(route: str) -> dict[str, Any]:
-    """A body of JSON, for /openapi.json."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(route)}}}}
 
 
 def ignored(fields: dict[str, Any]) -> dict[str, str]:

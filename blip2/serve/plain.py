@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any
 
 from fastapi import APIRouter, Request
 
@@ -14,7 +12,7 @@ from blip2.image import grey_address
 from blip2.serve.attention import Attended
 from blip2.serve.choosing import chosen
 from blip2.serve.decoding import fitting, options_of
-from blip2.serve.dialect import schema_of
+from blip2.serve.described import body_of
 from blip2.serve.errors import ApiError
 from blip2.serve.names import served_name
 from blip2.serve.reading import Reading
@@ -55,7 +53,7 @@ def router(service: Service) -> APIRouter:
             text=texts[0], texts=texts, finish_reason=answers[0].finish_reason, model=served_name(pipeline.name)
         )
 
-    @routes.post("/caption", openapi_extra=_either("/caption"), response_model_exclude_none=True)
+    @routes.post("/caption", openapi_extra=body_of("/caption"), response_model_exclude_none=True)
     async def caption(request: Request) -> Answered:
         """Describe a picture; ``prompt`` is the beginning of the caption."""
         async with service.readings.read(request) as reading:
@@ -63,7 +61,7 @@ def router(service: Service) -> APIRouter:
             asked = await ticket(reading, body, clean(body.prompt), CAPTION)
         return await answered(asked)
 
-    @routes.post("/ask", openapi_extra=_either("/ask"), response_model_exclude_none=True)
+    @routes.post("/ask", openapi_extra=body_of("/ask"), response_model_exclude_none=True)
     async def ask(request: Request) -> Answered:
         """Answer a question about a picture, freely or with one of ``choices``."""
         async with service.readings.read(request) as reading:
@@ -74,7 +72,7 @@ def router(service: Service) -> APIRouter:
             asked = await ticket(reading, body, text, ASK)
         return await answered(asked)
 
-    @routes.post("/match", openapi_extra=_either("/match"))
+    @routes.post("/match", openapi_extra=body_of("/match"))
     async def match(request: Request) -> Matched:
         """How well texts fit a picture."""
         matcher, cache = service.matcher, service.features
@@ -101,7 +99,7 @@ def router(service: Service) -> APIRouter:
 
         return Matched(results=await service.compute(compare), model=served_name(matcher.name))
 
-    @routes.post("/explain", openapi_extra=_either("/explain"))
+    @routes.post("/explain", openapi_extra=body_of("/explain"))
     async def explain(request: Request) -> Explained:
         """Where in a picture the model finds what speaks for a text, an answer, or a word of a caption."""
         async with service.readings.read(request) as reading:
@@ -133,14 +131,3 @@ def router(service: Service) -> APIRouter:
         )
 
     return routes
-
-
-def _either(route: str) -> dict[str, Any]:
-    """A body that is JSON, or a form whose picture is a file or an address, for /openapi.json."""
-    as_json = schema_of(route)
-    as_form = json.loads(json.dumps(as_json))
-    as_form["properties"]["image"] = {"type": "string", "format": "binary"}
-    kinds = {
-        "application/json": as_json, "multipart/form-data": as_form, "application/x-www-form-urlencoded": as_json
-    }  # fmt: skip
-    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind, schema in kinds.items()}}}
