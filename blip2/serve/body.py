@@ -18,6 +18,7 @@ from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.pictures import Picture, check_no_picture, picture
 from blip2.serve.schemas import SCHEMAS, ChatRequest, Decoding, EmbeddingImage, EmbeddingsRequest
+from blip2.text import clean
 
 TEXTS = ("prompt", "question", "text", "answer", "word", "caption")
 """Fields of the plain routes that are texts."""
@@ -66,10 +67,12 @@ def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
             return _embeddings(body, told.ignored, limits)
     fields = body.model_dump(exclude={"image"})
     for name in TEXTS:
-        check_no_picture(fields.get(name) or "", name, AS_IMAGE)
-        checked_text(fields.get(name) or "", limits)
+        if fields.get(name):
+            _check_text(fields[name], name, AS_IMAGE, limits)
     for name, done in LISTS.items():
-        _check_texts(fields.get(name) or [], limits, told.called.get(name, name), done, AS_IMAGE)
+        name_there = told.called.get(name, name)
+        texts = {f"{name_there}[{place}]": text for place, text in enumerate(fields.get(name) or [])}
+        _check_texts(texts, limits, name_there, done, AS_IMAGE)
     return Body(fields, [picture(body.image) if file is None else file])  # type: ignore[attr-defined]
 
 
@@ -86,33 +89,43 @@ def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> 
     images = [item.image for item in items if isinstance(item, EmbeddingImage)]
     if len(images) > limits.max_images:
         raise ApiError(400, "too_many_images", f"{len(images)} pictures; at most {limits.max_images}")
-    _check_texts([item for item in items if isinstance(item, str)], limits, "input", "read", AS_INPUT)
+    places = [f"input[{place}]" for place in range(len(items))] if isinstance(body.input, list) else ["input"]
+    texts = {place: item for place, item in zip(places, items, strict=True) if isinstance(item, str)}
+    _check_texts(texts, limits, "input", "read", AS_INPUT)
     fields = body.model_dump(exclude={"input"})
     told = {"input": [item if isinstance(item, str) else None for item in items], "ignored": ignored}
-    places = (f"input[{place}].image" for place, item in enumerate(items) if not isinstance(item, str))
-    return Body({**fields, **told}, list(map(picture, images, places)))
+    of_images = (f"{place}.image" for place, item in zip(places, items, strict=True) if not isinstance(item, str))
+    return Body({**fields, **told}, list(map(picture, images, of_images)))
 
 
-def checked_text(text: str, limits: Limits) -> str:
+def checked_text(text: str, limits: Limits, where: str | None = None) -> str:
     """The text, if it is short enough to be worth reading at all."""
     if len(text) > CHARACTERS_PER_TOKEN * limits.max_prompt_tokens:
-        raise too_long(f"{len(text)} characters", limits)
+        raise too_long(f"{len(text)} characters", limits, where)
     return text
 
 
-def too_long(size: str, limits: Limits) -> ApiError:
-    message = f"the text has {size}; at most {limits.max_prompt_tokens} tokens are read; shorten it"
-    return ApiError(400, "prompt_too_long", message)
+def too_long(size: str, limits: Limits, where: str | None = None) -> ApiError:
+    """``where``: the field, if the text stands in one."""
+    message = f"{where or 'the text'} has {size}; at most {limits.max_prompt_tokens} tokens are read; shorten it"
+    return ApiError(400, "prompt_too_long", message, param=where)
 
 
-def _check_texts(texts: list[str], limits: Limits, field: str, done: str, as_picture: str) -> None:
+def _check_text(text: str, where: str, as_picture: str, limits: Limits) -> None:
+    if not clean(text):
+        raise ApiError(400, "invalid_value", f"{where}: it is empty; write something, or leave it out", param=where)
+    check_no_picture(text, where, as_picture)
+    checked_text(text, limits, where)
+
+
+def _check_texts(texts: dict[str, str], limits: Limits, field: str, done: str, as_picture: str) -> None:
+    """``texts``: by their places."""
     if len(texts) > limits.max_texts:
         message = f"{len(texts)} texts; at most {limits.max_texts} are {done}"
         raise ApiError(400, "too_many_texts", message, param=field)
-    for number, text in enumerate(texts):
-        check_no_picture(text, f"{field}[{number}]", as_picture)
-        checked_text(text, limits)
-    length, most = sum(map(len, texts)), CHARACTERS_PER_TEXT * limits.max_texts
+    for where, text in texts.items():
+        _check_text(text, where, as_picture, limits)
+    length, most = sum(map(len, texts.values())), CHARACTERS_PER_TEXT * limits.max_texts
     if length > most:
         message = f"the texts have {length:,} characters in all; at most {most:,} are {done} at a time; send fewer"
         raise ApiError(400, "prompt_too_long", message, param=field)

@@ -35,14 +35,15 @@ def options_of(
 
     Raises ApiError.
     """
-    given: dict[str, Any] = {name: getattr(body, name) for name in SAME} | _chance(body)
+    chance = _chance(body)
+    given: dict[str, Any] = {name: getattr(body, name) for name in SAME} | chance
     given |= {
         "max_new_tokens": body.max_tokens,
         "min_new_tokens": body.min_new_tokens,
         "num_return": body.n,
         "stop": None if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
     }
-    if "sample" not in given and body.num_beams is None and (is_followed or _is_greedy(body)) and (body.n or 1) == 1:
+    if not chance and body.num_beams is None and (is_followed or _is_greedy(body)) and (body.n or 1) == 1:
         given["num_beams"] = 1
     given = {name: value for name, value in given.items() if value is not None}
     if defaults.min_new_tokens > given.get("max_new_tokens", defaults.max_new_tokens):
@@ -50,16 +51,19 @@ def options_of(
     try:
         options = merged(defaults, given)
     except OptionError as error:
-        raise ApiError(400, "invalid_value", error.told(partial(in_fields, called=body.called))) from None
+        # What decides that something is drawn is the first of these that was given.
+        drawing = "sample" if body.sample else next((name for name in chance if name != "sample"), "temperature")
+        called = body.called | {"temperature": body.called.get(drawing, drawing)}
+        raise ApiError(400, "invalid_value", error.told(partial(in_fields, called=called))) from None
     most = limits.max_new_tokens
     options = replace(
         options, max_new_tokens=min(options.max_new_tokens, most), min_new_tokens=min(options.min_new_tokens, most)
     )
-    if max(options.num_beams, options.num_return) > limits.max_rows:
-        raise ApiError(
-            400, "too_many_answers", f"{max(options.num_beams, options.num_return)} answers or beams side by side; "
-            f"this server writes at most {limits.max_rows}",
-        )  # fmt: skip
+    for name, number in (("n", options.num_return), ("num_beams", options.num_beams)):
+        if number > limits.max_rows:
+            name = body.called.get(name, name)
+            message = f"{name} is {number}; this server writes at most {limits.max_rows} answers or beams side by side"
+            raise ApiError(400, "too_many_answers", message, param=name)
     return options
 
 

@@ -150,6 +150,9 @@ def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> 
          "input: these are token ids, of another model's tokenizer; send the texts"),
         (EMBEDDINGS, {"input": [2028, 374]}, "input: these are token ids"),
         (EMBEDDINGS, {"input": []}, "input: it is empty; give at least one"),
+        (EMBEDDINGS, {"input": ""}, "input: it is empty; write something"),
+        (EMBEDDINGS, {"input": [{"image": IMAGE}, " "]}, "input[1]: it is empty; write something"),
+        (EMBEDDINGS, {"input": ["a", "x" * 99_999]}, "input[1] has 99999 characters; at most 2048 tokens are read"),
         (EMBEDDINGS, {"input": 5}, "input: give a text, or a list of texts"),
         (EMBEDDINGS, {"input": ["a", None]}, 'input[1]: give a text, or {"image": '),
         (EMBEDDINGS, {"input": [{"img": IMAGE}]}, "input[0].image is missing; give data"),
@@ -157,6 +160,7 @@ def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> 
         (EMBEDDINGS, {"input": "a", "encoding_format": "hex"}, "encoding_format: give 'float' or 'base64'"),
         ("/ask", {"image": IMAGE, "question": IMAGE},
          "question: there is a picture where a text belongs; send it in the field"),
+        ("/ask", {**GOOD["/ask"], "choices": "a,,b"}, "choices[1]: it is empty"),
         ("/ask", {"image": IMAGE}, "question is missing; ask something"),
         ("/ask", {**GOOD["/ask"], "choices": ["a", 5]}, "choices[1]: give a text"),
         ("/ask", {**GOOD["/ask"], "choices": [IMAGE]}, "choices[0]: there is a picture"),
@@ -239,8 +243,16 @@ def test_options_mean_on_the_server_what_they_mean_in_python(server, models) -> 
     assert caption(**drawn) == [blip.caption(picture, **drawn)]
     asked = server.chat(user("", picture), **drawn, max_new_tokens=3).json()["choices"][0]["message"]["content"]
     assert asked == blip.caption(picture, **drawn, max_new_tokens=3)
-    error = server.http.post("/caption", files=files, data={"min_tokens": 9, "max_new_tokens": 5}).json()["error"]
-    assert error["message"] == "min_tokens is 9, max_new_tokens only 5; raise the latter"
+    for wrong, words in (
+        ({"min_tokens": 9, "max_new_tokens": 5}, "min_tokens is 9, max_new_tokens only 5; raise the latter"),
+        ({"do_sample": True, "beams": 3}, "do_sample goes with beams=1, not 3: beam search looks for the most likely "
+         "text; set beams to 1, or leave out do_sample"),
+        ({"top_k": 5, "num_beams": 3}, "top_k goes with num_beams=1, not 3: beam search looks for the most likely "
+         "text; set num_beams to 1, or leave out top_k"),
+        ({"num_captions": 65}, "num_captions is 65; this server writes at most 64 answers or beams side by side"),
+    ):  # fmt: skip
+        response = server.http.post("/caption", files=files, data=wrong)
+        assert (response.status_code, response.json()["error"]["message"]) == (400, words)
 
 
 def test_choices_are_ranked_as_in_python(server, models) -> None:
