@@ -16,6 +16,8 @@ CAPTION_QUESTION = "what is in the picture?"
 """How a caption stands among the questions of a conversation."""
 TEXT_TYPES = ("text", "input_text", "output_text")
 IMAGE_TYPES = ("image_url", "input_image", "image")
+MAX_SENT = 2000
+"""Pictures of a conversation, those included that are sent again with each turn; to compare them takes time."""
 AS_PART = 'send it as {"type": "image_url", "image_url": {"url": "data:image/...;base64,..."}} beside the text'
 
 
@@ -47,6 +49,8 @@ def read(messages: Sequence[Message], limits: Limits) -> Conversation:
     Several messages of one side, one after the other, are one. Raises ApiError for what has no meaning here, so that
     nothing is left out in silence, and ImageError.
     """
+    if sum(map(_num_images, messages)) > MAX_SENT:
+        raise _bad("too_many_images", f"more than {MAX_SENT:,} pictures in one request; leave out older ones")
     image: Picture | None = None
     turns: list[_Turn] = []
     num_images = 0
@@ -108,6 +112,11 @@ def read(messages: Sequence[Message], limits: Limits) -> Conversation:
         raise OptionError("the last message is empty; ask something, or send the picture alone to get a caption")
     history = [(_joined(turn.asked) or CAPTION_QUESTION, _joined(turn.said or [])) for turn in turns[:-1]]
     return Conversation(image, history, question, ignored)
+
+
+def _num_images(message: Message) -> int:
+    parts = message.content if isinstance(message.content, list) else []
+    return len(message.images or []) + sum(part.type in IMAGE_TYPES for part in parts)
 
 
 def _content(message: Message, where: str) -> tuple[str, list[Picture]]:

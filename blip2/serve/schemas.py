@@ -12,6 +12,10 @@ BRANCH = "~"
 """Begins the names of a union's branches, which no message tells."""
 
 
+MAX_SPLIT = 100_000
+"""Of texts between commas no more are looked at: they are too many anyway."""
+
+
 def _no_bool(value: Any) -> Any:
     """For Python true is 1, and 1 token is not what anybody meant by it."""
     if isinstance(value, bool):
@@ -25,7 +29,7 @@ def _listed(value: Any) -> Any:
 
 def _split(value: Any) -> Any:
     """As the command line has it: a,b,c."""
-    return value.split(",") if isinstance(value, str) else value
+    return value.split(",", MAX_SPLIT) if isinstance(value, str) else value
 
 
 def _no_tokens(value: Any) -> Any:
