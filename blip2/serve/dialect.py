@@ -246,6 +246,15 @@ def nearest(name: str, known: list[str], cutoff: float) -> str | None:
     return by_plain[found[0]] if found else None
 
 
+def where_else(path: str) -> str:
+    """For those who ask at a path that is not there."""
+    begin = f"there is nothing at {path[:60]!r}; "
+    if path.rstrip("/").endswith(("/responses", "/completions", "/messages", "/generate", "/api/chat")):
+        return f"{begin}this server speaks OpenAI's chat completions, at {CHAT}"
+    near = difflib.get_close_matches(path[:60], SCHEMAS, n=1, cutoff=NEAR)
+    return begin + (f"did you mean {near[0]}?" if near else "/openapi.json tells what there is")
+
+
 def what_to_send(route: str) -> str:
     """For those who have sent something else."""
     if route == CHAT:

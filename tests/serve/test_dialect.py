@@ -305,6 +305,17 @@ def test_what_is_passed_over_is_told_in_a_header(server, models) -> None:
     assert response.json()["choices"][0]["message"]["content"] == models.pipeline.caption(PICTURES[0])
 
 
+def test_who_asks_at_another_path_is_told_where(server) -> None:
+    for path, words in (
+        ("/v1/responses", "speaks OpenAI's chat completions, at /v1/chat/completions"),
+        ("/v1/completions", "at /v1/chat/completions"),
+        ("/chat/completions", "at /v1/chat/completions"), ("/v1/embedding", "did you mean /v1/embeddings?"),
+        ("/captions", "did you mean /caption?"), ("/xyz", "/openapi.json tells what there is"),
+    ):  # fmt: skip
+        response = server.http.post(path, json={})
+        assert response.status_code == 404 and words in response.json()["error"]["message"]
+
+
 def test_a_packed_body_is_refused_with_what_to_send(server) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     for path in (CHAT, "/caption"):
