@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
+from blip2.encoded import EncodedImage
+from blip2.serve.cache import Look
 from blip2.serve.decoding import check_prompt
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
@@ -18,23 +23,36 @@ PORTION = 8
 """Choices that are compared between two steps of what else is running."""
 
 
-async def chosen(service: Service, reading: Reading, body: AskRequest, text: str) -> Answered:
-    """The answer to a prompt that has choices. Raises ApiError and OptionError."""
-    pipeline = service.pipeline
-    choices = checked(body)
-    await asyncio.to_thread(_check, pipeline.speaker, text, choices, service.limits)
-    look = await reading.look(0, service.worker.images)
+@dataclass(frozen=True)
+class Question:
+    """A prompt about a picture, and the answers that it may have."""
 
-    def portion(some: list[str]) -> list[float]:
-        [seen] = service.worker.images.see([look])
+    look: Look[EncodedImage]
+    text: str
+    choices: list[str]
+
+
+async def choosing(service: Service, reading: Reading, body: AskRequest, text: str) -> Question:
+    """What is asked. Raises ApiError and OptionError."""
+    choices = checked(body)
+    await asyncio.to_thread(_check, service.pipeline.speaker, text, choices, service.limits)
+    return Question(await reading.look(0, service.worker.images), text, choices)
+
+
+async def chosen(service: Service, asked: Question) -> Answered:
+    """The answer."""
+    pipeline = service.pipeline
+
+    def portion(some: Sequence[str]) -> list[float]:
+        [seen] = service.worker.images.see([asked.look])
         if isinstance(seen, Exception):
             raise seen
-        return scored(pipeline.speaker, [(seen, text, choice) for choice in some])
+        return scored(pipeline.speaker, [(seen, asked.text, choice) for choice in some])
 
     scores: list[float] = []
-    for some in chunks(choices, PORTION):
-        scores += await service.compute(lambda some=list(some): portion(some))  # type: ignore[misc]
-    found = ranking(choices, scores)
+    for some in chunks(asked.choices, PORTION):
+        scores += await service.compute(partial(portion, some))
+    found = ranking(asked.choices, scores)
     return Answered(
         text=found[0].text,
         texts=[each.text for each in found],

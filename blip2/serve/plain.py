@@ -10,7 +10,7 @@ from blip2.api import Matcher
 from blip2.generation import GenerateOptions
 from blip2.image import grey_address
 from blip2.serve.attention import Attended
-from blip2.serve.choosing import chosen
+from blip2.serve.choosing import choosing, chosen
 from blip2.serve.decoding import fitting, options_of
 from blip2.serve.described import body_of
 from blip2.serve.errors import ApiError
@@ -67,10 +67,11 @@ def router(service: Service) -> APIRouter:
         async with service.readings.read(request) as reading:
             body = AskRequest.model_construct(**reading.fields)
             [text] = ask_task.prompts(service.pipeline.speaker, [body.question])
-            if body.choices is not None:
-                return await chosen(service, reading, body, text)
-            asked = await ticket(reading, body, text, ASK)
-        return await answered(asked)
+            if body.choices is None:
+                asked = await ticket(reading, body, text, ASK)
+            else:
+                question = await choosing(service, reading, body, text)
+        return await (answered(asked) if body.choices is None else chosen(service, question))
 
     @routes.post("/match", openapi_extra=body_of("/match"))
     async def match(request: Request) -> Matched:
