@@ -63,6 +63,9 @@ DOOR = (
                  "times."),
     click.option("--allow-images-from", "domains", multiple=True, metavar="DOMAIN", help="Fetch pictures from web "
                  "addresses of this host (.example.org: of all below it; *: of any); may be given several times."),
+    click.option("--system-prompt", type=click.Choice(["refuse", "ignore"]), default="refuse", show_default=True,
+                 help="What to do with a system message, which the model cannot follow. Chat programs that always send "
+                 "one need ignore; the answer's header X-Blip2-Ignored tells of it."),
 )  # fmt: skip
 
 LOG = (
@@ -80,7 +83,8 @@ LIMITS = (
     click.option("--max-texts", type=int, help="Texts to match or embed in a request.  [default: 256]"),
     click.option("--max-prompt-tokens", type=int, help="Tokens of a question, with what was said before.  "
                  "[default: 2048]"),
-    click.option("--max-new-tokens", type=int, help="Tokens that a request may ask for.  [default: 512]"),
+    click.option("--max-new-tokens", type=int, help="Tokens of an answer; who asks for more gets these.  "
+                 "[default: 512]"),
     click.option("--max-queue", type=int, help="Requests in work and waiting; others get 429. One client (a key, or "
                  "an address) has three quarters of them at most.  [default: 128]"),
     click.option("--max-connections", type=int, help="At one more, a connection that does nothing is closed.  "

@@ -1,8 +1,9 @@
-"""How much a stranger may ask for; each limit is enforced before the work that it guards."""
+"""What a stranger may ask for, and how much; each limit is enforced before the work that it guards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from blip2.errors import OptionError, option
 
@@ -27,7 +28,7 @@ class Limits:
     max_prompt_tokens: int = 2048
     """Of text; a model that reads less says so itself. Of 16 characters a token, no more are even looked at."""
     max_new_tokens: int = 512
-    """That a request may ask for."""
+    """That a request gets; one that asks for more gets these."""
     max_queue: int = 128
     """Requests whose body is there, those at work included; the next one is sent away (429). One client has three
     quarters of these places at most, and of ``max_flight_bytes``."""
@@ -44,12 +45,16 @@ class Limits:
     """Encoded images that are remembered."""
     cache_bytes: int = 512 * 2**20
     """What these may take, of each of the two models."""
+    system_prompt: Literal["refuse", "ignore"] = "refuse"
+    """What is done with a system message, which the model cannot follow."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None or isinstance(value, str):
+                continue
             least = 0 if field.name.startswith("cache") else 1 if "int" in str(field.type) else 1e-3
-            if value is not None and not value >= least:
+            if not value >= least:
                 raise OptionError(f"{option(field.name)} is {value}; use {least} or more")
         if self.flight_bytes < self.max_body_bytes:
             raise OptionError(

@@ -71,6 +71,19 @@ def test_a_model_that_is_not_there_ends_it(run, tmp_path) -> None:
     assert done.exit_code == 1 and "nowhere" in done.stderr
 
 
+def test_what_is_done_with_system_messages(run, monkeypatch) -> None:
+    seen = []
+
+    def create(load, *, limits, **others):
+        seen.append(limits.system_prompt)
+        raise OptionError("far enough")
+
+    monkeypatch.setattr("blip2.serve.app.create_app", create)
+    for arguments in ([], ["--system-prompt", "ignore"], ["--system-prompt", "refuse"], ["--system-prompt", "obey"]):
+        assert run("serve", "--port", "0", *arguments).exit_code == 2
+    assert seen == ["refuse", "ignore", "refuse"]
+
+
 def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("BLIP2_API_KEY", raising=False)
     file = tmp_path / "keys"
