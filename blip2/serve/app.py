@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any, Protocol
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp
 
 from blip2 import __version__
 from blip2.serve import openai, plain, static
+from blip2.serve.bodies import Bodies
 from blip2.serve.doorman import Doorman
+from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
+from blip2.serve.gate import Gate
 from blip2.serve.handlers import add_handlers
+from blip2.serve.hosts import Door
+from blip2.serve.house import STATE, House
 from blip2.serve.limits import Limits
+from blip2.serve.log import Failures, RequestLog
+from blip2.serve.metrics import Metrics
+from blip2.serve.places import Places
+from blip2.serve.routes import Routes
 from blip2.serve.service import Models, Service
 
 
@@ -24,22 +35,58 @@ def create_app(
     *,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
+    door: Door | None = None,
     fetcher: Fetcher | None = None,
     replica: str | None = None,
 ) -> FastAPI:
     """An ASGI application. ``load`` is called in a thread when it starts.
 
-    ``keys``: whoever has none of them is sent away; without any, everybody is let in. ``fetcher``: for pictures at
-    web addresses, which by default are refused. ``replica``: its name, if it is one of several; answers and metrics
-    carry it. ``app.state.service`` is its `Service`.
+    ``keys``: whoever has none of them is sent away; without any, everybody is let in. ``door``: the names that it
+    answers under (by default any), web pages of other sites that may use it (none), and the path where a proxy shows
+    it. ``fetcher``: for pictures at web addresses, which by default are refused. ``replica``: its name, if it is one of
+    several; answers and metrics carry it. ``app.state.service`` is its `Service`.
     """
-    limits = limits or Limits()
-    service = Service(load, limits, fetcher or Fetcher(), replica)
+    service = Service(load, limits or Limits(), fetcher or Fetcher(), replica)
+    routers = [openai.router(service), plain.router(service)]
+    return application(service, routers, keys=keys, door=door, replica=replica)
+
+
+class Answering(Protocol):
+    """What an application needs of the `Service` behind it."""
+
+    limits: Limits
+    metrics: Metrics
+    house: House
+    places: Places
+    bodies: Bodies
+
+    @property
+    def death(self) -> BaseException | None: ...
+
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def refusal(self) -> ApiError | None: ...
+
+    async def numbers(self) -> bytes: ...
+
+
+def application(
+    service: Answering,
+    routers: Sequence[APIRouter],
+    *,
+    keys: Sequence[str] = (),
+    door: Door | None = None,
+    replica: str | None = None,
+) -> FastAPI:
+    """The routes that need a model, the page, what operators ask, and all that stands before them."""
+    door = door or Door()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, Any], None]:
         service.start()
-        yield
+        yield {STATE: service.house}
         await service.stop()
 
     app = FastAPI(
@@ -48,18 +95,21 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        servers=[{"url": door.root_path}] if door.root_path else None,
         redirect_slashes=False,  # behind a proxy it would send clients, and their keys, to the wrong scheme and host
     )
     app.state.service = service
     add_handlers(app)
-    app.include_router(openai.router(service))
-    app.include_router(plain.router(service))
+    for router in routers:
+        app.include_router(router)
     app.include_router(static.router())
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether the server is there at all."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """Whether the server is there at all, also while the model is loading; 503 if it has to be started anew."""
+        if service.death is not None and (refusal := service.refusal()) is not None:
+            return refusal.response()
+        return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -69,18 +119,32 @@ def create_app(
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await service.numbers(), media_type=CONTENT_TYPE_LATEST)
 
-    routes = [path for path in app.openapi()["paths"] if "{" not in path]
     app.user_middleware.append(
         Middleware(
-            Doorman,
-            limits=limits,
-            metrics=service.metrics,
+            guarded,
+            door=door,
+            routes=routes_of(app),
             keys=keys,
+            limits=service.limits,
+            metrics=service.metrics,
             refusal=service.refusal,
-            routes=routes,
             replica=replica,
+            places=service.places,
+            bodies=service.bodies,
         )
     )
     return app
+
+
+def routes_of(app: FastAPI) -> Routes:
+    """All that an application answers to."""
+    return Routes({**app.openapi()["paths"], **static.PATHS, "/openapi.json": ["get"]})
+
+
+def guarded(app: ASGIApp, /, *, door: Door, routes: Routes, keys: Sequence[str], **of_doorman: Any) -> ASGIApp:
+    """An application behind all that a request has to pass, from the outside in: its line in the log, the names and
+    pages that are let in, the `Doorman` with the keys and the queue, and the answer to what nobody expected."""
+    doorman = Doorman(Failures(app), keys=keys, routes=routes.fixed, **of_doorman)
+    return RequestLog(Gate(doorman, door=door, routes=routes, has_keys=bool(keys)), routes=routes)

@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from blip2.serve.doorman import END
 from blip2.serve.errors import ApiError
+from blip2.serve.places import too_late
 
 BODY = "blip2.body"
 """Where the scope has the bytes of the body, for whoever takes them out."""
@@ -51,10 +52,6 @@ async def attend(request: Request, work: Coroutine[Any, Any, Response]) -> Respo
         if not task.done():
             task.cancel()
             await asyncio.wait((task,), timeout=1)  # it gives back what it holds
-
-
-def too_late() -> ApiError:
-    return ApiError(504, "deadline", "there was no answer in time (--deadline of the server); try again later")
 
 
 async def _hang_up(request: Request) -> None:

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from blip2.serve.errors import ApiError
+from blip2.serve.house import STATE, House, Lane, Standing, origin_of
 
 MAX_HEAD_BYTES = 2**16
 """Received without a request, or a part of its body, coming of it: a head, trailers, the frames of chunks."""
-MAX_PIPELINED = 16
+MAX_HEADERS = 200
+"""Of a request, trailers included: each takes far more memory than bytes on the line."""
+MAX_PIPELINED = 8
 """Requests sent on one connection before the first of them is answered."""
+WATCHED = ("/health", "/ready")
 MIN_READ_BYTES = 4096
 """So many bytes of a waiting answer have to be taken in ``stall_s``."""
 
 
 class Connection(HttpToolsProtocol):
-    """The head of a request has ``head_s`` seconds, an answer that nobody reads ``stall_s``."""
+    """The head of a request has ``head_s`` seconds, an answer that nobody reads ``stall_s``.
+
+    When there are too many connections, one that does nothing gives way, see `House`.
+    """
 
     head_s = 10.0
     stall_s = 20.0
 
     _num_fruitless = 0
+    _is_begun = False
+    _is_lost = False
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _num_unread = 0
@@ -31,18 +44,31 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._house: House = self.app_state.setdefault(STATE, House())
+        self.origin = origin_of(self.client[0] if self.client else None)
+        self.since_s = self.loop.time()
+        self._house.enter(self)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         if self.cycle is not None and self.cycle.response_complete:
             self._expect_head()
         self._num_fruitless += len(data)
         super().data_received(data)
         if self._num_fruitless > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too large.")
+            self._refuse(431, "head_too_large", "the head of the request is too large; send fewer or shorter headers")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) >= MAX_HEADERS:
+            self._refuse(431, "too_many_headers", f"the request has more than {MAX_HEADERS} headers; send fewer")
+            raise httptools.HttpParserError("too many headers")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
+            self._refuse(400, "too_many_requests_at_once", "wait for answers before you send more requests")
             raise httptools.HttpParserError("too many requests at once")
         self._num_fruitless = 0
         _cancel(self._head_timer)
@@ -50,21 +76,73 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self._unanswered = *(each for each in self._unanswered if not each.response_complete), self.cycle
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        def begin() -> None:
+            if not cycle.disconnected:
+                self._is_begun = True
+                super(Connection, self)._start_asgi_task(cycle, app)
+
+        self._is_begun = False
+        lane = Lane.EXPRESS if cycle.scope["path"].endswith(WATCHED) else Lane.FRESH
+        self._house.starts.add(self.loop, begin, Lane.AHEAD if cycle in self._unanswered else lane)
+
     def on_body(self, body: bytes) -> None:
         self._num_fruitless = 0
         super().on_body(body)
 
+    def send_400_response(self, msg: str) -> None:
+        if not self.transport.is_closing():  # else it has heard already what was wrong
+            self._refuse(400, "bad_request", "this is no HTTP request; send HTTP/1.1")
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._house.leave(self)
+        self._is_lost = True
         _cancel(self._head_timer)
         _cancel(self._stall_timer)
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
         for cycle in self._unanswered:  # uvicorn tells the last of several only, so that others would be written on
             cycle.disconnected = not cycle.response_complete
             cycle.message_event.set()
+        # Nothing is left that refers to itself, and would stay until Python looks for such things.
+        for cycle, _ in self.pipeline:
+            cycle.on_response = lambda: None
+        self.pipeline.clear()
+        self._unanswered = ()
+        self.cycle = None  # type: ignore[assignment]
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_s, self.transport.abort)
+            self._head_timer = self.loop.call_later(self.head_s, self._end, "head_timeout")
+
+    # ---- its place in the house ----
+
+    @property
+    def standing(self) -> Standing:
+        waiting = [cycle for cycle in self._unanswered if not cycle.response_complete]
+        if self.flow.write_paused or (not waiting and self.transport.get_write_buffer_size()):
+            return Standing.UNREAD
+        if waiting:  # they are answered one after the other
+            return Standing.WORK if self._is_begun and not waiting[0].more_body else Standing.BODY
+        return Standing.IDLE if self._head_timer is None else Standing.SILENT
+
+    def give_way(self) -> None:
+        self.transport.abort()
+
+    def _end(self, reason: str) -> None:
+        self._house.refuse(reason)
+        self.transport.abort()
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """An answer to what is no request that anybody could answer; then nothing more is heard."""
+        self._house.refuse(code)
+        if any(not cycle.response_complete for cycle in self._unanswered):  # nothing may be written into an answer
+            self.transport.close()
+            return
+        body = json.dumps(ApiError(status, code, message).body).encode()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
 
     # ---- what goes ----
 
@@ -79,6 +157,7 @@ class Connection(HttpToolsProtocol):
             self._stall_timer = None
 
     def on_response_complete(self) -> None:
+        self.since_s = self.loop.time()
         super().on_response_complete()
         if self.transport.is_closing():
             self._expect_reading()
@@ -89,14 +168,14 @@ class Connection(HttpToolsProtocol):
 
     def _expect_reading(self) -> None:
         """What waits to be read has to become less, else the connection would stay for ever, closed or not."""
-        if self._stall_timer is None:
+        if self._stall_timer is None and not self._is_lost:
             self._num_unread = self.transport.get_write_buffer_size()
             self._stall_timer = self.loop.call_later(self.stall_s, self._check_reading)
 
     def _check_reading(self) -> None:
         self._stall_timer = None
         if self._num_unread - self.transport.get_write_buffer_size() < MIN_READ_BYTES:
-            self.transport.abort()
+            self._end("answer_unread")
         else:
             self._expect_reading()
 

@@ -7,20 +7,29 @@ from dataclasses import dataclass, field
 
 from blip2.errors import OptionError
 from blip2.serve.errors import ApiError
-from blip2.serve.schemas import Message
+from blip2.serve.limits import Limits
+from blip2.serve.pictures import Picture, check_no_picture, picture
+from blip2.serve.schemas import Message, Part
 from blip2.text import clean
 
 CAPTION_QUESTION = "what is in the picture?"
 """How a caption stands among the questions of a conversation."""
+TEXT_TYPES = ("text", "input_text", "output_text")
+IMAGE_TYPES = ("image_url", "input_image", "image")
+MAX_SENT = 2000
+"""Pictures of a conversation, those included that are sent again with each turn; to compare them takes time."""
+AS_PART = 'send it as {"type": "image_url", "image_url": {"url": "data:image/...;base64,..."}} beside the text'
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """``image``: as it was sent. ``history``: questions and answers about it, oldest first. ``question``: may be ""."""
+    """``history``: questions and answers about the picture, oldest first. ``question``: may be "". ``ignored``: what
+    was passed over."""
 
-    image: str
+    image: Picture
     history: list[tuple[str, str]]
     question: str
+    ignored: list[str]
 
 
 @dataclass
@@ -33,29 +42,37 @@ class _Turn:
     has_image: bool = False
 
 
-def read(messages: Sequence[Message], max_images: int) -> Conversation:
-    """What the messages amount to. A new picture begins anew: what was said before it was about another one.
+def read(messages: Sequence[Message], limits: Limits) -> Conversation:
+    """What the messages amount to. A new picture begins anew: what was said before it was about another one. The same
+    picture once more, as clients send it with each turn, does not.
 
     Several messages of one side, one after the other, are one. Raises ApiError for what has no meaning here, so that
-    nothing is left out in silence.
+    nothing is left out in silence, and ImageError.
     """
-    image: str | None = None
+    if sum(map(_num_images, messages)) > MAX_SENT:
+        raise _bad("too_many_images", f"more than {MAX_SENT:,} pictures in one request; leave out older ones")
+    image: Picture | None = None
     turns: list[_Turn] = []
     num_images = 0
+    ignored: list[str] = []
     for number, message in enumerate(messages):
-        where = f"messages.{number}"
+        where = f"messages[{number}]"
+        if message.role in ("tool", "function"):
+            raise _bad("invalid_message", f"this model calls no tools; leave out messages of {message.role}", where)
         text, images = _content(message, where)
-        num_images += len(images)
-        if num_images > max_images:
-            raise _bad("too_many_images", f"more than {max_images} pictures in one request; leave out older ones")
         match message.role:
             case "user":
+                images = list(dict.fromkeys(images))
                 if len(images) > 1:
                     raise _bad(
                         "one_image_only", f"{len(images)} pictures in one message; this model sees one at a time", where
                     )
                 is_open = bool(turns) and turns[-1].said is None
-                if images:
+                if images and images[0] != image:
+                    num_images += 1
+                    if num_images > limits.max_images:
+                        message_text = f"more than {limits.max_images} pictures in one request; leave out older ones"
+                        raise _bad("too_many_images", message_text)
                     image = images[0]
                     turns = turns[-1:] if is_open and not turns[-1].has_image else []
                 if not (turns and turns[-1].said is None):
@@ -70,15 +87,18 @@ def read(messages: Sequence[Message], max_images: int) -> Conversation:
                 if turns:
                     turns[-1].said = turns[-1].said or []
                     turns[-1].said.append(text)
-            case "system" | "developer":
-                if text or images:
+            case _:
+                if images:
+                    raise _bad("invalid_message", f"a picture of {message.role}; pictures come from the user", where)
+                if text and limits.system_prompt == "refuse":
                     raise _bad(
                         "system_message_unsupported",
-                        "this model follows no system prompt, only a question about a picture; leave it out",
+                        "this model follows no system prompt, only a question about a picture; leave it out, or start "
+                        "the server with --system-prompt ignore, which passes such messages over",
                         where,
                     )
-            case _:
-                raise _bad("invalid_message", f"this model calls no tools; leave out messages of {message.role}", where)
+                if text and "system" not in ignored:
+                    ignored.append("system")
     if not turns or turns[-1].said is not None:
         raise _bad("invalid_message", "the last message has to be the user's")
     if image is None:
@@ -91,24 +111,53 @@ def read(messages: Sequence[Message], max_images: int) -> Conversation:
     if turns[:-1] and not question:
         raise OptionError("the last message is empty; ask something, or send the picture alone to get a caption")
     history = [(_joined(turn.asked) or CAPTION_QUESTION, _joined(turn.said or [])) for turn in turns[:-1]]
-    return Conversation(image, history, question)
+    return Conversation(image, history, question, ignored)
 
 
-def _content(message: Message, where: str) -> tuple[str, list[str]]:
-    """The text of a message, and its pictures as they were sent."""
+def _num_images(message: Message) -> int:
+    parts = message.content if isinstance(message.content, list) else []
+    return len(message.images or []) + sum(part.type in IMAGE_TYPES for part in parts)
+
+
+def _content(message: Message, where: str) -> tuple[str, list[Picture]]:
+    """The text of a message, and its pictures."""
+    for name, given in (("image", message.image), ("image_url", message.image_url)):
+        if given is not None:
+            raise _bad("invalid_value", f"a picture stands in the content; {AS_PART}", f"{where}.{name}")
+    images = [picture(each, f"{where}.images[{place}]") for place, each in enumerate(message.images or [])]
+    if message.content is None and not images and message.role != "assistant":
+        raise _bad("invalid_value", "give a text, or a list of parts", f"{where}.content")
     if not isinstance(message.content, list):
-        return clean(message.content or ""), []
-    texts, images = [], []
-    for part in message.content:
-        if part.type in ("text", "input_text", "output_text") and part.text is not None:
+        text = message.content or ""
+        check_no_picture(text, f"{where}.content", AS_PART)
+        return clean(text), images
+    texts = []
+    for number, part in enumerate(message.content):
+        place = f"{where}.content[{number}]"
+        if part.type in TEXT_TYPES:
+            if part.text is None:
+                raise _bad("invalid_value", "give a text", f"{place}.text")
+            check_no_picture(part.text, f"{place}.text", AS_PART)
             texts.append(part.text)
-        elif part.type in ("image_url", "input_image") and part.image_url is not None:
-            images.append(part.image_url if isinstance(part.image_url, str) else part.image_url.url)
+        elif part.type in IMAGE_TYPES:
+            images.append(_shown(part, place))
         else:
             raise _bad(
-                "invalid_message", f"a part of type {part.type[:40]!r}; send 'text' and 'image_url' parts", where
+                "invalid_message",
+                f"there are no parts of this type, {part.type[:40]!r}; send 'text' and 'image_url'",
+                f"{place}.type",
             )
     return _joined(texts), images
+
+
+def _shown(part: Part, where: str) -> Picture:
+    """The picture of a part: where OpenAI's clients put it, or those of vLLM, or Anthropic's."""
+    address = part.image_url if isinstance(part.image_url, str) else part.image_url and part.image_url.url
+    source = part.source and (part.source.data or part.source.url)
+    for name, found in (("image_url", address), ("image", part.image), ("source", source)):
+        if found:
+            return picture(found, f"{where}.{name}")
+    raise _bad("invalid_value", 'give {"url": "data:image/...;base64,..."}', f"{where}.image_url")
 
 
 def _joined(texts: Sequence[str]) -> str:

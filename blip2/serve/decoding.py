@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from blip2.errors import OptionError
 from blip2.generation import GenerateOptions
 from blip2.serve.body import too_long
-from blip2.serve.errors import ApiError
+from blip2.serve.errors import ApiError, in_fields
 from blip2.serve.limits import Limits
 from blip2.serve.schemas import Decoding
 from blip2.tasks.defaults import merged
@@ -14,56 +17,91 @@ from blip2.tasks.speaker import Speaker
 
 GREEDY_BELOW = 0.01
 """A temperature that leaves nothing to chance."""
+SAME = ("num_beams", "length_penalty", "early_stopping", "repetition_penalty", "no_repeat_ngram_size", "seed")
+"""Fields that are called as the options are; for the others see `options_of`."""
 
 
 def options_of(
-    body: Decoding,
-    defaults: GenerateOptions,
-    limits: Limits,
-    *,
-    max_new_tokens: int | None = None,
-    is_followed: bool = False,
+    body: Decoding, defaults: GenerateOptions, limits: Limits, *, is_followed: bool = False
 ) -> GenerateOptions:
     """The task's own way of decoding, unless the request asks for another.
 
-    - ``temperature`` 0 is greedy decoding; above it, or with ``top_p`` below 1, tokens are drawn.
+    - ``temperature`` or ``top_p`` 0 is greedy decoding, whatever else is said about chance; above it, or with any
+      other field that only chance heeds, tokens are drawn.
     - ``is_followed``: each token is wanted by itself, which a search with beams cannot give; then greedy decoding
       stands in for the search, unless ``num_beams`` asks for one.
     - ``n``: so many samples, or the n best of the search.
+    - No answer is longer than the limit, whatever is asked for.
 
-    Raises ApiError and OptionError.
+    Raises ApiError.
     """
-    max_new_tokens = max_new_tokens or body.max_tokens
-    if max_new_tokens is not None and max_new_tokens > limits.max_new_tokens:
-        raise ApiError(
-            400, "too_many_tokens", f"max_tokens is {max_new_tokens}; at most {limits.max_new_tokens} are written here",
-            param="max_tokens",
-        )  # fmt: skip
-    given: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "num_beams": body.num_beams,
-        "length_penalty": body.length_penalty,
-        "repetition_penalty": body.repetition_penalty,
+    chance = _chance(body)
+    given: dict[str, Any] = {name: getattr(body, name) for name in SAME} | chance
+    given |= {
+        "max_new_tokens": body.max_tokens,
         "min_new_tokens": body.min_new_tokens,
         "num_return": body.n,
         "stop": None if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
-        "seed": body.seed,
     }
-    is_greedy = body.temperature is not None and body.temperature < GREEDY_BELOW
-    if not is_greedy and (body.temperature is not None or (body.top_p or 1) < 1):
-        given |= {"sample": True, "temperature": body.temperature or 1.0, "top_p": body.top_p or 1.0}
-    elif body.num_beams is None and (is_greedy or is_followed) and (body.n or 1) == 1:
+    if not chance and body.num_beams is None and (is_followed or _is_greedy(body)) and (body.n or 1) == 1:
         given["num_beams"] = 1
     given = {name: value for name, value in given.items() if value is not None}
     if defaults.min_new_tokens > given.get("max_new_tokens", defaults.max_new_tokens):
         given.setdefault("min_new_tokens", given["max_new_tokens"])
-    options = merged(defaults, given)
-    if max(options.num_beams, options.num_return) > limits.max_rows:
-        raise ApiError(
-            400, "too_many_answers", f"{max(options.num_beams, options.num_return)} answers or beams side by side; "
-            f"this server writes at most {limits.max_rows}",
-        )  # fmt: skip
+    try:
+        options = merged(defaults, given)
+    except OptionError as error:
+        # What decides that something is drawn is the first of these that was given.
+        drawing = "sample" if body.sample else next((name for name in chance if name != "sample"), "temperature")
+        called = body.called | {"temperature": body.called.get(drawing, drawing)}
+        raise ApiError(400, "invalid_value", error.told(partial(in_fields, called=called))) from None
+    most = limits.max_new_tokens
+    options = replace(
+        options, max_new_tokens=min(options.max_new_tokens, most), min_new_tokens=min(options.min_new_tokens, most)
+    )
+    for name, number in (("n", options.num_return), ("num_beams", options.num_beams)):
+        if number > limits.max_rows:
+            name = body.called.get(name, name)
+            message = f"{name} is {number}; this server writes at most {limits.max_rows} answers or beams side by side"
+            raise ApiError(400, "too_many_answers", message, param=name)
     return options
+
+
+def _is_greedy(body: Decoding) -> bool:
+    return (body.temperature is not None and body.temperature < GREEDY_BELOW) or body.top_p == 0
+
+
+def _chance(body: Decoding) -> dict[str, Any]:
+    """The options that decide how tokens are drawn; none if none is drawn."""
+    if _is_greedy(body):
+        if body.sample:
+            name = "top_p" if body.top_p == 0 else "temperature"
+            message = f"{body.called.get('sample', 'sample')} is true, but with {name} 0 nothing is drawn by chance; "
+            raise ApiError(400, "invalid_value", f"{message}leave out one of them", param=name)
+        return {}
+    filters = {
+        "top_k": body.top_k,
+        "top_p": None if body.top_p == 1 else body.top_p,
+        "min_p": body.min_p or None,
+        "typical_p": None if body.typical_p == 1 else body.typical_p,
+    }
+    asked = {name: value for name, value in {"temperature": body.temperature, **filters}.items() if value is not None}
+    if body.sample is False and asked:
+        name = body.called.get(next(iter(asked)), next(iter(asked)))
+        message = f"{name} decides what is drawn by chance, and {body.called.get('sample', 'sample')} is false; "
+        raise ApiError(400, "invalid_value", f"{message}leave out one of them", param=name)
+    return {"sample": True, **asked} if asked or body.sample else {}
+
+
+def fitting(speaker: Speaker, text: str, options: GenerateOptions, limits: Limits) -> GenerateOptions:
+    """The options, with no more new tokens than the model has room for beside the prompt.
+
+    Programs ask for thousands, whatever the model. A prompt that leaves no room at all is told where it is read.
+    Raises ApiError for one of more tokens than are read anywhere.
+    """
+    check_prompt(speaker, text, limits)
+    most = max(speaker.room(text), options.min_new_tokens, 1)
+    return replace(options, max_new_tokens=min(options.max_new_tokens, most))
 
 
 def check_prompt(speaker: Speaker, text: str, limits: Limits) -> None:

@@ -1,18 +1,24 @@
-"""Who comes in: the key, the number of guests, the size of what they carry. Before anything is read of it."""
+"""Who comes in: the key, the size of what they carry, a place in the queue. Before anything of it is understood."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
+import json
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from blip2.serve.bodies import Bodies
 from blip2.serve.errors import ApiError
+from blip2.serve.house import origin_of
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
+from blip2.serve.places import Places
 
 OPEN_PATHS = ("/", "/health", "/ready")
 """The page and what load balancers ask; these need no key."""
@@ -21,9 +27,12 @@ OPEN_FOLDER = "/page/"
 END = "blip2.end_s"
 """Where the scope has the moment (monotonic) at which the answer has to be there."""
 CLIENT = "blip2.client"
-"""Where the scope has who asks, for those who deal in turns."""
+"""Where the scope has who asks, for turns between clients: a short digest of the key, else `house.origin_of` the
+address."""
 LET_GO = "blip2.let_go"
-"""Where the scope has what is to be called when the body is needed no longer."""
+"""Where the scope has what a route calls (without arguments) when it needs the body no longer."""
+REFUSED = "blip2.refused"
+"""Where the scope has the `ApiError` of a request that was refused before it came here; it is sent away from here."""
 LINGER_S, SILENCE_S = 5.0, 0.5
 """So long is the rest of a refused request still taken, as long as it keeps coming."""
 HEADERS = (
@@ -38,7 +47,7 @@ class Doorman:
     """ASGI middleware around the whole application.
 
     ``refusal``: why nothing can be answered at present, if so. ``routes``: the paths that /metrics tells apart.
-    ``replica``: sent with each answer.
+    ``replica``: sent with each answer. ``places``, ``bodies``: to be given where somebody else has to know of them.
     """
 
     def __init__(
@@ -51,6 +60,8 @@ class Doorman:
         refusal: Callable[[], ApiError | None],
         routes: Sequence[str],
         replica: str | None = None,
+        places: Places | None = None,
+        bodies: Bodies | None = None,
     ) -> None:
         self._app = app
         self._limits = limits
@@ -59,8 +70,10 @@ class Doorman:
         self._refusal = refusal
         self._routes = frozenset(routes)
         self._headers = HEADERS if replica is None else (*HEADERS, (b"x-blip2-replica", replica.encode()))
-        self._num_guests = 0
-        metrics.in_house.set_function(lambda: self._num_guests)
+        self._places = Places(limits) if places is None else places
+        self._bodies = Bodies(limits) if bodies is None else bodies
+        self._salt = secrets.token_bytes(16)  # a name that is written down must not help to guess the key
+        metrics.in_house.set_function(lambda: len(self._places))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,20 +81,30 @@ class Doorman:
             return
         began_s = time.monotonic()
         status = 499  # hung up before there was an answer
-        lingers = False
+        is_events = is_whole = False
 
         async def noted_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_events, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *self._headers]}
+                headers = message.get("headers", ())
+                is_events = any(value.startswith(b"text/event-stream") for _, value in headers)
+                message = {**message, "headers": [*headers, *self._headers]}
             await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
+        lingers = False
         try:
             await self._let_in(scope, receive, noted_send)
         except ApiError as error:
+            self._metrics.refuse(error.code)
             response = error.response()
-            if scope["method"] == "POST":
+            if is_events and not is_whole:  # the status was sent long ago
+                event = f"data: {json.dumps(error.body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+                await noted_send({"type": "http.response.body", "body": event, "more_body": False})
+            elif status != 499:
+                pass  # half of an answer is there: the connection ends, and nobody takes it for a whole one
+            elif scope["method"] == "POST" and END not in scope and error.code != "stopping":
                 response.headers["connection"] = "close"  # what was to come of the request is not waited for
                 lingers = True
                 await response(scope, receive, _unfinished(noted_send))
@@ -95,71 +118,49 @@ class Doorman:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (refused := scope.get(REFUSED)) is not None:
+            raise refused
         is_open = scope["path"] in OPEN_PATHS or (scope["method"] == "GET" and scope["path"].startswith(OPEN_FOLDER))
-        if self._keys and not is_open and not self._has_key(scope):
-            raise self._rejected(
-                ApiError(
-                    401, "invalid_api_key", "this server asks for a key: send the header 'Authorization: Bearer KEY'",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+        key = self._key(scope) if self._keys else None
+        if self._keys and not is_open and key is None:
+            raise ApiError(
+                401, "invalid_api_key", "this server asks for a key: send the header 'Authorization: Bearer KEY'",
+                headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
+        client = scope.setdefault(CLIENT, self._client(scope, key))  # or as the front of replicas says
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         if (refusal := self._refusal()) is not None:
             raise refusal
-        if self._num_guests >= self._limits.max_queue:
-            raise self._rejected(
-                ApiError(
-                    429, "queue_full", f"{self._num_guests} requests are in work already; try again in a moment",
-                    headers={"Retry-After": "1"},
-                )
-            )  # fmt: skip
-        self._num_guests += 1
+        self._places.check(client)  # before anything is read of it
+        body = self._bodies.begin(client)
         try:
-            body = await self._body(scope, receive)
-            if body is None:
+            if not await body.receive(scope, receive, self._limits):
                 return  # nobody is there any more
-            scope[END] = time.monotonic() + self._limits.deadline_s
-            await self._app(scope, _again(body, receive), send)
+            scope.setdefault(END, time.monotonic() + self._limits.deadline_s)  # or as the front of replicas says
+            scope[LET_GO] = body.let_go
+            async with self._places.taken(client, scope[END]):
+                await self._app(scope, body.replay(receive), send)
         finally:
-            self._num_guests -= 1
+            body.let_go()
+
+    def _client(self, scope: Scope, key: bytes | None) -> str:
+        if key is not None:
+            return hashlib.blake2b(key, key=self._salt, digest_size=6).hexdigest()
+        return origin_of(scope["client"][0] if scope.get("client") else None)
 
     def _has_key(self, scope: Scope) -> bool:
+        return self._key(scope) is not None
+
+    def _key(self, scope: Scope) -> bytes | None:
+        """The key that was sent, if it is one of ours."""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         given = values[0].strip() if values else b""
         scheme, _, key = given.partition(b" ")
         key = key.strip() if scheme.lower() == b"bearer" else b""
         # All are compared, in a time that does not tell how far any of them agrees.
-        return sum([hmac.compare_digest(key, known) for known in self._keys]) > 0
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        limit = self._limits.max_body_bytes
-        too_large = ApiError(413, "body_too_large", f"the request is larger than {limit:,} bytes; send less at a time")
-        declared = [value for name, value in scope["headers"] if name == b"content-length"]
-        if declared and declared[0].isdigit() and int(declared[0]) > limit:
-            raise self._rejected(too_large)
-        content = bytearray()
-        try:
-            async with asyncio.timeout(self._limits.body_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    content += message.get("body", b"")
-                    if len(content) > limit:
-                        raise self._rejected(too_large)
-                    if not message.get("more_body", False):
-                        return bytes(content)
-        except TimeoutError:
-            seconds = f"{self._limits.body_s:g} s"
-            raise self._rejected(
-                ApiError(408, "body_timeout", f"the request did not arrive within {seconds}; send it again")
-            ) from None
-
-    def _rejected(self, error: ApiError) -> ApiError:
-        self._metrics.requests_rejected.labels(error.code).inc()
-        return error
+        return key if sum([hmac.compare_digest(key, known) for known in self._keys]) > 0 else None
 
 
 def _unfinished(send: Send) -> Send:
@@ -184,17 +185,3 @@ async def _discard(receive: Receive) -> None:
                 async with asyncio.timeout(SILENCE_S):
                     message = await receive()
                 is_over = message["type"] == "http.disconnect" or not message.get("more_body", False)
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """The body once more; after it, what the client does (hang up)."""
-    is_given = False
-
-    async def replay() -> Message:
-        nonlocal is_given
-        if is_given:
-            return await receive()
-        is_given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from blip2.errors import Blip2Error, CheckpointError, ImageError, ImageFormatError, ImageSizeError, NotFiniteError
@@ -15,13 +16,14 @@ logger = logging.getLogger("blip2.serve")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-FIELDS = {"num_return": "n", "sample": "temperature"}
+FIELDS = {"num_return": "n", "sample": "temperature", "max_new_tokens": "max_tokens"}
 """What an option of the interface for Python is called in a request; most have the same name."""
 
 
-def in_fields(name: str, value: str | None) -> str:
-    """How a request writes an option, see `Blip2Error.told`."""
+def in_fields(name: str, value: str | None, called: Mapping[str, str] = {}) -> str:
+    """How a request writes an option, see `Blip2Error.told`. ``called``: what it calls fields otherwise."""
     field = FIELDS.get(name, name)
+    field = called.get(field, field)
     if value is None:
         return field
     if value in ("False", "None"):
@@ -46,8 +48,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         # What a client sent may hold halves of characters, which no answer can carry.
-        message = self.message.encode("utf-8", "replace").decode()
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        message, param = (text and text.encode("utf-8", "replace").decode() for text in (self.message, self.param))
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         from starlette.responses import JSONResponse  # not for the processes that only read requests
@@ -73,13 +75,3 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(400, "invalid_value", error.told(in_fields))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "internal_error", "something went wrong in the server; its log says what")
-
-
-def of_validation(problems: Any) -> ApiError:
-    """The first problem that pydantic found; what was given is not repeated, it may be a picture."""
-    first = problems[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
-    where = ".".join(path) or None
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    subject = f"{where}: " if where and not first["type"].startswith("json") else ""
-    return ApiError(400, "invalid_value", f"{subject}{first['msg']}{more}"[:500], param=where and where[:100])

@@ -8,7 +8,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from blip2.errors import Blip2Error
-from blip2.serve.errors import ApiError, as_api_error, of_validation
+from blip2.serve.complaints import of_validation
+from blip2.serve.dialect import where_else
+from blip2.serve.errors import ApiError, as_api_error
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -28,7 +30,8 @@ def add_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         headers = dict(error.headers) if error.headers else None
-        return ApiError(error.status_code, code, str(error.detail), headers=headers).response()
+        message = where_else(request.url.path) if error.status_code == 404 else str(error.detail)
+        return ApiError(error.status_code, code, message, headers=headers).response()
 
     app.add_exception_handler(ApiError, told)
     app.add_exception_handler(Blip2Error, told)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from blip2.serve.cache import ImageCache
+from blip2.serve.house import Standing
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -40,7 +41,29 @@ class Metrics:
         self.tokens = Counter("blip2_tokens", "Tokens read and written", ["kind"], **own)
         self.batch_size = Histogram("blip2_batch_size", "Rows of a decoding step", buckets=ROWS, **own)
         self.image_rejected = Counter("blip2_image_rejected", "Pictures that were refused", ["reason"], **own)
-        self.requests_rejected = Counter("blip2_requests_rejected", "Requests refused at the door", ["reason"], **own)
+        self.requests_rejected = Counter(
+            "blip2_requests_rejected", "Requests and connections refused or ended at the door", ["reason"], **own
+        )
+        self.body_bytes = Gauge(
+            "blip2_body_bytes", "Bytes of requests that are being received or are still needed", **own
+        )
+
+    def refuse(self, reason: str) -> None:
+        """Whoever turns somebody away, tells here why: in one of a few words."""
+        self.requests_rejected.labels(reason).inc()
+
+    def follow_connections(self, count: Callable[[], Mapping[Standing, int]]) -> None:
+        """Show how many connections do what."""
+
+        class FromHouse(Collector):
+            def collect(self) -> list[GaugeMetricFamily]:
+                family = GaugeMetricFamily("blip2_connections", "Connections, by what they do", labels=["state"])
+                found = count()
+                for standing in Standing:
+                    family.add_metric([standing.name.lower()], found.get(standing, 0))
+                return [family]
+
+        self.registry.register(FromHouse())
 
     def follow_caches(self, caches: Sequence[ImageCache[Any]]) -> None:
         """Show what the caches count themselves."""
@@ -58,17 +81,30 @@ class Metrics:
 
         self.registry.register(FromCaches())
 
+    def families(self) -> list[Metric]:
+        families = list(self.registry.collect())
+        if self._replica is not None:
+            for family in families:
+                family.samples = [
+                    each._replace(labels={**each.labels, "replica": self._replica}) for each in family.samples
+                ]
+        return families
+
     def text(self) -> bytes:
-        return generate_latest(self.registry if self._replica is None else _Labelled(self.registry, self._replica))
+        return text_of(self.families())
 
 
-class _Labelled(Collector):
-    def __init__(self, registry: CollectorRegistry, replica: str) -> None:
-        self._registry = registry
-        self._replica = replica
+def text_of(families: Iterable[Metric]) -> bytes:
+    """In Prometheus' format, where each name stands once, with the samples of all servers."""
+    found: dict[str, Metric] = {}
+    for family in families:
+        if family.name in found:
+            found[family.name].samples += family.samples
+        else:
+            found[family.name] = family
 
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            samples = metric.samples
-            metric.samples = [each._replace(labels={**each.labels, "replica": self._replica}) for each in samples]
-            yield metric
+    class Found(Collector):
+        def collect(self) -> Iterable[Metric]:
+            return found.values()
+
+    return generate_latest(Found())

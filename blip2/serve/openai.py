@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from blip2.generation import GenerateOptions
 from blip2.serve.attention import Attended
-from blip2.serve.decoding import check_prompt, options_of
+from blip2.serve.decoding import fitting, options_of
+from blip2.serve.described import body_of
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.names import Names
@@ -43,13 +43,12 @@ def router(service: Service) -> APIRouter:
                 return found
         raise names.unknown(name)
 
-    @routes.post("/chat/completions", openapi_extra=body_of(ChatRequest))
+    @routes.post("/chat/completions", openapi_extra=body_of("/v1/chat/completions"))
     async def chat(request: Request) -> Response:
         """An answer about a picture. A question is answered as `Pipeline.ask` answers it, a picture without text gets
         its caption, several turns are a `Chat`; streamed, or with logprobs, greedily."""
         async with service.readings.read(request) as reading:
             body = ChatRequest.model_construct(**reading.fields)
-            check(body)
             name = names.generative(body.model)
             history, question = reading.fields["history"], reading.fields["question"]
             is_stream, has_log_probs = bool(body.stream), bool(body.logprobs)
@@ -57,16 +56,17 @@ def router(service: Service) -> APIRouter:
                 body,
                 CHAT if history else ASK if question else CAPTION,
                 service.limits,
-                max_new_tokens=body.max_completion_tokens,
                 is_followed=is_stream or has_log_probs,
             )
             check_log_probs(body, options)
             pipeline = service.pipeline
-            text, num_forgotten = await asyncio.to_thread(
+            text, options, num_forgotten = await asyncio.to_thread(
                 prompt_of, pipeline.speaker, history, question, options, service.limits
             )
             ticket = Ticket(await reading.look(0, service.worker.images), text, options, num_top=body.top_logprobs or 0)
-        headers = {"X-Blip2-Forgotten-Turns": str(num_forgotten)} if num_forgotten else {}
+        headers = ignored(reading.fields)
+        if num_forgotten:
+            headers["X-Blip2-Forgotten-Turns"] = str(num_forgotten)
         reply = Reply(name, pipeline.speaker.tokenizer, has_log_probs)
         if not is_stream:
             answers = await service.answers(ticket)
@@ -79,16 +79,17 @@ def router(service: Service) -> APIRouter:
             return EventStream(events, headers)
         pieces, ticket = await service.stream(request, ticket)
         events = reply.chunks(pieces, ticket.num_prompt_tokens, has_usage)
-        return EventStream(events, headers, on_end=lambda: service.worker.cancel(ticket))
+        return EventStream(events, headers, on_end=lambda: service.cancel(ticket))
 
-    @routes.post("/embeddings", openapi_extra=body_of(EmbeddingsRequest))
-    async def embeddings(request: Request) -> dict[str, Any]:
+    @routes.post("/embeddings", openapi_extra=body_of("/v1/embeddings"))
+    async def embeddings(request: Request, response: Response) -> dict[str, Any]:
         """The unit vector of each text. An extension: of a picture, its vectors one after the other (see ``shape``);
         a text is as near to it as to the nearest of them."""
         matcher, cache = service.matcher, service.features
         async with service.readings.read(request) as reading:
             body = EmbeddingsRequest.model_construct(**reading.fields)
             name = names.matching(body.model)
+            response.headers.update(ignored(reading.fields))
             items: list[str | None] = reading.fields["input"]
             width = matcher.model.config.projection_size
             if body.dimensions not in (None, width):
@@ -120,22 +121,26 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def body_of(schema: type[BaseModel]) -> dict[str, Any]:
-    """A body of JSON, for /openapi.json."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema.model_json_schema()}}}}
+def ignored(fields: dict[str, Any]) -> dict[str, str]:
+    """The header that tells what was passed over."""
+    return {"X-Blip2-Ignored": ", ".join(fields["ignored"])} if fields["ignored"] else {}
 
 
 def prompt_of(
     speaker: Speaker, history: Sequence[tuple[str, str]], question: str, options: GenerateOptions, limits: Limits
-) -> tuple[str, int]:
-    """The words that the language model is given, and how many of the oldest turns are left out of them."""
+) -> tuple[str, GenerateOptions, int]:
+    """The words that the language model is given, the options with the tokens that it has room for beside them, and
+    how many of the oldest turns are left out.
+
+    Turns make room for an answer as chats have it, and not for the thousands of tokens that programs allow for.
+    """
     text, num_forgotten = "", 0
     if history:
-        text, num_forgotten = prompt_that_fits(speaker, history, question, options.max_new_tokens)
+        kept = max(min(options.max_new_tokens, CHAT.max_new_tokens), options.min_new_tokens)
+        text, num_forgotten = prompt_that_fits(speaker, history, question, kept)
     elif question:
         [text] = ask.prompts(speaker, [question])
-    check_prompt(speaker, text, limits)
-    return text, num_forgotten
+    return text, fitting(speaker, text, options, limits), num_forgotten
 
 
 def check_log_probs(body: ChatRequest, options: GenerateOptions) -> None:
@@ -147,24 +152,6 @@ def check_log_probs(body: ChatRequest, options: GenerateOptions) -> None:
             "and n, or logprobs",
             param="logprobs",
         )  # fmt: skip
-
-
-def check(body: ChatRequest) -> None:
-    """What would change the meaning of an answer, and cannot be done, is refused."""
-    format_type = body.response_format.get("type") if isinstance(body.response_format, dict) else body.response_format
-    problems = {
-        "tools": bool(body.tools) and "this model calls no tools",
-        "functions": bool(body.functions) and "this model calls no functions",
-        "tool_choice": body.tool_choice not in (None, "none", "auto") and "this model calls no tools",
-        "response_format": format_type not in (None, "text") and "this model writes plain text only",
-        "frequency_penalty": bool(body.frequency_penalty) and "use repetition_penalty",
-        "presence_penalty": bool(body.presence_penalty) and "use repetition_penalty",
-        "logit_bias": bool(body.logit_bias) and "single tokens cannot be favoured",
-        "modalities": body.modalities not in (None, ["text"]) and "this model writes plain text only",
-    }
-    for name, problem in problems.items():
-        if problem:
-            raise ApiError(400, "unsupported_parameter", f"{name} is not supported: {problem}", param=name)
 
 
 def _embedding(index: int, vector: torch.Tensor, encoding: str) -> dict[str, Any]:

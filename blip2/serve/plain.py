@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
 
 from blip2.api import Matcher
 from blip2.generation import GenerateOptions
 from blip2.image import grey_address
 from blip2.serve.attention import Attended
-from blip2.serve.decoding import check_prompt, options_of
+from blip2.serve.choosing import choosing, chosen
+from blip2.serve.decoding import fitting, options_of
+from blip2.serve.described import body_of
 from blip2.serve.errors import ApiError
 from blip2.serve.names import served_name
 from blip2.serve.reading import Reading
@@ -23,7 +22,6 @@ from blip2.serve.schemas import (
     CaptionRequest,
     Decoding,
     Explained,
-    ExplainRequest,
     Matched,
     MatchedText,
     MatchRequest,
@@ -44,7 +42,7 @@ def router(service: Service) -> APIRouter:
 
     async def ticket(reading: Reading, body: Decoding, text: str, defaults: GenerateOptions) -> Ticket:
         options = options_of(body, defaults, service.limits)
-        await asyncio.to_thread(check_prompt, service.pipeline.speaker, text, service.limits)
+        options = await asyncio.to_thread(fitting, service.pipeline.speaker, text, options, service.limits)
         return Ticket(await reading.look(0, service.worker.images), text, options)
 
     async def answered(asked: Ticket) -> Answered:
@@ -55,7 +53,7 @@ def router(service: Service) -> APIRouter:
             text=texts[0], texts=texts, finish_reason=answers[0].finish_reason, model=served_name(pipeline.name)
         )
 
-    @routes.post("/caption", openapi_extra=_either(CaptionRequest))
+    @routes.post("/caption", openapi_extra=body_of("/caption"), response_model_exclude_none=True)
     async def caption(request: Request) -> Answered:
         """Describe a picture; ``prompt`` is the beginning of the caption."""
         async with service.readings.read(request) as reading:
@@ -63,16 +61,19 @@ def router(service: Service) -> APIRouter:
             asked = await ticket(reading, body, clean(body.prompt), CAPTION)
         return await answered(asked)
 
-    @routes.post("/ask", openapi_extra=_either(AskRequest))
+    @routes.post("/ask", openapi_extra=body_of("/ask"), response_model_exclude_none=True)
     async def ask(request: Request) -> Answered:
-        """Answer a question about a picture."""
+        """Answer a question about a picture, freely or with one of ``choices``."""
         async with service.readings.read(request) as reading:
             body = AskRequest.model_construct(**reading.fields)
             [text] = ask_task.prompts(service.pipeline.speaker, [body.question])
-            asked = await ticket(reading, body, text, ASK)
-        return await answered(asked)
+            if body.choices is None:
+                asked = await ticket(reading, body, text, ASK)
+            else:
+                question = await choosing(service, reading, body, text)
+        return await (answered(asked) if body.choices is None else chosen(service, question))
 
-    @routes.post("/match", openapi_extra=_either(MatchRequest))
+    @routes.post("/match", openapi_extra=body_of("/match"))
     async def match(request: Request) -> Matched:
         """How well texts fit a picture."""
         matcher, cache = service.matcher, service.features
@@ -99,7 +100,7 @@ def router(service: Service) -> APIRouter:
 
         return Matched(results=await service.compute(compare), model=served_name(matcher.name))
 
-    @routes.post("/explain", openapi_extra=_either(ExplainRequest))
+    @routes.post("/explain", openapi_extra=body_of("/explain"))
     async def explain(request: Request) -> Explained:
         """Where in a picture the model finds what speaks for a text, an answer, or a word of a caption."""
         async with service.readings.read(request) as reading:
@@ -131,16 +132,3 @@ def router(service: Service) -> APIRouter:
         )
 
     return routes
-
-
-def _either(schema: type[BaseModel]) -> dict[str, Any]:
-    """A body that is JSON, or a form whose picture is a file, for /openapi.json."""
-    as_json = schema.model_json_schema()
-    as_form = json.loads(json.dumps(as_json))
-    as_form["properties"]["image"] = {"type": "string", "format": "binary"}
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": as_json}, "multipart/form-data": {"schema": as_form}},
-        }
-    }

@@ -94,6 +94,7 @@ class Reading:
         self._readings = readings
         self._route = request.url.path
         self._kind = request.headers.get("content-type", "")
+        self._packing = request.headers.get("content-encoding", "")
         self._client: str = request.scope.get(CLIENT, "")
         self._content = content
         self._fetched = b""
@@ -104,6 +105,11 @@ class Reading:
 
     async def begin(self) -> None:
         """Raises ApiError for what is wrong with the request."""
+        if self._packing.strip().lower() not in ("", "identity"):
+            message = (
+                f"the body is packed ({self._packing[:40]}); send it as it is, without the header Content-Encoding"
+            )
+            raise ApiError(415, "unsupported_encoding", message, headers={"Accept-Encoding": "identity"})
         told = await self._read_anew()
         self.fields, self._pictures = told["fields"], told["pictures"]
 

@@ -1,81 +1,82 @@
-"""The application several times behind one port: Ray Serve starts it, watches it, and deals out the requests.
+"""The models several times behind one port: Ray Serve starts the replicas, watches them, and deals out the requests.
 
-A replica is a process with everything of its own: models, queue, limits, the pictures that it remembers. Ray's proxy
-gives a request to the less busy of two replicas, and has not read by then what picture it is about; so each replica
-may have to encode the same one once. Every answer, and every line of /metrics, names its replica.
+A replica is a process with everything of its own: models, queue, limits, the pictures that it remembers. The port, the
+page, the keys and whatever else guards the door are the front's (`front`), which runs in the process that was started;
+Ray's own proxies are off. A request goes to the less busy of two replicas, unread, so that each may have to encode the
+same picture once. Every answer, and every line of /metrics, names its replica.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import os
-import re
+import pickle
 import secrets
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from fastapi import FastAPI
+from prometheus_client.core import Metric
+from starlette.types import Message, Scope
 
-from blip2 import errors
 from blip2.errors import OptionError
+from blip2.serve.front import Front, ReplicaDied
 from blip2.serve.limits import Limits
-from blip2.serve.run import MAX_CONNECTIONS, listen
+from blip2.serve.replica import Create, load_error, replica_of
 from blip2.serve.service import Models
 
 NAME = "blip2"
+DEPLOYMENT = "replica"
 SPARE_REQUESTS = 64
-"""What a replica is given beyond its queue: the doorman turns them away in our words, or they are no work at all."""
+"""What a replica is given beyond its queue: its doorman turns them away in our words."""
+HEALTH_S = 10
+"""A replica that three times says nothing for so long is ended, and another is started."""
+END_S = 5
+"""For a replica to end, once the front has waited for the last answers."""
 SHUTDOWN_SPARE_S = 10
-"""For Ray to end the replicas, beyond what these wait for their last answers."""
+"""For Ray to end the replicas beyond that."""
 OBJECT_STORE_BYTES = 100_000_000
-"""Nothing of ours goes through it; by default Ray takes a third of the memory."""
+"""Only large answers go through it; by default Ray takes a third of the memory."""
+PIECE_BYTES = 90_000
+"""A body travels in such pieces. Larger ones Ray would put into the object store, which is small and goes to disk."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 """Ray tells its makers nothing, and keeps its log in files of its own."""
+DIRECT = {"RAY_task_rpc_inlined_bytes_limit": str(2**28)}
+"""So much of a request is sent along with the call, whatever its pieces; by default 10 MB."""
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """A cluster of one machine, whose many ports are open to that machine alone; on other systems that is Ray's default."""
-LOAD_ERROR = "blip2 was not loaded: "
-
-Create = Callable[[Callable[[], Models], str], FastAPI]
 
 
 def run_replicas(
     load: Callable[[], Models],
     create: Create,
+    run_front: Callable[[Front], None],
     limits: Limits,
     *,
     replicas: int,
     address: str | None,
-    host: str,
-    port: int,
     device: str,
-    on_open: Callable[[int], Any] = lambda port: None,
+    on_open: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, and then finish what is running (`Limits.shutdown_s`).
 
-    ``load`` and ``create`` (models and a replica's name into an application) are called in each replica. ``address``:
-    a cluster of Ray's; None starts one on this machine, which ends with us. ``on_open`` is called with the port once
-    every replica has loaded. Raises what kept the model from being loaded, ImportError without Ray.
+    ``load`` and ``create`` (models and a replica's name into an application) are called in each replica,
+    ``run_front`` here: it serves, from now on, until the stop. ``address``: a cluster of Ray's, to which this machine
+    belongs; None starts one on this machine, which ends with us. ``on_open`` is called when every replica has loaded.
+    Raises what kept the model from being loaded, ImportError without Ray.
     """
-    if address is not None and port == 0:
-        raise OptionError("--port 0 takes a free one of this machine, but a cluster has others; name one")
-    if address is None:
-        with listen(host, port) as listener:  # an error in our words; Ray opens it anew, in a process of its own
-            port = listener.getsockname()[1]
-    _prepare(address)  # before Ray is imported, which reads the environment once
-    import ray
-    from ray import serve
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    stopped = threading.Event()
     with ExitStack() as undo:
+        _prepare(address)  # before Ray is imported, which reads the environment once
+        import ray
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        stopped = threading.Event()
         _heed_signals(stopped, undo)
         # In a thread Ray's Python puts no signal handlers; and what Ray starts ends with the thread that started it.
         aside = undo.enter_context(ThreadPoolExecutor(1))
@@ -84,31 +85,33 @@ def run_replicas(
         _heed_signals(stopped, undo)  # once more: Ray's C++ has put one, which aborts
         if stopped.is_set():
             return
-        options = _shares(ray.nodes(), replicas, device)
-        if address is not None and serve.status().proxies:
-            raise OptionError(f"the cluster at {address} runs Ray Serve already, at a port of its own; stop that first")
-        undo.callback(_finish, serve, address, limits.shutdown_s)
-        serve.start(http_options={"host": host, "port": port}, logging_config=_logging())
+        before = serve.status()
+        if NAME in before.applications:
+            raise OptionError(f"the cluster at {address} runs blip2 serve already; stop that first")
+        is_ours = address is not None and not (before.applications or before.proxies)
+        undo.callback(_finish, serve, is_ours=is_ours)
         deployment = serve.deployment(
-            name="replica",
+            name=DEPLOYMENT,
             num_replicas=replicas,
-            ray_actor_options=options,
+            ray_actor_options=_shares(ray.nodes(), replicas, device),
             max_ongoing_requests=limits.max_queue + SPARE_REQUESTS,
-            max_queued_requests=MAX_CONNECTIONS,
+            max_queued_requests=-1,  # the front's doorman counts them
             max_constructor_retry_count=1,
             health_check_period_s=1,
+            health_check_timeout_s=HEALTH_S,
             graceful_shutdown_wait_loop_s=0.1,
-            graceful_shutdown_timeout_s=limits.shutdown_s,
+            graceful_shutdown_timeout_s=END_S,
             logging_config=_logging(),
         )(replica_of(serve, load, create))
-        if not _started(serve, deployment.bind(), stopped):
-            return
-        on_open(port)
-        stopped.wait()
+        run_front(Front(RayReplicas(serve, deployment.bind()), limits, replicas, on_open))
+
+
+def _pieces(body: bytes) -> list[bytes]:
+    return [body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES)]
 
 
 def _prepare(address: str | None) -> None:
-    os.environ.update(QUIET)
+    os.environ.update(QUIET | DIRECT)
     if address is None:
         os.environ.update(ALONE)
         if "RAY_AUTH_MODE" not in os.environ:  # a key that ends with us, in place of one in a file
@@ -122,6 +125,8 @@ def _heed_signals(stopped: threading.Event, undo: ExitStack) -> None:
 
 def _connect(ray: Any, address: str | None) -> None:
     if address is not None:
+        if "://" in address:  # a client of Ray's, which cannot pass on an answer as it is written
+            raise OptionError(f"--address is {address}; give HOST:PORT, on a machine that belongs to the cluster")
         host, _, port = address.rpartition(":")
         try:
             if host and port.isdigit():  # where nobody listens, Ray would try for minutes
@@ -137,35 +142,58 @@ def _logging() -> dict[str, Any]:
     return {"log_level": "WARNING", "enable_access_log": False}
 
 
-def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
-    """The class that Ray makes its replicas of."""
+class RayReplicas:
+    """`front.Replicas`, by Ray Serve."""
 
-    def build() -> FastAPI:
-        # Models first, so that nobody is sent here before they are there, and their error ends the start.
+    def __init__(self, serve: Any, application: Any) -> None:
+        self._serve = serve
+        self._application = application
+        self._answer: Any = None
+        self._families: Any = None
+
+    def start(self, stopped: threading.Event) -> bool:
+        self._serve.start(proxy_location="Disabled", logging_config=_logging())
+        if not _started(self._serve, self._application, stopped):
+            return False
+        handle = self._serve.get_deployment_handle(DEPLOYMENT, NAME)
+        self._answer = handle.options(method_name="answer", stream=True)
+        self._families = handle.options(method_name="families")
+        return True
+
+    def num_running(self) -> int:
+        states = self._serve.status().applications[NAME].deployments[DEPLOYMENT].replica_states
+        return int(sum(count for state, count in states.items() if state == "RUNNING"))
+
+    async def answer(self, scope: Scope, left_s: float, body: list[bytes]) -> AsyncGenerator[list[Message], None]:
+        from ray.exceptions import RayError, RayTaskError
+        from ray.serve.exceptions import RayServeException
+
+        response = self._answer.remote(scope, left_s, *_pieces(body.pop()))  # and not kept here, too
+        is_over = False
         try:
-            models = load()
-        except Exception as error:
-            raise RuntimeError(LOAD_ERROR + json.dumps([type(error).__name__, str(error)])) from error
-        return create(lambda: models, serve.get_replica_context().replica_id.unique_id)
+            async for pickled in response:
+                messages = pickle.loads(pickled)
+                is_over = messages[-1]["type"] == "http.response.body" and not messages[-1].get("more_body", False)
+                yield messages
+        except RayTaskError:
+            is_over = True
+            raise
+        except (RayError, RayServeException) as error:
+            is_over = True
+            raise ReplicaDied from error
+        finally:
+            if not is_over:
+                response.cancel()
 
-    class Replica:
-        app: FastAPI
-
-        async def check_health(self) -> None:
-            """Ray asks before the first request and then every few seconds; an error, and it starts a new replica."""
-            service = self.app.state.service
-            while (refusal := service.refusal()) is not None and refusal.code == "loading":
-                await asyncio.sleep(0.01)
-            if refusal is not None and refusal.code != "stopping":
-                raise RuntimeError(refusal.message)
-
-    replica: type = serve.ingress(build)(Replica)
-    return replica
+    async def families(self) -> list[list[Metric]]:
+        response = self._families.broadcast("families")
+        found = await response.results_async(return_exceptions=True)
+        return [pickle.loads(each) for each in found if isinstance(each, bytes)]
 
 
 def _started(serve: Any, application: Any, stopped: threading.Event) -> bool:
     """Whether all replicas have loaded; False: a stop signal came first. Raises what went wrong."""
-    serve.run_many([serve.RunTarget(application, name=NAME)], wait_for_applications_running=False)
+    serve.run_many([serve.RunTarget(application, name=NAME, route_prefix=None)], wait_for_applications_running=False)
     while not stopped.wait(0.1):
         status = serve.status().applications[NAME]
         if status.status == "RUNNING":
@@ -176,23 +204,14 @@ def _started(serve: Any, application: Any, stopped: threading.Event) -> bool:
     return False
 
 
-def _finish(serve: Any, address: str | None, shutdown_s: float) -> None:
-    """Let the replicas finish what they answer. A cluster's Serve ends as well; ours goes down with its cluster."""
+def _finish(serve: Any, *, is_ours: bool) -> None:
+    """End the replicas, and a cluster's Serve if nobody else uses it; that of this machine goes with its cluster."""
     serve.delete(NAME, _blocking=False)
-    end_s = time.monotonic() + shutdown_s + SHUTDOWN_SPARE_S
+    end_s = time.monotonic() + END_S + SHUTDOWN_SPARE_S
     while NAME in serve.status().applications and time.monotonic() < end_s:
         time.sleep(0.1)
-    if address is not None:
+    if is_ours:
         serve.shutdown()
-
-
-def load_error(message: str) -> Exception:
-    """What a replica could not do, out of Ray's account of it, which holds tracebacks of several processes."""
-    if (found := re.search(rf"{LOAD_ERROR}(\[.*\])", message)) is None:
-        return RuntimeError(message.strip().rsplit("\n", 1)[-1])
-    name, words = json.loads(found[1])
-    kind = getattr(errors, name, None)
-    return kind(words) if kind is not None else RuntimeError(f"{name}: {words}")
 
 
 def _shares(nodes: Sequence[dict[str, Any]], replicas: int, device: str) -> dict[str, Any]:

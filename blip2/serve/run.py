@@ -1,22 +1,50 @@
-"""Runs an application until a stop signal; what is being answered then is finished."""
+"""Runs an application until a stop signal; what is being answered then is finished, but not for ever."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from blip2.checkpoint.reader import give_back_memory
 from blip2.errors import OptionError
 from blip2.serve.connection import Connection
+from blip2.serve.house import MAX_CONNECTIONS as MAX_CONNECTIONS
 from blip2.serve.service import Service
 
-MAX_CONNECTIONS = 1024
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
+
+SPARE_DESCRIPTORS = 256
+"""For all that is no connection: the models' files, pictures from the web, processes that decode."""
+BACKLOG = 2048
+"""Connections that wait to be accepted: where there is no room for them, a client tries again after a second."""
+ACCEPTED_PER_TURN = 32
+"""By asyncio. Each has a descriptor for some turns before it is looked at; those are among the spare ones."""
+END_S, FORCED_END_S = 0.5, 1.5
+"""After the time for a stop: for whoever waits to hear of it; and until the process ends, whatever still runs."""
+MANY_CONNECTIONS = 100
+"""When so many have come and gone, the memory that they took goes back to the system."""
+DEATH_S = 2.0
+"""So long a server without a model answers those who are still asking."""
+EX_DEAD_MODEL = 70
+"""The exit code when the model's thread has died: whoever watches the process may start it anew."""
+EX_FORCED = 1
+"""The exit code when something kept the process from ending in time."""
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -33,42 +61,141 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def affordable(max_connections: int) -> tuple[int, int]:
+    """How many connections there can be, of so many wanted, and how many are accepted in one turn.
+
+    The limit of descriptors is raised as far as needed and allowed. If it stays too low, half of them are spare.
+    """
+    needed = max_connections + SPARE_DESCRIPTORS
+    if resource is None:
+        return max_connections, ACCEPTED_PER_TURN
+    soft, hard = (
+        needed if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    if soft < needed and soft < hard:
+        with suppress(OSError, ValueError):
+            soft = min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft >= needed:
+        return max_connections, ACCEPTED_PER_TURN
+    return max(min(max_connections, soft // 2), 1), max(min(ACCEPTED_PER_TURN, soft // 16), 1)
+
+
 def run(
-    app: FastAPI, listener: socket.socket, *, on_open: Callable[[], Any] = lambda: None, log_level: str = "warning"
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    on_open: Callable[[], Any] = lambda: None,
+    log_level: str = "warning",
+    trusted_proxies: Sequence[str] = (),
+    ends_process: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT, and then finish what is running (`Limits.shutdown_s`).
 
-    ``on_open`` is called once connections are taken. Raises what kept the model from being loaded.
+    A second SIGINT ends the process at once. ``on_open`` is called once connections are taken. ``trusted_proxies``:
+    addresses and networks, besides this machine's own, whose X-Forwarded-For is believed. What is logged goes where
+    `logging` was told to send it. ``ends_process``: the process is to end when this is over, and is made to if
+    something holds it up after a stop signal.
+
+    Raises what kept the model from being loaded; SystemExit if the model's thread has died.
     """
     service: Service = app.state.service
+    service.house.max_connections, num_accepted = affordable(service.limits.max_connections)
     config = uvicorn.Config(
         app,
+        forwarded_allow_ips=[*LOOPBACK, *trusted_proxies],
         http=Connection,
         ws="none",
         log_level=log_level,
+        log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=int(service.limits.shutdown_s) or 1,
+        backlog=num_accepted,
     )
-    server = uvicorn.Server(config)
+    server = Server(config, service)
     # The event loop that uvicorn would choose: uvloop where it is installed.
-    with _quiet_signals(), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(server, listener, service, on_open))
+    with _quiet_signals():
+        try:
+            with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+                runner.run(_serve(server, listener, service, on_open))
+        finally:
+            if not ends_process or service.load_error is not None:  # which is yet to be told
+                server.may_outlive.set()
+    if ends_process and service.load_error is None:
+        signal.signal(signal.SIGINT, lambda *_: _end_process("stopped at once", 128 + signal.SIGINT))
     if service.load_error is not None:
         raise service.load_error
+    if service.death is not None:
+        sys.stderr.write(f"blip2: {_of_death(service)}; start the server anew\n")
+        raise SystemExit(EX_DEAD_MODEL)
 
 
-async def _serve(server: uvicorn.Server, listener: socket.socket, service: Service, on_open: Callable[[], Any]) -> None:
+class Server(uvicorn.Server):
+    """Ends in time, whatever runs."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.may_outlive = threading.Event()
+        """The process may go on: it is not made to end."""
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            _end_process("stopped at once", 128 + sig)
+        super().handle_exit(sig, frame)
+        self.end(self._service.limits.shutdown_s, EX_FORCED)
+
+    def end(self, within_s: float, code: int) -> None:
+        """Stop, and finish what is running for so long at most."""
+        self.should_exit = True
+        if self._service.end_s is not None:
+            return
+        self._service.end_s = time.monotonic() + within_s
+        # uvicorn would cancel without a word; this is for what does not even end then.
+        self.config.timeout_graceful_shutdown = within_s + END_S  # type: ignore[assignment]
+        threading.Thread(target=self._watch, args=(within_s, code), name="blip2 end", daemon=True).start()
+
+    def _watch(self, within_s: float, code: int) -> None:
+        if not self.may_outlive.wait(within_s + FORCED_END_S):
+            death = "" if self._service.death is None else f"{_of_death(self._service)}; "
+            _end_process(f"{death}something did not end within {within_s:g} s and was left undone", code)
+
+
+def _of_death(service: Service) -> str:
+    error = service.death
+    return f"the model has stopped ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+
+
+def _end_process(words: str, code: int) -> None:
+    with suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.write(f"blip2: {words}\n")
+        sys.stderr.flush()
+    os._exit(code)
+
+
+async def _serve(server: Server, listener: socket.socket, service: Service, on_open: Callable[[], Any]) -> None:
     serving = asyncio.create_task(server.serve([listener]))
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     if server.started:
+        with suppress(OSError):
+            listener.listen(BACKLOG)
         on_open()
+    peak = 0
     while not serving.done():
+        peak = max(peak, len(service.house))
+        if peak > MANY_CONNECTIONS and len(service.house) < peak // 4:
+            peak = 0
+            await asyncio.to_thread(give_back_memory)
         if service.load_error is not None:
-            server.should_exit = True
-        await asyncio.wait((serving,), timeout=0.2)
+            server.end(DEATH_S, EX_FORCED)
+        if service.death is not None:  # those who wait have been told, and are being answered
+            server.end(DEATH_S, EX_DEAD_MODEL)
+        if service.end_s is not None and time.monotonic() >= service.end_s:
+            service.end_requests()
+        await asyncio.wait((serving,), timeout=0.1)
     await serving
 
 

@@ -1,29 +1,80 @@
-"""What clients send. Fields that are not here are ignored, as clients send many; see `openai.check` for those that
-would change what an answer means."""
+"""What clients send, once its fields have the names that they have here; see `dialect` for all other names."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
+
+BRANCH = "~"
+"""Begins the names of a union's branches, which no message tells."""
+
+
+MAX_SPLIT = 100_000
+"""Of texts between commas no more are looked at: they are too many anyway."""
 
 
 def _no_bool(value: Any) -> Any:
     """For Python true is 1, and 1 token is not what anybody meant by it."""
     if isinstance(value, bool):
-        raise PydanticCustomError("number_type", "Input should be a number, not true or false")
+        raise PydanticCustomError("number_type", "give a number, not true or false")
     return value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _split(value: Any) -> Any:
+    """As the command line has it: a,b,c."""
+    return value.split(",", MAX_SPLIT) if isinstance(value, str) else value
+
+
+def _no_tokens(value: Any) -> Any:
+    """Numbers in the place of texts: what LangChain sends by default."""
+    first = value[0] if isinstance(value, list) and value else None
+    first = first[0] if isinstance(first, list) and first else first
+    if isinstance(first, int) and not isinstance(first, bool):
+        raise PydanticCustomError(
+            "token_ids", "these are token ids, of another model's tokenizer; send the texts themselves (LangChain: "
+            "OpenAIEmbeddings(check_embedding_ctx_length=False))"
+        )  # fmt: skip
+    return value
+
+
+def _kind(value: Any) -> str | None:
+    """The branch of a union, by the kind of JSON."""
+    kinds = ((str, "text"), (list, "list"), (dict | BaseModel, "object"))
+    return next((BRANCH + name for kind, name in kinds if isinstance(value, kind)), None)
+
+
+def _kinds(remedy: str) -> Discriminator:
+    """A union of which one branch alone is tried, so that what is wrong is told of that one."""
+    return Discriminator(_kind, custom_error_type="kind", custom_error_message=remedy)
 
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[Whole, Field(ge=1)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(max_length=100_000)]
-ImageText = Annotated[str, Field(min_length=1, description="data:image/...;base64,..., or plain base64")]
+ImageText = Annotated[
+    str, Field(min_length=1, description="data:image/...;base64,..., or plain base64; or a web address, if the server "
+               "fetches any")
+]  # fmt: skip
 
 FIRST_ERROR = Field(fail_fast=True)
 """For lists: a body has room for millions of items, and to tell what is wrong with each of them takes gigabytes."""
+
+StopText = Annotated[str, Field(min_length=1, max_length=100)]
+Stop = Annotated[
+    Annotated[StopText, Tag("~text")]
+    | Annotated[list[StopText], Field(max_length=16), FIRST_ERROR, Tag("~list")],
+    _kinds("give a text, or a list of texts"),
+]  # fmt: skip
 
 
 class Body(BaseModel):
@@ -31,22 +82,44 @@ class Body(BaseModel):
 
 
 class Decoding(Body):
-    """How answers are written. What is not given is as the model's own task has it."""
+    """How answers are written. What is not given, or null, is as the model's own task has it."""
 
-    num_beams: Annotated[Whole, Field(ge=1)] | None = None
-    length_penalty: Annotated[Number, Field(ge=-10, le=10)] | None = None
-    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
-    min_new_tokens: Annotated[Whole, Field(ge=0)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
-    n: Annotated[Whole, Field(ge=1)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=100)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=16)]
-        | None
-    ) = None
-    seed: Seed | None = None
+    called: SkipJsonSchema[dict[str, str]] = {}
+    """What the caller calls the fields that he calls otherwise."""
+    max_tokens: Count | None = Field(None, description="Longest answer; never above the server's limit, and "
+                                     "finish_reason is 'length' where it ends it. -2, -1, 0: not given")  # fmt: skip
+    min_new_tokens: Annotated[Whole, Field(ge=0)] | None = Field(None, description="Shortest answer. -1: not given")
+    n: Count | None = Field(None, description="So many answers: the best of the search, or as many samples")
+    num_beams: Count | None = Field(None, description="Beams of the search; 1 takes the likeliest token each time")
+    length_penalty: Annotated[Number, Field(ge=-10, le=10)] | None = Field(
+        None, description="With beams: above 0 favours long answers, below 0 short ones"
+    )
+    early_stopping: Annotated[
+        Annotated[Literal["never"], Tag("~word")] | Annotated[bool, Tag("~bool")],
+        Discriminator(lambda value: "~word" if value == "never" else "~bool"),
+    ] | None = Field(None, description="When beams stop: true as soon as there are enough answers, false when no "
+                     "better one is likely, never when none is possible")  # fmt: skip
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = Field(
+        None, description="Above 1: words that are there already become unlikely. 0: not given"
+    )
+    no_repeat_ngram_size: Annotated[Whole, Field(ge=0)] | None = Field(
+        None, description="No run of so many tokens comes twice. -1, 0: not given"
+    )
+    stop: Stop | None = Field(None, description="End before any of these. Empty: not given")
+    sample: bool | None = Field(None, description="Draw each token by chance; so does any of the next five by itself")
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(
+        None, description="Below 1 is more careful, above 1 bolder; 0 takes the likeliest token each time"
+    )
+    top_k: Annotated[Whole, Field(ge=0)] | None = Field(
+        None, description="Draw from the k likeliest tokens. -1, 0: not given"
+    )
+    top_p: Share | None = Field(
+        None, description="Draw from the likeliest tokens that have this probability; 0 takes the likeliest token each "
+        "time, 1 draws from all"
+    )  # fmt: skip
+    min_p: Share | None = Field(None, description="Draw from tokens this many times as likely as the likeliest")
+    typical_p: Annotated[Number, Field(gt=0, le=1)] | None = Field(None, description="Typical decoding; 1: from all")
+    seed: Seed | None = Field(None, description="The same seed, the same answer. -1: not given")
 
 
 # ---- OpenAI ----
@@ -56,19 +129,46 @@ class ImageUrl(Body):
     url: Annotated[str, Field(min_length=1)]
 
 
+Address = Annotated[
+    Annotated[ImageUrl, Tag("~object")] | Annotated[str, Field(min_length=1), Tag("~text")],
+    _kinds('give {"url": "data:image/...;base64,..."}'),
+]
+
+
+class Source(Body):
+    """A picture as Anthropic's clients send it."""
+
+    data: str | None = None
+    url: str | None = None
+
+
 class Part(Body):
+    """``type`` is text, or image_url; other clients' names for these are understood, too."""
+
     type: str
     text: str | None = None
-    image_url: ImageUrl | str | None = None
+    image_url: Address | None = None
+    image: str | None = None
+    source: Source | None = None
+
+
+Content = Annotated[
+    Annotated[str, Tag("~text")] | Annotated[list[Part], FIRST_ERROR, Tag("~list")],
+    _kinds("give a text, or a list of parts"),
+]
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[Part], FIRST_ERROR] | None = None
+    content: Content | None = None
+    images: Annotated[list[str], FIRST_ERROR] | None = Field(None, description="As Ollama has it: base64")
+    image: SkipJsonSchema[Any] = None
+    image_url: SkipJsonSchema[Any] = None
+    """Known only to be refused."""
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ChatRequest(Decoding):
@@ -76,20 +176,10 @@ class ChatRequest(Decoding):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=2000), FIRST_ERROR]
     model: str | None = None
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    # These are known only to be refused where they ask for something:
-    tools: Any = None
-    functions: Any = None
-    tool_choice: Any = None
-    response_format: Any = None
-    frequency_penalty: Number | None = None
-    presence_penalty: Number | None = None
-    logit_bias: Any = None
-    modalities: Any = None
 
 
 class EmbeddingImage(Body):
@@ -98,10 +188,22 @@ class EmbeddingImage(Body):
     image: ImageText
 
 
+EmbeddingItem = Annotated[
+    Annotated[Text, Tag("~text")] | Annotated[EmbeddingImage, Tag("~object")],
+    _kinds('give a text, or {"image": "data:image/...;base64,..."}'),
+]
+
+
 class EmbeddingsRequest(Body):
     """POST /v1/embeddings"""
 
-    input: Text | EmbeddingImage | Annotated[list[Text | EmbeddingImage], Field(min_length=1), FIRST_ERROR]
+    input: Annotated[
+        Annotated[Text, Tag("~text")]
+        | Annotated[EmbeddingImage, Tag("~object")]
+        | Annotated[list[EmbeddingItem], Field(min_length=1), FIRST_ERROR, Tag("~list")],
+        _kinds("give a text, or a list of texts"),
+        BeforeValidator(_no_tokens),
+    ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Whole | None = None
@@ -114,7 +216,7 @@ class CaptionRequest(Decoding):
     """POST /caption"""
 
     image: ImageText
-    prompt: Text = ""
+    prompt: Text = Field("", description="How the caption begins; it is not repeated")
 
 
 class AskRequest(Decoding):
@@ -122,13 +224,17 @@ class AskRequest(Decoding):
 
     image: ImageText
     question: Text
+    choices: Annotated[list[Text], FIRST_ERROR, BeforeValidator(_split)] | None = Field(
+        None, description="Choose among these answers, by likelihood, and write none: a list, or one text with commas "
+        "in between. What decides how answers are written does not go with it"
+    )  # fmt: skip
 
 
 class MatchRequest(Body):
     """POST /match"""
 
     image: ImageText
-    texts: Annotated[list[Text], Field(min_length=1), FIRST_ERROR]
+    texts: Annotated[list[Text], Field(min_length=1), FIRST_ERROR, BeforeValidator(_listed)]
 
 
 class ExplainRequest(Body):
@@ -143,13 +249,39 @@ class ExplainRequest(Body):
     caption: Text | None = None
 
 
+SCHEMAS: dict[str, type[Body]] = {
+    "/caption": CaptionRequest,
+    "/ask": AskRequest,
+    "/match": MatchRequest,
+    "/explain": ExplainRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/embeddings": EmbeddingsRequest,
+}
+
+
+# ---- answers ----
+
+
+class Chosen(BaseModel):
+    """One of the choices: ``score``, its log-probability; ``probability``, its share among the choices, 0 to 1."""
+
+    text: str
+    score: float
+    probability: float
+
+
 class Answered(BaseModel):
-    """What /caption and /ask give: the best answer, and all of them if more were asked for."""
+    """What /caption and /ask give: the best answer, and all of them if more were asked for, the best first.
+
+    ``finish_reason``: "eos", "stop" (a stop text) or "length" (the most tokens it may have), or "choice" if the answer
+    was one of the choices; these are told in ``choices`` then, the likeliest first.
+    """
 
     text: str
     texts: list[str]
     finish_reason: str
     model: str
+    choices: list[Chosen] | None = None
 
 
 class MatchedText(BaseModel):

@@ -14,13 +14,15 @@ from fastapi import Request
 
 from blip2.api import Matcher, Pipeline
 from blip2.generation import Hypothesis
-from blip2.serve.attention import too_late
+from blip2.serve.bodies import Bodies
 from blip2.serve.cache import ImageCache
 from blip2.serve.doorman import END
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
+from blip2.serve.house import House
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
+from blip2.serve.places import Places, too_late
 from blip2.serve.reading import Readings
 from blip2.serve.worker import Piece, Ticket, Worker, WorkerError
 from blip2.tasks.match import ImageFeatures
@@ -47,8 +49,15 @@ class Service:
         self.limits = limits
         self.metrics = Metrics(replica)
         self.readings = Readings(limits, self.metrics, fetcher)
+        self.house = House(limits.max_connections, self.metrics.refuse)
+        self.places = Places(limits)
+        self.bodies = Bodies(limits)
+        self.metrics.follow_connections(self.house.count)
+        self.metrics.body_bytes.set_function(lambda: self.bodies.num_bytes)
         self.load_error: BaseException | None = None
         self.is_stopping = False
+        self.end_s: float | None = None
+        """When everything has to be over (monotonic), once the process is asked to end."""
         self._load = load
         self._worker: Worker | None = None
 
@@ -64,14 +73,29 @@ class Service:
             models = self._load()
             self._worker = Worker(models.pipeline, models.matcher, self.limits, self.metrics)
         except BaseException as error:  # told by /ready, and by whoever runs the server
+            if self.is_stopping:  # a process that ends takes from it what it needs
+                return
             self.load_error = error
             logger.error("the model cannot be loaded: %s", error)
 
     async def stop(self) -> None:
         self.is_stopping = True
         if self._worker is not None:
-            await asyncio.to_thread(self._worker.close, self.limits.shutdown_s)
+            left_s = self.limits.shutdown_s if self.end_s is None else max(self.end_s - time.monotonic(), 0)
+            await asyncio.to_thread(self._worker.close, left_s)
         self.readings.close()
+
+    def end_requests(self) -> None:
+        """Whoever still waits for an answer is told now that there will be none."""
+        self.is_stopping = True
+        stopping = ApiError(503, "stopping", "the server is stopping; send it again", headers={"Retry-After": "2"})
+        self.bodies.end_all(stopping)
+        self.places.end_all(stopping)
+
+    @property
+    def death(self) -> BaseException | None:
+        """What ended the models' thread, if it has ended by itself."""
+        return None if self._worker is None else self._worker.death
 
     def refusal(self) -> ApiError | None:
         """Why nothing can be answered at present; None: it can."""
@@ -79,10 +103,10 @@ class Service:
             return ApiError(503, "model_failed", f"the model cannot be loaded: {self.load_error}")
         if self._worker is None:
             return ApiError(503, "loading", "the model is being loaded; try again", headers={"Retry-After": "2"})
-        if self.is_stopping:
-            return ApiError(503, "stopping", "the server is stopping")
-        if not self._worker.is_alive:
+        if self.death is not None:
             return ApiError(503, "model_stopped", "the model has stopped; the server has to be started anew")
+        if self.is_stopping or not self._worker.is_alive:
+            return ApiError(503, "stopping", "the server is stopping")
         return None
 
     @property
@@ -118,6 +142,10 @@ class Service:
             raise self._no_matcher()
         return self.worker.features
 
+    async def numbers(self) -> bytes:
+        """For /metrics."""
+        return self.metrics.text()
+
     # ---- answers ----
 
     async def answers(self, ticket: Ticket) -> list[Hypothesis]:
@@ -130,6 +158,11 @@ class Service:
             raise ApiError(503, "model_stopped", str(error)) from error
         finally:
             worker.cancel(ticket)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody wants its answers any more; also after the end."""
+        if self._worker is not None:
+            self._worker.cancel(ticket)
 
     async def compute(self, function: Callable[[], Value]) -> Value:
         """What a function gives on the models' thread."""
@@ -172,6 +205,8 @@ class Service:
                     yield piece
                     piece = await self._in_time(request, heard.get())
                 yield ticket.answers.result()[0]
+            except WorkerError as error:
+                raise ApiError(503, "model_stopped", str(error)) from error
             finally:
                 worker.cancel(ticket)
 

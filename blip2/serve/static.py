@@ -50,6 +50,10 @@ def files_of(folder: Path) -> dict[str, File]:
     return found
 
 
+PATHS = {"/": ["get"], "/page/{name}": ["get"]}
+"""These are for browsers, and stand in no description of the interface."""
+
+
 def router() -> APIRouter:
     routes = APIRouter(include_in_schema=False)
     files = files_of(PAGE)

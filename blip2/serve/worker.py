@@ -29,6 +29,7 @@ from blip2.generation.strategies import RowByRow
 from blip2.serve.cache import ImageCache, Look
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
+from blip2.serve.shortage import told_shortage
 from blip2.tasks.match import ImageFeatures
 from blip2.text import TextStream
 
@@ -126,6 +127,11 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         return self._death is None and not self._is_closing
+
+    @property
+    def death(self) -> BaseException | None:
+        """What the thread has ended of, if it was not closed."""
+        return self._death
 
     def submit(self, ticket: Ticket) -> None:
         """Raises OptionError for more rows than there are, WorkerError if nobody works any more."""
@@ -301,7 +307,8 @@ class Worker:
         try:
             over = self._batch.step()
         except Exception as error:
-            self._num_failures += 1
+            if told_shortage(error) is None:
+                self._num_failures += 1
             if self._num_failures == MAX_FAILURES:
                 raise
             for running in self._running.values():
@@ -333,4 +340,4 @@ def _settle(future: Future[Any], result: Any = None, *, error: BaseException | N
         if error is None:
             future.set_result(result)
         else:
-            future.set_exception(error)
+            future.set_exception(told_shortage(error) or error)

@@ -57,14 +57,19 @@ def rank(
     """
     choices = check_choices(choices)
     check_batch_size(batch_size)
-    answers = [speaker.tokenizer.answer_ids(choice, speaker.model.config.language) for choice in choices]
-    longest = max(map(len, answers))
-    jobs = [(pair, answer) for pair in pairs(images, prompts(speaker, questions)) for answer in answers]
+    asked = pairs(images, prompts(speaker, questions))
+    jobs = [(image, text, choice) for image, text in asked for choice in choices]
     scores: list[float] = []
     for batch in chunks(jobs, batch_size):
-        vectors = [speaker.prompt(image, text, longest) for (image, text), _ in batch]
-        scores += speaker.engine.score(vectors, [answer for _, answer in batch])
-    return [_ranking(choices, row) for row in chunks(scores, len(choices))]
+        scores += scored(speaker, batch)
+    return [ranking(choices, row) for row in chunks(scores, len(choices))]
+
+
+def scored(speaker: Speaker, jobs: Sequence[tuple[EncodedImage, str, str]]) -> list[float]:
+    """The log-probability of an answer, for each image, prompt (see `prompts`) and answer; computed together."""
+    answers = [speaker.tokenizer.answer_ids(answer, speaker.model.config.language) for *_, answer in jobs]
+    vectors = [speaker.prompt(image, text, len(answer)) for (image, text, _), answer in zip(jobs, answers, strict=True)]
+    return speaker.engine.score(vectors, answers)
 
 
 def check_choices(choices: Sequence[str]) -> list[str]:
@@ -89,7 +94,8 @@ def prompts(speaker: Speaker, questions: Sequence[str]) -> list[str]:
     return [question_prompt(question, speaker.model.config.language.family) for question in questions]
 
 
-def _ranking(choices: list[str], scores: Sequence[float]) -> list[Choice]:
+def ranking(choices: Sequence[str], scores: Sequence[float]) -> list[Choice]:
+    """The choices with their scores, the likeliest first."""
     best = max(scores)
     weights = [math.exp(score - best) for score in scores]
     ranked = sorted(zip(scores, choices, weights, strict=True), key=lambda row: -row[0])

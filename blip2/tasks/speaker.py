@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,13 +75,18 @@ class Speaker:
         text_TD = self.model.language.embed(torch.tensor(ids, device=table_VD.device))
         return torch.cat([self.model.prompt(image.queries_QD).to(text_TD), text_TD])
 
-    def fits(self, text: str, num_new_tokens: int) -> bool:
-        """Whether the model has room for the picture, the text and as many new tokens."""
+    def room(self, text: str) -> int:
+        """How many new tokens the model has room for beside the picture and the text; less than 0 if these are too
+        many."""
         config = self.model.config
         if config.language.family == "t5":  # relative positions have no end
-            return True
-        num_tokens = len(self.tokenizer.prompt_ids(text, config.language)) + num_new_tokens
-        return config.qformer.num_query_tokens + num_tokens <= config.language.max_position_embeddings
+            return sys.maxsize
+        num_tokens = config.qformer.num_query_tokens + len(self.tokenizer.prompt_ids(text, config.language))
+        return config.language.max_position_embeddings - num_tokens
+
+    def fits(self, text: str, num_new_tokens: int) -> bool:
+        """Whether the model has room for the picture, the text and as many new tokens."""
+        return num_new_tokens <= self.room(text)
 
     def answers(
         self,

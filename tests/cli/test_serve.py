@@ -49,10 +49,15 @@ def test_a_port_that_is_taken(run) -> None:
         (["--max-rows", "0"], "--max-rows is 0; use 1 or more"),
         (["--deadline", "-1"], "--deadline is -1"),
         (["--api-key", ""], "an API key is empty"),
+        (["--api-key", "schlüssel"], "--api-key: key has a character that no client can send"),
+        (["--uds", "a.sock", "--port", "8000"], "--uds is instead of an address; leave out --port"),
+        (["--trust-proxy", "proxy.example"], "--trust-proxy is 'proxy.example'; give an address"),
+        (["--allow-host", "http://a.org"], "--allow-host is 'http://a.org'; give a name alone"),
+        (["--cors-origin", "a.org"], "--cors-origin is 'a.org'; give a scheme and a host"),
+        (["--root-path", "blip2"], "--root-path is 'blip2'; give a path such as /blip2"),
         (["--replicas", "2"], "--replicas is for several servers behind one port; add --engine ray"),
         (["--address", "auto"], "--address is for several servers"),
         (["--engine", "ray", "--replicas", "0"], "--replicas is 0; use 1 or more"),
-        (["--engine", "ray", "--address", "10.0.0.1:6379", "--port", "0"], "--port 0"),
         (["--engine", "ray", "--max-rows", "0"], "--max-rows is 0"),
     ],
 )
@@ -64,6 +69,19 @@ def test_what_cannot_be(run, arguments, words) -> None:
 def test_a_model_that_is_not_there_ends_it(run, tmp_path) -> None:
     done = run("serve", "--port", "0", "-m", str(tmp_path / "nowhere"))
     assert done.exit_code == 1 and "nowhere" in done.stderr
+
+
+def test_what_is_done_with_system_messages(run, monkeypatch) -> None:
+    seen = []
+
+    def create(load, *, limits, **others):
+        seen.append(limits.system_prompt)
+        raise OptionError("far enough")
+
+    monkeypatch.setattr("blip2.serve.app.create_app", create)
+    for arguments in ([], ["--system-prompt", "ignore"], ["--system-prompt", "refuse"], ["--system-prompt", "obey"]):
+        assert run("serve", "--port", "0", *arguments).exit_code == 2
+    assert seen == ["refuse", "ignore", "refuse"]
 
 
 def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) -> None:
@@ -80,9 +98,20 @@ def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) 
     monkeypatch.delenv("BLIP2_API_KEY")
     file.write_bytes("one\r\ntwo".encode("utf-8-sig"))
     assert _keys((), file) == ["one", "two"]
-    file.write_text("\n")
-    with pytest.raises(OptionError, match="has no key"):
-        _keys((), file)
+    for text in ("\n", "# none yet\n"):
+        file.write_text(text)
+        with pytest.raises(OptionError, match="has no key"):
+            _keys((), file)
+    file.write_bytes("# of the team\r\none\r\n\r\n  two\t# Anna's\r\nthr#ee\r\n#four".encode("utf-8-sig"))
+    assert _keys((), file) == ["one", "two", "thr#ee"]
+    for key in ("a b", "é", "a\u200bb", "a\x00b"):
+        file.write_text(f"good\n{key}\n", "utf-8")
+        with pytest.raises(OptionError, match="keys: key 2 has a character that no client can send") as error:
+            _keys((), file)
+        assert key not in str(error.value)
+    monkeypatch.setenv("BLIP2_API_KEY", "\ufefffive\n# comment\nsix\n")
+    assert _keys((), None) == ["five", "six"]
+    monkeypatch.delenv("BLIP2_API_KEY")
     with pytest.raises(OptionError, match="cannot be read"):
         _keys((), tmp_path / "missing")
 
@@ -92,3 +121,19 @@ def test_what_is_no_host_is_refused(run, domain):
     result = run("serve", "--allow-images-from", domain)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"blip2: --allow-images-from is {domain!r}; give a host alone")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_warned"),
+    [
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "k"], False),
+        ([], False),
+        (["--host", "::1"], False),
+    ],
+)
+def test_a_server_for_everybody_without_a_key_is_warned_of(run, monkeypatch, arguments, is_warned) -> None:
+    monkeypatch.delenv("BLIP2_API_KEY", raising=False)
+    monkeypatch.setattr("blip2.serve.run.run", lambda app, listener, **options: None)
+    done = run("serve", "--port", "0", *arguments)
+    assert done.exit_code == 0 and ("there is no key; add --api-key-file FILE" in done.stderr) is is_warned

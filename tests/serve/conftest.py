@@ -15,6 +15,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 import blip2
@@ -62,10 +63,23 @@ class Running:
 
 @contextmanager
 def serving(
-    load: Callable[[], Models], *, waits: bool = True, http: type[Connection] = Connection, **options: Any
+    load: Callable[[], Models],
+    *,
+    waits: bool = True,
+    port: int = 0,
+    http: type[Connection] = Connection,
+    **options: Any,
 ) -> Iterator[Running]:
-    app = create_app(load, **options)
-    listener = listen("127.0.0.1", 0)
+    with running(create_app(load, **options), waits=waits, port=port, http=http) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    app: FastAPI, *, waits: bool = True, port: int = 0, http: type[Connection] = Connection
+) -> Iterator[Running]:
+    """Any application of ours."""
+    listener = listen("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

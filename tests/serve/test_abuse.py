@@ -253,14 +253,13 @@ def bomb(chance: random.Random) -> Send:
 
 def absurd_number(chance: random.Random) -> Send:
     name, value = chance.choice([
-        ("max_tokens", 10**9), ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", 1e308), ("max_tokens", "many"),
-        ("max_tokens", 10**400), ("num_beams", 10**6), ("num_beams", -2), ("n", 10**9), ("temperature", -1),
-        ("temperature", 10**300), ("top_p", 0), ("top_p", 7), ("min_new_tokens", -5), ("min_new_tokens", 10**18),
-        ("length_penalty", 1e30), ("repetition_penalty", 0), ("seed", -1), ("seed", 2**70), ("max_tokens", True),
-        ("max_tokens", 1.5),
+        ("max_tokens", -9), ("max_tokens", 1e308), ("max_tokens", "many"), ("max_tokens", True), ("max_tokens", 1.5),
+        ("num_beams", 10**6), ("num_beams", -2), ("n", 10**9), ("n", 10**400), ("temperature", -1),
+        ("temperature", 10**300), ("top_p", -1), ("top_p", 7), ("min_new_tokens", -5), ("min_new_tokens", 10**18),
+        ("length_penalty", 1e30), ("repetition_penalty", -1), ("seed", -2), ("seed", 2**70), ("top_k", 0.5),
     ])  # fmt: skip
-    path = chance.choice(["/caption", "/ask"])
-    return refused(path, 400, json={"image": base64_of(PICTURES[0].read_bytes()), "question": "what?", name: value})
+    path, fields = chance.choice([("/caption", {}), ("/ask", {"question": "what?"})])
+    return refused(path, 400, json={"image": base64_of(PICTURES[0].read_bytes()), **fields, name: value})
 
 
 def wrong_type(chance: random.Random) -> Send:

@@ -6,10 +6,12 @@ import pytest
 
 from blip2.serve.conversation import CAPTION_QUESTION, read
 from blip2.serve.errors import ApiError
+from blip2.serve.limits import Limits
 from blip2.serve.schemas import Message
 from tests.serve.conftest import PICTURES, user
 
 A, B = "data:image/png;base64,AAAA", "data:image/png;base64,BBBB"
+IMAGE_A, IMAGE_B = b"\0\0\0", b"\4\x10A"
 
 
 def said(role: str, *parts: str | None) -> Message:
@@ -25,28 +27,36 @@ def said(role: str, *parts: str | None) -> Message:
 
 def test_what_the_messages_amount_to() -> None:
     def meaning(*messages: Message) -> tuple:
-        found = read(messages, 9)
+        found = read(messages, Limits())
         return found.image, found.history, found.question
 
-    assert meaning(said("user", "what is it?", A)) == (A, [], "what is it?")
-    assert meaning(said("user", A)) == (A, [], "")
-    assert meaning(said("user", A, "  what\nis ", "it? ")) == (A, [], "what is it?")
+    assert meaning(said("user", "what is it?", A)) == (IMAGE_A, [], "what is it?")
+    assert meaning(said("user", A)) == (IMAGE_A, [], "")
+    assert meaning(said("user", A, "  what\nis ", "it? ")) == (IMAGE_A, [], "what is it?")
     turns = [said("user", A, "how many?"), said("assistant", "two"), said("user", "of what?")]
-    assert meaning(*turns) == (A, [("how many?", "two")], "of what?")
+    assert meaning(*turns) == (IMAGE_A, [("how many?", "two")], "of what?")
     # A caption is an answer, too.
-    assert meaning(said("user", A), *turns[1:]) == (A, [(CAPTION_QUESTION, "two")], "of what?")
+    assert meaning(said("user", A), *turns[1:]) == (IMAGE_A, [(CAPTION_QUESTION, "two")], "of what?")
     # Another picture begins anew.
-    assert meaning(*turns, said("assistant", "dogs"), said("user", B, "and here?")) == (B, [], "and here?")
+    assert meaning(*turns, said("assistant", "dogs"), said("user", B, "and here?")) == (IMAGE_B, [], "and here?")
     later = [said("user", B, "and here?"), said("assistant", "one"), said("user", "sure?")]
-    assert meaning(*turns, said("assistant", "dogs"), *later) == (B, [("and here?", "one")], "sure?")
-    assert meaning(said("user", A, "old"), said("user", B), said("user", "new")) == (B, [], "new")
+    assert meaning(*turns, said("assistant", "dogs"), *later) == (IMAGE_B, [("and here?", "one")], "sure?")
+    assert meaning(said("user", A, "old"), said("user", B), said("user", "new")) == (IMAGE_B, [], "new")
+    # The same one does not, however it is written.
+    once_more = "data:image/x;base64,AA%41A"
+    again = [said("user", once_more, "of what?"), said("assistant", "dogs"), said("user", "sure?", A, once_more)]
+    assert meaning(*turns[:2], *again) == (IMAGE_A, [("how many?", "two"), ("of what?", "dogs")], "sure?")
+    web = "https://example.org/a.png"
+    part = {"type": "image_url", "image_url": {"url": web, "detail": "high"}}
+    shown = [Message.model_validate({"role": "user", "content": [part, {"type": "text", "text": "how many?"}]})] * 2
+    assert meaning(shown[0], said("assistant", "two"), shown[1]) == (web, [("how many?", "two")], "how many?")
     # Messages of one side after each other are one.
-    assert meaning(said("user", "what"), said("user", A), said("user", "is it?")) == (A, [], "what is it?")
+    assert meaning(said("user", "what"), said("user", A), said("user", "is it?")) == (IMAGE_A, [], "what is it?")
     assert meaning(turns[0], said("assistant", "two"), said("assistant", "dogs"), turns[2])[1] == [
         ("how many?", "two dogs")
     ]
     plain = [Message(role="system", content=""), Message(role="user", content="hello"), said("assistant", "hm")]
-    assert meaning(*plain, said("user", A)) == (A, [], "")
+    assert meaning(*plain, said("user", A)) == (IMAGE_A, [], "")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +74,7 @@ def test_what_the_messages_amount_to() -> None:
 )
 def test_what_has_no_meaning_is_refused(messages, code) -> None:
     with pytest.raises(ApiError) as refused:
-        read(messages, 9)
+        read(messages, Limits())
     assert (refused.value.status, refused.value.code) == (400, code)
 
 
@@ -76,8 +86,10 @@ def test_what_has_no_meaning_is_refused(messages, code) -> None:
         {"presence_penalty": -1}, {"logit_bias": {"5": 1}}, {"modalities": ["audio"]}, {"top_logprobs": 3},
         {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": -1},
         {"logprobs": True, "num_beams": 2}, {"temperature": 0.7, "num_beams": 2}, {"num_beams": 2, "n": 3},
-        {"min_new_tokens": 9, "max_tokens": 8}, {"temperature": 3}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0},
-        {"seed": -1}, {"stop": ""}, {"length_penalty": 1e300}, {"repetition_penalty": 0}, {"messages": []},
+        {"min_new_tokens": 9, "max_tokens": 8}, {"temperature": 3}, {"top_p": 1.5}, {"n": 0}, {"max_tokens": -3},
+        {"seed": -2}, {"stop": [""]}, {"length_penalty": 1e300}, {"repetition_penalty": -1}, {"messages": []},
+        {"best_of": 2}, {"mirostat": 2}, {"guided_choice": ["a", "b"]}, {"system": "you are a pirate"},
+        {"extra_body": {"top_k": 1}}, {"sample": True, "temperature": 0}, {"do_sample": False, "top_k": 5},
     ],
 )  # fmt: skip
 def test_what_would_change_the_meaning_is_refused(server, fields) -> None:
@@ -89,7 +101,7 @@ def test_what_clients_send_besides_is_ignored(server, models) -> None:
     fields = {
         "user": "me", "store": False, "metadata": {"a": "b"}, "parallel_tool_calls": True, "service_tier": "auto",
         "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "frequency_penalty": 0,
-        "presence_penalty": 0.0, "logit_bias": {}, "modalities": ["text"], "reasoning_effort": "low", "unheard_of": 1,
+        "presence_penalty": 0.0, "logit_bias": {}, "modalities": ["text"], "reasoning_effort": "low",
         "temperature": None, "stop": None, "max_tokens": None, "stream_options": None,
     }  # fmt: skip
     found = server.chat(user("", PICTURES[0]), **fields).json()
@@ -120,3 +132,34 @@ def test_a_thousand_turns_are_not_read_a_thousand_times(server, models, monkeypa
 def test_a_question_in_the_words_of_the_template_is_refused(server) -> None:
     response = server.chat(user("Question: how many? Answer:", PICTURES[0]))
     assert response.status_code == 400 and "give the question alone" in response.json()["error"]["message"]
+
+
+def test_pictures_as_other_programs_send_them() -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+    for content in (
+        [{"type": "input_image", "image_url": A}], [{"type": "image", "image": A}],
+        [{"type": "image_url", "image_url": A}],
+        [{"type": "image", "source": source, "cache_control": {"type": "ephemeral"}}],
+    ):  # fmt: skip
+        assert read([Message.model_validate({"role": "user", "content": content})], Limits()).image == IMAGE_A
+    ollama = Message.model_validate({"role": "user", "content": "what is it?", "images": ["AAAA"]})
+    assert read([ollama], Limits()).image == IMAGE_A
+
+
+def test_a_picture_that_is_sent_with_each_turn_is_one_picture() -> None:
+    turns = [said("user", A, "what?"), said("assistant", "a dog")] * 50
+    assert len(read([*turns, said("user", A, "sure?")], Limits(max_images=1)).history) == 50
+    with pytest.raises(ApiError, match="more than 2,000 pictures"):
+        read([said("user", *[A] * 2001)], Limits())
+    with pytest.raises(ApiError, match="more than 1 pictures"):
+        read([*turns, said("user", B)], Limits(max_images=1))
+
+
+def test_a_system_message_is_passed_over_if_whoever_runs_the_server_says_so() -> None:
+    messages = [said("system", "you are a pirate"), said("user", A), said("assistant", "a dog"), said("user", "sure?")]
+    limits = Limits(system_prompt="ignore")
+    found = read([*messages[:3], said("developer", "be brief"), messages[3]], limits)
+    assert (found.history, found.question) == ([(CAPTION_QUESTION, "a dog")], "sure?") and found.ignored == ["system"]
+    assert read([said("system", ""), said("user", A)], limits).ignored == []
+    with pytest.raises(ApiError, match="--system-prompt ignore"):
+        read(messages, Limits())

@@ -10,14 +10,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
+from blip2.generation import Batch
+from blip2.serve.app import create_app
 from blip2.serve.limits import Limits
+from blip2.serve.run import EX_DEAD_MODEL, EX_FORCED, listen, run
+from blip2.serve.service import Models
+from blip2.serve.worker import MAX_FAILURES
 from tests.serve.conftest import LONG, PICTURES, eventually, serving, slowed, user
 
 ROOT = Path(__file__).parents[2]
@@ -134,9 +141,90 @@ def test_if_the_model_dies_all_are_told_and_the_server_says_so(tiny_models) -> N
         for thread in threads:
             thread.join(10)
         assert [(each.status_code, each.json()["error"]["code"]) for each in found] == [(503, "model_stopped")] * 4
-        assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200
+        for path in ("/ready", "/health"):  # whoever watches either of them knows what to do
+            told = server.http.get(path)
+            assert (told.status_code, told.json()["error"]["code"]) == (503, "model_stopped")
         assert server.chat(user("", PICTURES[0])).status_code == 503
         assert server.metric("blip2_requests_waiting") == server.metric("blip2_rows") == 0
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError()]
+)
+def test_a_step_without_memory_is_not_the_end(tiny_models, monkeypatch, error) -> None:
+    plain_step = Batch.step
+
+    def step(batch: Batch):
+        if batch.num_rows > 4:
+            raise error
+        return plain_step(batch)
+
+    monkeypatch.setattr(Batch, "step", step)
+    with serving(lambda: tiny_models) as server:
+        for _ in range(2 * MAX_FAILURES):
+            told = server.chat(user("", PICTURES[0]), num_beams=8)
+            assert (told.status_code, told.json()["error"]["code"]) == (503, "out_of_memory")
+            assert told.headers["retry-after"]
+        assert server.chat(user("", PICTURES[0]), num_beams=2, max_tokens=3).status_code == 200
+        assert server.http.get("/health").status_code == 200
+
+
+def running(models: Models, then: Callable[[str], object], **limits: float) -> object:
+    """What the process does with the server in its main thread, and what ``then``, beside it, gives."""
+    found: list[object] = []
+    listener = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def beside() -> None:
+        eventually(lambda: httpx.get(f"{url}/ready").status_code == 200)
+        found.append(then(url))
+
+    thread = threading.Thread(target=beside)
+    run(create_app(lambda: models, limits=Limits(**limits)), listener, on_open=thread.start)
+    thread.join()
+    return found[0]
+
+
+def test_a_dead_model_ends_the_process_with_a_code(tiny_models, monkeypatch, capsys) -> None:
+    def step(batch: Batch):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(Batch, "step", step)
+    found: list[int] = []
+
+    def ask(url: str) -> None:
+        body = {"messages": [user("", PICTURES[0])]}
+        found.extend(httpx.post(f"{url}/v1/chat/completions", json=body).status_code for _ in range(MAX_FAILURES))
+
+    with pytest.raises(SystemExit) as ended:
+        running(tiny_models, ask)
+    assert ended.value.code == EX_DEAD_MODEL
+    assert found == [500] * (MAX_FAILURES - 1) + [503]
+    said = capsys.readouterr().err
+    assert said.endswith("blip2: the model has stopped (RuntimeError: the device is gone); start the server anew\n")
+
+
+def test_who_is_still_waiting_at_the_end_is_told(tiny_models) -> None:
+    def ask(url: str) -> list[str]:
+        heard = []
+
+        def one(is_stream: bool) -> None:
+            body = {"messages": [user("", PICTURES[0])], "stream": is_stream, **LONG}
+            heard.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).text)
+
+        threads = [threading.Thread(target=one, args=(is_stream,)) for is_stream in (True, False)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: "blip2_rows 2.0" in httpx.get(f"{url}/metrics").text)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        return heard
+
+    with slowed(tiny_models, 0.1):
+        heard = running(tiny_models, ask, shutdown_s=0.5)
+    assert len(heard) == 2
+    assert all('"code":"stopping"' in each and "[DONE]" not in each for each in heard)
 
 
 def test_while_the_model_loads_the_port_is_open_and_not_ready(models) -> None:
@@ -153,6 +241,35 @@ def test_while_the_model_loads_the_port_is_open_and_not_ready(models) -> None:
             assert response.headers["retry-after"]
         may_load.set()
         eventually(lambda: server.http.get("/ready").status_code == 200)
+
+
+def test_what_hangs_does_not_hold_up_the_end() -> None:
+    """A thread that Python would join for ever; and a second Ctrl-C waits for nothing at all."""
+    code = (
+        "import sys, threading, time\n"
+        "from blip2.cli import main\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "sys.argv = ['blip2', 'serve', '--port', '0', '--shutdown-timeout', sys.argv[1]]\n"
+        "main()\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, shutdown_s], cwd=ROOT, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        for shutdown_s in ("0.5", "50")
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            assert process.stdout.readline().startswith("listening")
+        processes[0].send_signal(signal.SIGTERM)
+        processes[1].send_signal(signal.SIGINT)
+        assert processes[0].wait(20) == EX_FORCED
+        assert processes[0].stderr.read() == "blip2: something did not end within 0.5 s and was left undone\n"
+        processes[1].send_signal(signal.SIGINT)
+        assert processes[1].wait(20) == 128 + signal.SIGINT
+        assert processes[1].stderr.read() == "blip2: stopped at once\n"
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def start(*arguments: str) -> tuple[subprocess.Popen, str]:

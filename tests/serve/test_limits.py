@@ -131,9 +131,11 @@ def test_web_addresses_are_off_by_default(narrow) -> None:
 def test_pictures_and_texts_of_a_request_are_counted(narrow) -> None:
     url = data_url(png(8, 8))
     part = {"type": "image_url", "image_url": url}
-    refused(narrow.chat({"role": "user", "content": [part, part]}), 400, "one_image_only")
+    others = [{"type": "image_url", "image_url": data_url(png(8, width))} for width in (9, 10)]
+    refused(narrow.chat({"role": "user", "content": [part, others[0]]}), 400, "one_image_only")
     turns = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a dog"}]
-    refused(narrow.chat(*turns, *turns, {"role": "user", "content": [part]}), 400, "too_many_images")
+    others = [{"role": "user", "content": [other]} for other in others]
+    refused(narrow.chat(*turns, others[0], turns[1], others[1]), 400, "too_many_images")
     refused(narrow.http.post("/v1/embeddings", json={"input": [{"image": url}] * 3}), 400, "too_many_images")
     refused(narrow.http.post("/v1/embeddings", json={"input": ["a"] * 3}), 400, "too_many_texts")
     refused(narrow.http.post("/match", json={"image": url, "texts": ["a"] * 3}), 400, "too_many_texts")
@@ -141,12 +143,19 @@ def test_pictures_and_texts_of_a_request_are_counted(narrow) -> None:
 
 def test_tokens_are_counted(narrow) -> None:
     picture = png(8, 8)  # damaged: it would be refused if it were looked at first
-    refused(narrow.chat(user("", picture), max_tokens=21), 400, "too_many_tokens")
-    refused(narrow.chat(user("", picture), max_completion_tokens=21), 400, "too_many_tokens")
     refused(narrow.chat(user("what " * 200, picture)), 400, "prompt_too_long")
     refused(narrow.chat(user("what is on the picture " * 9, PICTURES[0])), 400, "prompt_too_long")
     refused(narrow.chat(user("", picture), num_beams=7), 400, "too_many_answers")
     refused(narrow.chat(user("", picture), n=7, temperature=1), 400, "too_many_answers")
+
+
+def test_no_answer_is_longer_than_the_limit_and_it_says_so(narrow) -> None:
+    for fields in ({"max_tokens": 4096}, {"max_completion_tokens": 10**30, "min_new_tokens": 600}):
+        found = narrow.chat(user("", PICTURES[0]), **{"min_new_tokens": 20, **fields}).json()
+        assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == ("length", 20)
+    fields = {"max_new_tokens": 600, "min_new_tokens": 599}
+    found = narrow.http.post("/caption", files={"image": PICTURES[0].read_bytes()}, data=fields).json()
+    assert found["finish_reason"] == "length"
 
 
 def test_who_comes_when_the_house_is_full_is_sent_away_unread(tiny_models) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from blip2.serve.hosts import Door
 from blip2.serve.limits import Limits
-from tests.serve.conftest import PICTURES, Running, eventually, serving, slowed
+from tests.serve.conftest import PICTURES, Running, eventually, serving, slowed, user
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the page")
 expect = sync_api.expect
@@ -92,6 +97,50 @@ def ask(page: Any, question: str) -> Any:
     expect(turn.locator(".asked")).to_have_text(question)
     expect(turn.get_by_role("button", name="Ask again")).to_be_visible()
     return turn.locator(".said")
+
+
+def show(page: Any, name: str) -> None:
+    """Pictures for people, where BLIP2_SHOTS names a folder: both widths, light and dark."""
+    if not (folder := os.environ.get("BLIP2_SHOTS")):
+        return
+    for width, size in (("desktop", DESKTOP), ("phone", PHONE)):
+        page.set_viewport_size(size)
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            page.screenshot(path=f"{folder}/{name}-{width}-{scheme}.png")
+    page.set_viewport_size(DESKTOP)
+
+
+@contextmanager
+def proxied(server: str, prefix: str, takes_off: bool) -> Iterator[str]:
+    """A reverse proxy that shows a server below a path, as nginx does with a slash after proxy_pass, or without."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not self.path.startswith(f"{prefix}/"):
+                self.send_error(404)
+                return
+            path = self.path.removeprefix(prefix) if takes_off else self.path
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+            with httpx.stream(self.command, server + path, headers=headers, content=body, timeout=30) as answer:
+                self.send_response(answer.status_code)
+                for name, value in answer.headers.items():
+                    if name not in ("connection", "transfer-encoding"):
+                        self.send_header(name, value)
+                self.end_headers()
+                for piece in answer.iter_raw():
+                    self.wfile.write(piece)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()
 
 
 def is_wider_than_the_screen(page: Any) -> bool:
@@ -384,6 +433,56 @@ def test_a_busy_server_and_one_that_has_gone(opened, models) -> None:
     page.get_by_label("Your question").fill("how many dogs are there?")
     page.keyboard.press("Enter")
     expect(page.locator(".turn .problem")).to_have_text("The server cannot be reached. Is it still running?")
+    expect(page.locator("#models")).to_have_text("The server cannot be reached. Trying again…")
+
+
+def test_a_server_that_comes_back_is_found_without_a_reload(opened, models) -> None:
+    opened.allowed = re.compile("Failed to load resource|ERR_")
+    with serving(lambda: models, keys=["secret"]) as server:
+        page = opened.go(server)
+        page.get_by_label("This server asks for a key").fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#models")).to_contain_text("compares")
+    page.get_by_role("button", name=SAMPLE).click()
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
+    expect(page.locator("#models")).to_have_text("The server cannot be reached. Trying again…")
+    show(page, "gone")
+    may_load = threading.Event()
+
+    def load() -> Any:
+        may_load.wait(20)
+        return models
+
+    with serving(load, waits=False, port=int(server.url.rpartition(":")[2]), keys=["secret"]):
+        expect(page.locator("#models")).to_have_text("The model is being loaded…")
+        may_load.set()
+        expect(page.locator("#models")).to_have_text("miniature answers, miniature-itm compares")
+        expect(page.get_by_role("alert")).to_be_hidden()
+        expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+        expect(ask(page, "how many dogs are there?")).to_have_text("two")
+
+
+@pytest.mark.parametrize("takes_off", [True, False])
+def test_behind_a_proxy_that_shows_it_at_a_path(opened, models, takes_off) -> None:
+    door = Door(root_path="" if takes_off else "/tools/blip2")
+    with serving(lambda: models, door=door) as server, proxied(server.url, "/tools/blip2", takes_off) as url:
+        asked = []
+        page = opened.page
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{url}/tools/blip2/")
+        expect(page.locator("#models")).to_have_text("miniature answers, miniature-itm compares")
+        page.get_by_role("button", name=SAMPLE).click()
+        expect(page.locator("#caption")).to_have_text("a boat and two dogs")
+        expect(ask(page, "how many dogs are there?")).to_have_text("two")
+        page.get_by_role("button", name="Where it looks for the answer: two").click()
+        expect(page.locator("#light")).to_be_visible()
+        page.get_by_role("tab", name="Match").click()
+        page.get_by_role("button", name="Compare").click()
+        expect(page.locator("#match-rows tr")).to_have_count(3)
+        described = page.get_by_role("link", name="openapi.json").evaluate("link => link.href")
+        assert described == f"{url}/tools/blip2/openapi.json"
+        assert httpx.get(described).json().get("servers") == (None if takes_off else [{"url": "/tools/blip2"}])
+        assert all(each.startswith((f"{url}/tools/blip2/", "blob:", "data:")) for each in asked) and len(asked) > 12
 
 
 def test_a_server_that_is_still_loading(opened, models) -> None:
@@ -397,6 +496,7 @@ def test_a_server_that_is_still_loading(opened, models) -> None:
     with serving(load, waits=False) as server:
         page = opened.go(server)
         expect(page.locator("#models")).to_have_text("The model is being loaded…")
+        show(page, "loading")
         page.get_by_role("button", name=SAMPLE).click()
         expect(page.locator("#caption")).to_have_text("The model is being loaded…")
         may_load.set()
@@ -409,9 +509,17 @@ def test_a_key_is_asked_for_only_where_it_is_needed(opened, models) -> None:
     with serving(lambda: models, keys=["secret"]) as server:
         page = opened.go(server)
         field = page.get_by_label("This server asks for a key")
-        field.fill("wrong")
-        page.keyboard.press("Enter")
-        expect(page.get_by_role("alert")).to_contain_text("not taken")
+        expect(field).to_be_focused()
+        expect(page.locator("#models")).to_have_text("A key is needed")
+        expect(page.get_by_role("button", name="Drop a picture here")).to_be_hidden()  # not before the key is given
+        show(page, "key")
+        for wrong in ("wrong", "schlüssel"):
+            field.fill(wrong)
+            page.keyboard.press("Enter")
+            expect(page.get_by_role("alert")).to_contain_text("not taken")
+            page.get_by_role("button", name="Close").click()
+        assert page.evaluate("sessionStorage.length") == 0
+        show(page, "wrong-key")
         field.fill("secret")
         page.keyboard.press("Enter")
         expect(page.locator("#models")).to_contain_text("compares")
@@ -422,3 +530,67 @@ def test_a_key_is_asked_for_only_where_it_is_needed(opened, models) -> None:
         expect(page.locator("#models")).to_contain_text("compares")
         expect(field).to_be_hidden()
         assert page.evaluate("localStorage.length") == 0
+
+
+ELSEWHERE = """async ([url, headers, body]) => {
+    try {
+        const response = await fetch(url, { method: "POST", headers, body });
+        return [response.status, response.headers.get("x-request-id"), (await response.text()).slice(-16)];
+    } catch (error) {
+        return String(error);
+    }
+}"""
+"""A page of another site asks; what it can read of the answer."""
+
+
+@contextmanager
+def another_site() -> Iterator[str]:
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<link rel=icon href=data:,><p>another site</p>")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        yield f"http://localhost:{site.server_port}"
+        site.shutdown()
+
+
+def test_a_page_of_another_site(opened, models) -> None:
+    opened.allowed = re.compile("CORS policy|Failed to load resource")
+    page = opened.page
+    body = json.dumps({"messages": [user("", PICTURES[0])], "stream": True})
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json", "X-Stainless-OS": "Linux"}
+    with another_site() as elsewhere:
+        page.goto(elsewhere)
+        with serving(lambda: models, keys=["secret"], door=Door(cors_origins=(elsewhere,))) as server:
+            url = f"{server.url}/v1/chat/completions"
+            status, name, end = page.evaluate(ELSEWHERE, [url, headers, body])
+            assert status == 200 and end.endswith("data: [DONE]\n\n")
+            assert re.fullmatch("[0-9a-f]{16}", name)
+            assert page.evaluate(ELSEWHERE, [url, headers | {"Authorization": "Bearer no"}, body])[0] == 401
+        with serving(lambda: models) as server:
+            url = f"{server.url}/v1/chat/completions"
+            assert "Failed to fetch" in page.evaluate(ELSEWHERE, [url, headers, body])
+            # What needs no permission is sent, and refused there.
+            assert "Failed to fetch" in page.evaluate(ELSEWHERE, [url, {"Content-Type": "text/plain"}, body])
+            assert server.metric("blip2_requests_rejected_total", reason="cross_site") == 1
+            assert server.metric("blip2_request_seconds_count", status="200", route="/v1/chat/completions") == 0
+
+
+def test_a_name_that_is_made_to_point_here(browser, models) -> None:
+    """DNS rebinding: to the browser, the page of evil.example and this server are one site."""
+    with serving(lambda: models, door=Door(allow_hosts=())) as server:
+        rules = "--host-resolver-rules=MAP evil.example 127.0.0.1"
+        with browser.browser_type.launch(executable_path=CHROMIUM, args=["--no-sandbox", rules]) as rebound:
+            page = rebound.new_page()
+            answer = page.goto(f"http://evil.example:{server.url.rpartition(':')[2]}/")
+            assert answer.status == 421 and "--allow-host evil.example" in page.inner_text("body")
+            assert (
+                page.evaluate("fetch('caption', { method: 'POST', body: '{}' }).then((answer) => answer.status)") == 421
+            )

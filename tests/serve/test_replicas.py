@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +24,8 @@ import pytest
 import blip2
 from blip2.errors import CheckpointError, OptionError
 from blip2.serve.app import create_app
-from blip2.serve.replicas import _shares, load_error, replica_of
+from blip2.serve.replica import TIDY_BYTES, Tidy, load_error, replica_of
+from blip2.serve.replicas import _connect, _shares
 from tests.serve.conftest import PICTURES, eventually, serving, user
 
 ROOT = Path(__file__).parents[2]
@@ -62,28 +65,43 @@ def test_what_cannot_be_shared(nodes, device, words) -> None:
         _shares(nodes, 2, device)
 
 
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "no Ray cluster can be had at 127.0.0.1:1"),
+        ("ray://host:10001", "a machine that belongs to the cluster"),
+    ],
+)
+def test_a_cluster_that_cannot_be_had(address, words) -> None:
+    with pytest.raises(OptionError, match=words):
+        _connect(None, address)
+
+
 def made_without_ray(load):
-    """A replica, and its name, as Ray would make it."""
-
-    def ingress(build):
-        return lambda cls: type("Replica", (cls,), {"__init__": lambda self: setattr(self, "app", build())})
-
+    """A replica as Ray would make it, on an event loop."""
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
-    serve = SimpleNamespace(get_replica_context=lambda: context, ingress=ingress)
+    serve = SimpleNamespace(get_replica_context=lambda: context)
     return replica_of(serve, load, lambda load, name: create_app(load, replica=name))()
 
 
-def test_a_replica_is_healthy_once_it_has_loaded_and_while_its_model_lives(tiny_models) -> None:
-    replica = made_without_ray(lambda: tiny_models)
+def test_a_replica_is_healthy_once_it_has_loaded_and_dies_with_its_model(tiny_models, monkeypatch) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("blip2.serve.replica.os._exit", exits.append)
+    monkeypatch.setattr("blip2.serve.replica.DEATH_S", 0.01)
 
     async def live() -> None:
-        async with replica.app.router.lifespan_context(replica.app):
+        replica = made_without_ray(lambda: tiny_models)
+        await replica.check_health()
+        service = replica.app.state.service
+        await asyncio.sleep(0.05)
+        assert service.refusal() is None and not exits
+        service.worker._death = RuntimeError("out of memory")
+        with pytest.raises(RuntimeError, match="the model has stopped"):
             await replica.check_health()
-            service = replica.app.state.service
-            assert service.refusal() is None
-            service.worker._death = RuntimeError("out of memory")
-            with pytest.raises(RuntimeError, match="the model has stopped"):
-                await replica.check_health()
+        await asyncio.sleep(0.05)
+        assert exits == [1]
+        await replica.__del__()
+        assert service.is_stopping and replica.__del__() is None
 
     asyncio.run(live())
 
@@ -98,6 +116,17 @@ def test_what_a_replica_cannot_load_is_told_as_ever() -> None:
     found = load_error(account)
     assert type(found) is CheckpointError and str(found) == "nowhere: no such folder\nat all"
     assert str(load_error("first\nModuleNotFoundError: No module named 'blip2'\n")).startswith("ModuleNotFoundError")
+
+
+def test_freed_memory_is_given_back_after_large_bodies_now_and_then(monkeypatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("blip2.serve.replica.give_back_memory", lambda: calls.append(1))
+    monkeypatch.setattr("blip2.serve.replica.TIDY_S", 0)
+    tidy = Tidy()
+    for num_bytes, num_calls in ((TIDY_BYTES - 1, 0), (1, 1), (0, 1)):
+        tidy.note(num_bytes)
+        tidy.look()
+        assert len(calls) == num_calls
 
 
 def test_answers_and_numbers_carry_the_replicas_name(models) -> None:
@@ -153,7 +182,7 @@ def two() -> Iterator[tuple[subprocess.Popen, str]]:
 
 
 def names(http: httpx.Client, tries: int = 40) -> set[str]:
-    return {http.get("/health").headers["x-blip2-replica"] for _ in range(tries)}
+    return {http.get("/v1/models").headers["x-blip2-replica"] for _ in range(tries)}
 
 
 @pytest.mark.slow
@@ -188,13 +217,10 @@ def test_an_answer_arrives_as_it_is_written(two, models) -> None:
 
 
 def num_rows(http: httpx.Client) -> float:
-    """Of both replicas, each of which is asked until it has answered."""
-    found = {}
-    while len(found) < 2:
-        answer = http.get("/metrics")
-        [line] = [line for line in answer.text.splitlines() if line.startswith("blip2_rows{")]
-        found[answer.headers["x-blip2-replica"]] = float(line.split()[-1])
-    return sum(found.values())
+    """Of both replicas."""
+    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith("blip2_rows{")]
+    assert len(lines) == 2
+    return sum(float(line.split()[-1]) for line in lines)
 
 
 @pytest.mark.slow
@@ -223,6 +249,59 @@ def test_a_replica_that_dies_is_replaced_and_the_other_answers_meanwhile(two) ->
 
         eventually(is_restored, 90)
         assert len(names(http)) == 2 and len(names(http) & before) == 1
+
+
+@pytest.mark.slow
+def test_what_dying_replicas_were_answering_is_a_503_or_the_end_of_a_stream(two) -> None:
+    process, url = two
+    fields = {"messages": [user("", PICTURES[0])], "max_tokens": 450, "min_new_tokens": 450}
+    answers = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{url}/v1/chat/completions", json={**fields, "num_beams": 32}, timeout=60))
+
+    def streamed() -> Iterator[str]:
+        asked = {**fields, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=60) as response:
+            yield from (line for line in response.iter_lines() if line)
+
+    with httpx.Client(base_url=url, timeout=60) as http:
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: num_rows(http) == 64)
+        events = streamed()
+        next(events)
+        for replica in replicas_of(process):
+            os.kill(replica.pid, signal.SIGKILL)
+        *_, last = events
+        for thread in threads:
+            thread.join()
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_died"
+        assert [answer.status_code for answer in answers] == [503, 503]
+        assert {answer.json()["error"]["code"] for answer in answers} == {"replica_died"}
+        assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+        assert http.get("/health").status_code == 200
+        eventually(lambda: http.get("/ready").json().get("error", {}).get("code") == "no_replica")
+        eventually(lambda: len(replicas_of(process)) == 2 and http.get("/ready").status_code == 200, 90)
+        caption = http.post("/v1/chat/completions", json={"messages": [user("", PICTURES[0])]})
+        assert caption.status_code == 200
+
+
+@pytest.mark.slow
+def test_silent_connections_and_large_bodies_end_at_the_front(two) -> None:
+    _, url = two
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+    silent = [socket.create_connection(address) for _ in range(64)]
+    with httpx.Client(base_url=url, timeout=60) as http:
+        answer = http.post("/caption", content=bytes(20 * 2**20 + 1))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+        assert "x-blip2-replica" not in answer.headers
+        assert http.post("/caption", content=bytes(20 * 2**20)).headers["x-blip2-replica"]  # as large as may be
+    for connection in silent:
+        connection.settimeout(20)
+        assert connection.recv(1) == b""
+        connection.close()
 
 
 @pytest.mark.slow

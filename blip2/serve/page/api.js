@@ -1,9 +1,21 @@
-/** Speaking to the server: with the key if it asks for one, waiting where it says so, and its errors as sentences. */
+/**
+ * Speaking to the server: with the key if it asks for one, waiting where it says so, and its errors as sentences.
+ *
+ * Paths are relative to the page, so that it works wherever a proxy shows it.
+ */
 
 const BUSY_TRIES = 8;
 const KEY = "blip2-key";
+const LOADING = "The model is being loaded…";
+const AWAY_S = 2;
 
-let key = sessionStorage.getItem(KEY) ?? "";
+let key = "";
+try {
+  key = sessionStorage.getItem(KEY) ?? "";
+} catch {
+  // A browser that keeps nothing: the key lasts until the page is left.
+}
+let whenGone = () => {};
 let askForKey = () => Promise.reject(new Refusal("This server asks for a key."));
 let keyAsked = null;
 
@@ -22,6 +34,11 @@ export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
+/** `heard` is called when nobody answers any more. */
+export function onGone(heard) {
+  whenGone = heard;
+}
+
 /**
  * A response that is good. `json` or `form` is sent; `onWait` is told why it takes longer, and "" when that is over.
  * Throws a Refusal, or an AbortError if `signal` says so.
@@ -38,40 +55,50 @@ export async function request(path, { json, form, signal, onWait = () => {} } = 
     } catch (error) {
       throw isAbort(error) ? error : await gone(Boolean(body));
     }
+    if (response.status !== 401) keep(keyUsed);
     if (response.ok) {
       onWait("");
       return response;
     }
     const told = await errorOf(response);
+    if (isAway(response, told)) throw away();
     if (response.status === 401) {
       if (key === keyUsed) await newKey(Boolean(keyUsed));
     } else if (response.status === 429 && tries < BUSY_TRIES) {
       onWait("The server is busy. Trying again…");
       await sleep(secondsOf(response), signal);
     } else if (told.code === "loading") {
-      onWait("The model is being loaded…");
+      onWait(LOADING);
       await sleep(secondsOf(response), signal);
-      await untilReady(onWait, signal);
+      await untilReady(onWait, { signal });
     } else {
       throw refusal(response.status, told);
     }
   }
 }
 
-/** Comes back when the server can answer. */
-export async function untilReady(onWait, signal) {
+/** Comes back when the server can answer; `isPatient`: even if it has to come back itself. */
+export async function untilReady(onWait, { signal, isPatient = false } = {}) {
   for (;;) {
-    let response;
+    let response = null;
     try {
-      response = await fetch("/ready", { signal });
+      response = await fetch("ready", { signal });
     } catch (error) {
-      throw isAbort(error) ? error : await gone(false);
+      if (isAbort(error)) throw error;
+      if (!isPatient) throw await gone(false);
     }
-    if (response.ok) return;
-    const told = await errorOf(response);
-    if (told.code !== "loading") throw refusal(response.status, told);
-    onWait("The model is being loaded…");
-    await sleep(secondsOf(response), signal);
+    if (response?.ok) return;
+    const told = response ? await errorOf(response) : {};
+    if (response && !isAway(response, told)) {
+      if (told.code !== "loading") throw refusal(response.status, told);
+      onWait(LOADING);
+      await sleep(secondsOf(response), signal);
+    } else if (isPatient) {
+      onWait("The server cannot be reached. Trying again…");
+      await sleep(AWAY_S, signal);
+    } else {
+      throw away();
+    }
   }
 }
 
@@ -80,8 +107,8 @@ export async function* pieces(response) {
   let rest = "";
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
-    const { value, done } = await reader.read().catch((error) => {
-      throw isAbort(error) ? error : new Refusal("The answer broke off: the server has gone.", { canRetry: true });
+    const { value, done } = await reader.read().catch(async (error) => {
+      throw isAbort(error) ? error : Object.assign(await gone(false), { message: "The answer broke off: the server has gone." });
     });
     if (done) throw new Refusal("The answer broke off.", { canRetry: true });
     const events = (rest + value).split("\n\n");
@@ -112,26 +139,43 @@ function refusal(status, { code = "", message = "" }) {
     429: "The server is busy, and was still after several tries. Try again in a moment.",
     504: "The answer took longer than this server allows. Try again later.",
   };
-  const byCode = { stopping: "The server is stopping.", model_stopped: "The model has stopped; the server has to be started anew." };
+  const byCode = { model_stopped: "The model has stopped; the server has to be started anew." };
   const sentence = byCode[code] ?? byStatus[status] ?? `The server says: ${message || `error ${status}`}`;
   return new Refusal(sentence, { status, code, canRetry: status === 429 || status >= 500 });
 }
 
 /** Why there was no response at all. A server that refuses a large body may hang up before it is through. */
 async function gone(hadBody) {
-  const isThere = await fetch("/health").then((response) => response.ok, () => false);
-  const message = !isThere
-    ? "The server cannot be reached. Is it still running?"
-    : hadBody
-      ? "The connection broke while sending. Perhaps the picture is too large for this server."
-      : "The connection broke.";
-  return new Refusal(message, { code: "gone", canRetry: true });
+  const isThere = await fetch("health").then((response) => response.ok, () => false);
+  if (!isThere) return away();
+  const message = hadBody ? "The connection broke while sending. Perhaps the picture is too large for this server." : "The connection broke.";
+  return new Refusal(message, { canRetry: true });
 }
 
+function away() {
+  whenGone();
+  return new Refusal("The server cannot be reached. Is it still running?", { code: "gone", canRetry: true });
+}
+
+/** It is stopping, or a proxy speaks in its place. */
+const isAway = (response, told) => told.code === "stopping" || (!told.code && [502, 503, 504].includes(response.status));
+
 async function newKey(wasWrong) {
-  keyAsked ??= askForKey(wasWrong).finally(() => (keyAsked = null));
+  keyAsked ??= (async () => {
+    let given = await askForKey(wasWrong);
+    while (!/^[!-~]+$/.test(given)) given = await askForKey(true); // no header can carry it
+    return given;
+  })().finally(() => (keyAsked = null));
   key = await keyAsked;
-  sessionStorage.setItem(KEY, key);
+}
+
+/** For this tab, once the server has taken it. */
+function keep(taken) {
+  try {
+    if (taken) sessionStorage.setItem(KEY, taken);
+  } catch {
+    // as above
+  }
 }
 
 const secondsOf = (response) => Math.min(Number(response.headers.get("Retry-After")) || 1, 30);

@@ -38,11 +38,12 @@ export class Chat {
     await this.#answer(turn);
   }
 
-  /** The last question once more, with some chance in the answer. */
+  /** The last question once more; if it was answered, with some chance in the answer. */
   async askAgain(turn) {
+    const options = turn.text ? { temperature: 0.7, seed: Math.floor(Math.random() * 2 ** 31) } : {};
     turn.answer.textContent = turn.text = "";
     turn.problem.textContent = "";
-    await this.#answer(turn, { temperature: 0.7, seed: Math.floor(Math.random() * 2 ** 31) });
+    await this.#answer(turn, options);
   }
 
   async #answer(turn, options = {}) {
@@ -55,7 +56,7 @@ export class Chat {
     turn.answer.setAttribute("aria-busy", "true");
     try {
       const messages = await this.#messages(picture, turn);
-      const response = await request("/v1/chat/completions", {
+      const response = await request("v1/chat/completions", {
         json: { messages, stream: true, ...options },
         signal: running.signal,
         onWait: (why) => ($("status").textContent = why),

@@ -36,8 +36,12 @@ export function closeNotice() {
   $("notice").hidden = true;
 }
 
-$("notice-close").addEventListener("click", closeNotice);
-$("notice-again").addEventListener("click", () => {
+/** What the notice offers to do again, if it is there and offers something. */
+export function tryAgain() {
+  if ($("notice").hidden || !again) return;
   closeNotice();
-  again?.();
-});
+  again();
+}
+
+$("notice-close").addEventListener("click", closeNotice);
+$("notice-again").addEventListener("click", tryAgain);

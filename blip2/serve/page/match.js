@@ -41,7 +41,7 @@ export class Match {
     const running = (this.running = new AbortController());
     tell("Comparing…");
     try {
-      const response = await request("/match", { form: formOf(this.picture, { texts }), signal: running.signal, onWait: (why) => why && tell(why) });
+      const response = await request("match", { form: formOf(this.picture, { texts }), signal: running.signal, onWait: (why) => why && tell(why) });
       const { results } = await response.json();
       this.#show(results.sort((one, other) => other.itm_probability - one.itm_probability));
       tell("");

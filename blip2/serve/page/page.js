@@ -1,8 +1,8 @@
 /** The page: who answers, how a picture comes in, and what happens then. */
 
-import { isAbort, onKeyNeeded, request, untilReady } from "./api.js";
+import { isAbort, onGone, onKeyNeeded, request, untilReady } from "./api.js";
 import { Chat } from "./chat.js";
-import { $, button, closeNotice, notice } from "./dom.js";
+import { $, button, closeNotice, notice, tryAgain } from "./dom.js";
 import { Look } from "./look.js";
 import { Match } from "./match.js";
 import { formOf, readPicture } from "./picture.js";
@@ -23,12 +23,18 @@ let caption = "";
 
 // ---- who answers ----
 
+function tell(text, isTrouble = false) {
+  $("models").textContent = text;
+  $("models").classList.toggle("trouble", isTrouble);
+  $("models").classList.toggle("writing", text.endsWith("…")); // something is going on
+}
+
+/** Whether there is somebody. The first thing that is asked needs the key, so that people are asked for it first. */
 async function meet() {
-  const tell = (text) => ($("models").textContent = text);
   try {
-    await untilReady(tell);
-    const { data } = await (await request("/v1/models")).json();
-    const { paths } = await (await request("/openapi.json")).json();
+    const { data } = await (await request("v1/models", { onWait: tell })).json();
+    const { paths } = await (await request("openapi.json")).json();
+    $("main").hidden = false;
     const does = (what) => data.find((model) => model.capabilities?.includes(what))?.id;
     const [speaker, matcher] = [does("ask") ?? data[0]?.id, does("match")];
     tell(matcher && matcher !== speaker ? `${speaker} answers, ${matcher} compares` : `${speaker} answers`);
@@ -39,11 +45,31 @@ async function meet() {
       $("look-caption").hidden = !caption;
     }
     if (speaker === "miniature") introduceMiniature();
+    return true;
   } catch (error) {
-    tell("No model is answering");
+    if (error.code === "gone") return false;
+    tell("No model is answering", true);
     notice(error.message, meet);
+    return true;
   }
 }
+
+let watching = null;
+
+/** The server has gone. When it is back, all is as before, and what the notice offers to try again is tried. */
+onGone(() => {
+  watching ??= (async () => {
+    tell("The server cannot be reached. Trying again…", true);
+    try {
+      do await untilReady((why) => tell(why, true), { isPatient: true });
+      while (!(await meet()));
+      tryAgain();
+    } catch (error) {
+      tell("No model is answering", true);
+      notice(error.message, meet);
+    }
+  })().finally(() => (watching = null));
+});
 
 function introduceMiniature() {
   $("knows-things").textContent = MINIATURE.things;
@@ -59,6 +85,8 @@ function introduceMiniature() {
 }
 
 onKeyNeeded((wasWrong) => {
+  tell("A key is needed");
+  if (!picture) $("main").hidden = true;
   $("key-form").hidden = false;
   $("key").focus();
   if (wasWrong) notice("That key was not taken.");
@@ -79,6 +107,10 @@ onKeyNeeded((wasWrong) => {
 // ---- a picture comes in ----
 
 async function take(file, description = "") {
+  if ($("main").hidden) {
+    $("key").focus();
+    return;
+  }
   closeNotice();
   let taken;
   try {
@@ -107,22 +139,22 @@ async function take(file, description = "") {
 async function describe(description) {
   captioning?.abort();
   const running = (captioning = new AbortController());
-  const tell = (text) => ($("caption").textContent = text);
+  const say = (text) => ($("caption").textContent = text);
   caption = "";
-  tell("");
+  say("");
   $("look-caption").hidden = true;
   $("caption").classList.add("writing");
   try {
-    const response = await request("/caption", { form: formOf(picture), signal: running.signal, onWait: tell });
+    const response = await request("caption", { form: formOf(picture), signal: running.signal, onWait: say });
     const { text } = await response.json();
     if (running.signal.aborted) return;
     caption = text;
-    tell(caption || "It has no words for this picture.");
+    say(caption || "It has no words for this picture.");
     if (!description && caption) $("image").alt = `Your picture: ${caption}`;
     $("look-caption").hidden = !(chat.look && caption);
   } catch (error) {
     if (captioning !== running) return;
-    tell("");
+    say("");
     if (!isAbort(error)) notice(error.message, error.canRetry ? () => describe(description) : null);
   } finally {
     if (captioning === running) $("caption").classList.remove("writing");
@@ -139,14 +171,15 @@ for (const id of ["file", "camera-file"]) {
   });
 }
 for (const sample of document.querySelectorAll("[data-sample]")) {
-  sample.addEventListener("click", async () => {
+  const show = async () => {
     try {
-      const blob = await (await request(`/page/${sample.dataset.sample}`)).blob();
+      const blob = await (await request(`page/${sample.dataset.sample}`)).blob();
       await take(new File([blob], sample.dataset.sample, { type: blob.type }), sample.firstElementChild.alt);
     } catch (error) {
-      notice(error.message);
+      notice(error.message, error.canRetry ? show : null);
     }
-  });
+  };
+  sample.addEventListener("click", show);
 }
 
 document.addEventListener("paste", (event) => {

@@ -1,0 +1,165 @@
+"""The bodies of requests, from the first byte until nobody needs them: each is bounded, and all of them together."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+from starlette.types import Message, Receive, Scope
+
+from blip2.serve.errors import ApiError
+from blip2.serve.limits import Limits, share_of
+
+GRACE_S = 5.0
+MIN_BYTES_PER_S = 1024
+"""So much a body has to bring on average, from `GRACE_S` after its head on; a telephone in a poor network brings ten
+times that."""
+SOON = {"Retry-After": "1"}
+
+
+class Body:
+    """The bytes of one request. They count from the moment they are received until `let_go`."""
+
+    def __init__(self, bodies: Bodies, client: str) -> None:
+        self.client = client
+        self.num_bytes = 0
+        self._bodies = bodies
+        self._content = b""
+        self._timer: asyncio.Timeout | None = None
+        self._refusal: ApiError | None = None
+
+    async def receive(self, scope: Scope, receive: Receive, limits: Limits) -> bool:
+        """False: the client has hung up. Raises ApiError if it is too large, too slow, or has to give way."""
+        limit = limits.max_body_bytes
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
+            raise _too_large(limit)
+        began_s = asyncio.get_running_loop().time()
+        grace_s = GRACE_S * random.uniform(1, 1.2)  # those that stall together do not end together
+        content = bytearray()
+        try:
+            async with asyncio.timeout(None) as self._timer:
+                is_over = False
+                while not is_over:
+                    if self._refusal is not None:
+                        raise self._refusal
+                    slow_s = grace_s + len(content) / MIN_BYTES_PER_S
+                    self._timer.reschedule(began_s + min(limits.body_s, slow_s))
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return False
+                    piece = message.get("body", b"")
+                    if len(content) + len(piece) > limit:
+                        raise _too_large(limit)
+                    self._bodies.add(self, len(piece))
+                    content += piece
+                    is_over = not message.get("more_body", False)
+        except TimeoutError:
+            if self._refusal is not None:
+                raise self._refusal from None
+            words = f"did not arrive within {limits.body_s:g} s"
+            if slow_s < limits.body_s:
+                words = f"came too slowly, at less than {MIN_BYTES_PER_S} bytes a second"
+            raise ApiError(408, "body_timeout", f"the request {words}; send it again", headers=SOON) from None
+        finally:
+            self._timer = None
+        self._content = bytes(content)
+        return True
+
+    @property
+    def is_coming(self) -> bool:
+        return self._timer is not None
+
+    def give_way(self, refusal: ApiError) -> None:
+        """It is being received, and ends at once."""
+        if self._timer is not None and not self._timer.expired():
+            self._refusal = refusal
+            self._timer.reschedule(0)
+        self.let_go()
+
+    def replay(self, receive: Receive) -> Receive:
+        """The body once more, which is not kept here after that; then, what the client does (hang up)."""
+        is_given = False
+
+        async def replayed() -> Message:
+            nonlocal is_given
+            if is_given:
+                return await receive()
+            is_given = True
+            content, self._content = self._content, b""
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        return replayed
+
+    def let_go(self) -> None:
+        """The bytes are not needed any more, and do not count from now on. May be called again."""
+        self._content = b""
+        self._bodies.remove(self)
+
+
+class Bodies:
+    """All bodies of a server, oldest first."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.num_bytes = 0
+        self._max_bytes = limits.flight_bytes
+        self._bodies: dict[Body, None] = {}
+        self._num_bytes_of: Counter[str] = Counter()
+
+    def begin(self, client: str) -> Body:
+        body = Body(self, client)
+        self._bodies[body] = None
+        return body
+
+    def add(self, body: Body, num_bytes: int) -> None:
+        """So many more bytes have come. If there are too many, the oldest body that is still coming gives way.
+
+        What stalls is older than what flows. A client with several bodies that hold more than a client's share gives
+        way by itself. Raises ApiError if this body is the oldest, or if all others are there already.
+        """
+        if body not in self._bodies:
+            return  # it has given way
+        while self._num_bytes_of[body.client] + num_bytes > share_of(self._max_bytes):
+            own = [each for each in self._bodies if each.client == body.client]
+            if len(own) == 1:
+                break
+            self._make_room(own, body)
+        while self.num_bytes + num_bytes > self._max_bytes:
+            self._make_room(list(self._bodies), body)
+        self._count(body, num_bytes)
+
+    def remove(self, body: Body) -> None:
+        if body in self._bodies:
+            del self._bodies[body]
+            self._count(body, -body.num_bytes)
+
+    def end_all(self, refusal: ApiError) -> None:
+        """Whatever is being received ends with this."""
+        for body in [body for body in self._bodies if body.is_coming]:
+            body.give_way(refusal)
+
+    def _make_room(self, bodies: list[Body], newcomer: Body) -> None:
+        coming = [each for each in bodies if each is newcomer or (each.is_coming and each.num_bytes)]
+        if coming == [newcomer]:
+            raise ApiError(
+                429, "bodies_full", "what others have sent is being read; try again in a moment", headers=SOON
+            )
+        refusal = ApiError(
+            503, "body_gave_way", "too much is sent at a time, and this request took longest; send it again",
+            headers=SOON,
+        )  # fmt: skip
+        if coming[0] is newcomer:
+            raise refusal
+        coming[0].give_way(refusal)
+
+    def _count(self, body: Body, num_bytes: int) -> None:
+        body.num_bytes += num_bytes
+        self.num_bytes += num_bytes
+        self._num_bytes_of[body.client] += num_bytes
+        if not self._num_bytes_of[body.client]:
+            del self._num_bytes_of[body.client]
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, "body_too_large", f"the request is larger than {limit:,} bytes; send less at a time")

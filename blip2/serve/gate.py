@@ -1,0 +1,139 @@
+"""The outermost answers: HEAD and OPTIONS on every route, other sites' pages (CORS), a path prefix of a proxy's."""
+
+from __future__ import annotations
+
+import re
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from blip2.serve.doorman import HEADERS, REFUSED
+from blip2.serve.errors import ApiError
+from blip2.serve.hosts import ANY, Door, Hosts, is_address
+from blip2.serve.routes import Routes
+
+EXPOSED = b"x-request-id, x-blip2-replica, x-blip2-forgotten-turns, x-blip2-ignored, retry-after"
+"""What a page of an allowed origin may read beside the body."""
+PREFLIGHT_S = b"600"
+"""So long a browser need not ask again."""
+HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,2000}")
+POLICY = b"cross-origin-resource-policy"
+
+
+class Gate:
+    """ASGI middleware around the `Doorman`, which says what is refused here."""
+
+    def __init__(self, app: ASGIApp, *, door: Door, routes: Routes, has_keys: bool) -> None:
+        self._app = app
+        self._hosts = Hosts(door, has_keys=has_keys)
+        self._has_origins = bool(door.cors_origins)
+        self._is_for_any = ANY in door.cors_origins
+        self._root_path = door.root_path
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        _name_client(scope)
+        is_folder_missing = self._take_off_root_path(scope)
+        origin = self._allowed_origin(scope)
+        if self._has_origins:
+            send = self._with_cors(send, origin)
+        refusal = self._hosts.refusal(scope)
+        if refusal is not None:
+            await self._app({**scope, REFUSED: refusal}, receive, send)
+        elif scope["method"] == "OPTIONS":
+            await self._options(scope, origin is not None)(scope, receive, send)
+        elif is_folder_missing and scope["method"] in ("GET", "HEAD"):
+            # Without the slash the page's own addresses would lie beside the prefix, not below it.
+            await _plain(308, Location=f"{self._root_path}/")(scope, receive, send)
+        elif scope["method"] == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, _without_body(send))
+        else:
+            await self._app(scope, receive, send)
+
+    def _take_off_root_path(self, scope: Scope) -> bool:
+        """Changes the scope's path; whether it was the prefix alone."""
+        path, prefix = scope["path"], self._root_path
+        if not prefix:
+            return False
+        if path != prefix and not path.startswith(f"{prefix}/"):
+            return False  # the proxy took it off
+        scope["path"] = path[len(prefix) :] or "/"
+        if (raw := scope.get("raw_path")) is not None:
+            scope["raw_path"] = raw.removeprefix(prefix.encode()) or b"/"
+        return bool(path == prefix)
+
+    # ---- pages of other sites ----
+
+    def _allowed_origin(self, scope: Scope) -> bytes | None:
+        if not self._has_origins:
+            return None
+        origins = [value for name, value in scope["headers"] if name == b"origin"]
+        return origins[0] if len(origins) == 1 and self._hosts.allows_origin(origins[0]) else None
+
+    def _with_cors(self, send: Send, origin: bytes | None) -> Send:
+        added = [(b"vary", b"Origin")]
+        if origin is not None:
+            added += [
+                (b"access-control-allow-origin", b"*" if self._is_for_any else origin),
+                (b"access-control-expose-headers", EXPOSED),
+                (POLICY, b"cross-origin"),
+            ]
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                kept = [each for each in message.get("headers", ()) if origin is None or each[0].lower() != POLICY]
+                message = {**message, "headers": [*kept, *added]}
+            await send(message)
+
+        return send_on
+
+    def _options(self, scope: Scope, is_allowed: bool) -> Response:
+        """What may be done at a path, for anybody: a browser sends no key when it asks for its page."""
+        asked = {name: value for name, value in scope["headers"] if name.startswith(b"access-control-request-")}
+        is_preflight = b"access-control-request-method" in asked
+        allowed = self._routes.allowed(scope["path"])
+        if scope["path"] == "*" or (is_preflight and is_allowed):
+            # A path that is none is told by the request itself, which a page can read.
+            allowed = allowed or "GET, HEAD, OPTIONS, POST"
+        if allowed is None:
+            response: Response = ApiError(404, "not_found", "Not Found").response()
+            response.raw_headers += HEADERS
+            return response
+        response = _plain(204, Allow=allowed)
+        if is_preflight and is_allowed:
+            wanted = asked.get(b"access-control-request-headers", b"")
+            names = wanted if HEADER_NAMES.fullmatch(wanted) else b"authorization, content-type"
+            response.raw_headers += [
+                (b"access-control-allow-methods", b"GET, HEAD, OPTIONS, POST"),
+                (b"access-control-allow-headers", names),
+                (b"access-control-max-age", PREFLIGHT_S),
+            ]
+            if asked.get(b"access-control-request-private-network") == b"true":
+                response.raw_headers.append((b"access-control-allow-private-network", b"true"))
+        return response
+
+
+def _name_client(scope: Scope) -> None:
+    """At a Unix socket there is no address but what the proxy adds: the last of X-Forwarded-For, which no client of
+    its can write."""
+    if scope.get("client") is None:
+        given = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        address = given[-1].decode("latin-1").rpartition(",")[2].strip() if given else ""
+        if is_address(address):
+            scope["client"] = (address, 0)
+
+
+def _plain(status: int, **headers: str) -> Response:
+    response = Response(status_code=status, headers=headers)
+    response.raw_headers += HEADERS
+    return response
+
+
+def _without_body(send: Send) -> Send:
+    async def send_on(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return send_on

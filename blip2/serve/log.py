@@ -1,0 +1,224 @@
+"""The server's log: one line a request, which says what was asked and how it ended, and never what was said.
+
+Each request has a name, its ``x-request-id``; every line that its work writes begins with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import TextIO
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from blip2.serve.errors import ApiError, as_api_error
+from blip2.serve.routes import Routes
+
+ID = "blip2.id"
+"""Where the scope has the request's name."""
+GIVEN_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+"""A client's own name for its request that is kept: it can stand in a header and in a line."""
+METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
+POLLED = ("/health", "/ready", "/metrics")
+"""Asked every few seconds by machines; told at debug while all is well, or the model is being loaded."""
+CAPACITY = 2000
+"""Lines that wait to be written; further ones are dropped, and their number told."""
+MAX_LINE = 2000
+
+logger = logging.getLogger("blip2.serve.requests")
+current_id: ContextVar[str] = ContextVar("the request's name", default="-")
+
+
+class RequestLog:
+    """ASGI middleware, the outermost: gives each request its name, and writes its line when it is over."""
+
+    def __init__(self, app: ASGIApp, *, routes: Routes) -> None:
+        self._app = app
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_s = time.monotonic()
+        name = scope[ID] = _name(scope)
+        current_id.set(name)
+        status, num_in, num_out = 499, 0, 0  # hung up before there was an answer
+        header = (b"x-request-id", name.encode())
+
+        async def counted_receive() -> Message:
+            nonlocal num_in
+            message = await receive()
+            num_in += len(message.get("body", b""))
+            return message
+
+        async def noted_send(message: Message) -> None:
+            nonlocal status, num_out
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [each for each in message.get("headers", ()) if each[0].lower() != b"x-request-id"]
+                message = {**message, "headers": [*headers, header]}
+            else:
+                num_out += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, counted_receive, noted_send)
+        finally:
+            route = self._routes.name(scope["path"])
+            level = _level(route, status)
+            if logger.isEnabledFor(level):
+                method = scope["method"] if scope["method"] in METHODS else "OTHER"
+                took_ms = (time.monotonic() - began_s) * 1000
+                logger.log(level, "%s %s %d %.0f ms in=%d out=%d", method, route, status, took_ms, num_in, num_out)
+
+
+def _level(route: str, status: int) -> int:
+    if route in POLLED and (status < 400 or status == 503):
+        return logging.DEBUG
+    return logging.WARNING if status >= 500 and status != 503 else logging.INFO
+
+
+class Failures:
+    """ASGI middleware, the innermost: what no handler expected becomes an answer, and lines in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noted_send(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted_send)
+        except ApiError:  # the doorman sends it
+            raise
+        except Exception as error:
+            if has_begun or scope["type"] != "http":
+                raise
+            response = as_api_error(error).response()
+            response.headers["connection"] = "close"  # whatever is wrong, the next request begins anew
+            await response(scope, receive, send)
+
+
+def _name(scope: Scope) -> str:
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(given) == 1 and GIVEN_ID.fullmatch(given[0]):
+        return given[0].decode()
+    return secrets.token_hex(8)
+
+
+# ---- where lines go ----
+
+
+class Lines(logging.Formatter):
+    """Time, level, the request's name, words. Whatever a message holds, it is one line, and a traceback is indented:
+    no client can write a line of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{self.formatTime(record)} {record.levelname} {current_id.get()} {_plain(record.getMessage())}"
+        if not record.exc_info:
+            return head
+        trace = self.formatException(record.exc_info).split("\n")
+        return "\n".join([head, *(f"    {_plain(line)}" for line in trace)])
+
+
+def _plain(text: str) -> str:
+    shown = text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."
+    if shown.isprintable():
+        return shown
+    if shown.isprintable():
+        return shown
+    return "".join(each if each.isprintable() else each.encode("unicode_escape", "replace").decode() for each in shown)
+
+
+class Aside(logging.Handler):
+    """Writes in a thread of its own, so that a pipe that nobody reads does not stop the server; what cannot be
+    written meanwhile is dropped."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        super().__init__()
+        self.setFormatter(Lines())
+        self._write_out = _writing(stream)
+        self._lines: queue.Queue[str | None] = queue.Queue(CAPACITY)
+        self._num_dropped = 0
+        self._thread = threading.Thread(target=self._write, name="blip2 log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._num_dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            dropped, self._num_dropped = self._num_dropped, 0
+            if dropped:
+                line = f"({dropped} lines are missing here: they could not be written in time)\n{line}"
+            with suppress(OSError, ValueError):  # closed, or the disk is full: the server goes on
+                self._write_out(f"{line}\n")
+
+    def stop(self) -> None:
+        """Write what is there, for a second at most. Not `close`, which anybody's `logging.config` calls."""
+        with suppress(queue.Full):
+            self._lines.put_nowait(None)
+            self._thread.join(1)
+
+
+def _writing(stream: TextIO | None) -> Callable[[str], object]:
+    """Past Python's own buffer where there is a file: a thread that waits there keeps the process from ending."""
+    if stream is None:  # standard error was closed before we began
+        return len
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        return stream.write
+
+    def write(text: str) -> None:
+        rest = text.encode("utf-8", "backslashreplace")
+        while rest:
+            rest = rest[os.write(number, rest) :]
+
+    return write
+
+
+@contextmanager
+def logging_at(level: str, stream: TextIO | None = None) -> Iterator[None]:
+    """The server's lines of ``level`` (``info``, ``warning``, ...) and above, and uvicorn's from warnings on, go to
+    ``stream`` (standard error)."""
+    handler = Aside(stream or sys.stderr)
+    handler.setLevel(level.upper())
+    ours, uvicorns = loggers = logging.getLogger("blip2"), logging.getLogger("uvicorn")
+    before = [(each.level, each.propagate) for each in loggers]
+    ours.setLevel(level.upper())
+    uvicorns.setLevel(max(logging.WARNING, handler.level))
+    for each in loggers:
+        each.addHandler(handler)
+        each.propagate = False
+    try:
+        yield
+    finally:
+        for each, (chosen, propagate) in zip(loggers, before, strict=True):
+            each.removeHandler(handler)
+            each.setLevel(chosen)
+            each.propagate = propagate
+        handler.stop()
