@@ -22,7 +22,7 @@ from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.speaker import chunks
 from blip2.text import Tokenizer, clean
 
-PORTION_TEXTS, PORTION_TOKENS = 32, 1024
+PORTION_TEXTS, PORTION_TOKENS = 16, 512
 """Of texts that are read at a time where other work is to have its turn; a long one is read by itself."""
 
 

@@ -124,7 +124,7 @@ def test_texts_that_take_too_long_are_given_up_between_portions(tiny_models, pat
         told = server.http.post(path, json=content)
         assert (told.status_code, told.json()["error"]["code"]) == (504, "deadline")
         eventually(lambda: server.metric("blip2_requests_waiting") == 0)
-        assert sum(portions) < 256 and max(portions) <= 32
+        assert sum(portions) < 256 and max(portions) <= 16
 
 
 @pytest.mark.parametrize("field", ["caption", "answer"])

@@ -147,7 +147,7 @@ def test_what_is_done_in_portions_is_what_is_done_at_once(matching_model):
     [image] = matcher.encode([tiny.picture(1)])
     runs = list(portions(ids))
     assert sorted(number for run in runs for number in run) == list(range(70))
-    assert all(len(run) <= 32 and len(run) * max(len(ids[number]) for number in run) <= 1024 for run in runs)
+    assert all(len(run) <= 16 and len(run) * max(len(ids[number]) for number in run) <= 512 for run in runs)
     assert len(list(portions([[1] * 2000] * 3))) == 3  # a long text by itself
     vectors = matcher.reader.embed_texts(ids)
     expected = matcher.reader.compare([image], ids, vectors)
