@@ -53,7 +53,7 @@ class Lane(Share):
     fresh: list[Ticket] = field(default_factory=list)
     """Those of the running ones that have no token yet."""
     may_admit: bool = True
-    """Whether its next portion is to admit; it is not after one that did, as long as answers are running."""
+    """Whether its next portion is to admit; it is not after one that did, if others have something to do."""
 
     def __post_init__(self) -> None:
         self.clear()

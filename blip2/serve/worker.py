@@ -182,7 +182,7 @@ class Worker:
             self._coming = share.portion(min(PORTION, self.pipeline.eye.images_at_a_time))
             self._admit(share, [ticket for ticket in self._coming if not ticket.is_cancelled])
             self._coming = []
-            share.may_admit = False
+            share.may_admit = len(busy) == 1  # together they are read and written in less time
         else:
             self._step(share)
             share.may_admit = True
