@@ -29,6 +29,9 @@ QUESTION_TEMPLATES = {"opt": "Question: {} Answer:", "t5": "Question: {} Short a
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character (yet) decode to
 
 
+LONG_TEXT = 4096  # characters, which take a few milliseconds
+
+
 class Tokenizer:
     """A model's tokenizer.json."""
 
@@ -79,7 +82,10 @@ class Tokenizer:
     def encode_with_places(self, text: str) -> list[tuple[int, tuple[int, int]]]:
         """As `encode`, each id with the characters that it stands for: the first, and the one after the last."""
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            if len(text) > LONG_TEXT:  # of one alone it would not let other threads run meanwhile
+                [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
+            else:
+                encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             whole = text.encode("utf-8", "replace").decode()
             raise OptionError(f"the text {shortened(whole)!r} has halves of characters; write it as Unicode") from None

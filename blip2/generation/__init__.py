@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from blip2.generation.batch import Batch, Job
 from blip2.generation.endings import Hypothesis
-from blip2.generation.engine import Engine
+from blip2.generation.engine import Engine, finished
 from blip2.generation.options import GenerateOptions
 
-__all__ = ["Batch", "Engine", "GenerateOptions", "Hypothesis", "Job"]
+__all__ = ["Batch", "Engine", "GenerateOptions", "Hypothesis", "Job", "finished"]

@@ -6,8 +6,9 @@ here knows of pictures or, but for stop strings, of text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,18 @@ from blip2.generation.filters import build_filters
 from blip2.generation.options import GenerateOptions
 from blip2.generation.strategies import BeamSearch, OnToken, RowByRow, Strategy, log_probs_of
 from blip2.language import LanguageModel, pad_rows
+
+Value = TypeVar("Value")
+
+
+def finished(steps: Generator[None, None, Value]) -> Value:
+    """What work that can be done in portions returns, done without a pause."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            value: Value = end.value
+            return value
 
 
 class Engine:
@@ -63,15 +76,21 @@ class Engine:
         with more than one running answer to a prompt; or where they rule out every token. Raises `NotFiniteError` where
         the model's scores are NaN or infinite.
         """
-        options = options or GenerateOptions()
+        with threads.at_most(self._num_threads):
+            return finished(self.generating(prompts, options, on_token=on_token))
+
+    def generating(
+        self, prompts: Sequence[Tensor], options: GenerateOptions | None = None, *, on_token: OnToken | None = None
+    ) -> Generator[None, None, list[list[Hypothesis]]]:
+        """As `generate`, for who has other work between two tokens: what the generator returns are the answers."""
         if not prompts:
             return []
         batch = Batch(self.language)
-        job = self.job(prompts, options, on_token=on_token)
-        with threads.at_most(self._num_threads):
-            batch.add([job])
-            while not job.is_over:
-                batch.step()
+        job = self.job(prompts, options or GenerateOptions(), on_token=on_token)
+        batch.add([job])
+        while not job.is_over:
+            yield
+            batch.step()
         return job.answers()
 
     def job(

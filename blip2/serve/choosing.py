@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from blip2.encoded import EncodedImage
 from blip2.serve.cache import Look
@@ -16,8 +13,10 @@ from blip2.serve.names import served_name
 from blip2.serve.reading import Reading
 from blip2.serve.schemas import Answered, AskRequest, Chosen, Decoding
 from blip2.serve.service import Service
+from blip2.serve.tickets import Steps
 from blip2.tasks.ask import check_choices, ranking, scored
 from blip2.tasks.speaker import Speaker, chunks
+from blip2.text import LONG_TEXT
 
 PORTION = 8
 """Choices that are compared between two steps of what else is running."""
@@ -30,28 +29,34 @@ class Question:
     look: Look[EncodedImage]
     text: str
     choices: list[str]
+    client: str
 
 
 async def choosing(service: Service, reading: Reading, body: AskRequest, text: str) -> Question:
     """What is asked. Raises ApiError and OptionError."""
     choices = checked(body)
-    await asyncio.to_thread(_check, service.pipeline.speaker, text, choices, service.limits)
-    return Question(await reading.look(0, service.worker.images), text, choices)
+    speaker, limits = service.pipeline.speaker, service.limits
+    await service.read_text(reading.client, text, lambda: check_prompt(speaker, text, limits))
+    is_small = max(map(len, choices)) <= LONG_TEXT
+    await service.aside(reading.client, (_checked(speaker, choice, limits) for choice in choices), is_small=is_small)
+    return Question(await reading.look(0, service.worker.images), text, choices, reading.client)
 
 
 async def chosen(service: Service, asked: Question) -> Answered:
     """The answer."""
     pipeline = service.pipeline
 
-    def portion(some: Sequence[str]) -> list[float]:
+    def compare() -> Steps[list[float]]:
         [seen] = service.worker.images.see([asked.look])
         if isinstance(seen, Exception):
             raise seen
-        return scored(pipeline.speaker, [(seen, asked.text, choice) for choice in some])
+        scores: list[float] = []
+        for some in chunks(asked.choices, PORTION):
+            yield
+            scores += scored(pipeline.speaker, [(seen, asked.text, choice) for choice in some])
+        return scores
 
-    scores: list[float] = []
-    for some in chunks(asked.choices, PORTION):
-        scores += await service.compute(partial(portion, some))
+    scores = await service.compute(asked.client, compare())
     found = ranking(asked.choices, scores)
     return Answered(
         text=found[0].text,
@@ -73,10 +78,9 @@ def checked(body: AskRequest) -> list[str]:
     return check_choices(body.choices)
 
 
-def _check(speaker: Speaker, text: str, choices: list[str], limits: Limits) -> None:
-    check_prompt(speaker, text, limits)
-    for choice in choices:
-        number = len(speaker.tokenizer.encode(choice))
-        if number > limits.max_new_tokens:
-            message = f"a choice has {number} tokens; at most {limits.max_new_tokens} are compared; shorten it"
-            raise ApiError(400, "prompt_too_long", message, param="choices")
+def _checked(speaker: Speaker, choice: str, limits: Limits) -> str:
+    number = len(speaker.tokenizer.encode(choice))
+    if number > limits.max_new_tokens:
+        message = f"a choice has {number} tokens; at most {limits.max_new_tokens} are compared; shorten it"
+        raise ApiError(400, "prompt_too_long", message, param="choices")
+    return choice

@@ -36,7 +36,8 @@ class Limits:
     """At the next one, a connection that does nothing is closed; see `blip2.serve.house`. Fewer where the system does
     not give so many descriptors."""
     max_rows: int = 64
-    """Answers that are written at a time; a search with 5 beams, as the tasks have it, is 5."""
+    """Answers that are written at a time; a search with 5 beams, as the tasks have it, is 5. A quarter as many are
+    written beside a search that takes them all, of those who ask for little (`lanes`)."""
     deadline_s: float = 120.0
     """From the last byte of the request to the last of the answer (504)."""
     shutdown_s: float = 30.0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from blip2.generation import GenerateOptions
 from blip2.serve.attention import Attended
@@ -18,14 +17,18 @@ from blip2.serve.described import body_of
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.names import Names
-from blip2.serve.reply import EventStream, Reply
+from blip2.serve.reply import EventStream, Reply, packed
 from blip2.serve.schemas import ChatRequest, EmbeddingsRequest
 from blip2.serve.service import Service
-from blip2.serve.worker import Ticket
+from blip2.serve.tickets import Steps, Ticket
 from blip2.tasks import ask
 from blip2.tasks.chat import prompt_that_fits
 from blip2.tasks.defaults import ASK, CAPTION, CHAT
 from blip2.tasks.speaker import Speaker
+from blip2.text import LONG_TEXT
+
+MAX_LOG_PROBS = 100_000
+"""Of one answer, a hundred bytes each."""
 
 
 def router(service: Service) -> APIRouter:
@@ -60,17 +63,18 @@ def router(service: Service) -> APIRouter:
             )
             check_log_probs(body, options)
             pipeline = service.pipeline
-            text, options, num_forgotten = await asyncio.to_thread(
-                prompt_of, pipeline.speaker, history, question, options, service.limits
-            )
-            ticket = Ticket(await reading.look(0, service.worker.images), text, options, num_top=body.top_logprobs or 0)
+            given = question + "".join(map("".join, history))
+            work = partial(prompt_of, pipeline.speaker, history, question, options, service.limits)
+            text, options, num_forgotten = await service.read_text(reading.client, given, work)
+            look = await reading.look(0, service.worker.images)
+            ticket = Ticket(look, text, options, num_top=body.top_logprobs or 0, client=reading.client)
         headers = ignored(reading.fields)
         if num_forgotten:
             headers["X-Blip2-Forgotten-Turns"] = str(num_forgotten)
         reply = Reply(name, pipeline.speaker.tokenizer, has_log_probs)
         if not is_stream:
             answers = await service.answers(ticket)
-            return JSONResponse(reply.whole(answers, ticket.num_prompt_tokens), headers=headers)
+            return await service.rendered(ticket.client, reply.whole(answers, ticket.num_prompt_tokens), headers)
         has_usage = bool((reading.fields["stream_options"] or {}).get("include_usage"))
         if options.num_beams > 1 or options.num_return > 1:
             # Which is best is known only when all are there, so each comes in one piece.
@@ -82,41 +86,50 @@ def router(service: Service) -> APIRouter:
         return EventStream(events, headers, on_end=lambda: service.cancel(ticket))
 
     @routes.post("/embeddings", openapi_extra=body_of("/v1/embeddings"))
-    async def embeddings(request: Request, response: Response) -> dict[str, Any]:
+    async def embeddings(request: Request) -> Response:
         """The unit vector of each text. An extension: of a picture, its vectors one after the other (see ``shape``);
         a text is as near to it as to the nearest of them."""
         matcher, cache = service.matcher, service.features
         async with service.readings.read(request) as reading:
             body = EmbeddingsRequest.model_construct(**reading.fields)
             name = names.matching(body.model)
-            response.headers.update(ignored(reading.fields))
             items: list[str | None] = reading.fields["input"]
             width = matcher.model.config.projection_size
             if body.dimensions not in (None, width):
                 raise ApiError(400, "invalid_value", f"the vectors of {name} have {width} numbers", param="dimensions")
             texts = [item for item in items if item is not None]
-            ids = await asyncio.to_thread(matcher.reader.ids, texts) if texts else []
+            longest = max(map(len, texts), default=0)
+            each = (matcher.reader.ids([text])[0] for text in texts)
+            ids = await service.aside(reading.client, each, is_small=longest <= LONG_TEXT)
             looks = [await reading.look(place, cache) for place in range(reading.num_pictures)]
 
-        def embed() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            of_texts = list(matcher.reader.embed_texts(ids).float().cpu()) if ids else []
+        def embed() -> Steps[tuple[list[torch.Tensor], list[torch.Tensor]]]:
             of_images = []
-            for kept in cache.see(looks):
+            for look in looks:
+                [kept] = cache.see([look])
                 if isinstance(kept, Exception):
                     raise kept
                 of_images.append(kept.vectors_QE.float().cpu())
+                yield
+            of_texts: list[torch.Tensor] = []
+            if ids:
+                vectors_ME = yield from matcher.reader.embedding_texts(ids)
+                of_texts = list(vectors_ME.float().cpu())
             return of_texts, of_images
 
-        of_texts, of_images = await service.compute(embed)
+        of_texts, of_images = await service.compute(reading.client, embed())
         next_text, next_image = iter(of_texts), iter(of_images)
         vectors = [next(next_image) if item is None else next(next_text) for item in items]
-        num_tokens = sum(map(len, ids))
-        return {
-            "object": "list",
-            "data": [_embedding(index, vector, body.encoding_format) for index, vector in enumerate(vectors)],
-            "model": name,
-            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-        }
+
+        def told() -> Iterator[bytes]:
+            yield b'{"object":"list","data":['
+            for index, vector in enumerate(vectors):
+                yield f"{',' * (index > 0)}{packed(_embedding(index, vector, body.encoding_format))}".encode()
+            num_tokens = sum(map(len, ids))
+            usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+            yield f"],{packed({'model': name, 'usage': usage})[1:]}".encode()
+
+        return await service.rendered(reading.client, told(), ignored(reading.fields))
 
     return routes
 
@@ -151,6 +164,13 @@ def check_log_probs(body: ChatRequest, options: GenerateOptions) -> None:
             400, "invalid_value", "logprobs go with one token at a time, not with a search; leave out num_beams "
             "and n, or logprobs",
             param="logprobs",
+        )  # fmt: skip
+    number = options.num_return * options.max_new_tokens * (1 + (body.top_logprobs or 0))
+    if body.logprobs and number > MAX_LOG_PROBS:
+        raise ApiError(
+            400, "too_many_logprobs", f"the answer may have {number:,} log-probabilities (n times max_tokens times 1 + "
+            f"top_logprobs); at most {MAX_LOG_PROBS:,} are told; ask for fewer",
+            param="top_logprobs",
         )  # fmt: skip
 
 

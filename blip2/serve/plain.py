@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Iterator
+from functools import partial
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from blip2.api import Matcher
 from blip2.generation import GenerateOptions
 from blip2.image import grey_address
 from blip2.serve.attention import Attended
+from blip2.serve.body import TEXTS
 from blip2.serve.choosing import choosing, chosen
-from blip2.serve.decoding import fitting, options_of
+from blip2.serve.decoding import check_prompt, fitting, options_of
 from blip2.serve.described import body_of
 from blip2.serve.errors import ApiError
 from blip2.serve.names import served_name
 from blip2.serve.reading import Reading
+from blip2.serve.reply import packed
 from blip2.serve.schemas import (
     Answered,
     AskRequest,
@@ -27,11 +31,12 @@ from blip2.serve.schemas import (
     MatchRequest,
 )
 from blip2.serve.service import Service
-from blip2.serve.worker import Ticket
+from blip2.serve.tickets import Steps, Ticket
 from blip2.tasks import ask as ask_task
 from blip2.tasks.defaults import ASK, CAPTION
-from blip2.tasks.explain import Explanation, Sight, Words, explain_match, explain_words
-from blip2.text import clean
+from blip2.tasks.explain import Explanation, Sight, Words, explaining_match, explaining_words
+from blip2.tasks.match import Matches
+from blip2.text import LONG_TEXT, clean
 
 MAP_PX = 512
 """The longer side of the map that /explain gives."""
@@ -42,27 +47,28 @@ def router(service: Service) -> APIRouter:
 
     async def ticket(reading: Reading, body: Decoding, text: str, defaults: GenerateOptions) -> Ticket:
         options = options_of(body, defaults, service.limits)
-        options = await asyncio.to_thread(fitting, service.pipeline.speaker, text, options, service.limits)
-        return Ticket(await reading.look(0, service.worker.images), text, options)
+        work = partial(fitting, service.pipeline.speaker, text, options, service.limits)
+        options = await service.read_text(reading.client, text, work)
+        look = await reading.look(0, service.worker.images)
+        return Ticket(look, text, options, client=reading.client)
 
-    async def answered(asked: Ticket) -> Answered:
+    async def answered(asked: Ticket) -> Response:
         answers = await service.answers(asked)
         pipeline = service.pipeline
-        texts = [pipeline.speaker.tokenizer.decode(each.tokens) for each in answers]
-        return Answered(
-            text=texts[0], texts=texts, finish_reason=answers[0].finish_reason, model=served_name(pipeline.name)
-        )
+        texts = await service.aside(asked.client, (pipeline.speaker.tokenizer.decode(each.tokens) for each in answers))
+        reason, name = answers[0].finish_reason, served_name(pipeline.name)
+        return _json(Answered(text=texts[0], texts=texts, finish_reason=reason, model=name), exclude_none=True)
 
-    @routes.post("/caption", openapi_extra=body_of("/caption"), response_model_exclude_none=True)
-    async def caption(request: Request) -> Answered:
+    @routes.post("/caption", response_model=Answered, openapi_extra=body_of("/caption"))
+    async def caption(request: Request) -> Response:
         """Describe a picture; ``prompt`` is the beginning of the caption."""
         async with service.readings.read(request) as reading:
             body = CaptionRequest.model_construct(**reading.fields)
             asked = await ticket(reading, body, clean(body.prompt), CAPTION)
         return await answered(asked)
 
-    @routes.post("/ask", openapi_extra=body_of("/ask"), response_model_exclude_none=True)
-    async def ask(request: Request) -> Answered:
+    @routes.post("/ask", response_model=Answered, openapi_extra=body_of("/ask"))
+    async def ask(request: Request) -> Response:
         """Answer a question about a picture, freely or with one of ``choices``."""
         async with service.readings.read(request) as reading:
             body = AskRequest.model_construct(**reading.fields)
@@ -71,37 +77,43 @@ def router(service: Service) -> APIRouter:
                 asked = await ticket(reading, body, text, ASK)
             else:
                 question = await choosing(service, reading, body, text)
-        return await (answered(asked) if body.choices is None else chosen(service, question))
+        if body.choices is None:
+            return await answered(asked)
+        return _json(await chosen(service, question))
 
-    @routes.post("/match", openapi_extra=body_of("/match"))
-    async def match(request: Request) -> Matched:
+    @routes.post("/match", response_model=Matched, openapi_extra=body_of("/match"))
+    async def match(request: Request) -> Response:
         """How well texts fit a picture."""
         matcher, cache = service.matcher, service.features
         async with service.readings.read(request) as reading:
             body = MatchRequest.model_construct(**reading.fields)
-            ids = await asyncio.to_thread(matcher.reader.ids, body.texts)
+            longest = max(map(len, body.texts))
+            each = (matcher.reader.ids([text])[0] for text in body.texts)
+            ids = await service.aside(reading.client, each, is_small=longest <= LONG_TEXT)
             seen = await reading.look(0, cache)
 
-        def compare() -> list[MatchedText]:
+        def compare() -> Steps[Matches]:
             [kept] = cache.see([seen])
             if isinstance(kept, Exception):
                 raise kept
-            found = matcher.reader.compare([kept], ids, matcher.reader.embed_texts(ids))
-            shares = found.itc_probability
-            return [
-                MatchedText(
-                    text=text,
-                    itm_probability=float(found.itm_probability[0, place]),
-                    itc_cosine=float(found.itc_cosine[0, place]),
-                    itc_probability=None if shares is None else float(shares[0, place]),
-                )
-                for place, text in enumerate(body.texts)
-            ]
+            yield
+            return (yield from matcher.reader.comparing(kept, ids))
 
-        return Matched(results=await service.compute(compare), model=served_name(matcher.name))
+        found = await service.compute(reading.client, compare())
+        matching, cosines = found.itm_probability[0].tolist(), found.itc_cosine[0].tolist()
+        shares = [None] * len(ids) if found.itc_probability is None else found.itc_probability[0].tolist()
 
-    @routes.post("/explain", openapi_extra=body_of("/explain"))
-    async def explain(request: Request) -> Explained:
+        def told() -> Iterator[bytes]:
+            yield b'{"results":['
+            for place, (text, *numbers) in enumerate(zip(body.texts, matching, cosines, shares, strict=True)):
+                result = dict(zip(MatchedText.model_fields, (text, *numbers), strict=True))
+                yield f"{',' * (place > 0)}{packed(result)}".encode()
+            yield f"],{packed({'model': served_name(matcher.name)})[1:]}".encode()
+
+        return await service.rendered(reading.client, told())
+
+    @routes.post("/explain", response_model=Explained, openapi_extra=body_of("/explain"))
+    async def explain(request: Request) -> Response:
         """Where in a picture the model finds what speaks for a text, an answer, or a word of a caption."""
         async with service.readings.read(request) as reading:
             given = {name: text for name, text in reading.fields.items() if text is not None}
@@ -111,24 +123,51 @@ def router(service: Service) -> APIRouter:
             if text is not None and given:
                 raise ApiError(400, "invalid_value", f"a text is explained by itself; leave out {next(iter(given))}")
             model = service.pipeline if text is None else service.matcher
+            given_text = " ".join(reading.fields.get(name) or "" for name in TEXTS)
+            await service.read_text(reading.client, given_text, lambda: check(text, words))
             small, pixels_CHW = await reading.shown(0, model.eye, MAP_PX)
 
-        def look_closely() -> Explanation:
+        def look_closely() -> Steps[Explanation]:
+            encode = model.model.encode if isinstance(model, Matcher) else model.speaker.model.patches
+            seen = Sight(small, *model.eye.with_blank(pixels_CHW, encode))
+            yield
             if isinstance(model, Matcher):
                 assert text is not None
-                seen = Sight(small, *model.eye.with_blank(pixels_CHW, model.model.encode))
-                return explain_match(model.reader, seen, text)
-            seen = Sight(small, *model.eye.with_blank(pixels_CHW, model.speaker.model.patches))
-            return explain_words(model.speaker, seen, words)
+                return (yield from explaining_match(model.reader, seen, text))
+            return (yield from explaining_words(model.speaker, seen, words))
 
-        found = await service.compute(look_closely)
-        place = found.strongest
-        return Explained(
-            text=found.text,
-            score=found.score,
-            strongest=None if place is None else (place[0] / small.width, place[1] / small.height),
-            heat=grey_address(found.heat.numpy()),
-            model=served_name(model.name),
-        )
+        found = await service.compute(reading.client, look_closely())
+
+        def told() -> Iterator[Response]:
+            place = found.strongest
+            yield _json(
+                Explained(
+                    text=found.text,
+                    score=found.score,
+                    strongest=None if place is None else (place[0] / small.width, place[1] / small.height),
+                    heat=grey_address(found.heat.numpy()),
+                    model=served_name(model.name),
+                )
+            )
+
+        [response] = await service.aside(reading.client, told(), is_small=False)
+        return response
+
+    def check(text: str | None, words: Words) -> None:
+        """Whether what is to be explained is short enough. Raises ApiError and OptionError."""
+        if text is not None:
+            service.matcher.reader.ids([text])
+            return
+        speaker, most = service.pipeline.speaker, service.limits.max_new_tokens
+        check_prompt(speaker, words.question or "", service.limits)
+        for name, said in (("answer", words.answer), ("caption", words.caption)):
+            number = len(speaker.tokenizer.encode(said or ""))
+            if number > most:
+                message = f"the {name} has {number} tokens; at most {most} are explained; shorten it"
+                raise ApiError(400, "prompt_too_long", message, param=name)
 
     return routes
+
+
+def _json(content: BaseModel, *, exclude_none: bool = False) -> Response:
+    return Response(content.model_dump_json(exclude_none=exclude_none), media_type="application/json")

@@ -95,7 +95,7 @@ class Reading:
         self._route = request.url.path
         self._kind = request.headers.get("content-type", "")
         self._packing = request.headers.get("content-encoding", "")
-        self._client: str = request.scope.get(CLIENT, "")
+        self.client: str = request.scope.get(CLIENT, "")
         self._content = content
         self._fetched = b""
         self._held = held
@@ -154,7 +154,7 @@ class Reading:
         told, content = await self._reader.ask({**asked, "max_pixels": most, "is_last_word": most == left})
         if "is_large" in told:
             await self._leave()
-            async with self._readings.large.lent(self._client):
+            async with self._readings.large.lent(self.client):
                 await self._read_anew()
                 if self._fetched:
                     await self._take(place)
@@ -171,7 +171,7 @@ class Reading:
     async def _read_anew(self) -> dict[str, Any]:
         """By another reader than before, if it was left."""
         size = len(self._content)
-        self._reader = await self._held.enter_async_context(self._readings.pool.reader(self._client, size))
+        self._reader = await self._held.enter_async_context(self._readings.pool.reader(self.client, size))
         self._reader.is_worn = size > WORN_BYTES
         told, _ = await self._reader.ask({"do": "read", "route": self._route, "type": self._kind}, self._content)
         return told

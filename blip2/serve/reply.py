@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -16,9 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from blip2.generation import Hypothesis
 from blip2.serve.errors import as_api_error
-from blip2.serve.worker import Piece
+from blip2.serve.tickets import Piece
 from blip2.text import Tokenizer
 
+PLACES = 16
+"""Of log-probabilities, each with up to twenty others, in a piece."""
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
@@ -28,20 +30,34 @@ class Reply:
     def __init__(self, model: str, tokenizer: Tokenizer, has_log_probs: bool) -> None:
         self._tokenizer = tokenizer
         self._has_log_probs = has_log_probs
+        self._texts: dict[int, tuple[str, list[int]]] = {}
         self._shared = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, answers: Sequence[Hypothesis], num_prompt_tokens: int) -> dict[str, Any]:
-        choices = [
-            {
+    def whole(self, answers: Sequence[Hypothesis], num_prompt_tokens: int) -> Iterator[bytes]:
+        """The response, in pieces that are quickly made."""
+        yield f"{packed({**self._shared, 'object': 'chat.completion'})[:-1]},".encode()
+        yield b'"choices":['
+        for index, answer in enumerate(answers):
+            choice = {
                 "index": index,
                 "message": {"role": "assistant", "content": self._tokenizer.decode(answer.tokens), "refusal": None},
-                "logprobs": self._log_probs(answer),
                 "finish_reason": FINISH[answer.finish_reason],
             }
-            for index, answer in enumerate(answers)
-        ]
+            yield f"{',' * (index > 0)}{packed(choice)[:-1]},\"logprobs\":".encode()
+            yield from self._log_probs_in_pieces(answer)
+            yield b"}"
         usage = _usage(num_prompt_tokens, sum(len(answer.tokens) for answer in answers))
-        return {**self._shared, "object": "chat.completion", "choices": choices, "usage": usage}
+        yield f'],"usage":{packed(usage)}}}'.encode()
+
+    def _log_probs_in_pieces(self, answer: Hypothesis) -> Iterator[bytes]:
+        if not self._has_log_probs:
+            yield b"null"
+            return
+        yield b'{"content":['
+        for start in range(0, len(answer.tokens), PLACES):
+            content = packed(self._content(answer, slice(start, start + PLACES)))
+            yield f"{',' * (start > 0)}{content[1:-1]}".encode()
+        yield b'],"refusal":null}'
 
     async def chunks(
         self, pieces: AsyncGenerator[Piece | Hypothesis, None], num_prompt_tokens: int, has_usage: bool
@@ -98,18 +114,24 @@ class Reply:
     def _log_probs(self, said: Piece | Hypothesis) -> dict[str, Any] | None:
         if not self._has_log_probs:
             return None
+        return {"content": self._content(said, slice(None)), "refusal": None}
+
+    def _content(self, said: Piece | Hypothesis, places: slice) -> list[dict[str, Any]]:
         assert said.log_probs is not None
-        top = said.top or [{}] * len(said.tokens)
-        content = [
+        tokens = said.tokens[places]
+        top = said.top[places] if said.top else [{}] * len(tokens)
+        return [
             self._log_prob(token, log_prob)
             | {"top_logprobs": [self._log_prob(other, its) for other, its in others.items()]}
-            for token, log_prob, others in zip(said.tokens, said.log_probs, top, strict=True)
+            for token, log_prob, others in zip(tokens, said.log_probs[places], top, strict=True)
         ]
-        return {"content": content, "refusal": None}
 
     def _log_prob(self, token: int, log_prob: float) -> dict[str, Any]:
-        text = self._tokenizer.decode([token])
-        return {"token": text, "logprob": log_prob, "bytes": list(text.encode())}
+        if token not in self._texts:
+            text = self._tokenizer.decode([token])
+            self._texts[token] = (text, list(text.encode()))
+        text, content = self._texts[token]
+        return {"token": text, "logprob": log_prob, "bytes": content}
 
 
 def _usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
@@ -120,8 +142,13 @@ def _usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
     }
 
 
+def packed(content: Any) -> str:
+    """As JSON, as short as it can be."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {packed(content)}\n\n"
 
 
 class EventStream(StreamingResponse):

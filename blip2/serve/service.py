@@ -6,11 +6,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 
 from blip2.api import Matcher, Pipeline
 from blip2.generation import Hypothesis
@@ -24,10 +25,18 @@ from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.places import Places, too_late
 from blip2.serve.reading import Readings
-from blip2.serve.worker import Piece, Ticket, Worker, WorkerError
+from blip2.serve.tickets import Piece, Steps, Ticket
+from blip2.serve.turns import Handout
+from blip2.serve.worker import Worker, WorkerError
 from blip2.tasks.match import ImageFeatures
+from blip2.text import LONG_TEXT
 
 logger = logging.getLogger("blip2.serve")
+
+NUM_ASIDE = 2
+"""Threads for what is neither the models' nor the event loop's work."""
+AT_ONCE_S, ASIDE_S = 0.002, 0.02
+"""How long such work may keep the event loop, and a thread before the client is looked after."""
 
 Value = TypeVar("Value")
 
@@ -58,6 +67,8 @@ class Service:
         self.is_stopping = False
         self.end_s: float | None = None
         """When everything has to be over (monotonic), once the process is asked to end."""
+        self._aside: Handout[None] = Handout([None] * NUM_ASIDE)
+        self._post = Post()
         self._load = load
         self._worker: Worker | None = None
 
@@ -164,12 +175,35 @@ class Service:
         if self._worker is not None:
             self._worker.cancel(ticket)
 
-    async def compute(self, function: Callable[[], Value]) -> Value:
-        """What a function gives on the models' thread."""
+    async def compute(self, client: str, steps: Steps[Value]) -> Value:
+        """What work in portions returns on the models' thread. It ends with the next one if nobody waits any more."""
         try:
-            return await asyncio.wrap_future(self.worker.call(function))
+            return await asyncio.wrap_future(self.worker.call(client, steps))
         except WorkerError as error:
             raise ApiError(503, "model_stopped", str(error)) from error
+
+    async def aside(self, client: str, items: Iterator[Value], *, is_small: bool = True) -> list[Value]:
+        """All of an iterator: to read texts, or to write answers. What takes longer than a moment is done in a thread.
+
+        Clients take turns for one, and whoever is gone leaves it soon. Each item has to be quick, or let other threads
+        run meanwhile; one by one they may take a moment each if it ``is_small``.
+        """
+        found: list[Value] = []
+        if is_small and _go_on(items, found, AT_ONCE_S):
+            return found
+        async with self._aside.lent(client):
+            while not await asyncio.to_thread(_go_on, items, found, ASIDE_S):
+                pass
+        return found
+
+    async def read_text(self, client: str, text: str, function: Callable[[], Value]) -> Value:
+        """What is made of a text, in a thread if it is long."""
+        [found] = await self.aside(client, (function() for _ in (text,)), is_small=len(text) <= LONG_TEXT)
+        return found
+
+    async def rendered(self, client: str, pieces: Iterator[bytes], headers: dict[str, str] | None = None) -> Response:
+        """An answer in JSON, made of pieces."""
+        return Response(b"".join(await self.aside(client, pieces)), headers=headers, media_type="application/json")
 
     async def stream(self, request: Request, ticket: Ticket) -> tuple[AsyncGenerator[Piece | Hypothesis, None], Ticket]:
         """The only answer in pieces, and then whole; and the ticket that it runs under.
@@ -181,13 +215,13 @@ class Service:
         heard: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         def on_piece(piece: Piece) -> None:
-            loop.call_soon_threadsafe(heard.put_nowait, piece)
+            self._post.send(loop, heard, piece)
 
         ticket = replace(ticket, on_piece=on_piece)
         worker = self.worker
         try:
             worker.submit(ticket)
-            ticket.answers.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, None))
+            ticket.answers.add_done_callback(lambda _: self._post.send(loop, heard, None))
             first = await heard.get()
             if first is None:
                 ticket.answers.result()
@@ -218,3 +252,34 @@ class Service:
                 return await result
         except TimeoutError:
             raise too_late() from None
+
+
+class Post:
+    """Brings pieces from the models' thread to the event loop: those of all streams of one step together, since to wake
+    the loop costs more than to bring a piece."""
+
+    def __init__(self) -> None:
+        self._sent: deque[tuple[asyncio.Queue[Piece | None], Piece | None]] = deque()
+        self._is_called = False
+
+    def send(self, loop: asyncio.AbstractEventLoop, to: asyncio.Queue[Piece | None], piece: Piece | None) -> None:
+        self._sent.append((to, piece))
+        if not self._is_called:
+            self._is_called = True
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_called = False  # before it is looked whether there is more
+        while self._sent:
+            to, piece = self._sent.popleft()
+            to.put_nowait(piece)
+
+
+def _go_on(items: Iterator[Value], found: list[Value], seconds: float) -> bool:
+    """Take items for a while; whether those were all."""
+    end_s = time.perf_counter() + seconds
+    for item in items:
+        found.append(item)
+        if time.perf_counter() > end_s:
+            return False
+    return True

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
-from itertools import count
+from itertools import chain, count, zip_longest
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -31,6 +31,14 @@ class Turns(Generic[Item]):
         heapq.heappush(self._waiting.setdefault(client, []), (size, next(self._number), item))
         self._client_of[item] = client
 
+    def __iter__(self) -> Iterator[Item]:
+        return iter(list(self._client_of))
+
+    def in_turn(self) -> Iterator[Item]:
+        """All that wait, in the order in which `pop` would give them."""
+        rounds = zip_longest(*(sorted(entries) for entries in self._waiting.values()))
+        return (entry[2] for entry in chain.from_iterable(rounds) if entry is not None)
+
     def peek(self) -> Item:
         """What `pop` would give. Raises IndexError if nothing waits."""
         if not self._client_of:
@@ -40,24 +48,28 @@ class Turns(Generic[Item]):
     def pop(self) -> Item:
         """The next item; the client's next one has to wait for the other clients."""
         item = self.peek()
-        client = self._client_of.pop(item)
-        heapq.heappop(self._waiting[client])
-        if self._waiting[client]:
-            self._waiting.move_to_end(client)
-        else:
-            del self._waiting[client]
+        self.take(item)
         return item
+
+    def take(self, item: Item) -> None:
+        """As `pop`, but of an item that is not the next: it is taken before its turn."""
+        client = self._client_of[item]
+        self.remove(item)
+        if client in self._waiting:
+            self._waiting.move_to_end(client)
 
     def remove(self, item: Item) -> None:
         """Takes back what waits no longer; nothing happens if it is not there."""
         client = self._client_of.pop(item, None)
         if client is None:
             return
-        rest = [entry for entry in self._waiting[client] if entry[2] is not item]
-        heapq.heapify(rest)
-        if rest:
-            self._waiting[client] = rest
+        rest = self._waiting[client]
+        if rest[0][2] is item:
+            heapq.heappop(rest)
         else:
+            rest[:] = [entry for entry in rest if entry[2] is not item]
+            heapq.heapify(rest)
+        if not rest:
             del self._waiting[client]
 
 

@@ -1,8 +1,10 @@
 """The thread that owns the models: whatever computes, computes there, one thing at a time.
 
-Requests wait in a queue, first come, first served. Each turn of the loop takes as many of them as there are rows
-free, encodes those of their pictures that no one has asked about lately, reads their prompts together, and writes one
-token of every running answer. So a request enters at the next token, and leaves with its last.
+Requests wait in a queue where clients take turns, until there are rows free (`lanes`). A turn of the loop is one of
+these: some of those that have rows are taken in, their pictures encoded if no one has asked about them lately, and
+their prompts read together; or every running answer of a lane gets one token more; or a portion is done of something
+else that was asked (`Worker.call`). So a request enters at the next token, leaves with its last, and none holds up
+another for longer than a turn takes.
 """
 
 from __future__ import annotations
@@ -10,11 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +24,14 @@ from blip2.api import Matcher, Pipeline
 from blip2.checkpoint.reader import give_back_memory
 from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
-from blip2.generation import Batch, GenerateOptions, Hypothesis, Job
-from blip2.generation.strategies import RowByRow
-from blip2.serve.cache import ImageCache, Look
+from blip2.serve.cache import ImageCache
+from blip2.serve.lanes import PORTION, Lane, Lanes, Share, next_of
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.shortage import told_shortage
+from blip2.serve.tickets import Call, Running, Steps, Ticket, begun
+from blip2.serve.turns import Turns
 from blip2.tasks.match import ImageFeatures
-from blip2.text import TextStream
 
 logger = logging.getLogger("blip2.serve")
 
@@ -44,52 +44,8 @@ IDLE_S = 1.0
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece of an answer that is being written, and the tokens that make it."""
-
-    text: str
-    tokens: list[int]
-    log_probs: list[float]
-    top: list[dict[int, float]] | None = None
-    """See `Hypothesis`."""
-
-
-OnPiece = Callable[[Piece], None]
-"""Called by the model's thread."""
-
-
 class WorkerError(RuntimeError):
     """The model's thread is gone, or going."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One prompt on its way: what is asked, and where the answers go."""
-
-    look: Look[EncodedImage]
-    text: str
-    options: GenerateOptions
-    on_piece: OnPiece | None = None
-    """Called with each piece of the only answer; no beams then, and ``num_return`` 1."""
-    num_top: int = 0
-    """So many of the most likely tokens are told at each place."""
-    answers: Future[list[Hypothesis]] = field(default_factory=Future)
-    num_prompt_tokens: int = 0
-    """Known when the answers are; the picture's are among them."""
-    is_cancelled: bool = False
-    came_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def num_rows(self) -> int:
-        return max(self.options.num_beams, self.options.num_return)
-
-
-@dataclass(frozen=True, eq=False)
-class Running:
-    ticket: Ticket
-    job: Job
-    finish_text: Callable[[], None]
 
 
 class Worker:
@@ -105,19 +61,23 @@ class Worker:
             self.features = ImageCache(matcher.eye, *size)
         self.max_rows = limits.max_rows
         self._metrics = metrics
-        self._waiting: deque[Ticket] = deque()
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._running: dict[Job, Running] = {}
-        self._coming: list[Ticket] = []  # out of the queue, but not running yet
-        self._fresh: list[Ticket] = []  # those of the running ones that have no token yet
-        self._batch = Batch(pipeline.speaker.engine.language)
+        self._waiting: Turns[Ticket] = Turns()
+        self._calls: Turns[Call[Any]] = Turns()
+        self._lanes = Lanes(pipeline.speaker.engine.language, limits.max_rows)
+        self._calling = Share(1)
+        self._shares = (*self._lanes.each, self._calling)
+        self._coming: list[Ticket] = []  # being taken in
+        self._is_changed = False  # those who wait, or the rows that are free
         self._num_failures = 0
         self._wake = threading.Condition()
         self._is_closing = False
         self._death: BaseException | None = None
-        metrics.running.set_function(lambda: len(self._running))
-        metrics.waiting.set_function(lambda: len(self._waiting) + len(self._calls))
-        metrics.rows.set_function(lambda: self._batch.num_rows)
+        lanes = self._lanes.each
+        metrics.running.set_function(lambda: sum(len(lane.running) for lane in lanes))
+        metrics.waiting.set_function(
+            lambda: len(self._waiting) + len(self._calls) + sum(len(lane.coming) for lane in lanes)
+        )
+        metrics.rows.set_function(lambda: sum(lane.batch.num_rows for lane in lanes))
         metrics.follow_caches([self.images] if self.features is None else [self.images, self.features])
         self._thread = threading.Thread(target=self._run, name="blip2 model", daemon=True)
         self._thread.start()
@@ -139,22 +99,25 @@ class Worker:
             raise OptionError(f"{ticket.num_rows} beams or answers at a time are too many; at most {self.max_rows}")
         with self._wake:
             self._check()
-            self._waiting.append(ticket)
+            self._waiting.push(ticket.client, ticket)
+            self._is_changed = True
             self._wake.notify()
 
-    def call(self, function: Callable[[], Value]) -> Future[Value]:
-        """Run a function between two steps. If the future is cancelled before its turn comes, it does not run."""
-        future: Future[Value] = Future()
+    def call(self, client: str, steps: Steps[Value]) -> Future[Value]:
+        """Do something in portions, in turn with everything else. If the future is cancelled, it goes no further."""
+        call = Call(steps, client)
         with self._wake:
             self._check()
-            self._calls.append((function, future))
+            self._calls.push(client, call)
             self._wake.notify()
-        return future
+        call.result.add_done_callback(lambda _: self._note_change())
+        return call.result
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody wants the answers any more: its rows are free at the next step. Also after the end."""
         with self._wake:
             ticket.is_cancelled = True
+            self._is_changed = True
             self._wake.notify()
 
     def close(self, timeout_s: float) -> None:
@@ -163,6 +126,9 @@ class Worker:
             self._is_closing = True
             self._wake.notify()
         self._thread.join(timeout_s)
+
+    def _note_change(self) -> None:
+        self._is_changed = True
 
     def _check(self) -> None:
         if self._death is not None:
@@ -181,149 +147,135 @@ class Worker:
             logger.critical("the model's thread has ended", exc_info=error)
             with self._wake:
                 self._death = error
-                tickets = [*self._waiting, *self._coming, *(running.ticket for running in self._running.values())]
+                tickets = [*self._waiting, *self._coming, *self._lanes.tickets]
                 futures: list[Future[Any]] = [ticket.answers for ticket in tickets]
-                futures += [future for _, future in self._calls]
-                self._waiting.clear()
-                self._calls.clear()
-                self._running.clear()
-                self._batch = Batch(self.pipeline.speaker.engine.language)
+                futures += [call.result for call in self._calls]
+                self._waiting, self._calls = Turns(), Turns()
+                for lane in self._lanes.each:
+                    lane.coming.clear()
+                    lane.clear()
             for future in futures:
                 _settle(future, error=WorkerError("the model's thread has ended; start the server anew"))
 
     def _turn(self) -> bool:
-        """Whatever there is to do until the next token of every running answer; False: it is over."""
+        """The next portion of what there is to do; False: it is over."""
         with self._wake:
             idle_s: float | None = IDLE_S
-            while not (self._waiting or self._calls or self._running or self._is_closing):
+            while not (self._has_work() or self._is_closing):
                 if not self._wake.wait(idle_s):
                     give_back_memory()
                     idle_s = None
-            if not (self._waiting or self._calls or self._running):
+            if not self._has_work():
                 return False
-            self._waiting = deque(ticket for ticket in self._waiting if not ticket.is_cancelled)
-            gone = [running for running in self._running.values() if running.ticket.is_cancelled]
-        for running in gone:
-            self._batch.drop(running.job)
-            del self._running[running.job]
-        if (called := self._next_call()) is not None:
-            self._carry_out(*called)
-        self._coming = self._admissible()
-        if self._coming:
-            self._admit(self._coming)
+        if self._is_changed:
+            self._is_changed = False
+            self._rearrange()
+        busy: list[Share] = [lane for lane in self._lanes.each if lane.is_busy]
+        busy += [self._calling] * bool(len(self._calls))
+        if not busy:
+            return True
+        share = next_of(self._shares, busy)
+        began_s = time.perf_counter()
+        if not isinstance(share, Lane):
+            self._carry_on()
+        elif share.coming and (share.may_admit or not share.running):
+            self._coming = share.portion(min(PORTION, self.pipeline.eye.images_at_a_time))
+            self._admit(share, [ticket for ticket in self._coming if not ticket.is_cancelled])
             self._coming = []
-        if self._running:
-            self._step()
+            share.may_admit = len(busy) == 1  # together they are read and written in less time
+        else:
+            self._step(share)
+            share.may_admit = True
+        share.spent_s += (time.perf_counter() - began_s) / share.weight
         return True
 
-    def _next_call(self) -> tuple[Callable[[], Any], Future[Any]] | None:
-        with self._wake:
-            return self._calls.popleft() if self._calls else None
+    def _has_work(self) -> bool:
+        return bool(len(self._waiting) or len(self._calls) or self._lanes.is_busy)
 
-    def _carry_out(self, function: Callable[[], Any], future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
+    def _rearrange(self) -> None:
+        """Whoever is gone makes room, and is followed by those whose turn it is."""
+        for lane in self._lanes.each:
+            for running in [running for running in lane.running.values() if running.ticket.is_cancelled]:
+                lane.batch.drop(running.job)
+                del lane.running[running.job]
+        with self._wake:
+            for ticket in self._waiting:
+                if ticket.is_cancelled:
+                    self._waiting.remove(ticket)
+            calls = [call for call in self._calls if call.result.cancelled()]
+            for call in calls:
+                self._calls.remove(call)
+            self._lanes.allot(self._waiting)
+        for call in calls:
+            call.steps.close()
+
+    def _carry_on(self) -> None:
+        """A portion of a call: of the client whose turn it is the one that has begun."""
+        with self._wake:
+            call = self._calls.pop()
+            self._calls.push(call.client, call, -1)
+        result, error = None, None
         try:
             with torch.inference_mode():
-                result = function()
-        except Exception as error:
-            _settle(future, error=error)
-        else:
-            _settle(future, result)
-
-    def _admissible(self) -> list[Ticket]:
-        """Those at the head of the queue that there are rows for; nobody is overtaken, so nobody waits for ever."""
-        free = self.max_rows - self._batch.num_rows
-        tickets = []
+                next(call.steps)
+            return
+        except StopIteration as end:
+            result = end.value
+        except Exception as problem:
+            error = problem
         with self._wake:
-            while self._waiting and self._waiting[0].num_rows <= free:
-                tickets.append(self._waiting.popleft())
-                free -= tickets[-1].num_rows
-        return tickets
+            self._calls.remove(call)
+        _settle(call.result, result, error=error)
 
-    def _admit(self, tickets: Sequence[Ticket]) -> None:
+    def _admit(self, lane: Lane, tickets: Sequence[Ticket]) -> None:
         images = self.images.see([ticket.look for ticket in tickets])
         coming: list[Running] = []
         for ticket, image in zip(tickets, images, strict=True):
             try:
                 if isinstance(image, Exception):
                     raise image
-                coming.append(self._start(ticket, image))
+                coming.append(begun(ticket, image, self.pipeline.speaker))
             except Exception as error:
                 _settle(ticket.answers, error=error)
-        for some in self._added(coming):
-            self._running[some.job] = some
-            self._fresh.append(some.ticket)
+        for some in self._added(lane, coming):
+            lane.running[some.job] = some
+            lane.fresh.append(some.ticket)
             self._metrics.tokens.labels("prompt").inc(some.ticket.num_prompt_tokens)
 
-    def _start(self, ticket: Ticket, image: EncodedImage) -> Running:
-        speaker = self.pipeline.speaker
-        prompt_TD = speaker.prompt(image, ticket.text, ticket.options.max_new_tokens)
-        ticket.num_prompt_tokens = len(prompt_TD)
-        if ticket.on_piece is None:
-            job = speaker.engine.job([prompt_TD], ticket.options, num_top=ticket.num_top)
-            return Running(ticket, job, lambda: None)
-        on_piece = ticket.on_piece
-        text = TextStream(speaker.tokenizer)
-        pending: list[int] = []
-        num_told = 0
-
-        def on_token(row: int, token: int) -> None:
-            pending.append(token)
-            if piece := text.push(token):
-                tell(piece)
-
-        def tell(piece: str) -> None:
-            nonlocal num_told
-            own = slice(num_told, num_told + len(pending))
-            top = strategy.top[0][own] if ticket.num_top else None
-            on_piece(Piece(piece, pending.copy(), strategy.log_probs[0][own], top))
-            num_told = own.stop
-            pending.clear()
-
-        def finish_text() -> None:
-            piece = text.finish()
-            if piece or pending:
-                tell(piece)
-
-        job = speaker.engine.job([prompt_TD], ticket.options, on_token=on_token, num_top=ticket.num_top)
-        assert isinstance(job.strategy, RowByRow)  # a search cannot be followed
-        strategy: RowByRow = job.strategy
-        return Running(ticket, job, finish_text)
-
-    def _added(self, coming: list[Running]) -> Iterable[Running]:
+    def _added(self, lane: Lane, coming: list[Running]) -> Iterable[Running]:
         """Those that the batch has taken in; together if it can be, else each by itself, to find the one at fault."""
         try:
-            self._batch.add([some.job for some in coming])
+            lane.batch.add([some.job for some in coming])
         except Exception as error:
             if len(coming) == 1:
                 _settle(coming[0].ticket.answers, error=error)
                 return []
-            return [taken for some in coming for taken in self._added([some])]
+            return [taken for some in coming for taken in self._added(lane, [some])]
         return coming
 
-    def _step(self) -> None:
-        self._metrics.batch_size.observe(self._batch.num_rows)
+    def _step(self, lane: Lane) -> None:
+        num_rows = lane.batch.num_rows
+        self._metrics.batch_size.observe(num_rows)
         try:
-            over = self._batch.step()
+            over = lane.batch.step()
         except Exception as error:
             if told_shortage(error) is None:
                 self._num_failures += 1
             if self._num_failures == MAX_FAILURES:
                 raise
-            for running in self._running.values():
+            for running in lane.running.values():
                 _settle(running.ticket.answers, error=error)
-            self._running.clear()
-            self._fresh.clear()
-            self._batch = Batch(self.pipeline.speaker.engine.language)
+            lane.clear()
+            self._is_changed = True
             return
         self._num_failures = 0
         now_s = time.monotonic()
-        for ticket in self._fresh:
+        for ticket in lane.fresh:
             self._metrics.first_token_seconds.observe(now_s - ticket.came_s)
-        self._fresh.clear()
+        lane.fresh.clear()
+        self._is_changed |= lane.batch.num_rows < num_rows
         for job in over:
-            running = self._running.pop(job)
+            running = lane.running.pop(job)
             try:
                 [answers] = job.answers()
                 running.finish_text()

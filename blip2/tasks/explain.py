@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,21 +31,25 @@ from blip2.config import QFormerConfig
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, NotFiniteError, OptionError
 from blip2.finite import is_finite
+from blip2.generation import GenerateOptions, finished
 from blip2.image import RgbImage, Source, overlay
 from blip2.language import T5
 from blip2.model import Blip2, Blip2Matcher
-from blip2.tasks.ask import ask
-from blip2.tasks.caption import caption as describe
+from blip2.tasks.defaults import ASK, CAPTION
 from blip2.tasks.match import ImageFeatures, Reader
 from blip2.tasks.see import Eye
-from blip2.tasks.speaker import Answer, Speaker
+from blip2.tasks.speaker import Speaker
 from blip2.text import UNFINISHED, clean, question_prompt
 
 NUM_STEPS = 8
-"""Of the way from a blank picture, all in one pass; half as many point nearly as well (miniature/README.md)."""
+"""Of the way from a blank picture; half as many point nearly as well (miniature/README.md)."""
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Patches ``float[S, P, D]`` and a bias ``float[C, S, H, Q, P]`` of the cross-attention to scores ``float[S]``."""
+
+
+Work = Generator[None, None, "Explanation"]
+"""An explanation that is worked out in portions, for who has other work between them; it is what is returned."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> S
 
 def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
     """Where the picture speaks for the text, as the matching head reads the two together (ITM)."""
+    return finished(explaining_match(reader, sight, text, NUM_STEPS))
+
+
+def explaining_match(reader: Reader, sight: Sight, text: str, at_a_time: int = 1) -> Work:
+    """As `explain_match`, ``at_a_time`` of the steps of the way in a portion."""
     [ids] = reader.ids([text])
     model = reader.model
 
@@ -105,8 +115,7 @@ def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
         logits_S2 = model.match(patches_SPD, text_ST, torch.ones_like(text_ST, dtype=torch.bool), image_bias)
         return logits_S2[:, 1] - logits_S2[:, 0]
 
-    with threads.fitting(model):
-        evidence_P, score = evidence(log_odds, sight, model.config.qformer)
+    evidence_P, score = yield from gathering(log_odds, sight, model.config.qformer, at_a_time, threads.worth(model))
     _check(model, evidence_P, score)
     return _explanation(sight, evidence_P, clean(text), 1 / (1 + math.exp(min(-score, 700))))
 
@@ -135,36 +144,24 @@ class Words:
 
 
 def explain_words(speaker: Speaker, sight: Sight, words: Words) -> Explanation:
-    """Where the picture speaks for words of the model. Raises OptionError as `Words.check`, and for a missing word."""
+    """Where the picture speaks for words of the model. Raises OptionError as `Words.check`, and for a missing word.
+
+    For an answer to a question, the given one or (None) the model's own; for a caption likewise, or a word of it. Of a
+    word that comes several times, the first is explained.
+    """
+    return finished(explaining_words(speaker, sight, words, NUM_STEPS))
+
+
+def explaining_words(speaker: Speaker, sight: Sight, words: Words, at_a_time: int = 1) -> Work:
+    """As `explain_words`: its portions are tokens of the model's own words, and ``at_a_time`` steps of the way."""
     words.check()
     if words.question is not None:
-        return explain_answer(speaker, sight, words.question, words.answer)
-    return explain_caption(speaker, sight, words.word, words.caption)
-
-
-def explain_answer(speaker: Speaker, sight: Sight, question: str, answer: str | None = None) -> Explanation:
-    """Where the picture speaks for an answer to the question: the given one, or (None) the model's own."""
-    prompt = question_prompt(question, speaker.model.config.language.family)
-    if answer is None:
-        [[own]] = ask(speaker, [_encoded(speaker, sight)], [question])
-        tokens = _written(own, "answer")
-    else:
-        tokens = _tokens(speaker, answer, "answer")
-    return _explain_tokens(speaker, sight, prompt, tokens, slice(None))
-
-
-def explain_caption(speaker: Speaker, sight: Sight, word: str | None, caption: str | None = None) -> Explanation:
-    """Where the picture speaks for a word of a caption, or (None) for the caption: the given one, or the model's own.
-
-    Of a word that comes several times, the first is explained. Raises OptionError for a word that is not in it.
-    """
-    if caption is None:
-        [[own]] = describe(speaker, [_encoded(speaker, sight)])
-        tokens = _written(own, "caption")
-    else:
-        tokens = _tokens(speaker, caption, "caption")
-    place = slice(None) if word is None else find_word(tokens, speaker.tokenizer.decode, word)
-    return _explain_tokens(speaker, sight, "", tokens, place)
+        prompt = question_prompt(words.question, speaker.model.config.language.family)
+        tokens = yield from _tokens(speaker, sight, prompt, words.answer, ASK, "answer")
+        return (yield from _explaining_tokens(speaker, sight, prompt, tokens, slice(None), at_a_time))
+    tokens = yield from _tokens(speaker, sight, "", words.caption, CAPTION, "caption")
+    place = slice(None) if words.word is None else find_word(tokens, speaker.tokenizer.decode, words.word)
+    return (yield from _explaining_tokens(speaker, sight, "", tokens, place, at_a_time))
 
 
 def find_word(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], word: str) -> slice:
@@ -191,18 +188,32 @@ def evidence(score: Score, sight: Sight, config: QFormerConfig) -> tuple[Tensor,
 
     What speaks against it, by any head of any layer, is left out: it would hide what another head found there.
     """
+    return finished(gathering(score, sight, config, NUM_STEPS))
+
+
+def gathering(
+    score: Score, sight: Sight, config: QFormerConfig, at_a_time: int, num_threads: int = sys.maxsize
+) -> Generator[None, None, tuple[Tensor, float]]:
+    """As `evidence`, ``at_a_time`` of the steps of the way in a portion, with ``num_threads`` at most."""
     patches_PD = sight.patches_PD
-    share_S = torch.arange(1, NUM_STEPS + 1, device=patches_PD.device, dtype=patches_PD.dtype) / NUM_STEPS
-    way_SPD = torch.lerp(sight.blank_PD, patches_PD, share_S[:, None, None])
     num_layers = len(range(0, config.num_layers, config.cross_attention_frequency))
-    shape = (num_layers, NUM_STEPS, config.num_heads, config.num_query_tokens, len(patches_PD))
-    with torch.inference_mode(False), torch.enable_grad():
-        image_bias = torch.zeros(shape, device=patches_PD.device, dtype=patches_PD.dtype, requires_grad=True)
-        score_S = score(way_SPD.clone(), image_bias)
-        # Not `backward`, which would leave gradients on the model.
-        [gradient] = torch.autograd.grad(score_S.sum(), image_bias)
-    along_CHP = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).mean(dim=1).sum(dim=2)
-    return along_CHP.relu().sum(dim=(0, 1)), float(score_S[-1].detach())
+    along_CHP = torch.zeros(())
+    last = math.nan
+    for start in range(0, NUM_STEPS, at_a_time):
+        steps = range(start + 1, min(start + at_a_time, NUM_STEPS) + 1)
+        share_S = torch.tensor(steps, device=patches_PD.device, dtype=patches_PD.dtype) / NUM_STEPS
+        way_SPD = torch.lerp(sight.blank_PD, patches_PD, share_S[:, None, None])
+        shape = (num_layers, len(steps), config.num_heads, config.num_query_tokens, len(patches_PD))
+        with torch.inference_mode(False), torch.enable_grad(), threads.at_most(num_threads):
+            image_bias = torch.zeros(shape, device=patches_PD.device, dtype=patches_PD.dtype, requires_grad=True)
+            score_S = score(way_SPD.clone(), image_bias)
+            # Not `backward`, which would leave gradients on the model.
+            [gradient] = torch.autograd.grad(score_S.sum(), image_bias)
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        along_CHP = along_CHP + gradient.sum(dim=(1, 3)) / NUM_STEPS
+        last = float(score_S[-1].detach())
+        yield
+    return along_CHP.relu().sum(dim=(0, 1)), last
 
 
 def heat_map(evidence_P: Tensor, height: int, width: int) -> Tensor:
@@ -217,7 +228,9 @@ def heat_map(evidence_P: Tensor, height: int, width: int) -> Tensor:
     return heat_HW / heat_HW.max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _explain_tokens(speaker: Speaker, sight: Sight, prompt: str, tokens: list[int], explained: slice) -> Explanation:
+def _explaining_tokens(
+    speaker: Speaker, sight: Sight, prompt: str, tokens: list[int], explained: slice, at_a_time: int
+) -> Work:
     """Where the picture speaks for some of the tokens that follow a prompt, given those before them."""
     model = speaker.model
     num_queries = model.config.qformer.num_query_tokens
@@ -229,8 +242,8 @@ def _explain_tokens(speaker: Speaker, sight: Sight, prompt: str, tokens: list[in
         prompt_SED = torch.cat([queries_SQD, text_TD.expand(len(queries_SQD), -1, -1)], dim=1)
         return _log_probabilities(model, prompt_SED, read)[:, explained].sum(dim=1)
 
-    with threads.fitting(model):
-        evidence_P, score = evidence(log_probability, sight, model.config.qformer)
+    config, num_threads = model.config.qformer, threads.worth(model)
+    evidence_P, score = yield from gathering(log_probability, sight, config, at_a_time, num_threads)
     _check(model, evidence_P, score)
     return _explanation(sight, evidence_P, speaker.tokenizer.decode(tokens[explained]), score)
 
@@ -268,14 +281,16 @@ def _encoded(speaker: Speaker, sight: Sight) -> EncodedImage:
         return EncodedImage(speaker.model.look(sight.patches_PD[None])[0], speaker.identity)
 
 
-def _written(answer: Answer, what: str) -> list[int]:
-    if not answer.text:
+def _tokens(
+    speaker: Speaker, sight: Sight, prompt: str, given: str | None, options: GenerateOptions, what: str
+) -> Generator[None, None, list[int]]:
+    """A text as the model would write it, without its end; or (None) what the model itself goes on with."""
+    if given is not None:
+        if not clean(given):
+            raise OptionError(f"the {what} is empty; write one, or leave it out to explain the model's own")
+        return speaker.tokenizer.answer_ids(clean(given), speaker.model.config.language)[:-1]
+    prompt_TD = speaker.prompt(_encoded(speaker, sight), prompt, options.max_new_tokens)
+    [[own, *_]] = yield from speaker.engine.generating([prompt_TD], options)
+    if not speaker.tokenizer.decode(own.tokens):
         raise OptionError(f"the model's own {what} has no words to explain; give the {what}")
-    return answer.tokens
-
-
-def _tokens(speaker: Speaker, text: str, what: str) -> list[int]:
-    """A text as the model would write it, without its end."""
-    if not clean(text):
-        raise OptionError(f"the {what} is empty; write one, or leave it out to explain the model's own")
-    return speaker.tokenizer.answer_ids(clean(text), speaker.model.config.language)[:-1]
+    return own.tokens

@@ -5,7 +5,7 @@ Section 3.1 of the paper. N images, M texts, B pairs, P patches, Q queries, T to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,9 @@ from blip2.model import Blip2Matcher, similarity
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.speaker import chunks
 from blip2.text import Tokenizer, clean
+
+PORTION_TEXTS, PORTION_TOKENS = 16, 512
+"""Of texts that are read at a time where other work is to have its turn; a long one is read by itself."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,35 @@ class Reader:
         self, images: Sequence[ImageFeatures], ids: list[list[int]], texts_ME: Tensor, batch_size: int = BATCH_SIZE
     ) -> Matches:
         """All that there is to know of N images and M texts, given by `ids` and `embed_texts`."""
+        return self._matches(images, texts_ME, self.itm_logits(images, ids, batch_size))
+
+    def comparing(self, image: ImageFeatures, ids: list[list[int]]) -> Generator[None, None, Matches]:
+        """As `compare` of one image, for who has other work between portions of the texts: what it returns are the
+        matches."""
+        vectors, logits, order = [], [], []
+        for some in portions(ids):
+            own = [ids[number] for number in some]
+            vectors.append(self.embed_texts(own, len(own)))
+            logits.append(self.itm_logits([image], own, len(own)))
+            order += some
+            yield
+        back = torch.tensor(order, device=vectors[0].device).argsort()
+        return self._matches([image], torch.cat(vectors)[back], torch.cat(logits, dim=1)[:, back])
+
+    def embedding_texts(self, ids: list[list[int]]) -> Generator[None, None, Tensor]:
+        """As `embed_texts`, in portions as `comparing`."""
+        vectors, order = [], []
+        for some in portions(ids):
+            vectors.append(self.embed_texts([ids[number] for number in some], len(some)))
+            order += some
+            yield
+        return torch.cat(vectors)[torch.tensor(order, device=vectors[0].device).argsort()]
+
+    def _matches(self, images: Sequence[ImageFeatures], texts_ME: Tensor, itm_logits_NM2: Tensor) -> Matches:
         cosine_NM = self.cosines(images, texts_ME)
         probability_NM = self.itc_probability(cosine_NM)
         return Matches(
-            self._sound(self.itm_logits(images, ids, batch_size).float().cpu()),
+            self._sound(itm_logits_NM2.float().cpu()),
             self._sound(cosine_NM.cpu()),
             None if probability_NM is None else self._sound(probability_NM.cpu()),
         )
@@ -208,6 +236,18 @@ class Reader:
         lengths_M1 = torch.tensor([[len(row)] for row in ids], device=device)
         text_MT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return text_MT, torch.arange(text_MT.shape[1], device=device) < lengths_M1
+
+
+def portions(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """The numbers of texts, the short ones first, in runs of as many as are read at a time."""
+    some: list[int] = []
+    for number in sorted(range(len(ids)), key=lambda number: len(ids[number])):
+        if some and (len(some) == PORTION_TEXTS or (len(some) + 1) * len(ids[number]) > PORTION_TOKENS):
+            yield some
+            some = []
+        some.append(number)
+    if some:
+        yield some
 
 
 def check_text(text: str) -> None:

@@ -107,7 +107,7 @@ class Eye(Generic[Kept]):
     def _each_encoded(self, pixels: Sequence[Tensor], names: Sequence[str]) -> Iterator[Kept | ImageNotFiniteError]:
         """As `encode`, one after the other as they are done: who takes them can keep each, however slow the next is."""
         device = self._vision.position_embedding.device
-        at_a_time = self._images_at_a_time(device)
+        at_a_time = self.images_at_a_time
         for some, called in zip(chunks(pixels, at_a_time), chunks(names, at_a_time), strict=True):
             with threads.at_most(self._num_threads), torch.no_grad():
                 seen = list(self._encode_pixels(torch.stack(list(some)).to(device)))
@@ -130,9 +130,10 @@ class Eye(Generic[Kept]):
         except ImageError as error:
             return error
 
-    def _images_at_a_time(self, device: torch.device) -> int:
+    @property
+    def images_at_a_time(self) -> int:
         """All of a batch on a GPU; on a CPU so many that what a layer computes stays in its cache."""
-        config = self._vision.config
+        config, device = self._vision.config, self._vision.position_embedding.device
         layer_bytes = (config.num_patches + 1) * config.intermediate_size * self._vision.position_embedding.itemsize
         return sys.maxsize if device.type != "cpu" else max(1, CACHE_BYTES // layer_bytes)
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from blip2.serve.cache import ImageCache, Look
 from blip2.serve.limits import Limits
+from blip2.serve.tickets import Steps
 from tests.serve.conftest import PICTURES, serving, user
 
 
@@ -44,11 +45,12 @@ def test_those_who_ask_at_the_same_time_share_one_look(tiny_models) -> None:
     entered, may_go_on = threading.Event(), threading.Event()
     with serving(lambda: tiny_models) as server:
 
-        def hold() -> None:
+        def hold() -> Steps[None]:
             entered.set()
             may_go_on.wait(10)
+            yield
 
-        server.service.worker.call(hold)
+        server.service.worker.call("", hold())
         entered.wait(10)
         threads = [
             threading.Thread(target=server.chat, args=(user("", PICTURES[number % 2]),), kwargs={"max_tokens": 3})

@@ -13,6 +13,7 @@ from PIL import Image
 
 import blip2
 from blip2.errors import ImageError, OptionError
+from blip2.generation import finished
 from blip2.language.t5 import RMSNorm
 from blip2.tasks import explain
 from blip2.tasks.explain import Sight, evidence, find_word, heat_map
@@ -115,7 +116,8 @@ def test_the_evidence_is_the_slope_of_the_score(family, matcher, monkeypatch):
     # T5's norms take single precision whatever they are given, in which differences drown.
     monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: norm.weight * F.rms_norm(x, x.shape[-1:], eps=norm.eps))
     caught = {}
-    monkeypatch.setattr(explain, "evidence", lambda *given: caught.update(given=given) or evidence(*given))
+    gathering = explain.gathering
+    monkeypatch.setattr(explain, "gathering", lambda *given: caught.update(given=given) or gathering(*given))
     sight = Sight(wide(1), *torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     if family == "match":
         reader = Reader(copy.deepcopy(matcher.model).double(), matcher.reader.tokenizer)
@@ -123,9 +125,9 @@ def test_the_evidence_is_the_slope_of_the_score(family, matcher, monkeypatch):
     else:
         tokenizer = Tokenizer(tiny.opt_tokenizer() if family == "opt" else tiny.t5_tokenizer())
         speaker = Speaker(tiny.generative(family).double(), tokenizer, None)
-        explain.explain_answer(speaker, sight, "is it red?", "on the left")
+        explain.explain_words(speaker, sight, explain.Words("is it red?", "on the left"))
 
-    score, _, config = caught["given"]
+    score, _, config, *_ = caught["given"]
     found_P, value = evidence(score, sight, config)
     bias = torch.zeros(1, 1, 2, 4, 5, dtype=torch.float64)
     slopes = torch.empty_like(bias)
@@ -218,3 +220,16 @@ def test_pictures_that_cannot_be_explained(blip, matcher):
         matcher.explain(matcher.encode(wide(1)), "a dog")
     with pytest.raises(OptionError, match="texts is empty"):
         matcher.explain(wide(1), " ")
+
+
+def test_an_explanation_in_portions_is_the_same(matcher, blip):
+    seen = explain.sight(wide(1), matcher.eye, matcher.model.encode)
+    work = explain.explaining_match(matcher.reader, seen, "a dog")
+    assert [next(work) for _ in range(explain.NUM_STEPS)] == [None] * explain.NUM_STEPS
+    found, expected = finished(work), matcher.explain(wide(1), "a dog")
+    assert found.score == pytest.approx(expected.score, abs=1e-5)
+    assert torch.allclose(found.heat, expected.heat, atol=1e-3)
+    seen = explain.sight(wide(1), blip.eye, blip.speaker.model.patches)
+    found, expected = finished(explain.explaining_words(blip.speaker, seen, explain.Words())), blip.explain(wide(1))
+    assert (found.text, found.score) == (expected.text, pytest.approx(expected.score, abs=1e-4))
+    assert torch.allclose(found.heat, expected.heat, atol=1e-3)

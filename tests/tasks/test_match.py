@@ -7,7 +7,8 @@ import torch
 
 import blip2
 from blip2.errors import ImageError, OptionError
-from blip2.tasks.match import Matches
+from blip2.generation import finished
+from blip2.tasks.match import Matches, portions
 from tests import tiny
 
 TEXTS = ["a dog", "two dogs and a red car on green", "where", "a photo of two dogs, where is it? on the left"]
@@ -137,3 +138,22 @@ def test_files_without_a_caption_head(matcher, pictures, monkeypatch):
     monkeypatch.setattr(matcher.model, "lm_head", None)
     with pytest.raises(OptionError, match="lack the Q-Former's caption head"):
         matcher.caption(pictures[0])
+
+
+def test_what_is_done_in_portions_is_what_is_done_at_once(matching_model):
+    matcher = blip2.load(matching_model)
+    texts = [" ".join(["dog"] * (1 + number * 7 % 28)) for number in range(70)]
+    ids = matcher.reader.ids(texts)
+    [image] = matcher.encode([tiny.picture(1)])
+    runs = list(portions(ids))
+    assert sorted(number for run in runs for number in run) == list(range(70))
+    assert all(len(run) <= 16 and len(run) * max(len(ids[number]) for number in run) <= 512 for run in runs)
+    assert len(list(portions([[1] * 2000] * 3))) == 3  # a long text by itself
+    vectors = matcher.reader.embed_texts(ids)
+    expected = matcher.reader.compare([image], ids, vectors)
+    work = matcher.reader.comparing(image, ids)
+    assert len([next(work) for _ in runs]) == len(runs) > 2
+    found = finished(work)
+    assert torch.allclose(found.itm_logits, expected.itm_logits, atol=1e-5)
+    assert torch.allclose(found.itc_cosine, expected.itc_cosine, atol=1e-5)
+    assert torch.allclose(finished(matcher.reader.embedding_texts(ids)), vectors, atol=1e-5)

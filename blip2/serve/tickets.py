@@ -1,0 +1,119 @@
+"""What the models' thread is asked for: prompts to answer, and other work that is done portion by portion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from blip2.encoded import EncodedImage
+from blip2.generation import GenerateOptions, Hypothesis, Job
+from blip2.generation.strategies import RowByRow
+from blip2.serve.cache import Look
+from blip2.tasks.speaker import Speaker
+from blip2.text import TextStream
+
+Value = TypeVar("Value")
+
+Steps = Generator[None, None, Value]
+"""Work in portions: between two of them others have their turn. What it returns is its result."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer that is being written, and the tokens that make it."""
+
+    text: str
+    tokens: list[int]
+    log_probs: list[float]
+    top: list[dict[int, float]] | None = None
+    """See `Hypothesis`."""
+
+
+OnPiece = Callable[[Piece], None]
+"""Called by the model's thread."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One prompt on its way: what is asked, and where the answers go."""
+
+    look: Look[EncodedImage]
+    text: str
+    options: GenerateOptions
+    on_piece: OnPiece | None = None
+    """Called with each piece of the only answer; no beams then, and ``num_return`` 1."""
+    num_top: int = 0
+    """So many of the most likely tokens are told at each place."""
+    client: str = ""
+    """Who asks; clients take turns."""
+    answers: Future[list[Hypothesis]] = field(default_factory=Future)
+    num_prompt_tokens: int = 0
+    """Known when the answers are; the picture's are among them."""
+    is_cancelled: bool = False
+    came_s: float = field(default_factory=time.monotonic)
+    num_overtaken: int = 0
+    """Rows that were given to others since it could have had its turn."""
+
+    @property
+    def num_rows(self) -> int:
+        return max(self.options.num_beams, self.options.num_return)
+
+    @property
+    def num_tokens(self) -> int:
+        """At most, of all rows."""
+        return self.num_rows * self.options.max_new_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Call(Generic[Value]):
+    """Work of another kind. Whoever cancels ``result`` ends it after the portion that is being done."""
+
+    steps: Steps[Value]
+    client: str
+    result: Future[Value] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    ticket: Ticket
+    job: Job
+    finish_text: Callable[[], None]
+
+
+def begun(ticket: Ticket, image: EncodedImage, speaker: Speaker) -> Running:
+    """The job that answers a ticket, for a batch. Raises as `Speaker.prompt` and `Engine.job` do."""
+    prompt_TD = speaker.prompt(image, ticket.text, ticket.options.max_new_tokens)
+    ticket.num_prompt_tokens = len(prompt_TD)
+    if ticket.on_piece is None:
+        job = speaker.engine.job([prompt_TD], ticket.options, num_top=ticket.num_top)
+        return Running(ticket, job, lambda: None)
+    on_piece = ticket.on_piece
+    text = TextStream(speaker.tokenizer)
+    pending: list[int] = []
+    num_told = 0
+
+    def on_token(row: int, token: int) -> None:
+        pending.append(token)
+        if piece := text.push(token):
+            tell(piece)
+
+    def tell(piece: str) -> None:
+        nonlocal num_told
+        own = slice(num_told, num_told + len(pending))
+        top = strategy.top[0][own] if ticket.num_top else None
+        on_piece(Piece(piece, pending.copy(), strategy.log_probs[0][own], top))
+        num_told = own.stop
+        pending.clear()
+
+    def finish_text() -> None:
+        piece = text.finish()
+        if piece or pending:
+            tell(piece)
+
+    job = speaker.engine.job([prompt_TD], ticket.options, on_token=on_token, num_top=ticket.num_top)
+    assert isinstance(job.strategy, RowByRow)  # a search cannot be followed
+    strategy: RowByRow = job.strategy
+    return Running(ticket, job, finish_text)
