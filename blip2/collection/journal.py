@@ -152,7 +152,7 @@ class Part:
 
 
 def _line(result: Result) -> str:
-    told = {name: value for name, value in asdict(result).items() if value not in ("", (), [])}
+    told = {name: value for name, value in asdict(result).items() if value not in ("", (), [], {}, 0)}
     return json.dumps(told) + "\n"
 
 

@@ -49,7 +49,10 @@ class Result:
     """What became of a record. All of it depends on the picture, the model and the options alone.
 
     ``captions``: those of the model, the best first, before any wording; ``scores`` and ``tokens`` of each. ``text``:
-    the one line that the outputs have. ``old``: what was said of the picture before.
+    what the outputs have, a line for each caption; most have the first alone, `line`. ``old``: what was said of the
+    picture before. ``path``: its file, or its address, "" if it has none of its own. ``width``, ``height``: as stored,
+    before any turn; 0 if no output wants them, or they are not known; ``sha256`` of the file, "" likewise. ``columns``:
+    all else that its source says of it, as JSON can have it.
     """
 
     key: str
@@ -62,6 +65,20 @@ class Result:
     tokens: Sequence[int] = ()
     old: str = ""
     error_message: str = ""
+    path: str = ""
+    width: int = 0
+    height: int = 0
+    sha256: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.text.split("\n") if line]
+
+    @property
+    def line(self) -> str:
+        """"" if there is none."""
+        return next(iter(self.lines), "")
 
 
 class Source(Protocol):

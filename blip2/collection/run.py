@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
+from blip2.collection.columns import plain
 from blip2.collection.journal import Journal, Part
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit
 from blip2.errors import ImageError
+from blip2.image import stored_size
 
 FLUSH_RESULTS = 16
 """After so many, results are on their way to the disk, and what is written a picture at a time is written."""
@@ -32,7 +35,14 @@ for it; so of a collection of any size a few batches are in memory."""
 
 
 class Sink(Protocol):
-    """A format. All that it writes follows from results, so that after a kill it can be written once more."""
+    """A format. All that it writes follows from results, so that after a kill it can be written once more.
+
+    ``wants``: what it has of each picture beside the text, "size" and "sha256". ``notes``: what a person should be told
+    of what was written, when the run has ended.
+    """
+
+    wants: frozenset[str]
+    notes: list[str]
 
     def check(self, source: Source) -> None:
         """Before the model is loaded: raises CollectionError for what cannot be written, or would be lost."""
@@ -43,8 +53,11 @@ class Sink(Protocol):
     def unit(self, unit: Unit, results: Sequence[Result]) -> None:
         """Write what is written for a unit. Raises OSError."""
 
-    def whole(self, results: Iterator[Result]) -> None:
-        """Write what is written of all units, when all are done. Raises OSError."""
+    def whole(self, results: Iterable[Result]) -> None:
+        """Write what is written of all units, when all are done; ``results`` may be gone through more than once.
+
+        Raises OSError, and CollectionError for what this format cannot hold.
+        """
 
 
 @dataclass
@@ -100,7 +113,18 @@ def assemble(job: Job, summary: Summary) -> None:
     if summary.is_complete:
         job.journal.forget_beyond(len(units))
         for sink in job.sinks:
-            sink.whole(result for unit in units for result in job.journal.results(unit))
+            sink.whole(_All(job.journal, units))
+
+
+@dataclass(frozen=True)
+class _All:
+    """The results of all units, which are done."""
+
+    journal: Journal
+    units: Sequence[Unit]
+
+    def __iter__(self) -> Iterator[Result]:
+        return (result for unit in self.units for result in self.journal.results(unit))
 
 
 def _is_done(job: Job, unit: Unit, summary: Summary) -> bool:
@@ -131,55 +155,80 @@ def _settled(
     job: Job, units: Sequence[Unit], known: Mapping[tuple[str, str], Result], work: Work
 ) -> Generator[Settled, None, None]:
     """The result of each record, in order. What needs no model passes by those that do, and waits behind them."""
-    waiting: deque[tuple[Unit, Record | Result | None]] = deque()
+    waiting: deque[tuple[Unit, tuple[Record, Result] | Result | None]] = deque()
+    wants = frozenset[str]().union(*(sink.wants for sink in job.sinks))
 
     def to_model() -> Iterator[Record]:
         for unit in units:
             for record in job.source.records(unit):
-                if (result := _without_model(job, record, known)) is not None:
+                if (result := _without_model(job, record, known, wants)) is not None:
                     waiting.append((unit, result))
                     continue
-                waiting.append((unit, replace(record, picture=None)))
+                waiting.append((unit, (replace(record, picture=None), _begun(record, wants))))
                 yield record
             waiting.append((unit, None))
 
     def ready() -> Iterator[Settled]:
-        while waiting and not isinstance(waiting[0][1], Record):
+        while waiting and not isinstance(waiting[0][1], tuple):
             yield waiting.popleft()  # type: ignore[misc]
 
     outcomes = work(to_model())
     for outcome in outcomes:
         yield from ready()
-        unit, record = waiting.popleft()
-        assert isinstance(record, Record)
-        yield unit, _result(job, record, outcome)
+        unit, pair = waiting.popleft()
+        assert isinstance(pair, tuple)
+        yield unit, _result(job, *pair, outcome)
     yield from ready()
 
 
-def _without_model(job: Job, record: Record, known: Mapping[tuple[str, str], Result]) -> Result | None:
+def _without_model(
+    job: Job, record: Record, known: Mapping[tuple[str, str], Result], wants: frozenset[str]
+) -> Result | None:
     if (before := known.get((record.key, record.stamp))) is not None:
         # A person may have changed what an earlier run wrote.
         return replace(before, text=record.text) if job.skips and record.text else before
     if record.problem:
-        return _failed(record, record.problem)
+        return _failed(_begun(record, wants), record.problem)
     if job.skips and record.text:
-        return Result(record.key, record.stamp, SKIPPED, record.name, text=record.text, old=record.text)
+        return replace(_begun(record, wants), status=SKIPPED, text=record.text)
     return None
 
 
-def _result(job: Job, record: Record, outcome: Outcome | ImageError) -> Result:
-    if isinstance(outcome, ImageError):
-        return _failed(record, str(outcome))
-    if not (text := job.word(record, outcome)):
-        return _failed(record, f"{record.name}: there is no caption left of {outcome.captions[0]!r}")
+def _begun(record: Record, wants: frozenset[str]) -> Result:
+    """All that is known of a picture before the model sees it."""
+    width, height = (0, 0)
+    digest = ""
+    if record.picture is not None and "size" in wants:
+        width, height = stored_size(record.picture) or (0, 0)
+    if record.picture is not None and "sha256" in wants:
+        digest = _sha256(record.picture)
+    path = record.picture if isinstance(record.picture, str) else ""
     return Result(
-        record.key, record.stamp, SUCCESS, record.name, text, outcome.captions, outcome.scores, outcome.tokens,
-        old=record.text,
+        record.key, record.stamp, FAILED, record.name, old=record.text, path=path, width=width, height=height,
+        sha256=digest, columns=plain(record.columns),
     )  # fmt: skip
 
 
-def _failed(record: Record, message: str) -> Result:
-    return Result(record.key, record.stamp, FAILED, record.name, old=record.text, error_message=message)
+def _sha256(picture: str | bytes) -> str:
+    if isinstance(picture, bytes):
+        return hashlib.sha256(picture).hexdigest()
+    with suppress(OSError), open(picture, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
+
+
+def _result(job: Job, record: Record, begun: Result, outcome: Outcome | ImageError) -> Result:
+    if isinstance(outcome, ImageError):
+        return _failed(begun, str(outcome))
+    if not (text := job.word(record, outcome)):
+        return _failed(begun, f"{record.name}: there is no caption left of {outcome.captions[0]!r}")
+    return replace(
+        begun, status=SUCCESS, text=text, captions=outcome.captions, scores=outcome.scores, tokens=outcome.tokens
+    )
+
+
+def _failed(begun: Result, message: str) -> Result:
+    return replace(begun, status=FAILED, error_message=message)
 
 
 def _by_unit(settled: Iterator[Settled]) -> Iterator[tuple[Unit, Iterator[Result]]]:

@@ -4,7 +4,8 @@ import blip2, json
 from blip2.collection import Job, Journal, run
 from blip2.collection.run import Outcome
 from blip2.collection.sinks.sidecar import Sidecars
-from blip2.collection.sinks.table import JsonLines
+from blip2.collection.sinks.lines import FORMATS
+from blip2.collection.sinks.table import Table
 from blip2.collection.sources.files import Files
 
 def test_slice(tmp_path):
@@ -21,7 +22,7 @@ def test_slice(tmp_path):
             yield Outcome([f"caption {r.key}"], [0.0], [3])
     def job():
         source = Files(paths, root=str(tmp_path), text_suffix=".txt")
-        return Job(source, [Sidecars(str(tmp_path), ".txt"), JsonLines(tmp_path / "m.jsonl")], Journal(tmp_path / ".blip2"), lambda r, o: o.captions[0], {})
+        return Job(source, [Sidecars(".txt"), Table(tmp_path / "m.jsonl", FORMATS["imagefolder"])], Journal(tmp_path / ".blip2"), lambda r, o: o.captions[0], {})
     j = job(); j.journal.begin({})
     try: run(j, lambda r: work(r, 20))
     except KeyboardInterrupt: pass

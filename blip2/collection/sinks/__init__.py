@@ -1,1 +1,169 @@
-"""What results are written as; each file of this room is one format, or a few of one kind."""
+"""What results are written as; each file of this room is one format, or a few of one kind.
+
+beside   = open_beside(outputs)                  sidecars, XMP, exiftool: what is beside each picture, or in it
+source   = Files(..., old=old_texts(beside))     what they hold already is the pictures' old text
+sinks    = open_sinks(outputs, source, beside)   with the table, or the folder of shards, that -o asks for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from blip2.collection.journal import beside as journal_beside
+from blip2.collection.record import Source
+from blip2.collection.run import Sink
+from blip2.collection.sinks import document, lines
+from blip2.collection.sinks.exiftool import Embedded
+from blip2.collection.sinks.parquet import Parquet
+from blip2.collection.sinks.parts import ParquetParts
+from blip2.collection.sinks.places import paths_of, relative
+from blip2.collection.sinks.shards import Shards
+from blip2.collection.sinks.sidecar import Sidecars
+from blip2.collection.sinks.table import Format, Table
+from blip2.collection.sinks.xmp import Xmp
+from blip2.errors import OptionError
+
+__all__ = ["FORMATS", "Beside", "Outputs", "old_texts", "open_beside", "open_sinks"]
+
+SUFFIXES = {
+    "imagefolder": (".jsonl",), "jsonl": (".jsonl",), "train": (".jsonl",), "sd-scripts": (".jsonl",),
+    "musubi": (".jsonl",), "invoke": (".jsonl",), "csv": (".csv",), "open-clip": (".tsv", ".csv"),
+    "kohya": (".json",), "coco": (".json",), "coco-dataset": (".json",), "parquet": (".parquet", ""),
+    "webdataset": ("",),
+}  # fmt: skip
+FORMATS = tuple(SUFFIXES)
+Name = Literal["full", "stem"]
+"""Of a file beside a picture: a.jpg.txt or a.txt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What is asked for, by the names of the flags.
+
+    ``output``: a file, or a folder for a file a unit; ``format``: one of `FORMATS`, by default what its suffix says.
+    ``with_images``: pictures within parquet (by default not) and within shards (by default so). ``replaces``: a file
+    that is there, and that no run of this command made, may go. ``constants``: columns that are the same for all, such
+    as model and revision.
+    """
+
+    output: str = ""
+    format: str = ""
+    sidecar: str = ""
+    sidecar_name: Name = "stem"
+    xmp: bool = False
+    xmp_name: Name = "full"
+    xmp_shared: bool = False
+    embed: bool = False
+    with_images: bool | None = None
+    caption_field: str = "txt"
+    image_column: str = "file_name"
+    caption_column: str = "text"
+    csv_bom: bool = False
+    shard_size: int = 10_000
+    replaces: bool = False
+    constants: Mapping[str, str] = field(default_factory=dict)
+
+
+class Beside(Sink, Protocol):
+    def old(self, picture: str) -> str:
+        """What a picture has already. Raises CollectionError, NotTextError, OSError."""
+
+
+def open_beside(outputs: Outputs) -> list[Beside]:
+    """What is written beside each picture, or into it. Raises OptionError, CollectionError."""
+    found: list[Beside] = []
+    if outputs.sidecar:
+        if outputs.xmp and outputs.sidecar.lower().lstrip(".") == "xmp":
+            raise OptionError("--sidecar .xmp and --xmp would write the same files; leave out one")
+        found.append(Sidecars(outputs.sidecar, keeps_suffix=outputs.sidecar_name == "full"))
+    if outputs.xmp:
+        found.append(Xmp(keeps_suffix=outputs.xmp_name == "full", shares=outputs.xmp_shared))
+    if outputs.embed:
+        found.append(Embedded())
+    return found
+
+
+def old_texts(beside: Sequence[Beside]) -> Callable[[str], str] | None:
+    """From a picture to what the first of these has that has something; all are looked at, so that none is damaged."""
+    if not beside:
+        return None
+
+    def old(picture: str) -> str:
+        return next(filter(None, [one.old(picture) for one in beside]), "")
+
+    return old
+
+
+def open_sinks(outputs: Outputs, source: Source, beside: Sequence[Beside] = ()) -> list[Sink]:
+    """All that is asked for, checked: before the model is loaded, and before `Journal.begin`.
+
+    Raises OptionError and CollectionError that say what goes.
+    """
+    sinks: list[Sink] = [*beside]
+    if outputs.output:
+        sinks.append(_output(outputs, source))
+    for sink in sinks:
+        sink.check(source)
+    return sinks
+
+
+def _output(outputs: Outputs, source: Source) -> Sink:
+    path = Path(outputs.output)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    format = outputs.format or _by_suffix(path, suffix, source)
+    if format not in SUFFIXES:
+        raise OptionError(f"--format {format}: is not known; it may be {', '.join(FORMATS)}")
+    if suffix not in SUFFIXES[format]:
+        wanted = " or ".join(f"a file *{known}" if known else "a folder" for known in SUFFIXES[format])
+        raise OptionError(f"{path}: --format {format} is {wanted}; name the output so")
+    if outputs.with_images is not None and format not in ("parquet", "webdataset"):
+        raise OptionError(f"--images and --no-images: --format {format} never has them; parquet and webdataset may")
+    if path.name.lower() == "metadata.csv":
+        raise OptionError(
+            f"{path}: datasets reads a caption such as None or NA in it as missing; name it metadata.jsonl"
+        )
+    images, constants = outputs.with_images, outputs.constants
+    replaces = outputs.replaces or (journal_beside(path) / "run.json").exists()
+    if format == "webdataset":
+        return Shards(
+            path, constants, caption_field=outputs.caption_field, images=images is not False,
+            shard_size=outputs.shard_size,
+        )  # fmt: skip
+    if format == "parquet" and not suffix:
+        return ParquetParts(path, constants, images=bool(images))
+    if format == "parquet":
+        return Parquet(path, constants, images=bool(images), may_replace=replaces)
+    return Table(path, _format(format, outputs), may_replace=replaces)
+
+
+def _format(name: str, outputs: Outputs) -> Format:
+    if name == "jsonl":
+        return lines.json_format(outputs.constants)
+    if name == "csv":
+        return lines.csv_format(outputs.image_column, outputs.caption_column, marks=outputs.csv_bom)
+    return {**lines.FORMATS, **document.FORMATS}[name]
+
+
+def _by_suffix(path: Path, suffix: str, source: Source) -> str:
+    match suffix:
+        case ".jsonl":
+            pictures = paths_of(source)
+            lie_below = pictures is not None and all(relative(picture, path.parent) for picture in pictures)
+            return "imagefolder" if lie_below or path.name == "metadata.jsonl" else "jsonl"
+        case ".csv" | ".parquet":
+            return suffix[1:]
+        case ".tsv":
+            return "open-clip"
+        case ".json":
+            raise OptionError(f"{path}: add --format coco, coco-dataset or kohya")
+        case "":
+            places = [unit.place for unit in source.units[:1]]
+            if any(".tar" in Path(place).name for place in places):
+                return "webdataset"
+            if any(Path(place).suffix == ".parquet" for place in places):
+                return "parquet"
+            raise OptionError(f"{path}: is a folder; add --format webdataset or parquet, or name a file")
+    raise OptionError(f"{path}: no format is known by {suffix}; name it *.jsonl, *.json, *.csv, *.tsv or *.parquet")

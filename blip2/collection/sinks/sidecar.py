@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from blip2.collection.record import Result, Source, Unit
-from blip2.collection.sources.files import Files
+from blip2.collection.record import Result, Source
+from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of
 from blip2.disk import write_text
-from blip2.errors import CollectionError
+from blip2.errors import CollectionError, OptionError
+from blip2.image import suffixes
+from blip2.plaintext import read_text
+
+REMEDY = "add --sidecar-name full, so that the picture's whole name is in it, or rename one of them"
 
 
-class Sidecars:
+class Sidecars(Plain):
     """``suffix``: ".txt", ".caption". ``keeps_suffix``: a.jpg.txt in the place of a.txt."""
 
-    def __init__(self, root: str, suffix: str, *, keeps_suffix: bool = False) -> None:
-        self._root = root
-        self._suffix = suffix
+    def __init__(self, suffix: str, *, keeps_suffix: bool = False) -> None:
+        super().__init__()
+        self._suffix = suffix if suffix.startswith(".") else f".{suffix}"
         self._keeps_suffix = keeps_suffix
+        readable, others = suffixes()
+        if self._suffix.lower() in {*readable, *others}:
+            raise OptionError(f"--sidecar {suffix}: is what pictures are called; give .txt or .caption")
+        if self._suffix == "." or any(character in "/\\\0" or not character.isprintable() for character in suffix):
+            raise OptionError(f"--sidecar {suffix!r}: is no suffix; give .txt or .caption")
 
     def check(self, source: Source) -> None:
-        if not isinstance(source, Files):
-            raise CollectionError("--sidecar writes beside files; for rows and shards give -o")
-        pictures: dict[Path, list[str]] = defaultdict(list)
-        for picture in source.paths:
-            pictures[self.path(picture)].append(picture)
-        for path, some in pictures.items():
-            if len(some) > 1:
-                raise CollectionError(
-                    f"{path}: would hold the captions of {' and '.join(map(str, some))}; add --sidecar-name full for "
-                    f"{some[0]}{self._suffix}, or rename one of them"
-                )
+        if (pictures := paths_of(source)) is None:
+            raise CollectionError("--sidecar writes beside files; for rows and shards give an output by -o")
+        if addresses := [picture for picture in pictures if is_address(picture)]:
+            raise CollectionError(f"{addresses[0]}: --sidecar writes beside files; give an output by -o")
+        check_beside(pictures, self.path, REMEDY)
 
     def path(self, picture: str) -> Path:
         return Path(picture + self._suffix) if self._keeps_suffix else Path(picture).with_suffix(self._suffix)
 
+    def old(self, picture: str) -> str:
+        """The lines that a picture has already. Raises OSError, NotTextError."""
+        with suppress(FileNotFoundError):
+            lines = (" ".join(line.split()) for line in read_text(self.path(picture)).split("\n"))
+            return "\n".join(filter(None, lines))
+        return ""
+
     def one(self, result: Result) -> None:
-        write_text(self.path(result.name), result.text + "\n")
-
-    def unit(self, unit: Unit, results: Sequence[Result]) -> None:
-        pass
-
-    def whole(self, results: Iterator[Result]) -> None:
-        pass
+        write_text(self.path(result.path), "".join(f"{line}\n" for line in result.lines))

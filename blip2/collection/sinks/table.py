@@ -1,33 +1,79 @@
-"""One file for all: a JSON object a line, as `datasets` reads it beside the pictures (ImageFolder)."""
+"""One file for all pictures: how each format is checked, and written when all results are there."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from blip2.collection.record import FAILED, Result, Source, Unit
+from blip2.collection.record import Result, Source
+from blip2.collection.sinks.places import Plain, check_file, is_text, paths_of, relative
 from blip2.disk import written
+from blip2.errors import CollectionError
 
 
-class JsonLines:
-    """``file_name`` and ``text`` of each picture that has one, and more."""
+@dataclass(frozen=True)
+class Format:
+    """``write`` is given the open file (UTF-8), all results, and the file's folder; it returns notes for people.
 
-    def __init__(self, path: Path) -> None:
+    ``paths``: how pictures are named in it: "below" the file's folder, "any" file, or "" if it names none.
+    """
+
+    write: Callable[[IO[str], Iterable[Result], Path], Iterable[str]]
+    paths: str = "any"
+    wants: frozenset[str] = frozenset()
+    encoding: str = "utf-8"
+
+
+class Table(Plain):
+    """``may_replace``: whether a file that is there is an output of the same command, or may go."""
+
+    def __init__(self, path: Path, format: Format, *, may_replace: bool = False) -> None:
+        super().__init__()
+        self.wants = format.wants
         self._path = path
+        self._format = format
+        self._may_replace = may_replace
 
     def check(self, source: Source) -> None:
-        pass
+        check_file(self._path, may_replace=self._may_replace)
+        pictures = paths_of(source) or ()
+        if self._format.paths == "below":
+            check_folder_table(self._path, pictures)
+        elif self._format.paths:
+            for picture in pictures:
+                check_picture(picture, self._path)
 
-    def one(self, result: Result) -> None:
-        pass
+    def whole(self, results: Iterable[Result]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            written(self._path) as unfinished,
+            open(unfinished, "w", encoding=self._format.encoding, newline="") as file,
+        ):
+            self.notes[:] = self._format.write(file, results, self._path.parent)
 
-    def unit(self, unit: Unit, results: Sequence[Result]) -> None:
-        pass
 
-    def whole(self, results: Iterator[Result]) -> None:
-        with written(self._path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="\n") as file:
-            for result in results:
-                if result.status != FAILED:
-                    row = {"file_name": result.key, "text": result.text}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def check_folder_table(path: Path, pictures: Iterable[str]) -> None:
+    """That `datasets` will read a table of an ImageFolder. Raises CollectionError."""
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        other = path.with_name(f"metadata{suffix}")
+        if path.stem == "metadata" and other != path and other.exists():
+            raise CollectionError(
+                f"{other}: datasets reads no folder with this and with {path.name}; remove it, or name the output so"
+            )
+    for picture in pictures:
+        check_picture(picture, path, is_below=True)
+
+
+def check_picture(picture: str, table: Path, *, is_below: bool = False) -> None:
+    """That a table of this path can name a picture. Raises CollectionError."""
+    if not is_text(picture):
+        raise CollectionError(
+            f"{picture!r}: a name that is not UTF-8, which {table.name} cannot hold; rename it, or give --format jsonl"
+        )
+    if is_below and not relative(picture, table.parent):
+        raise CollectionError(
+            f"{picture}: does not lie in the folder of {table}, as datasets wants it; write the table into the folder "
+            "of the pictures, or give --format jsonl"
+        )

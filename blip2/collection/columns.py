@@ -1,0 +1,92 @@
+"""The columns that a source has beside pictures and texts, carried from format to format."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from blip2.collection.record import Result
+
+
+def plain(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON can have them: times and the like as text, numbers that are none as None; bytes are left out."""
+    return {name: _plain(value) for name, value in columns.items() if not isinstance(value, bytes | bytearray)}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool() | int():
+            return value
+        case str():
+            return as_text(value)
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return plain({str(name): inner for name, inner in value.items()})
+        case list() | tuple():
+            return [_plain(inner) for inner in value if not isinstance(inner, bytes | bytearray)]
+    if hasattr(value, "tolist"):  # of NumPy
+        return _plain(value.tolist())
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def as_text(value: str) -> str:
+    """With U+FFFD for what is no Unicode: names that are not UTF-8, and halves of characters."""
+    return re.sub(r"[\ud800-\udfff]", "\ufffd", value)
+
+
+class Carried:
+    """The columns of all results, each of one kind: int, float, bool or str, and json for all else."""
+
+    def __init__(self, results: Iterable[Result], taken: Iterable[str] = ()) -> None:
+        """``taken``: names of an output's own columns; a column of such a name gets another."""
+        kinds: dict[str, str] = {}
+        for result in results:
+            for name, value in result.columns.items():
+                kinds[name] = _joined(kinds.get(name, ""), _kind(value))
+        names = {*taken}
+        self.kinds: dict[str, str] = {}
+        self._sources: dict[str, str] = {}
+        for name, kind in kinds.items():
+            given = name
+            while given in names:
+                given += "_original"
+            names.add(given)
+            self.kinds[given] = kind or "str"
+            self._sources[given] = name
+
+    def of(self, result: Result) -> dict[str, Any]:
+        """The same names for every result, None where it has no such column."""
+        return {given: _as(self.kinds[given], result.columns.get(source)) for given, source in self._sources.items()}
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "bool"
+        case int():
+            return "int" if -(2**63) <= value < 2**63 else "str"
+        case float() | str():
+            return type(value).__name__
+    return "json"
+
+
+def _joined(one: str, other: str) -> str:
+    if not one or not other or one == other:
+        return one or other
+    return "float" if {one, other} == {"int", "float"} else "json" if "json" in (one, other) else "str"
+
+
+def _as(kind: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if kind == "float":
+        return float(value)
+    if kind == "json" or (kind == "str" and not isinstance(value, str)):
+        return json.dumps(value, ensure_ascii=False)
+    return value

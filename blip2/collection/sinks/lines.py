@@ -1,0 +1,225 @@
+"""Formats of a line for each picture: JSON, CSV and TSV, each as the tool that it is for reads it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from blip2.collection.columns import Carried, as_text
+from blip2.collection.record import SUCCESS, Result
+from blip2.collection.sinks.places import absolute, is_text, relative
+from blip2.collection.sinks.table import Format, check_picture
+from blip2.errors import CollectionError
+
+NOT_GIVEN = {
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+}  # fmt: skip
+"""Texts that pandas reads from a CSV as no text at all, quoted or not, unless it is told keep_default_na=False."""
+
+
+def named(results: Iterable[Result]) -> Iterator[Result]:
+    """The pictures that have a text: of the others, trainers would stop, or learn emptiness."""
+    return (result for result in results if result.line)
+
+
+def rows(results: Iterable[Result], own: Callable[[Result], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each result's own row, and what its source says of it; the same keys for all."""
+    carried: Carried | None = None
+    for result in results:
+        row = own(result)
+        if carried is None:
+            carried = Carried(results, row)
+        yield {**row, **carried.of(result)}
+
+
+def json_lines(file: IO[str], found: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for row in found:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    return iter(())
+
+
+class Filtered:
+    """Results of which some are left out, each time that they are gone through."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self._results = results
+
+    def __iter__(self) -> Iterator[Result]:
+        return named(self._results)
+
+
+def below(result: Result, folder: Path) -> str:
+    """A picture's path from the folder of the table. Raises CollectionError where it has none."""
+    if not result.path:
+        raise CollectionError(
+            f"{result.name}: has no file of its own, which this format needs; give --format jsonl or parquet"
+        )
+    check_picture(result.path, folder / "metadata.jsonl", is_below=True)
+    return relative(result.path, folder)
+
+
+def whole_path(result: Result) -> str:
+    """Raises CollectionError where it has none."""
+    if not result.path:
+        raise CollectionError(
+            f"{result.name}: has no file of its own, which this format needs; give --format jsonl or parquet"
+        )
+    return absolute(result.path)
+
+
+# ---- datasets: ImageFolder ----
+
+
+def _image_folder(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+    return json_lines(
+        file, rows(Filtered(results), lambda result: {"file_name": below(result, folder), "text": result.line})
+    )
+
+
+# ---- all that is known ----
+
+
+def everything(constants: Mapping[str, str], result: Result, folder: Path) -> dict[str, Any]:
+    """The row of JSON lines and of parquet; ``file_name`` from the folder of the table, else whole."""
+    name = relative(result.path, folder) or (absolute(result.path) if result.path else result.key)
+    return {
+        "file_name": as_text(name),
+        "path_bytes": path_bytes(name),
+        "key": as_text(result.key),
+        "caption": result.line,
+        "captions": [*(result.lines if result.status == SUCCESS else [])],
+        "score": float(result.scores[0]) if result.scores else None,
+        "tokens": int(result.tokens[0]) if result.tokens else 0,
+        "caption_original": as_text(result.old),
+        **constants,
+        "sha256": result.sha256,
+        "width": result.width,
+        "height": result.height,
+        "status": result.status,
+        "error_message": as_text(result.error_message),
+    }
+
+
+def path_bytes(name: str) -> str:
+    """The bytes of a name that is no Unicode, in base64, since text cannot hold them; "" of all others."""
+    if is_text(name):
+        return ""
+    with suppress(UnicodeEncodeError):
+        return base64.b64encode(name.encode("utf-8", "surrogateescape")).decode("ascii")
+    return ""
+
+
+def json_format(constants: Mapping[str, str]) -> Format:
+    def write(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+        return json_lines(file, rows(results, lambda result: everything(constants, result, folder)))
+
+    return Format(write, paths="", wants=frozenset({"size", "sha256"}))
+
+
+# ---- rows of trainers ----
+
+
+def _train(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+    def row(result: Result) -> dict[str, Any]:
+        said = {"captions": result.lines} if len(result.lines) > 1 else {"caption": result.line}
+        number = {name: value for name, value in result.columns.items() if name == "image_id"}
+        return {"image": relative(result.path, folder) or whole_path(result), **said, **number}
+
+    return json_lines(file, map(row, named(results)))
+
+
+def _invoke(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+    return json_lines(
+        file,
+        (
+            {"image": relative(result.path, folder) or whole_path(result), "text": result.line}
+            for result in named(results)
+        ),
+    )
+
+
+def _sd_scripts(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+    return json_lines(
+        file,
+        (
+            {"image_path": whole_path(result), "caption": result.line, **size_and_tags(result)}
+            for result in named(results)
+        ),
+    )
+
+
+def _musubi(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+    return json_lines(file, ({"image_path": whole_path(result), "caption": result.line} for result in named(results)))
+
+
+def size_and_tags(result: Result) -> dict[str, Any]:
+    """What kohya's metadata has beside a caption, as far as it is known."""
+    found: dict[str, Any] = {}
+    if result.width and result.height:
+        found["image_size"] = [result.width, result.height]
+    if isinstance(tags := result.columns.get("tags"), str) and tags:
+        found["tags"] = tags
+    return found
+
+
+# ---- CSV and TSV ----
+
+
+def csv_format(image_column: str, caption_column: str, separator: str = ",", *, marks: bool = False) -> Format:
+    """``marks``: begin with a byte order mark, without which Excel reads no UTF-8."""
+
+    def write(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+        def row(result: Result) -> dict[str, Any]:
+            named = relative(result.path, folder) or (absolute(result.path) if result.path else result.key)
+            return {image_column: as_text(named), caption_column: result.line}
+
+        return write_csv(file, Filtered(results), row, separator, (image_column, caption_column))
+
+    return Format(write, encoding="utf-8-sig" if marks else "utf-8")
+
+
+def _open_clip(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+    def row(result: Result) -> dict[str, Any]:
+        return {"filepath": whole_path(result), "title": result.line}
+
+    return write_csv(file, Filtered(results), row, "\t", ("filepath", "title"), carries=False)
+
+
+def write_csv(
+    file: IO[str],
+    results: Iterable[Result],
+    row: Callable[[Result], dict[str, Any]],
+    separator: str,
+    names: tuple[str, str],
+    *,
+    carries: bool = True,
+) -> Iterable[str]:
+    carried = Carried(results if carries else (), names)
+    writer = csv.writer(file, delimiter=separator, lineterminator="\n")
+    writer.writerow([*names, *carried.kinds])
+    num_lost = 0
+    for result in results:
+        own = row(result)
+        num_lost += own[names[1]] in NOT_GIVEN
+        writer.writerow([*own.values(), *carried.of(result).values()])
+    if num_lost:
+        yield (
+            f"captions such as None or NA ({num_lost} here) are read as missing by pandas and datasets, unless they "
+            "are told keep_default_na=False; JSON lines and parquet have no such texts"
+        )
+
+
+FORMATS = {
+    "imagefolder": Format(_image_folder, paths="below"),
+    "train": Format(_train),
+    "invoke": Format(_invoke),
+    "sd-scripts": Format(_sd_scripts, wants=frozenset({"size"})),
+    "musubi": Format(_musubi),
+    "open-clip": Format(_open_clip),
+}

@@ -1,0 +1,128 @@
+"""Parquet: all that is known of each picture, in one file or a file a unit, with the pictures themselves if wanted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from blip2.collection.columns import Carried
+from blip2.collection.needs import need
+from blip2.collection.record import Record, Result, Source, Unit
+from blip2.collection.sinks.lines import Filtered, everything
+from blip2.collection.sinks.places import Plain, check_file, paths_of
+from blip2.collection.sinks.table import check_folder_table
+from blip2.disk import written
+from blip2.errors import CollectionError
+
+GROUP_ROWS = 4096
+GROUP_BYTES = 64 * 2**20
+"""So much of pictures is in memory, and in one row group; `datasets` wants at most 100 MB."""
+DTYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string", "json": "string"}
+OWN = {
+    "file_name": "str", "path_bytes": "str", "key": "str", "caption": "str", "captions": "list", "score": "float",
+    "tokens": "int", "caption_original": "str", "sha256": "str", "width": "int", "height": "int", "status": "str",
+    "error_message": "str",
+}  # fmt: skip
+
+
+class Parquet(Plain):
+    """``images``: with each picture's bytes, as `datasets` writes them; a picture that has no text is left out then."""
+
+    wants = frozenset({"size", "sha256"})
+
+    def __init__(
+        self, path: Path, constants: Mapping[str, str], *, images: bool = False, may_replace: bool = False
+    ) -> None:
+        super().__init__()
+        need("pyarrow.parquet", "parquet")
+        self._path = path
+        self._constants = constants
+        self._images = images
+        self._may_replace = may_replace
+        self._source: Source | None = None
+        self._is_folder_table = path.name == "metadata.parquet"  # of an ImageFolder
+
+    def check(self, source: Source) -> None:
+        check_file(self._path, may_replace=self._may_replace)
+        self._source = source
+        if self._is_folder_table:
+            check_folder_table(self._path, paths_of(source) or ())
+
+    def whole(self, results: Iterable[Result]) -> None:
+        folder = self._path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = None
+        if self._is_folder_table:
+            results = Filtered(results)
+        if self._images:
+            assert self._source is not None, "check comes first"
+            pictures = pictures_of(self._source, self._source.units)
+        write_parquet(
+            self._path, results, lambda result: everything(self._constants, result, folder), self._constants, pictures
+        )
+
+
+def pictures_of(source: Source, units: Iterable[Unit]) -> Callable[[Result], bytes | None]:
+    """From each result, in the order of the source, to the bytes of its picture; read once more, one at a time."""
+    records: Iterator[Record] = (record for unit in units for record in source.records(unit))
+
+    def content(result: Result) -> bytes | None:
+        record = next((record for record in records if record.key == result.key), None)
+        if record is None:
+            raise CollectionError(f"{result.name}: is not in the source any more; give the same command again")
+        if isinstance(record.picture, str):
+            try:
+                return Path(record.picture).read_bytes()
+            except OSError as error:
+                raise CollectionError(f"{record.name}: cannot be read any more ({error.strerror})") from None
+        return record.picture
+
+    return content
+
+
+def write_parquet(
+    path: Path,
+    results: Iterable[Result],
+    own: Callable[[Result], dict[str, Any]],
+    constants: Mapping[str, str],
+    pictures: Callable[[Result], bytes | None] | None = None,
+    kinds: Mapping[str, str] = OWN,
+) -> None:
+    """All of them in one file, the same to the last byte each time. Raises OSError."""
+    arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
+    if pictures is not None:
+        results = Filtered(results)
+    own_kinds = {**kinds, **dict.fromkeys(constants, "str")}
+    carried = Carried(results, [*own_kinds, "image"])
+    schema = _schema(arrow, {**own_kinds, **carried.kinds}, images=pictures is not None)
+    with written(path) as unfinished, parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+        rows: list[dict[str, Any]] = []
+        num_bytes = 0
+        for result in results:
+            row = {**own(result), **carried.of(result)}
+            if pictures is not None:
+                content = pictures(result)
+                num_bytes += len(content or b"")
+                row["image"] = {"bytes": content, "path": PurePath(str(row["file_name"])).name}
+            rows.append(row)
+            if len(rows) == GROUP_ROWS or num_bytes >= GROUP_BYTES:
+                writer.write_table(arrow.Table.from_pylist(rows, schema))
+                rows, num_bytes = [], 0
+        if rows:
+            writer.write_table(arrow.Table.from_pylist(rows, schema))
+
+
+def _schema(arrow: Any, kinds: Mapping[str, str], *, images: bool) -> Any:
+    types = {"list": arrow.list_(arrow.string())}
+    fields = [(name, types.get(kind) or arrow.type_for_alias(DTYPES[kind])) for name, kind in kinds.items()]
+    if not images:
+        return arrow.schema(fields)
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    for name, kind in kinds.items():
+        value = {"dtype": DTYPES.get(kind, "string"), "_type": "Value"}
+        features[name] = {"feature": value, "_type": "List"} if kind == "list" else value
+    picture = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    return arrow.schema([("image", picture), *fields], metadata=told)

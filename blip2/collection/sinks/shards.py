@@ -1,0 +1,208 @@
+"""Shards as img2dataset has them: 00000.tar, 00000.parquet, and last 00000_stats.json, one of each for every unit.
+
+Shards of the source are mirrored: each member is copied as it is, the captions beside them. Pictures of other sources
+are packed, and known by numbers: a dot in a name of a tar begins its suffix, so that IMG.1.jpg and IMG.2.jpg would be
+one sample. `datasets` reads no shard whose samples differ in their members; so all get the same.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blip2.collection.needs import need
+from blip2.collection.record import FAILED, SKIPPED, Record, Result, Source, Unit
+from blip2.collection.sinks.lines import everything
+from blip2.collection.sinks.parquet import OWN, write_parquet
+from blip2.collection.sinks.places import Plain, check_folder
+from blip2.collection.sinks.samples import (
+    IN_PLACE_OF_NOTHING,
+    Sample,
+    fields_of,
+    picture_field,
+    samples,
+    write_samples,
+)
+from blip2.disk import write_text, written
+from blip2.errors import CollectionError
+from blip2.image import suffixes
+
+SAME_MEANING = ("key", "caption", "status", "width", "height", "sha256", "error_message")
+"""Columns of img2dataset that a shard's table has from this run."""
+
+
+class Shards(Plain):
+    """``caption_field``: the member that holds the caption; what it held before is in orig.txt (``orig.`` and the
+    field). ``images``: False, and there are only the tables. ``shard_size``: pictures in a unit of what is packed."""
+
+    wants = frozenset({"size", "sha256"})
+
+    def __init__(
+        self,
+        folder: Path,
+        constants: Mapping[str, str],
+        *,
+        caption_field: str = "txt",
+        images: bool = True,
+        shard_size: int = 10_000,
+    ) -> None:
+        super().__init__()
+        need("pyarrow.parquet", "the table of a shard")
+        self._folder = folder
+        self._constants = constants
+        self._caption_field = caption_field
+        self._images = images
+        self._digits = max(4, len(str(shard_size - 1)))
+        self._source: Source | None = None
+        self._picture_field = "jpg"
+
+    def check(self, source: Source) -> None:
+        if self._folder.exists() and not self._folder.is_dir():
+            raise CollectionError(f"{self._folder}: is a file; shards are written into a folder, name one")
+        check_folder(self._folder)
+        self._source = source
+        owners: dict[str, str] = {}
+        for unit in source.units:
+            name = self._name(unit)
+            if name in owners:
+                raise CollectionError(
+                    f"{owners[name]} and {unit.place} would both be {self._folder / name}.tar; give them one after the "
+                    "other, each an output of its own, or rename one"
+                )
+            owners[name] = unit.place
+            target = self._folder / f"{name}.tar"
+            if _is_shard(unit) and target.exists() and target.samefile(unit.place):
+                raise CollectionError(f"{unit.place}: is the source itself; give another folder by -o")
+        self._picture_field = next(self._picture_fields(source), "jpg")
+
+    def unit(self, unit: object, results: Sequence[Result]) -> None:
+        assert isinstance(unit, Unit) and self._source is not None, "check comes first"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = self._name(unit)
+        keys = [result.key for result in results]
+        if not _is_shard(unit):
+            keys = [f"{name}{number:0{self._digits}}" for number in range(len(results))]
+        if self._images:
+            self._write_tar(unit, name, dict(zip(keys, results, strict=True)))
+        own_keys = iter(keys)
+
+        def row(result: Result) -> dict[str, Any]:
+            return {**everything(self._constants, result, self._folder), "key": next(own_keys)}
+
+        same = SAME_MEANING if _is_shard(unit) else ()
+        table = [_without(result, same) for result in results]
+        write_parquet(self._folder / f"{name}.parquet", table, row, self._constants, kinds=OWN)
+        stats = _stats(unit, results)
+        write_text(self._folder / f"{name}_stats.json", json.dumps(stats, indent=4) + "\n")
+
+    def _name(self, unit: Unit) -> str:
+        """As the source's shard, or the unit's number."""
+        return Path(unit.place).name.partition(".tar")[0] if _is_shard(unit) else f"{unit.number:05}"
+
+    def _write_tar(self, unit: Unit, name: str, results: Mapping[str, Result]) -> None:
+        found = self._copied(unit, results) if _is_shard(unit) else self._packed(unit, results)
+        with written(self._folder / f"{name}.tar") as unfinished:
+            write_samples(unfinished, found)
+
+    def _copied(self, unit: Unit, results: Mapping[str, Result]) -> Iterator[Sample]:
+        """The samples of a shard that have a caption, with it."""
+        path, own = Path(unit.place), self._caption_field
+        any_has, all_have = fields_of(path)
+        filled = {field: IN_PLACE_OF_NOTHING[kind] for field in any_has - all_have
+                  if (kind := field.lower().rpartition(".")[2]) in IN_PLACE_OF_NOTHING}  # fmt: skip
+        for sample in samples(path):
+            result = results.get(sample.key)
+            if result is None or not result.line:
+                continue
+            before = sample.members.get(own, b"")
+            members = {**filled, f"orig.{own}": before, **sample.members}
+            picture = picture_field(sample.members)
+            if picture:
+                members[self._picture_field] = members.pop(picture)
+            members[own] = before if result.status == SKIPPED else result.line.encode("utf-8")
+            yield Sample(sample.key, members)
+
+    def _packed(self, unit: Unit, results: Mapping[str, Result]) -> Iterator[Sample]:
+        """A sample for each picture that has a caption: itself, the caption, and what is known of it."""
+        assert self._source is not None
+        records: Iterator[Record] = iter(self._source.records(unit))
+        for key, result in results.items():
+            record = next((record for record in records if record.key == result.key), None)
+            if not result.line:
+                continue
+            if record is None or record.picture is None:
+                raise CollectionError(f"{result.name}: is not in the source any more; give the same command again")
+            picture = Path(record.picture).read_bytes() if isinstance(record.picture, str) else record.picture
+            told: dict[str, Any] = {
+                "key": key,
+                "name": result.key,
+                "caption": result.line,
+                "caption_original": result.old,
+            }
+            told = {**result.columns, **told, "width": result.width, "height": result.height}
+            yield Sample(key, {
+                self._picture_field: picture,
+                self._caption_field: result.line.encode("utf-8"),
+                "json": json.dumps(told).encode("ascii"),
+            })  # fmt: skip
+
+    def _picture_fields(self, source: Source) -> Iterator[str]:
+        """How the first picture's member is called, so that all are called: what it is, they see by its bytes."""
+        for unit in source.units:
+            if _is_shard(unit):
+                try:
+                    fields = next((sample.members for sample in samples(Path(unit.place))), {})
+                except (OSError, tarfile.TarError, CollectionError):
+                    continue  # told where its records are read
+                name = picture_field(fields)
+            else:
+                name = next((_suffix(record) for record in source.records(unit)), "")
+            if name:
+                yield {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg"}.get(name.lower(), name.lower())
+
+
+def _is_shard(unit: Unit) -> bool:
+    return ".tar" in Path(unit.place).name and Path(unit.place).is_file()
+
+
+def _suffix(record: Record) -> str:
+    readable, _ = suffixes()
+    suffix = Path(record.picture if isinstance(record.picture, str) else record.key).suffix.lower()
+    return suffix[1:] if suffix in readable else ""
+
+
+def _without(result: Result, names: Iterable[str]) -> Result:
+    return replace(result, columns={name: value for name, value in result.columns.items() if name not in names})
+
+
+def _stats(unit: Unit, results: Sequence[Result]) -> dict[str, Any]:
+    """As img2dataset's, which sums them up; those of the source's download are kept. No time is told: a run that was
+    stopped and resumed writes the same."""
+    before: dict[str, Any] = {}
+    if _is_shard(unit):
+        path = Path(unit.place)
+        with suppress(OSError, ValueError):
+            found = json.loads(path.with_name(f"{path.name.partition('.tar')[0]}_stats.json").read_text("utf-8"))
+            before = found if isinstance(found, dict) else {}
+    statuses = Counter(result.status for result in results)
+    failed = {name: _count(before.get(name)) for name in ("failed_to_download", "failed_to_resize")}
+    return {
+        "count": len(results) + sum(failed.values()),
+        "successes": len(results) - statuses[FAILED],
+        **failed,
+        "failed_to_caption": statuses[FAILED],
+        "duration": 0.0,
+        "start_time": 0.0,
+        "end_time": 0.0,
+        "status_dict": dict(sorted(statuses.items())),
+    }
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0

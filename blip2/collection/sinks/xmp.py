@@ -1,0 +1,70 @@
+"""XMP sidecars, as Immich, digiKam, darktable and Lightroom read them: a.jpg.xmp, or a.xmp."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from blip2.collection.needs import need
+from blip2.collection.record import Result, Source
+from blip2.collection.sinks.packet import ALT_TEXT, DESCRIPTION, described, with_texts
+from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of
+from blip2.collection.wording import shortened
+from blip2.disk import write_bytes
+from blip2.errors import CollectionError
+
+ALT_CHARS = 250
+"""So many the standard allows an alternative text."""
+REMEDY = (
+    "leave out --xmp-name stem, so that the picture's whole name is in it; or, if both are one photograph, give "
+    "--xmp-shared"
+)
+
+
+class Xmp(Plain):
+    """The description and the alternative text; what else is in a sidecar stays as it is, and the file as it was before
+    is kept as a.jpg.xmp_original. ``keeps_suffix``: a.jpg.xmp, else a.xmp. ``shares``: raw and JPEG may have one."""
+
+    def __init__(self, *, keeps_suffix: bool = True, shares: bool = False) -> None:
+        super().__init__()
+        need("defusedxml.ElementTree", "--xmp")
+        self._keeps_suffix = keeps_suffix
+        self._shares = shares
+
+    def check(self, source: Source) -> None:
+        pictures = paths_of(source)
+        if pictures is None or any(map(is_address, pictures)):
+            raise CollectionError("--xmp writes beside files; for rows, shards and addresses give an output by -o")
+        if self._shares:
+            pictures = [*{self.path(picture): picture for picture in pictures}.values()]
+        check_beside(pictures, self.path, REMEDY)
+
+    def path(self, picture: str) -> Path:
+        return Path(f"{picture}.xmp") if self._keeps_suffix else Path(picture).with_suffix(".xmp")
+
+    def old(self, picture: str) -> str:
+        """What was said of a picture before. Raises CollectionError for a sidecar that cannot be changed, OSError."""
+        with suppress(FileNotFoundError):
+            path = self.path(picture)
+            return described(path.read_bytes(), str(path))
+        return ""
+
+    def one(self, result: Result) -> None:
+        path = self.path(result.path)
+        before = path.read_bytes() if path.exists() else None
+        content = packet(before, result.line, str(path))
+        if content == before:
+            return
+        original = path.with_name(f"{path.name}_original")
+        if before is not None and not original.exists() and not _is_ours(before, str(path)):
+            write_bytes(original, before)
+        write_bytes(path, content)
+
+
+def packet(before: bytes | None, line: str, name: str) -> bytes:
+    return with_texts(before, {DESCRIPTION: line, ALT_TEXT: shortened(line, ALT_CHARS)}, name)
+
+
+def _is_ours(content: bytes, name: str) -> bool:
+    """Whether it holds nothing but what an earlier run wrote."""
+    return packet(None, described(content, name), name) == content
