@@ -19,7 +19,7 @@ from blip2.collection.sinks import document, lines
 from blip2.collection.sinks.exiftool import Embedded
 from blip2.collection.sinks.parquet import Parquet
 from blip2.collection.sinks.parts import ParquetParts
-from blip2.collection.sinks.places import paths_of, relative
+from blip2.collection.sinks.places import check_name, paths_of, relative
 from blip2.collection.sinks.shards import Shards
 from blip2.collection.sinks.sidecar import Sidecars
 from blip2.collection.sinks.table import Format, Table
@@ -112,6 +112,7 @@ def open_sinks(outputs: Outputs, source: Source, beside: Sequence[Beside] = ()) 
 
 def _output(outputs: Outputs, source: Source) -> Sink:
     path = Path(outputs.output)
+    check_name(path)
     suffix = "" if path.is_dir() else path.suffix.lower()
     format = outputs.format or _by_suffix(path, suffix, source)
     if format not in SUFFIXES:

@@ -87,7 +87,10 @@ def _parsed(content: bytes, name: str) -> Element:
     except (ValueError, SyntaxError) as error:  # defusedxml's and ElementTree's
         reason = " ".join(str(error).split())
         raise CollectionError(f"{name}: is damaged or no XMP ({reason}); mend or remove it") from None
-    return _Reader(content).root
+    root = _Reader(content).root
+    if not any(element.name == f"{{{RDF}}}RDF" for element in root.all()):
+        raise CollectionError(f"{name}: is no XMP (it has no rdf:RDF); mend or remove it")
+    return root
 
 
 class _Reader:
@@ -187,13 +190,11 @@ def _with_text(content: bytes, wanted: Property, text: str, name: str) -> bytes:
             return _with_text(_without_attribute(content, holder, wanted), wanted, text, name)
     if holders:
         return _inserted(content, holders[0], _property(wanted, text, holders[0].prefixes))
-    for element in root.all():
-        if element.name == f"{{{RDF}}}RDF":
-            inner = _property(wanted, text, {**element.prefixes, "rdf": RDF})
-            return _inserted(
-                content, element, f'<rdf:Description xmlns:rdf="{RDF}" rdf:about="">{inner}</rdf:Description>'
-            )
-    raise CollectionError(f"{name}: is no XMP (it has no rdf:RDF); mend or remove it")
+    all_of_it = next(element for element in root.all() if element.name == f"{{{RDF}}}RDF")
+    inner = _property(wanted, text, {**all_of_it.prefixes, "rdf": RDF})
+    declared = "" if all_of_it.prefixes.get("rdf") == RDF else f' xmlns:rdf="{RDF}"'
+    new = f'<rdf:Description{declared} rdf:about="">{inner}</rdf:Description>'
+    return _inserted(content, all_of_it, new)
 
 
 def _replaced(content: bytes, element: Element, wanted: Property, text: str) -> bytes:

@@ -47,12 +47,16 @@ def check_folder(folder: Path) -> None:
         raise CollectionError(f"{place}: the disk is full; make room, or give an output elsewhere by -o")
 
 
+def check_name(path: Path) -> None:
+    """That a file, and what lies beside it while it is made, can have such a name. Raises CollectionError."""
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES - len("..blip2"):
+        raise CollectionError(f"{path}: a name of {len(os.fsencode(path.name))} bytes is too long; give a shorter one")
+
+
 def check_file(path: Path, *, may_replace: bool) -> None:
     """That a file of this name can be made, and no other is lost by it. Raises CollectionError."""
     if path.is_dir():
         raise CollectionError(f"{path}: is a folder; name a file")
-    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-        raise CollectionError(f"{path}: a name of more than {MAX_NAME_BYTES} bytes; give a shorter one")
     if path.exists() and not may_replace:
         raise CollectionError(
             f"{path}: is there already, and no run of this command made it; give another output, or replace it by "

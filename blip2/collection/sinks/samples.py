@@ -94,3 +94,9 @@ def _members(shard: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str
         is_meta = member.name.startswith("__") and member.name.partition("/")[0].endswith("__")
         if member.isfile() and not is_hidden and not is_meta:
             yield member, key, field
+    # To the standard library, a header that is cut off is an end like any other.
+    assert shard.fileobj is not None
+    shard.fileobj.seek(shard.offset)
+    rest = shard.fileobj.read(tarfile.BLOCKSIZE)
+    if len(rest) not in (0, tarfile.BLOCKSIZE) or any(rest):
+        raise tarfile.ReadError("it is cut short")

@@ -116,6 +116,10 @@ class Shards(Plain):
         any_has, all_have = fields_of(path)
         filled = {field: IN_PLACE_OF_NOTHING[kind] for field in any_has - all_have
                   if (kind := field.lower().rpartition(".")[2]) in IN_PLACE_OF_NOTHING}  # fmt: skip
+        if rare := sorted(any_has - all_have - {*filled, own} - {field for field in any_has if picture_field({field})}):
+            self.notes.append(
+                f"{path.name}: some samples only have {', '.join(rare)}; webdataset reads them, datasets does not"
+            )
         for sample in samples(path):
             result = results.get(sample.key)
             if result is None or not result.line:
