@@ -43,9 +43,7 @@ def test_image_folder(tmp_path, photos):
 def test_columns_of_the_source_have_the_same_type_in_every_row(tmp_path):
     columns = [{"n": 1, "title": "x", "text": "was"}, {"n": 2.5, "tags": ["a"]}, {"title": None, "n": float("nan")}]
     paths = drawn(tmp_path, "a.jpg", "b.jpg", "c.jpg")
-    records = [
-        Record(Path(path).name, path, path, "1", columns=had) for path, had in zip(paths, columns, strict=True)
-    ]
+    records = [Record(Path(path).name, path, path, "1", columns=had) for path, had in zip(paths, columns, strict=True)]
     captioned(Listed(records), Outputs(output=str(tmp_path / "metadata.jsonl"), format="imagefolder"))
     assert json_rows(tmp_path / "metadata.jsonl") == [
         {"file_name": "a.jpg", "text": "a a.jpg", "n": 1.0, "title": "x", "text_original": "was", "tags": None},
@@ -104,7 +102,7 @@ def test_open_clip(tmp_path, photos):
 def test_our_own_training_reads_its_rows(tmp_path, photos):
     captioned(photos, Outputs(output=str(tmp_path / "rows.jsonl"), format="train"), said_twice)
     rows = read_rows([tmp_path / "rows.jsonl"])
-    assert [(row.image, row.captions) for row in rows][0] == (photos[0], ("a a.jpg", "two"))
+    assert next((row.image, row.captions) for row in rows) == (photos[0], ("a a.jpg", "two"))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ ELEMENTS = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www
  <dc:description><rdf:Alt><rdf:li xml:lang="de">ein Hund</rdf:li><rdf:li xml:lang="x-default">old</rdf:li></rdf:Alt>
  </dc:description></rdf:Description></rdf:RDF></x:xmpmeta>"""
 BARE = """<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"></rdf:RDF>"""
-PLAIN = ELEMENTS.replace('<rdf:Alt><rdf:li xml:lang="de">ein Hund</rdf:li><rdf:li xml:lang="x-default">old</rdf:li></rdf:Alt>', "old")
+PLAIN = ELEMENTS.replace(
+    '<rdf:Alt><rdf:li xml:lang="de">ein Hund</rdf:li><rdf:li xml:lang="x-default">old</rdf:li></rdf:Alt>', "old"
+)
 
 
 def told_by_exiftool(*paths):
@@ -150,7 +152,9 @@ def test_embedded(tmp_path):
     lie = Path(paths[4]).read_bytes()
     said = 'sks dog, ein Hund & "x" <y> \xe9'
     captioned(paths, Outputs(embed=True), lambda record: Outcome([said], [0.0], [1]), journal=tmp_path / ".blip2")
-    found = {Path(row["SourceFile"]).name: row for row in told_by_exiftool("-use", "MWG", "-MWG:all", "-XMP:all", *paths)}
+    found = {
+        Path(row["SourceFile"]).name: row for row in told_by_exiftool("-use", "MWG", "-MWG:all", "-XMP:all", *paths)
+    }
     for path in (*paths[:4], paths[5]):
         text = "mine" if path == paths[5] else said
         assert found[Path(path).name]["MWG:Description"] == text

@@ -1,8 +1,8 @@
 """What results are written as; each file of this room is one format, or a few of one kind.
 
-beside   = open_beside(outputs)                  sidecars, XMP, exiftool: what is beside each picture, or in it
-source   = Files(..., old=old_texts(beside))     what they hold already is the pictures' old text
-sinks    = open_sinks(outputs, source, beside)   with the table, or the folder of shards, that -o asks for
+        beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each picture, or in it
+    source = View(open_source(...), old_texts(beside))    what they hold already is the pictures' old text
+    sinks = open_sinks(outputs, source, beside)       with the table, or the folder of shards, that -o asks for
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from blip2.collection.journal import beside as journal_beside
-from blip2.collection.record import Source
 from blip2.collection.run import Sink
 from blip2.collection.sinks import document, lines
 from blip2.collection.sinks.exiftool import Embedded
 from blip2.collection.sinks.parquet import Parquet
 from blip2.collection.sinks.parts import ParquetParts
-from blip2.collection.sinks.places import check_name, paths_of, relative
-from blip2.collection.sinks.shards import Shards
+from blip2.collection.sinks.places import check_name, relative
+from blip2.collection.sinks.shards import SHARD, Shards
 from blip2.collection.sinks.sidecar import Sidecars
 from blip2.collection.sinks.table import Format, Table
+from blip2.collection.sinks.view import View
 from blip2.collection.sinks.xmp import Xmp
 from blip2.errors import OptionError
 
-__all__ = ["FORMATS", "Beside", "Outputs", "old_texts", "open_beside", "open_sinks"]
+__all__ = ["FORMATS", "Beside", "Outputs", "View", "old_texts", "open_beside", "open_sinks"]
 
 SUFFIXES = {
     "imagefolder": (".jsonl",), "jsonl": (".jsonl",), "train": (".jsonl",), "sd-scripts": (".jsonl",),
@@ -97,7 +97,7 @@ def old_texts(beside: Sequence[Beside]) -> Callable[[str], str] | None:
     return old
 
 
-def open_sinks(outputs: Outputs, source: Source, beside: Sequence[Beside] = ()) -> list[Sink]:
+def open_sinks(outputs: Outputs, source: View, beside: Sequence[Beside] = ()) -> list[Sink]:
     """All that is asked for, checked: before the model is loaded, and before `Journal.begin`.
 
     Raises OptionError and CollectionError that say what goes.
@@ -110,7 +110,7 @@ def open_sinks(outputs: Outputs, source: Source, beside: Sequence[Beside] = ()) 
     return sinks
 
 
-def _output(outputs: Outputs, source: Source) -> Sink:
+def _output(outputs: Outputs, source: View) -> Sink:
     path = Path(outputs.output)
     check_name(path)
     suffix = "" if path.is_dir() else path.suffix.lower()
@@ -148,10 +148,10 @@ def _format(name: str, outputs: Outputs) -> Format:
     return {**lines.FORMATS, **document.FORMATS}[name]
 
 
-def _by_suffix(path: Path, suffix: str, source: Source) -> str:
+def _by_suffix(path: Path, suffix: str, source: View) -> str:
     match suffix:
         case ".jsonl":
-            pictures = paths_of(source)
+            pictures = source.pictures
             lie_below = pictures is not None and all(relative(picture, path.parent) for picture in pictures)
             return "imagefolder" if lie_below or path.name == "metadata.jsonl" else "jsonl"
         case ".csv" | ".parquet":
@@ -162,9 +162,9 @@ def _by_suffix(path: Path, suffix: str, source: Source) -> str:
             raise OptionError(f"{path}: add --format coco, coco-dataset or kohya")
         case "":
             places = [unit.place for unit in source.units[:1]]
-            if any(".tar" in Path(place).name for place in places):
+            if any(SHARD.search(place) for place in places):
                 return "webdataset"
-            if any(Path(place).suffix == ".parquet" for place in places):
+            if any(Path(place).suffix in (".parquet", ".pq") for place in places):
                 return "parquet"
             raise OptionError(f"{path}: is a folder; add --format webdataset or parquet, or name a file")
     raise OptionError(f"{path}: no format is known by {suffix}; name it *.jsonl, *.json, *.csv, *.tsv or *.parquet")

@@ -66,8 +66,8 @@ def check_file(path: Path, *, may_replace: bool) -> None:
 
 
 def paths_of(source: Source) -> Sequence[str] | None:
-    """The pictures' files, where a source has them without reading anything."""
-    return getattr(source, "paths", None)
+    """The pictures' files, where they have some; ``source`` is a `View`."""
+    return getattr(source, "pictures", None)
 
 
 def check_beside(pictures: Sequence[str], target: Callable[[str], Path], remedy: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,9 +46,9 @@ def samples(path: Path) -> Iterator[Sample]:
 
 
 def fields_of(path: Path) -> tuple[set[str], set[str]]:
-    """The fields that any sample of a shard has, and those that all have; no content is read."""
+    """The fields that any sample of a shard has, and those that all have, up to a damage; no content is read."""
     by_key: dict[str, set[str]] = {}
-    with _opened(path) as shard:
+    with suppress(CollectionError), _opened(path) as shard:
         for _, key, field in _members(shard):
             by_key.setdefault(key, set()).add(field)
     found = [*by_key.values()]
@@ -93,7 +93,7 @@ def _members(shard: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str
         is_hidden = not key or key.endswith("/") or not field
         is_meta = member.name.startswith("__") and member.name.partition("/")[0].endswith("__")
         if member.isfile() and not is_hidden and not is_meta:
-            yield member, key, field
+            yield member, key, field.lower()
     # To the standard library, a header that is cut off is an end like any other.
     assert shard.fileobj is not None
     shard.fileobj.seek(shard.offset)

@@ -8,7 +8,7 @@ one sample. `datasets` reads no shard whose samples differ in their members; so 
 from __future__ import annotations
 
 import json
-import tarfile
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +33,7 @@ from blip2.disk import write_text, written
 from blip2.errors import CollectionError
 from blip2.image import suffixes
 
+SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
 SAME_MEANING = ("key", "caption", "status", "width", "height", "sha256", "error_message")
 """Columns of img2dataset that a shard's table has from this run."""
 
@@ -103,7 +104,7 @@ class Shards(Plain):
 
     def _name(self, unit: Unit) -> str:
         """As the source's shard, or the unit's number."""
-        return Path(unit.place).name.partition(".tar")[0] if _is_shard(unit) else f"{unit.number:05}"
+        return SHARD.sub("", Path(unit.place).name) if _is_shard(unit) else f"{unit.number:05}"
 
     def _write_tar(self, unit: Unit, name: str, results: Mapping[str, Result]) -> None:
         found = self._copied(unit, results) if _is_shard(unit) else self._packed(unit, results)
@@ -112,7 +113,9 @@ class Shards(Plain):
 
     def _copied(self, unit: Unit, results: Mapping[str, Result]) -> Iterator[Sample]:
         """The samples of a shard that have a caption, with it."""
+        assert self._source is not None
         path, own = Path(unit.place), self._caption_field
+        chosen = str(self._source.told().get("image_column", ""))
         any_has, all_have = fields_of(path)
         filled = {field: IN_PLACE_OF_NOTHING[kind] for field in any_has - all_have
                   if (kind := field.lower().rpartition(".")[2]) in IN_PLACE_OF_NOTHING}  # fmt: skip
@@ -120,17 +123,24 @@ class Shards(Plain):
             self.notes.append(
                 f"{path.name}: some samples only have {', '.join(rare)}; webdataset reads them, datasets does not"
             )
-        for sample in samples(path):
+        for sample in self._sound(path):
             result = results.get(sample.key)
             if result is None or not result.line:
                 continue
             before = sample.members.get(own, b"")
             members = {**filled, f"orig.{own}": before, **sample.members}
-            picture = picture_field(sample.members)
+            picture = chosen if chosen in sample.members else picture_field(sample.members)
             if picture:
                 members[self._picture_field] = members.pop(picture)
             members[own] = before if result.status == SKIPPED else result.line.encode("utf-8")
             yield Sample(sample.key, members)
+
+    def _sound(self, path: Path) -> Iterator[Sample]:
+        """The samples before the first damage, which is told of the records behind it, too."""
+        try:
+            yield from samples(path)
+        except CollectionError as error:
+            self.notes.append(str(error))
 
     def _packed(self, unit: Unit, results: Mapping[str, Result]) -> Iterator[Sample]:
         """A sample for each picture that has a caption: itself, the caption, and what is known of it."""
@@ -160,11 +170,8 @@ class Shards(Plain):
         """How the first picture's member is called, so that all are called: what it is, they see by its bytes."""
         for unit in source.units:
             if _is_shard(unit):
-                try:
-                    fields = next((sample.members for sample in samples(Path(unit.place))), {})
-                except (OSError, tarfile.TarError, CollectionError):
-                    continue  # told where its records are read
-                name = picture_field(fields)
+                chosen = str(source.told().get("image_column", ""))
+                name = chosen or next((picture_field(found.members) for found in self._sound(Path(unit.place))), "")
             else:
                 name = next((_suffix(record) for record in source.records(unit)), "")
             if name:
@@ -172,7 +179,7 @@ class Shards(Plain):
 
 
 def _is_shard(unit: Unit) -> bool:
-    return ".tar" in Path(unit.place).name and Path(unit.place).is_file()
+    return SHARD.search(unit.place) is not None and Path(unit.place).is_file()
 
 
 def _suffix(record: Record) -> str:
@@ -192,7 +199,7 @@ def _stats(unit: Unit, results: Sequence[Result]) -> dict[str, Any]:
     if _is_shard(unit):
         path = Path(unit.place)
         with suppress(OSError, ValueError):
-            found = json.loads(path.with_name(f"{path.name.partition('.tar')[0]}_stats.json").read_text("utf-8"))
+            found = json.loads(path.with_name(f"{SHARD.sub('', path.name)}_stats.json").read_text("utf-8"))
             before = found if isinstance(found, dict) else {}
     statuses = Counter(result.status for result in results)
     failed = {name: _count(before.get(name)) for name in ("failed_to_download", "failed_to_resize")}
