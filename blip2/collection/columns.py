@@ -10,6 +10,8 @@ from typing import Any
 
 from blip2.collection.record import Result
 
+ALWAYS_SAME = ("file_name", "path_bytes")
+
 
 def plain(columns: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON can have them: times and the like as text, numbers that are none as None; bytes are left out."""
@@ -41,22 +43,22 @@ def as_text(value: str) -> str:
 class Carried:
     """The columns of all results, each of one kind: int, float, bool or str, and json for all else."""
 
-    def __init__(self, results: Iterable[Result], taken: Iterable[str] = ()) -> None:
-        """``taken``: names of an output's own columns; a column of such a name gets another."""
+    def __init__(self, results: Iterable[Result], own: Iterable[str] = (), same: Iterable[str] = ()) -> None:
+        """``own``: the names of an output's own columns; a column of such a name becomes NAME_original, and an earlier
+        original of it goes. ``same``: those that say the same of the picture as the own ones; they go."""
         kinds: dict[str, str] = {}
         for result in results:
             for name, value in result.columns.items():
                 kinds[name] = _joined(kinds.get(name, ""), _kind(value))
-        names = {*taken}
-        self.kinds: dict[str, str] = {}
-        self._sources: dict[str, str] = {}
-        for name, kind in kinds.items():
-            given = name
-            while given in names:
-                given += "_original"
-            names.add(given)
-            self.kinds[given] = kind or "str"
-            self._sources[given] = name
+        own, passed_over = {*own}, {*same, *ALWAYS_SAME}
+        given = {name: f"{name}_original" if name in own else name for name in kinds if name not in passed_over}
+        new = {new for name, new in given.items() if new != name}
+        self._sources = {
+            new_name: name
+            for name, new_name in given.items()
+            if new_name not in own and (new_name != name or name not in new)
+        }
+        self.kinds = {new_name: kinds[name] or "str" for new_name, name in self._sources.items()}
 
     def of(self, result: Result) -> dict[str, Any]:
         """The same names for every result, None where it has no such column."""

@@ -15,7 +15,7 @@ from blip2.collection import Record
 from blip2.collection.run import Outcome
 from blip2.collection.sinks import Outputs
 from blip2.data import read_rows
-from blip2.errors import CollectionError, OptionError
+from blip2.errors import CollectionError, ImageError, OptionError
 from tests.collection.written_by_run import Listed, captioned, drawn, said_twice
 
 
@@ -149,12 +149,16 @@ def test_coco_of_pictures_without_numbers(tmp_path, photos):
     assert [image["id"] for image in json.loads((tmp_path / "found.json").read_text())["images"]] == [1, 2, 3]
 
 
+def never_seen(record):
+    return ImageError(f"{record.name}: damaged")
+
+
 def test_coco_twice_or_never(tmp_path):
     both = drawn(tmp_path, "1.jpg", "1.png")
     with pytest.raises(CollectionError, match=r"1\.jpg and .*1\.png have one number, 1"):
         captioned(both, Outputs(output=str(tmp_path / "x.json"), format="coco"))
     with pytest.raises(CollectionError, match="no picture has a caption"):
-        captioned(drawn(tmp_path, "bad.jpg"), Outputs(output=str(tmp_path / "y.json"), format="coco"))
+        captioned(drawn(tmp_path, "7.jpg"), Outputs(output=str(tmp_path / "y.json"), format="coco"), never_seen)
 
 
 @pytest.mark.parametrize("images", [False, True])
@@ -221,6 +225,27 @@ def test_told_before_the_model_is_loaded(tmp_path, photos, outputs, error, told)
         captioned(photos, Outputs(**outputs), never)
     assert told in str(caught.value)
     assert (tmp_path / "there.csv").read_text() == "a person's"
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "train", "musubi", "open-clip", "kohya"])
+def test_formats_that_name_files_need_some(tmp_path, format):
+    source = Listed([Record("a", b"", "a", "1")])
+    suffix = {"open-clip": "tsv", "kohya": "json"}.get(format, "jsonl")
+    with pytest.raises(CollectionError, match="parquet"):
+        captioned(source, Outputs(output=str(tmp_path / f"x.{suffix}"), format=format), lambda record: 1 / 0)
+
+
+def test_an_earlier_run_is_replaced_and_not_piled_up(tmp_path, photos):
+    captioned(photos, Outputs(output=str(tmp_path / "one.jsonl"), format="jsonl"))
+    for before, after in (("one", "two"), ("two", "three")):
+        rows = [
+            Record(row["key"], row["file_name"], row["key"], "1", row["caption"], row)
+            for row in json_rows(tmp_path / f"{before}.jsonl")
+        ]
+        captioned(Listed(rows), Outputs(output=str(tmp_path / f"{after}.jsonl"), format="jsonl"), if_exists="overwrite")
+    first, last = (json_rows(tmp_path / f"{name}.jsonl")[0] for name in ("one", "three"))
+    assert {*last} - {*first} == {"score_original", "tokens_original"}
+    assert last["caption_original"] == "a a.jpg" and last["score_original"] == -0.5
 
 
 def test_a_full_disk(tmp_path, photos, monkeypatch):

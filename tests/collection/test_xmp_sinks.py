@@ -163,6 +163,10 @@ def test_embedded(tmp_path):
     assert found["a.jpg"]["XMP-iptcCore:AltTextAccessibility"] == said
     assert Path(paths[4]).read_bytes() == lie
     assert not [*tmp_path.glob("*_original"), *tmp_path.glob("*_exiftool_tmp")]
+    # It has changed the files, and knows them again.
+    before = Path(paths[0]).read_bytes()
+    captioned(paths, Outputs(embed=True), lambda record: 1 / 0, journal=tmp_path / ".blip2")
+    assert Path(paths[0]).read_bytes() == before
 
 
 def test_without_exiftool(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from PIL import Image
 from blip2.collection import Job, Journal, Record, run
 from blip2.collection.record import Unit
 from blip2.collection.run import Outcome
-from blip2.collection.sinks import Outputs, View, old_texts, open_beside, open_sinks
+from blip2.collection.sinks import Outputs, View, open_beside, open_sinks
 from blip2.collection.sources.files import Files
 from blip2.collection.wording import Wording
 from blip2.errors import ImageError
@@ -65,7 +65,7 @@ def captioned(
     beside = open_beside(outputs)
     if isinstance(source, list):
         source = Files(source, root=str(Path(source[0]).parent))
-    source = View(source, old_texts(beside))
+    source = View(source, beside)
     words = Wording(**wording)
     sinks = open_sinks(outputs, source, beside)
     kept = Journal(journal or Path(f"{outputs.output or source.root}.journal"))

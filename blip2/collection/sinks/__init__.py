@@ -1,16 +1,16 @@
 """What results are written as; each file of this room is one format, or a few of one kind.
 
         beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each picture, or in it
-    source = View(open_source(...), old_texts(beside))    what they hold already is the pictures' old text
+    source = View(open_source(...), beside)           what they hold already is the pictures' old text
     sinks = open_sinks(outputs, source, beside)       with the table, or the folder of shards, that -o asks for
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from blip2.collection.journal import beside as journal_beside
 from blip2.collection.run import Sink
@@ -22,11 +22,11 @@ from blip2.collection.sinks.places import check_name, relative
 from blip2.collection.sinks.shards import SHARD, Shards
 from blip2.collection.sinks.sidecar import Sidecars
 from blip2.collection.sinks.table import Format, Table
-from blip2.collection.sinks.view import View
+from blip2.collection.sinks.view import Beside, View
 from blip2.collection.sinks.xmp import Xmp
 from blip2.errors import OptionError
 
-__all__ = ["FORMATS", "Beside", "Outputs", "View", "old_texts", "open_beside", "open_sinks"]
+__all__ = ["FORMATS", "Beside", "Outputs", "View", "open_beside", "open_sinks"]
 
 SUFFIXES = {
     "imagefolder": (".jsonl",), "jsonl": (".jsonl",), "train": (".jsonl",), "sd-scripts": (".jsonl",),
@@ -67,11 +67,6 @@ class Outputs:
     constants: Mapping[str, str] = field(default_factory=dict)
 
 
-class Beside(Sink, Protocol):
-    def old(self, picture: str) -> str:
-        """What a picture has already. Raises CollectionError, NotTextError, OSError."""
-
-
 def open_beside(outputs: Outputs) -> list[Beside]:
     """What is written beside each picture, or into it. Raises OptionError, CollectionError."""
     found: list[Beside] = []
@@ -84,17 +79,6 @@ def open_beside(outputs: Outputs) -> list[Beside]:
     if outputs.embed:
         found.append(Embedded())
     return found
-
-
-def old_texts(beside: Sequence[Beside]) -> Callable[[str], str] | None:
-    """From a picture to what the first of these has that has something; all are looked at, so that none is damaged."""
-    if not beside:
-        return None
-
-    def old(picture: str) -> str:
-        return next(filter(None, [one.old(picture) for one in beside]), "")
-
-    return old
 
 
 def open_sinks(outputs: Outputs, source: View, beside: Sequence[Beside] = ()) -> list[Sink]:

@@ -27,14 +27,19 @@ def image_id(result: Result) -> int | None:
     return int(found[1]) if found else None
 
 
+def numbered(result: Result) -> int:
+    """Raises CollectionError for a picture without a number."""
+    if (number := image_id(result)) is None:
+        raise CollectionError(f"{result.name}: has no number, which COCO's results need; {REMEDY}")
+    return number
+
+
 def _coco(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
     owners: dict[int, str] = {}
 
     def entries() -> Iterator[str]:
         for result in named(results):
-            number = image_id(result)
-            if number is None:
-                raise CollectionError(f"{result.name}: has no number, which COCO's results need; {REMEDY}")
+            number = numbered(result)
             if number in owners:
                 raise CollectionError(f"{owners[number]} and {result.name} have one number, {number}; {REMEDY}")
             owners[number] = result.name
@@ -89,7 +94,7 @@ def write_joined(file: IO[str], start: str, entries: Iterator[str], end: str) ->
 
 
 FORMATS = {
-    "coco": Format(_coco, paths=""),
-    "coco-dataset": Format(_coco_dataset, wants=frozenset({"size"})),
+    "coco": Format(_coco, paths="", probe=numbered),
+    "coco-dataset": Format(_coco_dataset, paths="named", wants=frozenset({"size"})),
     "kohya": Format(_kohya, wants=frozenset({"size"})),
 }

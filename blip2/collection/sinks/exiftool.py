@@ -31,6 +31,8 @@ class Embedded(Plain):
     """The description where the Metadata Working Group has it (EXIF and XMP; IPTC, if a file has some), and the
     alternative text. A file keeps its time, not its size. exiftool runs once for a unit."""
 
+    keeps_time = True
+
     def __init__(self) -> None:
         super().__init__()
         found = shutil.which("exiftool")

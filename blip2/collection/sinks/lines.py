@@ -28,13 +28,21 @@ def named(results: Iterable[Result]) -> Iterator[Result]:
     return (result for result in results if result.line)
 
 
-def rows(results: Iterable[Result], own: Callable[[Result], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+SAME_MEANING = (
+    "key", "caption", "captions", "caption_original", "status", "width", "height", "sha256", "error_message",
+)  # fmt: skip
+"""Columns of a source that the row of `everything` has anew; they are img2dataset's, and those of an earlier run."""
+
+
+def rows(
+    results: Iterable[Result], own: Callable[[Result], dict[str, Any]], same: Iterable[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Each result's own row, and what its source says of it; the same keys for all."""
     carried: Carried | None = None
     for result in results:
         row = own(result)
         if carried is None:
-            carried = Carried(results, row)
+            carried = Carried(results, row, same)
         yield {**row, **carried.of(result)}
 
 
@@ -117,7 +125,7 @@ def path_bytes(name: str) -> str:
 
 def json_format(constants: Mapping[str, str]) -> Format:
     def write(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
-        return json_lines(file, rows(results, lambda result: everything(constants, result, folder)))
+        return json_lines(file, rows(results, lambda result: everything(constants, result, folder), SAME_MEANING))
 
     return Format(write, paths="", wants=frozenset({"size", "sha256"}))
 
@@ -181,7 +189,7 @@ def csv_format(image_column: str, caption_column: str, separator: str = ",", *, 
 
         return write_csv(file, Filtered(results), row, separator, (image_column, caption_column))
 
-    return Format(write, encoding="utf-8-sig" if marks else "utf-8")
+    return Format(write, paths="named", encoding="utf-8-sig" if marks else "utf-8")
 
 
 def _open_clip(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from blip2.collection.columns import Carried
 from blip2.collection.needs import need
 from blip2.collection.record import Record, Result, Source, Unit
-from blip2.collection.sinks.lines import Filtered, everything
+from blip2.collection.sinks.lines import SAME_MEANING, Filtered, everything
 from blip2.collection.sinks.places import Plain, check_file, paths_of
 from blip2.collection.sinks.table import check_folder_table
 from blip2.disk import written
@@ -88,14 +88,13 @@ def write_parquet(
     own: Callable[[Result], dict[str, Any]],
     constants: Mapping[str, str],
     pictures: Callable[[Result], bytes | None] | None = None,
-    kinds: Mapping[str, str] = OWN,
 ) -> None:
     """All of them in one file, the same to the last byte each time. Raises OSError."""
     arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
     if pictures is not None:
         results = Filtered(results)
-    own_kinds = {**kinds, **dict.fromkeys(constants, "str")}
-    carried = Carried(results, [*own_kinds, "image"])
+    own_kinds = {**OWN, **dict.fromkeys(constants, "str")}
+    carried = Carried(results, [*own_kinds, "image"], SAME_MEANING)
     schema = _schema(arrow, {**own_kinds, **carried.kinds}, images=pictures is not None)
     with written(path) as unfinished, parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []

@@ -21,6 +21,7 @@ class Plain:
     """What sinks do where they do nothing."""
 
     wants: frozenset[str] = frozenset()
+    keeps_time = False
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from blip2.collection.needs import need
 from blip2.collection.record import FAILED, SKIPPED, Record, Result, Source, Unit
 from blip2.collection.sinks.lines import everything
-from blip2.collection.sinks.parquet import OWN, write_parquet
+from blip2.collection.sinks.parquet import write_parquet
 from blip2.collection.sinks.places import Plain, check_folder
 from blip2.collection.sinks.samples import (
     IN_PLACE_OF_NOTHING,
@@ -34,8 +33,6 @@ from blip2.errors import CollectionError
 from blip2.image import suffixes
 
 SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
-SAME_MEANING = ("key", "caption", "status", "width", "height", "sha256", "error_message")
-"""Columns of img2dataset that a shard's table has from this run."""
 
 
 class Shards(Plain):
@@ -96,9 +93,7 @@ class Shards(Plain):
         def row(result: Result) -> dict[str, Any]:
             return {**everything(self._constants, result, self._folder), "key": next(own_keys)}
 
-        same = SAME_MEANING if _is_shard(unit) else ()
-        table = [_without(result, same) for result in results]
-        write_parquet(self._folder / f"{name}.parquet", table, row, self._constants, kinds=OWN)
+        write_parquet(self._folder / f"{name}.parquet", results, row, self._constants)
         stats = _stats(unit, results)
         write_text(self._folder / f"{name}_stats.json", json.dumps(stats, indent=4) + "\n")
 
@@ -186,10 +181,6 @@ def _suffix(record: Record) -> str:
     readable, _ = suffixes()
     suffix = Path(record.picture if isinstance(record.picture, str) else record.key).suffix.lower()
     return suffix[1:] if suffix in readable else ""
-
-
-def _without(result: Result, names: Iterable[str]) -> Result:
-    return replace(result, columns={name: value for name, value in result.columns.items() if name not in names})
 
 
 def _stats(unit: Unit, results: Sequence[Result]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
+from blip2.collection.columns import plain
 from blip2.collection.record import Result, Source
 from blip2.collection.sinks.places import Plain, check_file, is_text, paths_of, relative
 from blip2.disk import written
@@ -17,13 +19,16 @@ from blip2.errors import CollectionError
 class Format:
     """``write`` is given the open file (UTF-8), all results, and the file's folder; it returns notes for people.
 
-    ``paths``: how pictures are named in it: "below" the file's folder, "any" file, or "" if it names none.
+    ``paths``: how pictures are named in it: by their path "below" the file's folder, by that of "any" file, as they
+    are "named" in the source if they have no file, or not at all (""). ``probe``: is given what is known of the first
+    picture before the model is loaded, and may raise CollectionError.
     """
 
     write: Callable[[IO[str], Iterable[Result], Path], Iterable[str]]
     paths: str = "any"
     wants: frozenset[str] = frozenset()
     encoding: str = "utf-8"
+    probe: Callable[[Result], object] | None = None
 
 
 class Table(Plain):
@@ -39,6 +44,14 @@ class Table(Plain):
     def check(self, source: Source) -> None:
         check_file(self._path, may_replace=self._may_replace)
         pictures = paths_of(source) or ()
+        if self._format.paths in ("below", "any") and paths_of(source) is None:
+            raise CollectionError(
+                f"{self._path}: this format names files, and these pictures have none of their own; give --format "
+                "jsonl or parquet, or name a folder for shards"
+            )
+        if self._format.probe is not None and source.units:
+            for record in islice(source.records(source.units[0]), 1):
+                self._format.probe(Result(record.key, "", "", record.name, columns=plain(record.columns)))
         if self._format.paths == "below":
             check_folder_table(self._path, pictures)
         elif self._format.paths:

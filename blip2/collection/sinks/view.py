@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from blip2.collection.record import Record, Source, Unit
+from blip2.collection.run import Sink
+from blip2.disk import stamp_of
 from blip2.errors import CollectionError
 from blip2.plaintext import NotTextError
 
 
-class View:
-    """The same source; ``old``: from a picture's path to what was said of it, before what the source says itself.
+class Beside(Sink, Protocol):
+    """What is written beside each picture, or into it."""
 
-    ``old`` may raise CollectionError, NotTextError and OSError, which are problems of that record.
+    keeps_time: bool
+    """It changes the files of pictures, and leaves their times as they were."""
+
+    def old(self, picture: str) -> str:
+        """What a picture has already. Raises CollectionError, NotTextError, OSError."""
+
+
+class View:
+    """The same source, with what ``beside`` has of each picture as its old text, before what the source says itself.
+
+    All of these are looked at, so that what is damaged is a problem of its record. Where one of them changes the files
+    of pictures (``keeps_time``), a picture is known again by the time of its file alone.
     """
 
-    def __init__(self, source: Source, old: Callable[[str], str] | None = None) -> None:
+    def __init__(self, source: Source, beside: Sequence[Beside] = ()) -> None:
         self._source = source
-        self._old = old
+        self._beside = beside
+        self._by_time = any(one.keeps_time for one in beside)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
@@ -34,13 +50,15 @@ class View:
         return self._source.num_records
 
     def stamp(self, unit: Unit) -> str:
+        if self._by_time and self._is_files:
+            return self._times[unit.number]
         return self._source.stamp(unit)
 
     def told(self) -> Mapping[str, Any]:
         return self._source.told()
 
     def records(self, unit: Unit) -> Iterator[Record]:
-        return map(self._with_old, self._source.records(unit))
+        return map(self._seen, self._source.records(unit))
 
     @cached_property
     def pictures(self) -> Sequence[str] | None:
@@ -61,6 +79,21 @@ class View:
                     return self._all_paths()
         return None
 
+    @cached_property
+    def _times(self) -> list[str]:
+        """Of each unit, taken once."""
+        found = []
+        for unit in self.units:
+            digest = hashlib.blake2b(digest_size=16)
+            for path in (self.pictures or ())[unit.start : unit.stop]:
+                digest.update(os.fsencode(f"{path}\0{_time(path)}\0"))
+            found.append(digest.hexdigest())
+        return found
+
+    @property
+    def _is_files(self) -> bool:
+        return self.told().get("source") == "files"
+
     def _all_paths(self) -> list[str]:
         return [
             record.picture
@@ -69,14 +102,23 @@ class View:
             if isinstance(record.picture, str)
         ]
 
-    def _with_old(self, record: Record) -> Record:
-        if self._old is None or not isinstance(record.picture, str) or record.problem:
+    def _seen(self, record: Record) -> Record:
+        if not self._beside or not isinstance(record.picture, str) or record.problem:
             return record
+        path = record.picture
+        if self._by_time:
+            record = replace(record, stamp=_time(path))
         try:
-            return replace(record, text=self._old(record.picture) or record.text)
+            old = [one.old(path) for one in self._beside]
+            return replace(record, text=next(filter(None, old), record.text))
         except CollectionError as error:
             return replace(record, problem=str(error))
         except (OSError, NotTextError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             problem = f"{record.name}: what is said of it already cannot be read ({reason}); mend or remove that file"
             return replace(record, problem=problem)
+
+
+def _time(path: str) -> str:
+    found = stamp_of(path)
+    return "" if found is None else str(found.mtime_ns // 10**9)  # exiftool keeps no more of it
