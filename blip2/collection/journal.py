@@ -168,4 +168,10 @@ def _short(value: object) -> str:
 def beside(output: str | os.PathLike[str]) -> Path:
     """Where the journal of an output lies: hidden within a folder, or beside a file."""
     path = Path(output)
-    return path / ".blip2" if path.is_dir() or not path.suffix else path.with_name(f".{path.name}.blip2")
+    return path / ".blip2" if is_folder(output) else path.with_name(f".{path.name}.blip2")
+
+
+def is_folder(output: str | os.PathLike[str]) -> bool:
+    """Whether an output is a folder, which may not be there yet: one without a suffix, or with a "/" at its end."""
+    text = os.fspath(output)
+    return Path(text).is_dir() or not Path(text).suffix or text.endswith(("/", os.sep))

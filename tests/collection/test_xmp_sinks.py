@@ -68,6 +68,17 @@ def test_exiftool_reads_them_and_all_else_is_kept(tmp_path, before, kept):
     assert packet(path.read_bytes(), text, "a.xmp") == path.read_bytes()
 
 
+HOSTILE = ELEMENTS.replace("<dc:subject>", "<dc:title>" * 5000 + "</dc:title>" * 5000 + "<dc:subject>").replace(
+    'rdf:about="" xmlns:dc', """rdf:about="" dc:description='first' dc:source=" dc:description='mine' > " xmlns:dc"""
+)
+
+
+def test_a_packet_that_is_deep_and_says_it_twice():
+    content = packet(HOSTILE.encode(), "new", "a.xmp")
+    assert described(HOSTILE.encode(), "a.xmp") == "first" and described(content, "a.xmp") == "new"
+    assert b"""dc:source=" dc:description='mine' > \"""" in content and b"first" not in content
+
+
 def test_every_other_byte_stays():
     new = with_texts(ATTRIBUTES.encode(), {DESCRIPTION: "new"}, "a.xmp").decode()
     head, tail = ATTRIBUTES.split(' d:description="an old > one"')

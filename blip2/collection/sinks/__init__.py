@@ -1,8 +1,8 @@
 """What results are written as; each file of this room is one format, or a few of one kind.
 
-        beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each picture, or in it
-    source = View(open_source(...), beside)           what they hold already is the pictures' old text
-    sinks = open_sinks(outputs, source, beside)       with the table, or the folder of shards, that -o asks for
+    beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each picture, or in it
+source = View(open_source(...), beside)           what they hold already is the pictures' old text
+sinks = open_sinks(outputs, source, beside)       with the table, or the folder of shards, that -o asks for
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from blip2.collection.journal import beside as journal_beside
+from blip2.collection.journal import is_folder
 from blip2.collection.run import Sink
 from blip2.collection.sinks import document, lines
 from blip2.collection.sinks.exiftool import Embedded
@@ -97,7 +98,7 @@ def open_sinks(outputs: Outputs, source: View, beside: Sequence[Beside] = ()) ->
 def _output(outputs: Outputs, source: View) -> Sink:
     path = Path(outputs.output)
     check_name(path)
-    suffix = "" if path.is_dir() else path.suffix.lower()
+    suffix = "" if is_folder(outputs.output) else path.suffix.lower()
     format = outputs.format or _by_suffix(path, suffix, source)
     if format not in SUFFIXES:
         raise OptionError(f"--format {format}: is not known; it may be {', '.join(FORMATS)}")
@@ -111,7 +112,7 @@ def _output(outputs: Outputs, source: View) -> Sink:
             f"{path}: datasets reads a caption such as None or NA in it as missing; name it metadata.jsonl"
         )
     images, constants = outputs.with_images, outputs.constants
-    replaces = outputs.replaces or (journal_beside(path) / "run.json").exists()
+    replaces = outputs.replaces or (journal_beside(outputs.output) / "run.json").exists()
     if format == "webdataset":
         return Shards(
             path, constants, caption_field=outputs.caption_field, images=images is not False,

@@ -21,6 +21,7 @@ DESCRIPTION = ("http://purl.org/dc/elements/1.1/", "dc", "description")
 ALT_TEXT = ("http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/", "Iptc4xmpCore", "AltTextAccessibility")
 XML = "http://www.w3.org/XML/1998/namespace"
 DEFAULT = "x-default"
+ATTRIBUTE = re.compile(rb"""\s+([^\s=<>"']+)\s*=\s*(?:"[^"]*"|'[^']*')""")
 
 Property = tuple[str, str, str]
 
@@ -49,9 +50,12 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def all(self) -> Iterator[Element]:
-        yield self
-        for child in self.children:
-            yield from child.all()
+        """In the order of the packet."""
+        waiting = [self]
+        while waiting:
+            element = waiting.pop()
+            yield element
+            waiting += reversed(element.children)
 
 
 def described(content: bytes, name: str) -> str:
@@ -182,12 +186,12 @@ def _with_text(content: bytes, wanted: Property, text: str, name: str) -> bytes:
     holders = _holders(root)
     full = _full_name(wanted)
     for holder in holders:
+        if full in holder.attributes:
+            return _with_text(_without_attribute(content, holder, wanted), wanted, text, name)
+    for holder in holders:
         for child in holder.children:
             if child.name == full:
                 return _replaced(content, child, wanted, text)
-    for holder in holders:
-        if full in holder.attributes:
-            return _with_text(_without_attribute(content, holder, wanted), wanted, text, name)
     if holders:
         return _inserted(content, holders[0], _property(wanted, text, holders[0].prefixes))
     all_of_it = next(element for element in root.all() if element.name == f"{{{RDF}}}RDF")
@@ -211,11 +215,12 @@ def _replaced(content: bytes, element: Element, wanted: Property, text: str) -> 
 
 
 def _without_attribute(content: bytes, holder: Element, wanted: Property) -> bytes:
-    tag = content[holder.start : holder.inner]
-    for prefix, space in holder.prefixes.items():
-        if space == wanted[0]:
-            attribute = re.compile(rf"""\s+{re.escape(prefix)}:{wanted[2]}\s*=\s*("[^"]*"|'[^']*')""".encode())
-            tag = attribute.sub(b"", tag, count=1)
+    names = {f"{prefix}:{wanted[2]}".encode() for prefix, space in holder.prefixes.items() if space == wanted[0]}
+
+    def kept(attribute: re.Match[bytes]) -> bytes:
+        return b"" if attribute[1] in names else attribute[0]
+
+    tag = ATTRIBUTE.sub(kept, content[holder.start : holder.inner])
     return content[: holder.start] + tag + content[holder.inner :]
 
 

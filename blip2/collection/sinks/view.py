@@ -39,6 +39,8 @@ class View:
         self._by_time = any(one.keeps_time for one in beside)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # before it is made, as when it is unpickled
+            raise AttributeError(name)
         return getattr(self._source, name)
 
     @property
