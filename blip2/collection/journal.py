@@ -50,6 +50,15 @@ class Journal:
         except PermissionError as error:
             raise CollectionError(f"{error.filename}: cannot be written ({error.strerror}); check its rights") from None
 
+    @contextmanager
+    def assembling(self) -> Iterator[bool]:
+        """Within, no other run writes the outputs of all units; False if one is at it, from the same results."""
+        try:
+            with locked(self.folder / "lock-whole"):
+                yield True
+        except BlockingIOError:
+            yield False
+
     # ---- what was asked ----
 
     def begin(self, asked: Mapping[str, Any], *, restart: bool = False) -> None:

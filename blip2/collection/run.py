@@ -110,10 +110,13 @@ def assemble(job: Job, summary: Summary) -> None:
     """Write the outputs of all units, if all of them are done, whoever did them."""
     units = job.source.units
     summary.is_complete = all(job.journal.stamp_of(unit) == job.source.stamp(unit) for unit in units)
-    if summary.is_complete:
-        job.journal.forget_beyond(len(units))
-        for sink in job.sinks:
-            sink.whole(_All(job.journal, units))
+    if not summary.is_complete:
+        return
+    with job.journal.assembling() as is_ours:
+        if is_ours:
+            job.journal.forget_beyond(len(units))
+            for sink in job.sinks:
+                sink.whole(_All(job.journal, units))
 
 
 @dataclass(frozen=True)

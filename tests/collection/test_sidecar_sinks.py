@@ -31,6 +31,14 @@ def test_a_trainer_reads_them(tmp_path):
     assert (tmp_path / "10_sks dog" / "b.c.caption").read_bytes() == b"sks dog, a b.c.png\n"
 
 
+def test_nothing_stays_of_a_run_that_was_killed(tmp_path):
+    paths = drawn(tmp_path / "in", "a.jpg")
+    (tmp_path / "in" / ".a.txt.part").write_text("half a capt")
+    (tmp_path / "in" / ".all.csv.part").write_text("half a ta")
+    captioned(paths, Outputs(sidecar=".txt", output=str(tmp_path / "in" / "all.csv")), journal=tmp_path / "journal")
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["a.jpg", "a.txt", "all.csv"]
+
+
 def test_several_captions_are_several_lines(tmp_path):
     captioned(drawn(tmp_path, "a.jpg"), Outputs(sidecar=".txt"), said_twice)
     assert (tmp_path / "a.txt").read_text() == "a a.jpg\ntwo\n"
@@ -119,5 +127,5 @@ def test_suffixes_that_are_none(suffix):
 
 
 def test_a_name_that_is_too_long(tmp_path):
-    with pytest.raises(CollectionError, match="255 bytes"):
+    with pytest.raises(CollectionError, match="249 bytes"):
         check_beside([str(tmp_path / ("x" * 251 + ".jpg"))], Sidecars(".txt", keeps_suffix=True).path, "")

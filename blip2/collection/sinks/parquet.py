@@ -11,9 +11,8 @@ from blip2.collection.columns import Carried
 from blip2.collection.needs import need
 from blip2.collection.record import Record, Result, Source, Unit
 from blip2.collection.sinks.lines import SAME_MEANING, Filtered, everything
-from blip2.collection.sinks.places import Plain, check_file, paths_of
+from blip2.collection.sinks.places import Plain, check_file, paths_of, replacing
 from blip2.collection.sinks.table import check_folder_table
-from blip2.disk import written
 from blip2.errors import CollectionError
 
 GROUP_ROWS = 4096
@@ -96,7 +95,7 @@ def write_parquet(
     own_kinds = {**OWN, **dict.fromkeys(constants, "str")}
     carried = Carried(results, [*own_kinds, "image"], SAME_MEANING)
     schema = _schema(arrow, {**own_kinds, **carried.kinds}, images=pictures is not None)
-    with written(path) as unfinished, parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+    with replacing(path) as unfinished, parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []
         num_bytes = 0
         for result in results:

@@ -7,14 +7,31 @@ import re
 import shutil
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from blip2.collection.record import Result, Source
+from blip2.disk import written
 from blip2.errors import CollectionError
 
 MIN_FREE_BYTES = 2**20
-MAX_NAME_BYTES = 255
+MAX_NAME_BYTES = 255 - len("..part")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """`disk.written`, always under the same name: a run that was killed leaves a file, and the next one writes it anew
+    and moves it to its place, so that nothing of it stays. Only one run at a time writes an output. Raises OSError."""
+    place = Path(os.path.realpath(path))
+    with written(path, place.with_name(f".{place.name}.part")) as unfinished:
+        yield unfinished
+
+
+def write(path: Path, content: bytes) -> None:
+    """All or nothing. Raises OSError."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 class Plain:
@@ -50,7 +67,7 @@ def check_folder(folder: Path) -> None:
 
 def check_name(path: Path) -> None:
     """That a file, and what lies beside it while it is made, can have such a name. Raises CollectionError."""
-    if len(os.fsencode(path.name)) > MAX_NAME_BYTES - len("..blip2"):
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES - 1:  # the journal's has a letter more
         raise CollectionError(f"{path}: a name of {len(os.fsencode(path.name))} bytes is too long; give a shorter one")
 
 

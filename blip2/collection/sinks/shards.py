@@ -19,7 +19,7 @@ from blip2.collection.needs import need
 from blip2.collection.record import FAILED, SKIPPED, Record, Result, Source, Unit
 from blip2.collection.sinks.lines import everything
 from blip2.collection.sinks.parquet import write_parquet
-from blip2.collection.sinks.places import Plain, check_folder
+from blip2.collection.sinks.places import Plain, check_folder, replacing, write
 from blip2.collection.sinks.samples import (
     IN_PLACE_OF_NOTHING,
     Sample,
@@ -28,7 +28,6 @@ from blip2.collection.sinks.samples import (
     samples,
     write_samples,
 )
-from blip2.disk import write_text, written
 from blip2.errors import CollectionError
 from blip2.image import suffixes
 
@@ -95,7 +94,7 @@ class Shards(Plain):
 
         write_parquet(self._folder / f"{name}.parquet", results, row, self._constants)
         stats = _stats(unit, results)
-        write_text(self._folder / f"{name}_stats.json", json.dumps(stats, indent=4) + "\n")
+        write(self._folder / f"{name}_stats.json", f"{json.dumps(stats, indent=4)}\n".encode("ascii"))
 
     def _name(self, unit: Unit) -> str:
         """As the source's shard, or the unit's number."""
@@ -103,7 +102,7 @@ class Shards(Plain):
 
     def _write_tar(self, unit: Unit, name: str, results: Mapping[str, Result]) -> None:
         found = self._copied(unit, results) if _is_shard(unit) else self._packed(unit, results)
-        with written(self._folder / f"{name}.tar") as unfinished:
+        with replacing(self._folder / f"{name}.tar") as unfinished:
             write_samples(unfinished, found)
 
     def _copied(self, unit: Unit, results: Mapping[str, Result]) -> Iterator[Sample]:

@@ -6,8 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from blip2.collection.record import Result, Source
-from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of
-from blip2.disk import write_text
+from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of, write
 from blip2.errors import CollectionError, OptionError
 from blip2.image import suffixes
 from blip2.plaintext import read_text
@@ -46,4 +45,4 @@ class Sidecars(Plain):
         return ""
 
     def one(self, result: Result) -> None:
-        write_text(self.path(result.path), "".join(f"{line}\n" for line in result.lines))
+        write(self.path(result.path), "".join(f"{line}\n" for line in result.lines).encode("utf-8"))

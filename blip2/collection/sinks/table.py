@@ -10,8 +10,7 @@ from typing import IO
 
 from blip2.collection.columns import plain
 from blip2.collection.record import Result, Source
-from blip2.collection.sinks.places import Plain, check_file, is_text, paths_of, relative
-from blip2.disk import written
+from blip2.collection.sinks.places import Plain, check_file, is_text, paths_of, relative, replacing
 from blip2.errors import CollectionError
 
 
@@ -61,7 +60,7 @@ class Table(Plain):
     def whole(self, results: Iterable[Result]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            written(self._path) as unfinished,
+            replacing(self._path) as unfinished,
             open(unfinished, "w", encoding=self._format.encoding, newline="") as file,
         ):
             self.notes[:] = self._format.write(file, results, self._path.parent)

@@ -8,9 +8,8 @@ from pathlib import Path
 from blip2.collection.needs import need
 from blip2.collection.record import Result, Source
 from blip2.collection.sinks.packet import ALT_TEXT, DESCRIPTION, described, with_texts
-from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of
+from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of, write
 from blip2.collection.wording import shortened
-from blip2.disk import write_bytes
 from blip2.errors import CollectionError
 
 ALT_CHARS = 250
@@ -57,8 +56,8 @@ class Xmp(Plain):
             return
         original = path.with_name(f"{path.name}_original")
         if before is not None and not original.exists() and not _is_ours(before, str(path)):
-            write_bytes(original, before)
-        write_bytes(path, content)
+            write(original, before)
+        write(path, content)
 
 
 def packet(before: bytes | None, line: str, name: str) -> bytes:
