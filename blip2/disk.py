@@ -12,6 +12,7 @@ import secrets
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 from filelock import FileLock, Timeout
 
 PathLike = str | os.PathLike[str]
+MAX_SYNCS = 8
 
 # ---- written whole ----
 
@@ -60,8 +62,12 @@ def write_text(path: PathLike, text: str) -> None:
 
 def replace(moves: Sequence[tuple[Path, Path]]) -> None:
     """Rename each first to its second, in this order; all are on the disk before the first of them. Raises OSError."""
-    for unfinished, _ in moves:
-        sync(unfinished)
+    if len(moves) == 1:
+        sync(moves[0][0])
+    elif moves:  # a disk syncs many at once in the time of one
+        with ThreadPoolExecutor(min(len(moves), MAX_SYNCS)) as pool:
+            for _ in pool.map(sync, [unfinished for unfinished, _ in moves]):
+                pass
     for unfinished, path in moves:
         os.replace(unfinished, path)
     for folder in {path.parent for _, path in moves}:

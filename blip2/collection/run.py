@@ -47,8 +47,8 @@ class Sink(Protocol):
     def check(self, source: Source) -> None:
         """Before the model is loaded: raises CollectionError for what cannot be written, or would be lost."""
 
-    def one(self, result: Result) -> None:
-        """Write what is written for each picture. Raises OSError."""
+    def some(self, results: Sequence[Result]) -> None:
+        """Write what is written for each picture, of a few that have captions. Raises OSError."""
 
     def unit(self, unit: Unit, results: Sequence[Result]) -> None:
         """Write what is written for a unit. Raises OSError."""
@@ -258,10 +258,10 @@ def _written(
     """The results, in the journal and then in what is written a picture at a time."""
     while some := list(islice(results, FLUSH_RESULTS)):
         part.add(some)
+        if captioned := [result for result in some if result.status == SUCCESS]:
+            for sink in job.sinks:
+                sink.some(captioned)
         for result in some:
-            if result.status == SUCCESS:
-                for sink in job.sinks:
-                    sink.one(result)
             if (result.key, result.stamp) in known:
                 summary.before += 1
                 summary.failed_before += result.status == FAILED

@@ -8,11 +8,11 @@ import shutil
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blip2.collection.record import Result, Source
-from blip2.disk import written
+from blip2.disk import replace, written
 from blip2.errors import CollectionError
 
 MIN_FREE_BYTES = 2**20
@@ -23,15 +23,33 @@ MAX_NAME_BYTES = 255 - len("..part")
 def replacing(path: Path) -> Iterator[Path]:
     """`disk.written`, always under the same name: a run that was killed leaves a file, and the next one writes it anew
     and moves it to its place, so that nothing of it stays. Only one run at a time writes an output. Raises OSError."""
-    place = Path(os.path.realpath(path))
-    with written(path, place.with_name(f".{place.name}.part")) as unfinished:
+    with written(path, _unfinished(Path(os.path.realpath(path)))) as unfinished:
         yield unfinished
 
 
-def write(path: Path, content: bytes) -> None:
-    """All or nothing. Raises OSError."""
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(content)
+def write_all(contents: Iterable[tuple[Path, bytes]]) -> None:
+    """Many small files, likewise, in this order: all are safe on the disk before the first has its name.
+
+    Each has its name with all of its content, or not at all. Raises OSError.
+    """
+    moves: dict[Path, Path] = {}
+    try:
+        for path, content in contents:
+            place = Path(os.path.realpath(path))
+            unfinished = _unfinished(place)
+            moves[unfinished] = place
+            unfinished.write_bytes(content)
+            with suppress(FileNotFoundError):
+                shutil.copymode(place, unfinished)  # what was private stays so
+        replace([*moves.items()])
+    finally:
+        for unfinished in moves:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+
+
+def _unfinished(place: Path) -> Path:
+    return place.with_name(f".{place.name}.part")
 
 
 class Plain:
@@ -45,7 +63,7 @@ class Plain:
 
     def check(self, source: Source) -> None: ...
 
-    def one(self, result: Result) -> None: ...
+    def some(self, results: Sequence[Result]) -> None: ...
 
     def unit(self, unit: object, results: Sequence[Result]) -> None: ...
 

@@ -19,7 +19,7 @@ from blip2.collection.needs import need
 from blip2.collection.record import FAILED, SKIPPED, Record, Result, Source, Unit
 from blip2.collection.sinks.lines import everything
 from blip2.collection.sinks.parquet import write_parquet
-from blip2.collection.sinks.places import Plain, check_folder, replacing, write
+from blip2.collection.sinks.places import Plain, check_folder, replacing, write_all
 from blip2.collection.sinks.samples import (
     IN_PLACE_OF_NOTHING,
     Sample,
@@ -94,7 +94,7 @@ class Shards(Plain):
 
         write_parquet(self._folder / f"{name}.parquet", results, row, self._constants)
         stats = _stats(unit, results)
-        write(self._folder / f"{name}_stats.json", f"{json.dumps(stats, indent=4)}\n".encode("ascii"))
+        write_all([(self._folder / f"{name}_stats.json", f"{json.dumps(stats, indent=4)}\n".encode("ascii"))])
 
     def _name(self, unit: Unit) -> str:
         """As the source's shard, or the unit's number."""
@@ -122,11 +122,13 @@ class Shards(Plain):
             if result is None or not result.line:
                 continue
             before = sample.members.get(own, b"")
-            members = {**filled, f"orig.{own}": before, **sample.members}
+            earlier = {f"orig.{own}": before} if own == "txt" or own in any_has else {}
+            members = {**filled, **earlier, **sample.members}
             picture = chosen if chosen in sample.members else picture_field(sample.members)
             if picture:
                 members[self._picture_field] = members.pop(picture)
-            members[own] = before if result.status == SKIPPED else result.line.encode("utf-8")
+            is_kept = result.status == SKIPPED and before.strip()  # else it was said in another field
+            members[own] = before if is_kept else result.line.encode("utf-8")
             yield Sample(sample.key, members)
 
     def _sound(self, path: Path) -> Iterator[Sample]:

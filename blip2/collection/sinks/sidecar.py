@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from blip2.collection.record import Result, Source
-from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of, write
+from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of, write_all
 from blip2.errors import CollectionError, OptionError
 from blip2.image import suffixes
 from blip2.plaintext import read_text
@@ -44,5 +45,8 @@ class Sidecars(Plain):
             return "\n".join(filter(None, lines))
         return ""
 
-    def one(self, result: Result) -> None:
-        write(self.path(result.path), "".join(f"{line}\n" for line in result.lines).encode("utf-8"))
+    def some(self, results: Sequence[Result]) -> None:
+        write_all(
+            (self.path(result.path), "".join(f"{line}\n" for line in result.lines).encode("utf-8"))
+            for result in results
+        )

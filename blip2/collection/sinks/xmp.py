@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from blip2.collection.needs import need
 from blip2.collection.record import Result, Source
 from blip2.collection.sinks.packet import ALT_TEXT, DESCRIPTION, described, with_texts
-from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of, write
+from blip2.collection.sinks.places import Plain, check_beside, is_address, paths_of, write_all
 from blip2.collection.wording import shortened
 from blip2.errors import CollectionError
 
@@ -48,7 +49,11 @@ class Xmp(Plain):
             return described(path.read_bytes(), str(path))
         return ""
 
-    def one(self, result: Result) -> None:
+    def some(self, results: Sequence[Result]) -> None:
+        write_all(change for result in results for change in self._changes(result))
+
+    def _changes(self, result: Result) -> Iterator[tuple[Path, bytes]]:
+        """The files to write, in this order."""
         path = self.path(result.path)
         before = path.read_bytes() if path.exists() else None
         content = packet(before, result.line, str(path))
@@ -56,8 +61,8 @@ class Xmp(Plain):
             return
         original = path.with_name(f"{path.name}_original")
         if before is not None and not original.exists() and not _is_ours(before, str(path)):
-            write(original, before)
-        write(path, content)
+            yield original, before
+        yield path, content
 
 
 def packet(before: bytes | None, line: str, name: str) -> bytes:
