@@ -134,6 +134,19 @@ def test_the_same_bytes_again(tmp_path, shard):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_what_was_said_elsewhere_and_downloaded_before(tmp_path):
+    picture = Path(drawn(tmp_path, "a.jpg")[0]).read_bytes()
+    shard = made(tmp_path / "00001.tar", [("a.jpg", picture), ("a.caption", b"in another field")])
+    told = {"count": 9, "successes": 1, "failed_to_download": 6, "failed_to_resize": 2, "start_time": 1.5}
+    (tmp_path / "00001_stats.json").write_text(json.dumps(told))
+    source = Tars(shard)
+    source.records = lambda unit: [Record("a", picture, "a", "1", "in another field")]
+    captioned(source, Outputs(output=str(tmp_path / "out")), lambda record: 1 / 0)
+    assert next(samples(tmp_path / "out" / "00001.tar")).members["txt"] == b"in another field"
+    stats = json.loads((tmp_path / "out" / "00001_stats.json").read_text())
+    assert [stats[key] for key in told] == [9, 1, 6, 2, 0.0]
+
+
 def test_only_tables(tmp_path, shard):
     captioned(Tars(shard), Outputs(output=str(tmp_path / "out"), with_images=False))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00003.parquet", "00003_stats.json"]

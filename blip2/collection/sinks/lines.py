@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -123,11 +124,12 @@ def path_bytes(name: str) -> str:
     return ""
 
 
-def json_format(constants: Mapping[str, str]) -> Format:
-    def write(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
-        return json_lines(file, rows(results, lambda result: everything(constants, result, folder), SAME_MEANING))
+def _json(constants: Mapping[str, str], file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+    return json_lines(file, rows(results, lambda result: everything(constants, result, folder), SAME_MEANING))
 
-    return Format(write, paths="", wants=frozenset({"size", "sha256"}))
+
+def json_format(constants: Mapping[str, str]) -> Format:
+    return Format(partial(_json, constants), paths="", wants=frozenset({"size", "sha256"}))
 
 
 # ---- rows of trainers ----
@@ -179,22 +181,23 @@ def size_and_tags(result: Result) -> dict[str, Any]:
 # ---- CSV and TSV ----
 
 
-def csv_format(image_column: str, caption_column: str, separator: str = ",", *, marks: bool = False) -> Format:
+def csv_format(image_column: str, caption_column: str, *, marks: bool = False) -> Format:
     """``marks``: begin with a byte order mark, without which Excel reads no UTF-8."""
+    names = (image_column, caption_column)
+    return Format(partial(_csv, names), paths="named", encoding="utf-8-sig" if marks else "utf-8")
 
-    def write(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
-        def row(result: Result) -> dict[str, Any]:
-            named = relative(result.path, folder) or (absolute(result.path) if result.path else result.key)
-            return {image_column: as_text(named), caption_column: result.line}
 
-        return write_csv(file, Filtered(results), row, separator, (image_column, caption_column))
+def _csv(names: tuple[str, str], file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
+    def row(result: Result) -> tuple[str, str]:
+        path = relative(result.path, folder) or (absolute(result.path) if result.path else result.key)
+        return as_text(path), result.line
 
-    return Format(write, paths="named", encoding="utf-8-sig" if marks else "utf-8")
+    return write_csv(file, Filtered(results), row, ",", names)
 
 
 def _open_clip(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
-    def row(result: Result) -> dict[str, Any]:
-        return {"filepath": whole_path(result), "title": result.line}
+    def row(result: Result) -> tuple[str, str]:
+        return whole_path(result), result.line
 
     return write_csv(file, Filtered(results), row, "\t", ("filepath", "title"), carries=False)
 
@@ -202,7 +205,7 @@ def _open_clip(file: IO[str], results: Iterable[Result], folder: Path) -> Iterab
 def write_csv(
     file: IO[str],
     results: Iterable[Result],
-    row: Callable[[Result], dict[str, Any]],
+    row: Callable[[Result], tuple[str, str]],
     separator: str,
     names: tuple[str, str],
     *,
@@ -213,9 +216,9 @@ def write_csv(
     writer.writerow([*names, *carried.kinds])
     num_lost = 0
     for result in results:
-        own = row(result)
-        num_lost += own[names[1]] in NOT_GIVEN
-        writer.writerow([*own.values(), *carried.of(result).values()])
+        path, text = row(result)
+        num_lost += text in NOT_GIVEN
+        writer.writerow([path, text, *carried.of(result).values()])
     if num_lost:
         yield (
             f"captions such as None or NA ({num_lost} here) are read as missing by pandas and datasets, unless they "
