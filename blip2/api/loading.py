@@ -10,7 +10,7 @@ import torch
 from blip2 import checkpoint, placement
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
-from blip2.errors import OptionError, option
+from blip2.errors import CheckpointError, OptionError, option
 from blip2.image import MAX_PIXELS, Reading
 from blip2.model import Blip2
 from blip2.text import Tokenizer
@@ -70,6 +70,28 @@ def load(
     if isinstance(model, Blip2):
         return Pipeline(model, tokenizer, settings, name=called, reading=reading)
     return Matcher(model, tokenizer, settings, name=called, reading=reading)
+
+
+def load_pipeline(name: str | Path | None = None, **options: Unpack[LoadOptions]) -> Pipeline:
+    """The generative model of that name; CheckpointError for one that matches."""
+    found: Pipeline | Matcher = load("miniature" if name is None else name, **options)
+    if not isinstance(found, Pipeline):
+        raise CheckpointError(
+            f"{found.name} is a matching model: it compares images with texts and has no language model to answer "
+            "with; name a generative one here, such as Salesforce/blip2-opt-2.7b, or none for the bundled miniature"
+        )
+    return found
+
+
+def load_matcher(name: str | Path | None = None, **options: Unpack[LoadOptions]) -> Matcher:
+    """The matching model of that name, the bundled one by default; CheckpointError for one that writes."""
+    found: Pipeline | Matcher = load(name or "miniature-itm", **options)
+    if not isinstance(found, Matcher):
+        raise CheckpointError(
+            f"{found.name} writes about images and does not compare them with texts; name a matching model here, such "
+            "as Salesforce/blip2-itm-vit-g, or none for the bundled miniature-itm"
+        )
+    return found
 
 
 def find_device(device: str) -> torch.device:

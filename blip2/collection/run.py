@@ -232,7 +232,8 @@ def _without_model(
     job: Job, record: Record, known: Mapping[tuple[str, str], Result], wants: frozenset[str]
 ) -> Result | None:
     if (before := known.get((record.key, record.stamp))) is not None:
-        # A person may have changed what an earlier run wrote.
+        # The source may say other things by now, and a person may have changed what an earlier run wrote.
+        before = replace(before, columns=plain(record.columns))
         return replace(before, text=record.text) if job.skips and record.text else before
     if record.problem:
         return _failed(_begun(record, wants), record.problem)
