@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from blip2.collection.record import FAILED, Result, Unit
-from blip2.disk import locked, write_text, written
+from blip2.disk import digest_of, locked, write_text, written
 from blip2.errors import CollectionError, option, setting
 
 VERSION = 1
 WHOLE = "lock-whole"
 FOUND = "found"
 """Within what was asked: what `Journal.agree` keeps."""
+OUTPUT, UNFINISHED = "output", "unfinished"
 
 
 class Journal:
@@ -97,12 +98,30 @@ class Journal:
 
     def agree(self, name: str, value: str) -> None:
         """As `compare`, for what is known only when a model is there; it is kept if nothing is."""
-        before = self._asked()
-        found = before.get(FOUND, {})
+        found = self._asked().get(FOUND, {})
         if found.get(name, value) != value:
             self._refuse([_difference(name, found[name], value)])
         if name not in found:
-            self._write({**before, FOUND: {**found, name: value}})
+            self._find(name, value)
+
+    @property
+    def written(self) -> str:
+        """The digest of the output's file as it was written, "" if it was not; `UNFINISHED` while it is written."""
+        with suppress(CollectionError):
+            return str(self._asked().get(FOUND, {}).get(OUTPUT, ""))
+        return ""
+
+    @contextmanager
+    def writing(self, output: str) -> Iterator[None]:
+        """Within, the output of all units is written."""
+        self._find(OUTPUT, UNFINISHED)
+        yield
+        if digest := digest_of(output):
+            self._find(OUTPUT, digest)
+
+    def _find(self, name: str, value: str) -> None:
+        asked = self._asked()
+        self._write({**asked, FOUND: {**asked.get(FOUND, {}), name: value}})
 
     def _asked(self) -> dict[str, Any]:
         """Empty if no run was begun."""

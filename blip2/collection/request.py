@@ -12,13 +12,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from blip2.collection.journal import Journal, beside
+from blip2.collection.journal import UNFINISHED, Journal, beside
 from blip2.collection.record import SKIPPED, Record
 from blip2.collection.run import Job, Sink
 from blip2.collection.sinks import Outputs, View, open_beside, open_sinks
 from blip2.collection.sources import open_source
 from blip2.collection.wording import Wording
-from blip2.errors import CollectionError, OptionError, option
+from blip2.disk import digest_of
+from blip2.errors import CollectionError, OptionError, option, setting
 
 DONE, FAILED_BEFORE, TO_DO, PROBLEM = "done", "failed before", "to do", "cannot be read"
 
@@ -103,8 +104,8 @@ class Plan:
     def asked(self) -> dict[str, Any]:
         """For `Journal.begin`: all that changes results or outputs, and nothing else."""
         outputs = asdict(self.request.outputs)
-        for name in ("output", "replaces", "constants"):  # a folder may be moved, with its journal
-            outputs.pop(name)
+        for name in ("output", "replaces", "constants", "image_column", "caption_column"):
+            outputs.pop(name)  # an output may be moved, with its journal
         wording = asdict(self.request.wording)
         wording.pop("pieces")
         return {**self.request.told, **wording, **self.source.told(), **outputs}
@@ -125,7 +126,7 @@ class Plan:
             yield Job(
                 self.source, self.sinks, self.journal, self.request.wording, self.asked,
                 skips=self.request.wording.if_exists == "skip", retries=going.retry_failed, shard=shard,
-                limit=going.limit,
+                limit=going.limit, output=self.request.outputs.output,
             )  # fmt: skip
 
     def listed(self) -> Iterator[tuple[Record, str]]:
@@ -154,12 +155,34 @@ class Plan:
 def planned(request: Request) -> Plan:
     """Raises OptionError and CollectionError for all that can be known to be wrong before a model is there."""
     by_picture = open_beside(request.outputs)
-    source = request.view(View(open_source(request.places, **request.reading), by_picture))
+    made = [] if request.going.restart else _made(request.outputs.output)
+    source = request.view(View(open_source(request.places, **request.reading, without=made), by_picture))
+    _check_apart(request.outputs.output, source)
     folder = _journal_of(request.outputs, source)
     outputs = request.outputs
     if request.going.restart and folder.joinpath("run.json").exists():
         outputs = replace(outputs, replaces=True)
     return Plan(request, source, open_sinks(outputs, source, by_picture), Journal(folder))
+
+
+def _made(output: str) -> list[str]:
+    """The output itself, if it is a file that an earlier run wrote. Raises CollectionError if it was changed since."""
+    if not output or not os.path.isfile(output) or not (before := Journal(beside(output)).written):
+        return []
+    if before not in (UNFINISHED, digest_of(output)):
+        raise CollectionError(
+            f"{output}: was changed since it was written; keep it under another name, or {setting('restart', True)} to "
+            "replace it (of a metadata.jsonl in the folder of the pictures, what it says is kept then)"
+        )
+    return [output]
+
+
+def _check_apart(output: str, source: View) -> None:
+    """That a source of rows or shards is not written over while it is read. Raises CollectionError."""
+    if os.path.isfile(output) and source.told().get("source") in ("rows", "shards"):
+        for place in dict.fromkeys(unit.place for unit in source.units):
+            if os.path.samefile(place, output):
+                raise CollectionError(f"{output}: is the source itself; give another output")
 
 
 def _journal_of(outputs: Outputs, source: View) -> Path:

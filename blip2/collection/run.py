@@ -72,7 +72,7 @@ class Job:
     """``asked``: what `Journal.begin` compares. ``word``: from a record and what the model made of it to the text of
     the outputs. ``skips``: whether a picture that has a text already keeps it. ``retries``: what failed before is
     done again. ``shard``: which of how many parts of the units, from 0. ``limit``: the run ends after so many pictures
-    that the model has seen, and the next one goes on."""
+    that the model has seen, and the next one goes on. ``output``: the file that is written of all units, if any."""
 
     source: Source
     sinks: Sequence[Sink]
@@ -83,6 +83,7 @@ class Job:
     retries: bool = False
     shard: tuple[int, int] = (0, 1)
     limit: int | None = None
+    output: str = ""
 
     @property
     def units(self) -> list[Unit]:
@@ -142,8 +143,9 @@ def assemble(job: Job, summary: Summary) -> None:
         if is_ours:
             if summary.is_complete:
                 job.journal.forget_beyond(len(units))
-            for sink in job.sinks:
-                sink.whole(_All(job.journal, units))
+            with job.journal.writing(job.output):
+                for sink in job.sinks:
+                    sink.whole(_All(job.journal, units))
     summary.notes = [note for sink in job.sinks for note in sink.notes]
 
 
@@ -233,7 +235,7 @@ def _without_model(
 ) -> Result | None:
     if (before := known.get((record.key, record.stamp))) is not None:
         # The source may say other things by now, and a person may have changed what an earlier run wrote.
-        before = replace(before, columns=plain(record.columns))
+        before = replace(before, columns=plain(record.columns) or before.columns)
         return replace(before, text=record.text) if job.skips and record.text else before
     if record.problem:
         return _failed(_begun(record, wants), record.problem)
