@@ -228,7 +228,7 @@ def asking(
     plan = _planned(
         source, output, rest, speaker,
         {"task": "ask", **speaker.told, **(asdict(decoding) if chosen is None else {"choices": chosen})},
-        view=lambda view: Questions(view, asked, question_column or ""),
+        view=lambda view: Questions(view, asked, question_column or ""), takes_text=False,
     )  # fmt: skip
     return CollectionRun(plan, speaker, lambda get: answers(get(speaker), decoding, batch_size, chosen))
 
@@ -239,16 +239,17 @@ def matching(
     output: PathLike | None = None,
     *,
     model: str | Path | Matcher | None = None,
-    template: str = "{}",
+    words: str = "{}",
     top: int | None = None,
     candidates: int = 32,
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> CollectionRun:
-    """How well texts fit all pictures of a collection, the best first, with scores; see `Matcher.classify`."""
+    """How well texts fit all pictures of a collection, the best first, with scores: ``top`` of them, as
+    `Matcher.classify` ranks them; ``words``: around each text, such as "a photo of a {}"."""
     judge, rest = _model(load_matcher, model or "miniature-itm", options)
-    if "{}" not in template:
-        raise OptionError(f"{option('template')} is {template!r}, which has no place for the text; write {{}} there")
+    if "{}" not in words:
+        raise OptionError(f"{option('template')} is {words!r}, which has no place for the text; write {{}} there")
     if not texts:
         raise OptionError("there is no text; give at least one to compare with")
     if top is not None and top < 1:
@@ -256,10 +257,10 @@ def matching(
     check_batch_size(batch_size)
     number = len(texts) if top is None else top
     nearest = len(texts) if top is None else candidates
-    told = {"task": "match", **judge.told, "texts": [*texts], "words": template, "top": top}
-    plan = _planned(source, output, rest, judge, told)
+    told = {"task": "match", **judge.told, "texts": [*texts], "words": words, "top": top}
+    plan = _planned(source, output, rest, judge, told, takes_text=False)
     return CollectionRun(
-        plan, judge, lambda get: matches(get(judge), texts, template, number, nearest, batch_size)
+        plan, judge, lambda get: matches(get(judge), texts, words, number, nearest, batch_size)
     )
 
 
@@ -278,6 +279,8 @@ def _planned(
     source: Places, output: PathLike | None, options: dict[str, Any], model: Model, told: Mapping[str, Any], **view: Any
 ) -> Plan:
     check_names(options, [*READING, *OUTPUTS, *WORDING, *GOING], [*NAMES, *LOADING])
+    if not view.get("takes_text", True) and str(output).endswith(".jsonl"):  # scores and questions, too
+        options = {"format": "jsonl", **options}
     places = [source] if isinstance(source, str | os.PathLike) else list(source)
     constants = {"model": model.told["model"], "revision": model.revision}
     request = Request.of(

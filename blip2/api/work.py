@@ -27,7 +27,7 @@ from blip2.tasks.see import Eye
 from blip2.tasks.speaker import Answer
 
 Kept = TypeVar("Kept", EncodedImage, ImageFeatures)
-SCORE_DIGITS = 4
+SCORE_DIGITS, PROBABILITY_DIGITS = 4, 6
 """The same picture in another batch may have a score that differs in its last digits; what is written does not."""
 
 
@@ -67,10 +67,8 @@ def answers(
             return []
         if choices is None:
             return [*map(outcome, ask(blip.speaker, pictures, asked, options=options, batch_size=batch_size))]
-        return [
-            Outcome([choice.text for choice in row], [_rounded(choice.probability) for choice in row], [0] * len(row))
-            for row in rank(blip.speaker, pictures, asked, choices, batch_size=batch_size)
-        ]
+        ranked = rank(blip.speaker, pictures, asked, choices, batch_size=batch_size)
+        return [_probable([(choice.text, choice.probability) for choice in row]) for row in ranked]
 
     return in_batches(blip.eye, answer, batch_size)
 
@@ -85,10 +83,7 @@ def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, can
             on_error="return",
         )  # fmt: skip
         rows: list[Any] = [*found]
-        return [
-            Outcome([one.text for one in row], [_rounded(one.itm_probability) for one in row], [0] * len(row))
-            for row in rows
-        ]
+        return [_probable([(match.text, match.itm_probability) for match in row]) for row in rows]
 
     return in_batches(matcher.eye, classify, batch_size)
 
@@ -145,7 +140,7 @@ def by_match(matcher: Matcher, features: ImageFeatures, told: Outcome, prompt: s
     texts = [f"{prompt} {text}".strip() or "nothing" for text in told.captions]
     ids = matcher.reader.ids(texts)
     matched = matcher.reader.compare([features], ids, matcher.reader.embed_texts(ids, batch_size), batch_size)
-    scores = [_rounded(score) for score in matched.itm_probability[0].tolist()]
+    scores = [_rounded(score, PROBABILITY_DIGITS) for score in matched.itm_probability[0].tolist()]
     order = sorted(range(len(texts)), key=lambda place: -scores[place])
     captions, tokens = [told.captions[place] for place in order], [told.tokens[place] for place in order]
     return Outcome(captions, [scores[place] for place in order], tokens)
@@ -159,5 +154,11 @@ def outcome(answers: list[Answer]) -> Outcome:
     )
 
 
-def _rounded(score: float) -> float:
-    return round(float(score), SCORE_DIGITS)
+def _probable(texts: Sequence[tuple[str, float]]) -> Outcome:
+    """Texts that are given, with their probabilities."""
+    scores = [_rounded(probability, PROBABILITY_DIGITS) for _, probability in texts]
+    return Outcome([text for text, _ in texts], scores, [0] * len(texts))
+
+
+def _rounded(score: float, digits: int = SCORE_DIGITS) -> float:
+    return round(float(score), digits)

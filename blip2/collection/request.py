@@ -51,7 +51,7 @@ GOING, OUTPUTS, WORDING = (tuple(each.name for each in fields(kind) if each.init
 class Request:
     """``places``: what `open_source` is given, with ``reading`` as its keywords. ``told``: what else distinguishes this
     command from another, by the names of options. ``view``: another way to see the source, such as each picture with
-    each of several questions."""
+    each of several questions. ``takes_text``: see `View`."""
 
     places: Sequence[str]
     reading: Mapping[str, Any] = field(default_factory=dict)
@@ -60,6 +60,7 @@ class Request:
     going: Going = field(default_factory=Going)
     told: Mapping[str, Any] = field(default_factory=dict)
     view: Callable[[View], View] = lambda view: view
+    takes_text: bool = True
 
     def __post_init__(self) -> None:
         outputs = self.outputs
@@ -156,7 +157,8 @@ def planned(request: Request) -> Plan:
     """Raises OptionError and CollectionError for all that can be known to be wrong before a model is there."""
     by_picture = open_beside(request.outputs)
     made = [] if request.going.restart else _made(request.outputs.output)
-    source = request.view(View(open_source(request.places, **request.reading, without=made), by_picture))
+    opened = open_source(request.places, **request.reading, without=made)
+    source = request.view(View(opened, by_picture, takes_text=request.takes_text))
     _check_apart(request.outputs.output, source)
     folder = _journal_of(request.outputs, source)
     outputs = request.outputs

@@ -23,7 +23,7 @@ from urllib.parse import quote
 from blip2.collection.columns import as_text
 from blip2.collection.journal import Journal
 from blip2.collection.questions import QUESTION
-from blip2.collection.record import FAILED, Record, Result, Source
+from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source
 from blip2.collection.review_page import PAGE
 from blip2.disk import write_bytes, write_text
 from blip2.errors import CollectionError, ImageError
@@ -32,6 +32,7 @@ from blip2.image import thumbnail
 MOST_PICTURES = 20_000
 THUMBNAIL_PX = 320
 AT_A_TIME = 64
+STATUSES = {SUCCESS: "done", FAILED: "failed", SKIPPED: "skipped"}
 
 
 def write_review(path: Path, source: Source, journal: Journal) -> None:
@@ -67,15 +68,16 @@ def _worse(result: Result) -> tuple[int, float, str]:
 
 
 def _row(result: Result, thumb: str, times: int) -> dict[str, Any]:
+    lines = result.lines or [line for line in result.old.split("\n") if line]
     row = {
         "name": as_text(result.key),
-        "text": as_text(result.text or result.old),
+        "text": as_text("".join(lines[:1])),
         "status": result.status,
         "thumb": thumb,
         "score": result.scores[0] if result.scores else None,
         "error": as_text(result.error_message.removeprefix(f"{result.name}: ")),
         "question": as_text(str(result.columns.get(QUESTION, ""))),
-        "others": [as_text(text) for text in result.captions[1:]],
+        "others": [as_text(text) for text in lines[1:] or result.captions[1:]],
         "times": times if result.line and times > 1 else 0,
     }
     if result.path and os.path.isfile(result.path):
@@ -115,7 +117,7 @@ def _thumbnail(record: Record, folder: Path) -> str:
 
 def _page(path: Path, rows: list[dict[str, Any]], counts: Counter[str]) -> str:
     total = counts.total()
-    told = [f"{count:,} {status}" for status, count in counts.most_common()]
+    told = [f"{count:,} {STATUSES[status]}" for status, count in counts.most_common()]
     if total > len(rows):
         told.append(f"the {len(rows):,} worst are shown")
     data = json.dumps(rows, ensure_ascii=True).replace("<", "\\u003c")

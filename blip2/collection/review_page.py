@@ -19,14 +19,16 @@ header { position: sticky; top: 0; z-index: 1; padding: .75rem 1rem; background:
   border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; }
 h1 { margin: 0; font-size: 1.1rem; overflow-wrap: anywhere; }
 header p { margin: 0; color: var(--dim); font-size: .875rem; }
-header form { margin-left: auto; display: flex; flex-wrap: wrap; gap: .5rem; }
+header form { flex: 1 1 30rem; max-width: 42rem; margin-left: auto; display: flex; flex-wrap: wrap; gap: .5rem; }
 input, select, button { font: inherit; font-size: .875rem; color: inherit; background: var(--card);
   padding: .35rem .6rem; border: 1px solid var(--line); border-radius: .4rem; max-width: 100%; }
+#words { flex: 1 1 15rem; min-width: 15rem; }
 main { padding: 1rem; display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; }
 figure.failed { border-color: var(--bad); }
-.view { display: grid; place-items: center; aspect-ratio: 4 / 3; color: var(--dim); font-size: .875rem;
+.view { display: grid; place-items: center; aspect-ratio: 4 / 3; grid-template: 100% / 100%;
+  text-align: center; color: var(--dim); font-size: .875rem;
   background: color-mix(in srgb, var(--line) 30%, transparent); text-decoration: none; }
 img { display: block; width: 100%; height: 100%; object-fit: contain; }
 figcaption { padding: .5rem .65rem .6rem; overflow-wrap: anywhere; }
@@ -47,7 +49,7 @@ footer { padding: 0 1rem 2rem; text-align: center; }
 <form onsubmit="return false">
 <input id="words" type="search" placeholder="words of captions or names" aria-label="Show only what has these words">
 <select id="which" aria-label="Which pictures">
-<option value="">all</option><option value="failed">failed</option><option value="success">captioned</option>
+<option value="">all</option><option value="failed">failed</option><option value="success">done</option>
 <option value="skipped">skipped</option><option value="times">caption repeated</option>
 </select>
 <select id="order" aria-label="In which order">
