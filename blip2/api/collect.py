@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2 import checkpoint
-from blip2.api.loading import LoadOptions, load_matcher, load_pipeline
+from blip2.api.loading import LoadOptions, as_matcher, as_pipeline, load
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
 from blip2.api.work import answers, captions, matches
@@ -39,9 +39,10 @@ Places = PathLike | Sequence[PathLike]
 
 @dataclass(frozen=True)
 class Model:
-    """``name``: of what is loaded when it is needed, with ``options``; or a model that is there, ``loaded``."""
+    """``name``: of what is loaded when it is needed, with ``options``; or a model that is there, ``loaded``. ``kind``:
+    raises CheckpointError for a model of another kind."""
 
-    load: Callable[..., Any]
+    kind: Callable[[Any], Any]
     name: str | None
     options: Mapping[str, Any]
     loaded: Any = None
@@ -70,14 +71,17 @@ class Model:
 
     def get(self, journal: Journal) -> Any:
         """Raises CheckpointError, and CollectionError if it is another one than that of earlier runs."""
-        found = self.loaded
-        if found is None:
-            found = self.load(self.name, **self.options)
-            self.agreed(journal)
+        found = self.anyhow()
+        self.agreed(journal)
         model = found.model if isinstance(found, Matcher) else found.speaker.model
         journal.agree("the model", found.identity if isinstance(found, Matcher) else found.speaker.identity)
         journal.agree("dtype", str(next(model.vision.parameters()).dtype).removeprefix("torch."))
         return found
+
+
+    def anyhow(self) -> Any:
+        """Raises CheckpointError."""
+        return self.loaded or self.kind(load("miniature" if self.name is None else self.name, **self.options))
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def captioning(
     **options: Any,
 ) -> CollectionRun:
     """`caption_collection` before it begins: all that can be known to be wrong is told here."""
-    speaker, rest = _model(load_pipeline, model, options)
+    speaker, rest = _model(as_pipeline, model, options)
     written = {name: rest.pop(name) for name in NAMES if name in rest}
     decoding = merged(CAPTION, {**written, "num_return": num_captions} if num_captions != 1 else written)
     check_batch_size(batch_size)
@@ -186,13 +190,12 @@ def captioning(
         raise OptionError(f"{option('pick')} has nothing to choose from; raise {option('num_return')} above 1")
     if matcher is not None and not pick:
         raise OptionError(f"{option('matcher')} means nothing without {option('pick')}; leave it out")
-    judge, _ = _model(load_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
+    judge, _ = _model(as_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
     told = {**speaker.told, "prompt": prompt, **asdict(decoding), "pick": pick or ""}
     told |= {"matcher": judge.told["model"]} if judge is not None else {}
 
     def work(get: Callable[[Model], Any]) -> Work:
-        picking = None if judge is None else judge.loaded or judge.load(judge.name)
-        return captions(get(speaker), prompt, decoding, batch_size, picking)
+        return captions(get(speaker), prompt, decoding, batch_size, None if judge is None else judge.anyhow())
 
     plan = _planned(source, output, rest, speaker, {"task": "caption", **told})
     return CollectionRun(plan, speaker, work)
@@ -210,7 +213,7 @@ def asking(
     **options: Any,
 ) -> CollectionRun:
     """`ask_collection` before it begins: all that can be known to be wrong is told here."""
-    speaker, rest = _model(load_pipeline, model, options)
+    speaker, rest = _model(as_pipeline, model, options)
     asked = [questions] if isinstance(questions, str) else list(questions)
     for question in asked:
         question_prompt(question, "opt")
@@ -247,7 +250,7 @@ def matching(
 ) -> CollectionRun:
     """How well texts fit all pictures of a collection, the best first, with scores: ``top`` of them, as
     `Matcher.classify` ranks them; ``words``: around each text, such as "a photo of a {}"."""
-    judge, rest = _model(load_matcher, model or "miniature-itm", options)
+    judge, rest = _model(as_matcher, model or "miniature-itm", options)
     if "{}" not in words:
         raise OptionError(f"{option('template')} is {words!r}, which has no place for the text; write {{}} there")
     if not texts:
@@ -264,15 +267,15 @@ def matching(
     )
 
 
-def _model(load: Callable[..., Any], model: Any, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
+def _model(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model, and the options that are not for loading it."""
     loading = {name: value for name, value in options.items() if name in LOADING and value is not None}
     rest = {name: value for name, value in options.items() if name not in LOADING}
     if isinstance(model, Pipeline | Matcher):
         if loading:
             raise OptionError(f"{option(next(iter(loading)))} is for a model that is loaded here; leave it out")
-        return Model(load, None, {}, model), rest
-    return Model(load, None if model is None else str(model), loading), rest
+        return Model(kind, None, {}, model), rest
+    return Model(kind, None if model is None else str(model), loading), rest
 
 
 def _planned(

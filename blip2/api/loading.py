@@ -72,9 +72,8 @@ def load(
     return Matcher(model, tokenizer, settings, name=called, reading=reading)
 
 
-def load_pipeline(name: str | Path | None = None, **options: Unpack[LoadOptions]) -> Pipeline:
-    """The generative model of that name; CheckpointError for one that matches."""
-    found: Pipeline | Matcher = load("miniature" if name is None else name, **options)
+def as_pipeline(found: Pipeline | Matcher) -> Pipeline:
+    """What `load` gave, if it writes; else CheckpointError."""
     if not isinstance(found, Pipeline):
         raise CheckpointError(
             f"{found.name} is a matching model: it compares images with texts and has no language model to answer "
@@ -83,9 +82,8 @@ def load_pipeline(name: str | Path | None = None, **options: Unpack[LoadOptions]
     return found
 
 
-def load_matcher(name: str | Path | None = None, **options: Unpack[LoadOptions]) -> Matcher:
-    """The matching model of that name, the bundled one by default; CheckpointError for one that writes."""
-    found: Pipeline | Matcher = load(name or "miniature-itm", **options)
+def as_matcher(found: Pipeline | Matcher) -> Matcher:
+    """What `load` gave, if it compares; else CheckpointError."""
     if not isinstance(found, Matcher):
         raise CheckpointError(
             f"{found.name} writes about images and does not compare them with texts; name a matching model here, such "

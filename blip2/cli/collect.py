@@ -14,8 +14,6 @@ from blip2.cli import Failure, of_picture
 from blip2.cli.options import given, lines_in, of_loading
 from blip2.cli.pictures import echo, names_in, shown
 from blip2.cli.progress import Progress
-from blip2.collection.request import shard_of, shard_of_array
-from blip2.collection.sinks import FORMATS
 
 if TYPE_CHECKING:
     from blip2.api.collect import CollectionRun
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 OUTPUTS = (
     click.option("-o", "--output", metavar="FILE|FOLDER", help="Write results here, and go on where an earlier run was "
                  "stopped: *.jsonl *.json *.csv *.tsv *.parquet, or a folder for a file a shard."),
-    click.option("--format", type=click.Choice(FORMATS), metavar="NAME", help=f"Of the output: {', '.join(FORMATS)}.  "
-                 "[default: by its name]"),
+    click.option("--format", metavar="NAME", help="Of the output: imagefolder, jsonl, train, sd-scripts, musubi, "
+                 "invoke, csv, open-clip, kohya, coco, coco-dataset, parquet, webdataset.  [default: by its name]"),
     click.option("--sidecar", "--caption-extension", metavar=".txt", help="Write a text file beside each picture."),
     click.option("--sidecar-name", type=click.Choice(["stem", "full"]), help="a.txt or a.jpg.txt.  [default: stem]"),
     click.option("--xmp", is_flag=True, help="Write an XMP sidecar beside each picture, for photo managers."),
@@ -128,6 +126,8 @@ class Collection:
         return progress.end(summary, going["html"])
 
     def _options(self) -> dict[str, Any]:
+        from blip2.collection.request import shard_of, shard_of_array
+
         found = dict(self.given)
         if "replace" in found:
             found["replace"] = [_pair(text) for text in found["replace"]]

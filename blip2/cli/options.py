@@ -109,14 +109,20 @@ def of_model(options: dict[str, Any]) -> dict[str, Any]:
 
 def load_pipeline(**options: Any) -> Pipeline:
     """The generative model that the options name."""
-    from blip2.api.loading import load_pipeline as load  # imports torch
+    from blip2.api.loading import as_pipeline
 
-    return load(options.pop("model"), **of_loading(options))
+    return as_pipeline(_load(**options))
 
 
 def load_matcher(**options: Any) -> Matcher:
     """The matching model that the options name; the bundled one by default."""
-    from blip2.api.loading import load_matcher as load  # imports torch
+    from blip2.api.loading import as_matcher
+
+    return as_matcher(_load(**(options | {"model": options["model"] or "miniature-itm"})))
+
+
+def _load(**options: Any) -> Pipeline | Matcher:
+    from blip2.api import load  # imports torch
 
     return load(options.pop("model"), **of_loading(options))
 

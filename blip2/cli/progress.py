@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli import of_picture
-from blip2.collection.record import FAILED, Result
-from blip2.collection.summary import Summary
 
 if TYPE_CHECKING:
     from blip2.api.collect import CollectionRun
+    from blip2.collection import Result, Summary
 
 LINE_S = 30.0
 """Seconds between plain lines."""
@@ -55,7 +54,7 @@ class Progress:
 
     def update(self, summary: Summary, results: Sequence[Result]) -> None:
         for result in results:
-            if result.status == FAILED:
+            if result.status == "failed":
                 self._failure(result)
         if self._bar is not None:
             self._bar.update(self._task, completed=summary.settled, total=summary.total, failed=summary.failed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from queue import Queue
 from threading import Thread
 from typing import Any, TypeVar
@@ -11,14 +11,11 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 
-Taker = Callable[[Iterator[Item]], None]
-
-
-def in_background(items: Generator[Item, None, None], take: Taker[Item], save: Taker[Item], most: int) -> None:
+def in_background(items: Generator[Item, None, None], take: Callable[[Iterator[Item]], None], most: int) -> None:
     """Make items here, and have a thread take them, of which at most so many wait.
 
-    If making them ends by an exception, an interrupt included, the thread takes first what is there. If ``take`` ends
-    by one, no more are made, and ``save`` has those that are. Either is raised here.
+    If making them ends by an exception, an interrupt included, the thread takes first what is there. If the thread
+    ends by one, no more are made. Either is raised here.
     """
     queue: Queue[Any] = Queue(most)
     end = object()
@@ -30,8 +27,6 @@ def in_background(items: Generator[Item, None, None], take: Taker[Item], save: T
             take(waiting)
         except BaseException as error:
             raised.append(error)
-            with suppress(Exception):
-                save(waiting)
         for _ in waiting:  # so that nobody waits for room
             pass
 

@@ -226,14 +226,17 @@ class Part:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: IO[str] | None = None
+        self._there: set[tuple[str, str]] = set()
 
-    def add(self, results: Iterable[Result]) -> None:
-        """Raises OSError where there is no room."""
+    def add(self, result: Result, *, is_new: bool) -> None:
+        """Raises OSError where there is no room. One that is not new is in it once."""
         if self._file is None:
+            self._there = {(before.key, before.stamp) for before in _sound(self._path)}
             self._drop_torn()
             self._file = open(self._path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
-        self._file.writelines(_line(result) for result in results)
-        self._file.flush()
+        if is_new or (result.key, result.stamp) not in self._there:
+            self._file.write(_line(result))
+            self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from blip2.errors import ImageError
 from blip2.image import stored_size
 
 FLUSH_RESULTS = 16
-"""After so many, results are on their way to the disk, and what is written a picture at a time is written."""
+"""After so many, what is written a picture at a time is written."""
 
 
 MOST_WAITING = 256
@@ -95,8 +95,8 @@ class Job:
 def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: None) -> Summary:
     """Do what is not done yet. Raises CollectionError, OSError; what was done until then is kept.
 
-    A thread of its own writes, so that the model does not wait for the disk. When an output cannot be written, what the
-    model has said until then is in the journal all the same.
+    What the model says is in the journal at once. A thread of its own writes outputs, so that the model does not wait
+    for the disk.
     """
     summary = Summary(total=job.source.num_records if job.shard[1] == 1 else None)
     started = time.monotonic()
@@ -105,14 +105,14 @@ def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: N
 
     def write(settled: Iterator[Settled]) -> None:
         for unit, results in _by_unit(settled, cut):
-            with closing(job.journal.part(unit)) as part:
-                done = []
-                for some in _written(job, results, part):
-                    for result in some:
-                        summary.count(result, is_new=(result.key, result.stamp) not in known)
-                    summary.seconds = time.monotonic() - started
-                    on_results(summary, [result for result in some if (result.key, result.stamp) not in known])
-                    done += some
+            done = []
+            for some in _written(job, results):
+                new = [result for result in some if (result.key, result.stamp) not in known]
+                for result in some:
+                    summary.count(result, is_new=(result.key, result.stamp) not in known)
+                summary.seconds = time.monotonic() - started
+                on_results(summary, new)
+                done += some
             if unit.number in cut:
                 summary.is_limited = True
                 continue
@@ -120,13 +120,8 @@ def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: N
                 sink.unit(unit, done)
             job.journal.finish(unit, job.source.stamp(unit), done)
 
-    def save(settled: Iterator[Settled]) -> None:
-        for unit, results in _by_unit(settled, cut):
-            with closing(job.journal.part(unit)) as part:
-                part.add(results)
-
     cut: set[int] = set()
-    in_background(_settled(job, todo, known, work), write, save, MOST_WAITING)
+    in_background(_kept(job, _settled(job, todo, known, work), known), write, MOST_WAITING)
     assemble(job, summary)
     summary.seconds = time.monotonic() - started
     job.journal.write_errors(job.source.units)
@@ -297,10 +292,25 @@ def _by_unit(settled: Iterator[Settled], cut: set[int]) -> Iterator[tuple[Unit, 
         yield unit, until_end(unit, result)
 
 
-def _written(job: Job, results: Iterator[Result], part: Part) -> Iterator[list[Result]]:
-    """The results, a few at a time, when they are in the journal and in what is written a picture at a time."""
+def _kept(
+    job: Job, settled: Generator[Settled, None, None], known: Mapping[tuple[str, str], Result]
+) -> Generator[Settled, None, None]:
+    """The same, when they are in the journal."""
+    part: Part | None = None
+    with closing(settled), ExitStack() as stack:
+        for unit, result in settled:
+            if result is None:
+                part = None
+                stack.close()
+            else:
+                part = part or stack.enter_context(closing(job.journal.part(unit)))
+                part.add(result, is_new=(result.key, result.stamp) not in known)
+            yield unit, result
+
+
+def _written(job: Job, results: Iterator[Result]) -> Iterator[list[Result]]:
+    """The results, a few at a time, when they are in what is written a picture at a time."""
     while some := list(islice(results, FLUSH_RESULTS)):
-        part.add(some)
         if captioned := [result for result in some if result.status == SUCCESS]:
             for sink in job.sinks:
                 sink.some(captioned)
