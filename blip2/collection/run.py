@@ -110,7 +110,7 @@ def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: N
                 new = [result for result in some if (result.key, result.stamp) not in known]
                 for result in some:
                     summary.count(result, is_new=(result.key, result.stamp) not in known)
-                summary.seconds = time.monotonic() - started
+                summary.clock(time.monotonic() - started)
                 on_results(summary, new)
                 done += some
             if unit.number in cut:
