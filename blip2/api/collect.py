@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
 from blip2.api.work import answers, captions, matches
 from blip2.collection import Journal, Record, Summary, run
+from blip2.collection.feed import Feed
 from blip2.collection.questions import Questions
 from blip2.collection.request import GOING, OUTPUTS, READING, WORDING, Plan, Request, check_names, planned
 from blip2.collection.review import write_review
@@ -92,6 +92,7 @@ class CollectionRun:
     model: Model
     work: Callable[[Callable[[Model], Any]], Work]
     """Is given what loads models."""
+    batch_size: int
 
     def run(self, on_results: OnResults = lambda summary, results: None, *, html: PathLike | None = None) -> Summary:
         """Do what is not done yet, and then write the page of review; a model is loaded only if it is needed.
@@ -112,9 +113,8 @@ class CollectionRun:
             self.model.agreed(job.journal)
 
             def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
-                if (first := next(records, None)) is not None:
-                    do = self.work(lambda model: model.get(job.journal))
-                    yield from do(chain([first], records))
+                if not isinstance(records, Feed) or records.begins(self.batch_size):
+                    yield from self.work(lambda model: model.get(job.journal))(records)
 
             summary = run(job, work, on_results)
             if html is not None:
@@ -223,7 +223,7 @@ def captioning(
         return captions(get(speaker), prompt, decoding, batch_size, None if judge is None else judge.anyhow())
 
     plan = _planned(source, output, rest, speaker, {"task": "caption", **told})
-    return CollectionRun(plan, speaker, work)
+    return CollectionRun(plan, speaker, work, batch_size)
 
 
 def asking(
@@ -258,7 +258,7 @@ def asking(
         {"task": "ask", **speaker.told, **(asdict(decoding) if chosen is None else {"choices": chosen})},
         view=lambda view: Questions(view, asked, question_column or ""), takes_text=False,
     )  # fmt: skip
-    return CollectionRun(plan, speaker, lambda get: answers(get(speaker), decoding, batch_size, chosen))
+    return CollectionRun(plan, speaker, lambda get: answers(get(speaker), decoding, batch_size, chosen), batch_size)
 
 
 def matching(
@@ -288,7 +288,7 @@ def matching(
     told = {"task": "match", **judge.told, "texts": [*texts], "words": words, "top": top}
     plan = _planned(source, output, rest, judge, told, takes_text=False)
     return CollectionRun(
-        plan, judge, lambda get: matches(get(judge), texts, words, number, nearest, batch_size)
+        plan, judge, lambda get: matches(get(judge), texts, words, number, nearest, batch_size), batch_size
     )
 
 

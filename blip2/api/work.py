@@ -9,11 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, TypeVar
 
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
+from blip2.collection.feed import Feed
 from blip2.collection.questions import QUESTION
 from blip2.collection.record import Record
 from blip2.collection.run import Outcome, Work
@@ -101,38 +102,37 @@ def in_batches(
     """
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
-        with closing(_seen(eye, records, batch_size, keeps_pictures)) as pairs:
-            while batch := list(islice(pairs, batch_size)):
-                sound = [(record, kept) for record, kept in batch if not isinstance(kept, ImageError)]
+        batches: deque[list[tuple[Record, bool]]] = deque()  # with whether the picture is that of the record before
+        with closing(eye.see_batches(_pictures(records, batch_size, keeps_pictures, batches))) as seen:
+            for first in seen:
+                pairs: list[tuple[Record, Any]] = []
+                for record, is_same in batches.popleft():
+                    kept = pairs[-1][1] if is_same else next(seen) if pairs else first
+                    pairs.append((record, kept))
+                sound = [(record, kept) for record, kept in pairs if not isinstance(kept, ImageError)]
                 found = iter(task([kept for _, kept in sound], [record for record, _ in sound]))
-                for _, kept in batch:
+                for _, kept in pairs:
                     yield kept if isinstance(kept, ImageError) else next(found)
 
     return work
 
 
-def _seen(eye: Eye[Kept], records: Iterator[Record], batch_size: int, keeps_pictures: bool) -> Any:
-    """Each record with what is seen of its picture; one that comes several times in a row is seen once."""
-    waiting: deque[tuple[Record, bool]] = deque()
+def _pictures(
+    records: Iterator[Record], batch_size: int, keeps_pictures: bool, batches: deque[list[tuple[Record, bool]]]
+) -> Iterator[list[Any]]:
+    """Those of each batch, without those that several records in a row have; ``batches`` has the records then.
 
-    def pictures() -> Iterator[Any]:
-        last: object = None
-        for record in records:
-            is_same = record.picture == last
-            last = record.picture
-            waiting.append((record if keeps_pictures else replace(record, picture=None), is_same))
-            if not is_same:
-                yield last
-
-    kept: Any = None
-    with closing(eye.see(pictures(), batch_size)) as found:
-        for following in found:
-            while waiting[0][1]:
-                yield waiting.popleft()[0], kept
-            kept = following
-            yield waiting.popleft()[0], kept
-    for record, _ in waiting:
-        yield record, kept
+    Where `run` gives the records, it says where a batch ends: a run that goes on has the same batches as before, so
+    that a score is the same to its last digit.
+    """
+    take = records.batch if isinstance(records, Feed) else lambda size: list(islice(records, size))
+    while some := take(batch_size):
+        are_same = [False, *(one.picture == other.picture for one, other in pairwise(some))]
+        batches.append([
+            (record if keeps_pictures else replace(record, picture=None), is_same)
+            for record, is_same in zip(some, are_same, strict=True)
+        ])  # fmt: skip
+        yield [record.picture for record, is_same in zip(some, are_same, strict=True) if not is_same]
 
 
 def by_match(matcher: Matcher, features: ImageFeatures, told: Outcome, prompt: str, batch_size: int) -> Outcome:

@@ -74,15 +74,20 @@ class Journal:
 
     # ---- what was asked ----
 
-    def begin(self, asked: Mapping[str, Any], *, restart: bool = False) -> None:
-        """Go on with a run that was asked the same, or begin one. Raises CollectionError for another one."""
+    def begin(self, asked: Mapping[str, Any], *, restart: bool = False, is_made: bool = False) -> None:
+        """Go on with a run that was asked the same, or begin one. Raises CollectionError for another one.
+
+        ``is_made``: the output is that of an earlier run, which is remembered after a ``restart``, too.
+        """
+        before = self.written
         if restart:
             shutil.rmtree(self._units, ignore_errors=True)
             self._path.unlink(missing_ok=True)
         self.compare(asked)
         self._units.mkdir(parents=True, exist_ok=True)
         if not self._path.exists():
-            self._write({"version": VERSION, **asked})
+            found = {FOUND: {OUTPUT: before}} if before and is_made else {}
+            self._write({"version": VERSION, **asked, **found})
 
     def compare(self, asked: Mapping[str, Any]) -> None:
         """Raises CollectionError if the run that is there was asked another thing; changes nothing.
@@ -174,6 +179,10 @@ class Journal:
             return _sound(self._done(unit))
         older = {result.key: result for result in _sound(self._done(unit))}
         return iter({**part, **older, **part}.values())
+
+    def begun(self, unit: Unit) -> set[tuple[str, str]]:
+        """Keys and stamps of what is there of a unit that was left unfinished."""
+        return {(result.key, result.stamp) for result in _sound(self._part(unit))}
 
     def part(self, unit: Unit) -> Part:
         return Part(self._part(unit))

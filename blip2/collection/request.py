@@ -86,12 +86,13 @@ class Request:
 @dataclass(frozen=True)
 class Plan:
     """A request whose source is open, and whose outputs can be written. ``problems``: what is wrong with folders;
-    ``passed_over``: what in them is no picture."""
+    ``passed_over``: what in them is no picture. ``is_made``: the output is there, as an earlier run wrote it."""
 
     request: Request
     source: View
     sinks: Sequence[Sink]
     journal: Journal
+    is_made: bool = False
 
     @property
     def problems(self) -> Sequence[str]:
@@ -123,7 +124,7 @@ class Plan:
             )
         shard = (number - 1, total)
         with self.journal.held(shard):
-            self.journal.begin(self.asked, restart=going.restart)
+            self.journal.begin(self.asked, restart=going.restart, is_made=self.is_made)
             yield Job(
                 self.source, self.sinks, self.journal, self.request.wording, self.asked,
                 skips=self.request.wording.if_exists == "skip", retries=going.retry_failed, shard=shard,
@@ -156,7 +157,7 @@ class Plan:
 def planned(request: Request) -> Plan:
     """Raises OptionError and CollectionError for all that can be known to be wrong before a model is there."""
     by_picture = open_beside(request.outputs)
-    made = [] if request.going.restart else _made(request.outputs.output)
+    made = _made(request.outputs.output, is_kept=request.going.restart)
     opened = open_source(request.places, **request.reading, without=made)
     source = request.view(View(opened, by_picture, takes_text=request.takes_text))
     _check_apart(request.outputs.output, source)
@@ -164,19 +165,22 @@ def planned(request: Request) -> Plan:
     outputs = request.outputs
     if request.going.restart and folder.joinpath("run.json").exists():
         outputs = replace(outputs, replaces=True)
-    return Plan(request, source, open_sinks(outputs, source, by_picture), Journal(folder))
+    return Plan(request, source, open_sinks(outputs, source, by_picture), Journal(folder), bool(made))
 
 
-def _made(output: str) -> list[str]:
-    """The output itself, if it is a file that an earlier run wrote. Raises CollectionError if it was changed since."""
+def _made(output: str, *, is_kept: bool) -> list[str]:
+    """The output itself, if it is a file as an earlier run wrote it. Raises CollectionError if it was changed since,
+    unless what it says is kept."""
     if not output or not os.path.isfile(output) or not (before := Journal(beside(output)).written):
         return []
-    if before not in (UNFINISHED, digest_of(output)):
-        raise CollectionError(
-            f"{output}: was changed since it was written; keep it under another name, or {setting('restart', True)} to "
-            "replace it (of a metadata.jsonl in the folder of the pictures, what it says is kept then)"
-        )
-    return [output]
+    if before in (UNFINISHED, digest_of(output)):
+        return [output]
+    if is_kept:
+        return []
+    raise CollectionError(
+        f"{output}: was changed since it was written; keep it under another name, or {setting('restart', True)} to "
+        "replace it (of a metadata.jsonl in the folder of the pictures, what it says is kept then)"
+    )
 
 
 def _check_apart(output: str, source: View) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 from blip2.collection.background import in_background
 from blip2.collection.columns import plain
+from blip2.collection.feed import Feed, Settled
 from blip2.collection.journal import Journal, Part
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit
 from blip2.collection.summary import OnResults, Summary
@@ -186,10 +186,6 @@ def _known(job: Job) -> dict[tuple[str, str], Result]:
     }
 
 
-Settled = tuple[Unit, "Result | None"]
-"""A result; None: the unit has no more."""
-
-
 def _settled(
     job: Job, units: Sequence[Unit], known: Mapping[tuple[str, str], Result], work: Work
 ) -> Generator[Settled, None, None]:
@@ -197,40 +193,29 @@ def _settled(
 
     It ends within a unit where a limit is reached.
     """
-    room = job.limit
-    waiting: deque[tuple[Unit, tuple[Record, Result] | Result | None]] = deque()
     wants = frozenset[str]().union(*(sink.wants for sink in job.sinks))
 
-    def to_model() -> Iterator[Record]:
-        nonlocal room
-        for unit in units:
-            for record in job.source.records(unit):
-                if (result := _without_model(job, record, known, wants)) is not None:
-                    waiting.append((unit, result))
-                    continue
-                if room == 0:
-                    return
-                room = None if room is None else room - 1
-                waiting.append((unit, (replace(record, picture=None), _begun(record, wants))))
-                yield record
-            waiting.append((unit, None))
+    def look(record: Record) -> Result | None:
+        return _without_model(job, record, known, wants)
 
-    def ready() -> Iterator[Settled]:
-        while waiting and not isinstance(waiting[0][1], tuple):
-            yield waiting.popleft()  # type: ignore[misc]
+    def begin(record: Record) -> Result:
+        return _begun(record, wants)
 
-    outcomes = work(to_model())
+    feed = Feed(job.source, units, job.journal, look, begin, job.limit, again=not job.retries)
+    outcomes = work(feed)
     try:
         for outcome in outcomes:
-            yield from ready()
-            unit, pair = waiting.popleft()
-            assert isinstance(pair, tuple)
-            yield unit, _result(job, *pair, outcome)
-            yield from ready()
+            yield from feed.passing_by()
+            unit, pending = feed.next_pending()
+            if pending.is_known:
+                yield unit, pending.result
+            elif not pending.is_left:
+                yield unit, _result(job, pending.record, pending.result, outcome)
+            yield from feed.passing_by()
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()
-    yield from ready()
+    yield from feed.passing_by()
 
 
 def _without_model(

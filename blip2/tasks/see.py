@@ -72,10 +72,16 @@ class Eye(Generic[Kept]):
         if isinstance(images, Sequence) and len(images) == 1:
             yield from self._encode(images, [lambda: self._pixels(images[0])])
             return
+        yield from self.see_batches(chunks(images, batch_size))
+
+    def see_batches(
+        self, batches: Iterable[Sequence[Source | Kept]]
+    ) -> Generator[Kept | ImageError, None, None]:
+        """As `see`, of images that are in batches already: these are read, and encoded, together."""
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blip2 pictures")
         try:
             waiting: deque[tuple[Sequence[Source | Kept], list[Future]]] = deque()
-            for batch in chunks(images, batch_size):
+            for batch in batches:
                 waiting.append((batch, [pool.submit(self._pixels, image) for image in batch]))
                 if len(waiting) > 1:
                     batch, futures = waiting.popleft()

@@ -7,21 +7,22 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
 
-from blip2.collection import Record, run
+from blip2.collection import run
+from blip2.collection.feed import Feed
 from blip2.collection.request import Request, planned
 from blip2.collection.run import Outcome
 
 
 def main(notes: str, source: str, options: str, batch_size: str = "8") -> None:
-    def work(records: Iterator[Record]) -> Iterator[Outcome]:
-        while batch := list(islice(records, int(batch_size))):
+    def work(records: Feed) -> Iterator[Outcome]:
+        while batch := records.batch(int(batch_size)):
             with open(notes, "a", encoding="utf-8") as file:
                 file.write("".join(f"{record.key}\n" for record in batch))
             time.sleep(0.0025 * len(batch))
-            for record in batch:
-                yield Outcome([f"a {record.key.rpartition('/')[2]}", "two"], [-0.5, -1.0], [4, 2])
+            for record in batch:  # what it says depends on its company, as a model's last digits do
+                words = f"a {record.key.rpartition('/')[2]} of {len(batch)} from {batch[0].key.rpartition('/')[2]}"
+                yield Outcome([words, "two"], [-0.5, -1.0], [4, 2])
 
     with planned(Request.of([source], json.loads(options))).begun() as job:
         run(job, work)

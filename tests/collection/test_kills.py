@@ -53,15 +53,15 @@ def parquet(place):
     return "pictures.parquet", {"output": "captions.parquet"}
 
 
-def command(place, source, options, batch_size=BATCH_SIZE):
+def command(place, source, options):
     return subprocess.Popen(
-        [sys.executable, SCRIPT, "notes", source, json.dumps(options), str(batch_size)], cwd=place,
+        [sys.executable, SCRIPT, "notes", source, json.dumps(options), str(BATCH_SIZE)], cwd=place,
         stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def finished(place, source, options, batch_size=BATCH_SIZE):
-    child = command(place, source, options, batch_size)
+def finished(place, source, options):
+    child = command(place, source, options)
     assert child.wait() == 0, child.stderr.read().decode()
 
 
@@ -84,7 +84,7 @@ def test_killed_at_random(tmp_path, make):
         source, options = make(place)
     undisturbed, killed = places
     started = time.monotonic()
-    finished(undisturbed, source, options, batch_size=1)  # the size of a batch makes no difference either
+    finished(undisturbed, source, options)
     whole_s = time.monotonic() - started
 
     chance = random.Random(13)

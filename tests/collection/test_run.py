@@ -95,6 +95,31 @@ def test_stopped_while_the_model_is_at_work(photos, undisturbed, stops_at, batch
     assert do(photos, Model(stops_at=0)).before == 40  # all is done: no model is asked
 
 
+@pytest.mark.parametrize("stop", [5, 18, 33])
+def test_a_picture_has_the_same_company_however_often_a_run_stops(photos, undisturbed, stop):
+    """What a model makes of a picture differs in its last digits from batch to batch."""
+    batches = []
+
+    def model(records, stops_at=None):
+        while batch := records.batch(6):
+            batches.append([record.key for record in batch])
+            for record in batch:
+                if stops_at is not None and (stops_at := stops_at - 1) < 0:
+                    raise KeyboardInterrupt
+                yield from Model()(iter([record]))
+
+    do(photos, model)
+    whole = batches.copy()
+    assert [len(batch) for batch in whole] == [6, 6, 4, 6, 6, 4, 6, 2]  # units of 16, 16 and 8
+    batches.clear()
+    with pytest.raises(KeyboardInterrupt):
+        do(photos, lambda records: model(records, stop), restart=True, if_exists="overwrite")
+    do(photos, model, if_exists="overwrite", limit=9)
+    do(photos, model, if_exists="overwrite")
+    assert all(batch in whole for batch in batches) and all(batch in batches for batch in whole)
+    assert written(photos) == undisturbed
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -177,6 +202,20 @@ def test_an_output_that_a_person_changed_is_kept(photos):
     with pytest.raises(CollectionError, match="was changed since it was written"):
         do(photos, Model())
     assert "my own words" in table.read_text()
+    model = Model()
+    do(photos, model, restart=True)
+    assert "my own words" in table.read_text() and model.heard == ["1_set/07.png"]
+
+
+def test_a_restart_that_is_stopped_does_not_take_its_own_output_for_words_of_people(photos, undisturbed):
+    options = {"sidecar": "", "output": str(photos / "metadata.jsonl")}
+    do(photos, Model(), **options)
+    with pytest.raises(KeyboardInterrupt):
+        do(photos, Model(stops_at=10), restart=True, **options)
+    model = Model()
+    do(photos, model, **options)
+    assert len(model.heard) == 30
+    assert (photos / "metadata.jsonl").read_text() == undisturbed["metadata.jsonl"]
 
 
 def test_two_runs_on_one_output_notice_each_other(photos):
