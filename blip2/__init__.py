@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blip2.api import Matcher, Pipeline, load
+    from blip2.api.collect import ask_collection, caption_collection
     from blip2.compat import (
         Blip2Config,
         Blip2ForConditionalGeneration,
@@ -65,6 +66,8 @@ __all__ = [
     "Matcher",
     "Pipeline",
     "__version__",
+    "ask_collection",
+    "caption_collection",
     "load",
 ]
 
@@ -89,6 +92,8 @@ _HOMES = {
     "Index": "blip2.index",
     "Matcher": "blip2.api",
     "Pipeline": "blip2.api",
+    "ask_collection": "blip2.api.collect",
+    "caption_collection": "blip2.api.collect",
     "load": "blip2.api",
 }
 

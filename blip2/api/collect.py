@@ -1,39 +1,302 @@
-"""What a model makes of a collection's pictures, as `collection.run` wants it."""
+"""Whole collections: any source through a model into any format, stopped and resumed at will."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
-from itertools import islice
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from blip2 import checkpoint
+from blip2.api.loading import LoadOptions, as_matcher, as_pipeline, load
+from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
-from blip2.collection.record import Record
+from blip2.api.work import answers, captions, matches
+from blip2.collection import Journal, Record, Summary, run
+from blip2.collection.questions import Questions
+from blip2.collection.request import GOING, OUTPUTS, READING, WORDING, Plan, Request, check_names, planned
+from blip2.collection.review import write_review
 from blip2.collection.run import Outcome, Work
-from blip2.errors import ImageError
-from blip2.generation import GenerateOptions
-from blip2.tasks.caption import caption
-from blip2.tasks.speaker import Answer
+from blip2.collection.summary import OnResults
+from blip2.config import PUBLISHED
+from blip2.errors import CheckpointError, ImageError, OptionError, option
+from blip2.tasks.ask import check_choices
+from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, NAMES, merged
+from blip2.tasks.speaker import check_batch_size
+from blip2.text import question_prompt
+
+LOADING = tuple(LoadOptions.__annotations__)
+SAME_RESULTS = ("device",)
+"""Options of loading that change no result."""
+PathLike = str | os.PathLike[str]
+Places = PathLike | Sequence[PathLike]
 
 
-def captions(blip: Pipeline, prompt: str, options: GenerateOptions, batch_size: int) -> Work:
-    """Each picture described, ``options.num_return`` times; while the model works on a batch, the next is read."""
+@dataclass(frozen=True)
+class Model:
+    """``name``: of what is loaded when it is needed, with ``options``; or a model that is there, ``loaded``. ``kind``:
+    raises CheckpointError for a model of another kind."""
 
-    def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
-        pictures: Iterator[Any] = (record.picture for record in records)
-        with closing(blip.eye.see(pictures, batch_size)) as seen:
-            while batch := list(islice(seen, batch_size)):
-                sound = [image for image in batch if not isinstance(image, ImageError)]
-                found = iter(caption(blip.speaker, sound, [prompt], options=options, batch_size=batch_size))
-                for image in batch:
-                    yield image if isinstance(image, ImageError) else outcome(next(found))
+    kind: Callable[[Any], Any]
+    name: str | None
+    options: Mapping[str, Any]
+    loaded: Any = None
 
-    return work
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """What is known of it while it is not loaded."""
+        if self.loaded is not None:
+            return {"model": self.loaded.name}
+        options = {name: value for name, value in self.options.items() if name not in SAME_RESULTS}
+        is_folder = self.name is not None and os.path.isdir(self.name)
+        return {"model": os.path.abspath(str(self.name)) if is_folder else self.name or "miniature", **options}
+
+    @cached_property
+    def revision(self) -> str:
+        """The commit that is used of a published model, "" if there is none to tell."""
+        published = PUBLISHED.get(self.name or "")
+        return self.options.get("revision") or (published.revision if published is not None else None) or ""
+
+    def agreed(self, journal: Journal) -> None:
+        """That its files are those of earlier runs, as far as they are here. Raises CollectionError."""
+        if self.loaded is None:
+            with suppress(CheckpointError, OSError):
+                folder = checkpoint.resolve(self.name, revision=self.options.get("revision"), local_files_only=True)
+                journal.agree("the model's files", _digest(folder))
+
+    def get(self, journal: Journal) -> Any:
+        """Raises CheckpointError, and CollectionError if it is another one than that of earlier runs."""
+        found = self.anyhow()
+        self.agreed(journal)
+        model = found.model if isinstance(found, Matcher) else found.speaker.model
+        journal.agree("the model", found.identity if isinstance(found, Matcher) else found.speaker.identity)
+        journal.agree("dtype", str(next(model.vision.parameters()).dtype).removeprefix("torch."))
+        return found
 
 
-def outcome(answers: list[Answer]) -> Outcome:
-    return Outcome(
-        [answer.text for answer in answers],
-        [answer.score for answer in answers],
-        [len(answer.tokens) for answer in answers],
+    def anyhow(self) -> Any:
+        """Raises CheckpointError."""
+        return self.loaded or self.kind(load("miniature" if self.name is None else self.name, **self.options))
+
+
+@dataclass(frozen=True)
+class CollectionRun:
+    """A run that is checked and can begin. ``plan``: its source, its outputs, and what it would do."""
+
+    plan: Plan
+    model: Model
+    work: Callable[[Callable[[Model], Any]], Work]
+    """Is given what loads models."""
+
+    def run(self, on_results: OnResults = lambda summary, results: None, *, html: PathLike | None = None) -> Summary:
+        """Do what is not done yet, and then write the page of review; a model is loaded only if it is needed.
+
+        Raises CollectionError, CheckpointError, OSError; what was done until then is kept.
+        """
+        with self.plan.begun() as job:
+            self.model.agreed(job.journal)
+
+            def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
+                if (first := next(records, None)) is not None:
+                    do = self.work(lambda model: model.get(job.journal))
+                    yield from do(chain([first], records))
+
+            summary = run(job, work, on_results)
+            if html is not None:
+                write_review(Path(html), self.plan.source, job.journal)
+        return summary
+
+
+def caption_collection(
+    source: Places,
+    output: PathLike | None = None,
+    *,
+    model: str | Path | Pipeline | None = None,
+    on_results: OnResults = lambda summary, results: None,
+    html: PathLike | None = None,
+    **options: Any,
+) -> Summary:
+    """Describe all pictures of a collection; the same call goes on where an earlier one was stopped.
+
+        blip2.caption_collection("photos/", sidecar=".txt", prefix="sks dog, ")
+        blip2.caption_collection("photos/", "photos/metadata.jsonl", model="Salesforce/blip2-opt-2.7b")
+        blip2.caption_collection("shards/{000..099}.tar", "captioned/", limit=1000)
+
+    ``source``: folders, files, lists of rows, shards, patterns, as `blip2.collection.sources.open_source` takes them,
+    with its options (``image_column``, ``caption_column``, ``images``, ``split``, ``exclude``, ``recursive``, ...).
+    ``output``: a file or a folder, its ``format`` by its name; or ``sidecar``, ``xmp``, ``embed``, see
+    `blip2.collection.sinks.Outputs`. How captions are worded: ``if_exists``, ``prefix``, ``suffix``, ``template``,
+    ``replace``, ``remove``, ``forbid_words``, ``dedupe_words``, ``max_chars``, see `blip2.collection.wording.Wording`.
+    How it goes on: ``limit``, ``shard`` (3, 16), ``retry_failed``, ``restart``, see `blip2.collection.request.Going`.
+
+    ``model``: as `load` has it, with its options (``device``, ``dtype``, ...), or a Pipeline. ``prompt``,
+    ``num_captions``, ``batch_size`` and the options of `GenerateOptions` as for `Pipeline.caption`. ``pick="best"``:
+    of several captions the one that a matching model (``matcher``, the bundled one by default) finds to fit best is
+    the first. ``on_results`` is called after every few pictures, by another thread; ``html``: a page to look the
+    captions over, which is written at the end.
+
+    Parts for loops of one's own: `captioning` checks and does not begin, its ``plan`` lists what it would do;
+    `blip2.collection` has sources, sinks and `run`, and `blip2.api.work` what a model makes of records.
+
+    A picture that cannot be read is counted in the summary, and the others go on. Raises OptionError and
+    CollectionError before the model is loaded, CheckpointError, and OSError where there is no room.
+    """
+    return captioning(source, output, model=model, **options).run(on_results, html=html)
+
+
+def ask_collection(
+    source: Places,
+    questions: str | Sequence[str] = (),
+    output: PathLike | None = None,
+    *,
+    model: str | Path | Pipeline | None = None,
+    on_results: OnResults = lambda summary, results: None,
+    html: PathLike | None = None,
+    **options: Any,
+) -> Summary:
+    """Ask about all pictures of a collection, as `caption_collection` describes them.
+
+    ``questions``: one or several, each about each picture; or ``question_column``, where rows have their own. With
+    several, an output has a row for each, with the question in a column. ``choices``: choose among these.
+    """
+    return asking(source, questions, output, model=model, **options).run(on_results, html=html)
+
+
+def captioning(
+    source: Places,
+    output: PathLike | None = None,
+    *,
+    model: str | Path | Pipeline | None = None,
+    prompt: str = "",
+    num_captions: int = 1,
+    pick: str | None = None,
+    matcher: str | Path | Matcher | None = None,
+    batch_size: int = BATCH_SIZE,
+    **options: Any,
+) -> CollectionRun:
+    """`caption_collection` before it begins: all that can be known to be wrong is told here."""
+    speaker, rest = _model(as_pipeline, model, options)
+    written = {name: rest.pop(name) for name in NAMES if name in rest}
+    decoding = merged(CAPTION, {**written, "num_return": num_captions} if num_captions != 1 else written)
+    check_batch_size(batch_size)
+    if pick not in (None, "best"):
+        raise OptionError(f"{option('pick')} is {pick!r}; it may be 'best'")
+    if pick and decoding.num_return < 2:
+        raise OptionError(f"{option('pick')} has nothing to choose from; raise {option('num_return')} above 1")
+    if matcher is not None and not pick:
+        raise OptionError(f"{option('matcher')} means nothing without {option('pick')}; leave it out")
+    judge, _ = _model(as_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
+    told = {**speaker.told, "prompt": prompt, **asdict(decoding), "pick": pick or ""}
+    told |= {"matcher": judge.told["model"]} if judge is not None else {}
+
+    def work(get: Callable[[Model], Any]) -> Work:
+        return captions(get(speaker), prompt, decoding, batch_size, None if judge is None else judge.anyhow())
+
+    plan = _planned(source, output, rest, speaker, {"task": "caption", **told})
+    return CollectionRun(plan, speaker, work)
+
+
+def asking(
+    source: Places,
+    questions: str | Sequence[str] = (),
+    output: PathLike | None = None,
+    *,
+    model: str | Path | Pipeline | None = None,
+    question_column: str | None = None,
+    choices: Sequence[str] | None = None,
+    batch_size: int = BATCH_SIZE,
+    **options: Any,
+) -> CollectionRun:
+    """`ask_collection` before it begins: all that can be known to be wrong is told here."""
+    speaker, rest = _model(as_pipeline, model, options)
+    asked = [questions] if isinstance(questions, str) else list(questions)
+    for question in asked:
+        question_prompt(question, "opt")
+    if not asked and not question_column:
+        raise OptionError(f"there is no question; give one, or {option('question_column')}")
+    written = {name: rest.pop(name) for name in NAMES if name in rest}
+    if choices is not None and written:
+        unused = option(next(iter(written)))
+        raise OptionError(f"{unused} means nothing with choices: no answer is written; leave it out")
+    chosen = None if choices is None else check_choices(choices)
+    decoding = merged(ASK, written)
+    check_batch_size(batch_size)
+    if len(asked) > 1 and any(rest.get(name) for name in ("sidecar", "xmp", "embed")):
+        raise OptionError(f"{len(asked)} questions give several answers a picture; give {option('output')} a table")
+    plan = _planned(
+        source, output, rest, speaker,
+        {"task": "ask", **speaker.told, **(asdict(decoding) if chosen is None else {"choices": chosen})},
+        view=lambda view: Questions(view, asked, question_column or ""), takes_text=False,
+    )  # fmt: skip
+    return CollectionRun(plan, speaker, lambda get: answers(get(speaker), decoding, batch_size, chosen))
+
+
+def matching(
+    source: Places,
+    texts: Sequence[str],
+    output: PathLike | None = None,
+    *,
+    model: str | Path | Matcher | None = None,
+    words: str = "{}",
+    top: int | None = None,
+    candidates: int = 32,
+    batch_size: int = BATCH_SIZE,
+    **options: Any,
+) -> CollectionRun:
+    """How well texts fit all pictures of a collection, the best first, with scores: ``top`` of them, as
+    `Matcher.classify` ranks them; ``words``: around each text, such as "a photo of a {}"."""
+    judge, rest = _model(as_matcher, model or "miniature-itm", options)
+    if "{}" not in words:
+        raise OptionError(f"{option('template')} is {words!r}, which has no place for the text; write {{}} there")
+    if not texts:
+        raise OptionError("there is no text; give at least one to compare with")
+    if top is not None and top < 1:
+        raise OptionError(f"{option('top')} is {top}, which leaves nothing to tell; use 1 or more")
+    check_batch_size(batch_size)
+    number = len(texts) if top is None else top
+    nearest = len(texts) if top is None else candidates
+    told = {"task": "match", **judge.told, "texts": [*texts], "words": words, "top": top}
+    plan = _planned(source, output, rest, judge, told, takes_text=False)
+    return CollectionRun(
+        plan, judge, lambda get: matches(get(judge), texts, words, number, nearest, batch_size)
     )
+
+
+def _model(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
+    """The model, and the options that are not for loading it."""
+    loading = {name: value for name, value in options.items() if name in LOADING and value is not None}
+    rest = {name: value for name, value in options.items() if name not in LOADING}
+    if isinstance(model, Pipeline | Matcher):
+        if loading:
+            raise OptionError(f"{option(next(iter(loading)))} is for a model that is loaded here; leave it out")
+        return Model(kind, None, {}, model), rest
+    return Model(kind, None if model is None else str(model), loading), rest
+
+
+def _planned(
+    source: Places, output: PathLike | None, options: dict[str, Any], model: Model, told: Mapping[str, Any], **view: Any
+) -> Plan:
+    check_names(options, [*READING, *OUTPUTS, *WORDING, *GOING], [*NAMES, *LOADING])
+    if not view.get("takes_text", True) and str(output).endswith(".jsonl"):  # scores and questions, too
+        options = {"format": "jsonl", **options}
+    places = [source] if isinstance(source, str | os.PathLike) else list(source)
+    constants = {"model": model.told["model"], "revision": model.revision}
+    request = Request.of(
+        [os.fspath(place) for place in places],
+        {**options, "output": os.fspath(output) if output is not None else "", "constants": constants},
+        told=told, **view,
+    )  # fmt: skip
+    return planned(request)
+
+
+def _digest(folder: Path) -> str:
+    """Of a model's configuration, and of the names and sizes of its weights."""
+    told = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        told.update(f"{path.name} {path.stat().st_size}".encode())
+    return told.hexdigest()

@@ -10,7 +10,7 @@ import torch
 from blip2 import checkpoint, placement
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
-from blip2.errors import OptionError, option
+from blip2.errors import CheckpointError, OptionError, option
 from blip2.image import MAX_PIXELS, Reading
 from blip2.model import Blip2
 from blip2.text import Tokenizer
@@ -70,6 +70,26 @@ def load(
     if isinstance(model, Blip2):
         return Pipeline(model, tokenizer, settings, name=called, reading=reading)
     return Matcher(model, tokenizer, settings, name=called, reading=reading)
+
+
+def as_pipeline(found: Pipeline | Matcher) -> Pipeline:
+    """What `load` gave, if it writes; else CheckpointError."""
+    if not isinstance(found, Pipeline):
+        raise CheckpointError(
+            f"{found.name} is a matching model: it compares images with texts and has no language model to answer "
+            "with; name a generative one here, such as Salesforce/blip2-opt-2.7b, or none for the bundled miniature"
+        )
+    return found
+
+
+def as_matcher(found: Pipeline | Matcher) -> Matcher:
+    """What `load` gave, if it compares; else CheckpointError."""
+    if not isinstance(found, Matcher):
+        raise CheckpointError(
+            f"{found.name} writes about images and does not compare them with texts; name a matching model here, such "
+            "as Salesforce/blip2-itm-vit-g, or none for the bundled miniature-itm"
+        )
+    return found
 
 
 def find_device(device: str) -> torch.device:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
+from blip2.cli.collect import COLLECTION, Collection
+from blip2.cli.options import DECODING, DECODING_NAMES, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
 from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, row_of, see
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 @click.option("-q", "--question", "questions", multiple=True, help="A question; may be given several times. All "
               "arguments are pictures then.")  # fmt: skip
 @click.option("--choices", metavar="A,B,...", help="Choose among these answers, by likelihood.")
-@with_options(OUTPUT, PICTURES, DECODING, MODEL)
+@click.option("--question-column", metavar="NAME", help="With -o: where each row has its own question.")
+@with_options(OUTPUT, COLLECTION, PICTURES, DECODING, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -32,6 +34,7 @@ def command(
     arguments: tuple[str, ...],
     questions: tuple[str, ...],
     choices: str | None,
+    question_column: str | None,
     batch_size: int,
     as_json: bool,
     **others: Any,
@@ -51,18 +54,39 @@ def command(
     By default 5 beams and at most 10 tokens. With --choices nothing is written: the given answers are compared,
     and --json tells the probability of each.
 
+    With -o, --sidecar, --xmp or --embed, the pictures may be a whole collection, as for blip2 caption; several
+    questions are a row each. --question-column takes the questions from rows.
+
     \b
     blip2 ask street.jpg "how many buses are there?"
     blip2 ask photos/*.jpg "is it raining?" --choices yes,no
     blip2 ask photos.index "is there a dog?" --choices yes,no --json
     blip2 ask street.jpg -q "what is on the left?" -q "what colour is it?"
+    blip2 ask photos/ "what is in the foreground?" -o answers.jsonl
+    blip2 ask vqa.jsonl --question-column question -o answers.jsonl
     curl -s https://example.org/photo.jpg | blip2 ask - "who is in the picture?"
     """
     from blip2.tasks.speaker import chunks
 
-    images, questions = _split(arguments, questions, has_list=others["files_from"] is not None)
+    collection = Collection(others)
+    is_asked = collection.is_asked
+    if question_column and not (is_asked and not questions):
+        raise click.UsageError("--question-column is for results in files, and excludes -q; add -o FILE")
+    if not question_column:
+        arguments, questions = _split(arguments, questions, has_list=others["files_from"] is not None)
     model = of_model(others) | of_reading(others)
-    asked = Asked.of(images, others)
+    if is_asked:
+        from blip2.api.collect import asking
+
+        decoding = given({name: others.pop(name) for name in DECODING_NAMES})
+        context.exit(
+            collection.run(
+                asking, arguments, model, others, questions=questions, question_column=question_column,
+                choices=None if choices is None else choices.split(","), batch_size=batch_size, as_json=as_json,
+                **decoding,
+            )
+        )  # fmt: skip
+    asked = Asked.of(arguments, others)
     answers = _answerer(questions, None if choices is None else choices.split(","), given(others), batch_size)
     pictures = find_pictures(asked, takes_index=True)
     blip = load_pipeline(**pictures.model(model))

@@ -6,22 +6,28 @@ from typing import Any
 
 import click
 
-from blip2.cli.options import DECODING, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
+from blip2.cli.collect import COLLECTION, Collection
+from blip2.cli.options import DECODING, DECODING_NAMES, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
 from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, row_of, see
 
 
 @click.command("caption")
-@click.argument("images", nargs=-1, metavar="IMAGES...")
+@click.argument("arguments", nargs=-1, metavar="IMAGES...")
 @click.option("--prompt", default="", metavar="TEXT", help='How the caption begins, such as "a photo of".')
 @click.option("-n", "--num-captions", "num_return", type=int, help="Captions of each picture.  [default: 1]")
-@with_options(OUTPUT, PICTURES, DECODING, MODEL)
+@click.option("--pick", type=click.Choice(["best"]), help="Of -n captions, the first is the one that fits best, by a "
+              "matching model.")  # fmt: skip
+@click.option("--matcher", metavar="NAME", help="With --pick: that model.  [default: the bundled miniature-itm]")
+@with_options(OUTPUT, COLLECTION, PICTURES, DECODING, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
     /,
-    images: tuple[str, ...],
+    arguments: tuple[str, ...],
     prompt: str,
+    pick: str | None,
+    matcher: str | None,
     batch_size: int,
     as_json: bool,
     **others: Any,
@@ -35,10 +41,17 @@ def command(
 
     By default 5 beams and at most 30 tokens. What --prompt says is not repeated in the caption.
 
+    With -o, --sidecar, --xmp or --embed, IMAGES may be a whole collection: a folder, rows (JSONL, CSV, parquet, COCO
+    JSON) or shards ("shards/{000..099}.tar"); the captions go into files, and a run that is stopped is gone on with by
+    the same command.
+
     \b
     blip2 caption photo.jpg
     blip2 caption --prompt "a photo of" photos/*.jpg
     blip2 caption photos/ --json > captions.jsonl
+    blip2 caption photos/ --sidecar .txt --prefix "sks dog, " --html review.html
+    blip2 caption photos/ -o photos/metadata.jsonl
+    blip2 caption "shards/{000..099}.tar" -o captioned/
     find photos/ -newer last -print0 | blip2 caption --files-from - -0
     blip2 caption -n 3 --sample --top-p 0.9 https://example.org/photo.jpg
     """
@@ -47,8 +60,21 @@ def command(
     from blip2.tasks.speaker import check_batch_size
 
     # What is wrong with the options is told before the model is loaded.
+    collection = Collection(others)
     model = of_model(others) | of_reading(others)
-    asked = Asked.of(images, others)
+    if collection.is_asked:
+        from blip2.api.collect import captioning
+
+        decoding = given({name: others.pop(name) for name in (*DECODING_NAMES, "num_return")})
+        context.exit(
+            collection.run(
+                captioning, arguments, model, others, prompt=prompt, pick=pick, matcher=matcher, batch_size=batch_size,
+                as_json=as_json, **decoding,
+            )
+        )  # fmt: skip
+    if pick or matcher:
+        raise click.UsageError("--pick and --matcher are for results in files; add -o FILE or --sidecar .txt")
+    asked = Asked.of(arguments, others)
     options = merged(CAPTION, given(others))
     check_batch_size(batch_size)
     pictures = find_pictures(asked, takes_index=True)

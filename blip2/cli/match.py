@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from blip2.cli.collect import UNWORDED, Collection
 from blip2.cli.options import MODEL, OUTPUT, lines_in, load_matcher, of_model, with_options
 from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, see
@@ -26,7 +27,7 @@ CANDIDATES = 32
               help="Texts from a file, one a line. All arguments are pictures then.")  # fmt: skip
 @click.option("--template", default="{}", metavar="TEXT", help='Words around each text, such as "a photo of a {}".')
 @click.option("--top", type=int, metavar="K", help="Only the K best texts, the best first.")
-@with_options(OUTPUT, PICTURES, MODEL)
+@with_options(OUTPUT, UNWORDED, PICTURES, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -43,7 +44,9 @@ def command(
     """Tell how well texts fit a picture.
 
     The picture comes first, then one or more TEXTs; or any number of pictures and folders, with the texts by -t or
-    --labels. A folder gives the pictures in it and in the folders within.
+    --labels. A folder gives the pictures in it and in the folders within. With -o, --sidecar, --xmp or --embed, they
+    may be a whole collection, as for blip2 caption; the texts of each picture are written in order, with their
+    probabilities where the format has scores.
 
     \b
     match    the probability that the two belong together, of each text by itself
@@ -59,9 +62,20 @@ def command(
     blip2 match street.jpg "a bus" "two buses" "a tram"
     blip2 match photos/*.jpg --labels animals.txt --template "a photo of a {}" --top 5
     blip2 match street.jpg "a bus" --json
+    blip2 match photos/ --labels animals.txt --top 3 -o labels.jsonl
     """
     images, compared = _split(arguments, texts, labels, has_list=others["files_from"] is not None)
+    collection = Collection(others, UNWORDED)
     model = of_model(others) | of_reading(others)
+    if collection.is_asked:
+        from blip2.api.collect import matching
+
+        context.exit(
+            collection.run(
+                matching, images, model, others, texts=compared, words=template, top=top, candidates=CANDIDATES,
+                batch_size=batch_size, as_json=as_json,
+            )
+        )  # fmt: skip
     asked = Asked.of(images, others)
     pictures = find_pictures(asked)
     matcher = load_matcher(**model)

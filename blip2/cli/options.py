@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli import debug_option, threads_option
-from blip2.errors import CheckpointError, OptionError
+from blip2.errors import OptionError
 from blip2.plaintext import NotTextError, filled_lines
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ DECODING = (
     click.option("--seed", type=int, help="With --sample: the same seed, the same text."),
 )
 
+DECODING_NAMES = (
+    "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
+    "stop", "sample", "temperature", "top_k", "top_p", "seed",
+)  # fmt: skip
+
 OUTPUT = (
     click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures at a time."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with score, tokens and seconds."),
@@ -104,34 +109,27 @@ def of_model(options: dict[str, Any]) -> dict[str, Any]:
 
 def load_pipeline(**options: Any) -> Pipeline:
     """The generative model that the options name."""
-    from blip2.api import Pipeline
+    from blip2.api.loading import as_pipeline
 
-    found = _load(**options)
-    if not isinstance(found, Pipeline):
-        raise CheckpointError(
-            f"{found.name} is a matching model: it compares images with texts and has no language model to answer "
-            "with; name a generative one here, such as Salesforce/blip2-opt-2.7b, or none for the bundled miniature"
-        )
-    return found
+    return as_pipeline(_load(**options))
 
 
 def load_matcher(**options: Any) -> Matcher:
     """The matching model that the options name; the bundled one by default."""
-    from blip2.api import Matcher
+    from blip2.api.loading import as_matcher
 
-    found = _load(**(options | {"model": options["model"] or "miniature-itm"}))
-    if not isinstance(found, Matcher):
-        raise CheckpointError(
-            f"{found.name} writes about images and does not compare them with texts; name a matching model here, such "
-            "as Salesforce/blip2-itm-vit-g, or none for the bundled miniature-itm"
-        )
-    return found
+    return as_matcher(_load(**(options | {"model": options["model"] or "miniature-itm"})))
 
 
-def _load(model: str | None, device: str, dtype: str, **others: Any) -> Pipeline | Matcher:
+def _load(**options: Any) -> Pipeline | Matcher:
     from blip2.api import load  # imports torch
 
-    return load(model, device=device, dtype=None if dtype == "auto" else dtype, **others)
+    return load(options.pop("model"), **of_loading(options))
+
+
+def of_loading(options: dict[str, Any]) -> dict[str, Any]:
+    """As Python names them: None is the precision that suits the device."""
+    return {**options, "dtype": None if options["dtype"] == "auto" else options["dtype"]}
 
 
 def lines_in(path: Path, what: str) -> list[str]:

@@ -9,6 +9,7 @@ a run of a folder's files. The *journal* keeps what was done, so that the same c
 
 from blip2.collection.journal import Journal
 from blip2.collection.record import Record, Result, Source, Unit
-from blip2.collection.run import Job, Sink, Summary, run
+from blip2.collection.run import Job, Sink, run
+from blip2.collection.summary import Summary
 
 __all__ = ["Job", "Journal", "Record", "Result", "Sink", "Source", "Summary", "Unit", "run"]

@@ -4,6 +4,7 @@
     units/000012.jsonl  a unit that is done: its stamp, then a result a line, in the order of its records
     units/000012.part   a unit that is being done: the results so far; a torn last line is dropped
     lock                held by the run that is at work (lock-3-of-16 by one of several)
+    errors.jsonl        the pictures that failed, and why, when a run has ended
 
 A line is on its way to the disk before the output of its picture is written, so that what is written can always be
 written once more, the same to the last byte.
@@ -15,17 +16,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from blip2.collection.record import FAILED, Result, Unit
-from blip2.disk import locked, write_text, written
-from blip2.errors import CollectionError
+from blip2.disk import digest_of, locked, write_text, written
+from blip2.errors import CollectionError, option, setting
 
 VERSION = 1
+WHOLE = "lock-whole"
+FOUND = "found"
+"""Within what was asked: what `Journal.agree` keeps."""
+OUTPUT, UNFINISHED = "output", "unfinished"
 
 
 class Journal:
@@ -34,6 +40,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._units = folder / "units"
+        self._path = folder / "run.json"
 
     # ---- who is at work ----
 
@@ -41,20 +48,26 @@ class Journal:
     def held(self, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
         """Within, no other run works on this (part of the) output. Raises CollectionError."""
         number, total = shard
-        name = "lock" if total == 1 else f"lock-{number}-of-{total}"
-        try:
-            with locked(self.folder / name):
-                yield
-        except BlockingIOError:
-            raise CollectionError(f"{self.folder.parent}: another run is at work on it; wait for its end") from None
-        except PermissionError as error:
-            raise CollectionError(f"{error.filename}: cannot be written ({error.strerror}); check its rights") from None
+        name = "lock" if total == 1 else f"lock-{number + 1}-of-{total}"
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.folder / name))
+                for other in self.folder.glob("lock*"):  # of runs that divide the units in another way
+                    if other.name not in (name, WHOLE) and not (total > 1 and other.name.endswith(f"-of-{total}")):
+                        with locked(other):
+                            pass
+            except BlockingIOError:
+                raise CollectionError(f"{self.folder.parent}: another run is at work on it; wait for its end") from None
+            except OSError as error:
+                reason = error.strerror or error
+                raise CollectionError(f"{self.folder}: cannot be written ({reason}); check its rights") from None
+            yield
 
     @contextmanager
     def assembling(self) -> Iterator[bool]:
         """Within, no other run writes the outputs of all units; False if one is at it, from the same results."""
         try:
-            with locked(self.folder / "lock-whole"):
+            with locked(self.folder / WHOLE):
                 yield True
         except BlockingIOError:
             yield False
@@ -63,36 +76,85 @@ class Journal:
 
     def begin(self, asked: Mapping[str, Any], *, restart: bool = False) -> None:
         """Go on with a run that was asked the same, or begin one. Raises CollectionError for another one."""
-        path = self.folder / "run.json"
-        wanted = json.loads(json.dumps({"version": VERSION, **asked}))
         if restart:
             shutil.rmtree(self._units, ignore_errors=True)
-            path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+        self.compare(asked)
         self._units.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            try:
-                before = json.loads(path.read_text("utf-8"))
-            except ValueError:
-                raise CollectionError(f"{path}: is damaged; add --restart to begin anew") from None
-            if changed := [name for name in {**before, **wanted} if before.get(name) != wanted.get(name)]:
-                differences = "; ".join(
-                    f"{name} was {_short(before.get(name))} and is {_short(wanted.get(name))}" for name in changed
-                )
-                raise CollectionError(
-                    f"{self.folder.parent}: was begun by another command ({differences}); give the same again, "
-                    "another output, or --restart to do all anew"
-                )
+        if not self._path.exists():
+            self._write({"version": VERSION, **asked})
+
+    def compare(self, asked: Mapping[str, Any]) -> None:
+        """Raises CollectionError if the run that is there was asked another thing; changes nothing.
+
+        ``asked``: names of options, or other words, with values as JSON has them.
+        """
+        if not (before := self._asked()):
             return
-        write_text(path, json.dumps(wanted, indent=1, ensure_ascii=False))
+        wanted = json.loads(json.dumps({"version": VERSION, **asked}))
+        names = [name for name in {**before, **wanted} if name != FOUND]
+        if changed := [name for name in names if before.get(name) != wanted.get(name)]:
+            self._refuse(_difference(name, before.get(name), wanted.get(name)) for name in changed)
+
+    def agree(self, name: str, value: str) -> None:
+        """As `compare`, for what is known only when a model is there; it is kept if nothing is."""
+        found = self._asked().get(FOUND, {})
+        if found.get(name, value) != value:
+            self._refuse([_difference(name, found[name], value)])
+        if name not in found:
+            self._find(name, value)
+
+    @property
+    def written(self) -> str:
+        """The digest of the output's file as it was written, "" if it was not; `UNFINISHED` while it is written."""
+        with suppress(CollectionError):
+            return str(self._asked().get(FOUND, {}).get(OUTPUT, ""))
+        return ""
+
+    @contextmanager
+    def writing(self, output: str) -> Iterator[None]:
+        """Within, the output of all units is written."""
+        self._find(OUTPUT, UNFINISHED)
+        yield
+        if digest := digest_of(output):
+            self._find(OUTPUT, digest)
+
+    def _find(self, name: str, value: str) -> None:
+        asked = self._asked()
+        self._write({**asked, FOUND: {**asked.get(FOUND, {}), name: value}})
+
+    def _asked(self) -> dict[str, Any]:
+        """Empty if no run was begun."""
+        with suppress(FileNotFoundError):
+            with suppress(ValueError):
+                if isinstance(found := json.loads(self._path.read_text("utf-8")), dict):
+                    return found
+            raise CollectionError(f"{self._path}: is damaged; {setting('restart', True)} to begin anew")
+        return {}
+
+    def _write(self, asked: Mapping[str, Any]) -> None:
+        write_text(self._path, json.dumps(asked, indent=1, ensure_ascii=False))
+
+    def _refuse(self, differences: Iterable[str]) -> NoReturn:
+        raise CollectionError(
+            f"{self.folder.parent}: was begun by another command ({'; '.join(differences)}); give the same again, "
+            f"another output, or {setting('restart', True)} to do all anew"
+        )
 
     # ---- units ----
 
     def stamp_of(self, unit: Unit) -> str | None:
         """That of a unit that is done, as it was then; None if it is not done."""
-        with suppress(OSError, ValueError, KeyError, StopIteration):
-            with open(self._done(unit), encoding="utf-8") as file:
-                return str(json.loads(next(file))["stamp"])
-        return None
+        return self._head(unit).get("stamp")
+
+    def statuses(self, unit: Unit) -> Counter[str]:
+        """How many of its pictures have which; empty if it is not done."""
+        return Counter(self._head(unit).get("statuses"))
+
+    def _head(self, unit: Unit) -> dict[str, Any]:
+        with suppress(OSError, ValueError, StopIteration), open(self._done(unit), encoding="utf-8") as file:
+            return dict(json.loads(next(file)))
+        return {}
 
     def results(self, unit: Unit) -> Iterator[Result]:
         """Of a unit that is done."""
@@ -100,27 +162,33 @@ class Journal:
             next(file)
             yield from map(_result, file)
 
-    def earlier(self) -> Iterator[Result]:
-        """All that is known, of whatever unit; a picture may come twice."""
-        for path in sorted(self._units.iterdir()):
-            with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    with suppress(ValueError, TypeError):  # torn
-                        if line.endswith("\n") and "key" in (found := json.loads(line)):
-                            yield Result(**found)
+    def earlier(self, without: Container[str] = ()) -> Iterator[Result]:
+        """All that is known, of whatever unit but these names; a picture may come twice."""
+        for path in sorted(self._units.glob("*")):
+            if path.stem not in without:
+                yield from _sound(path)
+
+    def so_far(self, unit: Unit) -> Iterator[Result]:
+        """Of a unit that may not be done; the newest of each picture."""
+        if not (part := {result.key: result for result in _sound(self._part(unit))}):
+            return _sound(self._done(unit))
+        older = {result.key: result for result in _sound(self._done(unit))}
+        return iter({**part, **older, **part}.values())
 
     def part(self, unit: Unit) -> Part:
-        return Part(self._units / f"{unit.name}.part")
+        return Part(self._part(unit))
 
-    def finish(self, unit: Unit, stamp: str, results: Iterable[Result]) -> None:
+    def finish(self, unit: Unit, stamp: str, results: Sequence[Result]) -> None:
         """The unit is done, and its outputs are written."""
-        path = self._done(unit)
-        with written(path, self._units / f"{unit.name}.writing") as unfinished:
-            with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps({"stamp": stamp}) + "\n")
-                file.writelines(_line(result) for result in results)
+        statuses = Counter(result.status for result in results)
+        with (
+            written(self._done(unit), self._units / f"{unit.name}.writing") as unfinished,
+            open(unfinished, "w", encoding="utf-8", newline="\n") as file,
+        ):
+            file.write(json.dumps({"stamp": stamp, "statuses": statuses}) + "\n")
+            file.writelines(_line(result) for result in results)
         with suppress(FileNotFoundError):
-            (self._units / f"{unit.name}.part").unlink()
+            self._part(unit).unlink()
 
     def forget_beyond(self, number: int) -> None:
         """What is known of units that the source does not have any more."""
@@ -128,11 +196,28 @@ class Journal:
             if re.fullmatch(r"\d{6}", path.stem) and int(path.stem) >= number:
                 path.unlink()
 
-    def num_failed(self, unit: Unit) -> int:
-        return sum(result.status == FAILED for result in self.results(unit))
+    def write_errors(self, units: Iterable[Unit]) -> None:
+        """What failed of these, into `errors`, which goes if nothing did."""
+        some = [unit for unit in units if not (statuses := self.statuses(unit)) or statuses[FAILED]]
+        failed = [result for unit in some for result in self.so_far(unit) if result.status == FAILED]
+        lines = (
+            json.dumps({"key": result.key, "name": result.name, "error_message": result.error_message}) + "\n"
+            for result in failed
+        )
+        if failed:
+            write_text(self.errors, "".join(lines))
+        else:
+            self.errors.unlink(missing_ok=True)
+
+    @property
+    def errors(self) -> Path:
+        return self.folder / "errors.jsonl"
 
     def _done(self, unit: Unit) -> Path:
         return self._units / f"{unit.name}.jsonl"
+
+    def _part(self, unit: Unit) -> Path:
+        return self._units / f"{unit.name}.part"
 
 
 class Part:
@@ -141,14 +226,17 @@ class Part:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: IO[str] | None = None
+        self._there: set[tuple[str, str]] = set()
 
-    def add(self, results: Iterable[Result]) -> None:
-        """Raises OSError where there is no room."""
+    def add(self, result: Result, *, is_new: bool) -> None:
+        """Raises OSError where there is no room. One that is not new is in it once."""
         if self._file is None:
+            self._there = {(before.key, before.stamp) for before in _sound(self._path)}
             self._drop_torn()
-            self._file = open(self._path, "a", encoding="utf-8", newline="\n")
-        self._file.writelines(_line(result) for result in results)
-        self._file.flush()
+            self._file = open(self._path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        if is_new or (result.key, result.stamp) not in self._there:
+            self._file.write(_line(result))
+            self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
@@ -169,8 +257,21 @@ def _result(line: str) -> Result:
     return Result(**json.loads(line))
 
 
+def _sound(path: Path) -> Iterator[Result]:
+    """The results in a file, of which the last line may be torn; none if it is not there."""
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError, TypeError):
+                if line.endswith("\n") and "key" in (found := json.loads(line)):
+                    yield Result(**found)
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    return f"{option(name)} was {_short(before)} and is {_short(now)}"
+
+
 def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False) if value is not None else "not given"
+    text = "not given" if value in (None, "", [], False) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

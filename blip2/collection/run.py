@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
+from blip2.collection.background import in_background
 from blip2.collection.columns import plain
 from blip2.collection.journal import Journal, Part
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit
+from blip2.collection.summary import OnResults, Summary
 from blip2.errors import ImageError
 from blip2.image import stored_size
 
 FLUSH_RESULTS = 16
-"""After so many, results are on their way to the disk, and what is written a picture at a time is written."""
+"""After so many, what is written a picture at a time is written."""
+
+
+MOST_WAITING = 256
+"""Results that wait to be written; then the model waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +67,12 @@ class Sink(Protocol):
         """
 
 
-@dataclass
-class Summary:
-    """Counts of pictures: of this run, and of those before it."""
-
-    done: int = 0
-    skipped: int = 0
-    failed: int = 0
-    before: int = 0
-    failed_before: int = 0
-    is_complete: bool = False
-    """Whether all units are done, those of other shards included, so that the output is whole."""
-
-
 @dataclass(frozen=True)
 class Job:
     """``asked``: what `Journal.begin` compares. ``word``: from a record and what the model made of it to the text of
-    the outputs. ``skips``: whether a picture that has a text already keeps it. ``retries``: only what failed before is
-    done again. ``shard``: which of how many parts of the units."""
+    the outputs. ``skips``: whether a picture that has a text already keeps it. ``retries``: what failed before is
+    done again. ``shard``: which of how many parts of the units, from 0. ``limit``: the run ends after so many pictures
+    that the model has seen, and the next one goes on. ``output``: the file that is written of all units, if any."""
 
     source: Source
     sinks: Sequence[Sink]
@@ -87,53 +82,83 @@ class Job:
     skips: bool = True
     retries: bool = False
     shard: tuple[int, int] = (0, 1)
+    limit: int | None = None
+    output: str = ""
+
+    @property
+    def units(self) -> list[Unit]:
+        """Of this shard."""
+        number, total = self.shard
+        return [unit for unit in self.source.units if unit.number % total == number]
 
 
-def run(job: Job, work: Work, on_result: Callable[[Result], None] = lambda result: None) -> Summary:
-    """Do what is not done yet. Raises CollectionError, OSError; what was done until then is kept."""
-    number, total = job.shard
-    summary = Summary()
-    todo = [unit for unit in job.source.units if unit.number % total == number and not _is_done(job, unit, summary)]
+def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: None) -> Summary:
+    """Do what is not done yet. Raises CollectionError, OSError; what was done until then is kept.
+
+    What the model says is in the journal at once. A thread of its own writes outputs, so that the model does not wait
+    for the disk.
+    """
+    summary = Summary(total=job.source.num_records if job.shard[1] == 1 else None)
+    started = time.monotonic()
+    todo = [unit for unit in job.units if not _is_done(job, unit, summary)]
     known = _known(job) if todo else {}
-    with closing(_settled(job, todo, known, work)) as settled:
-        for unit, results in _by_unit(settled):
-            with closing(job.journal.part(unit)) as part:
-                done = list(_written(job, results, part, known, summary, on_result))
+
+    def write(settled: Iterator[Settled]) -> None:
+        for unit, results in _by_unit(settled, cut):
+            done = []
+            for some in _written(job, results):
+                new = [result for result in some if (result.key, result.stamp) not in known]
+                for result in some:
+                    summary.count(result, is_new=(result.key, result.stamp) not in known)
+                summary.seconds = time.monotonic() - started
+                on_results(summary, new)
+                done += some
+            if unit.number in cut:
+                summary.is_limited = True
+                continue
             for sink in job.sinks:
                 sink.unit(unit, done)
             job.journal.finish(unit, job.source.stamp(unit), done)
+
+    cut: set[int] = set()
+    in_background(_kept(job, _settled(job, todo, known, work), known), write, MOST_WAITING)
     assemble(job, summary)
+    summary.seconds = time.monotonic() - started
+    job.journal.write_errors(job.source.units)
     return summary
 
 
 def assemble(job: Job, summary: Summary) -> None:
-    """Write the outputs of all units, if all of them are done, whoever did them."""
+    """Write the outputs of all units, if all of them are done, whoever did them; with a limit, of what there is."""
     units = job.source.units
     summary.is_complete = all(job.journal.stamp_of(unit) == job.source.stamp(unit) for unit in units)
-    if not summary.is_complete:
+    if not (summary.is_complete or (summary.is_limited and job.shard[1] == 1)):
         return
     with job.journal.assembling() as is_ours:
         if is_ours:
-            job.journal.forget_beyond(len(units))
-            for sink in job.sinks:
-                sink.whole(_All(job.journal, units))
+            if summary.is_complete:
+                job.journal.forget_beyond(len(units))
+            with job.journal.writing(job.output):
+                for sink in job.sinks:
+                    sink.whole(_All(job.journal, units))
+    summary.notes = [note for sink in job.sinks for note in sink.notes]
 
 
 @dataclass(frozen=True)
 class _All:
-    """The results of all units, which are done."""
+    """The results of all units, as far as they are done."""
 
     journal: Journal
     units: Sequence[Unit]
 
     def __iter__(self) -> Iterator[Result]:
-        return (result for unit in self.units for result in self.journal.results(unit))
+        return (result for unit in self.units for result in self.journal.so_far(unit))
 
 
 def _is_done(job: Job, unit: Unit, summary: Summary) -> bool:
     if job.journal.stamp_of(unit) != job.source.stamp(unit):
         return False
-    statuses = Counter(result.status for result in job.journal.results(unit))
+    statuses = job.journal.statuses(unit)
     if job.retries and statuses[FAILED]:
         return False
     summary.before += statuses.total()
@@ -143,9 +168,12 @@ def _is_done(job: Job, unit: Unit, summary: Summary) -> bool:
 
 def _known(job: Job) -> dict[tuple[str, str], Result]:
     """What was done of units that are not done, or not as they are now, by key and stamp."""
+    done = {unit.name for unit in job.source.units if job.journal.stamp_of(unit) == job.source.stamp(unit)}
+    if job.retries:
+        done -= {unit.name for unit in job.units}
     return {
         (result.key, result.stamp): result
-        for result in job.journal.earlier()
+        for result in job.journal.earlier(without=done)
         if not (job.retries and result.status == FAILED)
     }
 
@@ -157,16 +185,24 @@ Settled = tuple[Unit, "Result | None"]
 def _settled(
     job: Job, units: Sequence[Unit], known: Mapping[tuple[str, str], Result], work: Work
 ) -> Generator[Settled, None, None]:
-    """The result of each record, in order. What needs no model passes by those that do, and waits behind them."""
+    """The result of each record, in order. What needs no model passes by those that do, and waits behind them.
+
+    It ends within a unit where a limit is reached.
+    """
+    room = job.limit
     waiting: deque[tuple[Unit, tuple[Record, Result] | Result | None]] = deque()
     wants = frozenset[str]().union(*(sink.wants for sink in job.sinks))
 
     def to_model() -> Iterator[Record]:
+        nonlocal room
         for unit in units:
             for record in job.source.records(unit):
                 if (result := _without_model(job, record, known, wants)) is not None:
                     waiting.append((unit, result))
                     continue
+                if room == 0:
+                    return
+                room = None if room is None else room - 1
                 waiting.append((unit, (replace(record, picture=None), _begun(record, wants))))
                 yield record
             waiting.append((unit, None))
@@ -176,11 +212,16 @@ def _settled(
             yield waiting.popleft()  # type: ignore[misc]
 
     outcomes = work(to_model())
-    for outcome in outcomes:
-        yield from ready()
-        unit, pair = waiting.popleft()
-        assert isinstance(pair, tuple)
-        yield unit, _result(job, *pair, outcome)
+    try:
+        for outcome in outcomes:
+            yield from ready()
+            unit, pair = waiting.popleft()
+            assert isinstance(pair, tuple)
+            yield unit, _result(job, *pair, outcome)
+            yield from ready()
+    finally:
+        if isinstance(outcomes, Generator):
+            outcomes.close()
     yield from ready()
 
 
@@ -188,7 +229,8 @@ def _without_model(
     job: Job, record: Record, known: Mapping[tuple[str, str], Result], wants: frozenset[str]
 ) -> Result | None:
     if (before := known.get((record.key, record.stamp))) is not None:
-        # A person may have changed what an earlier run wrote.
+        # The source may say other things by now, and a person may have changed what an earlier run wrote.
+        before = replace(before, columns=plain(record.columns) or before.columns)
         return replace(before, text=record.text) if job.skips and record.text else before
     if record.problem:
         return _failed(_begun(record, wants), record.problem)
@@ -234,40 +276,42 @@ def _failed(begun: Result, message: str) -> Result:
     return replace(begun, status=FAILED, error_message=message)
 
 
-def _by_unit(settled: Iterator[Settled]) -> Iterator[tuple[Unit, Iterator[Result]]]:
-    """The results of each unit, while they come."""
+def _by_unit(settled: Iterator[Settled], cut: set[int]) -> Iterator[tuple[Unit, Iterator[Result]]]:
+    """The results of each unit, while they come; ``cut`` is told the number of a unit that is left unfinished."""
 
-    def until_end(first: Result | None) -> Iterator[Result]:
+    def until_end(unit: Unit, first: Result | None) -> Iterator[Result]:
         result = first
         while result is not None:
             yield result
-            _, result = next(settled)
+            if (following := next(settled, None)) is None:
+                cut.add(unit.number)
+                return
+            result = following[1]
 
     for unit, result in settled:
-        yield unit, until_end(result)
+        yield unit, until_end(unit, result)
 
 
-def _written(
-    job: Job,
-    results: Iterator[Result],
-    part: Part,
-    known: Mapping[tuple[str, str], Result],
-    summary: Summary,
-    on_result: Callable[[Result], None],
-) -> Iterator[Result]:
-    """The results, in the journal and then in what is written a picture at a time."""
+def _kept(
+    job: Job, settled: Generator[Settled, None, None], known: Mapping[tuple[str, str], Result]
+) -> Generator[Settled, None, None]:
+    """The same, when they are in the journal."""
+    part: Part | None = None
+    with closing(settled), ExitStack() as stack:
+        for unit, result in settled:
+            if result is None:
+                part = None
+                stack.close()
+            else:
+                part = part or stack.enter_context(closing(job.journal.part(unit)))
+                part.add(result, is_new=(result.key, result.stamp) not in known)
+            yield unit, result
+
+
+def _written(job: Job, results: Iterator[Result]) -> Iterator[list[Result]]:
+    """The results, a few at a time, when they are in what is written a picture at a time."""
     while some := list(islice(results, FLUSH_RESULTS)):
-        part.add(some)
         if captioned := [result for result in some if result.status == SUCCESS]:
             for sink in job.sinks:
                 sink.some(captioned)
-        for result in some:
-            if (result.key, result.stamp) in known:
-                summary.before += 1
-                summary.failed_before += result.status == FAILED
-            else:
-                summary.done += result.status == SUCCESS
-                summary.skipped += result.status == SKIPPED
-                summary.failed += result.status == FAILED
-                on_result(result)
-        yield from some
+        yield some

@@ -60,8 +60,8 @@ def test_json_lines_have_everything(tmp_path, photos):
     first, _, _, bad, odd = json_rows(tmp_path / "all.jsonl")
     assert first == {
         "file_name": "photos/a.jpg", "path_bytes": "", "key": "a.jpg", "caption": "a a.jpg", "captions": ["a a.jpg"],
-        "score": -0.5, "tokens": 4, "caption_original": "", "model": "tiny", "sha256": first["sha256"], "width": 8,
-        "height": 6, "status": "success", "error_message": "",
+        "score": -0.5, "scores": [-0.5], "tokens": 4, "caption_original": "", "model": "tiny", "sha256": first["sha256"],
+        "width": 8, "height": 6, "status": "success", "error_message": "",
     }  # fmt: skip
     assert len(first["sha256"]) == 64 and odd["sha256"] == first["sha256"]
     assert bad["status"] == "failed" and bad["error_message"].endswith("damaged") and bad["caption"] == ""
@@ -244,7 +244,7 @@ def test_an_earlier_run_is_replaced_and_not_piled_up(tmp_path, photos):
         ]
         captioned(Listed(rows), Outputs(output=str(tmp_path / f"{after}.jsonl"), format="jsonl"), if_exists="overwrite")
     first, last = (json_rows(tmp_path / f"{name}.jsonl")[0] for name in ("one", "three"))
-    assert {*last} - {*first} == {"score_original", "tokens_original"}
+    assert {*last} - {*first} == {"score_original", "scores_original", "tokens_original"}
     assert last["caption_original"] == "a a.jpg" and last["score_original"] == -0.5
 
 

@@ -106,7 +106,7 @@ def _output(outputs: Outputs, source: View) -> Sink:
         wanted = " or ".join(f"a file *{known}" if known else "a folder" for known in SUFFIXES[format])
         raise OptionError(f"{path}: --format {format} is {wanted}; name the output so")
     if outputs.with_images is not None and format not in ("parquet", "webdataset"):
-        raise OptionError(f"--images and --no-images: --format {format} never has them; parquet and webdataset may")
+        raise OptionError(f"--with-images and --no-images: --format {format} never has them; parquet and webdataset do")
     if path.name.lower() == "metadata.csv":
         raise OptionError(
             f"{path}: datasets reads a caption such as None or NA in it as missing; name it metadata.jsonl"

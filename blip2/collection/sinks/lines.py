@@ -104,6 +104,7 @@ def everything(constants: Mapping[str, str], result: Result, folder: Path) -> di
         "caption": result.line,
         "captions": [*(result.lines if result.status == SUCCESS else [])],
         "score": float(result.scores[0]) if result.scores else None,
+        "scores": [*map(float, result.scores)],
         "tokens": int(result.tokens[0]) if result.tokens else 0,
         "caption_original": as_text(result.old),
         **constants,

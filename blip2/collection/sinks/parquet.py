@@ -21,8 +21,8 @@ GROUP_BYTES = 64 * 2**20
 DTYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string", "json": "string"}
 OWN = {
     "file_name": "str", "path_bytes": "str", "key": "str", "caption": "str", "captions": "list", "score": "float",
-    "tokens": "int", "caption_original": "str", "sha256": "str", "width": "int", "height": "int", "status": "str",
-    "error_message": "str",
+    "scores": "floats", "tokens": "int", "caption_original": "str", "sha256": "str", "width": "int", "height": "int",
+    "status": "str", "error_message": "str",
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def write_parquet(
 
 
 def _schema(arrow: Any, kinds: Mapping[str, str], *, images: bool) -> Any:
-    types = {"list": arrow.list_(arrow.string())}
+    types = {"list": arrow.list_(arrow.string()), "floats": arrow.list_(arrow.float64())}
     fields = [(name, types.get(kind) or arrow.type_for_alias(DTYPES[kind])) for name, kind in kinds.items()]
     if not images:
         return arrow.schema(fields)

@@ -30,11 +30,13 @@ class View:
     """The same source, with what ``beside`` has of each picture as its old text, before what the source says itself.
 
     All of these are looked at, so that what is damaged is a problem of its record. Where one of them changes the files
-    of pictures (``keeps_time``), a picture is known again by the time of its file alone.
+    of pictures (``keeps_time``), a picture is known again by the time of its file alone. ``takes_text``: whether what
+    the source says is an old text of what will be written; a caption is none where answers are.
     """
 
-    def __init__(self, source: Source, beside: Sequence[Beside] = ()) -> None:
+    def __init__(self, source: Source, beside: Sequence[Beside] = (), *, takes_text: bool = True) -> None:
         self._source = source
+        self._takes_text = takes_text
         self._beside = beside
         self._by_time = any(one.keeps_time for one in beside)
 
@@ -105,6 +107,8 @@ class View:
         ]
 
     def _seen(self, record: Record) -> Record:
+        if not self._takes_text and record.text:
+            record = replace(record, text="")
         if not self._beside or not isinstance(record.picture, str) or record.problem:
             return record
         path = record.picture

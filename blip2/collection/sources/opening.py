@@ -61,13 +61,15 @@ def open_source(
     exclude: Sequence[str] = (),
     recursive: bool = True,
     split: str | None = None,
+    without: Sequence[str] = (),
 ) -> Source:
     """What ``arguments`` name, all of one kind: folders, files, addresses, or patterns such as "shards/{000..099}.tar".
 
     ``image_column``, ``caption_column``: where rows have picture and text (of shards: the fields), found by looking by
     default; ``key_column``: what rows are known by, "row" for their numbers; ``images``: the folder that paths in rows
     begin from; ``caption_suffix``: of text files beside pictures (".txt"), in the place of the picture's suffix or
-    after it (``keeps_suffix``); ``exclude``, ``recursive``: as `find_in` has them; ``split``: of Karpathy's files.
+    after it (``keeps_suffix``); ``exclude``, ``recursive``: as `find_in` has them; ``split``: of Karpathy's files;
+    ``without``: metadata that are not read, since they are the output of an earlier run.
 
     Raises CollectionError for what cannot be read, with what can.
     """
@@ -103,7 +105,7 @@ def open_source(
         )
     everything = found if len(folders) == len(places) else find_in(places, **walk)
     suffix = f".{caption_suffix.removeprefix('.')}" if caption_suffix else ""
-    return _files(everything, folders, _root(folders, places), suffix, keeps_suffix, caption_column, walk)
+    return _files(everything, folders, _root(folders, places), suffix, keeps_suffix, caption_column, walk, without)
 
 
 def _files(
@@ -114,6 +116,7 @@ def _files(
     keeps_suffix: bool,
     caption_column: str | None,
     walk: Mapping[str, Any],
+    without: Sequence[str],
 ) -> Files:
     """Pictures, with what metadata in their folders, or img2dataset, say of them."""
     if not found.pictures:
@@ -123,7 +126,9 @@ def _files(
         once.setdefault(key_of(path, root), path)
     pictures = list(once.values())
     has_metadata = any(found.others[os.path.splitext(name)[1]] for name in NAMES)
-    told = Told(metadata_in(folders, **walk) if has_metadata else [], pictures, caption_column)
+    left_out = {*map(os.path.abspath, without)}
+    metadata = metadata_in(folders, **walk) if has_metadata else []
+    told = Told([path for path in metadata if os.path.abspath(path) not in left_out], pictures, caption_column)
     is_downloaded = any(map(_is_downloaded, folders))
     source = Files(
         pictures,

@@ -1,0 +1,65 @@
+"""What a run did, counted while it is at work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Result
+
+
+@dataclass
+class Summary:
+    """Counts of pictures: of this run, and of those before it (``before``, of which ``failed_before``).
+
+    ``total``: of all that the source has, or this part of it; None if that is not known. ``reasons``: why pictures
+    failed, the pictures' names left out. ``repeated``: captions of this run that another picture has, too.
+    """
+
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    before: int = 0
+    failed_before: int = 0
+    repeated: int = 0
+    total: int | None = None
+    seconds: float = 0.0
+    reasons: Counter[str] = field(default_factory=Counter)
+    is_complete: bool = False
+    """Whether all units are done, those of other shards included, so that the output is whole."""
+    is_limited: bool = False
+    """Whether it ended because `Job.limit` was reached."""
+    notes: list[str] = field(default_factory=list)
+    """What the formats have to tell of what they wrote."""
+    _said: set[int] = field(default_factory=set, repr=False)
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second, of this run; 0 before there is one."""
+        new = self.done + self.failed
+        return new / self.seconds if new and self.seconds > 0 else 0.0
+
+    @property
+    def settled(self) -> int:
+        """Of this run and of those before it."""
+        return self.done + self.skipped + self.failed + self.before
+
+    def count(self, result: Result, *, is_new: bool) -> None:
+        if not is_new:
+            self.before += 1
+            self.failed_before += result.status == FAILED
+            return
+        self.done += result.status == SUCCESS
+        self.skipped += result.status == SKIPPED
+        self.failed += result.status == FAILED
+        if result.status == FAILED:
+            self.reasons[result.error_message.removeprefix(f"{result.name}: ")] += 1
+        elif result.status == SUCCESS:
+            said = hash(result.line)
+            self.repeated += said in self._said
+            self._said.add(said)
+
+
+OnResults = Callable[[Summary, Sequence[Result]], None]
+"""Is called after every few results of this run, with these, by another thread than the model's."""

@@ -1,0 +1,226 @@
+"""A run that stops anywhere and goes on; parts, limits, what failed, who else is at work."""
+
+import json
+import threading
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from blip2.collection import run
+from blip2.collection.journal import Journal
+from blip2.collection.request import Request, planned, shard_of, shard_of_array
+from blip2.collection.run import Outcome
+from blip2.errors import CollectionError, ImageError, OptionError
+from tests.collection.written_by_run import drawn
+
+NAMES = [f"{number % 3}_set/{number:02}.png" for number in range(40)]
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """40 pictures, of which one is damaged, in units of 16."""
+    monkeypatch.setattr("blip2.collection.sources.files.UNIT_FILES", 16)
+    folder = tmp_path / "photos"
+    drawn(folder, *NAMES)
+    return folder
+
+
+class Model:
+    """Says names, in batches; ``stops_at``: raises instead of its so many-th word. ``heard``: what it was asked."""
+
+    def __init__(self, batch_size=4, stops_at=None, error=KeyboardInterrupt, knows_all=False):
+        self.heard = []
+        self._batch_size, self._stops_at, self._error, self._knows_all = batch_size, stops_at, error, knows_all
+
+    def __call__(self, records):
+        while batch := list(islice(records, self._batch_size)):
+            self.heard += [record.key for record in batch]
+            for record in batch:
+                if self._stops_at == 0:
+                    raise self._error
+                self._stops_at = None if self._stops_at is None else self._stops_at - 1
+                if record.key.endswith("07.png") and not self._knows_all:
+                    yield ImageError(f"{record.name}: damaged")
+                else:
+                    yield Outcome([f"a {record.key[-6:]}"], [-0.5], [3])
+
+
+def do(photos, model, **options):
+    """What `run` tells of it."""
+    options = {"sidecar": ".txt", "output": str(photos / "metadata.jsonl"), **options}
+    with planned(Request.of([str(photos)], options)).begun() as job:
+        return run(job, model)
+
+
+def written(photos):
+    return {
+        str(path.relative_to(photos)): path.read_text()
+        for path in sorted(photos.rglob("*"))
+        if path.suffix in (".txt", ".jsonl") and ".blip2" not in str(path)
+    }
+
+
+@pytest.fixture
+def undisturbed(photos, tmp_path):
+    """What a run writes that nothing stops."""
+    other = tmp_path / "other"
+    drawn(other, *NAMES)
+    do(other, Model())
+    return written(other)
+
+
+def test_what_is_written(photos):
+    summary = do(photos, Model())
+    assert (summary.done, summary.failed, summary.skipped, summary.before) == (39, 1, 0, 0)
+    assert summary.reasons == Counter({"damaged": 1}) and summary.is_complete and summary.total == 40
+    assert (photos / "1_set" / "01.txt").read_text() == "a 01.png\n"
+    assert not (photos / "1_set" / "07.txt").exists()
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 39 and rows[0] == {"file_name": "0_set/00.png", "text": "a 00.png"}
+    [error] = (photos / ".metadata.jsonl.blip2" / "errors.jsonl").read_text().splitlines()
+    assert json.loads(error)["key"] == "1_set/07.png" and "damaged" in error
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 100])
+@pytest.mark.parametrize("stops_at", [0, 3, 17, 39])
+def test_stopped_while_the_model_is_at_work(photos, undisturbed, stops_at, batch_size):
+    first = Model(batch_size, stops_at)
+    with pytest.raises(KeyboardInterrupt):
+        do(photos, first)
+    second = Model()
+    summary = do(photos, second)
+    assert written(photos) == undisturbed
+    assert len(second.heard) == 40 - stops_at and summary.before == stops_at
+    assert do(photos, Model(stops_at=0)).before == 40  # all is done: no model is asked
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "blip2.collection.sinks.sidecar.write_all",
+        "blip2.collection.sinks.table.replacing",
+        "blip2.collection.journal.Journal.finish",
+        "blip2.collection.journal.Journal.write_errors",
+        "blip2.collection.journal.Part.add",
+    ],
+)
+def test_a_disk_that_is_full_at_any_place(photos, undisturbed, monkeypatch, place):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(place, full)
+        with pytest.raises(OSError, match="No space"):
+            do(photos, Model())
+    do(photos, Model())
+    assert written(photos) == undisturbed
+
+
+def test_a_limit_does_so_many_and_the_next_run_goes_on(photos, undisturbed):
+    models = [Model(), Model(), Model()]
+    first = do(photos, models[0], limit=5)
+    assert first.is_limited and not first.is_complete and first.done == 5
+    assert len((photos / "metadata.jsonl").read_text().splitlines()) == 5
+    do(photos, models[1], limit=20)
+    do(photos, models[2])
+    assert [len(model.heard) for model in models] == [5, 20, 15]
+    assert written(photos) == undisturbed
+    assert do(photos, Model(stops_at=0), limit=5).is_complete
+
+
+def test_parts_make_one_output(photos, undisturbed):
+    heard = []
+    for number in (2, 1, 3):
+        assert not (photos / "metadata.jsonl").exists()
+        model = Model()
+        summary = do(photos, model, shard=(number, 3))
+        heard += model.heard
+        assert summary.is_complete == (number == 3)
+    assert len(heard) == len({*heard}) == 40
+    assert written(photos) == undisturbed
+
+
+def test_what_failed_is_done_again_when_that_is_asked(photos):
+    do(photos, Model())
+    model = Model(knows_all=True)
+    assert do(photos, model).failed_before == 1 and model.heard == []
+    summary = do(photos, model, retry_failed=True)
+    assert model.heard == ["1_set/07.png"] and (summary.done, summary.before) == (1, 39)
+    assert (photos / "1_set" / "07.txt").read_text() == "a 07.png\n"
+    assert not (photos / ".metadata.jsonl.blip2" / "errors.jsonl").exists()
+
+
+def test_new_pictures_alone_are_looked_at(photos):
+    do(photos, Model())
+    drawn(photos, "0_set/00a.png")  # shifts all units
+    model = Model()
+    do(photos, model)
+    assert model.heard == ["0_set/00a.png"]
+    assert len((photos / "metadata.jsonl").read_text().splitlines()) == 40
+
+
+def test_another_command_is_told_the_difference(photos):
+    do(photos, Model())
+    with pytest.raises(CollectionError, match=r'prefix was not given and is "sks, "') as caught:
+        do(photos, Model(), prefix="sks, ")
+    assert "set restart=True" in str(caught.value)
+    model = Model()
+    do(photos, model, prefix="sks, ", restart=True, if_exists="overwrite")
+    assert len(model.heard) == 40 and (photos / "0_set" / "00.txt").read_text() == "sks, a 00.png\n"
+
+
+def test_an_output_that_a_person_changed_is_kept(photos):
+    do(photos, Model())
+    table = photos / "metadata.jsonl"
+    table.write_text(table.read_text().replace("a 00.png", "my own words"))
+    with pytest.raises(CollectionError, match="was changed since it was written"):
+        do(photos, Model())
+    assert "my own words" in table.read_text()
+
+
+def test_two_runs_on_one_output_notice_each_other(photos):
+    begun, end = threading.Event(), threading.Event()
+
+    def waiting(records):
+        begun.set()
+        end.wait(20)
+        yield from Model()(records)
+
+    one = threading.Thread(target=do, args=(photos, waiting))
+    one.start()
+    try:
+        assert begun.wait(20)
+        for shard in (None, (1, 2)):
+            with pytest.raises(CollectionError, match="another run is at work"):
+                do(photos, Model(), shard=shard)
+    finally:
+        end.set()
+        one.join()
+    assert do(photos, Model()).before == 40
+
+
+def test_another_model_under_the_same_name(tmp_path):
+    journal = Journal(tmp_path / ".blip2")
+    journal.begin({"model": "m"})
+    journal.agree("the model", "1")
+    journal.begin({"model": "m"})
+    journal.agree("the model", "1")
+    with pytest.raises(CollectionError, match='the model was "1" and is "2"'):
+        journal.agree("the model", "2")
+
+
+def test_shards_of_slurm():
+    def task(number, first=0, count=4, last=3):
+        told = {"ID": number, "MIN": first, "COUNT": count, "MAX": last}
+        return shard_of_array({f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in told.items()})
+
+    assert shard_of_array({}) is None and task(0, count=1, last=0) is None
+    assert [task(number) for number in range(4)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert task(15, first=10, count=3, last=20) == (2, 3)  # --array=10-20:5
+    with pytest.raises(OptionError, match="not at equal steps"):
+        task(3, first=1, count=3, last=9)  # --array=1,3,9
+    assert shard_of("3/16") == (3, 16)
+    for wrong in ("3", "3/", "a/b", "-1/3"):
+        with pytest.raises(OptionError, match="such as 3/16"):
+            shard_of(wrong)
