@@ -26,6 +26,8 @@ from blip2.disk import locked, write_text, written
 from blip2.errors import CollectionError
 
 VERSION = 1
+NEEDED = ("key", "stamp", "status")
+"""Of a result, also where they are empty: what is not there has no stamp."""
 
 
 class Journal:
@@ -161,7 +163,9 @@ class Part:
 
 
 def _line(result: Result) -> str:
-    told = {name: value for name, value in asdict(result).items() if value not in ("", (), [], {}, 0)}
+    told = {
+        name: value for name, value in asdict(result).items() if name in NEEDED or value not in ("", (), [], {}, 0)
+    }
     return json.dumps(told) + "\n"
 
 
