@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from blip2.alt.markup import COMPUTED, images_of_html
 from blip2.alt.picture import Image
-from blip2.alt.tags import INSERTION
 
 FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n.*?\n(?:\1|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 JSX_COMMENT = re.compile(r"\{/\*.*?\*/\}", re.DOTALL)
 LINE_END = re.compile(r"\r\n|\r|\n")
-BLANK_LABEL = re.compile(r"!\[([ \t]*)")
+LABEL_BLANKS = re.compile(r"[^\n]*")
 
 
 def images_of_markdown(text: str, *, is_mdx: bool = False) -> Iterator[Image]:
@@ -145,32 +145,29 @@ def _of_inline(parser: MarkdownIt, placed: _Placed, token: Token, is_mdx: bool) 
         if child.type == "html_inline":
             yield from _of_html(placed, token.content, is_mdx, start, stop)
             continue
-        span = placed.span(start, stop)
-        if span is not None:
-            yield _image(parser, placed.page, span, child)
+        if (image := _image(parser, placed, start, stop, child)) is not None:
+            yield image
 
 
-def _image(parser: MarkdownIt, page: str, span: tuple[int, int], token: Token) -> Image:
+def _image(parser: MarkdownIt, placed: _Placed, start: int, stop: int, token: Token) -> Image | None:
+    """The picture that is this part of the content; None if its place is not known."""
+    label = token.content
+    blanks = LABEL_BLANKS.match(label)
+    written = len(label) if label.strip() or blanks is None else blanks.end()  # never over the end of a line
+    span, edit = placed.span(start, stop), placed.span(start + 2, start + 2 + written)
+    if span is None or edit is None:
+        return None
     renderer: Any = parser.renderer
-    alt = renderer.renderInlineAsText(token.children, parser.options, {}).strip()
-    address = str(token.attrs["src"])
-    start, stop = span
-    source = page[start:stop]
-    label = len(token.content)
-    edit_start, edit_stop = start + 2, start + 2 + label
-    if not token.content.strip() and "\n" in token.content:
-        found = BLANK_LABEL.match(source)
-        assert found is not None
-        edit_stop = start + found.end()
+    alt = renderer.renderInlineAsText(token.children, parser.options, {}).strip() or label.strip()
+    address = unquote(str(token.attrs["src"]), errors="surrogateescape")  # markdown-it writes it with percents
     wrong = ""
-    # markdown-it writes addresses with percents.
-    if COMPUTED.search(address) or INSERTION.search(source) or "%7B%7B" in address or "%7B%25" in address:
+    if COMPUTED.search(address):
         wrong = "its address is made by a template; write the text there"
     elif not address:
         wrong = "it has no address that can be read here"
     return Image(
-        "markdown", start, stop, address, alt or None, edit_start, edit_stop, "", "", "",
-        source[:2] + page[edit_stop:stop], wrong=wrong,
+        "markdown", *span, str(token.attrs["src"]), alt or None, *edit, "", "", "",
+        f"![{placed.content[start + 2 + len(label) : stop]}", wrong=wrong,
     )  # fmt: skip
 
 

@@ -131,7 +131,10 @@ def find_pages(places: Iterable[str], *, recursive: bool = True, exclude: Sequen
         found.pages += [(path, place) for path in inside]
         if not inside:
             found.problems.append(f"{name_of(place)}: there are no pages in this folder ({_list(SUFFIXES)})")
-    found.pages = list({os.path.realpath(path): (path, root) for path, root in reversed(found.pages)}.values())[::-1]
+    first: dict[str, tuple[str, str]] = {}
+    for path, root in found.pages:
+        first.setdefault(os.path.realpath(path), (path, root))
+    found.pages = [*first.values()]
     return found
 
 

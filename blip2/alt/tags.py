@@ -15,6 +15,7 @@ RAW = frozenset({"script", "style", "textarea", "title", "xmp", "iframe", "noemb
 """Elements whose content is text and has no tags in it."""
 
 BLANK = " \t\n\f\r"
+NO_NAME = BLANK + "/>="
 # The ends of insertions are looked for so far: a lone "{{" in a text hides no more.
 INSERTION = re.compile(
     r"<\?(?:php\b|=).*?(?:\?>|\Z)|<%.*?%>|\{\{(?:(?!\{\{).){0,2000}?\}\}|\{%.{0,2000}?%\}|\{#.{0,2000}?#\}",
@@ -23,7 +24,6 @@ INSERTION = re.compile(
 NEXT = re.compile(r"<!--|<!\[CDATA\[|<[!?%]|</?[A-Za-z]|\{[{%#]", re.DOTALL)
 COMMENT = re.compile(r"<!--(?:-?>|.*?(?:--!?>|\Z))", re.DOTALL)
 TAG_NAME = re.compile(r"[^ \t\n\f\r/>]+")
-ATTRIBUTE_NAME = re.compile(r"=?[^ \t\n\f\r/>=]*")
 # In an attribute a name without ";" is none before "=" or a letter: "?a=1&copy=2".
 REFERENCE = re.compile(r"&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[A-Za-z][A-Za-z0-9]*(?:;|(?![A-Za-z0-9=])))")
 
@@ -97,8 +97,8 @@ def tags_of(text: str, *, is_xml: bool = False, is_jsx: bool = False) -> Iterato
 
 def _passed_over(text: str, start: int) -> int | None:
     """Where what begins here ends, if it is no tag."""
-    if (found := INSERTION.match(text, start)) is not None:
-        return found.end()
+    if (insertion := _insertion(text, start)) is not None:
+        return insertion
     if (found := COMMENT.match(text, start)) is not None:
         return found.end()
     if text.startswith("<![CDATA[", start) and (end := text.find("]]>", start)) >= 0:
@@ -121,8 +121,8 @@ def _tag(text: str, start: int, is_jsx: bool) -> Tag | None:
             return Tag(name, start, place + 1, named.end(), tuple(attributes), is_computed, is_closed)
         if text[place] in BLANK + "/":
             place += 1
-        elif (insertion := INSERTION.match(text, place)) is not None:
-            is_computed, place = True, insertion.end()
+        elif (insertion := _insertion(text, place)) is not None:
+            is_computed, place = True, insertion
         elif is_jsx and text[place] == "{":  # {...properties}
             is_computed, place = True, _after_braces(text, place)
         else:
@@ -137,17 +137,11 @@ def _tag(text: str, start: int, is_jsx: bool) -> Tag | None:
 def _attribute(text: str, start: int, is_jsx: bool) -> tuple[Attribute | None, bool]:
     """The attribute that begins here, None if it does not end; and whether a template inserts a part of its name."""
     place, has_insertion = start, False
-    while True:
-        named = ATTRIBUTE_NAME.match(text, place)
-        assert named is not None
-        insertion = INSERTION.search(text, place, named.end() + 2)
-        insertion = insertion and INSERTION.match(text, insertion.start())
-        if insertion is None or insertion.start() >= named.end():
-            insertion = INSERTION.match(text, named.end())
-        if insertion is None:
-            place = max(named.end(), start + 1)
-            break
-        has_insertion, place = True, insertion.end()
+    while place < len(text) and (text[place] not in NO_NAME or place == start):
+        if (insertion := _insertion(text, place)) is not None:
+            has_insertion, place = True, insertion
+        else:
+            place += 1
     name = text[start:place].lower()
     after = place
     while after < len(text) and text[after] in BLANK:
@@ -170,8 +164,7 @@ def _attribute(text: str, start: int, is_jsx: bool) -> tuple[Attribute | None, b
         return Attribute(name, start, end, after, end, "{", text[after:end]), has_insertion
     end = after
     while end < len(text) and text[end] not in BLANK + ">":
-        insertion = INSERTION.match(text, end)
-        end = insertion.end() if insertion is not None else end + 1
+        end = _insertion(text, end) or end + 1
     return Attribute(name, start, end, after, end, "", plain(text[after:end])), has_insertion
 
 
@@ -182,9 +175,14 @@ def _quoted_end(text: str, start: int, quote: str) -> int | None:
     while (found := mark.search(text, place)) is not None:
         if found[0] == quote:
             return found.start()
-        insertion = INSERTION.match(text, found.start())
-        place = insertion.end() if insertion is not None else found.end()
+        place = _insertion(text, found.start()) or found.end()
     return None
+
+
+def _insertion(text: str, start: int) -> int | None:
+    """Where what a template inserts here ends, if it does."""
+    found = INSERTION.match(text, start) if text[start] in "<{" else None
+    return found.end() if found is not None else None
 
 
 def _after_braces(text: str, start: int) -> int:

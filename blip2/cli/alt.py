@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,9 @@ from blip2.cli.report import bar, tell
 
 if TYPE_CHECKING:
     from blip2.alt.survey import Survey
+    from blip2.collection import Record
+    from blip2.collection.run import Outcome
+    from blip2.errors import ImageError
 
 
 @click.command("alt")
@@ -128,17 +133,23 @@ def _describe(
     sink.check(source)
     journal = Journal(beside(path))
     asked = {"verb": "alt", "model": model, "prompt": prompt, "options": given(decoding)}
+
+    def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
+        for first in records:  # no model is loaded where nothing is to be done
+            yield from captions(load_pipeline(**model), prompt, options, batch_size)(chain([first], records))
+
     with journal.held():
         journal.begin(asked, restart=restart)
-        job = Job(source, [sink], journal, word, asked)
-        blip = load_pipeline(**model)
+        # What failed, a picture that was not there or could not be fetched, is tried again each time.
+        job = Job(source, [sink], journal, word, asked, retries=True)
         with bar(source.num_records) as advance:
-            summary = run(job, captions(blip, prompt, options, batch_size), lambda result: advance(1))
+            summary = run(job, work, lambda result: advance(1))
         wrong = failures(found, (result for unit in source.units for result in journal.results(unit)))
     for line in wrong:
         tell(of_picture(line))
-    before = f" ({summary.before:,} of them before)" if summary.before else ""
     described = source.num_records - len(wrong)
+    earlier = summary.before - summary.failed_before
+    before = f" ({earlier:,} of them before)" if earlier else ""
     by_hand = f", {found.num_by_hand:,} left for you to write" if found.num_by_hand else ""
     tell(f"{_counted(found)}: {described:,} different pictures described{before}, {len(wrong):,} failed{by_hand}")
     tell(f"look at {sink.page}, write yes into the column approved of {path}, then: blip2 alt --apply {path}")
