@@ -177,4 +177,6 @@ def _of_html(placed: _Placed, content: str, is_jsx: bool, start: int = 0, stop: 
         span = placed.span(start + image.start, start + image.stop)
         edit = placed.span(start + image.edit_start, start + image.edit_stop)
         if span is not None and edit is not None:
-            yield replace(image, start=span[0], stop=span[1], edit_start=edit[0], edit_stop=edit[1])
+            yield replace(
+                image, start=span[0], stop=span[1], edit_start=edit[0], edit_stop=edit[1], is_in_markdown=True
+            )

@@ -48,6 +48,8 @@ class Image:
     base: str = ""
     """What its address is relative to, if the page says that."""
     wrong: str = ""
+    is_in_markdown: bool = False
+    """HTML, but within Markdown, where bars divide the cells of a table."""
 
     @property
     def is_missing(self) -> bool:
@@ -71,5 +73,6 @@ class Image:
         else:
             text = text.replace("&", "&amp;").replace("<", "&lt;")
             text = text.replace('"', "&quot;") if self.quote == '"' else text.replace("'", "&#39;")
+            text = text.replace("|", "&#124;") if self.is_in_markdown else text
         text = text.replace("{", "&#123;").replace("}", "&#125;")  # to templates and MDX these are code
         return self.before + text.encode(encoding, "xmlcharrefreplace").decode(encoding) + self.after

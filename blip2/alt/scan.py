@@ -18,7 +18,9 @@ AROUND_CHARS = 600
 CONTEXT_CHARS = 90
 HERE = "[…]"
 
-NO_WORDS = re.compile(r"<(script|style|title)\b.*?</\1\s*>|<!--.*?-->|<[^<>]*>|^[^<>]*>|<[^<>]*$", re.DOTALL | re.IGNORECASE)
+NO_WORDS = re.compile(
+    r"<(script|style|title)\b.*?</\1\s*>|<!--.*?-->|<[^<>]*>|^[^<>]*>|<[^<>]*$", re.DOTALL | re.IGNORECASE
+)
 LINKS = re.compile(r"!?\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])")
 MARKS = re.compile(r"^[ \t]*(?:#{1,6}|>|[-*+]|\d+[.)]|\|?[ \t:|-]+\|)[ \t]+|[*`|]+", re.MULTILINE)
 

@@ -18,7 +18,7 @@ BLANK = " \t\n\f\r"
 NO_NAME = BLANK + "/>="
 # The ends of insertions are looked for so far: a lone "{{" in a text hides no more.
 INSERTION = re.compile(
-    r"<\?(?:php\b|=).*?(?:\?>|\Z)|<%.*?%>|\{\{(?:(?!\{\{).){0,2000}?\}\}|\{%.{0,2000}?%\}|\{#.{0,2000}?#\}",
+    r"<\?(?:php\b|=).*?(?:\?>|\Z)|<%.{0,5000}?%>|\{\{(?:(?!\{\{).){0,2000}?\}\}|\{%.{0,2000}?%\}|\{#.{0,2000}?#\}",
     re.DOTALL | re.IGNORECASE,
 )
 NEXT = re.compile(r"<!--|<!\[CDATA\[|<[!?%]|</?[A-Za-z]|\{[{%#]", re.DOTALL)
@@ -78,10 +78,11 @@ def tags_of(text: str, *, is_xml: bool = False, is_jsx: bool = False) -> Iterato
         if (stop := _passed_over(text, start)) is not None:
             place = stop
             continue
-        tag = _tag(text, start, is_jsx) if found[0][-1].isalpha() else None
-        if tag is None:
+        if not found[0][-1].isalpha():
             place = start + 1
             continue
+        if (tag := _tag(text, start, is_jsx)) is None:
+            return  # a browser drops all from a tag on that does not end
         yield tag
         place = tag.stop
         if tag.name in ("svg", "math") and not tag.is_closed:

@@ -20,8 +20,8 @@ class Pages:
     def rows(self, page, text, *, weak=False, approved="yes"):
         """An approved row for each picture without a text."""
         return [
-            Row(page.path, page.line_of(image.start), image.address, text, None, approved, "", (image.alt or "").strip(),
-                "", check)
+            Row(page.path, page.line_of(image.start), image.address, text, None, approved, "",
+                (image.alt or "").strip(), "", check)
             for check, image in images_in(page)
             if image.is_missing or (weak and image.is_weak)
         ]  # fmt: skip

@@ -17,7 +17,7 @@ WRITTEN = [
     ("<img src=a/>", '<img src=a/ alt="A cat">'),  # the slash belongs to the value
     ("<img/src=a>", '<img/src=a alt="A cat">'),
     ("<p title='<img src=x>'><img src=a>", "<p title='<img src=x>'><img src=a alt=\"A cat\">"),
-    ("<script>if (a<b) '<img src=x>'</script><img src=a>", "<script>if (a<b) '<img src=x>'</script><img src=a alt=\"A cat\">"),
+    ("<script>a<b '<img src=x>'</script><img src=a>", "<script>a<b '<img src=x>'</script><img src=a alt=\"A cat\">"),
     ("<!-- <img src=x> --><!--><img src=a>", '<!-- <img src=x> --><!--><img src=a alt="A cat">'),
     ("<noscript><img src=a></noscript>", '<noscript><img src=a alt="A cat"></noscript>'),
     ("<svg><style/><title/></svg><img src=a>", '<svg><style/><title/></svg><img src=a alt="A cat">'),
@@ -36,7 +36,8 @@ LEFT = [
     "<!-- <img src=a> -->", "<!-- <img src=a>", "<script><img src=a></script>", "<style><img src=a>",
     "<textarea><img src=a></textarea>", "<title><img src=a></title>", "<![CDATA[<img src=a><img src=b>]]>",
     "<image src=a>", "<imgx src=a>", "<img src=a", "<img src='a>", "</img src=a>", "<area href=a>",
-    "<?php echo '<img src=a>' ?>", "<?php '<img src=a>'", "<% '<img src=a>' %>", "{{ '<img src=a>' }}", "{# <img src=a> #}",
+    "<?php echo '<img src=a>' ?>", "<?php '<img src=a>'", "<% '<img src=a>' %>", "{{ '<img src=a>' }}",
+    "{# <img src=a> #}", "<p title='<img src=a>",
     "<img src=a {% if b %}alt='c'{% endif %}>", "<img src=a {{ attributes }}>", '<img src=a alt="{{ b }}">',
     '<img src=a al{{ "t" }}="b">', '<img src=a :alt="text">',
 ]  # fmt: skip
@@ -69,7 +70,7 @@ def test_elements_of_xhtml_end_at_their_slash(pages):
     assert pages.filled(source, name="page.xhtml")[0] == b'<script src="x"/><img src="a" alt="A cat"/>'
 
 
-@pytest.mark.parametrize("alt", ["image", "Photo", "a.PNG", "IMG_1234", "dsc00012", "photo 3", "...", "the-sea", "logo"])
+@pytest.mark.parametrize("alt", ["image", "Photo", "a.PNG", "IMG_1234", "dsc00012", "photo 3", "...", "the-sea"])
 def test_texts_that_say_nothing(pages, alt):
     source = f"<img src='b/the-sea.jpg?v=1' alt='{alt}'>"
     assert pages.filled(source)[0] == source.encode()
