@@ -21,7 +21,7 @@ def picture_of(page: Page, image: Image, *, root: str = "", remote: bool = False
     if re.match("data:", address, re.IGNORECASE):
         return address, ""
     if image.base:
-        address = urljoin(image.base, address)
+        address = _joined(image.base, address)
     if re.match(r"(?:https?:)?//", address, re.IGNORECASE):
         address = address if address[0] != "/" else f"https:{address}"
         return (address, "") if remote else ("", f"{address}: is on the web; add --remote to fetch it")
@@ -36,12 +36,23 @@ def picture_of(page: Page, image: Image, *, root: str = "", remote: bool = False
     return _file(os.path.dirname(page.path), address), ""
 
 
+def _joined(base: str, address: str) -> str:
+    if re.match(r"[a-z][a-z0-9+.-]+:|/", base, re.IGNORECASE):
+        return urljoin(base, address)
+    if re.match(r"[a-z][a-z0-9+.-]+:|/", address, re.IGNORECASE):
+        return address
+    folder, slash, _ = re.split(r"[?#]", base, maxsplit=1)[0].rpartition("/")  # urljoin would lose its ".."
+    return folder + slash + address
+
+
 def _file(folder: str, address: str) -> str:
     """The address may be that of a server: with a query, and percents in the place of odd characters."""
     plain = re.split(r"[?#]", address, maxsplit=1)[0]
     tried = [os.path.normpath(os.path.join(folder, _unquoted(one))) for one in (plain, address)]
     tried += [os.path.normpath(os.path.join(folder, one)) for one in (plain, address)]
-    return next((path for path in tried if "\0" not in path and os.path.isfile(path)), tried[0].replace("\0", "\ufffd"))
+    path = next((path for path in tried if "\0" not in path and os.path.isfile(path)), tried[0].replace("\0", "\ufffd"))
+    # A file, though its name may be what means standard input or an address elsewhere.
+    return os.path.join(".", path) if path == "-" or re.match("[a-z][a-z0-9+.-]+:", path, re.IGNORECASE) else path
 
 
 def _unquoted(text: str) -> str:

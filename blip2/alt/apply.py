@@ -110,7 +110,7 @@ def _problem(image: Image | None, row: Row) -> str:
         return "approved without a text; write one, or approve it as decorative"
     if image.is_hidden or image.alt == "":
         return "was marked as decorative since the report was made; it stays so"
-    if (image.alt or "").strip() != row.old.strip():
+    if (image.alt or "").split() != row.old.split():
         return f"has another text since the report was made, {image.alt!r}; it stays"
     return ""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 from blip2.errors import CollectionError
@@ -30,7 +32,7 @@ WIDER = {
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Page:
     """``path`` as messages have it. ``root``: the folder in which addresses that begin with "/" are, "" if unknown.
 
@@ -55,7 +57,11 @@ class Page:
 
     def line_of(self, place: int) -> int:
         """From 1 on."""
-        return len(re.findall(r"\r\n|\r|\n", self.text[:place])) + 1
+        return bisect_right(self._line_ends, place) + 1
+
+    @cached_property
+    def _line_ends(self) -> list[int]:
+        return [found.end() for found in re.finditer(r"\r\n|\r|\n", self.text)]
 
 
 def read_page(path: str, root: str = "") -> Page:

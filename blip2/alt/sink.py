@@ -39,7 +39,10 @@ class Report(Plain):
         if self.page.exists() and GENERATOR.encode() not in self.page.read_bytes()[:4096]:
             raise CollectionError(f"{self.page}: is there and no report of blip2 alt; give the report another name")
         if self.path.exists():
-            earlier = read_report(self.path)
+            try:
+                earlier = read_report(self.path)
+            except OSError as error:
+                raise CollectionError(f"{self.path}: cannot be read ({error.strerror}); check its rights") from None
             if not self._restart:
                 self._earlier = {(row.file, row.check): row for row in earlier}
 

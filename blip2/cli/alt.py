@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import of_picture
+from blip2.cli import Failure, of_picture
 from blip2.cli.options import DECODING, MODEL, given, load_pipeline, of_model, with_options
 from blip2.cli.pictures import READING, echo, of_reading, shown
 from blip2.cli.report import bar, tell
@@ -138,7 +139,7 @@ def _describe(
         for first in records:  # no model is loaded where nothing is to be done
             yield from captions(load_pipeline(**model), prompt, options, batch_size)(chain([first], records))
 
-    with journal.held():
+    with _stoppable(path), journal.held():
         journal.begin(asked, restart=restart)
         # What failed, a picture that was not there or could not be fetched, is tried again each time.
         job = Job(source, [sink], journal, word, asked, retries=True)
@@ -154,6 +155,18 @@ def _describe(
     tell(f"{_counted(found)}: {described:,} different pictures described{before}, {len(wrong):,} failed{by_hand}")
     tell(f"look at {sink.page}, write yes into the column approved of {path}, then: blip2 alt --apply {path}")
     return bool(wrong)
+
+
+@contextmanager
+def _stoppable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(f"stopped before {path} was written; the same command goes on")
+        raise
+    except OSError as error:
+        wrong = f"{error.filename or path}: cannot be written ({error.strerror})"
+        raise Failure(f"{wrong}; mend that, and the same command goes on") from None
 
 
 def _counted(found: Survey) -> str:

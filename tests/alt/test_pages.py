@@ -67,6 +67,11 @@ def test_refused(pages, content, name, words):
         pages.page(content, name)
 
 
+def test_lines_are_counted_however_they_end(pages):
+    page = pages.page("<p>\r\n<p>\r<p>\n\n<img src=a>")
+    assert [page.line_of(image.start) for _, image in images_in(page)] == [5]
+
+
 def test_folders(tmp_path):
     for name in ("b.md", "a/c.HTML", "a/x.css", ".hidden/d.md", "node_modules/e.md", "drafts/f.mdx", "g.md~"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -88,6 +93,8 @@ def test_folders(tmp_path):
         ("<img src=' ../a%20b.png?v=1#x '>", "a b.png"),
         ("<img src=a%2520b.png>", "page/a%20b.png"),
         ("<img src=c%3Fd.png>", "page/c?d.png"),
+        ("<base href='../'><img src=->", "./-"),  # no standard input
+        ("<img src='../data%3Aa,b'>", "./data:a,b"),
         ("<img src=e?f.png>", "page/e?f.png"),  # as wget saves it; there is no "e"
         ("<img src=&#97;.png>", "page/a.png"),
         ("<img src='a.png?x=1&copy=2'>", "page/a.png"),

@@ -22,7 +22,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PAGES, TEXTS.filter(bool), st.sampled_from(["a.html", "a.xhtml", "a.md", "a.mdx"]))
 def test_only_the_texts_change(tmp_path, content, text, name):
     path = tmp_path / name

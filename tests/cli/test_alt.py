@@ -145,3 +145,22 @@ def test_pages_that_cannot_be_read(run, site):
     assert result.exit_code == 1 and len(result.stdout.splitlines()) == 2
     assert "cats.png: no page" in result.stderr and "none.md: cannot be read (No such file" in result.stderr
     assert run("alt", "--apply", "alt.csv").stderr.startswith("blip2: alt.csv: cannot be read (No such file")
+
+
+def test_a_run_that_is_stopped_goes_on(run, site, monkeypatch):
+    from blip2.api import collect
+
+    def stopped(*options):
+        def work(records):
+            assert next(records).key == "site/img/cats.png"
+            raise KeyboardInterrupt
+            yield
+
+        return work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "captions", stopped)
+        result = run("alt", site)
+    assert result.exit_code == 130 and not Path("alt.csv").exists()
+    assert result.stderr.strip() == "blip2: stopped before alt.csv was written; the same command goes on"
+    assert run("alt", site).exit_code == 0 and len(rows()) == 2
