@@ -76,7 +76,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOST)])
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     signed = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -91,9 +91,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
     (folder / "certificate.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
     (folder / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return folder / "certificate.pem", folder / "key.pem"
 
@@ -184,9 +182,8 @@ def uds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("server")
     path, keys = folder / "blip2.sock", folder / "keys.txt"
     keys.write_text(f"{KEY}\n")
-    command = [
-        sys.executable, "-m", "blip2", "serve", "--uds", str(path), "--root-path", "/blip2", "--api-key-file", str(keys),
-    ]  # fmt: skip
+    options = ["--uds", str(path), "--root-path", "/blip2", "--api-key-file", str(keys)]
+    command = [sys.executable, "-m", "blip2", "serve", *options]
     with running(command, folder):
         transport = httpx.HTTPTransport(uds=str(path))
         with httpx.Client(transport=transport, base_url="http://own") as own:
