@@ -6,6 +6,7 @@ import datetime
 import http.client
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,18 @@ def test_a_large_body_comes_through_and_a_larger_one_is_told_so_by_the_server(pr
         refused = client.post("/caption", files={"image": b"x" * (20 * 2**20 + 1000)})
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
         assert client.post("/caption", files={"image": b"x" * (22 * 2**20)}).status_code == 413
+
+
+def test_a_crowd_that_says_one_byte_each_shuts_nobody_out(proxy) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most[1], 4096), most[1]))
+    with ExitStack() as crowd:
+        crowd.callback(resource.setrlimit, resource.RLIMIT_NOFILE, most)
+        for _ in range(1100):
+            silent = crowd.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=10))
+            silent.sendall(b"\x16")  # of a TLS greeting
+        with proxy.client() as client:
+            assert client.get("/health").json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
