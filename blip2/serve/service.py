@@ -111,7 +111,7 @@ class Service:
     def refusal(self) -> ApiError | None:
         """Why nothing can be answered at present; None: it can."""
         if self.load_error is not None:
-            return ApiError(503, "model_failed", f"the model cannot be loaded: {self.load_error}")
+            return ApiError(503, "model_failed", "the model cannot be loaded; the server says why where it was started")
         if self._worker is None:
             return ApiError(503, "loading", "the model is being loaded; try again", headers={"Retry-After": "2"})
         if self.death is not None:
