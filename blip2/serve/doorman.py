@@ -73,6 +73,7 @@ class Doorman:
         self._places = Places(limits) if places is None else places
         self._bodies = Bodies(limits) if bodies is None else bodies
         self._salt = secrets.token_bytes(16)  # a name that is written down must not help to guess the key
+        self._tidy = Tidy()
         metrics.in_house.set_function(lambda: len(self._places))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,6 +114,8 @@ class Doorman:
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.request_seconds.labels(path, str(status)).observe(time.monotonic() - began_s)
+            if scope["method"] == "POST":
+                self._tidy.note()
         if lingers:
             await _discard(receive)
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -181,7 +181,8 @@ simple("parts of nothing", CHAT, lambda: packed({"messages": [{"role": "user", "
 simple("many pictures", CHAT, lambda: packed({"messages": [{"role": "user", "content": [
     {"type": "image_url", "image_url": "x"}] * 100_000}]}))  # fmt: skip
 simple("ignored fields", CHAT, lambda: b'{"x":[' + b",".join([b"[]"] * 4_800_000) + b"]}")
-simple("ignored fields, as many as are read", CHAT, lambda: b'{"x":[' + b",".join([b"[]"] * 240_000) + b"]," + chat()[1:])
+simple("ignored fields, as many as are read", CHAT,
+       lambda: b'{"x":[' + b",".join([b"[]"] * 240_000) + b"]," + chat()[1:])
 simple("tools of many values", CHAT, lambda: chat(tools=[[]] * 240_000))
 simple("tools of a long text", CHAT, lambda: chat(tools="a" * 19_000_000))
 simple("tools nested", CHAT, lambda: b'{"tools":' + b"[" * 900 + b"]" * 900 + b"," + chat()[1:])
@@ -362,7 +363,8 @@ def _() -> Send:
 
 simple("64 beams of 512 tokens", CHAT, lambda: chat(num_beams=64, max_tokens=512, min_new_tokens=512), num_clients=4)
 simple("64 answers with 20 alternatives", CHAT, lambda: chat(
-    n=64, temperature=1, logprobs=True, top_logprobs=20, max_tokens=512, min_new_tokens=512), num_clients=4)  # fmt: skip
+    n=64, temperature=1, logprobs=True, top_logprobs=20, max_tokens=512, min_new_tokens=512),
+       num_clients=4)  # fmt: skip
 simple("64 answers in a stream", CHAT, lambda: chat(
     n=64, temperature=1, stream=True, max_tokens=512, min_new_tokens=512), num_clients=4)  # fmt: skip
 simple("stop words", CHAT, lambda: chat(n=32, temperature=1, stop=["\uac00" * 100] * 16, max_tokens=512), num_clients=4)

@@ -23,7 +23,10 @@ def saved(image: Image.Image, name: str, **options: object) -> bytes:
 # ---- JPEG ----
 
 
-def jpeg_of_segments(kind: bytes = b"\xff\xe1", content: bytes = b"Exif\0\0" + b"A" * 10, size: int = 3_500_000) -> bytes:
+EXIF = b"Exif\0\0" + b"A" * 10
+
+
+def jpeg_of_segments(kind: bytes = b"\xff\xe1", content: bytes = EXIF, size: int = 3_500_000) -> bytes:
     """Pillow joins Exif segments one by one."""
     whole = saved(Image.new("RGB", (16, 16), "red"), "JPEG")
     segment = kind + struct.pack(">H", 2 + len(content)) + content

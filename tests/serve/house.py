@@ -55,7 +55,7 @@ class House:
         self.arguments, self.fetches_from, self.ready_s = arguments, fetches_from, ready_s
 
     def __enter__(self) -> House:
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.log = tempfile.TemporaryFile("w+")
         self.port = free_port()
         command = ["-m", "blip2"]
         arguments = ["serve", "--port", str(self.port), *self.arguments]
