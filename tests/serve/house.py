@@ -133,8 +133,11 @@ class House:
         return found
 
     def readers(self) -> list[int]:
-        """The processes that read requests: those whose parent is a child of the server without being the server."""
-        return [each for each in self.processes() if _parent(each) not in (self.process.pid, os.getpid())]
+        """The processes that read requests: forks of a parent that runs the same command."""
+        return [each for each in self.processes() if _reads(each) and _reads(_parent(each))]
+
+    def parents_of_readers(self) -> list[int]:
+        return list({_parent(each) for each in self.readers()})
 
     def taken(self) -> Taken:
         memory_kb = num_files = num_threads = num_processes = 0
@@ -174,6 +177,14 @@ def _parent(process: int) -> int:
             return int(file.read().rsplit(")", 1)[1].split()[1])
     except OSError:
         return os.getpid()
+
+
+def _reads(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/cmdline", "rb") as file:
+            return b"blip2.serve.reader" in file.read()
+    except OSError:
+        return False
 
 
 def free_port() -> int:

@@ -132,18 +132,12 @@ def test_readers_that_are_killed_again_and_again(besieged) -> None:
 def test_the_parent_of_the_readers_is_killed(besieged) -> None:
     house, text = besieged.house, besieged.text
     for _ in range(3):
-        parents = {each for each in house.processes() if any(_is_child(reader, each) for reader in house.readers())}
-        for process in parents - {house.process.pid}:
+        for process in house.parents_of_readers():
             kill(process)
         for _ in range(5):
             assert caption(house) == text
         assert house.status("POST", "/caption", file(bombs.jpeg_of_segments()), FORM) == 400
     assert not house.at_rest(besieged.rest)[2]
-
-
-def _is_child(process: int, parent: int) -> bool:
-    with open(f"/proc/{process}/stat") as stat:
-        return int(stat.read().rsplit(")", 1)[1].split()[1]) == parent
 
 
 @pytest.mark.slow
