@@ -36,7 +36,7 @@ Value = TypeVar("Value")
 PATH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
 PARENT = "from blip2.serve.reader import main; main()"
 NUM_FAST, MAX_SLOW = 2, 8
-FAST_S = 0.25
+FAST_S = 0.1
 """Of processor time: who only waits, for the machine or for something else, is not slow."""
 UNKNOWN = 0
 """How a reader has ended that was not the parent's."""
@@ -157,7 +157,7 @@ class Pool:
         """A reader of one's own. ``size``: of a client's requests the smaller are read first."""
         while (reader := await self._fast.take(client, size)).has_ended:
             self._end_soon(reader)  # it was killed while it had nothing to do
-        reader.client, reader.began_s, reader.is_expected = client, processor_s(reader.process), False
+        reader.client, reader.began_s = client, processor_s(reader.process)
         self._watch(reader, FAST_S)
         try:
             yield reader
@@ -181,13 +181,15 @@ class Pool:
         used_s = processor_s(reader.process) - reader.began_s
         if used_s < FAST_S:
             self._watch(reader, FAST_S - used_s)
-        elif reader in self._readers:
-            self._demote(reader)
+        elif not reader.is_slow:
+            self.demote(reader)
 
-    def _demote(self, reader: Reader) -> None:
-        reader.is_slow = True
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, reader.process, BACKGROUND)
+    def demote(self, reader: Reader, *, is_expected: bool = False) -> None:
+        """It leaves the fast lane. ``is_expected``: it has waited for its time, and nobody ends it for others."""
+        if reader not in self._readers:
+            return
+        reader.is_slow, reader.is_expected = True, is_expected
+        put_back(reader.process)
         slow = [each for each in self._readers if each.is_slow and not each.is_expected]
         if len(slow) > MAX_SLOW:
             number = Counter(each.client for each in slow)
@@ -317,6 +319,13 @@ class Pool:
             with suppress(ProcessLookupError):
                 os.kill(reader.process, signal.SIGKILL)
         self._launch()
+
+
+def put_back(process: int) -> None:
+    """A process, with its threads, works when others do not."""
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{process}/task") if sys.platform == "linux" else [process]:
+            os.setpriority(os.PRIO_PROCESS, int(thread), BACKGROUND)
 
 
 def processor_s(process: int) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -49,7 +50,7 @@ class Desk:
         self._limits = limits
         self._pictures: list[str | bytes] = []
         self._do: dict[str, Callable[[dict[str, Any], bytes], frames.Message]] = {
-            "read": self._read, "take": self._take, "pixels": self._pixels, "forget": self._forget,
+            "read": self._read, "take": self._take, "pixels": self._pixels,
         }  # fmt: skip
 
     def answer(self, asked: dict[str, Any], payload: bytes) -> tuple[bytes, bytes]:
@@ -98,10 +99,6 @@ class Desk:
         small = shrunk(image, asked["shown_px"])
         return {**told, "shown": small.size}, pixels + small.tobytes()
 
-    def _forget(self, asked: dict[str, Any], _: bytes) -> frames.Message:
-        self._pictures = []
-        return {}, b""
-
 
 def _check_depth(value: Any, left: int) -> None:
     """Raises RecursionError for lists in lists, or dictionaries, that are deeper."""
@@ -149,6 +146,7 @@ def main() -> None:
     """The parent. Its arguments: the descriptor of its socket, and the limits as JSON."""
     control = socket.socket(fileno=int(sys.argv[1]))
     limits = Limits(**json.loads(sys.argv[2]))
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it would write down what strangers send
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
     readers: set[int] = set()

@@ -36,8 +36,8 @@ SMALL_PIXELS, LARGE_PIXELS = 4_000_000, 30_000_000
 NUM_BETWEEN = min(4, max(2, (os.cpu_count() or 1) // 2))
 MAX_KILLED = 2
 """So often a request is read anew after its reader was killed."""
-WORN_PIXELS, WORN_BYTES = 8_000_000, 8_000_000
-"""After a larger picture, or body, a reader is replaced."""
+WORN_BYTES = 2_000_000
+"""After a larger body a reader is replaced; and after whatever was not quick."""
 NUM_FETCHERS = 8
 
 Kept = TypeVar("Kept")
@@ -173,11 +173,10 @@ class Reading:
                 if self._reader is None:
                     await self._read_anew()
                     await self._take_fetched(place)
-                self._reader.is_expected = True
+                self._readings.pool.demote(self._reader, is_expected=True)
                 told, content = await decode(most)
         self._fetched = b""
         self._num_pixels += told["num_pixels"]
-        self._reader.is_worn |= told["num_pixels"] > WORN_PIXELS
         number = 3 * eye.size**2
         pixels_CHW = torch.frombuffer(content, dtype=torch.float32, count=number)
         return told, pixels_CHW.view(3, eye.size, eye.size), content[4 * number :]

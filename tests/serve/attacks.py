@@ -392,9 +392,10 @@ def _() -> Send:
         def log_message(self, *_: object) -> None:
             pass
 
-    host = ThreadingHTTPServer(("127.0.0.1", SLOW_HOST_PORT), Slow)
-    host.daemon_threads = True
-    threading.Thread(target=host.serve_forever, daemon=True).start()
+    with suppress(OSError):  # another attacker has it already
+        host = ThreadingHTTPServer(("127.0.0.1", SLOW_HOST_PORT), Slow)
+        host.daemon_threads = True
+        threading.Thread(target=host.serve_forever, daemon=True).start()
     images = [{"image": f"http://localhost:{SLOW_HOST_PORT}/{each}.png"} for each in range(32)]
     return posts(EMBEDDINGS, packed({"input": images}))
 
