@@ -173,6 +173,7 @@ def main() -> None:
         assert not soak.wrong, soak.wrong[:5]
         print(f"alone: {quantiles(soak.times_s)}, {len(soak.times_s)} requests in 30 s", flush=True)
         alone = quantiles(soak.times_s)
+        soak.times_s.clear()
         time.sleep(4)
         rest = house.taken()
         commands = [[sys.executable, __file__, "attack", str(house.port), str(seed)] for seed in range(NUM_ATTACKERS)]
@@ -182,7 +183,8 @@ def main() -> None:
             for command in commands
         ]  # fmt: skip
         for attacker in attackers:
-            assert attacker.stdout is not None and attacker.stdout.readline() == "begun\n"
+            assert attacker.stdout is not None
+            assert (line := attacker.stdout.readline()) == "begun\n", (line, attacker.poll())
 
         def health() -> str | None:
             status, _ = house.ask("GET", "/health", timeout_s=30, address=INNOCENT)
