@@ -19,6 +19,7 @@ from blip2.serve.house import origin_of
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.places import Places
+from blip2.serve.tidy import Tidy
 
 OPEN_PATHS = ("/", "/health", "/ready")
 """The page and what load balancers ask; these need no key."""

@@ -156,7 +156,7 @@ class Reading:
 
     async def _decoded(self, place: int, eye: Eye[Any], shown_px: int) -> tuple[dict[str, Any], Tensor, bytearray]:
         assert self._reader is not None
-        left = self._readings.limits.max_pixels - self._num_pixels
+        left = max(self._readings.limits.max_pixels - self._num_pixels, 1)
         mean, std = eye.normalization
         asked = {"do": "pixels", "picture": place, "size": eye.size, "mean": mean, "std": std, "shown_px": shown_px}
 
