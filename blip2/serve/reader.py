@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import resource
 import signal
@@ -146,7 +145,6 @@ def main() -> None:
     """The parent. Its arguments: the descriptor of its socket, and the limits as JSON."""
     control = socket.socket(fileno=int(sys.argv[1]))
     limits = Limits(**json.loads(sys.argv[2]))
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it would write down what strangers send
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
     readers: set[int] = set()

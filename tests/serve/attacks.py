@@ -368,8 +368,8 @@ simple("64 answers with 20 alternatives", CHAT, lambda: chat(
 simple("64 answers in a stream", CHAT, lambda: chat(
     n=64, temperature=1, stream=True, max_tokens=512, min_new_tokens=512), num_clients=4)  # fmt: skip
 simple("stop words", CHAT, lambda: chat(n=32, temperature=1, stop=["\uac00" * 100] * 16, max_tokens=512), num_clients=4)
-simple("256 texts to match", MATCH, lambda: packed({"image": address(), "texts": ["a dog " * 60] * 256}), num_clients=4)
-simple("256 texts to embed", EMBEDDINGS, lambda: packed({"input": ["a dog " * 60] * 256}), num_clients=4)
+simple("256 texts to match", MATCH, lambda: packed({"image": address(), "texts": ["a dog " * 9] * 256}), num_clients=4)
+simple("256 texts to embed", EMBEDDINGS, lambda: packed({"input": ["a dog " * 9] * 256}), num_clients=4)
 simple("32 pictures to embed", EMBEDDINGS, lambda: packed({"input": [{"image": address()}] * 32}), num_clients=4)
 simple("explanations", EXPLAIN, lambda: packed({"image": address(), "caption": "a dog and " * 150}), num_clients=4)
 simple("explanations of long texts", EXPLAIN, lambda: packed({"image": address(), "text": "dog " * 500}), num_clients=4)
