@@ -38,11 +38,8 @@ PARENT = "from blip2.serve.reader import main; main()"
 NUM_FAST, MAX_SLOW = 2, 8
 FAST_S = 0.1
 """Of processor time: who only waits, for the machine or for something else, is not slow."""
-UNKNOWN = 0
-"""How a reader has ended that was not the parent's."""
 BACKGROUND = 10
 """How nice a slow reader is to the others: a tenth of a processor where the model wants all of them."""
-COMMAND = struct.Struct("<ci")
 KILLED = "reader_killed"
 """The code of an error that says nothing about the request: whoever asked may ask another reader."""
 
@@ -248,9 +245,12 @@ class Pool:
 
     async def _end(self, reader: Reader) -> int:
         try:
-            return await self._tell(b"E", reader.process)
+            code = await self._tell(b"E", reader.process)
+            if code == frames.UNKNOWN:
+                self._kill_orphan(reader)
+            return code
         except OSError:
-            return UNKNOWN
+            return frames.UNKNOWN
         finally:
             reader.close()  # only now: whoever waits for its answer is woken by its end
 
@@ -264,7 +264,7 @@ class Pool:
             message = "to read this takes too much processor time; send a smaller request, or save the picture again"
             return ApiError(400, "too_slow", message, param="image")
         logger.warning("a process that read a request has ended (%s)", code)
-        if code in (-signal.SIGKILL, UNKNOWN):
+        if code in (-signal.SIGKILL, frames.UNKNOWN):
             message = "the process that read the request was killed, maybe for want of memory; send it again"
             return ApiError(503, KILLED, message, headers={"Retry-After": "1"})
         message = "the picture cannot be decoded: its decoder broke down; save it again"
@@ -298,9 +298,9 @@ class Pool:
                 try:
                     assert self._control is not None
                     if descriptors:
-                        socket.send_fds(self._control, [COMMAND.pack(command, process)], descriptors)
+                        socket.send_fds(self._control, [frames.COMMAND.pack(command, process)], descriptors)
                     else:
-                        await loop.sock_sendall(self._control, COMMAND.pack(command, process))
+                        await loop.sock_sendall(self._control, frames.COMMAND.pack(command, process))
                     answer = await loop.sock_recv(self._control, 4)
                     if len(answer) < 4:
                         raise ConnectionError("the parent of the readers has ended")
@@ -315,10 +315,15 @@ class Pool:
         logger.error("the parent of the processes that read requests has ended; another is started")
         if self._control is not None:
             self._control.close()
-        for reader in self._readers:  # nobody would ever end them
-            with suppress(ProcessLookupError):
-                os.kill(reader.process, signal.SIGKILL)
+        for reader in self._readers:
+            self._kill_orphan(reader)
         self._launch()
+
+    @staticmethod
+    def _kill_orphan(reader: Reader) -> None:
+        """Its parent has ended, and nobody else would end it."""
+        with suppress(ProcessLookupError):
+            os.kill(reader.process, signal.SIGKILL)
 
 
 def put_back(process: int) -> None:

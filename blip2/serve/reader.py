@@ -31,7 +31,6 @@ from blip2.serve import body, frames
 from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.limits import Limits
 
-COMMAND = struct.Struct("<ci")
 MAX_TOLD_BYTES, MAX_DEPTH, MAX_MESSAGE = 2**22, 50, 1000
 """Of JSON, which the server parses while nobody else is answered; and characters of an error."""
 SPARE_BYTES = 256 * 2**20
@@ -149,13 +148,13 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
     readers: set[int] = set()
     with suppress(ConnectionError):  # the server has ended
-        while len((told := socket.recv_fds(control, COMMAND.size, 1))[0]) == COMMAND.size:
-            command, process = COMMAND.unpack(told[0])
+        while len((told := socket.recv_fds(control, frames.COMMAND.size, 1))[0]) == frames.COMMAND.size:
+            command, process = frames.COMMAND.unpack(told[0])
             if command == b"F":
                 answer = _forked(control, told[1][0], limits)
                 readers |= {answer} if answer > 0 else set()
             else:
-                answer = _end(process) if process in readers else 0
+                answer = _end(process) if process in readers else frames.UNKNOWN
                 readers.discard(process)
             control.sendall(struct.pack("<i", answer))
     for process in readers:

@@ -200,10 +200,10 @@ def test_a_parent_that_dies_is_replaced() -> None:
         async with pool.reader("me", 0):
             pass
         former = pool.parent
-        former.kill()
-        former.wait()
         orphans = pool.processes
         async with pool.reader("me", 0) as reader:
+            former.kill()
+            former.wait()
             reader.is_worn = True
         await until(lambda: pool.parent is not former and not any(map(is_running, orphans)))
         for _ in range(4):
