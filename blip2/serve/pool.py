@@ -38,6 +38,8 @@ PARENT = "from blip2.serve.reader import main; main()"
 NUM_FAST, MAX_SLOW = 2, 8
 FAST_S = 0.1
 """Of processor time: who only waits, for the machine or for something else, is not slow."""
+END_S = 0.5
+"""So long the parent has to end."""
 BACKGROUND = 10
 """How nice a slow reader is to the others: a tenth of a processor where the model wants all of them."""
 KILLED = "reader_killed"
@@ -142,12 +144,16 @@ class Pool:
         self._is_closed = True
         if self._control is not None:
             self._control.close()  # the parent ends its readers, and itself
-        if self.parent is not None:
-            self.parent.poll()
         for reader in self._readers:
             with suppress(ProcessLookupError):
                 os.kill(reader.process, signal.SIGKILL)
             reader.close()
+        if self.parent is not None:
+            try:
+                self.parent.wait(END_S)
+            except subprocess.TimeoutExpired:  # it is beginning still, and has no readers
+                self.parent.kill()
+                self.parent.wait()
 
     @asynccontextmanager
     async def reader(self, client: str, size: float) -> AsyncIterator[Reader]:
