@@ -44,6 +44,12 @@ BACKGROUND = 10
 """How nice a slow reader is to the others: a tenth of a processor where the model wants all of them."""
 PIECE_BYTES = 2**18
 MAX_ANSWER_BYTES = 2**26
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",  # what is large goes back to the system when it is freed (glibc)
+    "MALLOC_TRIM_THRESHOLD_": "1048576",
+}
 KILLED = "reader_killed"
 """The code of an error that says nothing about the request: whoever asked may ask another reader."""
 
@@ -322,7 +328,7 @@ class Pool:
                 [sys.executable, "-P", "-c", PATH + PARENT, str(theirs.fileno()), limits, path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env=os.environ | ENVIRONMENT,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the server alone
             )
         ours.setblocking(False)
