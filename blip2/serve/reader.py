@@ -146,6 +146,8 @@ def main() -> None:
     limits = Limits(**json.loads(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
+    with suppress(AttributeError, OSError):  # a reader that is woken does not push aside the server that woke it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     readers: set[int] = set()
     with suppress(ConnectionError):  # the server has ended
         while len((told := socket.recv_fds(control, frames.COMMAND.size, 1))[0]) == frames.COMMAND.size:

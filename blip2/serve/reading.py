@@ -100,7 +100,7 @@ class Reading:
 
     def __init__(self, readings: Readings, request: Request, content: bytes, held: AsyncExitStack) -> None:
         self._readings = readings
-        self._route = request.url.path
+        self._route: str = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         self._kind = request.headers.get("content-type", "")
         self._packing = request.headers.get("content-encoding", "")
         self.client: str = request.scope.get(CLIENT, "")
