@@ -123,7 +123,7 @@ def _describe(
     from blip2.alt.sink import Report, failures
     from blip2.alt.survey import Pictures
     from blip2.alt.wording import word
-    from blip2.api.collect import captions
+    from blip2.api.work import captions
     from blip2.collection import Job, Journal, run
     from blip2.collection.journal import beside
     from blip2.tasks.defaults import CAPTION, merged
@@ -144,7 +144,7 @@ def _describe(
         # What failed, a picture that was not there or could not be fetched, is tried again each time.
         job = Job(source, [sink], journal, word, asked, retries=True)
         with bar(source.num_records) as advance:
-            summary = run(job, work, lambda result: advance(1))
+            summary = run(job, work, lambda summary, results: advance(len(results)))
         wrong = failures(found, (result for unit in source.units for result in journal.results(unit)))
     for line in wrong:
         tell(of_picture(line))
