@@ -21,8 +21,10 @@ HERE = "[…]"
 NO_WORDS = re.compile(
     r"<(script|style|title)\b.*?</\1\s*>|<!--.*?-->|<[^<>]*>|^[^<>]*>|<[^<>]*$", re.DOTALL | re.IGNORECASE
 )
-LINKS = re.compile(r"!?\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])")
-MARKS = re.compile(r"^[ \t]*(?:#{1,6}|>|[-*+]|\d+[.)]|\|?[ \t:|-]+\|)[ \t]+|[*`|]+", re.MULTILINE)
+LINKS = re.compile(r"!?\[([^\[\]]*)\](?:\((?:\\.|[^()\\])*\)|\[[^\[\]]*\])")
+MARKS = re.compile(
+    r"^[ \t]*(?:\[[^\]]+\]:.*|\|?[ \t]*:?-+:?[ \t:|-]*)$|^[ \t]*(?:#{1,6}|>|[-*+]|\d+[.)])[ \t]+|[*`|]+", re.MULTILINE
+)
 
 
 def images_in(page: Page) -> list[tuple[str, Image]]:
@@ -55,7 +57,7 @@ def context_of(page: Page, image: Image) -> str:
 
 
 def _words(markup: str) -> str:
-    text = NO_WORDS.sub(" ", INSERTION.sub(" ", markup))
-    text = MARKS.sub(" ", LINKS.sub(r" \1 ", text))
+    text = LINKS.sub(r" \1 ", INSERTION.sub(" ", markup))
+    text = MARKS.sub(" ", NO_WORDS.sub(" ", text))
     text = unescape(text).encode("utf-8", "replace").decode("utf-8")
     return " ".join(text.split())

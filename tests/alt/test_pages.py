@@ -141,5 +141,5 @@ def test_context(pages):
     source = "<title>x</title><h1>Our&nbsp;cats</h1><p>before <img src=a> <a href=b>after</a>{{ x }}<script>y</script>"
     page = pages.page(source)
     assert context_of(page, images_in(page)[0][1]) == "Our cats before […] after"
-    page = pages.page("# Our *cats*\n\n- [b](c) ![](a)\n- after\n", "a.md")
-    assert context_of(page, images_in(page)[0][1]) == "Our cats b […] after"
+    page = pages.page("# Our *cats*\n\n- [b](<c> 'd') ![](a)\n- after\n\n|e|\n|:-:|\n\n[f]: g\n", "a.md")
+    assert context_of(page, images_in(page)[0][1]) == "Our cats b […] after e"

@@ -179,7 +179,7 @@ def test_alt_text(caption, text):
 
 def test_long_ones_are_cut_at_a_word():
     ways = "walking along the beach, running after a ball, swimming in the sea, sleeping in the shade of the"
-    text = alt_text(f"a man and a woman {ways} nearest trees")
+    text = alt_text(f"a man and a woman {ways} horse-chestnut trees")
     assert text == f"A man and a woman {ways.removesuffix(' of the')}" and len(text) <= MAX_CHARS
     assert len(alt_text("x" * 300)) == MAX_CHARS
 
