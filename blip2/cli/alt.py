@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli import Failure, of_picture
-from blip2.cli.options import DECODING, MODEL, given, load_pipeline, of_model, with_options
+from blip2.cli.options import DECODING, MODEL, given, of_loading, of_model, with_options
 from blip2.cli.pictures import READING, echo, of_reading, shown
 from blip2.cli.report import bar, tell
 
@@ -101,12 +101,12 @@ def command(
             row = finding.row
             echo([f"{shown(row.file)}:{row.line}", shown(row.image), row.problem][: 3 if row.problem else 2], False)
         tell(_counted(found))
-        context.exit(bool(problems))
+        context.exit(int(bool(problems)))
     model = of_model(others) | of_reading(others)
     check_batch_size(batch_size)
     decoding = {"num_return": None, "prompt": prompt, **others}
     is_failed = _describe(found, report, model, decoding, batch_size, approve_all=approve_all, restart=restart)
-    context.exit(bool(problems) or is_failed)
+    context.exit(int(bool(problems) or is_failed))
 
 
 def _describe(
@@ -123,6 +123,8 @@ def _describe(
     from blip2.alt.sink import Report, failures
     from blip2.alt.survey import Pictures
     from blip2.alt.wording import word
+    from blip2.api.collect import Model
+    from blip2.api.loading import as_pipeline
     from blip2.api.work import captions
     from blip2.collection import Job, Journal, run
     from blip2.collection.journal import beside
@@ -133,14 +135,17 @@ def _describe(
     source, sink = Pictures(found.pictures), Report(path, found, approve_all=approve_all, restart=restart)
     sink.check(source)
     journal = Journal(beside(path))
-    asked = {"verb": "alt", "model": model, "prompt": prompt, "options": given(decoding)}
+    loading = of_loading(model)
+    describer = Model(as_pipeline, loading.pop("model", None), loading)
+    asked = {"verb": "alt", **describer.told, "prompt": prompt, "options": given(decoding)}
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
         for first in records:  # no model is loaded where nothing is to be done
-            yield from captions(load_pipeline(**model), prompt, options, batch_size)(chain([first], records))
+            yield from captions(describer.get(journal), prompt, options, batch_size)(chain([first], records))
 
     with _stoppable(path), journal.held():
         journal.begin(asked, restart=restart)
+        describer.agreed(journal)
         # What failed, a picture that was not there or could not be fetched, is tried again each time.
         job = Job(source, [sink], journal, word, asked, retries=True)
         with bar(source.num_records) as advance:
@@ -162,8 +167,7 @@ def _stoppable(path: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        tell(f"stopped before {path} was written; the same command goes on")
-        raise
+        raise Failure(f"stopped before {path} was written; the same command goes on", 130) from None
     except OSError as error:
         wrong = f"{error.filename or path}: cannot be written ({error.strerror})"
         raise Failure(f"{wrong}; mend that, and the same command goes on") from None

@@ -148,7 +148,7 @@ def test_pages_that_cannot_be_read(run, site):
 
 
 def test_a_run_that_is_stopped_goes_on(run, site, monkeypatch):
-    from blip2.api import collect
+    from blip2.api import work as works
 
     def stopped(*options):
         def work(records):
@@ -159,7 +159,7 @@ def test_a_run_that_is_stopped_goes_on(run, site, monkeypatch):
         return work
 
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "captions", stopped)
+        patch.setattr(works, "captions", stopped)
         result = run("alt", site)
     assert result.exit_code == 130 and not Path("alt.csv").exists()
     assert result.stderr.strip() == "blip2: stopped before alt.csv was written; the same command goes on"
