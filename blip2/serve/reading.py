@@ -27,7 +27,8 @@ from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
-from blip2.serve.pool import KILLED, Pool, Reader
+from blip2.serve.pool import KILLED, Pool
+from blip2.serve.reader_link import Reader
 from blip2.serve.turns import Handout
 from blip2.tasks.see import Eye
 
