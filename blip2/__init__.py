@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blip2.api import Matcher, Pipeline, load
-    from blip2.api.collect import ask_collection, caption_collection
+    from blip2.api.collect import ask_collection, caption_collection, match_collection
     from blip2.compat import (
         Blip2Config,
         Blip2ForConditionalGeneration,
@@ -69,6 +69,7 @@ __all__ = [
     "ask_collection",
     "caption_collection",
     "load",
+    "match_collection",
 ]
 
 _HOMES = {
@@ -95,6 +96,7 @@ _HOMES = {
     "ask_collection": "blip2.api.collect",
     "caption_collection": "blip2.api.collect",
     "load": "blip2.api",
+    "match_collection": "blip2.api.collect",
 }
 
 

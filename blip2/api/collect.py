@@ -24,7 +24,7 @@ from blip2.collection.review import write_review
 from blip2.collection.run import Outcome, Work
 from blip2.collection.summary import OnResults
 from blip2.config import PUBLISHED
-from blip2.errors import CheckpointError, ImageError, OptionError, option
+from blip2.errors import CheckpointError, CollectionError, ImageError, OptionError, option
 from blip2.tasks.ask import check_choices
 from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, NAMES, merged
 from blip2.tasks.speaker import check_batch_size
@@ -96,8 +96,18 @@ class CollectionRun:
     def run(self, on_results: OnResults = lambda summary, results: None, *, html: PathLike | None = None) -> Summary:
         """Do what is not done yet, and then write the page of review; a model is loaded only if it is needed.
 
-        Raises CollectionError, CheckpointError, OSError; what was done until then is kept.
+        Raises CollectionError, also where there is no room, and CheckpointError; what was done until then is kept.
         """
+        try:
+            return self._run(on_results, html)
+        except OSError as error:
+            where = error.filename or self.plan.request.outputs.output or self.plan.journal.folder.parent
+            raise CollectionError(
+                f"{where}: cannot be written or read ({error.strerror or error}); what was done is kept; mend that, "
+                "and the same command goes on"
+            ) from error
+
+    def _run(self, on_results: OnResults, html: PathLike | None) -> Summary:
         with self.plan.begun() as job:
             self.model.agreed(job.journal)
 
@@ -144,7 +154,7 @@ def caption_collection(
     `blip2.collection` has sources, sinks and `run`, and `blip2.api.work` what a model makes of records.
 
     A picture that cannot be read is counted in the summary, and the others go on. Raises OptionError and
-    CollectionError before the model is loaded, CheckpointError, and OSError where there is no room.
+    CollectionError before the model is loaded, CheckpointError, and CollectionError where there is no room.
     """
     return captioning(source, output, model=model, **options).run(on_results, html=html)
 
@@ -165,6 +175,21 @@ def ask_collection(
     several, an output has a row for each, with the question in a column. ``choices``: choose among these.
     """
     return asking(source, questions, output, model=model, **options).run(on_results, html=html)
+
+
+def match_collection(
+    source: Places,
+    texts: Sequence[str],
+    output: PathLike | None = None,
+    *,
+    model: str | Path | Matcher | None = None,
+    on_results: OnResults = lambda summary, results: None,
+    html: PathLike | None = None,
+    **options: Any,
+) -> Summary:
+    """Compare all pictures of a collection with ``texts``, as `caption_collection` describes them: each picture's texts
+    in order, the best first, with their probabilities; see `matching` for its options."""
+    return matching(source, texts, output, model=model, **options).run(on_results, html=html)
 
 
 def captioning(

@@ -46,7 +46,10 @@ def write_review(path: Path, source: Source, journal: Journal) -> None:
         counts[result.status] += 1
         captions[hash(result.line)] += 1
     worst = heapq.nsmallest(MOST_PICTURES, _results(source, journal), key=_worse)
-    folder = path.with_name(f"{path.stem}.files")
+    root = os.path.abspath(getattr(source, "root", "") or path / "none")
+    is_within = Path(root) in Path(os.path.abspath(path)).parents
+    # Hidden in the folder of the pictures: thumbnails are not pictures of the collection.
+    folder = path.with_name(f"{'.' if is_within else ''}{path.stem}.files")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = _thumbnails({result.key: result for result in worst}, source, folder)

@@ -98,7 +98,7 @@ def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: N
     What the model says is in the journal at once. A thread of its own writes outputs, so that the model does not wait
     for the disk.
     """
-    summary = Summary(total=job.source.num_records if job.shard[1] == 1 else None)
+    summary = Summary(total=_total(job))
     started = time.monotonic()
     todo = [unit for unit in job.units if not _is_done(job, unit, summary)]
     known = _known(job) if todo else {}
@@ -110,7 +110,7 @@ def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: N
                 new = [result for result in some if (result.key, result.stamp) not in known]
                 for result in some:
                     summary.count(result, is_new=(result.key, result.stamp) not in known)
-                summary.seconds = time.monotonic() - started
+                summary.clock(time.monotonic() - started)
                 on_results(summary, new)
                 done += some
             if unit.number in cut:
@@ -153,6 +153,14 @@ class _All:
 
     def __iter__(self) -> Iterator[Result]:
         return (result for unit in self.units for result in self.journal.so_far(unit))
+
+
+def _total(job: Job) -> int | None:
+    """Records of this shard, if that is known before they are read."""
+    if (total := job.source.num_records) is None or job.shard[1] == 1:
+        return total
+    everything, own = (sum(unit.stop - unit.start for unit in units) for units in (job.source.units, job.units))
+    return total * own // everything if everything > 0 else None
 
 
 def _is_done(job: Job, unit: Unit, summary: Summary) -> bool:

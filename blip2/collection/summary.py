@@ -32,13 +32,24 @@ class Summary:
     """Whether it ended because `Job.limit` was reached."""
     notes: list[str] = field(default_factory=list)
     """What the formats have to tell of what they wrote."""
+    _first: tuple[int, float] | None = None
+    _last: tuple[int, float] = (0, 0.0)
     _said: set[int] = field(default_factory=set, repr=False)
 
     @property
     def rate(self) -> float:
-        """Pictures a second, of this run; 0 before there is one."""
-        new = self.done + self.failed
-        return new / self.seconds if new and self.seconds > 0 else 0.0
+        """Pictures a second, of this run, after its first few, before which a model is loaded; 0 before these."""
+        (number, since_s), (new, until_s) = self._first or (0, 0.0), self._last
+        if new == number:  # there are no more than these
+            number, since_s = 0, 0.0
+        return (new - number) / (until_s - since_s) if until_s > since_s else 0.0
+
+    def clock(self, seconds: float) -> None:
+        """So long it takes by now."""
+        self.seconds = seconds
+        if new := self.done + self.failed:
+            self._last = (new, seconds)
+            self._first = self._first or self._last
 
     @property
     def settled(self) -> int:

@@ -123,6 +123,16 @@ def test_a_changed_command_stops_in_the_words_of_the_command_line(run, photos, m
     assert "--restart" in found.stderr and "batch" not in found.stderr
 
 
+def test_a_disk_that_is_full_is_one_line(run, photos, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device", "photos/cats.txt")
+
+    monkeypatch.setattr("blip2.collection.sinks.sidecar.write_all", full)
+    found = run("caption", "photos", "--sidecar", ".txt")
+    assert found.exit_code == 1 and "photos/cats.txt: cannot be written or read (No space left" in found.stderr
+    assert "the same command goes on" in found.stderr and "should not happen" not in found.stderr
+
+
 def test_json_lines_of_events(run, photos):
     found = run("caption", "photos", "-o", "all.parquet", "--log-json")
     events = [json.loads(line) for line in found.stderr.splitlines()]
