@@ -11,7 +11,8 @@ def test_results_of_pictures_that_are_not_there(tmp_path):
     journal.begin({})
     results = [Result("a.png", "", "failed", error_message="no such file"), Result("", "3", "success", text="A cat")]
     part = journal.part(Unit(0, ""))
-    part.add(results)
+    for result in results:
+        part.add(result, is_new=True)
     part.close()
     assert [result.key for result in journal.earlier()] == ["a.png", ""]
     journal.finish(Unit(0, ""), "stamp", results)
