@@ -23,7 +23,7 @@ ORDER = [
     {"model"},
     {"checkpoint", "generation", "data"},
     {"tasks", "placement", "collection"},
-    {"api"},
+    {"api", "alt"},
     {"index"},
     {"train"},
     {"compat"},
@@ -52,6 +52,7 @@ ROOMS = {
     "webdataset": {"collection"},
     "braceexpand": {"collection"},
     "defusedxml": {"collection"},
+    "markdown_it": {"alt"},
     "datasets": set(),  # what tests compare collections with
     "pycocotools": set(),
     "click": {"cli"},

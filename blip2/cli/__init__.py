@@ -24,6 +24,7 @@ COMMANDS = {
     "ask": "Answer a question about pictures.",
     "chat": "Talk about a picture.",
     "match": "Tell how well texts fit a picture.",
+    "alt": "Write alt texts for the pictures of web pages and Markdown.",
     "explain": "Show where in a picture a model finds what it says.",
     "index": "See pictures once, to search or ask them.",
     "search": "Find pictures by words, or by a picture.",

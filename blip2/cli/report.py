@@ -120,7 +120,7 @@ def see(seen: Iterator[Any], names: Sequence[str], batch_size: int) -> Iterator[
     """What a model sees of pictures, batch by batch, with a progress bar if they are many."""
     from blip2.tasks.speaker import chunks  # imports torch
 
-    with _bar(len(names)) as advance:
+    with bar(len(names)) as advance:
         for some in chunks(names, batch_size):
             started = time.perf_counter()
             yield Batch(list(some), list(islice(seen, len(some))), started)
@@ -128,7 +128,7 @@ def see(seen: Iterator[Any], names: Sequence[str], batch_size: int) -> Iterator[
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Any]:
+def bar(total: int) -> Iterator[Any]:
     """A progress bar on standard error, unless the results themselves run over the terminal."""
     if total <= MANY or not sys.stderr.isatty() or sys.stdout.isatty():
         yield lambda number: None

@@ -32,6 +32,8 @@ WHOLE = "lock-whole"
 FOUND = "found"
 """Within what was asked: what `Journal.agree` keeps."""
 OUTPUT, UNFINISHED = "output", "unfinished"
+NEEDED = ("key", "stamp", "status")
+"""Of a result, also where they are empty: what is not there has no stamp."""
 
 
 class Journal:
@@ -258,7 +260,9 @@ class Part:
 
 
 def _line(result: Result) -> str:
-    told = {name: value for name, value in asdict(result).items() if value not in ("", (), [], {}, 0)}
+    told = {
+        name: value for name, value in asdict(result).items() if name in NEEDED or value not in ("", (), [], {}, 0)
+    }
     return json.dumps(told) + "\n"
 
 

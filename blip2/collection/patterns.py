@@ -35,7 +35,7 @@ def check_patterns(patterns: Sequence[str]) -> None:
         if not pattern:
             raise OptionError(f"{option('remove')} is empty; give a regular expression, or leave it out")
     trials = [(pattern, _texts(pattern)) for pattern in patterns if re.search(r"[*+{]", pattern)]
-    if not trials:
+    if not trials or not sys.executable:
         return
     # In a process of its own: once a match has begun, nothing else can end it.
     command = [sys.executable, "-I", "-S", "-c", TRY]

@@ -67,8 +67,10 @@ def decode(
 
 
 def _decode(stream: BinaryIO, head: bytes, name: str, max_pixels: int, allow_truncated: bool | None) -> RgbImage:
+    if (size := webp_size(head)) is not None:  # Pillow takes memory for its pixels as soon as it is opened
+        _check_size(size, name, max_pixels)
     opened, profile = _open(stream, head, name)
-    _check_size(opened, name, max_pixels)
+    _check_size(opened.size, name, max_pixels)
     is_large = opened.width * opened.height > LARGE_PIXELS
     with _one_large_picture if is_large else nullcontext():
         image = _load(opened, stream, name, allow_truncated)
@@ -87,7 +89,7 @@ def _decode(stream: BinaryIO, head: bytes, name: str, max_pixels: int, allow_tru
 
 def from_image(image: Image.Image, name: str, max_pixels: int) -> RgbImage:
     """A PIL image as it stands: not turned, and of the colours that its numbers are in sRGB. May share its pixels."""
-    _check_size(image, name, max_pixels)
+    _check_size(image.size, name, max_pixels)
     with quiet():
         try:
             image.load()
@@ -145,8 +147,24 @@ def _open(stream: BinaryIO, head: bytes, name: str) -> tuple[ImageFile, bytes | 
     return image, image.info.get("icc_profile")
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
+def webp_size(head: bytes) -> tuple[int, int] | None:
+    """Width and height that a WebP says it has; None for another format, and for none that can be."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    match head[12:16]:
+        case b"VP8X":
+            return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+        case b"VP8L":
+            bits = int.from_bytes(head[21:25], "little")
+            return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        case b"VP8 ":
+            found = [int.from_bytes(head[place : place + 2], "little") & 0x3FFF for place in (26, 28)]
+            return (found[0], found[1]) if all(found) else None
+    return None
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    width, height = size
     if not width or not height:
         raise ImageError(f"{name}: has no pixels ({width}x{height}); give a picture of at least 1x1")
     if width * height > max_pixels:

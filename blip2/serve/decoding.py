@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -99,6 +100,10 @@ def fitting(speaker: Speaker, text: str, options: GenerateOptions, limits: Limit
     Programs ask for thousands, whatever the model. A prompt that leaves no room at all is told where it is read.
     Raises ApiError for one of more tokens than are read anywhere.
     """
+    # Most prompts are so short that nobody has to count: a token has a character at least, and two or so are added.
+    at_most = len(text) + 4 if text.isascii() else sys.maxsize
+    if at_most <= limits.max_prompt_tokens and speaker.room_beside(at_most) >= options.max_new_tokens:
+        return options
     check_prompt(speaker, text, limits)
     most = max(speaker.room(text), options.min_new_tokens, 1)
     return replace(options, max_new_tokens=min(options.max_new_tokens, most))

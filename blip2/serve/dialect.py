@@ -164,6 +164,8 @@ def understood(given: Any, route: str) -> Understood:
     if len(given) > MAX_FIELDS:
         raise ApiError(400, "too_many_values", f"the body has {len(given):,} fields; at most {MAX_FIELDS} are read")
     found = Understood()
+    if given.get("tool_choice") == "none":  # whatever tools there are, none is asked for
+        given = {name: value for name, value in given.items() if name not in ("tools", "tool_choice")}
     for name, value in given.items():
         if (own := NAMES[route].get(name)) is None:
             _unknown(name, value, route, found.ignored)

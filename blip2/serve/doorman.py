@@ -19,6 +19,7 @@ from blip2.serve.house import origin_of
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.places import Places
+from blip2.serve.tidy import Tidy
 
 OPEN_PATHS = ("/", "/health", "/ready")
 """The page and what load balancers ask; these need no key."""
@@ -73,6 +74,7 @@ class Doorman:
         self._places = Places(limits) if places is None else places
         self._bodies = Bodies(limits) if bodies is None else bodies
         self._salt = secrets.token_bytes(16)  # a name that is written down must not help to guess the key
+        self._tidy = Tidy()
         metrics.in_house.set_function(lambda: len(self._places))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,6 +115,8 @@ class Doorman:
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.request_seconds.labels(path, str(status)).observe(time.monotonic() - began_s)
+            if scope["method"] == "POST":
+                self._tidy.note()
         if lingers:
             await _discard(receive)
             await send({"type": "http.response.body", "body": b"", "more_body": False})

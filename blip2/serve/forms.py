@@ -82,19 +82,16 @@ def parts_of(content: bytes, content_type: str) -> Iterator[Part]:
         nonlocal is_whole
         is_whole = True
 
-    parser = MultipartParser(
-        boundary,
-        {
-            "on_part_begin": begin,
-            "on_part_data": lambda data, start, stop: parts[-1][1].extend(data[start:stop]),
-            "on_header_field": lambda data, start, stop: header[0].extend(data[start:stop]),
-            "on_header_value": lambda data, start, stop: header[1].extend(data[start:stop]),
-            "on_header_end": end_of_header,
-            "on_end": end,
-        },
-    )
+    callbacks: Any = {
+        "on_part_begin": begin,
+        "on_part_data": lambda data, start, stop: parts[-1][1].extend(data[start:stop]),
+        "on_header_field": lambda data, start, stop: header[0].extend(data[start:stop]),
+        "on_header_value": lambda data, start, stop: header[1].extend(data[start:stop]),
+        "on_header_end": end_of_header,
+        "on_end": end,
+    }
     try:
-        parser.write(content)
+        MultipartParser(boundary, callbacks).write(content)
     except FormParserError:
         raise _bad("its parts do not stand where its Content-Type says; leave that header to the client") from None
     if not is_whole:

@@ -11,6 +11,10 @@ from typing import Any
 
 HEAD = struct.Struct("<IQ")
 """The lengths of the JSON and of the bytes."""
+COMMAND = struct.Struct("<ci")
+"""To the parent of the readers: what to do, and a process id."""
+UNKNOWN = 1000
+"""Its answer where a process is not its own."""
 MAX_JSON_BYTES = 2**26
 MAX_PAYLOAD_BYTES = 2**32
 

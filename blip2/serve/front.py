@@ -134,7 +134,7 @@ class Front:
     def refusal(self) -> ApiError | None:
         """Why nothing can be answered at present; None: it can."""
         if self.load_error is not None:
-            return ApiError(503, "model_failed", f"the model cannot be loaded: {self.load_error}")
+            return ApiError(503, "model_failed", "the model cannot be loaded; the server says why where it was started")
         if self.is_stopping:
             return ApiError(503, "stopping", "the server is stopping")
         if self._num_running is None:

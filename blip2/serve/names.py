@@ -29,12 +29,14 @@ class Names:
 
     def _named(self, asked: str | None, name: str) -> str:
         if asked not in (None, "", "blip2", served_name(name)):
-            raise self.unknown(str(asked))
+            raise self.unknown(str(asked), served_name(name))
         return served_name(name)
 
-    def unknown(self, name: str) -> ApiError:
-        known = ", ".join(each["id"] for each in self.all())
-        message = f"the model {name[:100]!r} does not do that here; there are {known}"
+    def unknown(self, name: str, fitting: str | None = None) -> ApiError:
+        """``fitting``: the one model that does what was asked, if it is not asked what there is."""
+        known = fitting or ", ".join(each["id"] for each in self.all())
+        there = "it is done by" if fitting else "there are"
+        message = f"the model {name[:100]!r} does not do that here; {there} {known}"
         return ApiError(404, "model_not_found", message, param="model")
 
 

@@ -1,9 +1,9 @@
 """The processes that read requests and pictures, as the server sees them.
 
-A request has a reader to itself, for as long as it is read; requests that wait for one take turns (`Turns`). Who takes
-longer than `FAST_S` leaves the fast lane: his reader becomes a background process, another takes its place, and of
-those in the slow lane there are a few at most: beyond, the one that has taken longest is ended. A request that ends in
-the middle (its time is up, its client is gone) takes its reader with it.
+A request has a reader to itself, for as long as it is read; requests that wait for one take turns (`Turns`). Whose
+reader uses more than `FAST_S` of a processor leaves the fast lane: it becomes a background process, and another takes
+its place. Those are a few at most: beyond, the one that has taken longest is ended, but for large pictures, which have
+waited for their time. A request that ends in the middle (its time is up, its client is gone) takes its reader with it.
 """
 
 from __future__ import annotations
@@ -18,71 +18,39 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blip2.serve import frames
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
+from blip2.serve.reader_link import Reader
 from blip2.serve.turns import Handout
 
 logger = logging.getLogger("blip2.serve")
 
+Value = TypeVar("Value")
+
+PATH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
 PARENT = "from blip2.serve.reader import main; main()"
-NUM_FAST, MAX_SLOW = 2, 4
-FAST_S = 0.25
+NUM_FAST, MAX_SLOW = 2, 8
+FAST_S = 0.1
+"""Of processor time: who only waits, for the machine or for something else, is not slow."""
+END_S = 0.5
+"""So long the parent has to end."""
 BACKGROUND = 10
 """How nice a slow reader is to the others: a tenth of a processor where the model wants all of them."""
-COMMAND = struct.Struct("<ci")
-
-
-class Reader:
-    """One process. A message is answered before the next one is sent."""
-
-    def __init__(self, process: int, connection: socket.socket) -> None:
-        self.process = process
-        self.is_slow = False
-        self.is_asked = False
-        """Whether it owes an answer, so that it can be used no further if that is not waited for."""
-        self.is_worn = False
-        """Whether it is better replaced after this request, since it holds much memory."""
-        self.began_s = 0.0
-        self.client = ""
-        self.refusal: ApiError | None = None
-        """Why it was ended, if we did it."""
-        self._connection = connection
-        self._loop = asyncio.get_running_loop()
-
-    async def ask(self, asked: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytearray]:
-        """Its answer. Raises ApiError for what it says is wrong with the request, ConnectionError if it has ended."""
-        self.is_asked = True
-        await self._loop.sock_sendall(self._connection, frames.packed(asked, len(payload)))
-        if payload:
-            await self._loop.sock_sendall(self._connection, payload)
-        num_json, num_payload = frames.lengths(await self._receive(frames.HEAD.size))
-        told = json.loads(await self._receive(num_json))
-        content = await self._receive(num_payload)
-        self.is_asked = False
-        if "error" in told:
-            status, code, message, param = told["error"]
-            raise ApiError(status, code, message, param=param)
-        return told, content
-
-    async def _receive(self, number: int) -> bytearray:
-        content = bytearray(number)
-        view, have = memoryview(content), 0
-        while have < number:
-            got = await self._loop.sock_recv_into(self._connection, view[have:])
-            if not got:
-                raise ConnectionError("the reader has ended")
-            have += got
-        return content
-
-    def close(self) -> None:
-        self._connection.close()
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",  # what is large goes back to the system when it is freed (glibc)
+    "MALLOC_TRIM_THRESHOLD_": "1048576",
+}
+KILLED = "reader_killed"
+"""The code of an error that says nothing about the request: whoever asked may ask another reader."""
 
 
 class Pool:
@@ -96,7 +64,7 @@ class Pool:
         self._readers: set[Reader] = set()
         self._num_coming = 0
         self._fast: Handout[Reader] = Handout()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
     @property
@@ -116,30 +84,28 @@ class Pool:
         self._is_closed = True
         if self._control is not None:
             self._control.close()  # the parent ends its readers, and itself
-        if self.parent is not None:
-            self.parent.poll()
         for reader in self._readers:
             with suppress(ProcessLookupError):
                 os.kill(reader.process, signal.SIGKILL)
             reader.close()
+        if self.parent is not None:
+            try:
+                self.parent.wait(END_S)
+            except subprocess.TimeoutExpired:  # it is beginning still, and has no readers
+                self.parent.kill()
+                self.parent.wait()
 
     @asynccontextmanager
     async def reader(self, client: str, size: float) -> AsyncIterator[Reader]:
-        """A reader of one's own. ``size``: of a client's requests the smaller are read first.
-
-        Raises ApiError if the reader ends: for its time, its memory, or a fault in a decoder.
-        """
-        reader = await self._fast.take(client, size)
-        reader.client, reader.began_s = client, time.monotonic()
-        demotion = asyncio.get_running_loop().call_later(FAST_S, self._demote, reader)
+        """A reader of one's own. ``size``: of a client's requests the smaller are read first."""
+        while (reader := await self._fast.take(client, size)).has_ended:
+            self._end_soon(reader)  # it was killed while it had nothing to do
+        reader.client, reader.began_s = client, processor_s(reader.process)
+        self._watch(reader, FAST_S)
         try:
             yield reader
-        except (ConnectionError, ValueError) as error:
-            if reader.is_asked:
-                raise reader.refusal or await self._reason(reader) from error
-            raise
         finally:
-            demotion.cancel()
+            reader.watch.cancel()
             self._give_back(reader)
 
     # ---- which ----
@@ -151,18 +117,28 @@ class Pool:
             else:
                 self._fast.offer(reader)
 
-    def _demote(self, reader: Reader) -> None:
+    def _watch(self, reader: Reader, left_s: float) -> None:
+        reader.watch = asyncio.get_running_loop().call_later(max(left_s, 0.05), self._look_after, reader)
+
+    def _look_after(self, reader: Reader) -> None:
+        used_s = processor_s(reader.process) - reader.began_s
+        if used_s < FAST_S:
+            self._watch(reader, FAST_S - used_s)
+        elif not reader.is_slow:
+            self.demote(reader)
+
+    def demote(self, reader: Reader, *, is_expected: bool = False) -> None:
+        """It leaves the fast lane. ``is_expected``: it has waited for its time, and nobody ends it for others."""
         if reader not in self._readers:
             return
-        reader.is_slow = True
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, reader.process, BACKGROUND)
-        slow = [each for each in self._readers if each.is_slow]
+        reader.is_slow, reader.is_expected = True, is_expected
+        put_back(reader.process)
+        slow = [each for each in self._readers if each.is_slow and not each.is_expected]
         if len(slow) > MAX_SLOW:
-            num_of_client = {each.client: sum(other.client == each.client for other in slow) for each in slow}
-            longest = max(slow, key=lambda each: (num_of_client[each.client], -each.began_s))
+            number = Counter(each.client for each in slow)
+            longest = max(slow, key=lambda each: (number[each.client], processor_s(each.process) - each.began_s))
             longest.refusal = ApiError(
-                503, "busy", "the server is reading too many large requests; try again in a moment", 
+                503, "busy", "the server is reading too many requests that take long; try again in a moment",
                 headers={"Retry-After": "2"},
             )  # fmt: skip
             self._end_soon(longest)
@@ -177,18 +153,25 @@ class Pool:
             self._num_coming += 1
             self._later(self._begin())
 
-    def _later(self, work: Any) -> None:
+    def _later(self, work: Coroutine[Any, Any, Value]) -> asyncio.Task[Value]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _begin(self) -> None:
         try:
             ours, theirs = socket.socketpair()
-            with theirs:
-                ours.setblocking(False)
-                process = await self._tell(b"F", 0, [theirs.fileno()])
-            reader = Reader(process, ours)
+            try:
+                with theirs:
+                    process = await self._tell(b"F", 0, [theirs.fileno()])
+                if process < 0:
+                    raise OSError(-process, os.strerror(-process))
+                reader = Reader(process, self._why_ended)
+                await asyncio.get_running_loop().create_unix_connection(lambda: reader, sock=ours)
+            except BaseException:
+                ours.close()
+                raise
             self._readers.add(reader)
         except OSError as error:
             if not self._is_closed:
@@ -208,21 +191,28 @@ class Pool:
 
     async def _end(self, reader: Reader) -> int:
         try:
-            return await self._tell(b"E", reader.process)
+            code = await self._tell(b"E", reader.process)
+            if code == frames.UNKNOWN:
+                self._kill_orphan(reader)
+            return code
         except OSError:
-            return 0
+            return frames.UNKNOWN
         finally:
             reader.close()  # only now: whoever waits for its answer is woken by its end
 
-    async def _reason(self, reader: Reader) -> ApiError:
+    async def _why_ended(self, reader: Reader) -> ApiError:
         """Why a reader has ended by itself, for the client whose request it was."""
         self._readers.discard(reader)
-        code = await self._end(reader)
         self._fill()
+        # Who asks may go away, but what the parent was told has to be heard to its end.
+        code = await asyncio.shield(self._later(self._end(reader)))
         if code == -signal.SIGXCPU:
             message = "to read this takes too much processor time; send a smaller request, or save the picture again"
             return ApiError(400, "too_slow", message, param="image")
         logger.warning("a process that read a request has ended (%s)", code)
+        if code in (-signal.SIGKILL, frames.UNKNOWN):
+            message = "the process that read the request was killed, maybe for want of memory; send it again"
+            return ApiError(503, KILLED, message, headers={"Retry-After": "1"})
         message = "the picture cannot be decoded: its decoder broke down; save it again"
         return ApiError(400, "invalid_image", message, param="image")
 
@@ -231,34 +221,32 @@ class Pool:
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
+            limits = json.dumps(asdict(self._limits))
+            path = json.dumps([os.path.abspath(folder) for folder in sys.path])  # what the server has, and no more
             self.parent = subprocess.Popen(
-                [sys.executable, "-c", PARENT, str(theirs.fileno()), json.dumps(asdict(self._limits))],
+                [sys.executable, "-P", "-c", PATH + PARENT, str(theirs.fileno()), limits, path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ
-                | {
-                    "PYTHONPATH": os.pathsep.join(
-                        filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
-                    ),
-                    "OPENBLAS_NUM_THREADS": "1",
-                    "OMP_NUM_THREADS": "1",
-                },
+                env=os.environ | ENVIRONMENT,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the server alone
             )
         ours.setblocking(False)
         self._control = ours
 
     async def _tell(self, command: bytes, process: int, descriptors: list[int] = []) -> int:  # noqa: B006
-        """What the parent answers. If it is gone, another is started, which knows nothing of the readers there were."""
+        """What the parent answers. If it is gone, another is started, and all readers with it.
+
+        Is not to be cancelled: the answer would be taken for that to the next command.
+        """
         loop = asyncio.get_running_loop()
         async with self._speaking:
             for attempt in range(2):
                 try:
                     assert self._control is not None
                     if descriptors:
-                        socket.send_fds(self._control, [COMMAND.pack(command, process)], descriptors)
+                        socket.send_fds(self._control, [frames.COMMAND.pack(command, process)], descriptors)
                     else:
-                        await loop.sock_sendall(self._control, COMMAND.pack(command, process))
+                        await loop.sock_sendall(self._control, frames.COMMAND.pack(command, process))
                     answer = await loop.sock_recv(self._control, 4)
                     if len(answer) < 4:
                         raise ConnectionError("the parent of the readers has ended")
@@ -273,4 +261,27 @@ class Pool:
         logger.error("the parent of the processes that read requests has ended; another is started")
         if self._control is not None:
             self._control.close()
+        for reader in self._readers:
+            self._kill_orphan(reader)
         self._launch()
+
+    @staticmethod
+    def _kill_orphan(reader: Reader) -> None:
+        """Its parent has ended, and nobody else would end it."""
+        with suppress(ProcessLookupError):
+            os.kill(reader.process, signal.SIGKILL)
+
+
+def put_back(process: int) -> None:
+    """A process, with its threads, works when others do not."""
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{process}/task") if sys.platform == "linux" else [process]:
+            os.setpriority(os.PRIO_PROCESS, int(thread), BACKGROUND)
+
+
+def processor_s(process: int) -> float:
+    """The processor time that another process has used. Where the system does not tell, the time that has passed."""
+    try:
+        return time.clock_gettime(~process << 3 | 2)  # how Linux numbers the clocks of processes
+    except (OSError, OverflowError):
+        return time.monotonic()

@@ -5,12 +5,13 @@ forked from one parent, `main`, which has imported all that they need and has ne
 costs some milliseconds. See `pool` for the other side.
 
 The parent is told, in five bytes each: "F" and a socket, to fork a reader that answers there (its process id comes
-back); "E" and a process id, to end that reader (its wait status comes back). When its own socket is closed, it ends all
-of them and itself.
+back, or the number of an error, negative); "E" and a process id, to end that reader (its wait status comes back). When
+its own socket is closed, it ends all of them and itself.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -29,7 +31,8 @@ from blip2.serve import body, frames
 from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.limits import Limits
 
-COMMAND = struct.Struct("<ci")
+MAX_TOLD_BYTES, MAX_DEPTH, MAX_MESSAGE = 2**22, 50, 1000
+"""Of JSON, which the server parses while nobody else is answered; and characters of an error."""
 SPARE_BYTES = 256 * 2**20
 """Of memory, for what is small."""
 BYTES_PER_PIXEL = 12
@@ -45,17 +48,25 @@ class Desk:
         self._limits = limits
         self._pictures: list[str | bytes] = []
         self._do: dict[str, Callable[[dict[str, Any], bytes], frames.Message]] = {
-            "read": self._read, "take": self._take, "pixels": self._pixels, "forget": self._forget,
+            "read": self._read, "take": self._take, "pixels": self._pixels,
         }  # fmt: skip
 
-    def answer(self, asked: dict[str, Any], payload: bytes) -> frames.Message:
+    def answer(self, asked: dict[str, Any], payload: bytes) -> tuple[bytes, bytes]:
+        """What is to be sent: the JSON as `frames` packs it, and the bytes after it."""
         try:
-            return self._do[asked["do"]](asked, payload)
+            told, found = self._do[asked["do"]](asked, payload)
+            _check_depth(told, MAX_DEPTH)
+            packed = frames.packed(told, len(found))
+            if len(packed) <= MAX_TOLD_BYTES:
+                return packed, found
+            error = ApiError(413, "body_too_large", "beside its pictures the request is too large; send shorter fields")
         except MemoryError:
             error = ApiError(413, "body_too_large", "to read the request takes more memory than it may; send less")
+        except RecursionError:
+            error = ApiError(400, "too_many_values", "the JSON is nested too deeply; send less")
         except Exception as problem:
             error = as_api_error(problem)
-        return {"error": [error.status, error.code, error.message, error.param]}, b""
+        return frames.packed({"error": [error.status, error.code, error.message[:MAX_MESSAGE], error.param]}, 0), b""
 
     def _read(self, asked: dict[str, Any], content: bytes) -> frames.Message:
         found = body.read(asked["route"], asked["type"], content, self._limits)
@@ -86,9 +97,14 @@ class Desk:
         small = shrunk(image, asked["shown_px"])
         return {**told, "shown": small.size}, pixels + small.tobytes()
 
-    def _forget(self, asked: dict[str, Any], _: bytes) -> frames.Message:
-        self._pictures = []
-        return {}, b""
+
+def _check_depth(value: Any, left: int) -> None:
+    """Raises RecursionError for lists in lists, or dictionaries, that are deeper."""
+    if not left:
+        raise RecursionError
+    if isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_depth(each, left - 1)
 
 
 def _told(picture: str | bytes) -> dict[str, str]:
@@ -104,7 +120,7 @@ def work(connection: socket.socket, limits: Limits) -> None:
             asked = json.loads(stream.read(num_json))
             _bound(num_payload, asked.get("max_pixels", 0))
             told, payload = desk.answer(asked, stream.read(num_payload))
-            connection.sendall(frames.packed(told, len(payload)))
+            connection.sendall(told)
             connection.sendall(payload)
 
 
@@ -130,16 +146,17 @@ def main() -> None:
     limits = Limits(**json.loads(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
+    with suppress(AttributeError, OSError):  # a reader that is woken does not push aside the server that woke it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     readers: set[int] = set()
     with suppress(ConnectionError):  # the server has ended
-        while len((told := socket.recv_fds(control, COMMAND.size, 1))[0]) == COMMAND.size:
-            command, process = COMMAND.unpack(told[0])
+        while len((told := socket.recv_fds(control, frames.COMMAND.size, 1))[0]) == frames.COMMAND.size:
+            command, process = frames.COMMAND.unpack(told[0])
             if command == b"F":
-                process = _forked(control, told[1][0], limits)
-                readers.add(process)
-                answer = process
+                answer = _forked(control, told[1][0], limits)
+                readers |= {answer} if answer > 0 else set()
             else:
-                answer = _end(process) if process in readers else 0
+                answer = _end(process) if process in readers else frames.UNKNOWN
                 readers.discard(process)
             control.sendall(struct.pack("<i", answer))
     for process in readers:
@@ -147,14 +164,24 @@ def main() -> None:
 
 
 def _forked(control: socket.socket, descriptor: int, limits: Limits) -> int:
-    """The process id of a reader that answers at a socket."""
-    process = os.fork()
+    """The process id of a reader that answers at a socket, or the number of an error, negative."""
+    try:
+        process = os.fork()
+    except OSError as error:
+        process = -(error.errno or errno.EAGAIN)
     if process == 0:
         control.close()
+        code = 1
         try:
-            work(socket.socket(fileno=descriptor), limits)
+            with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+                file.write("1000")  # if memory runs out, a reader is to go, and not the model
+            with suppress(ConnectionError):  # the server has ended
+                work(socket.socket(fileno=descriptor), limits)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            os._exit(code)
     os.close(descriptor)
     return process
 

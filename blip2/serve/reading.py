@@ -1,12 +1,14 @@
 """A request as the routes get it: its fields, checked, and its pictures as models are given them.
 
-All that grows with a request is done by a reader (`pool`). A large picture waits until no other one is decoded, and one
-at a web address is fetched by a thread; both give their reader back meanwhile.
+All that grows with a request is done by a reader (`pool`). A large picture waits until few others of its kind are being
+decoded, and one at a web address is fetched by a thread; both give their reader back meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,14 +27,18 @@ from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
-from blip2.serve.pool import Pool, Reader
+from blip2.serve.pool import KILLED, Pool
+from blip2.serve.reader_link import Reader
 from blip2.serve.turns import Handout
 from blip2.tasks.see import Eye
 
-LARGE_PIXELS = 30_000_000
-"""Of a picture that is decoded while no other one of that size is."""
-WORN_PIXELS, WORN_BYTES = 8_000_000, 8_000_000
-"""After a larger picture, or body, a reader is replaced."""
+SMALL_PIXELS, LARGE_PIXELS = 4_000_000, 30_000_000
+"""Of pictures that are decoded at once, and of those above which one is decoded at a time. Between, a few are."""
+NUM_BETWEEN = min(4, max(2, (os.cpu_count() or 1) // 2))
+MAX_KILLED = 2
+"""So often a request is read anew after its reader was killed."""
+WORN_BYTES = 2_000_000
+"""After a larger body a reader is replaced; and after whatever was not quick."""
 NUM_FETCHERS = 8
 
 Kept = TypeVar("Kept")
@@ -45,7 +51,10 @@ class Readings:
         self.limits = limits
         self.metrics = metrics
         self.pool = Pool(limits)
-        self.large: Handout[None] = Handout([None])
+        self.lanes: list[tuple[float, Handout[None]]] = [
+            (LARGE_PIXELS, Handout([None] * NUM_BETWEEN)), (math.inf, Handout([None])),
+        ]  # fmt: skip
+        """Of pictures that are not small: those of at most so many pixels, and the places."""
         self._fetcher = fetcher
         # Not in the loop's own threads: a slow host must not keep anybody from something else.
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="blip2 fetch")
@@ -92,7 +101,7 @@ class Reading:
 
     def __init__(self, readings: Readings, request: Request, content: bytes, held: AsyncExitStack) -> None:
         self._readings = readings
-        self._route = request.url.path
+        self._route: str = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         self._kind = request.headers.get("content-type", "")
         self._packing = request.headers.get("content-encoding", "")
         self.client: str = request.scope.get(CLIENT, "")
@@ -102,6 +111,7 @@ class Reading:
         self._reader: Reader | None = None
         self._pictures: list[dict[str, str]] = []
         self._num_pixels = 0
+        self._num_killed = 0
 
     async def begin(self) -> None:
         """Raises ApiError for what is wrong with the request."""
@@ -147,21 +157,27 @@ class Reading:
 
     async def _decoded(self, place: int, eye: Eye[Any], shown_px: int) -> tuple[dict[str, Any], Tensor, bytearray]:
         assert self._reader is not None
-        left = self._readings.limits.max_pixels - self._num_pixels
+        left = max(self._readings.limits.max_pixels - self._num_pixels, 1)
         mean, std = eye.normalization
         asked = {"do": "pixels", "picture": place, "size": eye.size, "mean": mean, "std": std, "shown_px": shown_px}
-        most = min(LARGE_PIXELS, left)
-        told, content = await self._reader.ask({**asked, "max_pixels": most, "is_last_word": most == left})
-        if "is_large" in told:
-            await self._leave()
-            async with self._readings.large.lent(self.client):
-                await self._read_anew()
-                if self._fetched:
-                    await self._take(place)
-                told, content = await self._reader.ask({**asked, "max_pixels": left, "is_last_word": True})
+
+        async def decode(most: float) -> tuple[dict[str, Any], bytearray]:
+            return await self._ask({**asked, "max_pixels": int(min(most, left)), "is_last_word": most >= left})
+
+        told, content = await decode(SMALL_PIXELS)
+        for most, lane in self._readings.lanes:
+            if "is_large" not in told:
+                break
+            if not lane.num_free:
+                await self._leave()
+            async with lane.lent(self.client):
+                if self._reader is None:
+                    await self._read_anew()
+                    await self._take_fetched(place)
+                self._readings.pool.demote(self._reader, is_expected=True)
+                told, content = await decode(most)
         self._fetched = b""
         self._num_pixels += told["num_pixels"]
-        self._reader.is_worn |= told["num_pixels"] > WORN_PIXELS
         number = 3 * eye.size**2
         pixels_CHW = torch.frombuffer(content, dtype=torch.float32, count=number)
         return told, pixels_CHW.view(3, eye.size, eye.size), content[4 * number :]
@@ -173,13 +189,33 @@ class Reading:
         size = len(self._content)
         self._reader = await self._held.enter_async_context(self._readings.pool.reader(self.client, size))
         self._reader.is_worn = size > WORN_BYTES
-        told, _ = await self._reader.ask({"do": "read", "route": self._route, "type": self._kind}, self._content)
+        told, _ = await self._ask({"do": "read", "route": self._route, "type": self._kind}, self._content)
         return told
 
+    async def _ask(self, asked: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytearray]:
+        """The reader's answer; if it is killed, that of another one."""
+        while True:
+            assert self._reader is not None
+            try:
+                return await self._reader.ask(asked, payload)
+            except ApiError as error:
+                self._num_killed += error.code == KILLED
+                if error.code != KILLED or self._num_killed > MAX_KILLED:
+                    raise
+            await self._leave()
+            told = await self._read_anew()
+            if asked["do"] == "read":
+                return told, bytearray()
+            if asked["do"] == "pixels":
+                await self._take_fetched(asked["picture"])
+
     async def _take(self, place: int) -> dict[str, str]:
-        assert self._reader is not None
-        told, _ = await self._reader.ask({"do": "take", "picture": place}, self._fetched)
+        told, _ = await self._ask({"do": "take", "picture": place}, self._fetched)
         return told
+
+    async def _take_fetched(self, place: int) -> None:
+        if self._fetched:
+            await self._take(place)
 
     async def _leave(self) -> None:
         self._reader = None

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -111,7 +111,7 @@ class Service:
     def refusal(self) -> ApiError | None:
         """Why nothing can be answered at present; None: it can."""
         if self.load_error is not None:
-            return ApiError(503, "model_failed", f"the model cannot be loaded: {self.load_error}")
+            return ApiError(503, "model_failed", "the model cannot be loaded; the server says why where it was started")
         if self._worker is None:
             return ApiError(503, "loading", "the model is being loaded; try again", headers={"Retry-After": "2"})
         if self.death is not None:
@@ -233,25 +233,30 @@ class Service:
             raise
 
         async def pieces() -> AsyncGenerator[Piece | Hypothesis, None]:
+            is_late = False
+
+            def give_up() -> None:
+                nonlocal is_late
+                is_late = True
+                heard.put_nowait(None)
+
+            left_s = max(request.scope[END] - time.monotonic(), 0)
+            timer = loop.call_later(left_s, give_up)  # one timer, and not one a piece
             try:
                 piece = first
                 while piece is not None:
                     yield piece
-                    piece = await self._in_time(request, heard.get())
+                    piece = await heard.get()
+                    if is_late:
+                        raise too_late()
                 yield ticket.answers.result()[0]
             except WorkerError as error:
                 raise ApiError(503, "model_stopped", str(error)) from error
             finally:
+                timer.cancel()
                 worker.cancel(ticket)
 
         return pieces(), ticket
-
-    async def _in_time(self, request: Request, result: Awaitable[Value]) -> Value:
-        try:
-            async with asyncio.timeout(max(request.scope[END] - time.monotonic(), 0)):
-                return await result
-        except TimeoutError:
-            raise too_late() from None
 
 
 class Post:

@@ -84,6 +84,10 @@ class Handout(Generic[Item]):
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
     async def take(self, client: str, size: float = 0) -> Item:
         if self._free:
             return self._free.pop()

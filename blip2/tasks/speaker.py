@@ -78,11 +78,14 @@ class Speaker:
     def room(self, text: str) -> int:
         """How many new tokens the model has room for beside the picture and the text; less than 0 if these are too
         many."""
+        return self.room_beside(len(self.tokenizer.prompt_ids(text, self.model.config.language)))
+
+    def room_beside(self, num_tokens: int) -> int:
+        """As `room`, beside a text of so many tokens."""
         config = self.model.config
         if config.language.family == "t5":  # relative positions have no end
             return sys.maxsize
-        num_tokens = config.qformer.num_query_tokens + len(self.tokenizer.prompt_ids(text, config.language))
-        return config.language.max_position_embeddings - num_tokens
+        return config.language.max_position_embeddings - config.qformer.num_query_tokens - num_tokens
 
     def fits(self, text: str, num_new_tokens: int) -> bool:
         """Whether the model has room for the picture, the text and as many new tokens."""

@@ -10,13 +10,12 @@ import pytest
 import webdataset
 from datasets import load_dataset
 
-from blip2.collection import Record
-from blip2.collection.record import Unit
 from blip2.collection.sinks import Outputs
 from blip2.collection.sinks.samples import samples, split_name
+from blip2.collection.sources import open_source
 from blip2.collection.sources.files import Files
 from blip2.errors import CollectionError
-from tests.collection.written_by_run import Listed, captioned, drawn
+from tests.collection.written_by_run import captioned, drawn
 
 
 def made(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -29,22 +28,10 @@ def made(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-class Tars(Listed):
-    """Samples of shards, a unit each."""
-
-    def __init__(self, *paths: Path) -> None:
-        self.units = [Unit(number, str(path)) for number, path in enumerate(paths)]
-        self.num_records = None
-
-    def records(self, unit):
-        for sample in samples(Path(unit.place)):
-            picture = next(content for field, content in sample.members.items() if field.lower() in PICTURES)
-            columns = json.loads(sample.members.get("json", b"{}"))
-            text = sample.members.get("txt", b"").decode()
-            yield Record(sample.key, picture, sample.key, "1", text, columns)
+def tars(*paths: Path):
+    return open_source([str(path) for path in paths])
 
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
 LONG = "\u043a\u043e\u0442/" + "k" * 101
 
 
@@ -71,7 +58,7 @@ def names(path):
 
 def test_a_mirror(tmp_path, shard):
     out = tmp_path / "out"
-    captioned(Tars(shard), Outputs(output=str(out)), if_exists="overwrite")
+    captioned(tars(shard), Outputs(output=str(out)), if_exists="overwrite")
     assert sorted(path.name for path in out.iterdir()) == ["00003.parquet", "00003.tar", "00003_stats.json"]
     assert names(out / "00003.tar") == [
         f"{key}.{field}"
@@ -100,7 +87,7 @@ def test_a_mirror(tmp_path, shard):
 
 
 def test_datasets_reads_the_mirror(tmp_path, shard):
-    captioned(Tars(shard), Outputs(output=str(tmp_path / "out")), if_exists="overwrite")
+    captioned(tars(shard), Outputs(output=str(tmp_path / "out")), if_exists="overwrite")
     cache = str(tmp_path / "cache")
     found = load_dataset("webdataset", data_files=str(tmp_path / "out" / "*.tar"), split="train", cache_dir=cache)
     assert found["txt"][:2] == ["a 000030000", "a 000030001"]
@@ -108,7 +95,7 @@ def test_datasets_reads_the_mirror(tmp_path, shard):
 
 
 def test_what_people_wrote_stays(tmp_path, shard):
-    captioned(Tars(shard), Outputs(output=str(tmp_path / "out")))
+    captioned(tars(shard), Outputs(output=str(tmp_path / "out")))
     found = {sample.key: sample.members for sample in samples(tmp_path / "out" / "00003.tar")}
     assert [found[key]["txt"] for key in found] == [b"old words", b"a 000030001", b"older"]
 
@@ -116,20 +103,20 @@ def test_what_people_wrote_stays(tmp_path, shard):
 def test_arrays_that_some_samples_have_stay_and_are_told(tmp_path):
     picture = Path(drawn(tmp_path, "a.jpg")[0]).read_bytes()
     shard = made(tmp_path / "in.tar", [("a.jpg", picture), ("a.seg.npy", b"12"), ("b.jpg", picture)])
-    (sink,) = captioned(Tars(shard), Outputs(output=str(tmp_path / "out")))
+    (sink,) = captioned(tars(shard), Outputs(output=str(tmp_path / "out")))
     assert next(samples(tmp_path / "out" / "in.tar")).members["seg.npy"] == b"12"
     assert "seg.npy" in sink.notes[0]
 
 
 def test_another_field(tmp_path, shard):
-    captioned(Tars(shard), Outputs(output=str(tmp_path / "out"), caption_field="blip2.txt"), if_exists="overwrite")
+    captioned(tars(shard), Outputs(output=str(tmp_path / "out"), caption_field="blip2.txt"), if_exists="overwrite")
     first = next(samples(tmp_path / "out" / "00003.tar"))
     assert first.members["txt"] == b"old words" and first.members["blip2.txt"] == b"a 000030000"
 
 
 def test_the_same_bytes_again(tmp_path, shard):
     for out in ("one", "two"):
-        captioned(Tars(shard), Outputs(output=str(tmp_path / out)))
+        captioned(tars(shard), Outputs(output=str(tmp_path / out)))
     for name in ("00003.tar", "00003.parquet", "00003_stats.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -139,16 +126,35 @@ def test_what_was_said_elsewhere_and_downloaded_before(tmp_path):
     shard = made(tmp_path / "00001.tar", [("a.jpg", picture), ("a.caption", b"in another field")])
     told = {"count": 9, "successes": 1, "failed_to_download": 6, "failed_to_resize": 2, "start_time": 1.5}
     (tmp_path / "00001_stats.json").write_text(json.dumps(told))
-    source = Tars(shard)
-    source.records = lambda unit: [Record("a", picture, "a", "1", "in another field")]
-    captioned(source, Outputs(output=str(tmp_path / "out")), lambda record: 1 / 0)
+    captioned(tars(shard), Outputs(output=str(tmp_path / "out")), lambda record: 1 / 0)
     assert next(samples(tmp_path / "out" / "00001.tar")).members["txt"] == b"in another field"
     stats = json.loads((tmp_path / "out" / "00001_stats.json").read_text())
     assert [stats[key] for key in told] == [9, 1, 6, 2, 0.0]
 
 
+def test_rows_of_paths_have_sidecars(tmp_path):
+    paths = drawn(tmp_path, "a.jpg", "b.jpg")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"image": path, "n": n}) + "\n" for n, path in enumerate(paths)))
+    outputs = Outputs(sidecar=".txt", output=str(tmp_path / "metadata.jsonl"))
+    captioned(open_source([str(rows)]), outputs)
+    assert (tmp_path / "b.txt").read_text() == "a b.jpg\n"
+    assert json.loads((tmp_path / "metadata.jsonl").read_text().splitlines()[1]) == {
+        "file_name": "b.jpg", "text": "a b.jpg", "n": 1,
+    }  # fmt: skip
+
+
+def test_a_damaged_shard_is_mirrored_up_to_there(tmp_path, shard):
+    shard.write_bytes(shard.read_bytes()[:4200])
+    (sink,) = captioned(tars(shard), Outputs(output=str(tmp_path / "out")), if_exists="overwrite")
+    assert [sample.key for sample in samples(tmp_path / "out" / "00003.tar")] == ["000030000"]
+    assert "is damaged" in sink.notes[0]
+    table = pandas.read_parquet(tmp_path / "out" / "00003.parquet")
+    assert "damaged" in table["error_message"][1] and table["status"].tolist().count("success") == 1
+
+
 def test_only_tables(tmp_path, shard):
-    captioned(Tars(shard), Outputs(output=str(tmp_path / "out"), with_images=False))
+    captioned(tars(shard), Outputs(output=str(tmp_path / "out"), with_images=False))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00003.parquet", "00003_stats.json"]
 
 
@@ -183,7 +189,7 @@ def test_a_folder_is_packed(tmp_path, monkeypatch):
 def test_told_before(tmp_path, shard, others, output, told):
     more = [made(tmp_path / other, [("a.jpg", b"x")]) for other in others]
     with pytest.raises(CollectionError, match=told):
-        captioned(Tars(shard, *more), Outputs(output=str(tmp_path / output)), lambda record: 1 / 0)
+        captioned(tars(shard, *more), Outputs(output=str(tmp_path / output)), lambda record: 1 / 0)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def test_json_lines_have_everything(tmp_path, photos):
     first, _, _, bad, odd = json_rows(tmp_path / "all.jsonl")
     assert first == {
         "file_name": "photos/a.jpg", "path_bytes": "", "key": "a.jpg", "caption": "a a.jpg", "captions": ["a a.jpg"],
-        "score": -0.5, "scores": [-0.5], "tokens": 4, "caption_original": "", "model": "tiny", "sha256": first["sha256"],
+        "score": -0.5, "scores": [-0.5], "tokens": 4, "caption_original": "", "model": "tiny",
+        "sha256": first["sha256"],
         "width": 8, "height": 6, "status": "success", "error_message": "",
     }  # fmt: skip
     assert len(first["sha256"]) == 64 and odd["sha256"] == first["sha256"]

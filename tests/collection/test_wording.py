@@ -121,7 +121,7 @@ def test_repeats(text, cut):
     ],
 )
 def test_refused(options, told):
-    with pytest.raises(OptionError, match=".") as caught:
+    with pytest.raises(OptionError) as caught:
         Wording(**options)
     assert told in str(caught.value)
 

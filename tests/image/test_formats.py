@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
-from blip2.errors import ImageError, ImageFormatError
+from blip2.errors import ImageError, ImageFormatError, ImageSizeError
 from blip2.image import formats, load_image, suffixes
+from blip2.image.decode import webp_size
 
 GRADIENT_HW3 = np.stack(np.meshgrid(np.arange(96), np.arange(64)), axis=-1)[..., [0, 1, 0]].astype(np.uint8) * 2
 GRADIENT = Image.fromarray(GRADIENT_HW3)
@@ -66,6 +67,15 @@ def test_every_suffix_that_is_listed_is_read(tmp_path):
             path.write_bytes(content)
             assert load_image(path).size == GRADIENT.size
     assert np.array_equal(load_image(encoded(GRADIENT, "DIB")), GRADIENT)
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}, {"save_all": True}])
+def test_the_size_of_a_webp_is_known_from_its_head(options):
+    content = encoded(GRADIENT, "WEBP", **options)
+    assert webp_size(content[:1024]) == GRADIENT.size
+    assert webp_size(content[:15]) is webp_size(encoded(GRADIENT, "PNG")) is None
+    with pytest.raises(ImageSizeError, match="is more than 5 pixels"):
+        load_image(content, max_pixels=5)
 
 
 @has_heif

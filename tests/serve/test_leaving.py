@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from blip2.errors import CheckpointError
 from blip2.generation import Batch
 from blip2.serve.app import create_app
 from blip2.serve.limits import Limits
@@ -307,3 +308,14 @@ def test_a_stop_signal_finishes_what_is_running(opt_model) -> None:
         assert process.stderr.read() == ""
     finally:
         process.kill()
+
+
+def test_what_kept_a_model_from_being_loaded_is_not_told_to_strangers() -> None:
+    def load():
+        raise CheckpointError("/home/somebody/models/opt: no such folder")
+
+    with serving(load, waits=False, keys=("secret",)) as server:
+        eventually(lambda: server.service.load_error is not None)
+        response = server.http.get("/ready")  # which needs no key
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "model_failed")
+    assert "somebody" not in response.text

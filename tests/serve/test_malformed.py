@@ -57,6 +57,14 @@ def test_bytes_of_any_kind(server, path, body, kind) -> None:
     check(server.http.post(path, content=body, headers={"content-type": kind}))
 
 
+@pytest.mark.parametrize("boundary", ["x" * 300, '"' + "\\" * 60_000])
+def test_boundaries_that_are_too_long(server, boundary) -> None:
+    kind = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    response = server.http.post("/caption", content=b"--x\r\n", headers=kind)
+    check(response)
+    assert response.json()["error"]["code"] == "invalid_form"
+
+
 @FEW
 @given(data=st.data())
 def test_pictures_that_are_broken_anywhere(server, data) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -110,7 +111,9 @@ def test_who_goes_takes_the_reader_along() -> None:
     pooled(use)
 
 
-def test_slow_pictures_do_not_hold_up_others() -> None:
+def test_slow_pictures_do_not_hold_up_others(monkeypatch) -> None:
+    monkeypatch.setattr(pools, "MAX_SLOW", 2)
+
     async def use(pool: Pool) -> None:
         async def read(picture: bytes) -> str:
             try:
@@ -129,6 +132,20 @@ def test_slow_pictures_do_not_hold_up_others() -> None:
         assert not all(task.done() for task in slow)
         assert {*await asyncio.gather(*slow)} == {"busy", "read"}
         assert len(pool.processes) == pools.NUM_FAST
+
+    pooled(use)
+
+
+def test_a_picture_of_34_bytes_takes_no_memory_before_its_size_is_known() -> None:
+    flat = b"RIFF\x1a\0\0\0WEBPVP8L\x0d\0\0\0/\x9d[\xe7\x16\x07\x10\x11\x11\x88\x88\xfe\x07\0"  # 7070 x 7070
+
+    async def use(pool: Pool) -> None:
+        async with pool.reader("me", 0) as reader:
+            await reader.ask(READ, body(flat))
+            told, _ = await reader.ask(pixels(max_pixels=4_000_000, is_last_word=False))
+            assert told == {"is_large": True}
+            with pytest.raises(ApiError, match="7070x7070 is more than"):
+                await reader.ask(pixels(max_pixels=49_000_000))
 
     pooled(use)
 
@@ -182,15 +199,129 @@ def test_a_parent_that_dies_is_replaced() -> None:
     async def use(pool: Pool) -> None:
         async with pool.reader("me", 0):
             pass
-        pool.parent.kill()
-        pool.parent.wait()
+        former = pool.parent
+        orphans = pool.processes
+        async with pool.reader("me", 0) as reader:
+            former.kill()
+            former.wait()
+            reader.is_worn = True
+        await until(lambda: pool.parent is not former and not any(map(is_running, orphans)))
         for _ in range(4):
-            with pytest.raises(asyncio.CancelledError):
-                async with pool.reader("me", 0):
-                    raise asyncio.CancelledError
             async with pool.reader("me", 0) as reader:
                 reader.is_worn = True
                 await reader.ask(READ, body())
+
+    pooled(use)
+
+
+def test_a_reader_that_is_killed_while_it_has_nothing_to_do_is_passed_over() -> None:
+    async def use(pool: Pool) -> None:
+        await until(lambda: len(pool.processes) == pools.NUM_FAST)
+        killed = pool.processes
+        for process in killed:
+            os.kill(process, signal.SIGKILL)
+        await until(lambda: not any(map(is_running, killed)))
+        async with pool.reader("me", 0) as reader:
+            await reader.ask(READ, body())
+            assert reader.process not in killed
+
+    pooled(use)
+
+
+def test_who_hangs_up_while_the_parent_is_asked_leaves_it_in_order() -> None:
+    """Else its answer is taken for that to the next command, and a number for a process."""
+
+    async def use(pool: Pool) -> None:
+        async def read() -> None:
+            async with pool.reader("me", 0) as reader:
+                os.kill(reader.process, signal.SIGSEGV)
+                await reader.ask(READ, body())
+
+        await until(lambda: len(pool.processes) == pools.NUM_FAST)
+        os.kill(pool.parent.pid, signal.SIGSTOP)
+        task = asyncio.create_task(read())
+        await until(lambda: len(pool.processes) < pools.NUM_FAST)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        os.kill(pool.parent.pid, signal.SIGCONT)
+        async with pool.reader("me", 0) as one, pool.reader("me", 0) as other:
+            for reader in (one, other):
+                await reader.ask(READ, body())
+                assert is_running(reader.process)
+
+    pooled(use)
+
+
+def test_a_fork_that_fails_is_tried_again(monkeypatch) -> None:
+    """There may be too many processes for a moment; those that are there go on."""
+    failing = (
+        "import os; fork, times = os.fork, iter([0, 1])\n"
+        "def failing():\n"
+        "    if next(times, None) is None: return fork()\n"
+        "    raise BlockingIOError(11, 'too many processes')\n"
+        "os.fork = failing\n"
+    )
+    monkeypatch.setattr(pools, "PATH", pools.PATH + "\n" + failing)
+
+    async def use(pool: Pool) -> None:
+        parent = pool.parent
+        async with pool.reader("me", 0) as reader:
+            await reader.ask(READ, body())
+        assert pool.parent is parent
+
+    pooled(use)
+
+
+def test_who_only_waits_is_not_slow() -> None:
+    async def use(pool: Pool) -> None:
+        async with pool.reader("me", 0) as reader:
+            await asyncio.sleep(2 * pools.FAST_S)
+            assert not reader.is_slow
+
+    pooled(use)
+
+
+def test_readers_inherit_nothing_of_each_other_or_of_the_server() -> None:
+    async def use(pool: Pool) -> None:
+        async with pool.reader("me", 0) as one, pool.reader("me", 0) as other:
+            for reader in (one, other):
+                await reader.ask(READ, body())
+            sockets = [os.readlink(f"/proc/{each.process}/fd/{number}") for each in (one, other)
+                       for number in os.listdir(f"/proc/{each.process}/fd") if int(number) > 2]  # fmt: skip
+            assert len(sockets) == len(set(sockets)) == 2
+
+    pooled(use)
+
+
+@pytest.mark.parametrize("name", ["tools", "response_format"])
+def test_what_is_large_beside_the_pictures_does_not_reach_the_server(name) -> None:
+    async def use(pool: Pool) -> None:
+        asked = {**READ, "route": "/v1/chat/completions"}
+        image = b'{"role":"user","content":[{"type":"image_url","image_url":"data:;base64,QQ=="}]}'
+        for value in (b"[" * 950 + b"]" * 950, b'"' + b"a" * 5_000_000 + b'"'):
+            content = b'{"messages":[' + image + b'],"' + name.encode() + b'":' + value + b"}"
+            async with pool.reader("me", 0) as reader:
+                try:
+                    told, _ = await reader.ask(asked, content)
+                except ApiError as error:
+                    assert error.status in (400, 413)
+                else:
+                    assert len(str(told)) < 2**22
+
+    pooled(use)
+
+
+def test_the_readers_import_what_the_server_does_and_nothing_of_the_folder(tmp_path, monkeypatch) -> None:
+    (tmp_path / "socket.py").write_text("raise SystemExit('another one')")
+    (tmp_path / "blip2").mkdir()
+    (tmp_path / "blip2/__init__.py").write_text("raise SystemExit('another one')")
+    monkeypatch.chdir(tmp_path)
+
+    async def use(pool: Pool) -> None:
+        async with pool.reader("me", 0) as reader:
+            await reader.ask(READ, body())
 
     pooled(use)
 
@@ -242,8 +373,23 @@ def test_a_client_that_hangs_up_ends_its_decoding(models) -> None:
         assert server.http.post("/caption", files={"image": PNG}).status_code == 200
 
 
+def test_a_request_whose_reader_is_killed_is_read_by_another(models) -> None:
+    with serving(lambda: models) as server, ThreadPoolExecutor(1) as threads:
+        pool = server.service.readings.pool
+        eventually(lambda: len(pool.processes) == pools.NUM_FAST)
+        readers = pool.processes
+        for process in readers:
+            os.kill(process, signal.SIGSTOP)
+        answer = threads.submit(server.http.post, "/caption", files={"image": PNG})
+        eventually(lambda: server.metric("blip2_requests_in_house") == 1)
+        time.sleep(0.1)  # one of them has it now
+        for process in readers:
+            os.kill(process, signal.SIGKILL)
+        assert answer.result().status_code == 200
+
+
 def test_a_request_whose_time_is_up_ends_its_decoding(models) -> None:
     with serving(lambda: models, limits=Limits(deadline_s=0.5)) as server:
         response = server.http.post("/caption", files={"image": SLOW})
         assert response.status_code == 504
-        assert server.http.post("/caption", files={"image": PNG}).status_code == 200
+        eventually(lambda: server.http.post("/caption", files={"image": PNG}).status_code == 200)

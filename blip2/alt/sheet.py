@@ -1,0 +1,108 @@
+"""The report with its pictures: one page, all in one file, that opens from disk."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from blip2.alt.report import Row
+from blip2.alt.scan import HERE
+from blip2.errors import ImageError
+
+THUMBNAIL_PX = 320
+MAX_PLACES = 5
+GENERATOR = '<meta name="generator" content="blip2 alt">'
+POLICY = "default-src 'none'; img-src data: http: https:; style-src 'unsafe-inline'"
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fafafa; --front: #1c1c1e; --dim: #63636a; --card: #fff; --line: #dcdce0;
+  --wrong: #a3261b; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #161618; --front: #ececf0; --dim: #a0a0a8; --card: #222225; --line: #3a3a3f; --wrong: #ff8f85; }
+}
+* { box-sizing: border-box; }
+body { max-width: 60rem; margin: 0 auto; padding: 1rem; background: var(--back); color: var(--front);
+  font: 1rem/1.45 system-ui, sans-serif; }
+h1 { margin: 0 0 .25rem; font-size: 1.4rem; overflow-wrap: anywhere; }
+p { margin: 0; overflow-wrap: anywhere; }
+header p, .dim { color: var(--dim); font-size: .875rem; }
+header { margin-bottom: 1rem; }
+article { display: grid; grid-template-columns: minmax(0, 12rem) minmax(0, 1fr); gap: 1rem; margin-bottom: .75rem;
+  padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+@media (max-width: 30rem) { article { grid-template-columns: minmax(0, 1fr); } }
+img { display: block; max-width: 100%; max-height: 12rem; margin: 0 auto; }
+.gone { display: grid; place-items: center; min-height: 6rem; border: 1px dashed var(--line); color: var(--dim);
+  font-size: .875rem; }
+.text { font-size: 1.1rem; margin-bottom: .25rem; }
+.wrong { color: var(--wrong); }
+ul { margin: .5rem 0 0; padding: 0; list-style: none; font-size: .875rem; overflow-wrap: anywhere; }
+li { padding: .3rem 0; border-top: 1px solid var(--line); }
+li span { display: block; color: var(--dim); }
+mark { padding: 0 .2em; background: var(--line); color: inherit; border-radius: .2em; }
+"""
+
+
+def sheet(rows: Sequence[Row], pictures: Sequence[str], name: str) -> str:
+    """Each picture once, with what is proposed for it and where it stands. ``pictures``: of each row its path or
+    address, "" if it has none; ``name``: of the table in which they are approved."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row, picture in zip(rows, pictures, strict=True):
+        groups.setdefault((picture or f"{row.file}:{row.line}", picture, row.alt), []).append(row)
+    number = len(rows)
+    title = f"{number:,} picture{'' if number == 1 else 's'} without alt text"
+    parts = [_card(picture, some) for (_, picture, _), some in groups.items()]
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{GENERATOR}\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title} - blip2 alt</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<header><h1>{title}</h1>\n<p>Mend the texts in {escape(name)}, write yes (or decorative) into its column "
+        f"“approved”, and run <code>blip2 alt --apply {escape(name)}</code>.</p></header>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _card(picture: str, rows: Sequence[Row]) -> str:
+    row = rows[0]
+    if row.alt:
+        words = f'<p class="text">{escape(row.alt)}</p>'
+    else:
+        words = '<p class="text dim">no text</p>'
+    told = [] if row.score is None else [f"score {row.score:.2f}"]
+    told += [f"approved: {row.approved}"] if row.approved else []
+    told.append(row.image)
+    problem = f'<p class="wrong">{escape(row.problem)}</p>' if row.problem else ""
+    places = [_place(one) for one in rows[:MAX_PLACES]]
+    if len(rows) > MAX_PLACES:
+        places.append(f"<li>and {len(rows) - MAX_PLACES:,} more places</li>")
+    return (
+        f'<article><div>{_shown(picture, row.alt)}</div>\n<div>{words}<p class="dim">{escape(" · ".join(told))}</p>'
+        f"{problem}<ul>{''.join(places)}</ul></div></article>"
+    )
+
+
+def _place(row: Row) -> str:
+    context = escape(row.context).replace(HERE, "<mark>picture</mark>")
+    old = f" · now “{escape(row.old)}”" if row.old else ""
+    return f"<li>{escape(row.file)}:{row.line}{old}<span>{context}</span></li>"
+
+
+def _shown(picture: str, alt: str) -> str:
+    from blip2.image import thumbnail  # imports torch
+
+    text = f'alt="{escape(alt)}" loading="lazy"'
+    if re.match("https?:", picture, re.IGNORECASE):
+        return f'<a href="{escape(picture)}"><img src="{escape(picture)}" {text} referrerpolicy="no-referrer"></a>'
+    if not picture:
+        return '<div class="gone">no picture</div>'
+    try:
+        data = base64.b64encode(thumbnail(picture, THUMBNAIL_PX)).decode()
+    except ImageError:
+        return '<div class="gone">cannot be opened</div>'
+    shown = f'<img src="data:image/jpeg;base64,{data}" {text}>'
+    is_data = re.match("data:", picture, re.IGNORECASE)
+    return shown if is_data else f'<a href="{escape(Path(picture).absolute().as_uri())}">{shown}</a>'

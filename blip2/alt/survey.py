@@ -1,0 +1,130 @@
+"""All pictures of some pages that have no text, and the collection of those that a model is to describe."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from blip2.alt.address import picture_of
+from blip2.alt.pages import Page, read_page
+from blip2.alt.report import MAX_ADDRESS_CHARS, Row, check_file
+from blip2.alt.scan import context_of, images_in
+from blip2.collection.record import Record, Unit
+from blip2.collection.sources.files import UNIT_FILES
+from blip2.disk import stamp_of
+from blip2.errors import CollectionError
+from blip2.image import name_of
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``row``: as far as it is known without a model. ``key``: of its picture in `Survey.pictures`, "" if it has none
+    that could be described."""
+
+    row: Row
+    key: str
+
+
+@dataclass
+class Survey:
+    """``pictures``: each once, by its key: its path or address, or a digest of an address that holds its data."""
+
+    num_pages: int = 0
+    num_images: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    """Pages that could not be read, a line each."""
+
+    @property
+    def num_by_hand(self) -> int:
+        return sum(not finding.key for finding in self.findings)
+
+
+def survey(pages: Sequence[tuple[str, str]], *, root: str = "", remote: bool = False, weak: bool = False) -> Survey:
+    """``pages``: each with the folder in which it was found. ``weak``: also pictures whose text says nothing."""
+    found = Survey()
+    for path, folder in pages:
+        try:
+            check_file(path)
+            _add(found, read_page(path, folder), root, remote, weak)
+        except CollectionError as error:
+            found.problems.append(str(error))
+        except OSError as error:
+            found.problems.append(f"{name_of(path)}: cannot be read ({error.strerror}); check the path and its rights")
+    return found
+
+
+def _add(found: Survey, page: Page, root: str, remote: bool, weak: bool) -> None:
+    found.num_pages += 1
+    for check, image in images_in(page):
+        found.num_images += 1
+        if not (image.is_missing or (weak and image.is_weak)):
+            continue
+        picture, problem = picture_of(page, image, root=root, remote=remote)
+        key = _key(picture)
+        if key:
+            found.pictures[key] = picture
+        shown = (picture or image.address).replace(os.sep, "/")
+        row = Row(
+            page.path.replace(os.sep, "/"), page.line_of(image.start), shown[:MAX_ADDRESS_CHARS], "", None, "",
+            context_of(page, image), (image.alt or "").strip(), problem, check,
+        )  # fmt: skip
+        if picture.startswith("data:") or len(shown) > MAX_ADDRESS_CHARS:
+            row = replace(row, image=f"{shown[:40]}...")
+        found.findings.append(Finding(row, key))
+
+
+def _key(picture: str) -> str:
+    is_data = re.match("data:", picture, re.IGNORECASE)
+    return f"data-{hashlib.sha256(picture.encode('utf-8', 'replace')).hexdigest()}" if is_data else picture
+
+
+class Pictures:
+    """The pictures of a survey as a source of a collection."""
+
+    def __init__(self, pictures: Mapping[str, str]) -> None:
+        self._pictures = pictures
+        self._keys = list(pictures)
+
+    @property
+    def num_records(self) -> int:
+        return len(self._keys)
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        starts = range(0, len(self._keys), UNIT_FILES)
+        return [
+            Unit(number, "", start, min(start + UNIT_FILES, len(self._keys))) for number, start in enumerate(starts)
+        ]
+
+    def stamp(self, unit: Unit) -> str:
+        return self._stamps[unit.number]
+
+    def records(self, unit: Unit) -> Iterator[Record]:
+        for key in self._keys[unit.start : unit.stop]:
+            yield Record(key, self._pictures[key], name_of(self._pictures[key]), _stamp(key))
+
+    def told(self) -> Mapping[str, Any]:
+        return {"source": "pages"}
+
+    @cached_property
+    def _stamps(self) -> list[str]:
+        """Of each unit, taken once, as those of files are."""
+        found = []
+        for unit in self.units:
+            digest = hashlib.blake2b(digest_size=16)
+            for key in self._keys[unit.start : unit.stop]:
+                digest.update(os.fsencode(f"{key}\0{_stamp(key)}\0"))
+            found.append(digest.hexdigest())
+        return found
+
+
+def _stamp(path: str) -> str:
+    found = stamp_of(path)
+    return "" if found is None else f"{found.size}-{found.mtime_ns}"
