@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from blip2.serve import frames
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
-from blip2.serve.turns import Handout
+from blip2.serve.turns import Spared
 
 logger = logging.getLogger("blip2.serve")
 
@@ -35,7 +35,8 @@ Value = TypeVar("Value")
 
 PATH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
 PARENT = "from blip2.serve.reader import main; main()"
-NUM_FAST, MAX_SLOW = 2, 8
+NUM_FAST, MAX_SLOW = 3, 8
+"""One of the fast ones is kept for a client who has none, so that it is there at once."""
 FAST_S = 0.1
 """Of processor time: who only waits, for the machine or for something else, is not slow."""
 END_S = 0.5
@@ -164,7 +165,7 @@ class Pool:
         self._speaking = asyncio.Lock()
         self._readers: set[Reader] = set()
         self._num_coming = 0
-        self._fast: Handout[Reader] = Handout()
+        self._fast: Spared[Reader] = Spared()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
@@ -233,6 +234,7 @@ class Pool:
         if reader not in self._readers:
             return
         reader.is_slow, reader.is_expected = True, is_expected
+        self._fast.forget(reader)
         put_back(reader.process)
         slow = [each for each in self._readers if each.is_slow and not each.is_expected]
         if len(slow) > MAX_SLOW:
