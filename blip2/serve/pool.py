@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import mmap
 import os
 import signal
 import socket
@@ -43,8 +44,11 @@ END_S = 0.5
 """So long the parent has to end."""
 BACKGROUND = 10
 """How nice a slow reader is to the others: a tenth of a processor where the model wants all of them."""
+WORN_BYTES = 6 * 2**20
+"""A reader that holds so much more memory than a new one is replaced, as is one that was slow."""
 PIECE_BYTES = 2**18
 MAX_ANSWER_BYTES = 2**26
+PAGE_BYTES = mmap.PAGESIZE
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -66,7 +70,8 @@ class Reader(asyncio.Protocol):
         self.is_asked = False
         """Whether it owes an answer, so that it can be used no further if that is not waited for."""
         self.is_worn = False
-        """Whether it is better replaced after this request, since it holds much memory."""
+        """Whether it is better replaced after this request."""
+        self.new_bytes = memory_of(process)
         self.has_ended = False
         self.began_s = 0.0
         """On its own clock, see `processor_s`."""
@@ -214,6 +219,7 @@ class Pool:
 
     def _give_back(self, reader: Reader) -> None:
         if reader in self._readers:
+            reader.is_worn |= memory_of(reader.process) - reader.new_bytes > WORN_BYTES
             if reader.is_asked or reader.is_slow or reader.is_worn:
                 self._end_soon(reader)
             else:
@@ -388,3 +394,13 @@ def processor_s(process: int) -> float:
         return time.clock_gettime(~process << 3 | 2)  # how Linux numbers the clocks of processes
     except (OSError, OverflowError):
         return time.monotonic()
+
+
+def memory_of(process: int) -> int:
+    """The bytes that another process has to itself or from its parent. Where the system does not tell, 0."""
+    try:
+        with open(f"/proc/{process}/statm") as sizes:
+            _, resident, of_files, *_ = map(int, sizes.read().split())
+    except OSError:
+        return 0
+    return (resident - of_files) * PAGE_BYTES
