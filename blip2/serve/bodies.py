@@ -10,11 +10,15 @@ from starlette.types import Message, Receive, Scope
 
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits, share_of
+from blip2.serve.turns import Turns
 
 GRACE_S = 5.0
 MIN_BYTES_PER_S = 1024
 """So much a body has to bring on average, from `GRACE_S` after its head on; a telephone in a poor network brings ten
 times that."""
+PIECE_BYTES = 2**18
+PIECES_PER_TURN = 2
+"""That are taken from all large bodies in one turn of the event loop; what else has come stays with the system."""
 SOON = {"Retry-After": "1"}
 
 
@@ -25,7 +29,7 @@ class Body:
         self.client = client
         self.num_bytes = 0
         self._bodies = bodies
-        self._content = b""
+        self._pieces: list[bytearray] = []
         self._timer: asyncio.Timeout | None = None
         self._refusal: ApiError | None = None
 
@@ -37,23 +41,26 @@ class Body:
             raise _too_large(limit)
         began_s = asyncio.get_running_loop().time()
         grace_s = GRACE_S * random.uniform(1, 1.2)  # those that stall together do not end together
-        content = bytearray()
+        num_bytes = 0
         try:
             async with asyncio.timeout(None) as self._timer:
                 is_over = False
                 while not is_over:
+                    if num_bytes:
+                        await self._bodies.turn(self.client)
                     if self._refusal is not None:
                         raise self._refusal
-                    slow_s = grace_s + len(content) / MIN_BYTES_PER_S
+                    slow_s = grace_s + num_bytes / MIN_BYTES_PER_S
                     self._timer.reschedule(began_s + min(limits.body_s, slow_s))
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return False
                     piece = message.get("body", b"")
-                    if len(content) + len(piece) > limit:
+                    num_bytes += len(piece)
+                    if num_bytes > limit:
                         raise _too_large(limit)
                     self._bodies.add(self, len(piece))
-                    content += piece
+                    self._keep(piece)
                     is_over = not message.get("more_body", False)
         except TimeoutError:
             if self._refusal is not None:
@@ -63,9 +70,15 @@ class Body:
                 words = f"came too slowly, at less than {MIN_BYTES_PER_S} bytes a second"
             raise ApiError(408, "body_timeout", f"the request {words}; send it again", headers=SOON) from None
         finally:
-            self._timer = None
-        self._content = bytes(content)
+            self._timer = self._refusal = None
         return True
+
+    def _keep(self, piece: bytes) -> None:
+        """In parts of middling size: a single one that grows is copied again and again."""
+        if self._pieces and len(self._pieces[-1]) < PIECE_BYTES:
+            self._pieces[-1] += piece
+        else:
+            self._pieces.append(bytearray(piece))
 
     @property
     def is_coming(self) -> bool:
@@ -87,14 +100,15 @@ class Body:
             if is_given:
                 return await receive()
             is_given = True
-            content, self._content = self._content, b""
+            content = b"".join(self._pieces)
+            self._pieces.clear()
             return {"type": "http.request", "body": content, "more_body": False}
 
         return replayed
 
     def let_go(self) -> None:
         """The bytes are not needed any more, and do not count from now on. May be called again."""
-        self._content = b""
+        self._pieces.clear()
         self._bodies.remove(self)
 
 
@@ -106,6 +120,37 @@ class Bodies:
         self._max_bytes = limits.flight_bytes
         self._bodies: dict[Body, None] = {}
         self._num_bytes_of: Counter[str] = Counter()
+        self._waiting: Turns[asyncio.Future[None]] = Turns()
+        self._num_taken = 0
+        self._is_turning = False
+
+    async def turn(self, client: str) -> None:
+        """Until it is this client's turn to have one more piece of a body received: see `PIECES_PER_TURN`.
+
+        Whoever sends more than that is held back by TCP.
+        """
+        loop = asyncio.get_running_loop()
+        coming = loop.create_future()
+        self._waiting.push(client, coming)
+        self._begin_turn(loop)
+        try:
+            await coming
+        finally:
+            self._waiting.remove(coming)
+
+    def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        for _ in range(min(PIECES_PER_TURN - self._num_taken, len(self._waiting))):
+            self._num_taken += 1
+            coming = self._waiting.pop()
+            if not coming.done():
+                coming.set_result(None)
+        if self._num_taken and not self._is_turning:
+            self._is_turning = True
+            loop.call_soon(self._end_turn, loop)
+
+    def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._num_taken, self._is_turning = 0, False
+        self._begin_turn(loop)
 
     def begin(self, client: str) -> Body:
         body = Body(self, client)
@@ -145,13 +190,9 @@ class Bodies:
             raise ApiError(
                 429, "bodies_full", "what others have sent is being read; try again in a moment", headers=SOON
             )
-        refusal = ApiError(
-            503, "body_gave_way", "too much is sent at a time, and this request took longest; send it again",
-            headers=SOON,
-        )  # fmt: skip
         if coming[0] is newcomer:
-            raise refusal
-        coming[0].give_way(refusal)
+            raise _gave_way()
+        coming[0].give_way(_gave_way())
 
     def _count(self, body: Body, num_bytes: int) -> None:
         body.num_bytes += num_bytes
@@ -159,6 +200,12 @@ class Bodies:
         self._num_bytes_of[body.client] += num_bytes
         if not self._num_bytes_of[body.client]:
             del self._num_bytes_of[body.client]
+
+
+def _gave_way() -> ApiError:
+    return ApiError(
+        503, "body_gave_way", "too much is sent at a time, and this request took longest; send it again", headers=SOON
+    )
 
 
 def _too_large(limit: int) -> ApiError:

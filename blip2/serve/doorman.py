@@ -118,7 +118,7 @@ class Doorman:
             if scope["method"] == "POST":
                 self._tidy.note()
         if lingers:
-            await _discard(receive)
+            await self._discard(receive, scope.get(CLIENT, ""))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -166,6 +166,21 @@ class Doorman:
         # All are compared, in a time that does not tell how far any of them agrees.
         return key if sum([hmac.compare_digest(key, known) for known in self._keys]) > 0 else None
 
+    async def _discard(self, receive: Receive, client: str) -> None:
+        """The rest of a request that is answered already, for a while.
+
+        To close a connection on which something is unread is to reset it, and a client that is still sending would
+        never see the answer.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                is_over = False
+                while not is_over:
+                    await self._bodies.turn(client)
+                    async with asyncio.timeout(SILENCE_S):
+                        message = await receive()
+                    is_over = message["type"] == "http.disconnect" or not message.get("more_body", False)
+
 
 def _unfinished(send: Send) -> Send:
     """Sends all of a response, and leaves the connection open."""
@@ -174,18 +189,3 @@ def _unfinished(send: Send) -> Send:
         await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
 
     return send_on
-
-
-async def _discard(receive: Receive) -> None:
-    """The rest of a request that is answered already, for a while.
-
-    To close a connection on which something is unread is to reset it, and a client that is still sending would never
-    see the answer.
-    """
-    with suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
-            is_over = False
-            while not is_over:
-                async with asyncio.timeout(SILENCE_S):
-                    message = await receive()
-                is_over = message["type"] == "http.disconnect" or not message.get("more_body", False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import mmap
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ from blip2.serve import frames
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.reader_link import Reader
-from blip2.serve.turns import Handout
+from blip2.serve.turns import Spared
 
 logger = logging.getLogger("blip2.serve")
 
@@ -36,13 +37,17 @@ Value = TypeVar("Value")
 
 PATH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
 PARENT = "from blip2.serve.reader import main; main()"
-NUM_FAST, MAX_SLOW = 2, 8
+NUM_FAST, MAX_SLOW = 3, 8
+"""One of the fast ones is kept for a client who has none, so that it is there at once."""
 FAST_S = 0.1
 """Of processor time: who only waits, for the machine or for something else, is not slow."""
 END_S = 0.5
 """So long the parent has to end."""
 BACKGROUND = 10
 """How nice a slow reader is to the others: a tenth of a processor where the model wants all of them."""
+WORN_BYTES = 6 * 2**20
+"""A reader that holds so much more memory than a new one is replaced, as is one that was slow."""
+PAGE_BYTES = mmap.PAGESIZE
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -63,7 +68,7 @@ class Pool:
         self._speaking = asyncio.Lock()
         self._readers: set[Reader] = set()
         self._num_coming = 0
-        self._fast: Handout[Reader] = Handout()
+        self._fast: Spared[Reader] = Spared()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
@@ -112,6 +117,7 @@ class Pool:
 
     def _give_back(self, reader: Reader) -> None:
         if reader in self._readers:
+            reader.is_worn |= memory_of(reader.process) - reader.new_bytes > WORN_BYTES
             if reader.is_asked or reader.is_slow or reader.is_worn:
                 self._end_soon(reader)
             else:
@@ -132,6 +138,7 @@ class Pool:
         if reader not in self._readers:
             return
         reader.is_slow, reader.is_expected = True, is_expected
+        self._fast.forget(reader)
         put_back(reader.process)
         slow = [each for each in self._readers if each.is_slow and not each.is_expected]
         if len(slow) > MAX_SLOW:
@@ -168,6 +175,7 @@ class Pool:
                 if process < 0:
                     raise OSError(-process, os.strerror(-process))
                 reader = Reader(process, self._why_ended)
+                reader.new_bytes = memory_of(process)
                 await asyncio.get_running_loop().create_unix_connection(lambda: reader, sock=ours)
             except BaseException:
                 ours.close()
@@ -285,3 +293,13 @@ def processor_s(process: int) -> float:
         return time.clock_gettime(~process << 3 | 2)  # how Linux numbers the clocks of processes
     except (OSError, OverflowError):
         return time.monotonic()
+
+
+def memory_of(process: int) -> int:
+    """The bytes that another process has to itself or from its parent. Where the system does not tell, 0."""
+    try:
+        with open(f"/proc/{process}/statm") as sizes:
+            _, resident, of_files, *_ = map(int, sizes.read().split())
+    except OSError:
+        return 0
+    return (resident - of_files) * PAGE_BYTES

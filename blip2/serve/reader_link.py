@@ -25,7 +25,9 @@ class Reader(asyncio.Protocol):
         self.is_asked = False
         """Whether it owes an answer, so that it can be used no further if that is not waited for."""
         self.is_worn = False
-        """Whether it is better replaced after this request, since it holds much memory."""
+        """Whether it is better replaced after this request."""
+        self.new_bytes = 0
+        """The memory that it held when it was new."""
         self.has_ended = False
         self.began_s = 0.0
         """On its own clock, see `processor_s`."""

@@ -37,8 +37,6 @@ SMALL_PIXELS, LARGE_PIXELS = 4_000_000, 30_000_000
 NUM_BETWEEN = min(4, max(2, (os.cpu_count() or 1) // 2))
 MAX_KILLED = 2
 """So often a request is read anew after its reader was killed."""
-WORN_BYTES = 2_000_000
-"""After a larger body a reader is replaced; and after whatever was not quick."""
 NUM_FETCHERS = 8
 
 Kept = TypeVar("Kept")
@@ -188,7 +186,6 @@ class Reading:
         """By another reader than before, if it was left."""
         size = len(self._content)
         self._reader = await self._held.enter_async_context(self._readings.pool.reader(self.client, size))
-        self._reader.is_worn = size > WORN_BYTES
         told, _ = await self._ask({"do": "read", "route": self._route, "type": self._kind}, self._content)
         return told
 

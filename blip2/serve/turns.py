@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from itertools import chain, count, zip_longest
@@ -33,6 +33,9 @@ class Turns(Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         return iter(list(self._client_of))
+
+    def client_of(self, item: Item) -> str:
+        return self._client_of[item]
 
     def in_turn(self) -> Iterator[Item]:
         """All that wait, in the order in which `pop` would give them."""
@@ -89,8 +92,8 @@ class Handout(Generic[Item]):
         return len(self._free)
 
     async def take(self, client: str, size: float = 0) -> Item:
-        if self._free:
-            return self._free.pop()
+        if self._may_take(client):
+            return self._given(client)
         coming: asyncio.Future[Item] = asyncio.get_running_loop().create_future()
         self._waiting.push(client, coming, size)
         try:
@@ -122,3 +125,48 @@ class Handout(Generic[Item]):
         """What is not to be taken any more, if nobody has it."""
         if item in self._free:
             self._free.remove(item)
+
+    def _may_take(self, client: str) -> bool:
+        return bool(self._free)
+
+    def _given(self, client: str) -> Item:
+        return self._free.pop()
+
+
+class Spared(Handout[Item]):
+    """A `Handout` whose last free thing is for a client who has none. Things have to be hashable."""
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        super().__init__(items)
+        self._client_of: dict[Item, str] = {}
+        self._number_of: Counter[str] = Counter()
+
+    def offer(self, item: Item) -> None:
+        self._free.append(item)
+        self.forget(item)
+
+    def withdraw(self, item: Item) -> None:
+        super().withdraw(item)
+        self.forget(item)
+
+    def forget(self, item: Item) -> None:
+        """It does not count as the client's any more, who may still have it."""
+        client = self._client_of.pop(item, None)
+        if client is not None:
+            self._number_of[client] -= 1
+            self._number_of += Counter()  # only who has some is kept
+        for coming in self._waiting.in_turn() if self._free and len(self._waiting) else ():
+            client = self._waiting.client_of(coming)
+            if self._may_take(client):
+                self._waiting.take(coming)
+                if not coming.done():
+                    coming.set_result(self._given(client))
+
+    def _may_take(self, client: str) -> bool:
+        return len(self._free) > bool(self._number_of[client])
+
+    def _given(self, client: str) -> Item:
+        item = super()._given(client)
+        self._client_of[item] = client
+        self._number_of[client] += 1
+        return item

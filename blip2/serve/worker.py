@@ -24,6 +24,7 @@ from blip2.api import Matcher, Pipeline
 from blip2.checkpoint.reader import give_back_memory
 from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
+from blip2.generation import Batch
 from blip2.serve.cache import ImageCache
 from blip2.serve.lanes import PORTION, Lane, Lanes, Share, next_of
 from blip2.serve.limits import Limits
@@ -254,10 +255,11 @@ class Worker:
         return coming
 
     def _step(self, lane: Lane) -> None:
-        num_rows = lane.batch.num_rows
+        batch: Batch = lane.batch
+        num_rows = batch.num_rows
         self._metrics.batch_size.observe(num_rows)
         try:
-            over = lane.batch.step()
+            over = batch.step()
         except Exception as error:
             if told_shortage(error) is None:
                 self._num_failures += 1
@@ -273,7 +275,7 @@ class Worker:
         for ticket in lane.fresh:
             self._metrics.first_token_seconds.observe(now_s - ticket.came_s)
         lane.fresh.clear()
-        self._is_changed |= lane.batch.num_rows < num_rows
+        self._is_changed |= batch.num_rows < num_rows
         for job in over:
             running = lane.running.pop(job)
             try:

@@ -24,8 +24,6 @@ HOSTS_OF_TEST = """
 import functools
 from blip2.serve import fetch
 fetch.Fetcher = functools.partial(fetch.Fetcher, is_allowed=lambda address: True, ports=({port},))
-from blip2.cli import main
-main()
 """
 """A server that fetches pictures from a port of this machine, which others never do."""
 GAUGES = ("blip2_rows", *(f"blip2_requests_{name}" for name in ("running", "waiting", "in_house")))
@@ -43,25 +41,28 @@ class Taken:
 
 @dataclass
 class House:
-    """``with House("--deadline", "3") as house``. ``fetches_from``: a port of this machine, if pictures are there."""
+    """``with House("--deadline", "3") as house``. ``fetches_from``: a port of this machine, if pictures are there.
+    ``fault``: code that its process runs first."""
 
     arguments: tuple[str, ...]
     fetches_from: int | None = None
+    fault: str = ""
     ready_s: float = 90
     port: int = 0
     process: subprocess.Popen[bytes] = field(init=False)
 
-    def __init__(self, *arguments: str, fetches_from: int | None = None, ready_s: float = 90) -> None:
-        self.arguments, self.fetches_from, self.ready_s = arguments, fetches_from, ready_s
+    def __init__(self, *arguments: str, fetches_from: int | None = None, fault: str = "", ready_s: float = 90) -> None:
+        self.arguments, self.fetches_from, self.fault, self.ready_s = arguments, fetches_from, fault, ready_s
 
     def __enter__(self) -> House:
         self.log = tempfile.TemporaryFile("w+")
         self.port = free_port()
-        command = ["-m", "blip2"]
+        first = self.fault
         arguments = ["serve", "--port", str(self.port), *self.arguments]
         if self.fetches_from is not None:
-            command = ["-c", HOSTS_OF_TEST.format(port=self.fetches_from)]
+            first += HOSTS_OF_TEST.format(port=self.fetches_from)
             arguments += ["--allow-images-from", "localhost"]
+        command = ["-c", first + "\nfrom blip2.cli import main\nmain()"] if first else ["-m", "blip2"]
         self.process = subprocess.Popen(
             [sys.executable, *command, *arguments], cwd=ROOT, stdout=self.log, stderr=self.log,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, start_new_session=True,

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from blip2.serve.run import EX_DEAD_MODEL
 from tests.serve import bombs
-from tests.serve.attacks import ATTACKS, FORM, SLOW_HOST_PORT, chat, file
+from tests.serve.attacks import ATTACKS, CHAT, FORM, SLOW_HOST_PORT, chat, file
 from tests.serve.house import INNOCENT, ROOT, House, Repeated, Taken, kill, median
 
 SECONDS = float(os.environ.get("BLIP2_ATTACK_S", "6"))
@@ -27,6 +28,17 @@ STEP_S = 0.1
 """Of a batch of 64 rows."""
 LEAST_S = 0.5
 """Below that, the machine's other work is what is measured."""
+FAULTY_STEPS = """
+from blip2.generation import Batch
+plain = Batch.step
+failed = []
+def step(self):
+    if self.num_rows == 64 or {stays} and failed:
+        failed.append(self)
+        raise {error}("injected")
+    return plain(self)
+Batch.step = step
+"""
 
 
 @dataclass(frozen=True)
@@ -162,3 +174,27 @@ def test_a_stop_signal_in_an_attack(name) -> None:
         finally:
             attacker.kill()
             attacker.wait()
+
+
+@pytest.mark.slow
+def test_steps_that_run_out_of_memory_cost_nobody_else_an_answer() -> None:
+    with House(fault=FAULTY_STEPS.format(error="MemoryError", stays=False)) as house:
+        text = caption(house)
+        for _ in range(4):
+            assert house.status("POST", CHAT, chat(num_beams=64)) == 503
+            assert caption(house) == text
+        assert house.status("GET", "/health") == 200
+
+
+@pytest.mark.slow
+def test_a_model_that_dies_ends_the_process_and_who_waits_is_told() -> None:
+    with House(fault=FAULTY_STEPS.format(error="RuntimeError", stays=True)) as house:
+        captions: list[str] = []
+        innocent = Repeated(lambda: captions.append(caption(house)), 0.05)
+        while not captions:
+            time.sleep(0.01)
+        assert house.status("POST", CHAT, chat(num_beams=64)) >= 500
+        assert house.process.wait(20) == EX_DEAD_MODEL
+        innocent.end()
+        assert all(each == captions[0] or each[:3] in ("500", "503") for each in captions), captions
+        assert "the model has stopped (RuntimeError: injected)" in house.said()

@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from blip2.errors import OptionError
-from blip2.serve.bodies import Bodies
+from blip2.serve.bodies import PIECES_PER_TURN, Bodies
 from blip2.serve.doorman import CLIENT, LET_GO, Doorman
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
@@ -202,3 +203,52 @@ def test_bytes_in_flight_hold_one_body_at_least() -> None:
     assert Limits().flight_bytes == 16 * Limits().max_body_bytes
     with pytest.raises(OptionError, match="max_flight_bytes is 10, less than max_body_bytes"):
         Limits(max_flight_bytes=10)
+
+
+def test_many_large_bodies_are_received_a_little_at_a_time_and_in_turn() -> None:
+    """Else a turn of the event loop takes longer the more of them come, and nobody else is answered meanwhile."""
+
+    async def received() -> list[tuple[str, int]]:
+        bodies, found, num_turns = Bodies(Limits()), [], 0
+
+        async def receive(client: str) -> None:
+            for _ in range(4):
+                await bodies.turn(client)
+                found.append((client, num_turns))
+
+        several = asyncio.gather(*map(receive, ["many"] * 20), receive("one"))
+        while not several.done():
+            num_turns += 1
+            await asyncio.sleep(0)
+        return found
+
+    found = asyncio.run(received())
+    assert len(found) == 84
+    assert max(Counter(turn for _, turn in found).values()) == PIECES_PER_TURN
+    assert [client for client, _ in found[:16]].count("one") == 4
+
+
+def test_what_gave_way_is_let_go_at_once() -> None:
+    """What was received of it, even while the client is told."""
+
+    async def run() -> None:
+        bodies = Bodies(Limits(max_body_bytes=2**20, max_flight_bytes=2**20))
+        old, new = bodies.begin("old"), bodies.begin("new")
+
+        async def stalls() -> Any:
+            if old.num_bytes:
+                await asyncio.sleep(60)
+            return {"type": "http.request", "body": bytes(600_000), "more_body": True}
+
+        async def comes() -> Any:
+            return {"type": "http.request", "body": bytes(600_000)}
+
+        stalled = asyncio.create_task(old.receive({"headers": []}, stalls, Limits()))
+        while not old.num_bytes:
+            await asyncio.sleep(0)
+        assert await new.receive({"headers": []}, comes, Limits())
+        with pytest.raises(ApiError, match="took longest"):
+            await stalled
+        assert not old._pieces and bodies.num_bytes == 600_000
+
+    asyncio.run(run())

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -224,6 +225,21 @@ def test_a_reader_that_is_killed_while_it_has_nothing_to_do_is_passed_over() -> 
         async with pool.reader("me", 0) as reader:
             await reader.ask(READ, body())
             assert reader.process not in killed
+
+    pooled(use)
+
+
+def test_a_reader_that_holds_much_memory_is_replaced() -> None:
+    async def use(pool: Pool) -> None:
+        used = []
+        await until(lambda: len(pool.processes) == pools.NUM_FAST)
+        for size in (1000, 10_000_000, 1000):
+            async with pool.reader("me", size) as reader:
+                with suppress(ApiError):
+                    await reader.ask(READ, body(bytes(size)))
+                used.append(reader)
+        assert used[0] is used[1] is not used[2]
+        assert used[1].process not in pool.processes
 
     pooled(use)
 
