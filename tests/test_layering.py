@@ -41,7 +41,7 @@ ROOMS = {
     "huggingface_hub": {"checkpoint", "train"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
-    "ray": {"serve"},
+    "ray": {"api", "serve"},
     "starlette": {"serve"},
     "pydantic": {"serve"},
     "python_multipart": {"serve"},

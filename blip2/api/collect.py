@@ -6,22 +6,24 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from blip2 import checkpoint
 from blip2.api.loading import LoadOptions, as_matcher, as_pipeline, load
+from blip2.api.machines import MACHINES, Machines
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
 from blip2.api.work import answers, captions, matches
+from blip2.api.worker import Facts
 from blip2.collection import Journal, Record, Summary, run
 from blip2.collection.feed import Feed
 from blip2.collection.questions import Questions
 from blip2.collection.request import GOING, OUTPUTS, READING, WORDING, Plan, Request, check_names, planned
 from blip2.collection.review import write_review
-from blip2.collection.run import Outcome, Work
+from blip2.collection.run import Outcome, Work, run_by
 from blip2.collection.summary import OnResults
 from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError, CollectionError, ImageError, OptionError, option
@@ -62,14 +64,14 @@ class Model:
         published = PUBLISHED.get(self.name or "")
         return self.options.get("revision") or (published.revision if published is not None else None) or ""
 
-    def agreed(self, journal: Journal) -> None:
+    def agreed(self, journal: Journal | Facts) -> None:
         """That its files are those of earlier runs, as far as they are here. Raises CollectionError."""
         if self.loaded is None:
             with suppress(CheckpointError, OSError):
                 folder = checkpoint.resolve(self.name, revision=self.options.get("revision"), local_files_only=True)
                 journal.agree("the model's files", _digest(folder))
 
-    def get(self, journal: Journal) -> Any:
+    def get(self, journal: Journal | Facts) -> Any:
         """Raises CheckpointError, and CollectionError if it is another one than that of earlier runs."""
         found = self.anyhow()
         self.agreed(journal)
@@ -77,7 +79,6 @@ class Model:
         journal.agree("the model", found.identity if isinstance(found, Matcher) else found.speaker.identity)
         journal.agree("dtype", str(next(model.vision.parameters()).dtype).removeprefix("torch."))
         return found
-
 
     def anyhow(self) -> Any:
         """Raises CheckpointError."""
@@ -91,8 +92,16 @@ class CollectionRun:
     plan: Plan
     model: Model
     work: Callable[[Callable[[Model], Any]], Work]
-    """Is given what loads models."""
+    """Is given what loads models. It can be pickled, for workers."""
     batch_size: int
+    machines: Machines = field(default_factory=Machines)
+
+    def __post_init__(self) -> None:
+        self.machines.check(self.model, self.plan.source, self.plan.request.going.limit)
+
+    def got(self, journal: Journal | Facts, model: Model) -> Any:
+        """The journal is of one model alone."""
+        return model.get(journal) if model == self.model else model.anyhow()
 
     def run(self, on_results: OnResults = lambda summary, results: None, *, html: PathLike | None = None) -> Summary:
         """Do what is not done yet, and then write the page of review; a model is loaded only if it is needed.
@@ -114,9 +123,12 @@ class CollectionRun:
 
             def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
                 if not isinstance(records, Feed) or records.begins(self.batch_size):
-                    yield from self.work(lambda model: model.get(job.journal))(records)
+                    yield from self.work(partial(self.got, job.journal))(records)
 
-            summary = run(job, work, on_results)
+            if self.machines:
+                summary = run_by(job, self.machines.do(job, self.model, self.work), on_results)
+            else:
+                summary = run(job, work, on_results)
             if html is not None:
                 write_review(Path(html), self.plan.source, job.journal)
         return summary
@@ -143,6 +155,8 @@ def caption_collection(
     `blip2.collection.sinks.Outputs`. How captions are worded: ``if_exists``, ``prefix``, ``suffix``, ``template``,
     ``replace``, ``remove``, ``forbid_words``, ``dedupe_words``, ``max_chars``, see `blip2.collection.wording.Wording`.
     How it goes on: ``limit``, ``shard`` (3, 16), ``retry_failed``, ``restart``, see `blip2.collection.request.Going`.
+    On several GPUs or machines: ``devices="0,1"``, or ``engine="ray"`` with ``replicas`` and ``address``, see
+    `blip2.api.machines.Machines`; what is written is the same.
 
     ``model``: as `load` has it, with its options (``device``, ``dtype``, ...), or a Pipeline. ``prompt``,
     ``num_captions``, ``batch_size`` and the options of `GenerateOptions` as for `Pipeline.caption`. ``pick="best"``:
@@ -218,12 +232,10 @@ def captioning(
     judge, _ = _model(as_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
     told = {**speaker.told, "prompt": prompt, **asdict(decoding), "pick": pick or ""}
     told |= {"matcher": judge.told["model"]} if judge is not None else {}
-
-    def work(get: Callable[[Model], Any]) -> Work:
-        return captions(get(speaker), prompt, decoding, batch_size, None if judge is None else judge.anyhow())
-
+    machines = Machines.of(rest)
     plan = _planned(source, output, rest, speaker, {"task": "caption", **told})
-    return CollectionRun(plan, speaker, work, batch_size)
+    work = partial(_made, captions, (speaker, prompt, decoding, batch_size, judge))
+    return CollectionRun(plan, speaker, work, batch_size, machines)
 
 
 def asking(
@@ -249,7 +261,7 @@ def asking(
         unused = option(next(iter(written)))
         raise OptionError(f"{unused} means nothing with choices: no answer is written; leave it out")
     chosen = None if choices is None else check_choices(choices)
-    decoding = merged(ASK, written)
+    decoding, machines = merged(ASK, written), Machines.of(rest)
     check_batch_size(batch_size)
     if len(asked) > 1 and any(rest.get(name) for name in ("sidecar", "xmp", "embed")):
         raise OptionError(f"{len(asked)} questions give several answers a picture; give {option('output')} a table")
@@ -258,7 +270,8 @@ def asking(
         {"task": "ask", **speaker.told, **(asdict(decoding) if chosen is None else {"choices": chosen})},
         view=lambda view: Questions(view, asked, question_column or ""), takes_text=False,
     )  # fmt: skip
-    return CollectionRun(plan, speaker, lambda get: answers(get(speaker), decoding, batch_size, chosen), batch_size)
+    work = partial(_made, answers, (speaker, decoding, batch_size, chosen))
+    return CollectionRun(plan, speaker, work, batch_size, machines)
 
 
 def matching(
@@ -285,11 +298,16 @@ def matching(
     check_batch_size(batch_size)
     number = len(texts) if top is None else top
     nearest = len(texts) if top is None else candidates
+    machines = Machines.of(rest)
     told = {"task": "match", **judge.told, "texts": [*texts], "words": words, "top": top}
     plan = _planned(source, output, rest, judge, told, takes_text=False)
-    return CollectionRun(
-        plan, judge, lambda get: matches(get(judge), texts, words, number, nearest, batch_size), batch_size
-    )
+    work = partial(_made, matches, (judge, texts, words, number, nearest, batch_size))
+    return CollectionRun(plan, judge, work, batch_size, machines)
+
+
+def _made(make: Callable[..., Work], arguments: Sequence[Any], get: Callable[[Model], Any]) -> Work:
+    """Models among the arguments are loaded by ``get``."""
+    return make(*(get(each) if isinstance(each, Model) else each for each in arguments))
 
 
 def _model(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
@@ -306,7 +324,7 @@ def _model(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any]) -
 def _planned(
     source: Places, output: PathLike | None, options: dict[str, Any], model: Model, told: Mapping[str, Any], **view: Any
 ) -> Plan:
-    check_names(options, [*READING, *OUTPUTS, *WORDING, *GOING], [*NAMES, *LOADING])
+    check_names(options, [*READING, *OUTPUTS, *WORDING, *GOING, *MACHINES], [*NAMES, *LOADING])
     if not view.get("takes_text", True) and str(output).endswith(".jsonl"):  # scores and questions, too
         options = {"format": "jsonl", **options}
     places = [source] if isinstance(source, str | os.PathLike) else list(source)

@@ -68,8 +68,17 @@ GOING = (
     click.option("--restart", is_flag=True, help="Forget earlier runs."),
     click.option("--log-json", is_flag=True, help="Progress and summary as JSON lines on standard error."),
 )  # fmt: skip
-COLLECTION = (*OUTPUTS, *SOURCES, *WORDS, *GOING)
-UNWORDED = (*OUTPUTS, *SOURCES, *GOING)
+MACHINES = (
+    click.option("--devices", metavar="0,1", help="Work on these GPUs of this machine at once; cpu,cpu is two workers "
+                 "without any."),
+    click.option("--engine", type=click.Choice(["ray"]), help="Work on several machines, or in several processes of "
+                 "this one, by Ray; pictures and outputs lie where all see them."),
+    click.option("--replicas", type=int, metavar="N", help="With --engine ray: how many.  [default: 1]"),
+    click.option("--address", metavar="HOST:PORT", help="With --engine ray: of a Ray cluster that this machine belongs "
+                 "to, or auto.  [default: one is started on this machine]"),
+)  # fmt: skip
+COLLECTION = (*OUTPUTS, *SOURCES, *WORDS, *GOING, *MACHINES)
+UNWORDED = (*OUTPUTS, *SOURCES, *GOING, *MACHINES)
 
 
 def names_of(options: Sequence[Any]) -> list[str]:

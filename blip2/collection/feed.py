@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from blip2.collection.journal import Journal
@@ -36,7 +36,7 @@ class Feed(Iterator[Record]):
     def __init__(
         self,
         source: Source,
-        units: Sequence[Unit],
+        units: Iterable[Unit],
         journal: Journal,
         look: Callable[[Record], Result | None],
         begin: Callable[[Record], Result],
@@ -84,7 +84,7 @@ class Feed(Iterator[Record]):
 
     # ---- batches ----
 
-    def _all(self, units: Sequence[Unit]) -> Iterator[list[Record]]:
+    def _all(self, units: Iterable[Unit]) -> Iterator[list[Record]]:
         for unit in units:
             begun = self._journal.begun(unit) if self._again else set()
             span: list[tuple[Record, Result | None, bool]] = []  # with whether it belongs to a batch

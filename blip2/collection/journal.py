@@ -3,7 +3,7 @@
     run.json            what was asked for: model, options, source, output
     units/000012.jsonl  a unit that is done: its stamp, then a result a line, in the order of its records
     units/000012.part   a unit that is being done: the results so far; a torn last line is dropped
-    lock                held by the run that is at work (lock-3-of-16 by one of several)
+    lock                held by the run that is at work (lock-3-of-16 by one of several; lock.0 by its first worker)
     errors.jsonl        the pictures that failed, and why, when a run has ended
 
 A line is on its way to the disk before the output of its picture is written, so that what is written can always be
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,6 +30,8 @@ from blip2.errors import CollectionError, option, setting
 
 VERSION = 1
 WHOLE = "lock-whole"
+HANDOVER_S = 10.0
+"""For a worker that is dead to be gone, before another takes its place."""
 FOUND = "found"
 """Within what was asked: what `Journal.agree` keeps."""
 OUTPUT, UNFINISHED = "output", "unfinished"
@@ -49,13 +52,15 @@ class Journal:
     @contextmanager
     def held(self, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
         """Within, no other run works on this (part of the) output. Raises CollectionError."""
-        number, total = shard
-        name = "lock" if total == 1 else f"lock-{number + 1}-of-{total}"
+        name, total = _lock(shard), shard[1]
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.folder / name))
-                for other in self.folder.glob("lock*"):  # of runs that divide the units in another way
-                    if other.name not in (name, WHOLE) and not (total > 1 and other.name.endswith(f"-of-{total}")):
+                # Of runs that divide the units in another way, and of workers whose run has ended before them.
+                for other in self.folder.glob("lock*"):
+                    part = other.name.partition(".")[0]
+                    is_apart = total > 1 and part != name and part.endswith(f"-of-{total}")
+                    if other.name not in (name, WHOLE) and not is_apart:
                         with locked(other):
                             pass
             except BlockingIOError:
@@ -63,6 +68,23 @@ class Journal:
             except OSError as error:
                 reason = error.strerror or error
                 raise CollectionError(f"{self.folder}: cannot be written ({reason}); check its rights") from None
+            yield
+
+    @contextmanager
+    def helped(self, shard: tuple[int, int], number: int) -> Iterator[None]:
+        """Within, a worker is at work for a run that holds this part; no other run begins before it has ended. Raises
+        CollectionError, OSError."""
+        end_s = time.monotonic() + HANDOVER_S
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(locked(self.folder / f"{_lock(shard)}.{number}"))
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end_s:
+                        reason = "a worker that was given up is still at work on it; end it"
+                        raise CollectionError(f"{self.folder.parent}: {reason}") from None
+                    time.sleep(0.1)
             yield
 
     @contextmanager
@@ -257,6 +279,11 @@ class Part:
         with suppress(FileNotFoundError), open(self._path, "rb+") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def _lock(shard: tuple[int, int]) -> str:
+    number, total = shard
+    return "lock" if total == 1 else f"lock-{number + 1}-of-{total}"
 
 
 def _line(result: Result) -> str:

@@ -92,40 +92,71 @@ class Job:
         return [unit for unit in self.source.units if unit.number % total == number]
 
 
-def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: None) -> Summary:
-    """Do what is not done yet. Raises CollectionError, OSError; what was done until then is kept.
+Known = Mapping[tuple[str, str], Result]
+"""What was done before, by key and stamp."""
+Tell = Callable[[Sequence[Result]], None]
+Heard = Callable[[Unit, "Sequence[Result] | None"], None]
+"""Is told the results of a unit, a few at a time, when what is written of each picture is written; None: it is done."""
 
-    What the model says is in the journal at once. A thread of its own writes outputs, so that the model does not wait
-    for the disk.
-    """
+
+def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: None) -> Summary:
+    """Do what is not done yet. Raises CollectionError, OSError; what was done until then is kept."""
+
+    def doing(units: Sequence[Unit], known: Known, tell: Tell) -> bool:
+        return do(job, units, known, work, lambda unit, results: None if results is None else tell(results))
+
+    return run_by(job, doing, on_results)
+
+
+def run_by(
+    job: Job,
+    doing: Callable[[Sequence[Unit], Known, Tell], bool],
+    on_results: OnResults = lambda summary, results: None,
+) -> Summary:
+    """As `run`, with another way of doing units: it is told which, and what is known of them; it tells of results as
+    they come, each once, and whether it was ended by a limit."""
     summary = Summary(total=_total(job))
     started = time.monotonic()
     todo = [unit for unit in job.units if not _is_done(job, unit, summary)]
     known = _known(job) if todo else {}
 
-    def write(settled: Iterator[Settled]) -> None:
-        for unit, results in _by_unit(settled, cut):
-            done = []
-            for some in _written(job, results):
-                new = [result for result in some if (result.key, result.stamp) not in known]
-                for result in some:
-                    summary.count(result, is_new=(result.key, result.stamp) not in known)
-                summary.clock(time.monotonic() - started)
-                on_results(summary, new)
-                done += some
-            if unit.number in cut:
-                summary.is_limited = True
-                continue
-            for sink in job.sinks:
-                sink.unit(unit, done)
-            job.journal.finish(unit, job.source.stamp(unit), done)
+    def tell(results: Sequence[Result]) -> None:
+        new = [result for result in results if (result.key, result.stamp) not in known]
+        for result in results:
+            summary.count(result, is_new=(result.key, result.stamp) not in known)
+        summary.clock(time.monotonic() - started)
+        on_results(summary, new)
 
-    cut: set[int] = set()
-    in_background(_kept(job, _settled(job, todo, known, work), known), write, MOST_WAITING)
+    summary.is_limited = bool(todo) and doing(todo, known, tell)
     assemble(job, summary)
     summary.seconds = time.monotonic() - started
     job.journal.write_errors(job.source.units)
     return summary
+
+
+def do(job: Job, units: Iterable[Unit], known: Known, work: Work, heard: Heard) -> bool:
+    """Do these units, of which ``known`` is done; whether a limit ended it. Raises CollectionError, OSError.
+
+    What the model says is in the journal at once. A thread of its own writes outputs, and calls ``heard``, so that the
+    model does not wait for the disk.
+    """
+    cut: set[int] = set()
+
+    def write(settled: Iterator[Settled]) -> None:
+        for unit, results in _by_unit(settled, cut):
+            done = []
+            for some in _written(job, results):
+                heard(unit, some)
+                done += some
+            if unit.number in cut:
+                continue
+            for sink in job.sinks:
+                sink.unit(unit, done)
+            job.journal.finish(unit, job.source.stamp(unit), done)
+            heard(unit, None)
+
+    in_background(_kept(job, _settled(job, units, known, work), known), write, MOST_WAITING)
+    return bool(cut)
 
 
 def assemble(job: Job, summary: Summary) -> None:
@@ -174,7 +205,7 @@ def _is_done(job: Job, unit: Unit, summary: Summary) -> bool:
     return True
 
 
-def _known(job: Job) -> dict[tuple[str, str], Result]:
+def _known(job: Job) -> Known:
     """What was done of units that are not done, or not as they are now, by key and stamp."""
     done = {unit.name for unit in job.source.units if job.journal.stamp_of(unit) == job.source.stamp(unit)}
     if job.retries:
@@ -186,9 +217,7 @@ def _known(job: Job) -> dict[tuple[str, str], Result]:
     }
 
 
-def _settled(
-    job: Job, units: Sequence[Unit], known: Mapping[tuple[str, str], Result], work: Work
-) -> Generator[Settled, None, None]:
+def _settled(job: Job, units: Iterable[Unit], known: Known, work: Work) -> Generator[Settled, None, None]:
     """The result of each record, in order. What needs no model passes by those that do, and waits behind them.
 
     It ends within a unit where a limit is reached.
@@ -218,9 +247,7 @@ def _settled(
     yield from feed.passing_by()
 
 
-def _without_model(
-    job: Job, record: Record, known: Mapping[tuple[str, str], Result], wants: frozenset[str]
-) -> Result | None:
+def _without_model(job: Job, record: Record, known: Known, wants: frozenset[str]) -> Result | None:
     if (before := known.get((record.key, record.stamp))) is not None:
         # The source may say other things by now, and a person may have changed what an earlier run wrote.
         before = replace(before, columns=plain(record.columns) or before.columns)
@@ -285,9 +312,7 @@ def _by_unit(settled: Iterator[Settled], cut: set[int]) -> Iterator[tuple[Unit, 
         yield unit, until_end(unit, result)
 
 
-def _kept(
-    job: Job, settled: Generator[Settled, None, None], known: Mapping[tuple[str, str], Result]
-) -> Generator[Settled, None, None]:
+def _kept(job: Job, settled: Generator[Settled, None, None], known: Known) -> Generator[Settled, None, None]:
     """The same, when they are in the journal."""
     part: Part | None = None
     with closing(settled), ExitStack() as stack:

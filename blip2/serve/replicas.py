@@ -11,12 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import secrets
 import signal
-import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 from prometheus_client.core import Metric
 from starlette.types import Message, Scope
 
+from blip2.api.cluster import connect, prepare, shares
 from blip2.errors import OptionError
 from blip2.serve.front import Front, ReplicaDied
 from blip2.serve.limits import Limits
@@ -40,16 +39,10 @@ END_S = 5
 """For a replica to end, once the front has waited for the last answers."""
 SHUTDOWN_SPARE_S = 10
 """For Ray to end the replicas beyond that."""
-OBJECT_STORE_BYTES = 100_000_000
-"""Only large answers go through it; by default Ray takes a third of the memory."""
 PIECE_BYTES = 90_000
 """A body travels in such pieces. Larger ones Ray would put into the object store, which is small and goes to disk."""
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
-"""Ray tells its makers nothing, and keeps its log in files of its own."""
 DIRECT = {"RAY_task_rpc_inlined_bytes_limit": str(2**28)}
 """So much of a request is sent along with the call, whatever its pieces; by default 10 MB."""
-ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""A cluster of one machine, whose many ports are open to that machine alone; on other systems that is Ray's default."""
 
 
 def run_replicas(
@@ -71,7 +64,8 @@ def run_replicas(
     Raises what kept the model from being loaded, ImportError without Ray.
     """
     with ExitStack() as undo:
-        _prepare(address)  # before Ray is imported, which reads the environment once
+        os.environ.update(DIRECT)
+        prepare(address)  # before Ray is imported, which reads the environment once
         import ray
         from ray import serve
 
@@ -81,7 +75,7 @@ def run_replicas(
         # In a thread Ray's Python puts no signal handlers; and what Ray starts ends with the thread that started it.
         aside = undo.enter_context(ThreadPoolExecutor(1))
         undo.callback(ray.shutdown)
-        aside.submit(_connect, ray, address).result()
+        aside.submit(connect, ray, address).result()
         _heed_signals(stopped, undo)  # once more: Ray's C++ has put one, which aborts
         if stopped.is_set():
             return
@@ -93,7 +87,7 @@ def run_replicas(
         deployment = serve.deployment(
             name=DEPLOYMENT,
             num_replicas=replicas,
-            ray_actor_options=_shares(ray.nodes(), replicas, device),
+            ray_actor_options=shares(ray.nodes(), replicas, device),
             max_ongoing_requests=limits.max_queue + SPARE_REQUESTS,
             max_queued_requests=-1,  # the front's doorman counts them
             max_constructor_retry_count=1,
@@ -110,32 +104,9 @@ def _pieces(body: bytes) -> list[bytes]:
     return [body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES)]
 
 
-def _prepare(address: str | None) -> None:
-    os.environ.update(QUIET | DIRECT)
-    if address is None:
-        os.environ.update(ALONE)
-        if "RAY_AUTH_MODE" not in os.environ:  # a key that ends with us, in place of one in a file
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-
-
 def _heed_signals(stopped: threading.Event, undo: ExitStack) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         undo.callback(signal.signal, number, signal.signal(number, lambda *_: stopped.set()))
-
-
-def _connect(ray: Any, address: str | None) -> None:
-    if address is not None:
-        if "://" in address:  # a client of Ray's, which cannot pass on an answer as it is written
-            raise OptionError(f"--address is {address}; give HOST:PORT, on a machine that belongs to the cluster")
-        host, _, port = address.rpartition(":")
-        try:
-            if host and port.isdigit():  # where nobody listens, Ray would try for minutes
-                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            ray.init(address, logging_level="error")
-        except (OSError, ValueError) as error:
-            raise OptionError(f"no Ray cluster can be had at {address} ({error}); give HOST:PORT, or auto") from error
-        return
-    ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, logging_level="error")
 
 
 def _logging() -> dict[str, Any]:
@@ -212,24 +183,3 @@ def _finish(serve: Any, *, is_ours: bool) -> None:
         time.sleep(0.1)
     if is_ours:
         serve.shutdown()
-
-
-def _shares(nodes: Sequence[dict[str, Any]], replicas: int, device: str) -> dict[str, Any]:
-    """What each replica is given: a GPU, if there are any, and an equal share of the processors.
-
-    OptionError if there is not enough of either.
-    """
-    found = [node["Resources"] for node in nodes if node["Alive"]]
-    gpus = int(sum(resources.get("GPU", 0) for resources in found))
-    needs_gpu = device.startswith("cuda") or (device == "auto" and gpus > 0)
-    if needs_gpu and gpus < replicas:
-        raise OptionError(f"--replicas is {replicas}, one GPU each, and there are {gpus}; give fewer, or --device cpu")
-    if ":" in device:
-        raise OptionError(f"--device {device} is one GPU, but Ray gives each replica its own; use cuda or auto")
-    # A replica cannot lie on two machines, so the share is one of which the machines together hold enough.
-    cpus = [resources.get("CPU", 0) for resources in found]
-    sizes = [int(each / parts * 1e4) / 1e4 for each in cpus for parts in range(1, replicas + 1)]
-    share = max((size for size in sizes if size and sum(each // size for each in cpus) >= replicas), default=0)
-    if not share:
-        raise OptionError("the cluster has no processor to give; see: ray status")
-    return {"num_cpus": share, "num_gpus": int(needs_gpu)}

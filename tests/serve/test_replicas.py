@@ -22,10 +22,10 @@ import psutil
 import pytest
 
 import blip2
+from blip2.api.cluster import connect, shares
 from blip2.errors import CheckpointError, OptionError
 from blip2.serve.app import create_app
 from blip2.serve.replica import TIDY_BYTES, Tidy, load_error, replica_of
-from blip2.serve.replicas import _connect, _shares
 from tests.serve.conftest import PICTURES, eventually, serving, user
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def node(cpus: float, gpus: int = 0) -> dict:
     ],
 )
 def test_each_has_an_equal_share(nodes, replicas, device, cpus, gpus) -> None:
-    assert _shares(nodes, replicas, device) == {"num_cpus": cpus, "num_gpus": gpus}
+    assert shares(nodes, replicas, device) == {"num_cpus": cpus, "num_gpus": gpus}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_each_has_an_equal_share(nodes, replicas, device, cpus, gpus) -> None:
 )
 def test_what_cannot_be_shared(nodes, device, words) -> None:
     with pytest.raises(OptionError, match=words):
-        _shares(nodes, 2, device)
+        shares(nodes, 2, device)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_what_cannot_be_shared(nodes, device, words) -> None:
 )
 def test_a_cluster_that_cannot_be_had(address, words) -> None:
     with pytest.raises(OptionError, match=words):
-        _connect(None, address)
+        connect(None, address)
 
 
 def made_without_ray(load):

@@ -1,0 +1,175 @@
+"""A cluster of Ray's: one is joined, or started on this machine; what each replica has of it; workers as its actors."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
+
+from blip2.api.worker import Worker, sendable
+from blip2.collection.dispatch import Died, Failed, Given, Message, More, Ready
+from blip2.errors import OptionError
+
+OBJECT_STORE_BYTES = 100_000_000
+"""Only what is large goes through it; by default Ray takes a third of the memory."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+"""Ray tells its makers nothing, and keeps its log in files of its own."""
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""A cluster of one machine, whose many ports are open to that machine alone; on other systems that is Ray's default."""
+
+
+def prepare(address: str | None) -> None:
+    """Before Ray is imported, which reads the environment once."""
+    os.environ.update(QUIET)
+    if address is None:
+        os.environ.update(ALONE)
+        if "RAY_AUTH_MODE" not in os.environ:  # a key that ends with us, in place of one in a file
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def connect(ray: Any, address: str | None, *, is_quiet: bool = False) -> None:
+    """To a cluster, or to one that is started on this machine and ends with us. ``is_quiet``: what its processes print
+    is not seen here. Raises OptionError."""
+    asked = {"logging_level": "error", "log_to_driver": not is_quiet}
+    if address is not None:
+        if "://" in address:  # a client of Ray's, which cannot pass on an answer as it is written
+            raise OptionError(f"--address is {address}; give HOST:PORT, on a machine that belongs to the cluster")
+        host, _, port = address.rpartition(":")
+        try:
+            if host and port.isdigit():  # where nobody listens, Ray would try for minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            ray.init(address, **asked)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"no Ray cluster can be had at {address} ({error}); give HOST:PORT, or auto") from error
+        return
+    ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **asked)
+
+
+def shares(nodes: Sequence[dict[str, Any]], replicas: int, device: str) -> dict[str, Any]:
+    """What each replica is given: a GPU, if there are any, and an equal share of the processors.
+
+    OptionError if there is not enough of either.
+    """
+    found = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = int(sum(resources.get("GPU", 0) for resources in found))
+    needs_gpu = device.startswith("cuda") or (device == "auto" and gpus > 0)
+    if needs_gpu and gpus < replicas:
+        raise OptionError(f"--replicas is {replicas}, one GPU each, and there are {gpus}; give fewer, or --device cpu")
+    if ":" in device:
+        raise OptionError(f"--device {device} is one GPU, but Ray gives each replica its own; use cuda or auto")
+    # A replica cannot lie on two machines, so the share is one of which the machines together hold enough.
+    cpus = [resources.get("CPU", 0) for resources in found]
+    sizes = [int(each / parts * 1e4) / 1e4 for each in cpus for parts in range(1, replicas + 1)]
+    share = max((size for size in sizes if size and sum(each // size for each in cpus) >= replicas), default=0)
+    if not share:
+        raise OptionError("the cluster has no processor to give; see: ray status")
+    return {"num_cpus": share, "num_gpus": int(needs_gpu)}
+
+
+# ---- workers ----
+
+
+class Actors:
+    """`dispatch.Workers`, by plain actors of Ray's, each with one call at a time, which gives messages as they come.
+
+    ``order``: a pickled `worker.Order`. Ray restarts nothing by itself, since a worker has to be told what was done;
+    and nothing is given up for being slow.
+    """
+
+    def __init__(self, order: bytes, number: int, address: str | None, device: str) -> None:
+        self.number = number
+        self._undo = ExitStack()
+        prepare(address)
+        import ray
+
+        self._ray: Any = ray
+        if not ray.is_initialized():
+            # In a thread Ray's Python puts no signal handlers; what Ray starts ends with the thread that started it.
+            aside = self._undo.enter_context(ThreadPoolExecutor(1))
+            is_main = threading.current_thread() is threading.main_thread()
+            heeded = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM) if is_main}
+            self._undo.callback(ray.shutdown)
+            aside.submit(connect, ray, address, is_quiet=True).result()
+            for kind, handler in heeded.items():  # Ray's C++ has put one, which aborts
+                signal.signal(kind, handler)
+        try:
+            share = shares(ray.nodes(), number, device)
+            self._threads = max(int(share["num_cpus"]), 1)
+            self._actor = ray.remote(max_restarts=0, max_task_retries=0, **share)(_Actor)
+            self._order = ray.put(order)
+        except BaseException:
+            self.close()
+            raise
+        self._actors: dict[int, Any] = {}
+        self._streams: dict[int, Any] = {}
+
+    def start(self, worker: int) -> None:
+        self._actors[worker] = self._actor.remote(worker, self._threads)
+        self._streams[worker] = self._actors[worker].begin.options(num_returns="streaming").remote(self._order)
+
+    def give(self, worker: int, given: Given | None) -> None:
+        self._streams[worker] = self._actors[worker].do.options(num_returns="streaming").remote(given)
+
+    def hear(self) -> tuple[int, Message]:
+        from ray.exceptions import RayError
+
+        workers = {stream: worker for worker, stream in self._streams.items()}
+        ready, _ = self._ray.wait([*workers], num_returns=1)
+        worker = workers[ready[0]]
+        try:
+            return worker, pickle.loads(self._ray.get(next(ready[0])))
+        except StopIteration:
+            del self._streams[worker]
+            return worker, More(is_idle=True)
+        except RayError as error:
+            del self._streams[worker]
+            return worker, Died(" ".join(str(error).split("\n")[0].split()))
+
+    def close(self) -> None:
+        for actor in getattr(self, "_actors", {}).values():
+            self._ray.kill(actor)
+        self._undo.close()
+
+
+class _Actor:
+    """A worker; its errors are messages, so that they come as they are."""
+
+    def __init__(self, number: int, threads: int) -> None:
+        self._number = number
+        self._threads = threads
+
+    def begin(self, order: bytes) -> Iterator[bytes]:
+        try:
+            read = pickle.loads(order)
+            if read.threads is None:  # the user chose
+                self._worker = Worker(read, self._number, None)
+            else:
+                os.environ.pop("OMP_NUM_THREADS", None)  # Ray's: 1, or its share
+                self._worker = Worker(replace(read, threads=self._threads), self._number, None)
+        except BaseException as error:
+            yield pickle.dumps(Failed(sendable(error)))
+            return
+        yield pickle.dumps(Ready(self._worker.facts))
+
+    def do(self, given: Given) -> Iterator[bytes]:
+        told: SimpleQueue[Message | None] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                self._worker.do(iter([given]), told.put)
+            except BaseException as error:
+                told.put(Failed(sendable(error)))
+            told.put(None)
+
+        threading.Thread(target=work, daemon=True).start()
+        while (message := told.get()) is not None:
+            yield pickle.dumps(message)

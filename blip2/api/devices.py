@@ -1,0 +1,90 @@
+"""Workers as processes of this machine, each with its models on a device of its own."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+from blip2.collection.dispatch import Died, Given, Message
+
+END_S = 5.0
+"""For a process to end whose input has ended."""
+
+
+class Processes:
+    """`dispatch.Workers`. ``order``: a pickled `worker.Order`. They are no children of `multiprocessing`, which would
+    run the program that called us once more in each."""
+
+    def __init__(self, order: bytes, devices: Sequence[str]) -> None:
+        self.number = len(devices)
+        self._order = order
+        self._devices = devices
+        self._heard: SimpleQueue[tuple[int, Message]] = SimpleQueue()
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, worker: int) -> None:
+        code = f"import sys; sys.path[:] = {sys.path!r}; from blip2.api.worker import main; main()"
+        apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for us alone
+        if sys.platform == "win32":
+            apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **apart
+        )  # fmt: skip
+        self._processes[worker] = process
+        Thread(target=self._listen, args=(worker, process), daemon=True).start()
+
+    def give(self, worker: int, given: Given | None) -> None:
+        with suppress(OSError):  # a death is heard of
+            self._tell(self._processes[worker], pickle.dumps(given))
+
+    def hear(self) -> tuple[int, Message]:
+        while True:
+            with suppress(Empty):
+                return self._heard.get(timeout=1)  # so that Ctrl-C is heard on every system
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            with suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]
+        for process in self._processes.values():
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _listen(self, worker: int, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        with suppress(OSError):
+            self._tell(process, pickle.dumps((worker, self._devices[worker])) + self._order)
+        while True:
+            try:
+                self._heard.put((worker, pickle.load(process.stdout)))
+            except Exception:  # its end, maybe in the middle of a word
+                break
+        process.stdout.close()
+        self._heard.put((worker, Died(_reason(process.wait()))))
+
+    @staticmethod
+    def _tell(process: subprocess.Popen[bytes], told: bytes) -> None:
+        assert process.stdin is not None
+        process.stdin.write(told)
+        process.stdin.flush()
+
+
+def _reason(code: int) -> str:
+    if code >= 0:
+        return f"it ended with code {code}"
+    with suppress(ValueError):
+        name = signal.Signals(-code).name
+        return f"{name}, as when memory is full" if name == "SIGKILL" else name
+    return f"signal {-code}"
+
+
