@@ -7,6 +7,7 @@ import pickle
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,8 @@ class Actors:
     def __init__(self, order: bytes, number: int, address: str | None, device: str) -> None:
         self.number = number
         self._undo = ExitStack()
-        prepare(address)
+        if "ray" not in sys.modules:  # else its settings are those of the program that calls us
+            prepare(address)
         import ray
 
         self._ray: Any = ray
