@@ -16,9 +16,10 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
+from blip2 import __version__
 from blip2.api.worker import Worker, sendable
 from blip2.collection.dispatch import Died, Failed, Given, Message, More, Ready
-from blip2.errors import OptionError
+from blip2.errors import CollectionError, OptionError
 
 OBJECT_STORE_BYTES = 100_000_000
 """Only what is large goes through it; by default Ray takes a third of the memory."""
@@ -116,7 +117,8 @@ class Actors:
 
     def start(self, worker: int) -> None:
         self._actors[worker] = self._actor.remote(worker, self._threads)
-        self._streams[worker] = self._actors[worker].begin.options(num_returns="streaming").remote(self._order)
+        begin = self._actors[worker].begin.options(num_returns="streaming")
+        self._streams[worker] = begin.remote(self._order, __version__)
 
     def give(self, worker: int, given: Given | None) -> None:
         self._streams[worker] = self._actors[worker].do.options(num_returns="streaming").remote(given)
@@ -134,12 +136,18 @@ class Actors:
             return worker, More(is_idle=True)
         except RayError as error:
             del self._streams[worker]
-            return worker, Died(" ".join(str(error).split("\n")[0].split()))
+            return worker, Died(_reason(error))
 
     def close(self) -> None:
         for actor in getattr(self, "_actors", {}).values():
             self._ray.kill(actor)
         self._undo.close()
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what Ray tells, which is many."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return f"Ray: {lines[-1][:300]}" if lines else type(error).__name__
 
 
 class _Actor:
@@ -149,8 +157,11 @@ class _Actor:
         self._number = number
         self._threads = threads
 
-    def begin(self, order: bytes) -> Iterator[bytes]:
+    def begin(self, order: bytes, version: str) -> Iterator[bytes]:
         try:
+            if version != __version__:
+                where = f"{socket.gethostname()} has blip2 {__version__}, and this machine {version}"
+                raise CollectionError(f"{where}; what they write may differ, install the same on both")
             read = pickle.loads(order)
             if read.threads is None:  # the user chose
                 self._worker = Worker(read, self._number, None)

@@ -41,7 +41,7 @@ class Processes:
         Thread(target=self._listen, args=(worker, process), daemon=True).start()
 
     def give(self, worker: int, given: Given | None) -> None:
-        with suppress(OSError):  # a death is heard of
+        with suppress(OSError, ValueError):  # a death is heard of
             self._tell(self._processes[worker], pickle.dumps(given))
 
     def hear(self) -> tuple[int, Message]:
@@ -62,7 +62,7 @@ class Processes:
 
     def _listen(self, worker: int, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # it has died, or was ended, meanwhile
             self._tell(process, pickle.dumps((worker, self._devices[worker])) + self._order)
         while True:
             try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from blip2.api.collect import Model
 
 Send = Callable[[Message], None]
+END_S = 4.0
+"""For what the model has said to be written, when nobody listens any more."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,11 @@ def sendable(error: BaseException) -> BaseException:
 
 def main() -> None:
     """A process that is told by standard input, and tells by standard output; it ends when its input does, which is
-    when the one that gives units ends, however that ends."""
+    when the one that gives units ends, however that ends. What the model has said is written then."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     told = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print
-    lock = Lock()
+    lock = threading.Lock()
     inbox: SimpleQueue[Given | None] = SimpleQueue()
 
     def send(message: Message) -> None:
@@ -141,7 +146,11 @@ def main() -> None:
             try:
                 inbox.put(pickle.load(sys.stdin.buffer))
             except BaseException:
-                os._exit(1)
+                break
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(END_S)
+        os._exit(1)
 
     def given(first: Given) -> Iterator[Given]:
         following: Given | None = first
@@ -153,7 +162,7 @@ def main() -> None:
     try:
         number, device = pickle.load(sys.stdin.buffer)
         order = pickle.load(sys.stdin.buffer)
-        Thread(target=listen, daemon=True).start()
+        threading.Thread(target=listen, daemon=True).start()
         worker = Worker(order, number, device)
         send(Ready(worker.facts))
         while True:

@@ -31,7 +31,7 @@ from blip2.errors import CollectionError, option, setting
 VERSION = 1
 WHOLE = "lock-whole"
 HANDOVER_S = 10.0
-"""For a worker that is dead to be gone, before another takes its place."""
+"""For a worker whose run has ended, or that is dead, to be gone before another takes its place."""
 FOUND = "found"
 """Within what was asked: what `Journal.agree` keeps."""
 OUTPUT, UNFINISHED = "output", "unfinished"
@@ -61,7 +61,7 @@ class Journal:
                     part = other.name.partition(".")[0]
                     is_apart = total > 1 and part != name and part.endswith(f"-of-{total}")
                     if other.name not in (name, WHOLE) and not is_apart:
-                        with locked(other):
+                        with _patiently(other) if "." in other.name else locked(other):
                             pass
             except BlockingIOError:
                 raise CollectionError(f"{self.folder.parent}: another run is at work on it; wait for its end") from None
@@ -74,17 +74,12 @@ class Journal:
     def helped(self, shard: tuple[int, int], number: int) -> Iterator[None]:
         """Within, a worker is at work for a run that holds this part; no other run begins before it has ended. Raises
         CollectionError, OSError."""
-        end_s = time.monotonic() + HANDOVER_S
         with ExitStack() as stack:
-            while True:
-                try:
-                    stack.enter_context(locked(self.folder / f"{_lock(shard)}.{number}"))
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end_s:
-                        reason = "a worker that was given up is still at work on it; end it"
-                        raise CollectionError(f"{self.folder.parent}: {reason}") from None
-                    time.sleep(0.1)
+            try:
+                stack.enter_context(_patiently(self.folder / f"{_lock(shard)}.{number}"))
+            except BlockingIOError:
+                reason = "a worker that was given up is still at work on it; end it"
+                raise CollectionError(f"{self.folder.parent}: {reason}") from None
             yield
 
     @contextmanager
@@ -279,6 +274,22 @@ class Part:
         with suppress(FileNotFoundError), open(self._path, "rb+") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
+
+
+@contextmanager
+def _patiently(path: Path) -> Iterator[None]:
+    """As `locked`, for what another is about to leave."""
+    end_s = time.monotonic() + HANDOVER_S
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path))
+                break
+            except BlockingIOError:
+                if time.monotonic() > end_s:
+                    raise
+                time.sleep(0.1)
+        yield
 
 
 def _lock(shard: tuple[int, int]) -> str:

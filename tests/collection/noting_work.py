@@ -2,7 +2,6 @@
 
 import os
 import time
-from itertools import islice
 
 from blip2.collection.run import Outcome
 
@@ -13,7 +12,7 @@ def noting(notes, pause_s, get):
     """`CollectionRun.work`, when the first two are given."""
 
     def work(records):
-        while batch := list(islice(records, BATCH_SIZE)):
+        while batch := records.batch(BATCH_SIZE):
             with open(notes, "a", encoding="utf-8") as file:
                 file.write("".join(f"{os.getpid()} {record.key}\n" for record in batch))
             time.sleep(pause_s)

@@ -67,7 +67,7 @@ def written(place):
 def begin(place, source, options, machines, pause_s=0.0, work=None):
     plan = planned(Request.of([str(source)], dict(options)))
     work = work or partial(noting, str(place / "notes"), pause_s)
-    return CollectionRun(plan, Model(as_pipeline, None, {}), work, Machines(**machines))
+    return CollectionRun(plan, Model(as_pipeline, None, {}), work, BATCH_SIZE, Machines(**machines))
 
 
 def noted(place):
@@ -175,6 +175,7 @@ def test_what_goes_wrong_in_a_worker_is_told_once(tmp_path, capfd):
         ({"devices": "tpu"}, "numbers of GPUs such as 0,1, or cpu,cpu"),
         ({"devices": "0,99"}, "there is no GPU|the last one is"),
         ({"devices": ""}, "numbers of GPUs"),
+        ({"devices": []}, "names none"),
         ({"devices": "cpu", "engine": "ray"}, "of this machine alone"),
         ({"replicas": 2}, "add that, or leave it out"),
         ({"address": "auto"}, "add that, or leave it out"),
@@ -272,7 +273,8 @@ def test_workers_that_die_before_they_begin_end_the_run(job):
     assert workers.done[-1] == "close"
 
 
-def test_no_run_begins_before_the_workers_of_another_have_ended(tmp_path):
+def test_no_run_begins_before_the_workers_of_another_have_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("blip2.collection.journal.HANDOVER_S", 0.2)
     journal = Journal(tmp_path / "journal")
     with journal.helped((0, 1), 1), pytest.raises(CollectionError, match="another run"), journal.held():
         pass
@@ -318,11 +320,9 @@ def test_workers_end_with_the_run_and_the_same_command_goes_on(tmp_path, kind):
         time.sleep(0.05)
     child.send_signal(kind)
     child.wait()
-    end_s = time.monotonic() + 10
-    while any(alive(int(process)) for process, _ in noted(tmp_path)):
-        assert time.monotonic() < end_s
-        time.sleep(0.05)
-    before = Counter(key for _, key in noted(tmp_path))
+    before = noted(tmp_path)
     assert len(before) < NUM_PICTURES
-    assert begin(tmp_path, source, options, {}).run().is_complete
+    assert begin(tmp_path, source, options, {}).run().is_complete  # at once: it waits for workers of the other
+    assert not any(alive(int(process)) for process, _ in before)
+    assert not [path for path in source.rglob(".*") if path.name.endswith(".part")]
     assert Counter(key for _, key in noted(tmp_path)).total() - NUM_PICTURES <= 2 * BATCH_SIZE
