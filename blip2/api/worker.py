@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -160,19 +160,19 @@ def main() -> None:
             following = inbox.get()
 
     try:
-        number, device = pickle.load(sys.stdin.buffer)
-        order = pickle.load(sys.stdin.buffer)
-        threading.Thread(target=listen, daemon=True).start()
-        worker = Worker(order, number, device)
-        send(Ready(worker.facts))
-        while True:
-            send(More(is_idle=True))
-            first = inbox.get()
-            assert first is not None
-            worker.do(given(first), send)
-    except BaseException as error:
-        with suppress(OSError):
+        try:
+            number, device = pickle.load(sys.stdin.buffer)
+            order = pickle.load(sys.stdin.buffer)
+            threading.Thread(target=listen, daemon=True).start()
+            worker = Worker(order, number, device)
+            send(Ready(worker.facts))
+            while True:
+                send(More(is_idle=True))
+                first = inbox.get()
+                assert first is not None
+                worker.do(given(first), send)
+        except BaseException as error:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             send(Failed(sendable(error)))
-    os._exit(1)
-
-
+    finally:
+        os._exit(1)  # and nothing is printed: what went wrong was told, or nobody listens

@@ -54,6 +54,8 @@ class Feed(Iterator[Record]):
         self._is_cut = False
 
     def __next__(self) -> Record:
+        if self._first:  # of `begins`, whose batch may be larger
+            return self._first.pop(0)
         if batch := self.batch(1):
             return batch[0]
         raise StopIteration
