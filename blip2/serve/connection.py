@@ -14,6 +14,8 @@ from blip2.serve.house import STATE, House, Lane, Standing, origin_of
 
 MAX_HEAD_BYTES = 2**16
 """Received without a request, or a part of its body, coming of it: a head, trailers, the frames of chunks."""
+FRAME_BYTES = 16
+"""Of frames for each byte of a body: chunks of a single byte take less."""
 MAX_HEADERS = 200
 """Of a request, trailers included: each takes far more memory than bytes on the line."""
 MAX_PIPELINED = 8
@@ -58,6 +60,9 @@ class Connection(HttpToolsProtocol):
         self._num_fruitless += len(data)
         super().data_received(data)
         if self._num_fruitless > MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
+                self._end("body_after_answer")
+                return
             self._refuse(431, "head_too_large", "the head of the request is too large; send fewer or shorter headers")
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -87,7 +92,8 @@ class Connection(HttpToolsProtocol):
         self._house.starts.add(self.loop, begin, Lane.AHEAD if cycle in self._unanswered else lane)
 
     def on_body(self, body: bytes) -> None:
-        self._num_fruitless = 0
+        if not self.cycle.response_complete:  # else nobody needs it any more
+            self._num_fruitless = max(self._num_fruitless - FRAME_BYTES * len(body), 0)
         super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:

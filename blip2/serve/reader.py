@@ -12,6 +12,7 @@ its own socket is closed, it ends all of them and itself.
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -148,6 +149,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
     with suppress(AttributeError, OSError):  # a reader that is woken does not push aside the server that woke it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    gc.collect()
+    gc.freeze()  # what readers share with their parent is not looked through, which would make copies of its pages
     readers: set[int] = set()
     with suppress(ConnectionError):  # the server has ended
         while len((told := socket.recv_fds(control, frames.COMMAND.size, 1))[0]) == frames.COMMAND.size:

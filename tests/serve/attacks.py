@@ -332,7 +332,7 @@ def _() -> Send:
 @attack("hang-ups at every stage", 16)
 def _() -> Send:
     whole = head(CAPTION, len(body := file()), FORM) + body
-    long = chat(stream=True, max_tokens=512, min_new_tokens=512)
+    long = chat(stream=True, max_tokens=450, min_new_tokens=450)
     places = [10, 60, 200, len(whole) // 2, len(whole) - 1, len(whole)]
     turns = iter(range(10**9))
 
@@ -359,21 +359,21 @@ def _() -> Send:
     return lambda target: target.send(f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
 
-# ---- what is allowed, and expensive ----
+# ---- what is allowed, and expensive (the miniature has room for 512 tokens) ----
 
-simple("64 beams of 512 tokens", CHAT, lambda: chat(num_beams=64, max_tokens=512, min_new_tokens=512), num_clients=4)
+simple("64 beams of 450 tokens", CHAT, lambda: chat(num_beams=64, max_tokens=450, min_new_tokens=450), num_clients=4)
 simple("64 answers with 20 alternatives", CHAT, lambda: chat(
-    n=64, temperature=1, logprobs=True, top_logprobs=20, max_tokens=512, min_new_tokens=512),
+    n=64, temperature=1, logprobs=True, top_logprobs=20, max_tokens=74, min_new_tokens=74),
        num_clients=4)  # fmt: skip
 simple("64 answers in a stream", CHAT, lambda: chat(
-    n=64, temperature=1, stream=True, max_tokens=512, min_new_tokens=512), num_clients=4)  # fmt: skip
+    n=64, temperature=1, stream=True, max_tokens=450, min_new_tokens=450), num_clients=4)  # fmt: skip
 simple("stop words", CHAT, lambda: chat(n=32, temperature=1, stop=["\uac00" * 100] * 16, max_tokens=512), num_clients=4)
 simple("256 texts to match", MATCH, lambda: packed({"image": address(), "texts": ["a dog " * 9] * 256}), num_clients=4)
 simple("256 texts to embed", EMBEDDINGS, lambda: packed({"input": ["a dog " * 9] * 256}), num_clients=4)
 simple("32 pictures to embed", EMBEDDINGS, lambda: packed({"input": [{"image": address()}] * 32}), num_clients=4)
 simple("explanations", EXPLAIN, lambda: packed({"image": address(), "caption": "a dog and " * 150}), num_clients=4)
-simple("explanations of long texts", EXPLAIN, lambda: packed({"image": address(), "text": "dog " * 500}), num_clients=4)
-simple("long questions", ASK, lambda: packed({"image": address(), "question": "what is it? " * 160, "num_beams": 16}),
+simple("explanations of long texts", EXPLAIN, lambda: packed({"image": address(), "text": "dog " * 60}), num_clients=4)
+simple("long questions", ASK, lambda: packed({"image": address(), "question": "what is it? " * 115, "num_beams": 16}),
        num_clients=8)  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def test_the_parent_of_the_readers_is_killed(besieged) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["jpeg of scans", "jpeg of 225 million pixels, turned", "64 beams of 512 tokens"])
+@pytest.mark.parametrize("name", ["jpeg of scans", "jpeg of 225 million pixels, turned", "64 beams of 450 tokens"])
 def test_a_stop_signal_in_an_attack(name) -> None:
     with House("--shutdown-timeout", "1") as house:
         attacker = subprocess.Popen(

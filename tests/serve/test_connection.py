@@ -87,12 +87,15 @@ def test_a_long_answer_is_not_a_slow_head(tiny_models) -> None:
     [
         b"GET /health HTTP/1.1\r\nHost: x\r\nX-Endless: ", b"GET /health?",
         b"GET /health HTTP/1.1\r\nHost: x\r\n", POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",
-        POST + b"Transfer-Encoding: chunked\r\n\r\n2;",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n2;", POST + b"Transfer-Encoding: chunked\r\n\r\n1;",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n ",
     ],
-    ids=["value", "address", "lines", "trailers", "chunk"],
+    ids=["value", "address", "lines", "trailers", "chunk", "chunks", "answered"],
 )  # fmt: skip
 def test_what_is_no_body_is_counted(server, begun) -> None:
     piece = b"X-A: b\r\n" * 1000 if begun.endswith(b"\n") else b"a" * 8000
+    if begun.endswith(b"1;"):
+        piece += b"\r\n \r\n1;"  # a byte of a body in each piece
     with connected(server) as client:
         client.sendall(begun)
         num_sent = 0
