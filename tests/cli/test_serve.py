@@ -28,7 +28,7 @@ def test_without_its_packages_it_says_what_to_install(run, monkeypatch) -> None:
 
 def test_without_ray_it_says_what_to_install(run, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr("blip2.serve.replicas._prepare", lambda address: None)  # the environment is the other tests'
+    monkeypatch.setattr("blip2.serve.replicas.prepare", lambda address: None)  # the environment is the other tests'
     done = run("serve", "--engine", "ray", "--port", "0")
     assert done.exit_code == 1 and "pip install" in done.stderr and "[ray]" in done.stderr
 
