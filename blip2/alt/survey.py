@@ -14,7 +14,7 @@ from blip2.alt.address import picture_of
 from blip2.alt.pages import Page, read_page
 from blip2.alt.report import MAX_ADDRESS_CHARS, Row, check_file
 from blip2.alt.scan import context_of, images_in
-from blip2.collection.record import Record, Unit
+from blip2.collection.record import Record, Unit, runs_of
 from blip2.collection.sources.files import UNIT_FILES
 from blip2.disk import stamp_of
 from blip2.errors import CollectionError
@@ -98,10 +98,7 @@ class Pictures:
 
     @cached_property
     def units(self) -> list[Unit]:
-        starts = range(0, len(self._keys), UNIT_FILES)
-        return [
-            Unit(number, "", start, min(start + UNIT_FILES, len(self._keys))) for number, start in enumerate(starts)
-        ]
+        return runs_of(len(self._keys), UNIT_FILES)
 
     def stamp(self, unit: Unit) -> str:
         return self._stamps[unit.number]

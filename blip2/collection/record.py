@@ -44,6 +44,13 @@ class Unit:
         return f"{self.number:06}"
 
 
+def runs_of(number: int, size: int, place: str = "") -> list[Unit]:
+    """Units of ``size`` records each, the last one shorter, of so many records in one place."""
+    return [
+        Unit(index, place, start, min(start + size, number)) for index, start in enumerate(range(0, number, size))
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a record. All of it depends on the picture, the model and the options alone.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import islice, takewhile
 from typing import IO, BinaryIO, TypeAlias
 
 import numpy as np
@@ -173,13 +174,9 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 
 def _check_segments(stream: IO[bytes], name: str) -> None:
-    content = _whole(stream)
-    place, number = 2, 0
-    while (marker := JPEG_MARKER.search(content, place)) is not None and marker[0] not in (SCAN, END_OF_JPEG):
-        number += 1
-        if number > MAX_SEGMENTS:
-            raise ImageError(f"{name}: a JPEG of more than {MAX_SEGMENTS:,} segments of metadata; save it again")
-        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    before_scan = takewhile(lambda marker: marker != SCAN, _markers(_whole(stream)))
+    if sum(1 for _ in islice(before_scan, MAX_SEGMENTS + 1)) > MAX_SEGMENTS:
+        raise ImageError(f"{name}: a JPEG of more than {MAX_SEGMENTS:,} segments of metadata; save it again")
 
 
 def _check_scans(stream: IO[bytes], name: str) -> None:
@@ -198,14 +195,16 @@ def _whole(stream: IO[bytes]) -> bytes:
 
 
 def _num_scans(content: bytes) -> int:
+    return sum(marker == SCAN for marker in _markers(content))
+
+
+def _markers(content: bytes) -> Iterator[bytes]:
     """Those of the picture, without what only looks like one in its metadata, or in what is appended to it."""
-    number = 0
     marker = JPEG_MARKER.search(content, 2)
     while marker is not None and marker[0] != END_OF_JPEG:
-        number += marker[0] == SCAN
+        yield marker[0]
         length = int.from_bytes(content[marker.end() : marker.end() + 2], "big")
         marker = JPEG_MARKER.search(content, marker.end() + length)
-    return number
 
 
 # ---- its pixels ---------------------------------------------------------------------------------------

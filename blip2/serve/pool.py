@@ -76,10 +76,6 @@ class Pool:
     def processes(self) -> list[int]:
         return [reader.process for reader in self._readers]
 
-    @property
-    def num_waiting(self) -> int:
-        return self._fast.num_waiting
-
     def start(self) -> None:
         self._launch()
         self._fill()

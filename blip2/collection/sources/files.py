@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from blip2.collection.record import Record, Unit
+from blip2.collection.record import Record, Unit, runs_of
 from blip2.collection.sources.tables import read_json
 from blip2.disk import stamp_of
 from blip2.errors import CollectionError
@@ -68,11 +68,7 @@ class Files:
 
     @cached_property
     def units(self) -> list[Unit]:
-        starts = range(0, len(self.paths), UNIT_FILES)
-        return [
-            Unit(number, self.root, start, min(start + UNIT_FILES, len(self.paths)))
-            for number, start in enumerate(starts)
-        ]
+        return runs_of(len(self.paths), UNIT_FILES, self.root)
 
     def stamp(self, unit: Unit) -> str:
         return self._stamps[unit.number]
