@@ -157,6 +157,7 @@ def command(
         from blip2.serve.replicas import run_replicas
         from blip2.serve.run import listen, run
         from blip2.serve.service import Models
+        from blip2.serve.tidy import share_one_arena
         from blip2.serve.unix import listen_at
     except ImportError as error:
         raise Failure(f"serving needs more packages ({error}); {install_line('serve')}") from error
@@ -204,6 +205,7 @@ def command(
     def serve_front(front: Any) -> None:
         serve(create_front(front, keys=all_keys, door=door))
 
+    share_one_arena()
     with logging_at(log_level), listen(host, port) if uds is None else listen_at(uds) as listener:
         if engine == "local":
             serve(create(load), on_open, ends_process=True)

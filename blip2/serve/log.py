@@ -143,8 +143,6 @@ def _plain(text: str) -> str:
     shown = text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."
     if shown.isprintable():
         return shown
-    if shown.isprintable():
-        return shown
     return "".join(each if each.isprintable() else each.encode("unicode_escape", "replace").decode() for each in shown)
 
 

@@ -45,7 +45,7 @@ END_S = 0.5
 """So long the parent has to end."""
 BACKGROUND = 10
 """How nice a slow reader is to the others: a tenth of a processor where the model wants all of them."""
-WORN_BYTES = 6 * 2**20
+WORN_BYTES = 3 * 2**20
 """A reader that holds so much more memory than a new one is replaced, as is one that was slow."""
 PAGE_BYTES = mmap.PAGESIZE
 ENVIRONMENT = {

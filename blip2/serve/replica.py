@@ -21,6 +21,7 @@ from blip2 import errors
 from blip2.checkpoint.reader import give_back_memory
 from blip2.serve.doorman import END
 from blip2.serve.service import Models
+from blip2.serve.tidy import share_one_arena
 
 LOAD_ERROR = "blip2 was not loaded: "
 DEATH_S = 0.2
@@ -55,6 +56,7 @@ def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
         app: FastAPI
 
         def __init__(self) -> None:
+            share_one_arena()
             # Models first, so that nobody is sent here before they are there, and their error ends the start.
             try:
                 models = load()

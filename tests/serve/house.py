@@ -145,7 +145,7 @@ class House:
         for process in self.processes():
             with suppress(OSError):
                 with open(f"/proc/{process}/smaps_rollup") as file:
-                    memory_kb += int(next(line for line in file if line.startswith("Pss:")).split()[1])
+                    memory_kb += sum(int(line.split()[1]) for line in file if line.startswith(OWN))
                 num_files += len(os.listdir(f"/proc/{process}/fd"))
                 num_threads += len(os.listdir(f"/proc/{process}/task"))
                 num_processes += 1
@@ -192,6 +192,10 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+OWN = ("Pss_Anon:", "Pss_Shmem:")
+"""What a process holds that is no file. Its share of libraries' files depends on who else on the machine uses them."""
 
 
 class Repeated:
