@@ -66,6 +66,8 @@ GOING = (
                  "array]"),
     click.option("--retry-failed", is_flag=True, help="Do once more what failed before."),
     click.option("--restart", is_flag=True, help="Forget earlier runs."),
+    click.option("--dedupe", is_flag=True, help="Of equal files see the first alone, in a run of 256 files or a shard; "
+                 "the others are given its result."),
     click.option("--log-json", is_flag=True, help="Progress and summary as JSON lines on standard error."),
 )  # fmt: skip
 MACHINES = (

@@ -27,12 +27,17 @@ DONE, FAILED_BEFORE, TO_DO, PROBLEM = "done", "failed before", "to do", "cannot 
 @dataclass(frozen=True, kw_only=True)
 class Going:
     """How a run goes on. ``limit``: it ends after so many pictures that the model has seen. ``shard``: which of how
-    many parts, from 1; None if it does all. ``retry_failed``, ``restart``: what failed, or all, is done anew."""
+    many parts, from 1; None if it does all. ``retry_failed``, ``restart``: what failed, or all, is done anew.
+
+    ``dedupe``: of files of equal content the first is seen, and the others are given its captions, each worded for its
+    place. That holds within a unit, which is a shard, or a run of 256 files or rows: what is written depends on no
+    order in which units are done, and memory on no number of pictures. Pictures that only look alike are all seen."""
 
     limit: int | None = None
     shard: tuple[int, int] | None = None
     retry_failed: bool = False
     restart: bool = False
+    dedupe: bool = False
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -110,7 +115,8 @@ class Plan:
             outputs.pop(name)  # an output may be moved, with its journal
         wording = asdict(self.request.wording)
         wording.pop("pieces")
-        return {**self.request.told, **wording, **self.source.told(), **outputs}
+        seen = {"dedupe": True} if self.request.going.dedupe else {}
+        return {**self.request.told, **wording, **self.source.told(), **outputs, **seen}
 
     @contextmanager
     def begun(self) -> Iterator[Job]:
@@ -129,6 +135,7 @@ class Plan:
                 self.source, self.sinks, self.journal, self.request.wording, self.asked,
                 skips=self.request.wording.if_exists == "skip", retries=going.retry_failed, shard=shard,
                 limit=going.limit, output=self.request.outputs.output,
+                dedupes=going.dedupe,
             )  # fmt: skip
 
     def listed(self) -> Iterator[tuple[Record, str]]:

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 from blip2.collection.background import in_background
 from blip2.collection.columns import plain
+from blip2.collection.copies import Copy
 from blip2.collection.feed import Feed, Settled
 from blip2.collection.journal import Journal, Part
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit
@@ -21,8 +23,6 @@ from blip2.image import stored_size
 
 FLUSH_RESULTS = 16
 """After so many, what is written a picture at a time is written."""
-
-
 MOST_WAITING = 256
 """Results that wait to be written; then the model waits."""
 
@@ -72,7 +72,8 @@ class Job:
     """``asked``: what `Journal.begin` compares. ``word``: from a record and what the model made of it to the text of
     the outputs. ``skips``: whether a picture that has a text already keeps it. ``retries``: what failed before is
     done again. ``shard``: which of how many parts of the units, from 0. ``limit``: the run ends after so many pictures
-    that the model has seen, and the next one goes on. ``output``: the file that is written of all units, if any."""
+    that the model has seen, and the next one goes on. ``output``: the file that is written of all units, if any.
+    ``dedupes``: of pictures of a unit whose content is equal, the model sees the first alone."""
 
     source: Source
     sinks: Sequence[Sink]
@@ -84,6 +85,7 @@ class Job:
     shard: tuple[int, int] = (0, 1)
     limit: int | None = None
     output: str = ""
+    dedupes: bool = False
 
     @property
     def units(self) -> list[Unit]:
@@ -230,7 +232,8 @@ def _settled(job: Job, units: Iterable[Unit], known: Known, work: Work) -> Gener
     def begin(record: Record) -> Result:
         return _begun(record, wants)
 
-    feed = Feed(job.source, units, job.journal, look, begin, job.limit, again=not job.retries)
+    repeat = partial(_repeated, job) if job.dedupes else None
+    feed = Feed(job.source, units, job.journal, look, begin, repeat, job.limit, again=not job.retries)
     outcomes = work(feed)
     try:
         for outcome in outcomes:
@@ -239,7 +242,8 @@ def _settled(job: Job, units: Iterable[Unit], known: Known, work: Work) -> Gener
             if pending.is_known:
                 yield unit, pending.result
             elif not pending.is_left:
-                yield unit, _result(job, pending.record, pending.result, outcome)
+                pending.first.result = result = _result(job, pending.record, pending.result, outcome)
+                yield unit, result
             yield from feed.passing_by()
     finally:
         if isinstance(outcomes, Generator):
@@ -290,6 +294,16 @@ def _result(job: Job, record: Record, begun: Result, outcome: Outcome | ImageErr
     return replace(
         begun, status=SUCCESS, text=text, captions=outcome.captions, scores=outcome.scores, tokens=outcome.tokens
     )
+
+
+def _repeated(job: Job, copy: Copy) -> Result:
+    """What the first one's result says of a copy, in the words that are the copy's."""
+    first = copy.first.result
+    assert first is not None
+    begun = replace(copy.result, copy_of=first.key)
+    if first.status == FAILED:
+        return _failed(begun, first.error_message.replace(f"{first.name}: ", f"{copy.record.name}: ", 1))
+    return _result(job, copy.record, begun, Outcome(first.captions, first.scores, first.tokens))
 
 
 def _failed(begun: Result, message: str) -> Result:

@@ -193,6 +193,25 @@ def test_the_caption_that_fits_best_is_the_first(run, photos):
     assert row["scores"] == pytest.approx(matched.tolist(), abs=1e-5)
 
 
+def test_equal_files_are_seen_once(run, photos):
+    shutil.copy(photos / "cats.png", photos / "10_sks dog" / "again.png")
+    command = ["caption", "photos", "-o", "all.jsonl", "--format", "jsonl", "--template", "{name}: {caption}"]
+    found = run(*command, "--dedupe", "--log-json")
+    events = [json.loads(line) for line in found.stderr.splitlines()]
+    assert (events[-1]["done"], events[-1]["copies"], events[-1]["repeated"]) == (4, 1, 0)
+    assert [row["caption"] for row in rows("all.jsonl")] == [
+        f"again: {SAID['cats.png']}", f"picture: {SAID['picture.png']}", f"cats: {SAID['cats.png']}",
+        f"flowers: {SAID['flowers.png']}", "",
+    ]  # fmt: skip
+    assert "--dedupe was true and is not given" in run(*command).stderr
+    found = run("ask", "photos/cats.png", "photos/10_sks dog/again.png", "-q", "how many cats are there?", "-q",
+                "is there a boat?", "-o", "answers.jsonl", "--dedupe")  # fmt: skip
+    assert "2 copies of another picture, given its result" in found.stderr
+    assert [row["caption"] for row in rows("answers.jsonl")] == ["four", "no", "four", "no"]
+    found = run("caption", "photos", "-o", "other.jsonl", "--dedupe", "--sample", "--beams", "1")
+    assert found.exit_code == 2 and "give --seed, or leave out --dedupe" in found.stderr
+
+
 def test_python(photos):
     seen = []
     blip = blip2.load()
