@@ -170,7 +170,7 @@ def planned(request: Request) -> Plan:
     _check_apart(request.outputs.output, source)
     folder = _journal_of(request.outputs, source)
     outputs = request.outputs
-    if request.going.restart and folder.joinpath("run.json").exists():
+    if request.going.restart and Journal(folder).written:
         outputs = replace(outputs, replaces=True)
     return Plan(request, source, open_sinks(outputs, source, by_picture), Journal(folder), bool(made))
 

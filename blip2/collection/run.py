@@ -15,7 +15,8 @@ from blip2.collection.background import in_background
 from blip2.collection.columns import plain
 from blip2.collection.copies import Copy
 from blip2.collection.feed import Feed, Settled
-from blip2.collection.journal import Journal, Part
+from blip2.collection.journal import Journal
+from blip2.collection.part import Part
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit
 from blip2.collection.summary import OnResults, Summary
 from blip2.errors import ImageError

@@ -123,6 +123,16 @@ def test_a_changed_command_stops_in_the_words_of_the_command_line(run, photos, m
     assert "--restart" in found.stderr and "batch" not in found.stderr
 
 
+def test_a_model_that_cannot_be_loaded_blocks_no_other_command(run, photos):
+    Path("broken").mkdir()
+    command = ["caption", "photos/cats.png", "-o", "all.jsonl", "--format", "jsonl"]
+    assert "broken" in run(*command, "--model", "broken").stderr
+    assert run(*command, "--dry-run").exit_code == 0
+    found = run(*command)
+    assert found.exit_code == 0 and "1 done" in found.stderr
+    assert "was begun by another command" in run(*command, "--model", "broken").stderr
+
+
 def test_a_disk_that_is_full_is_one_line(run, photos, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device", "photos/cats.txt")

@@ -195,6 +195,53 @@ def test_another_command_is_told_the_difference(photos):
     assert len(model.heard) == 40 and (photos / "0_set" / "00.txt").read_text() == "sks, a 00.png\n"
 
 
+def test_a_start_that_came_to_nothing_blocks_no_other_command(photos, undisturbed):
+    with pytest.raises(KeyboardInterrupt):
+        do(photos, Model(stops_at=0), prefix="sks, ")
+    do(photos, Model())
+    assert written(photos) == undisturbed
+    with pytest.raises(CollectionError, match="begun by another command"):
+        do(photos, Model(), prefix="sks, ")
+
+
+def test_nor_does_one_that_skipped_all_or_could_read_nothing(photos):
+    for number, path in enumerate(photos.rglob("*.png")):
+        path.with_suffix(".txt").write_text("by hand") if number % 2 else path.with_suffix(".txt").write_bytes(b"\0")
+    summary = do(photos, Model(stops_at=0))
+    assert (summary.skipped, summary.failed) == (20, 20)
+    with planned(Request.of([str(photos)], {"sidecar": ".txt", "if_exists": "overwrite"})).begun():
+        pass
+    for path in photos.rglob("*.txt"):
+        path.unlink()
+    model = Model()
+    assert do(photos, model, if_exists="overwrite").done == 39 and len(model.heard) == 40
+
+
+def test_what_it_found_of_a_model_is_forgotten(tmp_path):
+    journal = Journal(tmp_path / ".blip2")
+    journal.begin({"model": "m"})
+    journal.agree("the model's files", "half of them")
+    journal.begin({"model": "m"})
+    journal.agree("the model's files", "all of them")
+
+
+def test_a_part_that_is_at_work_has_come_to_something(photos):
+    request = Request.of([str(photos)], {"sidecar": ".txt", "shard": (1, 2)})
+    with planned(request).begun(), pytest.raises(CollectionError, match="begun by another command"):
+        do(photos, Model(), output="", shard=(2, 2), prefix="sks, ")
+    do(photos, Model(), output="", shard=(2, 2), prefix="sks, ")
+
+
+def test_what_a_person_put_in_the_place_of_an_output_after_a_failed_start(photos):
+    with pytest.raises(KeyboardInterrupt):
+        do(photos, Model(stops_at=0), output=str(photos.parent / "all.jsonl"))
+    (photos.parent / "all.jsonl").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(CollectionError, match="is there already, and no run of this command made it"):
+            do(photos, Model(), output=str(photos.parent / "all.jsonl"), restart=restart)
+    assert (photos.parent / "all.jsonl").read_text() == "mine"
+
+
 def test_an_output_that_a_person_changed_is_kept(photos):
     do(photos, Model())
     table = photos / "metadata.jsonl"
