@@ -101,6 +101,8 @@ class Progress:
             self.tell(f"{number:,} failed: {of_picture(reason)}")
         if failed:
             self.tell(f"what failed is in {plan.journal.errors}; --retry-failed does it once more")
+        if summary.skipped and not summary.done and plan.request.takes_text:
+            self.tell("what is skipped has a text already; --if-exists overwrite, append or prepend describes it anew")
         if summary.copies:
             self.tell(f"{_number(summary.copies, 'copy', 'copies')} of another picture, given its result")
         if summary.repeated:

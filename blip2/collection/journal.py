@@ -176,7 +176,7 @@ class Journal:
 
     def _asked(self) -> dict[str, Any]:
         """Empty if no run was begun."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             with suppress(ValueError):
                 if isinstance(found := json.loads(self._path.read_text("utf-8")), dict):
                     return found

@@ -18,7 +18,8 @@ class Record:
     the number of a row. ``picture``: a path, an address, or the bytes of an image file; None if ``problem`` says why
     there is none. ``name``: what messages call it. ``stamp``: another one, and it is another picture under this key.
     ``text``: what was said of it before, "" if nothing. ``columns``: all else that its source says of it. ``asked``:
-    what is asked about it, where that is not the same for all.
+    what is asked about it, where that is not the same for all. ``is_new``: ``text`` is said elsewhere than where the
+    new one is written, which writes nothing over.
     """
 
     key: str
@@ -29,6 +30,12 @@ class Record:
     columns: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
     asked: str = ""
+    is_new: bool = False
+
+    @property
+    def is_described(self) -> bool:
+        """Whether what would be written is there already, as `Job.skips` has it."""
+        return bool(self.text) and not self.is_new
 
 
 @dataclass(frozen=True, slots=True)

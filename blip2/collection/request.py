@@ -158,7 +158,7 @@ class Plan:
                 elif record.problem:
                     yield record, PROBLEM
                 else:
-                    yield record, SKIPPED if skips and record.text else TO_DO
+                    yield record, SKIPPED if skips and record.is_described else TO_DO
 
 
 def planned(request: Request) -> Plan:
@@ -166,7 +166,8 @@ def planned(request: Request) -> Plan:
     by_picture = open_beside(request.outputs)
     made = _made(request.outputs.output, is_kept=request.going.restart)
     opened = open_source(request.places, **request.reading, without=made)
-    source = request.view(View(opened, by_picture, takes_text=request.takes_text))
+    view = View(opened, by_picture, takes_text=request.takes_text, is_beside_alone=not request.outputs.output)
+    source = request.view(view)
     _check_apart(request.outputs.output, source)
     folder = _journal_of(request.outputs, source)
     outputs = request.outputs

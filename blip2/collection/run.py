@@ -256,10 +256,10 @@ def _without_model(job: Job, record: Record, known: Known, wants: frozenset[str]
     if (before := known.get((record.key, record.stamp))) is not None:
         # The source may say other things by now, and a person may have changed what an earlier run wrote.
         before = replace(before, columns=plain(record.columns) or before.columns)
-        return replace(before, text=record.text) if job.skips and record.text else before
+        return replace(before, text=record.text) if job.skips and record.is_described else before
     if record.problem:
         return _failed(_begun(record, wants), record.problem)
-    if job.skips and record.text:
+    if job.skips and record.is_described:
         return replace(_begun(record, wants), status=SKIPPED, text=record.text)
     return None
 

@@ -73,6 +73,12 @@ def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypat
     assert thumbnail.read_bytes().startswith(b"\xff\xd8")
 
 
+def test_what_is_skipped_says_why(run, photos, no_model):
+    (photos / "cats.txt").write_text("by hand")
+    found = run("caption", "photos/cats.png", "--sidecar", ".txt")
+    assert "0 done, 1 skipped" in found.stderr and "has a text already; --if-exists overwrite" in found.stderr
+
+
 def test_a_dry_run_lists_and_writes_nothing(run, photos, no_model):
     (photos / "flowers.txt").write_text("by hand")
     before = sorted(photos.parent.rglob("*"))

@@ -296,6 +296,31 @@ def test_another_model_under_the_same_name(tmp_path):
         journal.agree("the model", "2")
 
 
+def test_what_is_skipped_is_what_would_be_written_over(photos, tmp_path):
+    names = ["0_set/00.png", "1_set/01.png"]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"image": f"photos/{name}", "caption": "of the row"}) + "\n" for name in names))
+    (photos / names[0]).with_suffix(".txt").write_text("by hand")
+
+    def texts(output="", **options):
+        options = {"sidecar": ".txt", "output": output, **options}
+        plan = planned(Request.of([str(table)], options))
+        listed = [what for _, what in plan.listed()]
+        with plan.begun() as job:
+            summary = run(job, Model())
+        assert listed.count("skipped") == summary.skipped
+        found = [(photos / name).with_suffix(".txt") for name in names]
+        return [path.read_text() if path.exists() else None for path in found]
+
+    assert texts(template="{caption} ({old})") == ["by hand", "a 01.png (of the row)\n"]
+    (photos / names[1]).with_suffix(".txt").unlink()
+    assert texts(if_exists="append", restart=True) == ["by hand, a 00.png\n", "of the row, a 01.png\n"]
+    (photos / names[1]).with_suffix(".txt").unlink()
+    assert texts(str(tmp_path / "all.jsonl")) == ["by hand, a 00.png\n", None]
+    rows = [json.loads(line)["text"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert rows == ["by hand, a 00.png", "of the row"]
+
+
 def test_shards_of_slurm():
     def task(number, first=0, count=4, last=3):
         told = {"ID": number, "MIN": first, "COUNT": count, "MAX": last}
