@@ -65,7 +65,8 @@ class Feed(Iterator[Record]):
         self._waiting: deque[tuple[Unit, Pending | Copy | Result | None]] = deque()
         self._batches = self._all(units)
         self._first: list[Record] = []
-        self._is_cut = False
+        self.cut: set[int] = set()
+        """The number of the unit at which the limit was reached."""
 
     def __next__(self) -> Record:
         if self._first:  # of `begins`, whose batch may be larger
@@ -117,12 +118,12 @@ class Feed(Iterator[Record]):
                 if number == self._size:
                     if batch := self._batch(unit, span):
                         yield batch
-                    if self._is_cut:
+                    if self.cut:
                         return
                     span, number = [], 0
             if batch := self._batch(unit, span):
                 yield batch
-            if self._is_cut:
+            if self.cut:
                 return
             self._waiting.append((unit, None))
 
@@ -143,17 +144,18 @@ class Feed(Iterator[Record]):
             self._waiting.extend((unit, looked.found) for looked in span)
             return []
         if self._room == 0:
-            self._is_cut = True
+            self.cut.add(unit.number)
             return []
         for looked in span:
             record, found = looked.record, looked.found
-            self._is_cut = self._is_cut or (found is None and self._room == 0)
+            if found is None and self._room == 0:
+                self.cut.add(unit.number)
             if looked.belongs:
                 assert not isinstance(found, Copy)
                 result = found or self._begin(record)
                 without = replace(record, picture=None)
-                self._waiting.append((unit, Pending(without, result, looked.first, found is not None, self._is_cut)))
-            elif not self._is_cut:
+                self._waiting.append((unit, Pending(without, result, looked.first, found is not None, bool(self.cut))))
+            elif not self.cut:
                 self._waiting.append((unit, found))
             if found is None and self._room:
                 self._room -= 1

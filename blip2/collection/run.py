@@ -158,7 +158,7 @@ def do(job: Job, units: Iterable[Unit], known: Known, work: Work, heard: Heard) 
             job.journal.finish(unit, job.source.stamp(unit), done)
             heard(unit, None)
 
-    in_background(_kept(job, _settled(job, units, known, work), known), write, MOST_WAITING)
+    in_background(_kept(job, _settled(job, units, known, work, cut), known), write, MOST_WAITING)
     return bool(cut)
 
 
@@ -220,21 +220,19 @@ def _known(job: Job) -> Known:
     }
 
 
-def _settled(job: Job, units: Iterable[Unit], known: Known, work: Work) -> Generator[Settled, None, None]:
+def _settled(
+    job: Job, units: Iterable[Unit], known: Known, work: Work, cut: set[int]
+) -> Generator[Settled, None, None]:
     """The result of each record, in order. What needs no model passes by those that do, and waits behind them.
 
-    It ends within a unit where a limit is reached.
+    It ends within a unit where a limit is reached, or before it; ``cut`` is told its number.
     """
     wants = frozenset[str]().union(*(sink.wants for sink in job.sinks))
 
-    def look(record: Record) -> Result | None:
-        return _without_model(job, record, known, wants)
-
-    def begin(record: Record) -> Result:
-        return _begun(record, wants)
-
-    repeat = partial(_repeated, job) if job.dedupes else None
-    feed = Feed(job.source, units, job.journal, look, begin, repeat, job.limit, again=not job.retries)
+    feed = Feed(
+        job.source, units, job.journal, partial(_without_model, job, known, wants), partial(_begun, wants),
+        partial(_repeated, job) if job.dedupes else None, job.limit, again=not job.retries,
+    )  # fmt: skip
     outcomes = work(feed)
     try:
         for outcome in outcomes:
@@ -250,21 +248,22 @@ def _settled(job: Job, units: Iterable[Unit], known: Known, work: Work) -> Gener
         if isinstance(outcomes, Generator):
             outcomes.close()
     yield from feed.passing_by()
+    cut |= feed.cut
 
 
-def _without_model(job: Job, record: Record, known: Known, wants: frozenset[str]) -> Result | None:
+def _without_model(job: Job, known: Known, wants: frozenset[str], record: Record) -> Result | None:
     if (before := known.get((record.key, record.stamp))) is not None:
         # The source may say other things by now, and a person may have changed what an earlier run wrote.
         before = replace(before, columns=plain(record.columns) or before.columns)
         return replace(before, text=record.text) if job.skips and record.is_described else before
     if record.problem:
-        return _failed(_begun(record, wants), record.problem)
+        return _failed(_begun(wants, record), record.problem)
     if job.skips and record.is_described:
-        return replace(_begun(record, wants), status=SKIPPED, text=record.text)
+        return replace(_begun(wants, record), status=SKIPPED, text=record.text)
     return None
 
 
-def _begun(record: Record, wants: frozenset[str]) -> Result:
+def _begun(wants: frozenset[str], record: Record) -> Result:
     """All that is known of a picture before the model sees it."""
     width, height = (0, 0)
     digest = ""

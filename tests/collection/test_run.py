@@ -154,6 +154,14 @@ def test_a_limit_does_so_many_and_the_next_run_goes_on(photos, undisturbed):
     assert do(photos, Model(stops_at=0), limit=5).is_complete
 
 
+def test_a_limit_that_is_reached_where_a_unit_ends(photos, undisturbed):
+    first = do(photos, Model(), limit=16)
+    assert first.is_limited and first.done == 16
+    assert len((photos / "metadata.jsonl").read_text().splitlines()) == 16
+    do(photos, Model())
+    assert written(photos) == undisturbed
+
+
 def test_parts_make_one_output(photos, undisturbed):
     heard = []
     for number in (2, 1, 3):
