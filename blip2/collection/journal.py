@@ -143,7 +143,7 @@ class Journal:
                 if other.name != self._own:
                     with locked(other):
                         pass
-        except BlockingIOError:
+        except OSError:  # held, or not ours to hold
             return False
         return True
 

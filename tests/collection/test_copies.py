@@ -12,6 +12,7 @@ from blip2.collection.record import Record
 from blip2.collection.request import Request, planned
 from blip2.collection.run import Outcome
 from blip2.errors import CollectionError, ImageError, OptionError
+from tests.collection.test_engines import begin, noted
 from tests.collection.written import jpeg
 
 CONTENTS = "ABACBDAAEFAB" "BGHAGG"
@@ -123,6 +124,16 @@ def test_parts_write_the_same(photos, tmp_path):
     for number in (2, 1):
         do(photos, Model(), shard=(number, 2))
     assert [row["caption"] for row in rows(photos)] == [row["caption"] for row in rows(other)]
+
+
+def test_workers_write_the_same(photos, tmp_path):
+    (tmp_path / "u").mkdir()
+    for folder, machines in ((photos, {}), (filled(tmp_path / "u" / "photos"), {"devices": "cpu,cpu"})):
+        options = {"output": str(folder.parent / "photos.csv"), "dedupe": True}
+        begin(folder.parent, folder, options, machines).run()
+        assert len(noted(folder.parent)) == 10
+    assert (tmp_path / "u" / "photos.csv").read_bytes() == (tmp_path / "photos.csv").read_bytes()
+    assert "photos/02.png,a 00.png" in (tmp_path / "photos.csv").read_text()
 
 
 def test_a_picture_that_has_a_text_says_nothing_of_its_copies(photos):
