@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import click
 
-from blip2.collection.page import page as whole_page
 from blip2.errors import ImageError
 
 THUMBNAIL_PX = 320
@@ -44,6 +43,8 @@ class Shown(NamedTuple):
 
 def page(title: str, groups: Sequence[Sequence[Shown]], tell: Callable[[str], None]) -> str:
     """HTML of pictures in groups. ``tell`` gets a line for each that cannot be opened; it is shown by its name."""
+    from blip2.collection.page import page as whole_page  # imports Pillow
+
     # A name that is no UTF-8, or a text with a lone surrogate, becomes something that can be written.
     title = click.format_filename(title)
     number = sum(map(len, groups))
