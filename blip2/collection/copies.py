@@ -52,6 +52,8 @@ class Copies:
             self._alone[record.asked, size] = picture, new
             return new
         if (other := self._alone[record.asked, size]) is not None:
+            if other[0] == picture:  # as of rows that name one file several times
+                return other[1]
             self._alone[record.asked, size] = None
             self._by_content[record.asked, _content(other[0])] = other[1]
         return self._by_content.setdefault((record.asked, _content(picture)), new)

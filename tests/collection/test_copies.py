@@ -169,11 +169,11 @@ def test_what_is_equal(tmp_path, monkeypatch):
 
     with monkeypatch.context() as changed:
         changed.setattr("builtins.open", None)  # no file is read whose size is its own
-        assert [place(a), place(b)] == [0, 1]
-    assert [place(c), place(d), place(a), place(a, "how many?"), place(d, "how many?")] == [2, 0, 0, 5, 5]
-    assert [place(b"1234"), place(b"1234"), place("-"), place("-")] == [0, 0, 9, 10]
+        assert [place(a), place(b), place(b)] == [0, 1, 1]
+    assert [place(c), place(d), place(a), place(a, "how many?"), place(d, "how many?")] == [3, 0, 0, 6, 6]
+    assert [place(b"1234"), place(b"1234"), place("-"), place("-")] == [0, 0, 10, 11]
     address = "https://example.org/a.png"
-    assert [place(address), place(address), place(f"{address}?2"), place("gone.png")] == [11, 11, 13, 14]
+    assert [place(address), place(address), place(f"{address}?2"), place("gone.png")] == [12, 12, 14, 15]
 
 
 def test_what_is_sampled_needs_a_seed(photos):
