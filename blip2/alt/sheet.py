@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blip2.alt.report import Row
 from blip2.alt.scan import HERE
+from blip2.collection.page import page
 from blip2.errors import ImageError
 
 THUMBNAIL_PX = 320
@@ -18,15 +19,7 @@ GENERATOR = '<meta name="generator" content="blip2 alt">'
 POLICY = "default-src 'none'; img-src data: http: https:; style-src 'unsafe-inline'"
 
 STYLE = """
-:root { color-scheme: light dark; --back: #fafafa; --front: #1c1c1e; --dim: #63636a; --card: #fff; --line: #dcdce0;
-  --wrong: #a3261b; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #161618; --front: #ececf0; --dim: #a0a0a8; --card: #222225; --line: #3a3a3f; --wrong: #ff8f85; }
-}
-* { box-sizing: border-box; }
-body { max-width: 60rem; margin: 0 auto; padding: 1rem; background: var(--back); color: var(--front);
-  font: 1rem/1.45 system-ui, sans-serif; }
-h1 { margin: 0 0 .25rem; font-size: 1.4rem; overflow-wrap: anywhere; }
+body { max-width: 60rem; margin: 0 auto; padding: 1rem; }
 p { margin: 0; overflow-wrap: anywhere; }
 header p, .dim { color: var(--dim); font-size: .875rem; }
 header { margin-bottom: 1rem; }
@@ -37,7 +30,7 @@ img { display: block; max-width: 100%; max-height: 12rem; margin: 0 auto; }
 .gone { display: grid; place-items: center; min-height: 6rem; border: 1px dashed var(--line); color: var(--dim);
   font-size: .875rem; }
 .text { font-size: 1.1rem; margin-bottom: .25rem; }
-.wrong { color: var(--wrong); }
+.wrong { color: var(--bad); }
 ul { margin: .5rem 0 0; padding: 0; list-style: none; font-size: .875rem; overflow-wrap: anywhere; }
 li { padding: .3rem 0; border-top: 1px solid var(--line); }
 li span { display: block; color: var(--dim); }
@@ -54,16 +47,14 @@ def sheet(rows: Sequence[Row], pictures: Sequence[str], name: str) -> str:
     number = len(rows)
     title = f"{number:,} picture{'' if number == 1 else 's'} without alt text"
     parts = [_card(picture, some) for (_, picture, _), some in groups.items()]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{GENERATOR}\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title} - blip2 alt</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+    head = f'{GENERATOR}\n<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
+    body = (
         f"<header><h1>{title}</h1>\n<p>Mend the texts in {escape(name)}, write yes (or decorative) into its column "
         f"“approved”, and run <code>blip2 alt --apply {escape(name)}</code>.</p></header>\n<main>\n"
         + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
+        + "\n</main>"
     )
+    return page(f"{title} - blip2 alt", STYLE, body, head=head)
 
 
 def _card(picture: str, rows: Sequence[Row]) -> str:

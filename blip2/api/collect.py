@@ -154,7 +154,7 @@ def caption_collection(
     ``output``: a file or a folder, its ``format`` by its name; or ``sidecar``, ``xmp``, ``embed``, see
     `blip2.collection.sinks.Outputs`. How captions are worded: ``if_exists``, ``prefix``, ``suffix``, ``template``,
     ``replace``, ``remove``, ``forbid_words``, ``dedupe_words``, ``max_chars``, see `blip2.collection.wording.Wording`.
-    How it goes on: ``limit``, ``shard`` (3, 16), ``retry_failed``, ``restart``, see `blip2.collection.request.Going`.
+    How it goes on: ``limit``, ``shard`` (3, 16), ``retry_failed``, ``restart``, ``dedupe``, see `request.Going` there.
     On several GPUs or machines: ``devices="0,1"``, or ``engine="ray"`` with ``replicas`` and ``address``, see
     `blip2.api.machines.Machines`; what is written is the same.
 
@@ -324,6 +324,11 @@ def _model(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any]) -
 def _planned(
     source: Places, output: PathLike | None, options: dict[str, Any], model: Model, told: Mapping[str, Any], **view: Any
 ) -> Plan:
+    if options.get("dedupe") and told.get("sample") and told.get("seed") is None:
+        raise OptionError(
+            f"{option('dedupe')} gives equal pictures one text, and what is sampled without a seed differs each time; "
+            f"give {option('seed')}, or leave out {option('dedupe')}"
+        )
     check_names(options, [*READING, *OUTPUTS, *WORDING, *GOING, *MACHINES], [*NAMES, *LOADING])
     if not view.get("takes_text", True) and str(output).endswith(".jsonl"):  # scores and questions, too
         options = {"format": "jsonl", **options}

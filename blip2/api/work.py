@@ -23,13 +23,15 @@ from blip2.errors import ImageError
 from blip2.generation import GenerateOptions
 from blip2.tasks.ask import ask, rank
 from blip2.tasks.caption import caption
+from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.match import ImageFeatures
 from blip2.tasks.see import Eye
 from blip2.tasks.speaker import Answer
 
 Kept = TypeVar("Kept", EncodedImage, ImageFeatures)
-SCORE_DIGITS, PROBABILITY_DIGITS = 4, 6
-"""The same picture in another batch may have a score that differs in its last digits; what is written does not."""
+SCORE_DIGITS = 4
+"""Of scores and probabilities. The same picture in another batch may have one that differs by some millionths; of what
+is written only those differ then that lie so near to the edge between two numbers of four digits."""
 
 
 def captions(
@@ -49,7 +51,7 @@ def captions(
         pictures_again: list[Any] = [record.picture for record in records]
         seen = matcher.eye.see(pictures_again, batch_size)
         return [
-            by_match(matcher, features, told, prompt, batch_size) if isinstance(features, ImageFeatures) else told
+            by_match(matcher, features, told, prompt) if isinstance(features, ImageFeatures) else told
             for features, told in zip(seen, outcomes, strict=True)
         ]
 
@@ -76,11 +78,12 @@ def answers(
 
 def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, candidates: int, batch_size: int) -> Work:
     """The ``top`` texts that fit each picture, the best first, with their probabilities as scores; see
-    `Matcher.classify`."""
+    `Matcher.classify`. ``batch_size``: pictures that are seen at a time; texts are read as many at a time as always, so
+    that one is read in the same company whatever that is."""
 
     def classify(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
         found = matcher.each_classified(
-            list(pictures), texts, top=top, template=template, candidates=candidates, batch_size=batch_size,
+            list(pictures), texts, top=top, template=template, candidates=candidates, batch_size=BATCH_SIZE,
             on_error="return",
         )  # fmt: skip
         rows: list[Any] = [*found]
@@ -135,12 +138,12 @@ def _pictures(
         yield [record.picture for record, is_same in zip(some, are_same, strict=True) if not is_same]
 
 
-def by_match(matcher: Matcher, features: ImageFeatures, told: Outcome, prompt: str, batch_size: int) -> Outcome:
-    """The texts of an outcome ordered by how well they fit."""
+def by_match(matcher: Matcher, features: ImageFeatures, told: Outcome, prompt: str) -> Outcome:
+    """The texts of an outcome ordered by how well they fit; those that fit alike stay in their order."""
     texts = [f"{prompt} {text}".strip() or "nothing" for text in told.captions]
     ids = matcher.reader.ids(texts)
-    matched = matcher.reader.compare([features], ids, matcher.reader.embed_texts(ids, batch_size), batch_size)
-    scores = [_rounded(score, PROBABILITY_DIGITS) for score in matched.itm_probability[0].tolist()]
+    matched = matcher.reader.compare([features], ids, matcher.reader.embed_texts(ids))
+    scores = [_rounded(score) for score in matched.itm_probability[0].tolist()]
     order = sorted(range(len(texts)), key=lambda place: -scores[place])
     captions, tokens = [told.captions[place] for place in order], [told.tokens[place] for place in order]
     return Outcome(captions, [scores[place] for place in order], tokens)
@@ -156,9 +159,9 @@ def outcome(answers: list[Answer]) -> Outcome:
 
 def _probable(texts: Sequence[tuple[str, float]]) -> Outcome:
     """Texts that are given, with their probabilities."""
-    scores = [_rounded(probability, PROBABILITY_DIGITS) for _, probability in texts]
+    scores = [_rounded(probability) for _, probability in texts]
     return Outcome([text for text, _ in texts], scores, [0] * len(texts))
 
 
-def _rounded(score: float, digits: int = SCORE_DIGITS) -> float:
-    return round(float(score), digits)
+def _rounded(score: float) -> float:
+    return round(float(score), SCORE_DIGITS)

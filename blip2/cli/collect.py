@@ -38,13 +38,16 @@ OUTPUTS = (
     click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a page to look "
                  "results over, too, the worst scores first."),
 )  # fmt: skip
-SOURCES = (
+ROWS = (
     click.option("--image-column", metavar="NAME", help="Of rows: where the picture is.  [default: by looking]"),
+    click.option("--images", metavar="FOLDER", help="Where paths in rows begin.  [default: the file's folder]"),
+    click.option("--split", metavar="NAME", help="Of Karpathy's JSON: train, val, test, restval."),
+)
+SOURCES = (
+    *ROWS,
     click.option("--caption-column", metavar="NAME", help="Of rows: what was said before.  [default: by looking]"),
     click.option("--key-column", metavar="NAME", help="Of rows: what they are known by; row numbers them."),
-    click.option("--images", metavar="FOLDER", help="Where paths in rows begin.  [default: the file's folder]"),
     click.option("--caption-suffix", metavar=".txt", help="Files beside pictures that hold what was said before."),
-    click.option("--split", metavar="NAME", help="Of Karpathy's JSON: train, val, test, restval."),
 )  # fmt: skip
 WORDS = (
     click.option("--if-exists", type=click.Choice(["skip", "overwrite", "append", "prepend"]), help="What becomes of "
@@ -66,6 +69,8 @@ GOING = (
                  "array]"),
     click.option("--retry-failed", is_flag=True, help="Do once more what failed before."),
     click.option("--restart", is_flag=True, help="Forget earlier runs."),
+    click.option("--dedupe", is_flag=True, help="Of equal files see the first alone, in a run of 256 files or a shard; "
+                 "the others are given its result."),
     click.option("--log-json", is_flag=True, help="Progress and summary as JSON lines on standard error."),
 )  # fmt: skip
 MACHINES = (

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli import Failure, of_picture
-from blip2.cli.options import INDEX_MODEL, load_matcher, load_pipeline, of_model, with_options
+from blip2.cli.collect import ROWS, names_of
+from blip2.cli.options import INDEX_MODEL, given, load_matcher, load_pipeline, of_model, with_options
 from blip2.cli.pictures import PICTURES, Asked, of_reading
 from blip2.cli.report import tell
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--for", "kind", type=click.Choice(["search", "ask"]), help="To be searched, by a matching model, or to "
               "be asked, by a model that answers.  [default: what it is for, or search]")  # fmt: skip
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures at a time.")
-@with_options(PICTURES, INDEX_MODEL)
+@with_options(ROWS, PICTURES, INDEX_MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -39,16 +40,18 @@ def command(
 ) -> None:
     """See pictures once, to search or ask them.
 
-    PHOTOS are folders, with all folders within, or picture files, or are listed in a file (--files-from). A second run
-    encodes only what is new or changed, by size and time of change, and forgets what is gone from the folders that are
-    named. A picture or a folder that cannot be read is told and left out (what is known of a folder stays); the exit
-    code is then 1. A run that is stopped loses little: the same command goes on.
+    PHOTOS are folders, with all folders within, or picture files, or are listed in a file (--files-from), or named in
+    rows (JSON lines, CSV, parquet, COCO JSON). A second run encodes only what is new or changed, by size and time of
+    change, and forgets what is gone from the folders that are named. A picture or a folder that cannot be read is told
+    and left out (what is known of a folder stays); the exit code is then 1. A run that is stopped loses little: the
+    same command goes on.
 
     The index is a safetensors file (README, "Search"). It remembers its model, so that later runs, and blip2 search and
     blip2 ask, need no --model.
 
     \b
     blip2 index photos/ -o photos.index
+    blip2 index captions.jsonl --image-column file_name -o photos.index
     blip2 search photos.index "two cats on a sofa"
     blip2 index photos/ -o seen.index --for ask
     blip2 ask seen.index "is there a dog?"
@@ -57,6 +60,7 @@ def command(
     from blip2.index import update
 
     model, reading = of_model(others), of_reading(others)
+    rows = given({name: others.pop(name) for name in names_of(ROWS)})
     asked = Asked.of(photos, others, "PHOTOS...")
     name = model.pop("model")
     problems = 0
@@ -74,8 +78,8 @@ def command(
         with _bar() as on_progress:
             changes = update(
                 output, asked.arguments, load, kind=kind, model=name, batch_size=batch_size,
-                recursive=asked.recursive, exclude=asked.exclude, reading=Reading(**reading), on_progress=on_progress,
-                on_problem=problem, on_note=tell,
+                recursive=asked.recursive, exclude=asked.exclude, rows=rows, reading=Reading(**reading),
+                on_progress=on_progress, on_problem=problem, on_note=tell,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Failure(f"stopped; what was encoded is kept beside {output}, and the same command goes on", 130) from None

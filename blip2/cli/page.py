@@ -15,13 +15,7 @@ from blip2.errors import ImageError
 THUMBNAIL_PX = 320
 
 STYLE = """
-:root { color-scheme: light dark; --back: #fafafa; --front: #1c1c1e; --dim: #63636a; --card: #fff; --line: #dcdce0; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #161618; --front: #ececf0; --dim: #a0a0a8; --card: #222225; --line: #3a3a3f; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; padding: 1rem; background: var(--back); color: var(--front); font: 1rem/1.4 system-ui, sans-serif; }
-h1 { margin: 0 0 .25rem; font-size: 1.4rem; overflow-wrap: anywhere; }
+body { padding: 1rem; }
 p, h2 { margin: 0 0 1rem; color: var(--dim); font-size: .9rem; font-weight: normal; }
 section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 100%), 1fr)); gap: .75rem;
   margin-bottom: 2rem; }
@@ -49,6 +43,8 @@ class Shown(NamedTuple):
 
 def page(title: str, groups: Sequence[Sequence[Shown]], tell: Callable[[str], None]) -> str:
     """HTML of pictures in groups. ``tell`` gets a line for each that cannot be opened; it is shown by its name."""
+    from blip2.collection.page import page as whole_page  # imports Pillow
+
     # A name that is no UTF-8, or a text with a lone surrogate, becomes something that can be written.
     title = click.format_filename(title)
     number = sum(map(len, groups))
@@ -57,13 +53,7 @@ def page(title: str, groups: Sequence[Sequence[Shown]], tell: Callable[[str], No
         if len(groups) > 1:
             parts.append(f"<h2>group {place}, {len(group)} pictures</h2>")
         parts += ["<section>", *(_figure(shown, tell) for shown in group), "</section>"]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} - blip2 search</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+    return whole_page(f"{escape(title)} - blip2 search", STYLE, "\n".join(parts))
 
 
 def _figure(shown: Shown, tell: Callable[[str], None]) -> str:

@@ -86,7 +86,8 @@ class Progress:
             self.tell(note)
         if self._is_json:
             self._event(
-                "summary", **_counts(summary), repeated=summary.repeated, reasons=dict(summary.reasons.most_common()),
+                "summary", **_counts(summary), copies=summary.copies, repeated=summary.repeated,
+                reasons=dict(summary.reasons.most_common()),
                 is_complete=summary.is_complete, written=[name for name in written if name],
                 errors=str(plan.journal.errors) if failed else None, html=str(html) if html else None,
             )  # fmt: skip
@@ -100,6 +101,10 @@ class Progress:
             self.tell(f"{number:,} failed: {of_picture(reason)}")
         if failed:
             self.tell(f"what failed is in {plan.journal.errors}; --retry-failed does it once more")
+        if summary.skipped and not summary.done and plan.request.takes_text:
+            self.tell("what is skipped has a text already; --if-exists overwrite, append or prepend describes it anew")
+        if summary.copies:
+            self.tell(f"{_number(summary.copies, 'copy', 'copies')} of another picture, given its result")
         if summary.repeated:
             self.tell(f"{_number(summary.repeated, 'caption')} repeated that of another picture")
         if summary.is_limited:
@@ -167,8 +172,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _number(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _number(number: int, what: str, several: str = "") -> str:
+    return f"{number:,} {what if number == 1 else several or what + 's'}"
 
 
 def _bar() -> Any:

@@ -20,11 +20,11 @@ import time
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
-from blip2.collection.record import FAILED, Result, Unit
+from blip2.collection.part import Part, line_of, result_of, sound
+from blip2.collection.record import FAILED, SUCCESS, Result, Unit
 from blip2.disk import digest_of, locked, write_text, written
 from blip2.errors import CollectionError, option, setting
 
@@ -35,8 +35,6 @@ HANDOVER_S = 10.0
 FOUND = "found"
 """Within what was asked: what `Journal.agree` keeps."""
 OUTPUT, UNFINISHED = "output", "unfinished"
-NEEDED = ("key", "stamp", "status")
-"""Of a result, also where they are empty: what is not there has no stamp."""
 
 
 class Journal:
@@ -46,6 +44,8 @@ class Journal:
         self.folder = folder
         self._units = folder / "units"
         self._path = folder / "run.json"
+        self._own = ""
+        """The lock that is held here."""
 
     # ---- who is at work ----
 
@@ -56,6 +56,7 @@ class Journal:
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.folder / name))
+                self._own = name
                 # Of runs that divide the units in another way, and of workers whose run has ended before them.
                 for other in self.folder.glob("lock*"):
                     part = other.name.partition(".")[0]
@@ -94,13 +95,16 @@ class Journal:
     # ---- what was asked ----
 
     def begin(self, asked: Mapping[str, Any], *, restart: bool = False, is_made: bool = False) -> None:
-        """Go on with a run that was asked the same, or begin one. Raises CollectionError for another one.
+        """Go on with a run that was asked the same, or begin one. Raises CollectionError for another one, unless that
+        had come to nothing.
 
         ``is_made``: the output is that of an earlier run, which is remembered after a ``restart``, too.
         """
         before = self.written
-        if restart:
+        is_new = restart or self._came_to_nothing()
+        if restart or (is_new and self._changed(asked)):
             shutil.rmtree(self._units, ignore_errors=True)
+        if is_new:  # also what was found of a model
             self._path.unlink(missing_ok=True)
         self.compare(asked)
         self._units.mkdir(parents=True, exist_ok=True)
@@ -113,12 +117,35 @@ class Journal:
 
         ``asked``: names of options, or other words, with values as JSON has them.
         """
+        if (changed := self._changed(asked)) and not self._came_to_nothing():
+            self._refuse(changed)
+
+    def _changed(self, asked: Mapping[str, Any]) -> list[str]:
+        """How this differs from what the run was asked that is there, a text for each difference."""
         if not (before := self._asked()):
-            return
+            return []
         wanted = json.loads(json.dumps({"version": VERSION, **asked}))
-        names = [name for name in {**before, **wanted} if name != FOUND]
-        if changed := [name for name in names if before.get(name) != wanted.get(name)]:
-            self._refuse(_difference(name, before.get(name), wanted.get(name)) for name in changed)
+        return [
+            _difference(name, before.get(name), wanted.get(name))
+            for name in {**before, **wanted}
+            if name != FOUND and before.get(name) != wanted.get(name)
+        ]
+
+    def _came_to_nothing(self) -> bool:
+        """Whether no model has said a word, as where it could not be loaded, and nobody else is at work."""
+        done, parts = self._units.glob("*.jsonl"), self._units.glob("*.part")
+        if any(_head(path).get("statuses", {}).get(SUCCESS) for path in done):
+            return False
+        if any(result.status == SUCCESS for path in parts for result in sound(path)):
+            return False
+        try:
+            for other in self.folder.glob("lock*"):
+                if other.name != self._own:
+                    with locked(other):
+                        pass
+        except OSError:  # held, or not ours to hold
+            return False
+        return True
 
     def agree(self, name: str, value: str) -> None:
         """As `compare`, for what is known only when a model is there; it is kept if nothing is."""
@@ -149,7 +176,7 @@ class Journal:
 
     def _asked(self) -> dict[str, Any]:
         """Empty if no run was begun."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             with suppress(ValueError):
                 if isinstance(found := json.loads(self._path.read_text("utf-8")), dict):
                     return found
@@ -169,39 +196,34 @@ class Journal:
 
     def stamp_of(self, unit: Unit) -> str | None:
         """That of a unit that is done, as it was then; None if it is not done."""
-        return self._head(unit).get("stamp")
+        return _head(self._done(unit)).get("stamp")
 
     def statuses(self, unit: Unit) -> Counter[str]:
         """How many of its pictures have which; empty if it is not done."""
-        return Counter(self._head(unit).get("statuses"))
-
-    def _head(self, unit: Unit) -> dict[str, Any]:
-        with suppress(OSError, ValueError, StopIteration), open(self._done(unit), encoding="utf-8") as file:
-            return dict(json.loads(next(file)))
-        return {}
+        return Counter(_head(self._done(unit)).get("statuses"))
 
     def results(self, unit: Unit) -> Iterator[Result]:
         """Of a unit that is done."""
         with open(self._done(unit), encoding="utf-8") as file:
             next(file)
-            yield from map(_result, file)
+            yield from map(result_of, file)
 
     def earlier(self, without: Container[str] = ()) -> Iterator[Result]:
         """All that is known, of whatever unit but these names; a picture may come twice."""
         for path in sorted(self._units.glob("*")):
             if path.stem not in without:
-                yield from _sound(path)
+                yield from sound(path)
 
     def so_far(self, unit: Unit) -> Iterator[Result]:
         """Of a unit that may not be done; the newest of each picture."""
-        if not (part := {result.key: result for result in _sound(self._part(unit))}):
-            return _sound(self._done(unit))
-        older = {result.key: result for result in _sound(self._done(unit))}
+        if not (part := {result.key: result for result in sound(self._part(unit))}):
+            return sound(self._done(unit))
+        older = {result.key: result for result in sound(self._done(unit))}
         return iter({**part, **older, **part}.values())
 
     def begun(self, unit: Unit) -> set[tuple[str, str]]:
         """Keys and stamps of what is there of a unit that was left unfinished."""
-        return {(result.key, result.stamp) for result in _sound(self._part(unit))}
+        return {(result.key, result.stamp) for result in sound(self._part(unit))}
 
     def part(self, unit: Unit) -> Part:
         return Part(self._part(unit))
@@ -214,7 +236,7 @@ class Journal:
             open(unfinished, "w", encoding="utf-8", newline="\n") as file,
         ):
             file.write(json.dumps({"stamp": stamp, "statuses": statuses}) + "\n")
-            file.writelines(_line(result) for result in results)
+            file.writelines(line_of(result) for result in results)
         with suppress(FileNotFoundError):
             self._part(unit).unlink()
 
@@ -248,34 +270,6 @@ class Journal:
         return self._units / f"{unit.name}.part"
 
 
-class Part:
-    """The results of a unit that is being done."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[str] | None = None
-        self._there: set[tuple[str, str]] = set()
-
-    def add(self, result: Result, *, is_new: bool) -> None:
-        """Raises OSError where there is no room. One that is not new is in it once."""
-        if self._file is None:
-            self._there = {(before.key, before.stamp) for before in _sound(self._path)}
-            self._drop_torn()
-            self._file = open(self._path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
-        if is_new or (result.key, result.stamp) not in self._there:
-            self._file.write(_line(result))
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _drop_torn(self) -> None:
-        with suppress(FileNotFoundError), open(self._path, "rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-
-
 @contextmanager
 def _patiently(path: Path) -> Iterator[None]:
     """As `locked`, for what another is about to leave."""
@@ -292,29 +286,16 @@ def _patiently(path: Path) -> Iterator[None]:
         yield
 
 
+def _head(path: Path) -> dict[str, Any]:
+    """Of a unit that is done; empty if it is not."""
+    with suppress(OSError, ValueError, StopIteration), open(path, encoding="utf-8") as file:
+        return dict(json.loads(next(file)))
+    return {}
+
+
 def _lock(shard: tuple[int, int]) -> str:
     number, total = shard
     return "lock" if total == 1 else f"lock-{number + 1}-of-{total}"
-
-
-def _line(result: Result) -> str:
-    told = {
-        name: value for name, value in asdict(result).items() if name in NEEDED or value not in ("", (), [], {}, 0)
-    }
-    return json.dumps(told) + "\n"
-
-
-def _result(line: str) -> Result:
-    return Result(**json.loads(line))
-
-
-def _sound(path: Path) -> Iterator[Result]:
-    """The results in a file, of which the last line may be torn; none if it is not there."""
-    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError, TypeError):
-                if line.endswith("\n") and "key" in (found := json.loads(line)):
-                    yield Result(**found)
 
 
 def _difference(name: str, before: object, now: object) -> str:

@@ -65,4 +65,5 @@ class Questions(View):
 
 def _asked(record: Record, question: str) -> Record:
     digest = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-    return replace(record, stamp=f"{record.stamp}-{digest}", columns={**record.columns, QUESTION: question})
+    return replace(record, stamp=f"{record.stamp}-{digest}", columns={**record.columns, QUESTION: question},
+                   asked=question)  # fmt: skip

@@ -17,7 +17,9 @@ class Record:
     ``key``: by which it is known in the outputs, unique in its source: the path within the folder, the key in a shard,
     the number of a row. ``picture``: a path, an address, or the bytes of an image file; None if ``problem`` says why
     there is none. ``name``: what messages call it. ``stamp``: another one, and it is another picture under this key.
-    ``text``: what was said of it before, "" if nothing. ``columns``: all else that its source says of it.
+    ``text``: what was said of it before, "" if nothing. ``columns``: all else that its source says of it. ``asked``:
+    what is asked about it, where that is not the same for all. ``is_new``: ``text`` is said elsewhere than where the
+    new one is written, which writes nothing over.
     """
 
     key: str
@@ -27,6 +29,13 @@ class Record:
     text: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+    asked: str = ""
+    is_new: bool = False
+
+    @property
+    def is_described(self) -> bool:
+        """Whether what would be written is there already, as `Job.skips` has it."""
+        return bool(self.text) and not self.is_new
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,8 @@ class Result:
     what the outputs have, a line for each caption; most have the first alone, `line`. ``old``: what was said of the
     picture before. ``path``: its file, or its address, "" if it has none of its own. ``width``, ``height``: as stored,
     before any turn; 0 if no output wants them, or they are not known; ``sha256`` of the file, "" likewise. ``columns``:
-    all else that its source says of it, as JSON can have it.
+    all else that its source says of it, as JSON can have it. ``copy_of``: the key of an equal picture, whose captions
+    these are; "" if the model saw this one.
     """
 
     key: str
@@ -77,6 +87,7 @@ class Result:
     height: int = 0
     sha256: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    copy_of: str = ""
 
     @property
     def lines(self) -> list[str]:

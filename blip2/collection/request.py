@@ -27,12 +27,17 @@ DONE, FAILED_BEFORE, TO_DO, PROBLEM = "done", "failed before", "to do", "cannot 
 @dataclass(frozen=True, kw_only=True)
 class Going:
     """How a run goes on. ``limit``: it ends after so many pictures that the model has seen. ``shard``: which of how
-    many parts, from 1; None if it does all. ``retry_failed``, ``restart``: what failed, or all, is done anew."""
+    many parts, from 1; None if it does all. ``retry_failed``, ``restart``: what failed, or all, is done anew.
+
+    ``dedupe``: of files of equal content the first is seen, and the others are given its captions, each worded for its
+    place. That holds within a unit, which is a shard, or a run of 256 files or rows: what is written depends on no
+    order in which units are done, and memory on no number of pictures. Pictures that only look alike are all seen."""
 
     limit: int | None = None
     shard: tuple[int, int] | None = None
     retry_failed: bool = False
     restart: bool = False
+    dedupe: bool = False
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -110,7 +115,8 @@ class Plan:
             outputs.pop(name)  # an output may be moved, with its journal
         wording = asdict(self.request.wording)
         wording.pop("pieces")
-        return {**self.request.told, **wording, **self.source.told(), **outputs}
+        seen = {"dedupe": True} if self.request.going.dedupe else {}
+        return {**self.request.told, **wording, **self.source.told(), **outputs, **seen}
 
     @contextmanager
     def begun(self) -> Iterator[Job]:
@@ -129,6 +135,7 @@ class Plan:
                 self.source, self.sinks, self.journal, self.request.wording, self.asked,
                 skips=self.request.wording.if_exists == "skip", retries=going.retry_failed, shard=shard,
                 limit=going.limit, output=self.request.outputs.output,
+                dedupes=going.dedupe,
             )  # fmt: skip
 
     def listed(self) -> Iterator[tuple[Record, str]]:
@@ -151,7 +158,7 @@ class Plan:
                 elif record.problem:
                     yield record, PROBLEM
                 else:
-                    yield record, SKIPPED if skips and record.text else TO_DO
+                    yield record, SKIPPED if skips and record.is_described else TO_DO
 
 
 def planned(request: Request) -> Plan:
@@ -159,11 +166,12 @@ def planned(request: Request) -> Plan:
     by_picture = open_beside(request.outputs)
     made = _made(request.outputs.output, is_kept=request.going.restart)
     opened = open_source(request.places, **request.reading, without=made)
-    source = request.view(View(opened, by_picture, takes_text=request.takes_text))
+    view = View(opened, by_picture, takes_text=request.takes_text, is_beside_alone=not request.outputs.output)
+    source = request.view(view)
     _check_apart(request.outputs.output, source)
     folder = _journal_of(request.outputs, source)
     outputs = request.outputs
-    if request.going.restart and folder.joinpath("run.json").exists():
+    if request.going.restart and Journal(folder).written:
         outputs = replace(outputs, replaces=True)
     return Plan(request, source, open_sinks(outputs, source, by_picture), Journal(folder), bool(made))
 

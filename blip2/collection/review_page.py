@@ -1,23 +1,13 @@
 """The page of `collection.review`, with places for its title, a line of counts, and the rows as JSON."""
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@TITLE@ - blip2 review</title>
-<style>
-:root { color-scheme: light dark; --back: #fafafa; --front: #1c1c1e; --dim: #63636a; --card: #fff; --line: #dcdce0;
-  --bad: #b3261e; --mark: #8a5300; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #161618; --front: #ececf0; --dim: #a0a0a8; --card: #222225; --line: #3a3a3f; --bad: #ff8a80;
-    --mark: #ffb951; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--front); font: 1rem/1.4 system-ui, sans-serif; }
+from __future__ import annotations
+
+from blip2.collection.page import page
+
+STYLE = """
 header { position: sticky; top: 0; z-index: 1; padding: .75rem 1rem; background: var(--back);
   border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; }
-h1 { margin: 0; font-size: 1.1rem; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 1.1rem; }
 header p { margin: 0; color: var(--dim); font-size: .875rem; }
 header form { flex: 1 1 30rem; max-width: 42rem; margin-left: auto; display: flex; flex-wrap: wrap; gap: .5rem; }
 input, select, button { font: inherit; font-size: .875rem; color: inherit; background: var(--card);
@@ -40,10 +30,9 @@ figcaption small.times { color: var(--mark); }
 figcaption ul { margin: 0 0 .35rem; padding-left: 1.1rem; color: var(--dim); font-size: .875rem; }
 footer { padding: 0 1rem 2rem; text-align: center; }
 [hidden] { display: none !important; }
-</style>
-</head>
-<body>
-<header>
+"""
+
+BODY = """<header>
 <h1>@TITLE@</h1>
 <p id="summary" aria-live="polite">@SUMMARY@</p>
 <form onsubmit="return false">
@@ -134,7 +123,6 @@ more.addEventListener("click", extend);
 new IntersectionObserver(seen => { if (seen.some(entry => entry.isIntersecting)) extend(); }, {rootMargin: "600px"})
   .observe(more);
 show();
-</script>
-</body>
-</html>
-"""
+</script>"""
+
+PAGE = page("@TITLE@ - blip2 review", STYLE, BODY)

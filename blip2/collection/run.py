@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 from blip2.collection.background import in_background
 from blip2.collection.columns import plain
+from blip2.collection.copies import Copy
 from blip2.collection.feed import Feed, Settled
-from blip2.collection.journal import Journal, Part
+from blip2.collection.journal import Journal
+from blip2.collection.part import Part
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit
 from blip2.collection.summary import OnResults, Summary
 from blip2.errors import ImageError
@@ -21,8 +24,6 @@ from blip2.image import stored_size
 
 FLUSH_RESULTS = 16
 """After so many, what is written a picture at a time is written."""
-
-
 MOST_WAITING = 256
 """Results that wait to be written; then the model waits."""
 
@@ -72,7 +73,8 @@ class Job:
     """``asked``: what `Journal.begin` compares. ``word``: from a record and what the model made of it to the text of
     the outputs. ``skips``: whether a picture that has a text already keeps it. ``retries``: what failed before is
     done again. ``shard``: which of how many parts of the units, from 0. ``limit``: the run ends after so many pictures
-    that the model has seen, and the next one goes on. ``output``: the file that is written of all units, if any."""
+    that the model has seen, and the next one goes on. ``output``: the file that is written of all units, if any.
+    ``dedupes``: of pictures of a unit whose content is equal, the model sees the first alone."""
 
     source: Source
     sinks: Sequence[Sink]
@@ -84,6 +86,7 @@ class Job:
     shard: tuple[int, int] = (0, 1)
     limit: int | None = None
     output: str = ""
+    dedupes: bool = False
 
     @property
     def units(self) -> list[Unit]:
@@ -155,7 +158,7 @@ def do(job: Job, units: Iterable[Unit], known: Known, work: Work, heard: Heard) 
             job.journal.finish(unit, job.source.stamp(unit), done)
             heard(unit, None)
 
-    in_background(_kept(job, _settled(job, units, known, work), known), write, MOST_WAITING)
+    in_background(_kept(job, _settled(job, units, known, work, cut), known), write, MOST_WAITING)
     return bool(cut)
 
 
@@ -217,20 +220,19 @@ def _known(job: Job) -> Known:
     }
 
 
-def _settled(job: Job, units: Iterable[Unit], known: Known, work: Work) -> Generator[Settled, None, None]:
+def _settled(
+    job: Job, units: Iterable[Unit], known: Known, work: Work, cut: set[int]
+) -> Generator[Settled, None, None]:
     """The result of each record, in order. What needs no model passes by those that do, and waits behind them.
 
-    It ends within a unit where a limit is reached.
+    It ends within a unit where a limit is reached, or before it; ``cut`` is told its number.
     """
     wants = frozenset[str]().union(*(sink.wants for sink in job.sinks))
 
-    def look(record: Record) -> Result | None:
-        return _without_model(job, record, known, wants)
-
-    def begin(record: Record) -> Result:
-        return _begun(record, wants)
-
-    feed = Feed(job.source, units, job.journal, look, begin, job.limit, again=not job.retries)
+    feed = Feed(
+        job.source, units, job.journal, partial(_without_model, job, known, wants), partial(_begun, wants),
+        partial(_repeated, job) if job.dedupes else None, job.limit, again=not job.retries,
+    )  # fmt: skip
     outcomes = work(feed)
     try:
         for outcome in outcomes:
@@ -239,27 +241,29 @@ def _settled(job: Job, units: Iterable[Unit], known: Known, work: Work) -> Gener
             if pending.is_known:
                 yield unit, pending.result
             elif not pending.is_left:
-                yield unit, _result(job, pending.record, pending.result, outcome)
+                pending.first.result = result = _result(job, pending.record, pending.result, outcome)
+                yield unit, result
             yield from feed.passing_by()
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()
     yield from feed.passing_by()
+    cut |= feed.cut
 
 
-def _without_model(job: Job, record: Record, known: Known, wants: frozenset[str]) -> Result | None:
+def _without_model(job: Job, known: Known, wants: frozenset[str], record: Record) -> Result | None:
     if (before := known.get((record.key, record.stamp))) is not None:
         # The source may say other things by now, and a person may have changed what an earlier run wrote.
         before = replace(before, columns=plain(record.columns) or before.columns)
-        return replace(before, text=record.text) if job.skips and record.text else before
+        return replace(before, text=record.text) if job.skips and record.is_described else before
     if record.problem:
-        return _failed(_begun(record, wants), record.problem)
-    if job.skips and record.text:
-        return replace(_begun(record, wants), status=SKIPPED, text=record.text)
+        return _failed(_begun(wants, record), record.problem)
+    if job.skips and record.is_described:
+        return replace(_begun(wants, record), status=SKIPPED, text=record.text)
     return None
 
 
-def _begun(record: Record, wants: frozenset[str]) -> Result:
+def _begun(wants: frozenset[str], record: Record) -> Result:
     """All that is known of a picture before the model sees it."""
     width, height = (0, 0)
     digest = ""
@@ -290,6 +294,16 @@ def _result(job: Job, record: Record, begun: Result, outcome: Outcome | ImageErr
     return replace(
         begun, status=SUCCESS, text=text, captions=outcome.captions, scores=outcome.scores, tokens=outcome.tokens
     )
+
+
+def _repeated(job: Job, copy: Copy) -> Result:
+    """What the first one's result says of a copy, in the words that are the copy's."""
+    first = copy.first.result
+    assert first is not None
+    begun = replace(copy.result, copy_of=first.key)
+    if first.status == FAILED:
+        return _failed(begun, first.error_message.replace(f"{first.name}: ", f"{copy.record.name}: ", 1))
+    return _result(job, copy.record, begun, Outcome(first.captions, first.scores, first.tokens))
 
 
 def _failed(begun: Result, message: str) -> Result:

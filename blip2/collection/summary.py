@@ -14,7 +14,8 @@ class Summary:
     """Counts of pictures: of this run, and of those before it (``before``, of which ``failed_before``).
 
     ``total``: of all that the source has, or this part of it; None if that is not known. ``reasons``: why pictures
-    failed, the pictures' names left out. ``repeated``: captions of this run that another picture has, too.
+    failed, the pictures' names left out. ``copies``: of this run, that were not seen since an equal one was.
+    ``repeated``: captions of this run that another picture has, too, which is no copy.
     """
 
     done: int = 0
@@ -22,6 +23,7 @@ class Summary:
     failed: int = 0
     before: int = 0
     failed_before: int = 0
+    copies: int = 0
     repeated: int = 0
     total: int | None = None
     seconds: float = 0.0
@@ -66,7 +68,8 @@ class Summary:
         self.failed += result.status == FAILED
         if result.status == FAILED:
             self.reasons[result.error_message.removeprefix(f"{result.name}: ")] += 1
-        elif result.status == SUCCESS:
+        self.copies += bool(result.copy_of)
+        if result.status == SUCCESS and not result.copy_of:
             said = hash(result.line)
             self.repeated += said in self._said
             self._said.add(said)

@@ -1,31 +1,44 @@
-"""The picture files that an index stands for, as they are now."""
+"""The picture files that an index stands for, as they are now: of folders, of a list, of rows that name them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from blip2.collection.sources import open_source
+from blip2.collection.sources.opening import TABLE_SUFFIXES, TAR_SUFFIXES
 from blip2.data.folders import find_in
 from blip2.disk import Stamp, stamp_of
 from blip2.errors import IndexFileError
 from blip2.image import name_of
 
+TABLES = (*TABLE_SUFFIXES, *TAR_SUFFIXES)
+
 
 class Collection:
-    """All picture files that folders and single files give, by absolute path, each with its stamp.
+    """All picture files that folders, single files and rows give, by absolute path, each with its stamp.
 
     ``problems``: a line for each place or entry that could not be looked at; what the index knows of them stays.
-    ``found``: what the folders hold. Raises IndexFileError if there is nothing at all: it may be a drive that is not
-    there today, and everything would be forgotten.
+    ``found``: what the folders hold. ``rows``: how `open_source` reads rows. Raises IndexFileError if there is nothing
+    at all: it may be a drive that is not there today, and everything would be forgotten.
     """
 
     def __init__(
-        self, places: Iterable[str | os.PathLike[str]], *, recursive: bool = True, exclude: Iterable[str] = ()
+        self,
+        places: Iterable[str | os.PathLike[str]],
+        *,
+        recursive: bool = True,
+        exclude: Iterable[str] = (),
+        rows: Mapping[str, Any] | None = None,
     ) -> None:
         named = [os.path.abspath(place) for place in places]
+        tables = [place for place in named if os.path.isfile(place) and place.lower().endswith(TABLES)]
+        of_rows, problems = _named_in(tables, rows or {})
         folders = [place for place in named if os.path.isdir(place)]
-        self.found = find_in(named, recursive=recursive, exclude=exclude)
-        self.problems = list(self.found.problems)
+        others = [place for place in named if place not in {*tables}]
+        self.found = find_in([*others, *of_rows], recursive=recursive, exclude=exclude)
+        self.problems = [*problems, *self.found.problems]
         self.stamps: dict[str, Stamp] = {}
         self._files: set[str] = set()
         self._folders = _within(folder for folder in folders if folder not in self.found.unknown)
@@ -45,6 +58,24 @@ class Collection:
     def covers(self, path: str) -> bool:
         """Whether a picture of this path would be among them if it existed."""
         return path in self._files or (path.startswith(self._folders) and not path.startswith(self._unknown))
+
+
+def _named_in(tables: list[str], rows: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The files that rows name, each once, and what is wrong with others. Raises IndexFileError, CollectionError."""
+    paths: dict[str, None] = {}
+    problems: list[str] = []
+    for table in tables:
+        source = open_source([table], key_column="row", **rows)  # a picture may be in several
+        for record in (record for unit in source.units for record in source.records(unit)):
+            if isinstance(record.picture, bytes):
+                raise IndexFileError(
+                    f"{name_of(table)}: holds its pictures, and an index opens pictures by their names later; unpack it"
+                )
+            if record.picture is None:
+                problems.append(record.problem)
+            else:
+                paths[os.path.abspath(record.picture)] = None
+    return [*paths], problems
 
 
 def _within(folders: Iterable[str]) -> tuple[str, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
@@ -75,6 +75,7 @@ class Index(Sequence[EncodedImage]):
         batch_size: int = BATCH_SIZE,
         recursive: bool = True,
         exclude: Iterable[str] = (),
+        rows: Mapping[str, Any] | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_problem: Callable[[str], None] = lambda message: None,
     ) -> Changes:
@@ -86,7 +87,7 @@ class Index(Sequence[EncodedImage]):
             check_model(stored, model)
         return update(
             path, folders, lambda name, kind: model, kind=kind_of(model), model=model.name, batch_size=batch_size,
-            recursive=recursive, exclude=exclude, reading=model.eye.reading, on_progress=on_progress,
+            recursive=recursive, exclude=exclude, rows=rows, reading=model.eye.reading, on_progress=on_progress,
             on_problem=on_problem,
         )  # fmt: skip
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -74,6 +74,7 @@ def update(
     batch_size: int = BATCH_SIZE,
     recursive: bool = True,
     exclude: Iterable[str] = (),
+    rows: Mapping[str, Any] | None = None,
     reading: Reading = DEFAULT_READING,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_problem: Callable[[str], None] = lambda message: None,
@@ -86,6 +87,8 @@ def update(
     default the index's own, or "search". ``load`` gives the model of a name for that kind, and is called only if there
     is work for it; ``model`` is the name, by default the index's own.
     ``recursive`` and ``exclude``: see `data.folders.find_in`; what they leave out of a folder is forgotten, too.
+    ``rows``: places may be files of rows that name pictures (JSON lines, CSV, parquet, COCO), and this how they are
+    read: ``image_column``, ``images`` and ``split`` as `collection.sources.open_source` has them.
     ``reading``: which pictures are read, as the model's own.
     ``on_progress``: pictures done and in all. ``on_problem``: a line for each picture or folder that cannot be read,
     which is left out; what the index knows of a folder stays. ``on_note``: a line that counts what is no picture.
@@ -98,7 +101,7 @@ def update(
         raise OptionError(f"{option('kind')} is {kind!r}; an index is for {' or '.join(KINDS)}")
     if path.is_dir():
         raise IndexFileError(f"{path}: is a folder; name a file, such as {path / 'photos.index'}")
-    found = Collection(places, recursive=recursive, exclude=exclude)
+    found = Collection(places, recursive=recursive, exclude=exclude, rows=rows)
     for problem in found.problems:
         on_problem(problem)
     if passed_over := found.found.passed_over():

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -50,6 +51,29 @@ def photos(tmp_path, pictures):
 
 
 # ---- index ----
+
+
+def test_pictures_that_rows_name(run, matching, photos, tmp_path):
+    index, rows, table = tmp_path / "photos.index", tmp_path / "rows.jsonl", tmp_path / "table.csv"
+    lines = [{"file": f"picture{number:03}.png", "n": number} for number in (0, 1, 1, 77)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run("index", rows, "--image-column", "file", "--images", photos, "-o", index, *matching)
+    assert result.exit_code == 1 and "picture077.png: no such file; mend the row" in result.stderr
+    assert "2 new, 0 changed, 0 gone; 2 pictures in" in result.stderr
+    table.write_text("image,caption\nphotos/picture001.png,x\nphotos/picture002.png,y\n")
+    result = run("index", table, photos / "picture003.png", "-o", index, *matching)
+    assert result.exit_code == 0 and "2 new, 0 changed, 0 gone; 4 pictures in" in result.stderr
+    assert blip2.Index.open(index).paths == [str(photos / f"picture{number:03}.png") for number in range(4)]
+    assert "has no column 'nobody'" in run("index", table, "--image-column", "nobody", "-o", index).stderr
+    assert "0 new" in run("index", photos, "--exclude", "*[4-7].png", "-o", index, *matching).stderr
+
+
+def test_rows_and_shards_that_hold_their_pictures(run, matching, photos, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(photos / "picture000.png", "0.png")
+    result = run("index", tmp_path / "a.tar", "-o", tmp_path / "photos.index", *matching)
+    assert result.exit_code == 1 and "a.tar: holds its pictures, and an index opens pictures by" in result.stderr
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "photos.index").exists()
 
 
 def test_index_and_again(run, matching, photos, tmp_path):

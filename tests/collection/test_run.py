@@ -154,6 +154,14 @@ def test_a_limit_does_so_many_and_the_next_run_goes_on(photos, undisturbed):
     assert do(photos, Model(stops_at=0), limit=5).is_complete
 
 
+def test_a_limit_that_is_reached_where_a_unit_ends(photos, undisturbed):
+    first = do(photos, Model(), limit=16)
+    assert first.is_limited and first.done == 16
+    assert len((photos / "metadata.jsonl").read_text().splitlines()) == 16
+    do(photos, Model())
+    assert written(photos) == undisturbed
+
+
 def test_parts_make_one_output(photos, undisturbed):
     heard = []
     for number in (2, 1, 3):
@@ -193,6 +201,53 @@ def test_another_command_is_told_the_difference(photos):
     model = Model()
     do(photos, model, prefix="sks, ", restart=True, if_exists="overwrite")
     assert len(model.heard) == 40 and (photos / "0_set" / "00.txt").read_text() == "sks, a 00.png\n"
+
+
+def test_a_start_that_came_to_nothing_blocks_no_other_command(photos, undisturbed):
+    with pytest.raises(KeyboardInterrupt):
+        do(photos, Model(stops_at=0), prefix="sks, ")
+    do(photos, Model())
+    assert written(photos) == undisturbed
+    with pytest.raises(CollectionError, match="begun by another command"):
+        do(photos, Model(), prefix="sks, ")
+
+
+def test_nor_does_one_that_skipped_all_or_could_read_nothing(photos):
+    for number, path in enumerate(photos.rglob("*.png")):
+        path.with_suffix(".txt").write_text("by hand") if number % 2 else path.with_suffix(".txt").write_bytes(b"\0")
+    summary = do(photos, Model(stops_at=0))
+    assert (summary.skipped, summary.failed) == (20, 20)
+    with planned(Request.of([str(photos)], {"sidecar": ".txt", "if_exists": "overwrite"})).begun():
+        pass
+    for path in photos.rglob("*.txt"):
+        path.unlink()
+    model = Model()
+    assert do(photos, model, if_exists="overwrite").done == 39 and len(model.heard) == 40
+
+
+def test_what_it_found_of_a_model_is_forgotten(tmp_path):
+    journal = Journal(tmp_path / ".blip2")
+    journal.begin({"model": "m"})
+    journal.agree("the model's files", "half of them")
+    journal.begin({"model": "m"})
+    journal.agree("the model's files", "all of them")
+
+
+def test_a_part_that_is_at_work_has_come_to_something(photos):
+    request = Request.of([str(photos)], {"sidecar": ".txt", "shard": (1, 2)})
+    with planned(request).begun(), pytest.raises(CollectionError, match="begun by another command"):
+        do(photos, Model(), output="", shard=(2, 2), prefix="sks, ")
+    do(photos, Model(), output="", shard=(2, 2), prefix="sks, ")
+
+
+def test_what_a_person_put_in_the_place_of_an_output_after_a_failed_start(photos):
+    with pytest.raises(KeyboardInterrupt):
+        do(photos, Model(stops_at=0), output=str(photos.parent / "all.jsonl"))
+    (photos.parent / "all.jsonl").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(CollectionError, match="is there already, and no run of this command made it"):
+            do(photos, Model(), output=str(photos.parent / "all.jsonl"), restart=restart)
+    assert (photos.parent / "all.jsonl").read_text() == "mine"
 
 
 def test_an_output_that_a_person_changed_is_kept(photos):
@@ -247,6 +302,31 @@ def test_another_model_under_the_same_name(tmp_path):
     journal.agree("the model", "1")
     with pytest.raises(CollectionError, match='the model was "1" and is "2"'):
         journal.agree("the model", "2")
+
+
+def test_what_is_skipped_is_what_would_be_written_over(photos, tmp_path):
+    names = ["0_set/00.png", "1_set/01.png"]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"image": f"photos/{name}", "caption": "of the row"}) + "\n" for name in names))
+    (photos / names[0]).with_suffix(".txt").write_text("by hand")
+
+    def texts(output="", **options):
+        options = {"sidecar": ".txt", "output": output, **options}
+        plan = planned(Request.of([str(table)], options))
+        listed = [what for _, what in plan.listed()]
+        with plan.begun() as job:
+            summary = run(job, Model())
+        assert listed.count("skipped") == summary.skipped
+        found = [(photos / name).with_suffix(".txt") for name in names]
+        return [path.read_text() if path.exists() else None for path in found]
+
+    assert texts(template="{caption} ({old})") == ["by hand", "a 01.png (of the row)\n"]
+    (photos / names[1]).with_suffix(".txt").unlink()
+    assert texts(if_exists="append", restart=True) == ["by hand, a 00.png\n", "of the row, a 01.png\n"]
+    (photos / names[1]).with_suffix(".txt").unlink()
+    assert texts(str(tmp_path / "all.jsonl")) == ["by hand, a 00.png\n", None]
+    rows = [json.loads(line)["text"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert rows == ["by hand, a 00.png", "of the row"]
 
 
 def test_shards_of_slurm():

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from blip2.collection.journal import Journal, is_folder
 from blip2.collection.journal import beside as journal_beside
-from blip2.collection.journal import is_folder
 from blip2.collection.run import Sink
 from blip2.collection.sinks import document, lines
 from blip2.collection.sinks.exiftool import Embedded
@@ -112,7 +112,7 @@ def _output(outputs: Outputs, source: View) -> Sink:
             f"{path}: datasets reads a caption such as None or NA in it as missing; name it metadata.jsonl"
         )
     images, constants = outputs.with_images, outputs.constants
-    replaces = outputs.replaces or (journal_beside(outputs.output) / "run.json").exists()
+    replaces = outputs.replaces or bool(Journal(journal_beside(outputs.output)).written)
     if format == "webdataset":
         return Shards(
             path, constants, caption_field=outputs.caption_field, images=images is not False,

@@ -31,12 +31,17 @@ class View:
 
     All of these are looked at, so that what is damaged is a problem of its record. Where one of them changes the files
     of pictures (``keeps_time``), a picture is known again by the time of its file alone. ``takes_text``: whether what
-    the source says is an old text of what will be written; a caption is none where answers are.
+    the source says is an old text of what will be written; a caption is none where answers are. ``is_beside_alone``:
+    whether nothing is written elsewhere, so that what the source says is not written over: a picture that has nothing
+    beside it is new then (`Record.is_new`).
     """
 
-    def __init__(self, source: Source, beside: Sequence[Beside] = (), *, takes_text: bool = True) -> None:
+    def __init__(
+        self, source: Source, beside: Sequence[Beside] = (), *, takes_text: bool = True, is_beside_alone: bool = False
+    ) -> None:
         self._source = source
         self._takes_text = takes_text
+        self._is_beside_alone = is_beside_alone
         self._beside = beside
         self._by_time = any(one.keeps_time for one in beside)
 
@@ -115,8 +120,10 @@ class View:
         if self._by_time:
             record = replace(record, stamp=_time(path))
         try:
-            old = [one.old(path) for one in self._beside]
-            return replace(record, text=next(filter(None, old), record.text))
+            old = [*filter(None, [one.old(path) for one in self._beside])]
+            return replace(
+                record, text=next(iter(old), record.text), is_new=self._is_beside_alone and not old
+            )  # fmt: skip
         except CollectionError as error:
             return replace(record, problem=str(error))
         except (OSError, NotTextError) as error:

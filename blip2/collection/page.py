@@ -1,0 +1,25 @@
+"""What the pages that are opened from disk have in common: each is one file, light or dark as its reader likes it."""
+
+from __future__ import annotations
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fafafa; --front: #1c1c1e; --dim: #63636a; --card: #fff; --line: #dcdce0;
+  --bad: #b3261e; --mark: #8a5300; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #161618; --front: #ececf0; --dim: #a0a0a8; --card: #222225; --line: #3a3a3f; --bad: #ff8a80;
+    --mark: #ffb951; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--front); font: 1rem/1.4 system-ui, sans-serif; }
+h1 { margin: 0 0 .25rem; font-size: 1.4rem; overflow-wrap: anywhere; }
+"""
+
+
+def page(title: str, style: str, body: str, *, head: str = "") -> str:
+    """HTML of a whole page. ``title``, ``body`` and ``head``, what else stands there: as HTML; ``style``: beside
+    `STYLE`."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{head}'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}{style.lstrip()}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )

@@ -1,0 +1,129 @@
+"""The commands of the guides run as they stand, in order, and print what is shown; that of alt texts is in test_alt."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GUIDES = ROOT / "docs" / "guides"
+EXAMPLES = {name: (ROOT / "examples" / f"{file}.png").read_bytes()
+            for name, file in {"boat": "picture", "cats": "cats", "flowers": "flowers"}.items()}  # fmt: skip
+
+
+def commands(guide):
+    """Each with what is shown of its output, "" if nothing is."""
+    for block in re.findall(r"```console\n(.*?)```", (GUIDES / guide).read_text("utf-8"), re.S):
+        for shown in block.removeprefix("$ ").split("\n$ "):
+            command, _, output = shown.strip("\n").partition("\n")
+            yield command, output
+
+
+@pytest.fixture
+def follow(run, tmp_path, monkeypatch):
+    """Do what a guide says; its results, in order. ``instead``: what is not on every machine."""
+    monkeypatch.chdir(tmp_path)
+
+    def follow_it(guide, instead=None):
+        found = []
+        for command, output in commands(guide):
+            for there, here in (instead or {}).items():
+                command = command.replace(there, here)
+            program, *arguments = shlex.split(command)
+            assert program == "blip2"
+            done = run(*arguments)
+            assert done.exit_code == 0, (command, done.stderr)
+            assert done.stdout.strip("\n") == output or not output, command
+            found.append(done)
+        return found
+
+    return follow_it
+
+
+def drawn(folder, *names):
+    for name in names:
+        path = Path(folder, f"{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(EXAMPLES[path.stem])
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def test_lora(follow, monkeypatch):
+    drawn("img/10_sks dog", *EXAMPLES)
+    Path("img/10_sks dog/flowers.txt").write_text("my own words\n")
+    _dry, few, everything, anew, *tables = follow("lora.md")
+    assert "1 done" in few.stderr and "stopped at --limit" in few.stderr
+    assert "1 done, 1 skipped, 0 failed, 1 before" in everything.stderr
+    assert "3 done" in anew.stderr
+    text = Path("img/10_sks dog/boat.txt").read_text()
+    assert text == "photo of sks dog, a boat and two dogs\n"
+    assert Path("review.html").exists() and "my own words" in Path("review.html").read_text()
+    assert [re.search(r"\d+ done, \d+ skipped", done.stderr)[0] for done in tables] == ["0 done, 3 skipped"] * 3
+    meta = json.loads(Path("meta.json").read_text())
+    assert meta[str(Path("img/10_sks dog/boat.png").absolute())]["caption"] == text.strip()
+    assert len(rows("rows.jsonl")) == 3
+    assert rows("img/metadata.jsonl")[0] == {"file_name": "10_sks dog/boat.png", "text": text.strip()}
+
+
+@pytest.mark.skipif(find_spec("webdataset") is None, reason="needs blip2[data]")
+def test_shards(follow):
+    from pyarrow import Table, parquet
+
+    Path("shards").mkdir()
+    for number, name in enumerate(EXAMPLES):
+        with tarfile.open(f"shards/{number:05}.tar", "w") as tar:
+            for member, content in {"png": EXAMPLES[name], "txt": b"buy this now"}.items():
+                told = tarfile.TarInfo(f"{number:05}0000.{member}")
+                told.size = len(content)
+                tar.addfile(told, io.BytesIO(content))
+    pictures = [{"image": {"bytes": content, "path": f"{name}.png"}} for name, content in EXAMPLES.items()]
+    parquet.write_table(Table.from_pylist(pictures), "rows.parquet")
+
+    done = follow("shards.md", {"--devices 0,1": "--devices cpu"})
+    trial, whole, devices, first, second, again, _ = (found.stderr for found in done)
+    assert "2 done" in trial and "3 done" in whole and "part" in first
+    assert all("3 before" in told for told in (devices, again)) and "3 before" not in second
+    assert [(row["caption_original"], row["caption"]) for row in rows("trial.jsonl")] == [
+        ("buy this now", "a boat and two dogs"), ("buy this now", "four cats, two dogs and a flower"),
+    ]  # fmt: skip
+    files = sorted(path.name for path in Path("captioned").iterdir() if path.is_file())
+    assert files == [f"{number:05}{end}" for number in range(3) for end in (".parquet", ".tar", "_stats.json")]
+    for name in files:
+        assert Path("captioned", name).read_bytes() == Path("parts", name).read_bytes()
+    with tarfile.open("captioned/00000.tar") as tar:
+        assert tar.extractfile("000000000.txt").read() == b"a boat and two dogs"
+        assert tar.extractfile("000000000.orig.txt").read() == b"buy this now"
+    assert parquet.read_table("captions.parquet")["caption"][0].as_py() == "a boat and two dogs"
+
+
+@pytest.mark.skipif(find_spec("defusedxml") is None, reason="needs blip2[data]")
+def test_a_photo_library(follow):
+    drawn("library", "2024/boat", "2024/cats", "2025/flowers")
+    before = {path: path.read_bytes() for path in Path("library").rglob("*.png")}
+    Path("labels.txt").write_text("boat\ncat\nflower\n")
+    *_, described, again, index, _found, _like, _copies, _labels, _asked = follow("photo-library.md")
+    assert "3 done" in described.stderr and "3 before" in again.stderr and "3 new" in index.stderr
+    assert "four cats, two dogs and a flower" in Path("library/2024/cats.png.xmp").read_text("utf-8")
+    assert {path: path.read_bytes() for path in before} == before
+    assert "boat.png" in Path("found.html").read_text()
+    assert [len(row["captions"]) for row in rows("labels.jsonl")] == [2, 2, 2]
+    with open("dogs.csv", encoding="utf-8", newline="") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == ["yes"] * 3
+
+
+def test_every_guide_is_run_and_named():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    here = Path(__file__).read_text("utf-8") + Path(__file__).with_name("test_alt.py").read_text("utf-8")
+    for guide in GUIDES.glob("*.md"):
+        assert f"docs/guides/{guide.name}" in readme and f'"{guide.name}"' in here
