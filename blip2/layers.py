@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,10 @@ def recorded_attention() -> Iterator[list[Tensor]]:
         yield seen
     finally:
         _SEEN.reset(token)
+
+
+def is_attention_recorded() -> bool:
+    return _SEEN.get() is not None
 
 
 def attend(
@@ -128,6 +133,8 @@ class KVCache:
         self._spare: Tensor | None = None  # what `select` copies into next
         self._longest = 0  # of all rows, known without asking the device
         self._is_even = True  # whether all rows are equally long
+        self._is_fixed = False  # whether its memory stays where it is, and a step leaves nothing on the host
+        self._is_guest = False  # whether its memory is another's
 
     @property
     def capacity(self) -> int:
@@ -139,17 +146,17 @@ class KVCache:
 
     def mask(self, positions_BT: Tensor) -> Tensor:
         """Who may attend to what: each token to the slots of its row up to its own. ``bool[B, 1, T, S]``."""
-        end = min(self._longest + positions_BT.shape[1], self.capacity)
+        end = self.capacity if self._is_fixed else min(self._longest + positions_BT.shape[1], self.capacity)
         slots_S = torch.arange(end, device=positions_BT.device)
         return (slots_S <= positions_BT[:, :, None])[:, None]
 
     def write(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values at ``positions_BT``; returns all of the layer's, ``[B, H, S, D]``."""
         num_tokens = key_BHTD.shape[2]
-        end = self._longest + num_tokens
+        end = self.capacity if self._is_fixed else self._longest + num_tokens
         assert end <= self.capacity, f"the cache holds {self.capacity} tokens a row, {end} are needed"
         keys, values = self.keys[layer], self.values[layer]
-        if self._is_even:
+        if self._is_even and not self._is_fixed:
             keys.narrow(2, self._longest, num_tokens).copy_(key_BHTD)
             values.narrow(2, self._longest, num_tokens).copy_(value_BHTD)
         else:
@@ -160,6 +167,9 @@ class KVCache:
 
     def advance(self, num_tokens_B: Tensor | int, longest: int) -> None:
         """After all layers wrote: each row grew by ``num_tokens_B``, the longest of the call by ``longest``."""
+        if self._is_fixed:
+            self.lengths_B += num_tokens_B
+            return
         if isinstance(num_tokens_B, Tensor):
             self._is_even = self._is_even and bool((num_tokens_B == longest).all())
         self.lengths_B = self.lengths_B + num_tokens_B
@@ -171,7 +181,7 @@ class KVCache:
         spare: Tensor | None = self._spare
         for layers in (self.keys, self.values):
             for layer, old in enumerate(layers):
-                if spare is None or not _has_room(spare, old, len(rows_N)):
+                if spare is None or self._is_guest or not _has_room(spare, old, len(rows_N)):
                     spare = old.new_zeros(len(rows_N), *old.shape[1:])
                 # Slots that no row has reached are not copied; they are read with weight 0, so anything finite will do.
                 new = spare.narrow(0, 0, len(rows_N))
@@ -179,7 +189,8 @@ class KVCache:
                     old.narrow(2, 0, self._longest), 0, rows_N.to(old.device), out=new.narrow(2, 0, self._longest)
                 )
                 layers[layer], spare = new, old
-        self._spare = spare
+        self._spare = None if self._is_guest else spare
+        self._is_guest = False
         self.lengths_B = self.lengths_B[rows_N]
         if not self._is_even:  # the longest rows may have left
             self._longest = int(self.lengths_B.max())
@@ -194,10 +205,80 @@ class KVCache:
         for own, their in ((self.keys, other.keys), (self.values, other.values)):
             for layer, (here, there) in enumerate(zip(own, their, strict=True)):
                 own[layer] = torch.cat([_widened(here, capacity), _widened(there, capacity)])
-        self._spare = None
+        self._spare, self._is_guest = None, False
         self.lengths_B = torch.cat([self.lengths_B, other.lengths_B])
         self._is_even = self._is_even and other._is_even and self._longest == other._longest
         self._longest = max(self._longest, other._longest)
+
+    # ---- for steps that are recorded (`blip2.generation.replay`) ----
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tokens."""
+        return self.lengths_B.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a fixed one, about."""
+        return sum(part.nbytes for part in (*self.keys, *self.values)) * self.room[0] // len(self.lengths_B)
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Rows and slots, rounded up: caches of equal room fit into the same fixed one."""
+        return 1 << (len(self.lengths_B) - 1).bit_length(), rounded_up(self.capacity)
+
+    def fixed(self) -> KVCache:
+        """An empty cache of this one's room. A step changes its tensors in place and nothing else: each row is written
+        at its length, and sees all slots that it has filled."""
+        new = copy(self)
+        new.keys, new.values = ([fixed_like(old, *self.room) for old in part] for part in (self.keys, self.values))
+        new.lengths_B = self.lengths_B.new_zeros(self.room[0])
+        new._is_fixed = True
+        return new
+
+    def settle(self, home: KVCache) -> None:
+        """Move into the first rows of a fixed cache. This one is a part of it then, until rows are chosen or join."""
+        rows = len(self.lengths_B)
+        for own, their in ((self.keys, home.keys), (self.values, home.values)):
+            settle(own, their, self._longest)
+        self._spare, self._is_guest = None, True
+        lengths_B = self.lengths_B.clone()
+        home.lengths_B.zero_()[:rows] = lengths_B
+        self.lengths_B = home.lengths_B[:rows]
+
+    def lives_in(self, home: KVCache) -> bool:
+        return _is_part(self.keys[0], home.keys[0]) and _is_part(self.lengths_B, home.lengths_B)
+
+    def count_step(self) -> None:
+        """A recorded step has appended a token to each row of the fixed cache in which this one lives."""
+        self._longest += 1
+
+
+ROOM = 32
+
+
+def rounded_up(number: int) -> int:
+    """To the next multiple of `ROOM`."""
+    return -(-number // ROOM) * ROOM
+
+
+def fixed_like(old_BHSD: Tensor, rows: int, slots: int) -> Tensor:
+    return old_BHSD.new_zeros(rows, old_BHSD.shape[1], slots, old_BHSD.shape[3])
+
+
+def settle(layers: list[Tensor], homes: list[Tensor], end: int) -> None:
+    """Copy the first ``end`` slots of each layer ``[B, H, S, D]`` to its home, which has as many rows and slots or
+    more, and put the part of the home in the layer's place. What others have left there goes: NaN would reach us."""
+    if _is_part(layers[0], homes[0]):
+        return
+    rows = len(layers[0])
+    torch._foreach_zero_(homes)
+    torch._foreach_copy_([home[:rows, :, :end] for home in homes], [layer[:, :, :end] for layer in layers])
+    layers[:] = [home[:rows] for home in homes]
+
+
+def _is_part(tensor: Tensor, home: Tensor) -> bool:
+    return tensor.data_ptr() == home.data_ptr()
 
 
 def _has_room(spare: Tensor, like: Tensor, num_rows: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 import blip2
 from blip2 import checkpoint
 from blip2.errors import OptionError
+from blip2.generation import replay
 from tests import tiny
 from tests.test_mixed_precision import scores
 
@@ -47,6 +48,48 @@ def test_alone_or_in_company(dtype):
     images = model.encode(PICTURES)
     together = model.ask(images, QUESTIONS, num_beams=1)
     assert together == [model.ask(image, text, num_beams=1) for image, text in zip(images, QUESTIONS, strict=True)]
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_recorded_steps_answer_as_plain_ones(monkeypatch, quantize):
+    """Greedily, with beams, sampled; again and again, so that what was recorded is used by others."""
+    model = blip2.load(device="cuda", dtype="float32", quantize=quantize)
+    monkeypatch.setenv(replay.SWITCH, "0")
+    expected = answers(model)
+    records = replay.replay_of(model.speaker.model.language)._records
+    assert not records
+    monkeypatch.delenv(replay.SWITCH)
+    assert [answers(model) for _ in range(5)] == [expected] * 5
+    assert len(records) > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_steps_have_the_logits_of_plain_ones(any_model, monkeypatch, dtype):
+    language = checkpoint.load(any_model, device=GPU, dtype=dtype).language
+    torch.manual_seed(0)
+    width = language.embed(torch.zeros(1, 1, dtype=torch.long, device=GPU)).shape[-1]
+    prompt_BTD = torch.randn(5, 9, width, device=GPU, dtype=dtype)
+    lengths_B = torch.tensor([9, 3, 7, 9, 1], device=GPU)
+
+    def logits(step):
+        found_RV, state = language.prefill(prompt_BTD, lengths_B, 14)
+        each = [found_RV]
+        for place in range(12):
+            if place == 8:  # rows end, and one goes on twice
+                rows = torch.tensor([4, 0, 0], device=GPU)
+                state.select(rows)
+                found_RV = found_RV[rows]
+            found_RV = step(found_RV.argmax(-1), state)
+            each.append(found_RV)
+        return each
+
+    with torch.inference_mode():
+        expected = logits(language.step)
+        steps = replay.Replay(language)
+        for _ in range(3):
+            for found, plain in zip(logits(steps.step), expected, strict=True):
+                torch.testing.assert_close(found, plain, rtol=1e-4 if dtype == torch.float32 else 0.1, atol=1e-1)
+        assert len(steps._records) == 2
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

@@ -14,9 +14,10 @@ from itertools import groupby
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2.generation.endings import Hypothesis
+from blip2.generation.replay import replay_of
 from blip2.generation.strategies import Choice, Picked, RowByRow, Strategy, pick_most_likely
 from blip2.language import LanguageModel, pad_rows
 
@@ -59,6 +60,7 @@ class Batch:
 
     def __init__(self, language: LanguageModel) -> None:
         self._language = language
+        self._step = replay_of(language).step if isinstance(language, nn.Module) else language.step
         self._jobs: list[Job] = []
         self._logits_RV: Tensor | None = None
         self._state: Any = None
@@ -122,7 +124,7 @@ class Batch:
             self._state.select(torch.tensor(rows, device=device))
         if any(job.error is not None for job in over):
             self._state.forget()
-        self._logits_RV = self._language.step(torch.tensor(tokens, device=device), self._state)
+        self._logits_RV = self._step(torch.tensor(tokens, device=device), self._state)
         return over
 
     def _picked(self, logits_RV: Tensor) -> Picked | None:

@@ -15,7 +15,7 @@ from blip2.config import LanguageConfig
 from blip2.language.opt import OPT
 from blip2.language.t5 import T5
 
-__all__ = ["OPT", "T5", "DecoderState", "LanguageModel", "build_language_model", "pad_rows"]
+__all__ = ["OPT", "T5", "DecoderState", "LanguageModel", "Resident", "build_language_model", "pad_rows"]
 
 
 class DecoderState(Protocol):
@@ -29,6 +29,35 @@ class DecoderState(Protocol):
 
     def join(self, other: Any) -> None:
         """Take in the rows of another state of the same language model, after those here."""
+
+
+class Resident(DecoderState, Protocol):
+    """A state that can move into memory which stays where it is, for steps that are recorded
+    (`blip2.generation.replay`); see `blip2.layers.KVCache`. Those of `OPT` and `T5` are."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of its tokens."""
+
+    @property
+    def num_bytes(self) -> int:
+        """That a fixed state of its room takes, about."""
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Its sizes, rounded up: states of equal room fit into the same fixed one."""
+
+    def fixed(self) -> Any:
+        """An empty state of this one's room, whose memory stays where it is; a step changes nothing else."""
+
+    def settle(self, home: Any) -> None:
+        """Move into the first rows of a fixed state."""
+
+    def lives_in(self, home: Any) -> bool:
+        """Whether it has been there since it settled, and no rows were chosen or joined."""
+
+    def count_step(self) -> None:
+        """A recorded step has appended a token to each row of the fixed state in which this one lives."""
 
 
 class LanguageModel(Protocol):

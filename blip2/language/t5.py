@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blip2 import native
 from blip2.config import T5Config
 from blip2.language.float16 import never_in_float16
-from blip2.layers import KVCache, attend, split_heads, split_parts
+from blip2.layers import KVCache, attend, fixed_like, rounded_up, settle, split_heads, split_parts
 from blip2.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -212,6 +212,48 @@ class T5State:
         mask_B11P = torch.cat([F.pad(mask, (0, longest - mask.shape[-1])) for mask in (own, their)])
         self.encoded = Encoded(keys_values, mask_B11P)
         self.cache.join(other.cache)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.device
+
+    @property
+    def num_bytes(self) -> int:
+        """See `KVCache.num_bytes`."""
+        return self.cache.num_bytes + sum(key.nbytes + value.nbytes for key, value in self.encoded.keys_values)
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """See `KVCache.room`."""
+        return *self.cache.room, rounded_up(self.encoded.mask_B11P.shape[-1])
+
+    def fixed(self) -> T5State:
+        """See `KVCache.fixed`."""
+        rows, _, prompt = self.room
+        keys_values = [
+            (fixed_like(key, rows, prompt), fixed_like(value, rows, prompt)) for key, value in self.encoded.keys_values
+        ]
+        mask_B11P = self.encoded.mask_B11P.new_zeros(rows, 1, 1, prompt)
+        return T5State(Encoded(keys_values, mask_B11P), self.cache.fixed())
+
+    def settle(self, home: T5State) -> None:
+        """See `KVCache.settle`."""
+        rows, prompt = self.encoded.mask_B11P.shape[0], self.encoded.mask_B11P.shape[-1]
+        keys, values = map(list, zip(*self.encoded.keys_values, strict=True))
+        their_keys, their_values = map(list, zip(*home.encoded.keys_values, strict=True))
+        settle(keys, their_keys, prompt)
+        settle(values, their_values, prompt)
+        mask_B11P = self.encoded.mask_B11P.clone()
+        home.encoded.mask_B11P.zero_()[:rows, ..., :prompt] = mask_B11P
+        self.encoded = Encoded([*zip(keys, values, strict=True)], home.encoded.mask_B11P[:rows])
+        self.cache.settle(home.cache)
+
+    def lives_in(self, home: T5State) -> bool:
+        return self.cache.lives_in(home.cache)
+
+    def count_step(self) -> None:
+        """See `KVCache.count_step`."""
+        self.cache.count_step()
 
 
 class T5(nn.Module):

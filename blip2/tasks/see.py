@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,7 +21,8 @@ from blip2.image import DEFAULT_READING, Reading, Source, name_of
 from blip2.tasks.speaker import check_batch_size, chunks
 from blip2.vision import VisionTransformer
 
-NUM_THREADS = 4
+NUM_THREADS, MOST_THREADS = 4, 16
+"""That read pictures: for a model on a CPU, and at most for one on a GPU, which is faster than a few of them."""
 CACHE_BYTES = 4_000_000  # on two cores, a quarter faster than 16 images at a time
 OnError = Literal["raise", "return"]
 Result = TypeVar("Result")
@@ -78,7 +80,7 @@ class Eye(Generic[Kept]):
         self, batches: Iterable[Sequence[Source | Kept]]
     ) -> Generator[Kept | ImageError, None, None]:
         """As `see`, of images that are in batches already: these are read, and encoded, together."""
-        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blip2 pictures")
+        pool = ThreadPoolExecutor(self._num_readers, thread_name_prefix="blip2 pictures")
         try:
             waiting: deque[tuple[Sequence[Source | Kept], list[Future]]] = deque()
             for batch in batches:
@@ -90,6 +92,11 @@ class Eye(Generic[Kept]):
                 yield from self._encode(batch, [future.result for future in futures])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _num_readers(self) -> int:
+        is_on_cpu = self._vision.position_embedding.device.type == "cpu"
+        return NUM_THREADS if is_on_cpu else min(max(NUM_THREADS, os.cpu_count() or 1), MOST_THREADS)
 
     @torch.no_grad()
     def with_blank(self, pixels_CHW: Tensor, patches_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,173 @@
+"""Steps of a language model on a GPU, recorded once and replayed.
+
+A step asks the GPU for a thousand small operations. For a few dozen rows, asking takes the processor several times as
+long as the GPU computes, and longer where other threads need Python's lock. A CUDA graph asks for all of them at once.
+It reads and writes the same memory each time, so the rows move into that memory first (`KVCache.settle`).
+
+R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2.language import LanguageModel, Resident
+from blip2.layers import autocast_dtype, is_attention_recorded
+
+MOST_ROWS = 128
+"""Beyond, the GPU has so much to compute that asking is the lesser part."""
+MOST_RECORDS = 16
+WORTH_IT = 3
+"""So often a step of its sizes is asked for before it is recorded, which takes as long as two of them."""
+SWITCH = "BLIP2_CUDA_GRAPHS"
+"""An environment variable; 0: nothing is recorded."""
+
+Step = Callable[[], Tensor]
+
+
+class Replay:
+    """The steps of one language model, for any number of batches and threads: who finds it in use steps without."""
+
+    def __init__(self, language: LanguageModel, record: Callable[[Step], Step] | None = None) -> None:
+        """``record``: what replays a step; a CUDA graph unless given."""
+        self._language = weakref.ref(language)
+        self._record = record or cuda_graph
+        self._is_for_cuda = record is None
+        self._lock = threading.Lock()
+        self._asked: Counter[tuple[int, ...]] = Counter()
+        self._records: dict[tuple[int, ...], Record] = {}
+        self._weights: tuple[int, ...] = ()
+
+    def step(self, tokens_R: Tensor, state: Resident) -> Tensor:
+        """As `LanguageModel.step`."""
+        language = self._language()
+        assert language is not None
+        if not self._is_worth_it(tokens_R) or not self._lock.acquire(blocking=False):
+            return language.step(tokens_R, state)
+        try:
+            record = self._record_for(language, state)
+            return language.step(tokens_R, state) if record is None else record.step(language, tokens_R, state)
+        finally:
+            self._lock.release()
+
+    def _is_worth_it(self, tokens_R: Tensor) -> bool:
+        is_here = (tokens_R.is_cuda or not self._is_for_cuda) and len(tokens_R) <= MOST_ROWS
+        plainly = autocast_dtype(tokens_R.device) is None and not is_attention_recorded()
+        return is_here and plainly and torch.is_inference_mode_enabled() and os.environ.get(SWITCH) != "0"
+
+    def _record_for(self, language: LanguageModel, state: Resident) -> Record | None:
+        """The record into which the state may settle, if there is one."""
+        room = state.room
+        record = self._records.get(room)
+        if record is not None and record.guest() is state:
+            return record
+        weights = weights_of(language)
+        if weights != self._weights:  # they moved, or became others, and what was recorded reads where they were
+            self._records.clear()
+            self._weights = weights
+            record = None
+        if not weights:
+            return None
+        if record is None:
+            self._asked[room] += 1
+            if self._asked[room] <= WORTH_IT or not self._has_room_for(state):
+                return None
+            self._drop_unused()
+            record = self._records[room] = Record(state, self._record)
+        return record if record.guest() is None else None
+
+    def _has_room_for(self, state: Resident) -> bool:
+        """Fixed states are memory that nobody else has: a tenth of what is free at most."""
+        if not self._is_for_cuda:
+            return True
+        return 10 * state.num_bytes <= torch.cuda.mem_get_info()[0]
+
+    def _drop_unused(self) -> None:
+        for room in [room for room, record in self._records.items() if record.guest() is None]:
+            if len(self._records) < MOST_RECORDS:
+                break
+            del self._records[room]
+
+
+class Record:
+    """A step for states of one room. ``guest``: the state that lives in it, a weak reference."""
+
+    def __init__(self, state: Resident, record: Callable[[Step], Step]) -> None:
+        self.guest: Callable[[], Resident | None] = lambda: None
+        self._home = state.fixed()
+        self._tokens_R = torch.zeros(state.room[0], dtype=torch.long, device=self._home.device)
+        self._record = record
+        self._replay: Step | None = None
+
+    def step(self, language: LanguageModel, tokens_R: Tensor, state: Resident) -> Tensor:
+        """The logits of each row's next token, ``float[R, V]``."""
+        if not state.lives_in(self._home):
+            state.settle(self._home)
+            self.guest = weakref.ref(state)
+        self._tokens_R[: len(tokens_R)] = tokens_R
+
+        def step() -> Tensor:
+            return language.step(self._tokens_R, self._home)
+
+        if self._replay is None:
+            logits_RV = step()  # what is made at the first time, such as libraries' own memory, cannot be recorded
+            self._replay = self._record(step)
+        else:
+            logits_RV = self._replay()
+        state.count_step()
+        return logits_RV[: len(tokens_R)].clone()
+
+
+def cuda_graph(step: Step) -> Step:
+    """What does again all that a step asks of the GPU, and returns the tensor that it returned."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    was_enabled = gc.isenabled()
+    gc.disable()  # a tensor that it frees while the step is recorded would end the recording
+    try:
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                logits = step()
+            finally:
+                graph.capture_end()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def weights_of(language: LanguageModel) -> tuple[int, ...]:
+    """Where all weights are; nothing where they are on several devices, or hooks do what cannot be recorded."""
+    assert isinstance(language, nn.Module)
+    tensors = [*language.parameters(), *language.buffers()]
+    if len({tensor.device for tensor in tensors}) != 1 or any(map(_has_hooks, language.modules())):
+        return ()
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
+_replays: weakref.WeakKeyDictionary[Any, Replay] = weakref.WeakKeyDictionary()
+
+
+def replay_of(language: LanguageModel) -> Replay:
+    """The one that all batches of a language model share."""
+    return _replays.setdefault(language, Replay(language))
