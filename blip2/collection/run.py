@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol
 
 from blip2.collection.background import in_background
@@ -22,8 +21,9 @@ from blip2.collection.summary import OnResults, Summary
 from blip2.errors import ImageError
 from blip2.image import stored_size
 
-FLUSH_RESULTS = 16
-"""After so many, what is written a picture at a time is written."""
+FLUSH_RESULTS, FLUSH_S = 16, 1.0
+"""After so many, but not more often than this, what is written a picture at a time is written: a disk makes hundreds of
+small files safe in the time of a few."""
 MOST_WAITING = 256
 """Results that wait to be written; then the model waits."""
 
@@ -342,8 +342,19 @@ def _kept(job: Job, settled: Generator[Settled, None, None], known: Known) -> Ge
 
 def _written(job: Job, results: Iterator[Result]) -> Iterator[list[Result]]:
     """The results, a few at a time, when they are in what is written a picture at a time."""
-    while some := list(islice(results, FLUSH_RESULTS)):
+    last_s = -FLUSH_S
+    some: list[Result] = []
+
+    def write() -> list[Result]:
         if captioned := [result for result in some if result.status == SUCCESS]:
             for sink in job.sinks:
                 sink.some(captioned)
-        yield some
+        return some
+
+    for result in results:
+        some.append(result)
+        if len(some) >= FLUSH_RESULTS and time.monotonic() - last_s >= FLUSH_S:
+            yield write()
+            some, last_s = [], time.monotonic()
+    if some:
+        yield write()
