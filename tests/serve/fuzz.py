@@ -24,6 +24,7 @@ from PIL import Image
 from tests.serve import bombs
 from tests.serve.attacks import ASK, CAPTION, CHAT, EMBEDDINGS, ENCODED, EXPLAIN, FORM, JSON, MATCH, address, form
 
+MOST_BYTES = 39_800_000
 NUM_CLIENTS = 12
 ROUTES = (CAPTION, ASK, MATCH, EXPLAIN, CHAT, EMBEDDINGS)
 BIG = 0.02
@@ -162,6 +163,11 @@ def sound(chance: random.Random, route: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}, *said], "stream": chance.random() < 0.3, **few}
 
 
+def bounded(number: int, num_bytes: int) -> int:
+    """So many of them, but not more than a body may hold and as much again, for this program's own memory."""
+    return max(1, min(number, MOST_BYTES // max(num_bytes, 1)))
+
+
 def mangled(chance: random.Random, tree: Any) -> Any:
     """One thing in it is another one."""
     if isinstance(tree, dict) and tree and chance.random() < 0.95:
@@ -177,7 +183,7 @@ def mangled(chance: random.Random, tree: Any) -> Any:
     if isinstance(tree, list) and tree and chance.random() < 0.8:
         place = chance.randrange(len(tree))
         if chance.random() < 0.3:
-            return tree * chance.choice([2, 40] if chance.random() > BIG else [30_000])
+            return tree * bounded(chance.choice([2, 40] if chance.random() > BIG else [30_000]), len(json.dumps(tree)))
         return [*tree[:place], mangled(chance, tree[place]), *tree[place + 1 :]]
     if isinstance(tree, str) and chance.random() < 0.6:
         raw = changed(chance, tree.encode("utf-8", "surrogatepass"))
@@ -200,7 +206,7 @@ def as_form(chance: random.Random, fields: dict[str, Any]) -> bytes:
             parts.append((name.encode("utf-8", "replace"), said.encode("utf-8", "replace"), False))
     if chance.random() < 0.8:
         parts = [part for part in parts if part[0] != b"image"] + [(b"image", picture(chance), True)]
-    parts *= 300 if chance.random() < BIG else 1
+    parts *= bounded(300 if chance.random() < BIG else 1, sum(len(said) for _, said, _ in parts))
     return form(*parts)
 
 
@@ -236,7 +242,7 @@ def request(seed: int, place: int) -> Request:
     if chance.random() < 0.05:
         kind = chance.choice(KINDS)
     method = "POST" if chance.random() < 0.98 else chance.choice(["PUT", "GET", "HEAD", "OPTIONS", "DELETE", "PATCH"])
-    return Request(method, route, kind, body[:19_900_000])
+    return Request(method, route, kind, body[: MOST_BYTES // 2])
 
 
 # ---- sending ----
