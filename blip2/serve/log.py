@@ -33,6 +33,8 @@ POLLED = ("/health", "/ready", "/metrics")
 CAPACITY = 2000
 """Lines that wait to be written; further ones are dropped, and their number told."""
 MAX_LINE = 2000
+PAUSE_S = 0.05
+"""For further lines to come: each time that this thread runs, it takes Python's lock from the model's."""
 
 logger = logging.getLogger("blip2.serve.requests")
 current_id: ContextVar[str] = ContextVar("the request's name", default="-")
@@ -156,6 +158,7 @@ class Aside(logging.Handler):
         self._write_out = _writing(stream)
         self._lines: queue.Queue[str | None] = queue.Queue(CAPACITY)
         self._num_dropped = 0
+        self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._write, name="blip2 log", daemon=True)
         self._thread.start()
 
@@ -168,15 +171,23 @@ class Aside(logging.Handler):
             self.handleError(record)
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
+        is_over = False
+        while not is_over:
+            lines = [self._lines.get()]
+            self._is_stopping.wait(PAUSE_S)
+            with suppress(queue.Empty):
+                while True:
+                    lines.append(self._lines.get_nowait())
+            is_over = None in lines
             dropped, self._num_dropped = self._num_dropped, 0
             if dropped:
-                line = f"({dropped} lines are missing here: they could not be written in time)\n{line}"
+                lines.insert(0, f"({dropped} lines are missing here: they could not be written in time)")
             with suppress(OSError, ValueError):  # closed, or the disk is full: the server goes on
-                self._write_out(f"{line}\n")
+                self._write_out("".join(f"{line}\n" for line in lines if line is not None))
 
     def stop(self) -> None:
         """Write what is there, for a second at most. Not `close`, which anybody's `logging.config` calls."""
+        self._is_stopping.set()
         with suppress(queue.Full):
             self._lines.put_nowait(None)
             self._thread.join(1)
