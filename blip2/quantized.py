@@ -27,7 +27,7 @@ GROUP_SIZES = (32, 64, 128)
 TILE = 32
 LANES = 8
 LEAST = 4e-37  # as in kernels.c: a row whose numbers are all smaller counts as zeros
-EXACT_INPUTS = 2**24 // 127**2
+EXACT_INPUTS = 2**24 // (128 * 127)
 """Of so many, products of 8 bits by 8 bits have sums that float32 holds exactly, in any order."""
 
 
@@ -119,9 +119,8 @@ class QuantizedLinear(nn.Module):
             codes_ND, scales_N1 = self._rows()
             codes_ND = codes_ND[: self.out_features, : self.in_features].float()
             x_codes, x_steps = round_activations(x)
-            sums = torch.zeros((), dtype=torch.float64, device=x.device)
-            for some, weights in zip(x_codes.split(EXACT_INPUTS, -1), codes_ND.split(EXACT_INPUTS, -1), strict=True):
-                sums = sums + F.linear(some, weights)
+            some = zip(x_codes.split(EXACT_INPUTS, -1), codes_ND.split(EXACT_INPUTS, -1), strict=True)
+            sums = torch.stack([F.linear(x_few, few).double() for x_few, few in some]).sum(0)
             out = sums.float() * scales_N1[: self.out_features, 0].float() * x_steps
             if self.bias is not None:
                 out = out + self.bias.float()

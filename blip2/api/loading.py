@@ -54,7 +54,8 @@ def load(
     which of the two it is. ``device``: "auto" takes the GPU if there is one, and what does not fit on it stays on the
     CPU (see `blip2.placement`). ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device.
     ``quantize``: "int8" or "int4" for the language model's weights, with ``quantize_vision`` for the image encoder's,
-    too. ``vision``: "int8" for an image encoder that multiplies in 8 bits, which on a CPU with VNNI is faster. ``max_pixels`` and ``allow_truncated``: which pictures are read, see `image.load_image`.
+    too. ``vision``: "int8" for an image encoder that multiplies in 8 bits, which on a CPU with VNNI is faster.
+    ``max_pixels`` and ``allow_truncated``: which pictures are read, see `image.load_image`.
 
     Raises CheckpointError if there is no such model or it is incomplete; OptionError for a device or precision that
     cannot be had.

@@ -233,10 +233,10 @@ def _show_layers(facts: Facts, out: Console) -> None:
         out.print(labelled("Quantised", f"nothing{why}"))
         return
     assert model.quantization is not None
-    bits = " and ".join(map(str, sorted(set(model.quantized.values()))))
     groups = f", groups of {model.quantization.group_size} inputs" if model.quantization.bits == 4 else ""
-    images = "; the image encoder multiplies in 8 bits" if model.quantization.images else ""
-    out.print(labelled("Quantised", f"{len(model.quantized)} layers, to {bits} bits{groups}{images}"))
+    images = "; the image encoder in 8 bits, activations as well" if model.quantization.images else ""
+    how = f"to {model.quantization.bits} bits{groups}{images}"
+    out.print(labelled("Quantised", f"{len(model.quantized)} layers, {how}"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column()
     table.add_column(justify="right")

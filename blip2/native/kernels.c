@@ -560,12 +560,15 @@ int blip2_linear(const void *x, int type, long rows, long width, long padded, lo
 #define BAND 13 /* rows whose sums fill the registers; 257, the tokens of a picture, are 20 bands but for 3 rows */
 #define BANDS 32 /* that all tiles pass by, one after the other: what they read stays in the cache */
 
-/* x * (1/2 + erf(x / sqrt(2)) / 2), as a quotient of polynomials, fitted to be off by less than 2e-7 times x. */
+/* x * (1/2 + erf(x / sqrt(2)) / 2), by a quotient of polynomials, fitted to be off by less than 2e-7 times x. */
 INLINE float gelu(float x) {
-    float at = clamp(x, -5.5f, 5.5f), s = at * at;
-    float above = 0.39894226f + s * (0.033562798f + s * (0.0046585454f + s * (0.00016576196f + s * (6.3214025e-6f + s * 2.2915927e-8f))));
-    float below = 1 + s * (0.25079563f + s * (0.028477507f + s * (0.0018671553f + s * (7.261424e-5f + s * 1.2000953e-6f))));
-    return x * (0.5f + at * above / below);
+    float at = clamp(x, -5.5f, 5.5f), s = at * at, above = 2.2915927e-8f, below = 1.2000953e-6f;
+    above = above * s + 6.3214025e-6f, below = below * s + 7.261424e-5f;
+    above = above * s + 0.00016576196f, below = below * s + 0.0018671553f;
+    above = above * s + 0.0046585454f, below = below * s + 0.028477507f;
+    above = above * s + 0.033562798f, below = below * s + 0.25079563f;
+    above = above * s + 0.39894226f, below = below * s + 1;
+    return x < -5.5f ? 0 : x * (0.5f + at * above / below);
 }
 
 #if IS_X86
