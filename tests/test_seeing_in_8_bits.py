@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import blip2
 from blip2 import native
 from blip2.config import VisionConfig
 from blip2.finite import is_finite
@@ -227,3 +228,17 @@ def test_an_encoder_sees_nearly_the_same_and_each_picture_by_itself(way: str, wi
         assert 0 < relative_error(found, exact) < 0.03
         assert all(torch.equal(model(one[None])[0], seen) for one, seen in zip(pixels, found, strict=True))
     assert is_finite(found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_miniature_sees_nearly_the_same_and_each_picture_by_itself(pictures: list[str], dtype: str) -> None:
+    exact, ours = blip2.load(), blip2.load(vision="int8", dtype=dtype)
+    model = ours.speaker.model
+    pixels = torch.stack([ours.eye.pixels(picture) for picture in pictures])
+    with torch.inference_mode():
+        together = model.vision(pixels)
+        alone = torch.cat([model.vision(one[None]) for one in pixels])
+        error = relative_error(model.look(together), exact.speaker.model.encode(pixels))
+    assert 0 < error < 0.05
+    if dtype == "float32":
+        assert torch.equal(together, alone)

@@ -687,7 +687,7 @@ int blip2_linear_of_many(const void *x, int type, long rows, long width, long pa
             steps[r] = round_row((const char *)x + r * width * size, type, width, padded, band + r % BAND * 4, sums + r);
     }
     const long tiles = (channels + TILE - 1) / TILE;
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(dynamic, 2)
     for (long first = 0; first < bands; first += BANDS)
         for (long t = 0; t < tiles; t++)
             for (long b = first; b < bands && b < first + BANDS; b++) {
