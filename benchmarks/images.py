@@ -5,12 +5,14 @@
 
 A side is `transformers` (bfloat16, its image encoder and Q-Former as they are called there), a precision of ours, or
 `int8`: ours with the image encoder in 8 bits, the rest in bfloat16. All are in one process and take turns, round by
-round; each encodes the same decoded pictures, from pixels to query vectors. Prints for each number of pictures at once
-the medians of the rounds in pictures a second, and how many times the first side's and bfloat16's; the seconds to
-load and the bytes of the image encoder; and how far the query vectors are from those of our float32 (``--exact``, a
-third model in memory), as the length of the difference over that of the vectors, for all of them and for the worst
-picture. The pictures are noise in large squares and the weights of such a checkpoint random: the error says what
-rounding costs there, not what a trained model loses.
+round; each encodes the same decoded pictures, from pixels to query vectors.
+
+Prints the seconds to load and the bytes of the image encoder, and for each number of pictures at once the medians of
+the rounds in pictures a second, and how many times those of the other sides: by the clock, and by the processors'
+time, which tells more where other programs are busy (with ``--threads 1``, most). With ``--exact`` also how far the
+query vectors are from those of our float32 (another model in memory): the length of the difference over that of the
+vectors, for all of them and for the worst picture. The pictures are noise in large squares and the weights of such a
+checkpoint random: the error says what rounding costs there, not what a trained model loses.
 """
 
 from __future__ import annotations
@@ -116,18 +118,20 @@ def compare(encoders: dict[str, Encode], pixels: list[Tensor]) -> None:
 
 
 def measure(encoders: dict[str, Encode], pixels: list[Tensor], rounds: int) -> None:
-    samples: dict[str, list[float]] = {side: [] for side in encoders}
+    samples: dict[str, dict[str, list[float]]] = {"the clock": {}, "processors' time": {}}
     for _ in range(rounds):
         for side, encode in encoders.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             encode(pixels)
-            samples[side].append(len(pixels) / (time.perf_counter() - started))
-    rates = {side: statistics.median(found) for side, found in samples.items()}
-    first = next(iter(rates))
-    for side, rate in rates.items():
-        beside = f", {rate / rates['bfloat16']:.2f} x bfloat16" if "bfloat16" in rates else ""
-        print(f"{len(pixels)} at once, {side}: {rate:.2f} pictures/s [{min(samples[side]):.2f} to "
-              f"{max(samples[side]):.2f}], {rate / rates[first]:.2f} x {first}{beside}", flush=True)  # fmt: skip
+            ended = time.perf_counter(), time.process_time()
+            for by_side, before, after in zip(samples.values(), started, ended, strict=True):
+                by_side.setdefault(side, []).append(len(pixels) / (after - before))
+    for what, by_side in samples.items():
+        rates = {side: statistics.median(found) for side, found in by_side.items()}
+        for side, rate in rates.items():
+            times = [f"{rate / rates[other]:.2f} x {other}" for other in rates if other != side]
+            print(f"{len(pixels)} at once, by {what}, {side}: {rate:.3f} pictures/s [{min(by_side[side]):.3f} to "
+                  f"{max(by_side[side]):.3f}], {', '.join(times)}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
