@@ -189,6 +189,17 @@ def test_activations_of_any_magnitude(way: str) -> None:
             torch.testing.assert_close(layer(x), F.linear(x, weight), rtol=0, atol=max(0.5 * magnitude, 1e-34))
 
 
+@pytest.mark.parametrize(("times", "most"), [(1, 0.015), (10, 0.04), (60, 0.11)])
+def test_what_outlier_channels_cost(times: int, most: float) -> None:
+    """Six of 4,096 channels so many times as large as the others, on every row: unlike activations of 15 bits, those
+    of 8 lose by it. See docs/benchmarks.md."""
+    torch.manual_seed(4)
+    weight, x = torch.randn(256, 4096) * 0.02, torch.randn(16, 4096)
+    x[:, torch.randperm(4096)[:6]] *= times
+    with torch.inference_mode():
+        assert most / 2 < relative_error(quantized(weight)(x), F.linear(x.double(), weight.double())) < most
+
+
 def test_gradients_reach_what_comes_in() -> None:
     layer = quantized(torch.randn(40, 64))
     x = torch.randn(3, 64, requires_grad=True)
@@ -239,6 +250,6 @@ def test_the_miniature_sees_nearly_the_same_and_each_picture_by_itself(pictures:
         together = model.vision(pixels)
         alone = torch.cat([model.vision(one[None]) for one in pixels])
         error = relative_error(model.look(together), exact.speaker.model.encode(pixels))
-    assert 0 < error < 0.05
+    assert 0 < error < 0.02
     if dtype == "float32":
         assert torch.equal(together, alone)
