@@ -81,7 +81,7 @@ def test_of_a_checkpoint_whose_language_model_is_quantised(any_model: Path, kind
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     other = "int4" if kind == "int8" else "int8"
-    with pytest.raises(OptionError, match="quantised to . bits already"):
+    with pytest.raises(OptionError, match=r"quantised to \d bits already"):
         checkpoint.load(tmp_path, quantize=WITH[other])
 
 
@@ -127,7 +127,7 @@ def test_not_on_a_gpu(opt_model: Path) -> None:
         lambda: describe(checkpoint.read_config(opt_model), device=torch.device("cuda"), quantization=IMAGES),
         lambda: checkpoint.load(opt_model, device="meta", quantize=IMAGES),
     ):
-        with pytest.raises(OptionError, match="an image encoder in int8 .* is for the CPU"):
+        with pytest.raises(OptionError, match=r"an image encoder in int8 .* is for the CPU"):
             ask()
 
 
