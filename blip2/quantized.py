@@ -4,6 +4,8 @@
 15 bits (two int8 planes a row, see ``kernels.c``), so that outlier channels do no harm, and a row's result depends on
 that row alone. The C kernels do this at the speed of memory; where they are not, and on a GPU, torch does.
 
+An image encoder, whose rows are many, may have activations of 8 bits, with a scale for each row: half the arithmetic.
+
 N output channels (padded to tiles of 32), D inputs (padded to whole groups), G groups.
 """
 
@@ -24,24 +26,38 @@ BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)
 TILE = 32
 LANES = 8
+LEAST = 4e-37  # as in kernels.c: a row whose numbers are all smaller counts as zeros
+EXACT_INPUTS = 2**24 // (128 * 127)
+"""Of so many, products of 8 bits by 8 bits have sums that float32 holds exactly, in any order."""
 
 
 class QuantizedLinear(nn.Module):
     """Stands in for an ``nn.Linear`` of ``in_features`` and ``out_features``.
 
     ``codes`` uint8[bytes] and ``scales`` bfloat16[N / 32, G, 32] are laid out as in ``kernels.c``, in memory and in
-    checkpoints. ``group_size`` (4 bits only) is one of 32, 64, 128.
+    checkpoints. ``group_size`` (4 bits only) is one of 32, 64, 128. ``activation_bits``: 15, or 8 (with 8 bits only).
     """
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, in_features: int, out_features: int, *, bits: int, group_size: int, has_bias: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        has_bias: bool,
+        activation_bits: int = 15,
+    ) -> None:
         super().__init__()
         assert bits in BITS and (bits == 8 or group_size in GROUP_SIZES), (bits, group_size)
+        assert activation_bits == 15 or (activation_bits == bits == 8), (bits, activation_bits)
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
+        self.activation_bits = activation_bits
         num_tiles = -(-out_features // TILE)
         # In 8 bits the whole row is one group; the kernels take inputs in fours.
         self.group_size = -(-in_features // 4) * 4 if bits == 8 else group_size
@@ -77,14 +93,38 @@ class QuantizedLinear(nn.Module):
         weight_ND = codes_ND.unflatten(1, (-1, self.group_size)).to(dtype) * scales_NG[..., None].to(dtype)
         return weight_ND.flatten(1)[: self.out_features, : self.in_features]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``float[..., D]`` to ``float[..., N]``. Gradients reach x, never the weights."""
+    def forward(self, x: Tensor, *, has_gelu: bool = False) -> Tensor:
+        """``float[..., D]`` to ``float[..., N]``, then perhaps through a GELU. Gradients reach x, never the weights."""
+        if self.activation_bits == 8 and not (torch.is_grad_enabled() and x.requires_grad):
+            return self._rounding_activations(x, has_gelu)
         if native.can_take(x) and self._is_as_made():
-            return native.linear(
+            out = native.linear(
                 x, self.codes, self.scales, self.bias,
                 bits=self.bits, group_size=self.group_size, channels=self.out_features,
             )  # fmt: skip
-        return F.linear(x, self.dequantized(x.dtype), self._bias(x.dtype))
+        else:
+            out = F.linear(x, self.dequantized(x.dtype), self._bias(x.dtype))
+        return F.gelu(out) if has_gelu else out
+
+    def _rounding_activations(self, x: Tensor, has_gelu: bool) -> Tensor:
+        """As `forward`, with activations in 8 bits: sums of integers, by a kernel or in float32 that holds them."""
+        if native.can_take(x) and self._is_as_made():
+            out = native.linear_of_many(
+                x, self.codes, self.scales, self.bias,
+                padded=self.group_size, channels=self.out_features, has_gelu=has_gelu,
+            )  # fmt: skip
+            if out is not None:
+                return out
+        with torch.autocast(x.device.type, enabled=False):
+            codes_ND, scales_N1 = self._rows()
+            codes_ND = codes_ND[: self.out_features, : self.in_features].float()
+            x_codes, x_steps = round_activations(x)
+            some = zip(x_codes.split(EXACT_INPUTS, -1), codes_ND.split(EXACT_INPUTS, -1), strict=True)
+            sums = torch.stack([F.linear(x_few, few).double() for x_few, few in some]).sum(0)
+            out = sums.float() * scales_N1[: self.out_features, 0].float() * x_steps
+            if self.bias is not None:
+                out = out + self.bias.float()
+            return (F.gelu(out) if has_gelu else out).to(x.dtype)
 
     def _is_as_made(self) -> bool:
         """Whether codes, scales and bias are what the kernels read: on the CPU, of the types that they came in."""
@@ -104,6 +144,7 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.bits == 4 else ""
+        group += ", activation_bits=8" if self.activation_bits == 8 else ""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}{group}, bias={self.bias is not None}"
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -117,6 +158,15 @@ class QuantizedLinear(nn.Module):
     def _rows(self) -> tuple[Tensor, Tensor]:
         """What the codes stand for, before the scales, ``int8[N, D]``, and the scales, ``[N, G]``; with padding."""
         return unpack(self.codes, self.bits, self.scales.shape[0]), self.scales.transpose(1, 2).flatten(0, 1)
+
+
+def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``float[..., D]`` to codes from -127 to 127, ``float32[..., D]``, and what they are multiples of,
+    ``float32[..., 1]``, as `kernels.c` does it. A row with a NaN or an infinity is NaN throughout."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > LEAST, torch.full_like(largest, 127) / largest, 0)
+    return (x * inverse).round(), largest / 127
 
 
 def round_to_codes(weight_ND: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:

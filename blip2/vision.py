@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blip2.config import VisionConfig
 from blip2.layers import attend, split_parts
 from blip2.linear import Linear
+from blip2.quantized import QuantizedLinear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -44,7 +45,13 @@ class Block(nn.Module):
     def forward(self, x_BPD: Tensor) -> Tensor:
         query, key, value = split_parts(self.qkv(self.norm1(x_BPD)), 3, self.num_heads)
         x_BPD = x_BPD + self.projection(attend(query, key, value))
-        return x_BPD + self.fc2(self.activation(self.fc1(self.norm2(x_BPD))))
+        return x_BPD + self.fc2(self._widen(self.norm2(x_BPD)))
+
+    def _widen(self, x_BPD: Tensor) -> Tensor:
+        """The feed-forward layer's first half, which a quantised layer does in one go."""
+        if isinstance(self.fc1, QuantizedLinear) and self.activation is F.gelu:
+            return self.fc1(x_BPD, has_gelu=True)
+        return self.activation(self.fc1(x_BPD))
 
 
 class VisionTransformer(nn.Module):

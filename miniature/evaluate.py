@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--model", help="a generative checkpoint; the bundled miniature if not given")
     parser.add_argument("--against", nargs="*", default=[], metavar="NAME=FOLDER", help="others, in columns beside it")
     parser.add_argument("--quantize", nargs="*", default=[], metavar="KIND", help="int8, int4: in columns beside it")
+    parser.add_argument("--vision", choices=["int8"], help="an image encoder in 8 bits: in a column beside it")
     parser.add_argument("--count", type=int, default=1000, help="scenes (default 1000)")
     parser.add_argument("--quick", action="store_true", help="the test scenes only")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
@@ -170,6 +171,10 @@ def main() -> None:
         columns[name] = evaluate(blip2.load(folder), "test", options.count)
     for kind in options.quantize:
         columns[kind] = evaluate(blip2.load(options.model, quantize=kind), "test", options.count)
+    if options.vision:
+        columns[f"vision {options.vision}"] = evaluate(
+            blip2.load(options.model, vision=options.vision), "test", options.count
+        )
     text = table(columns, "unseen pairs")
     print(text)
     if options.markdown:

@@ -25,6 +25,7 @@ class LoadOptions(TypedDict, total=False):
     dtype: str | torch.dtype | None
     quantize: str | None
     quantize_vision: bool
+    vision: str | None
     revision: str | None
     max_pixels: int
     allow_truncated: bool
@@ -41,6 +42,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     quantize_vision: bool = False,
+    vision: str | None = None,
     revision: str | None = None,
     max_pixels: int = MAX_PIXELS,
     allow_truncated: bool = False,
@@ -52,13 +54,14 @@ def load(
     which of the two it is. ``device``: "auto" takes the GPU if there is one, and what does not fit on it stays on the
     CPU (see `blip2.placement`). ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device.
     ``quantize``: "int8" or "int4" for the language model's weights, with ``quantize_vision`` for the image encoder's,
-    too. ``max_pixels`` and ``allow_truncated``: which pictures are read, see `image.load_image`.
+    too. ``vision``: "int8" for an image encoder that multiplies in 8 bits, which on a CPU with VNNI is faster.
+    ``max_pixels`` and ``allow_truncated``: which pictures are read, see `image.load_image`.
 
     Raises CheckpointError if there is no such model or it is incomplete; OptionError for a device or precision that
     cannot be had.
     """
     reading = Reading(max_pixels=max_pixels, allow_truncated=allow_truncated)
-    chosen = checkpoint.quantization(quantize, vision=quantize_vision)
+    chosen = checkpoint.quantization(quantize, vision=quantize_vision, images=vision)
     where = device if device == "auto" else str(find_device(device))
     folder = checkpoint.resolve(name, revision=revision)
     # What is wrong with the small files is told before the large ones are read.

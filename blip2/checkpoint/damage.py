@@ -6,7 +6,7 @@ import torch
 
 from blip2.checkpoint.keys import published_names
 from blip2.checkpoint.load import names_in_files
-from blip2.checkpoint.quantize import SCALES
+from blip2.checkpoint.quantize import SCALES, quantization_of
 from blip2.finite import first_not_finite, is_finite, overflow
 from blip2.linear import readable
 from blip2.model import Blip2, Blip2Matcher
@@ -22,7 +22,7 @@ def damage(model: Blip2 | Blip2Matcher) -> str | None:
         return None
     module_name, _, last = name.rpartition(".")
     tensor = readable(getattr(model.get_submodule(module_name), last))
-    stored = names_in_files(model, model.config).get(name, name)
+    stored = names_in_files(model, model.config, quantization_of(model)).get(name, name)
     names = [stored] if last == SCALES else published_names(stored)
     parts = zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True)
     stored = next(part_name for part_name, part in parts if not is_finite(part))

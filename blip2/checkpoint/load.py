@@ -26,9 +26,10 @@ from blip2.checkpoint.quantize import (
     put_linears,
     quantization,
     quantization_in,
+    quantization_of,
 )
 from blip2.checkpoint.reader import Place, find_tensors, give_back_memory, read_ahead
-from blip2.checkpoint.settings import read_config, read_json, read_quantization
+from blip2.checkpoint.settings import read_config, read_json
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.errors import CheckpointError, NotFiniteError
 from blip2.finite import is_finite
@@ -66,7 +67,7 @@ def load(
     config = read_config(folder)
     if isinstance(quantize, str):
         quantize = quantization(quantize)
-    is_quantized = read_quantization(folder) is not None
+    stored = quantization_in(folder)
     quantize = quantization_in(folder, quantize)
     model = empty_model(config)
     precision = choose_precision(
@@ -81,7 +82,7 @@ def load(
     if prepare is not None:
         prepare(model)
     tensors = find_tensors(folder, pickles=pickles)
-    steps = list(_steps(model, config, tensors, folder, is_quantized=is_quantized))
+    steps = list(_steps(model, config, tensors, folder, stored))
     # The largest first: when most of the model is in memory, what comes beside it is small.
     steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)
     total = sum(place.num_bytes for step in steps for place in step.places)
@@ -148,11 +149,10 @@ def _steps(
     config: Blip2Config | MatcherConfig,
     tensors: dict[str, Place],
     folder: Path,
-    *,
-    is_quantized: bool,
+    stored: Quantization | None,
 ) -> Iterator[_Step]:
     """What is to be read for every weight of the model, every tensor of the files accounted for, shapes checked."""
-    names = names_in_files(model, config) if is_quantized else in_parts(model, table(config))
+    names = names_in_files(model, config, stored)
     for ours, theirs in _sources(names, tensors, folder).items():
         module_name, _, last = ours.rpartition(".")
         module = model.get_submodule(module_name)
@@ -175,12 +175,15 @@ def _steps(
         yield _Step(ours, theirs, places)
 
 
-def names_in_files(model: nn.Module, config: Blip2Config | MatcherConfig) -> dict[str, str]:
-    """Our names to names in files, with codes and scales where the model is quantised."""
+def names_in_files(
+    model: nn.Module, config: Blip2Config | MatcherConfig, stored: Quantization | None
+) -> dict[str, str]:
+    """Our names to names in files, with codes and scales for what is quantised there."""
     names: dict[str, str] = {}
     for ours, theirs in in_parts(model, table(config)).items():
-        module = model.get_submodule(ours.rpartition(".")[0])
-        if isinstance(module, QuantizedLinear) and ours.endswith(".weight"):
+        name, _, last = ours.rpartition(".")
+        is_quantized = stored is not None and stored.bits_of(name) is not None
+        if is_quantized and last == "weight" and isinstance(model.get_submodule(name), QuantizedLinear):
             stem = ours.removesuffix("weight")
             names |= {f"{stem}{CODES}": f"{theirs}.{CODES}", f"{stem}{SCALES}": f"{theirs}.{SCALES}"}
         else:
@@ -277,7 +280,7 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
 
 def named_tensors(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its name in files, in the table's order; what is one tensor here and several there is cut."""
-    for ours, theirs in names_in_files(model, model.config).items():
+    for ours, theirs in names_in_files(model, model.config, quantization_of(model)).items():
         module_name, _, last = ours.rpartition(".")
         tensor = readable(getattr(model.get_submodule(module_name), last))
         if last in (CODES, SCALES):

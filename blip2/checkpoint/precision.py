@@ -8,7 +8,7 @@ import torch
 
 from blip2.checkpoint.quantize import Quantization
 from blip2.config import Blip2Config, MatcherConfig
-from blip2.errors import OptionError, option
+from blip2.errors import OptionError, option, setting
 
 LARGE = 500_000_000
 """From so many parameters on, a CPU with bfloat16 arithmetic gains by it; below, conversions cost what it saves."""
@@ -53,9 +53,14 @@ def choose_precision(
     - T5 never runs in plain float16, in which its feed-forward layers overflow: bfloat16 in its place.
     - A quantised language model computes in float32 on a CPU between its linear layers, which costs nothing there.
 
-    Raises `OptionError` for a dtype that cannot be.
+    Raises `OptionError` for a dtype that cannot be, and for an image encoder in 8 bits on a GPU.
     """
     is_cpu = device.type == "cpu"
+    if quantization is not None and quantization.images and not is_cpu:
+        raise OptionError(
+            f"an image encoder in int8 ({option('vision')}, or of a checkpoint that was saved so) is for the CPU, and "
+            f"this one is to be on {device}, which is faster without; take the original, or {setting('device', 'cpu')}"
+        )
     if dtype is None:
         dtype, reason = _by_default(is_cpu, num_parameters)
     elif dtype not in DTYPES:

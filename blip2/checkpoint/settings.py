@@ -136,7 +136,8 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
 
 
 def read_quantization(folder: Path) -> dict[str, Any] | None:
-    """How the weights in a folder are quantised: ``bits``, ``group_size`` and ``parts``; None if they are not.
+    """How the weights in a folder are quantised: ``bits``, ``group_size``, ``parts`` and perhaps ``images`` (see
+    `Quantization`); None if they are not.
 
     Raises `CheckpointError` for another program's way of doing it, and for what is incomplete.
     """
@@ -152,7 +153,9 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
         )
     bits, group_size, parts = (content.get(key) for key in ("bits", "group_size", "parts"))
     is_sized = isinstance(bits, int) and isinstance(group_size, int) and group_size in GROUP_SIZES
-    is_known = isinstance(parts, list) and bool(parts) and all(part in QUANTIZED_PARTS for part in parts)
+    images = content.get("images", False)
+    is_known = isinstance(parts, list) and all(part in QUANTIZED_PARTS for part in parts)
+    is_known = is_known and isinstance(images, bool) and (bool(parts) or images) and not (images and "vision" in parts)
     if bits not in QUANTIZED_BITS or not is_sized or not is_known:
         raise CheckpointError(
             f"{path}: quantization_config is {reprlib.repr(content)}; it needs bits (4 or 8), group_size (32, 64 or "

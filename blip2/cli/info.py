@@ -79,6 +79,7 @@ def _facts(
     dtype: str,
     quantize: str | None,
     quantize_vision: bool,
+    vision: str | None,
 ) -> Facts:
     from blip2.api import find_dtype
     from blip2.checkpoint import image_settings, quantization, read_config
@@ -86,7 +87,7 @@ def _facts(
     from blip2.checkpoint.quantize import quantization_in
     from blip2.config import PUBLISHED
 
-    asked = quantization(quantize, vision=quantize_vision)
+    asked = quantization(quantize, vision=quantize_vision, images=vision)
     where, wanted = _device(device), find_dtype(None if dtype == "auto" else dtype)
     folder = find(name, revision)
     published = PUBLISHED.get(name) if name is not None else None
@@ -233,7 +234,9 @@ def _show_layers(facts: Facts, out: Console) -> None:
         return
     assert model.quantization is not None
     groups = f", groups of {model.quantization.group_size} inputs" if model.quantization.bits == 4 else ""
-    out.print(labelled("Quantised", f"{len(model.quantized)} layers, to {model.quantization.bits} bits{groups}"))
+    images = "; the image encoder in 8 bits, activations as well" if model.quantization.images else ""
+    how = f"to {model.quantization.bits} bits{groups}{images}"
+    out.print(labelled("Quantised", f"{len(model.quantized)} layers, {how}"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column()
     table.add_column(justify="right")

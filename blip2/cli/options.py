@@ -37,6 +37,9 @@ PRECISION = (
         "--quantize", type=click.Choice(["int8", "int4"]), help="Keep the language model's weights in 8 or 4 bits.",
     ),
     click.option("--quantize-vision", is_flag=True, help="With --quantize: the image encoder's, too."),
+    click.option(
+        "--vision", type=click.Choice(["int8"]), help="On a CPU: see in 8 bits, faster with VNNI, and nearly as well."
+    ),
 )  # fmt: skip
 
 MODEL = (
@@ -55,7 +58,7 @@ INDEX_MODEL = (
     REVISION,
     *PRECISION,
 )  # fmt: skip
-MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision")
+MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision", "vision")
 
 # Ranges are checked where they are known: by GenerateOptions.
 DECODING = (

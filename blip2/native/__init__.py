@@ -31,6 +31,9 @@ ARGUMENTS = {
     "blip2_prepare": [INT],
     "blip2_quantize": [POINTER, INT, LONG, LONG, LONG, LONG, INT, POINTER, POINTER, INT],
     "blip2_linear": [POINTER, INT, LONG, LONG, LONG, LONG, INT, POINTER, POINTER, POINTER, LONG, POINTER, INT],
+    "blip2_linear_of_many": [
+        POINTER, INT, LONG, LONG, LONG, POINTER, POINTER, POINTER, LONG, INT, POINTER, INT,
+    ],
     "blip2_attend": [
         POINTER, POINTER, POINTER, POINTER, INT, LONG * 11, INT, LONG, LONG, LONG, LONG, FLOAT, POINTER, INT,
     ],
@@ -115,6 +118,26 @@ def linear(
     if failed:
         raise MemoryError("no memory for the product of a quantised layer")
     return out
+
+
+def linear_of_many(
+    x: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, *, padded: int, channels: int, has_gelu: bool
+) -> Tensor | None:
+    """As `linear` with 8 bits, with activations in 8 bits as well, perhaps through a GELU: for so many rows that
+    arithmetic takes the time. None where there is no kernel for it.
+    """
+    library = kernels()
+    assert library is not None
+    x = x.contiguous()
+    width = x.shape[-1]
+    out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype)
+    failed = library.blip2_linear_of_many(
+        x.data_ptr(), TYPES[x.dtype], x.numel() // width, width, padded, codes.data_ptr(), scales.data_ptr(),
+        None if bias_N is None else bias_N.data_ptr(), channels, has_gelu, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed == 1:
+        raise MemoryError("no memory for the product of a quantised layer")
+    return None if failed else out
 
 
 def attend(query_BH1D: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tensor | None, scale: float) -> Tensor:

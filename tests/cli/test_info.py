@@ -49,6 +49,16 @@ def test_a_published_name_needs_no_download(run):
     assert "Language model in float32: language.encoder_bias.table, language.encoder.*.self_attention.norm" in text
 
 
+def test_an_image_encoder_in_8_bits(run):
+    told = rows(run("info", XXL, "--dtype", "bfloat16", "--quantize", "int4", "--vision", "int8"))
+    how = "421 layers, to 4 bits, groups of 64 inputs; the image encoder in 8 bits, activations as well"
+    assert told["Quantised"] == how
+    assert "vision.blocks.*.fc1 39 layers int8" in " ".join(
+        run("info", XXL, "--dtype", "bfloat16", "--vision", "int8").stdout.split()
+    )
+    assert "is for the CPU" in run("info", XXL, "--device", "cuda", "--vision", "int8").stderr
+
+
 def test_what_quantising_would_save(run):
     told = rows(run("info", XXL, "--dtype", "bfloat16"))
     assert told["--quantize"] == "int8 13.7 GB, int4 8.58 GB"

@@ -23,14 +23,19 @@ def test_the_options_of_a_model_reach_its_loading(run, monkeypatch, verb):
         "--quantize",
         "int4",
         "--quantize-vision",
+        "--vision",
+        "int8",
         "--revision",
         "v2",
     ]
     assert run(*verb, "--model", "a/b", *chosen, "--beams", 2).stderr == "blip2: that is all\n"
     run(*verb)
-    nothing = {"device": "auto", "dtype": None, "quantize": None, "quantize_vision": False, "revision": None}
+    nothing = {
+        "device": "auto", "dtype": None, "quantize": None, "quantize_vision": False, "vision": None, "revision": None,
+    }  # fmt: skip
     everything = {
-        "device": "cuda:1", "dtype": "bfloat16", "quantize": "int4", "quantize_vision": True, "revision": "v2",
+        "device": "cuda:1", "dtype": "bfloat16", "quantize": "int4", "quantize_vision": True, "vision": "int8",
+        "revision": "v2",
     }  # fmt: skip
     assert given == [("a/b", everything), (None, nothing)]
 
@@ -39,6 +44,14 @@ def test_quantising_nothing(run, pictures, opt_model):
     result = run("caption", pictures[0], "--model", opt_model, "--quantize-vision")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("blip2: --quantize-vision is set without")
+
+
+def test_an_image_encoder_in_8_bits(run, pictures, opt_model):
+    result = run("caption", pictures[0], "--model", opt_model, "--vision", "int8")
+    assert (result.exit_code, result.stderr) == (0, "")
+    refused = run("caption", pictures[0], "--model", opt_model, "--vision", "int8", "--quantize-vision")
+    assert refused.stderr.startswith("blip2: --quantize-vision is set beside --vision") and refused.exit_code == 2
+    assert run("caption", pictures[0], "--vision", "int4").exit_code == 2
 
 
 def test_numbers():

@@ -17,9 +17,12 @@ pytestmark = [
 NUM_ANSWERS = 1000
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4", "vision int8"])
 def test_a_batch_of_eight_answers_as_eight_times_one(precision: str) -> None:
-    pipeline = blip2.load(quantize=precision) if precision.startswith("int") else blip2.load(dtype=precision)
+    if precision == "vision int8":
+        pipeline = blip2.load(vision="int8")
+    else:
+        pipeline = blip2.load(quantize=precision) if precision.startswith("int") else blip2.load(dtype=precision)
     speaker = pipeline.speaker
     scenes = [world.make_scene(80_000_000 + index, "test") for index in range(NUM_ANSWERS // 5)]
     pictures = [world.render(scene) for scene in scenes]
