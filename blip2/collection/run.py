@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 from blip2.collection.background import in_background
@@ -16,7 +16,7 @@ from blip2.collection.copies import Copy
 from blip2.collection.feed import Feed, Settled
 from blip2.collection.journal import Journal
 from blip2.collection.part import Part
-from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit
+from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit, sha256_of
 from blip2.collection.summary import OnResults, Summary
 from blip2.errors import ImageError
 from blip2.image import stored_size
@@ -270,20 +270,12 @@ def _begun(wants: frozenset[str], record: Record) -> Result:
     if record.picture is not None and "size" in wants:
         width, height = stored_size(record.picture) or (0, 0)
     if record.picture is not None and "sha256" in wants:
-        digest = _sha256(record.picture)
+        digest = sha256_of(record.picture)
     path = record.picture if isinstance(record.picture, str) else ""
     return Result(
         record.key, record.stamp, FAILED, record.name, old=record.text, path=path, width=width, height=height,
         sha256=digest, columns=plain(record.columns),
     )  # fmt: skip
-
-
-def _sha256(picture: str | bytes) -> str:
-    if isinstance(picture, bytes):
-        return hashlib.sha256(picture).hexdigest()
-    with suppress(OSError), open(picture, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    return ""
 
 
 def _result(job: Job, record: Record, begun: Result, outcome: Outcome | ImageError) -> Result:
@@ -342,19 +334,14 @@ def _kept(job: Job, settled: Generator[Settled, None, None], known: Known) -> Ge
 
 def _written(job: Job, results: Iterator[Result]) -> Iterator[list[Result]]:
     """The results, a few at a time, when they are in what is written a picture at a time."""
-    last_s = -FLUSH_S
     some: list[Result] = []
-
-    def write() -> list[Result]:
-        if captioned := [result for result in some if result.status == SUCCESS]:
-            for sink in job.sinks:
-                sink.some(captioned)
-        return some
-
-    for result in results:
-        some.append(result)
-        if len(some) >= FLUSH_RESULTS and time.monotonic() - last_s >= FLUSH_S:
-            yield write()
+    last_s = -FLUSH_S
+    for result in chain(results, [None]):
+        some += [] if result is None else [result]
+        is_time = len(some) >= FLUSH_RESULTS and time.monotonic() - last_s >= FLUSH_S
+        if some and (is_time or result is None):
+            if captioned := [each for each in some if each.status == SUCCESS]:
+                for sink in job.sinks:
+                    sink.some(captioned)
+            yield some
             some, last_s = [], time.monotonic()
-    if some:
-        yield write()
