@@ -14,11 +14,14 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.collection import test_engines as engines
 
 NUM_PICTURES = int(os.environ.get("BLIP2_KILLS_PICTURES", "600"))
 MODEL = os.environ.get("BLIP2_KILLS_MODEL", "names")
@@ -143,6 +146,27 @@ def test_killed_at_random(tmp_path, make):
     assert times.total() - NUM_PICTURES <= kills * BATCH_SIZE  # what the model was at when it was killed
     memory = peaks(undisturbed)
     print(
-        f"\n{make.__name__}, {MODEL}: {kills} kills (all done before the last: {is_done}), {times.total()} pictures seen "
-        f"for {NUM_PICTURES}, {len(files(killed))} files equal, {whole_s:.0f} s undisturbed, peak {memory} KiB"
+        f"\n{make.__name__}, {MODEL}: {kills} kills (all done before the last: {is_done}), "
+        f"{times.total()} pictures seen for {NUM_PICTURES}, {len(files(killed))} files equal, "
+        f"{whole_s:.0f} s undisturbed, peak {memory} KiB"
     )
+
+
+def many_files(place):
+    return engines.folder(place, [f"{number % 3}_set/{number:05}.png" for number in range(NUM_PICTURES)])
+
+
+def many_shards(place):
+    return engines.shards(place, NUM_PICTURES // 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300 + NUM_PICTURES // 2)
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.parametrize("machines", [engines.BOTH, {"engine": "ray", "replicas": 2}], ids=["devices", "ray"])
+@pytest.mark.parametrize("make", [many_files, many_shards])
+def test_one_of_two_workers_is_killed(tmp_path, monkeypatch, make, machines):
+    if machines.get("engine") == "ray" and find_spec("ray") is None:  # importing it would fix its settings
+        pytest.skip("needs ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    engines.assert_the_same(make, (tmp_path / "one", tmp_path / "several"), machines, NUM_PICTURES)
