@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from blip2.collection.columns import plain
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result
 from blip2.errors import ImageError
-from blip2.image import stored_size
+from blip2.image import name_of, stored_size
 
 if TYPE_CHECKING:
     from blip2.collection.run import Job, Known, Outcome
@@ -65,6 +65,11 @@ def result_of(job: Job, record: Record, begun: Result, outcome: Outcome | ImageE
     return replace(
         begun, status=SUCCESS, text=text, captions=outcome.captions, scores=outcome.scores, tokens=outcome.tokens
     )
+
+
+def why_failed(result: Result) -> str:
+    """Why it failed, without the picture's name."""
+    return result.error_message.removeprefix(f"{name_of(result.name)}: ").removeprefix(f"{result.name}: ")
 
 
 def failed(begun: Result, message: str) -> Result:

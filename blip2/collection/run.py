@@ -15,9 +15,10 @@ from blip2.collection.feed import Feed, Settled
 from blip2.collection.journal import Journal
 from blip2.collection.part import Part
 from blip2.collection.record import FAILED, SUCCESS, Record, Result, Source, Unit
-from blip2.collection.results import begun, failed, result_of, without_model
+from blip2.collection.results import begun, failed, result_of, why_failed, without_model
 from blip2.collection.summary import OnResults, Summary
 from blip2.errors import ImageError
+from blip2.image import name_of
 
 FLUSH_RESULTS, FLUSH_S = 16, 1.0
 """After so many, but not more often than this, what is written a picture at a time is written: a disk makes hundreds of
@@ -255,7 +256,7 @@ def _repeated(job: Job, copy: Copy) -> Result:
     assert first is not None
     known = replace(copy.result, copy_of=first.key)
     if first.status == FAILED:
-        return failed(known, first.error_message.replace(f"{first.name}: ", f"{copy.record.name}: ", 1))
+        return failed(known, f"{name_of(copy.record.name)}: {why_failed(first)}")
     return result_of(job, copy.record, known, Outcome(first.captions, first.scores, first.tokens))
 
 

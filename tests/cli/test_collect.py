@@ -66,7 +66,7 @@ def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypat
         (SAID["cats.png"], "miniature", 350)
     ]
     found = run(*command, "--html", "review.html")
-    assert found.exit_code == 0 and "1 before" in found.stderr
+    assert found.exit_code == 0 and "1 in earlier runs" in found.stderr
     assert Path("all.jsonl").read_bytes() == before
     assert SAID["cats.png"] in Path("review.html").read_text()
     [thumbnail] = Path("review.files").iterdir()
