@@ -56,6 +56,19 @@ def test_sidecars(run, photos):
     assert found.stderr.count("torn.png") == 1
 
 
+def test_what_a_run_wrote_is_not_passed_over_nor_done_anew_by_a_restart_alone(run, photos):
+    (photos / "readme.md").write_text("x")
+    command = ["caption", "photos", "--sidecar", ".txt", "--exclude", "torn.png", "--beams", 1]
+    assert "passed over in folders: 1 other file (1 .md)" in run(*command).stderr
+    assert "passed over in folders: 1 other file (1 .md)" in run(*command).stderr
+    refused = run(*command, "--prefix", "sks, ")
+    assert refused.exit_code == 1
+    remedy = "another output, or add --restart and give --if-exists overwrite to do all anew\n"
+    assert refused.stderr.endswith(remedy)
+    again = run(*command, "--prefix", "sks, ", "--restart", "--if-exists", "overwrite")
+    assert "3 done, 0 skipped" in again.stderr and (photos / "cats.txt").read_text().startswith("sks, ")
+
+
 def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypatch, no_model):
     command = ["caption", "photos/cats.png", "-o", "all.jsonl", "--format", "jsonl"]
     with monkeypatch.context() as changed:
