@@ -105,7 +105,7 @@ class Progress:
             self.tell("what is skipped has a text already; --if-exists overwrite, append or prepend describes it anew")
         if summary.copies:
             self.tell(f"{_number(summary.copies, 'copy', 'copies')} of another picture, given its result")
-        if summary.repeated:
+        if summary.repeated and plan.request.takes_text:  # answers and labels are few
             self.tell(f"{_number(summary.repeated, 'caption is', 'captions are')} the same as that of another picture")
         if summary.is_limited:
             self.tell("stopped at --limit; without it, the same command does the rest")
@@ -190,6 +190,6 @@ def _bar() -> Any:
             failed = task.fields.get("failed", 0)
             return Text(f"{failed:,} failed" if failed else "", style="red")
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), Failed(""), TextColumn("left:"),
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), Failed(""), TextColumn("time left:"),
                TimeRemainingColumn())  # fmt: skip
     return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)

@@ -69,6 +69,15 @@ def test_what_a_run_wrote_is_not_passed_over_nor_done_anew_by_a_restart_alone(ru
     assert "3 done, 0 skipped" in again.stderr and (photos / "cats.txt").read_text().startswith("sks, ")
 
 
+def test_captions_that_two_pictures_have_are_counted_and_answers_are_not(run, photos):
+    content = (photos / "cats.png").read_bytes()
+    (photos / "again.png").write_bytes(content)
+    pictures = ["photos/cats.png", "photos/again.png", "-o", "out.jsonl", "--format", "jsonl"]
+    assert "1 caption is the same as that of another picture" in run("caption", *pictures).stderr
+    answers = run("ask", *pictures, "-q", "is there a cat?", "--restart")
+    assert "2 done" in answers.stderr and "another picture" not in answers.stderr
+
+
 def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypatch, no_model):
     command = ["caption", "photos/cats.png", "-o", "all.jsonl", "--format", "jsonl"]
     with monkeypatch.context() as changed:
