@@ -190,6 +190,6 @@ def _bar() -> Any:
             failed = task.fields.get("failed", 0)
             return Text(f"{failed:,} failed" if failed else "", style="red")
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), Failed(""), TextColumn("time left:"),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), Failed(""),
+               TextColumn("time left:"), TimeRemainingColumn())  # fmt: skip
     return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
