@@ -108,7 +108,8 @@ class Progress:
         if summary.repeated and plan.request.takes_text:  # answers and labels are few
             self.tell(f"{_number(summary.repeated, 'caption is', 'captions are')} the same as that of another picture")
         if summary.is_limited:
-            self.tell("stopped at --limit; without it, the same command does the rest")
+            without = "without it and --restart" if plan.request.going.restart else "without it"
+            self.tell(f"stopped at --limit; {without}, the same command does the rest")
         elif not summary.is_complete:
             self.tell("other parts are not done; the last one that is completes the output")
         if html:

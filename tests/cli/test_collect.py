@@ -78,6 +78,21 @@ def test_captions_that_two_pictures_have_are_counted_and_answers_are_not(run, ph
     assert "2 done" in answers.stderr and "another picture" not in answers.stderr
 
 
+@pytest.mark.parametrize(("flags", "remedy"), [
+    ([], "the same command goes on"), (["--restart"], "the same command without --restart goes on"),
+])  # fmt: skip
+def test_what_goes_on_after_an_interrupt(run, photos, monkeypatch, flags, remedy):
+    def interrupted(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blip2.api.collect.CollectionRun.run", interrupted)
+    found = run("caption", "photos", "--sidecar", ".txt", *flags)
+    monkeypatch.undo()
+    limited = run("caption", str(photos), "--sidecar", ".txt", "--limit", 1, "--beams", 1, *flags)
+    assert f"stopped at --limit; without it{' and --restart' if flags else ''}, the same" in limited.stderr
+    assert found.exit_code == 130 and found.stderr.endswith(f"stopped; what was done is kept, and {remedy}\n")
+
+
 def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypatch, no_model):
     command = ["caption", "photos/cats.png", "-o", "all.jsonl", "--format", "jsonl"]
     with monkeypatch.context() as changed:
