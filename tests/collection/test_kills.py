@@ -1,6 +1,6 @@
 """A run that is killed at any moment, and goes on, writes what one writes that nobody disturbed.
 
-At its full size, of which it prints the figures (hours for ``miniature``, minutes for the others):
+At its full size, of which it prints the figures (ten minutes for ``miniature``, a few for the others):
 
     BLIP2_KILLS_PICTURES=10000 BLIP2_KILLS_MODEL=miniature pytest -s -m slow tests/collection/test_kills.py -k folder
 """
