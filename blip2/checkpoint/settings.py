@@ -30,6 +30,7 @@ from blip2.config import (
 from blip2.errors import CheckpointError
 from blip2.plaintext import read_text
 from blip2.quantized import GROUP_SIZES
+from blip2.vision import ACTIVATIONS
 
 Fields = tuple[tuple[str, str, Any], ...]
 Fixed = tuple[tuple[str, tuple[Any, ...], Any], ...]
@@ -45,6 +46,15 @@ VISION: Fields = (
     ("activation", "hidden_act", "gelu"),
     ("has_patch_bias", "patch_bias", True),  # ours: the published layout has no CLIP L/14
     ("has_pre_norm", "pre_layernorm", False),  # ours, likewise
+)
+# Ours, and written only where they differ: encoders that the published layout cannot express.
+VISION_EXTRA: Fields = (
+    ("num_prefix_tokens", "num_prefix_tokens", 1),
+    ("keeps_class_token", "keeps_class_token", True),
+    ("has_gate", "gated_mlp", False),
+    ("rotary_base", "rope_theta", 0.0),
+    ("has_final_norm", "final_layernorm", False),
+    ("has_smooth_resizing", "antialiased_positions", False),
 )
 QFORMER: Fields = (
     ("hidden_size", "hidden_size", 768),
@@ -89,7 +99,7 @@ T5: Fields = (
 # What this package builds in one way only: the published field, the values that mean that way, what an absent one
 # means. Any other value would load, and answer wrongly.
 FIXED: dict[str, Fixed] = {
-    "vision_config": (("hidden_act", ("gelu", "quick_gelu"), "gelu"), ("qkv_bias", (True,), True)),
+    "vision_config": (("hidden_act", tuple(ACTIVATIONS), "gelu"), ("qkv_bias", (True,), True)),
     "qformer_config": (("hidden_act", ("gelu",), "gelu"), ("position_embedding_type", ("absolute",), "absolute")),
     "opt": (
         ("activation_function", ("relu",), "relu"),
@@ -166,12 +176,7 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
 
 def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
     """The configuration in the content of a config.json; ValueError for what this package does not build."""
-    vision = VisionConfig(**_read(_section(content, "vision_config"), "vision_config", VISION))
-    if vision.patch_size > vision.image_size:
-        raise ValueError(
-            f"patch_size is {vision.patch_size} in vision_config, more than image_size, which is {vision.image_size}; "
-            f"{AGAIN}"
-        )
+    vision = parse_vision(_section(content, "vision_config"))
     fields = _section(content, "qformer_config")
     if "qformer_text_input" in fields:  # the key's name before transformers 4.46
         fields.setdefault("use_qformer_text_input", fields["qformer_text_input"])
@@ -201,6 +206,22 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
     if image_token_id is not None:
         check_token("image_token_index", image_token_id, language.vocab_size, "config.json")
     return Blip2Config(vision=vision, qformer=qformer, language=language, image_token_id=image_token_id)
+
+
+def parse_vision(section: dict[str, Any]) -> VisionConfig:
+    """The image encoder in the content of a vision_config; ValueError for what this package does not build."""
+    vision = VisionConfig(**_read(section, "vision_config", (*VISION, *VISION_EXTRA)))
+    if vision.patch_size > vision.image_size:
+        raise ValueError(
+            f"patch_size is {vision.patch_size} in vision_config, more than image_size, which is {vision.image_size}; "
+            f"{AGAIN}"
+        )
+    if vision.rotary_base and vision.hidden_size // vision.num_heads % 4:
+        raise ValueError(
+            f"num_attention_heads is {vision.num_heads} in vision_config: heads of "
+            f"{vision.hidden_size // vision.num_heads} numbers are not turned in two directions (rope_theta); {AGAIN}"
+        )
+    return vision
 
 
 def _parse_language(text: dict[str, Any]) -> LanguageConfig:
@@ -285,6 +306,9 @@ def _write(config: Any, fields: Fields) -> dict[str, Any]:
 def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
     """``config.json`` as the published repositories have it; how the weights are quantised, if they are."""
     vision = {"model_type": "blip_2_vision_model", "qkv_bias": True, **_write(config.vision, VISION)}
+    extra = tuple(row for row in VISION_EXTRA if getattr(config.vision, row[0]) != row[2])
+    if extra:  # for whoever reads it: this is not what the published layout calls an image encoder
+        vision |= {"model_type": "blip2_vision_transformer", **_write(config.vision, extra)}
     qformer = {
         "model_type": "blip_2_qformer",
         "attention_probs_dropout_prob": config.qformer.dropout,
