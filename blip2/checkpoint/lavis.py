@@ -56,6 +56,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     place: str
+    num_bytes: int
 
 
 Weights = dict[str, Weight]
@@ -99,7 +100,7 @@ def convert_from_lavis(
     for part, given in (("vision_model.", vision), ("language_model.", language)):
         place = given or (like_folder if has_weights else None)
         if place and not _names(found, part):  # whole from one place: half fine-tuned, half original would be neither
-            found |= _frozen(place, part, family)
+            found |= frozen_part(place, part, family)
     config = _fitted(like_config, family, trained, found)
     wanted = _wanted(config)
     _check(found, wanted, path)
@@ -160,14 +161,17 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _in_memory(tensors: dict[str, Tensor], place: Path) -> Weights:
-    return {name: Weight(tuple(tensor.shape), tensor.detach, str(place)) for name, tensor in tensors.items()}
+    return {
+        name: Weight(tuple(tensor.shape), tensor.detach, str(place), tensor.nbytes) for name, tensor in tensors.items()
+    }
 
 
 def _in_folder(folder: Path) -> Weights:
-    return {name: Weight(place.shape, place.read, str(folder)) for name, place in find_tensors(folder).items()}
+    found = find_tensors(folder)
+    return {name: Weight(place.shape, place.read, str(folder), place.num_bytes) for name, place in found.items()}
 
 
-def _frozen(place: str | Path, part: str, family: str | None) -> Weights:
+def frozen_part(place: str | Path, part: str, family: str | None) -> Weights:
     """The weights of one frozen part, from a file of the authors or from a model."""
     path = Path(place).expanduser()
     if path.is_file():

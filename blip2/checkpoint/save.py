@@ -58,7 +58,7 @@ def save(
         quantization = found.as_json()
     sizes = [(name, tensor.numel() * _dtype(name, tensor, dtype).itemsize) for name, tensor in named_tensors(model)]
     tensors = ((name, tensor.to("cpu", _dtype(name, tensor, dtype))) for name, tensor in named_tensors(model))
-    write_model(folder, sizes, tensors, _texts(model, tokenizer, quantization, settings), max_shard_size_bytes)
+    write_model(folder, sizes, tensors, texts_of(model, tokenizer, quantization, settings), max_shard_size_bytes)
 
 
 def write_model(
@@ -128,7 +128,7 @@ def _dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return tensor.dtype if dtype is None or is_quantized or not tensor.is_floating_point() else dtype
 
 
-def _texts(
+def texts_of(
     model: Blip2 | Blip2Matcher,
     tokenizer: Path | str | None,
     quantization: dict[str, Any] | None,

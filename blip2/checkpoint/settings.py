@@ -145,6 +145,19 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def language_config(folder: Path) -> LanguageConfig:
+    """Of a language model by itself, or of the one in a BLIP-2. Raises `CheckpointError`."""
+    path = folder / "config.json"
+    content = read_json(path)
+    section = content.get("text_config", content)
+    try:
+        if not isinstance(section, dict) or "model_type" not in section:
+            raise ValueError("there is no model_type; name the folder of a language model")
+        return _parse_language({key: value for key, value in section.items() if value is not None})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def read_quantization(folder: Path) -> dict[str, Any] | None:
     """How the weights in a folder are quantised: ``bits``, ``group_size``, ``parts`` and perhaps ``images`` (see
     `Quantization`); None if they are not.
