@@ -47,7 +47,10 @@ def parts(tmp_path_factory):
         tie_word_embeddings=False, decoder_start_token_id=0,
     )  # fmt: skip
     t5.tie_word_embeddings = False  # the library's own configuration ties them whatever it is told
-    transformers.T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
+    whole = transformers.T5ForConditionalGeneration(t5)
+    for half in (whole.encoder, whole.decoder):  # what Flan-T5 has, and is lost with that
+        half.embed_tokens = whole.shared
+    whole.save_pretrained(folder / "t5")
     bert = transformers.BertConfig(
         vocab_size=len(WORDS), hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=40,
