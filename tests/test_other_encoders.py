@@ -260,7 +260,7 @@ def change(folder: Path, file: str, **values) -> None:
 @pytest.mark.parametrize(
     ("family", "values", "message"),
     [
-        ("ViT", {"model_type": "resnet"}, "model_type is 'resnet', no image encoder that is read here; known are blip-2"),
+        ("ViT", {"model_type": "resnet"}, "'resnet', no image encoder that is read here; known are blip-2"),
         ("SigLIP", {"model_type": "siglip2_vision_model"}, "not NaFlex"),
         ("ViT", {"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ("ViT", {"num_channels": 1}, "num_channels is 1"),
@@ -292,7 +292,7 @@ def test_options_that_cannot_be(tmp_path):
     save_encoder("EVA-CLIP", tmp_path)
     with pytest.raises(OptionError, match="without the last layer"):
         checkpoint.load_encoder(tmp_path, layer="last")
-    with pytest.raises(OptionError, match="layer.* is 'first'; use second-last or last"):
+    with pytest.raises(OptionError, match=r"layer.* is 'first'; use second-last or last"):
         checkpoint.load_encoder(tmp_path, layer="first")
-    with pytest.raises(OptionError, match="image_size.* is 0"):
+    with pytest.raises(OptionError, match=r"image_size.* is 0"):
         checkpoint.load_encoder(tmp_path, image_size=0)

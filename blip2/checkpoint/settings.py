@@ -165,6 +165,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
         **_read(fields, "qformer_config", QFORMER),
     )
     image_token_id = content.get("image_token_index", content.get("image_token_id"))
+    adapted = check_value("merged_adapters", content.get("merged_adapters") or "", "", "config.json")
     architectures = content.get("architectures") or []
     if not isinstance(architectures, list):
         raise ValueError(f"architectures is {reprlib.repr(architectures)}; it should be a list of names; {AGAIN}")
@@ -180,11 +181,12 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
             bos_token_id=bos_token_id,
             has_lm_head=_top(content, "has_qformer_lm_head", "has_lm_head", False),
             image_token_id=image_token_id,
+            adapted=adapted,
         )
     language = _parse_language(_section(content, "text_config"))
     if image_token_id is not None:
         check_token("image_token_index", image_token_id, language.vocab_size, "config.json")
-    return Blip2Config(vision=vision, qformer=qformer, language=language, image_token_id=image_token_id)
+    return Blip2Config(vision, qformer, language, image_token_id=image_token_id, adapted=adapted)
 
 
 def parse_vision(section: dict[str, Any]) -> VisionConfig:
@@ -294,6 +296,8 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
     }
     if quantization is not None:
         content["quantization_config"] = {"quant_method": QUANTIZATION_METHOD, **quantization}
+    if config.adapted:
+        content["merged_adapters"] = config.adapted  # ours: indexes and encoded images know the model by it, too
     if isinstance(config, MatcherConfig):
         return content | {
             "architectures": ["Blip2ForImageTextRetrieval"],
