@@ -47,6 +47,8 @@ def check_vision(vision: VisionConfig) -> None:
             f"patch_size is {vision.patch_size} in vision_config, more than image_size, which is {vision.image_size}; "
             f"{AGAIN}"
         )
+    if vision.activation == "silu" and not vision.has_gate:
+        raise ValueError("hidden_act is 'silu' in vision_config; this package builds it only with a gate (gated_mlp)")
     if vision.rotary_base and vision.hidden_size // vision.num_heads % 4:
         raise ValueError(
             f"num_attention_heads is {vision.num_heads} in vision_config: heads of "

@@ -31,7 +31,14 @@ def check_is_new(out: Path) -> None:
         raise CheckpointError(f"{out}: exists already; choose another name, or delete it")
 
 
-def write_from(folder: Path, out: Path, load: Callable[[Any], Model], *, doing: str) -> None:
+def write_from(
+    folder: Path,
+    out: Path,
+    load: Callable[[Any], Model],
+    *,
+    doing: str,
+    quantization: dict[str, Any] | None = None,
+) -> None:
     """Load a model made from that of a folder, and write it; ``load`` is given what is told of the progress.
 
     Into a folder within ``out``, and from there, config.json last: there is a whole model, or none.
@@ -46,7 +53,7 @@ def write_from(folder: Path, out: Path, load: Callable[[Any], Model], *, doing: 
             if (found := checkpoint.damage(model)) is not None:
                 raise CheckpointError(f"{folder}: has weights that are NaN or infinite: {found}")
             writes()
-            checkpoint.save(model, unfinished, tokenizer=folder / "tokenizer.json")
+            checkpoint.save(model, unfinished, tokenizer=folder / "tokenizer.json", quantization=quantization)
         # Whoever looks for them finds the original's, or none: what `save` knows is a guess beside them.
         for name in COMPANIONS:
             (unfinished / name).unlink(missing_ok=True)

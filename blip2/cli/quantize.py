@@ -52,6 +52,7 @@ def command(model: str, out: Path, kind: str, group_size: str | None, vision: bo
         out,
         lambda progress: checkpoint.load(folder, quantize=quantization, as_stored=True, progress=progress),
         doing="reading, quantising",
+        quantization=quantization.as_json(),
     )
     after = stored(out).num_bytes
     click.echo(f"{in_bytes(before)} became {in_bytes(after)} ({after / before:.0%})", err=True)
