@@ -146,6 +146,8 @@ class Blip2Config:
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     language: LanguageConfig = field(default_factory=OPTConfig)
     image_token_id: int | None = None
+    adapted: str = ""
+    """Which adapters are merged into what sees (`checkpoint.adapters`); "" for none."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class MatcherConfig:
     has_lm_head: bool = True
     """Whether the learned temperature and the Q-Former's own caption head exist; the published files lack both."""
     image_token_id: int | None = None
+    adapted: str = ""
+    """As in `Blip2Config`."""
 
 
 @dataclass(frozen=True)

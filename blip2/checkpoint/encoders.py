@@ -62,6 +62,10 @@ class Encoder:
                 yield name, self._weight(weights, name, shape)
         num_layers = self.trained.num_layers
         left_out = [f"{self.family.layer.format(num)}." for num in range(num_layers, self.said["num_hidden_layers"])]
+        if absent := [start for start in left_out if not any(name.startswith(start) for name in weights.left)]:
+            raise CheckpointError(
+                f"{self.folder}: {absent[0]} is missing; the weights and config.json do not belong together"
+            )
         if self.family is not BLIP2:
             left_out.append(self.family.outside["final_norm.*"].removesuffix("*"))
         if rest := [name for name in weights.left if not name.startswith(tuple(left_out))]:
@@ -138,7 +142,9 @@ class _Weights:
         patch = family.outside["patch_embedding.*"].replace("*", "weight")
         begin = next((each for each in family.begins if each + patch in places), None)
         if begin is None:
-            raise CheckpointError(f"{folder}: {family.begins[0]}{patch} is missing; these are the weights of another model")
+            raise CheckpointError(
+                f"{folder}: {family.begins[0]}{patch} is missing; these are the weights of another model"
+            )
         inside = {name.removeprefix(begin): place for name, place in places.items() if name.startswith(begin)}
         return cls(folder, inside, family.ignored)
 
@@ -173,7 +179,7 @@ def open_encoder(
     content = read_json(path)
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        hint = "; of SigLIP 2 those of one size are read, not the NaFlex ones" if str(kind).startswith("siglip2") else ""
+        hint = "; of SigLIP 2 those of one size are, not NaFlex" if str(kind).startswith("siglip2") else ""
         raise CheckpointError(
             f"{path}: model_type is {reprlib.repr(kind)}, no image encoder that is read here{hint}; known are "
             f"{', '.join(FAMILIES)}"

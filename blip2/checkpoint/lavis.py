@@ -31,6 +31,7 @@ from blip2.checkpoint.preprocessor import image_settings, preprocessor_json
 from blip2.checkpoint.reader import find_tensors
 from blip2.checkpoint.save import write_model
 from blip2.checkpoint.settings import config_json, read_config, read_quantization
+from blip2.checkpoint.vision_fields import extra_fields
 from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
 from blip2.disk import written
 from blip2.errors import CheckpointError
@@ -133,6 +134,8 @@ def convert_to_lavis(
         raise CheckpointError(f"{out_path}: exists already; choose another name, or delete it")
     folder = resolve(folder)
     config = _config(folder)
+    if not trainable_only and extra_fields(config.vision):
+        raise CheckpointError(f"{folder}: LAVIS has no image encoder of this kind; write only what is trained")
     found, wanted = _with_tied_names(_in_folder(folder)), _wanted(config)
     _check(found, wanted, folder)
     known = wanted.keys() | set(IGNORED) | {alias for aliases in ALIASES.values() for alias in aliases} | ALIASES.keys()

@@ -125,7 +125,7 @@ def _sizes(said: Mapping[str, Any]) -> tuple[int, int | None]:
 
 
 def _filter(number: Any) -> str:
-    if not isinstance(number, int | float) or isinstance(number, bool) or number not in FILTERS:
+    if not isinstance(number, int) or isinstance(number, bool) or number not in FILTERS:
         raise _is_other("resample", number, " or ".join(map(str, FILTERS)))
     return FILTERS[number]
 

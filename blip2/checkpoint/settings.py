@@ -18,6 +18,7 @@ from blip2.checkpoint.bounds import (
     check_token,
     check_value,
 )
+from blip2.checkpoint.vision_fields import VISION, VISION_EXTRA, Fields, check_vision, extra_fields
 from blip2.config import (
     Blip2Config,
     LanguageConfig,
@@ -32,30 +33,8 @@ from blip2.plaintext import read_text
 from blip2.quantized import GROUP_SIZES
 from blip2.vision import ACTIVATIONS
 
-Fields = tuple[tuple[str, str, Any], ...]
 Fixed = tuple[tuple[str, tuple[Any, ...], Any], ...]
 
-VISION: Fields = (
-    ("hidden_size", "hidden_size", 1408),
-    ("num_layers", "num_hidden_layers", 39),
-    ("num_heads", "num_attention_heads", 16),
-    ("intermediate_size", "intermediate_size", 6144),
-    ("image_size", "image_size", 224),
-    ("patch_size", "patch_size", 14),
-    ("layer_norm_eps", "layer_norm_eps", 1e-6),
-    ("activation", "hidden_act", "gelu"),
-    ("has_patch_bias", "patch_bias", True),  # ours: the published layout has no CLIP L/14
-    ("has_pre_norm", "pre_layernorm", False),  # ours, likewise
-)
-# Ours, and written only where they differ: encoders that the published layout cannot express.
-VISION_EXTRA: Fields = (
-    ("num_prefix_tokens", "num_prefix_tokens", 1),
-    ("keeps_class_token", "keeps_class_token", True),
-    ("has_gate", "gated_mlp", False),
-    ("rotary_base", "rope_theta", 0.0),
-    ("has_final_norm", "final_layernorm", False),
-    ("has_smooth_resizing", "antialiased_positions", False),
-)
 QFORMER: Fields = (
     ("hidden_size", "hidden_size", 768),
     ("num_layers", "num_hidden_layers", 12),
@@ -199,6 +178,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
         **_read(fields, "qformer_config", QFORMER),
     )
     image_token_id = content.get("image_token_index", content.get("image_token_id"))
+    adapted = check_value("merged_adapters", content.get("merged_adapters") or "", "", "config.json")
     architectures = content.get("architectures") or []
     if not isinstance(architectures, list):
         raise ValueError(f"architectures is {reprlib.repr(architectures)}; it should be a list of names; {AGAIN}")
@@ -214,26 +194,18 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
             bos_token_id=bos_token_id,
             has_lm_head=_top(content, "has_qformer_lm_head", "has_lm_head", False),
             image_token_id=image_token_id,
+            adapted=adapted,
         )
     language = _parse_language(_section(content, "text_config"))
     if image_token_id is not None:
         check_token("image_token_index", image_token_id, language.vocab_size, "config.json")
-    return Blip2Config(vision=vision, qformer=qformer, language=language, image_token_id=image_token_id)
+    return Blip2Config(vision, qformer, language, image_token_id=image_token_id, adapted=adapted)
 
 
 def parse_vision(section: dict[str, Any]) -> VisionConfig:
     """The image encoder in the content of a vision_config; ValueError for what this package does not build."""
     vision = VisionConfig(**_read(section, "vision_config", (*VISION, *VISION_EXTRA)))
-    if vision.patch_size > vision.image_size:
-        raise ValueError(
-            f"patch_size is {vision.patch_size} in vision_config, more than image_size, which is {vision.image_size}; "
-            f"{AGAIN}"
-        )
-    if vision.rotary_base and vision.hidden_size // vision.num_heads % 4:
-        raise ValueError(
-            f"num_attention_heads is {vision.num_heads} in vision_config: heads of "
-            f"{vision.hidden_size // vision.num_heads} numbers are not turned in two directions (rope_theta); {AGAIN}"
-        )
+    check_vision(vision)
     return vision
 
 
@@ -319,8 +291,8 @@ def _write(config: Any, fields: Fields) -> dict[str, Any]:
 def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
     """``config.json`` as the published repositories have it; how the weights are quantised, if they are."""
     vision = {"model_type": "blip_2_vision_model", "qkv_bias": True, **_write(config.vision, VISION)}
-    extra = tuple(row for row in VISION_EXTRA if getattr(config.vision, row[0]) != row[2])
-    if extra:  # for whoever reads it: this is not what the published layout calls an image encoder
+    if extra := extra_fields(config.vision):
+        # For whoever reads it: this is not what the published layout calls an image encoder.
         vision |= {"model_type": "blip2_vision_transformer", **_write(config.vision, extra)}
     qformer = {
         "model_type": "blip_2_qformer",
@@ -337,6 +309,8 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
     }
     if quantization is not None:
         content["quantization_config"] = {"quant_method": QUANTIZATION_METHOD, **quantization}
+    if config.adapted:
+        content["merged_adapters"] = config.adapted  # ours: indexes and encoded images know the model by it, too
     if isinstance(config, MatcherConfig):
         return content | {
             "architectures": ["Blip2ForImageTextRetrieval"],

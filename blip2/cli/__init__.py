@@ -35,6 +35,7 @@ COMMANDS = {
     "pull": "Download a model, or what is missing of it.",
     "info": "Tell what a model is, and what it would need here.",
     "quantize": "Make a model of 8 or 4 bits from a model.",
+    "merge": "Merge adapters into a model.",
     "convert": "Convert from and to the authors' .pth checkpoints.",
     "doctor": "Check this installation and this machine.",
 }

@@ -68,9 +68,10 @@ class Pictures:
         except ImageError as error:
             return error
         resample, edge = self.resizing
-        return to_pixels(
+        [pixels_CHW] = to_pixels(
             [image], size=self.size, mean=self.mean, std=self.std, resample=resample, shortest_edge=edge
-        )[0]
+        )
+        return pixels_CHW
 
 
 class BadPictures:

@@ -27,7 +27,7 @@ def shape(family: str, chance: random.Random) -> dict[str, Any]:
         "patch_size": patch,
         "image_size": patch * chance.randint(1, 6) + chance.randrange(patch),
         "layer_norm_eps": chance.choice([1e-5, 1e-6, 1e-12]),
-        "hidden_act": chance.choice(["gelu", "quick_gelu", "gelu_pytorch_tanh", "silu"]),
+        "hidden_act": chance.choice(["gelu", "quick_gelu", "gelu_pytorch_tanh"]),
     }
     if family.startswith("DINOv2"):
         sizes |= {"mlp_ratio": chance.choice([1, 2, 4]), "use_swiglu_ffn": chance.random() < 0.4}
@@ -41,6 +41,8 @@ def shape(family: str, chance: random.Random) -> dict[str, Any]:
         biases = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias")
         sizes |= {name: chance.random() < 0.6 for name in biases}
         sizes |= {"use_gated_mlp": chance.random() < 0.4, "rope_theta": chance.choice([10.0, 100.0, 1000.0])}
+        if sizes["use_gated_mlp"]:
+            sizes["hidden_act"] = chance.choice(["gelu", "silu"])
     if family == "SigLIP":
         sizes["vision_use_head"] = chance.random() < 0.5
     return sizes
