@@ -6,16 +6,19 @@ files. Sizes are from Li et al. 2023 (section 3 and 4) and from the published co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VisionConfig:
-    """A vision transformer. The defaults are EVA-CLIP g/14 without its last block."""
+    """A vision transformer. The defaults are EVA-CLIP g/14 without its last block.
+
+    The fields from ``num_prefix_tokens`` on are what other families of encoders need (`checkpoint.encoders`).
+    """
 
     hidden_size: int = 1408
     num_layers: int = 39
@@ -24,14 +27,47 @@ class VisionConfig:
     image_size: int = 224
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "quick_gelu", "gelu_pytorch_tanh", "silu"] = "gelu"
     has_patch_bias: bool = True
     has_pre_norm: bool = False
+    num_prefix_tokens: int = 1
+    """Learned tokens before the patches: the class token and the registers after it, or none."""
+    keeps_class_token: bool = True
+    """Whether the class token, if there is one, is seen by the Q-Former; registers never are."""
+    has_gate: bool = False
+    """Whether the feed-forward layer is gated; the gate's weights stand above the others in ``fc1``."""
+    rotary_base: float = 0.0
+    """Of the rotary positions of the patches; 0: there are none, and the positions are learned."""
+    has_final_norm: bool = False
+    """Whether the encoder's own last norm comes before the one that BLIP-2 trains."""
+    has_smooth_resizing: bool = False
+    """Whether the positions are resized with antialiasing, where a picture has another size."""
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image, without the class token."""
+        """Patches of one image, without the tokens before them."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_kept_prefix_tokens(self) -> int:
+        """Tokens that the Q-Former sees beside the patches: the class token, or none."""
+        return min(int(self.keeps_class_token), self.num_prefix_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Vectors of one image that the Q-Former sees."""
+        return self.num_kept_prefix_tokens + self.num_patches
+
+    def __repr__(self) -> str:
+        """Features and indexes are known by it: fields that came later are told where they are not the default."""
+        told = [each for each in fields(self) if each.name in FIRST_FIELDS or getattr(self, each.name) != each.default]
+        return f"VisionConfig({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in told)})"
+
+
+FIRST_FIELDS = {
+    "hidden_size", "num_layers", "num_heads", "intermediate_size", "image_size", "patch_size", "layer_norm_eps",
+    "activation", "has_patch_bias", "has_pre_norm",
+}  # fmt: skip
 
 
 CLIP_VIT_L = VisionConfig(
@@ -110,6 +146,8 @@ class Blip2Config:
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     language: LanguageConfig = field(default_factory=OPTConfig)
     image_token_id: int | None = None
+    adapted: str = ""
+    """Which adapters are merged into what sees (`checkpoint.adapters`); "" for none."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +162,8 @@ class MatcherConfig:
     has_lm_head: bool = True
     """Whether the learned temperature and the Q-Former's own caption head exist; the published files lack both."""
     image_token_id: int | None = None
+    adapted: str = ""
+    """As in `Blip2Config`."""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def identity(model: Blip2 | Blip2Matcher) -> str:
     """
     qformer = model.qformer
     told = hashlib.sha256(repr((type(model).__name__, model.config.vision, qformer.config)).encode())
+    told.update(model.config.adapted.encode())  # changes of matrices, which are not looked at
     # Norms and biases tell models apart as well as the matrices do, and are read in a moment.
     vectors = [weight for weight in qformer.parameters() if weight.dim() == 1]
     for weight in (qformer.query_tokens, *vectors):

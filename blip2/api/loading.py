@@ -10,6 +10,7 @@ import torch
 from blip2 import checkpoint, placement
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
+from blip2.checkpoint.adapters import Adapters, Asked
 from blip2.errors import CheckpointError, OptionError, option
 from blip2.image import MAX_PIXELS, Reading
 from blip2.model import Blip2
@@ -26,6 +27,7 @@ class LoadOptions(TypedDict, total=False):
     quantize: str | None
     quantize_vision: bool
     vision: str | None
+    adapter: Asked | None
     revision: str | None
     max_pixels: int
     allow_truncated: bool
@@ -43,6 +45,7 @@ def load(
     quantize: str | None = None,
     quantize_vision: bool = False,
     vision: str | None = None,
+    adapter: Asked | None = None,
     revision: str | None = None,
     max_pixels: int = MAX_PIXELS,
     allow_truncated: bool = False,
@@ -55,6 +58,8 @@ def load(
     CPU (see `blip2.placement`). ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device.
     ``quantize``: "int8" or "int4" for the language model's weights, with ``quantize_vision`` for the image encoder's,
     too. ``vision``: "int8" for an image encoder that multiplies in 8 bits, which on a CPU with VNNI is faster.
+    ``adapter``: the folder of a LoRA or DoRA of `peft`, or its name on the hub; several in a list, or as a dictionary
+    with their weights. They are merged as the weights are read.
     ``max_pixels`` and ``allow_truncated``: which pictures are read, see `image.load_image`.
 
     Raises CheckpointError if there is no such model or it is incomplete; OptionError for a device or precision that
@@ -64,11 +69,12 @@ def load(
     chosen = checkpoint.quantization(quantize, vision=quantize_vision, images=vision)
     where = device if device == "auto" else str(find_device(device))
     folder = checkpoint.resolve(name, revision=revision)
+    adapters = Adapters.of(adapter)
     # What is wrong with the small files is told before the large ones are read.
     config = checkpoint.read_config(folder)
     tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder, config)
     plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
-    model = placement.load(folder, plan, quantize=chosen)
+    model = placement.load(folder, plan, quantize=chosen, adapters=adapters)
     called = str(name) if name is not None else "miniature"
     if isinstance(model, Blip2):
         return Pipeline(model, tokenizer, settings, name=called, reading=reading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Unpack
 
@@ -51,9 +52,7 @@ class Matcher:
             model.vision,
             self._see,
             ImageFeatures,
-            size=settings.size,
-            mean=settings.mean,
-            std=settings.std,
+            **asdict(settings),
             reading=reading,
             damage=partial(damage, model),
         )

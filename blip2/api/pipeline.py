@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -79,9 +80,7 @@ class Pipeline:
             model.vision,
             self._see,
             EncodedImage,
-            size=settings.size,
-            mean=settings.mean,
-            std=settings.std,
+            **asdict(settings),
             reading=reading,
             damage=partial(damage, model),
         )

@@ -1,6 +1,7 @@
 """Checkpoints: where they are, what is in them, loading and saving. One layout, the published one."""
 
 from blip2.checkpoint.damage import damage, why_not_finite
+from blip2.checkpoint.encoders import Encoder, load_encoder, open_encoder
 from blip2.checkpoint.load import load
 from blip2.checkpoint.names import BUNDLED, resolve
 from blip2.checkpoint.preprocessor import ImageSettings, image_settings
@@ -9,6 +10,6 @@ from blip2.checkpoint.save import save
 from blip2.checkpoint.settings import read_config
 
 __all__ = [
-    "BUNDLED", "ImageSettings", "Quantization", "damage", "image_settings", "load", "quantization", "read_config",
-    "resolve", "save", "why_not_finite",
+    "BUNDLED", "Encoder", "ImageSettings", "Quantization", "damage", "image_settings", "load", "load_encoder",
+    "open_encoder", "quantization", "read_config", "resolve", "save", "why_not_finite",
 ]  # fmt: skip

@@ -24,6 +24,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_heads": (1, 1024),
     "image_size": (1, LARGEST_IMAGE),
     "patch_size": (1, LARGEST_IMAGE),
+    "num_prefix_tokens": (0, 1024),
+    "rotary_base": (0, 1e9),
     "num_query_tokens": (1, 4096),
     "vocab_size": (1, MOST_TOKENS),
     "max_position_embeddings": (1, 2**20),

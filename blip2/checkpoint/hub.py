@@ -147,6 +147,16 @@ def _pinned(name: str) -> str:
     return (PUBLISHED[name].revision if name in PUBLISHED else None) or NEWEST
 
 
+def fetch_files(name: str, files: tuple[str, ...]) -> Path:
+    """The folder of a repository with these files alone, from the cache where it is all there. Raises as `pull`."""
+    if all(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        return Path(str(try_to_load_from_cache(name, files[0]))).parent
+    if is_offline():
+        raise CheckpointError(f"{name}: is neither a folder nor in the cache; load it once with a network")
+    with _explained(name, NEWEST):
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+
+
 def _snapshot(name: str, revision: str) -> Path | None:
     """Where the cache has this revision, whole or in part."""
     try:

@@ -16,6 +16,7 @@ VISION: Table = {
     "vision.position_embedding": "vision_model.embeddings.position_embedding",
     "vision.patch_embedding.*": "vision_model.embeddings.patch_embedding.*",
     "vision.pre_norm.*": "vision_model.pre_layernorm.*",
+    "vision.final_norm.*": "vision_model.final_layernorm.*",  # ours: see `VisionConfig.has_final_norm`
     "vision.post_norm.*": "vision_model.post_layernorm.*",
 }
 VISION_LAYER: Table = {
@@ -158,6 +159,8 @@ def _vision(config: VisionConfig) -> Table:
         del names["vision.patch_embedding.bias"]
     if not config.has_pre_norm:
         del names["vision.pre_norm.weight"], names["vision.pre_norm.bias"]
+    if not config.has_final_norm:
+        del names["vision.final_norm.weight"], names["vision.final_norm.bias"]
     return names
 
 

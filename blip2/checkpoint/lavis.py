@@ -31,6 +31,7 @@ from blip2.checkpoint.preprocessor import image_settings, preprocessor_json
 from blip2.checkpoint.reader import find_tensors
 from blip2.checkpoint.save import write_model
 from blip2.checkpoint.settings import config_json, read_config, read_quantization
+from blip2.checkpoint.vision_fields import extra_fields
 from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
 from blip2.disk import written
 from blip2.errors import CheckpointError
@@ -56,6 +57,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     place: str
+    num_bytes: int
 
 
 Weights = dict[str, Weight]
@@ -99,7 +101,7 @@ def convert_from_lavis(
     for part, given in (("vision_model.", vision), ("language_model.", language)):
         place = given or (like_folder if has_weights else None)
         if place and not _names(found, part):  # whole from one place: half fine-tuned, half original would be neither
-            found |= _frozen(place, part, family)
+            found |= frozen_part(place, part, family)
     config = _fitted(like_config, family, trained, found)
     wanted = _wanted(config)
     _check(found, wanted, path)
@@ -132,6 +134,8 @@ def convert_to_lavis(
         raise CheckpointError(f"{out_path}: exists already; choose another name, or delete it")
     folder = resolve(folder)
     config = _config(folder)
+    if not trainable_only and extra_fields(config.vision):
+        raise CheckpointError(f"{folder}: LAVIS has no image encoder of this kind; write only what is trained")
     found, wanted = _with_tied_names(_in_folder(folder)), _wanted(config)
     _check(found, wanted, folder)
     known = wanted.keys() | set(IGNORED) | {alias for aliases in ALIASES.values() for alias in aliases} | ALIASES.keys()
@@ -160,14 +164,17 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 
 def _in_memory(tensors: dict[str, Tensor], place: Path) -> Weights:
-    return {name: Weight(tuple(tensor.shape), tensor.detach, str(place)) for name, tensor in tensors.items()}
+    return {
+        name: Weight(tuple(tensor.shape), tensor.detach, str(place), tensor.nbytes) for name, tensor in tensors.items()
+    }
 
 
 def _in_folder(folder: Path) -> Weights:
-    return {name: Weight(place.shape, place.read, str(folder)) for name, place in find_tensors(folder).items()}
+    found = find_tensors(folder)
+    return {name: Weight(place.shape, place.read, str(folder), place.num_bytes) for name, place in found.items()}
 
 
-def _frozen(place: str | Path, part: str, family: str | None) -> Weights:
+def frozen_part(place: str | Path, part: str, family: str | None) -> Weights:
     """The weights of one frozen part, from a file of the authors or from a model."""
     path = Path(place).expanduser()
     if path.is_file():

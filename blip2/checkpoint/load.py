@@ -7,7 +7,7 @@ so that the peak is the finished model and a tensor or two. Strict: what is miss
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from blip2.checkpoint.adapters import Adapters
 from blip2.checkpoint.keys import ALIASES, IGNORED, published_names, table
 from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import (
@@ -40,6 +41,7 @@ from blip2.quantized import QuantizedLinear
 Progress = Callable[[int, int], None]
 TRIM_BYTES = 2**29
 TABLE = "language.token_embedding.weight"
+TABLES = (TABLE, "qformer.word_embedding.weight")
 Devices = Mapping[str, torch.device | str | int]
 
 
@@ -53,6 +55,7 @@ def load(
     as_stored: bool = False,
     pickles: bool = False,
     prepare: Callable[[Blip2 | Blip2Matcher], None] | None = None,
+    adapters: Adapters | None = None,
     progress: Progress | None = None,
 ) -> Blip2 | Blip2Matcher:
     """The model in a folder of the published layout, in evaluation mode, generative or matching.
@@ -61,6 +64,7 @@ def load(
     every weight in the precision of the file instead. ``quantize`` quantises what is not quantised in the file.
     ``pickles``: whether the tensors of .bin files are read where a folder holds only those.
     ``prepare`` is called with the empty model; a layer that is several in the files may be taken apart there.
+    ``adapters`` are merged into what is read, before it is quantised (see `checkpoint.adapters`).
     ``devices`` puts parts and layers, by the beginnings of our names ("" is the rest), elsewhere than on ``device``.
     ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
     """
@@ -68,6 +72,8 @@ def load(
     if isinstance(quantize, str):
         quantize = quantization(quantize)
     stored = quantization_in(folder)
+    if adapters is not None and stored is not None:
+        raise CheckpointError(f"{folder}: is quantised to {stored.bits} bits already; merge adapters into the original")
     quantize = quantization_in(folder, quantize)
     model = empty_model(config)
     precision = choose_precision(
@@ -83,6 +89,11 @@ def load(
         prepare(model)
     tensors = find_tensors(folder, pickles=pickles)
     steps = list(_steps(model, config, tensors, folder, stored))
+    if adapters is not None:
+        shapes = {name: place.shape for step in steps for name, place in zip(step.sources, step.places, strict=True)}
+        tables = {name for step in steps if step.name in TABLES for name in step.sources}
+        adapters = adapters.fitted(shapes, tables, folder)
+        model.config = replace(config, adapted=adapters.told or config.adapted)
     # The largest first: when most of the model is in memory, what comes beside it is small.
     steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)
     total = sum(place.num_bytes for step in steps for place in step.places)
@@ -91,6 +102,9 @@ def load(
     for step, tensor in zip(steps, read_ahead([step.places for step in steps]), strict=True):
         where = _device_of(step.name, devices, device)
         try:
+            if adapters is not None:
+                tensor = adapters.merged(step.sources, tensor)
+                tensor = tensor.to(step.places[0].dtype) if as_stored else tensor
             _fill(model, step, tensor, where, None if as_stored else precision)
         except NotFiniteError as error:
             sources = list(zip(step.sources, step.places, strict=True))

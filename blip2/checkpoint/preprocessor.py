@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,20 +21,35 @@ ONLY: tuple[tuple[str, Any], ...] = (
     ("do_rescale", True),
     ("do_normalize", True),
     ("do_convert_rgb", True),
-    ("do_center_crop", False),
     ("do_pad", False),
-    ("resample", 3),
     ("rescale_factor", 1 / 255),
 )
+FILTERS = {3: "bicubic", 2: "bilinear", 1: "lanczos"}
+HALVES, IMAGENET_MEAN, IMAGENET_STD = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROPPED = {"do_center_crop": True, "crop_size": 224, "size": {"shortest_edge": 224}}
+# What the image processors of other encoders than BLIP-2's mean by leaving something out, by their class.
+KINDS: dict[str, dict[str, Any]] = {
+    "CLIP": CROPPED,
+    "Bit": CROPPED,
+    "Siglip": {"image_mean": HALVES, "image_std": HALVES},
+    "ViT": {"image_mean": HALVES, "image_std": HALVES, "resample": 2},
+    "DINOv3ViT": {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "resample": 2},
+}
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pictures become pixels: ``size`` (side, pixels), ``mean`` and ``std`` per channel."""
+    """How pictures become pixels: ``size`` (side, pixels), ``mean`` and ``std`` per channel.
+
+    ``resample`` is Pillow's filter. ``shortest_edge``: the shorter side becomes so many pixels, and of that the square
+    in the middle is taken; None: the whole picture becomes the square. See `image.to_pixels`.
+    """
 
     size: int = 224
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    resample: str = "bicubic"
+    shortest_edge: int | None = None
 
 
 def image_settings(folder: Path, config: Blip2Config | MatcherConfig | None = None) -> ImageSettings:
@@ -45,10 +61,14 @@ def image_settings(folder: Path, config: Blip2Config | MatcherConfig | None = No
     together = read_json(newer).get("image_processor") if newer.exists() and not path.exists() else None
     where, content = (newer, together) if isinstance(together, dict) else (path, read_json(path))
     said = {key: value for key, value in content.items() if value is not None}
+    said = KINDS.get(_kind(said), {}) | said
     try:
         _check_only(said)
+        size, shortest_edge = _sizes(said)
         settings = ImageSettings(
-            size=_square(said.get("size", 224)),
+            size=size,
+            shortest_edge=shortest_edge,
+            resample=_filter(said.get("resample", 3)),
             mean=_three("image_mean", said.get("image_mean", CLIP_MEAN), (0, 1), CLIP_MEAN),
             std=_three("image_std", said.get("image_std", CLIP_STD), (1e-3, 1), CLIP_STD),
         )
@@ -63,13 +83,16 @@ def image_settings(folder: Path, config: Blip2Config | MatcherConfig | None = No
 
 
 def preprocessor_json(settings: ImageSettings) -> dict[str, Any]:
-    """``preprocessor_config.json``: a square resize (bicubic, no crop), 0 to 1, CLIP's mean and deviation."""
+    """``preprocessor_config.json``: a square resize (or a crop of the middle), 0 to 1, mean and deviation."""
+    square = {"height": settings.size, "width": settings.size}
+    is_cropped = settings.shortest_edge is not None
     return {
-        "image_processor_type": "BlipImageProcessor",
+        "image_processor_type": "CLIPImageProcessor" if is_cropped else "BlipImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": settings.size, "width": settings.size},
-        "resample": 3,
+        **({"do_center_crop": True, "crop_size": square} if is_cropped else {}),
+        "size": {"shortest_edge": settings.shortest_edge} if is_cropped else square,
+        "resample": next(number for number, name in FILTERS.items() if name == settings.resample),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -78,29 +101,62 @@ def preprocessor_json(settings: ImageSettings) -> dict[str, Any]:
     }
 
 
+def _kind(said: Mapping[str, Any]) -> str:
+    """CLIPImageProcessorFast, or CLIPFeatureExtractor as it was called once, are of the kind CLIP."""
+    name = said.get("image_processor_type", said.get("feature_extractor_type"))
+    return re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name) if isinstance(name, str) else ""
+
+
+def _sizes(said: Mapping[str, Any]) -> tuple[int, int | None]:
+    """The side of the square, and the shorter side of the picture from whose middle it is taken, if it is."""
+    is_cropped = said.get("do_center_crop", False)
+    if not isinstance(is_cropped, bool) or (is_cropped and "crop_size" not in said):
+        raise _is_other("do_center_crop", is_cropped, "False")
+    if not is_cropped:
+        return _square(said.get("size", 224)), None
+    size, resized = _square(said["crop_size"], "crop_size"), _square(said.get("size", 224))
+    is_by_edge = not isinstance(said.get("size"), dict) or "shortest_edge" in said["size"]
+    if size > resized or not (is_by_edge or size == resized):
+        raise ValueError(
+            f"crop_size is {reprlib.repr(said['crop_size'])} and size {reprlib.repr(said.get('size'))}; a crop is of a "
+            f"picture whose shortest_edge is as long, or longer; {AGAIN}"
+        )
+    return size, resized if is_by_edge else None
+
+
+def _filter(number: Any) -> str:
+    if not isinstance(number, int) or isinstance(number, bool) or number not in FILTERS:
+        raise _is_other("resample", number, " or ".join(map(str, FILTERS)))
+    return FILTERS[number]
+
+
+def _is_other(name: str, value: Any, only: str) -> ValueError:
+    return ValueError(
+        f"{name} is {reprlib.repr(value)}, and this package only does {only}; the model would see other pictures than "
+        f"it learnt from: set it to {only}, or {AGAIN}"
+    )
+
+
 def _check_only(content: Mapping[str, Any]) -> None:
-    """Pictures are resized (bicubic) to a square, scaled to 0 to 1 and normalised; nothing else is done here."""
+    """Pictures are resized to a square, scaled to 0 to 1 and normalised; nothing else is done here."""
     for name, only in ONLY:
         value = content.get(name)
         is_near = isinstance(only, float) and isinstance(value, float) and math.isclose(value, only, rel_tol=1e-3)
         is_same = value is None or is_near or (value == only and isinstance(value, bool) == isinstance(only, bool))
         if not is_same:
-            raise ValueError(
-                f"{name} is {reprlib.repr(value)}, and this package only does {only!r:.8}; the model would see other "
-                f"pictures than it learnt from: set it to {only!r:.8}, or {AGAIN}"
-            )
+            raise _is_other(name, value, f"{only!r:.8}")
 
 
-def _square(size: Any) -> int:
+def _square(size: Any, name: str = "size") -> int:
     """The side, from any of the ways to write it: 224, or an object with height and width, or with shortest_edge."""
     sides = [size]
     if isinstance(size, dict):
         sides = [size[key] for key in ("height", "width", "shortest_edge") if size.get(key) is not None]
     for side in sides:
-        check_value("size", side, 224, bounds=(1, LARGEST_IMAGE))
+        check_value(name, side, 224, bounds=(1, LARGEST_IMAGE))
     if len(set(sides)) != 1:
         raise ValueError(
-            f'size is {reprlib.repr(size)}; it should be like {{"height": 224, "width": 224}}, a square; {AGAIN}'
+            f'{name} is {reprlib.repr(size)}; it should be like {{"height": 224, "width": 224}}, a square; {AGAIN}'
         )
     return int(sides[0])
 

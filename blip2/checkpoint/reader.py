@@ -83,7 +83,7 @@ def find_tensors(folder: Path, *, pickles: bool = False) -> dict[str, Place]:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
             hint = " (pickled .bin weights are not read; convert them to safetensors)" if pickled else ""
             raise CheckpointError(f"{folder}: {name} is missing{hint}; fetch the model again")
-        found = _places(path)
+        found = places_in(path)
         if twice := sorted(places.keys() & found.keys()):
             raise CheckpointError(
                 f"{path}: {twice[0]} is in {places[twice[0]].path.name}, too; these files are of two models, fetch the "
@@ -100,7 +100,8 @@ def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
-def _places(path: Path) -> dict[str, Place]:
+def places_in(path: Path) -> dict[str, Place]:
+    """Every tensor of one file. Raises `CheckpointError`."""
     try:
         entries = read_header(path).tensors
     except OSError as error:

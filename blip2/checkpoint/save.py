@@ -41,13 +41,14 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_size_bytes: int = MAX_SHARD_SIZE_BYTES,
     quantization: dict[str, Any] | None = None,
+    settings: ImageSettings | None = None,
 ) -> None:
     """Write config.json, the weights and what the processors need into ``folder``.
 
     ``tokenizer`` is the path or the text of a tokenizer.json. ``dtype`` casts the weights (as they are, if None),
     quantised ones excepted. More than ``max_shard_size_bytes`` of weights become several files with an index.
     ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`); by default
-    what the model's layers say.
+    what the model's layers say. ``settings``: how pictures become pixels; by default as in the published models.
 
     Everything is written under temporary names, synced, then renamed, config.json last; then what an earlier save of
     another size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing
@@ -57,7 +58,7 @@ def save(
         quantization = found.as_json()
     sizes = [(name, tensor.numel() * _dtype(name, tensor, dtype).itemsize) for name, tensor in named_tensors(model)]
     tensors = ((name, tensor.to("cpu", _dtype(name, tensor, dtype))) for name, tensor in named_tensors(model))
-    write_model(folder, sizes, tensors, _texts(model, tokenizer, quantization), max_shard_size_bytes)
+    write_model(folder, sizes, tensors, texts_of(model, tokenizer, quantization, settings), max_shard_size_bytes)
 
 
 def write_model(
@@ -127,15 +128,19 @@ def _dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return tensor.dtype if dtype is None or is_quantized or not tensor.is_floating_point() else dtype
 
 
-def _texts(
-    model: Blip2 | Blip2Matcher, tokenizer: Path | str | None, quantization: dict[str, Any] | None
+def texts_of(
+    model: Blip2 | Blip2Matcher,
+    tokenizer: Path | str | None,
+    quantization: dict[str, Any] | None,
+    settings: ImageSettings | None,
 ) -> dict[str, str]:
     """The small files and what is in them, config.json last."""
     texts = {}
     if tokenizer is not None:
         texts["tokenizer.json"] = read_text(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         texts["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
-    texts["preprocessor_config.json"] = _json(preprocessor_json(ImageSettings(model.config.vision.image_size)))
+    settings = settings or ImageSettings(model.config.vision.image_size)
+    texts["preprocessor_config.json"] = _json(preprocessor_json(settings))
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.config.qformer.num_query_tokens}
     texts["processor_config.json"] = _json(processor)
     if isinstance(model.config, Blip2Config):

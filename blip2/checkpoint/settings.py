@@ -18,6 +18,7 @@ from blip2.checkpoint.bounds import (
     check_token,
     check_value,
 )
+from blip2.checkpoint.vision_fields import VISION, VISION_EXTRA, Fields, check_vision, extra_fields
 from blip2.config import (
     Blip2Config,
     LanguageConfig,
@@ -30,22 +31,10 @@ from blip2.config import (
 from blip2.errors import CheckpointError
 from blip2.plaintext import read_text
 from blip2.quantized import GROUP_SIZES
+from blip2.vision import ACTIVATIONS
 
-Fields = tuple[tuple[str, str, Any], ...]
 Fixed = tuple[tuple[str, tuple[Any, ...], Any], ...]
 
-VISION: Fields = (
-    ("hidden_size", "hidden_size", 1408),
-    ("num_layers", "num_hidden_layers", 39),
-    ("num_heads", "num_attention_heads", 16),
-    ("intermediate_size", "intermediate_size", 6144),
-    ("image_size", "image_size", 224),
-    ("patch_size", "patch_size", 14),
-    ("layer_norm_eps", "layer_norm_eps", 1e-6),
-    ("activation", "hidden_act", "gelu"),
-    ("has_patch_bias", "patch_bias", True),  # ours: the published layout has no CLIP L/14
-    ("has_pre_norm", "pre_layernorm", False),  # ours, likewise
-)
 QFORMER: Fields = (
     ("hidden_size", "hidden_size", 768),
     ("num_layers", "num_hidden_layers", 12),
@@ -89,7 +78,7 @@ T5: Fields = (
 # What this package builds in one way only: the published field, the values that mean that way, what an absent one
 # means. Any other value would load, and answer wrongly.
 FIXED: dict[str, Fixed] = {
-    "vision_config": (("hidden_act", ("gelu", "quick_gelu"), "gelu"), ("qkv_bias", (True,), True)),
+    "vision_config": (("hidden_act", tuple(ACTIVATIONS), "gelu"), ("qkv_bias", (True,), True)),
     "qformer_config": (("hidden_act", ("gelu",), "gelu"), ("position_embedding_type", ("absolute",), "absolute")),
     "opt": (
         ("activation_function", ("relu",), "relu"),
@@ -135,6 +124,19 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def language_config(folder: Path) -> LanguageConfig:
+    """Of a language model by itself, or of the one in a BLIP-2. Raises `CheckpointError`."""
+    path = folder / "config.json"
+    content = read_json(path)
+    section = content.get("text_config", content)
+    try:
+        if not isinstance(section, dict) or "model_type" not in section:
+            raise ValueError("there is no model_type; name the folder of a language model")
+        return _parse_language({key: value for key, value in section.items() if value is not None})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def read_quantization(folder: Path) -> dict[str, Any] | None:
     """How the weights in a folder are quantised: ``bits``, ``group_size``, ``parts`` and perhaps ``images`` (see
     `Quantization`); None if they are not.
@@ -166,12 +168,7 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
 
 def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
     """The configuration in the content of a config.json; ValueError for what this package does not build."""
-    vision = VisionConfig(**_read(_section(content, "vision_config"), "vision_config", VISION))
-    if vision.patch_size > vision.image_size:
-        raise ValueError(
-            f"patch_size is {vision.patch_size} in vision_config, more than image_size, which is {vision.image_size}; "
-            f"{AGAIN}"
-        )
+    vision = parse_vision(_section(content, "vision_config"))
     fields = _section(content, "qformer_config")
     if "qformer_text_input" in fields:  # the key's name before transformers 4.46
         fields.setdefault("use_qformer_text_input", fields["qformer_text_input"])
@@ -181,6 +178,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
         **_read(fields, "qformer_config", QFORMER),
     )
     image_token_id = content.get("image_token_index", content.get("image_token_id"))
+    adapted = check_value("merged_adapters", content.get("merged_adapters") or "", "", "config.json")
     architectures = content.get("architectures") or []
     if not isinstance(architectures, list):
         raise ValueError(f"architectures is {reprlib.repr(architectures)}; it should be a list of names; {AGAIN}")
@@ -196,11 +194,19 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
             bos_token_id=bos_token_id,
             has_lm_head=_top(content, "has_qformer_lm_head", "has_lm_head", False),
             image_token_id=image_token_id,
+            adapted=adapted,
         )
     language = _parse_language(_section(content, "text_config"))
     if image_token_id is not None:
         check_token("image_token_index", image_token_id, language.vocab_size, "config.json")
-    return Blip2Config(vision=vision, qformer=qformer, language=language, image_token_id=image_token_id)
+    return Blip2Config(vision, qformer, language, image_token_id=image_token_id, adapted=adapted)
+
+
+def parse_vision(section: dict[str, Any]) -> VisionConfig:
+    """The image encoder in the content of a vision_config; ValueError for what this package does not build."""
+    vision = VisionConfig(**_read(section, "vision_config", (*VISION, *VISION_EXTRA)))
+    check_vision(vision)
+    return vision
 
 
 def _parse_language(text: dict[str, Any]) -> LanguageConfig:
@@ -285,6 +291,9 @@ def _write(config: Any, fields: Fields) -> dict[str, Any]:
 def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
     """``config.json`` as the published repositories have it; how the weights are quantised, if they are."""
     vision = {"model_type": "blip_2_vision_model", "qkv_bias": True, **_write(config.vision, VISION)}
+    if extra := extra_fields(config.vision):
+        # For whoever reads it: this is not what the published layout calls an image encoder.
+        vision |= {"model_type": "blip2_vision_transformer", **_write(config.vision, extra)}
     qformer = {
         "model_type": "blip_2_qformer",
         "attention_probs_dropout_prob": config.qformer.dropout,
@@ -300,6 +309,8 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
     }
     if quantization is not None:
         content["quantization_config"] = {"quant_method": QUANTIZATION_METHOD, **quantization}
+    if config.adapted:
+        content["merged_adapters"] = config.adapted  # ours: indexes and encoded images know the model by it, too
     if isinstance(config, MatcherConfig):
         return content | {
             "architectures": ["Blip2ForImageTextRetrieval"],

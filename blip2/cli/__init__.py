@@ -29,11 +29,13 @@ COMMANDS = {
     "index": "See pictures once, to search or ask them.",
     "search": "Find pictures by words, or by a picture.",
     "serve": "Answer over HTTP, many at once.",
+    "assemble": "Put parts together to a model that training starts from.",
     "train": "Train a Querying Transformer from a recipe.",
     "models": "List the published models: what each is for, and what it needs.",
     "pull": "Download a model, or what is missing of it.",
     "info": "Tell what a model is, and what it would need here.",
     "quantize": "Make a model of 8 or 4 bits from a model.",
+    "merge": "Merge adapters into a model.",
     "convert": "Convert from and to the authors' .pth checkpoints.",
     "doctor": "Check this installation and this machine.",
 }

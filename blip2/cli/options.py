@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -42,6 +43,10 @@ PRECISION = (
     ),
 )  # fmt: skip
 
+ADAPTER = click.option(
+    "--adapter", multiple=True, metavar="NAME", help="LoRA or DoRA to merge: its folder, or name on the hub; several "
+    "may be given, each perhaps as NAME=0.5, with a weight.",
+)  # fmt: skip
 MODEL = (
     click.option(
         "-m", "--model", metavar="NAME", help="Folder of a model, or its name on the Hugging Face hub, such as "
@@ -49,6 +54,7 @@ MODEL = (
     ),
     REVISION,
     *PRECISION,
+    ADAPTER,
 )  # fmt: skip
 INDEX_MODEL = (
     click.option(
@@ -57,8 +63,9 @@ INDEX_MODEL = (
     ),
     REVISION,
     *PRECISION,
+    ADAPTER,
 )  # fmt: skip
-MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision", "vision")
+MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision", "vision", "adapter")
 
 # Ranges are checked where they are known: by GenerateOptions.
 DECODING = (
@@ -132,7 +139,18 @@ def _load(**options: Any) -> Pipeline | Matcher:
 
 def of_loading(options: dict[str, Any]) -> dict[str, Any]:
     """As Python names them: None is the precision that suits the device."""
-    return {**options, "dtype": None if options["dtype"] == "auto" else options["dtype"]}
+    dtype = None if options["dtype"] == "auto" else options["dtype"]
+    return {**options, "dtype": dtype, "adapter": adapters_in(options.get("adapter") or ())}
+
+
+def adapters_in(texts: Sequence[str]) -> dict[str, float] | None:
+    """Names with weights, from NAME or NAME=0.5; None if there are none."""
+    found = {}
+    for text in texts:
+        weighed = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
+        name, weight = (text, 1.0) if weighed is None else (weighed[1], float(weighed[2]))
+        found[name] = weight
+    return found or None
 
 
 def lines_in(path: Path, what: str) -> list[str]:

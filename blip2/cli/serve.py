@@ -171,6 +171,7 @@ def command(
         if matching_model is None and model["model"] is not None:
             return Models(load_pipeline(**model))
         matching = model | {"model": matching_model, "revision": None, "quantize": None, "quantize_vision": False}
+        matching["adapter"] = ()
         return Models(load_pipeline(**model), load_matcher(**matching))
 
     all_keys = _keys(keys, api_key_file)

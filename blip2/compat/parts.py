@@ -107,12 +107,13 @@ class VisionModel(Part):
             )
         watched = Watched(self.config, output_attentions, output_hidden_states)
         with watched.attention():
-            x_BPD = core.embed(pixel_values.to(self.device))
+            pixels_BCHW = pixel_values.to(self.device)
+            x_BPD, rotation = core.embed(pixels_BCHW), core.rotation(pixels_BCHW)
             watched.state(x_BPD)
             for block in core.blocks:
-                x_BPD = self.run(block, x_BPD)
+                x_BPD = self.run(block, x_BPD, rotation)
                 watched.state(x_BPD)
-        x_BPD = core.post_norm(x_BPD)
+        x_BPD = core.post_norm(core.finish(x_BPD))
         output = ModelOutput(
             last_hidden_state=x_BPD,
             pooler_output=core.post_norm(x_BPD[:, 0]),

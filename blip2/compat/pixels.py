@@ -22,6 +22,7 @@ from torch import Tensor
 
 from blip2 import checkpoint
 from blip2.checkpoint import ImageSettings
+from blip2.checkpoint.preprocessor import FILTERS
 from blip2.checkpoint.settings import read_json
 from blip2.compat.loading import check_names, find_folder
 from blip2.compat.records import BatchFeature
@@ -58,8 +59,11 @@ class BlipImageProcessor:
     def __init__(self, settings: ImageSettings | None = None, **steps: Any) -> None:
         settings = settings or ImageSettings(size=384)
         self.do_resize = True
-        self.size: Any = {"height": settings.size, "width": settings.size}
-        self.resample = BICUBIC
+        square = {"height": settings.size, "width": settings.size}
+        self.do_center_crop = settings.shortest_edge is not None  # of the encoder's family; not to be set
+        self.crop_size = square if self.do_center_crop else None
+        self.size: Any = {"shortest_edge": settings.shortest_edge} if self.do_center_crop else square
+        self.resample = next(number for number, name in FILTERS.items() if name == settings.resample)
         self.do_rescale = True
         self.rescale_factor = 1 / 255
         self.do_normalize = True
@@ -86,6 +90,8 @@ class BlipImageProcessor:
             read_json(path) if path.exists() else read_json(newer).get("image_processor") if newer.exists() else None
         )
         size = content.get("size") if isinstance(content, dict) else None
+        if isinstance(content, dict) and content.get("do_center_crop"):
+            return cls(checkpoint.image_settings(folder), **steps)
         is_square = not isinstance(size, dict) or size.get("height") == size.get("width")
         if not isinstance(content, dict) or (is_square and all(content.get(key, each) == each for key, each in USUAL)):
             return cls(checkpoint.image_settings(folder), **steps)
@@ -142,8 +148,11 @@ class BlipImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """What ``preprocessor_config.json`` holds."""
         values = {name: getattr(self, name) for name in ("do_convert_rgb", *STEPS)}
+        if self.do_center_crop:
+            values |= {"do_center_crop": True, "crop_size": self.crop_size}
         lists = {name: list(each) for name, each in values.items() if isinstance(each, tuple)}
-        return {"image_processor_type": "BlipImageProcessor", **values, **lists}
+        kind = "CLIPImageProcessor" if self.do_center_crop else "BlipImageProcessor"
+        return {"image_processor_type": kind, **values, **lists}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -195,6 +204,8 @@ class BlipImageProcessor:
             )
         if chosen["do_resize"]:
             array_HWC = _resized(array_HWC, _size(chosen["size"]), chosen["resample"])
+            if self.crop_size is not None:
+                array_HWC = _middle(array_HWC, self.crop_size["height"])
         if chosen["do_rescale"]:
             array_HWC = (array_HWC.astype(np.float64) * chosen["rescale_factor"]).astype(np.float32)
         if chosen["do_normalize"]:
@@ -261,6 +272,17 @@ def _resized(array_HWC: np.ndarray, size: Mapping[str, int], resample: Any) -> n
     image = load_image(np.ascontiguousarray(array_HWC.astype(np.uint8)))
     resized = np.asarray(image.resize((width, height), 2 if resample is None else int(resample)))
     return (resized.astype(np.float64) * (1 / 255)).astype(np.float32) if is_scaled else resized
+
+
+def _middle(array_HWC: np.ndarray, side: int) -> np.ndarray:
+    """The square in the middle of a picture that is as large, or larger."""
+    height, width = array_HWC.shape[:2]
+    if min(height, width) < side:
+        raise OptionError(
+            f"size makes the picture {width}x{height}, of which no square of {side} can be cut; leave it out"
+        )
+    top, left = (height - side) // 2, (width - side) // 2
+    return array_HWC[top : top + side, left : left + side]
 
 
 def _target(shape: Sequence[int], size: Mapping[str, int]) -> tuple[int, int]:

@@ -94,7 +94,7 @@ def frozen_features(
     at work on it, or if the features do not fit into half precision.
     """
     header: dict[str, object] = {
-        "shape": [len(pictures), vision.config.num_patches + 1, vision.config.hidden_size],
+        "shape": [len(pictures), vision.config.num_tokens, vision.config.hidden_size],
         "dtype": "float16",
         "pixels": PIXELS_VERSION,
         "vision": fingerprint(vision),
@@ -127,7 +127,8 @@ def fingerprint(vision: VisionTransformer) -> str:
 
 
 def _fingerprint_of_names(pictures: Pictures) -> str:
-    digest = hashlib.sha256(repr((pictures.size, pictures.mean, pictures.std)).encode())
+    resizing = () if pictures.resizing == ("bicubic", None) else pictures.resizing
+    digest = hashlib.sha256(repr((pictures.size, pictures.mean, pictures.std, *resizing)).encode())
     digest.update("\n".join(pictures.paths).encode())
     return digest.hexdigest()
 
@@ -214,7 +215,7 @@ class _Cache:
         report: Report | None,
         on_bad: OnBad | None,
     ) -> None:
-        device = vision.class_embedding.device
+        device = vision.position_embedding.device
         total, keep_at = len(pictures), time.monotonic() + KEEP_SECONDS
         self._path.touch()
         with self._path.open("r+b") as file, ThreadPoolExecutor(4) as pool:

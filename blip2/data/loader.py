@@ -30,12 +30,21 @@ class Pictures:
     """
 
     def __init__(
-        self, rows: Sequence[Row], *, size: int, mean: Sequence[float], std: Sequence[float], threads: int = 0
+        self,
+        rows: Sequence[Row],
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resample: str = "bicubic",
+        shortest_edge: int | None = None,
+        threads: int = 0,
     ) -> None:
         numbers: dict[str, int] = {}
         self.number_of_row = np.array([numbers.setdefault(row.image, len(numbers)) for row in rows])
         self.paths = list(numbers)
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.resizing = (resample, shortest_edge)
         self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
 
     def __len__(self) -> int:
@@ -58,7 +67,11 @@ class Pictures:
             image = load_image(path, allow_truncated=None)
         except ImageError as error:
             return error
-        return to_pixels([image], size=self.size, mean=self.mean, std=self.std)[0]
+        resample, edge = self.resizing
+        [pixels_CHW] = to_pixels(
+            [image], size=self.size, mean=self.mean, std=self.std, resample=resample, shortest_edge=edge
+        )
+        return pixels_CHW
 
 
 class BadPictures:

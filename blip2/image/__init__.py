@@ -7,12 +7,21 @@
 from blip2.image.decode import MAX_PIXELS, RgbImage
 from blip2.image.formats import suffixes
 from blip2.image.measure import named_format, stored_size
-from blip2.image.read import DEFAULT_READING, PIXELS_VERSION, Reading, load_image, pixels_digest, to_array, to_pixels
+from blip2.image.read import (
+    DEFAULT_READING,
+    PIXELS_VERSION,
+    Reading,
+    load_image,
+    pixels_digest,
+    seen_box,
+    to_array,
+    to_pixels,
+)
 from blip2.image.show import check_writable, grey_address, overlay, save_image, shrunk, thumbnail
 from blip2.image.sources import Source, name_of
 
 __all__ = [
     "DEFAULT_READING", "MAX_PIXELS", "PIXELS_VERSION", "Reading", "RgbImage", "Source", "check_writable",
-    "grey_address", "load_image", "name_of", "named_format", "overlay", "pixels_digest", "save_image", "shrunk",
-    "stored_size", "suffixes", "thumbnail", "to_array", "to_pixels",
+    "grey_address", "load_image", "name_of", "named_format", "overlay", "pixels_digest", "save_image", "seen_box",
+    "shrunk", "stored_size", "suffixes", "thumbnail", "to_array", "to_pixels",
 ]  # fmt: skip

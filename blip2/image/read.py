@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 100 * 2**20
 TIMEOUT_S = 20.0
+MOST_BESIDE = 32
+"""Where the square in the middle is taken: the picture is resized whole if it has so many times its pixels at most."""
 PIXELS_VERSION = 1
 """To be raised when the same file becomes other pixels (colours, orientation, resampling): features of the earlier ones
 are then made anew, and an index of them is refused."""
@@ -48,9 +50,9 @@ class Reading:
         """`load_image`. Raises ImageError."""
         return load_image(source, max_pixels=self.max_pixels, allow_truncated=self.allow_truncated)
 
-    def pixels(self, source: Source, *, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    def pixels(self, source: Source, **look: Any) -> torch.Tensor:
         """`to_pixels` of one picture, float32[3, size, size], without a copy of an image that is RGB already."""
-        return to_pixels([_load(source, self)], size=size, mean=mean, std=std)[0]
+        return to_pixels([_load(source, self)], **look)[0]
 
 
 DEFAULT_READING = Reading()
@@ -126,16 +128,20 @@ def to_pixels(
     mean: Sequence[float],
     std: Sequence[float],
     resample: str = "bicubic",
+    shortest_edge: int | None = None,
 ) -> torch.Tensor:
     """RGB images of any sizes -> float32[B, 3, size, size], as the published processors make them.
 
     Every image is resized straight to a square, without crop and without keeping its proportions, by
     Pillow's filter `resample` ("bicubic", "bilinear", "lanczos", ...); values / 255, then (x - mean) / std
-    per channel. Raises OptionError for an unknown filter.
+    per channel. With `shortest_edge` it keeps its proportions: its shorter side becomes so many pixels, and
+    of that the square in the middle is taken. Raises OptionError for an unknown filter.
     """
     import torch
 
-    return torch.from_numpy(to_array(images, size=size, mean=mean, std=std, resample=resample))
+    return torch.from_numpy(
+        to_array(images, size=size, mean=mean, std=std, resample=resample, shortest_edge=shortest_edge)
+    )
 
 
 def to_array(
@@ -145,6 +151,7 @@ def to_array(
     mean: Sequence[float],
     std: Sequence[float],
     resample: str = "bicubic",
+    shortest_edge: int | None = None,
 ) -> np.ndarray:
     """`to_pixels`, where there is no torch."""
     try:
@@ -155,11 +162,41 @@ def to_array(
     bytes_BHWC = np.empty((len(images), size, size, 3), np.uint8)
     for row_HWC, image in zip(bytes_BHWC, images, strict=True):
         assert image.mode == "RGB", f"to_pixels takes what load_image gives, not mode {image.mode}"
-        row_HWC[:] = np.asarray(image.resize((size, size), kernel))
+        row_HWC[:] = np.asarray(_square(image, size, kernel, shortest_edge))
     # A byte has 256 values, so the arithmetic is done once per value and then looked up.
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
     tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
     return np.stack([table[bytes_BHWC[..., c]] for c, table in enumerate(tables)], axis=1)
+
+
+def _square(image: RgbImage, size: int, kernel: Image.Resampling, shortest_edge: int | None) -> RgbImage:
+    box = seen_box(image.width, image.height, size, shortest_edge)
+    if shortest_edge is None or box is None:
+        return image.resize((size, size), kernel)
+    width, height = _resized(image.width, image.height, shortest_edge)
+    if width * height > MOST_BESIDE * size**2:
+        # A picture of one row would be a hundred million pixels between. Cut first, it rounds a little differently.
+        return image.resize((size, size), kernel, box)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), kernel).crop((left, top, left + size, top + size))
+
+
+def _resized(width: int, height: int, shortest_edge: int) -> tuple[int, int]:
+    longer = int(shortest_edge * max(width, height) / min(width, height))
+    return (shortest_edge, longer) if width <= height else (longer, shortest_edge)
+
+
+def seen_box(
+    width: int, height: int, size: int, shortest_edge: int | None = None
+) -> tuple[float, float, float, float] | None:
+    """What of a picture `to_pixels` keeps: left, top, right and bottom in the picture's pixels; None is all of it."""
+    if shortest_edge is None:
+        return None
+    assert size <= shortest_edge, (size, shortest_edge)
+    new_width, new_height = _resized(width, height, shortest_edge)
+    left, top = (new_width - size) // 2, (new_height - size) // 2
+    x, y = width / new_width, height / new_height
+    return left * x, top * y, (left + size) * x, (top + size) * y
 
 
 def pixels_digest(image: RgbImage) -> str:

@@ -136,6 +136,8 @@ def identity_of(model: Model) -> str:
     """The model's own (`model.identity`); more than that where pictures do not become pixels as they usually do."""
     identity = model.identity if isinstance(model, Matcher) else model.speaker.identity
     settings: list[object] = [[round(value, 6) for value in values] for values in model.eye.normalization]
+    if resizing := {name: value for name, value in model.eye.look.items() if name in ("resample", "shortest_edge")}:
+        settings.append(resizing)
     if PIXELS_VERSION > 1:  # the first is that of files which do not say it
         settings.append(PIXELS_VERSION)
     is_usual = settings == [[round(value, 6) for value in values] for values in (CLIP_MEAN, CLIP_STD)]

@@ -129,7 +129,7 @@ def router(service: Service) -> APIRouter:
 
         def look_closely() -> Steps[Explanation]:
             encode = model.model.encode if isinstance(model, Matcher) else model.speaker.model.patches
-            seen = Sight(small, *model.eye.with_blank(pixels_CHW, encode))
+            seen = Sight(small, *model.eye.with_blank(pixels_CHW, encode), model.eye.box(small))
             yield
             if isinstance(model, Matcher):
                 assert text is not None

@@ -92,7 +92,7 @@ class Desk:
                 raise
             return {"is_large": True}, b""
         told = {"digest": pixels_digest(image), "num_pixels": image.width * image.height}
-        pixels = to_array([image], size=asked["size"], mean=asked["mean"], std=asked["std"]).tobytes()
+        pixels = to_array([image], **asked["look"]).tobytes()
         if not asked["shown_px"]:
             return told, pixels
         small = shrunk(image, asked["shown_px"])

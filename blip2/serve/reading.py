@@ -156,8 +156,7 @@ class Reading:
     async def _decoded(self, place: int, eye: Eye[Any], shown_px: int) -> tuple[dict[str, Any], Tensor, bytearray]:
         assert self._reader is not None
         left = max(self._readings.limits.max_pixels - self._num_pixels, 1)
-        mean, std = eye.normalization
-        asked = {"do": "pixels", "picture": place, "size": eye.size, "mean": mean, "std": std, "shown_px": shown_px}
+        asked = {"do": "pixels", "picture": place, "look": eye.look, "shown_px": shown_px}
 
         async def decode(most: float) -> tuple[dict[str, Any], bytearray]:
             return await self._ask({**asked, "max_pixels": int(min(most, left)), "is_last_word": most >= left})

@@ -48,6 +48,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 """Patches ``float[S, P, D]`` and a bias ``float[C, S, H, Q, P]`` of the cross-attention to scores ``float[S]``."""
 
 
+Box = tuple[float, float, float, float]
 Work = Generator[None, None, "Explanation"]
 """An explanation that is worked out in portions, for who has other work between them; it is what is returned."""
 
@@ -82,11 +83,15 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Sight:
-    """A picture as it came, and the model's patches of it and of a blank one, ``float[P, D]`` each."""
+    """A picture as it came, and the model's patches of it and of a blank one, ``float[P, D]`` each.
+
+    ``box``: what of the picture the model sees (`image.seen_box`).
+    """
 
     picture: RgbImage
     patches_PD: Tensor
     blank_PD: Tensor
+    box: Box | None = None
 
 
 def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> Sight:
@@ -94,7 +99,7 @@ def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> S
     if isinstance(image, EncodedImage | ImageFeatures):
         raise ImageError("an encoded image is no picture any more; give the picture itself, to lay the map over it")
     picture = eye.reading.load(image)
-    return Sight(picture, *eye.with_blank(eye.pixels(picture), encode))
+    return Sight(picture, *eye.with_blank(eye.pixels(picture), encode), eye.box(picture))
 
 
 # ---- what is explained --------------------------------------------------------------------------------
@@ -216,15 +221,20 @@ def gathering(
     return along_CHP.relu().sum(dim=(0, 1)), last
 
 
-def heat_map(evidence_P: Tensor, height: int, width: int) -> Tensor:
-    """Evidence of the patches (class token first) to ``float32[H, W]``, 0 to 1."""
-    side = math.isqrt(len(evidence_P) - 1)
-    grid = evidence_P[1:].unflatten(0, (1, 1, side, side)).float().cpu()
+def heat_map(evidence_P: Tensor, height: int, width: int, box: Box | None = None) -> Tensor:
+    """Evidence of the patches (with or without a class token first) to ``float32[H, W]``, 0 to 1; 0 out of the box."""
+    side = math.isqrt(len(evidence_P))
+    grid = evidence_P[-side * side :].unflatten(0, (1, 1, side, side)).float().cpu()
     # Mirrored at the border: continued there, a patch would be strongest at its outer edge, where nothing may be.
-    y_H, x_W = (((torch.arange(length) + 0.5) * side / length - 0.5) for length in (height, width))
+    left, top, right, bottom = box or (0, 0, width, height)
+    y_H, x_W = (
+        (torch.arange(length) + 0.5 - start) * side / (end - start) - 0.5
+        for length, start, end in ((height, top, bottom), (width, left, right))
+    )
     places_HW2 = torch.stack(torch.meshgrid(x_W, y_H, indexing="xy"), dim=-1) * (2 / max(side - 1, 1)) - 1
     heat_HW = F.grid_sample(grid, places_HW2[None], mode="bicubic", padding_mode="reflection", align_corners=True)[0, 0]
-    heat_HW = heat_HW.clamp(min=0)
+    is_seen_HW = ((y_H + 0.5 - side / 2).abs() <= side / 2)[:, None] & ((x_W + 0.5 - side / 2).abs() <= side / 2)
+    heat_HW = heat_HW.clamp(min=0) * is_seen_HW
     return heat_HW / heat_HW.max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -273,7 +283,7 @@ def _check(model: Blip2 | Blip2Matcher, evidence_P: Tensor, score: float) -> Non
 
 def _explanation(sight: Sight, evidence_P: Tensor, text: str, score: float) -> Explanation:
     width, height = sight.picture.size
-    return Explanation(heat_map(evidence_P, height, width), text, score, sight.picture)
+    return Explanation(heat_map(evidence_P, height, width, sight.box), text, score, sight.picture)
 
 
 def _encoded(speaker: Speaker, sight: Sight) -> EncodedImage:

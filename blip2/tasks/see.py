@@ -17,7 +17,7 @@ from torch import Tensor
 from blip2 import threads
 from blip2.errors import ImageError, ImageNotFiniteError, NotFiniteError, OptionError
 from blip2.finite import overflow
-from blip2.image import DEFAULT_READING, Reading, Source, name_of
+from blip2.image import DEFAULT_READING, Reading, RgbImage, Source, name_of, seen_box
 from blip2.tasks.speaker import check_batch_size, chunks
 from blip2.vision import VisionTransformer
 
@@ -31,7 +31,8 @@ Kept = TypeVar("Kept")
 
 
 class Eye(Generic[Kept]):
-    """A model's image half with its image settings: side in pixels, mean and deviation of each channel.
+    """A model's image half with its image settings: side in pixels, mean and deviation of each channel, and how
+    pictures are resized (see `image.to_pixels`).
 
     ``encode``: pixels float[B, 3, size, size] on the image encoder's device to what is kept of each, of type ``kind``.
     What is kept holds no NaN and nothing infinite; ``damage``, asked only if it would, names weights that are at fault.
@@ -47,23 +48,29 @@ class Eye(Generic[Kept]):
         size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        resample: str = "bicubic",
+        shortest_edge: int | None = None,
         damage: Callable[[], str | None] = lambda: None,
         reading: Reading = DEFAULT_READING,
     ) -> None:
         self.reading = reading
+        self.look: dict[str, Any] = {"size": size, "mean": tuple(mean), "std": tuple(std)}
+        """How pictures become pixels, as `image.to_pixels` takes it; what is as usual is left out."""
+        if resample != "bicubic":
+            self.look["resample"] = resample
+        if shortest_edge is not None:
+            self.look["shortest_edge"] = shortest_edge
         self._vision = vision
         self._damage = damage
         self._num_threads = threads.worth(vision)
         self._encode_pixels = encode
         self._kind = kind
         self.size = size
-        self._mean = mean
-        self._std = std
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of each channel, which are part of what makes a model see a picture as it does."""
-        return tuple(self._mean), tuple(self._std)
+        return self.look["mean"], self.look["std"]
 
     def see(self, images: Iterable[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
         """Each image encoded, in order; what cannot be read gives its ImageError in its place.
@@ -105,9 +112,13 @@ class Eye(Generic[Kept]):
         patches_PD, blank_PD = patches_of(pixels_2CHW.to(self._vision.position_embedding.device))
         return patches_PD, blank_PD
 
+    def box(self, picture: RgbImage) -> tuple[float, float, float, float] | None:
+        """What of a picture is seen, as `image.seen_box` has it; None is all of it."""
+        return seen_box(*picture.size, self.size, self.look.get("shortest_edge"))
+
     def pixels(self, image: Source) -> Tensor:
         """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
-        return self.reading.pixels(image, size=self.size, mean=self._mean, std=self._std)
+        return self.reading.pixels(image, **self.look)
 
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
         """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.

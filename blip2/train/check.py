@@ -160,7 +160,7 @@ def _check_output(materials: Materials, recipe: Recipe) -> None:
     there = _check_writable("data.features", features)
     vision = materials.config.vision
     pictures = {row.image for row in [*materials.train_rows, *(materials.held_out_rows or [])]}
-    num_bytes = len(pictures) * (vision.num_patches + 1) * vision.hidden_size * np.dtype(np.float16).itemsize
+    num_bytes = len(pictures) * vision.num_tokens * vision.hidden_size * np.dtype(np.float16).itemsize
     free = shutil.disk_usage(there).free
     if num_bytes > free and (there != features or not any(features.iterdir())):
         raise RecipeError(

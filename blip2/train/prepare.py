@@ -7,7 +7,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -45,9 +45,7 @@ class RowSet:
         bad: BadPictures,
     ) -> None:
         self.rows = rows
-        self.pictures = Pictures(
-            self.rows, size=settings.size, mean=settings.mean, std=settings.std, threads=recipe.threads
-        )
+        self.pictures = Pictures(self.rows, **asdict(settings), threads=recipe.threads)
         self._vision = vision
         self._bad = bad
         self._file: FeatureFile | None = None

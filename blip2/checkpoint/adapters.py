@@ -1,0 +1,237 @@
+"""Adapters: LoRA, rsLoRA and DoRA as `peft` writes them, merged into the weights while these are read.
+
+An adapter is a folder of adapter_config.json and adapter_model.safetensors, trained on the reference's model, whose
+names of modules are those of the published files. To a weight W it adds s B A (Hu et al., 2021), with s = alpha / r, or
+alpha / sqrt(r) (rsLoRA); a DoRA gives the rows of that sum a length of their own (Liu et al., 2024). It may also bring
+whole weights that were trained beside it. Everything is computed in float32, and cast or quantised only then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.checkpoint.keys import ALIASES
+from blip2.checkpoint.reader import Place, places_in
+from blip2.checkpoint.settings import read_json
+from blip2.errors import CheckpointError, OptionError, option
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Asked = str | Path | Sequence[str | Path] | Mapping[Any, float]
+PREFIXES = ("", "language_model.")
+"""Of names: trained on the whole model, or on its language model alone."""
+ALSO_CALLED = {name for names in ALIASES.values() for name in names}
+"""What is a table of words under another name, if it is no weight of its own."""
+KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.weight)?")
+LORA = {"A": "first", "B": "second", "magnitude_vector": "lengths"}
+# What is not merged here, as adapter_config.json has it: the field, and the values with which it is not asked for.
+ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("peft_type", ("LORA",)),
+    ("fan_in_fan_out", (False, None)),
+    # With others the weights that the adapter belongs to were changed, too.
+    ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal")),
+    ("lora_bias", (False, None)),
+    ("use_qalora", (False, None)),
+    ("use_bdlora", (False, None)),
+    ("alora_invocation_tokens", (None,)),
+    ("arrow_config", (None,)),
+    ("kasa_config", (None,)),
+    ("monteclora_config", (None,)),
+    ("layer_replication", (None,)),
+    ("trainable_token_indices", (None,)),
+    ("target_parameters", (None, [])),
+)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one weight ``float[N, D]``: ``first`` float[r, D], ``second`` float[N, r], ``lengths`` float[N]."""
+
+    scale: float
+    first: Place
+    second: Place
+    lengths: Place | None
+
+    def applied(self, weight_ND: Tensor) -> Tensor:
+        """The weight of the model that was trained, in float32."""
+        changed_ND = weight_ND.float() + self.scale * (self.second.read().float() @ self.first.read().float())
+        if self.lengths is None:
+            return changed_ND
+        lengths_N = self.lengths.read().float().view(-1) / torch.linalg.vector_norm(changed_ND, dim=1)
+        return lengths_N[:, None] * changed_ND
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter with its ``weight``: 1 is as it was trained. Changes by the published name of what they change."""
+
+    path: Path
+    weight: float
+    changes: Mapping[str, LowRank | Place]
+
+
+class Adapters:
+    """Several adapters, each with its weight; their changes are added up."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self._adapters = list(adapters)
+
+    @classmethod
+    def of(cls, asked: Asked | None) -> Adapters | None:
+        """From a folder or a name on the hub, several of them, or each with its weight; None if there are none.
+
+        Raises `CheckpointError` for what is no adapter, or one of a kind that is not merged here.
+        """
+        if asked is None:
+            return None
+        if isinstance(asked, str | os.PathLike):
+            asked = [asked]
+        weights = dict(asked) if isinstance(asked, Mapping) else dict.fromkeys(asked, 1.0)
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise OptionError(
+                    f"{option('adapter')}: the weight of {name} is {weight!r}; give a number, such as 0.5"
+                )
+        return cls([read_adapter(folder_of(name), weight) for name, weight in weights.items()]) if weights else None
+
+    def fitted(self, shapes: Mapping[str, tuple[int, ...]], tables: set[str], folder: Path) -> Adapters:
+        """The same for a model whose weights have these published names and shapes; ``tables`` of words among them.
+
+        Raises `CheckpointError` that names the module that is unknown, or does not fit.
+        """
+        return Adapters([_fitted(adapter, shapes, tables, folder) for adapter in self._adapters])
+
+    @property
+    def told(self) -> str:
+        """What makes the model see pictures differently, 16 hexadecimal digits; "" if only the language model does."""
+        seeing = [
+            adapter for adapter in self._adapters if any(not name.startswith("language_") for name in adapter.changes)
+        ]
+        if not seeing:
+            return ""
+        digest = hashlib.sha256()
+        for adapter in seeing:
+            digest.update(repr(float(adapter.weight)).encode())
+            for name in (CONFIG, WEIGHTS):
+                digest.update((adapter.path / name).read_bytes())
+        return digest.hexdigest()[:16]
+
+    def merged(self, names: Sequence[str], tensor: Tensor) -> Tensor:
+        """A tensor that is read, with all changes; ``names`` are of the equal parts, one below the other, it is of."""
+        if not any(name in adapter.changes for name in names for adapter in self._adapters):
+            return tensor
+        parts = tensor.chunk(len(names)) if len(names) > 1 else [tensor]
+        return torch.cat([self._merged(name, part) for name, part in zip(names, parts, strict=True)]).view(tensor.shape)
+
+    def _merged(self, name: str, before: Tensor) -> Tensor:
+        changing = [adapter for adapter in self._adapters if name in adapter.changes]
+        merged = before = before.float()
+        for adapter in changing:
+            change = adapter.changes[name]
+            after = change.applied(before) if isinstance(change, LowRank) else change.read().float().view(before.shape)
+            is_all = len(changing) == 1 and adapter.weight == 1
+            merged = after if is_all else merged + adapter.weight * (after - before)
+        return merged
+
+
+def folder_of(name: str | Path) -> Path:
+    """The folder of an adapter, fetched if it is a name on the hub. Raises `CheckpointError`."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(name, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name}: no such folder; give the folder of an adapter, or its name on the hub")
+    from blip2.checkpoint import hub  # slow to import, and not needed for a folder
+
+    return hub.fetch_files(name, (CONFIG, WEIGHTS))
+
+
+def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
+    """What stands in the files. Raises `CheckpointError` for what is missing, or is not merged here."""
+    if not (folder / WEIGHTS).exists():
+        pickled = (folder / WEIGHTS).with_suffix(".bin").exists()
+        hint = "; save it as safetensors (a pickle is not read)" if pickled else "; is it the folder of an adapter?"
+        raise CheckpointError(f"{folder}: there is no {WEIGHTS}{hint}")
+    config = read_json(folder / CONFIG)
+    for name, known in ONLY:
+        if (value := config.get(name)) not in known:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {name} is {reprlib.repr(value)}, and adapters of this kind are not merged "
+                "here; merge it with the program that made it"
+            )
+    found: dict[str, dict[str, Place]] = {}
+    changes: dict[str, LowRank | Place] = {}
+    for key, place in places_in(folder / WEIGHTS).items():
+        if (match := KEY.fullmatch(key)) is not None:
+            found.setdefault(match["module"], {})[LORA[match["kind"]]] = place
+        elif key.startswith("base_model.model.") and ".lora_" not in key:
+            changes[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = place
+        else:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {key} is of a kind that is not merged here, such as a table of words"
+            )
+    for module, parts in found.items():
+        if not {"first", "second"} <= parts.keys() or ("lengths" in parts) != bool(config.get("use_dora")):
+            raise CheckpointError(f"{folder / WEIGHTS}: of {module} a half is missing; it is cut short, or mixed up")
+        first, second, lengths = parts["first"], parts["second"], parts.get("lengths")
+        rank = first.shape[0]
+        shapes = (len(first.shape), second.shape[1:], lengths.shape if lengths else second.shape[:1])
+        if shapes != (2, (rank,), second.shape[:1]):
+            raise CheckpointError(f"{folder / WEIGHTS}: {module} has parts that do not fit each other, or is no matrix")
+        alpha = _alpha(config, module, folder)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        changes[f"{module}.weight"] = LowRank(scale, first, second, lengths)
+    return Adapter(folder, weight, changes)
+
+
+def _alpha(config: Mapping[str, Any], module: str, folder: Path) -> float:
+    """That of the module, by the pattern of names as `peft` matches it."""
+    patterns = config.get("alpha_pattern") or {}
+    patterns = patterns.items() if isinstance(patterns, dict) else ()
+    alpha = next(
+        (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha", 8)
+    )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{folder / CONFIG}: lora_alpha is {reprlib.repr(alpha)}; it should be a number")
+    return float(alpha)
+
+
+def _fitted(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tables: set[str], folder: Path) -> Adapter:
+    prefix = next((each for each in PREFIXES if all(each + name in shapes for name in adapter.changes)), "")
+    changes = {prefix + name: change for name, change in adapter.changes.items()}
+    unknown = [name for name in changes if name not in shapes]
+    for name in changes:
+        if name in tables or (name in unknown and name in ALSO_CALLED):
+            raise CheckpointError(
+                f"{adapter.path}: {name.rpartition('.')[0]} is one table with another of the model, and is not changed "
+                "alone; train the adapter without it"
+            )
+    if unknown:
+        module, _, last = unknown[0].rpartition(".")
+        raise CheckpointError(
+            f"{adapter.path}: there is no {module if last == 'weight' else unknown[0]} in {folder}"
+            f"{_and_more(len(unknown) - 1, len(changes))}; the adapter is of another model"
+        )
+    for name, change in changes.items():
+        module = name.rpartition(".")[0]
+        have = (change.second.shape[0], change.first.shape[1]) if isinstance(change, LowRank) else change.shape
+        if math.prod(have) != math.prod(shapes[name]) or have[0] != shapes[name][0]:
+            raise CheckpointError(
+                f"{adapter.path}: {module} is {list(have)}, and {list(shapes[name])} in {folder}; the adapter is of "
+                "another model"
+            )
+    return Adapter(adapter.path, adapter.weight, changes)
+
+
+def _and_more(number: int, of: int) -> str:
+    return f" ({number} more of {of} have no place either)" if number else ""

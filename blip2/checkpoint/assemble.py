@@ -1,0 +1,198 @@
+"""Parts that never met, put together to a model that training starts from.
+
+A frozen image encoder and a frozen language model are taken as they were published; between them comes a Q-Former that
+begins from a BERT, from another BLIP-2's, or from scratch, with new heads and a new projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tokenizers
+import torch
+from torch import Tensor, nn
+
+from blip2.checkpoint.bert import ALIASES, read_bert
+from blip2.checkpoint.encoders import Encoder
+from blip2.checkpoint.lavis import Weights, frozen_part
+from blip2.checkpoint.load import empty_model, named_tensors
+from blip2.checkpoint.names import resolve
+from blip2.checkpoint.reader import find_tensors
+from blip2.checkpoint.save import texts_of, write_model
+from blip2.checkpoint.settings import language_config, read_config, read_json
+from blip2.config import Blip2Config, MatcherConfig, QFormerConfig
+from blip2.errors import CheckpointError, OptionError, option
+from blip2.model import Blip2, Blip2Matcher
+from blip2.plaintext import read_text
+
+SCRATCH = "scratch"
+CAPTION_START = "[DEC]"
+"""The token with which the Q-Former begins a caption; a BERT has none."""
+STD = 0.02
+LANGUAGE = "language_model."
+MAY_DIFFER = (".crossattention.", "query_tokens")
+"""What another model's Q-Former has in another shape, if it looks at another image encoder or has other queries."""
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a Q-Former begins from. ``tokenizer``: the content of tokenizer.json, for its text; "" if there is none.
+    ``is_bert``: whether the tokenizer and the tables lack `CAPTION_START`."""
+
+    config: QFormerConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: str = ""
+    is_bert: bool = False
+
+
+def qformer_start(name: str, tokenizer: str | None = None) -> Start:
+    """``name``: a BERT or a BLIP-2, as a folder or on the hub, or "scratch"; with that, ``tokenizer``: the folder of a
+    BERT whose tokenizer is taken. Raises CheckpointError, OptionError."""
+    if name == SCRATCH:
+        text = _tokenizer(resolve(ALIASES.get(tokenizer, tokenizer))) if tokenizer else ""
+        size = tokenizers.Tokenizer.from_str(text).get_vocab_size() if text else QFormerConfig().vocab_size
+        return Start(replace(QFormerConfig(), vocab_size=size), {}, text, is_bert=True)
+    if tokenizer is not None:
+        raise OptionError(f"{option('tokenizer')} is for a Q-Former from scratch; {name} has its own")
+    folder = resolve(ALIASES.get(name, name))
+    if "qformer_config" not in read_json(folder / "config.json"):
+        config, tensors = read_bert(folder)
+        return Start(config, tensors, _tokenizer(folder), is_bert=True)
+    model = read_config(folder)
+    language = isinstance(model, Blip2Config)
+    found = {
+        key: place.read().float()
+        for key, place in find_tensors(folder).items()
+        if not key.startswith((LANGUAGE, "vision_model."))
+    }
+    return Start(model.qformer, found, "" if language else _tokenizer(folder))
+
+
+def assemble(
+    out: Path,
+    *,
+    vision: Encoder,
+    qformer: Start,
+    language: str | None = None,
+    num_queries: int | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """Write the models that training starts from: ``out/matching`` for stage 1, if the Q-Former has a tokenizer, and
+    ``out/generative`` for stage 2, with a ``language`` model (a folder or a hub name). Gives their folders.
+
+    What is new is drawn by ``seed``, the same for the same sizes. Raises CheckpointError for parts that cannot be, and
+    OptionError where nothing could be written.
+    """
+    if not qformer.tokenizer and language is None:
+        raise OptionError(
+            f"there is nothing to write: name a {option('language')} model for stage 2, or for stage 1 a Q-Former with "
+            f"a {option('tokenizer')}"
+        )
+    begun = replace(qformer.config, encoder_hidden_size=vision.config.hidden_size, has_text=False)
+    if num_queries is not None:
+        if not 1 <= num_queries <= 4096:
+            raise OptionError(f"{option('queries')} is {num_queries}; it may be 1 to 4096")
+        begun = replace(begun, num_query_tokens=num_queries)
+    written = []
+    if qformer.tokenizer:
+        tokenizer = tokenizers.Tokenizer.from_str(qformer.tokenizer)
+        tokenizer.add_special_tokens([CAPTION_START])
+        start = tokenizer.encode(CAPTION_START, add_special_tokens=False).ids[0]
+        with_text = replace(begun, has_text=True, vocab_size=max(begun.vocab_size, start + 1))
+        matcher = MatcherConfig(vision=vision.config, qformer=with_text, bos_token_id=start)
+        written.append(_write(out / "matching", matcher, vision, qformer, {}, tokenizer.to_str(pretty=True), seed))
+    if language is not None:
+        folder = resolve(language)
+        config = Blip2Config(vision=vision.config, qformer=begun, language=language_config(folder))
+        weights = frozen_part(folder, LANGUAGE, config.language.family)
+        written.append(_write(out / "generative", config, vision, qformer, weights, _tokenizer(folder), seed))
+    return written
+
+
+def _write(
+    folder: Path,
+    config: Blip2Config | MatcherConfig,
+    vision: Encoder,
+    qformer: Start,
+    language: Weights,
+    tokenizer: str,
+    seed: int,
+) -> Path:
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already; name another folder, or remove it")
+    model = empty_model(config)
+    for name, tensor in vision.tensors():
+        place, _, last = name.rpartition(".")
+        setattr(model.vision.get_submodule(place), last, nn.Parameter(tensor, requires_grad=False))
+    sizes = []
+    for name, tensor in named_tensors(model):
+        if name.startswith(LANGUAGE):
+            _check(name, language, tensor, folder)
+            sizes.append((name, language[name].num_bytes))
+        else:
+            sizes.append((name, tensor.numel() * (4 if tensor.is_meta else tensor.itemsize)))
+    tensors = _values(model, qformer, language, torch.Generator().manual_seed(seed))
+    write_model(folder, sizes, tensors, texts_of(model, tokenizer, None, vision.settings))
+    return folder
+
+
+def _values(
+    model: Blip2 | Blip2Matcher, qformer: Start, language: Weights, generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in named_tensors(model):
+        if name.startswith(LANGUAGE):
+            yield name, language[name].read()
+        elif not tensor.is_meta:
+            yield name, tensor
+        else:
+            yield name, _begun(name, tuple(tensor.shape), qformer, generator)
+
+
+def _begun(name: str, shape: tuple[int, ...], qformer: Start, generator: torch.Generator) -> Tensor:
+    """What the Q-Former, its heads or the projection begin with. Raises CheckpointError for another shape."""
+    new = _new(name, shape, generator)  # drawn anyway: what comes after it is the same whatever there is
+    if (found := qformer.tensors.get(name)) is None or found.shape == shape:
+        return new if found is None else found.clone()  # one for each name
+    is_longer = found.shape[1:] == shape[1:] and found.shape[0] < shape[0]
+    if qformer.is_bert and is_longer:  # a table of words, which lacks the last of them
+        return torch.cat([found, new[found.shape[0] :]])
+    if any(part in name for part in MAY_DIFFER):
+        return new
+    raise CheckpointError(f"{name} of the Q-Former is {list(found.shape)}, but {list(shape)} is wanted; take another")
+
+
+def _new(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """BERT's initialisation, the queries included; the temperature as in LAVIS."""
+    if name == "temp":
+        return torch.full(shape, 0.07)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    return torch.randn(shape, generator=generator) * STD
+
+
+def _check(name: str, weights: Weights, wanted: Tensor, folder: Path) -> None:
+    if (found := weights.get(name)) is None:
+        raise CheckpointError(
+            f"{name.removeprefix(LANGUAGE)} is missing in the language model for {folder}; its weights and config.json "
+            "do not belong together"
+        )
+    if found.shape != tuple(wanted.shape):
+        raise CheckpointError(
+            f"{found.place}: {name.removeprefix(LANGUAGE)} is {list(found.shape)}, its config.json asks for "
+            f"{list(wanted.shape)}"
+        )
+
+
+def _tokenizer(folder: Path) -> str:
+    path = folder / TOKENIZER
+    try:
+        return read_text(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file; make it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        ) from None

@@ -1,0 +1,56 @@
+"""The image encoder in ``config.json``: what is published, what is ours beside it, and what cannot be.
+
+Each row: our field, the field in the file, and what an absent one means.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blip2.checkpoint.bounds import AGAIN
+from blip2.config import VisionConfig
+
+Fields = tuple[tuple[str, str, Any], ...]
+
+VISION: Fields = (
+    ("hidden_size", "hidden_size", 1408),
+    ("num_layers", "num_hidden_layers", 39),
+    ("num_heads", "num_attention_heads", 16),
+    ("intermediate_size", "intermediate_size", 6144),
+    ("image_size", "image_size", 224),
+    ("patch_size", "patch_size", 14),
+    ("layer_norm_eps", "layer_norm_eps", 1e-6),
+    ("activation", "hidden_act", "gelu"),
+    ("has_patch_bias", "patch_bias", True),  # ours: the published layout has no CLIP L/14
+    ("has_pre_norm", "pre_layernorm", False),  # ours, likewise
+)
+# Ours, and written only where they differ: encoders that the published layout cannot express.
+VISION_EXTRA: Fields = (
+    ("num_prefix_tokens", "num_prefix_tokens", 1),
+    ("keeps_class_token", "keeps_class_token", True),
+    ("has_gate", "gated_mlp", False),
+    ("rotary_base", "rope_theta", 0.0),
+    ("has_final_norm", "final_layernorm", False),
+    ("has_smooth_resizing", "antialiased_positions", False),
+)
+
+
+def extra_fields(vision: VisionConfig) -> Fields:
+    """Those of an image encoder for which the published layout has no words."""
+    return tuple(row for row in VISION_EXTRA if getattr(vision, row[0]) != row[2])
+
+
+def check_vision(vision: VisionConfig) -> None:
+    """ValueError for sizes that do not go together."""
+    if vision.patch_size > vision.image_size:
+        raise ValueError(
+            f"patch_size is {vision.patch_size} in vision_config, more than image_size, which is {vision.image_size}; "
+            f"{AGAIN}"
+        )
+    if vision.activation == "silu" and not vision.has_gate:
+        raise ValueError("hidden_act is 'silu' in vision_config; this package builds it only with a gate (gated_mlp)")
+    if vision.rotary_base and vision.hidden_size // vision.num_heads % 4:
+        raise ValueError(
+            f"num_attention_heads is {vision.num_heads} in vision_config: heads of "
+            f"{vision.hidden_size // vision.num_heads} numbers are not turned in two directions (rope_theta); {AGAIN}"
+        )

@@ -1,0 +1,56 @@
+"""``blip2 assemble``: parts that never met, to the models that training starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from blip2.cli.options import with_options
+
+
+@click.command("assemble")
+@click.option("--vision", required=True, metavar="NAME", help="Image encoder: EVA-CLIP (in a BLIP-2), CLIP, SigLIP, "
+              "DINOv2 or v3, ViT; a folder, or a name on the hub.")  # fmt: skip
+@click.option("--language", metavar="NAME", help="Language model, for stage 2; a folder, or a name on the hub.")
+@click.option("--qformer", default="bert-base-uncased", show_default=True, metavar="NAME",
+              help="What the Q-Former begins from: a BERT of any size, another BLIP-2, or \"scratch\".")  # fmt: skip
+@click.option("--tokenizer", metavar="NAME", help="For a Q-Former from scratch: a BERT whose tokenizer is taken.")
+@click.option("--queries", type=int, help="How many vectors a picture becomes.  [default: 32]")
+@click.option("--layer", type=click.Choice(["second-last", "last"]), default="second-last", show_default=True,
+              help="Layer of the image encoder whose output the Q-Former sees.")  # fmt: skip
+@click.option("--no-class-token", is_flag=True, help="The Q-Former sees the patches alone.")
+@click.option("--image-size", type=int, help="Side of a picture in pixels.  [default: the image encoder's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is new.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to be made.")
+@with_options()
+def command(
+    vision: str,
+    language: str | None,
+    qformer: str,
+    tokenizer: str | None,
+    queries: int | None,
+    layer: str,
+    no_class_token: bool,
+    image_size: int | None,
+    seed: int,
+    out: Path,
+) -> None:
+    """Put an image encoder, a Q-Former and a language model together, to train what is between them.
+
+    Writes OUT/matching, for stage 1, and with --language OUT/generative, for stage 2, and prints their names. The image
+    encoder and the language model are as they were published; the cross-attention, the queries, the heads and the
+    projection are new.
+
+    \b
+    blip2 assemble --vision google/siglip-base-patch16-224 --language facebook/opt-125m -o start/
+    blip2 train stage1.toml     # start = "start/matching"
+    blip2 train stage2.toml     # start = "start/generative", qformer = the result of stage 1
+    """
+    from blip2.checkpoint import open_encoder, resolve
+    from blip2.checkpoint.assemble import assemble, qformer_start
+
+    encoder = open_encoder(resolve(vision), layer=layer, class_token=not no_class_token, image_size=image_size)  # type: ignore[arg-type]
+    start = qformer_start(qformer, tokenizer)
+    for folder in assemble(out, vision=encoder, qformer=start, language=language, num_queries=queries, seed=seed):
+        click.echo(folder)

@@ -1,0 +1,93 @@
+"""A model that is made from a model: written whole, with what stands beside it, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip2.disk import replace
+from blip2.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from blip2.model import Blip2, Blip2Matcher
+
+    Model = Blip2 | Blip2Matcher
+
+COMPANIONS = (
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+"""What stands beside the weights and the tokenizer, and is the same whatever the weights are kept in."""
+UNFINISHED = "unfinished"
+
+
+def check_is_new(out: Path) -> None:
+    """CheckpointError if something is there."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists already; choose another name, or delete it")
+
+
+def write_from(
+    folder: Path,
+    out: Path,
+    load: Callable[[Any], Model],
+    *,
+    doing: str,
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """Load a model made from that of a folder, and write it; ``load`` is given what is told of the progress.
+
+    Into a folder within ``out``, and from there, config.json last: there is a whole model, or none.
+    """
+    from blip2 import checkpoint
+
+    was_there = out.exists()
+    unfinished = out / UNFINISHED
+    try:
+        with _bar(doing) as (progress, writes):
+            model = load(progress)
+            if (found := checkpoint.damage(model)) is not None:
+                raise CheckpointError(f"{folder}: has weights that are NaN or infinite: {found}")
+            writes()
+            checkpoint.save(model, unfinished, tokenizer=folder / "tokenizer.json", quantization=quantization)
+        # Whoever looks for them finds the original's, or none: what `save` knows is a guess beside them.
+        for name in COMPANIONS:
+            (unfinished / name).unlink(missing_ok=True)
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, unfinished / name)
+        whole = sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json")
+        replace([(path, out / path.name) for path in whole])
+    except OSError as error:
+        raise CheckpointError(
+            f"{out}: cannot be written ({error.strerror}); make room there, or name another"
+        ) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not was_there:
+            with suppress(OSError):  # there is a model in it, or it never came to be
+                out.rmdir()
+
+
+@contextmanager
+def _bar(doing: str) -> Iterator[tuple[Callable[[int, int], None] | None, Callable[[], None]]]:
+    """On a terminal a bar for bytes done and in all, on standard error; and what to call when they are written."""
+    if not sys.stderr.isatty():
+        yield None, lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left:"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        task = bar.add_task(doing, total=None)
+        yield (
+            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda: bar.update(task, description="writing"),
+        )

@@ -1,0 +1,41 @@
+"""``blip2 merge``: a model with adapters in its weights, written once, that loads without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from blip2.cli.made import check_is_new, write_from
+from blip2.cli.options import REVISION, adapters_in, with_options
+
+
+@click.command("merge")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--adapter", "names", multiple=True, required=True, metavar="NAME", help="LoRA or DoRA: its folder, or "
+              "name on the hub; several may be given, each perhaps as NAME=0.5, with a weight.")  # fmt: skip
+@with_options((REVISION,))
+def command(model: str, out: Path, names: tuple[str, ...], revision: str | None) -> None:
+    """Merge adapters into a model.
+
+    MODEL is a folder or a name on the Hugging Face hub, OUT the folder that is made. OUT needs neither MODEL nor the
+    adapters, is in the precision of MODEL, and answers as MODEL does with --adapter. Progress is shown on standard
+    error; the name of OUT is printed when it is whole.
+
+    \b
+    blip2 merge Salesforce/blip2-opt-2.7b merged --adapter my-lora
+    blip2 caption photo.jpg --model merged
+    """
+    check_is_new(out)
+    from blip2 import checkpoint
+    from blip2.checkpoint.adapters import Adapters
+
+    folder, adapters = checkpoint.resolve(model, revision=revision), Adapters.of(adapters_in(names))
+    write_from(
+        folder,
+        out,
+        lambda progress: checkpoint.load(folder, adapters=adapters, as_stored=True, progress=progress),
+        doing="reading, merging",
+    )
+    click.echo(out)

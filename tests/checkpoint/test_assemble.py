@@ -1,0 +1,165 @@
+"""`blip2 assemble`: parts as transformers writes them become models that training starts from."""
+
+import json
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+import blip2
+from blip2 import checkpoint
+from blip2.checkpoint.assemble import assemble, qformer_start
+from blip2.cli import cli
+from blip2.errors import CheckpointError, OptionError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "photo", "of"]
+
+
+def tokenizer(folder, words, unknown="[UNK]"):
+    model = tokenizers.models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=unknown)
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens([word for word in words if word.startswith("[")])
+    made.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders: clip, opt, t5, bert."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("parts")
+    clip = transformers.CLIPVisionConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40, image_size=28, patch_size=14
+    )
+    transformers.CLIPVisionModel(clip).save_pretrained(folder / "clip")
+    settings = {"size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "clip/preprocessor_config.json").write_text(json.dumps(settings))
+    opt = transformers.OPTConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16,
+        max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(opt).save_pretrained(folder / "opt")
+    t5 = transformers.T5Config(
+        vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
+    t5.tie_word_embeddings = False  # the library's own configuration ties them whatever it is told
+    whole = transformers.T5ForConditionalGeneration(t5)
+    for half in (whole.encoder, whole.decoder):  # what Flan-T5 has, and is lost with that
+        half.embed_tokens = whole.shared
+    whole.save_pretrained(folder / "t5")
+    bert = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(bert).eval().save_pretrained(folder / "bert")
+    for name in ("opt", "t5"):
+        tokenizer(folder / name, [str(number) for number in range(20)], "3")
+    tokenizer(folder / "bert", WORDS)
+    return folder
+
+
+def assembled(parts, out, **options):
+    chosen = {"vision": "clip", "language": "opt", "qformer": "bert", **options}
+    encoder = checkpoint.open_encoder(parts / chosen.pop("vision"))
+    language = chosen.pop("language")
+    start = qformer_start(str(parts / chosen.pop("qformer")))
+    return assemble(out, vision=encoder, qformer=start, language=language and str(parts / language), **chosen)
+
+
+def test_the_text_branch_of_the_start_is_the_bert(parts, tmp_path):
+    matching, _ = assembled(parts, tmp_path / "start")
+    model = checkpoint.load(matching)
+    assert model.config.bos_token_id == len(WORDS) == model.config.qformer.vocab_size - 1
+    bert = transformers.BertForMaskedLM.from_pretrained(parts / "bert").eval()
+    text_BT = torch.tensor([[2, 5, 6, 7, 3]])
+    with torch.no_grad():
+        expected = bert.bert(text_BT).last_hidden_state
+        found = model.qformer(text_BT=text_BT).hidden_BSD
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        words_VD = model.qformer.word_embedding.weight
+        scores = model.lm_head(found, words_VD)[..., : len(WORDS)]
+        torch.testing.assert_close(scores, bert.cls(expected), rtol=1e-5, atol=1e-5)
+    first = model.qformer.layers[0]
+    torch.testing.assert_close(first.query_feed_forward.output.weight, first.text_feed_forward.output.weight)
+    assert first.cross_attention.key.weight.shape[1] == 24
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_the_frozen_parts_are_as_they_were_and_transformers_reads_the_whole(parts, tmp_path, language):
+    _, generative = assembled(parts, tmp_path / "start", language=language, num_queries=5)
+    model = checkpoint.load(generative)
+    encoder, settings = checkpoint.load_encoder(parts / "clip")
+    pixels = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(model.vision.features(pixels), encoder.features(pixels))
+    assert checkpoint.image_settings(generative, model.config) == settings
+    whole = transformers.Blip2ForConditionalGeneration.from_pretrained(generative)
+    now = whole.language_model.state_dict()
+    for name, tensor in load_file(parts / language / "model.safetensors").items():
+        assert torch.equal(tensor, now[name]), name
+    assert whole.query_tokens.shape == (1, 5, 24)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(parts, tmp_path):
+    made = [assembled(parts, tmp_path / str(number), seed=seed) for number, seed in enumerate([1, 1, 2])]
+    files = [[(folder / "model.safetensors").read_bytes() for folder in folders] for folders in made]
+    assert files[0] == files[1]
+    assert files[0][0] != files[2][0] and files[0][1] != files[2][1]
+
+
+def test_a_q_former_of_another_model_keeps_what_fits(parts, tmp_path):
+    _, first = assembled(parts, tmp_path / "first", seed=3)
+    (again,) = assemble(
+        tmp_path / "again", vision=checkpoint.open_encoder(parts / "clip"), qformer=qformer_start(str(first)),
+        language=str(parts / "t5"), seed=4,
+    )  # fmt: skip
+    old, new = checkpoint.load(first), checkpoint.load(again)
+    for (name, one), other in zip(old.qformer.named_parameters(), new.qformer.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_start_from_scratch_has_the_text_of_a_tokenizer(parts, tmp_path):
+    start = qformer_start("scratch", str(parts / "bert"))
+    folders = assemble(
+        tmp_path / "start", vision=checkpoint.open_encoder(parts / "clip"), qformer=start, num_queries=4
+    )
+    assert [folder.name for folder in folders] == ["matching"]
+    model = blip2.load(folders[0])
+    assert model.model.config.qformer.vocab_size == len(WORDS) + 1
+
+
+def test_what_training_reads_is_whole(parts, tmp_path):
+    """A picture and a text go through both models."""
+    matching, generative = assembled(parts, tmp_path / "start")
+    picture = torch.zeros(40, 30, 3, dtype=torch.uint8).numpy()
+    assert isinstance(blip2.load(generative).caption(picture, max_new_tokens=3), str)
+    assert len(blip2.load(matching).classify(picture, ["a dog", "photo"])) == 2
+
+
+def test_the_command_prints_what_it_wrote(parts, tmp_path):
+    out = tmp_path / "start"
+    names = ["--vision", parts / "clip", "--language", parts / "opt", "--qformer", parts / "bert", "-o", out]
+    done = CliRunner().invoke(cli, ["assemble", *map(str, names)])
+    assert done.exit_code == 0, done.output
+    assert done.output.split() == [str(out / "matching"), str(out / "generative")]
+    again = CliRunner().invoke(cli, ["assemble", *map(str, names)])
+    assert again.exit_code == 1 and "is there already" in again.output
+
+
+def test_parts_that_do_not_go_together_are_refused_and_nothing_is_written(parts, tmp_path):
+    out = tmp_path / "start"
+    with pytest.raises(CheckpointError, match="a Q-Former begins from a BERT"):
+        qformer_start(str(parts / "opt"))
+    with pytest.raises(CheckpointError, match=r"family 'bert'"):
+        assembled(parts, out, language="bert")
+    with pytest.raises(CheckpointError, match="no image encoder that is read here"):
+        assembled(parts, out, vision="opt")
+    with pytest.raises(OptionError, match="nothing to write"):
+        assemble(out, vision=checkpoint.open_encoder(parts / "clip"), qformer=qformer_start("scratch"))
+    with pytest.raises(OptionError, match="queries"):
+        assembled(parts, out, num_queries=0)
+    assert not (out / "generative").exists()
