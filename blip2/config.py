@@ -6,8 +6,9 @@ files. Sizes are from Li et al. 2023 (section 3 and 4) and from the published co
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,6 +75,22 @@ class OPTConfig:
     pad_token_id: int = 1
 
     family: Literal["opt"] = field(default="opt", init=False)
+    kind: ClassVar[str] = "OPT"
+    has_encoder: ClassVar[bool] = False
+    overflows_in_float16: ClassVar[bool] = False
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Any of these ends an answer."""
+        return (self.eos_token_id,)
 
 
 @dataclass(frozen=True)
@@ -97,9 +114,116 @@ class T5Config:
     pad_token_id: int = 0
 
     family: Literal["t5"] = field(default="t5", init=False)
+    kind: ClassVar[str] = "T5"
+    max_position_embeddings: ClassVar[int] = sys.maxsize
+    """Relative positions have no end."""
+    has_encoder: ClassVar[bool] = True
+    overflows_in_float16: ClassVar[bool] = True
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Any of these ends an answer."""
+        return (self.eos_token_id,)
 
 
-LanguageConfig = OPTConfig | T5Config
+@dataclass(frozen=True)
+class Rotary:
+    """How positions turn queries and keys (Su et al., 2021), and how that was stretched to longer texts."""
+
+    size: int
+    """So many of a head's numbers are turned, the first ones."""
+    base: float = 10_000.0
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    factor: float = 1.0
+    """How many times longer than those that the model was trained with first, which had ``original_length`` tokens."""
+    original_length: int = 0
+    slow: float = 1.0
+    """What turns less often within the original length is stretched whole, ..."""
+    fast: float = 1.0
+    """... and what turns more often not at all (llama3, yarn)."""
+    is_rounded: bool = True
+    """Whether these two are rounded to whole frequencies (yarn)."""
+    factors: tuple[float, ...] = ()
+    """By which each frequency is divided (longrope)."""
+    amplitude: float = 1.0
+    """Of cosine and sine (yarn, longrope)."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only language model of the Llama make; `checkpoint.decoders` makes one of a published configuration.
+
+    The defaults are of a plain Llama; what is said of Gemma, Granite and others is theirs alone.
+    """
+
+    model_type: str
+    """The name of its kind in config.json."""
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    """As many heads of queries share one of keys and values as the one number is in the other."""
+    head_size: int
+    intermediate_size: int
+    max_position_embeddings: int
+    """The longest text, in tokens, whose positions do not depend on how long it becomes."""
+    rotary: Rotary
+    bos_token_id: int
+    eos_token_id: int
+    """What an answer ends with."""
+    end_token_ids: tuple[int, ...]
+    """Any of these ends an answer."""
+    pad_token_id: int
+    norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    is_tied: bool = False
+    """Whether the table of tokens is the output table, too."""
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_feed_forward_bias: bool = False
+    has_head_norms: bool = False
+    """Whether each head's query and key are normed (Qwen3, Gemma 3)."""
+    has_post_norms: bool = False
+    """Whether what a block's two halves say is normed before it is added (Gemma 2 and 3)."""
+    norm_offset: float = 0.0
+    """Added to the weights of the norms (Gemma: 1)."""
+    window: int | None = None
+    """How many tokens a layer with a window sees, the present one among them."""
+    window_layers: tuple[bool, ...] = ()
+    """Which layers have that window; empty: none."""
+    window_rotary: Rotary | None = None
+    """Of these layers, where it is another (Gemma 3)."""
+    unturned_layers: tuple[bool, ...] = ()
+    """Which layers know of no positions (SmolLM3); empty: none."""
+    attention_scale: float | None = None
+    """Of the scores; 1/sqrt(head_size) unless given."""
+    attention_cap: float | None = None
+    """Scores of attention are bent to stay below it (Gemma 2), by a tanh; so are those of tokens by ``logit_cap``."""
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    """Of embedded tokens (Gemma)."""
+    input_scale: float = 1.0
+    """Of all that is read, image queries too (Granite), as are the next two."""
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    published: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The part of config.json that says all this, which is written again as it is."""
+
+    family: Literal["llama"] = field(default="llama", init=False)
+    has_encoder: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> str:
+        return self.model_type
+
+    @property
+    def overflows_in_float16(self) -> bool:
+        """The larger Gemmas were trained in bfloat16, with activations beyond what float16 holds."""
+        return self.has_post_norms
+
+
+LanguageConfig = OPTConfig | T5Config | DecoderConfig
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,15 @@ from blip2.checkpoint.bounds import (
     AGAIN,
     BOUNDS,
     MOST_TOKENS,
+    check_names,
     check_token,
     check_value,
+    differs_in_a_bit,
 )
+from blip2.checkpoint.decoders import DEFAULTS, parse_decoder
 from blip2.config import (
     Blip2Config,
+    DecoderConfig,
     LanguageConfig,
     MatcherConfig,
     OPTConfig,
@@ -135,6 +139,23 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def read_language(folder: Path) -> LanguageConfig:
+    """The configuration of a language model alone, as its authors published it in a folder.
+
+    What ends an answer is in generation_config.json, where there is one.
+    """
+    path = folder / "config.json"
+    content = read_json(path)
+    read_quantization(folder)
+    generation = folder / "generation_config.json"
+    if generation.exists() and (ends := read_json(generation).get("eos_token_id")) is not None:
+        content["eos_token_id"] = ends
+    try:
+        return _parse_language(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def read_quantization(folder: Path) -> dict[str, Any] | None:
     """How the weights in a folder are quantised: ``bits``, ``group_size``, ``parts`` and perhaps ``images`` (see
     `Quantization`); None if they are not.
@@ -197,7 +218,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
             has_lm_head=_top(content, "has_qformer_lm_head", "has_lm_head", False),
             image_token_id=image_token_id,
         )
-    language = _parse_language(_section(content, "text_config"))
+    language = _parse_language(_section(content, "text_config", with_null=True))
     if image_token_id is not None:
         check_token("image_token_index", image_token_id, language.vocab_size, "config.json")
     return Blip2Config(vision=vision, qformer=qformer, language=language, image_token_id=image_token_id)
@@ -205,6 +226,9 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
 
 def _parse_language(text: dict[str, Any]) -> LanguageConfig:
     family = text.get("model_type", "opt")
+    if family in DEFAULTS:
+        return parse_decoder(text)
+    text = {key: value for key, value in text.items() if value is not None}
     if family == "opt":
         config = OPTConfig(**_read(text, "opt", OPT))
         if text.get("word_embed_proj_dim") not in (None, config.hidden_size):
@@ -220,23 +244,24 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
                 "has; if it is a Flan-T5, set tie_word_embeddings to false"
             )
         return T5Config(**_read({"num_decoder_layers": text.get("num_layers", 6)} | text, "t5", T5))
-    raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows 'opt' and 't5'")
+    known = ", ".join(map(repr, ("opt", "t5", *DEFAULTS)))
+    raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows {known}")
 
 
 def _top(content: dict[str, Any], theirs: str, ours: str, default: Any) -> Any:
     """A value that stands in no section."""
     value = content.get(theirs)
-    if theirs not in content and (near := [key for key in content if _differs_in_a_bit(key, theirs)]):
+    if theirs not in content and (near := [key for key in content if differs_in_a_bit(key, theirs)]):
         raise ValueError(f"there is {near[0]} and no {theirs} in config.json; {AGAIN}")
     return check_value(theirs, default if value is None else value, default, "config.json", BOUNDS.get(ours))
 
 
-def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """One part of ``config.json`` without the keys that are null, which mean the same as absent ones."""
+def _section(content: dict[str, Any], name: str, *, with_null: bool = False) -> dict[str, Any]:
+    """One part of ``config.json``, without the keys that are null where these mean the same as absent ones."""
     section = content.get(name) or {}
     if not isinstance(section, dict):
         raise ValueError(f"{name} is not a JSON object; fetch the file again")
-    return {key: value for key, value in section.items() if value is not None}
+    return {key: value for key, value in section.items() if with_null or value is not None}
 
 
 def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
@@ -249,9 +274,7 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
             )
     values: dict[str, Any] = {}
     names = {name for name, _, _ in FIXED[kind]} | {theirs for _, theirs, _ in fields}
-    for absent in sorted(names - section.keys()):
-        if near := [key for key in section.keys() - names if _differs_in_a_bit(key, absent)]:
-            raise ValueError(f"there is {near[0]} and no {absent} in {kind}; {AGAIN}")
+    check_names(section.keys(), names, kind)
     for ours, theirs, default in fields:
         value = section.get(theirs, default)
         if ours.endswith("_token_id"):  # these stand below the size of the vocabulary
@@ -270,12 +293,6 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
             f"{values['hidden_size']}; {AGAIN}"
         )
     return values
-
-
-def _differs_in_a_bit(key: str, name: str) -> bool:
-    """Whether a key is a name of which a bit flipped; bos_token_id beside eos_token_id is none."""
-    differ = [ord(one) ^ ord(other) for one, other in zip(key, name, strict=False) if one != other]
-    return len(key) == len(name) and len(differ) == 1 and differ[0].bit_count() == 1
 
 
 def _write(config: Any, fields: Fields) -> dict[str, Any]:
@@ -307,16 +324,23 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
             "qformer_bos_token_id": config.bos_token_id,
             "has_qformer_lm_head": config.has_lm_head,
         }
-    is_opt = isinstance(config.language, OPTConfig)
-    text: dict[str, Any] = {"model_type": config.language.family, **_write(config.language, OPT if is_opt else T5)}
+    return content | {
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "use_decoder_only_language_model": not config.language.has_encoder,
+        "text_config": text_json(config.language),
+    }
+
+
+def text_json(config: LanguageConfig) -> dict[str, Any]:
+    """The part of ``config.json`` that is of the language model."""
+    if isinstance(config, DecoderConfig):
+        return dict(config.published)
+    is_opt = isinstance(config, OPTConfig)
+    text: dict[str, Any] = {"model_type": config.family, **_write(config, OPT if is_opt else T5)}
     if is_opt:
-        text |= {"word_embed_proj_dim": config.language.hidden_size, "do_layer_norm_before": True}
+        text |= {"word_embed_proj_dim": config.hidden_size, "do_layer_norm_before": True}
         text |= {"activation_function": "relu", "tie_word_embeddings": True}
     else:
         text |= {"feed_forward_proj": "gated-gelu", "is_gated_act": True, "tie_word_embeddings": False}
-        text |= {"bos_token_id": config.language.eos_token_id}  # an empty prompt is a lone </s>
-    return content | {
-        "architectures": ["Blip2ForConditionalGeneration"],
-        "use_decoder_only_language_model": is_opt,
-        "text_config": text,
-    }
+        text |= {"bos_token_id": config.eos_token_id}  # an empty prompt is a lone </s>
+    return text

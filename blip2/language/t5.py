@@ -17,28 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2 import native
 from blip2.config import T5Config
 from blip2.language.float16 import never_in_float16
+from blip2.language.norm import RMSNorm
 from blip2.layers import KVCache, attend, fixed_like, rounded_up, settle, split_heads, split_parts
 from blip2.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
-
-
-class RMSNorm(nn.Module):
-    """Divide by the root mean square (in fp32), scale; no mean, no bias."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if native.can_take(x, self.weight):
-            return native.rms_norm(x, self.weight, self.eps)
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.float() * scale).to(self.weight.dtype)
 
 
 class RelativePositionBias(nn.Module):

@@ -103,13 +103,12 @@ def _check_model(config: Blip2Config | MatcherConfig, recipe: Recipe) -> None:
             )
         return
     language, data = config.language, recipe.data
-    if language.family == "opt":
-        longest = config.qformer.num_query_tokens + data.max_prompt_tokens + data.max_text_tokens
-        if longest > language.max_position_embeddings:
-            raise RecipeError(
-                f"queries, data.max_prompt_tokens and data.max_text_tokens make {longest} tokens, the language "
-                f"model has {language.max_position_embeddings} positions; lower data.max_prompt_tokens"
-            )
+    longest = config.qformer.num_query_tokens + data.max_prompt_tokens + data.max_text_tokens
+    if longest > language.max_position_embeddings:
+        raise RecipeError(
+            f"queries, data.max_prompt_tokens and data.max_text_tokens make {longest} tokens, the language "
+            f"model has {language.max_position_embeddings} positions; lower data.max_prompt_tokens"
+        )
 
 
 def _check_rows(materials: Materials, recipe: Recipe) -> None:

@@ -1,0 +1,179 @@
+"""Random decoders of the reference, one family a function: odd shapes, every switch that a configuration has."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import transformers
+
+ENDS = [5, 17, 29]
+
+
+def _sizes(chance: random.Random, *, has_head_size: bool = True) -> dict:
+    groups, each, size = chance.randint(1, 3), chance.randint(1, 4), 2 * chance.randint(1, 7)
+    heads = groups * each
+    width = heads * (chance.randint(3, 11) if has_head_size else size)
+    sizes = {
+        "vocab_size": chance.randint(40, 90), "hidden_size": width, "intermediate_size": chance.randint(9, 50),
+        "num_hidden_layers": chance.randint(1, 4), "num_attention_heads": heads, "num_key_value_heads": groups,
+        "max_position_embeddings": chance.choice([64, 100]), "rms_norm_eps": chance.choice([1e-6, 1e-5]),
+        "eos_token_id": chance.choice([ENDS, ENDS[0]]), "bos_token_id": 2, "pad_token_id": 1,
+        "tie_word_embeddings": chance.random() < 0.5,
+    }  # fmt: skip
+    if has_head_size:
+        sizes["head_dim"] = size
+    return sizes
+
+
+def _rope(chance: random.Random) -> dict:
+    base = chance.choice([10_000.0, 500_000.0, 100.0])
+    kind = chance.choice(["default", "linear", "dynamic", "llama3", "yarn", "yarn"])
+    rope = {"rope_type": kind, "rope_theta": base}
+    if kind != "default":
+        rope["factor"] = chance.choice([2.0, 4.0, 1.5])
+    if kind in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = chance.choice([16, 40])
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": chance.choice([4.0, 2.5])}
+    if kind == "yarn" and chance.random() < 0.5:
+        rope |= {"beta_fast": chance.choice([16.0, 4.0]), "beta_slow": 1.0, "truncate": chance.random() < 0.5}
+    if kind == "yarn" and chance.random() < 0.3:
+        rope["attention_factor"] = 1.3
+    return {"rope_parameters": rope}
+
+
+def _kinds(chance: random.Random, layers: int) -> list[str]:
+    return [chance.choice(["sliding_attention", "full_attention"]) for _ in range(layers)]
+
+
+def llama(chance: random.Random):
+    biases = {"attention_bias": chance.random() < 0.5, "mlp_bias": chance.random() < 0.5}
+    return transformers.LlamaConfig(**_sizes(chance), **_rope(chance), **biases)
+
+
+def mistral(chance: random.Random):
+    window = chance.choice([None, 3, 7, 50])
+    return transformers.MistralConfig(**_sizes(chance), **_rope(chance), sliding_window=window)
+
+
+def _qwen(chance: random.Random, sizes: dict) -> dict:
+    fields = sizes | _rope(chance)
+    if chance.random() < 0.6:
+        fields |= {"use_sliding_window": True, "sliding_window": chance.choice([2, 5, 9]), "max_window_layers": 1}
+        if chance.random() < 0.3:
+            fields["layer_types"] = _kinds(chance, sizes["num_hidden_layers"])
+    return fields
+
+
+def qwen2(chance: random.Random):
+    return transformers.Qwen2Config(**_qwen(chance, _sizes(chance, has_head_size=False)))
+
+
+def qwen3(chance: random.Random):
+    return transformers.Qwen3Config(**_qwen(chance, _sizes(chance)), attention_bias=chance.random() < 0.5)
+
+
+def smollm3(chance: random.Random):
+    fields = _sizes(chance, has_head_size=False) | _rope(chance)
+    fields |= {"attention_bias": chance.random() < 0.3, "mlp_bias": chance.random() < 0.3}
+    fields |= {"no_rope_layer_interval": chance.choice([2, 3, 4])}
+    if chance.random() < 0.4:
+        fields |= {"use_sliding_window": True, "sliding_window": chance.choice([2, 5, 9])}
+    return transformers.SmolLM3Config(**fields)
+
+
+def _gemma(chance: random.Random) -> dict:
+    return _sizes(chance) | {"attention_bias": chance.random() < 0.5}
+
+
+def gemma(chance: random.Random):
+    return transformers.GemmaConfig(**_gemma(chance), **_rope(chance), hidden_act=chance.choice(["gelu", "gelu_pytorch_tanh"]))
+
+
+def _gemma2(chance: random.Random) -> dict:
+    return _gemma(chance) | {
+        "query_pre_attn_scalar": chance.choice([4, 9, 30]), "sliding_window": chance.choice([3, 6, 40]),
+        "final_logit_softcapping": chance.choice([None, 5.0, 30.0]),
+        "attn_logit_softcapping": chance.choice([None, 2.0, 50.0]),
+    }  # fmt: skip
+
+
+def gemma2(chance: random.Random):
+    return transformers.Gemma2Config(**_gemma2(chance), **_rope(chance))
+
+
+def gemma3(chance: random.Random):
+    fields = _gemma2(chance)
+    if chance.random() < 0.5:
+        fields["sliding_window_pattern"] = chance.choice([2, 3])
+    else:
+        fields["layer_types"] = _kinds(chance, fields["num_hidden_layers"])
+    if chance.random() < 0.5:
+        fields["rope_parameters"] = {
+            "full_attention": _rope(chance)["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        }
+    return transformers.Gemma3TextConfig(**fields)
+
+
+def phi3(chance: random.Random):
+    fields = _sizes(chance, has_head_size=False)
+    size = fields["hidden_size"] // fields["num_attention_heads"]
+    share = chance.choice([1.0, 0.5, 0.75])
+    if int(size * share) % 2 or not int(size * share):
+        share = 1.0
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": share}
+    if chance.random() < 0.5:
+        number = int(size * share) // 2
+        rope |= {
+            "rope_type": "longrope", "short_factor": [1 + chance.random() for _ in range(number)],
+            "long_factor": [2 + chance.random() for _ in range(number)],
+        }  # fmt: skip
+        fields |= {"original_max_position_embeddings": 64, "max_position_embeddings": 200}
+    window = chance.choice([None, None, 3, 8])
+    return transformers.Phi3Config(**fields, rope_parameters=rope, sliding_window=window)
+
+
+def granite(chance: random.Random):
+    def number() -> float:
+        return round(chance.uniform(0.2, 2.5), 3)
+
+    return transformers.GraniteConfig(
+        **_sizes(chance, has_head_size=False), **_rope(chance), attention_bias=chance.random() < 0.5,
+        mlp_bias=chance.random() < 0.5, embedding_multiplier=number(), logits_scaling=number(),
+        residual_multiplier=number(), attention_multiplier=number(),
+    )  # fmt: skip
+
+
+FAMILIES = {
+    each.__name__: each
+    for each in (llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2, gemma3, phi3, granite)
+}
+
+
+def reference(family: str, seed: int):
+    """The family's random model number ``seed``, by which everything matters and nothing explodes."""
+    config = FAMILIES[family](random.Random(f"{family} {seed}"))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return redraw(model, seed)
+
+
+def redraw(model, seed: int):
+    """Other weights: as the reference initialises them, nothing varies."""
+    generator = torch.Generator().manual_seed(seed)
+    has_offset = "gemma" in model.config.model_type
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name or "ln_" in name:
+                values = 0.3 * values + (0 if has_offset or name.endswith("bias") else 1)
+            elif name.endswith("bias"):
+                values = 0.3 * values
+            elif "embed" in name or "wte" in name:
+                values = values * 0.5
+            else:
+                values = values * 1.5 * parameter.shape[-1] ** -0.5
+            parameter.copy_(values)
+    model.generation_config.eos_token_id = getattr(model.config, "eos_token_id", None)
+    return model.eval()

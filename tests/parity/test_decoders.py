@@ -1,0 +1,92 @@
+"""Language models of many families, each from its own published files: the reference's logits and tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blip2 import checkpoint
+from blip2.generation import Engine, GenerateOptions
+from blip2.language import pad_rows
+
+transformers = pytest.importorskip("transformers")
+
+from tests.parity.decoders import FAMILIES, reference  # noqa: E402
+
+LENGTHS = (7, 1, 12, 4)
+LONGEST = 12
+WAYS = [{}, {"num_beams": 4}, {"num_beams": 3, "length_penalty": -1.0}]
+TOLERANCE = 1e-4
+
+
+def pair(family, seed, folder):
+    theirs = reference(family, seed)
+    theirs.save_pretrained(folder)
+    return theirs, checkpoint.load_language(folder)
+
+
+@torch.inference_mode()
+def difference(theirs, ours, ids):
+    """The largest, of logits: of whole texts, of prefill and steps, alone and in a batch."""
+    worst = 0.0
+    prompts = [ours.embed(torch.tensor(row)) for row in ids]
+    logits_BV, state = ours.prefill(*pad_rows(prompts), 6)
+    following_BT = torch.tensor([[(3 * row + 5 * step) % 37 for step in range(6)] for row in range(len(ids))])
+    stepped = [logits_BV, *(ours.step(token_B, state) for token_B in following_BT[:, :5].T)]
+    for number, row in enumerate(ids):
+        text_1T = torch.tensor([row + following_BT[number].tolist()])
+        expected_TV = theirs(input_ids=text_1T).logits[0]
+        whole_TV = ours.logits(ours(ours.embed(text_1T)))[0]
+        cached_TV = torch.stack([step[number] for step in stepped])
+        size = max(1.0, expected_TV.abs().max().item())
+        worst = max(worst, (whole_TV - expected_TV).abs().max().item() / size)
+        worst = max(worst, (cached_TV - expected_TV[len(row) - 1 : -1]).abs().max().item() / size)
+    return worst
+
+
+@torch.inference_mode()
+def tokens(theirs, ours, ids, options):
+    """The reference's answers to each prompt alone, and ours in a batch."""
+    ends = ours.config.end_token_ids
+    expected = []
+    for row in ids:
+        out = theirs.generate(
+            inputs_embeds=theirs.get_input_embeddings()(torch.tensor([row])), max_new_tokens=LONGEST, do_sample=False,
+            attention_mask=torch.ones(1, len(row), dtype=torch.long), eos_token_id=list(ends), pad_token_id=1, **options,
+        )[0].tolist()  # fmt: skip
+        end = next((place for place, token in enumerate(out) if token in ends), len(out))
+        expected.append(out[:end])
+    engine = Engine(ours, eos_token_ids=ends)
+    prompts = [ours.embed(torch.tensor(row)) for row in ids]
+    answers = engine.generate(prompts, GenerateOptions(max_new_tokens=LONGEST, **options))
+    return expected, [own[0].tokens for own in answers]
+
+
+def prompts_for(theirs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    most = theirs.config.vocab_size
+    return [torch.randint(0, most, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def check(family, seed, folder, ways=WAYS):
+    theirs, ours = pair(family, seed, folder)
+    ids = prompts_for(theirs, seed)
+    found = difference(theirs, ours, ids)
+    assert found < TOLERANCE, (family, seed)
+    for options in ways:
+        expected, own = tokens(theirs, ours, ids, options)
+        assert own == expected, (family, seed, options)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_logits_and_tokens(family, tmp_path):
+    for seed in range(3):
+        check(family, seed, tmp_path / str(seed), WAYS[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sixty_of_each(family, tmp_path):
+    worst = max(check(family, seed, tmp_path / str(seed)) for seed in range(60))
+    print(f"\n{family}: 60 configurations, largest difference {worst:.1e}, all tokens equal")
