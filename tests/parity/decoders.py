@@ -177,3 +177,29 @@ def redraw(model, seed: int):
             parameter.copy_(values)
     model.generation_config.eos_token_id = getattr(model.config, "eos_token_id", None)
     return model.eval()
+
+
+def whole(family: str, seed: int):
+    """A BLIP-2 of the reference with that language model."""
+    text = FAMILIES[family](random.Random(f"{family} {seed}"))
+    text._attn_implementation = "eager"
+    vision = transformers.Blip2VisionConfig(
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=24, image_size=28, patch_size=14
+    )
+    qformer = transformers.Blip2QFormerConfig(
+        hidden_size=20, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32, cross_attention_frequency=2
+    )
+    config = transformers.Blip2Config(
+        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=5,
+        image_token_index=text.vocab_size - 1, tie_word_embeddings=text.tie_word_embeddings,
+    )  # fmt: skip
+    model = transformers.Blip2ForConditionalGeneration._from_config(config, attn_implementation="eager")
+    redraw(model.language_model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("language_model."):
+                values = torch.randn(parameter.shape, generator=generator)
+                is_norm = "norm" in name.lower() and name.endswith("weight")
+                parameter.copy_(1 + 0.3 * values if is_norm else values * parameter[0].numel() ** -0.5)
+    return model.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from blip2.language import pad_rows
 
 transformers = pytest.importorskip("transformers")
 
-from tests.parity.decoders import FAMILIES, reference  # noqa: E402
+from tests.parity.decoders import FAMILIES, reference, whole  # noqa: E402
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
 
 LENGTHS = (7, 1, 12, 4)
 LONGEST = 12
@@ -81,8 +85,7 @@ def check(family, seed, folder, ways=WAYS):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_logits_and_tokens(family, tmp_path):
-    for seed in range(3):
-        check(family, seed, tmp_path / str(seed), WAYS[:2])
+    check(family, 0, tmp_path, WAYS[:2])
 
 
 @pytest.mark.slow
@@ -90,3 +93,50 @@ def test_the_same_logits_and_tokens(family, tmp_path):
 def test_sixty_of_each(family, tmp_path):
     worst = max(check(family, seed, tmp_path / str(seed)) for seed in range(60))
     print(f"\n{family}: 60 configurations, largest difference {worst:.1e}, all tokens equal")
+
+
+def whole_pair(family, seed, folder):
+    theirs = whole(family, seed)
+    theirs.save_pretrained(folder)
+    return theirs, checkpoint.load(folder)
+
+
+@torch.inference_mode()
+def check_whole(family, seed, folder):
+    """Pictures with texts, each alone in the reference and all together here; and the reference reads what is saved."""
+    theirs, ours = whole_pair(family, seed, folder / "theirs")
+    pixels_BCHW = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+    texts = [[2], [2, 9, 33, 12, 30], [2, 8, 7]]
+    prompts = ours.prompt(ours.encode(pixels_BCHW))
+    prompts = [
+        torch.cat([picture_QD, ours.language.embed(torch.tensor(text))])
+        for picture_QD, text in zip(prompts, texts, strict=True)
+    ]
+    ends = list(ours.config.language.end_token_ids)
+    checkpoint.save(ours, folder / "ours")
+    again = transformers.Blip2ForConditionalGeneration.from_pretrained(folder / "ours", attn_implementation="eager")
+    image = theirs.config.image_token_index
+    for options in WAYS[:2]:
+        engine = Engine(ours.language, eos_token_ids=ends)
+        answers = engine.generate(prompts, GenerateOptions(max_new_tokens=LONGEST, **options))
+        for picture, text, own in zip(pixels_BCHW, texts, answers, strict=True):
+            ids_1T = torch.tensor([[image] * 5 + text])
+            for model in (theirs, again):
+                out = model.generate(
+                    pixel_values=picture[None], input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T),
+                    max_new_tokens=LONGEST, do_sample=False, eos_token_id=ends, pad_token_id=1, **options,
+                )[0, ids_1T.shape[1] :].tolist()  # fmt: skip
+                end = next((place for place, token in enumerate(out) if token in ends), len(out))
+                assert own[0].tokens == out[:end], (family, seed, options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_blip2(family, tmp_path):
+    check_whole(family, 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_whole_ones_of_each(family, tmp_path):
+    for seed in range(10):
+        check_whole(family, seed, tmp_path / str(seed))
