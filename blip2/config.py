@@ -95,7 +95,7 @@ class OPTConfig:
 
 @dataclass(frozen=True)
 class T5Config:
-    """An encoder-decoder language model of the Flan-T5 family. The defaults are Flan-T5-XL."""
+    """An encoder-decoder language model of the make of T5. The defaults are Flan-T5-XL."""
 
     vocab_size: int = 32128
     hidden_size: int = 2048
@@ -107,11 +107,19 @@ class T5Config:
     num_buckets: int = 32
     max_distance: int = 128
     layer_norm_eps: float = 1e-6
-    activation: Literal["gelu", "gelu_new"] = "gelu"
+    has_gate: bool = True
+    """Whether the feed-forward layers have one; the first T5's have not."""
+    activation: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
     """BLIP-2 was trained with the exact (erf) GELU, although Flan-T5 itself used the tanh form."""
+    scales_output: bool = False
+    """Whether what the output table reads is divided by the root of the width, as where it is the table of tokens."""
+    has_bias_in_each_layer: bool = False
+    """Whether each layer learns about distances for itself (UMT5); else all of a stack share that."""
     decoder_start_token_id: int = 0
     eos_token_id: int = 1
     pad_token_id: int = 0
+    model_type: Literal["t5", "mt5", "umt5"] = "t5"
+    """The name of its kind in config.json."""
 
     family: Literal["t5"] = field(default="t5", init=False)
     kind: ClassVar[str] = "T5"

@@ -14,6 +14,7 @@ from blip2.config import (
     MatcherConfig,
     OPTConfig,
     QFormerConfig,
+    T5Config,
     VisionConfig,
 )
 
@@ -240,11 +241,23 @@ def _language(config: LanguageConfig) -> Table:
         return _expand(OPT) | _expand(OPT_LAYER, range(config.num_layers))
     if isinstance(config, DecoderConfig):
         return _decoder(config)
-    return (
-        _expand(T5)
-        | _expand(T5_ENCODER_LAYER, range(config.num_layers))
-        | _expand(T5_DECODER_LAYER, range(config.num_decoder_layers))
-    )
+    return _t5(config)
+
+
+def _t5(config: T5Config) -> Table:
+    encoder, decoder = range(config.num_layers), range(config.num_decoder_layers)
+    names = _expand(T5) | _expand(T5_ENCODER_LAYER, encoder) | _expand(T5_DECODER_LAYER, decoder)
+    if not config.has_gate:
+        names = {
+            ours.replace(".gate_up.", ".up."): theirs.replace(".wi_0|wi_1.", ".wi.") for ours, theirs in names.items()
+        }
+    if config.has_bias_in_each_layer:
+        for part, layers in (("encoder", encoder), ("decoder", decoder)):
+            theirs = names.pop(f"language.{part}_bias.table.weight")
+            for layer in layers:
+                ours = f"language.{part}.{layer}.self_attention.bias.table.weight"
+                names[ours] = theirs.replace(".0.layer.", f".{layer}.layer.")
+    return names
 
 
 def _decoder(config: DecoderConfig) -> Table:

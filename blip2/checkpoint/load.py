@@ -30,7 +30,7 @@ from blip2.checkpoint.quantize import (
 )
 from blip2.checkpoint.reader import Place, find_tensors, give_back_memory, read_ahead
 from blip2.checkpoint.settings import read_config, read_json, read_language
-from blip2.config import Blip2Config, LanguageConfig, MatcherConfig
+from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, T5Config
 from blip2.errors import CheckpointError, NotFiniteError
 from blip2.finite import is_finite
 from blip2.language import Language, build_language_model
@@ -264,7 +264,7 @@ def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path, con
                 sources[ours].append(present[0])
             else:
                 missing.append(name)
-    if missing == ["language_model.lm_head.weight"] and _is_tied(folder):
+    if missing == [names.get("language.output.weight")] and _is_tied(folder, config):
         sources["language.output.weight"] = sources["language.token_embedding.weight"]
         missing = []
     for what, keys in (("missing", missing), ("unexpected", sorted(unused))):
@@ -289,8 +289,13 @@ def _check_twins(tensors: dict[str, Place], folder: Path, twins: dict[str, tuple
                 )
 
 
-def _is_tied(folder: Path) -> bool:
-    return bool((read_json(folder / "config.json").get("text_config") or {}).get("tie_word_embeddings"))
+def _is_tied(folder: Path, config: Config) -> bool:
+    """Whether an output table that is not in the files is the table of tokens."""
+    content = read_json(folder / "config.json")
+    language = config
+    if isinstance(config, Blip2Config):
+        content, language = content.get("text_config") or {}, config.language
+    return isinstance(language, T5Config) and (language.scales_output or bool(content.get("tie_word_embeddings")))
 
 
 def _device_of(name: str, devices: Devices | None, default: str | torch.device) -> torch.device:

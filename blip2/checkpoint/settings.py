@@ -1,8 +1,4 @@
-"""``config.json`` and its neighbours, read and written: literal tables of the published names.
-
-Each row: our field, the published field, and what an absent one means: the reference's own defaults, for the newer
-revisions write only what differs from them.
-"""
+"""``config.json`` and its neighbours, read and written, by the tables of `blip2.checkpoint.fields`."""
 
 from __future__ import annotations
 
@@ -21,6 +17,7 @@ from blip2.checkpoint.bounds import (
     differs_in_a_bit,
 )
 from blip2.checkpoint.decoders import DEFAULTS, parse_decoder
+from blip2.checkpoint.fields import FIXED, MT5, OPT, QFORMER, T5, VISION, Fields
 from blip2.config import (
     Blip2Config,
     DecoderConfig,
@@ -35,75 +32,6 @@ from blip2.errors import CheckpointError
 from blip2.plaintext import read_text
 from blip2.quantized import GROUP_SIZES
 
-Fields = tuple[tuple[str, str, Any], ...]
-Fixed = tuple[tuple[str, tuple[Any, ...], Any], ...]
-
-VISION: Fields = (
-    ("hidden_size", "hidden_size", 1408),
-    ("num_layers", "num_hidden_layers", 39),
-    ("num_heads", "num_attention_heads", 16),
-    ("intermediate_size", "intermediate_size", 6144),
-    ("image_size", "image_size", 224),
-    ("patch_size", "patch_size", 14),
-    ("layer_norm_eps", "layer_norm_eps", 1e-6),
-    ("activation", "hidden_act", "gelu"),
-    ("has_patch_bias", "patch_bias", True),  # ours: the published layout has no CLIP L/14
-    ("has_pre_norm", "pre_layernorm", False),  # ours, likewise
-)
-QFORMER: Fields = (
-    ("hidden_size", "hidden_size", 768),
-    ("num_layers", "num_hidden_layers", 12),
-    ("num_heads", "num_attention_heads", 12),
-    ("intermediate_size", "intermediate_size", 3072),
-    ("cross_attention_frequency", "cross_attention_frequency", 2),
-    ("layer_norm_eps", "layer_norm_eps", 1e-12),
-    ("dropout", "hidden_dropout_prob", 0.1),
-    ("vocab_size", "vocab_size", 30522),
-    ("max_position_embeddings", "max_position_embeddings", 512),
-    ("has_text", "use_qformer_text_input", False),
-)
-OPT: Fields = (
-    ("vocab_size", "vocab_size", 50272),
-    ("hidden_size", "hidden_size", 768),
-    ("num_layers", "num_hidden_layers", 12),
-    ("num_heads", "num_attention_heads", 12),
-    ("intermediate_size", "ffn_dim", 3072),
-    ("max_position_embeddings", "max_position_embeddings", 2048),
-    ("bos_token_id", "bos_token_id", 2),
-    ("eos_token_id", "eos_token_id", 2),
-    ("pad_token_id", "pad_token_id", 1),
-)
-T5: Fields = (
-    ("vocab_size", "vocab_size", 32128),
-    ("hidden_size", "d_model", 512),
-    ("head_size", "d_kv", 64),
-    ("num_layers", "num_layers", 6),
-    ("num_decoder_layers", "num_decoder_layers", 6),  # as many as num_layers, if that is given
-    ("num_heads", "num_heads", 8),
-    ("intermediate_size", "d_ff", 2048),
-    ("num_buckets", "relative_attention_num_buckets", 32),
-    ("max_distance", "relative_attention_max_distance", 128),
-    ("layer_norm_eps", "layer_norm_epsilon", 1e-6),
-    ("activation", "dense_act_fn", "gelu_new"),  # what "gated-gelu" alone means; the published ones say "gelu"
-    ("decoder_start_token_id", "decoder_start_token_id", 0),
-    ("eos_token_id", "eos_token_id", 1),
-    ("pad_token_id", "pad_token_id", 0),
-)
-
-# What this package builds in one way only: the published field, the values that mean that way, what an absent one
-# means. Any other value would load, and answer wrongly.
-FIXED: dict[str, Fixed] = {
-    "vision_config": (("hidden_act", ("gelu", "quick_gelu"), "gelu"), ("qkv_bias", (True,), True)),
-    "qformer_config": (("hidden_act", ("gelu",), "gelu"), ("position_embedding_type", ("absolute",), "absolute")),
-    "opt": (
-        ("activation_function", ("relu",), "relu"),
-        ("do_layer_norm_before", (True,), True),
-        ("_remove_final_layer_norm", (False,), False),
-        ("enable_bias", (True,), True),
-        ("layer_norm_elementwise_affine", (True,), True),
-    ),
-    "t5": (("feed_forward_proj", ("gated-gelu",), "relu"), ("dense_act_fn", ("gelu", "gelu_new"), "gelu_new")),
-}
 QUANTIZATION_METHOD = "blip2"
 QUANTIZED_BITS = (4, 8)
 QUANTIZED_PARTS = ("language", "vision")
@@ -237,15 +165,38 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
                 f"{config.hidden_size}; an OPT whose embeddings are projected is not one that this package builds"
             )
         return config
-    if family == "t5":
-        if text.get("scale_decoder_outputs", text.get("tie_word_embeddings") is not False):
-            raise ValueError(
-                "the text_config has tied embeddings (tie_word_embeddings), whose scaled output only the first T5 "
-                "has; if it is a Flan-T5, set tie_word_embeddings to false"
-            )
-        return T5Config(**_read({"num_decoder_layers": text.get("num_layers", 6)} | text, "t5", T5))
-    known = ", ".join(map(repr, ("opt", "t5", *DEFAULTS)))
+    if family in ("t5", "mt5", "umt5"):
+        return _parse_t5(text, family)
+    known = ", ".join(map(repr, ("opt", "t5", "mt5", "umt5", *DEFAULTS)))
     raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows {known}")
+
+
+def _parse_t5(text: dict[str, Any], family: Any) -> T5Config:
+    if family != "t5":
+        text = MT5 | text
+    values = _read({"num_decoder_layers": text.get("num_layers", 6)} | text, "t5", T5) | _feed_forward(text)
+    # Newer revisions say of every T5 that it is tied; the output table is what the files hold.
+    scales_output = text.get("tie_word_embeddings", True)
+    if family == "t5":
+        scales_output = text.get("scale_decoder_outputs", scales_output)
+    if family == "t5" and scales_output and values["has_gate"]:
+        raise ValueError(
+            "the text_config has tied embeddings (tie_word_embeddings), whose scaled output only the first T5 "
+            "has; if it is a Flan-T5, set tie_word_embeddings to false"
+        )
+    return T5Config(
+        **values,
+        scales_output=scales_output and family != "mt5",
+        has_bias_in_each_layer=family == "umt5",
+        model_type=family,
+    )
+
+
+def _feed_forward(text: dict[str, Any]) -> dict[str, Any]:
+    *gate, activation = str(text.get("feed_forward_proj", "relu")).split("-")
+    if gate == ["gated"] and activation == "gelu":
+        activation = "gelu_new"
+    return {"has_gate": bool(gate), "activation": text.get("dense_act_fn", activation)}
 
 
 def _top(content: dict[str, Any], theirs: str, ours: str, default: Any) -> Any:
@@ -336,11 +287,13 @@ def text_json(config: LanguageConfig) -> dict[str, Any]:
     if isinstance(config, DecoderConfig):
         return dict(config.published)
     is_opt = isinstance(config, OPTConfig)
-    text: dict[str, Any] = {"model_type": config.family, **_write(config, OPT if is_opt else T5)}
-    if is_opt:
+    text: dict[str, Any] = {"model_type": "opt", **_write(config, OPT)} if is_opt else _write(config, T5)
+    if isinstance(config, OPTConfig):
         text |= {"word_embed_proj_dim": config.hidden_size, "do_layer_norm_before": True}
         text |= {"activation_function": "relu", "tie_word_embeddings": True}
     else:
-        text |= {"feed_forward_proj": "gated-gelu", "is_gated_act": True, "tie_word_embeddings": False}
+        name = ("gated-" if config.has_gate else "") + config.activation.removesuffix("_new")
+        text |= {"model_type": config.model_type, "dense_act_fn": config.activation, "feed_forward_proj": name}
+        text |= {"is_gated_act": config.has_gate, "tie_word_embeddings": config.scales_output}
         text |= {"bos_token_id": config.eos_token_id}  # an empty prompt is a lone </s>
     return text

@@ -1,7 +1,8 @@
-"""T5 as Flan-T5 has it (Raffel et al., 2020; version 1.1): an encoder-decoder with gated feed-forward layers.
+"""T5 (Raffel et al., 2020): an encoder-decoder. Flan-T5 and mT5 are version 1.1, with gated feed-forward layers and an
+output table of their own; the first T5 has neither; UMT5 (Chung et al., 2023) has positions in each layer.
 
 Root-mean-square norms without bias, relative positions as a learned bias of the attention scores (no other
-positions, no scaling of the scores), and an output table of its own.
+positions, no scaling of the scores).
 
 B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D width, H heads, V vocabulary.
 """
@@ -9,9 +10,9 @@ B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +21,24 @@ from torch import Tensor, nn
 from blip2.config import T5Config
 from blip2.language.float16 import never_in_float16
 from blip2.language.norm import RMSNorm
-from blip2.layers import KVCache, attend, fixed_like, rounded_up, settle, split_heads, split_parts
+from blip2.language.t5_state import Encoded, T5State
+from blip2.layers import KVCache, attend, split_heads, split_parts
 from blip2.linear import Linear
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
+}  # fmt: skip
 
 
 class RelativePositionBias(nn.Module):
     """A bias for each head and each bucket of distances: near ones each their own, far ones share by logarithm."""
 
-    def __init__(self, *, num_buckets: int, max_distance: int, num_heads: int, is_bidirectional: bool) -> None:
+    def __init__(self, config: T5Config, *, is_bidirectional: bool) -> None:
         super().__init__()
-        self.num_buckets = num_buckets
-        self.max_distance = max_distance
+        self.num_buckets = config.num_buckets
+        self.max_distance = config.max_distance
         self.is_bidirectional = is_bidirectional
-        self.table = nn.Embedding(num_buckets, num_heads)
+        self.table = nn.Embedding(config.num_buckets, config.num_heads)
 
     def buckets(self, distance: Tensor) -> Tensor:
         """``key position - query position`` to bucket numbers, of the same shape."""
@@ -60,12 +64,15 @@ class RelativePositionBias(nn.Module):
 class SelfAttention(nn.Module):
     """Pre-norm attention without biases, one product for q, k and v; scores are not scaled."""
 
-    def __init__(self, config: T5Config) -> None:
+    def __init__(self, config: T5Config, *, is_bidirectional: bool) -> None:
         super().__init__()
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
         self.dropout = 0.0  # for who trains the language model; here it is frozen
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.bias: RelativePositionBias | None = None
+        if config.has_bias_in_each_layer:
+            self.bias = RelativePositionBias(config, is_bidirectional=is_bidirectional)
         self.qkv = Linear(config.hidden_size, 3 * inner, bias=False)
         self.output = Linear(inner, config.hidden_size, bias=False)
 
@@ -104,28 +111,36 @@ class CrossAttention(nn.Module):
         return F.dropout(attended, dropout, self.training)
 
 
-class GatedFeedForward(nn.Module):
-    """One product for the gate and what it lets through."""
+class FeedForward(nn.Module):
+    """With one product for the gate and what it lets through; the first T5 has no gate."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = 0.0
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        if config.has_gate:
+            self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        else:
+            self.up = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.has_gate = config.has_gate
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
-        hidden = F.dropout(self.activation(gate) * up, self.dropout, self.training)
+        if self.has_gate:
+            gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+            hidden = self.activation(gate) * up
+        else:
+            hidden = self.activation(self.up(self.norm(x)))
+        hidden = F.dropout(hidden, self.dropout, self.training)
         return x + F.dropout(self.down(hidden), self.dropout, self.training)
 
 
 class EncoderBlock(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(config)
-        self.feed_forward = GatedFeedForward(config)
+        self.self_attention = SelfAttention(config, is_bidirectional=True)
+        self.feed_forward = FeedForward(config)
 
     def forward(self, x_BPD: Tensor, bias: Tensor) -> Tensor:
         query, key, value = self.self_attention.heads(x_BPD)
@@ -135,9 +150,9 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(config)
+        self.self_attention = SelfAttention(config, is_bidirectional=False)
         self.cross_attention = CrossAttention(config)
-        self.feed_forward = GatedFeedForward(config)
+        self.feed_forward = FeedForward(config)
 
     def forward(
         self,
@@ -158,89 +173,6 @@ class DecoderBlock(nn.Module):
         return self.feed_forward(x_BTD)
 
 
-class Encoded(NamedTuple):
-    """A prompt as the decoder reads it: each decoder layer's keys and values, and which of them are real."""
-
-    keys_values: list[tuple[Tensor, Tensor]]
-    mask_B11P: Tensor
-
-
-class T5State:
-    """What decoding goes on from: the encoded prompt and the decoder's cache."""
-
-    def __init__(self, encoded: Encoded, cache: KVCache) -> None:
-        self.encoded = encoded
-        self.cache = cache
-
-    def select(self, rows_N: Tensor) -> None:
-        """Keep these rows, in this order; a row named twice is copied."""
-        keys_values = [
-            (key[rows_N.to(key.device)], value[rows_N.to(value.device)]) for key, value in self.encoded.keys_values
-        ]
-        self.encoded = Encoded(keys_values, self.encoded.mask_B11P[rows_N])
-        self.cache.select(rows_N)
-
-    def forget(self) -> None:
-        """Let go of what rows have left behind that are gone."""
-        self.cache.forget()
-
-    def join(self, other: T5State) -> None:
-        """Take in the rows of another state, after those here; the shorter prompts get padding, which is masked."""
-        own, their = self.encoded.mask_B11P, other.encoded.mask_B11P
-        longest = max(own.shape[-1], their.shape[-1])
-        keys_values = [
-            (_joined(key, their_key, longest), _joined(value, their_value, longest))
-            for (key, value), (their_key, their_value) in zip(
-                self.encoded.keys_values, other.encoded.keys_values, strict=True
-            )
-        ]
-        mask_B11P = torch.cat([F.pad(mask, (0, longest - mask.shape[-1])) for mask in (own, their)])
-        self.encoded = Encoded(keys_values, mask_B11P)
-        self.cache.join(other.cache)
-
-    @property
-    def device(self) -> torch.device:
-        return self.cache.device
-
-    @property
-    def num_bytes(self) -> int:
-        """See `KVCache.num_bytes`."""
-        return self.cache.num_bytes + sum(key.nbytes + value.nbytes for key, value in self.encoded.keys_values)
-
-    @property
-    def room(self) -> tuple[int, ...]:
-        """See `KVCache.room`."""
-        return *self.cache.room, rounded_up(self.encoded.mask_B11P.shape[-1])
-
-    def fixed(self) -> T5State:
-        """See `KVCache.fixed`."""
-        rows, _, prompt = self.room
-        keys_values = [
-            (fixed_like(key, rows, prompt), fixed_like(value, rows, prompt)) for key, value in self.encoded.keys_values
-        ]
-        mask_B11P = self.encoded.mask_B11P.new_zeros(rows, 1, 1, prompt)
-        return T5State(Encoded(keys_values, mask_B11P), self.cache.fixed())
-
-    def settle(self, home: T5State) -> None:
-        """See `KVCache.settle`."""
-        rows, prompt = self.encoded.mask_B11P.shape[0], self.encoded.mask_B11P.shape[-1]
-        keys, values = map(list, zip(*self.encoded.keys_values, strict=True))
-        their_keys, their_values = map(list, zip(*home.encoded.keys_values, strict=True))
-        settle(keys, their_keys, prompt)
-        settle(values, their_values, prompt)
-        mask_B11P = self.encoded.mask_B11P.clone()
-        home.encoded.mask_B11P.zero_()[:rows, ..., :prompt] = mask_B11P
-        self.encoded = Encoded([*zip(keys, values, strict=True)], home.encoded.mask_B11P[:rows])
-        self.cache.settle(home.cache)
-
-    def lives_in(self, home: T5State) -> bool:
-        return self.cache.lives_in(home.cache)
-
-    def count_step(self) -> None:
-        """See `KVCache.count_step`."""
-        self.cache.count_step()
-
-
 class T5(nn.Module):
     """See `blip2.language` for what a language model offers; here the prompt goes into the encoder."""
 
@@ -248,16 +180,12 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        bias = partial(
-            RelativePositionBias,
-            num_buckets=config.num_buckets,
-            max_distance=config.max_distance,
-            num_heads=config.num_heads,
+        self.encoder_bias, self.decoder_bias = (
+            None if config.has_bias_in_each_layer else RelativePositionBias(config, is_bidirectional=is_bidirectional)
+            for is_bidirectional in (True, False)
         )
-        self.encoder_bias = bias(is_bidirectional=True)
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
         self.encoder_norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.decoder_bias = bias(is_bidirectional=False)
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_decoder_layers))
         self.decoder_norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.output = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -276,9 +204,9 @@ class T5(nn.Module):
         """Read right-padded prompts ``float[B, P, D]`` of ``lengths_B`` tokens."""
         positions_P = torch.arange(prompt_BPD.shape[1], device=prompt_BPD.device)
         mask_B11P = (positions_P < lengths_B[:, None])[:, None, None]
-        bias = _masked(self.encoder_bias(positions_P, positions_P), mask_B11P)
+        biases = _biases(self.encoder_bias, self.encoder, positions_P, positions_P, mask_B11P)
         x_BPD = prompt_BPD
-        for block in self.encoder:
+        for block, bias in zip(self.encoder, biases, strict=True):
             x_BPD = block(x_BPD, bias)
         x_BPD = self.encoder_norm(x_BPD)
         blocks = cast("Iterable[DecoderBlock]", self.decoder)
@@ -298,9 +226,9 @@ class T5(nn.Module):
             positions_BT = cache.positions(num_tokens)
             mask = cache.mask(positions_BT)
         keys_S = torch.arange(mask.shape[-1], device=embeddings_BTD.device)
-        bias = _masked(self.decoder_bias(positions_BT, keys_S), mask)
+        biases = _biases(self.decoder_bias, self.decoder, positions_BT, keys_S, mask)
         x_BTD = embeddings_BTD
-        for layer, block in enumerate(self.decoder):
+        for layer, (block, bias) in enumerate(zip(self.decoder, biases, strict=True)):
             x_BTD = block(
                 x_BTD,
                 layer=layer,
@@ -319,7 +247,7 @@ class T5(nn.Module):
     @never_in_float16
     def logits(self, hidden: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., V]``."""
-        return self.output(hidden)
+        return self.output(hidden * self.config.hidden_size**-0.5 if self.config.scales_output else hidden)
 
     def prefill(self, prompt_BPD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, T5State]:
         """Read right-padded prompts; the logits of each row's first token ``float[B, V]``, and the state to go on."""
@@ -343,9 +271,17 @@ class T5(nn.Module):
         return self.logits(hidden_B1D[:, 0])
 
 
-def _joined(first_BHPD: Tensor, second_BHPD: Tensor, longest: int) -> Tensor:
-    """The rows of both, with room for ``longest`` tokens."""
-    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in (first_BHPD, second_BHPD)])
+def _biases(
+    shared: RelativePositionBias | None, blocks: nn.ModuleList, queries: Tensor, keys_S: Tensor, mask: Tensor
+) -> Iterator[Tensor]:
+    """Each layer's, by the positions of queries and keys: one for all, or its own."""
+    if shared is not None:
+        yield from [_masked(shared(queries, keys_S), mask)] * len(blocks)
+        return
+    for block in blocks:
+        own = cast("EncoderBlock | DecoderBlock", block).self_attention.bias
+        assert own is not None
+        yield _masked(own(queries, keys_S), mask)
 
 
 def _masked(bias: Tensor, mask: Tensor) -> Tensor:

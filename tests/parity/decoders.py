@@ -146,6 +146,34 @@ def granite(chance: random.Random):
     )  # fmt: skip
 
 
+def _t5(chance: random.Random) -> dict:
+    return {
+        "vocab_size": chance.randint(40, 90), "d_model": chance.randint(9, 40), "d_kv": chance.randint(2, 12),
+        "d_ff": chance.randint(9, 50), "num_layers": chance.randint(2, 4), "num_decoder_layers": chance.randint(1, 2),
+        "num_heads": chance.randint(1, 5), "relative_attention_num_buckets": chance.choice([4, 8, 32]),
+        "relative_attention_max_distance": chance.choice([20, 128]), "eos_token_id": ENDS[0], "pad_token_id": 1,
+        "decoder_start_token_id": 0, "layer_norm_epsilon": chance.choice([1e-6, 1e-5]),
+    }  # fmt: skip
+
+
+def t5(chance: random.Random):
+    fields = _t5(chance)
+    if chance.random() < 0.7:  # the first T5; else version 1.1
+        return transformers.T5Config(**fields, feed_forward_proj="relu")
+    return transformers.T5Config(**fields, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+
+
+def mt5(chance: random.Random):
+    kind = chance.choice(["gated-gelu", "relu", "gated-silu"])
+    return transformers.MT5Config(**_t5(chance), feed_forward_proj=kind)
+
+
+def umt5(chance: random.Random):
+    kind = chance.choice(["gated-gelu", "relu"])
+    return transformers.UMT5Config(**_t5(chance), feed_forward_proj=kind)
+
+
+ENCODER_DECODERS = {each.__name__: each for each in (t5, mt5, umt5)}
 FAMILIES = {
     each.__name__: each
     for each in (llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2, gemma3, phi3, granite)
@@ -154,9 +182,9 @@ FAMILIES = {
 
 def reference(family: str, seed: int):
     """The family's random model number ``seed``, by which everything matters and nothing explodes."""
-    config = FAMILIES[family](random.Random(f"{family} {seed}"))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return redraw(model, seed)
+    config = (FAMILIES | ENCODER_DECODERS)[family](random.Random(f"{family} {seed}"))
+    kind = transformers.AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else transformers.AutoModelForCausalLM
+    return redraw(kind.from_config(config, attn_implementation="eager"), seed)
 
 
 def redraw(model, seed: int):
@@ -166,12 +194,14 @@ def redraw(model, seed: int):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name or "ln_" in name:
+            if "norm" in name:
                 values = 0.3 * values + (0 if has_offset or name.endswith("bias") else 1)
             elif name.endswith("bias"):
                 values = 0.3 * values
-            elif "embed" in name or "wte" in name:
+            elif "embed" in name or "relative" in name or "shared" in name:
                 values = values * 0.5
+            elif name.endswith(("SelfAttention.q.weight", "EncDecAttention.q.weight")):  # T5 does not scale its scores
+                values = values * 0.5 * parameter.shape[-1] ** -0.5
             else:
                 values = values * 1.5 * parameter.shape[-1] ** -0.5
             parameter.copy_(values)
