@@ -88,7 +88,8 @@ def _gemma(chance: random.Random) -> dict:
 
 
 def gemma(chance: random.Random):
-    return transformers.GemmaConfig(**_gemma(chance), **_rope(chance), hidden_act=chance.choice(["gelu", "gelu_pytorch_tanh"]))
+    activation = chance.choice(["gelu", "gelu_pytorch_tanh"])
+    return transformers.GemmaConfig(**_gemma(chance), **_rope(chance), hidden_act=activation)
 
 
 def _gemma2(chance: random.Random) -> dict:
@@ -211,7 +212,7 @@ def redraw(model, seed: int):
 
 def whole(family: str, seed: int):
     """A BLIP-2 of the reference with that language model."""
-    text = FAMILIES[family](random.Random(f"{family} {seed}"))
+    text = (FAMILIES | ENCODER_DECODERS)[family](random.Random(f"{family} {seed}"))
     text._attn_implementation = "eager"
     vision = transformers.Blip2VisionConfig(
         hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=24, image_size=28, patch_size=14

@@ -10,6 +10,7 @@ import torch
 from blip2 import checkpoint
 from blip2.generation import Engine, GenerateOptions
 from blip2.language import pad_rows
+from blip2.quantized import QuantizedLinear
 
 transformers = pytest.importorskip("transformers")
 
@@ -57,7 +58,8 @@ def tokens(theirs, ours, ids, options):
     for row in ids:
         out = theirs.generate(
             inputs_embeds=theirs.get_input_embeddings()(torch.tensor([row])), max_new_tokens=LONGEST, do_sample=False,
-            attention_mask=torch.ones(1, len(row), dtype=torch.long), eos_token_id=list(ends), pad_token_id=1, **options,
+            attention_mask=torch.ones(1, len(row), dtype=torch.long), eos_token_id=list(ends), pad_token_id=1,
+            **options,
         )[0, int(ours.config.has_encoder) :].tolist()  # fmt: skip
         end = next((place for place, token in enumerate(out) if token in ends), len(out))
         expected.append(out[:end])
@@ -126,6 +128,7 @@ def check_whole(family, seed, folder):
     theirs, ours = whole_pair(family, seed, folder / "theirs")
     pixels_BCHW = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
     texts = [[2], [2, 9, 33, 12, 30], [2, 8, 7]]
+    begun = 1 if ours.config.language.has_encoder else None  # an answer of its own, with the start token
     prompts = ours.prompt(ours.encode(pixels_BCHW))
     prompts = [
         torch.cat([picture_QD, ours.language.embed(torch.tensor(text))])
@@ -144,18 +147,42 @@ def check_whole(family, seed, folder):
                 out = model.generate(
                     pixel_values=picture[None], input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T),
                     max_new_tokens=LONGEST, do_sample=False, eos_token_id=ends, pad_token_id=1, **options,
-                )[0, ids_1T.shape[1] :].tolist()  # fmt: skip
+                )[0, begun or ids_1T.shape[1] :].tolist()  # fmt: skip
                 end = next((place for place, token in enumerate(out) if token in ends), len(out))
                 assert own[0].tokens == out[:end], (family, seed, options)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "umt5"])
 def test_a_whole_blip2(family, tmp_path):
     check_whole(family, 1, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_ten_whole_ones_of_each(family, tmp_path):
     for seed in range(10):
         check_whole(family, seed, tmp_path / str(seed))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "t5"])
+@torch.inference_mode()
+def test_in_8_and_4_bits(family, kind, tmp_path):
+    """The logits of the weights that the codes stand for; activations have 15 bits."""
+    theirs = reference(family, 2)
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoint.load_language(tmp_path, quantize=kind)
+    plain = checkpoint.load_language(tmp_path)
+    quantized = {name: each for name, each in ours.named_modules() if isinstance(each, QuantizedLinear)}
+    assert {"blocks.0.qkv", "blocks.0.down"} <= quantized.keys() or "encoder.0.feed_forward.down" in quantized
+    ids = prompts_for(theirs, 2)
+    if plain.output is None:
+        plain.output = torch.nn.Linear(1, 1, bias=False)  # the table, which stays as it is where words are looked up
+    for name, each in quantized.items():
+        plain.get_submodule(name).weight = torch.nn.Parameter(each.dequantized())
+    prompts, lengths_B = pad_rows([plain.embed(torch.tensor(row)) for row in ids])
+    next_B = torch.tensor([3, 4, 5, 6])
+    expected, its_state = plain.prefill(prompts, lengths_B, 2)
+    found, state = ours.prefill(prompts, lengths_B, 2)
+    torch.testing.assert_close(found, expected, atol=3e-3, rtol=3e-3)
+    torch.testing.assert_close(ours.step(next_B, state), plain.step(next_B, its_state), atol=3e-3, rtol=3e-3)
