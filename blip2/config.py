@@ -159,7 +159,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only language model of the Llama make; `checkpoint.decoders` makes one of a published configuration.
+    """A decoder-only language model; `checkpoint.decoders` makes one of a published configuration.
 
     The defaults are of a plain Llama; what is said of Gemma, Granite and others is theirs alone.
     """
@@ -176,7 +176,7 @@ class DecoderConfig:
     intermediate_size: int
     max_position_embeddings: int
     """The longest text, in tokens, whose positions do not depend on how long it becomes."""
-    rotary: Rotary
+    rotary: Rotary | None
     bos_token_id: int
     eos_token_id: int
     """What an answer ends with."""
@@ -184,7 +184,8 @@ class DecoderConfig:
     """Any of these ends an answer."""
     pad_token_id: int
     norm_eps: float = 1e-6
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_new", "relu"] = "silu"
+    """``gelu_new`` is the tanh form."""
     is_tied: bool = False
     """Whether the table of tokens is the output table, too."""
     has_qkv_bias: bool = False
@@ -215,10 +216,20 @@ class DecoderConfig:
     """Of all that is read, image queries too (Granite), as are the next two."""
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    make: Literal["llama", "gpt"] = "llama"
+    """The make of its layers."""
+    positions: Literal["rotary", "learned", "slopes"] = "rotary"
+    """By ``rotary``, by a table (GPT-2), or by what is far counting less (BLOOM)."""
+    is_interleaved: bool = False
+    """Whether each head's query, key and value are side by side (GPT-NeoX, BLOOM)."""
+    is_parallel: bool = False
+    """Whether a block's two halves read the same (GPT-NeoX)."""
+    has_embedding_norm: bool = False
+    """Whether what is read is normed first (BLOOM)."""
     published: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """The part of config.json that says all this, which is written again as it is."""
 
-    family: Literal["llama"] = field(default="llama", init=False)
+    family: Literal["decoder"] = field(default="decoder", init=False)
     has_encoder: ClassVar[bool] = False
 
     @property

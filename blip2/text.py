@@ -24,7 +24,7 @@ from blip2.errors import CheckpointError, OptionError
 from blip2.plaintext import NotTextError, read_text
 
 QUESTION_TEMPLATES = {
-    "opt": "Question: {} Answer:", "llama": "Question: {} Answer:", "t5": "Question: {} Short answer:",
+    "opt": "Question: {} Answer:", "decoder": "Question: {} Answer:", "t5": "Question: {} Short answer:",
 }  # fmt: skip
 """The wording of the zero-shot questions, by family of language model (paper, section 4.1)."""
 

@@ -1,5 +1,5 @@
 """The published configurations of decoders (config.json, or the text_config of a BLIP-2), each to the one that
-`blip2.language.llama` builds.
+`blip2.language.decoder` builds.
 
 What a file does not say is what transformers takes then: a table for each ``model_type``. What is null is not absent.
 """
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from blip2.checkpoint.bounds import AGAIN, BOUNDS, check_names, check_token, check_value
+from blip2.checkpoint.gpts import DEFAULTS as GPTS
+from blip2.checkpoint.gpts import gpt_values
 from blip2.config import DecoderConfig, Rotary
 
 Text = dict[str, Any]
@@ -51,7 +53,7 @@ GEMMA2: Text = GEMMA | {
     "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None,
     "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
-DEFAULTS: dict[str, Text] = {
+LLAMAS: dict[str, Text] = {
     "llama": LLAMA,
     "mistral": LLAMA | {
         "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096,
@@ -79,8 +81,10 @@ DEFAULTS: dict[str, Text] = {
         "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
     },
 }  # fmt: skip
+KINDS = (*LLAMAS, *GPTS)
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_new": "gelu_new",
+    "gelu_fast": "gelu_new",
     "relu": "relu",
 }  # fmt: skip
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -90,8 +94,28 @@ MOST_FACTOR = 2**20
 def parse_decoder(published: Text) -> DecoderConfig:
     """The configuration in the fields of a decoder; ValueError for what this package does not build."""
     kind = published["model_type"]
-    text = DEFAULTS[kind] | published
-    check_names(published, {*DEFAULTS[kind], "rope_parameters", "rope_scaling"}, kind)
+    text, values = gpt_values(published) if kind in GPTS else _values(published)
+    activation = text.get("hidden_activation") or text.get("activation_function") or text.get("hidden_act", "gelu_new")
+    if kind == "gemma" and activation == "gelu":  # written so at first, and meant otherwise
+        activation = "gelu_pytorch_tanh"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {reprlib.repr(activation)} in {kind}; use one of {', '.join(ACTIVATIONS)}")
+    values |= _tokens(text, kind) | {
+        "activation": ACTIVATIONS[activation],
+        "is_tied": _flag(text, "tie_word_embeddings", kind),
+        "rotary": _rotary(text, _stretching(text, kind), kind) if text.get("rope_theta") is not None else None,
+    }
+    if values["rotary"] and values["rotary"].scaling == "longrope":
+        # Beyond, all that was read before were to be read anew by other factors.
+        values["max_position_embeddings"] = min(values["max_position_embeddings"], values["rotary"].original_length)
+    return DecoderConfig(model_type=kind, published=published, **values)
+
+
+def _values(published: Text) -> tuple[Text, Text]:
+    """What is of the Llama make alone, for `DecoderConfig`, and the fields with what is absent filled in."""
+    kind = published["model_type"]
+    text = LLAMAS[kind] | published
+    check_names(published, {*LLAMAS[kind], "rope_parameters", "rope_scaling"}, kind)
     if text["num_key_value_heads"] is None:
         text["num_key_value_heads"] = text["num_attention_heads"]
     for ours, theirs in FIELDS[:4]:
@@ -111,26 +135,15 @@ def parse_decoder(published: Text) -> DecoderConfig:
             f"num_key_value_heads is {text['num_key_value_heads']} in {kind}, and does not divide num_attention_heads, "
             f"which is {text['num_attention_heads']}; {AGAIN}"
         )
-    activation = text.get("hidden_activation") or text["hidden_act"]
-    if kind == "gemma" and activation == "gelu":  # written so at first, and meant otherwise
-        activation = "gelu_pytorch_tanh"
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"hidden_act is {reprlib.repr(activation)} in {kind}; use one of {', '.join(ACTIVATIONS)}")
     if text.get("use_bidirectional_attention"):
         raise ValueError(f"use_bidirectional_attention is set in {kind}; a language model here sees what came before")
-    values |= _tokens(text, kind) | {
-        "activation": ACTIVATIONS[activation],
-        "is_tied": _flag(text, "tie_word_embeddings", kind),
+    return text, values | {
         "has_qkv_bias": _flag(text, "attention_bias", kind),
         "has_output_bias": _flag(text, "attention_bias", kind),
         "has_feed_forward_bias": _flag(text, "mlp_bias", kind),
-        "rotary": _rotary(text, _stretching(text, kind), kind),
         **_windows(text, kind),
         **OTHERS.get(kind, lambda text: {})(text),
     }
-    if values["rotary"].scaling == "longrope":  # beyond, all that was read before were to be read anew by other factors
-        values["max_position_embeddings"] = min(values["max_position_embeddings"], values["rotary"].original_length)
-    return DecoderConfig(model_type=kind, published=published, **values)
 
 
 # ---- what one family has and another has not ----------------------------------------------------------
@@ -255,7 +268,7 @@ def _rotary(text: Text, stretching: Text, kind: str) -> Rotary:
     if scaling not in SCALINGS:
         raise ValueError(f"rope_type is {reprlib.repr(scaling)} in {kind}; use one of {', '.join(SCALINGS)}")
     share = found.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
-    check_value("partial_rotary_factor", share, 1.0, kind, (0.01, 1) if kind == "phi3" else (1, 1))
+    check_value("partial_rotary_factor", share, 1.0, kind, (0.01, 1) if kind in ("phi3", "gpt_neox") else (1, 1))
     size = int(text["head_dim"] * share)
     if size % 2 or not size:
         raise ValueError(f"head_dim is {text['head_dim']} in {kind}, of which {size} numbers are turned, an odd number")

@@ -7,6 +7,7 @@ Written from the published files (``model.safetensors.index.json``) and the refe
 
 from __future__ import annotations
 
+from blip2.checkpoint.gpts import BEFORE, TRANSPOSED, gpt_names
 from blip2.config import (
     Blip2Config,
     DecoderConfig,
@@ -166,21 +167,36 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "embeddings.word_embeddings.weight": ("qformer.embeddings.word_embeddings.weight",),
     "embeddings.position_embeddings.weight": ("qformer.embeddings.position_embeddings.weight",),
 }
-TIED: dict[str, tuple[str, ...]] = {"language_model.model.embed_tokens.weight": ("language_model.lm_head.weight",)}
-"""Likewise, in a decoder whose table of tokens is its output table."""
 # Buffers that older files carry; they hold no weights.
 IGNORED = ("embeddings.position_ids", "qformer.embeddings.position_ids")
-IGNORED_ENDS = (".rotary_emb.inv_freq",)
+IGNORED_ENDS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 LANGUAGE = "language_model."
 
 
 def aliases(config: Config) -> dict[str, tuple[str, ...]]:
     """Published names of the same tensor, for this configuration."""
     language = config.language if isinstance(config, Blip2Config) else config
-    found = ALIASES | (TIED if isinstance(language, DecoderConfig) and language.is_tied else {})
+    found = dict(ALIASES)
+    if isinstance(language, DecoderConfig):
+        names = _decoder(language)
+        head = "language_model.lm_head.weight"
+        if language.is_tied:
+            found[names["language.token_embedding.weight"]] = (head,)
+        found[head] = ("language_model.embed_out.weight",)  # of GPT-NeoX
+        before = LANGUAGE + BEFORE.get(language.model_type, "model.")
+        for name in names.values():
+            if name.startswith(before):
+                found[name] = (*found.get(name, ()), LANGUAGE + name.removeprefix(before))
     if isinstance(config, Blip2Config | MatcherConfig):
         return found
     return {_alone(name): tuple(map(_alone, others)) for name, others in found.items()}
+
+
+def is_transposed(config: Config, ours: str) -> bool:
+    """Whether a weight is ``[inputs, outputs]`` in the files."""
+    language = config.language if isinstance(config, Blip2Config) else config
+    ends = TRANSPOSED.get(language.model_type, ()) if isinstance(language, DecoderConfig) else ()
+    return ours.startswith("language.blocks.") and ours.endswith(ends)
 
 
 def is_ignored(name: str) -> bool:
@@ -262,7 +278,8 @@ def _t5(config: T5Config) -> Table:
 
 def _decoder(config: DecoderConfig) -> Table:
     layers = range(config.num_layers)
-    names = _expand(DECODER) | _expand(DECODER_LAYER, layers)
+    once, layer = gpt_names(config) if config.make == "gpt" else (DECODER, DECODER_LAYER)
+    names = _expand(once) | _expand(layer, layers)
     if config.has_post_norms:
         names |= _expand(DECODER_POST_NORMS, layers)
     if config.model_type in FUSED_IN_FILES:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from blip2.checkpoint.keys import Config, aliases, is_ignored, published_names, rows_of_parts, table
+from blip2.checkpoint.keys import Config, aliases, is_ignored, is_transposed, published_names, rows_of_parts, table
 from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import (
     CODES,
@@ -130,6 +130,8 @@ def _load(
     for step, tensor in zip(steps, read_ahead([step.places for step in steps]), strict=True):
         where = _device_of(step.name, devices, device)
         try:
+            if is_transposed(config, step.name):
+                tensor = tensor.T.contiguous()
             _fill(model, step, tensor, where, None if as_stored else precision)
         except NotFiniteError as error:
             sources = list(zip(step.sources, step.places, strict=True))
@@ -209,7 +211,7 @@ def _steps(
         else:
             wanted = tuple(getattr(module, last).shape)
         places = [tensors[name] for name in theirs]
-        asked = [wanted]
+        asked = [wanted[::-1] if is_transposed(config, ours) else wanted]
         if len(places) > 1:
             asked = [(rows, *wanted[1:]) for rows in rows_of_parts(config, ours, wanted[0], len(places))]
         for name, place, shape in zip(theirs, places, asked, strict=True):
@@ -337,6 +339,8 @@ def named_tensors(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, Tensor]]:
             yield theirs, tensor
             continue
         names = published_names(theirs)
+        if is_transposed(model.config, ours):
+            tensor = tensor.T
         is_one = len(names) == 1
         parts = [tensor] if is_one else tensor.split(rows_of_parts(model.config, ours, len(tensor), len(names)))
         yield from zip(names, parts, strict=True)

@@ -16,7 +16,7 @@ from blip2.checkpoint.bounds import (
     check_value,
     differs_in_a_bit,
 )
-from blip2.checkpoint.decoders import DEFAULTS, parse_decoder
+from blip2.checkpoint.decoders import KINDS, parse_decoder
 from blip2.checkpoint.fields import FIXED, MT5, OPT, QFORMER, T5, VISION, Fields
 from blip2.config import (
     Blip2Config,
@@ -154,7 +154,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
 
 def _parse_language(text: dict[str, Any]) -> LanguageConfig:
     family = text.get("model_type", "opt")
-    if family in DEFAULTS:
+    if family in KINDS:
         return parse_decoder(text)
     text = {key: value for key, value in text.items() if value is not None}
     if family == "opt":
@@ -167,7 +167,7 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
         return config
     if family in ("t5", "mt5", "umt5"):
         return _parse_t5(text, family)
-    known = ", ".join(map(repr, ("opt", "t5", "mt5", "umt5", *DEFAULTS)))
+    known = ", ".join(map(repr, ("opt", "t5", "mt5", "umt5", *KINDS)))
     raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows {known}")
 
 

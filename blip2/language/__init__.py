@@ -1,4 +1,4 @@
-"""The frozen language models, behind one protocol: three makes, and one way to talk to any.
+"""The frozen language models, behind one protocol: several makes, and one way to talk to any.
 
 A prompt is a sequence of vectors, image queries and embedded words alike, so nothing here knows about pictures.
 Prompts of mixed length are right-padded to one tensor with their ``lengths_B``.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blip2.config import LanguageConfig, OPTConfig, T5Config
-from blip2.language.llama import Decoder
+from blip2.language.decoder import Decoder
 from blip2.language.opt import OPT
 from blip2.language.t5 import T5
 

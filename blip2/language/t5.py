@@ -10,8 +10,7 @@ B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -19,15 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import T5Config
+from blip2.language.activations import ACTIVATIONS
 from blip2.language.float16 import never_in_float16
 from blip2.language.norm import RMSNorm
 from blip2.language.t5_state import Encoded, T5State
 from blip2.layers import KVCache, attend, split_heads, split_parts
 from blip2.linear import Linear
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
-}  # fmt: skip
 
 
 class RelativePositionBias(nn.Module):

@@ -147,6 +147,39 @@ def granite(chance: random.Random):
     )  # fmt: skip
 
 
+def _gpt(chance: random.Random, size: str, layers: str, heads: str) -> dict:
+    number = chance.randint(1, 7)
+    return {
+        "vocab_size": chance.randint(40, 90), size: number * 2 * chance.randint(2, 7), layers: chance.randint(1, 4),
+        heads: number, "eos_token_id": chance.choice([ENDS, ENDS[0]]), "bos_token_id": 2, "pad_token_id": 1,
+    }  # fmt: skip
+
+
+def gpt2(chance: random.Random):
+    return transformers.GPT2Config(
+        **_gpt(chance, "n_embd", "n_layer", "n_head"), n_positions=64, n_inner=chance.choice([None, 33]),
+        activation_function=chance.choice(["gelu_new", "gelu", "relu"]),
+        tie_word_embeddings=chance.random() < 0.8,
+    )  # fmt: skip
+
+
+def gpt_neox(chance: random.Random):
+    fields = _gpt(chance, "hidden_size", "num_hidden_layers", "num_attention_heads")
+    size = fields["hidden_size"] // fields["num_attention_heads"]
+    rope = _rope(chance)["rope_parameters"] | {
+        "partial_rotary_factor": chance.choice([1.0, 0.5]) if size % 4 == 0 else 1.0
+    }
+    return transformers.GPTNeoXConfig(
+        **fields, intermediate_size=chance.randint(9, 50), max_position_embeddings=64, rope_parameters=rope,
+        use_parallel_residual=chance.random() < 0.6, tie_word_embeddings=chance.random() < 0.3,
+        attention_bias=chance.random() < 0.7,
+    )  # fmt: skip
+
+
+def bloom(chance: random.Random):
+    return transformers.BloomConfig(**_gpt(chance, "hidden_size", "n_layer", "n_head"))
+
+
 def _t5(chance: random.Random) -> dict:
     return {
         "vocab_size": chance.randint(40, 90), "d_model": chance.randint(9, 40), "d_kv": chance.randint(2, 12),
@@ -177,7 +210,7 @@ def umt5(chance: random.Random):
 ENCODER_DECODERS = {each.__name__: each for each in (t5, mt5, umt5)}
 FAMILIES = {
     each.__name__: each
-    for each in (llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2, gemma3, phi3, granite)
+    for each in (llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2, gemma3, phi3, granite, gpt2, gpt_neox, bloom)
 }
 
 
@@ -195,16 +228,16 @@ def redraw(model, seed: int):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 values = 0.3 * values + (0 if has_offset or name.endswith("bias") else 1)
             elif name.endswith("bias"):
                 values = 0.3 * values
-            elif "embed" in name or "relative" in name or "shared" in name:
+            elif "embed" in name or "relative" in name or "shared" in name or ".wte." in name or ".wpe." in name:
                 values = values * 0.5
             elif name.endswith(("SelfAttention.q.weight", "EncDecAttention.q.weight")):  # T5 does not scale its scores
                 values = values * 0.5 * parameter.shape[-1] ** -0.5
             else:
-                values = values * 1.5 * parameter.shape[-1] ** -0.5
+                values = values * 1.5 * parameter.shape[0 if "c_" in name else -1] ** -0.5
             parameter.copy_(values)
     model.generation_config.eos_token_id = getattr(model.config, "eos_token_id", None)
     return model.eval()
