@@ -184,8 +184,8 @@ def aliases(config: Config) -> dict[str, tuple[str, ...]]:
             found[names["language.token_embedding.weight"]] = (head,)
         found[head] = ("language_model.embed_out.weight",)  # of GPT-NeoX
         before = LANGUAGE + BEFORE.get(language.model_type, "model.")
-        for name in names.values():
-            if name.startswith(before):
+        for name in (each for theirs in names.values() for each in published_names(theirs)):
+            if name.startswith(before):  # which the files of a bare model leave out
                 found[name] = (*found.get(name, ()), LANGUAGE + name.removeprefix(before))
     if isinstance(config, Blip2Config | MatcherConfig):
         return found

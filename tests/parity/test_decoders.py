@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from blip2 import checkpoint
+from blip2.checkpoint import decoders, gpts
+from blip2.errors import CheckpointError
 from blip2.generation import Engine, GenerateOptions
 from blip2.language import pad_rows
 from blip2.quantized import QuantizedLinear
@@ -18,6 +23,7 @@ from tests.parity.decoders import ENCODER_DECODERS, FAMILIES, reference, whole  
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
+DEFAULTS = decoders.LLAMAS | gpts.DEFAULTS
 ALL = [*FAMILIES, *ENCODER_DECODERS]
 LENGTHS = (7, 1, 12, 4)
 LONGEST = 12
@@ -165,7 +171,7 @@ def test_ten_whole_ones_of_each(family, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "t5"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "gpt2", "t5"])
 @torch.inference_mode()
 def test_in_8_and_4_bits(family, kind, tmp_path):
     """The logits of the weights that the codes stand for; activations have 15 bits."""
@@ -174,7 +180,7 @@ def test_in_8_and_4_bits(family, kind, tmp_path):
     ours = checkpoint.load_language(tmp_path, quantize=kind)
     plain = checkpoint.load_language(tmp_path)
     quantized = {name: each for name, each in ours.named_modules() if isinstance(each, QuantizedLinear)}
-    assert {"blocks.0.qkv", "blocks.0.down"} <= quantized.keys() or "encoder.0.feed_forward.down" in quantized
+    assert {"blocks.0.qkv", "encoder.0.feed_forward.down"} & quantized.keys()
     ids = prompts_for(theirs, 2)
     if plain.output is None:
         plain.output = torch.nn.Linear(1, 1, bias=False)  # the table, which stays as it is where words are looked up
@@ -186,3 +192,64 @@ def test_in_8_and_4_bits(family, kind, tmp_path):
     found, state = ours.prefill(prompts, lengths_B, 2)
     torch.testing.assert_close(found, expected, atol=3e-3, rtol=3e-3)
     torch.testing.assert_close(ours.step(next_B, state), plain.step(next_B, its_state), atol=3e-3, rtol=3e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
+def test_files_of_a_bare_model_with_the_buffers_of_old(family, tmp_path):
+    """What openai-community/gpt2 and bigscience/bloom-560m hold: no prefix, no head, masks as tensors."""
+    _, ours = pair(family, 1, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "bare")
+    tensors = load_file(tmp_path / "bare" / "model.safetensors")
+    bare = {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    bare |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    save_file(bare, tmp_path / "bare" / "model.safetensors", metadata={"format": "pt"})
+    again = checkpoint.load_language(tmp_path / "bare")
+    assert all(map(torch.equal, again.state_dict().values(), ours.state_dict().values()))
+
+
+def test_the_end_is_in_the_generation_config(tmp_path):
+    """Llama 3 ends a turn by another token than a text, and only this file says so."""
+    _, ours = pair("llama", 0, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    config = checkpoint.read_language(tmp_path)
+    assert (config.end_token_ids, config.eos_token_id) == ((7, 9), 7)
+    assert config.rotary == ours.config.rotary
+
+
+def fields(family, **changed):
+    return DEFAULTS[family] | {"model_type": family, "eos_token_id": 2} | changed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (fields("llama", num_key_value_heads=5), "num_key_value_heads is 5 in llama, and does not divide"),
+        (fields("llama", hidden_act="mish"), "hidden_act is 'mish' in llama; use one of silu"),
+        (fields("llama", rope_scaling={"rope_type": "spiral"}), "rope_type is 'spiral' in llama; use one of default"),
+        (fields("llama", rope_scaling={"rope_type": "linear"}), "factor is None in rope_scaling of llama"),
+        (fields("llama", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5 in llama"),
+        (fields("llama", head_dim=7), "head_dim is 7 in llama, of which 7 numbers are turned"),
+        (fields("llama", eos_token_id=None), "there is no eos_token_id in llama"),
+        (fields("llama", eos_token_id=[2, 32000]), "eos_token_id is 32000 in llama"),
+        (fields("mistral", sliding_window=0), "sliding_window is 0 in mistral"),
+        (fields("qwen2", use_sliding_window=True, layer_types=["sliding_attention"]), "layer_types is .* a list of 32"),
+        (fields("smollm3", no_rope_layers=[1]), "no_rope_layers is .* a list of 36 of 0 and 1"),
+        (fields("gemma", use_bidirectional_attention=True), "sees what came before"),
+        (fields("phi3", rope_scaling={"type": "su", "short_factor": [1.0]}), "short_factor is .* a list of 48"),
+        (fields("bloom", apply_residual_connection_post_layernorm=True), "in bloom; this package builds only False"),
+        (fields("gpt2", n_head=7), "number of heads is 7 in gpt2, and does not divide the width"),
+        ({"model_type": "llama", "vocab_sizd": 3}, "there is vocab_sizd and no vocab_size in llama"),
+    ],
+)
+def test_what_would_be_built_wrongly_is_refused(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_language(tmp_path)
+
+
+def test_null_is_not_absent(tmp_path):
+    """Mistral's second version has no window, and says so by null; a Mistral that says nothing has one of 4096."""
+    for said, window in (({}, 4096), ({"sliding_window": None}, None)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"} | said))
+        assert checkpoint.read_language(tmp_path).window == window
