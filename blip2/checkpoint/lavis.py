@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blip2.checkpoint.files import weight_files
 from blip2.checkpoint.keys import ALIASES, IGNORED
-from blip2.checkpoint.lavis_keys import POSITIONS, POST_NORM, family_of, to_authors, to_published
+from blip2.checkpoint.lavis_keys import FAMILIES, POSITIONS, POST_NORM, family_of, to_authors, to_published
 from blip2.checkpoint.load import empty_model, named_tensors
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.pickled import unpickled
@@ -218,7 +218,13 @@ def _family(config: Config) -> str | None:
 def _config(folder: Path) -> Config:
     if read_quantization(folder) is not None:
         raise CheckpointError(f"{folder}: its weights are quantised; name the model from which they were made")
-    return read_config(folder)
+    config = read_config(folder)
+    if isinstance(config, Blip2Config) and config.language.family not in FAMILIES:
+        raise CheckpointError(
+            f"{folder}: its language model is a {config.language.kind}; the authors' files have names for an OPT or a "
+            "T5 only, keep this one as it is"
+        )
+    return config
 
 
 def _check_kind(family: str | None, like: Config, path: Path, like_folder: Path) -> None:

@@ -6,7 +6,7 @@ B rows, T tokens of this call, S tokens so far, H heads, R turned numbers of a h
 from __future__ import annotations
 
 import math
-from functools import cache as remembered
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,13 +29,15 @@ class Turn(NamedTuple):
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
-@remembered
 def frequencies(rotary: Rotary, device: torch.device) -> Tensor:
     """By how much each next token turns further, in radians: ``float32[R / 2]``."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # for who trains next
         exponents = torch.arange(0, rotary.size, 2, dtype=torch.float32) / rotary.size
         plain = 1 / rotary.base**exponents
         return _stretched(plain, rotary).to(device)
+
+
+remembered_frequencies = cache(frequencies)
 
 
 def _stretched(plain: Tensor, rotary: Rotary) -> Tensor:
@@ -62,7 +64,9 @@ def _stretched(plain: Tensor, rotary: Rotary) -> Tensor:
 
 def turns(rotary: Rotary, positions_BT: Tensor, dtype: torch.dtype) -> Turn:
     """For tokens at these positions."""
-    angles_BTR = positions_BT[..., None].float() * frequencies(rotary, positions_BT.device)
+    # Tensors of another kind (without values, or traced) are nobody else's.
+    find = remembered_frequencies if type(positions_BT) is Tensor else frequencies
+    angles_BTR = positions_BT[..., None].float() * find(rotary, positions_BT.device)
     cos, sin = angles_BTR.cos() * rotary.amplitude, angles_BTR.sin() * rotary.amplitude
     return Turn(*(torch.cat(halves, -1)[:, None].to(dtype) for halves in ((cos, cos), (-sin, sin))))
 
