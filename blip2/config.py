@@ -76,6 +76,7 @@ class OPTConfig:
 
     family: Literal["opt"] = field(default="opt", init=False)
     kind: ClassVar[str] = "OPT"
+    model_type: ClassVar[str] = "opt"
     has_encoder: ClassVar[bool] = False
     overflows_in_float16: ClassVar[bool] = False
 
