@@ -11,7 +11,8 @@ ENDS = [5, 17, 29]
 
 
 def _sizes(chance: random.Random, *, has_head_size: bool = True) -> dict:
-    groups, each, size = chance.randint(1, 3), chance.randint(1, 4), 2 * chance.randint(1, 7)
+    # The reference divides by a head's size less 2, where positions are stretched dynamically.
+    groups, each, size = chance.randint(1, 3), chance.randint(1, 4), 2 * chance.randint(2, 7)
     heads = groups * each
     width = heads * (chance.randint(3, 11) if has_head_size else size)
     sizes = {
@@ -167,7 +168,7 @@ def gpt_neox(chance: random.Random):
     fields = _gpt(chance, "hidden_size", "num_hidden_layers", "num_attention_heads")
     size = fields["hidden_size"] // fields["num_attention_heads"]
     rope = _rope(chance)["rope_parameters"] | {
-        "partial_rotary_factor": chance.choice([1.0, 0.5]) if size % 4 == 0 else 1.0
+        "partial_rotary_factor": chance.choice([1.0, 0.5]) if size in (8, 12) else 1.0
     }
     return transformers.GPTNeoXConfig(
         **fields, intermediate_size=chance.randint(9, 50), max_position_embeddings=64, rope_parameters=rope,
