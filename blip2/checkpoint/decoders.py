@@ -103,7 +103,9 @@ def parse_decoder(published: Text) -> DecoderConfig:
     values |= _tokens(text, kind) | {
         "activation": ACTIVATIONS[activation],
         "is_tied": _flag(text, "tie_word_embeddings", kind),
-        "rotary": _rotary(text, _stretching(text, kind), kind) if text.get("rope_theta") is not None else None,
+        "rotary": _rotary(text, _stretching(text, kind), kind)
+        if values.get("positions", "rotary") == "rotary"
+        else None,
     }
     if values["rotary"] and values["rotary"].scaling == "longrope":
         # Beyond, all that was read before were to be read anew by other factors.

@@ -6,6 +6,7 @@ B rows, T tokens of this call, S tokens so far, D width, H heads, V vocabulary.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,8 @@ class Decoder(nn.Module):
     def _sloping(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype) -> Tensor:
         """The mask of a layer to which what is far counts less (Press et al., 2022): ``float[B, H, T, S]``."""
         distance_B1TS = _distances(positions_BT, mask, is_cached)
-        slopes_H11 = torch.tensor(slopes(self.config.num_heads), device=positions_BT.device)[:, None, None]
+        find = remembered_slopes if type(positions_BT) is Tensor else slopes  # as in `turns`
+        slopes_H11 = find(self.config.num_heads, positions_BT.device)[:, None, None]
         bias_BHTS = (-slopes_H11 * distance_B1TS).to(dtype)
         return bias_BHTS.masked_fill(~_seen(distance_B1TS, mask), float("-inf"))
 
@@ -153,8 +155,13 @@ def _seen(distance_B1TS: Tensor, mask: Tensor | None) -> Tensor:
     return distance_B1TS >= 0 if mask is None else mask
 
 
-def slopes(num_heads: int) -> list[float]:
-    """By how much a token counts less to each head for each step that it is farther away (Press et al., 2022)."""
+def slopes(num_heads: int, device: torch.device) -> Tensor:
+    """By how much a token counts less to each head for each step that it is farther away: ``float32[H]``."""
     power = 2 ** math.floor(math.log2(num_heads))
     first = [2 ** (-8 * number / power) for number in range(1, power + 1)]
-    return first + [2 ** (-4 * number / power) for number in range(1, 2 * (num_heads - power), 2)]
+    others = [2 ** (-4 * number / power) for number in range(1, 2 * (num_heads - power), 2)]
+    with torch.inference_mode(False):
+        return torch.tensor(first + others, dtype=torch.float32, device=device)
+
+
+remembered_slopes = cache(slopes)  # a GPU's recorded step may not ask for it anew
