@@ -194,6 +194,21 @@ def test_in_8_and_4_bits(family, kind, tmp_path):
     torch.testing.assert_close(ours.step(next_B, state), plain.step(next_B, its_state), atol=3e-3, rtol=3e-3)
 
 
+@pytest.mark.parametrize("family", ["bloom", "gpt2", "gpt_neox", "gemma2", "umt5"])
+@torch.inference_mode()
+def test_steps_in_memory_that_stays(family, tmp_path):
+    """As they are recorded for a GPU (`blip2.generation.replay`)."""
+    theirs, ours = pair(family, 1, tmp_path)
+    prompts = pad_rows([ours.embed(torch.tensor(row)) for row in prompts_for(theirs, 1)[:3]])
+    (_, state), (_, same) = ours.prefill(*prompts, 5), ours.prefill(*prompts, 5)
+    home = state.fixed()
+    state.settle(home)
+    for token in (3, 7, 4):
+        tokens_R = torch.tensor([token, token + 1, token + 2, 0])  # rows are rounded up
+        expected = ours.step(tokens_R[:3], same)
+        torch.testing.assert_close(ours.step(tokens_R, home)[:3], expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
 def test_files_of_a_bare_model_with_the_buffers_of_old(family, tmp_path):
     """What openai-community/gpt2 and bigscience/bloom-560m hold: no prefix, no head, masks as tensors."""
