@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blip2.collection.wording import clean
 from blip2.errors import CollectionError
+from blip2.image import name_of
 from blip2.plaintext import ENCODINGS
 
 YES = frozenset({"yes", "y", "x", "true", "1", "ok"})
@@ -101,7 +102,7 @@ def check_file(name: str) -> str:
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        raise CollectionError(f"{name!r}: a name that is not UTF-8, which no report can hold; rename it") from None
+        raise CollectionError(f"{name_of(name)}: a name that is not UTF-8: no report can hold it; rename it") from None
     if clean(name) != name and any(not character.isprintable() for character in name):
         raise CollectionError(f"{name!r}: a name with control characters, which no report can hold; rename it")
     return name

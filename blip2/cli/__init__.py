@@ -132,7 +132,7 @@ def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
             return flag
         if value in ("False", "None"):
             return f"leave out {flag}"
-        return f"set {flag}" if value == "True" else f"give {flag} {value.strip(chr(39))}"
+        return f"add {flag}" if value == "True" else f"give {flag} {value.strip(chr(39))}"
 
     return error.told(spelled)
 

@@ -136,7 +136,8 @@ class Collection:
             with progress:
                 summary = started.run(progress.update, html=going["html"])
         except KeyboardInterrupt:
-            raise Failure("stopped; what was done is kept, and the same command goes on", 130) from None
+            same = "the same command without --restart" if "restart" in self.given else "the same command"
+            raise Failure(f"stopped; what was done is kept, and {same} goes on", 130) from None
         return progress.end(summary, going["html"])
 
     def _options(self) -> dict[str, Any]:

@@ -94,21 +94,22 @@ class Progress:
             return self.exit_code
         counts = [f"{summary.done:,} done", f"{summary.skipped:,} skipped", f"{summary.failed:,} failed"]
         if summary.before:
-            counts.append(f"{summary.before:,} before" + _of_which_failed(summary))
+            counts.append(f"{summary.before:,} in earlier runs" + _of_which_failed(summary))
         rate = f"; {_rate(summary)} pictures a second" if summary.rate else ""
         self.tell(f"{', '.join(counts)}{rate}; in {', '.join(name for name in written if name)}")
         for reason, number in summary.reasons.most_common(MOST_TOLD // 2):
             self.tell(f"{number:,} failed: {of_picture(reason)}")
         if failed:
-            self.tell(f"what failed is in {plan.journal.errors}; --retry-failed does it once more")
+            self.tell(f"what failed is in {plan.journal.errors}; --retry-failed with the same command tries it again")
         if summary.skipped and not summary.done and plan.request.takes_text:
             self.tell("what is skipped has a text already; --if-exists overwrite, append or prepend describes it anew")
         if summary.copies:
             self.tell(f"{_number(summary.copies, 'copy', 'copies')} of another picture, given its result")
-        if summary.repeated:
-            self.tell(f"{_number(summary.repeated, 'caption')} repeated that of another picture")
+        if summary.repeated and plan.request.takes_text:  # answers and labels are few
+            self.tell(f"{_number(summary.repeated, 'caption is', 'captions are')} the same as that of another picture")
         if summary.is_limited:
-            self.tell("stopped at --limit; without it, the same command does the rest")
+            without = "without it and --restart" if plan.request.going.restart else "without it"
+            self.tell(f"stopped at --limit; {without}, the same command does the rest")
         elif not summary.is_complete:
             self.tell("other parts are not done; the last one that is completes the output")
         if html:
@@ -190,6 +191,6 @@ def _bar() -> Any:
             failed = task.fields.get("failed", 0)
             return Text(f"{failed:,} failed" if failed else "", style="red")
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), Failed(""), TextColumn("left:"),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), Failed(""),
+               TextColumn("time left:"), TimeRemainingColumn())  # fmt: skip
     return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)

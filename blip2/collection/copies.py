@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from blip2.collection.record import Record, Result
+from blip2.collection.record import Record, Result, sha256_of
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +42,7 @@ class Copies:
         if picture is None or picture == "-":
             return new
         if isinstance(picture, bytes):
-            return self._by_content.setdefault((record.asked, hashlib.sha256(picture).digest()), new)
+            return self._by_content.setdefault((record.asked, sha256_of(picture)), new)
         try:
             size = os.stat(picture).st_size
         except (OSError, ValueError):  # an address, or what will be told in its place
@@ -55,13 +54,5 @@ class Copies:
             if other[0] == picture:  # as of rows that name one file several times
                 return other[1]
             self._alone[record.asked, size] = None
-            self._by_content[record.asked, _content(other[0])] = other[1]
-        return self._by_content.setdefault((record.asked, _content(picture)), new)
-
-
-def _content(path: str) -> Hashable:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
-        return path
+            self._by_content[record.asked, sha256_of(other[0]) or other[0]] = other[1]
+        return self._by_content.setdefault((record.asked, sha256_of(picture) or picture), new)

@@ -35,6 +35,8 @@ HANDOVER_S = 10.0
 FOUND = "found"
 """Within what was asked: what `Journal.agree` keeps."""
 OUTPUT, UNFINISHED = "output", "unfinished"
+BESIDE = "sidecar", "xmp", "embed"
+"""Options of outputs that are read as old texts, too."""
 
 
 class Journal:
@@ -118,7 +120,7 @@ class Journal:
         ``asked``: names of options, or other words, with values as JSON has them.
         """
         if (changed := self._changed(asked)) and not self._came_to_nothing():
-            self._refuse(changed)
+            self._refuse(changed, keeps_texts=asked.get("if_exists") == "skip" and any(map(asked.get, BESIDE)))
 
     def _changed(self, asked: Mapping[str, Any]) -> list[str]:
         """How this differs from what the run was asked that is there, a text for each difference."""
@@ -186,10 +188,12 @@ class Journal:
     def _write(self, asked: Mapping[str, Any]) -> None:
         write_text(self._path, json.dumps(asked, indent=1, ensure_ascii=False))
 
-    def _refuse(self, differences: Iterable[str]) -> NoReturn:
+    def _refuse(self, differences: Iterable[str], *, keeps_texts: bool = False) -> NoReturn:
+        """``keeps_texts``: those that the earlier command wrote beside pictures would be kept by a restart."""
+        overwriting = f" and {setting('if_exists', 'overwrite')}" if keeps_texts else ""
         raise CollectionError(
             f"{self.folder.parent}: was begun by another command ({'; '.join(differences)}); give the same again, "
-            f"another output, or {setting('restart', True)} to do all anew"
+            f"another output, or {setting('restart', True)}{overwriting} to do all anew"
         )
 
     # ---- units ----

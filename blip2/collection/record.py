@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -118,3 +120,12 @@ class Source(Protocol):
 
     def told(self) -> Mapping[str, Any]:
         """What distinguishes this source from another, for `Journal.begin`."""
+
+
+def sha256_of(picture: str | bytes) -> str:
+    """Of a picture's file, as hexadecimal digits; "" if it cannot be read."""
+    if isinstance(picture, bytes):
+        return hashlib.sha256(picture).hexdigest()
+    with suppress(OSError), open(picture, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""

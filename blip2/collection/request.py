@@ -105,7 +105,9 @@ class Plan:
 
     @property
     def passed_over(self) -> str:
-        return getattr(self.source, "passed_over", "")
+        outputs = self.request.outputs
+        own = {f".{outputs.sidecar.lstrip('.').lower()}", *((".xmp", ".xmp_original") if outputs.xmp else ())}
+        return self.source.passed_over(own) if hasattr(self.source, "passed_over") else ""
 
     @property
     def asked(self) -> dict[str, Any]:

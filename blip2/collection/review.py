@@ -24,6 +24,7 @@ from blip2.collection.columns import as_text
 from blip2.collection.journal import Journal
 from blip2.collection.questions import QUESTION
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source
+from blip2.collection.results import why_failed
 from blip2.collection.review_page import PAGE
 from blip2.disk import write_bytes, write_text
 from blip2.errors import CollectionError, ImageError
@@ -78,7 +79,7 @@ def _row(result: Result, thumb: str, times: int) -> dict[str, Any]:
         "status": result.status,
         "thumb": thumb,
         "score": result.scores[0] if result.scores else None,
-        "error": as_text(result.error_message.removeprefix(f"{result.name}: ")),
+        "error": as_text(why_failed(result)),
         "question": as_text(str(result.columns.get(QUESTION, ""))),
         "others": [as_text(text) for text in lines[1:] or result.captions[1:]],
         "times": times if result.line and times > 1 else 0,

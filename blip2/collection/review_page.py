@@ -95,7 +95,7 @@ function draw(row) {
     const list = put(caption, "ul");
     row.others.forEach(text => put(list, "li", text));
   }
-  if (row.times) put(caption, "small", `this caption ${row.times} times`, "times");
+  if (row.times) put(caption, "small", `${row.times} pictures have this caption`, "times");
   const status = row.status === "success" ? (row.score === null ? "" : `score ${row.score}`) : row.status;
   put(caption, "small", [status, row.name].filter(Boolean).join(", "));
 }

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 from blip2.collection.background import in_background
-from blip2.collection.columns import plain
 from blip2.collection.copies import Copy
 from blip2.collection.feed import Feed, Settled
 from blip2.collection.journal import Journal
 from blip2.collection.part import Part
-from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Record, Result, Source, Unit
+from blip2.collection.record import FAILED, SUCCESS, Record, Result, Source, Unit
+from blip2.collection.results import begun, failed, result_of, why_failed, without_model
 from blip2.collection.summary import OnResults, Summary
 from blip2.errors import ImageError
-from blip2.image import stored_size
+from blip2.image import name_of
 
 FLUSH_RESULTS, FLUSH_S = 16, 1.0
 """After so many, but not more often than this, what is written a picture at a time is written: a disk makes hundreds of
@@ -230,7 +230,7 @@ def _settled(
     wants = frozenset[str]().union(*(sink.wants for sink in job.sinks))
 
     feed = Feed(
-        job.source, units, job.journal, partial(_without_model, job, known, wants), partial(_begun, wants),
+        job.source, units, job.journal, partial(without_model, job, known, wants), partial(begun, wants),
         partial(_repeated, job) if job.dedupes else None, job.limit, again=not job.retries,
     )  # fmt: skip
     outcomes = work(feed)
@@ -241,7 +241,7 @@ def _settled(
             if pending.is_known:
                 yield unit, pending.result
             elif not pending.is_left:
-                pending.first.result = result = _result(job, pending.record, pending.result, outcome)
+                pending.first.result = result = result_of(job, pending.record, pending.result, outcome)
                 yield unit, result
             yield from feed.passing_by()
     finally:
@@ -251,63 +251,14 @@ def _settled(
     cut |= feed.cut
 
 
-def _without_model(job: Job, known: Known, wants: frozenset[str], record: Record) -> Result | None:
-    if (before := known.get((record.key, record.stamp))) is not None:
-        # The source may say other things by now, and a person may have changed what an earlier run wrote.
-        before = replace(before, columns=plain(record.columns) or before.columns)
-        return replace(before, text=record.text) if job.skips and record.is_described else before
-    if record.problem:
-        return _failed(_begun(wants, record), record.problem)
-    if job.skips and record.is_described:
-        return replace(_begun(wants, record), status=SKIPPED, text=record.text)
-    return None
-
-
-def _begun(wants: frozenset[str], record: Record) -> Result:
-    """All that is known of a picture before the model sees it."""
-    width, height = (0, 0)
-    digest = ""
-    if record.picture is not None and "size" in wants:
-        width, height = stored_size(record.picture) or (0, 0)
-    if record.picture is not None and "sha256" in wants:
-        digest = _sha256(record.picture)
-    path = record.picture if isinstance(record.picture, str) else ""
-    return Result(
-        record.key, record.stamp, FAILED, record.name, old=record.text, path=path, width=width, height=height,
-        sha256=digest, columns=plain(record.columns),
-    )  # fmt: skip
-
-
-def _sha256(picture: str | bytes) -> str:
-    if isinstance(picture, bytes):
-        return hashlib.sha256(picture).hexdigest()
-    with suppress(OSError), open(picture, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    return ""
-
-
-def _result(job: Job, record: Record, begun: Result, outcome: Outcome | ImageError) -> Result:
-    if isinstance(outcome, ImageError):
-        return _failed(begun, str(outcome))
-    if not (text := job.word(record, outcome)):
-        return _failed(begun, f"{record.name}: there is no caption left of {outcome.captions[0]!r}")
-    return replace(
-        begun, status=SUCCESS, text=text, captions=outcome.captions, scores=outcome.scores, tokens=outcome.tokens
-    )
-
-
 def _repeated(job: Job, copy: Copy) -> Result:
     """What the first one's result says of a copy, in the words that are the copy's."""
     first = copy.first.result
     assert first is not None
-    begun = replace(copy.result, copy_of=first.key)
+    known = replace(copy.result, copy_of=first.key)
     if first.status == FAILED:
-        return _failed(begun, first.error_message.replace(f"{first.name}: ", f"{copy.record.name}: ", 1))
-    return _result(job, copy.record, begun, Outcome(first.captions, first.scores, first.tokens))
-
-
-def _failed(begun: Result, message: str) -> Result:
-    return replace(begun, status=FAILED, error_message=message)
+        return failed(known, f"{name_of(copy.record.name)}: {why_failed(first)}")
+    return result_of(job, copy.record, known, Outcome(first.captions, first.scores, first.tokens))
 
 
 def _by_unit(settled: Iterator[Settled], cut: set[int]) -> Iterator[tuple[Unit, Iterator[Result]]]:
@@ -342,19 +293,14 @@ def _kept(job: Job, settled: Generator[Settled, None, None], known: Known) -> Ge
 
 def _written(job: Job, results: Iterator[Result]) -> Iterator[list[Result]]:
     """The results, a few at a time, when they are in what is written a picture at a time."""
-    last_s = -FLUSH_S
     some: list[Result] = []
-
-    def write() -> list[Result]:
-        if captioned := [result for result in some if result.status == SUCCESS]:
-            for sink in job.sinks:
-                sink.some(captioned)
-        return some
-
-    for result in results:
-        some.append(result)
-        if len(some) >= FLUSH_RESULTS and time.monotonic() - last_s >= FLUSH_S:
-            yield write()
+    last_s = -FLUSH_S
+    for result in chain(results, [None]):
+        some += [] if result is None else [result]
+        is_time = len(some) >= FLUSH_RESULTS and time.monotonic() - last_s >= FLUSH_S
+        if some and (is_time or result is None):
+            if captioned := [each for each in some if each.status == SUCCESS]:
+                for sink in job.sinks:
+                    sink.some(captioned)
+            yield some
             some, last_s = [], time.monotonic()
-    if some:
-        yield write()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from blip2.collection.record import FAILED, SKIPPED, SUCCESS, Result
+from blip2.collection.results import why_failed
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Summary:
         self.skipped += result.status == SKIPPED
         self.failed += result.status == FAILED
         if result.status == FAILED:
-            self.reasons[result.error_message.removeprefix(f"{result.name}: ")] += 1
+            self.reasons[why_failed(result)] += 1
         self.copies += bool(result.copy_of)
         if result.status == SUCCESS and not result.copy_of:
             said = hash(result.line)

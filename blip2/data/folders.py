@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -41,13 +41,14 @@ class Found:
         """Whether all pictures that are there are among `pictures`."""
         return not (self.problems or self.missing)
 
-    def passed_over(self) -> str:
-        """One line, or nothing if it was nothing."""
+    def passed_over(self, apart: Collection[str] = ()) -> str:
+        """One line, or nothing if it was nothing. ``apart``: suffixes of files that are not told of."""
         told = [f"{_number(count, 'picture')} ({needed} reads them)" for needed, count in self.missing.items()]
-        if self.others:
-            kinds = [f"{count:,} {suffix}" for suffix, count in self.others.most_common(MOST_KINDS)]
-            kinds += ["..."] if len(self.others) > MOST_KINDS else []
-            told.append(f"{_number(self.others.total(), 'other file')} ({', '.join(kinds)})")
+        others = Counter({suffix: count for suffix, count in self.others.items() if suffix not in apart})
+        if others:
+            kinds = [f"{count:,} {suffix}" for suffix, count in others.most_common(MOST_KINDS)]
+            kinds += ["..."] if len(others) > MOST_KINDS else []
+            told.append(f"{_number(others.total(), 'other file')} ({', '.join(kinds)})")
         if self.links:
             told.append(_number(self.links, "linked folder"))
         return f"passed over in folders: {', '.join(told)}" if told else ""

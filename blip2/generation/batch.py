@@ -60,7 +60,6 @@ class Batch:
 
     def __init__(self, language: LanguageModel) -> None:
         self._language = language
-        self._step = replay_of(language).step if isinstance(language, nn.Module) else language.step
         self._jobs: list[Job] = []
         self._logits_RV: Tensor | None = None
         self._state: Any = None
@@ -124,7 +123,8 @@ class Batch:
             self._state.select(torch.tensor(rows, device=device))
         if any(job.error is not None for job in over):
             self._state.forget()
-        self._logits_RV = self._step(torch.tensor(tokens, device=device), self._state)
+        stepping = replay_of(self._language) if isinstance(self._language, nn.Module) else self._language
+        self._logits_RV = stepping.step(torch.tensor(tokens, device=device), self._state)
         return over
 
     def _picked(self, logits_RV: Tensor) -> Picked | None:

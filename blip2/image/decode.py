@@ -21,7 +21,17 @@ from PIL.ImageFile import ImageFile
 from blip2.errors import ImageError, ImageFormatError, ImageSizeError
 from blip2.image import png
 from blip2.image.colour import plain, to_srgb
-from blip2.image.formats import HEAD_BYTES, SPOKEN, TEXT, foreign, format_of, grey_range, is_raw_photo, readable
+from blip2.image.formats import (
+    HEAD_BYTES,
+    SPOKEN,
+    TEXT,
+    foreign,
+    format_of,
+    grey_range,
+    is_raw_photo,
+    readable,
+    suffixes,
+)
 from blip2.image.quiet import quiet
 from blip2.image.sources import reason_of
 
@@ -114,7 +124,10 @@ def _check_format(head: bytes, name: str, formats: tuple[str, ...]) -> None:
         what = foreign(head)
         if not what:
             raise ImageFormatError(f"{refusal}, or damaged; convert it to PNG or JPEG")
-        remedy = "" if ";" in what else "; name a picture" if what == TEXT else "; convert it to PNG or JPEG"
+        remedy = "" if ";" in what else "; convert it to PNG or JPEG"
+        if what == TEXT:  # such as a page of a site that was saved in the place of its picture
+            is_called_picture = name.rstrip("'").lower().endswith(tuple(suffixes()[0]))
+            remedy = "; download it again, or remove it" if is_called_picture else "; name a picture"
         raise ImageFormatError(f"{refusal}, but {what}{remedy}")
     if format.name not in formats:
         raise ImageFormatError(f"{refusal}, but {SPOKEN.get(format.name, format.name)}; convert it to PNG or JPEG")

@@ -10,6 +10,7 @@ import select
 import stat
 import sys
 import time
+from contextlib import suppress
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeGuard, Union
 from urllib import request
@@ -58,6 +59,8 @@ def name_of(source: object) -> str:
             return "data address"
         case str() | os.PathLike():
             text = os.fsdecode(source)
+            with suppress(UnicodeEncodeError):  # bytes that are not UTF-8 as they are written in shells: \xe9
+                text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             text = text if text.isprintable() and text and text == text.strip() else repr(text)
             return text if len(text) <= 120 else f"{text[:70]}...{text[-40:]}"
         case bytes() | bytearray() | memoryview():

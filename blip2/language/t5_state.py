@@ -1,6 +1,6 @@
-"""What a T5's decoding goes on from.
+"""What decoding of a T5 goes on from.
 
-B rows, P prompt tokens, D width, H heads.
+B rows, P prompt tokens, H heads, D head size.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ LET_GO = "blip2.let_go"
 """Where the scope has what a route calls (without arguments) when it needs the body no longer."""
 REFUSED = "blip2.refused"
 """Where the scope has the `ApiError` of a request that was refused before it came here; it is sent away from here."""
+ANSWERED = "blip2.answered"
+"""Where the scope has the response to a request that needs nobody behind the `Gate`; likewise."""
 LINGER_S, SILENCE_S = 5.0, 0.5
 """So long is the rest of a refused request still taken, as long as it keeps coming."""
 HEADERS = (
@@ -95,9 +97,10 @@ class Doorman:
             await send(message)
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        lingers = False
+        lingers = scope["method"] != "POST" and self._has_body(scope)  # which no route reads
+        answer = _unfinished(noted_send) if lingers else noted_send
         try:
-            await self._let_in(scope, receive, noted_send)
+            await self._let_in(scope, receive, answer)
         except ApiError as error:
             self._metrics.refuse(error.code)
             response = error.response()
@@ -111,7 +114,7 @@ class Doorman:
                 lingers = True
                 await response(scope, receive, _unfinished(noted_send))
             else:
-                await response(scope, receive, noted_send)
+                await response(scope, receive, answer)
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.request_seconds.labels(path, str(status)).observe(time.monotonic() - began_s)
@@ -124,6 +127,9 @@ class Doorman:
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (refused := scope.get(REFUSED)) is not None:
             raise refused
+        if (response := scope.get(ANSWERED)) is not None:
+            await response(scope, receive, send)
+            return
         is_open = scope["path"] in OPEN_PATHS or (scope["method"] == "GET" and scope["path"].startswith(OPEN_FOLDER))
         key = self._key(scope) if self._keys else None
         if self._keys and not is_open and key is None:
@@ -165,6 +171,13 @@ class Doorman:
         key = key.strip() if scheme.lower() == b"bearer" else b""
         # All are compared, in a time that does not tell how far any of them agrees.
         return key if sum([hmac.compare_digest(key, known) for known in self._keys]) > 0 else None
+
+    def _has_body(self, scope: Scope) -> bool:
+        """One that may be as large as it says."""
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"").strip()[:19]
+        is_bounded = declared.isdigit() and 0 < int(declared) <= self._limits.max_body_bytes
+        return b"transfer-encoding" in headers or is_bounded
 
     async def _discard(self, receive: Receive, client: str) -> None:
         """The rest of a request that is answered already, for a while.

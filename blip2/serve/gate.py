@@ -7,7 +7,7 @@ import re
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2.serve.doorman import HEADERS, REFUSED
+from blip2.serve.doorman import ANSWERED, REFUSED
 from blip2.serve.errors import ApiError
 from blip2.serve.hosts import ANY, Door, Hosts, is_address
 from blip2.serve.routes import Routes
@@ -44,10 +44,11 @@ class Gate:
         if refusal is not None:
             await self._app({**scope, REFUSED: refusal}, receive, send)
         elif scope["method"] == "OPTIONS":
-            await self._options(scope, origin is not None)(scope, receive, send)
+            await self._app({**scope, ANSWERED: self._options(scope, origin is not None)}, receive, send)
         elif is_folder_missing and scope["method"] in ("GET", "HEAD"):
             # Without the slash the page's own addresses would lie beside the prefix, not below it.
-            await _plain(308, Location=f"{self._root_path}/")(scope, receive, send)
+            moved = Response(status_code=308, headers={"Location": f"{self._root_path}/"})
+            await self._app({**scope, ANSWERED: moved}, receive, send)
         elif scope["method"] == "HEAD":
             await self._app({**scope, "method": "GET"}, receive, _without_body(send))
         else:
@@ -99,10 +100,8 @@ class Gate:
             # A path that is none is told by the request itself, which a page can read.
             allowed = allowed or "GET, HEAD, OPTIONS, POST"
         if allowed is None:
-            response: Response = ApiError(404, "not_found", "Not Found").response()
-            response.raw_headers += HEADERS
-            return response
-        response = _plain(204, Allow=allowed)
+            return ApiError(404, "not_found", "Not Found").response()
+        response = Response(status_code=204, headers={"Allow": allowed})
         if is_preflight and is_allowed:
             wanted = asked.get(b"access-control-request-headers", b"")
             names = wanted if HEADER_NAMES.fullmatch(wanted) else b"authorization, content-type"
@@ -124,12 +123,6 @@ def _name_client(scope: Scope) -> None:
         address = given[-1].decode("latin-1").rpartition(",")[2].strip() if given else ""
         if is_address(address):
             scope["client"] = (address, 0)
-
-
-def _plain(status: int, **headers: str) -> Response:
-    response = Response(status_code=status, headers=headers)
-    response.raw_headers += HEADERS
-    return response
 
 
 def _without_body(send: Send) -> Send:

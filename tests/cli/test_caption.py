@@ -120,7 +120,7 @@ def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
         (["--beams", 0], "--beams is 0; it may be a whole number"),
         (["--beams", "many"], "'many' is not a valid integer"),
         (["--beam", 3], "No such option"),
-        (["--temperature", 0.5], "--temperature is 0.5, but nothing is sampled; set --sample"),
+        (["--temperature", 0.5], "--temperature is 0.5, but nothing is sampled; add --sample"),
         (["--sample", "--beams", 3], "--sample goes with --beams=1"),
         (["-n", 0], "--num-captions is 0"),
         (["--batch-size", 0], "--batch-size=0 is not possible"),

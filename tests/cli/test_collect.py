@@ -56,6 +56,43 @@ def test_sidecars(run, photos):
     assert found.stderr.count("torn.png") == 1
 
 
+def test_what_a_run_wrote_is_not_passed_over_nor_done_anew_by_a_restart_alone(run, photos):
+    (photos / "readme.md").write_text("x")
+    command = ["caption", "photos", "--sidecar", ".txt", "--exclude", "torn.png", "--beams", 1]
+    assert "passed over in folders: 1 other file (1 .md)" in run(*command).stderr
+    assert "passed over in folders: 1 other file (1 .md)" in run(*command).stderr
+    refused = run(*command, "--prefix", "sks, ")
+    assert refused.exit_code == 1
+    remedy = "another output, or add --restart and give --if-exists overwrite to do all anew\n"
+    assert refused.stderr.endswith(remedy)
+    again = run(*command, "--prefix", "sks, ", "--restart", "--if-exists", "overwrite")
+    assert "3 done, 0 skipped" in again.stderr and (photos / "cats.txt").read_text().startswith("sks, ")
+
+
+def test_captions_that_two_pictures_have_are_counted_and_answers_are_not(run, photos):
+    content = (photos / "cats.png").read_bytes()
+    (photos / "again.png").write_bytes(content)
+    pictures = ["photos/cats.png", "photos/again.png", "-o", "out.jsonl", "--format", "jsonl"]
+    assert "1 caption is the same as that of another picture" in run("caption", *pictures).stderr
+    answers = run("ask", *pictures, "-q", "is there a cat?", "--restart")
+    assert "2 done" in answers.stderr and "another picture" not in answers.stderr
+
+
+@pytest.mark.parametrize(("flags", "remedy"), [
+    ([], "the same command goes on"), (["--restart"], "the same command without --restart goes on"),
+])  # fmt: skip
+def test_what_goes_on_after_an_interrupt(run, photos, monkeypatch, flags, remedy):
+    def interrupted(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blip2.api.collect.CollectionRun.run", interrupted)
+    found = run("caption", "photos", "--sidecar", ".txt", *flags)
+    monkeypatch.undo()
+    limited = run("caption", str(photos), "--sidecar", ".txt", "--limit", 1, "--beams", 1, *flags)
+    assert f"stopped at --limit; without it{' and --restart' if flags else ''}, the same" in limited.stderr
+    assert found.exit_code == 130 and found.stderr.endswith(f"stopped; what was done is kept, and {remedy}\n")
+
+
 def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypatch, no_model):
     command = ["caption", "photos/cats.png", "-o", "all.jsonl", "--format", "jsonl"]
     with monkeypatch.context() as changed:
@@ -66,7 +103,7 @@ def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypat
         (SAID["cats.png"], "miniature", 350)
     ]
     found = run(*command, "--html", "review.html")
-    assert found.exit_code == 0 and "1 before" in found.stderr
+    assert found.exit_code == 0 and "1 in earlier runs" in found.stderr
     assert Path("all.jsonl").read_bytes() == before
     assert SAID["cats.png"] in Path("review.html").read_text()
     [thumbnail] = Path("review.files").iterdir()

@@ -64,7 +64,7 @@ def test_lora(follow, monkeypatch):
     Path("img/10_sks dog/flowers.txt").write_text("my own words\n")
     _dry, few, everything, anew, *tables = follow("lora.md")
     assert "1 done" in few.stderr and "stopped at --limit" in few.stderr
-    assert "1 done, 1 skipped, 0 failed, 1 before" in everything.stderr
+    assert "1 done, 1 skipped, 0 failed, 1 in earlier runs" in everything.stderr
     assert "3 done" in anew.stderr
     text = Path("img/10_sks dog/boat.txt").read_text()
     assert text == "photo of sks dog, a boat and two dogs\n"
@@ -93,7 +93,7 @@ def test_shards(follow):
     done = follow("shards.md", {"--devices 0,1": "--devices cpu"})
     trial, whole, devices, first, second, again, _ = (found.stderr for found in done)
     assert "2 done" in trial and "3 done" in whole and "part" in first
-    assert all("3 before" in told for told in (devices, again)) and "3 before" not in second
+    assert all("3 in earlier runs" in told for told in (devices, again)) and "3 in earlier runs" not in second
     assert [(row["caption_original"], row["caption"]) for row in rows("trial.jsonl")] == [
         ("buy this now", "a boat and two dogs"), ("buy this now", "four cats, two dogs and a flower"),
     ]  # fmt: skip
@@ -113,7 +113,7 @@ def test_a_photo_library(follow):
     before = {path: path.read_bytes() for path in Path("library").rglob("*.png")}
     Path("labels.txt").write_text("boat\ncat\nflower\n")
     *_, described, again, index, _found, _like, _copies, _labels, _asked = follow("photo-library.md")
-    assert "3 done" in described.stderr and "3 before" in again.stderr and "3 new" in index.stderr
+    assert "3 done" in described.stderr and "3 in earlier runs" in again.stderr and "3 new" in index.stderr
     assert "four cats, two dogs and a flower" in Path("library/2024/cats.png.xmp").read_text("utf-8")
     assert {path: path.read_bytes() for path in before} == before
     assert "boat.png" in Path("found.html").read_text()

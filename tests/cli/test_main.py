@@ -100,9 +100,9 @@ def test_what_nobody_expected(run, monkeypatch, pictures, place):
         (["--stop", ""], "--stop is ''; it may be one text or several, .* leave out --stop to end where"),
         (["--sample", "--temperature", 0], "--temperature is 0.0; .* leave it out, and leave out --sample$"),
         (["--sample", "--seed", -1], r"--seed is -1; .* from 0 to 2\^63 - 1; leave out --seed to draw anew each time$"),
-        (["--temperature", 0.5], "--temperature is 0.5, but nothing is sampled; set --sample$"),
+        (["--temperature", 0.5], "--temperature is 0.5, but nothing is sampled; add --sample$"),
         (["--sample", "--beams", 3], "--sample goes with --beams=1, not 3: .* give --beams 1, or leave out --sample$"),
-        (["--beams", 1, "-n", 2], "--num-captions is 2, .* give --beams 2 or more, or set --sample$"),
+        (["--beams", 1, "-n", 2], "--num-captions is 2, .* give --beams 2 or more, or add --sample$"),
         (["--beams", 0], "--beams is 0; it may be a whole number, 1 or more; 1 searches without beams$"),
         (["--batch-size", 0], "--batch-size=0 is not possible; use 1 or more$"),
         (["--length-penalty", "nan"], "--length-penalty is nan; it may be any finite number"),
@@ -121,7 +121,7 @@ def test_a_word_of_a_sentence_is_no_flag():
     assert cli.in_flags(OptionError("the seed is lost, stop"), verb) == "the seed is lost, stop"
     error = OptionError(f"{option('stop')} is 'num_beams'; {setting('sample', True)}")
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == "stop is 'num_beams'; set sample=True"
-    assert cli.in_flags(pickle.loads(pickle.dumps(error)), verb) == "--stop is 'num_beams'; set --sample"
+    assert cli.in_flags(pickle.loads(pickle.dumps(error)), verb) == "--stop is 'num_beams'; add --sample"
 
 
 def test_a_reader_that_leaves(opt_model, pictures):

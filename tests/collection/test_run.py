@@ -9,9 +9,9 @@ import pytest
 
 from blip2.collection import run
 from blip2.collection.journal import Journal
-from blip2.collection.request import Request, planned, shard_of, shard_of_array
+from blip2.collection.request import Request, planned
 from blip2.collection.run import Outcome
-from blip2.errors import CollectionError, ImageError, OptionError
+from blip2.errors import CollectionError, ImageError
 from tests.collection.written_by_run import drawn
 
 NAMES = [f"{number % 3}_set/{number:02}.png" for number in range(40)]
@@ -93,6 +93,17 @@ def test_stopped_while_the_model_is_at_work(photos, undisturbed, stops_at, batch
     assert written(photos) == undisturbed
     assert len(second.heard) == 40 - stops_at and summary.before == stops_at
     assert do(photos, Model(stops_at=0)).before == 40  # all is done: no model is asked
+
+
+def test_blanks_are_as_they_were_written_when_a_run_goes_on(photos):
+    words = {"prefix": "犬\u3000 ", "suffix": " "}
+    with pytest.raises(KeyboardInterrupt):
+        do(photos, Model(stops_at=7), **words)
+    (photos / "0_set" / "00.txt").write_text("by a person\n")
+    do(photos, Model(), **words)
+    rows = [json.loads(line)["text"] for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    assert rows == ["by a person", *(f"犬\u3000 a {name[-6:]} " for name in sorted(NAMES)[1:] if "07" not in name)]
+    assert (photos / "0_set" / "03.txt").read_text() == "犬\u3000 a 03.png \n"
 
 
 @pytest.mark.parametrize("stop", [5, 18, 33])
@@ -327,19 +338,3 @@ def test_what_is_skipped_is_what_would_be_written_over(photos, tmp_path):
     assert texts(str(tmp_path / "all.jsonl")) == ["by hand, a 00.png\n", None]
     rows = [json.loads(line)["text"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert rows == ["by hand, a 00.png", "of the row"]
-
-
-def test_shards_of_slurm():
-    def task(number, first=0, count=4, last=3):
-        told = {"ID": number, "MIN": first, "COUNT": count, "MAX": last}
-        return shard_of_array({f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in told.items()})
-
-    assert shard_of_array({}) is None and task(0, count=1, last=0) is None
-    assert [task(number) for number in range(4)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert task(15, first=10, count=3, last=20) == (2, 3)  # --array=10-20:5
-    with pytest.raises(OptionError, match="not at equal steps"):
-        task(3, first=1, count=3, last=9)  # --array=1,3,9
-    assert shard_of("3/16") == (3, 16)
-    for wrong in ("3", "3/", "a/b", "-1/3"):
-        with pytest.raises(OptionError, match="such as 3/16"):
-            shard_of(wrong)

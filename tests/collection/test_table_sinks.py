@@ -184,6 +184,16 @@ def test_parquet(tmp_path, photos, images, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_rows_become_columns_before_their_group_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("blip2.collection.sinks.parquet.GROUP_ROWS", 4)
+    monkeypatch.setattr("blip2.collection.sinks.parquet.BATCH_ROWS", 3)
+    pictures = drawn(tmp_path, *(f"{number:02}.png" for number in range(10)))
+    captioned(pictures, Outputs(output=str(tmp_path / "a.parquet")))
+    table = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet")
+    assert [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)] == [4, 4, 2]
+    assert table.read()["key"].to_pylist() == [f"{number:02}.png" for number in range(10)]
+
+
 def test_parquet_a_unit(tmp_path):
     records = [Record(str(n), Path(p).read_bytes(), str(n), "1", columns={"n": n})
                for n, p in enumerate(drawn(tmp_path, "a.jpg", "b.png", "c.jpg"))]  # fmt: skip

@@ -252,3 +252,18 @@ def test_what_gave_way_is_let_go_at_once() -> None:
         assert not old._pieces and bodies.num_bytes == 600_000
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("PUT", "/caption", 405), ("GET", "/health", 200), ("OPTIONS", "/caption", 204), ("PATCH", "/nowhere", 404),
+])  # fmt: skip
+def test_the_answer_reaches_who_sends_a_body_that_no_route_takes(models, method, path, status) -> None:
+    """All of it, though the answer was there before."""
+    with serving(lambda: models) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n".encode())
+            for _ in range(30):
+                time.sleep(0.01)
+                client.sendall(b"x" * 100_000)
+            assert client.recv(65536).startswith(f"HTTP/1.1 {status} ".encode())

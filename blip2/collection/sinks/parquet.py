@@ -15,7 +15,8 @@ from blip2.collection.sinks.places import Plain, check_file, paths_of, replacing
 from blip2.collection.sinks.table import check_folder_table
 from blip2.errors import CollectionError
 
-GROUP_ROWS = 4096
+GROUP_ROWS, BATCH_ROWS = 4096, 256
+"""Of a row group; and of what becomes columns at a time, which take a small part of the memory that rows do."""
 GROUP_BYTES = 64 * 2**20
 """So much of pictures is in memory, and in one row group; `datasets` wants at most 100 MB."""
 DTYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string", "json": "string"}
@@ -97,7 +98,19 @@ def write_parquet(
     schema = _schema(arrow, {**own_kinds, **carried.kinds}, images=pictures is not None)
     with replacing(path) as unfinished, parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []
+        batches: list[Any] = []
         num_bytes = 0
+
+        def write(*, is_group: bool) -> None:
+            nonlocal num_bytes
+            if rows:
+                batches.append(arrow.RecordBatch.from_pylist(rows, schema))
+                rows.clear()
+            if is_group and batches:
+                writer.write_table(arrow.Table.from_batches(batches))
+                batches.clear()
+                num_bytes = 0
+
         for result in results:
             row = {**own(result), **carried.of(result)}
             if pictures is not None:
@@ -105,11 +118,10 @@ def write_parquet(
                 num_bytes += len(content or b"")
                 row["image"] = {"bytes": content, "path": PurePath(str(row["file_name"])).name}
             rows.append(row)
-            if len(rows) == GROUP_ROWS or num_bytes >= GROUP_BYTES:
-                writer.write_table(arrow.Table.from_pylist(rows, schema))
-                rows, num_bytes = [], 0
-        if rows:
-            writer.write_table(arrow.Table.from_pylist(rows, schema))
+            is_group = len(batches) * BATCH_ROWS + len(rows) == GROUP_ROWS or num_bytes >= GROUP_BYTES
+            if is_group or len(rows) == BATCH_ROWS:
+                write(is_group=is_group)
+        write(is_group=True)
 
 
 def _schema(arrow: Any, kinds: Mapping[str, str], *, images: bool) -> Any:

@@ -12,6 +12,7 @@ from blip2.collection.columns import plain
 from blip2.collection.record import Result, Source
 from blip2.collection.sinks.places import Plain, check_file, is_text, paths_of, relative, replacing
 from blip2.errors import CollectionError
+from blip2.image import name_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def check_picture(picture: str, table: Path, *, is_below: bool = False) -> None:
     """That a table of this path can name a picture. Raises CollectionError."""
     if not is_text(picture):
         raise CollectionError(
-            f"{picture!r}: a name that is not UTF-8, which {table.name} cannot hold; rename it, or give --format jsonl"
+            f"{name_of(picture)}: a name that is not UTF-8, which {table.name} cannot hold; rename it, or give "
+            "--format jsonl"
         )
     if is_below and not relative(picture, table.parent):
         raise CollectionError(

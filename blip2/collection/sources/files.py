@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from blip2.collection.record import Record, Unit, runs_of
 from blip2.collection.sources.tables import read_json
+from blip2.data.folders import Found
 from blip2.disk import stamp_of
 from blip2.errors import CollectionError
 from blip2.image import name_of
@@ -38,12 +39,11 @@ class Files:
     ``keeps_suffix``, after it; ``has_json``: whether such files hold their columns; ``said``: of each path, what is
     known of it else.
 
-    ``problems``: a line for each thing that could not be looked at, and ``passed_over`` what was no picture, as
-    `Found` tells it.
+    ``problems``: a line for each thing that could not be looked at. ``found``: all that is in the folders.
     """
 
     problems: Sequence[str] = ()
-    passed_over: str = ""
+    found = Found()
 
     def __init__(
         self,
@@ -82,6 +82,10 @@ class Files:
                 self.key(path), path, path, _stamp(path), text or said.text, {**columns, **said.columns},
                 problem or wrong_columns,
             )  # fmt: skip
+
+    def passed_over(self, apart: Collection[str] = ()) -> str:
+        """What was no picture, and is not read, as `Found` tells it."""
+        return self.found.passed_over({*apart, self.text_suffix.lower()})
 
     def told(self) -> Mapping[str, Any]:
         return {"source": "files", "root": os.path.abspath(self.root) if self.root else ""}

@@ -139,7 +139,7 @@ def _files(
         said=told.said,
     )
     source.problems = [*found.problems, *told.problems]
-    source.passed_over = found.passed_over()
+    source.found = found
     return source
 
 
