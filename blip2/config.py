@@ -6,8 +6,9 @@ files. Sizes are from Li et al. 2023 (section 3 and 4) and from the published co
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -110,11 +111,28 @@ class OPTConfig:
     pad_token_id: int = 1
 
     family: Literal["opt"] = field(default="opt", init=False)
+    kind: ClassVar[str] = "OPT"
+    model_type: ClassVar[str] = "opt"
+    has_encoder: ClassVar[bool] = False
+    overflows_in_float16: ClassVar[bool] = False
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Any of these ends an answer."""
+        return (self.eos_token_id,)
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """An encoder-decoder language model of the Flan-T5 family. The defaults are Flan-T5-XL."""
+    """An encoder-decoder language model of the make of T5. The defaults are Flan-T5-XL."""
 
     vocab_size: int = 32128
     hidden_size: int = 2048
@@ -126,16 +144,142 @@ class T5Config:
     num_buckets: int = 32
     max_distance: int = 128
     layer_norm_eps: float = 1e-6
-    activation: Literal["gelu", "gelu_new"] = "gelu"
+    has_gate: bool = True
+    """Whether the feed-forward layers have one; the first T5's have not."""
+    activation: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
     """BLIP-2 was trained with the exact (erf) GELU, although Flan-T5 itself used the tanh form."""
+    scales_output: bool = False
+    """Whether what the output table reads is divided by the root of the width, as where it is the table of tokens."""
+    has_bias_in_each_layer: bool = False
+    """Whether each layer learns about distances for itself (UMT5); else all of a stack share that."""
     decoder_start_token_id: int = 0
     eos_token_id: int = 1
     pad_token_id: int = 0
+    model_type: Literal["t5", "mt5", "umt5"] = "t5"
+    """The name of its kind in config.json."""
 
     family: Literal["t5"] = field(default="t5", init=False)
+    kind: ClassVar[str] = "T5"
+    max_position_embeddings: ClassVar[int] = sys.maxsize
+    """Relative positions have no end."""
+    has_encoder: ClassVar[bool] = True
+    overflows_in_float16: ClassVar[bool] = True
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Any of these ends an answer."""
+        return (self.eos_token_id,)
 
 
-LanguageConfig = OPTConfig | T5Config
+@dataclass(frozen=True)
+class Rotary:
+    """How positions turn queries and keys (Su et al., 2021), and how that was stretched to longer texts."""
+
+    size: int
+    """So many of a head's numbers are turned, the first ones."""
+    base: float = 10_000.0
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    factor: float = 1.0
+    """How many times longer than those that the model was trained with first, which had ``original_length`` tokens."""
+    original_length: int = 0
+    slow: float = 1.0
+    """What turns less often within the original length is stretched whole, ..."""
+    fast: float = 1.0
+    """... and what turns more often not at all (llama3, yarn)."""
+    is_rounded: bool = True
+    """Whether these two are rounded to whole frequencies (yarn)."""
+    factors: tuple[float, ...] = ()
+    """By which each frequency is divided (longrope)."""
+    amplitude: float = 1.0
+    """Of cosine and sine (yarn, longrope)."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only language model; `checkpoint.decoders` makes one of a published configuration.
+
+    The defaults are of a plain Llama; what is said of Gemma, Granite and others is theirs alone.
+    """
+
+    model_type: str
+    """The name of its kind in config.json."""
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    """As many heads of queries share one of keys and values as the one number is in the other."""
+    head_size: int
+    intermediate_size: int
+    max_position_embeddings: int
+    """The longest text, in tokens, whose positions do not depend on how long it becomes."""
+    rotary: Rotary | None
+    bos_token_id: int
+    eos_token_id: int
+    """What an answer ends with."""
+    end_token_ids: tuple[int, ...]
+    """Any of these ends an answer."""
+    pad_token_id: int
+    norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu", "gelu_new", "relu"] = "silu"
+    """``gelu_new`` is the tanh form."""
+    is_tied: bool = False
+    """Whether the table of tokens is the output table, too."""
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_feed_forward_bias: bool = False
+    has_head_norms: bool = False
+    """Whether each head's query and key are normed (Qwen3, Gemma 3)."""
+    has_post_norms: bool = False
+    """Whether what a block's two halves say is normed before it is added (Gemma 2 and 3)."""
+    norm_offset: float = 0.0
+    """Added to the weights of the norms (Gemma: 1)."""
+    window: int | None = None
+    """How many tokens a layer with a window sees, the present one among them."""
+    window_layers: tuple[bool, ...] = ()
+    """Which layers have that window; empty: none."""
+    window_rotary: Rotary | None = None
+    """Of these layers, where it is another (Gemma 3)."""
+    unturned_layers: tuple[bool, ...] = ()
+    """Which layers know of no positions (SmolLM3); empty: none."""
+    attention_scale: float | None = None
+    """Of the scores; 1/sqrt(head_size) unless given."""
+    attention_cap: float | None = None
+    """Scores of attention are bent to stay below it (Gemma 2), by a tanh; so are those of tokens by ``logit_cap``."""
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    """Of embedded tokens (Gemma)."""
+    input_scale: float = 1.0
+    """Of all that is read, image queries too (Granite), as are the next two."""
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    make: Literal["llama", "gpt"] = "llama"
+    """The make of its layers."""
+    positions: Literal["rotary", "learned", "slopes"] = "rotary"
+    """By ``rotary``, by a table (GPT-2), or by what is far counting less (BLOOM)."""
+    is_interleaved: bool = False
+    """Whether each head's query, key and value are side by side (GPT-NeoX, BLOOM)."""
+    is_parallel: bool = False
+    """Whether a block's two halves read the same (GPT-NeoX)."""
+    has_embedding_norm: bool = False
+    """Whether what is read is normed first (BLOOM)."""
+    published: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The part of config.json that says all this, which is written again as it is."""
+
+    family: Literal["decoder"] = field(default="decoder", init=False)
+    has_encoder: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> str:
+        return self.model_type
+
+    @property
+    def overflows_in_float16(self) -> bool:
+        """The larger Gemmas were trained in bfloat16, with activations beyond what float16 holds."""
+        return self.has_post_norms
+
+
+LanguageConfig = OPTConfig | T5Config | DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -164,69 +308,3 @@ class MatcherConfig:
     image_token_id: int | None = None
     adapted: str = ""
     """As in `Blip2Config`."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """A model that its authors published on the Hugging Face hub."""
-
-    config: Blip2Config | MatcherConfig
-    """Of the newest revision; an older one may have 50272 rows of vocabulary and no image token."""
-    purpose: str
-    licence: str
-    size_gb: float
-    """Gigabytes (10**9 bytes) of weights, in fp32 as they are published."""
-    revision: str | None
-    """The commit that is fetched unless another is asked for; None where no good one is known: the newest."""
-
-
-COCO_VISION = VisionConfig(image_size=364)
-OPT_6_7B = OPTConfig(hidden_size=4096, intermediate_size=16384)
-FLAN_T5_XXL = T5Config(hidden_size=4096, num_heads=64, intermediate_size=10240)
-
-ANSWERS = "captions and questions, without training for either"
-CAPTIONS = "captions in the manner of COCO"
-MATCHES = "matches images with texts"
-MIT = "MIT"
-OPT_LICENCE = "MIT; the OPT in it under Meta's own licence, for non-commercial research"
-FLAN_LICENCE = "MIT; the Flan-T5 in it under Apache-2.0"
-
-# Where each commit was seen: (1) in many places, among them registries of the checksums of its files; (2) in a version
-# of MTEB's table of models; (3) in a public record of the files of that snapshot. The pins of opt-6.7b, opt-6.7b-coco
-# and flan-t5-xxl are of March 2024, before the vocabulary grew and the image token came; either revision is read.
-PUBLISHED: dict[str, Published] = {
-    # Before November 2024, and what many programs still ask for: 51572668da0eb669e01a189dc22abe6088589a24
-    "Salesforce/blip2-opt-2.7b": Published(
-        Blip2Config(image_token_id=50265),
-        ANSWERS, OPT_LICENCE, 15.0, "59a1ef6c1e5117b3f65523d1c6066825bcf315e3",  # (1)
-    ),
-    "Salesforce/blip2-opt-2.7b-coco": Published(
-        Blip2Config(vision=COCO_VISION, image_token_id=50265), CAPTIONS, OPT_LICENCE, 15.0, None
-    ),
-    "Salesforce/blip2-opt-6.7b": Published(
-        Blip2Config(language=OPT_6_7B, image_token_id=50265),
-        ANSWERS, OPT_LICENCE, 31.0, "1d33d60155fd1323b97556e0f1dd5148a9749f5b",  # (2)
-    ),
-    "Salesforce/blip2-opt-6.7b-coco": Published(
-        Blip2Config(vision=COCO_VISION, language=OPT_6_7B, image_token_id=50265),
-        CAPTIONS, OPT_LICENCE, 31.0, "0d580de59320a25a4d2c386387bcef310d5f286e",  # (2)
-    ),
-    "Salesforce/blip2-flan-t5-xl": Published(
-        Blip2Config(language=T5Config(), image_token_id=32100),
-        ANSWERS, FLAN_LICENCE, 15.8, "0eb0d3b46c14c1f8c7680bca2693baafdb90bb28",  # (1)
-    ),
-    "Salesforce/blip2-flan-t5-xl-coco": Published(
-        Blip2Config(vision=COCO_VISION, language=T5Config(), image_token_id=32100), CAPTIONS, FLAN_LICENCE, 15.8, None
-    ),
-    "Salesforce/blip2-flan-t5-xxl": Published(
-        Blip2Config(language=FLAN_T5_XXL, image_token_id=32100),
-        ANSWERS, FLAN_LICENCE, 48.9, "43206cbc865b9d5b3dd7d080e5d94b4143ca8e74",  # (2)
-    ),
-    "Salesforce/blip2-itm-vit-g": Published(
-        MatcherConfig(has_lm_head=False), MATCHES, MIT, 4.7, "520bf73fd0ef6ccce791cd3f06908040aef2d8cc"  # (3)
-    ),
-    "Salesforce/blip2-itm-vit-g-coco": Published(
-        MatcherConfig(vision=COCO_VISION, has_lm_head=False),
-        MATCHES, MIT, 4.7, "b1c997706e13245bbd2af5b2717239488d849f07",  # (2)
-    ),
-}  # fmt: skip

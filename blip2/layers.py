@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +44,21 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
+    cap: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention, heads joined again.
 
     ``mask`` is either boolean (True: may attend) or a float bias that is added to the scores; it broadcasts
-    to ``[B, H, T, S]``. ``scale`` is 1/sqrt(D) unless given. Returns ``float[B, T, H * D]``.
+    to ``[B, H, T, S]``. ``scale`` is 1/sqrt(D) unless given. ``cap``: scores s become cap * tanh(s / cap). There may be
+    fewer heads of keys and values, for as many heads of queries each. Returns ``float[B, T, H * D]``.
     """
+    if key_BHSD.shape[1] != query_BHTD.shape[1]:
+        options = {"is_causal": is_causal, "scale": scale, "dropout": dropout, "cap": cap}
+        return _attend_in_groups(query_BHTD, key_BHSD, value_BHSD, mask, options)
     if mask is not None and mask.dtype not in (torch.bool, query_BHTD.dtype):
         mask = mask.to(query_BHTD.dtype)
-    if (seen := _SEEN.get()) is not None:
-        out = _attend_plainly(query_BHTD, key_BHSD, value_BHSD, mask, is_causal, scale, dropout, seen)
+    if (seen := _SEEN.get()) is not None or cap is not None:
+        out = _attend_plainly(query_BHTD, key_BHSD, value_BHSD, mask, is_causal, scale, dropout, seen, cap)
         return out.transpose(1, 2).flatten(2)
     if not dropout and native.can_attend(query_BHTD, key_BHSD, value_BHSD, mask):
         scale = query_BHTD.shape[-1] ** -0.5 if scale is None else scale
@@ -81,9 +87,12 @@ def _attend_plainly(
     scale: float | None,
     dropout: float,
     seen: list[Tensor] | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """The same by matrix products, which on a CPU is faster: backward several times, in bfloat16 (images) twice."""
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     if is_causal:
         length = scores.shape[-1]
         mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
@@ -93,6 +102,24 @@ def _attend_plainly(
     if seen is not None:
         seen.append(weights)
     return weights @ value
+
+
+def _attend_in_groups(
+    query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Each of K heads of keys and values for as many heads of queries, which stand side by side."""
+    rows, num_heads, num_tokens, _ = query_BHTD.shape
+    num_groups = key_BKSD.shape[1]
+    size = num_heads // num_groups
+    if num_tokens > 1 or is_attention_recorded():
+        key_BHSD, value_BHSD = (x.repeat_interleave(size, dim=1) for x in (key_BKSD, value_BKSD))
+        return attend(query_BHTD, key_BHSD, value_BHSD, mask=mask, **options)
+    # While decoding, the cache is not copied: each group is a row, and its keys are every head's.
+    keys, values = (x.flatten(0, 1)[:, None].expand(-1, size, -1, -1) for x in (key_BKSD, value_BKSD))
+    if mask is not None and len(mask) > 1:
+        mask = mask.repeat_interleave(num_groups, dim=0)
+    out = attend(query_BHTD.reshape(rows * num_groups, size, 1, -1), keys, values, mask=mask, **options)
+    return out.view(rows, 1, -1)
 
 
 def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import Blip2Config, MatcherConfig
-from blip2.language import OPT, T5, build_language_model
+from blip2.language import Language, build_language_model
 from blip2.layers import freeze
 from blip2.qformer import QFormer, QFormerOutput
 from blip2.vision import VisionTransformer
@@ -31,7 +31,7 @@ class Blip2(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.qformer = QFormer(config.qformer)
         self.projection = nn.Linear(config.qformer.hidden_size, config.language.hidden_size)
-        self.language: OPT | T5 = build_language_model(config.language)
+        self.language: Language = build_language_model(config.language)
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """Normalised pixels ``float[B, 3, H, W]`` to what an `EncodedImage` keeps of each, ``float[B, Q, D]``."""

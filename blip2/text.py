@@ -19,15 +19,19 @@ from typing import Any
 
 import tokenizers
 
-from blip2.config import LanguageConfig, QFormerConfig
+from blip2.config import LanguageConfig, QFormerConfig, T5Config
 from blip2.errors import CheckpointError, OptionError
 from blip2.plaintext import NotTextError, read_text
 
-QUESTION_TEMPLATES = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}
+QUESTION_TEMPLATES = {
+    "opt": "Question: {} Answer:", "decoder": "Question: {} Answer:", "t5": "Question: {} Short answer:",
+}  # fmt: skip
 """The wording of the zero-shot questions, by family of language model (paper, section 4.1)."""
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character (yet) decode to
 
+
+SPACES = ("\u2581", "\u0120")  # how tokens with a space before them are written
 
 LONG_TEXT = 4096  # characters, which take a few milliseconds
 
@@ -137,20 +141,26 @@ class Tokenizer:
         return found
 
     def prompt_ids(self, text: str, config: LanguageConfig) -> list[int]:
-        """What follows the image for the language model: OPT ``[bos] + ids``, T5 ``ids + [eos]``.
+        """What follows the image for the language model: ``[bos] + ids``, for an encoder (T5) ``ids + [eos]``.
 
         Raises CheckpointError if the text has a token that the model has not.
         """
         ids = self.known(self.encode(text), config)
-        return [config.bos_token_id, *ids] if config.family == "opt" else [*ids, config.eos_token_id]
+        return [*ids, config.eos_token_id] if isinstance(config, T5Config) else [config.bos_token_id, *ids]
 
     def answer_ids(self, text: str, config: LanguageConfig) -> list[int]:
         """An answer as the model would write it after a prompt, its end included: ``ids + [eos]``.
 
-        OPT goes on after "Answer:" with a space that belongs to the first word. Raises as `prompt_ids` does.
+        A decoder goes on after "Answer:" with a space that belongs to the first word, unless its tokenizer begins every
+        text so. Raises as `prompt_ids` does.
         """
-        ids = self.encode(f" {text}" if config.family == "opt" else text)
+        ids = self.encode(text if config.has_encoder or self._begins_with_space() else f" {text}")
         return [*self.known(ids, config), config.eos_token_id]
+
+    def _begins_with_space(self) -> bool:
+        """Whether a text's first word is a word after a space, as SentencePiece has it."""
+        ids = self.encode("a")
+        return bool(ids) and (self.name_of(ids[0]) or "").startswith(SPACES)
 
     def matching_ids(self, text: str, max_tokens: int, *, truncate: bool = False) -> list[int]:
         """A text for the Q-Former: ``[CLS] ids [SEP]``, at most ``max_tokens`` in all.
@@ -246,3 +256,11 @@ def _question(question: str) -> str:
             "which are added for you; give the question alone"
         )
     return question
+
+
+def added_token(content: str, token: str) -> tuple[str, int]:
+    """The content of a sound tokenizer.json with a special token, if it lacks it, and the token's id."""
+    tokenizer = tokenizers.Tokenizer.from_str(content)
+    tokenizer.add_special_tokens([token])
+    [token_id] = tokenizer.encode(token, add_special_tokens=False).ids
+    return tokenizer.to_str(pretty=True), token_id

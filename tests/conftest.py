@@ -10,7 +10,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.fixture(scope="session", params=["opt", "t5"])
+@pytest.fixture(scope="session", params=["opt", "t5", "llama"])
 def any_model(request, tmp_path_factory) -> Path:
     """The folder of a tiny random model, of each family in turn."""
     from tests import tiny

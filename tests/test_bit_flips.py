@@ -17,8 +17,8 @@ import torch
 
 import blip2
 from blip2 import checkpoint
-from blip2.checkpoint.load import named_tensors
 from blip2.checkpoint.pickled import unpickled
+from blip2.checkpoint.tensors import named_tensors
 from blip2.encoded import EncodedImage
 from blip2.errors import Blip2Error
 from blip2.train.state import load_state, save_state

@@ -16,7 +16,7 @@ MAX_LINES = 350
 ORDER = [
     {"errors", "plaintext", "installed"},
     {"config", "disk"},
-    {"native", "linear", "threads", "tensorfile"},
+    {"native", "linear", "threads", "tensorfile", "published"},
     {"finite"},
     {"layers", "quantized"},
     {"image", "encoded", "vision", "qformer", "text", "language"},

@@ -26,11 +26,12 @@ from blip2.checkpoint.load import _device_of, empty_model
 from blip2.checkpoint.quantize import Quantization
 from blip2.compat import Blip2ForConditionalGeneration
 from blip2.compat.names import unfuse
-from blip2.config import FLAN_T5_XXL, PUBLISHED, Blip2Config
+from blip2.config import Blip2Config
 from blip2.errors import OptionError
 from blip2.generation import Engine, GenerateOptions
 from blip2.model import Blip2, Blip2Matcher
 from blip2.placement import Plan, place, plan
+from blip2.published import FLAN_T5_XXL, PUBLISHED
 from blip2.quantized import QuantizedLinear
 from tests import tiny
 
@@ -94,7 +95,7 @@ def test_a_matching_model_keeps_its_image_encoder_on_the_cpu():
     assert "quantised" not in plan(MATCHER, free_bytes=3 * GB).reason, "which it cannot be"
 
 
-@pytest.mark.parametrize("family", ["opt", "t5"])
+@pytest.mark.parametrize("family", ["opt", "t5", "llama"])
 def test_whatever_room_there_is(family):
     config = Blip2Config(tiny.VISION, tiny.QFORMER, tiny.language_config(family))
     total = plan(config).num_bytes("cpu")
@@ -152,7 +153,7 @@ def test_float16_is_not_for_the_cpu_alone():
 # ---- the checkpoint ----
 
 
-@pytest.fixture(scope="module", params=["opt", "t5", "matcher"])
+@pytest.fixture(scope="module", params=["opt", "t5", "llama", "matcher"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     return tiny.save_matching(path) if request.param == "matcher" else tiny.save_generative(request.param, path)
@@ -225,7 +226,7 @@ DIVISIONS = {
     "encoder": lambda name: name.startswith("language.encoder."),
 }
 by_division = pytest.mark.parametrize("moved", DIVISIONS.values(), ids=DIVISIONS.keys())
-by_family = pytest.mark.parametrize("family", ["opt", "t5"])
+by_family = pytest.mark.parametrize("family", ["opt", "t5", "llama"])
 
 
 @by_family
@@ -251,7 +252,7 @@ def test_hooks_change_no_answer(family):
                 name, module._hf_hook.post_forward,
             )  # fmt: skip
     assert answers(model) == expected
-    layers = {f"language.blocks.{n}" for n in range(2)} if family == "opt" else {
+    layers = {f"language.blocks.{n}" for n in range(2)} if family != "t5" else {
         f"language.{stack}.{n}" for stack in ("encoder", "decoder") for n in range(2)
     } | {f"language.decoder.{n}.cross_attention.key_value" for n in range(2)}  # fmt: skip
     assert set(calls) == {"vision", "qformer"} | layers
@@ -331,7 +332,7 @@ def test_nothing_mixes_devices(family, moved, answer):
 
 
 @by_division
-@by_family
+@pytest.mark.parametrize("family", ["opt", "t5"])
 @torch.no_grad()
 def test_the_drop_in_mixes_no_devices(family, moved):
     """Its layers are taken apart before they are placed, and called by itself."""
@@ -401,7 +402,7 @@ def test_keys_and_values_are_where_their_layer_is(family):
         place(model, found)
         prompt_BTD = torch.zeros(2, 3, model.config.language.hidden_size, device=ELSEWHERE)
         _, state = model.language.prefill(prompt_BTD, torch.full((2,), 3, device=ELSEWHERE), 4)
-        cache = state if family == "opt" else state.cache
+        cache = state.cache if family == "t5" else state
         assert [str(keys.device) for keys in cache.keys] == [ELSEWHERE, "cpu"]
         assert cache.lengths_B.device == torch.device(ELSEWHERE)
         if family == "t5":

@@ -38,6 +38,16 @@ def test_an_answer_continues_its_prompt():
     assert T5.answer_ids("two", T5_CONFIG) == [*T5.encode("two"), 1]
 
 
+@pytest.mark.parametrize("tokenizer", [OPT, T5], ids=["bytes", "SentencePiece"])
+def test_an_answer_of_any_decoder_continues_its_prompt(tokenizer):
+    """Llama 3 has bytes and Llama 2 SentencePiece, which begins every text with a space of its own."""
+    config = tiny.language_config("llama")
+    prompt = question_prompt("how many?", config.family)
+    whole = tokenizer.prompt_ids(f"{prompt} two", config)
+    assert tokenizer.prompt_ids(prompt, config) + tokenizer.answer_ids("two", config) == [*whole, config.eos_token_id]
+    assert tokenizer.prompt_ids("", config) == [config.bos_token_id]
+
+
 def test_the_end_of_an_opt_answer_is_a_newline():
     assert OPT.encode("\n") == [OPT_CONFIG.eos_token_id]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from blip2 import checkpoint
+from blip2.checkpoint.decoders import parse_decoder
 from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, OPTConfig, QFormerConfig, T5Config, VisionConfig
 from blip2.model import Blip2, Blip2Matcher
 
@@ -56,6 +58,10 @@ def t5_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_of(family: str) -> Tokenizer:
+    return t5_tokenizer() if family == "t5" else opt_tokenizer()
+
+
 def matching_tokenizer() -> Tokenizer:
     """WordPiece with BERT's special tokens."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -68,7 +74,20 @@ def matching_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def llama_fields() -> dict[str, Any]:
+    """Of a config.json: heads that share keys, a window in the second layer, norms on queries and keys."""
+    return {
+        "model_type": "qwen3", "vocab_size": 352, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 128,
+        "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie_word_embeddings": False,
+        "bos_token_id": 2, "pad_token_id": 1,
+        "eos_token_id": opt_tokenizer().encode("\n", add_special_tokens=False).ids,
+    }  # fmt: skip
+
+
 def language_config(family: str) -> LanguageConfig:
+    if family == "llama":
+        return parse_decoder(llama_fields())
     if family == "opt":
         return OPTConfig(
             vocab_size=352,
@@ -89,7 +108,7 @@ def language_config(family: str) -> LanguageConfig:
 def generative(family: str) -> Blip2:
     """A random model that looks at its picture: what comes from there is as strong as the words."""
     torch.manual_seed(7)
-    tokenizer = opt_tokenizer() if family == "opt" else t5_tokenizer()
+    tokenizer = tokenizer_of(family)
     config = Blip2Config(VISION, QFORMER, language_config(family), image_token_id=tokenizer.token_to_id("<image>"))
     model = Blip2(config).eval()
     model.qformer.reset_parameters(std=0.3)
@@ -102,8 +121,8 @@ def generative(family: str) -> Blip2:
 
 
 def save_generative(family: str, folder: Path) -> Path:
-    """Write the model of that family, "opt" or "t5", with its tokenizer."""
-    tokenizer = opt_tokenizer() if family == "opt" else t5_tokenizer()
+    """Write the model of that family, "opt", "t5" or "llama", with its tokenizer."""
+    tokenizer = tokenizer_of(family)
     checkpoint.save(generative(family), folder, tokenizer=tokenizer.to_str())
     return folder
 

@@ -25,8 +25,8 @@ from blip2.collection.request import GOING, OUTPUTS, READING, WORDING, Plan, Req
 from blip2.collection.review import write_review
 from blip2.collection.run import Outcome, Work, run_by
 from blip2.collection.summary import OnResults
-from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError, CollectionError, ImageError, OptionError, option
+from blip2.published import PUBLISHED
 from blip2.tasks.ask import check_choices
 from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, NAMES, merged
 from blip2.tasks.speaker import check_batch_size

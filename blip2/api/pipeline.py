@@ -69,7 +69,7 @@ class Pipeline:
         config = model.config
         engine = Engine(
             model.language,
-            eos_token_ids=[config.language.eos_token_id],
+            eos_token_ids=config.language.end_token_ids,
             # It marks where an image belongs in a prompt, and never is a word of an answer.
             suppress_token_ids=[] if config.image_token_id is None else [config.image_token_id],
             decode=tokenizer.decode,

@@ -10,22 +10,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tokenizers
 import torch
 from torch import Tensor, nn
 
 from blip2.checkpoint.bert import ALIASES, read_bert
 from blip2.checkpoint.encoders import Encoder
 from blip2.checkpoint.lavis import Weights, frozen_part
-from blip2.checkpoint.load import empty_model, named_tensors
+from blip2.checkpoint.load import empty_model
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.reader import find_tensors
 from blip2.checkpoint.save import texts_of, write_model
-from blip2.checkpoint.settings import language_config, read_config, read_json
+from blip2.checkpoint.settings import read_config, read_json, read_language
+from blip2.checkpoint.tensors import named_tensors
 from blip2.config import Blip2Config, MatcherConfig, QFormerConfig
 from blip2.errors import CheckpointError, OptionError, option
 from blip2.model import Blip2, Blip2Matcher
 from blip2.plaintext import read_text
+from blip2.text import added_token
 
 SCRATCH = "scratch"
 CAPTION_START = "[DEC]"
@@ -53,7 +54,7 @@ def qformer_start(name: str, tokenizer: str | None = None) -> Start:
     BERT whose tokenizer is taken. Raises CheckpointError, OptionError."""
     if name == SCRATCH:
         text = _tokenizer(resolve(ALIASES.get(tokenizer, tokenizer))) if tokenizer else ""
-        size = tokenizers.Tokenizer.from_str(text).get_vocab_size() if text else QFormerConfig().vocab_size
+        size = added_token(text, CAPTION_START)[1] if text else QFormerConfig().vocab_size
         return Start(replace(QFormerConfig(), vocab_size=size), {}, text, is_bert=True)
     if tokenizer is not None:
         raise OptionError(f"{option('tokenizer')} is for a Q-Former from scratch; {name} has its own")
@@ -98,15 +99,15 @@ def assemble(
         begun = replace(begun, num_query_tokens=num_queries)
     written = []
     if qformer.tokenizer:
-        tokenizer = tokenizers.Tokenizer.from_str(qformer.tokenizer)
-        tokenizer.add_special_tokens([CAPTION_START])
-        start = tokenizer.encode(CAPTION_START, add_special_tokens=False).ids[0]
+        tokenizer, start = added_token(qformer.tokenizer, CAPTION_START)
         with_text = replace(begun, has_text=True, vocab_size=max(begun.vocab_size, start + 1))
         matcher = MatcherConfig(vision=vision.config, qformer=with_text, bos_token_id=start)
-        written.append(_write(out / "matching", matcher, vision, qformer, {}, tokenizer.to_str(pretty=True), seed))
+        written.append(_write(out / "matching", matcher, vision, qformer, {}, tokenizer, seed))
     if language is not None:
         folder = resolve(language)
-        config = Blip2Config(vision=vision.config, qformer=begun, language=language_config(folder))
+        whole = read_config(folder) if "qformer_config" in read_json(folder / "config.json") else None
+        spoken = whole.language if isinstance(whole, Blip2Config) else read_language(folder)
+        config = Blip2Config(vision=vision.config, qformer=begun, language=spoken)
         weights = frozen_part(folder, LANGUAGE, config.language.family)
         written.append(_write(out / "generative", config, vision, qformer, weights, _tokenizer(folder), seed))
     return written

@@ -8,6 +8,7 @@ Each check raises ValueError: what is wrong, and what should stand there.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Collection
 from typing import Any
 
 AGAIN = "fetch the file again"
@@ -22,6 +23,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_decoder_layers": (1, MOST_LAYERS),
     "cross_attention_frequency": (1, MOST_LAYERS),
     "num_heads": (1, 1024),
+    "num_key_value_heads": (1, 1024),
     "image_size": (1, LARGEST_IMAGE),
     "patch_size": (1, LARGEST_IMAGE),
     "num_prefix_tokens": (0, 1024),
@@ -32,6 +34,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_buckets": (4, 2**16),
     "max_distance": (4, 2**20),
     "layer_norm_eps": (1e-30, 0.1),
+    "norm_eps": (1e-30, 0.1),
     "dropout": (0, 0.99),
 }
 """By our names; a token id is bounded by the vocabulary instead."""
@@ -64,3 +67,16 @@ def check_token(name: str, value: Any, vocab_size: int, where: str) -> None:
             f"{name} is {reprlib.repr(value)} in {where}; a token of this model is a whole number from 0 to "
             f"{vocab_size - 1} (vocab_size is {vocab_size}); {AGAIN}"
         )
+
+
+def check_names(section: Collection[str], names: Collection[str], where: str) -> None:
+    """That no key of a section is one of the names, which is absent, with a bit flipped."""
+    for absent in sorted(set(names) - set(section)):
+        if near := [key for key in section if key not in names and differs_in_a_bit(key, absent)]:
+            raise ValueError(f"there is {near[0]} and no {absent} in {where}; {AGAIN}")
+
+
+def differs_in_a_bit(key: str, name: str) -> bool:
+    """Whether a key is a name of which a bit flipped; bos_token_id beside eos_token_id is none."""
+    differ = [ord(one) ^ ord(other) for one, other in zip(key, name, strict=False) if one != other]
+    return len(key) == len(name) and len(differ) == 1 and differ[0].bit_count() == 1

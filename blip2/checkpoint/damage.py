@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from blip2.checkpoint.keys import published_names
-from blip2.checkpoint.load import names_in_files
+from blip2.checkpoint.keys import published_names, rows_of_parts
 from blip2.checkpoint.quantize import SCALES, quantization_of
+from blip2.checkpoint.tensors import names_in_files
 from blip2.finite import first_not_finite, is_finite, overflow
 from blip2.linear import readable
 from blip2.model import Blip2, Blip2Matcher
@@ -24,8 +24,8 @@ def damage(model: Blip2 | Blip2Matcher) -> str | None:
     tensor = readable(getattr(model.get_submodule(module_name), last))
     stored = names_in_files(model, model.config, quantization_of(model)).get(name, name)
     names = [stored] if last == SCALES else published_names(stored)
-    parts = zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True)
-    stored = next(part_name for part_name, part in parts if not is_finite(part))
+    parts = tensor.split(rows_of_parts(model.config, name, len(tensor), len(names))) if len(names) > 1 else [tensor]
+    stored = next(part_name for part_name, part in zip(names, parts, strict=True) if not is_finite(part))
     called = name if stored == name else f"{name} (in files: {stored})"
     if tensor.dtype == torch.float16:
         return f"{called} holds such values: it is damaged, or does not fit float16; load the model in bfloat16"

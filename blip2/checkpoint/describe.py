@@ -15,8 +15,9 @@ from blip2.checkpoint.names import resolve
 from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import OUTPUT, Quantization, bits_of_layers, put_linears
 from blip2.checkpoint.reader import find_tensors
-from blip2.config import PUBLISHED, Blip2Config, LanguageConfig, MatcherConfig, OPTConfig
+from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, T5Config
 from blip2.linear import Table, is_worth_packing
+from blip2.published import PUBLISHED
 from blip2.quantized import QuantizedLinear
 
 Config = Blip2Config | MatcherConfig
@@ -133,10 +134,8 @@ def _architectures(config: Config) -> dict[str, str]:
 
 
 def _language(config: LanguageConfig) -> str:
-    if isinstance(config, OPTConfig):
-        blocks = f"OPT, {config.num_layers}"
-    else:
-        blocks = f"T5, {config.num_layers} + {config.num_decoder_layers}"
+    more = f" + {config.num_decoder_layers}" if isinstance(config, T5Config) else ""
+    blocks = f"{config.kind}, {config.num_layers}{more}"
     return f"{blocks} blocks of width {config.hidden_size}, {config.num_heads} heads; {config.vocab_size} tokens"
 
 

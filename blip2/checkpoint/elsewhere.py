@@ -12,8 +12,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from blip2.checkpoint.hub import NEWEST, SMALL_FILES, _explained, is_offline
-from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError
+from blip2.published import PUBLISHED
 
 WEIGHTS = ("*.safetensors",)
 

@@ -40,9 +40,9 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore
 from blip2.checkpoint.files import is_whole, weight_files
 from blip2.checkpoint.names import nearest
 from blip2.checkpoint.settings import read_json
-from blip2.config import PUBLISHED
 from blip2.disk import replace
 from blip2.errors import CheckpointError, setting
+from blip2.published import PUBLISHED
 
 SMALL_FILES = ("*.json", "*.txt", "tokenizer*", "spiece.model")  # never the pickled twins, .bin, .pth, .msgpack
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"

@@ -7,9 +7,20 @@ Written from the published files (``model.safetensors.index.json``) and the refe
 
 from __future__ import annotations
 
-from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, OPTConfig, QFormerConfig, VisionConfig
+from blip2.checkpoint.gpts import BEFORE, TRANSPOSED, gpt_names
+from blip2.config import (
+    Blip2Config,
+    DecoderConfig,
+    LanguageConfig,
+    MatcherConfig,
+    OPTConfig,
+    QFormerConfig,
+    T5Config,
+    VisionConfig,
+)
 
 Table = dict[str, str]
+Config = Blip2Config | MatcherConfig | LanguageConfig
 
 VISION: Table = {
     "vision.class_embedding": "vision_model.embeddings.class_embedding",
@@ -106,6 +117,32 @@ T5_DECODER_LAYER: Table = {
     "language.decoder.{}.feed_forward.down.weight": "language_model.decoder.block.{}.layer.2.DenseReluDense.wo.weight",
 }
 
+DECODER: Table = {
+    "language.token_embedding.weight": "language_model.model.embed_tokens.weight",
+    "language.final_norm.weight": "language_model.model.norm.weight",
+    "language.output.weight": "language_model.lm_head.weight",
+}
+DECODER_LAYER: Table = {
+    "language.blocks.{}.attention_norm.weight": "language_model.model.layers.{}.input_layernorm.weight",
+    "language.blocks.{}.qkv.*": "language_model.model.layers.{}.self_attn.q_proj|k_proj|v_proj.*",
+    "language.blocks.{}.query_norm.weight": "language_model.model.layers.{}.self_attn.q_norm.weight",
+    "language.blocks.{}.key_norm.weight": "language_model.model.layers.{}.self_attn.k_norm.weight",
+    "language.blocks.{}.output.*": "language_model.model.layers.{}.self_attn.o_proj.*",
+    "language.blocks.{}.feed_forward_norm.weight": "language_model.model.layers.{}.post_attention_layernorm.weight",
+    "language.blocks.{}.gate_up.*": "language_model.model.layers.{}.mlp.gate_proj|up_proj.*",
+    "language.blocks.{}.down.*": "language_model.model.layers.{}.mlp.down_proj.*",
+}
+DECODER_POST_NORMS: Table = {  # the second name is a Llama's for another norm
+    "language.blocks.{}.attention_post_norm.weight": "language_model.model.layers.{}.post_attention_layernorm.weight",
+    "language.blocks.{}.feed_forward_norm.weight": "language_model.model.layers.{}.pre_feedforward_layernorm.weight",
+    "language.blocks.{}.feed_forward_post_norm.weight": "language_model.model.layers.{}.post_feedforward_layernorm.weight",
+}
+FUSED_IN_FILES = ("phi3",)
+FUSED_LAYER: Table = {  # one tensor in the files as well
+    "language.blocks.{}.qkv.weight": "language_model.model.layers.{}.self_attn.qkv_proj.weight",
+    "language.blocks.{}.gate_up.weight": "language_model.model.layers.{}.mlp.gate_up_proj.weight",
+}
+
 MATCHER: Table = {
     "vision_projection.*": "vision_projection.*",
     "text_projection.*": "text_projection.*",
@@ -133,14 +170,59 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 # Buffers that older files carry; they hold no weights.
 IGNORED = ("embeddings.position_ids", "qformer.embeddings.position_ids")
+IGNORED_ENDS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+LANGUAGE = "language_model."
 
 
-def table(config: Blip2Config | MatcherConfig) -> Table:
-    """Our parameter names to the published ones, for this configuration, written out in full."""
+def aliases(config: Config) -> dict[str, tuple[str, ...]]:
+    """Published names of the same tensor, for this configuration."""
+    language = config.language if isinstance(config, Blip2Config) else config
+    found = dict(ALIASES)
+    if isinstance(language, DecoderConfig):
+        names = _decoder(language)
+        head = "language_model.lm_head.weight"
+        if language.is_tied:
+            found[names["language.token_embedding.weight"]] = (head,)
+        found[head] = ("language_model.embed_out.weight",)  # of GPT-NeoX
+        before = LANGUAGE + BEFORE.get(language.model_type, "model.")
+        for name in (each for theirs in names.values() for each in published_names(theirs)):
+            if name.startswith(before):  # which the files of a bare model leave out
+                found[name] = (*found.get(name, ()), LANGUAGE + name.removeprefix(before))
+    if isinstance(config, Blip2Config | MatcherConfig):
+        return found
+    return {_alone(name): tuple(map(_alone, others)) for name, others in found.items()}
+
+
+def is_transposed(config: Config, ours: str) -> bool:
+    """Whether a weight is ``[inputs, outputs]`` in the files."""
+    language = config.language if isinstance(config, Blip2Config) else config
+    ends = TRANSPOSED.get(language.model_type, ()) if isinstance(language, DecoderConfig) else ()
+    return ours.startswith("language.blocks.") and ours.endswith(ends)
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a tensor of the files holds no weights."""
+    return name in IGNORED or name.endswith(IGNORED_ENDS)
+
+
+def table(config: Config) -> Table:
+    """Our parameter names to the published ones, for this configuration, written out in full; of a language model
+    alone they are those of its own files."""
+    if not isinstance(config, Blip2Config | MatcherConfig):
+        return {ours: _alone(theirs) for ours, theirs in _language(config).items()}
     full = _vision(config.vision) | _qformer(config.qformer)
     if isinstance(config, Blip2Config):
         return full | _expand(PROJECTION) | _language(config.language)
     return full | _expand(MATCHER) | (_expand(MATCHER_EXTRA) if config.has_lm_head else {})
+
+
+def rows_of_parts(config: Config, ours: str, num_rows: int, num_parts: int) -> list[int]:
+    """How many rows each of the published tensors has that are one of ``num_rows`` here."""
+    language = config.language if isinstance(config, Blip2Config) else config
+    if isinstance(language, DecoderConfig) and ours.split(".")[-2] == "qkv" and num_parts == 3:
+        size = num_rows // (language.num_heads + 2 * language.num_key_value_heads)
+        return [size * heads for heads in (language.num_heads, *[language.num_key_value_heads] * 2)]
+    return [num_rows // num_parts] * num_parts
 
 
 def published_names(theirs: str) -> list[str]:
@@ -176,11 +258,51 @@ def _qformer(config: QFormerConfig) -> Table:
 def _language(config: LanguageConfig) -> Table:
     if isinstance(config, OPTConfig):
         return _expand(OPT) | _expand(OPT_LAYER, range(config.num_layers))
-    return (
-        _expand(T5)
-        | _expand(T5_ENCODER_LAYER, range(config.num_layers))
-        | _expand(T5_DECODER_LAYER, range(config.num_decoder_layers))
-    )
+    if isinstance(config, DecoderConfig):
+        return _decoder(config)
+    return _t5(config)
+
+
+def _t5(config: T5Config) -> Table:
+    encoder, decoder = range(config.num_layers), range(config.num_decoder_layers)
+    names = _expand(T5) | _expand(T5_ENCODER_LAYER, encoder) | _expand(T5_DECODER_LAYER, decoder)
+    if not config.has_gate:
+        names = {
+            ours.replace(".gate_up.", ".up."): theirs.replace(".wi_0|wi_1.", ".wi.") for ours, theirs in names.items()
+        }
+    if config.has_bias_in_each_layer:
+        for part, layers in (("encoder", encoder), ("decoder", decoder)):
+            theirs = names.pop(f"language.{part}_bias.table.weight")
+            for layer in layers:
+                ours = f"language.{part}.{layer}.self_attention.bias.table.weight"
+                names[ours] = theirs.replace(".0.layer.", f".{layer}.layer.")
+    return names
+
+
+def _decoder(config: DecoderConfig) -> Table:
+    layers = range(config.num_layers)
+    once, layer = gpt_names(config) if config.make == "gpt" else (DECODER, DECODER_LAYER)
+    names = _expand(once) | _expand(layer, layers)
+    if config.has_post_norms:
+        names |= _expand(DECODER_POST_NORMS, layers)
+    if config.model_type in FUSED_IN_FILES:
+        names |= _expand(FUSED_LAYER, layers)
+    absent = {
+        "language.output.weight": config.is_tied,
+        ".qkv.bias": not config.has_qkv_bias,
+        ".output.bias": not config.has_output_bias,
+        ".gate_up.bias": not config.has_feed_forward_bias,
+        ".down.bias": not config.has_feed_forward_bias,
+        ".query_norm.weight": not config.has_head_norms,
+        ".key_norm.weight": not config.has_head_norms,
+    }
+    ends = tuple(end for end, is_absent in absent.items() if is_absent)
+    return {ours: theirs for ours, theirs in names.items() if not ours.endswith(ends)}
+
+
+def _alone(theirs: str) -> str:
+    """The name in the files of a language model alone."""
+    return theirs.removeprefix(LANGUAGE)
 
 
 def _expand(names: Table, layers: range | None = None) -> Table:

@@ -23,19 +23,21 @@ from torch import Tensor
 
 from blip2.checkpoint.files import weight_files
 from blip2.checkpoint.keys import ALIASES, IGNORED
-from blip2.checkpoint.lavis_keys import POSITIONS, POST_NORM, family_of, to_authors, to_published
-from blip2.checkpoint.load import empty_model, named_tensors
+from blip2.checkpoint.lavis_keys import FAMILIES, POSITIONS, POST_NORM, family_of, to_authors, to_published
+from blip2.checkpoint.load import empty_model
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.pickled import unpickled
 from blip2.checkpoint.preprocessor import image_settings, preprocessor_json
 from blip2.checkpoint.reader import find_tensors
 from blip2.checkpoint.save import write_model
 from blip2.checkpoint.settings import config_json, read_config, read_quantization
+from blip2.checkpoint.tensors import named_tensors
 from blip2.checkpoint.vision_fields import extra_fields
-from blip2.config import CLIP_VIT_L, PUBLISHED, Blip2Config, MatcherConfig, VisionConfig
+from blip2.config import CLIP_VIT_L, Blip2Config, MatcherConfig, VisionConfig
 from blip2.disk import written
 from blip2.errors import CheckpointError
 from blip2.plaintext import read_text
+from blip2.published import PUBLISHED
 
 Config = Blip2Config | MatcherConfig
 Progress = Callable[[int, int], None]
@@ -225,7 +227,13 @@ def _family(config: Config) -> str | None:
 def _config(folder: Path) -> Config:
     if read_quantization(folder) is not None:
         raise CheckpointError(f"{folder}: its weights are quantised; name the model from which they were made")
-    return read_config(folder)
+    config = read_config(folder)
+    if isinstance(config, Blip2Config) and config.language.family not in FAMILIES:
+        raise CheckpointError(
+            f"{folder}: its language model is a {config.language.kind}; the authors' files have names for an OPT or a "
+            "T5 only, keep this one as it is"
+        )
+    return config
 
 
 def _check_kind(family: str | None, like: Config, path: Path, like_folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blip2.checkpoint.adapters import Adapters
-from blip2.checkpoint.keys import ALIASES, IGNORED, published_names, table
+from blip2.checkpoint.keys import Config, aliases, is_ignored, is_transposed, published_names, rows_of_parts
 from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import (
     CODES,
@@ -27,14 +27,15 @@ from blip2.checkpoint.quantize import (
     put_linears,
     quantization,
     quantization_in,
-    quantization_of,
 )
 from blip2.checkpoint.reader import Place, find_tensors, give_back_memory, read_ahead
-from blip2.checkpoint.settings import read_config, read_json
-from blip2.config import Blip2Config, MatcherConfig
+from blip2.checkpoint.settings import read_config, read_json, read_language
+from blip2.checkpoint.tensors import names_in_files
+from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, T5Config
 from blip2.errors import CheckpointError, NotFiniteError
 from blip2.finite import is_finite
-from blip2.linear import Linear, Table, readable
+from blip2.language import Language, build_language_model
+from blip2.linear import Linear, Table
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
 
@@ -68,7 +69,46 @@ def load(
     ``devices`` puts parts and layers, by the beginnings of our names ("" is the rest), elsewhere than on ``device``.
     ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
     """
-    config = read_config(folder)
+    model = _load(
+        folder, read_config(folder), device=device, devices=devices, dtype=dtype, quantize=quantize,
+        as_stored=as_stored, pickles=pickles, prepare=prepare, adapters=adapters, progress=progress,
+    )  # fmt: skip
+    assert isinstance(model, Blip2 | Blip2Matcher)
+    return model
+
+
+def load_language(
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: Quantization | str | None = None,
+    as_stored: bool = False,
+    pickles: bool = False,
+    progress: Progress | None = None,
+) -> Language:
+    """A language model alone, from its own published files; the options are those of `load`."""
+    model = _load(
+        folder, read_language(folder), device=device, dtype=dtype, quantize=quantize, as_stored=as_stored,
+        pickles=pickles, progress=progress,
+    )  # fmt: skip
+    return model.language
+
+
+def _load(
+    folder: Path,
+    config: Config,
+    *,
+    device: str | torch.device,
+    devices: Devices | None = None,
+    dtype: torch.dtype | None,
+    quantize: Quantization | str | None,
+    as_stored: bool,
+    pickles: bool,
+    prepare: Callable[[Any], None] | None = None,
+    adapters: Adapters | None = None,
+    progress: Progress | None,
+) -> Any:
     if isinstance(quantize, str):
         quantize = quantization(quantize)
     stored = quantization_in(folder)
@@ -90,18 +130,25 @@ def load(
     tensors = find_tensors(folder, pickles=pickles)
     steps = list(_steps(model, config, tensors, folder, stored))
     if adapters is not None:
-        shapes = {name: place.shape for step in steps for name, place in zip(step.sources, step.places, strict=True)}
+        assert isinstance(config, Blip2Config | MatcherConfig)
+        shapes = {
+            name: place.shape[::-1] if is_transposed(config, step.name) else place.shape
+            for step in steps
+            for name, place in zip(step.sources, step.places, strict=True)
+        }
         tables = {name for step in steps if step.name in TABLES for name in step.sources}
         adapters = adapters.fitted(shapes, tables, folder)
         model.config = replace(config, adapted=adapters.told or config.adapted)
     # The largest first: when most of the model is in memory, what comes beside it is small.
     steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)
     total = sum(place.num_bytes for step in steps for place in step.places)
-    _check_twins(tensors, folder)
+    _check_twins(tensors, folder, aliases(config))
     done = 0
     for step, tensor in zip(steps, read_ahead([step.places for step in steps]), strict=True):
         where = _device_of(step.name, devices, device)
         try:
+            if is_transposed(config, step.name):
+                tensor = tensor.T.contiguous()
             if adapters is not None:
                 tensor = adapters.merged(step.sources, tensor)
                 tensor = tensor.to(step.places[0].dtype) if as_stored else tensor
@@ -119,10 +166,19 @@ def load(
     return model.eval()
 
 
-def empty_model(config: Blip2Config | MatcherConfig, quantize: Quantization | None = None) -> Blip2 | Blip2Matcher:
+class Alone(nn.Module):
+    """A language model, by the name that it has in a `Blip2`."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.language = build_language_model(config)
+
+
+def empty_model(config: Config, quantize: Quantization | None = None) -> Any:
     """The model on the meta device: every name and shape, no memory."""
+    kinds: dict[type, Callable[[Any], nn.Module]] = {Blip2Config: Blip2, MatcherConfig: Blip2Matcher}
     with torch.device("meta"), _Uninitialised():
-        model: Blip2 | Blip2Matcher = Blip2(config) if isinstance(config, Blip2Config) else Blip2Matcher(config)
+        model = kinds.get(type(config), Alone)(config)
     put_linears(model, quantize)
     return model
 
@@ -160,14 +216,14 @@ class _Step:
 
 def _steps(
     model: nn.Module,
-    config: Blip2Config | MatcherConfig,
+    config: Config,
     tensors: dict[str, Place],
     folder: Path,
     stored: Quantization | None,
 ) -> Iterator[_Step]:
     """What is to be read for every weight of the model, every tensor of the files accounted for, shapes checked."""
     names = names_in_files(model, config, stored)
-    for ours, theirs in _sources(names, tensors, folder).items():
+    for ours, theirs in _sources(names, tensors, folder, config).items():
         module_name, _, last = ours.rpartition(".")
         module = model.get_submodule(module_name)
         if isinstance(module, QuantizedLinear) and last == "weight":
@@ -175,65 +231,35 @@ def _steps(
         else:
             wanted = tuple(getattr(module, last).shape)
         places = [tensors[name] for name in theirs]
-        found = places[0].shape
+        asked = [wanted[::-1] if is_transposed(config, ours) else wanted]
         if len(places) > 1:
-            found = (sum(place.shape[0] for place in places), *found[1:])
-            is_uniform = len({(place.shape, place.dtype) for place in places}) == 1
-        if found != wanted or (len(places) > 1 and not is_uniform):
-            asked = [wanted[0] // len(places), *wanted[1:]] if len(places) > 1 else list(wanted)
-            wrong = next((name for name in theirs if list(tensors[name].shape) != asked), theirs[0])
-            raise CheckpointError(
-                f"{folder}: {wrong} is {list(tensors[wrong].shape)}, config.json asks for {asked}; "
-                "the weights belong to another configuration"
-            )
+            asked = [(rows, *wanted[1:]) for rows in rows_of_parts(config, ours, wanted[0], len(places))]
+        for name, place, shape in zip(theirs, places, asked, strict=True):
+            if place.shape != shape or place.dtype != places[0].dtype:
+                raise CheckpointError(
+                    f"{folder}: {name} is {list(place.shape)}, config.json asks for {list(shape)}; "
+                    "the weights belong to another configuration"
+                )
         yield _Step(ours, theirs, places)
 
 
-def names_in_files(
-    model: nn.Module, config: Blip2Config | MatcherConfig, stored: Quantization | None
-) -> dict[str, str]:
-    """Our names to names in files, with codes and scales for what is quantised there."""
-    names: dict[str, str] = {}
-    for ours, theirs in in_parts(model, table(config)).items():
-        name, _, last = ours.rpartition(".")
-        is_quantized = stored is not None and stored.bits_of(name) is not None
-        if is_quantized and last == "weight" and isinstance(model.get_submodule(name), QuantizedLinear):
-            stem = ours.removesuffix("weight")
-            names |= {f"{stem}{CODES}": f"{theirs}.{CODES}", f"{stem}{SCALES}": f"{theirs}.{SCALES}"}
-        else:
-            names[ours] = theirs
-    return names
-
-
-def in_parts(model: nn.Module, names: dict[str, str]) -> dict[str, str]:
-    """A layer that is several in the files, and is taken apart in the model too, has a row for each of its parts."""
-    rows: dict[str, str] = {}
-    for ours, theirs in names.items():
-        module, _, last = ours.rpartition(".")
-        parts = published_names(theirs)
-        if len(parts) > 1 and any(True for _ in model.get_submodule(module).children()):
-            rows |= {f"{module}.{part.split('.')[-2]}.{last}": part for part in parts}
-        else:
-            rows[ours] = theirs
-    return rows
-
-
-def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path) -> dict[str, list[str]]:
+def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path, config: Config) -> dict[str, list[str]]:
     """Our names to names in the files, every one of them accounted for."""
-    unused = set(tensors) - set(IGNORED)
+    unused = {name for name in tensors if not is_ignored(name)}
+    others = aliases(config)
     sources: dict[str, list[str]] = {}
     missing = []
     for ours, theirs in names.items():
         wanted = [theirs] if theirs.endswith((CODES, SCALES)) else published_names(theirs)
         sources[ours] = []
         for name in wanted:
-            present = [alias for alias in (name, *ALIASES.get(name, ())) if alias in unused]
+            present = [alias for alias in (name, *others.get(name, ())) if alias in unused]
             unused.difference_update(present)
             if present:
                 sources[ours].append(present[0])
             else:
                 missing.append(name)
-    if missing == ["language_model.lm_head.weight"] and _is_tied(folder):
+    if missing == [names.get("language.output.weight")] and _is_tied(folder, config):
         sources["language.output.weight"] = sources["language.token_embedding.weight"]
         missing = []
     for what, keys in (("missing", missing), ("unexpected", sorted(unused))):
@@ -246,9 +272,9 @@ def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path) -> 
     return sources
 
 
-def _check_twins(tensors: dict[str, Place], folder: Path) -> None:
+def _check_twins(tensors: dict[str, Place], folder: Path, twins: dict[str, tuple[str, ...]]) -> None:
     """What is the same tensor under two names must be the same in both; a head of its own must not be lost."""
-    for first, others in ALIASES.items():
+    for first, others in twins.items():
         present = [name for name in (first, *others) if name in tensors]
         for other in present[1:]:
             if not torch.equal(tensors[present[0]].read(), tensors[other].read()):
@@ -258,8 +284,13 @@ def _check_twins(tensors: dict[str, Place], folder: Path) -> None:
                 )
 
 
-def _is_tied(folder: Path) -> bool:
-    return bool((read_json(folder / "config.json").get("text_config") or {}).get("tie_word_embeddings"))
+def _is_tied(folder: Path, config: Config) -> bool:
+    """Whether an output table that is not in the files is the table of tokens."""
+    content = read_json(folder / "config.json")
+    language = config
+    if isinstance(config, Blip2Config):
+        content, language = content.get("text_config") or {}, config.language
+    return isinstance(language, T5Config) and (language.scales_output or bool(content.get("tie_word_embeddings")))
 
 
 def _device_of(name: str, devices: Devices | None, default: str | torch.device) -> torch.device:
@@ -290,15 +321,3 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
     else:  # the bias of a quantised layer is added to sums in fp32
         dtype = torch.float32 if isinstance(module, QuantizedLinear) else dtype
         setattr(module, last, nn.Parameter(tensor.to(device, dtype)))
-
-
-def named_tensors(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its name in files, in the table's order; what is one tensor here and several there is cut."""
-    for ours, theirs in names_in_files(model, model.config, quantization_of(model)).items():
-        module_name, _, last = ours.rpartition(".")
-        tensor = readable(getattr(model.get_submodule(module_name), last))
-        if last in (CODES, SCALES):
-            yield theirs, tensor
-            continue
-        names = published_names(theirs)
-        yield from zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True)

@@ -6,8 +6,8 @@ import difflib
 import os
 from pathlib import Path
 
-from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError
+from blip2.published import PUBLISHED
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
 BUNDLED = {"miniature": MINIATURE / "generative", "miniature-itm": MINIATURE / "matching"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from blip2.checkpoint.quantize import Quantization
-from blip2.config import Blip2Config, MatcherConfig
+from blip2.config import Blip2Config, LanguageConfig, MatcherConfig
 from blip2.errors import OptionError, option, setting
 
 LARGE = 500_000_000
@@ -39,7 +39,7 @@ class Precision:
 
 
 def choose_precision(
-    config: Blip2Config | MatcherConfig,
+    config: Blip2Config | MatcherConfig | LanguageConfig,
     device: torch.device,
     dtype: torch.dtype | None,
     *,
@@ -50,7 +50,8 @@ def choose_precision(
 
     - CPU: bfloat16 for large models where the processor computes in it, else float32; never float16.
     - GPU: float16 unless asked otherwise.
-    - T5 never runs in plain float16, in which its feed-forward layers overflow: bfloat16 in its place.
+    - A T5 never runs in plain float16, in which its feed-forward layers overflow, nor do others that were trained in
+      bfloat16 with larger numbers: bfloat16 in its place.
     - A quantised language model computes in float32 on a CPU between its linear layers, which costs nothing there.
 
     Raises `OptionError` for a dtype that cannot be, and for an image encoder in 8 bits on a GPU.
@@ -70,9 +71,10 @@ def choose_precision(
     else:
         reason = f"{_name(dtype)} as asked for"
     language = dtype
-    if isinstance(config, Blip2Config) and config.language.family == "t5" and dtype == torch.float16:
+    spoken = config.language if isinstance(config, Blip2Config) else config
+    if not isinstance(spoken, MatcherConfig) and spoken.overflows_in_float16 and dtype == torch.float16:
         language = torch.bfloat16
-        reason += "; bfloat16 in the language model, since a T5 overflows in float16"
+        reason += f"; bfloat16 in the language model, since a {spoken.kind} overflows in float16"
     tables = language
     if quantization is not None and "language" in quantization.parts and is_cpu:
         language = torch.float32

@@ -18,7 +18,7 @@ from torch import nn
 
 from blip2.checkpoint.settings import read_quantization
 from blip2.errors import OptionError, option, setting
-from blip2.language import OPT
+from blip2.linear import Table
 from blip2.model import Blip2
 from blip2.quantized import BITS, GROUP_SIZES, QuantizedLinear
 
@@ -144,7 +144,7 @@ def bits_of_layers(model: nn.Module, quantization: Quantization | None) -> dict[
 def put_linears(model: nn.Module, quantization: Quantization | None) -> None:
     """Put a stand-in, still empty, in the place of each linear layer that is quantised.
 
-    The head of an OPT is its table of tokens; where it would be quantised it is so beside the table.
+    The head of some language models is their table of tokens; where it would be quantised it is so beside the table.
     """
     quantized = bits_of_layers(model, quantization)
 
@@ -168,4 +168,4 @@ def put_linears(model: nn.Module, quantization: Quantization | None) -> None:
 
 
 def has_table_as_head(model: nn.Module) -> TypeGuard[Blip2]:
-    return isinstance(model, Blip2) and isinstance(model.language, OPT)
+    return isinstance(getattr(getattr(model, "language", None), "token_embedding", None), Table)

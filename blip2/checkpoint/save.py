@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2.checkpoint.files import INDEX, WEIGHTS
-from blip2.checkpoint.load import named_tensors
 from blip2.checkpoint.preprocessor import ImageSettings, preprocessor_json
 from blip2.checkpoint.quantize import CODES, SCALES, quantization_of
 from blip2.checkpoint.settings import config_json
-from blip2.config import Blip2Config, OPTConfig
+from blip2.checkpoint.tensors import named_tensors
+from blip2.config import Blip2Config, T5Config
 from blip2.disk import replace
 from blip2.errors import CheckpointError
 from blip2.model import Blip2, Blip2Matcher
@@ -152,11 +152,12 @@ def texts_of(
 def _generation(config: Blip2Config) -> dict[str, Any]:
     language = config.language
     start = (
-        {"bos_token_id": language.bos_token_id}
-        if isinstance(language, OPTConfig)
-        else {"bos_token_id": language.eos_token_id, "decoder_start_token_id": language.decoder_start_token_id}
+        {"bos_token_id": language.eos_token_id, "decoder_start_token_id": language.decoder_start_token_id}
+        if isinstance(language, T5Config)
+        else {"bos_token_id": language.bos_token_id}
     )
-    return start | {"eos_token_id": language.eos_token_id, "pad_token_id": language.pad_token_id}
+    ends = language.end_token_ids
+    return start | {"eos_token_id": ends[0] if len(ends) == 1 else [*ends], "pad_token_id": language.pad_token_id}
 
 
 def _json(content: dict[str, Any]) -> str:

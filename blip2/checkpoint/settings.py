@@ -1,8 +1,4 @@
-"""``config.json`` and its neighbours, read and written: literal tables of the published names.
-
-Each row: our field, the published field, and what an absent one means: the reference's own defaults, for the newer
-revisions write only what differs from them.
-"""
+"""``config.json`` and its neighbours, read and written, by the tables of `blip2.checkpoint.fields`."""
 
 from __future__ import annotations
 
@@ -15,12 +11,17 @@ from blip2.checkpoint.bounds import (
     AGAIN,
     BOUNDS,
     MOST_TOKENS,
+    check_names,
     check_token,
     check_value,
+    differs_in_a_bit,
 )
+from blip2.checkpoint.decoders import KINDS, parse_decoder
+from blip2.checkpoint.fields import FIXED, MT5, OPT, QFORMER, T5
 from blip2.checkpoint.vision_fields import VISION, VISION_EXTRA, Fields, check_vision, extra_fields
 from blip2.config import (
     Blip2Config,
+    DecoderConfig,
     LanguageConfig,
     MatcherConfig,
     OPTConfig,
@@ -31,64 +32,7 @@ from blip2.config import (
 from blip2.errors import CheckpointError
 from blip2.plaintext import read_text
 from blip2.quantized import GROUP_SIZES
-from blip2.vision import ACTIVATIONS
 
-Fixed = tuple[tuple[str, tuple[Any, ...], Any], ...]
-
-QFORMER: Fields = (
-    ("hidden_size", "hidden_size", 768),
-    ("num_layers", "num_hidden_layers", 12),
-    ("num_heads", "num_attention_heads", 12),
-    ("intermediate_size", "intermediate_size", 3072),
-    ("cross_attention_frequency", "cross_attention_frequency", 2),
-    ("layer_norm_eps", "layer_norm_eps", 1e-12),
-    ("dropout", "hidden_dropout_prob", 0.1),
-    ("vocab_size", "vocab_size", 30522),
-    ("max_position_embeddings", "max_position_embeddings", 512),
-    ("has_text", "use_qformer_text_input", False),
-)
-OPT: Fields = (
-    ("vocab_size", "vocab_size", 50272),
-    ("hidden_size", "hidden_size", 768),
-    ("num_layers", "num_hidden_layers", 12),
-    ("num_heads", "num_attention_heads", 12),
-    ("intermediate_size", "ffn_dim", 3072),
-    ("max_position_embeddings", "max_position_embeddings", 2048),
-    ("bos_token_id", "bos_token_id", 2),
-    ("eos_token_id", "eos_token_id", 2),
-    ("pad_token_id", "pad_token_id", 1),
-)
-T5: Fields = (
-    ("vocab_size", "vocab_size", 32128),
-    ("hidden_size", "d_model", 512),
-    ("head_size", "d_kv", 64),
-    ("num_layers", "num_layers", 6),
-    ("num_decoder_layers", "num_decoder_layers", 6),  # as many as num_layers, if that is given
-    ("num_heads", "num_heads", 8),
-    ("intermediate_size", "d_ff", 2048),
-    ("num_buckets", "relative_attention_num_buckets", 32),
-    ("max_distance", "relative_attention_max_distance", 128),
-    ("layer_norm_eps", "layer_norm_epsilon", 1e-6),
-    ("activation", "dense_act_fn", "gelu_new"),  # what "gated-gelu" alone means; the published ones say "gelu"
-    ("decoder_start_token_id", "decoder_start_token_id", 0),
-    ("eos_token_id", "eos_token_id", 1),
-    ("pad_token_id", "pad_token_id", 0),
-)
-
-# What this package builds in one way only: the published field, the values that mean that way, what an absent one
-# means. Any other value would load, and answer wrongly.
-FIXED: dict[str, Fixed] = {
-    "vision_config": (("hidden_act", tuple(ACTIVATIONS), "gelu"), ("qkv_bias", (True,), True)),
-    "qformer_config": (("hidden_act", ("gelu",), "gelu"), ("position_embedding_type", ("absolute",), "absolute")),
-    "opt": (
-        ("activation_function", ("relu",), "relu"),
-        ("do_layer_norm_before", (True,), True),
-        ("_remove_final_layer_norm", (False,), False),
-        ("enable_bias", (True,), True),
-        ("layer_norm_elementwise_affine", (True,), True),
-    ),
-    "t5": (("feed_forward_proj", ("gated-gelu",), "relu"), ("dense_act_fn", ("gelu", "gelu_new"), "gelu_new")),
-}
 QUANTIZATION_METHOD = "blip2"
 QUANTIZED_BITS = (4, 8)
 QUANTIZED_PARTS = ("language", "vision")
@@ -124,15 +68,19 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def language_config(folder: Path) -> LanguageConfig:
-    """Of a language model by itself, or of the one in a BLIP-2. Raises `CheckpointError`."""
+def read_language(folder: Path) -> LanguageConfig:
+    """The configuration of a language model alone, as its authors published it in a folder.
+
+    What ends an answer is in generation_config.json, where there is one.
+    """
     path = folder / "config.json"
     content = read_json(path)
-    section = content.get("text_config", content)
+    read_quantization(folder)
+    generation = folder / "generation_config.json"
+    if generation.exists() and (ends := read_json(generation).get("eos_token_id")) is not None:
+        content["eos_token_id"] = ends
     try:
-        if not isinstance(section, dict) or "model_type" not in section:
-            raise ValueError("there is no model_type; name the folder of a language model")
-        return _parse_language({key: value for key, value in section.items() if value is not None})
+        return _parse_language(content)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -196,7 +144,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
             image_token_id=image_token_id,
             adapted=adapted,
         )
-    language = _parse_language(_section(content, "text_config"))
+    language = _parse_language(_section(content, "text_config", with_null=True))
     if image_token_id is not None:
         check_token("image_token_index", image_token_id, language.vocab_size, "config.json")
     return Blip2Config(vision, qformer, language, image_token_id=image_token_id, adapted=adapted)
@@ -211,6 +159,9 @@ def parse_vision(section: dict[str, Any]) -> VisionConfig:
 
 def _parse_language(text: dict[str, Any]) -> LanguageConfig:
     family = text.get("model_type", "opt")
+    if family in KINDS:
+        return parse_decoder(text)
+    text = {key: value for key, value in text.items() if value is not None}
     if family == "opt":
         config = OPTConfig(**_read(text, "opt", OPT))
         if text.get("word_embed_proj_dim") not in (None, config.hidden_size):
@@ -219,30 +170,54 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
                 f"{config.hidden_size}; an OPT whose embeddings are projected is not one that this package builds"
             )
         return config
+    if family in ("t5", "mt5", "umt5"):
+        return _parse_t5(text, family)
+    known = ", ".join(map(repr, ("opt", "t5", "mt5", "umt5", *KINDS)))
+    raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows {known}")
+
+
+def _parse_t5(text: dict[str, Any], family: Any) -> T5Config:
+    if family != "t5":
+        text = MT5 | text
+    values = _read({"num_decoder_layers": text.get("num_layers", 6)} | text, "t5", T5) | _feed_forward(text)
+    # Newer revisions say of every T5 that it is tied; the output table is what the files hold.
+    scales_output = text.get("tie_word_embeddings", True)
     if family == "t5":
-        if text.get("scale_decoder_outputs", text.get("tie_word_embeddings") is not False):
-            raise ValueError(
-                "the text_config has tied embeddings (tie_word_embeddings), whose scaled output only the first T5 "
-                "has; if it is a Flan-T5, set tie_word_embeddings to false"
-            )
-        return T5Config(**_read({"num_decoder_layers": text.get("num_layers", 6)} | text, "t5", T5))
-    raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows 'opt' and 't5'")
+        scales_output = text.get("scale_decoder_outputs", scales_output)
+    if family == "t5" and scales_output and values["has_gate"]:
+        raise ValueError(
+            "the text_config has tied embeddings (tie_word_embeddings), whose scaled output only the first T5 "
+            "has; if it is a Flan-T5, set tie_word_embeddings to false"
+        )
+    return T5Config(
+        **values,
+        scales_output=scales_output and family != "mt5",
+        has_bias_in_each_layer=family == "umt5",
+        model_type=family,
+    )
+
+
+def _feed_forward(text: dict[str, Any]) -> dict[str, Any]:
+    *gate, activation = str(text.get("feed_forward_proj", "relu")).split("-")
+    if gate == ["gated"] and activation == "gelu":
+        activation = "gelu_new"
+    return {"has_gate": bool(gate), "activation": text.get("dense_act_fn", activation)}
 
 
 def _top(content: dict[str, Any], theirs: str, ours: str, default: Any) -> Any:
     """A value that stands in no section."""
     value = content.get(theirs)
-    if theirs not in content and (near := [key for key in content if _differs_in_a_bit(key, theirs)]):
+    if theirs not in content and (near := [key for key in content if differs_in_a_bit(key, theirs)]):
         raise ValueError(f"there is {near[0]} and no {theirs} in config.json; {AGAIN}")
     return check_value(theirs, default if value is None else value, default, "config.json", BOUNDS.get(ours))
 
 
-def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """One part of ``config.json`` without the keys that are null, which mean the same as absent ones."""
+def _section(content: dict[str, Any], name: str, *, with_null: bool = False) -> dict[str, Any]:
+    """One part of ``config.json``, without the keys that are null where these mean the same as absent ones."""
     section = content.get(name) or {}
     if not isinstance(section, dict):
         raise ValueError(f"{name} is not a JSON object; fetch the file again")
-    return {key: value for key, value in section.items() if value is not None}
+    return {key: value for key, value in section.items() if with_null or value is not None}
 
 
 def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
@@ -255,9 +230,7 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
             )
     values: dict[str, Any] = {}
     names = {name for name, _, _ in FIXED[kind]} | {theirs for _, theirs, _ in fields}
-    for absent in sorted(names - section.keys()):
-        if near := [key for key in section.keys() - names if _differs_in_a_bit(key, absent)]:
-            raise ValueError(f"there is {near[0]} and no {absent} in {kind}; {AGAIN}")
+    check_names(section.keys(), names, kind)
     for ours, theirs, default in fields:
         value = section.get(theirs, default)
         if ours.endswith("_token_id"):  # these stand below the size of the vocabulary
@@ -276,12 +249,6 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
             f"{values['hidden_size']}; {AGAIN}"
         )
     return values
-
-
-def _differs_in_a_bit(key: str, name: str) -> bool:
-    """Whether a key is a name of which a bit flipped; bos_token_id beside eos_token_id is none."""
-    differ = [ord(one) ^ ord(other) for one, other in zip(key, name, strict=False) if one != other]
-    return len(key) == len(name) and len(differ) == 1 and differ[0].bit_count() == 1
 
 
 def _write(config: Any, fields: Fields) -> dict[str, Any]:
@@ -318,16 +285,25 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
             "qformer_bos_token_id": config.bos_token_id,
             "has_qformer_lm_head": config.has_lm_head,
         }
-    is_opt = isinstance(config.language, OPTConfig)
-    text: dict[str, Any] = {"model_type": config.language.family, **_write(config.language, OPT if is_opt else T5)}
-    if is_opt:
-        text |= {"word_embed_proj_dim": config.language.hidden_size, "do_layer_norm_before": True}
-        text |= {"activation_function": "relu", "tie_word_embeddings": True}
-    else:
-        text |= {"feed_forward_proj": "gated-gelu", "is_gated_act": True, "tie_word_embeddings": False}
-        text |= {"bos_token_id": config.language.eos_token_id}  # an empty prompt is a lone </s>
     return content | {
         "architectures": ["Blip2ForConditionalGeneration"],
-        "use_decoder_only_language_model": is_opt,
-        "text_config": text,
+        "use_decoder_only_language_model": not config.language.has_encoder,
+        "text_config": text_json(config.language),
     }
+
+
+def text_json(config: LanguageConfig) -> dict[str, Any]:
+    """The part of ``config.json`` that is of the language model."""
+    if isinstance(config, DecoderConfig):
+        return dict(config.published)
+    is_opt = isinstance(config, OPTConfig)
+    text: dict[str, Any] = {"model_type": "opt", **_write(config, OPT)} if is_opt else _write(config, T5)
+    if isinstance(config, OPTConfig):
+        text |= {"word_embed_proj_dim": config.hidden_size, "do_layer_norm_before": True}
+        text |= {"activation_function": "relu", "tie_word_embeddings": True}
+    else:
+        name = ("gated-" if config.has_gate else "") + config.activation.removesuffix("_new")
+        text |= {"model_type": config.model_type, "dense_act_fn": config.activation, "feed_forward_proj": name}
+        text |= {"is_gated_act": config.has_gate, "tie_word_embeddings": config.scales_output}
+        text |= {"bos_token_id": config.eos_token_id}  # an empty prompt is a lone </s>
+    return text

@@ -197,7 +197,7 @@ def _gpu() -> Finding:
 
 def _cache() -> Finding:
     from blip2.checkpoint.describe import cache_folder, find
-    from blip2.config import PUBLISHED
+    from blip2.published import PUBLISHED
 
     folder = cache_folder()
     held = [name for name in PUBLISHED if find(name) is not None]

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from blip2.checkpoint.describe import Description, Stored
-    from blip2.config import Blip2Config, MatcherConfig, Published
+    from blip2.config import Blip2Config, MatcherConfig
     from blip2.placement import Plan
+    from blip2.published import Published
 
 TITLES = {"vision": "Image encoder", "qformer": "Q-Former", "language": "Language model"}
 PURPOSES = {"generative": "captions, questions and chat", "matching": "matches images with texts"}
@@ -85,7 +86,7 @@ def _facts(
     from blip2.checkpoint import image_settings, quantization, read_config
     from blip2.checkpoint.describe import describe, find, stored
     from blip2.checkpoint.quantize import quantization_in
-    from blip2.config import PUBLISHED
+    from blip2.published import PUBLISHED
 
     asked = quantization(quantize, vision=quantize_vision, images=vision)
     where, wanted = _device(device), find_dtype(None if dtype == "auto" else dtype)

@@ -43,7 +43,7 @@ def known_models() -> list[dict[str, Any]]:
 
     from blip2.checkpoint import quantization
     from blip2.checkpoint.describe import describe, find
-    from blip2.config import PUBLISHED
+    from blip2.published import PUBLISHED
 
     rows = []
     for name, model in PUBLISHED.items():

@@ -15,6 +15,7 @@ from blip2.compat.options import Decoding, decoding, from_config, heeded, is_wat
 from blip2.compat.records import ModelOutput, Prompt
 from blip2.compat.scores import Prompted, build_criteria, build_filters, longest_of, own
 from blip2.compat.states import states_of
+from blip2.config import T5Config
 from blip2.errors import NotFiniteError, OptionError
 from blip2.generation import Engine
 from blip2.model import Blip2
@@ -115,7 +116,7 @@ class Generates:
         asked = merged(family_tokens, from_config(self.generation_config), given, heeded("generate", options))
 
         before_BT, counted = prompt.ids_BT, prompt.ids_BT.shape[1] or prompt.is_real_BS.shape[1]
-        if language.family == "opt":
+        if not isinstance(language, T5Config):
             room = language.max_position_embeddings - prompt.is_real_BS.shape[1]
         else:
             start = language.decoder_start_token_id

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.checkpoint.keys import published_names, table
-from blip2.checkpoint.load import in_parts
+from blip2.checkpoint.tensors import in_parts
 from blip2.errors import OptionError
 from blip2.language import OPT
 from blip2.linear import Linear, Weight, is_worth_packing, readable
@@ -144,7 +144,14 @@ class Fused(nn.Module):
 
 
 def unfuse(model: Blip2 | Blip2Matcher) -> None:
-    """Take apart what is one layer here and several in the reference; quantised layers stay as they are."""
+    """Take apart what is one layer here and several in the reference; quantised layers stay as they are.
+
+    Raises OptionError for a language model whose parts have no names here.
+    """
+    if isinstance(model, Blip2) and (kind := model.config.language.model_type) not in ("opt", "t5"):
+        raise OptionError(
+            f"the language model is a {kind}, and these names are for an OPT or a T5; use blip2.load, which takes it"
+        )
     for ours, theirs in table(model.config).items():
         name, _, last = ours.rpartition(".")
         if "|" in theirs and last == "weight":

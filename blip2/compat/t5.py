@@ -36,6 +36,7 @@ class T5Encoder(LanguagePart):
         x_BPD = self.embedded(input_ids, inputs_embeds)
         is_real_BP = checked_mask(attention_mask, tuple(x_BPD.shape[:2]), x_BPD.device)
         positions_P = torch.arange(x_BPD.shape[1], device=x_BPD.device)
+        assert core.encoder_bias is not None, "a UMT5 has no configuration here"
         bias = torch.where(seen_by_all(is_real_BP), core.encoder_bias(positions_P, positions_P)[None], float("-inf"))
         watched = Watched(self.config, output_attentions, output_hidden_states)
         with own_precision(core, x_BPD.device), watched.attention():
@@ -81,6 +82,7 @@ class T5Decoder(T5Encoder):
         is_seen_BP = checked_mask(encoder_attention_mask, tuple(encoder_hidden_states.shape[:2]), x_BTD.device)
         keys_S = torch.arange(is_real_BS.shape[1], device=x_BTD.device)
         positions_BT = keys_S[None, num_past:]
+        assert core.decoder_bias is not None, "a UMT5 has no configuration here"
         bias = core.decoder_bias(positions_BT, keys_S)
         bias = torch.where(causal_mask(is_real_BS, num_tokens), bias, float("-inf"))
         cache = past_key_values

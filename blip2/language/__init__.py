@@ -1,4 +1,4 @@
-"""The frozen language models, behind one protocol: two families, and one way to talk to either.
+"""The frozen language models, behind one protocol: several makes, and one way to talk to any.
 
 A prompt is a sequence of vectors, image queries and embedded words alike, so nothing here knows about pictures.
 Prompts of mixed length are right-padded to one tensor with their ``lengths_B``.
@@ -11,11 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blip2.config import LanguageConfig
+from blip2.config import LanguageConfig, OPTConfig, T5Config
+from blip2.language.decoder import Decoder
 from blip2.language.opt import OPT
 from blip2.language.t5 import T5
 
-__all__ = ["OPT", "T5", "DecoderState", "LanguageModel", "Resident", "build_language_model", "pad_rows"]
+__all__ = [
+    "OPT", "T5", "Decoder", "DecoderState", "Language", "LanguageModel", "Resident", "build_language_model", "pad_rows",
+]  # fmt: skip
+
+Language = OPT | T5 | Decoder
 
 
 class DecoderState(Protocol):
@@ -33,7 +38,7 @@ class DecoderState(Protocol):
 
 class Resident(DecoderState, Protocol):
     """A state that can move into memory which stays where it is, for steps that are recorded
-    (`blip2.generation.replay`); see `blip2.layers.KVCache`. Those of `OPT` and `T5` are."""
+    (`blip2.generation.replay`); see `blip2.layers.KVCache`. Those of every `Language` are."""
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +66,7 @@ class Resident(DecoderState, Protocol):
 
 
 class LanguageModel(Protocol):
-    """What the decoder (`blip2.generation`) needs of a language model; `OPT` and `T5` are the two."""
+    """What the decoder (`blip2.generation`) needs of a language model; each `Language` is one."""
 
     def embed(self, tokens_BT: Tensor, /) -> Tensor:
         """``int[B, T]`` token ids to ``float[B, T, D]``."""
@@ -73,9 +78,11 @@ class LanguageModel(Protocol):
         """Append one token to every row of a state that `prefill` gave; the logits of the next ``float[B, V]``."""
 
 
-def build_language_model(config: LanguageConfig) -> OPT | T5:
+def build_language_model(config: LanguageConfig) -> Language:
     """An untrained language model of the configured family."""
-    return OPT(config) if config.family == "opt" else T5(config)
+    if isinstance(config, OPTConfig):
+        return OPT(config)
+    return T5(config) if isinstance(config, T5Config) else Decoder(config)
 
 
 def pad_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

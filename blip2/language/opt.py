@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import OPTConfig
-from blip2.errors import OptionError, option
+from blip2.language.decoding import prefill, step
 from blip2.layers import KVCache, attend, split_parts
 from blip2.linear import Linear, Table
 
@@ -101,28 +101,8 @@ class OPT(nn.Module):
 
     def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
         """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""
-        rows, longest, width = prompt_BTD.shape
-        if longest + num_new_tokens > self.config.max_position_embeddings:
-            raise OptionError(
-                f"a prompt of {longest} tokens with {num_new_tokens} new ones does not fit this language model, which "
-                f"reads {self.config.max_position_embeddings}; shorten the prompt, or lower {option('max_new_tokens')}"
-            )
-        cache = KVCache(
-            self.blocks,
-            rows=rows,
-            num_heads=self.config.num_heads,
-            capacity=longest + num_new_tokens,
-            head_size=width // self.config.num_heads,
-            device=prompt_BTD.device,
-            dtype=prompt_BTD.dtype,
-        )
-        hidden_BTD = self(prompt_BTD, cache)
-        cache.advance(lengths_B, longest)
-        last_BD = hidden_BTD[torch.arange(rows, device=lengths_B.device), lengths_B - 1]
-        return self.logits(last_BD), cache
+        return prefill(self, prompt_BTD, lengths_B, num_new_tokens)
 
     def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
         """Append one token to every row; the logits of the next one, ``float[B, V]``."""
-        hidden_B1D = self(self.embed(tokens_B[:, None]), cache)
-        cache.advance(1, 1)
-        return self.logits(hidden_B1D[:, 0])
+        return step(self, tokens_B, cache)

@@ -1,7 +1,8 @@
-"""T5 as Flan-T5 has it (Raffel et al., 2020; version 1.1): an encoder-decoder with gated feed-forward layers.
+"""T5 (Raffel et al., 2020): an encoder-decoder. Flan-T5 and mT5 are version 1.1, with gated feed-forward layers and an
+output table of their own; the first T5 has neither; UMT5 (Chung et al., 2023) has positions in each layer.
 
 Root-mean-square norms without bias, relative positions as a learned bias of the attention scores (no other
-positions, no scaling of the scores), and an output table of its own.
+positions, no scaling of the scores).
 
 B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D width, H heads, V vocabulary.
 """
@@ -9,48 +10,31 @@ B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2 import native
 from blip2.config import T5Config
+from blip2.language.activations import ACTIVATIONS
 from blip2.language.float16 import never_in_float16
+from blip2.language.norm import RMSNorm
 from blip2.language.t5_state import Encoded, T5State
 from blip2.layers import KVCache, attend, split_heads, split_parts
 from blip2.linear import Linear
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
-
-
-class RMSNorm(nn.Module):
-    """Divide by the root mean square (in fp32), scale; no mean, no bias."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if native.can_take(x, self.weight):
-            return native.rms_norm(x, self.weight, self.eps)
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.float() * scale).to(self.weight.dtype)
 
 
 class RelativePositionBias(nn.Module):
     """A bias for each head and each bucket of distances: near ones each their own, far ones share by logarithm."""
 
-    def __init__(self, *, num_buckets: int, max_distance: int, num_heads: int, is_bidirectional: bool) -> None:
+    def __init__(self, config: T5Config, *, is_bidirectional: bool) -> None:
         super().__init__()
-        self.num_buckets = num_buckets
-        self.max_distance = max_distance
+        self.num_buckets = config.num_buckets
+        self.max_distance = config.max_distance
         self.is_bidirectional = is_bidirectional
-        self.table = nn.Embedding(num_buckets, num_heads)
+        self.table = nn.Embedding(config.num_buckets, config.num_heads)
 
     def buckets(self, distance: Tensor) -> Tensor:
         """``key position - query position`` to bucket numbers, of the same shape."""
@@ -76,12 +60,15 @@ class RelativePositionBias(nn.Module):
 class SelfAttention(nn.Module):
     """Pre-norm attention without biases, one product for q, k and v; scores are not scaled."""
 
-    def __init__(self, config: T5Config) -> None:
+    def __init__(self, config: T5Config, *, is_bidirectional: bool) -> None:
         super().__init__()
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
         self.dropout = 0.0  # for who trains the language model; here it is frozen
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.bias: RelativePositionBias | None = None
+        if config.has_bias_in_each_layer:
+            self.bias = RelativePositionBias(config, is_bidirectional=is_bidirectional)
         self.qkv = Linear(config.hidden_size, 3 * inner, bias=False)
         self.output = Linear(inner, config.hidden_size, bias=False)
 
@@ -120,28 +107,36 @@ class CrossAttention(nn.Module):
         return F.dropout(attended, dropout, self.training)
 
 
-class GatedFeedForward(nn.Module):
-    """One product for the gate and what it lets through."""
+class FeedForward(nn.Module):
+    """With one product for the gate and what it lets through; the first T5 has no gate."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = 0.0
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        if config.has_gate:
+            self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        else:
+            self.up = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.has_gate = config.has_gate
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
-        hidden = F.dropout(self.activation(gate) * up, self.dropout, self.training)
+        if self.has_gate:
+            gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+            hidden = self.activation(gate) * up
+        else:
+            hidden = self.activation(self.up(self.norm(x)))
+        hidden = F.dropout(hidden, self.dropout, self.training)
         return x + F.dropout(self.down(hidden), self.dropout, self.training)
 
 
 class EncoderBlock(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(config)
-        self.feed_forward = GatedFeedForward(config)
+        self.self_attention = SelfAttention(config, is_bidirectional=True)
+        self.feed_forward = FeedForward(config)
 
     def forward(self, x_BPD: Tensor, bias: Tensor) -> Tensor:
         query, key, value = self.self_attention.heads(x_BPD)
@@ -151,9 +146,9 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(config)
+        self.self_attention = SelfAttention(config, is_bidirectional=False)
         self.cross_attention = CrossAttention(config)
-        self.feed_forward = GatedFeedForward(config)
+        self.feed_forward = FeedForward(config)
 
     def forward(
         self,
@@ -181,16 +176,12 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        bias = partial(
-            RelativePositionBias,
-            num_buckets=config.num_buckets,
-            max_distance=config.max_distance,
-            num_heads=config.num_heads,
+        self.encoder_bias, self.decoder_bias = (
+            None if config.has_bias_in_each_layer else RelativePositionBias(config, is_bidirectional=is_bidirectional)
+            for is_bidirectional in (True, False)
         )
-        self.encoder_bias = bias(is_bidirectional=True)
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
         self.encoder_norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
-        self.decoder_bias = bias(is_bidirectional=False)
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_decoder_layers))
         self.decoder_norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.output = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -209,9 +200,9 @@ class T5(nn.Module):
         """Read right-padded prompts ``float[B, P, D]`` of ``lengths_B`` tokens."""
         positions_P = torch.arange(prompt_BPD.shape[1], device=prompt_BPD.device)
         mask_B11P = (positions_P < lengths_B[:, None])[:, None, None]
-        bias = _masked(self.encoder_bias(positions_P, positions_P), mask_B11P)
+        biases = _biases(self.encoder_bias, self.encoder, positions_P, positions_P, mask_B11P)
         x_BPD = prompt_BPD
-        for block in self.encoder:
+        for block, bias in zip(self.encoder, biases, strict=True):
             x_BPD = block(x_BPD, bias)
         x_BPD = self.encoder_norm(x_BPD)
         blocks = cast("Iterable[DecoderBlock]", self.decoder)
@@ -231,9 +222,9 @@ class T5(nn.Module):
             positions_BT = cache.positions(num_tokens)
             mask = cache.mask(positions_BT)
         keys_S = torch.arange(mask.shape[-1], device=embeddings_BTD.device)
-        bias = _masked(self.decoder_bias(positions_BT, keys_S), mask)
+        biases = _biases(self.decoder_bias, self.decoder, positions_BT, keys_S, mask)
         x_BTD = embeddings_BTD
-        for layer, block in enumerate(self.decoder):
+        for layer, (block, bias) in enumerate(zip(self.decoder, biases, strict=True)):
             x_BTD = block(
                 x_BTD,
                 layer=layer,
@@ -252,7 +243,7 @@ class T5(nn.Module):
     @never_in_float16
     def logits(self, hidden: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., V]``."""
-        return self.output(hidden)
+        return self.output(hidden * self.config.hidden_size**-0.5 if self.config.scales_output else hidden)
 
     def prefill(self, prompt_BPD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, T5State]:
         """Read right-padded prompts; the logits of each row's first token ``float[B, V]``, and the state to go on."""
@@ -274,6 +265,19 @@ class T5(nn.Module):
         hidden_B1D = self.decode(self.embed(tokens_B[:, None]), state.encoded, state.cache)
         state.cache.advance(1, 1)
         return self.logits(hidden_B1D[:, 0])
+
+
+def _biases(
+    shared: RelativePositionBias | None, blocks: nn.ModuleList, queries: Tensor, keys_S: Tensor, mask: Tensor
+) -> Iterator[Tensor]:
+    """Each layer's, by the positions of queries and keys: one for all, or its own."""
+    if shared is not None:
+        yield from [_masked(shared(queries, keys_S), mask)] * len(blocks)
+        return
+    for block in blocks:
+        own = cast("EncoderBlock | DecoderBlock", block).self_attention.bias
+        assert own is not None
+        yield _masked(own(queries, keys_S), mask)
 
 
 def _masked(bias: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,13 +64,12 @@ class Speaker:
                 f"(which reads {list(shape)}); load that model, or encode the picture again"
             )
         ids = self.tokenizer.prompt_ids(text, config)
-        if config.family == "opt":
-            room = config.max_position_embeddings - shape[0] - num_new_tokens
-            if len(ids) > room:
-                raise OptionError(
-                    f"the text has {len(ids)} tokens; beside {shape[0]} for the picture and {num_new_tokens} new ones "
-                    f"this model has room for {max(room, 0)}; shorten it, or lower {option('max_new_tokens')}"
-                )
+        room = config.max_position_embeddings - shape[0] - num_new_tokens
+        if len(ids) > room:
+            raise OptionError(
+                f"the text has {len(ids)} tokens; beside {shape[0]} for the picture and {num_new_tokens} new ones "
+                f"this model has room for {max(room, 0)}; shorten it, or lower {option('max_new_tokens')}"
+            )
         text_TD = self.model.language.embed(torch.tensor(ids, device=table_VD.device))
         return torch.cat([self.model.prompt(image.queries_QD).to(text_TD), text_TD])
 
@@ -83,8 +81,6 @@ class Speaker:
     def room_beside(self, num_tokens: int) -> int:
         """As `room`, beside a text of so many tokens."""
         config = self.model.config
-        if config.language.family == "t5":  # relative positions have no end
-            return sys.maxsize
         return config.language.max_position_embeddings - config.qformer.num_query_tokens - num_tokens
 
     def fits(self, text: str, num_new_tokens: int) -> bool:

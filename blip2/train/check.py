@@ -15,10 +15,11 @@ import torch
 
 from blip2 import checkpoint
 from blip2.checkpoint import BUNDLED, ImageSettings
-from blip2.config import PUBLISHED, Blip2Config, MatcherConfig
+from blip2.config import Blip2Config, MatcherConfig
 from blip2.data import Row, read_rows
 from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
+from blip2.published import PUBLISHED
 from blip2.text import Tokenizer
 from blip2.train.recipes import Recipe
 from blip2.train.texts import TextSource
@@ -103,13 +104,12 @@ def _check_model(config: Blip2Config | MatcherConfig, recipe: Recipe) -> None:
             )
         return
     language, data = config.language, recipe.data
-    if language.family == "opt":
-        longest = config.qformer.num_query_tokens + data.max_prompt_tokens + data.max_text_tokens
-        if longest > language.max_position_embeddings:
-            raise RecipeError(
-                f"queries, data.max_prompt_tokens and data.max_text_tokens make {longest} tokens, the language "
-                f"model has {language.max_position_embeddings} positions; lower data.max_prompt_tokens"
-            )
+    longest = config.qformer.num_query_tokens + data.max_prompt_tokens + data.max_text_tokens
+    if longest > language.max_position_embeddings:
+        raise RecipeError(
+            f"queries, data.max_prompt_tokens and data.max_text_tokens make {longest} tokens, the language "
+            f"model has {language.max_position_embeddings} positions; lower data.max_prompt_tokens"
+        )
 
 
 def _check_rows(materials: Materials, recipe: Recipe) -> None:

@@ -1,9 +1,9 @@
 """Stage 2: the queries learn to speak to a frozen language model (section 3.2 and Figure 3 of the paper).
 
-    OPT   [queries][</s>][prompt][target]            the loss is on the target, its end included
+    OPT   [queries][</s>][prompt][target]            so do other decoders; the loss is on the target, its end included
     T5    [queries][prompt][</s>]  ->  [target]      a caption is split: its beginning prompts, its rest is target
 
-Several texts about a picture share its queries. For OPT they stand in one row, one behind the other, each blind
+Several texts about a picture share its queries. For a decoder they stand in one row, one behind the other, each blind
 to the others and with positions as if it came first after the queries: equal to a row each, and several times
 cheaper.
 
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.config import OPTConfig, T5Config
-from blip2.language import OPT, T5
+from blip2.config import DecoderConfig, LanguageConfig, OPTConfig, T5Config
+from blip2.language import OPT, T5, Decoder
 from blip2.model import Blip2
 from blip2.train.losses import language_modelling
 
@@ -42,7 +42,7 @@ class Targets(NamedTuple):
 
 
 class PackedTexts(NamedTuple):
-    """For OPT: all texts of an image in one row. ``segment_BT`` numbers them from 1, 0 is padding."""
+    """For a decoder: all texts of an image in one row. ``segment_BT`` numbers them from 1, 0 is padding."""
 
     token_BT: Tensor
     segment_BT: Tensor
@@ -75,7 +75,7 @@ def losses(model: Blip2, features_BPD: Tensor, texts: PackedTexts | SplitTexts) 
     patches_BPD = model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
     prompt_BQD = model.prompt(model.look(patches_BPD))
     if isinstance(texts, PackedTexts):
-        assert isinstance(model.language, OPT)
+        assert isinstance(model.language, OPT | Decoder)
         hidden_BTD = _read_packed(model.language, prompt_BQD, texts)
     else:
         assert isinstance(model.language, T5)
@@ -88,7 +88,7 @@ def losses(model: Blip2, features_BPD: Tensor, texts: PackedTexts | SplitTexts) 
     return Stage2Losses(lm, logits_NV.detach().argmax(dim=-1) == texts.targets.token_N)
 
 
-def _read_packed(language: OPT, prompt_BQD: Tensor, texts: PackedTexts) -> Tensor:
+def _read_packed(language: OPT | Decoder, prompt_BQD: Tensor, texts: PackedTexts) -> Tensor:
     """The hidden states of the text tokens ``float[B, T, D]``."""
     num_queries = prompt_BQD.shape[1]
     embedded_BSD = torch.cat([prompt_BQD, language.embed(texts.token_BT)], dim=1)
@@ -107,12 +107,12 @@ def _read_packed(language: OPT, prompt_BQD: Tensor, texts: PackedTexts) -> Tenso
 # ---- batches ------------------------------------------------------------------------------------------
 
 
-def collate(texts: Sequence[Sequence[Text]], config: OPTConfig | T5Config) -> PackedTexts | SplitTexts:
+def collate(texts: Sequence[Sequence[Text]], config: LanguageConfig) -> PackedTexts | SplitTexts:
     """The texts of each image, as many for each, to tensors as the family of the language model wants them."""
-    return _pack(texts, config) if isinstance(config, OPTConfig) else _split(texts, config)
+    return _split(texts, config) if isinstance(config, T5Config) else _pack(texts, config)
 
 
-def _pack(texts: Sequence[Sequence[Text]], config: OPTConfig) -> PackedTexts:
+def _pack(texts: Sequence[Sequence[Text]], config: OPTConfig | DecoderConfig) -> PackedTexts:
     # The last token of a text is only ever predicted.
     lengths = [sum(len(text.prompt_ids) + len(text.target_ids) - 1 for text in row) for row in texts]
     width = max(lengths)

@@ -64,7 +64,7 @@ class TextSource:
     def _caption(self, caption: str, chance: random.Random) -> Text:
         if prompt := self._recipe.caption_prompt:
             return Text("caption", self._prompt_ids(prompt), self._shortened(self._answer_ids(caption)))
-        if self._config.family == "opt":
+        if not self._config.has_encoder:
             # After </s> a text starts without the space that an answer has.
             first, *ids = self._prompt_ids(caption)
             return Text("caption", [first], self._shortened([*ids, self._config.eos_token_id]))

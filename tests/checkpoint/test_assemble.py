@@ -56,7 +56,12 @@ def parts(tmp_path_factory):
         max_position_embeddings=40,
     )  # fmt: skip
     transformers.BertForMaskedLM(bert).eval().save_pretrained(folder / "bert")
-    for name in ("opt", "t5"):
+    llama = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+    for name in ("opt", "t5", "llama"):
         tokenizer(folder / name, [str(number) for number in range(20)], "3")
     tokenizer(folder / "bert", WORDS)
     return folder
@@ -88,7 +93,7 @@ def test_the_text_branch_of_the_start_is_the_bert(parts, tmp_path):
     assert first.cross_attention.key.weight.shape[1] == 24
 
 
-@pytest.mark.parametrize("language", ["opt", "t5"])
+@pytest.mark.parametrize("language", ["opt", "t5", "llama"])
 def test_the_frozen_parts_are_as_they_were_and_transformers_reads_the_whole(parts, tmp_path, language):
     _, generative = assembled(parts, tmp_path / "start", language=language, num_queries=5)
     model = checkpoint.load(generative)

@@ -126,7 +126,7 @@ def test_weights_that_do_not_fit_are_named(folder: Path, change: Callable, messa
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
         (lambda folder: edit_config(folder, lambda c: c.update(model_type="bert")), "'bert', not 'blip-2'"),
-        (lambda folder: edit_config(folder, lambda c: c["text_config"].update(model_type="bloom")), "'bloom'"),
+        (lambda folder: edit_config(folder, lambda c: c["text_config"].update(model_type="rwkv")), "'rwkv'"),
     ],
 )  # fmt: skip
 def test_a_spoilt_folder_is_one_line(folder: Path, spoil: Callable[[Path], object], message: str) -> None:

@@ -17,6 +17,7 @@ from blip2.errors import CheckpointError
 NAMES = {  # of one linear layer of the language model; of the image encoder
     "opt": "language_model.model.decoder.layers.1.self_attn.v_proj.weight",
     "t5": "language_model.decoder.block.1.layer.1.EncDecAttention.v.weight",
+    "llama": "language_model.model.layers.1.self_attn.v_proj.weight",
 }
 VISION = "vision_model.encoder.layers.0.mlp.fc1.weight"
 

@@ -12,9 +12,9 @@ from blip2 import checkpoint
 from blip2.checkpoint.describe import by_pattern, describe, find, part_of, stored
 from blip2.checkpoint.load import count_parameters
 from blip2.checkpoint.quantize import quantization_in
-from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError, OptionError
 from blip2.linear import Table, Weight
+from blip2.published import PUBLISHED
 
 KINDS = [(None, False), ("int8", False), ("int4", False), ("int4", True)]
 

@@ -17,8 +17,8 @@ from huggingface_hub import constants, file_download
 from blip2 import checkpoint
 from blip2.checkpoint import hub as our_hub
 from blip2.checkpoint.names import pull, resolve
-from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError
+from blip2.published import PUBLISHED
 from tests.checkpoint.fake_hub import COMMIT, NAME, FakeHub, serving
 
 WEIGHTS = "model.safetensors"

@@ -272,3 +272,10 @@ def test_a_state_of_the_authors_own_code_answers_as_it_did_there(recording, tmp_
     torch.testing.assert_close(found.matching_N2[:4], values["itm_logits"], rtol=0, atol=1e-5)
 
     assert_same(written(tmp_path / "model", tmp_path / "again.pth"), state)
+
+
+def test_a_language_model_for_which_the_authors_have_no_names(tmp_path):
+    folder = tiny.save_generative("llama", tmp_path / "llama")
+    with pytest.raises(CheckpointError, match="its language model is a qwen3; the authors' files have names for"):
+        convert_to_lavis(folder, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()

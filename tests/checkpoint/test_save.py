@@ -16,7 +16,7 @@ from safetensors.torch import load_file, safe_open
 from blip2 import checkpoint
 from blip2.checkpoint import save as save_function
 from blip2.checkpoint.files import INDEX, WEIGHTS
-from blip2.checkpoint.load import named_tensors
+from blip2.checkpoint.tensors import named_tensors
 from blip2.errors import CheckpointError
 from blip2.model import Blip2
 

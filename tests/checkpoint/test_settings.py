@@ -59,12 +59,12 @@ def test_written_and_read_is_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"text_config": {"model_type": "bloom"}}, "family 'bloom'; this package knows 'opt' and 't5'"),
+        ({"text_config": {"model_type": "rwkv"}}, "family 'rwkv'; this package knows 'opt', 't5', .*'llama'"),
         ({"text_config": {"word_embed_proj_dim": 512, "hidden_size": 1536}}, "word_embed_proj_dim is 512, hidden_size"),
         ({"text_config": {"do_layer_norm_before": False}}, "do_layer_norm_before is False in opt; .* builds only True"),
         ({"text_config": {"activation_function": "gelu"}}, "activation_function is 'gelu' in opt"),
-        ({"text_config": {"model_type": "t5", "tie_word_embeddings": False}}, "feed_forward_proj is 'relu' in t5"),
-        ({"text_config": FLAN | {"dense_act_fn": "silu"}}, "dense_act_fn is 'silu' in t5; .* 'gelu' or 'gelu_new'"),
+        ({"text_config": {"model_type": "t5", "feed_forward_proj": "prelu"}}, "feed_forward_proj is 'prelu' in t5"),
+        ({"text_config": FLAN | {"dense_act_fn": "tanh"}}, "dense_act_fn is 'tanh' in t5; .* 'gelu' or 'gelu_new'"),
         ({"text_config": FLAN | {"tie_word_embeddings": True}}, "if it is a Flan-T5, set tie_word_embeddings to false"),
         ({"text_config": FLAN | {"d_model": "large"}}, "d_model is 'large' in t5; it should be something like 512"),
         ({"text_config": FLAN | {"d_ff": [1]}}, r"d_ff is \[1\] in t5"),

@@ -13,8 +13,8 @@ import blip2
 from blip2 import checkpoint, placement
 from blip2.checkpoint.describe import describe
 from blip2.checkpoint.quantize import Quantization, quantization_in, quantization_of
-from blip2.config import PUBLISHED
 from blip2.errors import CheckpointError, OptionError
+from blip2.published import PUBLISHED
 from blip2.quantized import QuantizedLinear
 from tests import tiny
 

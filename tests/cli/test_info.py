@@ -7,7 +7,7 @@ import pytest
 
 from blip2 import checkpoint
 from blip2.checkpoint.describe import describe
-from blip2.config import PUBLISHED
+from blip2.published import PUBLISHED
 
 XXL = "Salesforce/blip2-flan-t5-xxl"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blip2.config import PUBLISHED
+from blip2.published import PUBLISHED
 
 OPT = "Salesforce/blip2-opt-2.7b"
 

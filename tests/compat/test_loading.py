@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import blip2
 from blip2 import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor, checkpoint
 from blip2.compat import loading
 from blip2.errors import CheckpointError, OptionError
+from tests import tiny
 from tests.checkpoint import fake_hub
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -287,3 +289,10 @@ def test_how_a_model_is_saved(opt_model, tmp_path, options, message):
     assert all(torch.equal(tensor, read[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(TypeError, match="'max_shard'"):
         model.save_pretrained(tmp_path, max_shard=1)
+
+
+@pytest.mark.parametrize("name", ["Blip2ForConditionalGeneration", "Blip2Model"])
+def test_a_language_model_that_has_no_names_here(name, tmp_path):
+    folder = tiny.save_generative("llama", tmp_path)
+    with pytest.raises(OptionError, match=r"the language model is a qwen3, .* use blip2.load"):
+        getattr(blip2, name).from_pretrained(folder)

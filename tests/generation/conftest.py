@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from blip2.checkpoint.decoders import parse_decoder
 from blip2.config import OPTConfig, T5Config
 from blip2.language import build_language_model
 
@@ -100,17 +101,27 @@ def _randomise(model, seed):
     return model.eval()
 
 
-@pytest.fixture(scope="session", params=["opt", "t5"])
+SEEDS = {"llama, tied": 3}  # of models that end their texts
+
+
+@pytest.fixture(scope="session", params=["opt", "t5", "llama", "llama, tied"])
 def language(request):
     sizes = {"vocab_size": 40, "hidden_size": 24, "num_heads": 3, "intermediate_size": 32}
     if request.param == "opt":
         config = OPTConfig(num_layers=2, max_position_embeddings=64, eos_token_id=EOS, **sizes)
+    elif request.param.startswith("llama"):
+        config = parse_decoder({
+            "model_type": "gemma3_text", "vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 3, "head_dim": 6,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64,
+            "sliding_window": 5, "sliding_window_pattern": 2, "final_logit_softcapping": 20.0,
+            "query_pre_attn_scalar": 6, "eos_token_id": EOS, "tie_word_embeddings": request.param == "llama, tied",
+        })  # fmt: skip
     else:
         config = T5Config(
             num_layers=2, num_decoder_layers=3, head_size=6, num_buckets=8, max_distance=12, eos_token_id=EOS,
             decoder_start_token_id=3, **sizes,
         )  # fmt: skip
-    return _randomise(build_language_model(config), seed=4)
+    return _randomise(build_language_model(config), seed=SEEDS.get(request.param, 4))
 
 
 @pytest.fixture(scope="session")

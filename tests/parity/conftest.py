@@ -214,3 +214,11 @@ def our_prompts(pair, texts):
             torch.cat([prompt_QD, pair.ours.language.embed(torch.tensor(text))])
             for prompt_QD, text in zip(prompts_BQD, texts, strict=True)
         ]
+
+
+@pytest.fixture(scope="session", params=["opt", "t5"])
+def any_model(request, tmp_path_factory):
+    """The folder of a tiny random model, of each family in turn that the names of the reference are for."""
+    from tests import tiny
+
+    return tiny.save_generative(request.param, tmp_path_factory.mktemp(request.param))

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from blip2 import checkpoint
 from blip2.checkpoint.keys import ALIASES
-from blip2.checkpoint.load import empty_model, named_tensors
-from blip2.config import PUBLISHED, Blip2Config, MatcherConfig, OPTConfig
+from blip2.checkpoint.load import empty_model
+from blip2.checkpoint.tensors import named_tensors
+from blip2.config import Blip2Config, MatcherConfig, OPTConfig
 from blip2.errors import CheckpointError
+from blip2.published import PUBLISHED
 
 # `text_config` as the repositories have it since November 2024, with what differs from the reference's defaults only
 # (blip2-opt-2.7b's is published so; the others' are written after it and after their full ones).

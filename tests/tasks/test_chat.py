@@ -15,7 +15,7 @@ from tests import tiny
 
 def new_chat(family="opt", **options):
     model = tiny.generative(family)
-    tokenizer = Tokenizer(tiny.opt_tokenizer() if family == "opt" else tiny.t5_tokenizer())
+    tokenizer = Tokenizer(tiny.tokenizer_of(family))
     eos = model.config.language.eos_token_id
     engine = Engine(model.language, eos_token_ids=[eos], decode=tokenizer.decode)
     torch.manual_seed(5)
@@ -32,7 +32,7 @@ def test_history_stands_in_the_prompt():
     assert chat.prompt("q1?") == "Question: q1? Answer:"
 
 
-@pytest.mark.parametrize("family", ["opt", "t5"])
+@pytest.mark.parametrize("family", ["opt", "t5", "llama"])
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"sample": True, "seed": 3, "temperature": 2.0}, {"stop": (" two", "re")}]
 )

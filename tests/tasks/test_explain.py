@@ -109,7 +109,7 @@ def test_heat_lies_where_its_patch_is():
 # ---- the gradient -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["match", "opt", "t5"])
+@pytest.mark.parametrize("family", ["match", "opt", "t5", "llama"])
 def test_the_evidence_is_the_slope_of_the_score(family, matcher, monkeypatch):
     """By finite differences, in double precision."""
     monkeypatch.setattr(explain, "NUM_STEPS", 1)
@@ -123,7 +123,7 @@ def test_the_evidence_is_the_slope_of_the_score(family, matcher, monkeypatch):
         reader = Reader(copy.deepcopy(matcher.model).double(), matcher.reader.tokenizer)
         explain.explain_match(reader, sight, "a dog on green")
     else:
-        tokenizer = Tokenizer(tiny.opt_tokenizer() if family == "opt" else tiny.t5_tokenizer())
+        tokenizer = Tokenizer(tiny.tokenizer_of(family))
         speaker = Speaker(tiny.generative(family).double(), tokenizer, None)
         explain.explain_words(speaker, sight, explain.Words("is it red?", "on the left"))
 

@@ -100,10 +100,11 @@ def test_an_infinite_temperature(matcher):
 
 
 def test_a_bias_of_minus_infinity_is_told_at_the_start(any_model, tmp_path):
-    """Behind a ReLU, or among the positions of a T5, it changes answers that are numbers still."""
+    """Behind a ReLU, among the positions of a T5, or in a norm, it changes answers that are numbers still."""
     folder = shutil.copytree(any_model, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in tensors if name.endswith(("1.fc1.bias", "relative_attention_bias.weight")))
+    ends = ("1.fc1.bias", "relative_attention_bias.weight", "1.self_attn.q_norm.weight")
+    name = next(name for name in tensors if name.endswith(ends))
     tensors[name].view(-1)[0] = -math.inf
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"model.safetensors: {name}: a weight is NaN or infinite"):

@@ -34,10 +34,9 @@ class Recorder:
         return [-float(sum(answer)) for answer in answers]
 
 
-@pytest.fixture(params=["opt", "t5"])
+@pytest.fixture(params=["opt", "t5", "llama"])
 def speaker(request):
-    make = tiny.opt_tokenizer if request.param == "opt" else tiny.t5_tokenizer
-    return Speaker(tiny.generative(request.param), Tokenizer(make()), Recorder())
+    return Speaker(tiny.generative(request.param), Tokenizer(tiny.tokenizer_of(request.param)), Recorder())
 
 
 def images(number):
@@ -62,7 +61,7 @@ def test_a_prompt_is_the_image_then_the_text(speaker):
 def test_captions_need_no_text(speaker):
     [[answer]] = caption(speaker, images(1))
     [prompt_TD] = speaker.engine.prompts
-    assert text_read(speaker, prompt_TD) == ([2] if speaker.model.config.language.family == "opt" else [1])
+    assert text_read(speaker, prompt_TD) == ([1] if speaker.model.config.language.family == "t5" else [2])
     assert (answer.tokens, answer.finish_reason, answer.score) == ([67], "eos", 0.0)
     assert answer.text == speaker.tokenizer.decode([67])
     assert speaker.engine.options == [CAPTION]
@@ -71,7 +70,7 @@ def test_captions_need_no_text(speaker):
 def test_questions_get_their_template(speaker):
     ask(speaker, images(1), ["how many dogs?"])
     family = speaker.model.config.language.family
-    words = {"opt": "Question: how many dogs? Answer:", "t5": "Question: how many dogs? Short answer:"}[family]
+    words = "Question: how many dogs? Short answer:" if family == "t5" else "Question: how many dogs? Answer:"
     ids = speaker.tokenizer.prompt_ids(words, speaker.model.config.language)
     assert text_read(speaker, speaker.engine.prompts[0]) == ids
     assert speaker.engine.options == [ASK]

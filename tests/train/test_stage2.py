@@ -146,7 +146,7 @@ def alone(model, patches_1PD, text):
     """The sum of the target tokens' negative log-likelihoods, written out for one text."""
     prompt_1QD = model.prompt(model.look(model.vision.post_norm(patches_1PD)))
     language, config = model.language, model.config.language
-    if config.family == "opt":
+    if not config.has_encoder:
         read = torch.tensor([text.prompt_ids + text.target_ids])
         hidden = language(torch.cat([prompt_1QD, language.embed(read)], dim=1))
         logits = language.logits(hidden[0, -len(text.target_ids) - 1 : -1])

@@ -1,0 +1,167 @@
+"""Decoder-only language models, of layers of the Llama make or of that of GPT-2.
+
+B rows, T tokens of this call, S tokens so far, D width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from blip2.config import DecoderConfig
+from blip2.language import gpt, llama
+from blip2.language.decoding import prefill, step
+from blip2.language.norm import RMSNorm
+from blip2.language.rotary import View, turns
+from blip2.layers import KVCache
+from blip2.linear import Linear, Table
+
+
+class Decoder(nn.Module):
+    """See `blip2.language` for what a language model offers; here a prompt is simply the start of the text."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        table = Table if config.is_tied else nn.Embedding
+        self.token_embedding = table(config.vocab_size, config.hidden_size)
+        self.position_embedding, self.embedding_norm = None, None
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.has_embedding_norm:
+            self.embedding_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        block = llama.Block if config.make == "llama" else gpt.Block
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
+        self.final_norm = (
+            RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+            if config.make == "llama"
+            else nn.LayerNorm(config.hidden_size, config.norm_eps)
+        )
+        self.output: nn.Module | None = None
+        """Where the table of tokens is the head: that, quantised, beside the table, or None."""
+        if not config.is_tied:
+            self.output = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in; the tables may be kept in less."""
+        return self.final_norm.weight.dtype
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """``int[B, T]`` to ``float[B, T, D]``."""
+        embedded_BTD = self.token_embedding(tokens_BT).to(self.dtype)
+        if self.config.embedding_scale == 1:
+            return embedded_BTD
+        # Rounded as Gemma was trained: the root of 3072 is 55.5 in bfloat16.
+        return embedded_BTD * float(torch.tensor(self.config.embedding_scale, dtype=self.dtype))
+
+    def forward(
+        self,
+        embeddings_BTD: Tensor,
+        cache: KVCache | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states ``float[B, T, D]`` after the final norm; each token sees those before it in its row.
+
+        With a cache the tokens continue the cached rows. Rows of mixed length are right-padded by the caller.
+        ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) say otherwise: training packs several
+        texts behind one prefix.
+        """
+        num_tokens = embeddings_BTD.shape[1]
+        if cache is not None:
+            positions_BT = cache.positions(num_tokens)
+            mask = cache.mask(positions_BT)
+        elif positions_BT is None:
+            positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
+        views = self._views(positions_BT, mask, cache is not None, embeddings_BTD.dtype)
+        x_BTD = embeddings_BTD if self.config.input_scale == 1 else embeddings_BTD * self.config.input_scale
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(positions_BT).to(x_BTD.dtype)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
+        for layer, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
+            x_BTD = block(x_BTD, layer=layer, cache=cache, positions_BT=positions_BT, view=view)
+        return self.final_norm(x_BTD)
+
+    def _views(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype) -> list[View]:
+        """Of each layer."""
+        config = self.config
+        num_layers = config.num_layers
+        if config.positions == "slopes":
+            return [View(self._sloping(positions_BT, mask, is_cached, dtype), None)] * num_layers
+        if config.rotary is None:
+            return [View(mask, None)] * num_layers
+        far = near = View(mask, turns(config.rotary, positions_BT, dtype))
+        if any(config.window_layers):
+            turn = far.turn if config.window_rotary is None else turns(config.window_rotary, positions_BT, dtype)
+            near = View(self._windowed(positions_BT, mask, is_cached), turn)
+        views = [near if is_near else far for is_near in config.window_layers or [False] * num_layers]
+        unturned = config.unturned_layers or [False] * num_layers
+        return [view._replace(turn=None) if is_none else view for view, is_none in zip(views, unturned, strict=True)]
+
+    def _windowed(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool) -> Tensor | None:
+        """The mask of a layer that sees the last tokens only."""
+        window = self.config.window
+        assert window is not None
+        if (positions_BT.shape[1] if mask is None else mask.shape[-1]) <= window:
+            return mask
+        distance_B1TS = _distances(positions_BT, mask, is_cached)
+        return (distance_B1TS < window) & _seen(distance_B1TS, mask)
+
+    def _sloping(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype) -> Tensor:
+        """The mask of a layer to which what is far counts less (Press et al., 2022): ``float[B, H, T, S]``."""
+        distance_B1TS = _distances(positions_BT, mask, is_cached)
+        find = remembered_slopes if type(positions_BT) is Tensor else slopes  # as in `turns`
+        slopes_H11 = find(self.config.num_heads, positions_BT.device)[:, None, None]
+        bias_BHTS = (-slopes_H11 * distance_B1TS).to(dtype)
+        return bias_BHTS.masked_fill(~_seen(distance_B1TS, mask), float("-inf"))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``float[..., D]`` to ``float[..., V]``."""
+        if self.output is not None:
+            scores = self.output(hidden)
+        else:
+            assert isinstance(self.token_embedding, Table)
+            scores = self.token_embedding.scores(hidden.to(self.token_embedding.weight.dtype))
+        if self.config.logit_scale != 1:
+            scores = scores * self.config.logit_scale
+        cap = self.config.logit_cap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
+        """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""
+        return prefill(self, prompt_BTD, lengths_B, num_new_tokens)
+
+    def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
+        """Append one token to every row; the logits of the next one, ``float[B, V]``."""
+        return step(self, tokens_B, cache)
+
+
+def _distances(positions_BT: Tensor, mask: Tensor | None, is_cached: bool) -> Tensor:
+    """How many tokens before each token another stands: ``int64[B, 1, T, S]``. In a cache each is in its own slot."""
+    keys_BS = positions_BT
+    if is_cached:
+        assert mask is not None
+        keys_BS = torch.arange(mask.shape[-1], device=positions_BT.device)[None]
+    return (positions_BT[..., None] - keys_BS[:, None])[:, None]
+
+
+def _seen(distance_B1TS: Tensor, mask: Tensor | None) -> Tensor:
+    return distance_B1TS >= 0 if mask is None else mask
+
+
+def slopes(num_heads: int, device: torch.device) -> Tensor:
+    """By how much a token counts less to each head for each step that it is farther away: ``float32[H]``."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    first = [2 ** (-8 * number / power) for number in range(1, power + 1)]
+    others = [2 ** (-4 * number / power) for number in range(1, 2 * (num_heads - power), 2)]
+    with torch.inference_mode(False):
+        return torch.tensor(first + others, dtype=torch.float32, device=device)
+
+
+remembered_slopes = cache(slopes)  # a GPU's recorded step may not ask for it anew

@@ -1,0 +1,49 @@
+"""Layers of the make of GPT-2 (Radford et al., 2019): GPT-2, GPT-NeoX and Pythia, BLOOM.
+
+Pre-norm by mean and variance, biases everywhere, feed-forward layers without a gate. GPT-NeoX computes its two halves
+of the same input; it and BLOOM keep each head's query, key and value side by side.
+
+B rows, T tokens of this call, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip2.config import DecoderConfig
+from blip2.language.activations import ACTIVATIONS
+from blip2.language.rotary import View
+from blip2.layers import KVCache, attend
+from blip2.linear import Linear
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.is_parallel = config.is_parallel
+        self.is_interleaved = config.is_interleaved
+        self.activation = ACTIVATIONS[config.activation]
+        self.attention_norm = nn.LayerNorm(width, config.norm_eps)
+        self.qkv = Linear(width, 3 * width, config.has_qkv_bias)
+        self.output = Linear(width, width, config.has_output_bias)
+        self.feed_forward_norm = nn.LayerNorm(width, config.norm_eps)
+        self.fc1 = Linear(width, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, width)
+
+    def forward(self, x_BTD: Tensor, *, layer: int, cache: KVCache | None, positions_BT: Tensor, view: View) -> Tensor:
+        attended_BTD = x_BTD + self._attended(self.attention_norm(x_BTD), layer, cache, positions_BT, view)
+        read_BTD = self.feed_forward_norm(x_BTD if self.is_parallel else attended_BTD)
+        return attended_BTD + self.fc2(self.activation(self.fc1(read_BTD)))
+
+    def _attended(self, x_BTD: Tensor, layer: int, cache: KVCache | None, positions_BT: Tensor, view: View) -> Tensor:
+        shape = (self.num_heads, 3, -1) if self.is_interleaved else (3, self.num_heads, -1)
+        parts = self.qkv(x_BTD).unflatten(-1, shape).movedim(-2 if self.is_interleaved else -3, 0)
+        query, key, value = parts.transpose(2, 3)  # each [B, H, T, head size]
+        if view.turn is not None:
+            query, key = view.turn(torch.cat([query, key], dim=1)).chunk(2, dim=1)
+        if cache is not None:
+            key, value = cache.write(layer, key, value, positions_BT)
+        return self.output(attend(query, key, value, mask=view.mask, is_causal=view.mask is None))

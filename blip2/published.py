@@ -1,0 +1,73 @@
+"""The models that their authors published on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip2.config import Blip2Config, MatcherConfig, OPTConfig, T5Config, VisionConfig
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model that its authors published on the Hugging Face hub."""
+
+    config: Blip2Config | MatcherConfig
+    """Of the newest revision; an older one may have 50272 rows of vocabulary and no image token."""
+    purpose: str
+    licence: str
+    size_gb: float
+    """Gigabytes (10**9 bytes) of weights, in fp32 as they are published."""
+    revision: str | None
+    """The commit that is fetched unless another is asked for; None where no good one is known: the newest."""
+
+
+COCO_VISION = VisionConfig(image_size=364)
+OPT_6_7B = OPTConfig(hidden_size=4096, intermediate_size=16384)
+FLAN_T5_XXL = T5Config(hidden_size=4096, num_heads=64, intermediate_size=10240)
+
+ANSWERS = "captions and questions, without training for either"
+CAPTIONS = "captions in the manner of COCO"
+MATCHES = "matches images with texts"
+MIT = "MIT"
+OPT_LICENCE = "MIT; the OPT in it under Meta's own licence, for non-commercial research"
+FLAN_LICENCE = "MIT; the Flan-T5 in it under Apache-2.0"
+
+# Where each commit was seen: (1) in many places, among them registries of the checksums of its files; (2) in a version
+# of MTEB's table of models; (3) in a public record of the files of that snapshot. The pins of opt-6.7b, opt-6.7b-coco
+# and flan-t5-xxl are of March 2024, before the vocabulary grew and the image token came; either revision is read.
+PUBLISHED: dict[str, Published] = {
+    # Before November 2024, and what many programs still ask for: 51572668da0eb669e01a189dc22abe6088589a24
+    "Salesforce/blip2-opt-2.7b": Published(
+        Blip2Config(image_token_id=50265),
+        ANSWERS, OPT_LICENCE, 15.0, "59a1ef6c1e5117b3f65523d1c6066825bcf315e3",  # (1)
+    ),
+    "Salesforce/blip2-opt-2.7b-coco": Published(
+        Blip2Config(vision=COCO_VISION, image_token_id=50265), CAPTIONS, OPT_LICENCE, 15.0, None
+    ),
+    "Salesforce/blip2-opt-6.7b": Published(
+        Blip2Config(language=OPT_6_7B, image_token_id=50265),
+        ANSWERS, OPT_LICENCE, 31.0, "1d33d60155fd1323b97556e0f1dd5148a9749f5b",  # (2)
+    ),
+    "Salesforce/blip2-opt-6.7b-coco": Published(
+        Blip2Config(vision=COCO_VISION, language=OPT_6_7B, image_token_id=50265),
+        CAPTIONS, OPT_LICENCE, 31.0, "0d580de59320a25a4d2c386387bcef310d5f286e",  # (2)
+    ),
+    "Salesforce/blip2-flan-t5-xl": Published(
+        Blip2Config(language=T5Config(), image_token_id=32100),
+        ANSWERS, FLAN_LICENCE, 15.8, "0eb0d3b46c14c1f8c7680bca2693baafdb90bb28",  # (1)
+    ),
+    "Salesforce/blip2-flan-t5-xl-coco": Published(
+        Blip2Config(vision=COCO_VISION, language=T5Config(), image_token_id=32100), CAPTIONS, FLAN_LICENCE, 15.8, None
+    ),
+    "Salesforce/blip2-flan-t5-xxl": Published(
+        Blip2Config(language=FLAN_T5_XXL, image_token_id=32100),
+        ANSWERS, FLAN_LICENCE, 48.9, "43206cbc865b9d5b3dd7d080e5d94b4143ca8e74",  # (2)
+    ),
+    "Salesforce/blip2-itm-vit-g": Published(
+        MatcherConfig(has_lm_head=False), MATCHES, MIT, 4.7, "520bf73fd0ef6ccce791cd3f06908040aef2d8cc"  # (3)
+    ),
+    "Salesforce/blip2-itm-vit-g-coco": Published(
+        MatcherConfig(vision=COCO_VISION, has_lm_head=False),
+        MATCHES, MIT, 4.7, "b1c997706e13245bbd2af5b2717239488d849f07",  # (2)
+    ),
+}  # fmt: skip
