@@ -36,8 +36,9 @@ def command(
     seed: int,
     out: Path,
 ) -> None:
-    """Put an image encoder, a Q-Former and a language model together, to train what is between them.
+    """Put parts together to a model that training starts from.
 
+    The parts are an image encoder, what the Q-Former begins from, and a language model.
     Writes OUT/matching, for stage 1, and with --language OUT/generative, for stage 2, and prints their names. The image
     encoder and the language model are as they were published; the cross-attention, the queries, the heads and the
     projection are new.

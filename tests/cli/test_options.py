@@ -32,10 +32,11 @@ def test_the_options_of_a_model_reach_its_loading(run, monkeypatch, verb):
     run(*verb)
     nothing = {
         "device": "auto", "dtype": None, "quantize": None, "quantize_vision": False, "vision": None, "revision": None,
+        "adapter": None,
     }  # fmt: skip
     everything = {
         "device": "cuda:1", "dtype": "bfloat16", "quantize": "int4", "quantize_vision": True, "vision": "int8",
-        "revision": "v2",
+        "revision": "v2", "adapter": None,
     }  # fmt: skip
     assert given == [("a/b", everything), (None, nothing)]
 

@@ -42,7 +42,8 @@ SLOW = slow_jpeg()
 
 
 def pixels(**changed: object) -> dict:
-    asked = {"do": "pixels", "picture": 0, "size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "shown_px": 0}
+    look = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    asked = {"do": "pixels", "picture": 0, "look": look, "shown_px": 0}
     return {**asked, "max_pixels": 30_000_000, "is_last_word": True, **changed}
 
 
