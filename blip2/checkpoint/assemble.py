@@ -25,8 +25,7 @@ from blip2.checkpoint.tensors import named_tensors
 from blip2.config import Blip2Config, MatcherConfig, QFormerConfig
 from blip2.errors import CheckpointError, OptionError, option
 from blip2.model import Blip2, Blip2Matcher
-from blip2.plaintext import read_text
-from blip2.text import added_token
+from blip2.text import Tokenizer, added_token
 
 SCRATCH = "scratch"
 CAPTION_START = "[DEC]"
@@ -191,9 +190,8 @@ def _check(name: str, weights: Weights, wanted: Tensor, folder: Path) -> None:
 
 def _tokenizer(folder: Path) -> str:
     path = folder / TOKENIZER
-    try:
-        return read_text(path)
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             f"{path}: no such file; make it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        ) from None
+        )
+    return Tokenizer.from_folder(folder).to_json()

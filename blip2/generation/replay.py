@@ -10,6 +10,7 @@ R rows, V vocabulary.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import threading
 import weakref
@@ -32,6 +33,7 @@ SWITCH = "BLIP2_CUDA_GRAPHS"
 """An environment variable; 0: nothing is recorded."""
 
 Step = Callable[[], Tensor]
+logger = logging.getLogger("blip2")
 
 
 class Replay:
@@ -40,7 +42,7 @@ class Replay:
     def __init__(self, language: LanguageModel, record: Callable[[Step], Step] | None = None) -> None:
         """``record``: what replays a step; a CUDA graph unless given."""
         self._language = weakref.ref(language)
-        self._record = record or cuda_graph
+        self._record = record or cuda_graph_on(language)
         self._is_for_cuda = record is None
         self._lock = threading.Lock()
         self._asked: Counter[tuple[int, ...]] = Counter()
@@ -89,7 +91,7 @@ class Replay:
         """Fixed states are memory that nobody else has: a tenth of what is free at most."""
         if not self._is_for_cuda:
             return True
-        return 10 * state.num_bytes <= torch.cuda.mem_get_info()[0]
+        return 10 * state.num_bytes <= torch.cuda.mem_get_info(state.device)[0]
 
     def _drop_unused(self) -> None:
         for room in [room for room, record in self._records.items() if record.guest() is None]:
@@ -120,11 +122,28 @@ class Record:
 
         if self._replay is None:
             logits_RV = step()  # what is made at the first time, such as libraries' own memory, cannot be recorded
-            self._replay = self._record(step)
+            try:
+                self._replay = self._record(step)
+            except RuntimeError as error:  # the answer is there already, and goes on without
+                logger.warning("steps cannot be recorded (%s); they are slower", str(error).split("\n")[0])
+                self._replay = step
         else:
             logits_RV = self._replay()
         state.count_step()
         return logits_RV[: len(tokens_R)].clone()
+
+
+def cuda_graph_on(language: Any) -> Callable[[Step], Step]:
+    """`cuda_graph` on the GPU of a language model, which need not be the one that torch is at by default."""
+    whose = weakref.ref(language)
+
+    def record(step: Step) -> Step:
+        model = whose()
+        assert model is not None
+        with torch.cuda.device(next(model.parameters()).device):
+            return cuda_graph(step)
+
+    return record
 
 
 def cuda_graph(step: Step) -> Step:

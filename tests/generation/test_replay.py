@@ -119,14 +119,28 @@ def test_weights_that_moved_are_recorded_anew(language, prompts, recorder):
 
 
 @pytest.mark.parametrize("obstacle", ["hook", "switch", "autocast", "rows"])
-def test_where_nothing_can_be_recorded_steps_are_plain(language, prompts, recorder, monkeypatch, obstacle):
+def test_where_nothing_can_be_recorded_steps_are_plain(language, prompts, recorder, monkeypatch, request, obstacle):
     engine = Engine(language, eos_token_ids=ENDS)
     options = GenerateOptions(max_new_tokens=WORTH_IT + 3, min_new_tokens=WORTH_IT + 3)
     if obstacle == "hook":
-        next(language.children()).register_forward_hook(lambda *_: None)
+        hook = next(language.children()).register_forward_hook(lambda *_: None)
+        request.addfinalizer(hook.remove)
     if obstacle == "switch":
         monkeypatch.setenv(replay.SWITCH, "0")
     many = prompts * (MOST_ROWS // len(prompts) + 1) if obstacle == "rows" else prompts
     with torch.autocast("cpu", torch.bfloat16, enabled=obstacle == "autocast"):
         assert len(engine.generate(many, options)) == len(many)
     assert recorder.num_recorded == 0
+
+
+def test_steps_that_cannot_be_recorded_are_taken_without(language, prompts, expected, monkeypatch):
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    replays, said = {}, []
+    monkeypatch.setattr(replay.logger, "warning", lambda text, *values: said.append(text % values))
+    shared = lambda language: replays.setdefault(id(language), Replay(language, refuse))  # noqa: E731
+    monkeypatch.setattr("blip2.generation.batch.replay_of", shared)
+    engine = Engine(language, eos_token_ids=ENDS, suppress_token_ids=[39])
+    assert [plain(engine.generate(prompts, way)) for way in WAYS] == expected
+    assert said and said[0].startswith("steps cannot be recorded (operation not permitted")
