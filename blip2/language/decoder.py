@@ -16,8 +16,10 @@ from blip2.language import gpt, llama
 from blip2.language.decoding import prefill, step
 from blip2.language.norm import RMSNorm
 from blip2.language.rotary import View, turns
+from blip2.language.stepping import as_plane, program_for, run
 from blip2.layers import KVCache
 from blip2.linear import Linear, Table
+from blip2.native.program import Planes, Program
 
 
 class Decoder(nn.Module):
@@ -84,25 +86,48 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.position_embedding(positions_BT).to(x_BTD.dtype)
         if self.embedding_norm is not None:
             x_BTD = self.embedding_norm(x_BTD)
-        for layer, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
+        if (program := program_for(x_BTD, cache, self.blocks, self._write_step)) is not None:
+            assert cache is not None
+            planes = [plane for view in views for plane in _planes(view)]
+            return self.final_norm(run(program, x_BTD, positions_BT, [*planes, *cache.after(1)]))
+        for layer, block in enumerate(self.blocks):
+            view = views[self._is_near(layer)]
+            if not self._is_turned(layer):
+                view = view._replace(turn=None)
             x_BTD = block(x_BTD, layer=layer, cache=cache, positions_BT=positions_BT, view=view)
         return self.final_norm(x_BTD)
 
-    def _views(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype) -> list[View]:
-        """Of each layer."""
+    def _views(
+        self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype
+    ) -> tuple[View, View]:
+        """Of the layers that see far, and of those that see the last tokens only."""
         config = self.config
-        num_layers = config.num_layers
         if config.positions == "slopes":
-            return [View(self._sloping(positions_BT, mask, is_cached, dtype), None)] * num_layers
+            return (View(self._sloping(positions_BT, mask, is_cached, dtype), None),) * 2
         if config.rotary is None:
-            return [View(mask, None)] * num_layers
+            return (View(mask, None),) * 2
         far = near = View(mask, turns(config.rotary, positions_BT, dtype))
         if any(config.window_layers):
             turn = far.turn if config.window_rotary is None else turns(config.window_rotary, positions_BT, dtype)
             near = View(self._windowed(positions_BT, mask, is_cached), turn)
-        views = [near if is_near else far for is_near in config.window_layers or [False] * num_layers]
-        unturned = config.unturned_layers or [False] * num_layers
-        return [view._replace(turn=None) if is_none else view for view, is_none in zip(views, unturned, strict=True)]
+        return far, near
+
+    def _is_near(self, layer: int) -> bool:
+        return bool(self.config.window_layers) and self.config.window_layers[layer]
+
+    def _is_turned(self, layer: int) -> bool:
+        is_unturned = bool(self.config.unturned_layers) and self.config.unturned_layers[layer]
+        return self.config.rotary is not None and not is_unturned
+
+    def _write_step(self, program: Program) -> None:
+        """Planes: mask, cosines and sines of the layers that see far, of the others; each layer's keys and values."""
+        has_bool_mask = self.config.positions != "slopes"
+        for layer, block in enumerate(self.blocks):
+            mask = 3 * self._is_near(layer)
+            planes = Planes(6 + 2 * layer, 7 + 2 * layer, mask, has_bool_mask=has_bool_mask)
+            if self._is_turned(layer):
+                planes = planes._replace(cos=mask + 1, sin=mask + 2)
+            block.write_step(program, planes)  # type: ignore[operator]
 
     def _windowed(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool) -> Tensor | None:
         """The mask of a layer that sees the last tokens only."""
@@ -140,6 +165,13 @@ class Decoder(nn.Module):
     def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
         """Append one token to every row; the logits of the next one, ``float[B, V]``."""
         return step(self, tokens_B, cache)
+
+
+def _planes(view: View) -> list[Tensor]:
+    """What a program reads of a view; where heads are not turned, anything."""
+    assert view.mask is not None
+    mask = as_plane(view.mask)
+    return [mask, mask, mask] if view.turn is None else [mask, view.turn.cos, view.turn.sin]
 
 
 def _distances(positions_BT: Tensor, mask: Tensor | None, is_cached: bool) -> Tensor:
