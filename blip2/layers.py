@@ -193,11 +193,10 @@ class KVCache:
             values[rows_B1, :, positions_BT] = value_BHTD.transpose(1, 2).to(values.dtype)
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
-    def after(self, num_tokens: int) -> list[Tensor]:
-        """Keys and values of each layer in turn, ``[B, H, S, D]``, with the slots of the next tokens."""
-        end = self.capacity if self._is_fixed else self._longest + num_tokens
-        assert end <= self.capacity, f"the cache holds {self.capacity} tokens a row, {end} are needed"
-        return [part.narrow(2, 0, end) for both in zip(self.keys, self.values, strict=True) for part in both]
+    def planes(self) -> list[Tensor]:
+        """Keys and values of each layer in turn, ``[B, H, capacity, D]``, with room for one more token."""
+        assert self._is_fixed or self._longest < self.capacity, f"the cache holds {self.capacity} tokens a row"
+        return [part for both in zip(self.keys, self.values, strict=True) for part in both]
 
     def advance(self, num_tokens_B: Tensor | int, longest: int) -> None:
         """After all layers wrote: each row grew by ``num_tokens_B``, the longest of the call by ``longest``."""

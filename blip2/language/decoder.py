@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         if (program := program_for(x_BTD, cache, self.blocks, self._write_step)) is not None:
             assert cache is not None
             planes = [plane for view in views for plane in _planes(view)]
-            return self.final_norm(run(program, x_BTD, positions_BT, [*planes, *cache.after(1)]))
+            return self.final_norm(run(program, x_BTD, positions_BT, [*planes, *cache.planes()]))
         for layer, block in enumerate(self.blocks):
             view = views[self._is_near(layer)]
             if not self._is_turned(layer):

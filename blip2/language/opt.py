@@ -107,7 +107,7 @@ class OPT(nn.Module):
         x_BTD = embeddings_BTD + self.position_embedding(positions_BT + POSITION_OFFSET).to(embeddings_BTD.dtype)
         if (program := program_for(x_BTD, cache, self.blocks, self._write_step)) is not None:
             assert cache is not None and mask is not None
-            return self.final_norm(run(program, x_BTD, positions_BT, [as_plane(mask), *cache.after(1)]))
+            return self.final_norm(run(program, x_BTD, positions_BT, [as_plane(mask), *cache.planes()]))
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, layer=layer, cache=cache, positions_BT=positions_BT, mask=mask)
         return self.final_norm(x_BTD)

@@ -251,7 +251,7 @@ class T5(nn.Module):
             assert cache is not None
             looks = [as_plane(bias.to(x_BTD.dtype)) for bias in ([next(biases)] if self.decoder_bias else biases)]
             prompt = [part for both in encoded.keys_values for part in both]
-            planes = [as_plane(encoded.mask_B11P), *cache.after(1), *prompt, *looks]
+            planes = [as_plane(encoded.mask_B11P), *cache.planes(), *prompt, *looks]
             return self.decoder_norm(run(program, x_BTD, positions_BT, planes))
         for layer, (block, bias) in enumerate(zip(self.decoder, biases, strict=True)):
             x_BTD = block(

@@ -402,6 +402,23 @@ PRODUCT(vnni, VNNI)
 
 /* ---- single tokens ---- */
 
+/* e^x, off by less than 1e-7 times itself: 2^n times a polynomial of what is left, within half a ln 2 of zero. */
+INLINE float exponential(float x) {
+    x = clamp(x, -87, 88);
+    float n = rintf(x * 1.44269504f), left = x - n * 0.693145752f - n * 1.42860677e-6f; /* the first is exact */
+    float value = 1.9875691500e-4f;
+    value = value * left + 1.3981999507e-3f;
+    value = value * left + 8.3334519073e-3f;
+    value = value * left + 4.1665795894e-2f;
+    value = value * left + 1.6666665459e-1f;
+    value = value * left + 5.0000001201e-1f;
+    value = value * left * left + left + 1;
+    uint32_t power = (uint32_t)((int)n + 127) << 23;
+    float two_to_n;
+    memcpy(&two_to_n, &power, 4);
+    return value * two_to_n;
+}
+
 INLINE void attend_head(const void *query, long at_q, const void *keys, long at_k, long step_k, const void *values,
                         long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind,
                         const int type, long length, long size, float scale, float cap, float *scores, void *out,
@@ -419,12 +436,16 @@ INLINE void attend_head(const void *query, long at_q, const void *keys, long at_
         scores[s] = score;
         most = score > most ? score : most;
     }
+    SIMD(reduction(+ : total))
     for (long s = 0; s < length; s++) {
-        float weight = scores[s] == -INFINITY ? 0 : expf(scores[s] - most);
+        float weight = scores[s] == -INFINITY ? 0 : exponential(scores[s] - most);
+        scores[s] = weight;
         total += weight;
-        if (weight == 0) continue;
+    }
+    for (long s = 0; s < length; s++) {
+        if (scores[s] == 0) continue;
         SIMD()
-        for (long d = 0; d < size; d++) sum[d] += weight * load(values, at_v + s * step_v + d, type);
+        for (long d = 0; d < size; d++) sum[d] += scores[s] * load(values, at_v + s * step_v + d, type);
     }
     SIMD()
     for (long d = 0; d < size; d++) store(out, at_out + d, sum[d] / total, type);
@@ -450,23 +471,6 @@ INLINE void rms_norm_row(const void *x, const void *weight, const int type, long
 }
 
 /* ---- what stands between the products of a feed-forward layer ---- */
-
-/* e^x, off by less than 1e-7 times itself: 2^n times a polynomial of what is left, within half a ln 2 of zero. */
-INLINE float exponential(float x) {
-    x = clamp(x, -87, 88);
-    float n = rintf(x * 1.44269504f), left = x - n * 0.693145752f - n * 1.42860677e-6f; /* the first is exact */
-    float value = 1.9875691500e-4f;
-    value = value * left + 1.3981999507e-3f;
-    value = value * left + 8.3334519073e-3f;
-    value = value * left + 4.1665795894e-2f;
-    value = value * left + 1.6666665459e-1f;
-    value = value * left + 5.0000001201e-1f;
-    value = value * left * left + left + 1;
-    uint32_t power = (uint32_t)((int)n + 127) << 23;
-    float two_to_n;
-    memcpy(&two_to_n, &power, 4);
-    return value * two_to_n;
-}
 
 /* x * (1/2 + erf(x / sqrt(2)) / 2), by a quotient of polynomials, fitted to be off by less than 2e-7 times x. */
 INLINE float gelu(float x) {

@@ -122,7 +122,7 @@ static long pieces(const Run *run, const Operation *op, int is_first) {
 static int is_large(const Run *run, const Operation *op, int is_first) {
     const long *n = op->sizes, numbers = run->rows * run->widths[op->from];
     if (op->kind == LINEAR) return !is_first || numbers > 4 * LARGE;
-    if (op->kind == ATTEND) return run->rows * n[2] * n[3] * run->planes[n[5]].slots > LARGE;
+    if (op->kind == ATTEND) return run->rows * n[2] * n[3] * run->planes[n[7]].slots > LARGE;
     return numbers > (op->kind == ACTIVATE ? LARGE / 4 : 4 * LARGE);
 }
 
@@ -163,6 +163,7 @@ static void operate(const Run *run, const Operation *op, int is_first, long begi
             case WRITE: {
                 const Plane *plane = run->planes + n[4];
                 long row = i / n[2], head = i % n[2];
+                if (run->positions[row] < 0 || run->positions[row] >= plane->slots) break; /* no memory of ours */
                 long at = row * plane->row + head * plane->head + run->positions[row] * plane->slot;
                 memcpy((char *)plane->data + at * size, (char *)from + (row * width + n[0] + head * n[1]) * size,
                        n[3] * size);
@@ -174,7 +175,7 @@ static void operate(const Run *run, const Operation *op, int is_first, long begi
                 kernels->attend(from, row * width + n[0] + head * n[1], keys->data,
                                 row * keys->row + shared * keys->head, keys->slot, values->data,
                                 row * values->row + shared * values->head, values->slot, mask->data,
-                                row * mask->row + head * mask->head, mask->slot, (int)n[8], type, keys->slots, n[3],
+                                row * mask->row + head * mask->head, mask->slot, (int)n[8], type, mask->slots, n[3],
                                 op->numbers[0], op->numbers[1], scores, to, row * out_width + head * n[3]);
                 break;
             }
@@ -188,10 +189,15 @@ static void operate(const Run *run, const Operation *op, int is_first, long begi
         }
 }
 
+/* How many of the pieces that a thread begins with have been taken; each in a line of the cache by itself. */
+typedef struct {
+    long pieces, unused[7];
+} Done;
+
 /* Returns 1 if there is no memory. */
 int blip2_run(const Run *run, int threads) {
     const long size = run->type == BFLOAT16 ? 2 : 4;
-    long numbers = 0, planes = 0, scores = 0, counts = (2 * run->count * sizeof(long) + 63) / 64 * 64;
+    long numbers = 0, planes = 0, scores = 0, counts = 2 * run->count * threads * sizeof(Done);
     for (long b = 1; b < run->buffers; b++) numbers += (run->widths[b] * run->rows * size + 63) / 64 * 64;
     for (long i = 0; i < run->count; i++) {
         const Operation *op = run->operations + i;
@@ -200,14 +206,14 @@ int blip2_run(const Run *run, int threads) {
             planes = needed > planes ? needed : planes;
         }
         if (op->kind == ATTEND) {
-            long needed = ((run->planes[op->sizes[5]].slots + 2 * op->sizes[3]) * 4 + 63) / 64 * 64;
+            long needed = ((run->planes[op->sizes[7]].slots + 2 * op->sizes[3]) * 4 + 63) / 64 * 64;
             scores = needed > scores ? needed : scores;
         }
     }
     char *memory = aligned_alloc(64, planes + counts + scores * threads + numbers + 64);
     if (!memory) return 1;
-    long *next = (long *)(memory + planes); /* the next piece of each operation that nobody has begun */
-    memset(next, 0, counts);
+    Done *done = (Done *)(memory + planes);
+    memset(done, 0, counts);
     char *buffers[run->buffers], *end = memory + planes + counts + scores * threads;
     buffers[0] = run->x;
     for (long b = 1; b < run->buffers; b++) {
@@ -233,11 +239,16 @@ int blip2_run(const Run *run, int threads) {
 #pragma omp barrier
             }
             is_alone = 0;
-            /* Whoever has time takes the next ones: other programs may have a processor meanwhile. */
-            const long some = all / (8 * several) + 1;
-            for (long begin; (begin = __atomic_fetch_add(next + i, some, __ATOMIC_RELAXED)) < all;)
-                operate(run, op, is_first, begin, begin + some < all ? begin + some : all, buffers, own,
-                        (int8_t *)memory);
+            /* Each thread has a run of pieces, since memory answers faster in order, and helps the others when it is
+             * done: other programs may have a processor meanwhile. */
+            for (int turn = 0; turn < several; turn++) {
+                const long whose = (thread + turn) % several, first = all * whose / several;
+                const long own_end = all * (whose + 1) / several, some = (own_end - first) / 16 + 1;
+                for (long begin; (begin = first + __atomic_fetch_add(&done[i * several + whose].pieces, some,
+                                                                     __ATOMIC_RELAXED)) < own_end;)
+                    operate(run, op, is_first, begin, begin + some < own_end ? begin + some : own_end, buffers, own,
+                            (int8_t *)memory);
+            }
 #pragma omp barrier
         }
     }

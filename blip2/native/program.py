@@ -49,8 +49,8 @@ class Run(ctypes.Structure):
 
 class Planes(NamedTuple):
     """Which of a step's tensors a layer reads: their places in the list of `Program.run`. ``keys``, ``values``
-    ``float[B, H, S, D]``; ``mask`` ``bool`` or ``float[B or 1, H or 1, S, 1]``, as in `blip2.layers.attend`; ``cos``,
-    ``sin`` ``float[B or 1, 1, 1, R]``, None if heads are not turned."""
+    ``float[B, H, S or more, D]``; ``mask`` ``bool`` or ``float[B or 1, H or 1, S, 1]``, as in `blip2.layers.attend`;
+    ``cos``, ``sin`` ``float[B or 1, 1, 1, R]``, None if heads are not turned."""
 
     keys: int
     values: int
@@ -151,12 +151,7 @@ class Program:
             widths = (ctypes.c_long * len(self.widths))(*self.widths)
             self._ready = (Operation * len(self._operations))(*self._operations), widths
         operations, widths = self._ready
-        views = (Plane * len(planes))()
-        for view, plane in zip(views, planes, strict=True):
-            shape, (row, head, slot, _) = plane.shape, plane.stride()
-            view.data = plane.data_ptr()
-            view.row, view.head, view.slot = row * (shape[0] > 1), head * (shape[1] > 1), slot
-            view.slots, view.length = shape[2:]
+        views = (Plane * len(planes))(*map(_plane, planes))
         run = Run(
             ctypes.addressof(operations), len(operations), ctypes.addressof(widths), len(widths),
             ctypes.addressof(views), positions_B.data_ptr(), x_BW.data_ptr(), TYPES[x_BW.dtype], len(x_BW),
@@ -166,3 +161,9 @@ class Program:
             threads = 1
         if library.blip2_run(ctypes.byref(run), threads):
             raise MemoryError("no memory for a token's way through a quantised language model")
+
+
+def _plane(tensor: Tensor) -> tuple[int, ...]:
+    rows, heads, slots, length = tensor.shape
+    row, head, slot, _ = tensor.stride()
+    return tensor.data_ptr(), row if rows > 1 else 0, head if heads > 1 else 0, slot, slots, length
