@@ -141,9 +141,11 @@ def _language(config: LanguageConfig) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """The weights of a folder as they lie there; ``dtypes``: every precision that occurs, the most bytes first."""
+    """The weights of a folder as they lie there; ``dtypes``: every precision that occurs, the most bytes first.
+    ``num_shared_bytes``: of files that other folders have, too (hard links)."""
 
     num_bytes: int
+    num_shared_bytes: int
     num_files: int
     dtypes: tuple[torch.dtype, ...]
 
@@ -156,7 +158,9 @@ def stored(folder: Path) -> Stored:
         sizes[place.dtype] = sizes.get(place.dtype, 0) + place.num_bytes
     files = {place.path for place in places}
     dtypes = tuple(sorted(sizes, key=lambda dtype: -sizes[dtype]))
-    return Stored(sum(path.stat().st_size for path in files), len(files), dtypes)
+    stats = [path.stat() for path in files]
+    num_shared_bytes = sum(stat.st_size for stat in stats if stat.st_nlink > 1)
+    return Stored(sum(stat.st_size for stat in stats), num_shared_bytes, len(files), dtypes)
 
 
 def find(name: str | None, revision: str | None = None) -> Path | None:

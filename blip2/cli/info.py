@@ -167,7 +167,12 @@ def _as_json(facts: Facts) -> dict[str, Any]:
         "kept": {name: _name(dtype) for name, dtype in model.kept.items()},
         "quantized_memory_bytes": facts.alternatives,
         "disk": files
-        and {"bytes": files.num_bytes, "files": files.num_files, "dtypes": [_name(dtype) for dtype in files.dtypes]},
+        and {
+            "bytes": files.num_bytes,
+            "shared_bytes": files.num_shared_bytes,
+            "files": files.num_files,
+            "dtypes": [_name(dtype) for dtype in files.dtypes],
+        },
     }
 
 
@@ -182,6 +187,8 @@ def _show_head(facts: Facts, out: Console) -> None:
         files = "1 file" if facts.files.num_files == 1 else f"{facts.files.num_files} files"
         dtypes = ", ".join(_name(dtype) for dtype in facts.files.dtypes)
         out.print(labelled("On disk", f"{in_bytes(facts.files.num_bytes)} in {files}: {dtypes}"))
+        if shared := facts.files.num_shared_bytes:
+            out.print(labelled("", f"{in_bytes(shared)} of it shared with other models, by hard links"))
     elif facts.published is not None:
         size = in_bytes(facts.published.size_gb * 1e9)
         out.print(labelled("Not here", f"{size} to download (blip2 pull); this is from the package's own table"))
