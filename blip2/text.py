@@ -95,6 +95,12 @@ class Tokenizer:
             raise OptionError(f"the text {shortened(whole)!r} has halves of characters; write it as Unicode") from None
         return list(zip(encoding.ids, encoding.offsets, strict=True))
 
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens that the file puts before a text, and after it."""
+        plain, whole = (self._tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+        before = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        return tuple(whole[:before]), tuple(whole[before + len(plain) :])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens and without white space at either end."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()

@@ -16,6 +16,7 @@ from blip2.compat.config import Blip2Config, built, content_of, public
 from blip2.compat.loading import Device, device_and_dtype, load_model
 from blip2.compat.names import Named, name_layers, unfuse
 from blip2.compat.parts import Part
+from blip2.compat.pixels import preprocessor_in
 from blip2.compat.saving import save
 from blip2.config import Blip2Config as Generative
 from blip2.errors import CheckpointError, OptionError
@@ -39,6 +40,8 @@ class PreTrained(Named):
     model: Any
     config: Blip2Config
     query_tokens: nn.Parameter
+    preprocessor: dict[str, Any] | None = None
+    """How pictures become pixels, as a file says that came with the model and is saved with it."""
 
     def __init__(self, model: Any) -> None:
         """``model``: one of this package, whose layers are taken over, or a configuration to draw one from: ours,
@@ -92,6 +95,7 @@ class PreTrained(Named):
     @classmethod
     def _of_folder(cls, loaded: Any, folder: Path) -> Any:
         model = cls(loaded)
+        model.preprocessor = preprocessor_in(folder)
         model.config = Blip2Config.from_pretrained(folder, dtype=model.dtype)
         model.point_parts_to_config()
         return model

@@ -78,44 +78,51 @@ class Decoder(nn.Module):
             mask = cache.mask(positions_BT)
         elif positions_BT is None:
             positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
-        views = self._views(positions_BT, mask, cache is not None, embeddings_BTD.dtype)
-        x_BTD = embeddings_BTD if self.config.input_scale == 1 else embeddings_BTD * self.config.input_scale
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(positions_BT).to(x_BTD.dtype)
-        if self.embedding_norm is not None:
-            x_BTD = self.embedding_norm(x_BTD)
+        views = self.views(positions_BT, mask, None if cache is not None else positions_BT, embeddings_BTD.dtype)
+        x_BTD = self.entered(embeddings_BTD, positions_BT)
         for layer, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
             x_BTD = block(x_BTD, layer=layer, cache=cache, positions_BT=positions_BT, view=view)
         return self.final_norm(x_BTD)
 
-    def _views(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype) -> list[View]:
-        """Of each layer."""
+    def entered(self, embeddings_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """What the first layer reads."""
+        x_BTD = embeddings_BTD if self.config.input_scale == 1 else embeddings_BTD * self.config.input_scale
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(positions_BT).to(x_BTD.dtype)
+        return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
+
+    def views(
+        self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None, dtype: torch.dtype
+    ) -> list[View]:
+        """Of each layer. ``keys_BS``: the positions of what may be seen; None in a cache, where each has its slot."""
         config = self.config
         num_layers = config.num_layers
         if config.positions == "slopes":
-            return [View(self._sloping(positions_BT, mask, is_cached, dtype), None)] * num_layers
+            return [View(self._sloping(positions_BT, mask, keys_BS, dtype), None)] * num_layers
         if config.rotary is None:
             return [View(mask, None)] * num_layers
         far = near = View(mask, turns(config.rotary, positions_BT, dtype))
         if any(config.window_layers):
             turn = far.turn if config.window_rotary is None else turns(config.window_rotary, positions_BT, dtype)
-            near = View(self._windowed(positions_BT, mask, is_cached), turn)
+            near = View(self._windowed(positions_BT, mask, keys_BS), turn)
         views = [near if is_near else far for is_near in config.window_layers or [False] * num_layers]
         unturned = config.unturned_layers or [False] * num_layers
         return [view._replace(turn=None) if is_none else view for view, is_none in zip(views, unturned, strict=True)]
 
-    def _windowed(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool) -> Tensor | None:
+    def _windowed(self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None) -> Tensor | None:
         """The mask of a layer that sees the last tokens only."""
         window = self.config.window
         assert window is not None
         if (positions_BT.shape[1] if mask is None else mask.shape[-1]) <= window:
             return mask
-        distance_B1TS = _distances(positions_BT, mask, is_cached)
+        distance_B1TS = _distances(positions_BT, mask, keys_BS)
         return (distance_B1TS < window) & _seen(distance_B1TS, mask)
 
-    def _sloping(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype) -> Tensor:
+    def _sloping(
+        self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """The mask of a layer to which what is far counts less (Press et al., 2022): ``float[B, H, T, S]``."""
-        distance_B1TS = _distances(positions_BT, mask, is_cached)
+        distance_B1TS = _distances(positions_BT, mask, keys_BS)
         find = remembered_slopes if type(positions_BT) is Tensor else slopes  # as in `turns`
         slopes_H11 = find(self.config.num_heads, positions_BT.device)[:, None, None]
         bias_BHTS = (-slopes_H11 * distance_B1TS).to(dtype)
@@ -142,10 +149,9 @@ class Decoder(nn.Module):
         return step(self, tokens_B, cache)
 
 
-def _distances(positions_BT: Tensor, mask: Tensor | None, is_cached: bool) -> Tensor:
-    """How many tokens before each token another stands: ``int64[B, 1, T, S]``. In a cache each is in its own slot."""
-    keys_BS = positions_BT
-    if is_cached:
+def _distances(positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None) -> Tensor:
+    """How many tokens before each token another stands: ``int64[B, 1, T, S]``."""
+    if keys_BS is None:
         assert mask is not None
         keys_BS = torch.arange(mask.shape[-1], device=positions_BT.device)[None]
     return (positions_BT[..., None] - keys_BS[:, None])[:, None]
