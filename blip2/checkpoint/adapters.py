@@ -37,7 +37,6 @@ LORA = {"A": "first", "B": "second", "magnitude_vector": "lengths"}
 # What is not merged here, as adapter_config.json has it: the field, and the values with which it is not asked for.
 ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("peft_type", ("LORA",)),
-    ("fan_in_fan_out", (False, None)),
     # With others the weights that the adapter belongs to were changed, too.
     ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal")),
     ("lora_bias", (False, None)),
@@ -126,12 +125,12 @@ class Adapters:
                 digest.update((adapter.path / name).read_bytes())
         return digest.hexdigest()[:16]
 
-    def merged(self, names: Sequence[str], tensor: Tensor) -> Tensor:
-        """A tensor that is read, with all changes; ``names`` are of the equal parts, one below the other, it is of."""
-        if not any(name in adapter.changes for name in names for adapter in self._adapters):
+    def merged(self, rows: Mapping[str, int], tensor: Tensor) -> Tensor:
+        """A tensor that is read, with all changes; ``rows``: of its parts, one below the other, by their names."""
+        if not any(name in adapter.changes for name in rows for adapter in self._adapters):
             return tensor
-        parts = tensor.chunk(len(names)) if len(names) > 1 else [tensor]
-        return torch.cat([self._merged(name, part) for name, part in zip(names, parts, strict=True)]).view(tensor.shape)
+        parts = tensor.split(list(rows.values())) if len(rows) > 1 else [tensor]
+        return torch.cat([self._merged(name, part) for name, part in zip(rows, parts, strict=True)]).view(tensor.shape)
 
     def _merged(self, name: str, before: Tensor) -> Tensor:
         changing = [adapter for adapter in self._adapters if name in adapter.changes]

@@ -150,7 +150,8 @@ def _load(
             if is_transposed(config, step.name):
                 tensor = tensor.T.contiguous()
             if adapters is not None:
-                tensor = adapters.merged(step.sources, tensor)
+                rows = {name: sum(place.shape[:1]) for name, place in zip(step.sources, step.places, strict=True)}
+                tensor = adapters.merged(rows, tensor)
                 tensor = tensor.to(step.places[0].dtype) if as_stored else tensor
             _fill(model, step, tensor, where, None if as_stored else precision)
         except NotFiniteError as error:
