@@ -13,8 +13,8 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,21 @@ class Adapter:
     path: Path
     weight: float
     changes: Mapping[str, LowRank | Place]
+    kind: str = "LoRA"
+
+    @property
+    def ranks(self) -> list[int]:
+        """Each that occurs."""
+        return sorted({change.first.shape[0] for change in self.changes.values() if isinstance(change, LowRank)})
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights were trained."""
+        places = (
+            (each.first, each.second, each.lengths) if isinstance(each, LowRank) else (each,)
+            for each in self.changes.values()
+        )
+        return sum(math.prod(place.shape) for several in places for place in several if place is not None)
 
 
 class Adapters:
@@ -84,6 +99,9 @@ class Adapters:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = list(adapters)
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self._adapters)
 
     @classmethod
     def of(cls, asked: Asked | None) -> Adapters | None:
@@ -190,7 +208,8 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
         alpha = _alpha(config, module, folder)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         changes[f"{module}.weight"] = LowRank(scale, first, second, lengths)
-    return Adapter(folder, weight, changes)
+    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    return Adapter(folder, weight, changes, kind)
 
 
 def _alpha(config: Mapping[str, Any], module: str, folder: Path) -> float:
@@ -229,7 +248,7 @@ def _fitted(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tables: set
                 f"{adapter.path}: {module} is {list(have)}, and {list(shapes[name])} in {folder}; the adapter is of "
                 "another model"
             )
-    return Adapter(adapter.path, adapter.weight, changes)
+    return replace(adapter, changes=changes)
 
 
 def _and_more(number: int, of: int) -> str:

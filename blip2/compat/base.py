@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blip2.compat.config import Blip2Config, built, content_of, public
 from blip2.compat.loading import Device, device_and_dtype, load_model
+from blip2.compat.merging import merge
 from blip2.compat.names import Named, name_layers, unfuse
 from blip2.compat.parts import Part
 from blip2.compat.pixels import preprocessor_in
@@ -141,6 +142,14 @@ class PreTrained(Named):
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write the model in the published layout, which `from_pretrained` and transformers read; see `saving.save`."""
         save(self, Path(folder), options)
+
+    def load_adapter(self, name: str | Path, adapter_name: str | None = None, *, weight: float = 1.0) -> None:
+        """Merge a LoRA or DoRA that `peft` saved, by its folder or its name on the hub, into the weights.
+
+        It stays in them: another is added to it, and one of the ``weight`` -1 takes a LoRA away again.
+        ``adapter_name`` is taken and changes nothing. See `merging.merge`.
+        """
+        merge(self, name, weight)
 
     # ---- what it is -------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from blip2.compat.base import PreTrained
 from blip2.compat.decoder import DecoderBody, DecoderModel
 from blip2.compat.generation import Generates
 from blip2.compat.language import LanguagePart, next_token_loss
+from blip2.compat.names import put_weight
 from blip2.compat.opt import OPTBody, OPTDecoder, OPTModel
 from blip2.compat.options import GenerationConfig
 from blip2.compat.parts import Part, QFormerModel, VisionModel
@@ -164,14 +165,14 @@ class Generative(Prompts, PreTrained):
             raise OptionError("a quantised model keeps its table of tokens; resize it unquantised, then quantise")
         head, language = cast("Any", self.get_output_embeddings()), self.model.language
         is_tied = head.weight is old.weight
-        _keep(old, _resized(old.weight, number))
+        put_weight(old, _resized(old.weight, number))
         old.num_embeddings = number
         if old.padding_idx is not None and old.padding_idx >= number:
             old.padding_idx = None
         if is_tied:
             head.weight = old.weight
         else:
-            _keep(head, _resized(head.weight, number))
+            put_weight(head, _resized(head.weight, number))
         head.out_features = number
         language.config = replace(language.config, vocab_size=number)
         self.config.text_config.vocab_size = number
@@ -340,9 +341,3 @@ def _resized(weight: Tensor, number: int) -> Tensor:
     new[kept:] = old.float().mean(dim=0).to(old.dtype)
     return new
 
-
-def _keep(module: Any, weight: Tensor) -> None:
-    if hasattr(module, "keep"):
-        module.keep(weight)
-    else:
-        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)

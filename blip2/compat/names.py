@@ -299,3 +299,11 @@ def tied_head(language: OPT | Decoder) -> Linear:
     head = layer(language.token_embedding.weight.detach())
     head.weight = language.token_embedding.weight
     return head
+
+
+def put_weight(module: Any, weight: Tensor, name: str = "weight") -> None:
+    """Other numbers for a layer, which keeps them in its own order."""
+    if name == "weight" and hasattr(module, "keep"):
+        module.keep(weight)
+    else:
+        setattr(module, name, nn.Parameter(weight, requires_grad=getattr(module, name).requires_grad))
