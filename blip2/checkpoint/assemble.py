@@ -117,7 +117,8 @@ def assemble(
         config = Blip2Config(vision=vision.config, qformer=begun, language=spoken)
         weights = frozen_part(folder, LANGUAGE, config.language.family)
         shared = [*shared, *written]
-        written.append(_write(out / "generative", config, vision, qformer, weights, _tokenizer(folder), seed, shared))
+        tokenizer = _tokenizer(folder)
+        written.append(_write(out / "generative", config, vision, qformer, weights, tokenizer, seed, shared, folder))
     return written
 
 
@@ -143,6 +144,7 @@ def _write(
     tokenizer: str,
     seed: int,
     shared: list[Path],
+    words: Path | None = None,
 ) -> Path:
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already; name another folder, or remove it")
@@ -162,7 +164,7 @@ def _write(
         folder,
         [(name, size) for name, size in sizes.items() if name not in linked],
         _values(model, qformer, language, linked, torch.Generator().manual_seed(seed)),
-        texts_of(model, tokenizer, None, vision.settings),
+        texts_of(model, tokenizer, None, vision.settings, words),
         apart=True,
         linked=linked,
     )

@@ -29,6 +29,8 @@ from blip2.disk import link_or_copy, replace
 from blip2.errors import CheckpointError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.plaintext import read_text
+from blip2.template import FILE as CHAT_TEMPLATE
+from blip2.template import template_in
 
 MAX_SHARD_SIZE_BYTES = 5 * 10**9
 STEMS = "|".join(("model", TRAINED, *FROZEN.values()))
@@ -173,12 +175,18 @@ def texts_of(
     tokenizer: Path | str | None,
     quantization: dict[str, Any] | None,
     settings: ImageSettings | None,
+    words: Path | None = None,
 ) -> dict[str, str]:
-    """The small files and what is in them, config.json last."""
+    """The small files and what is in them, config.json last. ``words``: a folder whose chat template comes along; by
+    default the tokenizer's."""
+    if words is None and isinstance(tokenizer, Path):
+        words = tokenizer.parent
     texts = {}
     if tokenizer is not None:
         texts["tokenizer.json"] = read_text(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-        texts["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
+        names, template = ({}, None) if words is None else template_in(words)
+        texts["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"} | names)
+        texts |= {} if template is None else {CHAT_TEMPLATE: template}
     settings = settings or ImageSettings(model.config.vision.image_size)
     texts["preprocessor_config.json"] = _json(preprocessor_json(settings))
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.config.qformer.num_query_tokens}

@@ -65,6 +65,8 @@ INDEX_MODEL = (
     *PRECISION,
     ADAPTER,
 )  # fmt: skip
+CHAT_TEMPLATE = click.option("--chat-template", is_flag=True, help="Ask in the words of the language model's own chat "
+                             "template.")  # fmt: skip
 MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision", "vision", "adapter")
 
 # Ranges are checked where they are known: by GenerateOptions.
