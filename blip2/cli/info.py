@@ -22,6 +22,7 @@ from blip2.cli.options import (
     printing,
     with_options,
 )
+from blip2.cli.part import told_as_part
 from blip2.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def command(model: str | None, as_json: bool, with_plan: bool, gpu_memory: float
     """Tell what a model is, and what it would need here.
 
     MODEL is a folder or a name on the Hugging Face hub; by default the bundled miniature. A published model need not
-    be downloaded for it. Told are its parts, the precision that would be chosen and why, the memory that its weights
+    be downloaded for it. Of a part by itself (a language model, an image encoder, a BERT) its family and size are told.
+    Told are its parts, the precision that would be chosen and why, the memory that its weights
     take in that precision, and which layers are quantised.
 
     \b
@@ -74,6 +76,8 @@ def command(model: str | None, as_json: bool, with_plan: bool, gpu_memory: float
     """
     if gpu_memory is not None and not (with_plan and gpu_memory > 0):
         raise click.UsageError("--gpu-memory is a number of GB above 0, and goes with --plan")
+    if told_as_part(model, options["revision"], as_json):
+        return
     facts = _facts(model, **options)
     plan = _plan(facts, options["dtype"], gpu_memory) if with_plan else None
     if as_json:

@@ -253,3 +253,26 @@ def test_a_linked_model_is_told_quantised_and_merged_whole(parts, tmp_path):
     assert (tmp_path / "first/generative/language_model.safetensors").read_bytes() == before[
         "language_model.safetensors"
     ]
+
+
+def test_a_part_by_itself_is_told(parts):
+    def told(name):
+        plain = CliRunner().invoke(cli, ["info", str(parts / name)])
+        assert plain.exit_code == 0, plain.output
+        content = json.loads(CliRunner().invoke(cli, ["info", str(parts / name), "--json"]).output)
+        weights = load_file(parts / name / "model.safetensors")
+        assert content["disk_bytes"] == (parts / name / "model.safetensors").stat().st_size
+        return plain.output, content, sum(tensor.numel() for tensor in weights.values())
+
+    text, content, number = told("llama")
+    assert "blip2 assemble --language" in text and content["family"] == "llama"
+    assert content["kind"] == "language model" and content["num_parameters"] == number
+    assert content["memory_bytes"].keys() == {"bfloat16", "int8", "int4"}
+    assert content["memory_bytes"]["bfloat16"] == 2 * number
+    text, content, _ = told("clip")
+    assert "blip2 assemble --vision" in text and "28 pixels, 4 patches, a class token" in content["architecture"]
+    vision = checkpoint.open_encoder(parts / "clip")
+    assert content["num_parameters"] == sum(tensor.numel() for _, tensor in vision.tensors())
+    text, content, _ = told("bert")
+    assert "blip2 assemble --qformer" in text and content["kind"] == "BERT"
+    assert told("t5")[1]["architecture"].startswith("T5, 2 + 2 blocks")
