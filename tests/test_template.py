@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ import blip2
 from blip2 import checkpoint, template
 from blip2.cli import cli
 from blip2.errors import CheckpointError, OptionError
+from blip2.serve.service import Models
 from blip2.template import IMAGE, ChatTemplate
 from tests import tiny
+from tests.serve.conftest import serving
 
 transformers = pytest.importorskip("transformers")
 
@@ -164,6 +168,24 @@ def test_the_command_asks_with_it(folder, pictures):
     assert done.exit_code == 0, done.output
     expected = blip2.load(folder, chat_template=True).ask(pictures[0], "what?", num_beams=1)
     assert done.output.split() == expected.split()
+
+
+def test_a_collection_and_the_server_ask_with_it(folder, pictures, tmp_path):
+    out = tmp_path / "out.jsonl"
+    arguments = ["ask", pictures[0], "what?", "--model", str(folder), "--chat-template", "--beams", "1", "-o", str(out)]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    blip = blip2.load(folder, chat_template=True)
+    expected = blip.ask(pictures[0], "what?", num_beams=1)
+    written = json.loads(out.read_text().splitlines()[0])["caption"]  # without what no text has
+    assert list(filter(str.isalpha, written)) == list(filter(str.isalpha, expected))
+
+    image = "data:image/png;base64," + base64.b64encode(Path(pictures[0]).read_bytes()).decode()
+    content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": image}}]
+    with serving(lambda: Models(blip)) as server:
+        answer = server.chat({"role": "user", "content": content}, temperature=0, max_tokens=10, model="model")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == expected
 
 
 BAD = {

@@ -18,6 +18,7 @@ from blip2.cli.options import (
     given,
     load_pipeline,
     of_model,
+    of_template,
     with_options,
 )
 from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
@@ -84,7 +85,7 @@ def command(
         raise click.UsageError("--question-column is for results in files, and excludes -q; add -o FILE")
     if not question_column:
         arguments, questions = _split(arguments, questions, has_list=others["files_from"] is not None)
-    model = of_model(others) | of_reading(others) | {"chat_template": others.pop("chat_template")}
+    model = of_model(others) | of_reading(others) | of_template(others)
     if is_asked:
         from blip2.api.collect import asking
 

@@ -119,6 +119,11 @@ def of_model(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in MODEL_NAMES}
 
 
+def of_template(options: dict[str, Any]) -> dict[str, bool]:
+    """Take `CHAT_TEMPLATE` out of all options, for `load_pipeline`; without it nothing, as before there was one."""
+    return {"chat_template": True} if options.pop("chat_template") else {}
+
+
 def load_pipeline(**options: Any) -> Pipeline:
     """The generative model that the options name."""
     from blip2.api.loading import as_pipeline

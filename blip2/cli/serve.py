@@ -15,7 +15,16 @@ import click
 from click.core import ParameterSource
 
 from blip2.cli import Failure
-from blip2.cli.options import CHAT_TEMPLATE, MODEL, lines_in, load_matcher, load_pipeline, of_model, with_options
+from blip2.cli.options import (
+    CHAT_TEMPLATE,
+    MODEL,
+    lines_in,
+    load_matcher,
+    load_pipeline,
+    of_model,
+    of_template,
+    with_options,
+)
 from blip2.errors import OptionError
 from blip2.installed import install_line
 from blip2.plaintext import lines_of
@@ -163,7 +172,7 @@ def command(
         raise Failure(f"serving needs more packages ({error}); {install_line('serve')}") from error
 
     model = of_model(others)
-    template = {"chat_template": others.pop("chat_template")}
+    template = of_template(others)
     limits = Limits(
         **{field.name: others[field.name] for field in fields(Limits) if others.get(field.name) is not None}
     )

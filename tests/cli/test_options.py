@@ -38,8 +38,7 @@ def test_the_options_of_a_model_reach_its_loading(run, monkeypatch, verb):
         "device": "cuda:1", "dtype": "bfloat16", "quantize": "int4", "quantize_vision": True, "vision": "int8",
         "revision": "v2", "adapter": None,
     }  # fmt: skip
-    more = {"chat_template": False} if verb[0] in ("ask", "chat") else {}
-    assert given == [("a/b", everything | more), (None, nothing | more)]
+    assert given == [("a/b", everything), (None, nothing)]
 
 
 def test_quantising_nothing(run, pictures, opt_model):
