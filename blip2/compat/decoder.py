@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from blip2.compat.language import LanguagePart, Past, causal_mask, checked_mask
@@ -36,19 +35,19 @@ class DecoderBody(LanguagePart):
     ) -> Any:
         """``last_hidden_state`` float[B, T, D]. ``attention_mask`` [B, S] is of the tokens so far and these.
 
-        ``position_ids`` [B, T]: those of the real tokens, counted; without them padding has its positions, too, as in
-        the reference.
+        Positions are those of the real tokens, counted, unless ``position_ids`` [B, T] say otherwise: padding changes
+        nothing, wherever it stands. (In the reference padding between image and text has positions, too.)
         """
         core = cast("Decoder", self.core)
         x_BTD = self.embedded(input_ids, inputs_embeds)
         num_rows, num_tokens = x_BTD.shape[:2]
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
         is_real_BS = checked_mask(attention_mask, (num_rows, num_past + num_tokens), x_BTD.device)
-        keys_BS = torch.arange(is_real_BS.shape[1], device=x_BTD.device)[None]
+        keys_BS = (is_real_BS.long().cumsum(dim=1) - 1).clamp(min=0)
         if position_ids is None:
             position_ids = keys_BS[:, num_past:]
-        else:
-            keys_BS = (is_real_BS.long().cumsum(dim=1) - 1).clamp(min=0)
+        elif not num_past:
+            keys_BS = position_ids
         is_plain = not num_past and bool(is_real_BS.all())
         mask = None if is_plain else causal_mask(is_real_BS, num_tokens)
         cache = past_key_values

@@ -29,6 +29,7 @@ from blip2.compat.records import ModelOutput, PartsOutput, Prompt, returned
 from blip2.compat.t5 import T5Decoder, T5Encoder, T5Model
 from blip2.config import DecoderConfig
 from blip2.errors import OptionError
+from blip2.language import Decoder
 from blip2.linear import Table, readable
 from blip2.model import Blip2
 
@@ -67,6 +68,9 @@ class Generative(Prompts, PreTrained):
                 module.dropout = dropout
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = text.attention_dropout
+        if isinstance(language, Decoder):  # what pads learns nothing from being looked up
+            pad, table = text.pad_token_id, language.token_embedding
+            table.padding_idx = pad if pad is not None and 0 <= pad < table.num_embeddings else None
 
     def _parts(self) -> dict[str, Any]:
         model, config = cast("Blip2", self.model), self.config

@@ -69,11 +69,9 @@ def _of_decoder(
     seen = []
     for number, ids_RT in enumerate(ids):
         new_RT = ids_RT[:, prompt.ids_BT.shape[1] :]
-        is_real_RT = torch.cat([is_real_RS, torch.ones_like(new_RT, dtype=torch.bool)], dim=1)
         step = part(
             inputs_embeds=torch.cat([vectors_RSD, part.embedded(new_RT, None).to(vectors_RSD)], dim=1),
-            attention_mask=is_real_RT,
-            position_ids=is_real_RT.long().cumsum(dim=1) * is_real_RT - 1,
+            attention_mask=torch.cat([is_real_RS, torch.ones_like(new_RT, dtype=torch.bool)], dim=1),
             **watching,
         )
         if number == 0:
