@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blip2.config import DecoderConfig
 from blip2.language import gpt, llama
-from blip2.language.decoding import prefill, step
+from blip2.language.decoding import placed, prefill, step
 from blip2.language.norm import RMSNorm
 from blip2.language.rotary import View, turns
 from blip2.layers import KVCache
@@ -72,12 +72,7 @@ class Decoder(nn.Module):
         ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) say otherwise: training packs several
         texts behind one prefix.
         """
-        num_tokens = embeddings_BTD.shape[1]
-        if cache is not None:
-            positions_BT = cache.positions(num_tokens)
-            mask = cache.mask(positions_BT)
-        elif positions_BT is None:
-            positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
+        positions_BT, mask = placed(embeddings_BTD, cache, positions_BT, mask)
         views = self.views(positions_BT, mask, None if cache is not None else positions_BT, embeddings_BTD.dtype)
         x_BTD = self.entered(embeddings_BTD, positions_BT)
         for layer, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
