@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2.checkpoint.files import INDEX, weight_files
+from blip2.checkpoint.files import INDEX, TRAINED, weight_files
 from blip2.checkpoint.reader import Place, find_tensors
 from blip2.errors import CheckpointError, option
 
-TRAINED = "qformer"
-"""The stem of the files of all that learns. Not "model", which other readers take for the whole."""
 FROZEN = {"vision_model.": "vision_model", "language_model.": "language_model"}
 POST_NORM = "vision_model.post_layernorm."
 """Of the image encoder, and learns."""

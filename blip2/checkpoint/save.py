@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.checkpoint.files import INDEX, WEIGHTS
-from blip2.checkpoint.frozen import FROZEN, TRAINED, frozen_files, parts_of, stem_of
+from blip2.checkpoint.files import INDEX, TRAINED, WEIGHTS
+from blip2.checkpoint.frozen import FROZEN, frozen_files, parts_of, stem_of
 from blip2.checkpoint.preprocessor import ImageSettings, preprocessor_json
 from blip2.checkpoint.quantize import CODES, SCALES, quantization_of
 from blip2.checkpoint.reader import places_in

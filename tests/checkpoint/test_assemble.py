@@ -276,3 +276,20 @@ def test_a_part_by_itself_is_told(parts):
     text, content, _ = told("bert")
     assert "blip2 assemble --qformer" in text and content["kind"] == "BERT"
     assert told("t5")[1]["architecture"].startswith("T5, 2 + 2 blocks")
+
+
+def test_another_program_s_model_in_the_same_folder_is_told_and_harms_no_other(parts, tmp_path):
+    _, first = assembled(parts, tmp_path / "first")
+    _, second = assembled(parts, tmp_path / "second", link=tmp_path / "first")
+    before = checkpoint.load(first).state_dict()
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(second)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(2)
+    theirs.save_pretrained(second)
+    with pytest.raises(CheckpointError, match="holds two models"):
+        checkpoint.load(second)
+    for name, tensor in checkpoint.load(first).state_dict().items():
+        assert torch.equal(tensor, before[name])
+    (second / "model.safetensors").unlink()
+    checkpoint.load(second)
