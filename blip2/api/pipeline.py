@@ -23,6 +23,7 @@ from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, CHAT, merged
 from blip2.tasks.explain import Explanation, Words, explain_words, sight
 from blip2.tasks.see import Eye, OnError, Result, Seen, checked, in_batches, repeated
 from blip2.tasks.speaker import Answer, Speaker, num_pairs
+from blip2.template import ChatTemplate
 from blip2.text import Tokenizer
 
 Picture = Source | EncodedImage
@@ -64,6 +65,7 @@ class Pipeline:
         *,
         name: str = "model",
         reading: Reading = DEFAULT_READING,
+        template: ChatTemplate | None = None,
     ) -> None:
         self.name = name
         config = model.config
@@ -75,7 +77,7 @@ class Pipeline:
             decode=tokenizer.decode,
             damage=partial(damage, model),
         )
-        self.speaker = Speaker(model.eval(), tokenizer, engine)
+        self.speaker = Speaker(model.eval(), tokenizer, engine, template)
         self.eye = Eye(
             model.vision,
             self._see,

@@ -300,7 +300,7 @@ def _companions(like_folder: Path, like: Config, config: Config) -> dict[str, st
     texts = {
         file.name: read_text(file)
         for file in sorted(like_folder.iterdir())
-        if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json")
+        if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(".index.json")
     }
     settings = texts.pop("config.json")
     if config.vision.image_size != like.vision.image_size:

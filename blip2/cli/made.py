@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 COMPANIONS = (
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 """What stands beside the weights and the tokenizer, and is the same whatever the weights are kept in."""
 UNFINISHED = "unfinished"

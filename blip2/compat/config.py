@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from blip2.checkpoint import resolve
+from blip2.checkpoint.decoders import LLAMAS
 from blip2.checkpoint.settings import config_json, parse, read_json
 from blip2.config import Blip2Config as Generative
 from blip2.config import LanguageConfig, MatcherConfig, QFormerConfig, VisionConfig
@@ -178,7 +179,22 @@ class T5Config(Config):
             self.num_decoder_layers = self.num_layers
 
 
-TEXT: dict[str, type[Config]] = {"opt": OPTConfig, "t5": T5Config}
+class DecoderConfig(Config):
+    """Of another decoder. What is not set is what its kind has, and stays unsaid in files: there null is not absent."""
+
+    defaults = {"use_cache": True}
+
+    def __init__(self, model_type: str = "llama", **values: Any) -> None:
+        super().__init__(**values)
+        self.__dict__["model_type"] = model_type
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (known := LLAMAS.get(self.__dict__.get("model_type", ""), {})):
+            return known[name]
+        return super().__getattr__(name)
+
+
+TEXT: dict[str, type[Config]] = {"opt": OPTConfig, "t5": T5Config, **dict.fromkeys(LLAMAS, DecoderConfig)}
 
 
 class Blip2Config(Config):
@@ -206,7 +222,7 @@ class Blip2Config(Config):
         if family not in TEXT:
             raise OptionError(f"text_config is of a {family!r}; the language model is one of {', '.join(TEXT)}")
         values.setdefault("is_encoder_decoder", family == "t5")
-        values.setdefault("use_decoder_only_language_model", family == "opt")
+        values.setdefault("use_decoder_only_language_model", family != "t5")
         super().__init__(**values)
         self.vision_config = Blip2VisionConfig(**content_of(vision_config))
         self.qformer_config = Blip2QFormerConfig(**content_of(qformer_config))

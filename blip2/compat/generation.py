@@ -34,13 +34,13 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput): ...
 class GenerateBeamEncoderDecoderOutput(ModelOutput): ...
 
 
-OUTPUTS_OF: dict[tuple[str, bool], type[ModelOutput]] = {
-    ("opt", False): GenerateDecoderOnlyOutput,
-    ("t5", False): GenerateEncoderDecoderOutput,
-    ("opt", True): GenerateBeamDecoderOnlyOutput,
-    ("t5", True): GenerateBeamEncoderDecoderOutput,
+OUTPUTS_OF: dict[tuple[bool, bool], type[ModelOutput]] = {
+    (False, False): GenerateDecoderOnlyOutput,
+    (True, False): GenerateEncoderDecoderOutput,
+    (False, True): GenerateBeamDecoderOnlyOutput,
+    (True, True): GenerateBeamEncoderDecoderOutput,
 }
-"""By the language model's family, and whether there are beams."""
+"""By whether the language model has an encoder, and whether there are beams."""
 
 
 class Writer(Protocol):
@@ -84,10 +84,10 @@ class Generates:
     ) -> Tensor | ModelOutput:
         """Go on from images and prompts: ``int64[B * num_return_sequences, ...]``, filled with padding.
 
-        An OPT's rows are the prompt's ids and the new ones, a T5's the start token and the new ones; the end token is
-        there where the model wrote it. Without ``input_ids`` the prompt is the image and the token that begins a text,
-        or ``inputs_embeds`` float[M, T, D], in which the image goes where its token's vector stands. N images go with
-        N prompts, with one, or one with many.
+        A decoder's rows are the prompt's ids and the new ones, a T5's the start token and the new ones; the end token
+        is there where the model wrote it. Without ``input_ids`` the prompt is the image and the token that begins a
+        text, or ``inputs_embeds`` float[M, T, D], in which the image goes where its token's vector stands. N images go
+        with N prompts, with one, or one with many.
 
         Options (default): max_new_tokens (20) or max_length, which counts the prompt's ids too, min_new_tokens (0) or
         min_length, num_beams (1), length_penalty (1), early_stopping (False), num_return_sequences (1), do_sample
@@ -111,7 +111,10 @@ class Generates:
         """
         prompt = self._prompt(pixel_values, input_ids, attention_mask, interpolate_pos_encoding, inputs_embeds)
         language = self.model.language.config
-        family_tokens = {"eos_token_id": language.eos_token_id, "pad_token_id": language.pad_token_id}
+        ends = list(language.end_token_ids)
+        family_tokens = {
+            "eos_token_id": ends if len(ends) > 1 else language.eos_token_id, "pad_token_id": language.pad_token_id
+        }  # fmt: skip
         given = {} if generation_config is None else from_config(generation_config)
         asked = merged(family_tokens, from_config(self.generation_config), given, heeded("generate", options))
 
@@ -124,8 +127,11 @@ class Generates:
                 raise OptionError(f"decoder_start_token_id is {asked['decoder_start_token_id']}, this model's {start}")
             before_BT, counted, room = before_BT.new_full((len(prompt.is_real_BS), 1), start), 1, None
         how = decoding(asked, prompt_length=counted, room=room)
-        ends = _known(how.eos_token_ids, language.vocab_size)
-        engine = Engine(self.model.language, eos_token_ids=ends, damage=partial(checkpoint.damage, self.model))
+        engine = Engine(
+            self.model.language,
+            eos_token_ids=_known(how.eos_token_ids, language.vocab_size),
+            damage=partial(checkpoint.damage, self.model),
+        )
         if not is_watched(asked, how):
             return _by_the_engine(engine, prompt, before_BT, how)
         way = _watched(asked, how, prompt, before_BT, language.vocab_size)
@@ -140,13 +146,13 @@ class Generates:
         if written.ids is not None:
             states = states_of(
                 self.language_model,
-                language.family,
+                language.has_encoder,
                 prompt,
                 written.ids,
                 attentions=bool(asked.get("output_attentions")),
                 hidden_states=bool(asked.get("output_hidden_states")),
             )
-        return _output(written, language.family, states)
+        return _output(written, language.has_encoder, states)
 
     def compute_transition_scores(
         self: Writer,
@@ -232,15 +238,15 @@ def _watched(asked: Mapping[str, Any], how: Decoding, prompt: Prompt, before_BT:
 
 
 STATES = {
-    "opt": ("attentions", "hidden_states"),
-    "t5": (
+    False: ("attentions", "hidden_states"),
+    True: (
         "encoder_attentions", "encoder_hidden_states",
         "decoder_attentions", "cross_attentions", "decoder_hidden_states",
     ),
 }  # fmt: skip
 
 
-def _output(written: Written, family: str, states: Mapping[str, Any]) -> ModelOutput:
+def _output(written: Written, has_encoder: bool, states: Mapping[str, Any]) -> ModelOutput:
     """What was written by the names that the reference has for it."""
     has_beams = written.beam_indices is not None
     values: dict[str, Any] = {"sequences": written.sequences}
@@ -249,8 +255,8 @@ def _output(written: Written, family: str, states: Mapping[str, Any]) -> ModelOu
     values |= {"scores": written.scores, "logits": written.logits}
     if has_beams:
         values["beam_indices"] = written.beam_indices
-    values |= {name: states.get(name) for name in STATES[family]}
-    return OUTPUTS_OF[family, has_beams](**values, past_key_values=None)
+    values |= {name: states.get(name) for name in STATES[has_encoder]}
+    return OUTPUTS_OF[has_encoder, has_beams](**values, past_key_values=None)
 
 
 def rows_of(prompt: Prompt) -> list[Tensor]:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from blip2.checkpoint.keys import published_names, table
+from blip2.checkpoint.keys import published_names, rows_of_parts, table
 from blip2.checkpoint.tensors import in_parts
+from blip2.compat.config import TEXT
 from blip2.errors import OptionError
-from blip2.language import OPT
+from blip2.language import OPT, Decoder
 from blip2.linear import Linear, Weight, is_worth_packing, readable
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
@@ -42,7 +43,12 @@ ORDERS = (
     ("embed_tokens", "block", "final_layer_norm"),
     ("q", "k", "v", "o", "relative_attention_bias"),
     ("SelfAttention", "EncDecAttention", "DenseReluDense", "layer_norm"),
-)
+    ("embed_tokens", "layers", "norm"),
+    ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+     "post_feedforward_layernorm"),
+    ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_norm", "k_norm"),
+    ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)  # fmt: skip
 
 
 class Named(nn.Module):
@@ -125,14 +131,16 @@ class Fused(nn.Module):
     """Several linear layers of one input in the place of one product; what they give stands side by side."""
 
     @classmethod
-    def of(cls, whole: Any, names: list[str]) -> Fused:
-        """Take a layer apart. Each part has memory of its own: what is saved or sent by its storage is the part."""
+    def of(cls, whole: Any, rows: Mapping[str, int]) -> Fused:
+        """Take a layer apart, into layers of so many rows. Each has memory of its own: what is saved or sent by its
+        storage is the part."""
         parts = cls()
-        biases: list[Any] = [None] * len(names)
+        sizes = list(rows.values())
+        biases: list[Any] = [None] * len(rows)
         if whole.bias is not None:
-            biases = [bias.clone() for bias in whole.bias.detach().chunk(len(names))]
+            biases = [bias.clone() for bias in whole.bias.detach().split(sizes)]
         packs = isinstance(whole.weight, Weight)
-        for name, weight, bias in zip(names, readable(whole.weight).chunk(len(names)), biases, strict=True):
+        for name, weight, bias in zip(rows, readable(whole.weight).split(sizes), biases, strict=True):
             if not (packs and is_worth_packing(weight.dtype, weight.numel())):
                 weight = weight.clone()
             part = layer(weight, bias, requires_grad=whole.weight.requires_grad, packs=packs)
@@ -148,16 +156,20 @@ def unfuse(model: Blip2 | Blip2Matcher) -> None:
 
     Raises OptionError for a language model whose parts have no names here.
     """
-    if isinstance(model, Blip2) and (kind := model.config.language.model_type) not in ("opt", "t5"):
+    config = model.config.language if isinstance(model, Blip2) else None
+    if config is not None and config.model_type not in TEXT:
         raise OptionError(
-            f"the language model is a {kind}, and these names are for an OPT or a T5; use blip2.load, which takes it"
+            f"the language model is a {config.model_type}, and these names are for an OPT, a T5, or what is made like "
+            "a Llama; use blip2.load, which takes it"
         )
     for ours, theirs in table(model.config).items():
         name, _, last = ours.rpartition(".")
         if "|" in theirs and last == "weight":
-            whole = model.get_submodule(name)
+            whole: Any = model.get_submodule(name)
             if not isinstance(whole, Fused | QuantizedLinear):
-                model.set_submodule(name, Fused.of(whole, [each.split(".")[-2] for each in published_names(theirs)]))
+                names = [each.split(".")[-2] for each in published_names(theirs)]
+                rows = rows_of_parts(model.config, ours, whole.out_features, len(names))
+                model.set_submodule(name, Fused.of(whole, dict(zip(names, rows, strict=True))))
 
 
 class _Entry(NamedTuple):
@@ -258,14 +270,14 @@ def _name_twins(place: Callable[[str], Named], model: Blip2) -> None:
     """What is one table here has several names in the reference."""
     language = model.language
     top = place("language_model")
-    if not isinstance(language, OPT):
+    if language.config.has_encoder:
         for path in ("language_model.encoder", "language_model.decoder"):
             place(path).put("embed_tokens", language, "token_embedding")
         return
     if language.output is None:
         top.add_module("lm_head", tied_head(language))
         top.places["lm_head"] = (language, "output")  # once it is replaced
-    else:
+    elif "lm_head" not in top._modules:
         top.put("lm_head", language, "output")
 
 
@@ -282,8 +294,16 @@ def layer(
     return made
 
 
-def tied_head(language: OPT) -> Linear:
+def tied_head(language: OPT | Decoder) -> Linear:
     """The table of tokens as a linear layer."""
     head = layer(language.token_embedding.weight.detach())
     head.weight = language.token_embedding.weight
     return head
+
+
+def put_weight(module: Any, weight: Tensor, name: str = "weight") -> None:
+    """Other numbers for a layer, which keeps them in its own order."""
+    if name == "weight" and hasattr(module, "keep"):
+        module.keep(weight)
+    else:
+        setattr(module, name, nn.Parameter(weight, requires_grad=getattr(module, name).requires_grad))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from blip2.compat.config import Blip2Config
 from blip2.compat.records import ModelOutput, Prompt
 from blip2.errors import OptionError
-from blip2.language import OPT
 from blip2.tasks.speaker import num_pairs
 
 
@@ -82,6 +81,8 @@ class Prompts:
             return self._joined_with_vectors(seen, attention_mask, inputs_embeds)
         images = len(seen.prompts_NQD)
         ids_MT = self._begin(images) if input_ids is None else input_ids.to(self.device)
+        if input_ids is None and attention_mask is None:
+            attention_mask = torch.ones_like(ids_MT)  # some begin a text with the token that pads
         is_real_MT = self._is_real(ids_MT, attention_mask)
         number = num_pairs(images, len(ids_MT))
         images_BQD = seen.prompts_NQD.expand(number, -1, -1)
@@ -114,8 +115,10 @@ class Prompts:
         """The ids of a prompt without words."""
         config, text = self.config, self.config.text_config
         image = [] if config.image_token_id is None else [config.image_token_id] * self.query_tokens.shape[1]
-        bos = text.bos_token_id if isinstance(self.model.language, OPT) else self.model.language.config.eos_token_id
-        return torch.tensor([[*image, bos]] * rows, device=self.device)
+        language = self.model.language.config
+        begin = language.eos_token_id if language.has_encoder else text.bos_token_id
+        begin = language.bos_token_id if begin is None else begin
+        return torch.tensor([[*image, begin]] * rows, device=self.device)
 
     def _is_real(self, ids_MT: Tensor, attention_mask: Tensor | None) -> Tensor:
         """``bool[M, T]``: which ids are no padding."""

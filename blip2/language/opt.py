@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import OPTConfig
-from blip2.language.decoding import prefill, step
+from blip2.language.decoding import placed, prefill, step
 from blip2.language.stepping import as_plane, program_for, run
 from blip2.layers import KVCache, attend, split_parts
 from blip2.linear import Linear, Table
@@ -97,13 +97,7 @@ class OPT(nn.Module):
         ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) say otherwise: training packs several
         texts behind one prefix.
         """
-        num_tokens = embeddings_BTD.shape[1]
-        if cache is None:
-            if positions_BT is None:
-                positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
-        else:
-            positions_BT = cache.positions(num_tokens)
-            mask = cache.mask(positions_BT)
+        positions_BT, mask = placed(embeddings_BTD, cache, positions_BT, mask)
         x_BTD = embeddings_BTD + self.position_embedding(positions_BT + POSITION_OFFSET).to(embeddings_BTD.dtype)
         if (program := program_for(x_BTD, cache, self.blocks, self._write_step)) is not None:
             assert cache is not None and mask is not None

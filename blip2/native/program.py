@@ -151,7 +151,7 @@ class Program:
             widths = (ctypes.c_long * len(self.widths))(*self.widths)
             self._ready = (Operation * len(self._operations))(*self._operations), widths
         operations, widths = self._ready
-        views = (Plane * len(planes))(*map(_plane, planes))
+        views = (Plane * len(planes))(*(Plane(*_plane(plane)) for plane in planes))
         run = Run(
             ctypes.addressof(operations), len(operations), ctypes.addressof(widths), len(widths),
             ctypes.addressof(views), positions_B.data_ptr(), x_BW.data_ptr(), TYPES[x_BW.dtype], len(x_BW),

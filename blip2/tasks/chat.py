@@ -77,13 +77,17 @@ def prompt_that_fits(
     Raises OptionError if the question is empty.
     """
 
-
     def fits(first: int) -> bool:
-        return speaker.fits(chat_prompt(history[first:], question), num_new_tokens)
+        return speaker.fits(_prompt(speaker, history[first:], question), num_new_tokens)
 
     # The shorter, the sooner it fits, so a thousand turns are not read a thousand times.
     first = bisect_left(range(len(history)), True, key=fits)
-    return chat_prompt(history[first:], question), first
+    return _prompt(speaker, history[first:], question), first
+
+
+def _prompt(speaker: Speaker, turns: Sequence[tuple[str, str]], question: str) -> str:
+    """A question in the words of a conversation, which begins with the first."""
+    return chat_prompt(turns, question) if speaker.template is None else speaker.question(question, turns)
 
 
 class _Stopped(Exception):
