@@ -11,6 +11,7 @@ from blip2 import checkpoint, placement
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
 from blip2.checkpoint.adapters import Adapters, Asked
+from blip2.config import Blip2Config
 from blip2.errors import CheckpointError, OptionError, option
 from blip2.image import MAX_PIXELS, Reading
 from blip2.model import Blip2
@@ -73,11 +74,15 @@ def load(
     # What is wrong with the small files is told before the large ones are read.
     config = checkpoint.read_config(folder)
     tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder, config)
+    reads_prompt = isinstance(config, Blip2Config) and config.reads_prompt
+    instruction_tokenizer = Tokenizer.from_folder(folder / checkpoint.QFORMER_TOKENIZER) if reads_prompt else None
     plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
     model = placement.load(folder, plan, quantize=chosen, adapters=adapters)
     called = str(name) if name is not None else "miniature"
     if isinstance(model, Blip2):
-        return Pipeline(model, tokenizer, settings, name=called, reading=reading)
+        return Pipeline(
+            model, tokenizer, settings, name=called, reading=reading, instruction_tokenizer=instruction_tokenizer
+        )
     return Matcher(model, tokenizer, settings, name=called, reading=reading)
 
 

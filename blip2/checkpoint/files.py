@@ -12,6 +12,8 @@ from blip2.errors import CheckpointError
 LENGTH_BYTES = 8
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+QFORMER_TOKENIZER = "qformer_tokenizer"
+"""The folder of the tokenizer for what the Q-Former of an InstructBLIP reads."""
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
 

@@ -9,7 +9,6 @@ from collections.abc import Generator, Sequence
 
 from blip2.encoded import EncodedImage
 from blip2.generation import GenerateOptions
-from blip2.tasks.defaults import CHAT
 from blip2.tasks.speaker import Speaker
 from blip2.text import TextStream, chat_prompt
 
@@ -22,9 +21,9 @@ class Chat:
     many, and they stay in ``history``.
     """
 
-    def __init__(self, speaker: Speaker, image: EncodedImage, options: GenerateOptions = CHAT) -> None:
+    def __init__(self, speaker: Speaker, image: EncodedImage, options: GenerateOptions | None = None) -> None:
         self.image = image
-        self.options = options
+        self.options = options or speaker.defaults.chat
         self.history: list[tuple[str, str]] = []
         self.num_forgotten = 0
         self._speaker = speaker
@@ -77,13 +76,15 @@ def prompt_that_fits(
     Raises OptionError if the question is empty.
     """
 
+    def text(first: int) -> str:
+        return chat_prompt(history[first:], question, speaker.model.config.manner)
 
     def fits(first: int) -> bool:
-        return speaker.fits(chat_prompt(history[first:], question), num_new_tokens)
+        return speaker.fits(text(first), num_new_tokens)
 
     # The shorter, the sooner it fits, so a thousand turns are not read a thousand times.
     first = bisect_left(range(len(history)), True, key=fits)
-    return chat_prompt(history[first:], question), first
+    return text(first), first
 
 
 class _Stopped(Exception):

@@ -15,7 +15,7 @@ from blip2.encoded import EncodedImage
 from blip2.errors import OptionError, option
 from blip2.generation import Engine, GenerateOptions, Hypothesis
 from blip2.model import Blip2, identity
-from blip2.tasks.defaults import BATCH_SIZE
+from blip2.tasks.defaults import BATCH_SIZE, Defaults, defaults_of
 from blip2.text import Tokenizer
 
 Item = TypeVar("Item")
@@ -42,11 +42,30 @@ class Speaker:
     model: Blip2
     tokenizer: Tokenizer
     engine: Engine
+    instruction_tokenizer: Tokenizer | None = None
+    """Of the Q-Former, where that reads the prompt (InstructBLIP)."""
 
     @cached_property
     def identity(self) -> str:
         """Whose encoded images it reads (`model.identity`)."""
         return identity(self.model)
+
+    @property
+    def defaults(self) -> Defaults:
+        """How it decodes unless told otherwise."""
+        return defaults_of(self.model.config)
+
+    def instruction(self, text: str) -> Tensor | None:
+        """What the Q-Former reads of a prompt beside the picture, ``int[1, T]``; None where it reads none."""
+        if self.instruction_tokenizer is None:
+            return None
+        return torch.tensor([self.instruction_tokenizer.instruction_ids(text, self.model.config.qformer)])
+
+    def queries(self, image: EncodedImage, text: str) -> Tensor:
+        """The Q-Former's view of a picture ``float[Q, D]``, before the projection, for a prompt."""
+        if (instruction_1T := self.instruction(text)) is None:
+            return image.queries_QD
+        return self.model.look(image.queries_QD[None], text_BT=instruction_1T)[0]
 
     @torch.no_grad()
     def prompt(self, image: EncodedImage, text: str, num_new_tokens: int) -> Tensor:
@@ -57,21 +76,21 @@ class Speaker:
         """
         config = self.model.config.language
         table_VD = self.model.language.token_embedding.weight
-        shape = (self.model.config.qformer.num_query_tokens, self.model.config.qformer.hidden_size)
+        shape, num_queries = self.model.config.kept_shape, self.model.config.qformer.num_query_tokens
         if tuple(image.queries_QD.shape) != shape or image.model not in ("", self.identity):
             raise OptionError(
                 f"the encoded image (of {list(image.queries_QD.shape)}) was encoded by another model than this one "
                 f"(which reads {list(shape)}); load that model, or encode the picture again"
             )
         ids = self.tokenizer.prompt_ids(text, config)
-        room = config.max_position_embeddings - shape[0] - num_new_tokens
+        room = config.max_position_embeddings - num_queries - num_new_tokens
         if len(ids) > room:
             raise OptionError(
-                f"the text has {len(ids)} tokens; beside {shape[0]} for the picture and {num_new_tokens} new ones "
+                f"the text has {len(ids)} tokens; beside {num_queries} for the picture and {num_new_tokens} new ones "
                 f"this model has room for {max(room, 0)}; shorten it, or lower {option('max_new_tokens')}"
             )
         text_TD = self.model.language.embed(torch.tensor(ids, device=table_VD.device))
-        return torch.cat([self.model.prompt(image.queries_QD).to(text_TD), text_TD])
+        return torch.cat([self.model.prompt(self.queries(image, text)).to(text_TD), text_TD])
 
     def room(self, text: str) -> int:
         """How many new tokens the model has room for beside the picture and the text; less than 0 if these are too
