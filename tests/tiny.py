@@ -74,6 +74,15 @@ def matching_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def instruction_tokenizer() -> Tokenizer:
+    """What the Q-Former of an InstructBLIP reads: the same, with what begins and ends a text."""
+    tokenizer = matching_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    )
+    return tokenizer
+
+
 def llama_fields() -> dict[str, Any]:
     """Of a config.json: heads that share keys, a window in the second layer, norms on queries and keys."""
     return {
