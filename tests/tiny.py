@@ -136,6 +136,29 @@ def save_generative(family: str, folder: Path) -> Path:
     return folder
 
 
+def instructed(family: str) -> Blip2:
+    """A random InstructBLIP, "t5" or "llama", to which the prompt matters."""
+    torch.manual_seed(7)
+    language = language_config("t5")
+    if family == "llama":
+        fields = {key: value for key, value in llama_fields().items() if "window" not in key}
+        language = parse_decoder(fields | {"model_type": "llama", "max_position_embeddings": 400, "eos_token_id": 2})
+    qformer = replace(QFORMER, has_text=True, vocab_size=206, max_position_embeddings=140)
+    image_token_id = tokenizer_of(family).token_to_id("<image>")
+    model = Blip2(Blip2Config(VISION, qformer, language, image_token_id=image_token_id)).eval()
+    model.qformer.reset_parameters(std=0.3)
+    with torch.no_grad():
+        model.projection.weight *= 4
+    return model
+
+
+def save_instructed(family: str, folder: Path) -> Path:
+    """Write it with its two tokenizers."""
+    tokenizers = {"tokenizer": tokenizer_of(family).to_str(), "qformer_tokenizer": instruction_tokenizer().to_str()}
+    checkpoint.save(instructed(family), folder, **tokenizers)
+    return folder
+
+
 def save_matching(folder: Path) -> Path:
     torch.manual_seed(7)
     qformer = replace(QFORMER, has_text=True, vocab_size=200, max_position_embeddings=64)
