@@ -12,6 +12,7 @@ the tensor belongs to, E width of the space in which images and texts are compar
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,22 +53,19 @@ class Blip2(nn.Module):
         self,
         patches_BPD: Tensor,
         image_bias: Tensor | None = None,
-        text_BT: Tensor | None = None,
-        text_mask_BT: Tensor | None = None,
+        instruction: Sequence[int] | None = None,
     ) -> Tensor:
         """Patch features ``float[B, 1 + P, D]`` to queries ``float[B, Q, D]``; ``image_bias``: see `QFormer`.
 
-        ``text_BT`` int[B or 1, T] is what the Q-Former of an InstructBLIP reads beside them, with padding where
-        ``text_mask_BT`` is False.
+        ``instruction``: the token ids that the Q-Former of an InstructBLIP reads beside them.
 
         Each part may have a precision and a device of its own; here and in `prompt` the values are carried over.
         """
         patches_BPD = patches_BPD.to(self.qformer.query_tokens)
-        if text_BT is not None:
-            text_BT = text_BT.to(patches_BPD.device).expand(len(patches_BPD), -1)
-        seen = self.qformer(
-            image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=text_mask_BT, image_bias=image_bias
-        )  # fmt: skip
+        text_BT = None
+        if instruction is not None:
+            text_BT = torch.tensor([*instruction], device=patches_BPD.device).expand(len(patches_BPD), -1)
+        seen = self.qformer(image_BPD=patches_BPD, text_BT=text_BT, image_bias=image_bias)
         return seen.hidden_BSD[:, : self.config.qformer.num_query_tokens]
 
     def prompt(self, queries_BQD: Tensor) -> Tensor:

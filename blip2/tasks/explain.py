@@ -246,11 +246,11 @@ def _explaining_tokens(
     model = speaker.model
     num_queries = model.config.qformer.num_query_tokens
     text_TD = speaker.prompt(_encoded(speaker, sight), prompt, len(tokens))[num_queries:]
-    instruction_1T = speaker.instruction(prompt)
+    instruction = speaker.instruction(prompt)
     read = tokens[: explained.stop]  # what comes later has no part in it
 
     def log_probability(patches_SPD: Tensor, image_bias: Tensor) -> Tensor:
-        queries_SQD = model.prompt(model.look(patches_SPD, image_bias, instruction_1T))
+        queries_SQD = model.prompt(model.look(patches_SPD, image_bias, instruction))
         prompt_SED = torch.cat([queries_SQD, text_TD.expand(len(queries_SQD), -1, -1)], dim=1)
         return _log_probabilities(model, prompt_SED, read)[:, explained].sum(dim=1)
 

@@ -55,17 +55,17 @@ class Speaker:
         """How it decodes unless told otherwise."""
         return defaults_of(self.model.config)
 
-    def instruction(self, text: str) -> Tensor | None:
-        """What the Q-Former reads of a prompt beside the picture, ``int[1, T]``; None where it reads none."""
+    def instruction(self, text: str) -> list[int] | None:
+        """The token ids that the Q-Former reads of a prompt beside the picture; None where it reads none."""
         if self.instruction_tokenizer is None:
             return None
-        return torch.tensor([self.instruction_tokenizer.instruction_ids(text, self.model.config.qformer)])
+        return self.instruction_tokenizer.instruction_ids(text, self.model.config.qformer)
 
     def queries(self, image: EncodedImage, text: str) -> Tensor:
         """The Q-Former's view of a picture ``float[Q, D]``, before the projection, for a prompt."""
-        if (instruction_1T := self.instruction(text)) is None:
+        if (instruction := self.instruction(text)) is None:
             return image.queries_QD
-        return self.model.look(image.queries_QD[None], text_BT=instruction_1T)[0]
+        return self.model.look(image.queries_QD[None], instruction=instruction)[0]
 
     @torch.no_grad()
     def prompt(self, image: EncodedImage, text: str, num_new_tokens: int) -> Tensor:
