@@ -25,8 +25,16 @@ tokens among it), and draws the same samples from the same ``torch.manual_seed``
 (contrastive, grouped or constrained beams, guidance, watermarks), quantised caches, and prompts of the decoder.
 """
 
-from blip2.compat.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+from blip2.compat.config import (
+    Blip2Config,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    InstructBlipConfig,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+)
 from blip2.compat.generative import Blip2ForConditionalGeneration
+from blip2.compat.instruct import InstructBlipForConditionalGeneration, InstructBlipProcessor
 from blip2.compat.others import (
     Blip2Model,
     Blip2QFormerModel,
@@ -54,5 +62,10 @@ __all__ = [
     "Blip2VisionModelWithProjection",
     "BlipImageProcessor",
     "BlipProcessor",
+    "InstructBlipConfig",
+    "InstructBlipForConditionalGeneration",
+    "InstructBlipProcessor",
+    "InstructBlipQFormerConfig",
+    "InstructBlipVisionConfig",
     "ModelOutput",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Generative(Prompts, PreTrained):
     language_projection: nn.Linear
     language_model: LanguagePart
     query_tokens: nn.Parameter
+    qformer_class: ClassVar[type[QFormerModel]] = QFormerModel
 
     def __init__(self, model: Any, generation_config: Mapping[str, Any] | None = None) -> None:
         super().__init__(model)
@@ -69,7 +70,7 @@ class Generative(Prompts, PreTrained):
         )
         return {
             "vision_model": lambda: VisionModel(model.vision, config.vision_config),
-            "qformer": lambda: QFormerModel(model.qformer, config.qformer_config),
+            "qformer": lambda: self.qformer_class(model.qformer, config.qformer_config),
             **{path: text(made) for path, made in names.items()},
         }
 
@@ -268,16 +269,7 @@ class Blip2ForConditionalGeneration(Generates, Generative):
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, return_dict: bool | None = None
     ) -> Any:
         """``last_hidden_state`` of the image encoder, and ``pooler_output`` float[N, Q, D], the soft prompts."""
-        seen = self._see(pixel_values, interpolate_pos_encoding)
-        output = ModelOutput(
-            last_hidden_state=seen.vision.last_hidden_state,
-            pooler_output=seen.prompts_NQD,
-            hidden_states=None,
-            attentions=None,
-            vision_outputs=seen.vision,
-            qformer_outputs=seen.qformer,
-        )
-        return returned(output, return_dict, self.config)
+        return returned(features_of(self._see(pixel_values, interpolate_pos_encoding)), return_dict, self.config)
 
     def forward(
         self,
@@ -324,6 +316,18 @@ class Blip2ForConditionalGeneration(Generates, Generative):
             logits_to_keep=logits_to_keep,
         )
         return returned(output, return_dict, self.config)
+
+
+def features_of(seen: Seen) -> ModelOutput:
+    """What ``get_image_features`` gives."""
+    return ModelOutput(
+        last_hidden_state=seen.vision.last_hidden_state,
+        pooler_output=seen.prompts_NQD,
+        hidden_states=None,
+        attentions=None,
+        vision_outputs=seen.vision,
+        qformer_outputs=seen.qformer,
+    )
 
 
 def _resized(weight: Tensor, number: int) -> Tensor:

@@ -6,6 +6,7 @@ input, D its width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from blip2.compat.records import ModelOutput, Prompt
 from blip2.errors import OptionError
 from blip2.language import OPT
 from blip2.tasks.speaker import num_pairs
+
+NOTHING: Mapping[str, Any] = {}
 
 
 class Seen(NamedTuple):
@@ -53,10 +56,13 @@ class Prompts:
         )
         return output
 
-    def _see(self, pixel_values: Tensor, interpolate: bool = False, **watching: Any) -> Seen:
+    def _see(
+        self, pixel_values: Tensor, interpolate: bool = False, reads: Mapping[str, Any] = NOTHING, **watching: Any
+    ) -> Seen:
+        """``reads``: what the Q-Former is given beside the picture."""
         vision = self.vision_model(pixel_values, interpolate, return_dict=True, **watching)
-        qformer = self._look(vision.last_hidden_state, **watching)
-        queries_NQD = qformer.last_hidden_state
+        qformer = self._look(vision.last_hidden_state, **reads, **watching)
+        queries_NQD = qformer.last_hidden_state[:, : self.query_tokens.shape[1]]
         weight = getattr(self.language_projection, "weight", queries_NQD)
         projected_NQD = self.language_projection(queries_NQD.to(weight))
         language = self.model.language

@@ -46,8 +46,9 @@ class Layout:
             names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
             return cls((tokenizer.token_id("[CLS]"),), (tokenizer.token_id("[SEP]"),), False, names)
         end = tokenizer.token_id("</s>")
-        names = {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
-        tokenizer.token_id("<pad>")
+        pad = "[PAD]" if tokenizer.find("[PAD]") is not None else "<pad>"  # the first of a Vicuna
+        names = {"eos": "</s>", "pad": pad, "unk": "<unk>"}
+        tokenizer.token_id(pad)
         if end == 1:
             return cls((), (end,), False, names)
         return cls((end,), (), True, names | {"bos": "</s>", "unk": "</s>"})
