@@ -54,6 +54,13 @@ T5: dict[str, Any] = {
     "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
+LLAMA: dict[str, Any] = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True,
+    "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "attention_bias": False,
+    "attention_dropout": 0.0, "mlp_bias": False,
+}  # fmt: skip
 WHOLE: dict[str, Any] = {
     "num_query_tokens": 32, "image_text_hidden_size": 256, "image_token_index": None, "initializer_factor": 1.0,
     "initializer_range": 0.02,
@@ -188,7 +195,22 @@ class T5Config(Config):
             self.num_decoder_layers = self.num_layers
 
 
-TEXT: dict[str, type[Config]] = {"opt": OPTConfig, "t5": T5Config}
+class LlamaConfig(Config):
+    model_type = "llama"
+    defaults = LLAMA
+
+    num_key_value_heads: int | None
+    head_dim: int | None
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+
+
+TEXT: dict[str, type[Config]] = {"opt": OPTConfig, "t5": T5Config, "llama": LlamaConfig}
 
 
 class Blip2Config(Config):
@@ -218,7 +240,7 @@ class Blip2Config(Config):
         if family not in TEXT:
             raise OptionError(f"text_config is of a {family!r}; the language model is one of {', '.join(TEXT)}")
         values.setdefault("is_encoder_decoder", family == "t5")
-        values.setdefault("use_decoder_only_language_model", family == "opt")
+        values.setdefault("use_decoder_only_language_model", family != "t5")
         super().__init__(**values)
         self.vision_config = self.vision_class(**content_of(vision_config))
         self.qformer_config = self.qformer_class(**content_of(qformer_config))

@@ -34,13 +34,13 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput): ...
 class GenerateBeamEncoderDecoderOutput(ModelOutput): ...
 
 
-OUTPUTS_OF: dict[tuple[str, bool], type[ModelOutput]] = {
-    ("opt", False): GenerateDecoderOnlyOutput,
-    ("t5", False): GenerateEncoderDecoderOutput,
-    ("opt", True): GenerateBeamDecoderOnlyOutput,
-    ("t5", True): GenerateBeamEncoderDecoderOutput,
+OUTPUTS_OF: dict[tuple[bool, bool], type[ModelOutput]] = {
+    (False, False): GenerateDecoderOnlyOutput,
+    (True, False): GenerateEncoderDecoderOutput,
+    (False, True): GenerateBeamDecoderOnlyOutput,
+    (True, True): GenerateBeamEncoderDecoderOutput,
 }
-"""By the language model's family, and whether there are beams."""
+"""By whether the language model has an encoder, and whether there are beams."""
 
 
 class Writer(Protocol):
@@ -140,13 +140,13 @@ class Generates:
         if written.ids is not None:
             states = states_of(
                 self.language_model,
-                language.family,
                 prompt,
                 written.ids,
+                has_encoder=language.has_encoder,
                 attentions=bool(asked.get("output_attentions")),
                 hidden_states=bool(asked.get("output_hidden_states")),
             )
-        return _output(written, language.family, states)
+        return _output(written, language.has_encoder, states)
 
     def compute_transition_scores(
         self: Writer,
@@ -232,15 +232,15 @@ def _watched(asked: Mapping[str, Any], how: Decoding, prompt: Prompt, before_BT:
 
 
 STATES = {
-    "opt": ("attentions", "hidden_states"),
-    "t5": (
+    False: ("attentions", "hidden_states"),
+    True: (
         "encoder_attentions", "encoder_hidden_states",
         "decoder_attentions", "cross_attentions", "decoder_hidden_states",
     ),
 }  # fmt: skip
 
 
-def _output(written: Written, family: str, states: Mapping[str, Any]) -> ModelOutput:
+def _output(written: Written, has_encoder: bool, states: Mapping[str, Any]) -> ModelOutput:
     """What was written by the names that the reference has for it."""
     has_beams = written.beam_indices is not None
     values: dict[str, Any] = {"sequences": written.sequences}
@@ -249,8 +249,8 @@ def _output(written: Written, family: str, states: Mapping[str, Any]) -> ModelOu
     values |= {"scores": written.scores, "logits": written.logits}
     if has_beams:
         values["beam_indices"] = written.beam_indices
-    values |= {name: states.get(name) for name in STATES[family]}
-    return OUTPUTS_OF[family, has_beams](**values, past_key_values=None)
+    values |= {name: states.get(name) for name in STATES[has_encoder]}
+    return OUTPUTS_OF[has_encoder, has_beams](**values, past_key_values=None)
 
 
 def rows_of(prompt: Prompt) -> list[Tensor]:

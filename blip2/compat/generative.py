@@ -19,16 +19,24 @@ from blip2.checkpoint.settings import read_json
 from blip2.compat.base import PreTrained
 from blip2.compat.generation import Generates
 from blip2.compat.language import LanguagePart, next_token_loss
+from blip2.compat.llama import LlamaBody, LlamaModel
 from blip2.compat.opt import OPTBody, OPTDecoder, OPTModel
 from blip2.compat.options import GenerationConfig
 from blip2.compat.parts import Part, QFormerModel, VisionModel
-from blip2.compat.prompts import Prompts, Seen, right_padded
+from blip2.compat.prompts import Prompts, Seen, features_of, right_padded
 from blip2.compat.records import ModelOutput, PartsOutput, Prompt, returned
 from blip2.compat.t5 import T5Decoder, T5Encoder, T5Model
+from blip2.config import DecoderConfig, LanguageConfig
 from blip2.errors import OptionError
-from blip2.language import OPT
 from blip2.linear import Table, readable
 from blip2.model import Blip2
+
+LANGUAGES: dict[str, dict[str, type[Part]]] = {
+    "opt": {"language_model": OPTModel, "language_model.model": OPTBody, "language_model.model.decoder": OPTDecoder},
+    "t5": {"language_model": T5Model, "language_model.encoder": T5Encoder, "language_model.decoder": T5Decoder},
+    "llama": {"language_model": LlamaModel, "language_model.model": LlamaBody},
+}
+"""What stands at the paths of a language model, by its ``model_type``."""
 
 
 class Generative(Prompts, PreTrained):
@@ -53,7 +61,7 @@ class Generative(Prompts, PreTrained):
     def _prepare(self) -> None:
         """What only who trains the language model needs: its dropout."""
         text, language = self.config.text_config, self.model.language
-        dropout = text.dropout if isinstance(language, OPT) else text.dropout_rate
+        dropout = getattr(text, "dropout_rate", None) or getattr(text, "dropout", 0.0)
         for module in language.modules():
             if hasattr(module, "dropout"):
                 module.dropout = dropout
@@ -63,15 +71,10 @@ class Generative(Prompts, PreTrained):
     def _parts(self) -> dict[str, Any]:
         model, config = cast("Blip2", self.model), self.config
         text = partial(partial, core=model.language, config=config.text_config)
-        names: dict[str, type[Part]] = (
-            {"language_model": OPTModel, "language_model.model": OPTBody, "language_model.model.decoder": OPTDecoder}
-            if isinstance(model.language, OPT)
-            else {"language_model": T5Model, "language_model.encoder": T5Encoder, "language_model.decoder": T5Decoder}
-        )
         return {
             "vision_model": lambda: VisionModel(model.vision, config.vision_config),
             "qformer": lambda: self.qformer_class(model.qformer, config.qformer_config),
-            **{path: text(made) for path, made in names.items()},
+            **{path: text(made) for path, made in LANGUAGES[model.config.language.model_type].items()},
         }
 
     @classmethod
@@ -95,10 +98,10 @@ class Generative(Prompts, PreTrained):
         if any(isinstance(value, list | tuple | None) for value in asked.values()):
             asked = {name: value for name, value in asked.items() if isinstance(value, int)}
         if any(getattr(language.config, name) != value for name, value in asked.items()):
-            language.config = replace(cast("Any", language.config), **asked)
+            language.config = _changed(language.config, **asked)
         if model.config.language is not language.config or model.config.image_token_id != self.config.image_token_id:
             model.config = replace(model.config, language=language.config, image_token_id=self.config.image_token_id)
-        if isinstance(language, OPT) and language.output is None:
+        if not language.config.has_encoder and language.output is None:
             head, table = self.language_model.lm_head, cast("nn.Module", language.token_embedding)
             if not isinstance(table, Table) or getattr(head, "weight", None) is not table.weight:
                 language.output = head
@@ -168,7 +171,7 @@ class Generative(Prompts, PreTrained):
         else:
             _keep(head, _resized(head.weight, number))
         head.out_features = number
-        language.config = replace(language.config, vocab_size=number)
+        language.config = _changed(language.config, vocab_size=number)
         self.config.text_config.vocab_size = number
         self.sync()
         return old
@@ -190,7 +193,7 @@ class Generative(Prompts, PreTrained):
                 raise TypeError(f"get_text_features has no argument {name!r}")
             if value is not None:
                 raise OptionError(f"get_text_features does not look at {name}; leave it out")
-        part = self.language_model.get_decoder() if isinstance(self.model.language, OPT) else self.get_encoder()
+        part = self.get_encoder() if self.model.language.config.has_encoder else self.language_model.get_decoder()
         seen = part(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -215,9 +218,9 @@ class Generative(Prompts, PreTrained):
         self, seen: Seen, prompt: Prompt, labels: Tensor | None, number: Any, decoder: dict[str, Any], **options: Any
     ) -> PartsOutput:
         """What the language model says to a prompt, with what was seen on the way."""
-        if isinstance(self.model.language, OPT):
+        if not self.model.language.config.has_encoder:
             if any(value is not None for value in decoder.values()):
-                raise OptionError("decoder_input_ids are for a T5; an OPT has no decoder apart, leave them out")
+                raise OptionError("decoder_input_ids are for a T5; this model has no decoder apart, leave them out")
             outputs = self.language_model(
                 inputs_embeds=prompt.embeddings_BSD, attention_mask=prompt.is_real_BS, return_dict=True, **options
             )
@@ -318,16 +321,11 @@ class Blip2ForConditionalGeneration(Generates, Generative):
         return returned(output, return_dict, self.config)
 
 
-def features_of(seen: Seen) -> ModelOutput:
-    """What ``get_image_features`` gives."""
-    return ModelOutput(
-        last_hidden_state=seen.vision.last_hidden_state,
-        pooler_output=seen.prompts_NQD,
-        hidden_states=None,
-        attentions=None,
-        vision_outputs=seen.vision,
-        qformer_outputs=seen.qformer,
-    )
+def _changed(config: LanguageConfig, **values: Any) -> Any:
+    """The configuration with other values; a decoder's is saved as it was published."""
+    if isinstance(config, DecoderConfig):
+        values["published"] = config.published | values
+    return replace(config, **values)
 
 
 def _resized(weight: Tensor, number: int) -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor
 from blip2.checkpoint import QFORMER_TOKENIZER
 from blip2.compat.config import InstructBlipConfig
 from blip2.compat.generation import Generates
-from blip2.compat.generative import Generative, Words, features_of
+from blip2.compat.generative import Generative, Words
 from blip2.compat.parts import InstructedQFormer
 from blip2.compat.processor import Blip2Processor
-from blip2.compat.prompts import Seen
+from blip2.compat.prompts import Seen, features_of
 from blip2.compat.records import ModelOutput, returned
 from blip2.compat.tokenizer import Blip2Tokenizer
 from blip2.errors import OptionError

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from blip2.checkpoint.keys import published_names, table
+from blip2.checkpoint.keys import published_names, rows_of_parts, table
 from blip2.checkpoint.tensors import in_parts
 from blip2.errors import OptionError
-from blip2.language import OPT
 from blip2.linear import Linear, Weight, is_worth_packing, readable
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
@@ -30,6 +29,8 @@ HOOKS = (
     "register_full_backward_pre_hook",
 )  # fmt: skip
 
+
+NAMED = ("opt", "t5", "llama")
 
 # The order in which the reference registers layers: optimisers count parameters, adapters draw numbers in it.
 ORDERS = (
@@ -41,6 +42,8 @@ ORDERS = (
     ("self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
     ("k_proj", "v_proj", "q_proj", "out_proj"),
     ("embed_tokens", "block", "final_layer_norm"),
+    ("embed_tokens", "layers", "norm"),
+    ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
     ("q", "k", "v", "o", "relative_attention_bias"),
     ("SelfAttention", "EncDecAttention", "DenseReluDense", "layer_norm"),
 )
@@ -126,14 +129,15 @@ class Fused(nn.Module):
     """Several linear layers of one input in the place of one product; what they give stands side by side."""
 
     @classmethod
-    def of(cls, whole: Any, names: list[str]) -> Fused:
-        """Take a layer apart. Each part has memory of its own: what is saved or sent by its storage is the part."""
+    def of(cls, whole: Any, names: list[str], rows: list[int]) -> Fused:
+        """Take a layer apart, of which each part has so many rows, and memory of its own: what is saved or sent by its
+        storage is the part."""
         parts = cls()
         biases: list[Any] = [None] * len(names)
         if whole.bias is not None:
-            biases = [bias.clone() for bias in whole.bias.detach().chunk(len(names))]
+            biases = [bias.clone() for bias in whole.bias.detach().split(rows)]
         packs = isinstance(whole.weight, Weight)
-        for name, weight, bias in zip(names, readable(whole.weight).chunk(len(names)), biases, strict=True):
+        for name, weight, bias in zip(names, readable(whole.weight).split(rows), biases, strict=True):
             if not (packs and is_worth_packing(weight.dtype, weight.numel())):
                 weight = weight.clone()
             part = layer(weight, bias, requires_grad=whole.weight.requires_grad, packs=packs)
@@ -149,16 +153,19 @@ def unfuse(model: Blip2 | Blip2Matcher) -> None:
 
     Raises OptionError for a language model whose parts have no names here.
     """
-    if isinstance(model, Blip2) and (kind := model.config.language.model_type) not in ("opt", "t5"):
+    if isinstance(model, Blip2) and (kind := model.config.language.model_type) not in NAMED:
         raise OptionError(
-            f"the language model is a {kind}, and these names are for an OPT or a T5; use blip2.load, which takes it"
+            f"the language model is a {kind}, and these names are for an OPT, a T5 or a Llama; use blip2.load, which "
+            "takes it"
         )
     for ours, theirs in table(model.config).items():
         name, _, last = ours.rpartition(".")
         if "|" in theirs and last == "weight":
             whole = model.get_submodule(name)
             if not isinstance(whole, Fused | QuantizedLinear):
-                model.set_submodule(name, Fused.of(whole, [each.split(".")[-2] for each in published_names(theirs)]))
+                names = [each.split(".")[-2] for each in published_names(theirs)]
+                rows = rows_of_parts(model.config, ours, len(readable(cast("Any", whole).weight)), len(names))
+                model.set_submodule(name, Fused.of(whole, names, rows))
 
 
 class _Entry(NamedTuple):
@@ -259,7 +266,7 @@ def _name_twins(place: Callable[[str], Named], model: Blip2) -> None:
     """What is one table here has several names in the reference."""
     language = model.language
     top = place("language_model")
-    if not isinstance(language, OPT):
+    if language.config.has_encoder:
         for path in ("language_model.encoder", "language_model.decoder"):
             place(path).put("embed_tokens", language, "token_embedding")
         return
@@ -283,7 +290,7 @@ def layer(
     return made
 
 
-def tied_head(language: OPT) -> Linear:
+def tied_head(language: Any) -> Linear:
     """The table of tokens as a linear layer."""
     head = layer(language.token_embedding.weight.detach())
     head.weight = language.token_embedding.weight

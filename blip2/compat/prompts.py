@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from blip2.compat.config import Blip2Config
 from blip2.compat.records import ModelOutput, Prompt
 from blip2.errors import OptionError
-from blip2.language import OPT
 from blip2.tasks.speaker import num_pairs
 
 NOTHING: Mapping[str, Any] = {}
@@ -27,6 +26,18 @@ class Seen(NamedTuple):
     prompts_NQD: Tensor
     vision: ModelOutput
     qformer: ModelOutput
+
+
+def features_of(seen: Seen) -> ModelOutput:
+    """What ``get_image_features`` gives."""
+    return ModelOutput(
+        last_hidden_state=seen.vision.last_hidden_state,
+        pooler_output=seen.prompts_NQD,
+        hidden_states=None,
+        attentions=None,
+        vision_outputs=seen.vision,
+        qformer_outputs=seen.qformer,
+    )
 
 
 class Prompts:
@@ -120,7 +131,8 @@ class Prompts:
         """The ids of a prompt without words."""
         config, text = self.config, self.config.text_config
         image = [] if config.image_token_id is None else [config.image_token_id] * self.query_tokens.shape[1]
-        bos = text.bos_token_id if isinstance(self.model.language, OPT) else self.model.language.config.eos_token_id
+        language = self.model.language.config
+        bos = language.eos_token_id if language.has_encoder else text.bos_token_id
         return torch.tensor([[*image, bos]] * rows, device=self.device)
 
     def _is_real(self, ids_MT: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -21,10 +21,16 @@ Layers = tuple[Tensor, ...]
 
 
 def states_of(
-    part: Any, family: str, prompt: Prompt, ids: Sequence[Tensor], *, attentions: bool, hidden_states: bool
+    part: Any,
+    prompt: Prompt,
+    ids: Sequence[Tensor],
+    *,
+    has_encoder: bool,
+    attentions: bool,
+    hidden_states: bool,
 ) -> dict[str, Any]:
     """By the reference's names what each step saw: of a tuple of steps one of layers, ``[R, H, 1, S + T]`` or
-    ``[R, 1, D]`` each; an OPT's first step holds the whole prompt.
+    ``[R, 1, D]`` each; a decoder's first step holds the whole prompt.
 
     ``part``: the model's ``language_model``. ``ids``: what each step read, ``int[R, ...]``, the prompt's first.
     """
@@ -32,7 +38,7 @@ def states_of(
         "output_attentions": attentions, "output_hidden_states": hidden_states, "return_dict": True, "use_cache": False
     }  # fmt: skip
     copies = len(ids[0]) // len(prompt.is_real_BS)
-    if family == "opt":
+    if not has_encoder:
         return _of_decoder(part, prompt, ids, copies, watching)
     vectors_BSD, is_real_BS = right_padded(prompt)
     encoded = part.encoder(

@@ -224,8 +224,8 @@ def test_made_of_a_configuration(any_model, tmp_path):
     model.save_pretrained(tmp_path)
     again = Blip2ForConditionalGeneration.from_pretrained(tmp_path)
     assert again.config.text_config.to_dict() == model.config.text_config.to_dict()
-    with pytest.raises(OptionError, match="language model is one of opt, t5"):
-        Blip2Config(text_config={"model_type": "llama"})
+    with pytest.raises(OptionError, match="language model is one of opt, t5, llama"):
+        Blip2Config(text_config={"model_type": "gemma"})
     with pytest.raises(CheckpointError, match="activation_function is 'gelu'"):
         Blip2ForConditionalGeneration(Blip2Config(text_config={"activation_function": "gelu"}))
 
