@@ -125,12 +125,12 @@ def _with_tokens_of_tokenizer(content: dict[str, Any], folder: Path) -> dict[str
     if not isinstance(text, dict) or text.get("model_type") not in KINDS or not path.exists():
         return content
     named, tokens = read_json(path), read_json(folder / "tokenizer.json").get("added_tokens") or []
-    ids = {each["content"]: each["id"] for each in tokens}
+    ids = {each.get("content"): each.get("id") for each in tokens if isinstance(each, dict)}
     changed: dict[str, Any] = {}
     for key in ("bos_token", "eos_token"):
         token = named.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
+        if isinstance(token, str) and token in ids:
             changed[f"{key}_id"] = ids[token]
     return content | {"text_config": text | changed}
 
