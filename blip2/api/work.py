@@ -41,7 +41,6 @@ def captions(
     ``given``: options in the place of the model's own (`tasks.defaults.merged`). With a ``matcher`` the captions are
     ordered by how well it finds that they fit, and have its probabilities as scores.
     """
-
     options = merged(blip.speaker.defaults.caption, given)
     begun = "" if blip.speaker.model.config.reads_prompt else prompt  # an instruction is no part of the caption
 
@@ -66,7 +65,6 @@ def answers(
     """The question of each record (`collection.questions`) answered, with ``given`` as of `captions`; with
     ``choices``, these, the likeliest first, with their probabilities as scores. A picture that several records in a row
     have is seen once."""
-
     options = merged(blip.speaker.defaults.ask, given)
 
     def answer(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:

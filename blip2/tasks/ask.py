@@ -71,8 +71,8 @@ def scored(speaker: Speaker, jobs: Sequence[tuple[EncodedImage, str, str]]) -> l
     longest: dict[tuple[int, str], int] = {}
     for (image, text, _), answer in zip(jobs, answers, strict=True):
         longest[id(image), text] = max(longest.get((id(image), text), 0), len(answer))
-    pairs_of = {(id(image), text): image for image, text, _ in jobs}
-    vectors = {pair: speaker.prompt(image, pair[1], longest[pair]) for pair, image in pairs_of.items()}
+    asked = {(id(image), text): image for image, text, _ in jobs}  # each once, however many the answers to it
+    vectors = {key: speaker.prompt(image, key[1], longest[key]) for key, image in asked.items()}
     return speaker.engine.score([vectors[id(image), text] for image, text, _ in jobs], answers)
 
 
