@@ -75,6 +75,17 @@ def replace(moves: Sequence[tuple[Path, Path]]) -> None:
         sync_folder(folder.parent)  # the folder may be new itself
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """A second name for a file, which is never written to by either; where the system has no such, a copy.
+
+    Raises OSError.
+    """
+    try:
+        os.link(os.path.realpath(source), path)
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(source, path)
+
+
 def sync(path: Path) -> None:
     """Have the system put a file on the disk, whoever wrote it. Raises OSError."""
     handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))  # to some systems reading is not enough

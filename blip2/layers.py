@@ -157,6 +157,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
         self.values = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
         self.lengths_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.program: Any = None  # see `blip2.language.stepping`
         self._spare: Tensor | None = None  # what `select` copies into next
         self._longest = 0  # of all rows, known without asking the device
         self._is_even = True  # whether all rows are equally long
@@ -191,6 +192,11 @@ class KVCache:
             keys[rows_B1, :, positions_BT] = key_BHTD.transpose(1, 2).to(keys.dtype)
             values[rows_B1, :, positions_BT] = value_BHTD.transpose(1, 2).to(values.dtype)
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def planes(self) -> list[Tensor]:
+        """Keys and values of each layer in turn, ``[B, H, capacity, D]``, with room for one more token."""
+        assert self._is_fixed or self._longest < self.capacity, f"the cache holds {self.capacity} tokens a row"
+        return [part for both in zip(self.keys, self.values, strict=True) for part in both]
 
     def advance(self, num_tokens_B: Tensor | int, longest: int) -> None:
         """After all layers wrote: each row grew by ``num_tokens_B``, the longest of the call by ``longest``."""

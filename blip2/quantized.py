@@ -97,7 +97,7 @@ class QuantizedLinear(nn.Module):
         """``float[..., D]`` to ``float[..., N]``, then perhaps through a GELU. Gradients reach x, never the weights."""
         if self.activation_bits == 8 and not (torch.is_grad_enabled() and x.requires_grad):
             return self._rounding_activations(x, has_gelu)
-        if native.can_take(x) and self._is_as_made():
+        if native.can_take(x) and self.is_as_made():
             out = native.linear(
                 x, self.codes, self.scales, self.bias,
                 bits=self.bits, group_size=self.group_size, channels=self.out_features,
@@ -108,7 +108,7 @@ class QuantizedLinear(nn.Module):
 
     def _rounding_activations(self, x: Tensor, has_gelu: bool) -> Tensor:
         """As `forward`, with activations in 8 bits: sums of integers, by a kernel or in float32 that holds them."""
-        if native.can_take(x) and self._is_as_made():
+        if native.can_take(x) and self.is_as_made():
             out = native.linear_of_many(
                 x, self.codes, self.scales, self.bias,
                 padded=self.group_size, channels=self.out_features, has_gelu=has_gelu,
@@ -126,7 +126,7 @@ class QuantizedLinear(nn.Module):
                 out = out + self.bias.float()
             return (F.gelu(out) if has_gelu else out).to(x.dtype)
 
-    def _is_as_made(self) -> bool:
+    def is_as_made(self) -> bool:
         """Whether codes, scales and bias are what the kernels read: on the CPU, of the types that they came in."""
         scales, bias = self.scales, self.bias
         if bias is not None and (bias.dtype != torch.float32 or (bias.requires_grad and torch.is_grad_enabled())):

@@ -102,6 +102,12 @@ class Tokenizer:
             raise OptionError(f"the text {shortened(whole)!r} has halves of characters; write it as Unicode") from None
         return list(zip(encoding.ids, encoding.offsets, strict=True))
 
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens that the file puts before a text, and after it."""
+        plain, whole = (self._tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+        before = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        return tuple(whole[:before]), tuple(whole[before + len(plain) :])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens and without white space at either end."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
@@ -129,6 +135,10 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The ids of tokens that stand for no text."""
         return frozenset(each for each, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    def special_names(self) -> frozenset[str]:
+        """The names of tokens that stand for no text."""
+        return frozenset(name for each in self.special_ids() if (name := self.name_of(each)) is not None)
 
     def to_json(self) -> str:
         """The content of a tokenizer.json that gives this tokenizer again."""
@@ -251,7 +261,7 @@ def question_prompt(question: str, manner: str) -> str:
     Raises OptionError for an empty question, and for one that already carries the template: asked twice over,
     the model answers worse, and nothing would tell.
     """
-    return QUESTION_TEMPLATES[manner].format(_question(question, manner))
+    return QUESTION_TEMPLATES[manner].format(checked_question(question, manner))
 
 
 def caption_prompt(prompt: str, manner: str) -> str:
@@ -271,10 +281,11 @@ def chat_prompt(turns: Sequence[tuple[str, str]], question: str, manner: str = "
     if manner == "instruct":
         before = f"dialog history: {''.join(said).rstrip()}\n" if turns else ""
         return before + question_prompt(question, manner)
-    return f"{''.join(said)}Question: {_question(question, manner)} Answer:"
+    return f"{''.join(said)}Question: {checked_question(question, manner)} Answer:"
 
 
-def _question(question: str, manner: str) -> str:
+def checked_question(question: str, manner: str = "opt") -> str:
+    """In one line. Raises OptionError as `question_prompt` does."""
     question = clean(question)
     if not question:
         raise OptionError("the question is empty; write one, such as 'how many dogs are there?', or ask for a caption")

@@ -54,6 +54,11 @@ def test_words_are_used_as_they_are() -> None:
     assert chat_prompt([], "why?", "instruct") == "why?"
 
 
+def test_a_chat_template_is_refused(folder) -> None:
+    with pytest.raises(OptionError, match=r"chat_template is not for an InstructBLIP such as .*leave it out"):
+        blip2.load(folder, chat_template=True)
+
+
 def test_what_is_kept_of_a_picture_answers_every_question(blip, tmp_path) -> None:
     kept = blip.encode(tiny.picture(1))
     kept.save(tmp_path / "kept.safetensors")

@@ -15,6 +15,7 @@ from blip2.config import Blip2Config
 from blip2.errors import CheckpointError, OptionError, option
 from blip2.image import MAX_PIXELS, Reading
 from blip2.model import Blip2
+from blip2.template import ChatTemplate
 from blip2.text import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,6 +30,7 @@ class LoadOptions(TypedDict, total=False):
     quantize_vision: bool
     vision: str | None
     adapter: Asked | None
+    chat_template: bool
     revision: str | None
     max_pixels: int
     allow_truncated: bool
@@ -47,6 +49,7 @@ def load(
     quantize_vision: bool = False,
     vision: str | None = None,
     adapter: Asked | None = None,
+    chat_template: bool = False,
     revision: str | None = None,
     max_pixels: int = MAX_PIXELS,
     allow_truncated: bool = False,
@@ -61,6 +64,8 @@ def load(
     too. ``vision``: "int8" for an image encoder that multiplies in 8 bits, which on a CPU with VNNI is faster.
     ``adapter``: the folder of a LoRA or DoRA of `peft`, or its name on the hub; several in a list, or as a dictionary
     with their weights. They are merged as the weights are read.
+    ``chat_template``: whether questions are asked in the words of the language model's own chat template, which its
+    folder has to hold, and in place of BLIP-2's; a program that is run with limits (`blip2.template`).
     ``max_pixels`` and ``allow_truncated``: which pictures are read, see `image.load_image`.
 
     Raises CheckpointError if there is no such model or it is incomplete; OptionError for a device or precision that
@@ -76,13 +81,22 @@ def load(
     tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder, config)
     reads_prompt = isinstance(config, Blip2Config) and config.reads_prompt
     instruction_tokenizer = Tokenizer.from_folder(folder / checkpoint.QFORMER_TOKENIZER) if reads_prompt else None
+    if chat_template and not isinstance(config, Blip2Config):
+        raise OptionError(f"{option('chat_template')} is for models that write; {name} compares, leave it out")
+    if chat_template and reads_prompt:
+        raise OptionError(
+            f"{option('chat_template')} is not for an InstructBLIP such as {name}, whose Q-Former reads the question "
+            "itself; leave it out"
+        )
+    template = ChatTemplate.from_folder(folder, tokenizer.special_names()) if chat_template else None
     plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
     model = placement.load(folder, plan, quantize=chosen, adapters=adapters)
     called = str(name) if name is not None else "miniature"
     if isinstance(model, Blip2):
         return Pipeline(
-            model, tokenizer, settings, name=called, reading=reading, instruction_tokenizer=instruction_tokenizer
-        )
+            model, tokenizer, settings,
+            name=called, reading=reading, instruction_tokenizer=instruction_tokenizer, template=template,
+        )  # fmt: skip
     return Matcher(model, tokenizer, settings, name=called, reading=reading)
 
 

@@ -23,6 +23,7 @@ from blip2.tasks.defaults import BATCH_SIZE, merged
 from blip2.tasks.explain import Explanation, Words, explain_words, sight
 from blip2.tasks.see import Eye, OnError, Result, Seen, checked, in_batches, repeated
 from blip2.tasks.speaker import Answer, Speaker, num_pairs
+from blip2.template import ChatTemplate
 from blip2.text import Tokenizer
 
 Picture = Source | EncodedImage
@@ -66,6 +67,7 @@ class Pipeline:
         name: str = "model",
         reading: Reading = DEFAULT_READING,
         instruction_tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
     ) -> None:
         self.name = name
         config = model.config
@@ -77,7 +79,7 @@ class Pipeline:
             decode=tokenizer.decode,
             damage=partial(damage, model),
         )
-        self.speaker = Speaker(model.eval(), tokenizer, engine, instruction_tokenizer)
+        self.speaker = Speaker(model.eval(), tokenizer, engine, instruction_tokenizer, template)
         self.eye = Eye(
             model.vision,
             self._see,

@@ -13,8 +13,8 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ LORA = {"A": "first", "B": "second", "magnitude_vector": "lengths"}
 # What is not merged here, as adapter_config.json has it: the field, and the values with which it is not asked for.
 ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("peft_type", ("LORA",)),
-    ("fan_in_fan_out", (False, None)),
     # With others the weights that the adapter belongs to were changed, too.
     ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal")),
     ("lora_bias", (False, None)),
@@ -78,6 +77,21 @@ class Adapter:
     path: Path
     weight: float
     changes: Mapping[str, LowRank | Place]
+    kind: str = "LoRA"
+
+    @property
+    def ranks(self) -> list[int]:
+        """Each that occurs."""
+        return sorted({change.first.shape[0] for change in self.changes.values() if isinstance(change, LowRank)})
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights were trained."""
+        places = (
+            (each.first, each.second, each.lengths) if isinstance(each, LowRank) else (each,)
+            for each in self.changes.values()
+        )
+        return sum(math.prod(place.shape) for several in places for place in several if place is not None)
 
 
 class Adapters:
@@ -85,6 +99,9 @@ class Adapters:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = list(adapters)
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self._adapters)
 
     @classmethod
     def of(cls, asked: Asked | None) -> Adapters | None:
@@ -126,12 +143,12 @@ class Adapters:
                 digest.update((adapter.path / name).read_bytes())
         return digest.hexdigest()[:16]
 
-    def merged(self, names: Sequence[str], tensor: Tensor) -> Tensor:
-        """A tensor that is read, with all changes; ``names`` are of the equal parts, one below the other, it is of."""
-        if not any(name in adapter.changes for name in names for adapter in self._adapters):
+    def merged(self, rows: Mapping[str, int], tensor: Tensor) -> Tensor:
+        """A tensor that is read, with all changes; ``rows``: of its parts, one below the other, by their names."""
+        if not any(name in adapter.changes for name in rows for adapter in self._adapters):
             return tensor
-        parts = tensor.chunk(len(names)) if len(names) > 1 else [tensor]
-        return torch.cat([self._merged(name, part) for name, part in zip(names, parts, strict=True)]).view(tensor.shape)
+        parts = tensor.split(list(rows.values())) if len(rows) > 1 else [tensor]
+        return torch.cat([self._merged(name, part) for name, part in zip(rows, parts, strict=True)]).view(tensor.shape)
 
     def _merged(self, name: str, before: Tensor) -> Tensor:
         changing = [adapter for adapter in self._adapters if name in adapter.changes]
@@ -191,7 +208,8 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
         alpha = _alpha(config, module, folder)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         changes[f"{module}.weight"] = LowRank(scale, first, second, lengths)
-    return Adapter(folder, weight, changes)
+    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    return Adapter(folder, weight, changes, kind)
 
 
 def _alpha(config: Mapping[str, Any], module: str, folder: Path) -> float:
@@ -230,7 +248,7 @@ def _fitted(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tables: set
                 f"{adapter.path}: {module} is {list(have)}, and {list(shapes[name])} in {folder}; the adapter is of "
                 "another model"
             )
-    return Adapter(adapter.path, adapter.weight, changes)
+    return replace(adapter, changes=changes)
 
 
 def _and_more(number: int, of: int) -> str:

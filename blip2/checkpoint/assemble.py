@@ -6,6 +6,7 @@ begins from a BERT, from another BLIP-2's, or from scratch, with new heads and a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from blip2.checkpoint.bert import ALIASES, read_bert
 from blip2.checkpoint.encoders import Encoder
 from blip2.checkpoint.files import QFORMER_TOKENIZER
+from blip2.checkpoint.frozen import frozen_files, is_same, models_in, parts_of
 from blip2.checkpoint.lavis import Weights, frozen_part
 from blip2.checkpoint.lavis_keys import TOGETHER
 from blip2.checkpoint.load import empty_model
@@ -84,13 +86,19 @@ def assemble(
     language: str | None = None,
     num_queries: int | None = None,
     seed: int = 0,
+    link: Path | None = None,
 ) -> list[Path]:
     """Write the models that training starts from: ``out/matching`` for stage 1, if the Q-Former has a tokenizer, and
     ``out/generative`` for stage 2, with a ``language`` model (a folder or a hub name). Gives their folders.
 
-    What is new is drawn by ``seed``, the same for the same sizes. Raises CheckpointError for parts that cannot be, and
-    OptionError where nothing could be written.
+    What is new is drawn by ``seed``, the same for the same sizes. The frozen parts lie in files of their own;
+    ``link``: another assembled or trained model (or the folder of two) with which those are shared that are equal bit
+    by bit, by hard links. Raises CheckpointError for parts that cannot be, and OptionError where nothing could be
+    written, or shared.
     """
+    shared = [] if link is None else models_in(link)
+    if link is not None:
+        _check_disk(link, out)
     if not qformer.tokenizer and language is None:
         raise OptionError(
             f"there is nothing to write: name a {option('language')} model for stage 2, or for stage 1 a Q-Former with "
@@ -106,15 +114,30 @@ def assemble(
         tokenizer, start = added_token(qformer.tokenizer, CAPTION_START)
         with_text = replace(begun, has_text=True, vocab_size=max(begun.vocab_size, start + 1))
         matcher = MatcherConfig(vision=vision.config, qformer=with_text, bos_token_id=start)
-        written.append(_write(out / "matching", matcher, vision, qformer, {}, tokenizer, seed))
+        written.append(_write(out / "matching", matcher, vision, qformer, {}, tokenizer, seed, shared))
     if language is not None:
         folder = resolve(language)
         whole = read_config(folder) if "qformer_config" in read_json(folder / "config.json") else None
         spoken = whole.language if isinstance(whole, Blip2Config) else read_language(folder)
         config = Blip2Config(vision=vision.config, qformer=begun, language=spoken)
         weights = frozen_part(folder, LANGUAGE, config.language.family)
-        written.append(_write(out / "generative", config, vision, qformer, weights, _tokenizer(folder), seed))
+        shared = [*shared, *written]
+        tokenizer = _tokenizer(folder)
+        written.append(_write(out / "generative", config, vision, qformer, weights, tokenizer, seed, shared, folder))
     return written
+
+
+def _check_disk(link: Path, out: Path) -> None:
+    """A hard link cannot be to another disk."""
+    if _disk_of(link) != _disk_of(next(path for path in out.absolute().parents if path.exists())):
+        raise OptionError(
+            f"{option('link')}: {link} is on another disk than {out}, and is not shared with it; write beside it, or "
+            f"leave {option('link')} out"
+        )
+
+
+def _disk_of(path: Path) -> int:
+    return os.stat(path).st_dev
 
 
 def _write(
@@ -125,6 +148,8 @@ def _write(
     language: Weights,
     tokenizer: str,
     seed: int,
+    shared: list[Path],
+    words: Path | None = None,
 ) -> Path:
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already; name another folder, or remove it")
@@ -132,22 +157,51 @@ def _write(
     for name, tensor in vision.tensors():
         place, _, last = name.rpartition(".")
         setattr(model.vision.get_submodule(place), last, nn.Parameter(tensor, requires_grad=False))
-    sizes = []
+    sizes = {}
     for name, tensor in named_tensors(model):
         if name.startswith(LANGUAGE):
             _check(name, language, tensor, folder)
-            sizes.append((name, language[name].num_bytes))
+            sizes[name] = language[name].num_bytes
         else:
-            sizes.append((name, tensor.numel() * (4 if tensor.is_meta else tensor.itemsize)))
-    tensors = _values(model, qformer, language, torch.Generator().manual_seed(seed))
-    write_model(folder, sizes, tensors, texts_of(model, tokenizer, None, vision.settings))
+            sizes[name] = tensor.numel() * (4 if tensor.is_meta else tensor.itemsize)
+    linked = _linked(model, language, shared)
+    write_model(
+        folder,
+        [(name, size) for name, size in sizes.items() if name not in linked],
+        _values(model, qformer, language, linked, torch.Generator().manual_seed(seed)),
+        texts_of(model, tokenizer, None, vision.settings, words=words),
+        apart=True,
+        linked=linked,
+    )
     return folder
 
 
+def _linked(model: Blip2 | Blip2Matcher, language: Weights, shared: list[Path]) -> dict[str, Path]:
+    """The file of each weight that another model has, too: part by part, if all of the part is equal bit by bit."""
+    own = dict(named_tensors(model))
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    linked: dict[str, dict[str, Path]] = {}
+    for folder in shared:
+        for stem, places in parts_of(frozen_files(folder), shapes).items():
+            if stem not in linked and all(
+                is_same(place, language[name].read() if name in language else own[name])
+                for name, place in places.items()
+            ):
+                linked[stem] = {name: place.path for name, place in places.items()}
+    return {name: path for files in linked.values() for name, path in files.items()}
+
+
 def _values(
-    model: Blip2 | Blip2Matcher, qformer: Start, language: Weights, generator: torch.Generator
+    model: Blip2 | Blip2Matcher,
+    qformer: Start,
+    language: Weights,
+    linked: Mapping[str, Path],
+    generator: torch.Generator,
 ) -> Iterator[tuple[str, Tensor]]:
+    """Those that are not ``linked``."""
     for name, tensor in named_tensors(model):
+        if name in linked:
+            continue
         if name.startswith(LANGUAGE):
             yield name, language[name].read()
         elif not tensor.is_meta:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from blip2.checkpoint.load import count_parameters, empty_model
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import OUTPUT, Quantization, bits_of_layers, put_linears
 from blip2.checkpoint.reader import find_tensors
-from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, T5Config
+from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, T5Config, VisionConfig
 from blip2.linear import Table, is_worth_packing
 from blip2.published import PUBLISHED
 from blip2.quantized import QuantizedLinear
@@ -113,6 +114,14 @@ def by_pattern(layers: Mapping[str, Value]) -> list[tuple[str, int, Value]]:
     return [(pattern, count, value) for (pattern, value), count in counts.items()]
 
 
+def size_of(model: nn.Module) -> int:
+    """Bytes of a model's weights: 2 for each, but for those that are quantised."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    quantized = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in quantized)
+    return 2 * plain + sum(map(_quantized_bytes, layers))
+
+
 def _quantized_bytes(module: QuantizedLinear) -> int:
     bias = 0 if module.bias is None else module.bias.numel() * torch.float32.itemsize
     return module.codes.nbytes + module.scales.nbytes + bias
@@ -122,8 +131,7 @@ def _architectures(config: Config) -> dict[str, str]:
     """Each part in a line."""
     vision, qformer = config.vision, config.qformer
     lines = {
-        "vision": f"{vision.num_layers} blocks of width {vision.hidden_size}, {vision.num_heads} heads; "
-        f"{vision.image_size} pixels, {vision.num_patches} patches",
+        "vision": vision_line(vision),
         "qformer": f"{qformer.num_layers} layers of width {qformer.hidden_size}, {qformer.num_heads} heads; "
         f"{qformer.num_query_tokens} queries",
     }
@@ -131,10 +139,17 @@ def _architectures(config: Config) -> dict[str, str]:
         lines["qformer"] += f"; reads text, compares in {config.projection_size} dimensions"
         return lines
     lines["qformer"] += "; reads the prompt" if config.reads_prompt else ""
-    return lines | {"language": _language(config.language)}
+    return lines | {"language": language_line(config.language)}
 
 
-def _language(config: LanguageConfig) -> str:
+def vision_line(vision: VisionConfig) -> str:
+    return (
+        f"{vision.num_layers} blocks of width {vision.hidden_size}, {vision.num_heads} heads; {vision.image_size} "
+        f"pixels, {vision.num_patches} patches"
+    )
+
+
+def language_line(config: LanguageConfig) -> str:
     more = f" + {config.num_decoder_layers}" if isinstance(config, T5Config) else ""
     blocks = f"{config.kind}, {config.num_layers}{more}"
     return f"{blocks} blocks of width {config.hidden_size}, {config.num_heads} heads; {config.vocab_size} tokens"
@@ -142,9 +157,11 @@ def _language(config: LanguageConfig) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """The weights of a folder as they lie there; ``dtypes``: every precision that occurs, the most bytes first."""
+    """The weights of a folder as they lie there; ``dtypes``: every precision that occurs, the most bytes first.
+    ``num_shared_bytes``: of files that other folders have, too (hard links)."""
 
     num_bytes: int
+    num_shared_bytes: int
     num_files: int
     dtypes: tuple[torch.dtype, ...]
 
@@ -157,7 +174,9 @@ def stored(folder: Path) -> Stored:
         sizes[place.dtype] = sizes.get(place.dtype, 0) + place.num_bytes
     files = {place.path for place in places}
     dtypes = tuple(sorted(sizes, key=lambda dtype: -sizes[dtype]))
-    return Stored(sum(path.stat().st_size for path in files), len(files), dtypes)
+    stats = [path.stat() for path in files]
+    num_shared_bytes = sum(stat.st_size for stat in stats if stat.st_nlink > 1)
+    return Stored(sum(stat.st_size for stat in stats), num_shared_bytes, len(files), dtypes)
 
 
 def find(name: str | None, revision: str | None = None) -> Path | None:

@@ -14,6 +14,9 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """The folder of the tokenizer for what the Q-Former of an InstructBLIP reads."""
+TRAINED = "qformer"
+"""How the files of what learns begin, where frozen parts have files of their own (`checkpoint.frozen`). Not "model",
+which other readers take for the whole."""
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
 
@@ -37,9 +40,16 @@ def is_whole(path: Path) -> bool:
 def weight_files(folder: Path) -> list[str]:
     """The names of the files that hold the weights, whether or not they are there.
 
-    Raises `CheckpointError` for an index that is none, or that points out of the folder.
+    Raises `CheckpointError` for an index that is none, or that points out of the folder, and for a folder in which
+    another program wrote a model beside one whose parts have files of their own: which is meant is not to be known.
     """
-    return _named_by(folder / INDEX, ".safetensors") or [WEIGHTS]
+    named = _named_by(folder / INDEX, ".safetensors")
+    if any(file.startswith(TRAINED) for file in named) and (folder / WEIGHTS).exists():
+        raise CheckpointError(
+            f"{folder}: holds two models, one in {WEIGHTS} and one in the files that {INDEX} names; remove the one or "
+            "the other"
+        )
+    return named or [WEIGHTS]
 
 
 def pickled_files(folder: Path) -> list[str]:

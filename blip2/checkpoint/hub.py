@@ -44,7 +44,8 @@ from blip2.disk import replace
 from blip2.errors import CheckpointError, setting
 from blip2.published import PUBLISHED
 
-SMALL_FILES = ("*.json", "*.txt", "tokenizer*", "spiece.model")  # never the pickled twins, .bin, .pth, .msgpack
+# Never the pickled twins, .bin, .pth, .msgpack.
+SMALL_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer*", "spiece.model")
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 NEWEST = "main"

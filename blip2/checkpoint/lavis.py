@@ -312,7 +312,7 @@ def _companions(like_folder: Path, like: Config, config: Config) -> dict[str, st
     texts = {
         file.relative_to(like_folder).as_posix(): read_text(file)
         for file in files
-        if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json")
+        if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(".index.json")
     }
     settings = texts.pop("config.json")
     if config.vision.image_size != like.vision.image_size:

@@ -112,8 +112,6 @@ def _load(
     if isinstance(quantize, str):
         quantize = quantization(quantize)
     stored = quantization_in(folder)
-    if adapters is not None and stored is not None:
-        raise CheckpointError(f"{folder}: is quantised to {stored.bits} bits already; merge adapters into the original")
     quantize = quantization_in(folder, quantize)
     model = empty_model(config)
     precision = choose_precision(
@@ -131,13 +129,7 @@ def _load(
     steps = list(_steps(model, config, tensors, folder, stored))
     if adapters is not None:
         assert isinstance(config, Blip2Config | MatcherConfig)
-        shapes = {
-            name: place.shape[::-1] if is_transposed(config, step.name) else place.shape
-            for step in steps
-            for name, place in zip(step.sources, step.places, strict=True)
-        }
-        tables = {name for step in steps if step.name in TABLES for name in step.sources}
-        adapters = adapters.fitted(shapes, tables, folder)
+        adapters = _fitted(adapters, steps, config, folder, stored)
         model.config = replace(config, adapted=adapters.told or config.adapted)
     # The largest first: when most of the model is in memory, what comes beside it is small.
     steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)
@@ -150,7 +142,8 @@ def _load(
             if is_transposed(config, step.name):
                 tensor = tensor.T.contiguous()
             if adapters is not None:
-                tensor = adapters.merged(step.sources, tensor)
+                rows = {name: sum(place.shape[:1]) for name, place in zip(step.sources, step.places, strict=True)}
+                tensor = adapters.merged(rows, tensor)
                 tensor = tensor.to(step.places[0].dtype) if as_stored else tensor
             _fill(model, step, tensor, where, None if as_stored else precision)
         except NotFiniteError as error:
@@ -164,6 +157,27 @@ def _load(
         if progress is not None:
             progress(done, total)
     return model.eval()
+
+
+def fitted_adapters(adapters: Adapters, folder: Path) -> Adapters:
+    """As `Adapters.fitted`, for the model in a folder; no weight is read. Raises `CheckpointError`."""
+    config, stored = read_config(folder), quantization_in(folder)
+    steps = list(_steps(empty_model(config, stored), config, find_tensors(folder), folder, stored))
+    return _fitted(adapters, steps, config, folder, stored)
+
+
+def _fitted(
+    adapters: Adapters, steps: list[_Step], config: Config, folder: Path, stored: Quantization | None
+) -> Adapters:
+    if stored is not None:
+        raise CheckpointError(f"{folder}: is quantised to {stored.bits} bits already; merge adapters into the original")
+    shapes = {
+        name: place.shape[::-1] if is_transposed(config, step.name) else place.shape
+        for step in steps
+        for name, place in zip(step.sources, step.places, strict=True)
+    }
+    tables = {name for step in steps if step.name in TABLES for name in step.sources}
+    return adapters.fitted(shapes, tables, folder)
 
 
 class Alone(nn.Module):

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.checkpoint.files import INDEX, QFORMER_TOKENIZER, WEIGHTS
+from blip2.checkpoint.files import INDEX, QFORMER_TOKENIZER, TRAINED, WEIGHTS
+from blip2.checkpoint.frozen import FROZEN, frozen_files, parts_of, stem_of
 from blip2.checkpoint.preprocessor import ImageSettings, preprocessor_json
 from blip2.checkpoint.quantize import CODES, SCALES, quantization_of
+from blip2.checkpoint.reader import places_in
 from blip2.checkpoint.settings import config_json
 from blip2.checkpoint.tensors import named_tensors
 from blip2.config import Blip2Config, T5Config
-from blip2.disk import replace
+from blip2.disk import link_or_copy, replace
 from blip2.errors import CheckpointError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.plaintext import read_text
+from blip2.template import FILE as CHAT_TEMPLATE
+from blip2.template import template_in
 
 MAX_SHARD_SIZE_BYTES = 5 * 10**9
-OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.part)?")
+STEMS = "|".join(("model", TRAINED, *FROZEN.values()))
+OURS = re.compile(rf"({STEMS})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?(\.part)?")
 
 
 def save(
@@ -43,6 +47,7 @@ def save(
     max_shard_size_bytes: int = MAX_SHARD_SIZE_BYTES,
     quantization: dict[str, Any] | None = None,
     settings: ImageSettings | None = None,
+    frozen: Path | None = None,
 ) -> None:
     """Write config.json, the weights and what the processors need into ``folder``.
 
@@ -51,6 +56,8 @@ def save(
     quantised ones excepted. More than ``max_shard_size_bytes`` of weights become several files with an index.
     ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`); by default
     what the model's layers say. ``settings``: how pictures become pixels; by default as in the published models.
+    ``frozen``: the folder of a model whose image encoder and language model are this one's. Where they lie there in
+    files of their own (see `checkpoint.frozen`), these are linked as they are and not written again.
 
     Everything is written under temporary names, synced, then renamed, config.json last; then what an earlier save of
     another size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing
@@ -58,10 +65,19 @@ def save(
     """
     if quantization is None and (found := quantization_of(model)) is not None:
         quantization = found.as_json()
-    sizes = [(name, tensor.numel() * _dtype(name, tensor, dtype).itemsize) for name, tensor in named_tensors(model)]
-    tensors = ((name, tensor.to("cpu", _dtype(name, tensor, dtype))) for name, tensor in named_tensors(model))
+    linked: dict[str, Path] = {}
+    if frozen is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+        for places in parts_of(frozen_files(frozen), shapes).values():
+            linked |= {name: place.path for name, place in places.items()}
+
+    def own() -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in named_tensors(model) if name not in linked)
+
+    sizes = [(name, tensor.numel() * _dtype(name, tensor, dtype).itemsize) for name, tensor in own()]
+    tensors = ((name, tensor.to("cpu", _dtype(name, tensor, dtype))) for name, tensor in own())
     texts = texts_of(model, tokenizer, quantization, settings, qformer_tokenizer)
-    write_model(folder, sizes, tensors, texts, max_shard_size_bytes)
+    write_model(folder, sizes, tensors, texts, max_shard_size_bytes, apart=bool(linked), linked=linked)
 
 
 def write_model(
@@ -70,25 +86,41 @@ def write_model(
     tensors: Iterator[tuple[str, Tensor]],
     texts: dict[str, str],
     max_shard_size_bytes: int = MAX_SHARD_SIZE_BYTES,
+    *,
+    apart: bool = False,
+    linked: Mapping[str, Path] | None = None,
 ) -> None:
     """Write tensors and small files, config.json the last; ``sizes`` in bytes, in their order, decide on the shards.
 
-    A file's tensors are in memory at a time. For the rest see `save`.
+    A file's tensors are in memory at a time. ``apart``: each frozen part has files of its own. ``linked``: files of
+    other models, each with nothing but frozen weights, in which the tensors of these names lie. For the rest see
+    `save`.
     """
-    files = _split(sizes, max_shard_size_bytes)
+    linked = linked or {}
+    files = _split(sizes, max_shard_size_bytes, apart)
+    places = {name: file for file, names in files.items() for name in names}
+    places |= {name: path.name for name, path in linked.items()}
+    early: dict[str, Tensor] = {}
     num_bytes = 0
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, names in files.items():
             written.append(folder / f"{file}.part")
-            chosen = {name: tensor.contiguous() for name, tensor in islice(tensors, len(names))}
-            assert list(chosen) == names, (list(chosen), names)
+            chosen = {}
+            for name in names:
+                while name not in early:
+                    found, tensor = next(tensors)
+                    early[found] = tensor.contiguous()
+                chosen[name] = early.pop(name)
             save_file(chosen, written[-1], metadata={"format": "pt"})
             num_bytes += sum(tensor.nbytes for tensor in chosen.values())
             del chosen
-        if len(files) > 1:
-            places = {name: file for file, names in files.items() for name in names}
+        for path in sorted(set(linked.values())):
+            written.append(folder / f"{path.name}.part")
+            link_or_copy(path, written[-1])
+            num_bytes += sum(place.num_bytes for place in places_in(path).values())
+        if set(places.values()) != {WEIGHTS}:
             texts = {INDEX: _json({"metadata": {"total_size": num_bytes}, "weight_map": places})} | texts
         for file, text in texts.items():
             written.append(folder / f"{file}.part")
@@ -107,12 +139,21 @@ def write_model(
         for part in written:
             part.unlink(missing_ok=True)
     for old in folder.iterdir():
-        if OURS.fullmatch(old.name) and old.name not in {*files, *texts}:
+        if OURS.fullmatch(old.name) and old.name not in {*places.values(), *texts}:
             old.unlink()
 
 
-def _split(sizes: list[tuple[str, int]], limit: int) -> dict[str, list[str]]:
+def _split(sizes: list[tuple[str, int]], limit: int, apart: bool) -> dict[str, list[str]]:
     """Tensors to files in order, each file as full as the limit allows; a tensor above it has a file of its own."""
+    if apart:
+        parts: dict[str, list[tuple[str, int]]] = {}
+        for name, size in sizes:
+            parts.setdefault(stem_of(name), []).append((name, size))
+        return {file: names for stem, part in parts.items() for file, names in _shards(part, limit, stem).items()}
+    return _shards(sizes, limit, "model")
+
+
+def _shards(sizes: list[tuple[str, int]], limit: int, stem: str) -> dict[str, list[str]]:
     groups: list[list[str]] = []
     room = -1
     for name, size in sizes:
@@ -122,8 +163,8 @@ def _split(sizes: list[tuple[str, int]], limit: int) -> dict[str, list[str]]:
         groups[-1].append(name)
         room -= size
     if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
 
 
 def _dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -138,16 +179,22 @@ def texts_of(
     quantization: dict[str, Any] | None,
     settings: ImageSettings | None,
     qformer_tokenizer: Path | str | None = None,
+    words: Path | None = None,
 ) -> dict[str, str]:
-    """The small files and what is in them, config.json last."""
+    """The small files and what is in them, config.json last. ``words``: a folder whose chat template comes along; by
+    default the tokenizer's."""
+    if words is None and isinstance(tokenizer, Path):
+        words = tokenizer.parent
     texts = {}
     is_instruct = isinstance(model.config, Blip2Config) and model.config.reads_prompt
     if is_instruct and qformer_tokenizer is None and isinstance(tokenizer, Path):
         qformer_tokenizer = tokenizer.parent / QFORMER_TOKENIZER / tokenizer.name
-    for place, given in (("", tokenizer), (f"{QFORMER_TOKENIZER}/", qformer_tokenizer)):
+    names, template = ({}, None) if words is None or tokenizer is None else template_in(words)
+    for place, given, more in (("", tokenizer, names), (f"{QFORMER_TOKENIZER}/", qformer_tokenizer, {})):
         if given is not None:
             texts[f"{place}tokenizer.json"] = read_text(given) if isinstance(given, Path) else given
-            texts[f"{place}tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
+            texts[f"{place}tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"} | more)
+    texts |= {} if template is None else {CHAT_TEMPLATE: template}
     settings = settings or ImageSettings(model.config.vision.image_size)
     texts["preprocessor_config.json"] = _json(preprocessor_json(settings))
     name = "InstructBlipProcessor" if is_instruct else "Blip2Processor"

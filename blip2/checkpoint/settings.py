@@ -33,6 +33,9 @@ from blip2.errors import CheckpointError
 from blip2.plaintext import read_text
 from blip2.quantized import GROUP_SIZES
 
+T5S = ("t5", "mt5", "umt5")
+LANGUAGES = ("opt", *T5S, *KINDS)
+"""The families of language models, by the model_type in config.json."""
 QUANTIZATION_METHOD = "blip2"
 QUANTIZED_BITS = (4, 8)
 BLIP2, INSTRUCT = MODEL_TYPES = ("blip-2", "instructblip")
@@ -198,9 +201,9 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
                 f"{config.hidden_size}; an OPT whose embeddings are projected is not one that this package builds"
             )
         return config
-    if family in ("t5", "mt5", "umt5"):
+    if family in T5S:
         return _parse_t5(text, family)
-    known = ", ".join(map(repr, ("opt", "t5", "mt5", "umt5", *KINDS)))
+    known = ", ".join(map(repr, LANGUAGES))
     raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows {known}")
 
 

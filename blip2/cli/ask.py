@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli.collect import COLLECTION, Collection
-from blip2.cli.options import DECODING, DECODING_NAMES, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
+from blip2.cli.options import (
+    CHAT_TEMPLATE,
+    DECODING,
+    DECODING_NAMES,
+    MODEL,
+    OUTPUT,
+    given,
+    load_pipeline,
+    of_model,
+    of_template,
+    with_options,
+)
 from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, row_of, see
 
@@ -26,7 +37,7 @@ if TYPE_CHECKING:
               "arguments are pictures then.")  # fmt: skip
 @click.option("--choices", metavar="A,B,...", help="Choose among these answers, by likelihood.")
 @click.option("--question-column", metavar="NAME", help="With -o: where each row has its own question.")
-@with_options(OUTPUT, COLLECTION, PICTURES, DECODING, MODEL)
+@with_options(OUTPUT, COLLECTION, PICTURES, DECODING, (*MODEL, CHAT_TEMPLATE))
 @click.pass_context
 def command(
     context: click.Context,
@@ -74,7 +85,7 @@ def command(
         raise click.UsageError("--question-column is for results in files, and excludes -q; add -o FILE")
     if not question_column:
         arguments, questions = _split(arguments, questions, has_list=others["files_from"] is not None)
-    model = of_model(others) | of_reading(others)
+    model = of_model(others) | of_reading(others) | of_template(others)
     if is_asked:
         from blip2.api.collect import asking
 

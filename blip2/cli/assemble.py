@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from blip2.cli.options import with_options
+from blip2.cli.options import in_bytes, with_options
 
 
 @click.command("assemble")
@@ -22,6 +22,9 @@ from blip2.cli.options import with_options
 @click.option("--no-class-token", is_flag=True, help="The Q-Former sees the patches alone.")
 @click.option("--image-size", type=int, help="Side of a picture in pixels.  [default: the image encoder's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is new.")
+@click.option("--link", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
+              help="Share the frozen parts with what was assembled before, or trained from it: by hard links, which "
+              "take no room on the disk.")  # fmt: skip
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to be made.")
 @with_options()
 def command(
@@ -34,6 +37,7 @@ def command(
     no_class_token: bool,
     image_size: int | None,
     seed: int,
+    link: Path | None,
     out: Path,
 ) -> None:
     """Put parts together to a model that training starts from.
@@ -41,17 +45,25 @@ def command(
     The parts are an image encoder, what the Q-Former begins from, and a language model.
     Writes OUT/matching, for stage 1, and with --language OUT/generative, for stage 2, and prints their names. The image
     encoder and the language model are as they were published; the cross-attention, the queries, the heads and the
-    projection are new.
+    projection are new. Each frozen part has files of its own; a model that is trained from OUT shares them with it, and
+    with --link so does another OUT. Every folder is whole without the others.
 
     \b
     blip2 assemble --vision google/siglip-base-patch16-224 --language facebook/opt-125m -o start/
+    blip2 assemble --vision facebook/dinov2-base --language facebook/opt-125m -o other/ --link start/
     blip2 train stage1.toml     # start = "start/matching"
     blip2 train stage2.toml     # start = "start/generative", qformer = the result of stage 1
     """
     from blip2.checkpoint import open_encoder, resolve
     from blip2.checkpoint.assemble import assemble, qformer_start
+    from blip2.checkpoint.describe import stored
 
     encoder = open_encoder(resolve(vision), layer=layer, class_token=not no_class_token, image_size=image_size)  # type: ignore[arg-type]
     start = qformer_start(qformer, tokenizer)
-    for folder in assemble(out, vision=encoder, qformer=start, language=language, num_queries=queries, seed=seed):
+    folders = assemble(
+        out, vision=encoder, qformer=start, language=language, num_queries=queries, seed=seed, link=link
+    )
+    for folder in folders:
+        if link is not None:
+            click.echo(f"{in_bytes(stored(folder).num_shared_bytes)} of {folder} are shared", err=True)
         click.echo(folder)

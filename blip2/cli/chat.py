@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli import in_flags, of_picture
-from blip2.cli.options import DECODING, MODEL, given, load_pipeline, of_model, with_options
+from blip2.cli.options import CHAT_TEMPLATE, DECODING, MODEL, given, load_pipeline, of_model, of_template, with_options
 from blip2.cli.pictures import READING, of_reading
 from blip2.errors import Blip2Error, OptionError
 from blip2.plaintext import NotTextError, lines_of
@@ -27,7 +27,7 @@ HELP = """\
 
 @click.command("chat")
 @click.argument("image", required=False)
-@with_options(DECODING, READING, MODEL)
+@with_options(DECODING, READING, (*MODEL, CHAT_TEMPLATE))
 def command(image: str | None, **others: Any) -> None:
     """Talk about a picture.
 
@@ -44,7 +44,7 @@ def command(image: str | None, **others: Any) -> None:
     """
     from blip2.tasks.defaults import CHAT, merged
 
-    model = of_model(others) | of_reading(others)
+    model = of_model(others) | of_reading(others) | of_template(others)
     options = given(others)
     merged(CHAT, options)
     if image == "-":

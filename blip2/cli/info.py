@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from blip2.cli.options import LABEL_WIDTH, PRECISION, REVISION, in_bytes, in_words, labelled, printing, with_options
+from blip2.cli.options import (
+    ADAPTER,
+    LABEL_WIDTH,
+    PRECISION,
+    REVISION,
+    adapters_in,
+    in_bytes,
+    in_words,
+    labelled,
+    printing,
+    with_options,
+)
+from blip2.cli.part import told_as_part
+from blip2.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from blip2.checkpoint.adapters import Adapter
     from blip2.checkpoint.describe import Description, Stored
     from blip2.config import Blip2Config, MatcherConfig
     from blip2.placement import Plan
     from blip2.published import Published
 
 TITLES = {"vision": "Image encoder", "qformer": "Q-Former", "language": "Language model"}
+PARTS = {"vision_model": "image encoder", "language_model": "language model"}
+"""By the beginning of a published name; all else is the Q-Former's."""
 PURPOSES = {"generative": "captions, questions and chat", "matching": "matches images with texts"}
 
 
@@ -36,6 +53,7 @@ class Facts(NamedTuple):
     model: Description
     alternatives: dict[str, int]
     """What --quantize would make of it: bytes in memory."""
+    adapters: list[Adapter]
 
 
 @click.command("info")
@@ -43,12 +61,13 @@ class Facts(NamedTuple):
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every layer.")
 @click.option("--plan", "with_plan", is_flag=True, help="Where each part would go: on the GPU, on the CPU.")
 @click.option("--gpu-memory", type=float, metavar="GB", help="With --plan: for a GPU with so much free memory.")
-@with_options((REVISION,), PRECISION)
+@with_options((REVISION,), PRECISION, (ADAPTER,))
 def command(model: str | None, as_json: bool, with_plan: bool, gpu_memory: float | None, **options: Any) -> None:
     """Tell what a model is, and what it would need here.
 
     MODEL is a folder or a name on the Hugging Face hub; by default the bundled miniature. A published model need not
-    be downloaded for it. Told are its parts, the precision that would be chosen and why, the memory that its weights
+    be downloaded for it. Of a part by itself (a language model, an image encoder, a BERT) its family and size are told.
+    Told are its parts, the precision that would be chosen and why, the memory that its weights
     take in that precision, and which layers are quantised.
 
     \b
@@ -57,6 +76,8 @@ def command(model: str | None, as_json: bool, with_plan: bool, gpu_memory: float
     """
     if gpu_memory is not None and not (with_plan and gpu_memory > 0):
         raise click.UsageError("--gpu-memory is a number of GB above 0, and goes with --plan")
+    if told_as_part(model, options["revision"], as_json):
+        return
     facts = _facts(model, **options)
     plan = _plan(facts, options["dtype"], gpu_memory) if with_plan else None
     if as_json:
@@ -81,6 +102,7 @@ def _facts(
     quantize: str | None,
     quantize_vision: bool,
     vision: str | None,
+    adapter: tuple[str, ...],
 ) -> Facts:
     from blip2.api import find_dtype
     from blip2.checkpoint import image_settings, quantization, read_config
@@ -105,7 +127,20 @@ def _facts(
             other = describe(config, device=where, dtype=wanted, quantization=quantization(kind))
             if other.quantized:
                 alternatives[kind] = other.num_bytes
-    return Facts(name or "miniature", config, published, folder, files, where, model, alternatives)
+    adapters = _adapters(adapter, name, folder)
+    return Facts(name or "miniature", config, published, folder, files, where, model, alternatives, adapters)
+
+
+def _adapters(names: tuple[str, ...], model: str | None, folder: Path | None) -> list[Adapter]:
+    """Those that are to be merged; that they are of this model is seen by its files."""
+    from blip2.checkpoint.adapters import Adapters
+    from blip2.checkpoint.load import fitted_adapters
+
+    if (adapters := Adapters.of(adapters_in(names))) is None:
+        return []
+    if folder is None:
+        raise CheckpointError(f"{model}: is not here, and an adapter is told beside its model; blip2 pull {model}")
+    return list(fitted_adapters(adapters, folder))
 
 
 def _plan(facts: Facts, dtype: str, gpu_memory: float | None) -> Plan:
@@ -155,6 +190,11 @@ def _as_json(facts: Facts) -> dict[str, Any]:
             }
             for part in model.parts
         ],
+        "adapters": [
+            {"path": str(each.path), "kind": each.kind, "ranks": each.ranks, "weight": each.weight,
+             "parameters": each.num_parameters, "changes": sorted(each.changes)}
+            for each in facts.adapters
+        ],
         "device": str(facts.device),
         "precision": {
             "vision": _name(model.precision.vision),
@@ -167,7 +207,12 @@ def _as_json(facts: Facts) -> dict[str, Any]:
         "kept": {name: _name(dtype) for name, dtype in model.kept.items()},
         "quantized_memory_bytes": facts.alternatives,
         "disk": files
-        and {"bytes": files.num_bytes, "files": files.num_files, "dtypes": [_name(dtype) for dtype in files.dtypes]},
+        and {
+            "bytes": files.num_bytes,
+            "shared_bytes": files.num_shared_bytes,
+            "files": files.num_files,
+            "dtypes": [_name(dtype) for dtype in files.dtypes],
+        },
     }
 
 
@@ -182,6 +227,8 @@ def _show_head(facts: Facts, out: Console) -> None:
         files = "1 file" if facts.files.num_files == 1 else f"{facts.files.num_files} files"
         dtypes = ", ".join(_name(dtype) for dtype in facts.files.dtypes)
         out.print(labelled("On disk", f"{in_bytes(facts.files.num_bytes)} in {files}: {dtypes}"))
+        if shared := facts.files.num_shared_bytes:
+            out.print(labelled("", f"{in_bytes(shared)} of it shared with other models, by hard links"))
     elif facts.published is not None:
         size = in_bytes(facts.published.size_gb * 1e9)
         out.print(labelled("Not here", f"{size} to download (blip2 pull); this is from the package's own table"))
@@ -193,6 +240,13 @@ def _show_head(facts: Facts, out: Console) -> None:
 def _show_architecture(facts: Facts, out: Console) -> None:
     for part in facts.model.parts:
         out.print(labelled(TITLES[part.name], part.architecture))
+    for adapter in facts.adapters:
+        parts = Counter(PARTS.get(name.partition(".")[0], "Q-Former") for name in adapter.changes)
+        changes = ", ".join(f"{number} in the {part}" for part, number in parts.items())
+        ranks = f" of rank {', '.join(map(str, adapter.ranks))}" if adapter.ranks else ""
+        weight = "" if adapter.weight == 1 else f", with weight {adapter.weight:g}"
+        out.print(labelled("Adapter", f"{adapter.path}: {adapter.kind}{ranks}{weight}"))
+        out.print(labelled("", f"weights it changes: {changes}; {in_words(adapter.num_parameters)} parameters"))
     out.print()
 
 

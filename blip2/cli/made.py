@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 COMPANIONS = (
-    "preprocessor_config.json", "processor_config.json", "generation_config.json", *OF_TOKENIZER,
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.jinja", *OF_TOKENIZER,
     *(f"qformer_tokenizer/{name}" for name in OF_TOKENIZER),
 )  # fmt: skip
 """What stands beside the weights and the tokenizer, and is the same whatever the weights are kept in."""

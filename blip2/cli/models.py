@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from blip2.cli.options import in_words, printing, with_options
+from blip2.cli.options import in_words, labelled, printing, with_options
 
 KINDS = ("bfloat16", "int8", "int4")
 COLUMNS: tuple[tuple[str, int, Any], ...] = (
@@ -24,7 +24,8 @@ def command(as_json: bool) -> None:
     """List the published models: what each is for, and what it needs.
 
     The memory is that of the weights on a CPU, of image encoder and language model in bfloat16, or with --quantize
-    int8 or int4; pictures and texts take some more.
+    int8 or int4; pictures and texts take some more. Below them are the families of parts of which blip2 assemble makes
+    other models, by the model_type in a part's config.json.
 
     \b
     blip2 models
@@ -75,6 +76,11 @@ def known_models() -> list[dict[str, Any]]:
 def _show(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
+    from blip2.checkpoint.parts import ENCODERS, STARTS
+    from blip2.checkpoint.settings import LANGUAGES
+
+    parts = {"Language model": LANGUAGES, "Image encoder": ENCODERS, "Q-Former from": (*STARTS, "blip-2", "scratch")}
+
     with printing() as out:
         for purpose in dict.fromkeys(row["purpose"] for row in rows):
             table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
@@ -87,6 +93,10 @@ def _show(rows: list[dict[str, Any]]) -> None:
             out.print(table)
             out.print()
         out.print("GB to fetch, and GB of memory for the weights in bfloat16, int8 and int4; pixels a side.")
+        out.print()
+        out.print("Parts that others are made of (blip2 assemble, blip2 info)", style="bold")
+        for title, families in parts.items():
+            out.print(labelled(title, ", ".join(families)))
         out.print()
         for licence in dict.fromkeys(row["licence"] for row in rows):
             names = (row["name"].rpartition("/")[2] for row in rows if row["licence"] == licence)

@@ -65,6 +65,8 @@ INDEX_MODEL = (
     *PRECISION,
     ADAPTER,
 )  # fmt: skip
+CHAT_TEMPLATE = click.option("--chat-template", is_flag=True, help="Ask in the words of the language model's own chat "
+                             "template.")  # fmt: skip
 MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision", "vision", "adapter")
 
 # Ranges are checked where they are known: by GenerateOptions.
@@ -115,6 +117,11 @@ def given(decoding: dict[str, Any]) -> dict[str, Any]:
 def of_model(options: dict[str, Any]) -> dict[str, Any]:
     """Take those of `MODEL` out of all options of a verb, for `load_pipeline`."""
     return {name: options.pop(name) for name in MODEL_NAMES}
+
+
+def of_template(options: dict[str, Any]) -> dict[str, bool]:
+    """Take `CHAT_TEMPLATE` out of all options, for `load_pipeline`; without it nothing, as before there was one."""
+    return {"chat_template": True} if options.pop("chat_template") else {}
 
 
 def load_pipeline(**options: Any) -> Pipeline:

@@ -15,7 +15,16 @@ import click
 from click.core import ParameterSource
 
 from blip2.cli import Failure
-from blip2.cli.options import MODEL, lines_in, load_matcher, load_pipeline, of_model, with_options
+from blip2.cli.options import (
+    CHAT_TEMPLATE,
+    MODEL,
+    lines_in,
+    load_matcher,
+    load_pipeline,
+    of_model,
+    of_template,
+    with_options,
+)
 from blip2.errors import OptionError
 from blip2.installed import install_line
 from blip2.plaintext import lines_of
@@ -100,7 +109,7 @@ LIMITS = (
 
 
 @click.command("serve")
-@with_options(ADDRESS, ENGINE, DOOR, LOG, LIMITS, MODEL)
+@with_options(ADDRESS, ENGINE, DOOR, LOG, LIMITS, (*MODEL, CHAT_TEMPLATE))
 def command(
     host: str,
     port: int,
@@ -163,16 +172,17 @@ def command(
         raise Failure(f"serving needs more packages ({error}); {install_line('serve')}") from error
 
     model = of_model(others)
+    template = of_template(others)
     limits = Limits(
         **{field.name: others[field.name] for field in fields(Limits) if others.get(field.name) is not None}
     )
 
     def load() -> Models:
         if matching_model is None and model["model"] is not None:
-            return Models(load_pipeline(**model))
+            return Models(load_pipeline(**model, **template))
         matching = model | {"model": matching_model, "revision": None, "quantize": None, "quantize_vision": False}
         matching["adapter"] = ()
-        return Models(load_pipeline(**model), load_matcher(**matching))
+        return Models(load_pipeline(**model, **template), load_matcher(**matching))
 
     all_keys = _keys(keys, api_key_file)
     allowed = hosts or default_hosts(host if uds is None else None, bool(all_keys))

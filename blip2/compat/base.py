@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from blip2.compat.config import Blip2Config, InstructBlipConfig, built, content_of, public
 from blip2.compat.loading import Device, device_and_dtype, load_model
+from blip2.compat.merging import merge
 from blip2.compat.names import Named, name_layers, unfuse
 from blip2.compat.parts import Part
+from blip2.compat.pixels import preprocessor_in
 from blip2.compat.saving import save
 from blip2.config import Blip2Config as Generative
 from blip2.errors import CheckpointError, OptionError
@@ -40,6 +42,8 @@ class PreTrained(Named):
     model: Any
     config: Blip2Config
     query_tokens: nn.Parameter
+    preprocessor: dict[str, Any] | None = None
+    """How pictures become pixels, as a file says that came with the model and is saved with it."""
 
     def __init__(self, model: Any) -> None:
         """``model``: one of this package, whose layers are taken over, or a configuration to draw one from: ours,
@@ -100,6 +104,7 @@ class PreTrained(Named):
     @classmethod
     def _of_folder(cls, loaded: Any, folder: Path) -> Any:
         model = cls(loaded)
+        model.preprocessor = preprocessor_in(folder)
         model.config = cls.config_class.from_pretrained(folder, dtype=model.dtype)
         model.point_parts_to_config()
         return model
@@ -145,6 +150,14 @@ class PreTrained(Named):
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write the model in the published layout, which `from_pretrained` and transformers read; see `saving.save`."""
         save(self, Path(folder), options)
+
+    def load_adapter(self, name: str | Path, adapter_name: str | None = None, *, weight: float = 1.0) -> None:
+        """Merge a LoRA or DoRA that `peft` saved, by its folder or its name on the hub, into the weights.
+
+        It stays in them: another is added to it, and one of the ``weight`` -1 takes a LoRA away again.
+        ``adapter_name`` is taken and changes nothing. See `merging.merge`.
+        """
+        merge(self, name, weight)
 
     # ---- what it is -------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from blip2.checkpoint import resolve
+from blip2.checkpoint.decoders import LLAMAS
 from blip2.checkpoint.settings import config_json, parse, read_json
 from blip2.config import Blip2Config as Generative
 from blip2.config import LanguageConfig, MatcherConfig, QFormerConfig, VisionConfig
@@ -53,13 +54,6 @@ T5: dict[str, Any] = {
     "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True, "use_cache": True,
     "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
     "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA: dict[str, Any] = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
-    "max_position_embeddings": 2048, "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True,
-    "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "attention_bias": False,
-    "attention_dropout": 0.0, "mlp_bias": False,
 }  # fmt: skip
 WHOLE: dict[str, Any] = {
     "num_query_tokens": 32, "image_text_hidden_size": 256, "image_token_index": None, "initializer_factor": 1.0,
@@ -195,22 +189,22 @@ class T5Config(Config):
             self.num_decoder_layers = self.num_layers
 
 
-class LlamaConfig(Config):
-    model_type = "llama"
-    defaults = LLAMA
+class DecoderConfig(Config):
+    """Of another decoder. What is not set is what its kind has, and stays unsaid in files: there null is not absent."""
 
-    num_key_value_heads: int | None
-    head_dim: int | None
+    defaults = {"use_cache": True}
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, model_type: str = "llama", **values: Any) -> None:
         super().__init__(**values)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.__dict__["model_type"] = model_type
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (known := LLAMAS.get(self.__dict__.get("model_type", ""), {})):
+            return known[name]
+        return super().__getattr__(name)
 
 
-TEXT: dict[str, type[Config]] = {"opt": OPTConfig, "t5": T5Config, "llama": LlamaConfig}
+TEXT: dict[str, type[Config]] = {"opt": OPTConfig, "t5": T5Config, **dict.fromkeys(LLAMAS, DecoderConfig)}
 
 
 class Blip2Config(Config):

@@ -84,10 +84,10 @@ class Generates:
     ) -> Tensor | ModelOutput:
         """Go on from images and prompts: ``int64[B * num_return_sequences, ...]``, filled with padding.
 
-        An OPT's rows are the prompt's ids and the new ones, a T5's the start token and the new ones; the end token is
-        there where the model wrote it. Without ``input_ids`` the prompt is the image and the token that begins a text,
-        or ``inputs_embeds`` float[M, T, D], in which the image goes where its token's vector stands. N images go with
-        N prompts, with one, or one with many.
+        A decoder's rows are the prompt's ids and the new ones, a T5's the start token and the new ones; the end token
+        is there where the model wrote it. Without ``input_ids`` the prompt is the image and the token that begins a
+        text, or ``inputs_embeds`` float[M, T, D], in which the image goes where its token's vector stands. N images go
+        with N prompts, with one, or one with many.
 
         Options (default): max_new_tokens (20) or max_length, which counts the prompt's ids too, min_new_tokens (0) or
         min_length, num_beams (1), length_penalty (1), early_stopping (False), num_return_sequences (1), do_sample
@@ -111,7 +111,10 @@ class Generates:
         """
         prompt = self._prompt(pixel_values, input_ids, attention_mask, interpolate_pos_encoding, inputs_embeds)
         language = self.model.language.config
-        family_tokens = {"eos_token_id": language.eos_token_id, "pad_token_id": language.pad_token_id}
+        ends = list(language.end_token_ids)
+        family_tokens = {
+            "eos_token_id": ends if len(ends) > 1 else language.eos_token_id, "pad_token_id": language.pad_token_id
+        }  # fmt: skip
         given = {} if generation_config is None else from_config(generation_config)
         asked = merged(family_tokens, from_config(self.generation_config), given, heeded("generate", options))
 
@@ -124,8 +127,11 @@ class Generates:
                 raise OptionError(f"decoder_start_token_id is {asked['decoder_start_token_id']}, this model's {start}")
             before_BT, counted, room = before_BT.new_full((len(prompt.is_real_BS), 1), start), 1, None
         how = decoding(asked, prompt_length=counted, room=room)
-        ends = _known(how.eos_token_ids, language.vocab_size)
-        engine = Engine(self.model.language, eos_token_ids=ends, damage=partial(checkpoint.damage, self.model))
+        engine = Engine(
+            self.model.language,
+            eos_token_ids=_known(how.eos_token_ids, language.vocab_size),
+            damage=partial(checkpoint.damage, self.model),
+        )
         if not is_watched(asked, how):
             return _by_the_engine(engine, prompt, before_BT, how)
         way = _watched(asked, how, prompt, before_BT, language.vocab_size)

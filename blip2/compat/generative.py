@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from blip2.checkpoint.settings import read_json
 from blip2.compat.base import PreTrained
+from blip2.compat.decoder import DecoderBody, DecoderModel
 from blip2.compat.generation import Generates
 from blip2.compat.language import LanguagePart, next_token_loss
-from blip2.compat.llama import LlamaBody, LlamaModel
+from blip2.compat.names import put_weight
 from blip2.compat.opt import OPTBody, OPTDecoder, OPTModel
 from blip2.compat.options import GenerationConfig
 from blip2.compat.parts import Part, QFormerModel, VisionModel
@@ -28,15 +29,16 @@ from blip2.compat.records import ModelOutput, PartsOutput, Prompt, returned
 from blip2.compat.t5 import T5Decoder, T5Encoder, T5Model
 from blip2.config import DecoderConfig, LanguageConfig
 from blip2.errors import OptionError
+from blip2.language import Decoder
 from blip2.linear import Table, readable
 from blip2.model import Blip2
 
-LANGUAGES: dict[str, dict[str, type[Part]]] = {
+NAMES: dict[str, dict[str, type[Part]]] = {
     "opt": {"language_model": OPTModel, "language_model.model": OPTBody, "language_model.model.decoder": OPTDecoder},
+    "decoder": {"language_model": DecoderModel, "language_model.model": DecoderBody},
     "t5": {"language_model": T5Model, "language_model.encoder": T5Encoder, "language_model.decoder": T5Decoder},
-    "llama": {"language_model": LlamaModel, "language_model.model": LlamaBody},
 }
-"""What stands at the paths of a language model, by its ``model_type``."""
+"""What is called of a language model, by its family."""
 
 
 class Generative(Prompts, PreTrained):
@@ -61,20 +63,24 @@ class Generative(Prompts, PreTrained):
     def _prepare(self) -> None:
         """What only who trains the language model needs: its dropout."""
         text, language = self.config.text_config, self.model.language
-        dropout = getattr(text, "dropout_rate", None) or getattr(text, "dropout", 0.0)
+        dropout = getattr(text, "dropout_rate" if language.config.has_encoder else "dropout", 0.0)
         for module in language.modules():
             if hasattr(module, "dropout"):
                 module.dropout = dropout
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = text.attention_dropout
+        if isinstance(language, Decoder):  # what pads learns nothing from being looked up
+            pad, table = text.pad_token_id, language.token_embedding
+            table.padding_idx = pad if pad is not None and 0 <= pad < table.num_embeddings else None
 
     def _parts(self) -> dict[str, Any]:
         model, config = cast("Blip2", self.model), self.config
         text = partial(partial, core=model.language, config=config.text_config)
+        names = NAMES[model.language.config.family]
         return {
             "vision_model": lambda: VisionModel(model.vision, config.vision_config),
             "qformer": lambda: self.qformer_class(model.qformer, config.qformer_config),
-            **{path: text(made) for path, made in LANGUAGES[model.config.language.model_type].items()},
+            **{path: text(made) for path, made in names.items()},
         }
 
     @classmethod
@@ -94,9 +100,11 @@ class Generative(Prompts, PreTrained):
         model, text = cast("Blip2", self.model), self.config.text_config
         language = model.language
         names = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
-        asked = {name: getattr(text, name) for name in names if hasattr(language.config, name)}
-        if any(isinstance(value, list | tuple | None) for value in asked.values()):
-            asked = {name: value for name, value in asked.items() if isinstance(value, int)}
+        asked: dict[str, Any] = {name: getattr(text, name) for name in names if hasattr(language.config, name)}
+        if isinstance(language.config, DecoderConfig) and (ends := asked["eos_token_id"]) is not None:
+            asked["end_token_ids"] = (ends,) if isinstance(ends, int) else tuple(ends)
+            asked["eos_token_id"] = asked["end_token_ids"][0]
+        asked = {name: value for name, value in asked.items() if isinstance(value, int) or name == "end_token_ids"}
         if any(getattr(language.config, name) != value for name, value in asked.items()):
             language.config = _changed(language.config, **asked)
         if model.config.language is not language.config or model.config.image_token_id != self.config.image_token_id:
@@ -162,14 +170,14 @@ class Generative(Prompts, PreTrained):
             raise OptionError("a quantised model keeps its table of tokens; resize it unquantised, then quantise")
         head, language = cast("Any", self.get_output_embeddings()), self.model.language
         is_tied = head.weight is old.weight
-        _keep(old, _resized(old.weight, number))
+        put_weight(old, _resized(old.weight, number))
         old.num_embeddings = number
         if old.padding_idx is not None and old.padding_idx >= number:
             old.padding_idx = None
         if is_tied:
             head.weight = old.weight
         else:
-            _keep(head, _resized(head.weight, number))
+            put_weight(head, _resized(head.weight, number))
         head.out_features = number
         language.config = _changed(language.config, vocab_size=number)
         self.config.text_config.vocab_size = number
@@ -187,7 +195,7 @@ class Generative(Prompts, PreTrained):
         return_dict: bool | None = None,
         **decoder: Any,
     ) -> Any:
-        """``last_hidden_state`` of the text alone: of an OPT, or of a T5's encoder."""
+        """``last_hidden_state`` of the text alone: of a decoder, or of a T5's encoder."""
         for name, value in decoder.items():
             if name not in ("decoder_input_ids", "decoder_attention_mask", "labels"):
                 raise TypeError(f"get_text_features has no argument {name!r}")
@@ -220,7 +228,7 @@ class Generative(Prompts, PreTrained):
         """What the language model says to a prompt, with what was seen on the way."""
         if not self.model.language.config.has_encoder:
             if any(value is not None for value in decoder.values()):
-                raise OptionError("decoder_input_ids are for a T5; this model has no decoder apart, leave them out")
+                raise OptionError("decoder_input_ids are for a T5, whose decoder is apart; leave them out")
             outputs = self.language_model(
                 inputs_embeds=prompt.embeddings_BSD, attention_mask=prompt.is_real_BS, return_dict=True, **options
             )
@@ -230,7 +238,7 @@ class Generative(Prompts, PreTrained):
                 loss = next_token_loss(logits, labels, number)
         else:
             if options.pop("logits_to_keep", 0):
-                raise OptionError("logits_to_keep is for an OPT; a T5 gives the logits of what its decoder reads")
+                raise OptionError("logits_to_keep is for a decoder; a T5 gives the logits of what its decoder reads")
             embeddings_BSD, is_real_BS = right_padded(prompt)
             outputs = self.language_model(
                 inputs_embeds=embeddings_BSD,
@@ -324,7 +332,10 @@ class Blip2ForConditionalGeneration(Generates, Generative):
 def _changed(config: LanguageConfig, **values: Any) -> Any:
     """The configuration with other values; a decoder's is saved as it was published."""
     if isinstance(config, DecoderConfig):
-        values["published"] = config.published | values
+        told = {name: value for name, value in values.items() if name != "end_token_ids"}
+        if ends := values.get("end_token_ids"):
+            told["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+        values["published"] = config.published | told
     return replace(config, **values)
 
 
@@ -336,9 +347,3 @@ def _resized(weight: Tensor, number: int) -> Tensor:
     new[kept:] = old.float().mean(dim=0).to(old.dtype)
     return new
 
-
-def _keep(module: Any, weight: Tensor) -> None:
-    if hasattr(module, "keep"):
-        module.keep(weight)
-    else:
-        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)

@@ -1,4 +1,4 @@
-"""What both families of ``language_model`` share: ``past_key_values``, losses, masks.
+"""What all families of ``language_model`` share: ``past_key_values``, losses, masks.
 
 B rows, T tokens of this call, S tokens so far, D width, V vocabulary.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blip2.compat.parts import Part
 from blip2.errors import OptionError
-from blip2.language import OPT, T5
+from blip2.language import Language
 
 NOT_A_LABEL = -100
 
@@ -65,14 +65,14 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, number: Tensor | int 
 
 
 class LanguagePart(Part):
-    """What both families share."""
+    """What all families share."""
 
     lm_head: nn.Module
 
     def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, name: str = "inputs_embeds") -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise OptionError(f"give either token ids or {name}, not both and not none")
-        core = cast("OPT | T5", self.core)
+        core = cast("Language", self.core)
         if input_ids is None:
             assert inputs_embeds is not None
             return inputs_embeds.to(self.device, core.dtype)
@@ -84,7 +84,7 @@ class LanguagePart(Part):
         weight = getattr(head, "weight", None)
         if isinstance(head, nn.Linear) and isinstance(weight, Tensor):
             return head(hidden.to(weight.dtype))
-        return cast("OPT | T5", self.core).logits(hidden)
+        return cast("Language", self.core).logits(hidden)
 
     def generate(
         self,

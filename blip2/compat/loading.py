@@ -13,6 +13,7 @@ import torch
 from blip2 import checkpoint, placement
 from blip2.api import find_device, find_dtype
 from blip2.checkpoint import elsewhere
+from blip2.checkpoint.adapters import Adapters
 from blip2.checkpoint.settings import read_json
 from blip2.compat.names import unfuse
 from blip2.errors import OptionError
@@ -30,7 +31,7 @@ WITHOUT_EFFECT = (
 PLACE = ("revision", "local_files_only", "cache_dir", "token", "use_auth_token", "force_download", "subfolder")
 MODEL = (
     "dtype", "torch_dtype", "device_map", "max_memory", "load_in_8bit", "load_in_4bit", "quantization_config",
-    "attn_implementation",
+    "attn_implementation", "adapter",
 )  # fmt: skip
 REFUSED = {
     "variant": "the files have one name each here; for a smaller precision give dtype",
@@ -91,6 +92,8 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
       on the CPU, else a device, or a dictionary that puts everything on one.
     - ``max_memory``: bytes, or "10GB", by device; of a GPU it says how much of it to use.
     - ``load_in_8bit``, ``load_in_4bit``, or a ``quantization_config`` that says so.
+    - ``adapter``: a LoRA or DoRA of `peft`, its folder or its name on the hub, several, or each with its weight;
+      merged as the weights are read, before they are quantised.
     - where the files are: see `find_folder`. Of a folder with .bin files alone, the tensors in them are read.
 
     The Q-Former stays in float32 throughout, and a T5 in float16 is computed in bfloat16 (see `checkpoint.load`).
@@ -114,7 +117,9 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
                 f"max_memory is {limit / 1e9:.2f} GB for {place}, where the model takes {needed / 1e9:.2f} GB; raise "
                 "it, or take a smaller model (load_in_8bit=True, load_in_4bit=True)"
             )
-    return placement.load(folder, plan, quantize=chosen, pickles=True, prepare=unfuse), folder
+    adapters = Adapters.of(options.get("adapter"))
+    model = placement.load(folder, plan, quantize=chosen, pickles=True, prepare=unfuse, adapters=adapters)
+    return model, folder
 
 
 def _limits(max_memory: Mapping[Any, Any] | None) -> dict[str, int]:

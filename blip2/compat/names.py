@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from blip2.checkpoint.keys import published_names, rows_of_parts, table
 from blip2.checkpoint.tensors import in_parts
+from blip2.compat.config import TEXT
 from blip2.errors import OptionError
+from blip2.language import OPT, Decoder
 from blip2.linear import Linear, Weight, is_worth_packing, readable
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
@@ -29,8 +31,6 @@ HOOKS = (
     "register_full_backward_pre_hook",
 )  # fmt: skip
 
-
-NAMED = ("opt", "t5", "llama")
 
 # The order in which the reference registers layers: optimisers count parameters, adapters draw numbers in it.
 ORDERS = (
@@ -42,11 +42,14 @@ ORDERS = (
     ("self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
     ("k_proj", "v_proj", "q_proj", "out_proj"),
     ("embed_tokens", "block", "final_layer_norm"),
-    ("embed_tokens", "layers", "norm"),
-    ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
     ("q", "k", "v", "o", "relative_attention_bias"),
     ("SelfAttention", "EncDecAttention", "DenseReluDense", "layer_norm"),
-)
+    ("embed_tokens", "layers", "norm"),
+    ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+     "post_feedforward_layernorm"),
+    ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_norm", "k_norm"),
+    ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)  # fmt: skip
 
 
 class Named(nn.Module):
@@ -129,15 +132,16 @@ class Fused(nn.Module):
     """Several linear layers of one input in the place of one product; what they give stands side by side."""
 
     @classmethod
-    def of(cls, whole: Any, names: list[str], rows: list[int]) -> Fused:
-        """Take a layer apart, of which each part has so many rows, and memory of its own: what is saved or sent by its
+    def of(cls, whole: Any, rows: Mapping[str, int]) -> Fused:
+        """Take a layer apart, into layers of so many rows. Each has memory of its own: what is saved or sent by its
         storage is the part."""
         parts = cls()
-        biases: list[Any] = [None] * len(names)
+        sizes = list(rows.values())
+        biases: list[Any] = [None] * len(rows)
         if whole.bias is not None:
-            biases = [bias.clone() for bias in whole.bias.detach().split(rows)]
+            biases = [bias.clone() for bias in whole.bias.detach().split(sizes)]
         packs = isinstance(whole.weight, Weight)
-        for name, weight, bias in zip(names, readable(whole.weight).split(rows), biases, strict=True):
+        for name, weight, bias in zip(rows, readable(whole.weight).split(sizes), biases, strict=True):
             if not (packs and is_worth_packing(weight.dtype, weight.numel())):
                 weight = weight.clone()
             part = layer(weight, bias, requires_grad=whole.weight.requires_grad, packs=packs)
@@ -153,19 +157,20 @@ def unfuse(model: Blip2 | Blip2Matcher) -> None:
 
     Raises OptionError for a language model whose parts have no names here.
     """
-    if isinstance(model, Blip2) and (kind := model.config.language.model_type) not in NAMED:
+    config = model.config.language if isinstance(model, Blip2) else None
+    if config is not None and config.model_type not in TEXT:
         raise OptionError(
-            f"the language model is a {kind}, and these names are for an OPT, a T5 or a Llama; use blip2.load, which "
-            "takes it"
+            f"the language model is a {config.model_type}, and these names are for an OPT, a T5, or what is made like "
+            "a Llama; use blip2.load, which takes it"
         )
     for ours, theirs in table(model.config).items():
         name, _, last = ours.rpartition(".")
         if "|" in theirs and last == "weight":
-            whole = model.get_submodule(name)
+            whole: Any = model.get_submodule(name)
             if not isinstance(whole, Fused | QuantizedLinear):
                 names = [each.split(".")[-2] for each in published_names(theirs)]
-                rows = rows_of_parts(model.config, ours, len(readable(cast("Any", whole).weight)), len(names))
-                model.set_submodule(name, Fused.of(whole, names, rows))
+                rows = rows_of_parts(model.config, ours, whole.out_features, len(names))
+                model.set_submodule(name, Fused.of(whole, dict(zip(names, rows, strict=True))))
 
 
 class _Entry(NamedTuple):
@@ -273,7 +278,7 @@ def _name_twins(place: Callable[[str], Named], model: Blip2) -> None:
     if language.output is None:
         top.add_module("lm_head", tied_head(language))
         top.places["lm_head"] = (language, "output")  # once it is replaced
-    else:
+    elif "lm_head" not in top._modules:
         top.put("lm_head", language, "output")
 
 
@@ -290,8 +295,16 @@ def layer(
     return made
 
 
-def tied_head(language: Any) -> Linear:
+def tied_head(language: OPT | Decoder) -> Linear:
     """The table of tokens as a linear layer."""
     head = layer(language.token_embedding.weight.detach())
     head.weight = language.token_embedding.weight
     return head
+
+
+def put_weight(module: Any, weight: Tensor, name: str = "weight") -> None:
+    """Other numbers for a layer, which keeps them in its own order."""
+    if name == "weight" and hasattr(module, "keep"):
+        module.keep(weight)
+    else:
+        setattr(module, name, nn.Parameter(weight, requires_grad=getattr(module, name).requires_grad))

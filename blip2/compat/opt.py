@@ -92,8 +92,7 @@ class OPTModel(LanguagePart):
 
         ``logits_to_keep``: of so many last tokens, or of these.
         """
-        decoder = cast("OPTDecoder", cast("OPTBody", self.model).decoder)
-        seen = decoder(
+        seen = self.get_decoder()(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -125,7 +124,7 @@ class OPTModel(LanguagePart):
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        return cast("OPTDecoder", cast("OPTBody", self.model).decoder).get_input_embeddings()
+        return cast("LanguagePart", self.get_decoder()).get_input_embeddings()
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Put another table in; the head, which is the table, follows."""

@@ -51,6 +51,19 @@ ARGUMENTS = (*STEPS, *WITHOUT_EFFECT, *NOT_DONE, "input_data_format", "data_form
 LAYOUTS = ("channels_first", "channels_last", None)
 
 
+def _files(folder: Path) -> tuple[Path, Path]:
+    return folder / "preprocessor_config.json", folder / "processor_config.json"
+
+
+def preprocessor_in(folder: Path) -> dict[str, Any] | None:
+    """What the files of a model say of its image processor; None if they say nothing."""
+    path, newer = _files(folder)
+    if path.exists():
+        return read_json(path)
+    content = read_json(newer).get("image_processor") if newer.exists() else None
+    return content if isinstance(content, dict) else None
+
+
 class BlipImageProcessor:
     """How pictures become pixels; its attributes may be set, and hold from then on."""
 
@@ -85,10 +98,7 @@ class BlipImageProcessor:
     @classmethod
     def from_folder(cls, folder: Path, **steps: Any) -> BlipImageProcessor:
         """That of the model in a folder. Raises CheckpointError for a file that is missing or makes no sense."""
-        path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
-        content = (
-            read_json(path) if path.exists() else read_json(newer).get("image_processor") if newer.exists() else None
-        )
+        content = preprocessor_in(folder)
         size = content.get("size") if isinstance(content, dict) else None
         if isinstance(content, dict) and content.get("do_center_crop"):
             return cls(checkpoint.image_settings(folder), **steps)
@@ -98,7 +108,8 @@ class BlipImageProcessor:
         try:
             return cls.from_dict(content, **steps)  # saved by a program that had set it so
         except OptionError as error:
-            raise CheckpointError(f"{path if path.exists() else newer}: {error}") from None
+            path = next(path for path in _files(folder) if path.exists())
+            raise CheckpointError(f"{path}: {error}") from None
 
     @classmethod
     def of(cls, image_processor: Any) -> BlipImageProcessor:

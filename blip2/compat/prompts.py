@@ -99,6 +99,8 @@ class Prompts:
             return self._joined_with_vectors(seen, attention_mask, inputs_embeds)
         images = len(seen.prompts_NQD)
         ids_MT = self._begin(images) if input_ids is None else input_ids.to(self.device)
+        if input_ids is None and attention_mask is None:
+            attention_mask = torch.ones_like(ids_MT)  # some begin a text with the token that pads
         is_real_MT = self._is_real(ids_MT, attention_mask)
         number = num_pairs(images, len(ids_MT))
         images_BQD = seen.prompts_NQD.expand(number, -1, -1)
@@ -132,8 +134,9 @@ class Prompts:
         config, text = self.config, self.config.text_config
         image = [] if config.image_token_id is None else [config.image_token_id] * self.query_tokens.shape[1]
         language = self.model.language.config
-        bos = language.eos_token_id if language.has_encoder else text.bos_token_id
-        return torch.tensor([[*image, bos]] * rows, device=self.device)
+        begin = language.eos_token_id if language.has_encoder else text.bos_token_id
+        begin = language.bos_token_id if begin is None else begin
+        return torch.tensor([[*image, begin]] * rows, device=self.device)
 
     def _is_real(self, ids_MT: Tensor, attention_mask: Tensor | None) -> Tensor:
         """``bool[M, T]``: which ids are no padding."""

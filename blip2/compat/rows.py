@@ -45,13 +45,15 @@ class Layout:
         if tokenizer.find("[CLS]") is not None:
             names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
             return cls((tokenizer.token_id("[CLS]"),), (tokenizer.token_id("[SEP]"),), False, names)
-        end = tokenizer.token_id("</s>")
-        pad = "[PAD]" if tokenizer.find("[PAD]") is not None else "<pad>"  # the first of a Vicuna
-        names = {"eos": "</s>", "pad": pad, "unk": "<unk>"}
-        tokenizer.token_id(pad)
-        if end == 1:
-            return cls((), (end,), False, names)
-        return cls((end,), (), True, names | {"bos": "</s>", "unk": "</s>"})
+        end, pad = tokenizer.find("</s>"), tokenizer.find("<pad>")
+        names = {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
+        if (end, pad) == (1, 0):
+            return cls((), (1,), False, names)
+        if (end, pad) == (2, 1):
+            return cls((2,), (), True, names | {"bos": "</s>", "unk": "</s>"})
+        if end == 2 and tokenizer.find("[PAD]") is not None:  # of a Vicuna
+            return cls((2,), (), True, names | {"bos": "</s>", "pad": "[PAD]", "unk": "</s>"})
+        return cls(*tokenizer.around(), True, {})
 
 
 class Row(NamedTuple):

@@ -52,6 +52,8 @@ def save(model: Any, folder: Path, options: Mapping[str, Any]) -> None:
             content[part] = values | content[part]
     content["dtype"] = str(model.dtype).removeprefix("torch.")
     _write(folder / "config.json", content)
+    if model.preprocessor is not None:
+        _write(folder / "preprocessor_config.json", model.preprocessor)
     if (settings := model.generation_settings()) is not None:
         _write(folder / "generation_config.json", settings)
 

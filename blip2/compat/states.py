@@ -76,7 +76,7 @@ def _of_decoder(
     for number, ids_RT in enumerate(ids):
         new_RT = ids_RT[:, prompt.ids_BT.shape[1] :]
         step = part(
-            inputs_embeds=torch.cat([vectors_RSD, part.get_input_embeddings()(new_RT).to(vectors_RSD)], dim=1),
+            inputs_embeds=torch.cat([vectors_RSD, part.embedded(new_RT, None).to(vectors_RSD)], dim=1),
             attention_mask=torch.cat([is_real_RS, torch.ones_like(new_RT, dtype=torch.bool)], dim=1),
             **watching,
         )

@@ -4,6 +4,7 @@ A text's ids stand between the special tokens of its family, and padding where t
 say; ``padding_side`` may be set.
 
     OPT          pad  pad  </s>  a  photo
+    others       pad  pad  a  photo               with what the tokenizer's own file puts around a text
     T5           a  photo  </s>  pad  pad
     matching     [CLS]  a  photo  [SEP]  pad  pad
 """
@@ -165,6 +166,8 @@ class Blip2Tokenizer(Vocabulary):
             raise OptionError("padding is 'max_length', but there is no max_length; give it, or use padding=True")
         width = None
         if padding is not None:
+            if self.pad_token_id is None:
+                raise OptionError("this tokenizer has no padding token; set one: tokenizer.pad_token = ...eos_token")
             width = room if padding == "max_length" else max(len(row.ids) for row in rows)
             width = rounded(width, options.get("pad_to_multiple_of"))
         return self._filled(rows, width, options)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from blip2.config import DecoderConfig
 from blip2.language import gpt, llama
-from blip2.language.decoding import prefill, step
+from blip2.language.decoding import placed, prefill, step
 from blip2.language.norm import RMSNorm
 from blip2.language.rotary import View, turns
+from blip2.language.stepping import as_plane, program_for, run
 from blip2.layers import KVCache
 from blip2.linear import Linear, Table
+from blip2.native.program import Planes, Program
 
 
 class Decoder(nn.Module):
@@ -72,50 +74,83 @@ class Decoder(nn.Module):
         ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) say otherwise: training packs several
         texts behind one prefix.
         """
-        num_tokens = embeddings_BTD.shape[1]
-        if cache is not None:
-            positions_BT = cache.positions(num_tokens)
-            mask = cache.mask(positions_BT)
-        elif positions_BT is None:
-            positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
-        views = self._views(positions_BT, mask, cache is not None, embeddings_BTD.dtype)
-        x_BTD = embeddings_BTD if self.config.input_scale == 1 else embeddings_BTD * self.config.input_scale
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(positions_BT).to(x_BTD.dtype)
-        if self.embedding_norm is not None:
-            x_BTD = self.embedding_norm(x_BTD)
-        for layer, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
+        positions_BT, mask = placed(embeddings_BTD, cache, positions_BT, mask)
+        keys_BS = None if cache is not None else positions_BT
+        far_and_near = self._far_and_near(positions_BT, mask, keys_BS, embeddings_BTD.dtype)
+        x_BTD = self.entered(embeddings_BTD, positions_BT)
+        if (program := program_for(x_BTD, cache, self.blocks, self._write_step)) is not None:
+            assert cache is not None
+            planes = [plane for view in far_and_near for plane in _planes(view)]
+            return self.final_norm(run(program, x_BTD, positions_BT, [*planes, *cache.planes()]))
+        for layer, block in enumerate(self.blocks):
+            view = self._view(layer, far_and_near)
             x_BTD = block(x_BTD, layer=layer, cache=cache, positions_BT=positions_BT, view=view)
         return self.final_norm(x_BTD)
 
-    def _views(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype) -> list[View]:
-        """Of each layer."""
+    def entered(self, embeddings_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """What the first layer reads."""
+        x_BTD = embeddings_BTD if self.config.input_scale == 1 else embeddings_BTD * self.config.input_scale
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(positions_BT).to(x_BTD.dtype)
+        return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
+
+    def views(
+        self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None, dtype: torch.dtype
+    ) -> list[View]:
+        """Of each layer. ``keys_BS``: the positions of what may be seen; None in a cache, where each has its slot."""
+        far_and_near = self._far_and_near(positions_BT, mask, keys_BS, dtype)
+        return [self._view(layer, far_and_near) for layer in range(len(self.blocks))]
+
+    def _view(self, layer: int, far_and_near: tuple[View, View]) -> View:
+        view = far_and_near[self._is_near(layer)]
+        return view if self._is_turned(layer) else view._replace(turn=None)
+
+    def _far_and_near(
+        self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None, dtype: torch.dtype
+    ) -> tuple[View, View]:
+        """Of the layers that see far, and of those that see the last tokens only."""
         config = self.config
-        num_layers = config.num_layers
         if config.positions == "slopes":
-            return [View(self._sloping(positions_BT, mask, is_cached, dtype), None)] * num_layers
+            return (View(self._sloping(positions_BT, mask, keys_BS, dtype), None),) * 2
         if config.rotary is None:
-            return [View(mask, None)] * num_layers
+            return (View(mask, None),) * 2
         far = near = View(mask, turns(config.rotary, positions_BT, dtype))
         if any(config.window_layers):
             turn = far.turn if config.window_rotary is None else turns(config.window_rotary, positions_BT, dtype)
-            near = View(self._windowed(positions_BT, mask, is_cached), turn)
-        views = [near if is_near else far for is_near in config.window_layers or [False] * num_layers]
-        unturned = config.unturned_layers or [False] * num_layers
-        return [view._replace(turn=None) if is_none else view for view, is_none in zip(views, unturned, strict=True)]
+            near = View(self._windowed(positions_BT, mask, keys_BS), turn)
+        return far, near
 
-    def _windowed(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool) -> Tensor | None:
+    def _is_near(self, layer: int) -> bool:
+        return bool(self.config.window_layers) and self.config.window_layers[layer]
+
+    def _is_turned(self, layer: int) -> bool:
+        is_unturned = bool(self.config.unturned_layers) and self.config.unturned_layers[layer]
+        return self.config.rotary is not None and not is_unturned
+
+    def _write_step(self, program: Program) -> None:
+        """Planes: mask, cosines and sines of the layers that see far, of the others; each layer's keys and values."""
+        has_bool_mask = self.config.positions != "slopes"
+        for layer, block in enumerate(self.blocks):
+            mask = 3 * self._is_near(layer)
+            planes = Planes(6 + 2 * layer, 7 + 2 * layer, mask, has_bool_mask=has_bool_mask)
+            if self._is_turned(layer):
+                planes = planes._replace(cos=mask + 1, sin=mask + 2)
+            block.write_step(program, planes)  # type: ignore[operator]
+
+    def _windowed(self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None) -> Tensor | None:
         """The mask of a layer that sees the last tokens only."""
         window = self.config.window
         assert window is not None
         if (positions_BT.shape[1] if mask is None else mask.shape[-1]) <= window:
             return mask
-        distance_B1TS = _distances(positions_BT, mask, is_cached)
+        distance_B1TS = _distances(positions_BT, mask, keys_BS)
         return (distance_B1TS < window) & _seen(distance_B1TS, mask)
 
-    def _sloping(self, positions_BT: Tensor, mask: Tensor | None, is_cached: bool, dtype: torch.dtype) -> Tensor:
+    def _sloping(
+        self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """The mask of a layer to which what is far counts less (Press et al., 2022): ``float[B, H, T, S]``."""
-        distance_B1TS = _distances(positions_BT, mask, is_cached)
+        distance_B1TS = _distances(positions_BT, mask, keys_BS)
         find = remembered_slopes if type(positions_BT) is Tensor else slopes  # as in `turns`
         slopes_H11 = find(self.config.num_heads, positions_BT.device)[:, None, None]
         bias_BHTS = (-slopes_H11 * distance_B1TS).to(dtype)
@@ -142,10 +177,16 @@ class Decoder(nn.Module):
         return step(self, tokens_B, cache)
 
 
-def _distances(positions_BT: Tensor, mask: Tensor | None, is_cached: bool) -> Tensor:
-    """How many tokens before each token another stands: ``int64[B, 1, T, S]``. In a cache each is in its own slot."""
-    keys_BS = positions_BT
-    if is_cached:
+def _planes(view: View) -> list[Tensor]:
+    """What a program reads of a view; where heads are not turned, anything."""
+    assert view.mask is not None
+    mask = as_plane(view.mask)
+    return [mask, mask, mask] if view.turn is None else [mask, view.turn.cos, view.turn.sin]
+
+
+def _distances(positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None) -> Tensor:
+    """How many tokens before each token another stands: ``int64[B, 1, T, S]``."""
+    if keys_BS is None:
         assert mask is not None
         keys_BS = torch.arange(mask.shape[-1], device=positions_BT.device)[None]
     return (positions_BT[..., None] - keys_BS[:, None])[:, None]

@@ -61,3 +61,16 @@ def step(model: DecoderOnly, tokens_B: Tensor, cache: KVCache) -> Tensor:
     hidden_B1D = model(model.embed(tokens_B[:, None]), cache)
     cache.advance(1, 1)
     return model.logits(hidden_B1D[:, 0])
+
+
+def placed(
+    embeddings_BTD: Tensor, cache: KVCache | None, positions_BT: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Where tokens stand, and what each sees: after those in the cache; without one as is given, or from 0 on."""
+    num_tokens = embeddings_BTD.shape[1]
+    if cache is not None:
+        positions_BT = cache.positions(num_tokens)
+        return positions_BT, cache.mask(positions_BT)
+    if positions_BT is None:
+        positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
+    return positions_BT, mask

@@ -19,6 +19,7 @@ from blip2.language.norm import RMSNorm
 from blip2.language.rotary import View
 from blip2.layers import KVCache, attend
 from blip2.linear import Linear
+from blip2.native.program import Planes, Program, X
 
 
 class Block(nn.Module):
@@ -30,6 +31,7 @@ class Block(nn.Module):
         self.attention_scale = config.attention_scale
         self.attention_cap = config.attention_cap
         self.residual_scale = config.residual_scale
+        self.activation_name = config.activation
         self.activation = ACTIVATIONS[config.activation]
         norm = partial(RMSNorm, eps=config.norm_eps, offset=config.norm_offset)
         self.attention_norm = norm(width)
@@ -62,6 +64,36 @@ class Block(nn.Module):
         x_BTD = self._added(x_BTD, self.output(attended_BTD), self.attention_post_norm)
         gate, up = self.gate_up(self.feed_forward_norm(x_BTD)).chunk(2, dim=-1)
         return self._added(x_BTD, self.down(self.activation(gate) * up), self.feed_forward_post_norm)
+
+    def write_step(self, program: Program, planes: Planes) -> None:
+        """`forward` for one token of each row, as a program."""
+        heads, shared = self.num_heads, self.num_key_value_heads
+        size = self.qkv.out_features // (heads + 2 * shared)
+        normed = program.buffer("normed", self.qkv.in_features)
+        program.norm(self.attention_norm, X, normed)
+        parts = program.linear(self.qkv, normed, "heads")
+        if self.query_norm is not None and self.key_norm is not None:
+            program.norm(self.query_norm, parts, parts, count=heads)
+            program.norm(self.key_norm, parts, parts, first=heads * size, count=shared)
+        program.turn(parts, planes, first=0, stride=size, heads=heads + shared)
+        firsts = heads * size, (heads + shared) * size
+        program.write(parts, planes, firsts=firsts, stride=size, heads=shared, size=size)
+        attended = program.attend(
+            parts, "attended", planes, stride=size, heads=heads, size=size, sharing=heads // shared,
+            scale=self.attention_scale, cap=self.attention_cap,
+        )  # fmt: skip
+        said = program.linear(self.output, attended, "said")
+        if self.attention_post_norm is not None:
+            program.norm(self.attention_post_norm, said, said)
+        program.add(said, X, self.residual_scale)
+        program.norm(self.feed_forward_norm, X, normed)
+        hidden = program.activate(
+            self.activation_name, program.linear(self.gate_up, normed, "gate and up"), "hidden", is_gated=True
+        )
+        program.linear(self.down, hidden, "said")
+        if self.feed_forward_post_norm is not None:
+            program.norm(self.feed_forward_post_norm, said, said)
+        program.add(said, X, self.residual_scale)
 
     def _added(self, x_BTD: Tensor, said_BTD: Tensor, norm: RMSNorm | None) -> Tensor:
         if norm is not None:

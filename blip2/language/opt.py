@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import OPTConfig
-from blip2.language.decoding import prefill, step
+from blip2.language.decoding import placed, prefill, step
+from blip2.language.stepping import as_plane, program_for, run
 from blip2.layers import KVCache, attend, split_parts
 from blip2.linear import Linear, Table
+from blip2.native.program import Planes, Program, X
 
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 
@@ -39,6 +41,20 @@ class Block(nn.Module):
         attended = self.output(attend(query, key, value, mask=mask, is_causal=mask is None, dropout=dropout))
         x_BTD = x_BTD + F.dropout(attended, self.dropout, self.training)
         return x_BTD + F.dropout(self.fc2(F.relu(self.fc1(self.feed_forward_norm(x_BTD)))), self.dropout, self.training)
+
+    def write_step(self, program: Program, planes: Planes) -> None:
+        """`forward` for one token of each row, as a program."""
+        heads, width = self.num_heads, self.output.in_features
+        size = width // heads
+        normed = program.buffer("normed", width)
+        program.norm(self.attention_norm, X, normed)
+        parts = program.linear(self.qkv, normed, "heads")
+        program.write(parts, planes, firsts=(width, 2 * width), stride=size, heads=heads, size=size)
+        attended = program.attend(parts, "attended", planes, stride=size, heads=heads, size=size)
+        program.add(program.linear(self.output, attended, "said"), X)
+        program.norm(self.feed_forward_norm, X, normed)
+        hidden = program.activate("relu", program.linear(self.fc1, normed, "inner"), "hidden", is_gated=False)
+        program.add(program.linear(self.fc2, hidden, "said"), X)
 
 
 class OPT(nn.Module):
@@ -81,17 +97,18 @@ class OPT(nn.Module):
         ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) say otherwise: training packs several
         texts behind one prefix.
         """
-        num_tokens = embeddings_BTD.shape[1]
-        if cache is None:
-            if positions_BT is None:
-                positions_BT = torch.arange(num_tokens, device=embeddings_BTD.device)[None]
-        else:
-            positions_BT = cache.positions(num_tokens)
-            mask = cache.mask(positions_BT)
+        positions_BT, mask = placed(embeddings_BTD, cache, positions_BT, mask)
         x_BTD = embeddings_BTD + self.position_embedding(positions_BT + POSITION_OFFSET).to(embeddings_BTD.dtype)
+        if (program := program_for(x_BTD, cache, self.blocks, self._write_step)) is not None:
+            assert cache is not None and mask is not None
+            return self.final_norm(run(program, x_BTD, positions_BT, [as_plane(mask), *cache.planes()]))
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, layer=layer, cache=cache, positions_BT=positions_BT, mask=mask)
         return self.final_norm(x_BTD)
+
+    def _write_step(self, program: Program) -> None:
+        for layer, block in enumerate(self.blocks):
+            block.write_step(program, Planes(mask=0, keys=1 + 2 * layer, values=2 + 2 * layer))  # type: ignore[operator]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``float[..., D]`` to ``float[..., V]``; the output table is the input table."""

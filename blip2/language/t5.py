@@ -21,9 +21,11 @@ from blip2.config import T5Config
 from blip2.language.activations import ACTIVATIONS
 from blip2.language.float16 import never_in_float16
 from blip2.language.norm import RMSNorm
+from blip2.language.stepping import as_plane, program_for, run
 from blip2.language.t5_state import Encoded, T5State
 from blip2.layers import KVCache, attend, split_heads, split_parts
 from blip2.linear import Linear
+from blip2.native.program import Planes, Program, X
 
 
 class RelativePositionBias(nn.Module):
@@ -112,6 +114,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
+        self.activation_name = config.activation
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = 0.0
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
@@ -167,6 +170,26 @@ class DecoderBlock(nn.Module):
         x_BTD = x_BTD + self.self_attention.attend(query, key, value, bias)
         x_BTD = x_BTD + self.cross_attention(x_BTD, encoded, encoded_mask)
         return self.feed_forward(x_BTD)
+
+    def write_step(self, program: Program, own: Planes, encoded: Planes) -> None:
+        """`forward` for one token of each row, as a program; the prompt's mask is bool, that of the text is added."""
+        looking, crossing, feeding = self.self_attention, self.cross_attention, self.feed_forward
+        heads, width = looking.num_heads, looking.output.in_features
+        size = width // heads
+        normed = program.buffer("normed", looking.qkv.in_features)
+        program.norm(looking.norm, X, normed)
+        parts = program.linear(looking.qkv, normed, "heads")
+        program.write(parts, own, firsts=(width, 2 * width), stride=size, heads=heads, size=size)
+        attended = program.attend(parts, "attended", own, stride=size, heads=heads, size=size, scale=1.0)
+        program.add(program.linear(looking.output, attended, "said"), X)
+        program.norm(crossing.norm, X, normed)
+        query = program.linear(crossing.query, normed, "query")
+        program.attend(query, "attended", encoded, stride=size, heads=heads, size=size, scale=1.0)
+        program.add(program.linear(crossing.output, attended, "said"), X)
+        program.norm(feeding.norm, X, normed)
+        inner = program.linear(feeding.gate_up if feeding.has_gate else feeding.up, normed, "inner")
+        hidden = program.activate(feeding.activation_name, inner, "hidden", is_gated=feeding.has_gate)
+        program.add(program.linear(feeding.down, hidden, "said"), X)
 
 
 class T5(nn.Module):
@@ -224,6 +247,12 @@ class T5(nn.Module):
         keys_S = torch.arange(mask.shape[-1], device=embeddings_BTD.device)
         biases = _biases(self.decoder_bias, self.decoder, positions_BT, keys_S, mask)
         x_BTD = embeddings_BTD
+        if (program := program_for(x_BTD, cache, self.decoder, self._write_step)) is not None:
+            assert cache is not None
+            looks = [as_plane(bias.to(x_BTD.dtype)) for bias in ([next(biases)] if self.decoder_bias else biases)]
+            prompt = [part for both in encoded.keys_values for part in both]
+            planes = [as_plane(encoded.mask_B11P), *cache.planes(), *prompt, *looks]
+            return self.decoder_norm(run(program, x_BTD, positions_BT, planes))
         for layer, (block, bias) in enumerate(zip(self.decoder, biases, strict=True)):
             x_BTD = block(
                 x_BTD,
@@ -235,6 +264,18 @@ class T5(nn.Module):
                 encoded_mask=encoded.mask_B11P,
             )
         return self.decoder_norm(x_BTD)
+
+    def _write_step(self, program: Program) -> None:
+        """Planes: the prompt's mask, each layer's keys and values, those of the prompt, one bias or each layer's."""
+        first, number = 1, 2 * len(self.decoder)
+        for layer, block in enumerate(self.decoder):
+            places = [first + 2 * layer, first + number + 2 * layer]
+            bias = first + 2 * number + (0 if self.decoder_bias else layer)
+            own, encoded = (
+                Planes(place, place + 1, mask, has_bool_mask=is_bool)
+                for place, mask, is_bool in zip(places, (bias, 0), (False, True), strict=True)
+            )
+            block.write_step(program, own, encoded)  # type: ignore[operator]
 
     def forward(self, prompt_BPD: Tensor, lengths_B: Tensor, decoder_tokens_BT: Tensor) -> Tensor:
         """The whole text at once, for training: decoder states ``float[B, T, D]``."""

@@ -38,6 +38,7 @@ ARGUMENTS = {
         POINTER, POINTER, POINTER, POINTER, INT, LONG * 11, INT, LONG, LONG, LONG, LONG, FLOAT, POINTER, INT,
     ],
     "blip2_rms_norm": [POINTER, POINTER, INT, LONG, LONG, FLOAT, POINTER],
+    "blip2_run": [POINTER, INT],
     "blip2_checksums": [POINTER, LONG, LONG, POINTER],
     "blip2_source": [],
     "blip2_greatest": [POINTER, POINTER, LONG, LONG, LONG, POINTER, INT],

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
+INCLUDED = SOURCE.with_name("program.c")
 LIBRARY = Path(__file__).with_name("kernels.so")
 FLAGS = (
     "-std=c11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
@@ -25,7 +26,7 @@ FLAGS = (
 
 def source_crc32() -> int:
     """Of the source and how it is compiled; a library remembers it, so that one of another source is not used."""
-    return zlib.crc32(SOURCE.read_bytes(), zlib.crc32(repr(FLAGS).encode()))
+    return zlib.crc32(SOURCE.read_bytes() + INCLUDED.read_bytes(), zlib.crc32(repr(FLAGS).encode()))
 
 
 def build() -> Path | None:

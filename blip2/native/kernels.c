@@ -18,6 +18,7 @@
  *     scales   bfloat16 [n / 32][k / group][n % 32]
  */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -401,9 +402,27 @@ PRODUCT(vnni, VNNI)
 
 /* ---- single tokens ---- */
 
+/* e^x, off by less than 1e-7 times itself: 2^n times a polynomial of what is left, within half a ln 2 of zero. */
+INLINE float exponential(float x) {
+    x = clamp(x, -87, 88);
+    float n = rintf(x * 1.44269504f), left = x - n * 0.693145752f - n * 1.42860677e-6f; /* the first is exact */
+    float value = 1.9875691500e-4f;
+    value = value * left + 1.3981999507e-3f;
+    value = value * left + 8.3334519073e-3f;
+    value = value * left + 4.1665795894e-2f;
+    value = value * left + 1.6666665459e-1f;
+    value = value * left + 5.0000001201e-1f;
+    value = value * left * left + left + 1;
+    uint32_t power = (uint32_t)((int)n + 127) << 23;
+    float two_to_n;
+    memcpy(&two_to_n, &power, 4);
+    return value * two_to_n;
+}
+
 INLINE void attend_head(const void *query, long at_q, const void *keys, long at_k, long step_k, const void *values,
                         long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind,
-                        const int type, long length, long size, float scale, float *scores, void *out, long at_out) {
+                        const int type, long length, long size, float scale, float cap, float *scores, void *out,
+                        long at_out) {
     float *asked = scores + length, *sum = asked + size, most = -INFINITY, total = 0;
     SIMD()
     for (long d = 0; d < size; d++) asked[d] = load(query, at_q + d, type) * scale, sum[d] = 0;
@@ -411,17 +430,22 @@ INLINE void attend_head(const void *query, long at_q, const void *keys, long at_
         float score = 0;
         SIMD(reduction(+ : score))
         for (long d = 0; d < size; d++) score += asked[d] * load(keys, at_k + s * step_k + d, type);
+        if (cap > 0) score = cap * tanhf(score / cap);
         if (mask_kind == 1) score += load(mask, at_m + s * step_m, type);
         if (mask_kind == 2 && !((const uint8_t *)mask)[at_m + s * step_m]) score = -INFINITY;
         scores[s] = score;
         most = score > most ? score : most;
     }
+    SIMD(reduction(+ : total))
     for (long s = 0; s < length; s++) {
-        float weight = scores[s] == -INFINITY ? 0 : expf(scores[s] - most);
+        float weight = scores[s] == -INFINITY ? 0 : exponential(scores[s] - most);
+        scores[s] = weight;
         total += weight;
-        if (weight == 0) continue;
+    }
+    for (long s = 0; s < length; s++) {
+        if (scores[s] == 0) continue;
         SIMD()
-        for (long d = 0; d < size; d++) sum[d] += weight * load(values, at_v + s * step_v + d, type);
+        for (long d = 0; d < size; d++) sum[d] += scores[s] * load(values, at_v + s * step_v + d, type);
     }
     SIMD()
     for (long d = 0; d < size; d++) store(out, at_out + d, sum[d] / total, type);
@@ -429,9 +453,11 @@ INLINE void attend_head(const void *query, long at_q, const void *keys, long at_
 
 typedef void Attend(const void *query, long at_q, const void *keys, long at_k, long step_k, const void *values,
                     long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind, int type,
-                    long length, long size, float scale, float *scores, void *out, long at_out);
+                    long length, long size, float scale, float cap, float *scores, void *out, long at_out);
 
-INLINE void rms_norm_row(const void *x, const void *weight, const int type, long at, long width, float eps, void *out) {
+/* With an offset of the weights (Gemma) nothing is rounded before they are multiplied. */
+INLINE void rms_norm_row(const void *x, const void *weight, const int type, long at, long width, float eps,
+                         float offset, void *out) {
     float square = 0;
     SIMD(reduction(+ : square))
     for (long d = 0; d < width; d++) square += load(x, at + d, type) * load(x, at + d, type);
@@ -439,8 +465,47 @@ INLINE void rms_norm_row(const void *x, const void *weight, const int type, long
     SIMD()
     for (long d = 0; d < width; d++) {
         float normed = load(x, at + d, type) * scale;
-        if (type == BFLOAT16) normed = from_bfloat16(to_bfloat16(normed));
-        store(out, at + d, normed * load(weight, d, type), type);
+        if (type == BFLOAT16 && offset == 0) normed = from_bfloat16(to_bfloat16(normed));
+        store(out, at + d, normed * (load(weight, d, type) + offset), type);
+    }
+}
+
+/* ---- what stands between the products of a feed-forward layer ---- */
+
+/* x * (1/2 + erf(x / sqrt(2)) / 2), by a quotient of polynomials, fitted to be off by less than 2e-7 times x. */
+INLINE float gelu(float x) {
+    float at = clamp(x, -5.5f, 5.5f), s = at * at, above = 2.2915927e-8f, below = 1.2000953e-6f;
+    above = above * s + 6.3214025e-6f, below = below * s + 7.261424e-5f;
+    above = above * s + 0.00016576196f, below = below * s + 0.0018671553f;
+    above = above * s + 0.0046585454f, below = below * s + 0.028477507f;
+    above = above * s + 0.033562798f, below = below * s + 0.25079563f;
+    above = above * s + 0.39894226f, below = below * s + 1;
+    return x < -5.5f ? 0 : x * (0.5f + at * above / below);
+}
+
+enum { RELU, SILU, GELU, GELU_TANH };
+
+INLINE float activated(float x, const int function) {
+    if (function == RELU) return x < 0 ? 0 : x;
+    if (function == SILU) return x / (1 + exponential(-x));
+    if (function == GELU) return gelu(x);
+    float inner = 0.797884561f * (x + 0.044715f * x * x * x);
+    return x * (1 - 1 / (exponential(2 * inner) + 1));
+}
+
+/* Some numbers of a row; with a gate (at_up >= 0), those at at_up are multiplied by it. */
+typedef void Activate(const void *x, long at, long at_up, int function, long some, int type, void *out, long at_out);
+
+INLINE void activate_typed(const void *x, long at, long at_up, const int function, long some, const int type, void *out,
+                           long at_out) {
+    SIMD()
+    for (long d = 0; d < some; d++) {
+        float value = activated(load(x, at + d, type), function);
+        if (at_up >= 0) {
+            if (type == BFLOAT16) value = from_bfloat16(to_bfloat16(value));
+            value *= load(x, at_up + d, type);
+        }
+        store(out, at_out + d, value, type);
     }
 }
 
@@ -452,6 +517,7 @@ typedef struct {
     Finish *finish;
     Quantize *quantize;
     Attend *attend;
+    Activate *activate;
 } Kernels;
 
 #define SPLIT(type) split_typed(row, type, width, padded, group, high, low, sums)
@@ -459,7 +525,8 @@ typedef struct {
 #define QUANTIZE(type) quantize_typed(weight, type, channels, width, padded, group, bits, codes, scales)
 #define ATTEND(type) \
     attend_head(query, at_q, keys, at_k, step_k, values, at_v, step_v, mask, at_m, step_m, mask_kind, type, length, \
-                size, scale, scores, out, at_out)
+                size, scale, cap, scores, out, at_out)
+#define ACTIVATED(function, type) activate_typed(x, at, at_up, function, some, type, out, at_out)
 #define KERNELS(name, target) \
     target static float split_##name(const void *row, int type, long width, long padded, long group, int8_t *high, \
                                      int8_t *low, int32_t *sums) { \
@@ -477,11 +544,26 @@ typedef struct {
     target static void attend_##name(const void *query, long at_q, const void *keys, long at_k, long step_k, \
                                      const void *values, long at_v, long step_v, const void *mask, long at_m, \
                                      long step_m, int mask_kind, int type, long length, long size, float scale, \
-                                     float *scores, void *out, long at_out) { \
+                                     float cap, float *scores, void *out, long at_out) { \
         if (type == BFLOAT16) ATTEND(BFLOAT16); \
         else ATTEND(FLOAT32); \
     } \
-    static const Kernels name = {split_##name, product_##name, finish_##name, quantize_##name, attend_##name};
+    target static void activate_##name(const void *x, long at, long at_up, int function, long some, int type, \
+                                       void *out, long at_out) { \
+        switch (function * 2 + type) { \
+            case RELU * 2 + FLOAT32: ACTIVATED(RELU, FLOAT32); break; \
+            case RELU * 2 + BFLOAT16: ACTIVATED(RELU, BFLOAT16); break; \
+            case SILU * 2 + FLOAT32: ACTIVATED(SILU, FLOAT32); break; \
+            case SILU * 2 + BFLOAT16: ACTIVATED(SILU, BFLOAT16); break; \
+            case GELU * 2 + FLOAT32: ACTIVATED(GELU, FLOAT32); break; \
+            case GELU * 2 + BFLOAT16: ACTIVATED(GELU, BFLOAT16); break; \
+            case GELU_TANH * 2 + FLOAT32: ACTIVATED(GELU_TANH, FLOAT32); break; \
+            default: ACTIVATED(GELU_TANH, BFLOAT16); \
+        } \
+    } \
+    static const Kernels name = { \
+        split_##name, product_##name, finish_##name, quantize_##name, attend_##name, activate_##name, \
+    };
 
 KERNELS(plain, )
 #if IS_X86
@@ -522,33 +604,64 @@ int blip2_quantize(const void *weight, int type, long channels, long width, long
     return is_poisoned;
 }
 
-/* out[rows][channels] = x[rows][width] times the weights, plus bias (or NULL). Returns 1 if there is no memory. */
+/* Of the planes, steps and sums of so many rows. */
+INLINE long planes_bytes(long rows, long padded, long group) {
+    /* 32 more: the last activations of the last row are read as if there were a block of them */
+    return (2 * rows * padded + rows * 4 + 2 * rows * (padded / group) * 4 + 32 + 63) / 64 * 64;
+}
+
+/* out[rows][channels] = x[rows][width] times the weights, plus bias (or NULL). `planes` is memory of planes_bytes. */
+typedef struct {
+    const void *x;
+    long type, rows, width, padded, group, bits, channels;
+    const uint8_t *codes;
+    const uint16_t *scales;
+    const float *bias;
+    void *out;
+    int8_t *planes;
+} Multiplication;
+
+/* First: some rows to their planes. */
+static void split_rows(const Multiplication *m, long begin, long end) {
+    long plane = m->rows * m->padded, groups = m->padded / m->group;
+    float *steps = (float *)(m->planes + 2 * plane);
+    int32_t *sums = (int32_t *)(steps + m->rows); /* [rows][2][groups] */
+    for (long r = begin; r < end; r++)
+        steps[r] = kernels->split((const char *)m->x + r * m->width * (m->type == BFLOAT16 ? 2 : 4), (int)m->type,
+                                  m->width, m->padded, m->group, m->planes + r * m->padded,
+                                  m->planes + plane + r * m->padded, sums + r * 2 * groups);
+}
+
+/* Then: all rows with a tile of weights, which stays in the cache while they pass by. */
+static void multiply_tile(const Multiplication *m, long tile) {
+    long plane = m->rows * m->padded, groups = m->padded / m->group, c = tile * TILE;
+    const float *steps = (float *)(m->planes + 2 * plane);
+    const int32_t *sums = (int32_t *)(steps + m->rows);
+    long some = m->channels - c < TILE ? m->channels - c : TILE;
+    for (long r = 0; r < m->rows; r += ROWS) {
+        int few = m->rows - r < ROWS ? (int)(m->rows - r) : ROWS;
+        float totals[ROWS * TILE];
+        kernels->product(m->planes + r * m->padded, sums + r * 2 * groups, m->padded, plane, m->group, few,
+                         (int)m->bits, m->codes + c * m->padded * m->bits / 8, m->scales + c * groups, totals);
+        for (int i = 0; i < few; i++)
+            kernels->finish(totals + i * TILE, steps[r + i] / 254, m->bias ? m->bias + c : NULL, some, m->out,
+                            (r + i) * m->channels + c, (int)m->type);
+    }
+}
+
+INLINE long tiles_of(long channels) { return (channels + TILE - 1) / TILE; }
+
+/* Both, for Python. Returns 1 if there is no memory. */
 int blip2_linear(const void *x, int type, long rows, long width, long padded, long group, int bits,
                  const uint8_t *codes, const uint16_t *scales, const float *bias, long channels, void *out,
                  int threads) {
-    long plane = rows * padded, groups = padded / group;
-    /* 32 more: the last activations of the last row are read as if there were a block of them */
-    int8_t *planes = aligned_alloc(64, (2 * plane + rows * 4 + 2 * rows * groups * 4 + 32 + 63) / 64 * 64);
+    int8_t *planes = aligned_alloc(64, planes_bytes(rows, padded, group));
     if (!planes) return 1;
-    float *steps = (float *)(planes + 2 * plane);
-    int32_t *sums = (int32_t *)(steps + rows); /* [rows][2][groups] */
+    const Multiplication m = {x, type, rows, width, padded, group, bits, channels, codes, scales, bias, out, planes};
 #pragma omp parallel for num_threads(threads) if (rows > 4)
-    for (long r = 0; r < rows; r++)
-        steps[r] = kernels->split((const char *)x + r * width * (type == BFLOAT16 ? 2 : 4), type, width, padded, group,
-                         planes + r * padded, planes + plane + r * padded, sums + r * 2 * groups);
+    for (long r = 0; r < rows; r++) split_rows(&m, r, r + 1);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long c = 0; c < (channels + TILE - 1) / TILE * TILE; c += TILE) {
-        long some = channels - c < TILE ? channels - c : TILE;
-        for (long r = 0; r < rows; r += ROWS) { /* the tile stays in the cache while all rows pass by */
-            int few = rows - r < ROWS ? (int)(rows - r) : ROWS;
-            float totals[ROWS * TILE];
-            kernels->product(planes + r * padded, sums + r * 2 * groups, padded, plane, group, few, bits,
-                    codes + c * padded * bits / 8, scales + c * groups, totals);
-            for (int i = 0; i < few; i++)
-                kernels->finish(totals + i * TILE, steps[r + i] / 254, bias ? bias + c : NULL, some, out,
-                                (r + i) * channels + c, type);
-        }
-    }
+    for (long tile = 0; tile < tiles_of(channels); tile++) multiply_tile(&m, tile);
     free(planes);
     return 0;
 }
@@ -559,17 +672,6 @@ int blip2_linear(const void *x, int type, long rows, long width, long padded, lo
 
 #define BAND 13 /* rows whose sums fill the registers; 257, the tokens of a picture, are 20 bands but for 3 rows */
 #define BANDS 32 /* that all tiles pass by, one after the other: what they read stays in the cache */
-
-/* x * (1/2 + erf(x / sqrt(2)) / 2), by a quotient of polynomials, fitted to be off by less than 2e-7 times x. */
-INLINE float gelu(float x) {
-    float at = clamp(x, -5.5f, 5.5f), s = at * at, above = 2.2915927e-8f, below = 1.2000953e-6f;
-    above = above * s + 6.3214025e-6f, below = below * s + 7.261424e-5f;
-    above = above * s + 0.00016576196f, below = below * s + 0.0018671553f;
-    above = above * s + 0.0046585454f, below = below * s + 0.028477507f;
-    above = above * s + 0.033562798f, below = below * s + 0.25079563f;
-    above = above * s + 0.39894226f, below = below * s + 1;
-    return x < -5.5f ? 0 : x * (0.5f + at * above / below);
-}
 
 #if IS_X86
 
@@ -722,7 +824,7 @@ int blip2_attend(const void *query, const void *keys, const void *values, const 
         long row = pair / heads, head = pair % heads;
         kernels->attend(query, row * q[0] + head * q[1], keys, row * k[0] + head * k[1], k[2], values,
                row * v[0] + head * v[1], v[2], mask, row * m[0] + head * m[1], m[2], mask_kind, type, length, size,
-               scale, scores, out, pair * size);
+               scale, 0, scores, out, pair * size);
         free(scores);
     }
     return failed;
@@ -731,10 +833,12 @@ int blip2_attend(const void *query, const void *keys, const void *values, const 
 /* Root-mean-square norm of rows: out = weight * (x / rms(x)), rounded to the type before the weight as T5 has it. */
 void blip2_rms_norm(const void *x, const void *weight, int type, long rows, long width, float eps, void *out) {
     for (long r = 0; r < rows; r++) {
-        if (type == BFLOAT16) rms_norm_row(x, weight, BFLOAT16, r * width, width, eps, out);
-        else rms_norm_row(x, weight, FLOAT32, r * width, width, eps, out);
+        if (type == BFLOAT16) rms_norm_row(x, weight, BFLOAT16, r * width, width, eps, 0, out);
+        else rms_norm_row(x, weight, FLOAT32, r * width, width, eps, 0, out);
     }
 }
+
+#include "program.c"
 
 /* ---- a search: half precision read once, at the speed of the memory ---- */
 

@@ -11,7 +11,7 @@ from blip2.errors import OptionError
 from blip2.generation import GenerateOptions
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.speaker import Answer, Speaker, check_batch_size, chunks, pairs
-from blip2.text import clean, question_prompt
+from blip2.text import clean
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def ask(
 ) -> list[list[Answer]]:
     """Answer N questions about N images, one about N, or N about one; ``options.num_return`` answers each.
 
-    The words around a question that the model expects are added here (`text.question_prompt`); without ``options``
-    those of its authors are taken. Raises OptionError for an empty question and for numbers that do not pair up.
+    The words around a question that the model expects are added here (`Speaker.question`); without ``options`` those
+    of its authors are taken. Raises OptionError for an empty question and for numbers that do not pair up.
     """
     return speaker.answers(images, prompts(speaker, questions), options or speaker.defaults.ask, batch_size)
 
@@ -67,7 +67,7 @@ def rank(
 
 def scored(speaker: Speaker, jobs: Sequence[tuple[EncodedImage, str, str]]) -> list[float]:
     """The log-probability of an answer, for each image, prompt (see `prompts`) and answer; computed together."""
-    answers = [speaker.tokenizer.answer_ids(answer, speaker.model.config.language) for *_, answer in jobs]
+    answers = [speaker.answer_ids(answer) for *_, answer in jobs]
     longest: dict[tuple[int, str], int] = {}
     for (image, text, _), answer in zip(jobs, answers, strict=True):
         longest[id(image), text] = max(longest.get((id(image), text), 0), len(answer))
@@ -95,7 +95,7 @@ def check_choices(choices: Sequence[str]) -> list[str]:
 
 def prompts(speaker: Speaker, questions: Sequence[str]) -> list[str]:
     """The questions as the model expects them; OptionError for one that is empty."""
-    return [question_prompt(question, speaker.model.config.manner) for question in questions]
+    return [speaker.question(question) for question in questions]
 
 
 def ranking(choices: Sequence[str], scores: Sequence[float]) -> list[Choice]:

@@ -76,15 +76,19 @@ def prompt_that_fits(
     Raises OptionError if the question is empty.
     """
 
-    def text(first: int) -> str:
-        return chat_prompt(history[first:], question, speaker.model.config.manner)
-
     def fits(first: int) -> bool:
-        return speaker.fits(text(first), num_new_tokens)
+        return speaker.fits(_prompt(speaker, history[first:], question), num_new_tokens)
 
     # The shorter, the sooner it fits, so a thousand turns are not read a thousand times.
     first = bisect_left(range(len(history)), True, key=fits)
-    return text(first), first
+    return _prompt(speaker, history[first:], question), first
+
+
+def _prompt(speaker: Speaker, turns: Sequence[tuple[str, str]], question: str) -> str:
+    """A question in the words of a conversation, which begins with the first."""
+    if speaker.template is not None:
+        return speaker.question(question, turns)
+    return chat_prompt(turns, question, speaker.model.config.manner)
 
 
 class _Stopped(Exception):

@@ -29,7 +29,7 @@ from blip2 import threads
 from blip2.checkpoint import why_not_finite
 from blip2.config import QFormerConfig
 from blip2.encoded import EncodedImage
-from blip2.errors import ImageError, NotFiniteError, OptionError
+from blip2.errors import ImageError, NotFiniteError, OptionError, option
 from blip2.finite import is_finite
 from blip2.generation import GenerateOptions, finished
 from blip2.image import RgbImage, Source, overlay
@@ -161,6 +161,10 @@ def explaining_words(speaker: Speaker, sight: Sight, words: Words, at_a_time: in
     """As `explain_words`: its portions are tokens of the model's own words, and ``at_a_time`` steps of the way."""
     words.check()
     if words.question is not None:
+        if speaker.template is not None:
+            raise OptionError(
+                f"answers within a chat template are not explained; load the model without {option('chat_template')}"
+            )
         prompt = question_prompt(words.question, speaker.model.config.manner)
         tokens = yield from _tokens(speaker, sight, prompt, words.answer, speaker.defaults.ask, "answer")
         return (yield from _explaining_tokens(speaker, sight, prompt, tokens, slice(None), at_a_time))

@@ -16,7 +16,8 @@ from blip2.errors import OptionError, option
 from blip2.generation import Engine, GenerateOptions, Hypothesis
 from blip2.model import Blip2, identity
 from blip2.tasks.defaults import BATCH_SIZE, Defaults, defaults_of
-from blip2.text import Tokenizer
+from blip2.template import IMAGE, ChatTemplate
+from blip2.text import Tokenizer, chat_prompt, checked_question, clean, question_prompt
 
 Item = TypeVar("Item")
 
@@ -44,6 +45,8 @@ class Speaker:
     engine: Engine
     instruction_tokenizer: Tokenizer | None = None
     """Of the Q-Former, where that reads the prompt (InstructBLIP)."""
+    template: ChatTemplate | None = None
+    """By which questions are worded; None for the wording of BLIP-2 itself."""
 
     @cached_property
     def identity(self) -> str:
@@ -67,9 +70,43 @@ class Speaker:
             return image.queries_QD
         return self.model.look(image.queries_QD[None], instruction=instruction)[0]
 
+    def question(self, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
+        """A question, after earlier turns (question, answer), in the words that the model is asked in.
+
+        With a chat template the text has `template.IMAGE` where the image's vectors go; else they go before it.
+        Raises OptionError as `text.question_prompt` does.
+        """
+        manner = self.model.config.manner
+        if self.template is None:
+            return chat_prompt(turns, question, manner) if turns else question_prompt(question, manner)
+        said = [(clean(asked), clean(answer)) for asked, answer in turns]
+        return self.template.prompt(said, checked_question(question))
+
+    @cached_property
+    def _reading(self) -> Tokenizer:
+        """For a template's words, in which the names of special tokens are these."""
+        return self.tokenizer.reading_tokens()
+
+    def ids(self, text: str) -> tuple[list[int], list[int]]:
+        """What the language model reads before the image, and after it."""
+        config = self.model.config.language
+        if self.template is None or IMAGE not in text:
+            return [], self.tokenizer.prompt_ids(text, config)
+        before, _, after = text.partition(IMAGE)
+        first, second = (self.tokenizer.known(self._reading.encode(part), config) for part in (before, after))
+        return first, [*second, config.eos_token_id] if config.has_encoder else second
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """An answer as the model would write it, its end included (`Tokenizer.answer_ids`)."""
+        config = self.model.config.language
+        if self.template is None:
+            return self.tokenizer.answer_ids(answer, config)
+        return [*self.tokenizer.known(self.tokenizer.encode(answer), config), config.eos_token_id]
+
     @torch.no_grad()
     def prompt(self, image: EncodedImage, text: str, num_new_tokens: int) -> Tensor:
-        """What the language model reads, ``float[Q + T, D]``: the image's vectors, then the text's.
+        """What the language model reads, ``float[Q + T, D]``: the image's vectors, then the text's, or where a chat
+        template has them within the text.
 
         Raises OptionError if the image was encoded for another model, or if the prompt and
         ``num_new_tokens`` more do not fit.
@@ -82,20 +119,21 @@ class Speaker:
                 f"the encoded image (of {list(image.queries_QD.shape)}) was encoded by another model than this one "
                 f"(which reads {list(shape)}); load that model, or encode the picture again"
             )
-        ids = self.tokenizer.prompt_ids(text, config)
+        before, after = self.ids(text)
         room = config.max_position_embeddings - num_queries - num_new_tokens
-        if len(ids) > room:
+        if (number := len(before) + len(after)) > room:
             raise OptionError(
-                f"the text has {len(ids)} tokens; beside {num_queries} for the picture and {num_new_tokens} new ones "
+                f"the text has {number} tokens; beside {num_queries} for the picture and {num_new_tokens} new ones "
                 f"this model has room for {max(room, 0)}; shorten it, or lower {option('max_new_tokens')}"
             )
-        text_TD = self.model.language.embed(torch.tensor(ids, device=table_VD.device))
-        return torch.cat([self.model.prompt(self.queries(image, text)).to(text_TD), text_TD])
+        words_TD = self.model.language.embed(torch.tensor([*before, *after], device=table_VD.device))
+        first_TD, rest_TD = words_TD.split([len(before), len(after)])
+        return torch.cat([first_TD, self.model.prompt(self.queries(image, text)).to(words_TD), rest_TD])
 
     def room(self, text: str) -> int:
         """How many new tokens the model has room for beside the picture and the text; less than 0 if these are too
         many."""
-        return self.room_beside(len(self.tokenizer.prompt_ids(text, self.model.config.language)))
+        return self.room_beside(sum(map(len, self.ids(text))))
 
     def room_beside(self, num_tokens: int) -> int:
         """As `room`, beside a text of so many tokens."""

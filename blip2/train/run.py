@@ -51,7 +51,13 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     with _alone(recipe.out):
         task = prepare(model, materials, recipe, report)
         train(task, recipe, report=report, autocast=autocast)
-        checkpoint.save(model, recipe.out, tokenizer=materials.start / "tokenizer.json", settings=materials.settings)
+        checkpoint.save(
+            model,
+            recipe.out,
+            tokenizer=materials.start / "tokenizer.json",
+            settings=materials.settings,
+            frozen=materials.start,
+        )
     number = len(task.bad_pictures())
     told = f"; pictures that cannot be read: {number:,}, passed over and named in log.jsonl" if number else ""
     report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))

@@ -1,17 +1,20 @@
 """`blip2 assemble`: parts as transformers writes them become models that training starts from."""
 
+import errno
 import json
+import shutil
 
 import pytest
 import tokenizers
 import torch
 import transformers
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import blip2
 from blip2 import checkpoint
 from blip2.checkpoint.assemble import assemble, qformer_start
+from blip2.checkpoint.describe import stored
 from blip2.cli import cli
 from blip2.errors import CheckpointError, OptionError
 from tests import tiny
@@ -112,7 +115,7 @@ def test_the_frozen_parts_are_as_they_were_and_transformers_reads_the_whole(part
 
 def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(parts, tmp_path):
     made = [assembled(parts, tmp_path / str(number), seed=seed) for number, seed in enumerate([1, 1, 2])]
-    files = [[(folder / "model.safetensors").read_bytes() for folder in folders] for folders in made]
+    files = [[(folder / "qformer.safetensors").read_bytes() for folder in folders] for folders in made]
     assert files[0] == files[1]
     assert files[0][0] != files[2][0] and files[0][1] != files[2][1]
 
@@ -155,6 +158,69 @@ def test_a_start_from_scratch_has_the_text_of_a_tokenizer(parts, tmp_path):
     assert model.model.config.qformer.vocab_size == len(WORDS) + 1
 
 
+def disk_bytes(folder):
+    """What the files of a folder take, each content once."""
+    stats = {stat.st_ino: stat for stat in (path.stat() for path in folder.rglob("*") if path.is_file())}
+    return sum(stat.st_size for stat in stats.values())
+
+
+def test_ten_models_share_the_frozen_parts_of_one(parts, tmp_path):
+    assembled(parts, tmp_path / "all/0")
+    alone = disk_bytes(tmp_path / "all")
+    frozen = {path.name: path.stat() for path in (tmp_path / "all/0/generative").glob("*_model.safetensors")}
+    assert frozen.keys() == {"vision_model.safetensors", "language_model.safetensors"}
+    for number in range(1, 10):
+        folders = assembled(parts, tmp_path / f"all/{number}", seed=number, link=tmp_path / "all/0")
+        for folder in folders:
+            for path in folder.glob("*_model.safetensors"):
+                assert path.stat().st_ino == frozen[path.name].st_ino
+        assert stored(folders[1]).num_shared_bytes == sum(stat.st_size for stat in frozen.values())
+    shared = sum(stat.st_size for stat in frozen.values())
+    assert disk_bytes(tmp_path / "all") == 10 * (alone - shared) + shared
+
+    kept = checkpoint.load(tmp_path / "all/9/generative").state_dict()
+    shutil.rmtree(tmp_path / "all/0")  # each is whole without the others
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "all/9/generative").rename(tmp_path / "moved/model")
+    for name, tensor in checkpoint.load(tmp_path / "moved/model").state_dict().items():
+        assert torch.equal(tensor, kept[name])
+    whole = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "moved/model")
+    assert torch.equal(whole.query_tokens, kept["qformer.query_tokens"])
+
+
+def test_parts_are_shared_only_where_they_are_the_same(parts, tmp_path):
+    first = assembled(parts, tmp_path / "first")[1]
+    encoder = checkpoint.open_encoder(parts / "clip", layer="last")
+    start = qformer_start(str(parts / "bert"))
+    _, other = assemble(
+        tmp_path / "other", vision=encoder, qformer=start, language=str(parts / "opt"), link=tmp_path / "first"
+    )
+    files = ["language_model.safetensors", "vision_model.safetensors"]
+    assert [(other / file).samefile(first / file) for file in files] == [True, False]
+    changed = load_file(first / files[0])
+    changed["language_model.model.decoder.final_layer_norm.bias"][0] += 1e-6
+    save_file(changed, first / "new", {"format": "pt"})
+    (first / "new").replace(first / files[0])
+    _, third = assembled(parts, tmp_path / "third", link=first)
+    assert [(third / file).samefile(first / file) for file in files] == [False, True]
+    with pytest.raises(CheckpointError, match=r"files of their own.*leave link out"):
+        assembled(parts, tmp_path / "fourth", link=parts / "opt")
+    assert not (tmp_path / "fourth").exists()
+
+
+def test_where_the_disk_has_no_hard_links_files_are_copied(parts, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    folders = assembled(parts, tmp_path / "start")
+    one, other = [(folder / "vision_model.safetensors") for folder in folders]
+    assert not one.samefile(other) and one.read_bytes() == other.read_bytes()
+    monkeypatch.setattr("blip2.checkpoint.assemble._disk_of", lambda path: len(str(path)))
+    with pytest.raises(OptionError, match="is on another disk than"):
+        assembled(parts, tmp_path / "other", link=tmp_path / "start")
+
+
 def test_what_training_reads_is_whole(parts, tmp_path):
     """A picture and a text go through both models."""
     matching, generative = assembled(parts, tmp_path / "start")
@@ -186,3 +252,62 @@ def test_parts_that_do_not_go_together_are_refused_and_nothing_is_written(parts,
     with pytest.raises(OptionError, match="queries"):
         assembled(parts, out, num_queries=0)
     assert not (out / "generative").exists()
+
+
+def test_a_linked_model_is_told_quantised_and_merged_whole(parts, tmp_path):
+    assembled(parts, tmp_path / "first")
+    _, model = assembled(parts, tmp_path / "second", link=tmp_path / "first")
+    told = CliRunner().invoke(cli, ["info", str(model)])
+    assert "shared with other models, by hard links" in told.output
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    done = CliRunner().invoke(cli, ["quantize", str(model), str(tmp_path / "int8"), "--to", "int8"])
+    assert done.exit_code == 0, done.output
+    assert stored(tmp_path / "int8").num_shared_bytes == 0
+    loaded = checkpoint.load(model)
+    checkpoint.save(loaded, model)  # over itself: the others keep theirs
+    assert [path.name for path in model.glob("*.safetensors*")] == ["model.safetensors"]
+    for folder in ("generative", "matching"):
+        checkpoint.load(tmp_path / "first" / folder)
+    assert (tmp_path / "first/generative/language_model.safetensors").read_bytes() == before[
+        "language_model.safetensors"
+    ]
+
+
+def test_a_part_by_itself_is_told(parts):
+    def told(name):
+        plain = CliRunner().invoke(cli, ["info", str(parts / name)])
+        assert plain.exit_code == 0, plain.output
+        content = json.loads(CliRunner().invoke(cli, ["info", str(parts / name), "--json"]).output)
+        weights = load_file(parts / name / "model.safetensors")
+        assert content["disk_bytes"] == (parts / name / "model.safetensors").stat().st_size
+        return plain.output, content, sum(tensor.numel() for tensor in weights.values())
+
+    text, content, number = told("llama")
+    assert "blip2 assemble --language" in text and content["family"] == "llama"
+    assert content["kind"] == "language model" and content["num_parameters"] == number
+    assert content["memory_bytes"].keys() == {"bfloat16", "int8", "int4"}
+    assert content["memory_bytes"]["bfloat16"] == 2 * number
+    text, content, _ = told("clip")
+    assert "blip2 assemble --vision" in text and "28 pixels, 4 patches, a class token" in content["architecture"]
+    vision = checkpoint.open_encoder(parts / "clip")
+    assert content["num_parameters"] == sum(tensor.numel() for _, tensor in vision.tensors())
+    text, content, _ = told("bert")
+    assert "blip2 assemble --qformer" in text and content["kind"] == "BERT"
+    assert told("t5")[1]["architecture"].startswith("T5, 2 + 2 blocks")
+
+
+def test_another_program_s_model_in_the_same_folder_is_told_and_harms_no_other(parts, tmp_path):
+    _, first = assembled(parts, tmp_path / "first")
+    _, second = assembled(parts, tmp_path / "second", link=tmp_path / "first")
+    before = checkpoint.load(first).state_dict()
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(second)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(2)
+    theirs.save_pretrained(second)
+    with pytest.raises(CheckpointError, match="holds two models"):
+        checkpoint.load(second)
+    for name, tensor in checkpoint.load(first).state_dict().items():
+        assert torch.equal(tensor, before[name])
+    (second / "model.safetensors").unlink()
+    checkpoint.load(second)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import blip2
 from blip2 import checkpoint
+from tests import tiny
 
 RANK, ALPHA = 2, 6
 MODULES = (
@@ -22,12 +23,12 @@ MODULES = (
 )
 
 
-def write_adapter(folder, base, *, strength=0.5, **config):
-    """A LoRA of `MODULES` with random matrices."""
+def write_adapter(folder, base, *, strength=0.5, modules=MODULES, **config):
+    """A LoRA of ``modules`` with random matrices."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(3)
     tensors = {}
-    for module in MODULES:
+    for module in modules:
         rows, columns = load_file(base / "model.safetensors")[f"{module}.weight"].shape
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator)
         tensors[f"base_model.model.{module}.lora_B.weight"] = strength * torch.randn(rows, RANK, generator=generator)
@@ -35,6 +36,36 @@ def write_adapter(folder, base, *, strength=0.5, **config):
     content = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "use_rslora": False} | config
     (folder / "adapter_config.json").write_text(json.dumps(content))
     return folder
+
+
+def test_heads_that_share_keys(tmp_path):
+    """Queries have more rows than keys and values, which are one layer with them here."""
+    base = tiny.save_generative("llama", tmp_path / "base")
+    before = load_file(base / "model.safetensors")
+    modules = [f"language_model.model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    assert len({before[f"{module}.weight"].shape[0] for module in modules}) == 2
+    adapter = write_adapter(tmp_path / "adapter", base, modules=modules)
+    checkpoint.save(blip2.load(base, adapter=adapter, dtype="float32").speaker.model, tmp_path / "merged")
+    change = load_file(adapter / "adapter_model.safetensors")
+    for name, weight in load_file(tmp_path / "merged" / "model.safetensors").items():
+        wanted, module = before[name], name.removesuffix(".weight")
+        if module in modules:
+            first, second = (change[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+            wanted = wanted + ALPHA / RANK * second @ first
+        torch.testing.assert_close(weight, wanted, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_it_is_told_beside_the_model(run, opt_model, matching_model, adapter, tmp_path):
+    told = " ".join(run("info", opt_model, "--adapter", f"{adapter}=0.5").output.split())
+    assert "LoRA of rank 2, with weight 0.5" in told
+    assert "weights it changes: 3 in the Q-Former, 1 in the image encoder" in told
+    content = json.loads(run("info", opt_model, "--adapter", adapter, "--json").output)
+    [found] = content["adapters"]
+    change = load_file(adapter / "adapter_model.safetensors")
+    assert found["parameters"] == sum(tensor.numel() for tensor in change.values())
+    assert found["changes"] == sorted(f"{module}.weight" for module in MODULES)
+    assert "the adapter is of another model" in run("info", matching_model, "--adapter", adapter).output
+    assert "is not here" in run("info", "Salesforce/blip2-opt-2.7b", "--adapter", adapter).output
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ def test_the_table_fits_a_terminal(run):
     assert all(len(line) <= 80 for line in table)
     xxl = next(line for line in table if "xxl" in line)
     assert xxl.split()[1:] == ["12.2", "B", "48.9", "24.7", "13.7", "8.6", "224", "43206cb", "-"]
+    assert all(family in result.stdout for family in ("qwen3", "gemma3_text", "dinov2_with_registers", "bert"))
     for model in PUBLISHED.values():
         assert model.purpose[1:] in result.stdout and model.licence in result.stdout
 

@@ -37,7 +37,7 @@ def inputs(processor):
 
 
 def new_tokens(model, out, inputs):
-    return out[:, inputs["input_ids"].shape[1] if model.config.language.family == "opt" else 1 :].tolist()
+    return out[:, inputs["input_ids"].shape[1] if not model.config.language.has_encoder else 1 :].tolist()
 
 
 def trimmed(row, pad):
@@ -66,7 +66,7 @@ def test_one_image_with_many_texts_and_one_text_with_many_images(model, processo
 
 def test_the_prompt_comes_back_from_an_opt_only(model, inputs):
     out = model.generate(**inputs, max_new_tokens=2, num_beams=2, num_return_sequences=2)
-    if model.config.language.family == "opt":
+    if not model.config.language.has_encoder:
         assert torch.equal(out[::2, :-2], inputs.input_ids) and torch.equal(out[1::2, :-2], inputs.input_ids)
     else:
         assert out[:, 0].tolist() == [model.config.language.decoder_start_token_id] * 6
@@ -81,7 +81,7 @@ def test_the_legacy_form_without_image_token(model, any_model, inputs, processor
     text = processor(text=TEXTS, return_tensors="pt", padding=True)
     out = legacy.generate(pixel_values=inputs.pixel_values, **text)
     assert new_tokens(legacy, out, text) == new_tokens(model, model.generate(**inputs), inputs)
-    if model.config.language.family == "opt":
+    if not model.config.language.has_encoder:
         assert torch.equal(out[:, : text.input_ids.shape[1]], text.input_ids)
     alone = {"input_ids": torch.empty(1, 1)}, {"input_ids": torch.empty(1, QUERIES + 1)}
     pixels = inputs.pixel_values
@@ -213,7 +213,7 @@ def test_the_settings_of_the_folder_hold_until_others_are_given(model, any_model
     other = Blip2ForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(other.generate(**inputs), model.generate(**inputs, num_beams=3, max_new_tokens=4))
     assert torch.equal(other.generate(**inputs, num_beams=1, max_new_tokens=20), model.generate(**inputs))
-    longer = inputs.input_ids.shape[1] + 6 if model.config.language.family == "opt" else 7
+    longer = inputs.input_ids.shape[1] + 6 if not model.config.language.has_encoder else 7
     expected = model.generate(**inputs, num_beams=3, max_new_tokens=6)
     assert torch.equal(other.generate(**inputs, max_length=longer), expected), "the other name for the same thing"
     other.save_pretrained(tmp_path / "again")
@@ -244,7 +244,7 @@ def test_labels_are_needed_where_a_decoder_has_nothing_to_read(model, inputs):
 
 
 def test_logits_of_a_row_do_not_depend_on_its_padding(model, processor, inputs):
-    if model.config.language.family == "opt":
+    if not model.config.language.has_encoder:
         with torch.no_grad():
             together = model(**inputs).logits[1][inputs.attention_mask[1].bool()]
             alone = model(**processor(tiny.picture(1), TEXTS[1], return_tensors="pt")).logits[0]
@@ -252,7 +252,7 @@ def test_logits_of_a_row_do_not_depend_on_its_padding(model, processor, inputs):
 
 
 def test_padding_before_everything_sees_nothing_and_harms_nothing(model, inputs):
-    if model.config.language.family == "opt":
+    if not model.config.language.has_encoder:
         ids = torch.nn.functional.pad(inputs.input_ids, (2, 0), value=model.config.language.pad_token_id)
         mask = torch.nn.functional.pad(inputs.attention_mask, (2, 0))
         expected, logits = model(**inputs).logits, model(inputs.pixel_values, ids, mask).logits

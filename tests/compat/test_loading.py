@@ -12,8 +12,11 @@ import torch
 
 import blip2
 from blip2 import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor, checkpoint
+from blip2.checkpoint.decoders import parse_decoder
 from blip2.compat import loading
+from blip2.config import Blip2Config as OwnConfig
 from blip2.errors import CheckpointError, OptionError
+from blip2.model import Blip2
 from tests import tiny
 from tests.checkpoint import fake_hub
 
@@ -293,6 +296,19 @@ def test_how_a_model_is_saved(opt_model, tmp_path, options, message):
 
 @pytest.mark.parametrize("name", ["Blip2ForConditionalGeneration", "Blip2Model"])
 def test_a_language_model_that_has_no_names_here(name, tmp_path):
-    folder = tiny.save_generative("llama", tmp_path)
-    with pytest.raises(OptionError, match=r"the language model is a qwen3, .* use blip2.load"):
-        getattr(blip2, name).from_pretrained(folder)
+    language = {
+        "model_type": "bloom", "vocab_size": 352, "hidden_size": 24, "n_layer": 1, "n_head": 2, "eos_token_id": 2,
+    }  # fmt: skip
+    model = Blip2(OwnConfig(tiny.VISION, tiny.QFORMER, parse_decoder(language)))
+    checkpoint.save(model, tmp_path, tokenizer=tiny.opt_tokenizer().to_str())
+    with pytest.raises(OptionError, match=r"the language model is a bloom, .* use blip2.load"):
+        getattr(blip2, name).from_pretrained(tmp_path)
+
+
+def test_the_image_settings_are_saved_with_the_model(opt_model, matching_model, tmp_path):
+    settings = checkpoint.ImageSettings(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), shortest_edge=40)
+    for name, folder in (("ForConditionalGeneration", opt_model), ("ForImageTextRetrieval", matching_model)):
+        checkpoint.save(checkpoint.load(folder), tmp_path / "first", settings=settings)
+        model = getattr(blip2, f"Blip2{name}").from_pretrained(tmp_path / "first")
+        model.save_pretrained(tmp_path / "second")
+        assert checkpoint.image_settings(tmp_path / "second", model.model.config) == settings

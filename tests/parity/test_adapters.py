@@ -82,6 +82,42 @@ def test_the_references_tokens(pair, their_inputs, base, kind, tmp_path):
     assert tokens(again, pair.pixels_BCHW, their_inputs) == tokens(theirs, pair.pixels_BCHW, their_inputs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_names_of_the_reference_take_an_adapter(pair, their_inputs, base, kind, tmp_path):
+    theirs = adapted(pair.theirs, pair.family, kind, tmp_path)
+    wanted = tokens(theirs, pair.pixels_BCHW, their_inputs)
+    merged = Blip2ForConditionalGeneration.from_pretrained(base, adapter=str(tmp_path))
+    later = Blip2ForConditionalGeneration.from_pretrained(base)
+    before = {name: weight.clone() for name, weight in later.state_dict().items()}
+    assert tokens(later, pair.pixels_BCHW, their_inputs) != wanted
+    later.load_adapter(tmp_path, "mine")
+    for ours in (merged, later):
+        assert tokens(ours, pair.pixels_BCHW, their_inputs) == wanted
+        assert ours.model.config.adapted
+    for name, weight in merged.state_dict().items():
+        torch.testing.assert_close(later.state_dict()[name], weight, rtol=1e-6, atol=1e-6, msg=name)
+    if kind == "LoRA":
+        later.load_adapter(tmp_path, weight=-1)
+        for name, weight in before.items():
+            torch.testing.assert_close(later.state_dict()[name], weight, rtol=1e-5, atol=1e-5, msg=name)
+    eight = Blip2ForConditionalGeneration.from_pretrained(base, load_in_8bit=True)
+    with pytest.raises(OptionError, match=r"quantised, .*adapter=\.\.\., load_in_8bit=True"):
+        eight.load_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        later.load_adapter(tmp_path / "absent")
+
+
+def test_a_tied_head_is_not_changed_alone(pair, base, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "query"])
+    peft.get_peft_model(copy.deepcopy(pair.theirs), config).save_pretrained(tmp_path)
+    ours = Blip2ForConditionalGeneration.from_pretrained(base)
+    if pair.family == "opt":
+        with pytest.raises(CheckpointError, match="is one table with another"):
+            ours.load_adapter(tmp_path)
+    else:
+        ours.load_adapter(tmp_path)
+
+
 def _saved(model, folder):
     checkpoint.save(model, folder)
     return folder

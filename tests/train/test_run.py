@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from blip2 import checkpoint, train
+from blip2.checkpoint.assemble import assemble, qformer_start
 from blip2.disk import locked
 from blip2.errors import CheckpointError, ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
@@ -74,6 +75,25 @@ def test_a_damaged_start_is_told_before_the_work_begins(write_recipe, matching_m
     with pytest.raises(CheckpointError, match=rf"in files: {name}\) holds such values: the model is damaged"):
         train.run(write_recipe(1, start), report=seen.append)
     assert seen == [] and not (tmp_path / "out1").exists() and not (tmp_path / "features").exists()
+
+
+def test_what_is_trained_shares_the_frozen_files_of_its_start(write_recipe, matching_model, opt_model, tmp_path):
+    starts = assemble(
+        tmp_path / "start", vision=checkpoint.open_encoder(opt_model), language=str(opt_model),
+        qformer=replace(qformer_start(str(matching_model)), tensors={}),
+    )  # fmt: skip
+    outs = [
+        train.run(write_recipe(stage, start), overrides={"precision": "bf16"})
+        for stage, start in enumerate(starts, start=1)
+    ]
+    for start, out in zip(starts, outs, strict=True):
+        frozen = [path.name for path in start.glob("*_model.safetensors")]
+        assert sorted(path.name for path in out.glob("*.safetensors*")) == sorted(
+            [*frozen, "qformer.safetensors", "model.safetensors.index.json"]
+        )
+        assert all((out / name).samefile(start / name) for name in frozen)
+        assert_trained_and_frozen(weights(start), weights(out))
+        checkpoint.load(out)
 
 
 def test_one_run_at_a_time(write_recipe, matching_model, tmp_path):

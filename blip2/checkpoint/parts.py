@@ -1,0 +1,66 @@
+"""What a part by itself is, told from its own published files: a language model, an image encoder, a BERT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from blip2.checkpoint.bert import bert_config
+from blip2.checkpoint.describe import language_line, size_of, vision_line
+from blip2.checkpoint.encoders import open_encoder
+from blip2.checkpoint.families import FAMILIES
+from blip2.checkpoint.load import count_parameters, empty_model
+from blip2.checkpoint.quantize import quantization
+from blip2.checkpoint.settings import LANGUAGES, read_json, read_language
+from blip2.qformer import QFormer
+from blip2.vision import VisionTransformer
+
+ENCODERS = tuple(name for name in FAMILIES if not name.endswith("_vision_model"))
+STARTS = ("bert",)
+"""What a Q-Former begins from, beside another BLIP-2."""
+
+
+@dataclass(frozen=True)
+class Lone:
+    """``kind``: "language model", "image encoder" or "BERT". ``option``: of `blip2 assemble`, which takes it.
+    ``architecture``: a line for people. ``memory_bytes``: of its weights, by their precision."""
+
+    kind: str
+    family: str
+    option: str
+    architecture: str
+    num_parameters: int
+    memory_bytes: dict[str, int]
+
+
+def describe_part(folder: Path) -> Lone | None:
+    """None for what is no part: a whole BLIP-2, and models of another kind. Raises CheckpointError for a part's files
+    that are not as its family has them."""
+    content = read_json(folder / "config.json")
+    family = content.get("model_type")
+    if "qformer_config" in content or not isinstance(family, str):
+        return None
+    if family in LANGUAGES:
+        config = read_language(folder)
+        memory = {}
+        for kind in (None, "int8", "int4"):
+            memory[kind or "bfloat16"] = size_of(empty_model(config, quantization(kind)))
+        number = count_parameters(empty_model(config))
+        return Lone("language model", family, "--language", language_line(config), number, memory)
+    if family in FAMILIES:
+        encoder = open_encoder(folder)
+        with torch.device("meta"):
+            vision = VisionTransformer(encoder.trained)
+        token = "a class token" if encoder.config.keeps_class_token else "no class token"
+        number = count_parameters(vision)
+        memory = {"float32": 4 * number, "bfloat16": 2 * number}
+        return Lone("image encoder", family, "--vision", f"{vision_line(encoder.config)}, {token}", number, memory)
+    if family in STARTS:
+        start = bert_config(folder)
+        with torch.device("meta"):
+            number = count_parameters(QFormer(start))
+        line = f"{start.num_layers} layers of width {start.hidden_size}, {start.num_heads} heads; as a Q-Former:"
+        return Lone("BERT", family, "--qformer", line, number, {"float32": 4 * number})
+    return None
