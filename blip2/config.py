@@ -293,6 +293,25 @@ class Blip2Config:
     adapted: str = ""
     """Which adapters are merged into what sees (`checkpoint.adapters`); "" for none."""
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the Q-Former reads the prompt beside the picture (InstructBLIP, Dai et al. 2023, section 2.3), so
+        that what it sees of a picture is another with each prompt."""
+        return self.qformer.has_text
+
+    @property
+    def manner(self) -> str:
+        """How it is asked (`text.QUESTION_TEMPLATES`)."""
+        return "instruct" if self.reads_prompt else self.language.family
+
+    @property
+    def kept_shape(self) -> tuple[int, int]:
+        """Of what is kept of a picture (`encoded.EncodedImage`): the queries after the Q-Former, or where that reads
+        the prompt the patches before it."""
+        if self.reads_prompt:
+            return self.vision.num_tokens, self.vision.hidden_size
+        return self.qformer.num_query_tokens, self.qformer.hidden_size
+
 
 @dataclass(frozen=True)
 class MatcherConfig:

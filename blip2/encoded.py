@@ -20,8 +20,9 @@ class EncodedImage:
     """The Q-Former's view of a picture: all that the language model gets to know of it. Encode once, ask often.
 
     ``queries_QD`` float[Q, D], before the projection to the language model's width: 48 KiB in half precision for
-    the published models. ``model`` is the identity of the model that saw it (`model.identity`), or "" if unknown;
-    no other can read it.
+    the published models. Of an InstructBLIP, whose Q-Former sees a picture by the question, they are the patches
+    before the Q-Former, float[1 + P, D]: 724 KB. ``model`` is the identity of the model that saw it
+    (`model.identity`), or "" if unknown; no other can read it.
     """
 
     queries_QD: Tensor

@@ -3,6 +3,8 @@
     pixels_BCHW --VisionTransformer--> patches_BPD --QFormer--> queries_BQD --projection--> prompt_BQD
                                                                 (EncodedImage)
 
+The Q-Former of an InstructBLIP reads the prompt, too, and what is kept of a picture are its patches.
+
 B images, C colours, H, W pixels, P patches (class token first), Q queries, T text tokens, D width of whatever
 the tensor belongs to, E width of the space in which images and texts are compared.
 """
@@ -10,6 +12,7 @@ the tensor belongs to, E width of the space in which images and texts are compar
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,20 +37,36 @@ class Blip2(nn.Module):
         self.language: Language = build_language_model(config.language)
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Normalised pixels ``float[B, 3, H, W]`` to what an `EncodedImage` keeps of each, ``float[B, Q, D]``."""
-        return self.look(self.vision(pixels_BCHW))
+        """Normalised pixels ``float[B, 3, H, W]`` to what an `EncodedImage` keeps of each, ``float[B, Q, D]``; of an
+        InstructBLIP, whose Q-Former waits for the prompt, patch features ``float[B, 1 + P, D]``."""
+        return self.kept(self.vision(pixels_BCHW))
+
+    def kept(self, patches_BPD: Tensor) -> Tensor:
+        """As `encode`, of patch features ``float[B, 1 + P, D]``."""
+        return patches_BPD if self.config.reads_prompt else self.look(patches_BPD)
 
     def patches(self, pixels_BCHW: Tensor) -> Tensor:
         """Normalised pixels ``float[B, 3, H, W]`` to patch features ``float[B, 1 + P, D]`` in the Q-Former's dtype."""
         return self.vision(pixels_BCHW).to(self.qformer.query_tokens.dtype)
 
-    def look(self, patches_BPD: Tensor, image_bias: Tensor | None = None) -> Tensor:
+    def look(
+        self,
+        patches_BPD: Tensor,
+        image_bias: Tensor | None = None,
+        instruction: Sequence[int] | None = None,
+    ) -> Tensor:
         """Patch features ``float[B, 1 + P, D]`` to queries ``float[B, Q, D]``; ``image_bias``: see `QFormer`.
+
+        ``instruction``: the token ids that the Q-Former of an InstructBLIP reads beside them.
 
         Each part may have a precision and a device of its own; here and in `prompt` the values are carried over.
         """
-        patches_BPD = patches_BPD.to(self.qformer.query_tokens.dtype)
-        return self.qformer(image_BPD=patches_BPD, image_bias=image_bias).hidden_BSD
+        patches_BPD = patches_BPD.to(self.qformer.query_tokens)
+        text_BT = None
+        if instruction is not None:
+            text_BT = torch.tensor([*instruction], device=patches_BPD.device).expand(len(patches_BPD), -1)
+        seen = self.qformer(image_BPD=patches_BPD, text_BT=text_BT, image_bias=image_bias)
+        return seen.hidden_BSD[:, : self.config.qformer.num_query_tokens]
 
     def prompt(self, queries_BQD: Tensor) -> Tensor:
         """Queries ``float[..., Q, D]`` to soft prompts ``float[..., Q, D]`` of the language model's width."""

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blip2.config import Blip2Config, MatcherConfig, OPTConfig, T5Config, VisionConfig
+from blip2.config import (
+    Blip2Config,
+    DecoderConfig,
+    LanguageConfig,
+    MatcherConfig,
+    OPTConfig,
+    QFormerConfig,
+    Rotary,
+    T5Config,
+    VisionConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -23,14 +33,33 @@ class Published:
 
 COCO_VISION = VisionConfig(image_size=364)
 OPT_6_7B = OPTConfig(hidden_size=4096, intermediate_size=16384)
+
+
+def _vicuna(width: int, num_layers: int, num_heads: int, intermediate_size: int) -> DecoderConfig:
+    """Of the first Llama's sizes; of its 32,002 tokens the last is the image's, and the rows are filled up to 64."""
+    return DecoderConfig(
+        "llama", vocab_size=32064, hidden_size=width, num_layers=num_layers, num_heads=num_heads,
+        num_key_value_heads=num_heads, head_size=128, intermediate_size=intermediate_size,
+        max_position_embeddings=2048, rotary=Rotary(128), bos_token_id=2, eos_token_id=2, end_token_ids=(2,),
+        pad_token_id=32000,
+    )  # fmt: skip
+
+
+def _instruct(language: LanguageConfig, image_token_id: int) -> Blip2Config:
+    return Blip2Config(qformer=QFormerConfig(vocab_size=30523, has_text=True), language=language,
+                       image_token_id=image_token_id)  # fmt: skip
+
+
 FLAN_T5_XXL = T5Config(hidden_size=4096, num_heads=64, intermediate_size=10240)
 
 ANSWERS = "captions and questions, without training for either"
 CAPTIONS = "captions in the manner of COCO"
+INSTRUCTED = "answers to instructions; its Q-Former reads them, too"
 MATCHES = "matches images with texts"
 MIT = "MIT"
 OPT_LICENCE = "MIT; the OPT in it under Meta's own licence, for non-commercial research"
 FLAN_LICENCE = "MIT; the Flan-T5 in it under Apache-2.0"
+VICUNA_LICENCE = "MIT; the Vicuna in it under Meta's licence of the first Llama, for non-commercial research"
 
 # Where each commit was seen: (1) in many places, among them registries of the checksums of its files; (2) in a version
 # of MTEB's table of models; (3) in a public record of the files of that snapshot. The pins of opt-6.7b, opt-6.7b-coco
@@ -62,6 +91,18 @@ PUBLISHED: dict[str, Published] = {
     "Salesforce/blip2-flan-t5-xxl": Published(
         Blip2Config(language=FLAN_T5_XXL, image_token_id=32100),
         ANSWERS, FLAN_LICENCE, 48.9, "43206cbc865b9d5b3dd7d080e5d94b4143ca8e74",  # (2)
+    ),
+    "Salesforce/instructblip-flan-t5-xl": Published(
+        _instruct(T5Config(), 32100), INSTRUCTED, FLAN_LICENCE, 16.1, None
+    ),
+    "Salesforce/instructblip-flan-t5-xxl": Published(
+        _instruct(FLAN_T5_XXL, 32100), INSTRUCTED, FLAN_LICENCE, 49.2, None
+    ),
+    "Salesforce/instructblip-vicuna-7b": Published(
+        _instruct(_vicuna(4096, 32, 32, 11008), 32001), INSTRUCTED, VICUNA_LICENCE, 31.7, None
+    ),
+    "Salesforce/instructblip-vicuna-13b": Published(
+        _instruct(_vicuna(5120, 40, 40, 13824), 32001), INSTRUCTED, VICUNA_LICENCE, 56.8, None
     ),
     "Salesforce/blip2-itm-vit-g": Published(
         MatcherConfig(has_lm_head=False), MATCHES, MIT, 4.7, "520bf73fd0ef6ccce791cd3f06908040aef2d8cc"  # (3)

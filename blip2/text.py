@@ -25,8 +25,15 @@ from blip2.plaintext import NotTextError, read_text
 
 QUESTION_TEMPLATES = {
     "opt": "Question: {} Answer:", "decoder": "Question: {} Answer:", "t5": "Question: {} Short answer:",
+    "instruct": "{}",
 }  # fmt: skip
-"""The wording of the zero-shot questions, by family of language model (paper, section 4.1)."""
+"""The wording of the zero-shot questions, by family of language model (paper, section 4.1). An InstructBLIP is asked
+in any words."""
+CAPTION_INSTRUCTION = "A short image caption."
+"""With which an InstructBLIP is asked for a caption; one of those that it was trained with (its paper, appendix)."""
+INSTRUCTION_TOKENS = 128
+"""So many tokens of a prompt the Q-Former of an InstructBLIP reads, the last ones (``max_txt_len`` in the authors'
+code, whose tokenizer cuts on the left)."""
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character (yet) decode to
 
@@ -184,6 +191,16 @@ class Tokenizer:
             )
         return [self.token_id("[CLS]"), *ids[: max_tokens - 2], self.token_id("[SEP]")]
 
+    def instruction_ids(self, text: str, config: QFormerConfig) -> list[int]:
+        """A prompt for the Q-Former of an InstructBLIP: ``[CLS] ids [SEP]``, at most `INSTRUCTION_TOKENS` in all.
+
+        Of what is longer the end is read, in which the question stands; the language model reads all of it.
+        """
+        ids = self.encode(text)
+        room = max(0, min(INSTRUCTION_TOKENS, config.max_position_embeddings) - 2)
+        ids = [self.token_id("[CLS]"), *ids[max(0, len(ids) - room) :], self.token_id("[SEP]")]
+        return self.known(ids, config)
+
     def known(self, ids: list[int], config: LanguageConfig | QFormerConfig) -> list[int]:
         """The ids. Raises CheckpointError if the model's table has no row for one of them."""
         if ids and max(ids) >= config.vocab_size:
@@ -238,30 +255,41 @@ def shortened(text: str, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def question_prompt(question: str, family: str) -> str:
+def question_prompt(question: str, manner: str) -> str:
     """A question in the words that the model was evaluated with (`QUESTION_TEMPLATES`).
 
     Raises OptionError for an empty question, and for one that already carries the template: asked twice over,
     the model answers worse, and nothing would tell.
     """
-    return QUESTION_TEMPLATES[family].format(checked_question(question))
+    return QUESTION_TEMPLATES[manner].format(checked_question(question, manner))
 
 
-def chat_prompt(turns: Sequence[tuple[str, str]], question: str) -> str:
+def caption_prompt(prompt: str, manner: str) -> str:
+    """What a caption goes on from; an InstructBLIP, which was always asked something, has an instruction in the place
+    of nothing. Raises OptionError for what is no text."""
+    return clean(prompt) or (CAPTION_INSTRUCTION if manner == "instruct" else "")
+
+
+def chat_prompt(turns: Sequence[tuple[str, str]], question: str, manner: str = "opt") -> str:
     """A question after earlier turns (question, answer): ``Question: q1 Answer: a1. Question: q2 Answer:``.
 
-    The same for both families, as in the authors' demonstration. Raises OptionError as `question_prompt` does.
+    The same for all families, as in the authors' demonstration. For an InstructBLIP the turns stand before the
+    question as it is, as its authors' code has a visual dialog: ``dialog history: Question: q1 Answer: a1.``, a line's
+    end, ``q2``. Raises OptionError as `question_prompt` does.
     """
     said = [f"Question: {clean(asked)} Answer: {clean(answer).removesuffix('.')}. " for asked, answer in turns]
-    return f"{''.join(said)}Question: {checked_question(question)} Answer:"
+    if manner == "instruct":
+        before = f"dialog history: {''.join(said).rstrip()}\n" if turns else ""
+        return before + question_prompt(question, manner)
+    return f"{''.join(said)}Question: {checked_question(question, manner)} Answer:"
 
 
-def checked_question(question: str) -> str:
+def checked_question(question: str, manner: str = "opt") -> str:
     """In one line. Raises OptionError as `question_prompt` does."""
     question = clean(question)
     if not question:
         raise OptionError("the question is empty; write one, such as 'how many dogs are there?', or ask for a caption")
-    if re.fullmatch(r"question:.*answer:", question, re.IGNORECASE):
+    if manner != "instruct" and re.fullmatch(r"question:.*answer:", question, re.IGNORECASE):
         raise OptionError(
             f"the question {shortened(question)!r} already has the words 'Question:' and 'Answer:' around it, "
             "which are added for you; give the question alone"

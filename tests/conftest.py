@@ -10,12 +10,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.fixture(scope="session", params=["opt", "t5", "llama"])
+@pytest.fixture(scope="session", params=["opt", "t5", "llama", "t5, instructed", "llama, instructed"])
 def any_model(request, tmp_path_factory) -> Path:
-    """The folder of a tiny random model, of each family in turn."""
+    """The folder of a tiny random model that writes, of each kind in turn."""
     from tests import tiny
 
-    return tiny.save_generative(request.param, tmp_path_factory.mktemp(request.param))
+    family, _, is_instructed = request.param.partition(", ")
+    save = tiny.save_instructed if is_instructed else tiny.save_generative
+    return save(family, tmp_path_factory.mktemp(family))
 
 
 @pytest.fixture(scope="session")

@@ -139,7 +139,7 @@ def test_details(blip, pictures):
     [[answer], [_]] = blip.each_caption(pictures[:2])
     assert answer.text == blip.caption(pictures[0])
     assert answer.finish_reason in ("eos", "length")
-    assert 0 < len(answer.tokens) <= 30
+    assert 0 < len(answer.tokens) <= blip.speaker.defaults.caption.max_new_tokens
     assert answer.score < 0
 
 
@@ -154,6 +154,8 @@ def test_chat(blip, pictures):
 @pytest.mark.parametrize("task", ["caption", "ask"])
 def test_the_reference_writes_the_same(blip, any_model, pictures, task):
     """From the picture's file to the text: the paper's settings, given by hand to the reference."""
+    if blip.speaker.model.config.reads_prompt:
+        pytest.skip("an InstructBLIP is compared in tests/parity/test_instruct.py")
     transformers = pytest.importorskip("transformers")
     processors = pytest.importorskip("transformers.models.blip.image_processing_pil_blip")
     reference = transformers.Blip2ForConditionalGeneration.from_pretrained(any_model).eval()
@@ -201,7 +203,8 @@ def test_sources(blip):
 
 def test_seen_once(blip, pictures, monkeypatch):
     seen = blip.encode(pictures[:2])
-    assert all(isinstance(image, EncodedImage) and image.queries_QD.shape == (4, 16) for image in seen)
+    shape = blip.speaker.model.config.kept_shape
+    assert all(isinstance(image, EncodedImage) and image.queries_QD.shape == shape for image in seen)
     assert not seen[0].queries_QD.requires_grad
     expected = blip.caption(pictures[:2])
     calls = []

@@ -74,6 +74,15 @@ def matching_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def instruction_tokenizer() -> Tokenizer:
+    """What the Q-Former of an InstructBLIP reads: the same, with what begins and ends a text."""
+    tokenizer = matching_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    )
+    return tokenizer
+
+
 def llama_fields() -> dict[str, Any]:
     """Of a config.json: heads that share keys, a window in the second layer, norms on queries and keys."""
     return {
@@ -124,6 +133,29 @@ def save_generative(family: str, folder: Path) -> Path:
     """Write the model of that family, "opt", "t5" or "llama", with its tokenizer."""
     tokenizer = tokenizer_of(family)
     checkpoint.save(generative(family), folder, tokenizer=tokenizer.to_str())
+    return folder
+
+
+def instructed(family: str) -> Blip2:
+    """A random InstructBLIP, "t5" or "llama", to which the prompt matters."""
+    torch.manual_seed(7)
+    language = language_config("t5")
+    if family == "llama":
+        fields = {key: value for key, value in llama_fields().items() if "window" not in key}
+        language = parse_decoder(fields | {"model_type": "llama", "max_position_embeddings": 400, "eos_token_id": 2})
+    qformer = replace(QFORMER, has_text=True, vocab_size=206, max_position_embeddings=140)
+    image_token_id = tokenizer_of(family).token_to_id("<image>")
+    model = Blip2(Blip2Config(VISION, qformer, language, image_token_id=image_token_id)).eval()
+    model.qformer.reset_parameters(std=0.3)
+    with torch.no_grad():
+        model.projection.weight *= 4
+    return model
+
+
+def save_instructed(family: str, folder: Path) -> Path:
+    """Write it with its two tokenizers."""
+    tokenizers = {"tokenizer": tokenizer_of(family).to_str(), "qformer_tokenizer": instruction_tokenizer().to_str()}
+    checkpoint.save(instructed(family), folder, **tokenizers)
     return folder
 
 

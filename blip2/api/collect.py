@@ -221,7 +221,8 @@ def captioning(
     """`caption_collection` before it begins: all that can be known to be wrong is told here."""
     speaker, rest = _model(as_pipeline, model, options)
     written = {name: rest.pop(name) for name in NAMES if name in rest}
-    decoding = merged(CAPTION, {**written, "num_return": num_captions} if num_captions != 1 else written)
+    written |= {"num_return": num_captions} if num_captions != 1 else {}
+    decoding, machines = merged(CAPTION, written), Machines.of(rest)
     check_batch_size(batch_size)
     if pick not in (None, "best"):
         raise OptionError(f"{option('pick')} is {pick!r}; it may be 'best'")
@@ -232,9 +233,8 @@ def captioning(
     judge, _ = _model(as_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
     told = {**speaker.told, "prompt": prompt, **asdict(decoding), "pick": pick or ""}
     told |= {"matcher": judge.told["model"]} if judge is not None else {}
-    machines = Machines.of(rest)
     plan = _planned(source, output, rest, speaker, {"task": "caption", **told})
-    work = partial(_made, captions, (speaker, prompt, decoding, batch_size, judge))
+    work = partial(_made, captions, (speaker, prompt, written, batch_size, judge))
     return CollectionRun(plan, speaker, work, batch_size, machines)
 
 
@@ -270,7 +270,7 @@ def asking(
         {"task": "ask", **speaker.told, **(asdict(decoding) if chosen is None else {"choices": chosen})},
         view=lambda view: Questions(view, asked, question_column or ""), takes_text=False,
     )  # fmt: skip
-    work = partial(_made, answers, (speaker, decoding, batch_size, chosen))
+    work = partial(_made, answers, (speaker, written, batch_size, chosen))
     return CollectionRun(plan, speaker, work, batch_size, machines)
 
 

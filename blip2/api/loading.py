@@ -79,14 +79,24 @@ def load(
     # What is wrong with the small files is told before the large ones are read.
     config = checkpoint.read_config(folder)
     tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder, config)
+    reads_prompt = isinstance(config, Blip2Config) and config.reads_prompt
+    instruction_tokenizer = Tokenizer.from_folder(folder / checkpoint.QFORMER_TOKENIZER) if reads_prompt else None
     if chat_template and not isinstance(config, Blip2Config):
         raise OptionError(f"{option('chat_template')} is for models that write; {name} compares, leave it out")
+    if chat_template and reads_prompt:
+        raise OptionError(
+            f"{option('chat_template')} is not for an InstructBLIP such as {name}, whose Q-Former reads the question "
+            "itself; leave it out"
+        )
     template = ChatTemplate.from_folder(folder, tokenizer.special_names()) if chat_template else None
     plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
     model = placement.load(folder, plan, quantize=chosen, adapters=adapters)
     called = str(name) if name is not None else "miniature"
     if isinstance(model, Blip2):
-        return Pipeline(model, tokenizer, settings, name=called, reading=reading, template=template)
+        return Pipeline(
+            model, tokenizer, settings,
+            name=called, reading=reading, instruction_tokenizer=instruction_tokenizer, template=template,
+        )  # fmt: skip
     return Matcher(model, tokenizer, settings, name=called, reading=reading)
 
 

@@ -19,7 +19,7 @@ from blip2.tasks import ask as ask_task
 from blip2.tasks import caption as caption_task
 from blip2.tasks.ask import Choice
 from blip2.tasks.chat import Chat
-from blip2.tasks.defaults import ASK, BATCH_SIZE, CAPTION, CHAT, merged
+from blip2.tasks.defaults import BATCH_SIZE, merged
 from blip2.tasks.explain import Explanation, Words, explain_words, sight
 from blip2.tasks.see import Eye, OnError, Result, Seen, checked, in_batches, repeated
 from blip2.tasks.speaker import Answer, Speaker, num_pairs
@@ -30,7 +30,7 @@ Picture = Source | EncodedImage
 
 
 class Options(TypedDict, total=False):
-    """The keywords of `GenerateOptions`; what is not given is as the paper has it for the task."""
+    """The keywords of `GenerateOptions`; what is not given is as the model's authors have it for the task."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -54,7 +54,8 @@ class Pipeline:
     """A model with all that it needs to speak of pictures; `load` makes one.
 
     Pictures may be paths, addresses, bytes, PIL images, arrays or tensors (see `image.load_image`), or encoded ones.
-    ``reading``: how large they may be, and whether they may lack their end. It can be pickled.
+    ``reading``: how large they may be, and whether they may lack their end. ``instruction_tokenizer``: the Q-Former's,
+    of an InstructBLIP. It can be pickled.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Pipeline:
         *,
         name: str = "model",
         reading: Reading = DEFAULT_READING,
+        instruction_tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
     ) -> None:
         self.name = name
@@ -77,7 +79,7 @@ class Pipeline:
             decode=tokenizer.decode,
             damage=partial(damage, model),
         )
-        self.speaker = Speaker(model.eval(), tokenizer, engine, template)
+        self.speaker = Speaker(model.eval(), tokenizer, engine, instruction_tokenizer, template)
         self.eye = Eye(
             model.vision,
             self._see,
@@ -145,7 +147,7 @@ class Pipeline:
         For collections of any size: only the pictures of two batches are in memory at a time. Yields for each
         picture its answers, the best first, or (``on_error="return"``) the ImageError.
         """
-        chosen = merged(CAPTION, options)
+        chosen = merged(self.speaker.defaults.caption, options)
 
         def describe(seen: list[EncodedImage], prompts: list[str]) -> list[list[Answer]]:
             return caption_task.caption(self.speaker, seen, prompts, options=chosen, batch_size=batch_size)
@@ -190,7 +192,7 @@ class Pipeline:
         **options: Unpack[Options],
     ) -> Generator[list[Answer] | ImageError, None, None]:
         """As `ask`, but one after the other as their batches are done, and with scores and tokens."""
-        chosen = merged(ASK, options)
+        chosen = merged(self.speaker.defaults.ask, options)
         ask_task.prompts(self.speaker, listed(questions))  # what is wrong with one is told before the work begins
 
         def answer(seen: list[EncodedImage], asked: list[str]) -> list[list[Answer]]:
@@ -258,7 +260,7 @@ class Pipeline:
 
     def chat(self, image: Picture, **options: Unpack[Options]) -> Chat:
         """A conversation about one picture: `Chat.say` a question, or `Chat.stream` its answer as it is written."""
-        return Chat(self.speaker, self.encode(image), merged(CHAT, options))
+        return Chat(self.speaker, self.encode(image), merged(self.speaker.defaults.chat, options))
 
     # ---- what they share ----
 

@@ -1,12 +1,12 @@
 """What models make of a collection's pictures, as `collection.run` wants it: parts for loops of one's own.
 
-    run(job, captions(blip, "", options, batch_size=16))
+    run(job, captions(blip, "", {"num_beams": 3}, batch_size=16))
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -20,10 +20,9 @@ from blip2.collection.record import Record
 from blip2.collection.run import Outcome, Work
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError
-from blip2.generation import GenerateOptions
 from blip2.tasks.ask import ask, rank
 from blip2.tasks.caption import caption
-from blip2.tasks.defaults import BATCH_SIZE
+from blip2.tasks.defaults import BATCH_SIZE, merged
 from blip2.tasks.match import ImageFeatures
 from blip2.tasks.see import Eye
 from blip2.tasks.speaker import Answer
@@ -35,13 +34,15 @@ is written only those differ then that lie so near to the edge between two numbe
 
 
 def captions(
-    blip: Pipeline, prompt: str, options: GenerateOptions, batch_size: int, matcher: Matcher | None = None
+    blip: Pipeline, prompt: str, given: Mapping[str, Any], batch_size: int, matcher: Matcher | None = None
 ) -> Work:
-    """Each picture described, ``options.num_return`` times; while the model works on a batch, the next is read.
+    """Each picture described, ``num_return`` times; while the model works on a batch, the next is read.
 
-    With a ``matcher`` the captions are ordered by how well it finds that they fit, and have its probabilities as
-    scores.
+    ``given``: options in the place of the model's own (`tasks.defaults.merged`). With a ``matcher`` the captions are
+    ordered by how well it finds that they fit, and have its probabilities as scores.
     """
+    options = merged(blip.speaker.defaults.caption, given)
+    begun = "" if blip.speaker.model.config.reads_prompt else prompt  # an instruction is no part of the caption
 
     def describe(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
         found = caption(blip.speaker, pictures, [prompt], options=options, batch_size=batch_size) if pictures else []
@@ -51,7 +52,7 @@ def captions(
         pictures_again: list[Any] = [record.picture for record in records]
         seen = matcher.eye.see(pictures_again, batch_size)
         return [
-            by_match(matcher, features, told, prompt) if isinstance(features, ImageFeatures) else told
+            by_match(matcher, features, told, begun) if isinstance(features, ImageFeatures) else told
             for features, told in zip(seen, outcomes, strict=True)
         ]
 
@@ -59,10 +60,12 @@ def captions(
 
 
 def answers(
-    blip: Pipeline, options: GenerateOptions, batch_size: int, choices: Sequence[str] | None = None
+    blip: Pipeline, given: Mapping[str, Any], batch_size: int, choices: Sequence[str] | None = None
 ) -> Work:
-    """The question of each record (`collection.questions`) answered; with ``choices``, these, the likeliest first, with
-    their probabilities as scores. A picture that several records in a row have is seen once."""
+    """The question of each record (`collection.questions`) answered, with ``given`` as of `captions`; with
+    ``choices``, these, the likeliest first, with their probabilities as scores. A picture that several records in a row
+    have is seen once."""
+    options = merged(blip.speaker.defaults.ask, given)
 
     def answer(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
         asked = [str(record.columns[QUESTION]) for record in records]

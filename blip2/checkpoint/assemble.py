@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from blip2.checkpoint.bert import ALIASES, read_bert
 from blip2.checkpoint.encoders import Encoder
+from blip2.checkpoint.files import QFORMER_TOKENIZER
 from blip2.checkpoint.frozen import frozen_files, is_same, models_in, parts_of
 from blip2.checkpoint.lavis import Weights, frozen_part
+from blip2.checkpoint.lavis_keys import TOGETHER
 from blip2.checkpoint.load import empty_model
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.reader import find_tensors
@@ -51,8 +53,8 @@ class Start:
 
 
 def qformer_start(name: str, tokenizer: str | None = None) -> Start:
-    """``name``: a BERT or a BLIP-2, as a folder or on the hub, or "scratch"; with that, ``tokenizer``: the folder of a
-    BERT whose tokenizer is taken. Raises CheckpointError, OptionError."""
+    """``name``: a BERT, a BLIP-2 or an InstructBLIP, as a folder or on the hub, or "scratch"; with that,
+    ``tokenizer``: the folder of a BERT whose tokenizer is taken. Raises CheckpointError, OptionError."""
     if name == SCRATCH:
         text = _tokenizer(resolve(ALIASES.get(tokenizer, tokenizer))) if tokenizer else ""
         size = added_token(text, CAPTION_START)[1] if text else QFormerConfig().vocab_size
@@ -65,11 +67,14 @@ def qformer_start(name: str, tokenizer: str | None = None) -> Start:
         return Start(config, tensors, _tokenizer(folder), is_bert=True)
     model = read_config(folder)
     language = isinstance(model, Blip2Config)
+    apart = {together: name for name, together in TOGETHER.items()}  # of an InstructBLIP
     found = {
-        key: place.read().float()
+        apart.get(key, key): place.read().float()
         for key, place in find_tensors(folder).items()
         if not key.startswith((LANGUAGE, "vision_model."))
     }
+    if isinstance(model, Blip2Config) and model.reads_prompt:
+        return Start(model.qformer, found, _tokenizer(folder / QFORMER_TOKENIZER))
     return Start(model.qformer, found, "" if language else _tokenizer(folder))
 
 
@@ -164,7 +169,7 @@ def _write(
         folder,
         [(name, size) for name, size in sizes.items() if name not in linked],
         _values(model, qformer, language, linked, torch.Generator().manual_seed(seed)),
-        texts_of(model, tokenizer, None, vision.settings, words),
+        texts_of(model, tokenizer, None, vision.settings, words=words),
         apart=True,
         linked=linked,
     )

@@ -138,6 +138,7 @@ def _architectures(config: Config) -> dict[str, str]:
     if isinstance(config, MatcherConfig):
         lines["qformer"] += f"; reads text, compares in {config.projection_size} dimensions"
         return lines
+    lines["qformer"] += "; reads the prompt" if config.reads_prompt else ""
     return lines | {"language": language_line(config.language)}
 
 

@@ -12,6 +12,8 @@ from blip2.errors import CheckpointError
 LENGTH_BYTES = 8
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+QFORMER_TOKENIZER = "qformer_tokenizer"
+"""The folder of the tokenizer for what the Q-Former of an InstructBLIP reads."""
 TRAINED = "qformer"
 """How the files of what learns begin, where frozen parts have files of their own (`checkpoint.frozen`). Not "model",
 which other readers take for the whole."""

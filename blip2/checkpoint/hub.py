@@ -37,9 +37,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
-from blip2.checkpoint.files import is_whole, weight_files
+from blip2.checkpoint.files import QFORMER_TOKENIZER, is_whole, weight_files
 from blip2.checkpoint.names import nearest
-from blip2.checkpoint.settings import read_json
+from blip2.checkpoint.settings import INSTRUCT, MODEL_TYPES, read_json
 from blip2.disk import replace
 from blip2.errors import CheckpointError, setting
 from blip2.published import PUBLISHED
@@ -176,10 +176,12 @@ def _all(name: str) -> list[Path]:
 def _missing(folder: Path) -> list[str]:
     """The files that are not there, or cut: another program may have fetched them in any order, or only some."""
     missing = [file for file in weight_files(folder) if not is_whole(folder / file)]
-    if read_json(folder / CONFIG).get("model_type") == "blip-2":  # a language model by itself needs nothing else here
+    kind = read_json(folder / CONFIG).get("model_type")
+    if kind in MODEL_TYPES:  # a language model by itself needs nothing else here
         newer = folder / PROCESSOR
         has_settings = newer.exists() and "image_processor" in read_json(newer)
         small = [TOKENIZER] if has_settings else [TOKENIZER, PREPROCESSOR]
+        small += [f"{QFORMER_TOKENIZER}/{TOKENIZER}"] if kind == INSTRUCT else []
         missing += [file for file in small if not (folder / file).exists()]
     return missing
 

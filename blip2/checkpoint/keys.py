@@ -47,6 +47,12 @@ QFORMER_TEXT: Table = {
     "qformer.word_embedding.weight": "embeddings.word_embeddings.weight",
     "qformer.position_embedding.weight": "embeddings.position_embeddings.weight",
 }
+# Where the Q-Former of a model that writes reads the prompt (InstructBLIP), the same weights stand together.
+INSTRUCT: Table = {
+    "qformer.embedding_norm.*": "qformer.embeddings.layernorm.*",
+    "qformer.word_embedding.weight": "qformer.embeddings.word_embeddings.weight",
+    "qformer.position_embedding.weight": "qformer.embeddings.position_embeddings.weight",
+}
 QFORMER_LAYER: Table = {
     "qformer.layers.{}.self_attention.query.*": "qformer.encoder.layer.{}.attention.attention.query.*",
     "qformer.layers.{}.self_attention.key.*": "qformer.encoder.layer.{}.attention.attention.key.*",
@@ -212,6 +218,7 @@ def table(config: Config) -> Table:
         return {ours: _alone(theirs) for ours, theirs in _language(config).items()}
     full = _vision(config.vision) | _qformer(config.qformer)
     if isinstance(config, Blip2Config):
+        full |= _expand(INSTRUCT) if config.reads_prompt else {}
         return full | _expand(PROJECTION) | _language(config.language)
     return full | _expand(MATCHER) | (_expand(MATCHER_EXTRA) if config.has_lm_head else {})
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from blip2.checkpoint.files import weight_files
-from blip2.checkpoint.keys import ALIASES, IGNORED
-from blip2.checkpoint.lavis_keys import FAMILIES, POSITIONS, POST_NORM, family_of, to_authors, to_published
+from blip2.checkpoint.files import QFORMER_TOKENIZER, weight_files
+from blip2.checkpoint.keys import ALIASES, IGNORED, INSTRUCT
+from blip2.checkpoint.lavis_keys import POSITIONS, POST_NORM, family_of, to_authors, to_published
 from blip2.checkpoint.load import empty_model
 from blip2.checkpoint.names import resolve
 from blip2.checkpoint.pickled import unpickled
@@ -49,6 +49,7 @@ FROZEN = {
     "model that has it, in safetensors",
 }
 """What a LAVIS file may lack, by the beginning of its names, and where it can come from."""
+LANGUAGES = ("opt", "t5", "llama")
 WORDS = {"opt": "language_model.model.decoder.embed_tokens.weight", "t5": "language_model.shared.weight"}
 VISION_OF_WIDTH = {1408: VisionConfig(), 1024: CLIP_VIT_L}
 
@@ -94,9 +95,10 @@ def convert_from_lavis(
         raise CheckpointError(f"{out_folder}: holds a model already; choose another folder, or delete it")
     state = _state(path)
     family, trained = family_of(state), _in_memory(to_published(state, path), path)
-    like_folder = resolve(like or _twin(family, trained, path))
+    reads_prompt = family is not None and INSTRUCT["qformer.word_embedding.weight"] in trained
+    like_folder = resolve(like or _twin(family, reads_prompt, trained, path))
     like_config = _config(like_folder)
-    _check_kind(family, like_config, path, like_folder)
+    _check_kind(family, reads_prompt, like_config, path, like_folder)
 
     found = dict(trained)
     has_weights = any((like_folder / file).exists() for file in weight_files(like_folder))
@@ -209,13 +211,13 @@ def _names(found: Iterable[str], part: str) -> list[str]:
     return [name for name in found if _part_of(name) == part]
 
 
-def _twin(family: str | None, trained: Weights, path: Path) -> str:
+def _twin(family: str | None, reads_prompt: bool, trained: Weights, path: Path) -> str:
     """The published model of the same kind and size."""
     bias = trained.get("language_projection.bias" if family else "vision_projection.bias")
     for name, published in PUBLISHED.items():
         config = published.config
         width = config.projection_size if isinstance(config, MatcherConfig) else config.language.hidden_size
-        if bias is not None and (_family(config), width) == (family, *bias.shape):
+        if bias is not None and (*_kind(config), width) == (family, reads_prompt, *bias.shape):
             return name
     raise CheckpointError(f"{path}: is of no published size; name a model with its configuration (--like)")
 
@@ -224,24 +226,33 @@ def _family(config: Config) -> str | None:
     return config.language.family if isinstance(config, Blip2Config) else None
 
 
+def _kind(config: Config) -> tuple[str | None, bool]:
+    """The family, and whether the Q-Former of a model that writes reads the prompt."""
+    return _family(config), isinstance(config, Blip2Config) and config.reads_prompt
+
+
 def _config(folder: Path) -> Config:
     if read_quantization(folder) is not None:
         raise CheckpointError(f"{folder}: its weights are quantised; name the model from which they were made")
     config = read_config(folder)
-    if isinstance(config, Blip2Config) and config.language.family not in FAMILIES:
+    if isinstance(config, Blip2Config) and config.language.model_type not in LANGUAGES:
         raise CheckpointError(
-            f"{folder}: its language model is a {config.language.kind}; the authors' files have names for an OPT or a "
-            "T5 only, keep this one as it is"
+            f"{folder}: its language model is a {config.language.kind}; the authors' files have names for an OPT, a T5 "
+            "or a Vicuna only, keep this one as it is"
         )
     return config
 
 
-def _check_kind(family: str | None, like: Config, path: Path, like_folder: Path) -> None:
+def _check_kind(family: str | None, reads_prompt: bool, like: Config, path: Path, like_folder: Path) -> None:
     """Two models of different families may have weights of the same sizes."""
-    kinds = {None: "a matching model (stage 1)", "opt": "a model with OPT", "t5": "a model with T5"}
-    if _family(like) != family:
+    kinds = {None: "a matching model (stage 1)", "opt": "with OPT", "t5": "with T5", "decoder": "with a Vicuna"}
+
+    def kind(family: str | None, reads_prompt: bool) -> str:
+        return f"{('an InstructBLIP ' if reads_prompt else 'a model ') if family else ''}{kinds[family]}"
+
+    if _kind(like) != (family, reads_prompt):
         raise CheckpointError(
-            f"{path}: is {kinds[family]}, but {like_folder} is {kinds[_family(like)]}; "
+            f"{path}: is {kind(family, reads_prompt)}, but {like_folder} is {kind(*_kind(like))}; "
             "name a model of its own kind (--like)"
         )
 
@@ -260,7 +271,7 @@ def _fitted(like: Config, family: str | None, trained: Weights, found: Weights) 
         return replace(like, vision=vision, qformer=qformer, has_lm_head=has_lm_head)
     assert family is not None
     language = like.language
-    if WORDS[family] in found:  # OPT's table was later filled up to 50304 rows; its original has 50272
+    if WORDS.get(family) in found:  # OPT's table was later filled up to 50304 rows; its original has 50272
         language = replace(language, vocab_size=found[WORDS[family]].shape[0])
     return replace(like, vision=vision, qformer=qformer, language=language)
 
@@ -297,9 +308,10 @@ def _resized(positions_1PD: Tensor, length: int, *, align_corners: bool) -> Tens
 
 def _companions(like_folder: Path, like: Config, config: Config) -> dict[str, str]:
     """The small files that stand beside the weights, config.json the last."""
+    files = [*sorted(like_folder.iterdir()), *sorted((like_folder / QFORMER_TOKENIZER).glob("*"))]
     texts = {
-        file.name: read_text(file)
-        for file in sorted(like_folder.iterdir())
+        file.relative_to(like_folder).as_posix(): read_text(file)
+        for file in files
         if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(".index.json")
     }
     settings = texts.pop("config.json")

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from blip2.checkpoint.keys import INSTRUCT, QFORMER_TEXT
+from blip2.checkpoint.keys import QFORMER as PUBLISHED_QFORMER
 from blip2.errors import CheckpointError
 
 Table = dict[str, str]
@@ -23,7 +25,8 @@ Table = dict[str, str]
 CLASS = "vision_model.embeddings.class_embedding"
 POSITIONS = "vision_model.embeddings.position_embedding"
 POST_NORM = "vision_model.post_layernorm."  # belongs to the image encoder by its name only: it is trained
-FAMILIES = ("opt", "t5")
+PREFIXES = {"opt": "opt", "t5": "t5", "decoder": "llm"}
+"""How the names of the language model's weights begin, by its family; the last is the Vicuna of an InstructBLIP."""
 
 
 def _table(theirs: str, ours: str, names: Table) -> Table:
@@ -103,8 +106,11 @@ QFORMER = _table("", "", {
 })  # fmt: skip
 
 # The language model has its own names in both layouts; only what stands before them differs.
-LANGUAGE = {f"{family}_model.": "language_model." for family in FAMILIES}
-PROJECTION = {f"{family}_proj.": "language_projection." for family in FAMILIES}
+LANGUAGE = {f"{prefix}_model.": "language_model." for prefix in PREFIXES.values()}
+PROJECTION = {f"{prefix}_proj.": "language_projection." for prefix in PREFIXES.values()}
+# The Q-Former of an InstructBLIP reads text beside its language model; the published layout has it together then.
+WORDS = QFORMER_TEXT["qformer.word_embedding.weight"]
+TOGETHER = _table("", "", {(PUBLISHED_QFORMER | QFORMER_TEXT)[ours]: theirs for ours, theirs in INSTRUCT.items()})
 
 # In LAVIS's files, and nothing of their own: a buffer, and second names of the language model's word table. Saving
 # leaves out what is frozen by its first name, and so the second names stay.
@@ -123,7 +129,7 @@ TIED = {
 
 def family_of(state: dict[str, Tensor]) -> str | None:
     """The language model's family in a LAVIS state, by its projection; None for a model of stage 1."""
-    return next((family for family in FAMILIES if f"{family}_proj.weight" in state), None)
+    return next((family for family, prefix in PREFIXES.items() if f"{prefix}_proj.weight" in state), None)
 
 
 def to_published(state: dict[str, Tensor], path: Path, *, strict: bool = True) -> dict[str, Tensor]:
@@ -145,6 +151,8 @@ def to_published(state: dict[str, Tensor], path: Path, *, strict: bool = True) -
         if value is None:
             raise CheckpointError(f"{path}: {name.replace('q_bias', 'v_bias')} is missing; fetch the file again")
         tensors[name.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
+    if "language_projection.weight" in tensors and WORDS in tensors:
+        tensors = {TOGETHER.get(name, name): tensor for name, tensor in tensors.items()}
     for copy, original in TIED.items():
         if copy in tensors and not _equal(tensors.pop(copy), tensors.get(original)):
             raise CheckpointError(f"{path}: {copy} is not the same as {original}; BLIP-2 has one table for both")
@@ -160,7 +168,8 @@ def to_authors(tensors: dict[str, Tensor], path: Path, *, family: str | None, is
 
     Raises `CheckpointError` if EVA-CLIP's keys have a bias that is not zero: LAVIS has no place for it.
     """
-    tensors = dict(tensors)
+    apart = {together: name for name, together in TOGETHER.items()}
+    tensors = {apart.get(name, name): tensor for name, tensor in tensors.items()}
     if not is_clip:
         for name in [name for name in tensors if name.endswith("_attn.qkv.bias")]:
             query, key, value = tensors.pop(name).chunk(3)
@@ -174,7 +183,8 @@ def to_authors(tensors: dict[str, Tensor], path: Path, *, family: str | None, is
         tensors |= {CLASS: tensors[CLASS].flatten(), POSITIONS: tensors[POSITIONS][0]}
     tensors |= {copy: tensors[original] for copy, original in TIED.items() if "qformer_lm_head.bias" in tensors}
     table = {ours: theirs for theirs, ours in (QFORMER | (CLIP if is_clip else EVA)).items()}
-    prefixes = {"language_model.": f"{family}_model.", "language_projection.": f"{family}_proj."}
+    prefix = PREFIXES.get(family or "")
+    prefixes = {"language_model.": f"{prefix}_model.", "language_projection.": f"{prefix}_proj."}
     names = {name: _renamed(name, table, prefixes) for name in tensors}
     return {theirs: tensors[name] for name, theirs in names.items() if theirs is not None}
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.checkpoint.files import INDEX, TRAINED, WEIGHTS
+from blip2.checkpoint.files import INDEX, QFORMER_TOKENIZER, TRAINED, WEIGHTS
 from blip2.checkpoint.frozen import FROZEN, frozen_files, parts_of, stem_of
 from blip2.checkpoint.preprocessor import ImageSettings, preprocessor_json
 from blip2.checkpoint.quantize import CODES, SCALES, quantization_of
@@ -42,6 +42,7 @@ def save(
     folder: Path,
     *,
     tokenizer: Path | str | None = None,
+    qformer_tokenizer: Path | str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size_bytes: int = MAX_SHARD_SIZE_BYTES,
     quantization: dict[str, Any] | None = None,
@@ -50,7 +51,8 @@ def save(
 ) -> None:
     """Write config.json, the weights and what the processors need into ``folder``.
 
-    ``tokenizer`` is the path or the text of a tokenizer.json. ``dtype`` casts the weights (as they are, if None),
+    ``tokenizer`` is the path or the text of a tokenizer.json; so is ``qformer_tokenizer``, of an InstructBLIP, which by
+    default is the one that stands beside it in a folder of its own. ``dtype`` casts the weights (as they are, if None),
     quantised ones excepted. More than ``max_shard_size_bytes`` of weights become several files with an index.
     ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`); by default
     what the model's layers say. ``settings``: how pictures become pixels; by default as in the published models.
@@ -74,7 +76,7 @@ def save(
 
     sizes = [(name, tensor.numel() * _dtype(name, tensor, dtype).itemsize) for name, tensor in own()]
     tensors = ((name, tensor.to("cpu", _dtype(name, tensor, dtype))) for name, tensor in own())
-    texts = texts_of(model, tokenizer, quantization, settings)
+    texts = texts_of(model, tokenizer, quantization, settings, qformer_tokenizer)
     write_model(folder, sizes, tensors, texts, max_shard_size_bytes, apart=bool(linked), linked=linked)
 
 
@@ -122,6 +124,7 @@ def write_model(
             texts = {INDEX: _json({"metadata": {"total_size": num_bytes}, "weight_map": places})} | texts
         for file, text in texts.items():
             written.append(folder / f"{file}.part")
+            written[-1].parent.mkdir(exist_ok=True)
             written[-1].write_text(text, encoding="utf-8")
         for part in written:
             # safetensors writes for the owner alone; a model is as readable as the files beside it.
@@ -175,6 +178,7 @@ def texts_of(
     tokenizer: Path | str | None,
     quantization: dict[str, Any] | None,
     settings: ImageSettings | None,
+    qformer_tokenizer: Path | str | None = None,
     words: Path | None = None,
 ) -> dict[str, str]:
     """The small files and what is in them, config.json last. ``words``: a folder whose chat template comes along; by
@@ -182,14 +186,19 @@ def texts_of(
     if words is None and isinstance(tokenizer, Path):
         words = tokenizer.parent
     texts = {}
-    if tokenizer is not None:
-        texts["tokenizer.json"] = read_text(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-        names, template = ({}, None) if words is None else template_in(words)
-        texts["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"} | names)
-        texts |= {} if template is None else {CHAT_TEMPLATE: template}
+    is_instruct = isinstance(model.config, Blip2Config) and model.config.reads_prompt
+    if is_instruct and qformer_tokenizer is None and isinstance(tokenizer, Path):
+        qformer_tokenizer = tokenizer.parent / QFORMER_TOKENIZER / tokenizer.name
+    names, template = ({}, None) if words is None or tokenizer is None else template_in(words)
+    for place, given, more in (("", tokenizer, names), (f"{QFORMER_TOKENIZER}/", qformer_tokenizer, {})):
+        if given is not None:
+            texts[f"{place}tokenizer.json"] = read_text(given) if isinstance(given, Path) else given
+            texts[f"{place}tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"} | more)
+    texts |= {} if template is None else {CHAT_TEMPLATE: template}
     settings = settings or ImageSettings(model.config.vision.image_size)
     texts["preprocessor_config.json"] = _json(preprocessor_json(settings))
-    processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.config.qformer.num_query_tokens}
+    name = "InstructBlipProcessor" if is_instruct else "Blip2Processor"
+    processor = {"processor_class": name, "num_query_tokens": model.config.qformer.num_query_tokens}
     texts["processor_config.json"] = _json(processor)
     if isinstance(model.config, Blip2Config):
         texts["generation_config.json"] = _json(_generation(model.config))

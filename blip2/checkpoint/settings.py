@@ -38,6 +38,7 @@ LANGUAGES = ("opt", *T5S, *KINDS)
 """The families of language models, by the model_type in config.json."""
 QUANTIZATION_METHOD = "blip2"
 QUANTIZED_BITS = (4, 8)
+BLIP2, INSTRUCT = MODEL_TYPES = ("blip-2", "instructblip")
 QUANTIZED_PARTS = ("language", "vision")
 
 
@@ -59,14 +60,14 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
     """The configuration of the model in a folder, generative or matching as its architecture says."""
     path = folder / "config.json"
     content = read_json(path)
-    if content.get("model_type") != "blip-2":
+    if content.get("model_type") not in MODEL_TYPES:
         raise CheckpointError(
-            f"{path}: model_type is {reprlib.repr(content.get('model_type'))}, not 'blip-2'; this is another kind of "
-            "model"
+            f"{path}: model_type is {reprlib.repr(content.get('model_type'))}, not 'blip-2' or 'instructblip'; this is "
+            "another kind of model"
         )
     read_quantization(folder)
     try:
-        return parse(content)
+        return parse(content if content["model_type"] == BLIP2 else _with_tokens_of_tokenizer(content, folder))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -117,12 +118,34 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
     return dict(content)
 
 
+def _with_tokens_of_tokenizer(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The content of an InstructBLIP's config.json, with the tokens that begin and end a Vicuna's texts.
+
+    Its authors gave the tokenizer another beginning, "</s>", than the language model's configuration has (lines 86 to
+    89 of ``blip2_vicuna_instruct.py``), and it was trained with that. What tokenizer_config.json does not name stays.
+    """
+    path, text = folder / "tokenizer_config.json", content.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") not in KINDS or not path.exists():
+        return content
+    named, tokens = read_json(path), read_json(folder / "tokenizer.json").get("added_tokens") or []
+    ids = {each.get("content"): each.get("id") for each in tokens if isinstance(each, dict)}
+    changed: dict[str, Any] = {}
+    for key in ("bos_token", "eos_token"):
+        token = named.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in ids:
+            changed[f"{key}_id"] = ids[token]
+    return content | {"text_config": text | changed}
+
+
 def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
     """The configuration in the content of a config.json; ValueError for what this package does not build."""
     vision = parse_vision(_section(content, "vision_config"))
     fields = _section(content, "qformer_config")
     if "qformer_text_input" in fields:  # the key's name before transformers 4.46
         fields.setdefault("use_qformer_text_input", fields["qformer_text_input"])
+    if is_instruct := content.get("model_type") == INSTRUCT:
+        fields["use_qformer_text_input"] = True
     qformer = QFormerConfig(
         num_query_tokens=_top(content, "num_query_tokens", "num_query_tokens", 32),
         encoder_hidden_size=vision.hidden_size,  # whatever the file says, as the reference has it
@@ -146,6 +169,11 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
             has_lm_head=_top(content, "has_qformer_lm_head", "has_lm_head", False),
             image_token_id=image_token_id,
             adapted=adapted,
+        )
+    if qformer.has_text and not is_instruct:
+        raise ValueError(
+            "use_qformer_text_input is set in qformer_config of a model that writes; it is an InstructBLIP whose "
+            f"Q-Former reads the prompt: set model_type to {INSTRUCT!r} if it is one, else leave this out"
         )
     language = _parse_language(_section(content, "text_config", with_null=True))
     if image_token_id is not None:
@@ -270,8 +298,13 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
         "encoder_hidden_size": config.qformer.encoder_hidden_size,
         **_write(config.qformer, QFORMER),
     }
+    if is_instruct := isinstance(config, Blip2Config) and config.reads_prompt:
+        qformer["model_type"] = "instructblip_qformer"
+        del qformer["use_qformer_text_input"]
+        if not extra:
+            vision["model_type"] = "instructblip_vision_model"
     content: dict[str, Any] = {
-        "model_type": "blip-2",
+        "model_type": INSTRUCT if is_instruct else BLIP2,
         "num_query_tokens": config.qformer.num_query_tokens,
         "image_token_index": config.image_token_id,
         "vision_config": vision,
@@ -289,7 +322,7 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
             "has_qformer_lm_head": config.has_lm_head,
         }
     return content | {
-        "architectures": ["Blip2ForConditionalGeneration"],
+        "architectures": [f"{'InstructBlip' if is_instruct else 'Blip2'}ForConditionalGeneration"],
         "use_decoder_only_language_model": not config.language.has_encoder,
         "text_config": text_json(config.language),
     }

@@ -131,7 +131,7 @@ def _describe(
     from blip2.tasks.defaults import CAPTION, merged
 
     prompt = decoding.pop("prompt")
-    options = merged(CAPTION, given(decoding))
+    merged(CAPTION, given(decoding))
     source, sink = Pictures(found.pictures), Report(path, found, approve_all=approve_all, restart=restart)
     sink.check(source)
     journal = Journal(beside(path))
@@ -141,7 +141,7 @@ def _describe(
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
         for first in records:  # no model is loaded where nothing is to be done
-            yield from captions(describer.get(journal), prompt, options, batch_size)(chain([first], records))
+            yield from captions(describer.get(journal), prompt, given(decoding), batch_size)(chain([first], records))
 
     with _stoppable(path), journal.held():
         journal.begin(asked, restart=restart)

@@ -147,9 +147,10 @@ def _answerer(
     for question in questions:
         question_prompt(question, "opt")
     if choices is None:
-        options = merged(ASK, given_options)
+        merged(ASK, given_options)
 
         def write(speaker: Speaker, images: Sequence[EncodedImage], asked: Sequence[str]) -> list[dict[str, Any]]:
+            options = merged(speaker.defaults.ask, given_options)
             found = ask(speaker, images, asked, options=options, batch_size=batch_size)
             return [{"question": question, **row_of(best)} for question, (best, *_) in zip(asked, found, strict=True)]
 

@@ -75,10 +75,11 @@ def command(
     if pick or matcher:
         raise click.UsageError("--pick and --matcher are for results in files; add -o FILE or --sidecar .txt")
     asked = Asked.of(arguments, others)
-    options = merged(CAPTION, given(others))
+    merged(CAPTION, given(others))
     check_batch_size(batch_size)
     pictures = find_pictures(asked, takes_index=True)
     blip = load_pipeline(**pictures.model(model))
+    options = merged(blip.speaker.defaults.caption, given(others))
     report = Report(blip.name, as_json=as_json, shows_image=pictures.are_several, is_null=asked.is_null)
     report.about(pictures)
     seen = pictures.seen_by(blip, batch_size)

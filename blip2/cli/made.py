@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     Model = Blip2 | Blip2Matcher
 
+OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 COMPANIONS = (
-    "preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.jinja", *OF_TOKENIZER,
+    *(f"qformer_tokenizer/{name}" for name in OF_TOKENIZER),
 )  # fmt: skip
 """What stands beside the weights and the tokenizer, and is the same whatever the weights are kept in."""
 UNFINISHED = "unfinished"
@@ -59,8 +60,11 @@ def write_from(
             (unfinished / name).unlink(missing_ok=True)
             if (folder / name).exists():
                 shutil.copyfile(folder / name, unfinished / name)
-        whole = sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json")
-        replace([(path, out / path.name) for path in whole])
+        files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
+        for path in files:
+            (out / path).parent.mkdir(exist_ok=True)
+        whole = sorted(files, key=lambda path: path == Path("config.json"))
+        replace([(unfinished / path, out / path) for path in whole])
     except OSError as error:
         raise CheckpointError(
             f"{out}: cannot be written ({error.strerror}); make room there, or name another"

@@ -15,7 +15,8 @@ Names, defaults, shapes and values are those of transformers 5. What differs doe
 - ``generation_config.json`` of the model's folder is heeded; the reference reads it and then asks the language model's.
 - Special tokens are those that the model's layout has; "<image>" or "</s>" within a text that the processor is given is
   text. (``processor.tokenizer`` reads them as tokens.)
-- Padding stands where the model needs it, whatever the tokenizer's files say; ``padding_side`` may be set.
+- Padding stands where the model needs it, whatever the tokenizer's files say; ``padding_side`` may be set. What the
+  Q-Former of an InstructBLIP reads is padded at its end, where it changes nothing.
 - Pictures are laid on white where they are transparent. Those that are read here (paths, addresses) are also turned
   upright by their EXIF and converted to sRGB; PIL images and arrays are taken as they stand, as the reference does.
 - An assistant, or words looked up in the prompt, write what would be written without them.
@@ -25,8 +26,16 @@ tokens among it), and draws the same samples from the same ``torch.manual_seed``
 (contrastive, grouped or constrained beams, guidance, watermarks), quantised caches, and prompts of the decoder.
 """
 
-from blip2.compat.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+from blip2.compat.config import (
+    Blip2Config,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    InstructBlipConfig,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+)
 from blip2.compat.generative import Blip2ForConditionalGeneration
+from blip2.compat.instruct import InstructBlipForConditionalGeneration, InstructBlipProcessor
 from blip2.compat.others import (
     Blip2Model,
     Blip2QFormerModel,
@@ -54,5 +63,10 @@ __all__ = [
     "Blip2VisionModelWithProjection",
     "BlipImageProcessor",
     "BlipProcessor",
+    "InstructBlipConfig",
+    "InstructBlipForConditionalGeneration",
+    "InstructBlipProcessor",
+    "InstructBlipQFormerConfig",
+    "InstructBlipVisionConfig",
     "ModelOutput",
 ]

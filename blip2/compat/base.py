@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from blip2.compat.config import Blip2Config, built, content_of, public
+from blip2.compat.config import Blip2Config, InstructBlipConfig, built, content_of, public
 from blip2.compat.loading import Device, device_and_dtype, load_model
 from blip2.compat.merging import merge
 from blip2.compat.names import Named, name_layers, unfuse
@@ -32,6 +32,7 @@ class PreTrained(Named):
     """A model under Hugging Face's names. ``is_matching``: which of the two kinds."""
 
     is_matching: ClassVar[bool] = False
+    config_class: ClassVar[type[Blip2Config]] = Blip2Config
     main_input_name = "pixel_values"
     base_model_prefix = "blip"
     supports_gradient_checkpointing = True
@@ -51,6 +52,8 @@ class PreTrained(Named):
         config = None
         if not isinstance(model, nn.Module):
             config = public(model)
+            if type(config) is not self.config_class:
+                raise OptionError(f"config is a {type(config).__name__}; give a {self.config_class.__name__}")
             model = drawn(config, is_matching=self.is_matching)
         unfuse(model)
         self.__dict__["model"] = model
@@ -92,12 +95,17 @@ class PreTrained(Named):
             raise CheckpointError(f"{name} writes about images; load it with Blip2ForConditionalGeneration")
         if isinstance(loaded, Blip2Matcher) and not cls.is_matching:
             raise CheckpointError(f"{name} compares images with texts; load it with Blip2ForImageTextRetrieval")
+        asked, reads_prompt = cls.config_class is InstructBlipConfig, loaded.config.qformer.has_text
+        if isinstance(loaded, Blip2) and asked != reads_prompt:
+            what = "an InstructBLIP, whose Q-Former reads the prompt" if reads_prompt else "a BLIP-2"
+            right = "InstructBlipForConditionalGeneration" if reads_prompt else "Blip2ForConditionalGeneration"
+            raise CheckpointError(f"{name} is {what}; load it with {right}")
 
     @classmethod
     def _of_folder(cls, loaded: Any, folder: Path) -> Any:
         model = cls(loaded)
         model.preprocessor = preprocessor_in(folder)
-        model.config = Blip2Config.from_pretrained(folder, dtype=model.dtype)
+        model.config = cls.config_class.from_pretrained(folder, dtype=model.dtype)
         model.point_parts_to_config()
         return model
 
@@ -106,7 +114,7 @@ class PreTrained(Named):
         if config is None:
             if name is None:
                 raise OptionError("there is neither a name nor a config; give the folder of a model, or a config")
-            config = Blip2Config.from_pretrained(name)
+            config = cls.config_class.from_pretrained(name)
         if state is None:
             raise OptionError("there is neither a name nor a state_dict; give the folder of a model")
         if options:

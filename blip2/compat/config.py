@@ -91,7 +91,8 @@ class Config:
         """Of the model in a folder or of that name on the hub; what is no place is an attribute to set."""
         places = {key: options.pop(key) for key in ("revision", "local_files_only") if key in options}
         content = read_json(resolve(name, **places) / "config.json")
-        part = {Blip2VisionConfig: "vision_config", Blip2QFormerConfig: "qformer_config"}.get(cls)
+        kinds = {"vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
+        part = next((name for name, kind in kinds.items() if issubclass(cls, kind)), None)
         return cls.from_dict(content.get(part) or {} if part else content, **options)
 
     @property
@@ -151,6 +152,15 @@ class Blip2QFormerConfig(Config):
     defaults = QFORMER
 
 
+class InstructBlipVisionConfig(Blip2VisionConfig):
+    model_type = "instructblip_vision_model"
+
+
+class InstructBlipQFormerConfig(Blip2QFormerConfig):
+    model_type = "instructblip_qformer"
+    defaults = {key: value for key, value in QFORMER.items() if key != "use_qformer_text_input"}
+
+
 class OPTConfig(Config):
     model_type = "opt"
     defaults = OPT
@@ -203,6 +213,8 @@ class Blip2Config(Config):
     model_type = "blip-2"
     defaults = WHOLE
     attribute_map = {"image_token_id": "image_token_index"}
+    vision_class: ClassVar[type[Blip2VisionConfig]] = Blip2VisionConfig
+    qformer_class: ClassVar[type[Blip2QFormerConfig]] = Blip2QFormerConfig
 
     vision_config: Blip2VisionConfig
     qformer_config: Blip2QFormerConfig
@@ -224,8 +236,8 @@ class Blip2Config(Config):
         values.setdefault("is_encoder_decoder", family == "t5")
         values.setdefault("use_decoder_only_language_model", family != "t5")
         super().__init__(**values)
-        self.vision_config = Blip2VisionConfig(**content_of(vision_config))
-        self.qformer_config = Blip2QFormerConfig(**content_of(qformer_config))
+        self.vision_config = self.vision_class(**content_of(vision_config))
+        self.qformer_config = self.qformer_class(**content_of(qformer_config))
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         self.text_config = TEXT[family](**text)
 
@@ -256,11 +268,22 @@ class Blip2Config(Config):
         return built(self, is_matching=True).qformer
 
 
+class InstructBlipConfig(Blip2Config):
+    """The same of a model whose Q-Former reads the prompt."""
+
+    model_type = "instructblip"
+    defaults = {key: value for key, value in WHOLE.items() if key != "image_text_hidden_size"}
+    vision_class = InstructBlipVisionConfig
+    qformer_class = InstructBlipQFormerConfig
+
+
 def public(config: Any) -> Blip2Config:
     """A configuration of any make: ours or this package's own, transformers', a dictionary."""
     if isinstance(config, Blip2Config):
         return config
-    return Blip2Config(**content_of(config))
+    content = content_of(config)
+    kind = InstructBlipConfig if content.get("model_type") == InstructBlipConfig.model_type else Blip2Config
+    return kind(**content)
 
 
 def built(config: Any, *, is_matching: bool) -> Generative | MatcherConfig:

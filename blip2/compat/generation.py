@@ -146,9 +146,9 @@ class Generates:
         if written.ids is not None:
             states = states_of(
                 self.language_model,
-                language.has_encoder,
                 prompt,
                 written.ids,
+                has_encoder=language.has_encoder,
                 attentions=bool(asked.get("output_attentions")),
                 hidden_states=bool(asked.get("output_hidden_states")),
             )

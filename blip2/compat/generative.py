@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,10 @@ from blip2.compat.names import put_weight
 from blip2.compat.opt import OPTBody, OPTDecoder, OPTModel
 from blip2.compat.options import GenerationConfig
 from blip2.compat.parts import Part, QFormerModel, VisionModel
-from blip2.compat.prompts import Prompts, Seen, right_padded
+from blip2.compat.prompts import Prompts, Seen, features_of, right_padded
 from blip2.compat.records import ModelOutput, PartsOutput, Prompt, returned
 from blip2.compat.t5 import T5Decoder, T5Encoder, T5Model
-from blip2.config import DecoderConfig
+from blip2.config import DecoderConfig, LanguageConfig
 from blip2.errors import OptionError
 from blip2.language import Decoder
 from blip2.linear import Table, readable
@@ -52,6 +52,7 @@ class Generative(Prompts, PreTrained):
     language_projection: nn.Linear
     language_model: LanguagePart
     query_tokens: nn.Parameter
+    qformer_class: ClassVar[type[QFormerModel]] = QFormerModel
 
     def __init__(self, model: Any, generation_config: Mapping[str, Any] | None = None) -> None:
         super().__init__(model)
@@ -78,7 +79,7 @@ class Generative(Prompts, PreTrained):
         names = NAMES[model.language.config.family]
         return {
             "vision_model": lambda: VisionModel(model.vision, config.vision_config),
-            "qformer": lambda: QFormerModel(model.qformer, config.qformer_config),
+            "qformer": lambda: self.qformer_class(model.qformer, config.qformer_config),
             **{path: text(made) for path, made in names.items()},
         }
 
@@ -105,7 +106,7 @@ class Generative(Prompts, PreTrained):
             asked["eos_token_id"] = asked["end_token_ids"][0]
         asked = {name: value for name, value in asked.items() if isinstance(value, int) or name == "end_token_ids"}
         if any(getattr(language.config, name) != value for name, value in asked.items()):
-            language.config = replace(cast("Any", language.config), **asked)
+            language.config = _changed(language.config, **asked)
         if model.config.language is not language.config or model.config.image_token_id != self.config.image_token_id:
             model.config = replace(model.config, language=language.config, image_token_id=self.config.image_token_id)
         if not language.config.has_encoder and language.output is None:
@@ -178,7 +179,7 @@ class Generative(Prompts, PreTrained):
         else:
             put_weight(head, _resized(head.weight, number))
         head.out_features = number
-        language.config = replace(language.config, vocab_size=number)
+        language.config = _changed(language.config, vocab_size=number)
         self.config.text_config.vocab_size = number
         self.sync()
         return old
@@ -279,16 +280,7 @@ class Blip2ForConditionalGeneration(Generates, Generative):
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, return_dict: bool | None = None
     ) -> Any:
         """``last_hidden_state`` of the image encoder, and ``pooler_output`` float[N, Q, D], the soft prompts."""
-        seen = self._see(pixel_values, interpolate_pos_encoding)
-        output = ModelOutput(
-            last_hidden_state=seen.vision.last_hidden_state,
-            pooler_output=seen.prompts_NQD,
-            hidden_states=None,
-            attentions=None,
-            vision_outputs=seen.vision,
-            qformer_outputs=seen.qformer,
-        )
-        return returned(output, return_dict, self.config)
+        return returned(features_of(self._see(pixel_values, interpolate_pos_encoding)), return_dict, self.config)
 
     def forward(
         self,
@@ -335,6 +327,16 @@ class Blip2ForConditionalGeneration(Generates, Generative):
             logits_to_keep=logits_to_keep,
         )
         return returned(output, return_dict, self.config)
+
+
+def _changed(config: LanguageConfig, **values: Any) -> Any:
+    """The configuration with other values; a decoder's is saved as it was published."""
+    if isinstance(config, DecoderConfig):
+        told = {name: value for name, value in values.items() if name != "end_token_ids"}
+        if ends := values.get("end_token_ids"):
+            told["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+        values["published"] = config.published | told
+    return replace(config, **values)
 
 
 def _resized(weight: Tensor, number: int) -> Tensor:

@@ -36,6 +36,7 @@ HOOKS = (
 ORDERS = (
     ("vision_model", "embeddings", "qformer", "vision_projection", "text_projection", "itm_head"),
     ("embeddings", "pre_layernorm", "encoder", "post_layernorm"),
+    ("word_embeddings", "position_embeddings", "layernorm"),
     ("self_attn", "layer_norm1", "mlp", "layer_norm2"),
     ("attention", "crossattention", "intermediate", "output", "intermediate_query", "output_query"),
     ("self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),

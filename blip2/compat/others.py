@@ -60,7 +60,9 @@ class Blip2Model(Generative):
     ) -> Any:
         """As `Blip2ForConditionalGeneration`; what is to be shown beside is shown of all parts."""
         self.sync()
-        watching = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        watching: dict[str, Any] = {
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states
+        }  # fmt: skip
         seen = self._see(pixel_values, interpolate_pos_encoding, **watching)
         prompt = self._joined(seen, input_ids, attention_mask)
         decoder = {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
@@ -132,7 +134,9 @@ class Blip2VisionModelWithProjection(Matching):
         return_dict: bool | None = None,
     ) -> Any:
         """``image_embeds`` float[N, Q, E] of length 1, and the image encoder's ``last_hidden_state``."""
-        watching = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        watching: dict[str, Any] = {
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states
+        }  # fmt: skip
         vision = self.vision_model(pixel_values, return_dict=True, **watching)
         queries_NQD = self.look(vision.last_hidden_state).last_hidden_state
         output = ModelOutput(
@@ -163,7 +167,9 @@ class Blip2TextModelWithProjection(Matching):
     ) -> Any:
         """``text_embeds`` float[M, T, E] of length 1, and the Q-Former's ``last_hidden_state``."""
         is_real_MT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        watching = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        watching: dict[str, Any] = {
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states
+        }  # fmt: skip
         read = self.read(input_ids, is_real_MT, position_ids, **watching)
         output = ModelOutput(
             text_embeds=F.normalize(self.text_projection(read.last_hidden_state), dim=-1),

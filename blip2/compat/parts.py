@@ -188,6 +188,36 @@ class QFormerModel(Part):
         """There are none: what it reads are vectors."""
 
 
+class InstructedQFormer(QFormerModel):
+    """``qformer`` of an InstructBLIP: its text goes in as ids."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        query_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **watching: Any,
+    ) -> Any:
+        """``int[B, T]`` after ``query_embeds`` float[B, Q, D], or one of the two; ``attention_mask`` [B, Q + T]."""
+        if input_ids is None and query_embeds is None:
+            raise OptionError("neither input_ids nor query_embeds are given; give one of them, or both")
+        core = cast("QFormer", self.core)
+        return super().forward(
+            embedded(core, input_ids, position_ids, query_embeds),
+            query_length=0 if query_embeds is None else query_embeds.shape[1],
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **watching,
+        )
+
+    def get_input_embeddings(self) -> Any:
+        return cast("QFormer", self.core).word_embedding
+
+
 class TextEmbeddings(Part):
     """``embeddings``: words and their places, after the queries."""
 
@@ -198,17 +228,23 @@ class TextEmbeddings(Part):
         query_embeds: Tensor | None = None,
     ) -> Tensor:
         """``int[B, T]`` and ``float[B, Q, D]``, or one of them, to ``float[B, Q + T, D]``."""
-        core = cast("QFormer", self.core)
-        if input_ids is None:
-            assert query_embeds is not None, "neither text nor queries"
-            return query_embeds
-        assert core.word_embedding is not None and core.position_embedding is not None, "no text branch"
-        if (length := input_ids.shape[1]) > (most := core.config.max_position_embeddings):
-            raise OptionError(f"the text has {length} tokens, the Q-Former reads at most {most}; shorten it")
-        if position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device)[None]
-        text_BTD = core.word_embedding(input_ids) + core.position_embedding(position_ids)
-        return text_BTD if query_embeds is None else torch.cat([query_embeds.to(text_BTD.dtype), text_BTD], dim=1)
+        return embedded(cast("QFormer", self.core), input_ids, position_ids, query_embeds)
+
+
+def embedded(
+    core: QFormer, input_ids: Tensor | None, position_ids: Tensor | None, query_embeds: Tensor | None
+) -> Tensor:
+    """Queries ``float[B, Q, D]`` and the text after them, or one of the two, ``float[B, Q + T, D]``."""
+    if input_ids is None:
+        assert query_embeds is not None, "neither text nor queries"
+        return query_embeds
+    assert core.word_embedding is not None and core.position_embedding is not None, "no text branch"
+    if (length := input_ids.shape[1]) > (most := core.config.max_position_embeddings):
+        raise OptionError(f"the text has {length} tokens, the Q-Former reads at most {most}; shorten it")
+    if position_ids is None:
+        position_ids = torch.arange(length, device=input_ids.device)[None]
+    text_BTD = core.word_embedding(input_ids) + core.position_embedding(position_ids)
+    return text_BTD if query_embeds is None else torch.cat([query_embeds.to(text_BTD.dtype), text_BTD], dim=1)
 
 
 def seen_by_all(mask: Tensor) -> Tensor:

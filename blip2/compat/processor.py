@@ -87,10 +87,16 @@ class Blip2Processor:
         return cls(
             BlipImageProcessor.from_folder(folder, **steps),
             words,
-            num_query_tokens,
+            num_query_tokens=num_query_tokens,
             image_token_id=image_token_id,
+            **cls._others(folder),
             files={file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()},
         )
+
+    @classmethod
+    def _others(cls, folder: Path) -> dict[str, Any]:
+        """What else it is made of."""
+        return {}
 
     def __call__(
         self,
@@ -163,7 +169,7 @@ class Blip2Processor:
     def to_dict(self) -> dict[str, Any]:
         """The settings, without the vocabulary."""
         return {
-            "processor_class": "Blip2Processor",
+            "processor_class": type(self).__name__,
             "num_query_tokens": self.num_query_tokens,
             "image_processor": self.image_processor.to_dict(),
         }
@@ -172,7 +178,7 @@ class Blip2Processor:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def __repr__(self) -> str:
-        return f"Blip2Processor:\n- image_processor: {self.image_processor}\n- tokenizer: {self.tokenizer}\n"
+        return f"{type(self).__name__}:\n- image_processor: {self.image_processor}\n- tokenizer: {self.tokenizer}\n"
 
     def apply_chat_template(self, *_: Any, **__: Any) -> NoReturn:
         """A BLIP-2 has no template of a conversation; OptionError, with the wording that it knows."""
@@ -194,6 +200,7 @@ class Blip2Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
+            (folder / name).parent.mkdir(exist_ok=True)
             write_bytes(folder / name, content)
 
     def files(self) -> dict[str, bytes]:
@@ -201,7 +208,7 @@ class Blip2Processor:
         told = {name: json.loads(self._files.get(name, b"{}")) for name in FILES}
         told["preprocessor_config.json"] |= self.image_processor.to_dict()
         told["processor_config.json"] |= {
-            "processor_class": "Blip2Processor",
+            "processor_class": type(self).__name__,
             "num_query_tokens": self.num_query_tokens,
         }
         if "image_processor" in told["processor_config.json"]:

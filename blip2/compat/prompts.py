@@ -6,6 +6,7 @@ input, D its width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from blip2.compat.records import ModelOutput, Prompt
 from blip2.errors import OptionError
 from blip2.tasks.speaker import num_pairs
 
+NOTHING: Mapping[str, Any] = {}
+
 
 class Seen(NamedTuple):
     """What the model saw on the way to soft prompts ``float[N, Q, D]``."""
@@ -23,6 +26,18 @@ class Seen(NamedTuple):
     prompts_NQD: Tensor
     vision: ModelOutput
     qformer: ModelOutput
+
+
+def features_of(seen: Seen) -> ModelOutput:
+    """What ``get_image_features`` gives."""
+    return ModelOutput(
+        last_hidden_state=seen.vision.last_hidden_state,
+        pooler_output=seen.prompts_NQD,
+        hidden_states=None,
+        attentions=None,
+        vision_outputs=seen.vision,
+        qformer_outputs=seen.qformer,
+    )
 
 
 class Prompts:
@@ -52,10 +67,13 @@ class Prompts:
         )
         return output
 
-    def _see(self, pixel_values: Tensor, interpolate: bool = False, **watching: Any) -> Seen:
+    def _see(
+        self, pixel_values: Tensor, interpolate: bool = False, reads: Mapping[str, Any] = NOTHING, **watching: Any
+    ) -> Seen:
+        """``reads``: what the Q-Former is given beside the picture."""
         vision = self.vision_model(pixel_values, interpolate, return_dict=True, **watching)
-        qformer = self._look(vision.last_hidden_state, **watching)
-        queries_NQD = qformer.last_hidden_state
+        qformer = self._look(vision.last_hidden_state, **reads, **watching)
+        queries_NQD = qformer.last_hidden_state[:, : self.query_tokens.shape[1]]
         weight = getattr(self.language_projection, "weight", queries_NQD)
         projected_NQD = self.language_projection(queries_NQD.to(weight))
         language = self.model.language

@@ -51,6 +51,8 @@ class Layout:
             return cls((), (1,), False, names)
         if (end, pad) == (2, 1):
             return cls((2,), (), True, names | {"bos": "</s>", "unk": "</s>"})
+        if end == 2 and tokenizer.find("[PAD]") is not None:  # of a Vicuna
+            return cls((2,), (), True, names | {"bos": "</s>", "pad": "[PAD]", "unk": "</s>"})
         return cls(*tokenizer.around(), True, {})
 
 

@@ -21,7 +21,13 @@ Layers = tuple[Tensor, ...]
 
 
 def states_of(
-    part: Any, has_encoder: bool, prompt: Prompt, ids: Sequence[Tensor], *, attentions: bool, hidden_states: bool
+    part: Any,
+    prompt: Prompt,
+    ids: Sequence[Tensor],
+    *,
+    has_encoder: bool,
+    attentions: bool,
+    hidden_states: bool,
 ) -> dict[str, Any]:
     """By the reference's names what each step saw: of a tuple of steps one of layers, ``[R, H, 1, S + T]`` or
     ``[R, 1, D]`` each; a decoder's first step holds the whole prompt.

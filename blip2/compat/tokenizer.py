@@ -60,7 +60,7 @@ class Blip2Tokenizer(Vocabulary):
 
     model_input_names = ("input_ids", "attention_mask")
     is_fast = True
-    truncation_side = "right"
+    truncation_side: str
     chat_template = None
 
     def __init__(self, tokenizer: Tokenizer, *, files: Mapping[str, bytes] | None = None, name: str = "") -> None:
@@ -72,6 +72,7 @@ class Blip2Tokenizer(Vocabulary):
         super().__init__(tokenizer, {key: each or self._layout.names.get(key) for key, each in told_names.items()})
         self.model_max_length: int = told.get("model_max_length") or int(1e30)
         self.clean_up_tokenization_spaces = bool(told.get("clean_up_tokenization_spaces", False))
+        self.truncation_side = told.get("truncation_side") or "right"
         self._padding_side = "left" if self._layout.pads_left else "right"
 
     @classmethod
@@ -100,6 +101,7 @@ class Blip2Tokenizer(Vocabulary):
             raise OptionError(f"tokenizer is a {type(tokenizer).__name__}; give one of a Blip2Processor")
         made = cls(Tokenizer.from_json(tokenizer.backend_tokenizer.to_str()), name=tokenizer.name_or_path)
         made.model_max_length = tokenizer.model_max_length
+        made.truncation_side = tokenizer.truncation_side
         return made
 
     # ---- texts to ids ----
@@ -172,7 +174,9 @@ class Blip2Tokenizer(Vocabulary):
 
     def _row(self, text: str, reads_tokens: bool, adds_special: bool, most: int | None) -> Row:
         tokenizer = self._reading_tokens if reads_tokens else self._tokenizer
-        pairs = tokenizer.encode_with_places(text)[:most]
+        pairs = tokenizer.encode_with_places(text)
+        if most is not None:
+            pairs = pairs[max(0, len(pairs) - most) :] if self.truncation_side == "left" else pairs[:most]
         is_special = [0] * len(pairs)
         if adds_special:
             before, after = ([(token, (0, 0)) for token in some] for some in (self._layout.before, self._layout.after))

@@ -21,9 +21,9 @@ from blip2.serve.reply import EventStream, Reply, packed
 from blip2.serve.schemas import ChatRequest, EmbeddingsRequest
 from blip2.serve.service import Service
 from blip2.serve.tickets import Steps, Ticket
-from blip2.tasks import ask
+from blip2.tasks import ask, caption
 from blip2.tasks.chat import prompt_that_fits
-from blip2.tasks.defaults import ASK, CAPTION, CHAT
+from blip2.tasks.defaults import CHAT
 from blip2.tasks.speaker import Speaker
 from blip2.text import LONG_TEXT
 
@@ -55,9 +55,10 @@ def router(service: Service) -> APIRouter:
             name = names.generative(body.model)
             history, question = reading.fields["history"], reading.fields["question"]
             is_stream, has_log_probs = bool(body.stream), bool(body.logprobs)
+            defaults = service.pipeline.speaker.defaults
             options = options_of(
                 body,
-                CHAT if history else ASK if question else CAPTION,
+                defaults.chat if history else defaults.ask if question else defaults.caption,
                 service.limits,
                 is_followed=is_stream or has_log_probs,
             )
@@ -147,7 +148,7 @@ def prompt_of(
 
     Turns make room for an answer as chats have it, and not for the thousands of tokens that programs allow for.
     """
-    text, num_forgotten = "", 0
+    [text], num_forgotten = caption.prompts(speaker, [""]), 0
     if history:
         kept = max(min(options.max_new_tokens, CHAT.max_new_tokens), options.min_new_tokens)
         text, num_forgotten = prompt_that_fits(speaker, history, question, kept)

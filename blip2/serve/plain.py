@@ -33,10 +33,10 @@ from blip2.serve.schemas import (
 from blip2.serve.service import Service
 from blip2.serve.tickets import Steps, Ticket
 from blip2.tasks import ask as ask_task
-from blip2.tasks.defaults import ASK, CAPTION
+from blip2.tasks import caption as caption_task
 from blip2.tasks.explain import Explanation, Sight, Words, explaining_match, explaining_words
 from blip2.tasks.match import Matches
-from blip2.text import LONG_TEXT, clean
+from blip2.text import LONG_TEXT
 
 MAP_PX = 512
 """The longer side of the map that /explain gives."""
@@ -64,7 +64,8 @@ def router(service: Service) -> APIRouter:
         """Describe a picture; ``prompt`` is the beginning of the caption."""
         async with service.readings.read(request) as reading:
             body = CaptionRequest.model_construct(**reading.fields)
-            asked = await ticket(reading, body, clean(body.prompt), CAPTION)
+            [text] = caption_task.prompts(service.pipeline.speaker, [body.prompt])
+            asked = await ticket(reading, body, text, service.pipeline.speaker.defaults.caption)
         return await answered(asked)
 
     @routes.post("/ask", response_model=Answered, openapi_extra=body_of("/ask"))
@@ -74,7 +75,7 @@ def router(service: Service) -> APIRouter:
             body = AskRequest.model_construct(**reading.fields)
             [text] = ask_task.prompts(service.pipeline.speaker, [body.question])
             if body.choices is None:
-                asked = await ticket(reading, body, text, ASK)
+                asked = await ticket(reading, body, text, service.pipeline.speaker.defaults.ask)
             else:
                 question = await choosing(service, reading, body, text)
         if body.choices is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import GenerateOptions
-from blip2.tasks.defaults import ASK, BATCH_SIZE
+from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.speaker import Answer, Speaker, check_batch_size, chunks, pairs
 from blip2.text import clean
 
@@ -28,15 +28,15 @@ def ask(
     images: Sequence[EncodedImage],
     questions: Sequence[str],
     *,
-    options: GenerateOptions = ASK,
+    options: GenerateOptions | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[list[Answer]]:
     """Answer N questions about N images, one about N, or N about one; ``options.num_return`` answers each.
 
-    The words around a question that the model expects are added here (`Speaker.question`). Raises
-    OptionError for an empty question and for numbers that do not pair up.
+    The words around a question that the model expects are added here (`Speaker.question`); without ``options`` those
+    of its authors are taken. Raises OptionError for an empty question and for numbers that do not pair up.
     """
-    return speaker.answers(images, prompts(speaker, questions), options, batch_size)
+    return speaker.answers(images, prompts(speaker, questions), options or speaker.defaults.ask, batch_size)
 
 
 def rank(
@@ -68,8 +68,12 @@ def rank(
 def scored(speaker: Speaker, jobs: Sequence[tuple[EncodedImage, str, str]]) -> list[float]:
     """The log-probability of an answer, for each image, prompt (see `prompts`) and answer; computed together."""
     answers = [speaker.answer_ids(answer) for *_, answer in jobs]
-    vectors = [speaker.prompt(image, text, len(answer)) for (image, text, _), answer in zip(jobs, answers, strict=True)]
-    return speaker.engine.score(vectors, answers)
+    longest: dict[tuple[int, str], int] = {}
+    for (image, text, _), answer in zip(jobs, answers, strict=True):
+        longest[id(image), text] = max(longest.get((id(image), text), 0), len(answer))
+    asked = {(id(image), text): image for image, text, _ in jobs}  # each once, however many the answers to it
+    vectors = {key: speaker.prompt(image, key[1], longest[key]) for key, image in asked.items()}
+    return speaker.engine.score([vectors[id(image), text] for image, text, _ in jobs], answers)
 
 
 def check_choices(choices: Sequence[str]) -> list[str]:

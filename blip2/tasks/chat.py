@@ -9,7 +9,6 @@ from collections.abc import Generator, Sequence
 
 from blip2.encoded import EncodedImage
 from blip2.generation import GenerateOptions
-from blip2.tasks.defaults import CHAT
 from blip2.tasks.speaker import Speaker
 from blip2.text import TextStream, chat_prompt
 
@@ -22,9 +21,9 @@ class Chat:
     many, and they stay in ``history``.
     """
 
-    def __init__(self, speaker: Speaker, image: EncodedImage, options: GenerateOptions = CHAT) -> None:
+    def __init__(self, speaker: Speaker, image: EncodedImage, options: GenerateOptions | None = None) -> None:
         self.image = image
-        self.options = options
+        self.options = options or speaker.defaults.chat
         self.history: list[tuple[str, str]] = []
         self.num_forgotten = 0
         self._speaker = speaker
@@ -87,7 +86,9 @@ def prompt_that_fits(
 
 def _prompt(speaker: Speaker, turns: Sequence[tuple[str, str]], question: str) -> str:
     """A question in the words of a conversation, which begins with the first."""
-    return chat_prompt(turns, question) if speaker.template is None else speaker.question(question, turns)
+    if speaker.template is not None:
+        return speaker.question(question, turns)
+    return chat_prompt(turns, question, speaker.model.config.manner)
 
 
 class _Stopped(Exception):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from blip2.config import Blip2Config
 from blip2.errors import OptionError
 from blip2.generation import GenerateOptions
 
@@ -14,6 +15,29 @@ CAPTION = GenerateOptions(num_beams=5, max_new_tokens=30, min_new_tokens=1, leng
 ASK = GenerateOptions(num_beams=5, max_new_tokens=10, min_new_tokens=1, length_penalty=-1.0)
 CHAT = GenerateOptions(num_beams=1, max_new_tokens=40, min_new_tokens=1)
 """Greedy, since only then an answer can be shown while it is written."""
+
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How a model decodes for each task."""
+
+    caption: GenerateOptions = CAPTION
+    ask: GenerateOptions = ASK
+    chat: GenerateOptions = CHAT
+
+
+INSTRUCTED = GenerateOptions(
+    num_beams=5, max_new_tokens=256, min_new_tokens=1, length_penalty=1.0, repetition_penalty=1.5
+)  # fmt: skip
+"""Of ``generate`` in the authors' code of InstructBLIP: what is to be said, and how long, is told by the prompt."""
+INSTRUCT = Defaults(INSTRUCTED, INSTRUCTED, replace(INSTRUCTED, num_beams=1))
+
+
+def defaults_of(config: Blip2Config) -> Defaults:
+    """Those of its authors."""
+    return INSTRUCT if config.reads_prompt else Defaults()
+
 
 BATCH_SIZE = 16
 """Prompts that are decoded together; it bounds the memory, and does not change any answer."""

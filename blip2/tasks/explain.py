@@ -35,7 +35,7 @@ from blip2.generation import GenerateOptions, finished
 from blip2.image import RgbImage, Source, overlay
 from blip2.language import T5
 from blip2.model import Blip2, Blip2Matcher
-from blip2.tasks.defaults import ASK, CAPTION
+from blip2.tasks.caption import prompts as caption_prompts
 from blip2.tasks.match import ImageFeatures, Reader
 from blip2.tasks.see import Eye
 from blip2.tasks.speaker import Speaker
@@ -165,12 +165,13 @@ def explaining_words(speaker: Speaker, sight: Sight, words: Words, at_a_time: in
             raise OptionError(
                 f"answers within a chat template are not explained; load the model without {option('chat_template')}"
             )
-        prompt = question_prompt(words.question, speaker.model.config.language.family)
-        tokens = yield from _tokens(speaker, sight, prompt, words.answer, ASK, "answer")
+        prompt = question_prompt(words.question, speaker.model.config.manner)
+        tokens = yield from _tokens(speaker, sight, prompt, words.answer, speaker.defaults.ask, "answer")
         return (yield from _explaining_tokens(speaker, sight, prompt, tokens, slice(None), at_a_time))
-    tokens = yield from _tokens(speaker, sight, "", words.caption, CAPTION, "caption")
+    [prompt] = caption_prompts(speaker, [""])
+    tokens = yield from _tokens(speaker, sight, prompt, words.caption, speaker.defaults.caption, "caption")
     place = slice(None) if words.word is None else find_word(tokens, speaker.tokenizer.decode, words.word)
-    return (yield from _explaining_tokens(speaker, sight, "", tokens, place, at_a_time))
+    return (yield from _explaining_tokens(speaker, sight, prompt, tokens, place, at_a_time))
 
 
 def find_word(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], word: str) -> slice:
@@ -249,10 +250,11 @@ def _explaining_tokens(
     model = speaker.model
     num_queries = model.config.qformer.num_query_tokens
     text_TD = speaker.prompt(_encoded(speaker, sight), prompt, len(tokens))[num_queries:]
+    instruction = speaker.instruction(prompt)
     read = tokens[: explained.stop]  # what comes later has no part in it
 
     def log_probability(patches_SPD: Tensor, image_bias: Tensor) -> Tensor:
-        queries_SQD = model.prompt(model.look(patches_SPD, image_bias))
+        queries_SQD = model.prompt(model.look(patches_SPD, image_bias, instruction))
         prompt_SED = torch.cat([queries_SQD, text_TD.expand(len(queries_SQD), -1, -1)], dim=1)
         return _log_probabilities(model, prompt_SED, read)[:, explained].sum(dim=1)
 
@@ -292,7 +294,7 @@ def _explanation(sight: Sight, evidence_P: Tensor, text: str, score: float) -> E
 
 def _encoded(speaker: Speaker, sight: Sight) -> EncodedImage:
     with torch.no_grad():
-        return EncodedImage(speaker.model.look(sight.patches_PD[None])[0], speaker.identity)
+        return EncodedImage(speaker.model.kept(sight.patches_PD[None])[0], speaker.identity)
 
 
 def _tokens(

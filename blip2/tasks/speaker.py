@@ -15,7 +15,7 @@ from blip2.encoded import EncodedImage
 from blip2.errors import OptionError, option
 from blip2.generation import Engine, GenerateOptions, Hypothesis
 from blip2.model import Blip2, identity
-from blip2.tasks.defaults import BATCH_SIZE
+from blip2.tasks.defaults import BATCH_SIZE, Defaults, defaults_of
 from blip2.template import IMAGE, ChatTemplate
 from blip2.text import Tokenizer, chat_prompt, checked_question, clean, question_prompt
 
@@ -43,6 +43,8 @@ class Speaker:
     model: Blip2
     tokenizer: Tokenizer
     engine: Engine
+    instruction_tokenizer: Tokenizer | None = None
+    """Of the Q-Former, where that reads the prompt (InstructBLIP)."""
     template: ChatTemplate | None = None
     """By which questions are worded; None for the wording of BLIP-2 itself."""
 
@@ -51,16 +53,32 @@ class Speaker:
         """Whose encoded images it reads (`model.identity`)."""
         return identity(self.model)
 
+    @property
+    def defaults(self) -> Defaults:
+        """How it decodes unless told otherwise."""
+        return defaults_of(self.model.config)
+
+    def instruction(self, text: str) -> list[int] | None:
+        """The token ids that the Q-Former reads of a prompt beside the picture; None where it reads none."""
+        if self.instruction_tokenizer is None:
+            return None
+        return self.instruction_tokenizer.instruction_ids(text, self.model.config.qformer)
+
+    def queries(self, image: EncodedImage, text: str) -> Tensor:
+        """The Q-Former's view of a picture ``float[Q, D]``, before the projection, for a prompt."""
+        if (instruction := self.instruction(text)) is None:
+            return image.queries_QD
+        return self.model.look(image.queries_QD[None], instruction=instruction)[0]
+
     def question(self, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
         """A question, after earlier turns (question, answer), in the words that the model is asked in.
 
         With a chat template the text has `template.IMAGE` where the image's vectors go; else they go before it.
         Raises OptionError as `text.question_prompt` does.
         """
-        if self.template is None and not turns:
-            return question_prompt(question, self.model.config.language.family)
+        manner = self.model.config.manner
         if self.template is None:
-            return chat_prompt(turns, question)
+            return chat_prompt(turns, question, manner) if turns else question_prompt(question, manner)
         said = [(clean(asked), clean(answer)) for asked, answer in turns]
         return self.template.prompt(said, checked_question(question))
 
@@ -95,22 +113,22 @@ class Speaker:
         """
         config = self.model.config.language
         table_VD = self.model.language.token_embedding.weight
-        shape = (self.model.config.qformer.num_query_tokens, self.model.config.qformer.hidden_size)
+        shape, num_queries = self.model.config.kept_shape, self.model.config.qformer.num_query_tokens
         if tuple(image.queries_QD.shape) != shape or image.model not in ("", self.identity):
             raise OptionError(
                 f"the encoded image (of {list(image.queries_QD.shape)}) was encoded by another model than this one "
                 f"(which reads {list(shape)}); load that model, or encode the picture again"
             )
         before, after = self.ids(text)
-        room = config.max_position_embeddings - shape[0] - num_new_tokens
+        room = config.max_position_embeddings - num_queries - num_new_tokens
         if (number := len(before) + len(after)) > room:
             raise OptionError(
-                f"the text has {number} tokens; beside {shape[0]} for the picture and {num_new_tokens} new ones "
+                f"the text has {number} tokens; beside {num_queries} for the picture and {num_new_tokens} new ones "
                 f"this model has room for {max(room, 0)}; shorten it, or lower {option('max_new_tokens')}"
             )
         words_TD = self.model.language.embed(torch.tensor([*before, *after], device=table_VD.device))
         first_TD, rest_TD = words_TD.split([len(before), len(after)])
-        return torch.cat([first_TD, self.model.prompt(image.queries_QD).to(words_TD), rest_TD])
+        return torch.cat([first_TD, self.model.prompt(self.queries(image, text)).to(words_TD), rest_TD])
 
     def room(self, text: str) -> int:
         """How many new tokens the model has room for beside the picture and the text; less than 0 if these are too

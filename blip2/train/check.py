@@ -103,6 +103,11 @@ def _check_model(config: Blip2Config | MatcherConfig, recipe: Recipe) -> None:
                 "matching models come without: start from one that was saved by stage 1, or from a new one"
             )
         return
+    if config.reads_prompt:
+        raise RecipeError(
+            f"start: {recipe.start}: is an InstructBLIP, whose Q-Former reads the prompt; what is trained here sees "
+            "pictures alone: start from a BLIP-2"
+        )
     language, data = config.language, recipe.data
     longest = config.qformer.num_query_tokens + data.max_prompt_tokens + data.max_text_tokens
     if longest > language.max_position_embeddings:

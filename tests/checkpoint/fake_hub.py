@@ -45,7 +45,7 @@ class FakeHub:
 @contextmanager
 def serving(folder: Path, **more: object) -> Iterator[FakeHub]:
     """The files of a folder, and a pickled twin of its weights, as the repository `NAME`."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     hub = FakeHub(files | {"pytorch_model.bin": b"pickle", "flax_model.msgpack": b"flax", "README.md": b"#"}, **more)
 
     class Handler(_Handler):
@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_json([self.entry(file) for file in self.fake.files])
         if not path.startswith(f"/{NAME}/resolve/{COMMIT}/"):
             return self.refuse(404, "RepoNotFound")
-        file = path.rpartition("/")[2]
+        file = path.removeprefix(f"/{NAME}/resolve/{COMMIT}/").replace("%2F", "/")
         if file not in self.fake.files:
             return self.refuse(404, "EntryNotFound")
         return self.send_file(file, has_body=has_body)

@@ -16,23 +16,27 @@ from blip2.model import Blip2, Blip2Matcher
 from tests import tiny
 
 CLIP = VisionConfig(16, 2, 2, 32, 32, 16, 1e-5, "quick_gelu", has_patch_bias=False, has_pre_norm=True)
-KINDS = ["opt", "t5", "opt, CLIP", "stage 1", "stage 1, CLIP"]
+KINDS = ["opt", "t5", "opt, CLIP", "stage 1", "stage 1, CLIP", "t5, instructed", "llama, instructed"]
 
 
 def save_model(kind: str, folder: Path) -> Path:
     """A model in which every weight is random, but for the bias of EVA-CLIP's keys, which is zero."""
     torch.manual_seed(3)
-    family, _, is_clip = kind.partition(", ")
+    family, _, other = kind.partition(", ")
+    is_clip = other == "CLIP"
     model: Blip2 | Blip2Matcher
     if family == "stage 1":
         config = checkpoint.read_config(tiny.save_matching(folder.with_name("plain")))
         model = Blip2Matcher(replace(config, vision=CLIP) if is_clip else config)
         tokenizer = tiny.matching_tokenizer()
+    elif other == "instructed":
+        model, tokenizer = tiny.instructed(family), tiny.tokenizer_of(family)
     else:
         config = tiny.generative(family).config
         model = Blip2(replace(config, vision=CLIP) if is_clip else config)
         tokenizer = tiny.opt_tokenizer() if family == "opt" else tiny.t5_tokenizer()
-    checkpoint.save(model, folder, tokenizer=tokenizer.to_str())
+    reads = tiny.instruction_tokenizer().to_str() if other == "instructed" else None
+    checkpoint.save(model, folder, tokenizer=tokenizer.to_str(), qformer_tokenizer=reads)
     tensors = weights(folder)
     for name, tensor in tensors.items():
         tensor.copy_(torch.randn_like(tensor))

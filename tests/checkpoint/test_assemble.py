@@ -17,6 +17,7 @@ from blip2.checkpoint.assemble import assemble, qformer_start
 from blip2.checkpoint.describe import stored
 from blip2.cli import cli
 from blip2.errors import CheckpointError, OptionError
+from tests import tiny
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "photo", "of"]
 
@@ -128,6 +129,23 @@ def test_a_q_former_of_another_model_keeps_what_fits(parts, tmp_path):
     old, new = checkpoint.load(first), checkpoint.load(again)
     for (name, one), other in zip(old.qformer.named_parameters(), new.qformer.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_the_q_former_and_the_encoder_of_an_instructblip(tmp_path):
+    """Its text branch, too, for stage 1."""
+    folder = tiny.save_instructed("t5", tmp_path / "instructed")
+    written = assemble(
+        tmp_path / "out", vision=checkpoint.open_encoder(folder), qformer=qformer_start(str(folder)),
+        language=str(folder),
+    )  # fmt: skip
+    old = checkpoint.load(folder)
+    matching, generative = map(checkpoint.load, written)
+    assert old.config.reads_prompt and not generative.config.reads_prompt
+    known = dict(old.qformer.named_parameters())
+    for model in (matching, generative):
+        for name, one in model.qformer.named_parameters():
+            assert torch.equal(one, known[name]), name
+    assert torch.equal(generative.language.output.weight, old.language.output.weight)
 
 
 def test_a_start_from_scratch_has_the_text_of_a_tokenizer(parts, tmp_path):

@@ -98,7 +98,7 @@ def test_several_files_with_an_index(any_model: Path, folder: Path) -> None:
         checkpoint.load(folder)
 
 
-NORM = "qformer.layernorm.weight"
+NORM = "vision_model.post_layernorm.weight"
 
 
 @pytest.mark.parametrize(

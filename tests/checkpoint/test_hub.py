@@ -14,11 +14,13 @@ import pytest
 import torch
 from huggingface_hub import constants, file_download
 
+import blip2
 from blip2 import checkpoint
 from blip2.checkpoint import hub as our_hub
 from blip2.checkpoint.names import pull, resolve
 from blip2.errors import CheckpointError
 from blip2.published import PUBLISHED
+from tests import tiny
 from tests.checkpoint.fake_hub import COMMIT, NAME, FakeHub, serving
 
 WEIGHTS = "model.safetensors"
@@ -206,6 +208,21 @@ def test_what_is_there_in_part_is_not_taken_for_whole(
     assert resolve(NAME) == folder
     checkpoint.load(folder)
     assert {file.name for file in folder.iterdir()} >= {file.name for file in opt_model.iterdir()}
+
+
+def test_an_instructblip_has_its_second_tokenizer(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny.save_instructed("t5", tmp_path / "instructed")) as fake:
+        go_online(monkeypatch, fake.url)
+        folder = resolve(NAME)
+        (folder / "qformer_tokenizer" / "tokenizer.json").resolve().unlink()
+        go_offline(monkeypatch)
+        with pytest.raises(CheckpointError, match=r"qformer_tokenizer/tokenizer\.json is not yet in the cache"):
+            resolve(NAME)
+        go_online(monkeypatch, fake.url)
+        assert resolve(NAME) == folder
+    assert blip2.load(folder).speaker.instruction("how many dogs?")
 
 
 @pytest.mark.parametrize(

@@ -43,17 +43,18 @@ def test_what_was_frozen_comes_from_the_model_it_is_like(folder: Path, tmp_path:
     state = written(folder, tmp_path / "trained.pth")
     convert_from_lavis(tmp_path / "trained.pth", tmp_path / "back", like=folder)
     assert_same(weights(tmp_path / "back"), weights(folder))
-    assert not [name for name in state if name.startswith(("visual_encoder.", "opt_model.", "t5_model."))]
+    assert not [name for name in state if name.startswith(("visual_encoder.", "opt_model.", "t5_model.", "llm_model."))]
     assert_same(written(tmp_path / "back", tmp_path / "again.pth"), state)
 
 
 def test_all_that_stands_beside_the_weights_is_kept(folder: Path, tmp_path: Path) -> None:
     convert_to_lavis(folder, tmp_path / "trained.pth")
     convert_from_lavis(tmp_path / "trained.pth", tmp_path / "back", like=folder)
-    for file in folder.glob("*.json"):
-        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
-    assert {file.name for file in (tmp_path / "back").iterdir()} == {file.name for file in folder.iterdir()}
-    assert len({file.stat().st_mode for file in (tmp_path / "back").iterdir()}) == 1
+    for file in folder.rglob("*.json"):
+        assert (tmp_path / "back" / file.relative_to(folder)).read_bytes() == file.read_bytes()
+    names, its = ({path.relative_to(where) for path in where.rglob("*")} for where in (tmp_path / "back", folder))
+    assert names == its
+    assert len({file.stat().st_mode for file in (tmp_path / "back").rglob("*") if file.is_file()}) == 1
 
 
 def test_progress_counts_every_weight(folder: Path, tmp_path: Path) -> None:
@@ -131,12 +132,23 @@ T5_NAMES = {
     ),
     "t5_model.lm_head.weight": ("language_model.lm_head.weight", (20, 24)),
 }  # fmt: skip
+INSTRUCT_NAMES = {
+    "llm_proj.weight": ("language_projection.weight", (24, 8)),
+    "Qformer.bert.embeddings.word_embeddings.weight": ("qformer.embeddings.word_embeddings.weight", (20, 8)),
+    "Qformer.bert.embeddings.position_embeddings.weight": ("qformer.embeddings.position_embeddings.weight", (6, 8)),
+    "Qformer.bert.embeddings.LayerNorm.bias": ("qformer.embeddings.layernorm.bias", (8,)),
+    f"{LAYER}intermediate.dense.bias": (f"{PUBLISHED_LAYER}intermediate.dense.bias", (16,)),
+    "llm_model.model.layers.3.self_attn.q_proj.weight": (
+        "language_model.model.layers.3.self_attn.q_proj.weight", (24, 24),
+    ),
+    "llm_model.lm_head.weight": ("language_model.lm_head.weight", (20, 24)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "names",
-    [EVA_NAMES, CLIP_NAMES, QFORMER_NAMES, STAGE_1_NAMES, OPT_NAMES, T5_NAMES],
-    ids=["EVA-CLIP", "CLIP", "Q-Former", "stage 1", "OPT", "T5"],
+    [EVA_NAMES, CLIP_NAMES, QFORMER_NAMES, STAGE_1_NAMES, OPT_NAMES, T5_NAMES, INSTRUCT_NAMES],
+    ids=["EVA-CLIP", "CLIP", "Q-Former", "stage 1", "OPT", "T5", "InstructBLIP"],
 )
 def test_every_name_has_its_published_one(names: dict[str, tuple[str, tuple[int, ...]]], tmp_path: Path) -> None:
     state = {name: random(*shape) for name, (_, shape) in names.items()}
@@ -215,7 +227,7 @@ class Harm:
         (lambda path: torch.save([random(2)], path), "holds a list, not weights by name"),
         (lambda path: torch.save({"query_tokens": random(1)}, path), "has no weights under 'model'"),
         (lambda path: lavis_file(path, {"query_tokens": 3}), "has no weights under 'model'"),
-        (lambda path: lavis_file(path, {"llm_proj.weight": random(2, 2)}), "llm_proj.weight is no weight of BLIP-2"),
+        (lambda path: lavis_file(path, {"gpt_proj.weight": random(2, 2)}), "gpt_proj.weight is no weight of BLIP-2"),
     ],
 )  # fmt: skip
 def test_what_is_no_lavis_file_is_one_line(write: Callable[[Path], object], message: str, tmp_path: Path) -> None:

@@ -202,6 +202,10 @@ def test_published_sizes_are_known_by_their_weights() -> None:
 @pytest.mark.parametrize(
     ("projection", "width", "name"),
     [
+        ("t5_proj, instructed", 2048, "Salesforce/instructblip-flan-t5-xl"),
+        ("llm_proj, instructed", 4096, "Salesforce/instructblip-vicuna-7b"),
+        ("llm_proj, instructed", 5120, "Salesforce/instructblip-vicuna-13b"),
+        ("llm_proj", 5120, None),
         ("opt_proj", 2560, "Salesforce/blip2-opt-2.7b"),
         ("opt_proj", 4096, "Salesforce/blip2-opt-6.7b"),
         ("t5_proj", 2048, "Salesforce/blip2-flan-t5-xl"),
@@ -220,7 +224,10 @@ def test_the_published_twin_is_found_by_size(
         raise CheckpointError("it is not here")
 
     monkeypatch.setattr(lavis, "resolve", resolve)
+    projection, _, is_instructed = projection.partition(", ")
     state = {f"{projection}.weight": random(width, 1), f"{projection}.bias": random(width)}
+    if is_instructed:
+        state["Qformer.bert.embeddings.word_embeddings.weight"] = random(2, 1)
     message = "it is not here" if name else "is of no published size; name a model with its configuration"
     with pytest.raises(CheckpointError, match=message):
         convert_from_lavis(lavis_file(tmp_path / "a.pth", state), tmp_path / "back")
@@ -251,7 +258,7 @@ def test_what_does_not_fit_is_named(folder: Path, trained: Path, tmp_path: Path)
     state = state_of(trained)
     norm = "Qformer.bert.embeddings.LayerNorm.weight"
     for change, message in (
-        ({norm: random(7)}, r"spoilt\.pth: qformer\.layernorm\.weight is \[7\], not \[16\]"),
+        ({norm: random(7)}, r"spoilt\.pth: qformer\.(embeddings\.)?layernorm\.weight is \[7\], not \[16\]"),
         ({norm.replace("embeddings", "encoder.layer.9.output_query"): random(16)}, r"layer\.9\..* has no place in"),
         ({"ln_vision.weight": random(1408)}, "not"),
     ):
@@ -259,7 +266,7 @@ def test_what_does_not_fit_is_named(folder: Path, trained: Path, tmp_path: Path)
         assert_refused(message, tmp_path, convert_from_lavis, path, tmp_path / "back", like=folder)
     path = lavis_file(tmp_path / "spoilt.pth", {name: value for name, value in state.items() if name != norm})
     assert_refused(
-        r"spoilt\.pth: qformer\.layernorm\.weight is missing",
+        r"spoilt\.pth: qformer\.(embeddings\.)?layernorm\.weight is missing",
         tmp_path,
         convert_from_lavis,
         path,

@@ -36,8 +36,8 @@ def test_the_result_stands_alone(run, original, tmp_path, pictures, kind, option
     if 32 not in options:
         texts = blip2.load(original, quantize=kind, quantize_vision=vision).caption(pictures[:3], max_new_tokens=6)
     companions = {
-        path.name: path.read_bytes()
-        for path in original.iterdir()
+        path.relative_to(original): path.read_bytes()
+        for path in original.rglob("*.*")
         if path.name not in ("config.json", "model.safetensors")
     }
     out = tmp_path / "inner" / "out"
@@ -53,8 +53,9 @@ def test_the_result_stands_alone(run, original, tmp_path, pictures, kind, option
         assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
     if 32 not in options:
         assert blip2.load(out).caption(pictures[:3], max_new_tokens=6) == texts
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name in companions} == companions
-    assert {path.name for path in out.iterdir()} == companions.keys() | {"config.json", "model.safetensors"}
+    written = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")}
+    assert {path: content for path, content in written.items() if path in companions} == companions
+    assert {str(path) for path in written.keys() - companions.keys()} == {"config.json", "model.safetensors"}
     told = json.loads(run("info", out, "--json").stdout)
     assert told["quantization"] == quantization.as_json()
 

@@ -145,6 +145,18 @@ def test_a_head_that_is_replaced_and_a_table_that_grows_are_used(twins, inputs, 
         assert_close(ours(**inputs).logits[:, -1], theirs(**inputs).logits[:, -1], **TOLERANCE)
 
 
+def test_token_ids_that_are_set_are_saved(twins, tmp_path):
+    ours = Blip2ForConditionalGeneration.from_pretrained(twins[2])
+    for ends in ([5, 17], 9):
+        ours.config.text_config.eos_token_id = ends
+        ours.save_pretrained(tmp_path)
+        again = Blip2ForConditionalGeneration.from_pretrained(tmp_path)
+        assert again.config.text_config.eos_token_id == ends
+        assert list(again.model.config.language.end_token_ids) == ([ends] if isinstance(ends, int) else ends)
+        theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path)
+        assert theirs.config.text_config.eos_token_id == ends
+
+
 def test_the_processor_begins_a_text_as_the_tokenizer_s_file_says(tmp_path):
     whole("llama", 3).save_pretrained(tmp_path)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(number): number for number in range(20)}, "3"))

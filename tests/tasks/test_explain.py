@@ -64,8 +64,8 @@ def test_an_answer_has_a_map_and_its_log_probability(blip):
     assert torch.equal(given.heat, blip.explain(wide(1), question="is it red?", answer="on the left").heat)
     speaker = blip.speaker
     tokens = speaker.tokenizer.answer_ids("on the left", speaker.model.config.language)[:-1]
-    family = speaker.model.config.language.family
-    prompt = speaker.prompt(blip.encode(wide(1)), question_prompt("is it red?", family), 8)
+    text = question_prompt("is it red?", speaker.model.config.manner)
+    prompt = speaker.prompt(blip.encode(wide(1)), text, 8)
     assert given.score == pytest.approx(speaker.engine.score([prompt], [tokens])[0], abs=1e-4)
 
 

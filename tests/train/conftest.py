@@ -10,6 +10,14 @@ import pytest
 COLOURS = ["red", "green", "white", "grey", "teal", "orange", "coral", "silver"]
 
 
+@pytest.fixture(scope="session", params=["opt", "t5", "llama"])
+def any_model(request, tmp_path_factory):
+    """The folder of a tiny random model of each kind that is trained here."""
+    from tests import tiny
+
+    return tiny.save_generative(request.param, tmp_path_factory.mktemp(request.param))
+
+
 @pytest.fixture
 def rows(pictures, tmp_path):
     """Eight rows with every kind of text."""

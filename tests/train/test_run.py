@@ -17,6 +17,7 @@ from blip2.errors import CheckpointError, ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
 from blip2.vision import VisionTransformer
+from tests import tiny
 
 
 def weights(folder):
@@ -140,6 +141,13 @@ def test_bf16_trains_too(write_recipe, matching_model, any_model):
     for stage, start in ((1, matching_model), (2, any_model)):
         out = train.run(write_recipe(stage, start), overrides={"precision": "bf16"})
         assert all(value.dtype == torch.float32 for value in weights(out).values())
+
+
+def test_an_instructblip_is_not_trained(write_recipe, tmp_path):
+    start = tiny.save_instructed("t5", tmp_path / "instructed")
+    with pytest.raises(RecipeError, match=r"start: .*instructed: is an InstructBLIP, .*start from a BLIP-2"):
+        train.run(write_recipe(2, start))
+    assert not (tmp_path / "out2").exists()
 
 
 # ---- pictures that cannot be read ----
