@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import blip2
-from blip2.tasks.ask import ASK
+from blip2.tasks.defaults import ASK
 from blip2.tasks.speaker import Speaker
 from blip2.text import question_prompt
 from miniature import texts, world
