@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blip2.checkpoint.bert import ALIASES, read_bert
+from blip2.checkpoint.bert import ALIASES, bert_config, read_bert
 from blip2.checkpoint.encoders import Encoder
 from blip2.checkpoint.lavis import Weights, frozen_part
 from blip2.checkpoint.load import empty_model
@@ -46,15 +46,21 @@ class Start:
     tensors: Mapping[str, Tensor]
     tokenizer: str = ""
     is_bert: bool = False
+    projection_size: int = MatcherConfig.projection_size
+    """Of the vectors that ITC compares."""
 
 
 def qformer_start(name: str, tokenizer: str | None = None) -> Start:
     """``name``: a BERT or a BLIP-2, as a folder or on the hub, or "scratch"; with that, ``tokenizer``: the folder of a
-    BERT whose tokenizer is taken. Raises CheckpointError, OptionError."""
+    BERT whose tokenizer is taken, and whose size, if it says one. Raises CheckpointError, OptionError."""
     if name == SCRATCH:
-        text = _tokenizer(resolve(ALIASES.get(tokenizer, tokenizer))) if tokenizer else ""
-        size = added_token(text, CAPTION_START)[1] if text else QFormerConfig().vocab_size
-        return Start(replace(QFormerConfig(), vocab_size=size), {}, text, is_bert=True)
+        if tokenizer is None:
+            return Start(QFormerConfig(), {}, is_bert=True)
+        folder = resolve(ALIASES.get(tokenizer, tokenizer))
+        text, config = _tokenizer(folder), QFormerConfig()
+        if (folder / "config.json").exists():
+            config = bert_config(folder)
+        return Start(replace(config, vocab_size=added_token(text, CAPTION_START)[1]), {}, text, is_bert=True)
     if tokenizer is not None:
         raise OptionError(f"{option('tokenizer')} is for a Q-Former from scratch; {name} has its own")
     folder = resolve(ALIASES.get(name, name))
@@ -62,13 +68,14 @@ def qformer_start(name: str, tokenizer: str | None = None) -> Start:
         config, tensors = read_bert(folder)
         return Start(config, tensors, _tokenizer(folder), is_bert=True)
     model = read_config(folder)
-    language = isinstance(model, Blip2Config)
     found = {
         key: place.read().float()
         for key, place in find_tensors(folder).items()
         if not key.startswith((LANGUAGE, "vision_model."))
     }
-    return Start(model.qformer, found, "" if language else _tokenizer(folder))
+    if isinstance(model, Blip2Config):
+        return Start(model.qformer, found)
+    return Start(model.qformer, found, _tokenizer(folder), projection_size=model.projection_size)
 
 
 def assemble(
@@ -100,7 +107,7 @@ def assemble(
     if qformer.tokenizer:
         tokenizer, start = added_token(qformer.tokenizer, CAPTION_START)
         with_text = replace(begun, has_text=True, vocab_size=max(begun.vocab_size, start + 1))
-        matcher = MatcherConfig(vision=vision.config, qformer=with_text, bos_token_id=start)
+        matcher = MatcherConfig(vision.config, with_text, qformer.projection_size, bos_token_id=start)
         written.append(_write(out / "matching", matcher, vision, qformer, {}, tokenizer, seed))
     if language is not None:
         folder = resolve(language)

@@ -42,11 +42,8 @@ NOT_TAKEN = re.compile(r"^(pooler\.|cls\.seq_relationship\.|cls\.predictions\.de
 SENTENCES, POSITIONS = "embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight"
 
 
-def read_bert(folder: Path) -> tuple[QFormerConfig, dict[str, Tensor]]:
-    """The Q-Former's configuration, and what of it there is already, by its names in the published layout, float32.
-
-    Raises `CheckpointError` for another model than a BERT.
-    """
+def bert_config(folder: Path) -> QFormerConfig:
+    """The configuration of a Q-Former of a BERT's size. Raises `CheckpointError` for another model than a BERT."""
     path = folder / "config.json"
     content = read_json(path)
     if content.get("model_type") != "bert":
@@ -63,6 +60,15 @@ def read_bert(folder: Path) -> tuple[QFormerConfig, dict[str, Tensor]]:
         }  # fmt: skip
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    return QFormerConfig(**fields)
+
+
+def read_bert(folder: Path) -> tuple[QFormerConfig, dict[str, Tensor]]:
+    """The Q-Former's configuration, and what of it there is already, by its names in the published layout, float32.
+
+    Raises `CheckpointError` for another model than a BERT.
+    """
+    config = bert_config(folder)
     found: dict[str, Tensor] = {}
     places = {_plain(name): place for name, place in find_tensors(folder).items()}
     for name, place in places.items():
@@ -74,7 +80,7 @@ def read_bert(folder: Path) -> tuple[QFormerConfig, dict[str, Tensor]]:
             found |= dict.fromkeys(targets, tensor)
     if SENTENCES in places and POSITIONS in found:
         found[POSITIONS] = found[POSITIONS] + places[SENTENCES].read().float()[0]
-    return QFormerConfig(**fields), found
+    return config, found
 
 
 def _plain(name: str) -> str:

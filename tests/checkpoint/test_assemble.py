@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import blip2
 from blip2 import checkpoint
+from blip2.checkpoint import BUNDLED
 from blip2.checkpoint.assemble import assemble, qformer_start
 from blip2.cli import cli
 from blip2.errors import CheckpointError, OptionError
@@ -134,7 +135,25 @@ def test_a_start_from_scratch_has_the_text_of_a_tokenizer(parts, tmp_path):
     )
     assert [folder.name for folder in folders] == ["matching"]
     model = blip2.load(folders[0])
-    assert model.model.config.qformer.vocab_size == len(WORDS) + 1
+    config = model.model.config.qformer
+    assert config.vocab_size == len(WORDS) + 1
+    assert (config.hidden_size, config.num_layers, config.num_heads) == (24, 4, 2)  # of that BERT
+
+
+def test_a_start_from_scratch_of_a_tokenizer_alone_has_the_published_size(parts, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((parts / "bert/tokenizer.json").read_bytes())
+    config = qformer_start("scratch", str(tmp_path)).config
+    assert (config.hidden_size, config.num_layers, config.vocab_size) == (768, 12, len(WORDS))
+
+
+def test_a_matching_model_of_another_projection_is_begun_from(tmp_path):
+    """The bundled one compares vectors of 128 numbers."""
+    bundled = BUNDLED["miniature-itm"]
+    [folder] = assemble(tmp_path, vision=checkpoint.open_encoder(bundled), qformer=qformer_start(str(bundled)))
+    old, new = checkpoint.load(bundled), checkpoint.load(folder)
+    assert new.config == old.config
+    for (name, one), other in zip(old.named_parameters(), new.parameters(), strict=True):
+        assert torch.equal(one.float(), other.float()), name
 
 
 def test_what_training_reads_is_whole(parts, tmp_path):
