@@ -12,6 +12,7 @@ model.safetensors, in float32: what the 4 bits stand for, no more precise than t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -193,6 +194,8 @@ def main() -> None:
             parser.error("compare needs --gguf, the file that transformers reads")
         print(json.dumps(compare(options.gguf, options.out), indent=2))
         return
+    if importlib.util.find_spec("gguf") is None:
+        parser.error("the weights are a GGUF file, which the package gguf reads: pip install gguf")
     with tempfile.TemporaryDirectory() as folder:
         write(options.gguf or download(Path(folder)), options.out)
     print(options.out)
