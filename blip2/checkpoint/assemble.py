@@ -32,8 +32,9 @@ CAPTION_START = "[DEC]"
 """The token with which the Q-Former begins a caption; a BERT has none."""
 STD = 0.02
 LANGUAGE = "language_model."
-MAY_DIFFER = (".crossattention.", "query_tokens")
-"""What another model's Q-Former has in another shape, if it looks at another image encoder or has other queries."""
+MAY_DIFFER = (".crossattention.", "query_tokens", "language_projection.")
+"""What another model's Q-Former has in another shape, if it looks at another image encoder, has other queries, or
+speaks to another language model."""
 TOKENIZER = "tokenizer.json"
 
 

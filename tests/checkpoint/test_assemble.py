@@ -128,6 +128,20 @@ def test_a_q_former_of_another_model_keeps_what_fits(parts, tmp_path):
         assert torch.equal(one, other), name
 
 
+def test_a_q_former_of_another_model_speaks_to_a_language_model_of_another_width(parts, tmp_path):
+    """The projection is new then; all else is as it was."""
+    wider = transformers.GPT2Config(vocab_size=20, n_embd=24, n_layer=1, n_head=2, eos_token_id=3, bos_token_id=3)
+    transformers.GPT2LMHeadModel(wider).save_pretrained(tmp_path / "gpt2")
+    tokenizer(tmp_path / "gpt2", [str(number) for number in range(20)], "3")
+    _, first = assembled(parts, tmp_path / "first", seed=3)
+    start = qformer_start(str(first))
+    encoder = checkpoint.open_encoder(parts / "clip")
+    [folder] = assemble(tmp_path / "again", vision=encoder, qformer=start, language=str(tmp_path / "gpt2"))
+    old, new = checkpoint.load(first), checkpoint.load(folder)
+    assert all(map(torch.equal, old.qformer.parameters(), new.qformer.parameters()))
+    assert new.projection.weight.shape == (24, 24) and 0.01 < new.projection.weight.std() < 0.03
+
+
 def test_a_start_from_scratch_has_the_text_of_a_tokenizer(parts, tmp_path):
     start = qformer_start("scratch", str(parts / "bert"))
     folders = assemble(
