@@ -35,6 +35,8 @@ LANGUAGE = "language_model."
 MAY_DIFFER = (".crossattention.", "query_tokens", "language_projection.")
 """What another model's Q-Former has in another shape, if it looks at another image encoder, has other queries, or
 speaks to another language model."""
+OF_WORDS = ("embeddings.word_embeddings.weight", "qformer_lm_head.bias")
+"""What has a row for each word."""
 TOKENIZER = "tokenizer.json"
 
 
@@ -141,6 +143,8 @@ def _write(
             _check(name, language, tensor, folder)
             sizes.append((name, language[name].num_bytes))
         else:
+            if tensor.is_meta:
+                _kept(name, tuple(tensor.shape), qformer)  # before anything is written
             sizes.append((name, tensor.numel() * (4 if tensor.is_meta else tensor.itemsize)))
     tensors = _values(model, qformer, language, torch.Generator().manual_seed(seed))
     write_model(folder, sizes, tensors, texts_of(model, tokenizer, None, vision.settings))
@@ -160,15 +164,21 @@ def _values(
 
 
 def _begun(name: str, shape: tuple[int, ...], qformer: Start, generator: torch.Generator) -> Tensor:
-    """What the Q-Former, its heads or the projection begin with. Raises CheckpointError for another shape."""
+    """What the Q-Former, its heads or the projection begin with."""
     new = _new(name, shape, generator)  # drawn anyway: what comes after it is the same whatever there is
-    if (found := qformer.tensors.get(name)) is None or found.shape == shape:
-        return new if found is None else found.clone()  # one for each name
-    is_longer = found.shape[1:] == shape[1:] and found.shape[0] < shape[0]
-    if qformer.is_bert and is_longer:  # a table of words, which lacks the last of them
-        return torch.cat([found, new[found.shape[0] :]])
-    if any(part in name for part in MAY_DIFFER):
+    if (found := _kept(name, shape, qformer)) is None:
         return new
+    return found.clone() if found.shape == shape else torch.cat([found, new[len(found) :]])  # one for each name
+
+
+def _kept(name: str, shape: tuple[int, ...], qformer: Start) -> Tensor | None:
+    """What there is of it, perhaps but the last rows; None of what is new. Raises CheckpointError for another shape."""
+    if (found := qformer.tensors.get(name)) is None or found.shape == shape:
+        return found
+    if qformer.is_bert and name in OF_WORDS and found.shape[1:] == shape[1:] and len(found) < shape[0]:
+        return found  # it lacks the last of them
+    if any(part in name for part in MAY_DIFFER):
+        return None
     raise CheckpointError(f"{name} of the Q-Former is {list(found.shape)}, but {list(shape)} is wanted; take another")
 
 

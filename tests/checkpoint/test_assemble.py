@@ -1,6 +1,7 @@
 """`blip2 assemble`: parts as transformers writes them become models that training starts from."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -201,3 +202,14 @@ def test_parts_that_do_not_go_together_are_refused_and_nothing_is_written(parts,
     with pytest.raises(OptionError, match="queries"):
         assembled(parts, out, num_queries=0)
     assert not (out / "generative").exists()
+
+
+def test_a_q_former_that_does_not_fit_leaves_nothing_behind(parts, tmp_path):
+    """So that the same command can be given again with another."""
+    start = qformer_start(str(parts / "bert"))
+    name = "qformer.layernorm.weight"
+    assert name in start.tensors
+    wrong = replace(start, tensors={**start.tensors, name: torch.zeros(7)})
+    with pytest.raises(CheckpointError, match=r"layernorm\.weight of the Q-Former is \[7\], but \[24\] is wanted"):
+        assemble(tmp_path / "start", vision=checkpoint.open_encoder(parts / "clip"), qformer=wrong)
+    assert not (tmp_path / "start").exists()
