@@ -37,16 +37,18 @@ def read_log(folder: Path) -> tuple[dict[str, Points], dict[str, Points]]:
 def panel(left: float, name: str, runs: dict[str, tuple[dict[str, Points], dict[str, Points]]]) -> list[str]:
     lines = [(run, points) for run, both in runs.items() for points in (both[0].get(name, []), both[1].get(name, []))]
     values = [point for _, points in lines for point in points]
-    last, top = max(step for step, _ in values), max(value for _, value in values) * 1.04
+    last, lowest, highest = max(step for step, _ in values), min(v for _, v in values), max(v for _, v in values)
+    margin = (highest - lowest or 1) * 0.04
+    low, size = lowest - margin, highest - lowest + 2 * margin
 
     def place(step: float, value: float) -> tuple[float, float]:
-        return left + step / last * WIDTH, TOP + HEIGHT - value / top * HEIGHT
+        return left + step / last * WIDTH, TOP + HEIGHT - (value - low) / size * HEIGHT
 
     parts = [f'<text x="{left}" y="{TOP - 12}" font-weight="bold">{escape(LOSSES[name])}</text>']
     parts.append(f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#bbb"/>')
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = place(last * share, top * share)
-        parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{top * share:.2f}</text>')
+        x, y = place(last * share, low + size * share)
+        parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{low + size * share:.2f}</text>')
         parts.append(f'<text x="{x:.1f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{last * share:.0f}</text>')
         parts.append(f'<line x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>')
     for number, (run, points) in enumerate(lines):
