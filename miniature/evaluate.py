@@ -158,12 +158,14 @@ def main() -> None:
     parser.add_argument("--vision", choices=["int8"], help="an image encoder in 8 bits: in a column beside it")
     parser.add_argument("--count", type=int, default=1000, help="scenes (default 1000)")
     parser.add_argument("--quick", action="store_true", help="the test scenes only")
+    parser.add_argument("--no-familiar", action="store_true", help="no scenes of the training distribution")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     options = parser.parse_args()
     pipeline = blip2.load(options.model)
     columns = {"unseen pairs": evaluate(pipeline, "test", options.count)}
     if not options.quick:
-        columns["familiar"] = evaluate(pipeline, "familiar", options.count)
+        if not options.no_familiar:
+            columns["familiar"] = evaluate(pipeline, "familiar", options.count)
         columns["shuffled"] = evaluate(pipeline, "test", options.count, shuffle=True)
         columns["blind"] = blind_guess(options.count)
     for pair in options.against:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blip2.checkpoint.bert import ALIASES, read_bert
+from blip2.checkpoint.bert import ALIASES, bert_config, read_bert
 from blip2.checkpoint.encoders import Encoder
 from blip2.checkpoint.files import QFORMER_TOKENIZER
 from blip2.checkpoint.frozen import frozen_files, is_same, models_in, parts_of
@@ -36,8 +36,11 @@ CAPTION_START = "[DEC]"
 """The token with which the Q-Former begins a caption; a BERT has none."""
 STD = 0.02
 LANGUAGE = "language_model."
-MAY_DIFFER = (".crossattention.", "query_tokens")
-"""What another model's Q-Former has in another shape, if it looks at another image encoder or has other queries."""
+MAY_DIFFER = (".crossattention.", "query_tokens", "language_projection.")
+"""What another model's Q-Former has in another shape, if it looks at another image encoder, has other queries, or
+speaks to another language model."""
+OF_WORDS = ("embeddings.word_embeddings.weight", "qformer_lm_head.bias")
+"""What has a row for each word."""
 TOKENIZER = "tokenizer.json"
 
 
@@ -50,15 +53,22 @@ class Start:
     tensors: Mapping[str, Tensor]
     tokenizer: str = ""
     is_bert: bool = False
+    projection_size: int = MatcherConfig.projection_size
+    """Of the vectors that ITC compares."""
 
 
 def qformer_start(name: str, tokenizer: str | None = None) -> Start:
     """``name``: a BERT, a BLIP-2 or an InstructBLIP, as a folder or on the hub, or "scratch"; with that,
-    ``tokenizer``: the folder of a BERT whose tokenizer is taken. Raises CheckpointError, OptionError."""
+    ``tokenizer``: the folder of a BERT whose tokenizer is taken, and whose size, if it says one. Raises
+    CheckpointError, OptionError."""
     if name == SCRATCH:
-        text = _tokenizer(resolve(ALIASES.get(tokenizer, tokenizer))) if tokenizer else ""
-        size = added_token(text, CAPTION_START)[1] if text else QFormerConfig().vocab_size
-        return Start(replace(QFormerConfig(), vocab_size=size), {}, text, is_bert=True)
+        if tokenizer is None:
+            return Start(QFormerConfig(), {}, is_bert=True)
+        folder = resolve(ALIASES.get(tokenizer, tokenizer))
+        text, config = _tokenizer(folder), QFormerConfig()
+        if (folder / "config.json").exists():
+            config = bert_config(folder)
+        return Start(replace(config, vocab_size=added_token(text, CAPTION_START)[1]), {}, text, is_bert=True)
     if tokenizer is not None:
         raise OptionError(f"{option('tokenizer')} is for a Q-Former from scratch; {name} has its own")
     folder = resolve(ALIASES.get(name, name))
@@ -66,16 +76,16 @@ def qformer_start(name: str, tokenizer: str | None = None) -> Start:
         config, tensors = read_bert(folder)
         return Start(config, tensors, _tokenizer(folder), is_bert=True)
     model = read_config(folder)
-    language = isinstance(model, Blip2Config)
     apart = {together: name for name, together in TOGETHER.items()}  # of an InstructBLIP
     found = {
         apart.get(key, key): place.read().float()
         for key, place in find_tensors(folder).items()
         if not key.startswith((LANGUAGE, "vision_model."))
     }
-    if isinstance(model, Blip2Config) and model.reads_prompt:
-        return Start(model.qformer, found, _tokenizer(folder / QFORMER_TOKENIZER))
-    return Start(model.qformer, found, "" if language else _tokenizer(folder))
+    if isinstance(model, Blip2Config):
+        own = _tokenizer(folder / QFORMER_TOKENIZER) if model.reads_prompt else ""
+        return Start(model.qformer, found, own)
+    return Start(model.qformer, found, _tokenizer(folder), projection_size=model.projection_size)
 
 
 def assemble(
@@ -113,7 +123,7 @@ def assemble(
     if qformer.tokenizer:
         tokenizer, start = added_token(qformer.tokenizer, CAPTION_START)
         with_text = replace(begun, has_text=True, vocab_size=max(begun.vocab_size, start + 1))
-        matcher = MatcherConfig(vision=vision.config, qformer=with_text, bos_token_id=start)
+        matcher = MatcherConfig(vision.config, with_text, qformer.projection_size, bos_token_id=start)
         written.append(_write(out / "matching", matcher, vision, qformer, {}, tokenizer, seed, shared))
     if language is not None:
         folder = resolve(language)
@@ -163,6 +173,8 @@ def _write(
             _check(name, language, tensor, folder)
             sizes[name] = language[name].num_bytes
         else:
+            if tensor.is_meta:
+                _kept(name, tuple(tensor.shape), qformer)  # before anything is written
             sizes[name] = tensor.numel() * (4 if tensor.is_meta else tensor.itemsize)
     linked = _linked(model, language, shared)
     write_model(
@@ -211,15 +223,21 @@ def _values(
 
 
 def _begun(name: str, shape: tuple[int, ...], qformer: Start, generator: torch.Generator) -> Tensor:
-    """What the Q-Former, its heads or the projection begin with. Raises CheckpointError for another shape."""
+    """What the Q-Former, its heads or the projection begin with."""
     new = _new(name, shape, generator)  # drawn anyway: what comes after it is the same whatever there is
-    if (found := qformer.tensors.get(name)) is None or found.shape == shape:
-        return new if found is None else found.clone()  # one for each name
-    is_longer = found.shape[1:] == shape[1:] and found.shape[0] < shape[0]
-    if qformer.is_bert and is_longer:  # a table of words, which lacks the last of them
-        return torch.cat([found, new[found.shape[0] :]])
-    if any(part in name for part in MAY_DIFFER):
+    if (found := _kept(name, shape, qformer)) is None:
         return new
+    return found.clone() if found.shape == shape else torch.cat([found, new[len(found) :]])  # one for each name
+
+
+def _kept(name: str, shape: tuple[int, ...], qformer: Start) -> Tensor | None:
+    """What there is of it, perhaps but the last rows; None of what is new. Raises CheckpointError for another shape."""
+    if (found := qformer.tensors.get(name)) is None or found.shape == shape:
+        return found
+    if qformer.is_bert and name in OF_WORDS and found.shape[1:] == shape[1:] and len(found) < shape[0]:
+        return found  # it lacks the last of them
+    if any(part in name for part in MAY_DIFFER):
+        return None
     raise CheckpointError(f"{name} of the Q-Former is {list(found.shape)}, but {list(shape)} is wanted; take another")
 
 

@@ -43,7 +43,7 @@ SENTENCES, POSITIONS = "embeddings.token_type_embeddings.weight", "embeddings.po
 
 
 def bert_config(folder: Path) -> QFormerConfig:
-    """The configuration of the Q-Former that begins from it. Raises `CheckpointError` for another model than a BERT."""
+    """The configuration of a Q-Former of a BERT's size. Raises `CheckpointError` for another model than a BERT."""
     path = folder / "config.json"
     content = read_json(path)
     if content.get("model_type") != "bert":

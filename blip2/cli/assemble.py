@@ -15,7 +15,8 @@ from blip2.cli.options import in_bytes, with_options
 @click.option("--language", metavar="NAME", help="Language model, for stage 2; a folder, or a name on the hub.")
 @click.option("--qformer", default="bert-base-uncased", show_default=True, metavar="NAME",
               help="What the Q-Former begins from: a BERT of any size, another BLIP-2, or \"scratch\".")  # fmt: skip
-@click.option("--tokenizer", metavar="NAME", help="For a Q-Former from scratch: a BERT whose tokenizer is taken.")
+@click.option("--tokenizer", metavar="NAME", help="For a Q-Former from scratch: a BERT whose size and tokenizer are "
+              "taken.")  # fmt: skip
 @click.option("--queries", type=int, help="How many vectors a picture becomes.  [default: 32]")
 @click.option("--layer", type=click.Choice(["second-last", "last"]), default="second-last", show_default=True,
               help="Layer of the image encoder whose output the Q-Former sees.")  # fmt: skip

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import blip2
 from blip2 import checkpoint
+from blip2.checkpoint import BUNDLED
 from blip2.checkpoint.assemble import assemble, qformer_start
 from blip2.checkpoint.describe import stored
 from blip2.cli import cli
@@ -148,6 +150,20 @@ def test_the_q_former_and_the_encoder_of_an_instructblip(tmp_path):
     assert torch.equal(generative.language.output.weight, old.language.output.weight)
 
 
+def test_a_q_former_of_another_model_speaks_to_a_language_model_of_another_width(parts, tmp_path):
+    """The projection is new then; all else is as it was."""
+    wider = transformers.GPT2Config(vocab_size=20, n_embd=24, n_layer=1, n_head=2, eos_token_id=3, bos_token_id=3)
+    transformers.GPT2LMHeadModel(wider).save_pretrained(tmp_path / "gpt2")
+    tokenizer(tmp_path / "gpt2", [str(number) for number in range(20)], "3")
+    _, first = assembled(parts, tmp_path / "first", seed=3)
+    start = qformer_start(str(first))
+    encoder = checkpoint.open_encoder(parts / "clip")
+    [folder] = assemble(tmp_path / "again", vision=encoder, qformer=start, language=str(tmp_path / "gpt2"))
+    old, new = checkpoint.load(first), checkpoint.load(folder)
+    assert all(map(torch.equal, old.qformer.parameters(), new.qformer.parameters()))
+    assert new.projection.weight.shape == (24, 24) and 0.01 < new.projection.weight.std() < 0.03
+
+
 def test_a_start_from_scratch_has_the_text_of_a_tokenizer(parts, tmp_path):
     start = qformer_start("scratch", str(parts / "bert"))
     folders = assemble(
@@ -155,7 +171,25 @@ def test_a_start_from_scratch_has_the_text_of_a_tokenizer(parts, tmp_path):
     )
     assert [folder.name for folder in folders] == ["matching"]
     model = blip2.load(folders[0])
-    assert model.model.config.qformer.vocab_size == len(WORDS) + 1
+    config = model.model.config.qformer
+    assert config.vocab_size == len(WORDS) + 1
+    assert (config.hidden_size, config.num_layers, config.num_heads) == (24, 4, 2)  # of that BERT
+
+
+def test_a_start_from_scratch_of_a_tokenizer_alone_has_the_published_size(parts, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((parts / "bert/tokenizer.json").read_bytes())
+    config = qformer_start("scratch", str(tmp_path)).config
+    assert (config.hidden_size, config.num_layers, config.vocab_size) == (768, 12, len(WORDS))
+
+
+def test_a_matching_model_of_another_projection_is_begun_from(tmp_path):
+    """The bundled one compares vectors of 128 numbers."""
+    bundled = BUNDLED["miniature-itm"]
+    [folder] = assemble(tmp_path, vision=checkpoint.open_encoder(bundled), qformer=qformer_start(str(bundled)))
+    old, new = checkpoint.load(bundled), checkpoint.load(folder)
+    assert new.config == old.config
+    for (name, one), other in zip(old.named_parameters(), new.parameters(), strict=True):
+        assert torch.equal(one.float(), other.float()), name
 
 
 def disk_bytes(folder):
@@ -311,3 +345,12 @@ def test_another_program_s_model_in_the_same_folder_is_told_and_harms_no_other(p
         assert torch.equal(tensor, before[name])
     (second / "model.safetensors").unlink()
     checkpoint.load(second)
+def test_a_q_former_that_does_not_fit_leaves_nothing_behind(parts, tmp_path):
+    """So that the same command can be given again with another."""
+    start = qformer_start(str(parts / "bert"))
+    name = "qformer.layernorm.weight"
+    assert name in start.tensors
+    wrong = replace(start, tensors={**start.tensors, name: torch.zeros(7)})
+    with pytest.raises(CheckpointError, match=r"layernorm\.weight of the Q-Former is \[7\], but \[24\] is wanted"):
+        assemble(tmp_path / "start", vision=checkpoint.open_encoder(parts / "clip"), qformer=wrong)
+    assert not (tmp_path / "start").exists()
