@@ -1,7 +1,8 @@
 """Scores of a model on rows that have references: what it says is collected, as any collection is, and compared.
 
 A row of the JSON-lines file names a picture, and has either a ``question`` with an ``answer`` or several ``answers``
-(those of the people who were asked), or ``captions`` (references). ``type``, of the question, makes a table by type.
+(those of the people who were asked, or how many gave each), or ``captions`` (references), as ``blip2 rows`` writes
+them. ``type``, of the question, makes a table by type.
 """
 
 from __future__ import annotations
@@ -152,6 +153,8 @@ def _example(line: str, place: str) -> Example:
     name = next((each for each in ("answers", "answer", "captions", "caption") if each in row), None)
     wanted = row.get(name) if name is not None else None
     wanted = [wanted] if isinstance(wanted, str) else wanted
+    if isinstance(wanted, dict) and all(isinstance(count, int) and 0 < count < 1000 for count in wanted.values()):
+        wanted = [text for text, count in wanted.items() for _ in range(count)]
     if not isinstance(wanted, list) or not wanted or not all(isinstance(text, str) for text in wanted):
         raise CollectionError(f'{place}: has no references; give "answer", "answers" or "captions", as texts')
     if name not in ("answers", "answer"):

@@ -37,6 +37,9 @@ def test_answers_are_compared_by_what_a_row_has(tmp_path, pipeline) -> None:
     assert found["scores"]["accuracy"]["score"] == pytest.approx(100 * (1 + 0 + 0.6) / 3)
     assert found["types"]["count"]["score"] == 50 and found["types"]["count"]["rows"] == 2
     assert found["types"]["exist"]["score"] == pytest.approx(60)
+    counted = [*QUESTIONS[:2], {**QUESTIONS[2], "answers": {"yes": 2, "no": 8}}]
+    again = evaluate(write(tmp_path / "counted.jsonl", counted), tmp_path / "again", model=pipeline)
+    assert again["types"] == found["types"]
     assert found["rule"] == "official" and found["failed"] == 0
     low, high = found["scores"]["accuracy"]["low"], found["scores"]["accuracy"]["high"]
     assert low <= found["scores"]["accuracy"]["score"] <= high
@@ -96,6 +99,7 @@ def test_two_models_side_by_side(tmp_path, pipeline) -> None:
         ('{"image": "a.png", "answer": "a"}', 'no "question"'),
         ('{"image": "a.png", "question": "q", "answers": []}', "has no references"),
         ('{"image": "a.png", "question": "q", "answers": [1]}', "has no references"),
+        ('{"image": "a.png", "question": "q", "answers": {"a": -1}}', "has no references"),
         ('{"image": "a.png", "captions": ["a"]}\n{"image": "a.png", "question": "q", "answer": "a"}', "two files"),
     ],
 )
