@@ -24,7 +24,7 @@ ORDER = [
     {"checkpoint", "generation", "data"},
     {"tasks", "placement", "collection"},
     {"api", "alt"},
-    {"index"},
+    {"index", "evaluate"},
     {"train"},
     {"compat"},
     {"serve"},

@@ -103,7 +103,7 @@ class Collection:
     def __init__(self, options: dict[str, Any], groups: Sequence[Any] = COLLECTION) -> None:
         found = {name: options.pop(name) for name in names_of(groups)}
         self.given = given(found)
-        if found["with_images"] is False:
+        if found.get("with_images") is False:
             self.given["with_images"] = False
 
     @property
