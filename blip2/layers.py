@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2 import native
+from blip2.dropout import drop, is_by_rows
 
 _SEEN: ContextVar[list[Tensor] | None] = ContextVar("attention weights", default=None)
 
@@ -57,7 +58,7 @@ def attend(
         return _attend_in_groups(query_BHTD, key_BHSD, value_BHSD, mask, options)
     if mask is not None and mask.dtype not in (torch.bool, query_BHTD.dtype):
         mask = mask.to(query_BHTD.dtype)
-    if (seen := _SEEN.get()) is not None or cap is not None:
+    if (seen := _SEEN.get()) is not None or cap is not None or (dropout and is_by_rows()):
         out = _attend_plainly(query_BHTD, key_BHSD, value_BHSD, mask, is_causal, scale, dropout, seen, cap)
         return out.transpose(1, 2).flatten(2)
     if not dropout and native.can_attend(query_BHTD, key_BHSD, value_BHSD, mask):
@@ -98,7 +99,7 @@ def _attend_plainly(
         mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(scores.softmax(-1), dropout, dropout > 0)
+    weights = drop(scores.softmax(-1), dropout, dropout > 0)
     if seen is not None:
         seen.append(weights)
     return weights @ value

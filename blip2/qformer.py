@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import QFormerConfig
+from blip2.dropout import drop
 from blip2.layers import attend, split_heads
 from blip2.linear import Linear
 
@@ -60,7 +61,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         attended = attend(split_heads(self.query(x_BSD), self.num_heads), key, value, mask=mask, dropout=dropout)
-        return self.norm(x_BSD + F.dropout(self.output(attended), dropout, self.training))
+        return self.norm(x_BSD + drop(self.output(attended), dropout, self.training))
 
 
 class FeedForward(nn.Module):
@@ -75,7 +76,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         out = self.output(F.gelu(self.intermediate(x_BSD)))
-        return self.norm(x_BSD + F.dropout(out, self.dropout, self.training))
+        return self.norm(x_BSD + drop(out, self.dropout, self.training))
 
 
 class Layer(nn.Module):
@@ -179,7 +180,7 @@ class QFormer(nn.Module):
             embedded.append(self._embed_text(text_BT))
         num_queries = self.config.num_query_tokens if image_BPD is not None else 0
         x_BSD = self.embedding_norm(torch.cat(embedded, dim=1) if len(embedded) > 1 else embedded[0])
-        x_BSD = F.dropout(x_BSD, self.config.dropout, self.training)
+        x_BSD = drop(x_BSD, self.config.dropout, self.training)
 
         mask = self._mask(num_queries, text_BT, text_mask_BT, memory)
         own: Memory = []

@@ -17,7 +17,7 @@ ORDER = [
     {"errors", "plaintext", "installed"},
     {"config", "disk"},
     {"native", "linear", "threads", "tensorfile", "published"},
-    {"finite", "scores"},
+    {"finite", "scores", "dropout"},
     {"layers", "quantized"},
     {"image", "encoded", "vision", "qformer", "text", "language", "template"},
     {"model"},

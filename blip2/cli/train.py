@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,11 @@ Show = Callable[["Progress"], None]
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-s", "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Replace a value of the recipe, "
               "such as optim.steps=100; may be given several times.")  # fmt: skip
+@click.option("--devices", type=click.IntRange(1), default=1, metavar="N", help="Train with so many processes, a GPU "
+              "each if there are GPUs; every step is that of one process.")  # fmt: skip
 @with_options()
-def command(recipe: Path, changes: tuple[str, ...]) -> None:
+@click.pass_context
+def command(context: click.Context, recipe: Path, changes: tuple[str, ...], devices: int) -> None:
     """Train a Querying Transformer from a recipe.
 
     RECIPE is a TOML file that says which stage, from which model, on which data. Progress is shown on standard
@@ -35,16 +38,32 @@ def command(recipe: Path, changes: tuple[str, ...]) -> None:
     \b
     blip2 train stage1.toml
     blip2 train stage2.toml --set optim.peak_lr=5e-5 --set out=runs/second
+    blip2 train stage1.toml --devices 8
+    torchrun --nproc-per-node 8 -m blip2 train stage1.toml
     """
     overrides = dict(_parsed(change) for change in changes)
-    from blip2.train import TrainingStopped, run
+    from blip2.train import ToldElsewhere, TrainingStopped, load_recipe, run
+    from blip2.train.group import end_with_launcher, group_of_environment
 
-    with _display() as show:
+    group = group_of_environment()
+    if devices > 1:
+        if group.size > 1:
+            raise click.UsageError("--devices starts processes, and torchrun has started some already; leave it out")
+        load_recipe(recipe, overrides)
+        from blip2.train.launch import launch
+
+        flags = [*(f"--set={change}" for change in changes), *(["--debug"] if context.meta.get("debug") else [])]
+        raise click.exceptions.Exit(launch(["train", str(recipe), *flags], devices))
+    end_with_launcher()
+    with _display() if group.is_first else nullcontext(lambda progress: None) as show:
         try:
             folder = run(recipe, report=show, overrides=overrides)
         except TrainingStopped as stopped:
             raise Failure(str(stopped), 130) from None
-    click.echo(folder)
+        except ToldElsewhere as told:
+            raise click.exceptions.Exit(130 if isinstance(told.__cause__, TrainingStopped) else 1) from None
+    if group.is_first:
+        click.echo(folder)
 
 
 def _parsed(change: str) -> tuple[str, Any]:

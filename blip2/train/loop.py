@@ -6,12 +6,11 @@ as if it had not been: the state is the trained weights, the optimiser's moments
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from blip2.data import prefetch
-from blip2.disk import write_text
 from blip2.errors import Blip2Error, RecipeError
 from blip2.finite import first_not_finite
-from blip2.train.optim import build_optimizer, learning_rate, trained_parameters
+from blip2.train.group import Group, Step, check_alike, parts_of
+from blip2.train.log import Log
+from blip2.train.optim import build_optimizer, learning_rate, sum_gradients, trained_parameters
 from blip2.train.recipes import Recipe
 from blip2.train.state import load_state, save_state
 
@@ -67,9 +67,11 @@ class Task:
     model: nn.Module
     learning: nn.Module
     """The part in training mode (dropout); all else stays as it evaluates."""
-    make_batch: Callable[[int], Any]
-    losses: Callable[[Any, torch.Generator], dict[str, Tensor]]
-    """By name; their sum is minimised."""
+    make_batch: Callable[[int, range], Any]
+    """Of a step, these rows of the global batch."""
+    backward: Callable[[Sequence[Any], Step], dict[str, Tensor]]
+    """This process's share of each loss, by name, from the parts of its share of the batch. Their sum is minimised: its
+    share of the gradient is added to ``.grad``. All shares together are those of the global batch."""
     evaluate: Callable[[], dict[str, float]] | None = None
     num_cut: Callable[[], int] = int
     """How many texts were longer than the recipe allows, so far."""
@@ -77,34 +79,50 @@ class Task:
     """Those that could not be read so far, by path, each with what is wrong with it."""
 
 
-def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], AbstractContextManager]) -> None:
+def train(
+    task: Task,
+    recipe: Recipe,
+    *,
+    report: Report,
+    autocast: Callable[[], AbstractContextManager],
+    group: Group | None = None,
+) -> None:
     """Train to the recipe's last step, from wherever the state in its folder stands.
 
+    Every process of the group does the same steps with the same weights; the first alone writes and reports.
     Raises `TrainingStopped` after SIGINT or SIGTERM, `TrainingFailed` if the loss is no number ten steps in a row or in
     none of all steps, or if a trained weight is none, and whatever a step raises. What was learnt before is saved.
     """
+    group = group or Group()
     folder, optim = recipe.out / "training", recipe.optim
     parameters = trained_parameters(task.model)
     optimizer = build_optimizer(parameters, optim)
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device)
     first = load_state(folder, parameters, optimizer, recipe)
+    check_alike(group, first, parameters)
     if first > optim.steps:
         raise RecipeError(
             f"optim.steps is {optim.steps}, and {folder} has done {first} steps already; raise it, or name another "
             "folder as 'out'"
         )
-    log = Log(recipe.out / "log.jsonl", keep_to=first)
+    log = Log(recipe.out / "log.jsonl" if group.is_first else None, keep_to=first)
     meter = Meter(report, log, recipe, first)
-    bad_steps, done, saved = 0, first, first
+    bad_steps, done, saved, num_bad = 0, first, first, 0.0
     is_whole = True
+    parts = parts_of(group.share(optim.batch_size), optim.accumulate)
 
-    def save() -> None:
+    def write() -> None:
         nonlocal saved
-        with meter.paused():
-            save_state(folder, parameters, optimizer, recipe, step=done)
+        if group.is_first:
+            with meter.paused():
+                save_state(folder, parameters, optimizer, recipe, step=done)
         saved = done
         meter.say("checkpoint", done, f"saved the state of step {done}")
+
+    def save() -> None:
+        with group.together():
+            write()
 
     def evaluate() -> None:
         if task.evaluate is not None and (done % recipe.evaluate_every == 0 or done == optim.steps):
@@ -112,23 +130,36 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
             with meter.paused(), torch.no_grad(), autocast():
                 meter.scores(done, task.evaluate())
 
+    def check() -> None:
+        if first_not_finite(parameters) is not None:
+            raise TrainingFailed(f"after step {done} {_cause(task.model, parameters)}; {_state(folder, saved)}")
+
+    def make(step: int) -> list[Any]:
+        return [task.make_batch(step, places) for places in parts]
+
     with stop_signals() as stop, log:
         try:
-            if first and log.evaluated != first:  # an error came between the step and its evaluation
+            if first and group.most(log.evaluated) != first:  # an error came between the step and its evaluation
                 evaluate()
-            for step, batch in enumerate(prefetch(task.make_batch, range(first, optim.steps)), start=first):
-                torch.manual_seed(recipe.seed * 1_000_003 + step)
-                generator.manual_seed(recipe.seed * 1_000_003 + step)
+            batches = prefetch(make, range(first, optim.steps))
+            for step in range(first, optim.steps):
+                with group.together():
+                    batch = next(batches)
+                seed = recipe.seed * 1_000_003 + step
+                torch.manual_seed(seed)
                 task.learning.train()
                 rate = learning_rate(step, optim)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                with autocast():
-                    losses = task.losses(batch, generator)
-                    loss = torch.stack([value.float() for value in losses.values()]).sum()
-                is_good = math.isfinite(loss.item())
+                for entry in optimizer.param_groups:
+                    entry["lr"] = rate
+                shares = task.backward(
+                    batch, Step(seed, optim.batch_size, autocast, generator.manual_seed(seed), group)
+                )
+                counts = [torch.tensor(float(n), device=device) for n in (len(task.bad_pictures()), task.num_cut())]
+                told = torch.stack([*(share.float() for share in shares.values()), *counts])
+                sum_gradients(group, parameters, told)
+                losses = dict(zip(shares, told, strict=False))
+                is_good = math.isfinite(told[: len(losses)].sum().item())
                 if is_good:
-                    loss.backward()
                     norm = nn.utils.clip_grad_norm_(parameters.values(), optim.clip or math.inf)
                     is_good = math.isfinite(norm.item())
                 is_whole = False
@@ -143,20 +174,26 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
                 if bad_steps == MOST_BAD_STEPS or (is_last and bad_steps == done):
                     if done - bad_steps > saved and first_not_finite(parameters) is None:
                         saved = done - bad_steps  # nothing was learnt since
-                        save_state(folder, parameters, optimizer, recipe, step=saved)
+                        if group.is_first:
+                            save_state(folder, parameters, optimizer, recipe, step=saved)
                     raise TrainingFailed(
                         f"no number as loss or gradient in {bad_steps} steps in a row, the last is step {done}: "
                         f"{_cause(task.model, parameters)}; {_state(folder, saved)}"
                     )
-                meter.bad_pictures(done, task.bad_pictures())
-                meter.add(done, losses if is_good else {}, rate, task.num_cut())
-                is_due = done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0
-                if (is_due or is_last or stop.is_set()) and first_not_finite(parameters) is not None:
-                    raise TrainingFailed(f"after step {done} {_cause(task.model, parameters)}; {_state(folder, saved)}")
+                if told[-2].item() != num_bad:
+                    num_bad = told[-2].item()
+                    for found in group.objects(task.bad_pictures()):
+                        meter.bad_pictures(done, found)
+                meter.add(done, losses if is_good else {}, rate, int(told[-1]))
+                if done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0 or is_last:
+                    check()
                 evaluate()
-                if done % recipe.checkpoint_every == 0 or is_last or stop.is_set():
+                is_stopped = group.is_any(stop.is_set())
+                if is_stopped:
+                    check()
+                if done % recipe.checkpoint_every == 0 or is_last or is_stopped:
                     save()
-                if stop.is_set() and not is_last:
+                if is_stopped and not is_last:
                     raise TrainingStopped(
                         f"stopped after step {done} of {optim.steps}; the state is in {folder}: start the same recipe "
                         "again to go on"
@@ -164,9 +201,9 @@ def train(task: Task, recipe: Recipe, *, report: Report, autocast: Callable[[], 
         except TrainingFailed:  # has saved what is worth it
             raise
         except BaseException:
-            if is_whole and done > saved and first_not_finite(parameters) is None:
+            if group.is_first and is_whole and done > saved and first_not_finite(parameters) is None:
                 with suppress(Exception):  # what went wrong first is what is told
-                    save()
+                    write()
             raise
     task.model.eval()
 
@@ -234,37 +271,6 @@ class Meter:
 
     def say(self, phase: str, done: int, message: str) -> None:
         self._report(Progress(phase, done, self._recipe.optim.steps, message=message))
-
-
-class Log:
-    """One JSON object a line. What was written after the step that training goes on from is taken out."""
-
-    def __init__(self, path: Path, keep_to: int) -> None:
-        lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() and keep_to else []
-        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= keep_to]
-        self.evaluated = max((json.loads(line)["step"] for line in kept if '"evaluation"' in line), default=0)
-        """The step of the last evaluation in it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _step_of(line: str) -> float:
-    """Of a line of the log; a line that is damaged is none of them."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError):
-        return math.inf
 
 
 @contextmanager

@@ -17,9 +17,14 @@ def contrast(logits_BB: Tensor, equal_BB: Tensor, label_smoothing: float) -> Ten
     are right answers as much as each other (``image_id`` in the authors' fine-tuning); without any besides the
     diagonal this is cross-entropy with the labels 0 .. B-1.
     """
-    target_BB = equal_BB.float() / equal_BB.sum(dim=1, keepdim=True)
-    to_text = F.cross_entropy(logits_BB, target_BB, label_smoothing=label_smoothing)
-    to_image = F.cross_entropy(logits_BB.t(), target_BB, label_smoothing=label_smoothing)
+    return contrast_sum(logits_BB, logits_BB.t(), equal_BB, label_smoothing) / len(logits_BB)
+
+
+def contrast_sum(to_text_NB: Tensor, to_image_NB: Tensor, equal_NB: Tensor, label_smoothing: float) -> Tensor:
+    """Of N of the B pairs: the logits of their images by all texts, of their texts by all images. Not averaged."""
+    target_NB = equal_NB.float() / equal_NB.sum(dim=1, keepdim=True)
+    to_text = F.cross_entropy(to_text_NB, target_NB, label_smoothing=label_smoothing, reduction="sum")
+    to_image = F.cross_entropy(to_image_NB, target_NB, label_smoothing=label_smoothing, reduction="sum")
     return (to_text + to_image) / 2
 
 
@@ -30,17 +35,36 @@ def hard_negatives(logits_BB: Tensor, equal_BB: Tensor, generator: torch.Generat
     ``logits_BB`` images by texts, divided by the temperature. Returns the numbers of the images ``int64[B]`` and
     of the texts ``int64[B]``. Where all that is in the batch is equal, whatever is not the pair itself is taken.
     """
-    own_BB = torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
-    forbidden_BB = torch.where(equal_BB.all(dim=1, keepdim=True), own_BB, equal_BB)
-
-    def draw(rows_BB: Tensor) -> Tensor:
-        # What is NaN makes the loss NaN, which the loop tells of; on a GPU an impossible draw would end the process.
-        chances_BB = rows_BB.float().nan_to_num().masked_fill(forbidden_BB, float("-inf")).softmax(dim=1)
-        return torch.multinomial(chances_BB, 1, generator=generator)[:, 0]
-
-    return draw(logits_BB.t()), draw(logits_BB)
+    own_B = torch.arange(len(logits_BB), device=logits_BB.device)
+    chance_2B = chances(len(logits_BB), logits_BB.device, generator)
+    return (
+        draw_negatives(logits_BB.t(), equal_BB, own_B, chance_2B[0]),
+        draw_negatives(logits_BB, equal_BB, own_B, chance_2B[1]),
+    )
 
 
-def language_modelling(logits_NV: Tensor, target_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of the next token, averaged over the tokens that are targets, in fp32."""
-    return F.cross_entropy(logits_NV.float(), target_N, label_smoothing=label_smoothing)
+def chances(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """What decides which wrong image, and which wrong text, each of the pairs gets: ``float64[2, B]`` from 0 to 1."""
+    return torch.rand(2, count, device=device, generator=generator).double()  # of 24 bits: never rounded to 1
+
+
+@torch.no_grad()
+def draw_negatives(logits_NB: Tensor, equal_NB: Tensor, own_N: Tensor, chance_N: Tensor) -> Tensor:
+    """For N of the pairs, which are number ``own_N`` of all B, one each that is not equal: ``int64[N]``.
+
+    A draw follows from the pair's own logits and chance: who draws for the others does not matter.
+    """
+    own_NB = own_N[:, None] == torch.arange(logits_NB.shape[1], device=own_N.device)
+    forbidden_NB = torch.where(equal_NB.all(dim=1, keepdim=True), own_NB, equal_NB)
+    # What is NaN makes the loss NaN, which the loop tells of; what is drawn has to be a number of a pair all the same.
+    logits_NB = logits_NB.double().nan_to_num(posinf=1e30, neginf=-1e30).masked_fill(forbidden_NB, float("-inf"))
+    sums_NB = logits_NB.softmax(dim=1).cumsum(dim=1)
+    return torch.searchsorted(sums_NB, (chance_N * sums_NB[:, -1])[:, None], right=True)[:, 0]
+
+
+def language_modelling(
+    logits_NV: Tensor, target_N: Tensor, label_smoothing: float = 0.0, *, count: int | None = None
+) -> Tensor:
+    """Cross-entropy of the next token in fp32, averaged over the targets, or their share of ``count`` of a batch."""
+    loss = F.cross_entropy(logits_NV.float(), target_N, label_smoothing=label_smoothing, reduction="sum")
+    return loss / (len(target_N) if count is None else count)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from blip2.train.group import Group
 from blip2.train.recipes import OptimRecipe
 
 
@@ -22,6 +23,20 @@ def build_optimizer(parameters: dict[str, nn.Parameter], recipe: OptimRecipe) ->
         {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(recipe.beta1, recipe.beta2), fused=True)
+
+
+@torch.no_grad()
+def sum_gradients(group: Group, parameters: dict[str, nn.Parameter], told: Tensor) -> None:
+    """Of all processes, and the numbers ``told`` float[N] with them, in place: one call for all of it.
+
+    All of them have gradients for the same parameters. What is frozen has none, and does not travel.
+    """
+    if group.size == 1:
+        return
+    tensors = [*(p.grad for p in parameters.values() if p.grad is not None), told]
+    flat = group.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+    sums = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(sums, tensors, strict=True)])
 
 
 def learning_rate(step: int, recipe: OptimRecipe) -> float:

@@ -14,17 +14,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from blip2 import checkpoint
 from blip2.checkpoint import ImageSettings
 from blip2.data import BadPictures, FeatureFile, Pictures, Row, frozen_features, indices_of_step
-from blip2.data.features import fingerprint
 from blip2.errors import ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
 from blip2.train import stage1, stage2
 from blip2.train.check import Materials
+from blip2.train.group import Group, Step, parts_of
 from blip2.train.loop import Progress, Report, Task
 from blip2.train.recipes import Recipe
 from blip2.train.texts import TextSource
@@ -115,8 +114,11 @@ def _feature_report(report: Report) -> Callable[[int, int], None]:
     return tell
 
 
-def prepare(model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, report: Report) -> Task:
+def prepare(
+    model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, report: Report, group: Group | None = None
+) -> Task:
     """Everything ready for the loop. ``model`` came from ``materials.start``."""
+    group = group or Group()
     model.freeze_pretrained()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -134,13 +136,16 @@ def prepare(model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, r
         held_out = row_set(materials.held_out_rows or [], recipe.evaluation.rows)
         held_out.keep(recipe.evaluation.max_rows)
     if isinstance(model, Blip2Matcher):
-        task = _Stage1(model, tokenizer, recipe).task(train_set, held_out)
+        task = _Stage1(model, tokenizer, recipe, group).task(train_set, held_out)
     else:
-        task = _Stage2(model, tokenizer, recipe).task(train_set, held_out)
+        task = _Stage2(model, tokenizer, recipe, group).task(train_set, held_out)
     return replace(task, bad_pictures=lambda: dict(bad.found))
 
 
 T = TypeVar("T", bound=tuple)
+Looked = TypeVar("Looked")
+Chance = Callable[[int], random.Random]
+"""Of each row of the global batch."""
 
 
 def to_device(batch: T, device: torch.device) -> T:
@@ -161,19 +166,32 @@ def _batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
         yield np.arange(start, start + size)
 
 
+def _evaluated(
+    look: Callable[[int, np.ndarray], Looked], held_out: RowSet, recipe: Recipe, group: Group
+) -> list[Looked]:
+    """What ``look`` finds in each batch of held-out rows, in order; the processes take turns."""
+    batches = list(enumerate(_batches(len(held_out.rows), recipe.optim.batch_size)))
+    found = group.objects([(number, look(number, rows)) for number, rows in batches[group.rank :: group.size]])
+    return [looked for _, looked in sorted((pair for pairs in found for pair in pairs), key=lambda pair: pair[0])]
+
+
 class Stage1Batch(NamedTuple):
-    """``stored`` as `RowSet.read` gives it; texts as ``[CLS] ... [SEP]``; rows of one picture share its number."""
+    """``stored`` as `RowSet.read` gives it; texts as ``[CLS] ... [SEP]``; rows of one picture share its number.
+
+    ``place_B``: which rows of the global batch they are.
+    """
 
     stored: Tensor
     text_BT: Tensor
     text_mask_BT: Tensor
     picture_B: Tensor
+    place_B: Tensor
 
 
 class _Stage1:
-    def __init__(self, model: Blip2Matcher, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    def __init__(self, model: Blip2Matcher, tokenizer: Tokenizer, recipe: Recipe, group: Group) -> None:
         most = min(recipe.data.max_text_tokens, model.config.qformer.max_position_embeddings)
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.group = model, recipe, group
         self.pad = tokenizer.token_id("[PAD]")
         self.num_cut = 0
 
@@ -187,27 +205,33 @@ class _Stage1:
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
         recipe, optim = self.recipe, self.recipe.optim
 
-        def make_batch(step: int) -> Stage1Batch:
+        def make_batch(step: int, places: range) -> Stage1Batch:
             numbers = indices_of_step(step, num_rows=len(train_set.rows), batch_size=optim.batch_size, seed=recipe.seed)
-            return self.batch(train_set, numbers, _chance(recipe.seed, step))
+            return self.batch(train_set, numbers, places, lambda place: _chance(recipe.seed, step, place))
 
-        def losses(batch: Stage1Batch, generator: torch.Generator) -> dict[str, Tensor]:
-            found = self.losses(train_set, batch, generator)
-            return {"itc": found.itc, "itm": found.itm, "lm": found.lm}
+        def backward(batches: Sequence[Stage1Batch], step: Step) -> dict[str, Tensor]:
+            parts = []
+            for stored, *others in (to_device(batch, self.model.qformer.query_tokens.device) for batch in batches):
+                with step.autocast():
+                    parts.append(stage1.Part(train_set.features(stored), *others))
+            return stage1.backward(self.model, parts, step, label_smoothing=optim.label_smoothing, itc=optim.itc)
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
-        return Task(self.model, self.model.qformer, make_batch, losses, evaluate, lambda: self.num_cut)
+        return Task(self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.num_cut)
 
-    def batch(self, row_set: RowSet, numbers: np.ndarray, chance: random.Random) -> Stage1Batch:
-        numbers, stored = row_set.read(numbers)
-        texts = [self.encode(chance.choice(row_set.rows[number].captions)) for number in numbers]
+    def batch(self, row_set: RowSet, numbers: np.ndarray, places: range, chance: Chance) -> Stage1Batch:
+        numbers, stored = row_set.read(numbers[places])
+        texts = [
+            self.encode(chance(place).choice(row_set.rows[number].captions))
+            for place, number in zip(places, numbers, strict=True)
+        ]
         text_BT = np.full((len(texts), max(map(len, texts))), self.pad)
         mask_BT = np.zeros(text_BT.shape, dtype=bool)
         for row, text in enumerate(texts):
             text_BT[row, : len(text)] = text
             mask_BT[row, : len(text)] = True
-        picture_B = torch.from_numpy(row_set.pictures.number_of_row[numbers])
-        return Stage1Batch(stored, torch.from_numpy(text_BT), torch.from_numpy(mask_BT), picture_B)
+        tensors = map(torch.from_numpy, (text_BT, mask_BT, row_set.pictures.number_of_row[numbers], np.array(places)))
+        return Stage1Batch(stored, *tensors)
 
     def losses(self, row_set: RowSet, batch: Stage1Batch, generator: torch.Generator | None) -> stage1.Stage1Losses:
         batch = to_device(batch, self.model.qformer.query_tokens.device)
@@ -219,53 +243,64 @@ class _Stage1:
             picture_B=batch.picture_B,
             generator=generator,
             label_smoothing=self.recipe.optim.label_smoothing,
+            num_parts=self.group.size * self.recipe.optim.accumulate,  # as many at once as in training
         )
 
     def evaluate(self, held_out: RowSet) -> dict[str, float]:
         """Means over the batches: the losses, and how well pairs are told apart within a batch."""
-        chance = random.Random(0)
-        generator = torch.Generator(self.model.qformer.query_tokens.device).manual_seed(0)
-        sums: dict[str, list[float]] = defaultdict(list)
-        for numbers in _batches(len(held_out.rows), self.recipe.optim.batch_size):
-            found = self.losses(held_out, self.batch(held_out, numbers, chance), generator)
-            scores = {"itc": found.itc.item(), "itm": found.itm.item(), "lm": found.lm.item()}
-            for name, value in (scores | stage1.scores(found)).items():
-                sums[name].append(value)
-        return {name: float(np.mean(values)) for name, values in sums.items()}
+        generator = torch.Generator(self.model.qformer.query_tokens.device)
+
+        def look(number: int, numbers: np.ndarray) -> dict[str, float]:
+            places = range(len(numbers))
+            batch = self.batch(held_out, numbers, places, lambda place: _chance(0, number, place))
+            found = self.losses(held_out, batch, generator.manual_seed(number))
+            return {"itc": found.itc.item(), "itm": found.itm.item(), "lm": found.lm.item(), **stage1.scores(found)}
+
+        looked = _evaluated(look, held_out, self.recipe, self.group)
+        return {name: float(np.mean([scores[name] for scores in looked])) for name in looked[0]}
 
 
 class Stage2Batch(NamedTuple):
-    """``stored`` as `RowSet.read` gives it; ``kinds`` names the kind of each text."""
+    """``stored`` as `RowSet.read` gives it; ``kinds`` names the kind of each text; ``place_B`` as in stage 1."""
 
     stored: Tensor
     texts: stage2.PackedTexts | stage2.SplitTexts
     kinds: list[str]
+    place_B: Tensor
 
 
 class _Stage2:
-    def __init__(self, model: Blip2, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(self, model: Blip2, tokenizer: Tokenizer, recipe: Recipe, group: Group) -> None:
+        self.model, self.recipe, self.group = model, recipe, group
         self.source = TextSource(tokenizer, model.config.language, recipe.data)
 
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
         recipe, optim = self.recipe, self.recipe.optim
 
-        def make_batch(step: int) -> Stage2Batch:
+        def make_batch(step: int, places: range) -> Stage2Batch:
             numbers = indices_of_step(step, num_rows=len(train_set.rows), batch_size=optim.batch_size, seed=recipe.seed)
-            return self.batch(train_set, numbers, _chance(recipe.seed, step))
+            return self.batch(train_set, numbers, places, lambda place: _chance(recipe.seed, step, place))
 
-        def losses(batch: Stage2Batch, _: torch.Generator) -> dict[str, Tensor]:
-            return {"lm": self.losses(train_set, batch).lm}
+        def backward(batches: Sequence[Stage2Batch], step: Step) -> dict[str, Tensor]:
+            parts = []
+            for batch in (to_device(batch, self.model.qformer.query_tokens.device) for batch in batches):
+                with step.autocast():
+                    parts.append(stage2.Part(train_set.features(batch.stored), batch.texts, batch.place_B))
+            return stage2.backward(self.model, parts, step)
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
-        return Task(self.model, self.model.qformer, make_batch, losses, evaluate, lambda: self.source.num_cut)
+        return Task(self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.source.num_cut)
 
-    def batch(self, row_set: RowSet, numbers: np.ndarray, chance: random.Random) -> Stage2Batch:
-        numbers, stored = row_set.read(numbers)
+    def batch(self, row_set: RowSet, numbers: np.ndarray, places: range, chance: Chance) -> Stage2Batch:
+        numbers, stored = row_set.read(numbers[places])
         count = self.recipe.data.texts_per_image
-        drawn = [self.source.draw(row_set.rows[number], count, chance) for number in numbers]
+        drawn = [
+            self.source.draw(row_set.rows[number], count, chance(place))
+            for place, number in zip(places, numbers, strict=True)
+        ]
         kinds = [text.kind for texts in drawn for text in texts]
-        return Stage2Batch(stored, stage2.collate(drawn, self.model.config.language), kinds)
+        place_B = torch.from_numpy(np.array(places))
+        return Stage2Batch(stored, stage2.collate(drawn, self.model.config.language), kinds, place_B)
 
     def losses(self, row_set: RowSet, batch: Stage2Batch) -> stage2.Stage2Losses:
         batch = to_device(batch, self.model.qformer.query_tokens.device)
@@ -273,43 +308,29 @@ class _Stage2:
 
     def evaluate(self, held_out: RowSet) -> dict[str, float]:
         """The loss, and the share of texts of each kind that greedy decoding would give to the letter."""
-        chance = random.Random(0)
-        loss, tokens = 0.0, 0
+
+        def look(number: int, numbers: np.ndarray) -> tuple[float, int, list[tuple[str, bool]]]:
+            loss, tokens, told = 0.0, 0, []
+            # As many at once as in training.
+            for places in parts_of(range(len(numbers)), self.group.size * self.recipe.optim.accumulate):
+                batch = self.batch(held_out, numbers, places, lambda place: _chance(0, number, place))
+                found = self.losses(held_out, batch)
+                wrong_M = torch.zeros(len(batch.kinds), dtype=torch.long)
+                wrong_M.index_add_(0, batch.texts.targets.text_N, (~found.is_right_N).long().cpu())
+                told += [(kind, wrong == 0) for kind, wrong in zip(batch.kinds, wrong_M.tolist(), strict=True)]
+                tokens += len(found.is_right_N)
+                loss += found.lm.item() * len(found.is_right_N)
+            return loss, tokens, told
+
         right: dict[str, list[bool]] = defaultdict(list)
-        for numbers in _batches(len(held_out.rows), self.recipe.optim.batch_size):
-            batch = self.batch(held_out, numbers, chance)
-            found = self.losses(held_out, batch)
-            loss += found.lm.item() * len(found.is_right_N)
-            tokens += len(found.is_right_N)
-            wrong_M = torch.zeros(len(batch.kinds), dtype=torch.long)
-            wrong_M.index_add_(0, batch.texts.targets.text_N, (~found.is_right_N).long().cpu())
-            for kind, wrong in zip(batch.kinds, wrong_M.tolist(), strict=True):
-                right[kind].append(wrong == 0)
-        return {"lm": loss / tokens} | {kind: float(np.mean(values)) for kind, values in sorted(right.items())}
+        looked = _evaluated(look, held_out, self.recipe, self.group)
+        for _, _, told in looked:
+            for kind, is_right in told:
+                right[kind].append(is_right)
+        loss = sum(loss for loss, _, _ in looked) / sum(tokens for _, tokens, _ in looked)
+        return {"lm": loss} | {kind: float(np.mean(values)) for kind, values in sorted(right.items())}
 
 
-def take_qformer(model: Blip2, folder: Path, *, dtype: torch.dtype) -> None:
-    """Put the Q-Former of a stage-1 model, without its text branch, and its norm on the patches into ``model``.
-
-    Raises RecipeError if the two were not made for each other.
-    """
-    source = checkpoint.load(folder, dtype=dtype)
-    assert isinstance(source, Blip2Matcher)
-    if fingerprint(source.vision) != fingerprint(model.vision):
-        raise RecipeError(f"qformer: {folder} was trained on another image encoder than the one of 'start'")
-    _copy(source.qformer, model.qformer, folder)
-    _copy(source.vision.post_norm, model.vision.post_norm, folder)
-
-
-@torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module, folder: Path) -> None:
-    found = dict(source.named_parameters())
-    for name, parameter in target.named_parameters():
-        if name not in found or found[name].shape != parameter.shape:
-            have = list(found[name].shape) if name in found else "absent"
-            raise RecipeError(f"qformer: {name} is {have} in {folder}, {list(parameter.shape)} in the model of 'start'")
-        parameter.copy_(found[name])
-
-
-def _chance(seed: int, step: int) -> random.Random:
-    return random.Random(f"{seed} {step}")
+def _chance(seed: int, step: int, place: int) -> random.Random:
+    """What is drawn for a row of a batch, by whichever process."""
+    return random.Random(f"{seed} {step} {place}")

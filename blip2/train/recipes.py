@@ -55,7 +55,10 @@ class DataRecipe:
 class OptimRecipe:
     steps: int
     batch_size: int
-    """Images a step."""
+    """Images a step, of all processes together."""
+    accumulate: int = 1
+    """A process computes its share of a batch in so many parts, one after the other: the same losses and gradients in
+    less memory. Stage 1 computes the vectors that ITC compares twice then."""
     peak_lr: float = 1e-4
     min_lr: float = 1e-5
     warmup_steps: int = 2000
@@ -66,6 +69,8 @@ class OptimRecipe:
     """Largest norm of the gradient; 0 does not clip, as in the paper."""
     label_smoothing: float = 0.1
     """Stage 1, ITC and ITG."""
+    itc: Literal["exact", "lavis"] = "exact"
+    """Stage 1: "lavis" has the gradient of the authors' code on several devices, which is about half of ITC's."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
     least = {
         "optim.steps": (optim.steps, 1),
         "optim.batch_size": (optim.batch_size, 2 if recipe.stage == 1 else 1),
+        "optim.accumulate": (optim.accumulate, 1),
         "optim.warmup_steps": (optim.warmup_steps, 0),
         "optim.peak_lr": (optim.peak_lr, 0),
         "optim.min_lr": (optim.min_lr, 0),
@@ -224,6 +230,8 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
             raise reader.error(name, f"has to be at least {bound}, not {value}{why}")
     if recipe.threads > MAX_THREADS:
         raise reader.error("threads", f"has to be at most {MAX_THREADS}, not {recipe.threads}; 0: as many as cores")
+    if optim.accumulate > optim.batch_size:
+        raise reader.error("optim.accumulate", f"has to be at most optim.batch_size, {optim.batch_size}; lower it")
     for name, value in (
         ("beta1", optim.beta1),
         ("beta2", optim.beta2),
@@ -239,6 +247,8 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
         ):
             if given:
                 raise reader.error(name, "belongs to stage 2, and this recipe is for stage 1; remove it")
+    elif optim.itc != "exact":
+        raise reader.error("optim.itc", "belongs to stage 1, and this recipe is for stage 2; remove it")
     elif mix.captions + mix.questions + mix.dialogues == 0:
         raise reader.error("data.mix", "all kinds of text are at 0; give at least one a weight")
     if not data.rows:

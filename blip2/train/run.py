@@ -2,45 +2,60 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from blip2 import checkpoint
 from blip2.api import find_device
+from blip2.data.features import fingerprint
 from blip2.disk import locked
 from blip2.errors import CheckpointError, OptionError, RecipeError
-from blip2.model import Blip2
+from blip2.model import Blip2, Blip2Matcher
 from blip2.train.check import check_weights, gather
-from blip2.train.loop import Progress, Report, autocast_for, train
-from blip2.train.prepare import prepare, take_qformer
-from blip2.train.recipes import load_recipe
+from blip2.train.group import Group, joined
+from blip2.train.loop import Progress, Report, TrainingFailed, TrainingStopped, autocast_for, train
+from blip2.train.prepare import prepare
+from blip2.train.recipes import Recipe, load_recipe
 from blip2.train.state import is_finished
 
 
 def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] | None = None) -> Path:
     """Carry out a recipe; returns the folder of the finished model, in the published layout.
 
+    Several processes, started by ``torchrun`` or `blip2.train.launch`, carry it out together, as one would.
     Started again it goes on where it stopped; finished, it goes on if ``optim.steps`` was raised, with the learning
     rate that the new number of steps gives. ``overrides`` replaces values of the recipe ("optim.steps": 100).
     Raises `RecipeError`, `CheckpointError`, `TrainingStopped` and `TrainingFailed`, all `Blip2Error`.
     """
     recipe = load_recipe(Path(path), overrides)
-    report = report or (lambda progress: None)
+    device = _device(recipe.device)
+    with joined(device, together=(TrainingStopped, TrainingFailed)) as group:
+        return _run(Path(path), recipe, group, device, report if report and group.is_first else lambda progress: None)
+
+
+def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report: Report) -> Path:
     steps = recipe.optim.steps
     if is_finished(recipe):
         message = f"{recipe.out} is finished already; raise optim.steps to train on"
         report(Progress("done", steps, steps, message=message))
         return recipe.out
+    if recipe.optim.batch_size < group.size:
+        raise RecipeError(
+            f"optim.batch_size is {recipe.optim.batch_size}, and there are {group.size} processes: each needs a row; "
+            "raise it, or start fewer"
+        )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    device = _device(recipe.device)
     autocast, frozen_dtype = autocast_for(recipe.precision, device)
-    materials = gather(recipe, Path(path))
+    with group.in_turn("gathered", is_one_enough=True):
+        materials = gather(recipe, path)
     model = checkpoint.load(materials.start, device=device, dtype=frozen_dtype)
     if materials.qformer is not None:
         assert isinstance(model, Blip2)
@@ -48,20 +63,45 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     if (damage := checkpoint.damage(model)) is not None:
         raise CheckpointError(f"{path}: start: {materials.start} has weights that are NaN or infinite: {damage}")
     check_weights(model, (recipe.start, recipe.qformer))
-    with _alone(recipe.out):
-        task = prepare(model, materials, recipe, report)
-        train(task, recipe, report=report, autocast=autocast)
-        checkpoint.save(
-            model,
-            recipe.out,
-            tokenizer=materials.start / "tokenizer.json",
-            settings=materials.settings,
-            frozen=materials.start,
-        )
-    number = len(task.bad_pictures())
+    with _alone(recipe.out) if group.is_first else nullcontext():
+        with group.in_turn("prepared"):  # the first computes features that are missing, the others find them
+            task = prepare(model, materials, recipe, report, group)
+        train(task, recipe, report=report, autocast=autocast, group=group)
+        number = len({path for found in group.objects(task.bad_pictures()) for path in found})
+        if group.is_first:
+            checkpoint.save(
+                model,
+                recipe.out,
+                tokenizer=materials.start / "tokenizer.json",
+                settings=materials.settings,
+                frozen=materials.start,
+            )
     told = f"; pictures that cannot be read: {number:,}, passed over and named in log.jsonl" if number else ""
     report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))
     return recipe.out
+
+
+def take_qformer(model: Blip2, folder: Path, *, dtype: torch.dtype) -> None:
+    """Put the Q-Former of a stage-1 model, without its text branch, and its norm on the patches into ``model``.
+
+    Raises RecipeError if the two were not made for each other.
+    """
+    source = checkpoint.load(folder, dtype=dtype)
+    assert isinstance(source, Blip2Matcher)
+    if fingerprint(source.vision) != fingerprint(model.vision):
+        raise RecipeError(f"qformer: {folder} was trained on another image encoder than the one of 'start'")
+    _copy(source.qformer, model.qformer, folder)
+    _copy(source.vision.post_norm, model.vision.post_norm, folder)
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    found = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if name not in found or found[name].shape != parameter.shape:
+            have = list(found[name].shape) if name in found else "absent"
+            raise RecipeError(f"qformer: {name} is {have} in {folder}, {list(parameter.shape)} in the model of 'start'")
+        parameter.copy_(found[name])
 
 
 @contextmanager
@@ -81,7 +121,19 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _device(name: str) -> torch.device:
+    """The one of that name; of several GPUs that of this process's number on its machine."""
     try:
-        return find_device(name)
+        device = find_device(name)
     except OptionError:
         raise RecipeError(f"device: {name!r} is none that is here; use 'auto', 'cpu' or 'cuda'") from None
+    number = os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or number is None:
+        return device
+    if device.index is not None or int(number) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"device: {name!r}: process {number} of this machine needs a GPU of its own, and there are "
+            f"{torch.cuda.device_count()}; start as many processes, and name 'auto' or 'cuda' alone"
+        )
+    device = torch.device("cuda", int(number))
+    torch.cuda.set_device(device)
+    return device

@@ -8,15 +8,28 @@ B pairs, P patches, Q queries, T text tokens, D and E widths.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip2.dropout import dropout_by_rows
 from blip2.errors import RecipeError
+from blip2.layers import without_autocast
 from blip2.model import Blip2Matcher, similarity
-from blip2.train.losses import contrast, hard_negatives, language_modelling
+from blip2.qformer import Memory
+from blip2.train.group import Step, parts_of
+from blip2.train.losses import (
+    chances,
+    contrast,
+    contrast_sum,
+    draw_negatives,
+    hard_negatives,
+    language_modelling,
+)
 
 
 class Stage1Losses(NamedTuple):
@@ -31,6 +44,24 @@ class Stage1Losses(NamedTuple):
     """Logits of 3B pairs: all right ones, wrong images, wrong texts."""
 
 
+class Part(NamedTuple):
+    """Pairs of a batch: numbers ``place_B`` of the global one."""
+
+    features_BPD: Tensor
+    """Before the image encoder's last norm, ``float[B, 1 + P, D]``."""
+    text_BT: Tensor
+    text_mask_BT: Tensor
+    picture_B: Tensor
+    place_B: Tensor
+
+
+class _Views(NamedTuple):
+    """Queries and text of some pairs, each by itself: unit vectors, of the text in the last place of V = Q + 1."""
+
+    vectors_BVE: Tensor
+    memory: Memory
+
+
 def losses(
     model: Blip2Matcher,
     features_BPD: Tensor,
@@ -41,47 +72,189 @@ def losses(
     generator: torch.Generator | None = None,
     negatives: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.1,
+    num_parts: int = 1,
 ) -> Stage1Losses:
-    """One training step's losses; to be summed.
+    """The losses of a batch, to be summed; `backward` is what training does.
 
     ``features_BPD`` float[B, 1 + P, D] are those before the image encoder's last norm. ``negatives`` gives the
-    wrong image of each text and the wrong text of each image, ``int64[B]`` each; without, they are drawn.
+    wrong image of each text and the wrong text of each image, ``int64[B]`` each; without, they are drawn. The pairs go
+    through the Q-Former in ``num_parts`` parts, which without a gradient takes less memory.
     """
-    if len(features_BPD) < 2:
-        raise RecipeError("stage 1 needs at least two pairs in a batch: one alone has no wrong partner to be told from")
+    _check_pairs(len(features_BPD))
     assert model.temperature is not None
-    patches_BPD = model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
     text_mask_BT = text_mask_BT.bool()
-
-    seen = model.qformer(image_BPD=patches_BPD)
-    read = model.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT)
-    # Half precision would move a cosine by more than the temperature can bear.
-    with torch.autocast(features_BPD.device.type, enabled=False):
-        images_BQE = F.normalize(model.vision_projection(seen.hidden_BSD.float()), dim=-1)
-        texts_BE = F.normalize(model.text_projection(read.hidden_BSD[:, 0].float()), dim=-1)
-        similarity_BB = similarity(images_BQE, texts_BE)
+    parts = [slice(rows.start, rows.stop) for rows in parts_of(range(len(text_BT)), num_parts)]
+    count, vectors, lm = int(text_mask_BT[:, 1:].sum()), [], torch.zeros((), device=text_BT.device)
+    for part in parts:
+        views = _look_and_read(model, _patches(model, features_BPD[part]), text_BT[part], text_mask_BT[part])
+        lm = lm + _generation(model, views.memory, text_BT[part], text_mask_BT[part], label_smoothing, count)
+        vectors.append(views.vectors_BVE)
+    vectors_BVE = torch.cat(vectors)
+    with without_autocast(features_BPD.device):
+        similarity_BB = similarity(vectors_BVE[:, :-1], vectors_BVE[:, -1])
         logits_BB = similarity_BB / model.temperature
     equal_BB = _equal(text_BT, text_mask_BT, picture_B)
     itc = contrast(logits_BB, equal_BB, label_smoothing)
-
     wrong_image_B, wrong_text_B = negatives or hard_negatives(logits_BB, equal_BB, generator)
-    matching_N2 = model.match(
-        torch.cat([patches_BPD, patches_BPD[wrong_image_B], patches_BPD]),
-        torch.cat([text_BT, text_BT, text_BT[wrong_text_B]]),
-        torch.cat([text_mask_BT, text_mask_BT, text_mask_BT[wrong_text_B]]),
-    ).float()
+    matching = [
+        _match(
+            model, _patches(model, features_BPD[part]), _patches(model, features_BPD[wrong_image_B[part]]),
+            text_BT[part], text_mask_BT[part], text_BT[wrong_text_B[part]], text_mask_BT[wrong_text_B[part]],
+        ).unflatten(0, (3, -1))
+        for part in parts
+    ]  # fmt: skip
+    matching_N2 = torch.cat(matching, dim=1).flatten(0, 1)
     itm = F.cross_entropy(matching_N2, _is_match(matching_N2))
-
-    lm = _generation(model, seen.memory, text_BT, text_mask_BT, label_smoothing)
     return Stage1Losses(itc, itm, lm, similarity_BB, matching_N2)
+
+
+def backward(
+    model: Blip2Matcher, parts: Sequence[Part], step: Step, *, label_smoothing: float, itc: str
+) -> dict[str, Tensor]:
+    """This process's share of a step's losses; its share of their gradient is added to ``.grad``.
+
+    The sums over all processes are the losses and the gradient of the global batch, however that is divided: only ITC
+    compares pairs of different parts, by their vectors, and ITM's negatives come from all. With several parts the
+    vectors are computed twice: once for all of them without a gradient, then part by part with what ITC's gradient
+    towards them is (GradCache, Gao et al. 2021). ``itc``: see `own_logits`.
+    """
+    _check_pairs(step.batch_size)
+    assert model.temperature is not None
+    group, own = step.group, slice(step.share.start, step.share.stop)
+    parts = _of_one_width(parts, group.most(max(part.text_BT.shape[1] for part in parts)))
+
+    def view(part: Part) -> tuple[Tensor, _Views]:
+        with step.autocast():
+            patches_BPD = _patches(model, part.features_BPD)
+            return patches_BPD, _look_and_read(model, patches_BPD, part.text_BT, part.text_mask_BT, part.place_B, step)
+
+    only = view(parts[0]) if len(parts) == 1 else None
+    with torch.no_grad():
+        found_NVE = only[1].vectors_BVE if only else torch.cat([view(part)[1].vectors_BVE for part in parts])
+    told_BX = group.gather(torch.cat([_told(part) for part in parts]), step.batch_size)
+    picture_B, text_BT, mask_BT = told_BX[:, 0], told_BX[:, 1:].clamp(min=0), told_BX[:, 1:] >= 0
+    equal_NB = _equal(text_BT, mask_BT, picture_B, own)
+
+    vectors_BVE = group.gather(found_NVE, step.batch_size).requires_grad_()
+    to_text_NB, to_image_NB = own_logits(vectors_BVE, own, model.temperature, itc)
+    contrast_share = contrast_sum(to_text_NB, to_image_NB, equal_NB, label_smoothing) / step.batch_size
+    contrast_share.backward()
+    assert vectors_BVE.grad is not None
+    toward_NVE = group.sum(vectors_BVE.grad)[own]
+
+    place_N = torch.cat([part.place_B for part in parts])
+    chance_2N = chances(step.batch_size, place_N.device, step.generator)[:, own]
+    wrong_image_N = draw_negatives(to_image_NB, equal_NB, place_N, chance_2N[0])
+    wrong_text_N = draw_negatives(to_text_NB, equal_NB, place_N, chance_2N[1])
+    features_NPD = torch.cat([part.features_BPD for part in parts])
+    wrong_NPD = group.fetch(features_NPD, group.gather(wrong_image_N, step.batch_size).tolist())
+
+    count, start = int(mask_BT[:, 1:].sum()), 0
+    shares = {name: torch.zeros_like(contrast_share) for name in ("itm", "lm")}
+    for part in parts:
+        here = slice(start, start := start + len(part.place_B))
+        patches_BPD, views = only or view(part)
+        with step.autocast():
+            wrong_B = wrong_text_N[here]
+            rows_3B = torch.cat([part.place_B + kind * step.batch_size for kind in range(3)])
+            with dropout_by_rows((step.seed, 2), rows_3B):
+                matching_N2 = _match(
+                    model, patches_BPD, _patches(model, wrong_NPD[here]), part.text_BT, part.text_mask_BT,
+                    text_BT[wrong_B], mask_BT[wrong_B],
+                )  # fmt: skip
+            itm = F.cross_entropy(matching_N2, _is_match(matching_N2), reduction="sum") / (3 * step.batch_size)
+            with dropout_by_rows((step.seed, 3), part.place_B):
+                lm = _generation(model, views.memory, part.text_BT, part.text_mask_BT, label_smoothing, count)
+        torch.autograd.backward([itm + lm, views.vectors_BVE], [None, toward_NVE[here]])
+        shares["itm"] += itm.detach()
+        shares["lm"] += lm.detach()
+    return {"itc": contrast_share.detach()} | shares
+
+
+def own_logits(vectors_BVE: Tensor, own: slice, temperature: Tensor, itc: str) -> tuple[Tensor, Tensor]:
+    """The logits of the own images by all texts, and of the own texts by all images: ``float[N, B]`` each.
+
+    ``itc`` "lavis": the gradient reaches the vectors of the rows alone, not those of the columns, as in the authors'
+    code, which gathers the columns without a gradient. That is about half of it.
+    """
+    columns_BVE = vectors_BVE if itc == "exact" else vectors_BVE.detach()
+    to_text_NB = similarity(vectors_BVE[own, :-1], columns_BVE[:, -1])
+    to_image_NB = similarity(columns_BVE[:, :-1], vectors_BVE[own, -1]).t()
+    return to_text_NB / temperature, to_image_NB / temperature
+
+
+def _check_pairs(count: int) -> None:
+    if count < 2:
+        raise RecipeError("stage 1 needs at least two pairs in a batch: one alone has no wrong partner to be told from")
+
+
+def _of_one_width(parts: Sequence[Part], width: int) -> list[Part]:
+    """All texts as wide as the widest of the global batch: what is drawn for a row has a fixed shape then."""
+
+    def wider(part: Part) -> Part:
+        missing = width - part.text_BT.shape[1]
+        return part._replace(
+            text_BT=F.pad(part.text_BT, (0, missing)), text_mask_BT=F.pad(part.text_mask_BT.bool(), (0, missing))
+        )
+
+    return [wider(part) for part in parts]
+
+
+def _told(part: Part) -> Tensor:
+    """What others have to know of the pairs, in one tensor: the pictures' numbers, and the texts, padded with -1."""
+    return torch.cat([part.picture_B[:, None], part.text_BT.masked_fill(~part.text_mask_BT, -1)], dim=1)
+
+
+def _patches(model: Blip2Matcher, features_BPD: Tensor) -> Tensor:
+    return model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
+
+
+def _look_and_read(
+    model: Blip2Matcher,
+    patches_BPD: Tensor,
+    text_BT: Tensor,
+    text_mask_BT: Tensor,
+    place_B: Tensor | None = None,
+    step: Step | None = None,
+) -> _Views:
+    def rows(number: int) -> AbstractContextManager[None]:
+        return nullcontext() if step is None or place_B is None else dropout_by_rows((step.seed, number), place_B)
+
+    with rows(0):
+        seen = model.qformer(image_BPD=patches_BPD)
+    with rows(1):
+        read = model.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT)
+    # Half precision would move a cosine by more than the temperature can bear.
+    with without_autocast(patches_BPD.device):
+        images_BQE = F.normalize(model.vision_projection(seen.hidden_BSD.float()), dim=-1)
+        text_B1E = F.normalize(model.text_projection(read.hidden_BSD[:, :1].float()), dim=-1)
+        return _Views(torch.cat([images_BQE, text_B1E], dim=1), seen.memory)
+
+
+def _match(
+    model: Blip2Matcher,
+    patches_BPD: Tensor,
+    wrong_BPD: Tensor,
+    text_BT: Tensor,
+    text_mask_BT: Tensor,
+    wrong_text_BT: Tensor,
+    wrong_text_mask_BT: Tensor,
+) -> Tensor:
+    """Logits ``float[3B, 2]``: all right pairs, wrong images, wrong texts."""
+    return model.match(
+        torch.cat([patches_BPD, wrong_BPD, patches_BPD]),
+        torch.cat([text_BT, text_BT, wrong_text_BT]),
+        torch.cat([text_mask_BT, text_mask_BT, wrong_text_mask_BT]),
+    ).float()
 
 
 def _generation(
     model: Blip2Matcher,
-    memory: list[tuple[Tensor, Tensor]],
+    memory: Memory,
     text_BT: Tensor,
     text_mask_BT: Tensor,
     label_smoothing: float,
+    count: int,
 ) -> Tensor:
     """The text word by word, given the queries: they do not see the text, so their first pass is used again."""
     assert model.lm_head is not None and model.qformer.word_embedding is not None
@@ -91,7 +264,7 @@ def _generation(
     is_target_BT = text_mask_BT[:, 1:]
     hidden_ND = written.hidden_BSD[:, :-1][is_target_BT]
     logits_NV = model.lm_head(hidden_ND, model.qformer.word_embedding.weight)
-    return language_modelling(logits_NV, text_BT[:, 1:][is_target_BT], label_smoothing)
+    return language_modelling(logits_NV, text_BT[:, 1:][is_target_BT], label_smoothing, count=count)
 
 
 def _is_match(matching_N2: Tensor) -> Tensor:
@@ -101,11 +274,13 @@ def _is_match(matching_N2: Tensor) -> Tensor:
     return label_N
 
 
-def _equal(text_BT: Tensor, text_mask_BT: Tensor, picture_B: Tensor | None) -> Tensor:
-    """bool[B, B]: which pairs share their text or their picture, and so are no negatives of one another."""
+def _equal(
+    text_BT: Tensor, text_mask_BT: Tensor, picture_B: Tensor | None, own: slice = slice(None)
+) -> Tensor:
+    """Which pairs share text or picture with the own ones, and so are no negatives of theirs: ``bool[N, B]``."""
     text_BT = text_BT.masked_fill(~text_mask_BT, -1)
-    equal_BB = (text_BT[:, None] == text_BT[None]).all(dim=-1)
-    return equal_BB if picture_B is None else equal_BB | (picture_B[:, None] == picture_B[None])
+    equal_NB = (text_BT[own, None] == text_BT[None]).all(dim=-1)
+    return equal_NB if picture_B is None else equal_NB | (picture_B[own, None] == picture_B[None])
 
 
 @torch.no_grad()

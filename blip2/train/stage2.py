@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from blip2.config import DecoderConfig, LanguageConfig, OPTConfig, T5Config
+from blip2.dropout import dropout_by_rows
 from blip2.language import OPT, T5, Decoder
 from blip2.model import Blip2
+from blip2.train.group import Step
 from blip2.train.losses import language_modelling
 
 
@@ -67,8 +69,19 @@ class Stage2Losses(NamedTuple):
     """Which target tokens the model would have chosen itself, given those before."""
 
 
-def losses(model: Blip2, features_BPD: Tensor, texts: PackedTexts | SplitTexts) -> Stage2Losses:
-    """One training step's loss: the mean over all target tokens.
+class Part(NamedTuple):
+    """Images of a batch, numbers ``place_B`` of the global one, with their texts."""
+
+    features_BPD: Tensor
+    """Before the image encoder's last norm, ``float[B, 1 + P, D]``."""
+    texts: PackedTexts | SplitTexts
+    place_B: Tensor
+
+
+def losses(
+    model: Blip2, features_BPD: Tensor, texts: PackedTexts | SplitTexts, *, count: int | None = None
+) -> Stage2Losses:
+    """The mean over all target tokens, or the share that they have of ``count`` in a batch of which this is a part.
 
     ``features_BPD`` float[B, 1 + P, D] are those before the image encoder's last norm.
     """
@@ -84,8 +97,25 @@ def losses(model: Blip2, features_BPD: Tensor, texts: PackedTexts | SplitTexts) 
         hidden_BTD = model.language(read_MSD, texts.length_M + prompts_MQD.shape[1], texts.decoder_MT)
     # The table of words is large: logits only where there is something to predict.
     logits_NV = model.language.logits(hidden_BTD.flatten(0, 1)[texts.targets.place_N])
-    lm = language_modelling(logits_NV, texts.targets.token_N)
+    lm = language_modelling(logits_NV, texts.targets.token_N, count=count)
     return Stage2Losses(lm, logits_NV.detach().argmax(dim=-1) == texts.targets.token_N)
+
+
+def backward(model: Blip2, parts: Sequence[Part], step: Step) -> dict[str, Tensor]:
+    """This process's share of a step's loss; its share of the gradient is added to ``.grad``.
+
+    The sums over all processes are the loss and the gradient of the global batch: each of its target tokens counts as
+    much as any other, in whichever part it is.
+    """
+    own = sum(len(part.texts.targets.token_N) for part in parts)
+    count = int(step.group.sum(torch.tensor(own)))  # on the CPU, where nothing waits for the GPU
+    share = torch.zeros((), device=model.qformer.query_tokens.device)
+    for part in parts:
+        with step.autocast(), dropout_by_rows((step.seed,), part.place_B):
+            loss = losses(model, part.features_BPD, part.texts, count=count).lm
+        loss.backward()
+        share += loss.detach()
+    return {"lm": share}
 
 
 def _read_packed(language: OPT | Decoder, prompt_BQD: Tensor, texts: PackedTexts) -> Tensor:

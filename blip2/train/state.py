@@ -24,8 +24,11 @@ MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "updates": "step"}
 FREE = {
     "out", "evaluation", "steps", "threads", "log_every", "evaluate_every", "checkpoint_every", "features",
     "on_bad_picture",
+    "accumulate",
 }  # fmt: skip
 """What of a recipe may change between stopping and going on; all else would make it another training."""
+NEW = {"optim.itc": repr("exact")}
+"""What recipes did not have once, as it was then."""
 ROWS = "what is in data.rows"
 """Not a value of the recipe, but what such a value stands for."""
 
@@ -127,8 +130,9 @@ def _digest(path: Path, stamp: Stamp | None) -> str:
 
 
 def _difference(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
-    """The first fact that is not as it was. What data.rows held, an earlier version did not note."""
-    return next((name for name in wanted if saved.get(name) != wanted[name] and (name != ROWS or name in saved)), None)
+    """The first fact that is not as it was. What data.rows held, and what is new in recipes, was not noted once."""
+    known = {ROWS: wanted[ROWS]} | NEW | saved
+    return next((name for name in wanted if known.get(name) != wanted[name]), None)
 
 
 def _compare(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:

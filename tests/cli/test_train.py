@@ -6,7 +6,7 @@ import pytest
 
 from blip2.cli.train import line_of, time_of
 from blip2.errors import RecipeError
-from blip2.train import Progress, TrainingStopped
+from blip2.train import Progress, ToldElsewhere, TrainingStopped
 
 REPORTS = [
     Progress("features", 50, 100, images_per_s=12.5, left_s=4),
@@ -76,6 +76,48 @@ def test_wrong_use(run, recipe, arguments, words):
     result = run("train", *arguments, *([recipe] if arguments[0] == "--set" else []))
     assert result.exit_code == 2
     assert words in result.stderr and result.stderr.count("\n") == 1
+
+
+def as_one_of_several(monkeypatch, **changes):
+    environment = {"world_size": 2, "rank": 1, "master_addr": "localhost", "master_port": 1} | changes
+    for name, value in environment.items():
+        monkeypatch.setenv(name.upper(), str(value))
+
+
+@pytest.mark.parametrize("changes", [{"rank": 2}, {"rank": ""}, {"world_size": "two"}, {"master_addr": ""}])
+def test_half_an_environment(run, calls, recipe, monkeypatch, changes):
+    as_one_of_several(monkeypatch, **changes)
+    result = run("train", recipe)
+    assert result.exit_code == 1 and calls == []
+    assert "start by torchrun or with --devices, or unset WORLD_SIZE" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_several_devices(run, calls, recipe, monkeypatch):
+    given = []
+    monkeypatch.setattr("blip2.train.load_recipe", lambda *_: None)
+    monkeypatch.setattr("blip2.train.launch.launch", lambda *arguments: given.append(arguments) or 3)
+    assert run("train", recipe, "--devices", 4, "--set", "out=a b").exit_code == 3
+    assert given == [(["train", str(recipe), "--set=out=a b"], 4)] and calls == []
+    as_one_of_several(monkeypatch, rank=0)
+    result = run("train", recipe, "--devices", 4)
+    assert result.exit_code == 2 and "torchrun has started some already" in result.stderr
+
+
+def test_one_of_several_is_silent_but_the_first(run, calls, recipe, monkeypatch):
+    as_one_of_several(monkeypatch, rank=1)
+    result = run("train", recipe)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "") and len(calls) == 1
+
+
+@pytest.mark.parametrize(("cause", "code"), [(TrainingStopped("after step 5"), 130), (RecipeError("wrong"), 1)])
+def test_what_another_process_tells_is_not_told_twice(run, monkeypatch, recipe, cause, code):
+    def fail(path, **others):
+        raise ToldElsewhere("process 0 tells why") from cause
+
+    monkeypatch.setattr("blip2.train.run", fail)
+    result = run("train", recipe)
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", "")
 
 
 def test_a_real_recipe_is_read(run, tmp_path):

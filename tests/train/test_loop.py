@@ -46,11 +46,22 @@ def task(model=None, factor=lambda step: 1.0, evaluate=None):
     """A stage whose loss has all that may go wrong when resuming: dropout, a draw, the data of the step."""
     model = model or Vector()
 
-    def losses(step, generator):
+    def square(step, generator):
         noise = torch.rand(3, 4, generator=generator)
-        return {"square": ((model.dropout(model.weight) - noise) ** 2).sum() * factor(step)}
+        return ((model.dropout(model.weight) - noise) ** 2).sum() * factor(step)
 
-    return Task(model, model, lambda step: step, losses, evaluate)
+    return Task(model, model, lambda step, places: step, backward_of(square), evaluate)
+
+
+def backward_of(loss_of):
+    """The loss of a step's number, whatever the parts of its batch."""
+
+    def backward(batch, step):
+        loss = loss_of(batch[0], step.generator)
+        loss.backward()
+        return {"square": loss.detach()}
+
+    return backward
 
 
 def losses_of(out):
@@ -161,7 +172,7 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     assert seen[0].step == 8
 
 
-@pytest.mark.parametrize("where", ["make_batch", "losses", "evaluate"])
+@pytest.mark.parametrize("where", ["make_batch", "backward", "evaluate"])
 def test_the_state_is_saved_before_an_error_ends_the_run(tmp_path, where):
     """A picture, memory, an evaluation: whatever fails once six steps are done."""
     is_broken = True
@@ -170,7 +181,7 @@ def test_the_state_is_saved_before_an_error_ends_the_run(tmp_path, where):
         done = task(evaluate=lambda: {"score": 0.5})
 
         def fail(step, *arguments):
-            if is_broken and step == 6:
+            if is_broken and step in (6, [6]):
                 raise MemoryError("no more")
             return getattr(done, where)(step, *arguments) if where != "evaluate" else {"score": 0.5}
 
@@ -267,7 +278,7 @@ def test_an_infinite_gradient_is_a_bad_step(tmp_path):
     seen = []
     with pytest.raises(TrainingFailed, match="in 2 steps in a row, the last is step 2: no weight is NaN"):
         run(
-            Task(model, model, int, lambda step, generator: {"square": Explode.apply(model.weight)}),
+            Task(model, model, lambda *_: 0, backward_of(lambda *_: Explode.apply(model.weight))),
             recipe(tmp_path, steps=2),
             seen.append,
         )

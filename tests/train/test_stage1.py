@@ -65,6 +65,14 @@ def test_the_gradients_are_the_authors(golden, model):
         assert (parameter.grad - wanted).norm() / wanted.norm() < 1e-4, name
 
 
+@pytest.mark.parametrize("num_parts", [2, 3, 9])
+def test_parts_change_nothing(golden, model, num_parts):
+    values, _ = golden
+    whole, parts = recorded_losses(model, values), recorded_losses(model, values, num_parts=num_parts)
+    for found, wanted in zip(parts, whole, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_padding_changes_nothing(golden, model):
     values, _ = golden
     found = recorded_losses(model, values)

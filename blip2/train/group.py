@@ -1,0 +1,282 @@
+"""The processes of one training, a device each: which rows of a batch are whose, and what they tell each other.
+
+All of them hold the same weights and do the same steps. ``torchrun`` or `blip2.train.launch` starts them, and says in
+the environment who is who. B rows of the global batch; N of this process; X whatever axes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from blip2.errors import Blip2Error, RecipeError
+
+LAUNCHED = "BLIP2_LAUNCHED"
+"""In the environment of the processes that `blip2.train.launch` has started."""
+TIMEOUT_S = 600.0
+"""Who waits so long for the others gives up. The first preparation, which may see all pictures, may take longer."""
+PATIENCE = timedelta(days=30)
+T = TypeVar("T")
+
+
+class ProcessLost(Blip2Error):
+    """Another process of the training has ended, or does not answer."""
+
+
+class ToldElsewhere(Blip2Error):
+    """The training has ended, and another process tells why."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process is number ``rank`` of ``size``. All of them make the same calls in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    store: Any = None
+    """What is said by name, beside the calls of all; with one process there is none."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Which of ``count`` rows are a process's, this one's by default; shares differ by a row at most."""
+        rank = self.rank if rank is None else rank
+        return range(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            with _lost(self):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, number: int) -> int:
+        """The largest of the numbers of all."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number)
+        with _lost(self):
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def gather(self, rows_NX: Tensor, count: int) -> Tensor:
+        """The ``count`` rows of the global batch ``[B, ...]``, of which each process gives its share. No gradient."""
+        if self.size == 1:
+            return rows_NX.detach()
+        shares = [len(self.share(count, rank)) for rank in range(self.size)]
+        given = rows_NX.new_zeros(max(shares), *rows_NX.shape[1:])
+        given[: len(rows_NX)] = rows_NX.detach()
+        found = [torch.empty_like(given) for _ in shares]
+        with _lost(self):
+            dist.all_gather(found, given)
+        return torch.cat([rows[:size] for rows, size in zip(found, shares, strict=True)])
+
+    def fetch(self, rows_NX: Tensor, wanted_B: Sequence[int]) -> Tensor:
+        """Rows of the global batch ``[N, ...]`` that this process wants, of which only those travel that are wanted.
+
+        ``wanted_B`` says for each row of the global batch which one its owner wants.
+        """
+        count, own = len(wanted_B), self.share(len(wanted_B))
+        mine = [wanted_B[row] for row in own]
+        if self.size == 1:
+            return rows_NX[mine]
+        shares = [self.share(count, rank) for rank in range(self.size)]
+        sent = [[wanted_B[row] - own.start for row in share if wanted_B[row] in own] for share in shares]
+        got = [[place for place, row in enumerate(mine) if row in share] for share in shares]
+        given = rows_NX[[row for rows in sent for row in rows]].contiguous()
+        found = given.new_empty(len(mine), *given.shape[1:])
+        with _lost(self):
+            dist.all_to_all_single(found, given, [len(places) for places in got], [len(rows) for rows in sent])
+        ordered = torch.empty_like(found)
+        ordered[[place for places in got for place in places]] = found
+        return ordered
+
+    def objects(self, own: T) -> list[T]:
+        """What each process gives, in the order of the processes."""
+        if self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        with _lost(self):
+            dist.all_gather_object(found, own)
+        return found
+
+    def is_any(self, own: bool) -> bool:
+        return bool(self.most(int(own)))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """If one fails within, all end here: the others raise `ToldElsewhere`."""
+        try:
+            yield
+        except Exception:
+            with suppress(ProcessLost):  # what went wrong first is what is told
+                self.is_any(True)
+            raise
+        if self.is_any(False):
+            raise ToldElsewhere("another process tells why")
+
+    @contextmanager
+    def in_turn(self, name: str, *, is_one_enough: bool = False) -> Iterator[None]:
+        """One process after the other, or the first and then all others (``is_one_enough``); in any length of time.
+
+        If one fails, those behind it raise `ToldElsewhere`.
+        """
+        if self.size == 1:
+            yield
+            return
+        before = 0 if is_one_enough else self.rank - 1
+        if self.rank > 0:
+            with _lost(self):
+                self.store.wait([f"{name}/{before}"], PATIENCE)
+                has_failed = self.store.get(f"{name}/{before}") != b"done"
+            if has_failed:
+                self.store.set(f"{name}/{self.rank}", "failed")
+                raise ToldElsewhere(f"process {before} of {self.size} tells why")
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        finally:
+            with _lost(self):
+                self.store.set(f"{name}/{self.rank}", outcome)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a stage has to know of a training step. All that is random in it follows from ``seed``."""
+
+    seed: int
+    batch_size: int
+    """Of the global batch."""
+    autocast: Callable[[], AbstractContextManager]
+    generator: torch.Generator
+    """Seeded alike in all processes."""
+    group: Group = field(default_factory=Group)
+
+    @property
+    def share(self) -> range:
+        """Which rows of the global batch are this process's."""
+        return self.group.share(self.batch_size)
+
+
+def parts_of(rows: range, count: int) -> list[range]:
+    """So many parts of rows that differ by one at most; fewer where there are fewer rows."""
+    count = min(count, len(rows))
+    return [rows[len(rows) * part // count : len(rows) * (part + 1) // count] for part in range(count)]
+
+
+def check_alike(group: Group, step: int, parameters: dict[str, nn.Parameter]) -> None:
+    """Raises RecipeError unless all processes begin at the same step with the same weights."""
+    if group.size == 1:
+        return
+    with torch.no_grad():
+        weight = sum(parameter.double().sum().item() for parameter in parameters.values())
+    first, *others = group.objects((step, len(parameters), weight))
+    for rank, found in enumerate(others, start=1):
+        if found != first:
+            raise RecipeError(
+                f"process {rank} begins at step {found[0]}, the first one at step {first[0]}, or with other weights; "
+                "give all processes the same folders as 'start' and 'out'"
+            )
+
+
+def group_of_environment() -> Group:
+    """Who this process is: alone, unless WORLD_SIZE says otherwise. Raises RecipeError for half an environment."""
+    told = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if told["WORLD_SIZE"] in ("", "1"):
+        return Group()
+    try:
+        group = Group(int(told["RANK"]), int(told["WORLD_SIZE"]))
+        if 0 <= group.rank < group.size and all(told.values()):
+            return group
+    except ValueError:
+        pass
+    found = ", ".join(f"{name}={value}" for name, value in told.items())
+    raise RecipeError(f"the environment says {found}: start by torchrun or with --devices, or unset WORLD_SIZE")
+
+
+def end_with_launcher() -> None:
+    """If `blip2.train.launch` has started this process: stop and save once that one is gone, however it went."""
+    if LAUNCHED not in os.environ:
+        return
+
+    def wait() -> None:
+        os.read(0, 1)  # nothing is ever written: it ends when the other end does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def joined(
+    device: torch.device, *, together: tuple[type[Exception], ...] = (), timeout_s: float = TIMEOUT_S
+) -> Iterator[Group]:
+    """The group of this process's environment, connected: by gloo, and for tensors on a GPU by nccl.
+
+    Of an error one process tells, with its number, and the others raise `ToldElsewhere`. ``together`` are errors that
+    all of them raise at the same place, of which the first process tells.
+    """
+    group = group_of_environment()
+    if group.size == 1:
+        yield group
+        return
+    timeout = timedelta(seconds=timeout_s)
+    with _lost(group):
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+        dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=timeout)
+    try:
+        yield replace(group, store=store)
+    except ToldElsewhere:
+        raise
+    except together as error:
+        if group.is_first:
+            raise
+        raise ToldElsewhere(str(error)) from error
+    except Exception as error:
+        if not _is_to_tell(store, error):
+            raise ToldElsewhere(f"process {group.rank} of {group.size} ended because another did") from error
+        if isinstance(error, ProcessLost):
+            raise
+        who = f"process {group.rank} of {group.size}"
+        if isinstance(error, Blip2Error):
+            raise type(error)(f"{who}: {error}") from error
+        raise Blip2Error(f"{who}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _lost(group: Group) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        is_silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        what = "got no answer from the others" if is_silent else "lost the others: one of them has ended"
+        raise ProcessLost(
+            f"process {group.rank} of {group.size} {what}; start the same recipe again to go on from the last state"
+        ) from error
+
+
+def _is_to_tell(store: Any, error: Exception) -> bool:
+    """Whether no other process has told. Of one that was killed, who has started them tells, if it is we."""
+    if isinstance(error, ProcessLost) and "has ended" in str(error) and LAUNCHED in os.environ:
+        return False
+    try:
+        return store.add("told", 1) == 1
+    except RuntimeError:  # the store was the first process's, which is gone
+        return LAUNCHED not in os.environ
