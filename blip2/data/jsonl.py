@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,11 @@ def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
             for number, line in enumerate(read_lines(file), start=1):
                 if line.strip():
                     row = _row(line, file, number)
+                    if re.match("https?://", row.image, re.IGNORECASE):
+                        raise RecipeError(
+                            f"{file}:{number}: {row.image} is an address; download the pictures first, such as by "
+                            "img2dataset, and name its shards as data.sources"
+                        )
                     rows.append(replace(row, image=str(root / row.image)))
         except OSError as error:
             raise RecipeError(f"{file}: cannot be read ({error.strerror}); name a file of rows") from None

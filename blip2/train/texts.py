@@ -47,11 +47,12 @@ class TextSource:
             if kind == "caption":
                 texts.append(self._caption(row.captions[number], chance))
             elif kind == "question":
-                texts.append(self._answer(kind, (), row.questions[number]))
+                turn = row.questions[number]
+                texts.append(self._answer(kind, (), turn._replace(answer=turn.drawn(chance))))
             else:
                 dialogue = row.dialogues[number]
-                turn = chance.randrange(len(dialogue))
-                texts.append(self._answer(kind, dialogue[:turn], dialogue[turn]))
+                place = chance.randrange(len(dialogue))
+                texts.append(self._answer(kind, dialogue[:place], dialogue[place]))
         return texts
 
     def can_use(self, row: Row) -> bool:
