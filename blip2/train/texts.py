@@ -89,7 +89,7 @@ class TextSource:
 
     def _question_ids(self, kind: str, history: Sequence[Turn], turn: Turn) -> list[int]:
         if kind == "dialogue":
-            return self._prompt_ids(chat_prompt(history, turn.question))
+            return self._prompt_ids(chat_prompt([before[:2] for before in history], turn.question))
         return self._prompt_ids(question_prompt(turn.question, self._config.family))
 
     def _shortened(self, ids: list[int]) -> list[int]:
