@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from blip2.data.foreign import advice
@@ -28,12 +28,14 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``image`` is where the picture lies. A dialogue is a list of turns of which later ones lean on earlier."""
+    """``image`` is where the picture lies. A dialogue is a list of turns of which later ones lean on earlier.
+    ``content``: the picture's file, where it lies within another; then ``image`` is only what messages call it."""
 
     image: str
     captions: tuple[str, ...] = ()
     questions: tuple[Turn, ...] = ()
     dialogues: tuple[tuple[Turn, ...], ...] = ()
+    content: bytes | None = field(default=None, repr=False)
 
 
 def parse_row(record: object) -> Row:

@@ -30,9 +30,33 @@ class MixRecipe:
 
 
 @dataclass(frozen=True)
+class SourceRecipe:
+    """A collection: a folder, shards, parquet, JSON lines, COCO's files. ``data = "shards/{00000..00009}.tar"`` is one
+    by itself, ``[[data]]`` one of several."""
+
+    source: tuple[str, ...]
+    """Paths, or patterns."""
+    weight: float = 1.0
+    """Its share of the steps, relative to the others'."""
+    images: Path | None = None
+    """Where paths in rows start; absent: the folder of the rows."""
+    image: str | None = None
+    """The column, or the field of a shard, that holds the picture; absent: found by looking."""
+    text: str | None = None
+    """That of the captions; absent: found by looking."""
+    question: str | None = None
+    answer: str | None = None
+    """Those of a question and its answer, or answers."""
+    split: str | None = None
+    """Of Karpathy's files."""
+
+
+@dataclass(frozen=True)
 class DataRecipe:
-    rows: tuple[Path, ...]
+    rows: tuple[Path, ...] = ()
     """JSON-lines files."""
+    sources: tuple[SourceRecipe, ...] = ()
+    """In the place of rows: collections, which are read from where they lie."""
     images: Path | None = None
     """Where the rows' relative picture paths start; absent: the folder of each file of rows."""
     features: Path | None = None
@@ -70,7 +94,8 @@ class OptimRecipe:
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    rows: tuple[Path, ...]
+    rows: tuple[Path, ...] = ()
+    sources: tuple[SourceRecipe, ...] = ()
     images: Path | None = None
     max_rows: int = 1024
 
@@ -112,6 +137,8 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         raise RecipeError(f"{path}: {error}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not TOML ({error}); write a recipe as those in examples/recipes") from None
+    if isinstance(table.get("data"), str | list):
+        table["data"] = {"sources": table["data"]}
     try:
         _override(table, overrides or {})
     except (AttributeError, TypeError):
@@ -171,9 +198,12 @@ class _Reader:
                 allowed = ", ".join(repr(option) for option in typing.get_args(kind))
                 raise self.error(name, f"has to be one of {allowed}, not {value!r}")
             return value
-        if kind == tuple[Path, ...]:
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
             items = value if isinstance(value, (list, tuple)) else [value]
-            return tuple(self.value(Path, item, name) for item in items)
+            if is_dataclass(inner):  # a source may be named by its path alone
+                items = [item if isinstance(item, dict) else {"source": item} for item in items]
+            return tuple(self.value(inner, item, name) for item in items)
         if kind is Path:
             if not isinstance(value, (str, Path)) or not str(value):
                 raise self.error(name, f"has to be a path, not {value!r}")
@@ -241,9 +271,19 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
                 raise reader.error(name, "belongs to stage 2, and this recipe is for stage 1; remove it")
     elif mix.captions + mix.questions + mix.dialogues == 0:
         raise reader.error("data.mix", "all kinds of text are at 0; give at least one a weight")
-    if not data.rows:
-        raise reader.error("data.rows", "names no file")
-    if recipe.evaluation is not None and not recipe.evaluation.rows:
-        raise reader.error("evaluation.rows", "names no file")
+    for key, of in (("data", data), ("evaluation", recipe.evaluation)):
+        if of is None:
+            continue
+        if not of.rows and not of.sources:
+            raise reader.error(f"{key}.rows", f"names no file; name one, or a collection as {key}.sources")
+        if of.rows and of.sources:
+            raise reader.error(f"{key}.sources", f"stands beside {key}.rows; leave one of them out")
+        for source in of.sources:
+            if not source.source or not all(source.source):
+                raise reader.error(f"{key}.sources", "a source names nothing")
+            if not source.weight > 0:
+                raise reader.error(f"{key}.sources.weight", f"has to be above 0, not {source.weight}; or leave it out")
+            if (source.question is None) != (source.answer is None):
+                raise reader.error(f"{key}.sources", "'question' and 'answer' go together; name both columns")
     if not recipe.start:
         raise reader.error("start", "is empty; name the folder of a model, or miniature")

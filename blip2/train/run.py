@@ -40,7 +40,7 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     torch.manual_seed(recipe.seed)
     device = _device(recipe.device)
     autocast, frozen_dtype = autocast_for(recipe.precision, device)
-    materials = gather(recipe, Path(path))
+    materials = gather(recipe, Path(path), lambda told: report(Progress("rows", 0, steps, message=told)))
     model = checkpoint.load(materials.start, device=device, dtype=frozen_dtype)
     if materials.qformer is not None:
         assert isinstance(model, Blip2)
