@@ -64,7 +64,7 @@ class Joined:
             said = self._said.get(number)
         if said is None:
             try:
-                said = self._read(number)
+                said = replace(self._read(number), content=None)
             except ImageError as error:
                 return Row(str(error).partition(": ")[0])
         return said

@@ -43,7 +43,8 @@ class RowSet:
         self._file: FeatureFile | None = None
         if recipe.data.features is not None and not isinstance(rows, Joined):
             listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
-            name = f"{files[0].absolute().parent.name}-{files[0].stem}-{listed[:8]}"
+            stem = f"{files[0].absolute().parent.name}-{files[0].stem}" if files else "sources"
+            name = f"{stem}-{listed[:8]}"
             self._file = frozen_features(
                 vision, self.pictures, recipe.data.features, name, report=_feature_report(report), on_bad=bad.note
             )

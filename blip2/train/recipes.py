@@ -275,7 +275,8 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
         if of is None:
             continue
         if not of.rows and not of.sources:
-            raise reader.error(f"{key}.rows", f"names no file; name one, or a collection as {key}.sources")
+            problem = f"is missing, or names no file; name one, or a collection as {key}.sources"
+            raise reader.error(f"{key}.rows", problem)
         if of.rows and of.sources:
             raise reader.error(f"{key}.sources", f"stands beside {key}.rows; leave one of them out")
         for source in of.sources:

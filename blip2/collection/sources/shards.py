@@ -102,8 +102,9 @@ class Shards:
                 self._take(sample, member, parts[2].lower(), has_pictures=False)
                 stop = member.stop
         except Damage as damage:
-            message = f"{unit.place}: cannot be read further ({damage}); get or make it again"
-            yield start, stop, Record(sample.key, None, unit.place, self.stamp(unit), problem=message)
+            for name in (f"{unit.place}: {sample.key}", unit.place):  # the sample may be cut off; what follows is lost
+                message = f"{name}: cannot be read further ({damage}); get or make it again"
+                yield start, stop, Record(sample.key, None, name, self.stamp(unit), problem=message)
             return
         if sample.names and not self._is_meta(sample):
             yield start, stop, self._record(unit.place, sample)

@@ -88,8 +88,9 @@ def names(path: str, most: int) -> Iterator[Member]:
 
 def members_of(content: bytes) -> Iterator[Member]:
     """The members in a piece of a plain tar file. Raises Damage."""
+    end_mark = bytes(2 * tarfile.BLOCKSIZE)
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:", tarinfo=_Header) as tar:
+        with tarfile.open(fileobj=io.BytesIO(content + end_mark), mode="r:", tarinfo=_Header) as tar:
             yield from _members(tar)
     except ERRORS as error:
         raise Damage(_reason(error)) from None

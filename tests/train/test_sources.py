@@ -1,0 +1,328 @@
+"""Collections as training data: what is read of each, in which order, and how a run goes on in the middle of one."""
+
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from blip2 import checkpoint, train
+from blip2.data import Row, Turn, read_rows
+from blip2.data.joined import Joined
+from blip2.data.positions import RECORD
+from blip2.errors import ImageError, RecipeError
+from blip2.train.recipes import SourceRecipe
+from blip2.train.sources import open_sources
+from tests.collection.written import jpeg, tar
+
+KINDS = ["captions", "questions", "dialogues"]
+
+
+def sample(number, **fields):
+    """The members of a sample, as webdataset has them."""
+    key = f"{number:06}"
+    return [(f"{key}.jpg", jpeg(number)), *((f"{key}.{name}", text.encode()) for name, text in fields.items())]
+
+
+def shards(folder, sizes):
+    """Shards of captions "dog N"."""
+    folder.mkdir(exist_ok=True)
+    for shard in range(len(sizes)):
+        numbers = range(sum(sizes[:shard]), sum(sizes[: shard + 1]))
+        members = [member for number in numbers for member in sample(number, txt=f"dog {number}")]
+        tar(folder / f"{shard:05}.tar", dict(members))
+    return folder
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """``opened(source, ...)`` gives rows, and what was told."""
+
+    def open_it(*sources, kinds=KINDS, **fields):
+        told = []
+        recipes = [SourceRecipe((str(source),), **fields) for source in sources]
+        rows = open_sources(recipes, tmp_path, keep=tmp_path / "kept", kinds=kinds, tell=told.append)
+        return rows, told
+
+    return open_it
+
+
+def test_samples_are_read_from_where_they_lie(opened, tmp_path):
+    shards(tmp_path / "s", [3, 4])
+    rows, told = opened("s/{00000..00001}.tar")
+    assert isinstance(rows, Joined) and len(rows) == 7
+    assert [rows[number].captions for number in (6, 0, 3)] == [("dog 6",), ("dog 0",), ("dog 3",)]
+    assert all(np.array_equal(rows.picture(number), _decoded(number)) for number in (5, 2))
+    assert told == [f"{tmp_path}/s/{{00000..00001}}.tar: 7 rows"]
+    rows, told = opened("s/{00000..00001}.tar")
+    assert len(rows) == 7 and told == []  # found before
+
+
+def _decoded(number):
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(jpeg(number))))
+
+
+def test_a_folder_of_shards_and_a_changed_one(opened, tmp_path):
+    """Another shard, or another content, is looked at again; nothing else is."""
+    shards(tmp_path / "s", [2])
+    assert len(opened("s")[0]) == 2
+    shards(tmp_path / "s", [2, 2])
+    assert len(opened("s")[0]) == 4
+    before = os.stat(tmp_path / "s" / "00000.tar")
+    tar(tmp_path / "s" / "00000.tar", dict(sample(7, txt="cat 7") + sample(8, txt="cat 8")))
+    os.utime(tmp_path / "s" / "00000.tar", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert before.st_size == os.stat(tmp_path / "s" / "00000.tar").st_size
+    rows, told = opened("s")
+    assert rows[0].captions == ("cat 7",) and len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "row"),
+    [
+        ({"txt": "a dog"}, {}, Row("", ("a dog",))),
+        ({"txt": "a dog", "json": '{"caption": "a dog", "url": "x"}'}, {}, Row("", ("a dog",))),
+        ({"json": '{"top_caption": "a", "all_captions": ["b", "c"]}'}, {"text": "all_captions"}, Row("", ("b", "c"))),
+        ({"txt": "a", "json": '{"q": "who?", "a": "me"}'}, {"question": "q", "answer": "a"},
+         Row("", ("a",), (Turn("who?", "me"),))),
+        ({"json": '{"q": "who?", "a": ["me", "me", "you"]}'}, {"question": "q", "answer": "a"},
+         Row("", (), (Turn("who?", "me", (("me", 2), ("you", 1))),))),
+        ({"json": '{"questions": [{"question": "who?", "answer": "me"}], "captions": ["a"]}'}, {},
+         Row("", ("a",), (Turn("who?", "me"),))),
+    ],
+)  # fmt: skip
+def test_texts_of_a_sample(opened, tmp_path, fields, columns, row):
+    tar(tmp_path / "a.tar", dict(sample(1, **fields)))
+    rows, _ = opened("a.tar", **columns)
+    found = rows[0]
+    assert (found.captions, found.questions, found.dialogues) == (row.captions, row.questions, row.dialogues)
+    assert found.image == f"{tmp_path}/a.tar: 000001" and found.content is None
+
+
+def test_what_cannot_be_learnt_is_left_out_and_counted(opened, tmp_path):
+    members = [*sample(1, txt="a"), *sample(2), *sample(3, json='{"caption": 3}'), ("000004.txt", b"b")]
+    members += [*sample(5, json="{"), *sample(6, json='{"captions": ["c", 7]}')]
+    tar(tmp_path / "a.tar", dict(members))
+    rows, [told] = opened("a.tar")
+    assert [rows[number].captions for number in range(len(rows))] == [("a",)]
+    place = f"{tmp_path}/a.tar"
+    assert told.startswith(f"{place}: 1 rows; left out: 1, has no text of the kind, the first: {place}: 000002; left ")
+    assert "left out: 2, cannot be read, the first: " in told and "has no picture, but txt" in told
+    assert "left out: 2, its texts cannot be used, the first: " in told
+    with pytest.raises(RecipeError, match=r"no rows to learn from \(.*wanted are dialogues, see data.sources text"):
+        opened("a.tar", kinds=["dialogues"])
+
+
+def test_a_damaged_shard_loses_what_comes_after(opened, tmp_path):
+    shards(tmp_path / "s", [3])
+    path = tmp_path / "s" / "00000.tar"
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        content[archive.getmembers()[4].offset] ^= 0xFF
+    path.write_bytes(content)
+    rows, [told] = opened("s")
+    assert len(rows) == 1 and "left out: 2, cannot be read, the first: " in told and "get or make it again" in told
+
+
+def test_what_changes_while_it_is_read_is_a_bad_picture(opened, tmp_path):
+    shards(tmp_path / "s", [3])
+    rows, _ = opened("s")
+    with (tmp_path / "s" / "00000.tar").open("r+b") as file:
+        file.write(b"x" * 20_000)
+    with pytest.raises(ImageError, match=r"00000\.tar"):
+        rows.picture(0)
+    assert rows[0].captions == () and "00000.tar" in rows[0].image
+
+
+def test_positions_that_are_damaged(opened, tmp_path):
+    """Told where they are used; where their end is, they are found again."""
+    shards(tmp_path / "s", [3])
+    opened("s")
+    [path] = (tmp_path / "kept").glob("*.positions")
+    content = bytearray(path.read_bytes())
+    content[RECORD.itemsize + 3] ^= 1
+    path.write_bytes(content)
+    rows, _ = opened("s")
+    assert rows[0].captions == ("dog 0",)
+    with pytest.raises(RecipeError, match=r"is damaged .* delete it, and start again"):
+        rows[1]
+    path.write_bytes(content[:-9])
+    rows, told = opened("s")
+    assert rows[1].captions == ("dog 1",) and len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda folder: None, "s.tar: no such file"),
+        (lambda folder: (folder / "s.tar").write_bytes(b"junk"), "s.tar: cannot be read as a tar file"),
+        (lambda folder: tarfile.open(folder / "s.tar", "w:gz").close(), "s.tar"),
+    ],
+)
+def test_what_is_no_collection(opened, tmp_path, make, problem):
+    make(tmp_path)
+    with pytest.raises(RecipeError) as raised:
+        opened("s.tar")
+    assert problem in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_packed_shards_are_to_be_unpacked(opened, tmp_path):
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as archive:
+        for name, content in sample(1, txt="a"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    with pytest.raises(RecipeError, match="is packed, and cannot be read from its middle; unpack it"):
+        opened("s.tar.gz")
+
+
+def test_parquet(opened, tmp_path):
+    table = {"image": [{"bytes": jpeg(n), "path": None} for n in range(9)], "caption": [f"dog {n}" for n in range(9)]}
+    pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet", row_group_size=4)
+    rows, _ = opened("a.parquet")
+    assert [rows[number].captions[0] for number in (8, 1, 5, 2)] == ["dog 8", "dog 1", "dog 5", "dog 2"]
+    assert np.array_equal(rows.picture(7), _decoded(7))
+
+
+def test_json_lines_are_not_in_memory_and_say_the_same(opened, tmp_path, rows):
+    found, _ = opened(rows)
+    assert isinstance(found, Joined)
+    expected = read_rows([rows])
+    assert [found[number] for number in range(len(found))] == expected
+    with rows.open("a") as file:
+        file.write('\n{"image": "absent.png", "caption": "a"}\n')
+    found, [told] = opened(rows)
+    assert len(found) == len(expected) and f"{rows}:10: " in told and "its picture is not there" in told
+    with rows.open("a") as file:
+        file.write("{\n")
+    with pytest.raises(RecipeError, match=r"rows\.jsonl:11: not JSON"):
+        opened(rows)
+
+
+def test_folders_and_rows_of_other_tools_are_lists(opened, tmp_path, pictures):
+    """So that their features can be kept."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{number}.jpg", "text": f"dog {number}"}) + "\n" for number in range(2))
+    )
+    rows, [told] = opened("photos")
+    assert rows == [Row(str(folder / f"{number}.jpg"), (f"dog {number}",)) for number in range(2)]
+    assert "left out: 1, has no text of the kind" in told
+    coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": c} for c in "ab"]}
+    (folder / "coco.json").write_text(json.dumps(coco))
+    rows, _ = opened("photos/coco.json")
+    assert rows == [Row(str(folder / "1.jpg"), ("a", "b"))]
+
+
+# ---- training ----
+
+
+def write(path, data, start, stage=1, steps=8):
+    path.write_text(
+        f"""
+        stage = {stage}
+        start = "{start}"
+        out = "{path.stem}"
+        precision = "fp32"
+        threads = 1
+        checkpoint_every = 3
+        {data}
+        [optim]
+        steps = {steps}
+        batch_size = 4
+        warmup_steps = 2
+        """
+    )
+    return path
+
+
+def final(folder):
+    return checkpoint.load(folder).state_dict()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path, matching_model, opt_model, stage):
+    """As if it had not stopped, of two collections with weights."""
+    shards(tmp_path / "s", [9, 6])
+    shards(tmp_path / "t", [5])
+    data = '[[data]]\nsource = "s/{00000..00001}.tar"\nweight = 2\n[[data]]\nsource = "t"\n'
+    if stage == 2:
+        data = "[data]\nmax_prompt_tokens = 64\n" + data.replace("[[data]]", "[[data.sources]]")
+    start = matching_model if stage == 1 else opt_model
+    whole = train.run(write(tmp_path / "whole.toml", data, start, stage))
+    parts = write(tmp_path / "parts.toml", data, start, stage)
+
+    def stop(progress):
+        if progress.phase == "checkpoint" and progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.run(parts, report=stop)
+    told = []
+    found = final(train.run(parts, report=told.append))
+    assert not [progress for progress in told if progress.phase == "rows"], "what was found is not looked for again"
+    for name, value in final(whole).items():
+        assert torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize("data", ['data = "s/{00000..00001}.tar"', 'data = ["s/00000.tar", "s/0*1.tar"]', 'data = "s"'])
+def test_a_collection_by_its_name_alone(tmp_path, matching_model, data):
+    shards(tmp_path / "s", [5, 5])
+    told = []
+    out = train.run(write(tmp_path / "a.toml", data, matching_model, steps=2), report=told.append)
+    assert checkpoint.load(out) is not None
+    assert next(progress.message for progress in told if progress.phase == "rows").endswith(" rows")
+
+
+def test_bad_pictures_are_passed_over(tmp_path, matching_model):
+    members = [member for number in range(6) for member in sample(number, txt=f"dog {number}")]
+    members[2] = (members[2][0], b"no picture")
+    tar(tmp_path / "a.tar", dict(members))
+    told = []
+    train.run(write(tmp_path / "a.toml", 'data = "a.tar"', matching_model), report=told.append)
+    assert "pictures that cannot be read: 1, passed over" in told[-1].message
+    assert "a.tar: 000001: " in (tmp_path / "a" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ('data = "absent.tar"', "absent.tar: no such file"),
+        ("data = []", "data.rows: is missing, or names no file"),
+        ('data = ""', "data.sources: a source names nothing"),
+        ('[data]\nrows = "a.jsonl"\nsources = "s"', "data.sources: stands beside data.rows"),
+        ('[[data]]\nsource = "s"\nweight = 0', "data.sources.weight: has to be above 0"),
+        ('[[data]]\nsource = "s"\nquestion = "q"', "'question' and 'answer' go together"),
+        ('[[data]]\nsource = "s"\nwieght = 2', "data.sources.wieght: not a key that a recipe has; did you mean"),
+        ("[[data]]\nweight = 2", "data.sources.source: is missing"),
+        ('[data]\nsources = "s"\nfeatures = "f"', "data.features: is kept of pictures that have files of their own"),
+        ('data = ["s", "t"]', "optim.batch_size is 4, but there are only 3 rows"),
+    ],
+)
+def test_recipes_that_cannot_be(tmp_path, matching_model, data, problem):
+    shards(tmp_path / "s", [5])
+    shards(tmp_path / "t", [3])
+    with pytest.raises(RecipeError) as raised:
+        train.run(write(tmp_path / "a.toml", data, matching_model))
+    assert problem in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_features_are_kept_of_a_folder(tmp_path, matching_model):
+    (tmp_path / "photos").mkdir()
+    for number in range(5):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "photos" / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{number}.jpg,dog {number}\n" for number in range(5))
+    )
+    data = '[data]\nsources = "photos"\nfeatures = "f"'
+    train.run(write(tmp_path / "a.toml", data, matching_model))
+    assert [path.name for path in (tmp_path / "f").glob("*.bin")]
