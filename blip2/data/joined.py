@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
@@ -39,13 +39,22 @@ class Listed:
 
 
 class Joined:
-    """The rows of data sets, one after another. ``weights``: their shares of the steps, see `Order`.
+    """The rows of data sets, one after another. ``weights``: their shares of the steps, see `Order`; ``change``: what
+    each row becomes.
 
     Each row has a picture of its own. One that cannot be read has no texts.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float], most: int | None = None) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        weights: Sequence[float],
+        *,
+        change: Callable[[Row], Row] = lambda row: row,
+        most: int | None = None,
+    ) -> None:
         self._datasets, self.weights = datasets, tuple(weights)
+        self._change = change
         self.sizes = tuple(map(len, datasets))
         self._ends = [*accumulate(self.sizes)]
         self._count = min(self._ends[-1], self._ends[-1] if most is None else most)
@@ -56,7 +65,7 @@ class Joined:
         return self._count
 
     def first(self, most: int) -> Joined:
-        return Joined(self._datasets, self.weights, most)
+        return Joined(self._datasets, self.weights, change=self._change, most=most)
 
     def __getitem__(self, number: int) -> Row:
         """Without the picture's content."""
@@ -81,7 +90,7 @@ class Joined:
 
     def _read(self, number: int) -> Row:
         which = bisect_right(self._ends, number)
-        row = self._datasets[which].read(number - (self._ends[which] - self.sizes[which]))
+        row = self._change(self._datasets[which].read(number - (self._ends[which] - self.sizes[which])))
         with self._lock:
             self._said[number] = replace(row, content=None)
             if len(self._said) > REMEMBERED:

@@ -6,9 +6,11 @@ B batch rows, H and W pixels.
 from __future__ import annotations
 
 import os
+import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 from blip2.data.joined import Joined
 from blip2.data.sample import Row
 from blip2.errors import ImageError
-from blip2.image import load_image, to_pixels
+from blip2.image import augmented, load_image, to_pixels
 
 Batch = TypeVar("Batch")
 
@@ -65,11 +67,16 @@ class Pictures:
                 raise found
         return torch.stack([found for found in read if isinstance(found, Tensor)])
 
-    def read(self, numbers: Sequence[int] | np.ndarray) -> list[Tensor | ImageError]:
-        """The pixels ``float32[3, H, W]`` of each of the pictures with these numbers, or what is wrong with it."""
-        return list(self._pool.map(self._one, map(int, numbers)))
+    def read(
+        self, numbers: Sequence[int] | np.ndarray, chances: Iterable[random.Random | None] = repeat(None)
+    ) -> list[Tensor | ImageError]:
+        """The pixels ``float32[3, H, W]`` of each of the pictures with these numbers, or what is wrong with it.
 
-    def _one(self, number: int) -> Tensor | ImageError:
+        ``chances``: by which each is `augmented`; None leaves it as it is.
+        """
+        return list(self._pool.map(self._one, map(int, numbers), chances))
+
+    def _one(self, number: int, chance: random.Random | None) -> Tensor | ImageError:
         try:
             if self._joined is None:
                 image = load_image(self.paths[number], allow_truncated=None)
@@ -77,6 +84,8 @@ class Pictures:
                 image = self._joined.picture(number)
         except ImageError as error:
             return error
+        if chance is not None:
+            image = augmented(image, chance)
         resample, edge = self.resizing
         [pixels_CHW] = to_pixels(
             [image], size=self.size, mean=self.mean, std=self.std, resample=resample, shortest_edge=edge

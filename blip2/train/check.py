@@ -6,7 +6,7 @@ import difflib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from blip2 import checkpoint
 from blip2.checkpoint import BUNDLED, ImageSettings
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.data import Row, read_rows
+from blip2.data.cleaning import cleaned
 from blip2.data.joined import Joined
 from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
@@ -74,12 +75,14 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
 
 
 def _rows(data: DataRecipe | EvaluationRecipe, recipe: Recipe, path: Path, tell: Tell) -> list[Row] | Joined:
+    change: Callable[[Row], Row] = cleaned if recipe.data.cleaning == "lavis" else lambda row: row
     if not data.sources:
-        return read_rows(data.rows, data.images)
+        return list(map(change, read_rows(data.rows, data.images)))
     mix = asdict(recipe.data.mix)
     kinds = ["captions"] if recipe.stage == 1 else [kind for kind, weight in mix.items() if weight > 0]
     folder = path.absolute().parent
-    return open_sources(data.sources, folder, keep=recipe.out / "training" / "rows", kinds=kinds, tell=tell)
+    keep = recipe.out / "training" / "rows"
+    return open_sources(data.sources, folder, keep=keep, kinds=kinds, tell=tell, change=change)
 
 
 def find_model(name: str, recipe: Path, key: str) -> Path:

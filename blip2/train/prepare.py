@@ -39,10 +39,10 @@ def prepare(model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, r
 
     bad = BadPictures(recipe.data.on_bad_picture)
 
-    def row_set(rows: list[Row] | Joined, files: Sequence[Path]) -> RowSet:
-        return RowSet(rows, files, model.vision, materials.settings, recipe, report, bad)
+    def row_set(rows: list[Row] | Joined, files: Sequence[Path], augment: bool = False) -> RowSet:
+        return RowSet(rows, files, model.vision, materials.settings, recipe, report, bad, augment)
 
-    train_set = row_set(materials.train_rows, recipe.data.rows)
+    train_set = row_set(materials.train_rows, recipe.data.rows, recipe.data.augment)
     held_out = None
     if recipe.evaluation is not None:
         held_out = row_set(materials.held_out_rows or [], recipe.evaluation.rows)

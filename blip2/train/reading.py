@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -33,6 +34,7 @@ class RowSet:
         recipe: Recipe,
         report: Report,
         bad: BadPictures,
+        augment: bool = False,
     ) -> None:
         self.rows = rows
         sizes, weights = (rows.sizes, rows.weights) if isinstance(rows, Joined) else ((len(rows),), ())
@@ -40,6 +42,7 @@ class RowSet:
         self.pictures = Pictures(self.rows, **asdict(settings), threads=recipe.threads)
         self._vision = vision
         self._bad = bad
+        self._seed = recipe.seed if augment else None
         self._file: FeatureFile | None = None
         if recipe.data.features is not None and not isinstance(rows, Joined):
             listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
@@ -64,7 +67,7 @@ class RowSet:
         whose can be. So a batch follows from the draws and the files alone, whatever was read before.
         """
         numbers = draws % len(self.rows)
-        found = self._stored(numbers)
+        found = self._stored(numbers, draws)
         for place in range(len(numbers)):
             first = numbers[place]
             while isinstance(error := found[place], ImageError):
@@ -72,14 +75,17 @@ class RowSet:
                 numbers[place] = (numbers[place] + 1) % len(self.rows)
                 if numbers[place] == first:
                     raise RecipeError(f"none of the pictures of {len(self.rows):,} rows can be read, such as {error}")
-                [found[place]] = self._stored(numbers[place : place + 1])
+                [found[place]] = self._stored(numbers[place : place + 1], draws[place : place + 1])
         # By numpy: under autocast torch would have all of one precision.
         return numbers, torch.from_numpy(np.stack([stored.numpy() for stored in found if isinstance(stored, Tensor)]))
 
-    def _stored(self, numbers: np.ndarray) -> list[Tensor | ImageError]:
+    def _stored(self, numbers: np.ndarray, draws: np.ndarray) -> list[Tensor | ImageError]:
         pictures = self.pictures.of_rows(numbers)
         if self._file is None:
-            return self.pictures.read(pictures)
+            if self._seed is None:
+                return self.pictures.read(pictures)
+            # A draw is of one row in one epoch: another look each time, and the same in whichever process.
+            return self.pictures.read(pictures, [random.Random(f"{self._seed} {draw}") for draw in draws.tolist()])
         return [
             self._problem(number) if features_PD[0, 0].isnan() else features_PD
             for number, features_PD in zip(pictures, self._file.read(pictures), strict=True)

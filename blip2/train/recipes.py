@@ -61,6 +61,11 @@ class DataRecipe:
     """Where the rows' relative picture paths start; absent: the folder of each file of rows."""
     features: Path | None = None
     """A folder for the frozen image encoder's output, computed once; absent: computed at every step."""
+    augment: bool = False
+    """At each step another part of a picture, half of it at least, mirrored as often as not; not with ``features``,
+    which are those of whole pictures."""
+    cleaning: Literal["none", "lavis"] = "none"
+    """Captions and questions in small letters and without most signs, as the authors' library has them."""
     on_bad_picture: Literal["skip", "stop"] = "skip"
     """A picture that cannot be read: its row gives its place to the next one whose can be, and the log names it; or
     its error ends the training, with its state saved."""
@@ -210,6 +215,10 @@ class _Reader:
             return value.absolute() if isinstance(value, Path) else self.path.absolute().parent / value
         if kind is str and isinstance(value, Path):
             return str(value.absolute())
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise self.error(name, f"has to be true or false, not {value!r}")
+            return value
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 2**63 else math.inf
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -286,5 +295,10 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
                 raise reader.error(f"{key}.sources.weight", f"has to be above 0, not {source.weight}; or leave it out")
             if (source.question is None) != (source.answer is None):
                 raise reader.error(f"{key}.sources", "'question' and 'answer' go together; name both columns")
+    if data.augment and data.features is not None:
+        raise reader.error(
+            "data.augment", "shows other parts of a picture at each step, and data.features keeps those of whole ones; "
+            "leave one of them out"
+        )  # fmt: skip
     if not recipe.start:
         raise reader.error("start", "is empty; name the folder of a model, or miniature")

@@ -36,16 +36,23 @@ Tell = Callable[[str], None]
 
 
 def open_sources(
-    sources: Sequence[SourceRecipe], folder: Path, *, keep: Path, kinds: Sequence[str], tell: Tell
+    sources: Sequence[SourceRecipe],
+    folder: Path,
+    *,
+    keep: Path,
+    kinds: Sequence[str],
+    tell: Tell,
+    change: Callable[[Row], Row] = lambda row: row,
 ) -> list[Row] | Joined:
     """``folder``: from which names start; ``keep``: the folder for positions; ``kinds``: the texts of a `Row` that can
-    be learnt from ("captions", ...): rows without any are left out, which ``tell`` is told. One source whose pictures
+    be learnt from ("captions", ...): rows without any are left out, which ``tell`` is told; ``change``: what
+    each row becomes. One source whose pictures
     have files of their own becomes a list. Raises RecipeError.
     """
     opened = [_opened(source, folder, keep, kinds, tell) for source in sources]
     if len(opened) == 1 and isinstance(listed := opened[0], Listed):
-        return list(listed.rows)
-    return Joined(opened, [source.weight for source in sources])
+        return list(map(change, listed.rows))
+    return Joined(opened, [source.weight for source in sources], change=change)
 
 
 def _opened(source: SourceRecipe, folder: Path, keep: Path, kinds: Sequence[str], tell: Tell) -> Dataset:

@@ -9,34 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import torch
 
-from blip2 import checkpoint, train
 from blip2.data import Row, Turn, read_rows
 from blip2.data.joined import Joined
 from blip2.data.positions import RECORD
 from blip2.errors import ImageError, RecipeError
 from blip2.train.recipes import SourceRecipe
 from blip2.train.sources import open_sources
-from tests.collection.written import jpeg, tar
+from tests.collection.written import jpeg, sample, shards, tar
 
 KINDS = ["captions", "questions", "dialogues"]
-
-
-def sample(number, **fields):
-    """The members of a sample, as webdataset has them."""
-    key = f"{number:06}"
-    return [(f"{key}.jpg", jpeg(number)), *((f"{key}.{name}", text.encode()) for name, text in fields.items())]
-
-
-def shards(folder, sizes):
-    """Shards of captions "dog N"."""
-    folder.mkdir(exist_ok=True)
-    for shard in range(len(sizes)):
-        numbers = range(sum(sizes[:shard]), sum(sizes[: shard + 1]))
-        members = [member for number in numbers for member in sample(number, txt=f"dog {number}")]
-        tar(folder / f"{shard:05}.tar", dict(members))
-    return folder
 
 
 @pytest.fixture
@@ -223,106 +205,10 @@ def test_folders_and_rows_of_other_tools_are_lists(opened, tmp_path, pictures):
     assert rows == [Row(str(folder / "1.jpg"), ("a", "b"))]
 
 
-# ---- training ----
-
-
-def write(path, data, start, stage=1, steps=8):
-    path.write_text(
-        f"""
-        stage = {stage}
-        start = "{start}"
-        out = "{path.stem}"
-        precision = "fp32"
-        threads = 1
-        checkpoint_every = 3
-        {data}
-        [optim]
-        steps = {steps}
-        batch_size = 4
-        warmup_steps = 2
-        """
-    )
-    return path
-
-
-def final(folder):
-    return checkpoint.load(folder).state_dict()
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path, matching_model, opt_model, stage):
-    """As if it had not stopped, of two collections with weights."""
-    shards(tmp_path / "s", [9, 6])
-    shards(tmp_path / "t", [5])
-    data = '[[data]]\nsource = "s/{00000..00001}.tar"\nweight = 2\n[[data]]\nsource = "t"\n'
-    if stage == 2:
-        data = "[data]\nmax_prompt_tokens = 64\n" + data.replace("[[data]]", "[[data.sources]]")
-    start = matching_model if stage == 1 else opt_model
-    whole = train.run(write(tmp_path / "whole.toml", data, start, stage))
-    parts = write(tmp_path / "parts.toml", data, start, stage)
-
-    def stop(progress):
-        if progress.phase == "checkpoint" and progress.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train.run(parts, report=stop)
-    told = []
-    found = final(train.run(parts, report=told.append))
-    assert not [progress for progress in told if progress.phase == "rows"], "what was found is not looked for again"
-    for name, value in final(whole).items():
-        assert torch.equal(value, found[name]), name
-
-
-@pytest.mark.parametrize("data", ['data = "s/{00000..00001}.tar"', 'data = ["s/00000.tar", "s/0*1.tar"]', 'data = "s"'])
-def test_a_collection_by_its_name_alone(tmp_path, matching_model, data):
-    shards(tmp_path / "s", [5, 5])
-    told = []
-    out = train.run(write(tmp_path / "a.toml", data, matching_model, steps=2), report=told.append)
-    assert checkpoint.load(out) is not None
-    assert next(progress.message for progress in told if progress.phase == "rows").endswith(" rows")
-
-
-def test_bad_pictures_are_passed_over(tmp_path, matching_model):
-    members = [member for number in range(6) for member in sample(number, txt=f"dog {number}")]
-    members[2] = (members[2][0], b"no picture")
-    tar(tmp_path / "a.tar", dict(members))
-    told = []
-    train.run(write(tmp_path / "a.toml", 'data = "a.tar"', matching_model), report=told.append)
-    assert "pictures that cannot be read: 1, passed over" in told[-1].message
-    assert "a.tar: 000001: " in (tmp_path / "a" / "log.jsonl").read_text()
-
-
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
-        ('data = "absent.tar"', "absent.tar: no such file"),
-        ("data = []", "data.rows: is missing, or names no file"),
-        ('data = ""', "data.sources: a source names nothing"),
-        ('[data]\nrows = "a.jsonl"\nsources = "s"', "data.sources: stands beside data.rows"),
-        ('[[data]]\nsource = "s"\nweight = 0', "data.sources.weight: has to be above 0"),
-        ('[[data]]\nsource = "s"\nquestion = "q"', "'question' and 'answer' go together"),
-        ('[[data]]\nsource = "s"\nwieght = 2', "data.sources.wieght: not a key that a recipe has; did you mean"),
-        ("[[data]]\nweight = 2", "data.sources.source: is missing"),
-        ('[data]\nsources = "s"\nfeatures = "f"', "data.features: is kept of pictures that have files of their own"),
-        ('data = ["s", "t"]', "optim.batch_size is 4, but there are only 3 rows"),
-    ],
-)
-def test_recipes_that_cannot_be(tmp_path, matching_model, data, problem):
-    shards(tmp_path / "s", [5])
-    shards(tmp_path / "t", [3])
-    with pytest.raises(RecipeError) as raised:
-        train.run(write(tmp_path / "a.toml", data, matching_model))
-    assert problem in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_features_are_kept_of_a_folder(tmp_path, matching_model):
-    (tmp_path / "photos").mkdir()
-    for number in range(5):
-        (tmp_path / "photos" / f"{number}.jpg").write_bytes(jpeg(number))
-    (tmp_path / "photos" / "metadata.csv").write_text(
-        "file_name,text\n" + "".join(f"{number}.jpg,dog {number}\n" for number in range(5))
-    )
-    data = '[data]\nsources = "photos"\nfeatures = "f"'
-    train.run(write(tmp_path / "a.toml", data, matching_model))
-    assert [path.name for path in (tmp_path / "f").glob("*.bin")]
+def test_samples_whose_members_do_not_stand_side_by_side(opened, tmp_path):
+    """Also in a later shard than the first."""
+    shards(tmp_path / "s", [2])
+    members = sample(1, txt="a") + sample(2, txt="b")
+    tar(tmp_path / "s" / "00001.tar", dict(members[i] for i in (0, 2, 1, 3)))
+    with pytest.raises(RecipeError, match=r"00001\.tar: the members of '000001' do not stand side by side"):
+        opened("s")

@@ -86,11 +86,12 @@ class Shards:
         """Where each record begins and ends in the shard, for `at`; its picture is not read, and stands as one byte.
 
         What comes after a damaged place is left out, with a record that has that as its problem. Raises CollectionError
-        for a shard that is packed.
+        as `records` does, and for a shard that is packed.
         """
         if tarball.is_packed(unit.place):
             raise CollectionError(f"{unit.place}: is packed, and cannot be read from its middle; unpack it (gunzip)")
         sample, start, stop = _Sample(""), 0, 0
+        seen: set[str] = set()
         try:
             for member in tarball.names(unit.place, 0):
                 if META.match(member.name) or not (parts := KEY.match(member.name)):
@@ -98,6 +99,9 @@ class Shards:
                 if parts[1] != sample.key:
                     if sample.names and not self._is_meta(sample):
                         yield start, stop, self._record(unit.place, sample)
+                    if parts[1] in seen:
+                        raise self._fragmented(unit.place, parts[1])
+                    seen.add(parts[1])
                     sample, start = _Sample(parts[1]), member.start
                 self._take(sample, member, parts[2].lower(), has_pictures=False)
                 stop = member.stop
