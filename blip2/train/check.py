@@ -61,6 +61,7 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
         if taken.vision != config.vision:
             raise RecipeError(f"qformer: {qformer} was trained on another image encoder than the one of 'start'")
     _check_model(config, recipe)
+    _check_apart(recipe, start, qformer)
     evaluation = recipe.evaluation
     materials = Materials(
         start, config, tokenizer, settings,
@@ -180,11 +181,15 @@ def _check_pictures(materials: Materials, recipe: Recipe) -> None:
         )
 
 
-def _check_output(materials: Materials, recipe: Recipe) -> None:
-    """That it can be written, is no model that training starts from, and has room for the features."""
-    for key, source in (("start", materials.start), ("qformer", materials.qformer)):
+def _check_apart(recipe: Recipe, start: Path, qformer: Path | None) -> None:
+    """That the output is no model that training starts from."""
+    for key, source in (("start", start), ("qformer", qformer)):
         if source is not None and recipe.out.resolve() == source.resolve():
             raise RecipeError(f"out: {recipe.out} is the folder of {key!r}, which it would overwrite; name another")
+
+
+def _check_output(materials: Materials, recipe: Recipe) -> None:
+    """That it can be written, and has room for the features."""
     _check_writable("out", recipe.out)
     if (features := recipe.data.features) is None:
         return

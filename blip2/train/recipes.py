@@ -142,17 +142,23 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         raise RecipeError(f"{path}: {error}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not TOML ({error}); write a recipe as those in examples/recipes") from None
-    if isinstance(table.get("data"), str | list):
-        table["data"] = {"sources": table["data"]}
+    _name_sources(table)
     try:
         _override(table, overrides or {})
     except (AttributeError, TypeError):
         names = ", ".join(overrides or {})
         raise RecipeError(f"{path}: {names}: names a key within a value that is no table") from None
+    _name_sources(table)
     reader = _Reader(path)
     recipe = reader.build(Recipe, table, "")
     _check(recipe, reader)
     return recipe
+
+
+def _name_sources(table: dict[str, Any]) -> None:
+    """``data = "a.tar"`` and ``[[data]]`` are short for a table with ``sources``."""
+    if isinstance(table.get("data"), str | Path | list):
+        table["data"] = {"sources": table["data"]}
 
 
 def _override(table: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -288,6 +294,8 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
             raise reader.error(f"{key}.rows", problem)
         if of.rows and of.sources:
             raise reader.error(f"{key}.sources", f"stands beside {key}.rows; leave one of them out")
+        if of.sources and of.images is not None:
+            raise reader.error(f"{key}.images", "goes with rows; a source names the folder of its pictures by itself")
         for source in of.sources:
             if not source.source or not all(source.source):
                 raise reader.error(f"{key}.sources", "a source names nothing")

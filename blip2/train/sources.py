@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import escape, has_magic
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 from blip2.collection.record import Record, Source, Unit
 from blip2.collection.sources import Rows, Shards, open_source
+from blip2.collection.sources.fields import is_address
 from blip2.collection.sources.opening import places_of
 from blip2.data import Row
 from blip2.data.joined import Dataset, Joined, Listed
@@ -68,7 +70,7 @@ def _opened(source: SourceRecipe, folder: Path, keep: Path, kinds: Sequence[str]
         else:
             opened = open_source(
                 places, image_column=source.image, caption_column=source.text, split=source.split, key_column="row",
-                images=None if source.images is None else str(source.images),
+                images=None if source.images is None else str(source.images), caption_suffix=".txt",
             )  # fmt: skip
             if isinstance(opened, Shards):
                 dataset = InShards(opened, source)
@@ -96,7 +98,7 @@ def _opened(source: SourceRecipe, folder: Path, keep: Path, kinds: Sequence[str]
 
 
 def _within(folder: Path, name: str) -> str:
-    if os.path.isabs(name):
+    if os.path.isabs(name) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):  # an address is refused as it stands
         return name
     is_pattern = has_magic(name) and not os.path.lexists(folder / name)
     return os.path.join(escape(str(folder)) if is_pattern else str(folder), name)
@@ -136,6 +138,8 @@ def _row(record: Record, source: SourceRecipe, is_usable: Usable) -> Row | LeftO
     """What of a record can be learnt."""
     if record.problem:
         return LeftOut("cannot be read", record.problem)
+    if isinstance(record.picture, str) and is_address(record.picture):
+        return LeftOut("its picture is an address, which has to be downloaded first", record.name)
     try:
         row = row_of(record, source)
     except ValueError as error:

@@ -113,3 +113,14 @@ def test_the_examples_are_recipes(stage):
     recipe = load_recipe(EXAMPLES / f"stage{stage}.toml")
     assert recipe.stage == stage
     assert (recipe.optim.beta1, recipe.optim.beta2, recipe.optim.weight_decay) == (0.9, 0.98, 0.05)
+
+
+@pytest.mark.parametrize("data", ['data = "a.tar"', 'data = ["a.tar"]', '[[data]]\nsource = "a.tar"'])
+def test_a_collection_may_be_named_in_short(tmp_path, data):
+    """And its other values be set on the command line."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'stage = 1\nstart = "s"\nout = "o"\n{data}\n[optim]\nsteps = 1\nbatch_size = 2\n')
+    recipe = load_recipe(path, {"data.cleaning": "lavis"})
+    assert [source.source for source in recipe.data.sources] == [("a.tar",)] and recipe.data.cleaning == "lavis"
+    [source] = load_recipe(path, {"data": tmp_path / "b.tar"}).data.sources
+    assert source.source == (str(tmp_path / "b.tar"),)

@@ -199,6 +199,12 @@ def test_folders_and_rows_of_other_tools_are_lists(opened, tmp_path, pictures):
     rows, [told] = opened("photos")
     assert rows == [Row(str(folder / f"{number}.jpg"), (f"dog {number}",)) for number in range(2)]
     assert "left out: 1, has no text of the kind" in told
+    (folder / "2.txt").write_text("dog 2\n")  # as other trainers have them
+    rows, told = opened("photos")
+    assert [row.captions for row in rows] == [("dog 0",), ("dog 1",), ("dog 2",)] and told[0].endswith(": 3 rows")
+    (tmp_path / "web.csv").write_text("url,caption\nhttps://a.b/c.jpg,a dog\n")
+    with pytest.raises(RecipeError, match="its picture is an address, which has to be downloaded first"):
+        opened("web.csv")
     coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": c} for c in "ab"]}
     (folder / "coco.json").write_text(json.dumps(coco))
     rows, _ = opened("photos/coco.json")
