@@ -73,15 +73,15 @@ def kept_positions(
     """
     of = json.loads(json.dumps(of))
     try:
-        while True:
-            if (told := _told(path)) is not None and told["of"] == of:
-                return Positions(path, told), False
+        while (told := _told(path, of)) is None:
             try:
                 with disk.locked(path.with_suffix(".lock")):
-                    _write(path, of, find())
-                    return Positions(path, _told(path) or {}), True
+                    if _told(path, of) is None:  # another may just have ended
+                        _write(path, of, find())
+                        return Positions(path, _told(path, of) or {}), True
             except BlockingIOError:
                 time.sleep(WAIT_S)
+        return Positions(path, told), False
     except OSError as error:
         raise RecipeError(
             f"{path}: where the rows are cannot be kept there ({error.strerror or error}); make room, or name another "
@@ -109,8 +109,8 @@ def _write(path: Path, of: dict[str, Any], found: Iterator[Position | LeftOut]) 
         file.write(some + told + len(told).to_bytes(LENGTH_BYTES, "little"))
 
 
-def _told(path: Path) -> dict[str, Any] | None:
-    """What stands at the end; None if there is no such file, or it is damaged."""
+def _told(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """What stands at the end; None if there is no such file, it is damaged, or of something else."""
     try:
         with path.open("rb") as file:
             end = file.seek(-LENGTH_BYTES, 2)
@@ -119,7 +119,7 @@ def _told(path: Path) -> dict[str, Any] | None:
                 return None
             file.seek(end - length)
             told = json.loads(file.read(length))
-            return told if told["count"] * RECORD.itemsize == end - length and told["of"] else None
+            return told if told["count"] * RECORD.itemsize == end - length and told["of"] == of else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from glob import escape, has_magic
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,8 @@ from blip2.train.recipes import SourceRecipe
 VERSION = 1
 """To be raised when other rows are found in the same files."""
 MOST_OPEN = 128
+TOLD_ROWS = 100_000
+"""After each so many it is told how far the search is."""
 OWN = ("captions", "caption", "text", "question", "answer", "answers", "questions", "dialogues")
 
 Usable = Callable[[Row], bool]
@@ -84,7 +87,8 @@ def _opened(source: SourceRecipe, folder: Path, keep: Path, kinds: Sequence[str]
             "version": VERSION, "kinds": kinds, "fields": fields,
             "files": [[path, *(stamp_of(path) or ())] for path in dataset.paths],
         }  # fmt: skip
-        positions, is_new = kept_positions(keep / f"{name}.positions", of, lambda: dataset.find(is_usable))
+        found = partial(_watched, dataset, is_usable, names[0], tell)
+        positions, is_new = kept_positions(keep / f"{name}.positions", of, found)
     except RecipeError:
         raise
     except Blip2Error as error:
@@ -95,6 +99,13 @@ def _opened(source: SourceRecipe, folder: Path, keep: Path, kinds: Sequence[str]
         tell(f"{names[0]}: {len(positions):,} rows{_told(positions.left_out)}")
     dataset.positions = positions
     return dataset
+
+
+def _watched(dataset: _Sought, is_usable: Usable, name: str, tell: Tell) -> Iterator[Position | LeftOut]:
+    for count, what in enumerate(dataset.find(is_usable), start=1):
+        yield what
+        if count % TOLD_ROWS == 0:
+            tell(f"{name}: finding where its rows begin, {count:,} so far")
 
 
 def _within(folder: Path, name: str) -> str:

@@ -100,7 +100,7 @@ def test_a_hundred_thousand_rows(shards):
     for name, what in zip(("first", "goes on", "again"), found, strict=True):
         print(name, {key: round(value, 1) for key, value in what.items() if isinstance(value, float)})
     begun, gone_on, again = found
-    assert begun["told"] and begun["told"][0].endswith(f": {ROWS:,} rows")
+    assert begun["told"][0].endswith(f"{ROWS:,} so far") and begun["told"][1].endswith(f": {ROWS:,} rows")
     assert gone_on["told"] == again["told"] == []
     for what in found:
         assert what["after_mb"] - what["before_mb"] < 50
