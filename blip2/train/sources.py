@@ -102,10 +102,13 @@ def _opened(source: SourceRecipe, folder: Path, keep: Path, kinds: Sequence[str]
 
 
 def _watched(dataset: _Sought, is_usable: Usable, name: str, tell: Tell) -> Iterator[Position | LeftOut]:
-    for count, what in enumerate(dataset.find(is_usable), start=1):
-        yield what
-        if count % TOLD_ROWS == 0:
-            tell(f"{name}: finding where its rows begin, {count:,} so far")
+    try:
+        for count, what in enumerate(dataset.find(is_usable), start=1):
+            yield what
+            if count % TOLD_ROWS == 0:
+                tell(f"{name}: finding where its rows begin, {count:,} so far")
+    except OSError as error:
+        raise RecipeError(f"data.sources: {name}: cannot be read ({error.strerror or error}); check it") from None
 
 
 def _within(folder: Path, name: str) -> str:

@@ -218,3 +218,14 @@ def test_samples_whose_members_do_not_stand_side_by_side(opened, tmp_path):
     tar(tmp_path / "s" / "00001.tar", dict(members[i] for i in (0, 2, 1, 3)))
     with pytest.raises(RecipeError, match=r"00001\.tar: the members of '000001' do not stand side by side"):
         opened("s")
+
+
+def test_a_source_that_cannot_be_read_is_named_and_not_the_place_of_its_positions(opened, tmp_path, monkeypatch):
+    shards(tmp_path / "s", [2])
+
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("blip2.collection.sources.shards.tarball.is_packed", broken)
+    with pytest.raises(RecipeError, match=r"data\.sources: .*/s: cannot be read \(Input/output error\); check it"):
+        opened("s")
