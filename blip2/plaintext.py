@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 
 MARK = "\ufeff"
 LONGEST_MARK = 4
+PIECE_CHARS = 2**20
 # The longest first: UTF-32's mark begins with UTF-16's.
 ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -39,8 +40,15 @@ def read_lines(path: Path) -> Iterator[str]:
         yield from lines_of(file)
 
 
-def lines_of(stream: BinaryIO, encoding: str = "utf-8") -> Iterator[str]:
-    """The lines of a stream as they arrive; ``encoding`` is that of a stream without a mark."""
+def read_pieces(path: Path) -> Iterator[str]:
+    """The text of a file in pieces of `PIECE_CHARS` characters, also where it has no lines. Raises as `read_text`."""
+    with path.open("rb") as file:
+        yield from lines_of(file, piece_chars=PIECE_CHARS)
+
+
+def lines_of(stream: BinaryIO, encoding: str = "utf-8", piece_chars: int = 0) -> Iterator[str]:
+    """The lines of a stream as they arrive; ``encoding`` is that of a stream without a mark. ``piece_chars``: instead
+    of lines, pieces of so many characters."""
     buffered: Any = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(Any, stream))
     start = buffered.peek(LONGEST_MARK)[:LONGEST_MARK]
     encoding = next((name for mark, name in ENCODINGS if start.startswith(mark)), encoding)
@@ -48,6 +56,8 @@ def lines_of(stream: BinaryIO, encoding: str = "utf-8") -> Iterator[str]:
         raise NotTextError("is not UTF-8 text (it has NUL bytes, as UTF-16 without a mark); save it as UTF-8")
     text = io.TextIOWrapper(buffered, encoding)
     try:
+        if piece_chars:
+            yield from iter(lambda: text.read(piece_chars), "")
         # A file that was joined from several may have a mark at any line's start.
         yield from (line.lstrip(MARK) for line in text)
     except UnicodeError as error:

@@ -30,6 +30,7 @@ COMMANDS = {
     "search": "Find pictures by words, or by a picture.",
     "serve": "Answer over HTTP, many at once.",
     "assemble": "Put parts together to a model that training starts from.",
+    "rows": "Make training rows of well-known data sets.",
     "train": "Train a Querying Transformer from a recipe.",
     "evaluate": "Score a model on rows with references.",
     "models": "List the published models: what each is for, and what it needs.",

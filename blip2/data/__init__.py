@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip2.data.features import FeatureFile, frozen_features
     from blip2.data.jsonl import read_rows
-    from blip2.data.loader import BadPictures, Pictures, indices_of_step, prefetch
+    from blip2.data.loader import BadPictures, Pictures, prefetch
+    from blip2.data.order import Order, indices_of_step
     from blip2.data.sample import Row, Turn
 
 __all__ = [
     "BadPictures",
     "FeatureFile",
+    "Order",
     "Pictures",
     "Row",
     "Turn",
@@ -29,11 +31,12 @@ __all__ = [
 _HOMES = {
     "BadPictures": "blip2.data.loader",
     "FeatureFile": "blip2.data.features",
+    "Order": "blip2.data.order",
     "Pictures": "blip2.data.loader",
     "Row": "blip2.data.sample",
     "Turn": "blip2.data.sample",
     "frozen_features": "blip2.data.features",
-    "indices_of_step": "blip2.data.loader",
+    "indices_of_step": "blip2.data.order",
     "prefetch": "blip2.data.loader",
     "read_rows": "blip2.data.jsonl",
 }

@@ -20,7 +20,8 @@ IMAGES = (
 )  # fmt: skip
 CAPTIONS = ("sentence", "sentences", "raw", "description", "title", "alt_text", "label", "output")
 TALKS = ("conversations", "conversation", "messages", "dialogue", "dialog", "turns", "qa_pairs")
-ARRAY = "this is a JSON array; write each of its objects on a line of its own (jq -c '.[]' FILE)"
+CONVERT = "make rows of it by 'blip2 rows'"
+ARRAY = f"this is a JSON array; {CONVERT}, or write each of its objects on a line of its own (jq -c '.[]' FILE)"
 
 
 def advice(record: object) -> str:
@@ -36,12 +37,15 @@ def _changes(record: object) -> Iterator[str]:
         return
     if {"images", "annotations"} <= record.keys():
         yield (
-            "this is a file of COCO's; write a line for each of its annotations, with the file_name of its image as "
-            "'image'"
+            f"this is a file of COCO's; {CONVERT}, or write a line for each of its annotations, with the file_name of "
+            "its image as 'image'"
         )
         return
     if {"questions", "annotations"} & record.keys() and "image" not in record:
-        yield "this is a whole file of annotations; write a line for each, with the file of its picture as 'image'"
+        yield (
+            f"this is a whole file of annotations; {CONVERT}, or write a line for each, with the file of its picture "
+            "as 'image'"
+        )
         return
     yield from _image(record)
     yield from _caption(record)
@@ -81,12 +85,12 @@ def _caption(record: dict[str, Any]) -> Iterator[str]:
 
 def _answer(record: dict[str, Any]) -> Iterator[str]:
     if isinstance(record.get("answer"), list):
-        yield "write one text as 'answer', such as the answer that most people gave"
+        yield "rename 'answer' to 'answers', of which each is drawn as often as people gave it"
     elif "answer" not in record:
         if "multiple_choice_answer" in record:
             yield "rename 'multiple_choice_answer' to 'answer'"
         elif "answers" in record:
-            yield "write one of 'answers' as 'answer', such as the one that most people gave"
+            yield 'write "answers" as a list of texts, or with how many people gave each: {"yes": 7, "no": 3}'
 
 
 def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:

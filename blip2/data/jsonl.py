@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
         try:
             for number, line in enumerate(read_lines(file), start=1):
                 if line.strip():
-                    row = _row(line, file, number)
+                    row = row_of_line(line, file, number)
                     rows.append(replace(row, image=str(root / row.image)))
         except OSError as error:
             raise RecipeError(f"{file}: cannot be read ({error.strerror}); name a file of rows") from None
@@ -37,10 +38,11 @@ def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
     return rows
 
 
-def _row(line: str, file: Path, number: int) -> Row:
+def row_of_line(line: str | bytes, file: Path, number: int) -> Row:
+    """Raises RecipeError with file and line."""
     place = f"{file}:{number}"
     try:
-        return parse_row(json.loads(line))
+        row = parse_row(json.loads(line))
     except (json.JSONDecodeError, RecursionError) as error:
         if (whole := _whole(file)) is not None:
             raise RecipeError(f"{file}: {advice(whole)}") from None
@@ -48,6 +50,12 @@ def _row(line: str, file: Path, number: int) -> Row:
         raise RecipeError(f"{place}: not JSON ({reason}); {WANTED}") from None
     except ValueError as error:
         raise RecipeError(f"{place}: {error}") from None
+    if re.match("https?://", row.image, re.IGNORECASE):
+        raise RecipeError(
+            f"{place}: {row.image} is an address; download the pictures first, such as by img2dataset, and name its "
+            "shards as data.sources"
+        )
+    return row
 
 
 def _whole(file: Path) -> object:

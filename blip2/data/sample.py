@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import math
+import random
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from blip2.data.foreign import advice
 
 
 class Turn(NamedTuple):
-    """A question and its answer."""
+    """A question and its answer. ``answers``: of several people, each with how many of them gave it, the most frequent
+    first; ``answer`` is then the first."""
 
     question: str
     answer: str
+    answers: tuple[tuple[str, float], ...] = ()
+
+    def drawn(self, chance: random.Random) -> str:
+        """An answer, each as often as people gave it. Nothing is drawn where there is one."""
+        if not self.answers:
+            return self.answer
+        return chance.choices([text for text, _ in self.answers], [count for _, count in self.answers])[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``image`` is where the picture lies. A dialogue is a list of turns of which later ones lean on earlier."""
+    """``image`` is where the picture lies. A dialogue is a list of turns of which later ones lean on earlier.
+    ``content``: the picture's file, where it lies within another; then ``image`` is only what messages call it."""
 
     image: str
     captions: tuple[str, ...] = ()
     questions: tuple[Turn, ...] = ()
     dialogues: tuple[tuple[Turn, ...], ...] = ()
+    content: bytes | None = field(default=None, repr=False)
 
 
 def parse_row(record: object) -> Row:
@@ -31,7 +43,8 @@ def parse_row(record: object) -> Row:
 
     ``image`` (text) is required; then any of ``caption`` or ``text`` (text), ``captions`` (list of texts),
     ``question`` with ``answer``, ``questions`` (list of objects with both), ``dialogues`` (list of lists of
-    them). Raises ValueError that says what is wrong, and what a row of another tool would have to be.
+    them). In the place of ``answer`` there may be ``answers``, how many people gave each ({"yes": 7, "no": 3}), or a
+    list of what each said. Raises ValueError that says what is wrong, and what a row of another tool would have to be.
     """
     try:
         return _parsed(record)
@@ -46,7 +59,7 @@ def _parsed(record: object) -> Row:
     captions = [_text(record, key) for key in ("caption", "text") if key in record]
     captions += [_said(text, "captions") for text in _list(record, "captions")]
     questions = [_turn(turn, "questions") for turn in _list(record, "questions")]
-    if "question" in record or "answer" in record:
+    if record.keys() & {"question", "answer", "answers"}:
         questions.append(_turn(record, "the row"))
     dialogues = []
     for dialogue in _list(record, "dialogues"):
@@ -59,9 +72,30 @@ def _parsed(record: object) -> Row:
 
 
 def _turn(record: object, where: str) -> Turn:
-    if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
+    if not isinstance(record, dict) or "question" not in record or not record.keys() & {"answer", "answers"}:
         raise ValueError(f"{where}: a question needs both 'question' and 'answer'")
-    return Turn(_text(record, "question"), _text(record, "answer"))
+    question = _text(record, "question")
+    if "answers" not in record:
+        return Turn(question, _text(record, "answer"))
+    answers = _counted(record["answers"])
+    return Turn(question, answers[0][0], answers if len(answers) > 1 else ())
+
+
+def _counted(value: object) -> tuple[tuple[str, float], ...]:
+    """The most frequent first, of equals the one that was named first."""
+    counts: dict[str, float] = {}
+    if isinstance(value, dict):
+        for answer, count in value.items():
+            if isinstance(count, bool) or not isinstance(count, int | float) or not 0 < count < math.inf:
+                raise ValueError(f"'answers': {answer!r} has the count {count!r}, which has to be a number above 0")
+            counts[_said(answer, "answers")] = count
+    elif isinstance(value, list):
+        for answer in value:
+            text = _said(answer.get("answer") if isinstance(answer, dict) else answer, "answers")
+            counts[text] = counts.get(text, 0) + 1
+    if not counts:
+        raise ValueError(f"'answers' has to be a list of texts or {{text: count}}, not {reprlib.repr(value)}")
+    return tuple(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _text(record: dict[str, Any], key: str) -> str:

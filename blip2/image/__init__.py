@@ -4,6 +4,7 @@
     images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]
 """
 
+from blip2.image.augment import augmented
 from blip2.image.decode import MAX_PIXELS, RgbImage
 from blip2.image.formats import suffixes
 from blip2.image.measure import named_format, stored_size
@@ -21,7 +22,7 @@ from blip2.image.show import check_writable, grey_address, overlay, save_image, 
 from blip2.image.sources import Source, name_of
 
 __all__ = [
-    "DEFAULT_READING", "MAX_PIXELS", "PIXELS_VERSION", "Reading", "RgbImage", "Source", "check_writable",
+    "DEFAULT_READING", "MAX_PIXELS", "PIXELS_VERSION", "Reading", "RgbImage", "Source", "augmented", "check_writable",
     "grey_address", "load_image", "name_of", "named_format", "overlay", "pixels_digest", "save_image", "seen_box",
     "shrunk", "stored_size", "suffixes", "thumbnail", "to_array", "to_pixels",
 ]  # fmt: skip

@@ -6,8 +6,8 @@ import difflib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,14 @@ from blip2 import checkpoint
 from blip2.checkpoint import BUNDLED, ImageSettings
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.data import Row, read_rows
+from blip2.data.cleaning import cleaned
+from blip2.data.joined import Joined
 from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.published import PUBLISHED
 from blip2.text import Tokenizer
-from blip2.train.recipes import Recipe
+from blip2.train.recipes import DataRecipe, EvaluationRecipe, Recipe
+from blip2.train.sources import Tell, open_sources
 from blip2.train.texts import TextSource
 
 
@@ -33,14 +36,17 @@ class Materials:
     config: Blip2Config | MatcherConfig
     tokenizer: Tokenizer
     settings: ImageSettings
-    train_rows: list[Row]
-    held_out_rows: list[Row] | None = None
+    train_rows: list[Row] | Joined
+    held_out_rows: list[Row] | Joined | None = None
     """Those of the evaluation; only the first ``evaluation.max_rows`` are used."""
     qformer: Path | None = None
 
 
-def gather(recipe: Recipe, path: Path) -> Materials:
-    """Find, read and compare everything that the recipe at ``path`` names. Raises RecipeError and CheckpointError."""
+def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Materials:
+    """Find, read and compare everything that the recipe at ``path`` names. ``tell`` is told what is found in it.
+
+    Raises RecipeError and CheckpointError.
+    """
     start = find_model(recipe.start, path, "start")
     config = checkpoint.read_config(start)
     if isinstance(config, MatcherConfig) != (recipe.stage == 1):
@@ -55,17 +61,29 @@ def gather(recipe: Recipe, path: Path) -> Materials:
         if taken.vision != config.vision:
             raise RecipeError(f"qformer: {qformer} was trained on another image encoder than the one of 'start'")
     _check_model(config, recipe)
+    _check_apart(recipe, start, qformer)
     evaluation = recipe.evaluation
     materials = Materials(
         start, config, tokenizer, settings,
-        read_rows(recipe.data.rows, recipe.data.images),
-        None if evaluation is None else read_rows(evaluation.rows, evaluation.images),
+        _rows(recipe.data, recipe, path, tell),
+        None if evaluation is None else _rows(evaluation, recipe, path, tell),
         qformer,
     )  # fmt: skip
     _check_rows(materials, recipe)
     _check_pictures(materials, recipe)
     _check_output(materials, recipe)
     return materials
+
+
+def _rows(data: DataRecipe | EvaluationRecipe, recipe: Recipe, path: Path, tell: Tell) -> list[Row] | Joined:
+    change: Callable[[Row], Row] = cleaned if recipe.data.cleaning == "lavis" else lambda row: row
+    if not data.sources:
+        return list(map(change, read_rows(data.rows, data.images)))
+    mix = asdict(recipe.data.mix)
+    kinds = ["captions"] if recipe.stage == 1 else [kind for kind, weight in mix.items() if weight > 0]
+    folder = path.absolute().parent
+    keep = recipe.out / "training" / "rows"
+    return open_sources(data.sources, folder, keep=keep, kinds=kinds, tell=tell, change=change)
 
 
 def find_model(name: str, recipe: Path, key: str) -> Path:
@@ -118,16 +136,24 @@ def _check_model(config: Blip2Config | MatcherConfig, recipe: Recipe) -> None:
 
 
 def _check_rows(materials: Materials, recipe: Recipe) -> None:
-    num_rows = len(materials.train_rows)
+    train_rows = materials.train_rows
+    num_rows = len(train_rows)
+    if isinstance(train_rows, Joined):
+        if recipe.data.features is not None:
+            raise RecipeError(
+                "data.features: is kept of pictures that have files of their own, in one source; leave it out, and "
+                "features are computed at each step"
+            )
+        num_rows = min(train_rows.sizes)
     if recipe.optim.batch_size > num_rows:
         size = recipe.optim.batch_size
         raise RecipeError(f"optim.batch_size is {size}, but there are only {num_rows} rows; lower it")
-    rows = [*materials.train_rows, *(materials.held_out_rows or [])]
+    rows = _listed(materials)
     if isinstance(materials.config, MatcherConfig):
         if (missing := next((row for row in rows if not row.captions), None)) is not None:
             raise RecipeError(f"{missing.image}: its row has no caption, and stage 1 learns from captions")
         for name, some in (("data.rows", materials.train_rows), ("evaluation.rows", materials.held_out_rows)):
-            if some is not None and len({row.image for row in some}) < 2:
+            if some is not None and (len(some) if isinstance(some, Joined) else len({row.image for row in some})) < 2:
                 raise RecipeError(
                     f"{name} has one picture alone; stage 1 tells pictures from one another: give it two or more"
                 )
@@ -139,11 +165,17 @@ def _check_rows(materials: Materials, recipe: Recipe) -> None:
         raise RecipeError(f"{unusable.image}: its row has no text of a kind to which data.mix gives weight")
 
 
+def _listed(materials: Materials) -> list[Row]:
+    """The rows that are in memory; those of sources were looked at when they were found."""
+    both = (materials.train_rows, materials.held_out_rows or [])
+    return [row for rows in both if not isinstance(rows, Joined) for row in rows]
+
+
 def _check_pictures(materials: Materials, recipe: Recipe) -> None:
     """That they are there. Where features are kept, pictures that were seen may be gone by now."""
     if recipe.data.features is not None and any(recipe.data.features.glob("*.bin")):
         return
-    listed = {row.image: None for row in [*materials.train_rows, *(materials.held_out_rows or [])]}
+    listed = {row.image: None for row in _listed(materials)}
     missing = [image for image in listed if not os.path.exists(image)]
     is_skipped = recipe.data.on_bad_picture == "skip" and len(missing) < len(listed)
     if missing and not is_skipped:
@@ -154,17 +186,21 @@ def _check_pictures(materials: Materials, recipe: Recipe) -> None:
         )
 
 
-def _check_output(materials: Materials, recipe: Recipe) -> None:
-    """That it can be written, is no model that training starts from, and has room for the features."""
-    for key, source in (("start", materials.start), ("qformer", materials.qformer)):
+def _check_apart(recipe: Recipe, start: Path, qformer: Path | None) -> None:
+    """That the output is no model that training starts from."""
+    for key, source in (("start", start), ("qformer", qformer)):
         if source is not None and recipe.out.resolve() == source.resolve():
             raise RecipeError(f"out: {recipe.out} is the folder of {key!r}, which it would overwrite; name another")
+
+
+def _check_output(materials: Materials, recipe: Recipe) -> None:
+    """That it can be written, and has room for the features."""
     _check_writable("out", recipe.out)
     if (features := recipe.data.features) is None:
         return
     there = _check_writable("data.features", features)
     vision = materials.config.vision
-    pictures = {row.image for row in [*materials.train_rows, *(materials.held_out_rows or [])]}
+    pictures = {row.image for row in _listed(materials)}
     num_bytes = len(pictures) * vision.num_tokens * vision.hidden_size * np.dtype(np.float16).itemsize
     free = shutil.disk_usage(there).free
     if num_bytes > free and (there != features or not any(features.iterdir())):

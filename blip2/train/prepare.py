@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,102 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.checkpoint import ImageSettings
-from blip2.data import BadPictures, FeatureFile, Pictures, Row, frozen_features, indices_of_step
-from blip2.errors import ImageError, RecipeError
+from blip2.data import BadPictures, Row
+from blip2.data.joined import Joined
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
 from blip2.train import stage1, stage2
 from blip2.train.check import Materials
 from blip2.train.group import Group, Step, parts_of
-from blip2.train.loop import Progress, Report, Task
+from blip2.train.loop import Report, Task
+from blip2.train.reading import RowSet
 from blip2.train.recipes import Recipe
 from blip2.train.texts import TextSource
-from blip2.vision import VisionTransformer
-
-
-class RowSet:
-    """Rows with their pictures: as features from disk, or as pixels that the frozen encoder still has to see."""
-
-    def __init__(
-        self,
-        rows: list[Row],
-        files: Sequence[Path],
-        vision: VisionTransformer,
-        settings: ImageSettings,
-        recipe: Recipe,
-        report: Report,
-        bad: BadPictures,
-    ) -> None:
-        self.rows = rows
-        self.pictures = Pictures(self.rows, **asdict(settings), threads=recipe.threads)
-        self._vision = vision
-        self._bad = bad
-        self._file: FeatureFile | None = None
-        if recipe.data.features is not None:
-            listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
-            name = f"{files[0].absolute().parent.name}-{files[0].stem}-{listed[:8]}"
-            self._file = frozen_features(
-                vision, self.pictures, recipe.data.features, name, report=_feature_report(report), on_bad=bad.note
-            )
-
-    def keep(self, count: int) -> None:
-        """Only the first rows."""
-        self.rows = self.rows[:count]
-
-    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Rows, and what is stored of their pictures: features ``float16[B, 1 + P, D]`` or pixels.
-
-        They are the rows with these numbers, but one whose picture cannot be read gives its place to the next one
-        whose can be. So a batch follows from the numbers and the files alone, whatever was read before.
-        """
-        numbers, found = numbers.copy(), self._stored(numbers)
-        for place in range(len(numbers)):
-            first = numbers[place]
-            while isinstance(error := found[place], ImageError):
-                self._bad.note(self.rows[numbers[place]].image, error)
-                numbers[place] = (numbers[place] + 1) % len(self.rows)
-                if numbers[place] == first:
-                    raise RecipeError(f"none of the pictures of {len(self.rows):,} rows can be read, such as {error}")
-                [found[place]] = self._stored(numbers[place : place + 1])
-        # By numpy: under autocast torch would have all of one precision.
-        return numbers, torch.from_numpy(np.stack([stored.numpy() for stored in found if isinstance(stored, Tensor)]))
-
-    def _stored(self, numbers: np.ndarray) -> list[Tensor | ImageError]:
-        pictures = self.pictures.number_of_row[numbers]
-        if self._file is None:
-            return self.pictures.read(pictures)
-        return [
-            self._problem(number) if features_PD[0, 0].isnan() else features_PD
-            for number, features_PD in zip(pictures, self._file.read(pictures), strict=True)
-        ]
-
-    def _problem(self, number: int) -> ImageError:
-        """What is wrong with a picture that could not be read when the features were made."""
-        [found] = self.pictures.read([number])
-        if isinstance(found, ImageError):
-            return found
-        return ImageError(f"{self.pictures.paths[number]}: can be read only now; start again to learn from it, too")
-
-    def features(self, stored: Tensor) -> Tensor:
-        """Features before the last norm ``float[B, 1 + P, D]`` of what `read` gave."""
-        if stored.dim() == 3:
-            return stored
-        with torch.no_grad():
-            return self._vision.features(stored)
-
-
-def _feature_report(report: Report) -> Callable[[int, int], None]:
-    started, first = time.perf_counter(), -1
-
-    def tell(done: int, total: int) -> None:
-        nonlocal first
-        first = done if first < 0 else first
-        rate = (done - first) / max(time.perf_counter() - started, 1e-9)
-        left_s = (total - done) / rate if rate else float("nan")
-        report(Progress("features", done, total, images_per_s=rate, left_s=left_s))
-
-    return tell
 
 
 def prepare(
@@ -127,10 +40,10 @@ def prepare(
 
     bad = BadPictures(recipe.data.on_bad_picture)
 
-    def row_set(rows: list[Row], files: Sequence[Path]) -> RowSet:
-        return RowSet(rows, files, model.vision, materials.settings, recipe, report, bad)
+    def row_set(rows: list[Row] | Joined, files: Sequence[Path], augment: bool = False) -> RowSet:
+        return RowSet(rows, files, model.vision, materials.settings, recipe, report, bad, augment)
 
-    train_set = row_set(materials.train_rows, recipe.data.rows)
+    train_set = row_set(materials.train_rows, recipe.data.rows, recipe.data.augment)
     held_out = None
     if recipe.evaluation is not None:
         held_out = row_set(materials.held_out_rows or [], recipe.evaluation.rows)
@@ -206,7 +119,7 @@ class _Stage1:
         recipe, optim = self.recipe, self.recipe.optim
 
         def make_batch(step: int, places: range) -> Stage1Batch:
-            numbers = indices_of_step(step, num_rows=len(train_set.rows), batch_size=optim.batch_size, seed=recipe.seed)
+            numbers = train_set.draws(step)
             return self.batch(train_set, numbers, places, lambda place: _chance(recipe.seed, step, place))
 
         def backward(batches: Sequence[Stage1Batch], step: Step) -> dict[str, Tensor]:
@@ -230,7 +143,7 @@ class _Stage1:
         for row, text in enumerate(texts):
             text_BT[row, : len(text)] = text
             mask_BT[row, : len(text)] = True
-        tensors = map(torch.from_numpy, (text_BT, mask_BT, row_set.pictures.number_of_row[numbers], np.array(places)))
+        tensors = map(torch.from_numpy, (text_BT, mask_BT, row_set.pictures.of_rows(numbers), np.array(places)))
         return Stage1Batch(stored, *tensors)
 
     def losses(self, row_set: RowSet, batch: Stage1Batch, generator: torch.Generator | None) -> stage1.Stage1Losses:
@@ -275,10 +188,10 @@ class _Stage2:
         self.source = TextSource(tokenizer, model.config.language, recipe.data)
 
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
-        recipe, optim = self.recipe, self.recipe.optim
+        recipe = self.recipe
 
         def make_batch(step: int, places: range) -> Stage2Batch:
-            numbers = indices_of_step(step, num_rows=len(train_set.rows), batch_size=optim.batch_size, seed=recipe.seed)
+            numbers = train_set.draws(step)
             return self.batch(train_set, numbers, places, lambda place: _chance(recipe.seed, step, place))
 
         def backward(batches: Sequence[Stage2Batch], step: Step) -> dict[str, Tensor]:

@@ -30,13 +30,42 @@ class MixRecipe:
 
 
 @dataclass(frozen=True)
+class SourceRecipe:
+    """A collection: a folder, shards, parquet, JSON lines, COCO's files. ``data = "shards/{00000..00009}.tar"`` is one
+    by itself, ``[[data]]`` one of several."""
+
+    source: tuple[str, ...]
+    """Paths, or patterns."""
+    weight: float = 1.0
+    """Its share of the steps, relative to the others'."""
+    images: Path | None = None
+    """Where paths in rows start; absent: the folder of the rows."""
+    image: str | None = None
+    """The column, or the field of a shard, that holds the picture; absent: found by looking."""
+    text: str | None = None
+    """That of the captions; absent: found by looking."""
+    question: str | None = None
+    answer: str | None = None
+    """Those of a question and its answer, or answers."""
+    split: str | None = None
+    """Of Karpathy's files."""
+
+
+@dataclass(frozen=True)
 class DataRecipe:
-    rows: tuple[Path, ...]
+    rows: tuple[Path, ...] = ()
     """JSON-lines files."""
+    sources: tuple[SourceRecipe, ...] = ()
+    """In the place of rows: collections, which are read from where they lie."""
     images: Path | None = None
     """Where the rows' relative picture paths start; absent: the folder of each file of rows."""
     features: Path | None = None
     """A folder for the frozen image encoder's output, computed once; absent: computed at every step."""
+    augment: bool = False
+    """At each step another part of a picture, half of it at least, mirrored as often as not; not with ``features``,
+    which are those of whole pictures."""
+    cleaning: Literal["none", "lavis"] = "none"
+    """Captions and questions in small letters and without most signs, as the authors' library has them."""
     on_bad_picture: Literal["skip", "stop"] = "skip"
     """A picture that cannot be read: its row gives its place to the next one whose can be, and the log names it; or
     its error ends the training, with its state saved."""
@@ -75,7 +104,8 @@ class OptimRecipe:
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    rows: tuple[Path, ...]
+    rows: tuple[Path, ...] = ()
+    sources: tuple[SourceRecipe, ...] = ()
     images: Path | None = None
     max_rows: int = 1024
 
@@ -117,15 +147,23 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         raise RecipeError(f"{path}: {error}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not TOML ({error}); write a recipe as those in examples/recipes") from None
+    _name_sources(table)
     try:
         _override(table, overrides or {})
     except (AttributeError, TypeError):
         names = ", ".join(overrides or {})
         raise RecipeError(f"{path}: {names}: names a key within a value that is no table") from None
+    _name_sources(table)
     reader = _Reader(path)
     recipe = reader.build(Recipe, table, "")
     _check(recipe, reader)
     return recipe
+
+
+def _name_sources(table: dict[str, Any]) -> None:
+    """``data = "a.tar"`` and ``[[data]]`` are short for a table with ``sources``."""
+    if isinstance(table.get("data"), str | Path | list):
+        table["data"] = {"sources": table["data"]}
 
 
 def _override(table: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -176,15 +214,22 @@ class _Reader:
                 allowed = ", ".join(repr(option) for option in typing.get_args(kind))
                 raise self.error(name, f"has to be one of {allowed}, not {value!r}")
             return value
-        if kind == tuple[Path, ...]:
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
             items = value if isinstance(value, (list, tuple)) else [value]
-            return tuple(self.value(Path, item, name) for item in items)
+            if is_dataclass(inner):  # a source may be named by its path alone
+                items = [item if isinstance(item, dict) else {"source": item} for item in items]
+            return tuple(self.value(inner, item, name) for item in items)
         if kind is Path:
             if not isinstance(value, (str, Path)) or not str(value):
                 raise self.error(name, f"has to be a path, not {value!r}")
             return value.absolute() if isinstance(value, Path) else self.path.absolute().parent / value
         if kind is str and isinstance(value, Path):
             return str(value.absolute())
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise self.error(name, f"has to be true or false, not {value!r}")
+            return value
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 2**63 else math.inf
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -251,9 +296,27 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
         raise reader.error("optim.itc", "belongs to stage 1, and this recipe is for stage 2; remove it")
     elif mix.captions + mix.questions + mix.dialogues == 0:
         raise reader.error("data.mix", "all kinds of text are at 0; give at least one a weight")
-    if not data.rows:
-        raise reader.error("data.rows", "names no file")
-    if recipe.evaluation is not None and not recipe.evaluation.rows:
-        raise reader.error("evaluation.rows", "names no file")
+    for key, of in (("data", data), ("evaluation", recipe.evaluation)):
+        if of is None:
+            continue
+        if not of.rows and not of.sources:
+            problem = f"is missing, or names no file; name one, or a collection as {key}.sources"
+            raise reader.error(f"{key}.rows", problem)
+        if of.rows and of.sources:
+            raise reader.error(f"{key}.sources", f"stands beside {key}.rows; leave one of them out")
+        if of.sources and of.images is not None:
+            raise reader.error(f"{key}.images", "goes with rows; a source names the folder of its pictures by itself")
+        for source in of.sources:
+            if not source.source or not all(source.source):
+                raise reader.error(f"{key}.sources", "a source names nothing")
+            if not source.weight > 0:
+                raise reader.error(f"{key}.sources.weight", f"has to be above 0, not {source.weight}; or leave it out")
+            if (source.question is None) != (source.answer is None):
+                raise reader.error(f"{key}.sources", "'question' and 'answer' go together; name both columns")
+    if data.augment and data.features is not None:
+        raise reader.error(
+            "data.augment", "shows other parts of a picture at each step, and data.features keeps those of whole ones; "
+            "leave one of them out"
+        )  # fmt: skip
     if not recipe.start:
         raise reader.error("start", "is empty; name the folder of a model, or miniature")

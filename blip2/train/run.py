@@ -55,7 +55,7 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
     torch.manual_seed(recipe.seed)
     autocast, frozen_dtype = autocast_for(recipe.precision, device)
     with group.in_turn("gathered", is_one_enough=True):
-        materials = gather(recipe, path)
+        materials = gather(recipe, path, lambda told: report(Progress("rows", 0, steps, message=told)))
     model = checkpoint.load(materials.start, device=device, dtype=frozen_dtype)
     if materials.qformer is not None:
         assert isinstance(model, Blip2)

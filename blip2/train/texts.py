@@ -47,11 +47,12 @@ class TextSource:
             if kind == "caption":
                 texts.append(self._caption(row.captions[number], chance))
             elif kind == "question":
-                texts.append(self._answer(kind, (), row.questions[number]))
+                turn = row.questions[number]
+                texts.append(self._answer(kind, (), turn._replace(answer=turn.drawn(chance))))
             else:
                 dialogue = row.dialogues[number]
-                turn = chance.randrange(len(dialogue))
-                texts.append(self._answer(kind, dialogue[:turn], dialogue[turn]))
+                place = chance.randrange(len(dialogue))
+                texts.append(self._answer(kind, dialogue[:place], dialogue[place]))
         return texts
 
     def can_use(self, row: Row) -> bool:
@@ -88,7 +89,7 @@ class TextSource:
 
     def _question_ids(self, kind: str, history: Sequence[Turn], turn: Turn) -> list[int]:
         if kind == "dialogue":
-            return self._prompt_ids(chat_prompt(history, turn.question))
+            return self._prompt_ids(chat_prompt([before[:2] for before in history], turn.question))
         return self._prompt_ids(question_prompt(turn.question, self._config.family))
 
     def _shortened(self, ids: list[int]) -> list[int]:

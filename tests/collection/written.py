@@ -47,3 +47,19 @@ def tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]], 
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
     return path
+
+
+def sample(number, **fields):
+    """The members of a sample, as webdataset has them."""
+    key = f"{number:06}"
+    return [(f"{key}.jpg", jpeg(number)), *((f"{key}.{name}", text.encode()) for name, text in fields.items())]
+
+
+def shards(folder, sizes):
+    """Shards of captions "dog N"."""
+    folder.mkdir(exist_ok=True)
+    for shard in range(len(sizes)):
+        numbers = range(sum(sizes[:shard]), sum(sizes[: shard + 1]))
+        members = [member for number in numbers for member in sample(number, txt=f"dog {number}")]
+        tar(folder / f"{shard:05}.tar", dict(members))
+    return folder

@@ -1,6 +1,8 @@
 """Rows of JSON-lines files, and what is said about broken ones."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
 
@@ -65,11 +67,13 @@ def test_a_broken_line_is_named(tmp_path, line, problem):
 @pytest.mark.parametrize(
     ("line", "advice"),
     [
-        ('[{"image": "a.png", "caption": "a"}]', "this is a JSON array; write each of its objects"),
+        ('[{"image": "a.png", "caption": "a"}]', "this is a JSON array; make rows of it by 'blip2 rows'"),
         ('[{"image": "a", "conversations": []}]', "write what 'conversations' has as"),
         ('{"file_name": "a.png", "text": "a"}', "rename 'file_name' to 'image'"),
-        ('{"image": "a", "question": "how?", "answer": ["two", "2"]}', "write one text as 'answer'"),
-        ('{"image": "a", "question": "how?", "answers": [{"answer": "two"}]}', "write one of 'answers' as 'answer'"),
+        ('{"image": "a", "question": "how?", "answer": ["two", "2"]}', "rename 'answer' to 'answers'"),
+        ('{"image": "a", "question": "how?", "answers": "two"}', 'write "answers" as a list of texts'),
+        ('{"image": "a", "question": "how?", "answers": {"two": 0}}', "has the count 0"),
+        ('{"image": "a", "question": "how?", "answers": []}', "has to be a list of texts or {text: count}, not []"),
         ('{"image": "a", "question": "how?", "multiple_choice_answer": "b"}', "rename 'multiple_choice_answer'"),
         ('{"image": "a", "conversations": [{"from": "human", "value": "<image>"}]}', '"dialogues": [[{"question": ...'),
         ('{"info": {}, "images": [], "annotations": []}', "this is a file of COCO's"),
@@ -120,3 +124,28 @@ def test_no_file_and_no_rows(tmp_path):
         read_rows([tmp_path / "absent.jsonl"])
     with pytest.raises(RecipeError, match="no rows in it"):
         read_rows([write(tmp_path / "empty.jsonl")])
+
+
+def test_answers_of_several_people(tmp_path):
+    """The most frequent is the answer; each is drawn as often as it was given."""
+    file = write(
+        tmp_path / "rows.jsonl",
+        {"image": "a.png", "question": "how many?", "answers": {"two": 3, "2": 6, "three": 1}},
+        {"image": "a.png", "question": "how many?", "answers": ["two", {"answer": "2"}, "two"], "answer": "some"},
+        {"image": "a.png", "question": "how many?", "answers": ["two", "two"]},
+    )
+    counted, listed, agreed = [row.questions[0] for row in read_rows([file])]
+    assert counted == Turn("how many?", "2", (("2", 6), ("two", 3), ("three", 1)))
+    assert listed == Turn("how many?", "two", (("two", 2), ("2", 1)))
+    assert agreed == Turn("how many?", "two")
+    chance = random.Random(0)
+    drawn = Counter(counted.drawn(chance) for _ in range(10_000))
+    assert {answer: round(count / 1000) for answer, count in drawn.items()} == {"2": 6, "two": 3, "three": 1}
+    state = chance.getstate()
+    assert agreed.drawn(chance) == "two" and chance.getstate() == state  # earlier rows keep their order of draws
+
+
+def test_addresses_are_to_be_downloaded(tmp_path):
+    file = write(tmp_path / "rows.jsonl", {"image": "https://a.b/c.jpg", "caption": "a"})
+    with pytest.raises(RecipeError, match=r"rows\.jsonl:1: https://a\.b/c\.jpg is an address; download"):
+        read_rows([file])

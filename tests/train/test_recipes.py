@@ -72,7 +72,7 @@ def test_overrides(tmp_path, monkeypatch):
         ({"start": 1}, "start: has to be a text"),
         ({"out": 1}, "out: has to be a path"),
         ({"data.rows": [1]}, "data.rows: has to be a path"),
-        ({"data.rows": []}, "data.rows: names no file"),
+        ({"data.rows": []}, "data.rows: is missing, or names no file"),
         ({"evaluation": 1}, "evaluation: has to be a table"),
         ({"evaluation": {"max_rows": 1}}, "evaluation.rows: is missing"),
         ({"optim.steps": 0}, "optim.steps: has to be at least 1"),
@@ -83,7 +83,7 @@ def test_overrides(tmp_path, monkeypatch):
         ({"optim.clip": 10**400}, "optim.clip: has to be a finite number, not inf"),
         ({"optim.steps": 2**63}, "optim.steps: has to be less than 2^63"),
         ({"optim.steps.x": 1}, "optim.steps.x: names a key within a value that is no table"),
-        ({"evaluation": {"rows": []}}, "evaluation.rows: names no file"),
+        ({"evaluation": {"rows": []}}, "evaluation.rows: is missing, or names no file"),
         ({"start": ""}, "start: is empty"),
         ({"threads": 10**8}, "threads: has to be at most 1024"),
         ({"evaluation": {"rows": "a", "max_rows": 0}}, "evaluation.max_rows: has to be at least 1"),
@@ -113,3 +113,14 @@ def test_the_examples_are_recipes(stage):
     recipe = load_recipe(EXAMPLES / f"stage{stage}.toml")
     assert recipe.stage == stage
     assert (recipe.optim.beta1, recipe.optim.beta2, recipe.optim.weight_decay) == (0.9, 0.98, 0.05)
+
+
+@pytest.mark.parametrize("data", ['data = "a.tar"', 'data = ["a.tar"]', '[[data]]\nsource = "a.tar"'])
+def test_a_collection_may_be_named_in_short(tmp_path, data):
+    """And its other values be set on the command line."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'stage = 1\nstart = "s"\nout = "o"\n{data}\n[optim]\nsteps = 1\nbatch_size = 2\n')
+    recipe = load_recipe(path, {"data.cleaning": "lavis"})
+    assert [source.source for source in recipe.data.sources] == [("a.tar",)] and recipe.data.cleaning == "lavis"
+    [source] = load_recipe(path, {"data": tmp_path / "b.tar"}).data.sources
+    assert source.source == (str(tmp_path / "b.tar"),)

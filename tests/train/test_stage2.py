@@ -230,3 +230,11 @@ def test_padding_is_never_a_target(any_model):
     written = [token for row in texts for text in row for token in text.target_ids]
     assert collated.targets.token_N.tolist() == written
     assert all(first <= second for first, second in pairwise(collated.targets.text_N.tolist()))
+
+
+def test_answers_of_several_people_are_drawn_as_often_as_they_were_given(opt_model):
+    texts, tokenizer, _ = source(opt_model, mix=only("questions"))
+    row = Row("a.png", questions=(Turn("how many?", "two", (("two", 3), ("2", 1))),))
+    drawn = [text for step in range(400) for text in texts.draw(row, 1, random.Random(step))]
+    said = [tokenizer.decode(text.target_ids).strip() for text in drawn]
+    assert set(said) == {"two", "2"} and 250 < said.count("two") < 350

@@ -73,7 +73,7 @@ def open_source(
 
     Raises CollectionError for what cannot be read, with what can.
     """
-    places = list(dict.fromkeys(place for argument in arguments for place in _places(argument)))
+    places = list(dict.fromkeys(place for argument in arguments for place in places_of(argument)))
     if caption_suffix and not re.fullmatch(r"\.?[^./\\\0][^/\\\0]*", caption_suffix):
         raise OptionError(f"{option('caption_suffix')} is {caption_suffix!r}; it is the end of a name, such as .txt")
     if not places:
@@ -152,7 +152,7 @@ def _is_downloaded(folder: str) -> bool:
 # ---- places ----
 
 
-def _places(argument: str) -> Iterator[str]:
+def places_of(argument: str) -> Iterator[str]:
     """What an argument stands for."""
     if argument == "-" or re.match("data:", argument, re.IGNORECASE) or os.path.lexists(argument):
         yield argument

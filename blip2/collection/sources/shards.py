@@ -82,6 +82,49 @@ class Shards:
         if sample is not None and not self._is_meta(sample):
             yield self._record(unit.place, sample)
 
+    def positions(self, unit: Unit) -> Iterator[tuple[int, int, Record]]:
+        """Where each record begins and ends in the shard, for `at`; its picture is not read, and stands as one byte.
+
+        What comes after a damaged place is left out, with a record that has that as its problem. Raises CollectionError
+        as `records` does, and for a shard that is packed.
+        """
+        if tarball.is_packed(unit.place):
+            raise CollectionError(f"{unit.place}: is packed, and cannot be read from its middle; unpack it (gunzip)")
+        sample, start, stop = _Sample(""), 0, 0
+        seen: set[str] = set()
+        try:
+            for member in tarball.names(unit.place, 0):
+                if META.match(member.name) or not (parts := KEY.match(member.name)):
+                    continue
+                if parts[1] != sample.key:
+                    if sample.names and not self._is_meta(sample):
+                        yield start, stop, self._record(unit.place, sample)
+                    if parts[1] in seen:
+                        raise self._fragmented(unit.place, parts[1])
+                    seen.add(parts[1])
+                    sample, start = _Sample(parts[1]), member.start
+                self._take(sample, member, parts[2].lower(), has_pictures=False)
+                stop = member.stop
+        except Damage as damage:
+            for name in (f"{unit.place}: {sample.key}", unit.place):  # the sample may be cut off; what follows is lost
+                message = f"{name}: cannot be read further ({damage}); get or make it again"
+                yield start, stop, Record(sample.key, None, name, self.stamp(unit), problem=message)
+            return
+        if sample.names and not self._is_meta(sample):
+            yield start, stop, self._record(unit.place, sample)
+
+    def at(self, path: str, content: bytes) -> Record:
+        """The record that a shard has in the place that `positions` told, of which this is what is there."""
+        sample = _Sample("")
+        try:
+            for member in tarball.members_of(content):
+                if not META.match(member.name) and (parts := KEY.match(member.name)):
+                    sample.key = parts[1]
+                    self._take(sample, member, parts[2].lower())
+        except Damage as damage:
+            sample.problems.append(f"the shard is damaged here ({damage}); get or make it again")
+        return self._record(path, sample)
+
     def told(self) -> Mapping[str, Any]:
         return {
             "source": "shards",
@@ -92,7 +135,7 @@ class Shards:
 
     # ---- one sample ----
 
-    def _take(self, sample: _Sample, member: Member, name: str) -> None:
+    def _take(self, sample: _Sample, member: Member, name: str, has_pictures: bool = True) -> None:
         """Read of a member what a record has of it; the others are passed over."""
         if name in sample.names:
             sample.problems.append(f"has two members {name!r}; pack the shard again without one of them")
@@ -105,7 +148,7 @@ class Shards:
         elif member.size > (LARGEST_PICTURE if is_picture else LARGEST_TEXT):
             sample.problems.append(f"{name!r} has {member.size:,} bytes, which is too large")
         elif is_picture:
-            sample.pictures[name] = member.read()
+            sample.pictures[name] = member.read() if has_pictures else b"\0"[: member.size]
         else:
             sample.texts[name] = member.read()
 

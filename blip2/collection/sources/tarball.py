@@ -27,7 +27,8 @@ class Damage(Exception):
 
 
 class Member:
-    """``read`` gives its bytes as long as the next member is not asked for. Raises Damage."""
+    """``read`` gives its bytes as long as the next member is not asked for. Raises Damage. ``start`` and ``stop``:
+    where it lies in its file, with its header and what fills its last block."""
 
     def __init__(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
         self._tar = tar
@@ -35,6 +36,8 @@ class Member:
         self.name = info.name
         self.size = info.size
         self.is_file = info.isreg()
+        self.start = info.offset
+        self.stop = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE * self.is_file
 
     def read(self) -> bytes:
         try:
@@ -81,6 +84,22 @@ def names(path: str, most: int) -> Iterator[Member]:
         raise Damage(_reason(error)) from None
     if not is_plain:
         yield from islice(members(path), most)
+
+
+def members_of(content: bytes) -> Iterator[Member]:
+    """The members in a piece of a plain tar file. Raises Damage."""
+    end_mark = bytes(2 * tarfile.BLOCKSIZE)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content + end_mark), mode="r:", tarinfo=_Header) as tar:
+            yield from _members(tar)
+    except ERRORS as error:
+        raise Damage(_reason(error)) from None
+
+
+def is_packed(path: str) -> bool:
+    """Raises OSError."""
+    with _opened(path) as stream:
+        return not isinstance(stream, io.BufferedReader)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[Member]:

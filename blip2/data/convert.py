@@ -1,0 +1,312 @@
+"""Rows of training data from the files of well-known data sets, which `blip2.data.kinds` describes."""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2.data.kinds import Kind
+from blip2.data.sample import parse_row
+from blip2.data.stream import MEMBER, elements
+from blip2.errors import OptionError, RecipeError, option
+
+PICTURE, TEXT = "picture", "text"
+ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
+
+Said = dict[str, Any]
+"""What a row has beside its picture."""
+
+
+@dataclass
+class Counts:
+    """What became of a data set. ``left_out``: by reason, how many texts, and where the first is."""
+
+    rows: int = 0
+    texts: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    splits: Counter[str] = field(default_factory=Counter)
+    _pictures: array[int] = field(default_factory=lambda: array("q"))
+
+    @property
+    def pictures(self) -> int:
+        return len(np.unique(np.frombuffer(self._pictures, np.int64))) if self._pictures else 0
+
+    def leave_out(self, reason: str, place: str, count: int = 1) -> None:
+        before, first = self.left_out.get(reason, (0, place))
+        self.left_out[reason] = (before + count, first)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.rows += 1
+        self._pictures.append(hash(row["image"]))
+        self.texts["captions"] += len(row.get("captions", ()))
+        self.texts["questions"] += len(row.get("questions", ())) + ("question" in row)
+        self.texts["dialogues"] += len(row.get("dialogues", ()))
+
+
+class Conversion:
+    """``images``: the folder of the pictures, where each is looked for; rows of those that are not there are left out,
+    and the others have a path that begins from ``base``. ``split``: the part that is wanted, or several with commas
+    between. ``by``: "picture", all that is said of a picture in one row, or "text"; by default as the kind has it.
+
+    ``counts`` is right when all rows were taken. Raises OptionError.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        files: Sequence[Path],
+        *,
+        images: Path | None = None,
+        base: Path | None = None,
+        split: str | None = None,
+        by: str | None = None,
+    ) -> None:
+        if split and not kind.split:
+            raise OptionError(f"{option('split')} is {split!r}, and this kind of file has no splits; leave it out")
+        self.kind, self.files, self.counts = kind, files, Counts()
+        self._splits = split.split(",") if split else []
+        self._by = by or kind.by
+        self._folder = None if images is None else _Folder(images, base)
+        self._joined: dict[object, tuple[Path, Mapping[str, Any]]] = {}
+        self._of_file: dict[Path, dict[str, Any]] = defaultdict(dict)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """In the files' order. Raises RecipeError with file and place for what is not of the kind."""
+        if self.kind.joined is not None:
+            self._join()
+        said = self._said()
+        if self._by == PICTURE:
+            said = _together(said, self.kind.within != "")
+        for image, texts, place in said:
+            row = {"image": image, **texts}
+            try:
+                parse_row(row)
+            except ValueError as error:
+                raise RecipeError(f"{place}: {error}") from None
+            self.counts.add(row)
+            yield row
+        self._check()
+
+    def _check(self) -> None:
+        if unknown := [name for name in self._splits if name not in self.counts.splits]:
+            known = ", ".join(f"{name} ({count:,})" for name, count in self.counts.splits.items())
+            raise RecipeError(f"{self.files[0]}: has no split {unknown[0]!r}, but {known or 'none'}")
+        if not self.counts.rows:
+            reasons = "; ".join(f"{count:,}: {reason}" for reason, (count, _) in self.counts.left_out.items())
+            sections = {"": "no array", MEMBER: "no objects"}
+            reasons = reasons or f"there is {sections.get(self.kind.items, f'no {self.kind.items!r}')} in it"
+            raise RecipeError(f"{self.files[0]}: no rows can be made of it ({reasons}); check the kind, and the files")
+
+    # ---- items ----
+
+    def _join(self) -> None:
+        joined = self.kind.joined
+        assert joined is not None
+        for file in self.files:
+            for section, key, value, place in elements(file):
+                if section == MEMBER and isinstance(value, str | int):
+                    self._of_file[file][str(key)] = value
+                elif section == joined.section:
+                    record = _object(value, place)
+                    name = _field(record, joined.key, place)
+                    if name in self._joined:
+                        raise RecipeError(f"{place}: {joined.key!r} is {name!r} for a second time; name each file once")
+                    self._joined[name] = (file, {known: record[known] for known in joined.fields if known in record})
+        if not self._joined:
+            raise RecipeError(
+                f"{', '.join(map(str, self.files))}: there is no {joined.section!r} in it; name all files of this kind"
+            )
+
+    def _said(self) -> Iterator[tuple[str, Said, str]]:
+        """The picture and one text each, and where that stands."""
+        for file in self.files:
+            for section, _, value, place in elements(file):
+                if section == self.kind.items:
+                    yield from self._item(_object(value, place), file, place)
+
+    def _item(self, item: dict[str, Any], file: Path, place: str) -> Iterator[tuple[str, Said, str]]:
+        kind = self.kind
+        whole = item
+        if kind.joined is not None:
+            name = _field(item, kind.joined.of, place)
+            if not isinstance(name, str | int) or name not in self._joined:
+                self.counts.leave_out(f"it is not among the {kind.joined.section}", place)
+                return
+            source, joined = self._joined[name]
+            whole = {**self._of_file[source], **self._of_file[file], **item, **joined}
+        inner: Sequence[Any] = [{}]
+        if kind.within:
+            inner = _field(item, kind.within, place)
+            if not isinstance(inner, list):
+                raise RecipeError(f"{place}: {kind.within!r} has to be a list")
+        if kind.split:
+            split = str(whole.get(kind.split, ""))
+            split = kind.renamed.get(split, split)
+            self.counts.splits[split] += 1
+            if self._splits and split not in self._splits:
+                self.counts.leave_out("it is of another split", place, len(inner))
+                return
+        for number, one in enumerate(inner):
+            where = f"{place}.{kind.within}[{number}]" if kind.within else place
+            record = {**whole, **_object(one, where)}
+            image = self._image(record, where)
+            if image is not None:
+                for said in self._texts(record, where):
+                    yield image, said, where
+
+    def _image(self, record: Mapping[str, Any], place: str) -> str | None:
+        names = []
+        for template in self.kind.image:
+            fields = dict(re.findall(r"\{(\w+)(:?)", template))
+            if all(record.get(name) not in (None, "") for name in fields):
+                try:
+                    names.append(template.format_map({name: _id(record[name], fields[name] != "") for name in fields}))
+                except (ValueError, TypeError):
+                    values = " and ".join(f"{name} {record[name]!r}" for name in fields)
+                    raise RecipeError(f"{place}: {values} cannot name a picture {template}") from None
+        if not names:
+            if self.kind.talk:  # LLaVA's later files have talks about nothing
+                self.counts.leave_out("it is about no picture", place)
+                return None
+            wanted = " or ".join(self.kind.image)
+            raise RecipeError(f"{place}: has nothing to name its picture by ({wanted}), but {', '.join(record)}")
+        if self._folder is None or re.match("https?://", names[0], re.IGNORECASE):
+            return names[0]
+        path, reason = self._folder.find(names)
+        if reason:
+            self.counts.leave_out(reason, f"{place}: {names[0]}")
+        return path
+
+    # ---- texts ----
+
+    def _texts(self, record: Mapping[str, Any], place: str) -> Iterator[Said]:
+        kind, counts = self.kind, self.counts
+        if kind.talk:
+            yield from self._talk(_first(record, kind.talk, place), place)
+        elif kind.caption and (not kind.question or kind.question[0] not in record):
+            captions = _first(record, kind.caption, place)
+            captions = captions if isinstance(captions, list) else [captions]
+            if not all(isinstance(caption, str) for caption in captions):
+                raise RecipeError(f"{place}: {kind.caption[0]!r} has to be a text, or a list of texts")
+            if some := [" ".join(caption.split()) for caption in captions if caption.strip()]:
+                yield {"captions": some}
+            else:
+                counts.leave_out("its caption is empty", place)
+        else:
+            question, answers = _first(record, kind.question, place), _first(record, kind.answer, place)
+            if not isinstance(question, str):
+                raise RecipeError(f"{place}: {kind.question[0]!r} has to be a text")
+            said = Counter(_answers(answers, kind.answer[0], place))
+            if not question.strip() or not said:
+                counts.leave_out("its question or its answer is empty", place)
+            elif len(said) == 1:
+                yield {"question": question.strip(), "answer": next(iter(said))}
+            else:
+                yield {"question": question.strip(), "answers": dict(said.most_common())}
+
+    def _talk(self, turns: object, place: str) -> Iterator[Said]:
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise RecipeError(f"{place}: a conversation has to be a list of objects")
+        spoken = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+        spoken = [(who, text) for who, text in spoken if who != "system"]
+        texts = [re.sub(r"\s*<image>\s*", "", text).strip() if isinstance(text, str) else "" for _, text in spoken]
+        speakers = [who for who, _ in spoken]
+        if len(texts) % 2 or any(who not in (ASKING, ANSWERING)[turn % 2] for turn, who in enumerate(speakers)):
+            self.counts.leave_out("those who speak do not take turns", place)
+        elif not texts or not all(texts):
+            self.counts.leave_out("a question or an answer is empty", place)
+        else:
+            pairs = [{"question": ask, "answer": told} for ask, told in zip(texts[::2], texts[1::2], strict=True)]
+            yield pairs[0] if len(pairs) == 1 else {"dialogues": [pairs]}
+
+
+def _together(said: Iterator[tuple[str, Said, str]], is_sorted: bool) -> Iterator[tuple[str, Said, str]]:
+    """All that is said of a picture. Where it does not stand side by side, all of it is in memory."""
+    if is_sorted:
+        for image, group in groupby(said, key=itemgetter(0)):
+            some = list(group)
+            yield image, _merged([texts for _, texts, _ in some]), some[0][2]
+        return
+    found: dict[str, tuple[list[Said], str]] = {}
+    for image, texts, place in said:
+        found.setdefault(image, ([], place))[0].append(texts)
+    for image, (all_texts, place) in found.items():
+        yield image, _merged(all_texts), place
+
+
+def _merged(some: Sequence[Said]) -> Said:
+    merged: dict[str, list[Any]] = {}
+    for texts in some:
+        if "question" in texts:
+            texts = {"questions": [texts]}
+        for name, values in texts.items():
+            merged.setdefault(name, []).extend(values)
+    return merged
+
+
+class _Folder:
+    """Pictures in a folder, found by their path in it or, as data sets are often unpacked otherwise, by their name."""
+
+    def __init__(self, folder: Path, base: Path | None) -> None:
+        if not folder.is_dir():
+            raise OptionError(f"{option('images')}: there is no folder {folder}; name that of the pictures")
+        self._root = folder.absolute() if base is None else Path(os.path.relpath(folder, base))
+        self._paths: set[str] = set()
+        self._named: dict[str, list[str]] = defaultdict(list)
+        for inner, _, names in os.walk(folder, followlinks=True):
+            within = os.path.relpath(inner, folder)
+            for name in names:
+                path = name if within == "." else os.path.join(within, name)
+                self._paths.add(path)
+                self._named[name].append(path)
+
+    def find(self, names: Sequence[str]) -> tuple[str | None, str]:
+        """The path for a row; or why there is none."""
+        found = [name for name in map(os.path.normpath, names) if name in self._paths]
+        bases = [base for base in map(os.path.basename, names) if base in self._named]
+        found = found[:1] or [path for base in bases[:1] for path in self._named[base]]
+        if len(found) == 1:
+            return str(self._root / found[0]), ""
+        return None, "several pictures have its name" if found else "its picture is not there"
+
+
+def _object(value: object, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RecipeError(f"{place}: has to be an object, not {type(value).__name__}; check the kind of the file")
+    return value
+
+
+def _field(record: Mapping[str, Any], name: str, place: str) -> Any:
+    if name not in record:
+        raise RecipeError(f"{place}: has no {name!r}, but {', '.join(record) or 'nothing'}; check the kind of the file")
+    return record[name]
+
+
+def _first(record: Mapping[str, Any], names: Sequence[str], place: str) -> Any:
+    return _field(record, next((name for name in names if name in record), names[0]), place)
+
+
+def _answers(value: object, name: str, place: str) -> list[str]:
+    """Each that was given, as often as it was."""
+    some = value if isinstance(value, list) else [value]
+    some = [one.get("answer") if isinstance(one, dict) else one for one in some]
+    if not all(isinstance(one, str) for one in some):
+        raise RecipeError(f"{place}: {name!r} has to be a text, or a list of texts or of objects with 'answer'")
+    return [text for one in some if (text := str(one).strip())]
+
+
+def _id(value: object, is_number: bool) -> object:
+    """What names a picture; a number may stand as a text. Raises ValueError and TypeError."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError(value)
+    return int(value) if is_number else value

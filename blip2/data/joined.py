@@ -1,0 +1,98 @@
+"""Data sets that are too large to be in memory, and several of them with their shares, as one sequence of rows."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Protocol
+
+from blip2.data.sample import Row
+from blip2.errors import ImageError
+from blip2.image import RgbImage, load_image
+
+REMEMBERED = 8192
+"""Rows, without their pictures: a batch's texts are asked for after its pictures."""
+
+
+class Dataset(Protocol):
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> Row:
+        """By any thread. Raises ImageError, with the place, for what cannot be read."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Rows that are in memory."""
+
+    rows: Sequence[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, number: int) -> Row:
+        return self.rows[number]
+
+
+class Joined:
+    """The rows of data sets, one after another. ``weights``: their shares of the steps, see `Order`; ``change``: what
+    each row becomes.
+
+    Each row has a picture of its own. One that cannot be read has no texts.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        weights: Sequence[float],
+        *,
+        change: Callable[[Row], Row] = lambda row: row,
+        most: int | None = None,
+    ) -> None:
+        self._datasets, self.weights = datasets, tuple(weights)
+        self._change = change
+        self.sizes = tuple(map(len, datasets))
+        self._ends = [*accumulate(self.sizes)]
+        self._count = min(self._ends[-1], self._ends[-1] if most is None else most)
+        self._said: OrderedDict[int, Row] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def first(self, most: int) -> Joined:
+        return Joined(self._datasets, self.weights, change=self._change, most=most)
+
+    def __getitem__(self, number: int) -> Row:
+        """Without the picture's content."""
+        with self._lock:
+            said = self._said.get(number)
+        if said is None:
+            try:
+                said = replace(self._read(number), content=None)
+            except ImageError as error:
+                return Row(str(error).partition(": ")[0])
+        return said
+
+    def picture(self, number: int) -> RgbImage:
+        """Raises ImageError."""
+        row = self._read(number)
+        if row.content is None:
+            return load_image(row.image, allow_truncated=None)
+        try:
+            return load_image(row.content, allow_truncated=None)
+        except ImageError as error:
+            raise ImageError(f"{row.image}: {str(error).partition(': ')[2]}") from None
+
+    def _read(self, number: int) -> Row:
+        which = bisect_right(self._ends, number)
+        row = self._change(self._datasets[which].read(number - (self._ends[which] - self.sizes[which])))
+        with self._lock:
+            self._said[number] = replace(row, content=None)
+            if len(self._said) > REMEMBERED:
+                self._said.popitem(last=False)
+        return row

@@ -1,0 +1,119 @@
+"""Rows for a step, with what is known of their pictures: features from disk, or pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2.checkpoint import ImageSettings
+from blip2.data import BadPictures, FeatureFile, Order, Pictures, Row, frozen_features
+from blip2.data.joined import Joined
+from blip2.errors import ImageError, RecipeError
+from blip2.train.loop import Progress, Report
+from blip2.train.recipes import Recipe
+from blip2.vision import VisionTransformer
+
+
+class RowSet:
+    """Rows with their pictures: as features from disk, or as pixels that the frozen encoder still has to see."""
+
+    def __init__(
+        self,
+        rows: list[Row] | Joined,
+        files: Sequence[Path],
+        vision: VisionTransformer,
+        settings: ImageSettings,
+        recipe: Recipe,
+        report: Report,
+        bad: BadPictures,
+        augment: bool = False,
+    ) -> None:
+        self.rows = rows
+        sizes, weights = (rows.sizes, rows.weights) if isinstance(rows, Joined) else ((len(rows),), ())
+        self._order = Order(sizes, recipe.seed, recipe.optim.batch_size, weights)
+        self.pictures = Pictures(self.rows, **asdict(settings), threads=recipe.threads)
+        self._vision = vision
+        self._bad = bad
+        self._seed = recipe.seed if augment else None
+        self._file: FeatureFile | None = None
+        if recipe.data.features is not None and not isinstance(rows, Joined):
+            listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
+            stem = f"{files[0].absolute().parent.name}-{files[0].stem}" if files else "sources"
+            name = f"{stem}-{listed[:8]}"
+            self._file = frozen_features(
+                vision, self.pictures, recipe.data.features, name, report=_feature_report(report), on_bad=bad.note
+            )
+
+    def keep(self, count: int) -> None:
+        """Only the first rows."""
+        self.rows = self.rows.first(count) if isinstance(self.rows, Joined) else self.rows[:count]
+
+    def draws(self, step: int) -> np.ndarray:
+        """What is read in a step, int64[B] of the whole batch, see `Order`."""
+        return self._order.draws(step)
+
+    def read(self, draws: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Numbers of rows, and what is stored of their pictures: features ``float16[B, 1 + P, D]`` or pixels.
+
+        They are the rows of these draws, but one whose picture cannot be read gives its place to the next one
+        whose can be. So a batch follows from the draws and the files alone, whatever was read before.
+        """
+        numbers = draws % len(self.rows)
+        found = self._stored(numbers, draws)
+        for place in range(len(numbers)):
+            first = numbers[place]
+            while isinstance(error := found[place], ImageError):
+                self._bad.note(self.rows[numbers[place]].image, error)
+                numbers[place] = (numbers[place] + 1) % len(self.rows)
+                if numbers[place] == first:
+                    raise RecipeError(f"none of the pictures of {len(self.rows):,} rows can be read, such as {error}")
+                [found[place]] = self._stored(numbers[place : place + 1], draws[place : place + 1])
+        # By numpy: under autocast torch would have all of one precision.
+        return numbers, torch.from_numpy(np.stack([stored.numpy() for stored in found if isinstance(stored, Tensor)]))
+
+    def _stored(self, numbers: np.ndarray, draws: np.ndarray) -> list[Tensor | ImageError]:
+        pictures = self.pictures.of_rows(numbers)
+        if self._file is None:
+            if self._seed is None:
+                return self.pictures.read(pictures)
+            # A draw is of one row in one epoch: another look each time, and the same in whichever process.
+            return self.pictures.read(pictures, [random.Random(f"{self._seed} {draw}") for draw in draws.tolist()])
+        return [
+            self._problem(number) if features_PD[0, 0].isnan() else features_PD
+            for number, features_PD in zip(pictures, self._file.read(pictures), strict=True)
+        ]
+
+    def _problem(self, number: int) -> ImageError:
+        """What is wrong with a picture that could not be read when the features were made."""
+        [found] = self.pictures.read([number])
+        if isinstance(found, ImageError):
+            return found
+        return ImageError(f"{self.pictures.paths[number]}: can be read only now; start again to learn from it, too")
+
+    def features(self, stored: Tensor) -> Tensor:
+        """Features before the last norm ``float[B, 1 + P, D]`` of what `read` gave."""
+        if stored.dim() == 3:
+            return stored
+        with torch.no_grad():
+            return self._vision.features(stored)
+
+
+def _feature_report(report: Report) -> Callable[[int, int], None]:
+    started, first = time.perf_counter(), -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal first
+        first = done if first < 0 else first
+        rate = (done - first) / max(time.perf_counter() - started, 1e-9)
+        left_s = (total - done) / rate if rate else float("nan")
+        report(Progress("features", done, total, images_per_s=rate, left_s=left_s))
+
+    return tell
