@@ -27,7 +27,8 @@ def test_it_computes_and_refuses_what_a_gpu_refuses(counts):
     here, there = torch.arange(6.0).view(2, 3), torch.arange(6.0, device=NAME).view(2, 3)
     assert there.device.type == NAME and (there @ there.T).tolist() == (here @ here.T).tolist()
     assert (there + torch.tensor(1.0)).tolist() == (here + 1).tolist()
-    for mixing in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here.index_select(0, there[0].long())):
+    index = there[0].long()
+    for mixing in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here.index_select(0, index)):
         with pytest.raises(RuntimeError, match="two devices"):
             mixing()
     with torch.inference_mode():

@@ -24,8 +24,16 @@ Show = Callable[["Progress"], None]
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-s", "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Replace a value of the recipe, "
               "such as optim.steps=100; may be given several times.")  # fmt: skip
+@click.option("--dry-run", "is_dry", is_flag=True, help="Tell what would be done: what learns, the memory that it "
+              "needs, rows, steps, and the texts of the first batch. Nothing is written.")  # fmt: skip
+@click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="With --dry-run: "
+              "the same as a page with the pictures of the first batch.")  # fmt: skip
+@click.option("--overfit", "number", type=click.IntRange(1), metavar="N", help="Learn the first N rows by heart "
+              "instead, and tell whether the loss fell; the model is not kept.")  # fmt: skip
 @with_options()
-def command(recipe: Path, changes: tuple[str, ...]) -> None:
+def command(
+    recipe: Path, changes: tuple[str, ...], is_dry: bool, sheet: Path | None, number: int | None
+) -> None:
     """Train a Querying Transformer from a recipe.
 
     RECIPE is a TOML file that says which stage, from which model, on which data. Progress is shown on standard
@@ -35,16 +43,47 @@ def command(recipe: Path, changes: tuple[str, ...]) -> None:
     \b
     blip2 train stage1.toml
     blip2 train stage2.toml --set optim.peak_lr=5e-5 --set out=runs/second
+    blip2 train stage2.toml --dry-run --sheet first-batch.html
+    blip2 train stage2.toml --overfit 8
     """
     overrides = dict(_parsed(change) for change in changes)
+    if sheet is not None and not is_dry:
+        raise click.UsageError("--sheet shows what --dry-run tells; give both")
+    if is_dry and number is not None:
+        raise click.UsageError("--dry-run computes nothing, and --overfit does; take one of them")
     from blip2.train import TrainingStopped, run
 
+    if is_dry:
+        _tell(recipe, overrides, sheet)
+        return
     with _display() as show:
         try:
+            if number is not None:
+                from blip2.train import overfit
+
+                verdict = overfit(recipe, number, report=show, overrides=overrides)
+                if not verdict.is_learnt:
+                    raise Failure(str(verdict))
+                click.echo(verdict)
+                return
             folder = run(recipe, report=show, overrides=overrides)
         except TrainingStopped as stopped:
             raise Failure(str(stopped), 130) from None
     click.echo(folder)
+
+
+def _tell(recipe: Path, overrides: dict[str, Any], sheet: Path | None) -> None:
+    from blip2.disk import write_text
+    from blip2.train import preview
+
+    found = preview(recipe, overrides=overrides)
+    if sheet is not None:
+        try:
+            write_text(sheet, found.sheet())
+        except OSError as error:
+            raise Failure(f"{sheet}: cannot be written ({error.strerror or error}); name another file") from None
+    for line in found.lines():
+        click.echo(line)
 
 
 def _parsed(change: str) -> tuple[str, Any]:

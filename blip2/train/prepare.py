@@ -23,7 +23,7 @@ from blip2.data.features import fingerprint
 from blip2.errors import ImageError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
-from blip2.train import stage1, stage2
+from blip2.train import lora, stage1, stage2
 from blip2.train.check import Materials
 from blip2.train.loop import Progress, Report, Task
 from blip2.train.recipes import Recipe
@@ -48,6 +48,7 @@ class RowSet:
         self.pictures = Pictures(self.rows, **asdict(settings), threads=recipe.threads)
         self._vision = vision
         self._bad = bad
+        self._learns = recipe.lora is not None and "vision" in recipe.lora.parts
         self._file: FeatureFile | None = None
         if recipe.data.features is not None:
             listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
@@ -98,7 +99,7 @@ class RowSet:
         """Features before the last norm ``float[B, 1 + P, D]`` of what `read` gave."""
         if stored.dim() == 3:
             return stored
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
             return self._vision.features(stored)
 
 
@@ -118,6 +119,7 @@ def _feature_report(report: Report) -> Callable[[int, int], None]:
 def prepare(model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, report: Report) -> Task:
     """Everything ready for the loop. ``model`` came from ``materials.start``."""
     model.freeze_pretrained()
+    learning = model.qformer if recipe.lora is None else lora.put(model, recipe.lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small steps vanish in half precision
@@ -137,7 +139,7 @@ def prepare(model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, r
         task = _Stage1(model, tokenizer, recipe).task(train_set, held_out)
     else:
         task = _Stage2(model, tokenizer, recipe).task(train_set, held_out)
-    return replace(task, bad_pictures=lambda: dict(bad.found))
+    return replace(task, learning=learning, bad_pictures=lambda: dict(bad.found))
 
 
 T = TypeVar("T", bound=tuple)

@@ -69,6 +69,26 @@ class OptimRecipe:
 
 
 @dataclass(frozen=True)
+class LoraRecipe:
+    """Adapters learn, and all that they stand beside is frozen (see `train.lora`)."""
+
+    parts: tuple[str, ...] = ("language",)
+    """Of "language", "qformer" and "vision": where the adapters are."""
+    targets: tuple[str, ...] = ()
+    """Products by their names in the published files, or the ends of these ("q_proj"); absent: all in the layers."""
+    rank: int = 16
+    alpha: float = 32.0
+    """The sum is scaled by alpha / rank, or (``rslora``) by alpha / sqrt(rank)."""
+    dropout: float = 0.05
+    """Of what an adapter reads."""
+    rslora: bool = False
+    base: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
+    """What the frozen parts are kept in, the language model alone in int8 and int4; "auto": as without adapters."""
+    trains_qformer: bool = False
+    """Whether Q-Former and projection learn beside the adapters; they are saved with them, whole."""
+
+
+@dataclass(frozen=True)
 class EvaluationRecipe:
     rows: tuple[Path, ...]
     images: Path | None = None
@@ -88,6 +108,7 @@ class Recipe:
     qformer: str | None = None
     """Stage 2: the result of stage 1, of which the Q-Former is taken; absent: the one of ``start``."""
     evaluation: EvaluationRecipe | None = None
+    lora: LoraRecipe | None = None
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
@@ -171,9 +192,13 @@ class _Reader:
                 allowed = ", ".join(repr(option) for option in typing.get_args(kind))
                 raise self.error(name, f"has to be one of {allowed}, not {value!r}")
             return value
-        if kind == tuple[Path, ...]:
+        if typing.get_origin(kind) is tuple:
             items = value if isinstance(value, (list, tuple)) else [value]
-            return tuple(self.value(Path, item, name) for item in items)
+            return tuple(self.value(typing.get_args(kind)[0], item, name) for item in items)
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise self.error(name, f"has to be true or false, not {value!r}")
+            return value
         if kind is Path:
             if not isinstance(value, (str, Path)) or not str(value):
                 raise self.error(name, f"has to be a path, not {value!r}")
@@ -245,5 +270,32 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
         raise reader.error("data.rows", "names no file")
     if recipe.evaluation is not None and not recipe.evaluation.rows:
         raise reader.error("evaluation.rows", "names no file")
+    if recipe.lora is not None:
+        _check_lora(recipe, recipe.lora, reader)
     if not recipe.start:
         raise reader.error("start", "is empty; name the folder of a model, or miniature")
+
+
+def _check_lora(recipe: Recipe, lora: LoraRecipe, reader: _Reader) -> None:
+    known = ("vision", "qformer") if recipe.stage == 1 else ("vision", "qformer", "language")
+    for part in lora.parts or [""]:
+        if part not in known:
+            raise reader.error("lora.parts", f"names {part!r}; stage {recipe.stage} has {', '.join(known)}")
+    for name, is_wrong, wanted in (
+        ("rank", lora.rank < 1, f"at least 1, not {lora.rank}"),
+        ("alpha", lora.alpha <= 0, f"above 0, not {lora.alpha}"),
+        ("dropout", not 0 <= lora.dropout < 1, f"at least 0 and less than 1, not {lora.dropout}"),
+    ):
+        if is_wrong:
+            raise reader.error(f"lora.{name}", f"has to be {wanted}")
+    if lora.base in ("int8", "int4") and recipe.stage == 1:
+        raise reader.error("lora.base", f"{lora.base} is for a language model, and stage 1 has none; use bf16")
+    if lora.trains_qformer and "qformer" in lora.parts:
+        raise reader.error("lora.trains_qformer", "the Q-Former would learn whole and by adapters; take one of both")
+    if recipe.qformer is not None and not lora.trains_qformer:
+        raise reader.error(
+            "qformer", "an adapter belongs to the model of 'start' as it is; set lora.trains_qformer, or make a model "
+            "with this Q-Former first"
+        )  # fmt: skip
+    if recipe.data.features is not None and "vision" in lora.parts:
+        raise reader.error("data.features", "is what a frozen image encoder gives, and this one learns; remove it")

@@ -14,6 +14,7 @@ from blip2.api import find_device
 from blip2.disk import locked
 from blip2.errors import CheckpointError, OptionError, RecipeError
 from blip2.model import Blip2
+from blip2.train import lora
 from blip2.train.check import check_weights, gather
 from blip2.train.loop import Progress, Report, autocast_for, train
 from blip2.train.prepare import prepare, take_qformer
@@ -41,7 +42,10 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     device = _device(recipe.device)
     autocast, frozen_dtype = autocast_for(recipe.precision, device)
     materials = gather(recipe, Path(path))
-    model = checkpoint.load(materials.start, device=device, dtype=frozen_dtype)
+    base = "auto" if recipe.lora is None else recipe.lora.base
+    frozen_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(base, frozen_dtype)
+    quantize = base if base in ("int8", "int4") else None
+    model = checkpoint.load(materials.start, device=device, dtype=frozen_dtype, quantize=quantize)
     if materials.qformer is not None:
         assert isinstance(model, Blip2)
         take_qformer(model, materials.qformer, dtype=frozen_dtype)
@@ -51,13 +55,16 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
     with _alone(recipe.out):
         task = prepare(model, materials, recipe, report)
         train(task, recipe, report=report, autocast=autocast)
-        checkpoint.save(
-            model,
-            recipe.out,
-            tokenizer=materials.start / "tokenizer.json",
-            settings=materials.settings,
-            frozen=materials.start,
-        )
+        if recipe.lora is not None:
+            lora.save(model, recipe.out, recipe.lora, recipe.start)
+        else:
+            checkpoint.save(
+                model,
+                recipe.out,
+                tokenizer=materials.start / "tokenizer.json",
+                settings=materials.settings,
+                frozen=materials.start,
+            )
     number = len(task.bad_pictures())
     told = f"; pictures that cannot be read: {number:,}, passed over and named in log.jsonl" if number else ""
     report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))

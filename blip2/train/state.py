@@ -83,7 +83,8 @@ def load_state(
 def is_finished(recipe: Recipe) -> bool:
     """Whether this very recipe has been carried out to its end. Raises RecipeError for a state that is damaged."""
     path = recipe.out / "training" / STATE
-    if not path.exists() or not (recipe.out / "config.json").exists():
+    made = "config.json" if recipe.lora is None else "adapter_config.json"
+    if not path.exists() or not (recipe.out / made).exists():
         return False
     with suppress(OSError, LookupError, ValueError):  # `load_state` tells what is wrong
         if int(tensorfile.read_header(path).about["step"]) < recipe.optim.steps:
@@ -127,8 +128,9 @@ def _digest(path: Path, stamp: Stamp | None) -> str:
 
 
 def _difference(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
-    """The first fact that is not as it was. What data.rows held, an earlier version did not note."""
-    return next((name for name in wanted if saved.get(name) != wanted[name] and (name != ROWS or name in saved)), None)
+    """The first fact that is not as it was. Earlier versions noted neither what data.rows held nor what is new."""
+    changed = (name for name in wanted if saved.get(name, "None") != wanted[name])
+    return next((name for name in changed if name != ROWS or name in saved), None)
 
 
 def _compare(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
