@@ -31,6 +31,7 @@ COMMANDS = {
     "serve": "Answer over HTTP, many at once.",
     "assemble": "Put parts together to a model that training starts from.",
     "train": "Train a Querying Transformer from a recipe.",
+    "curves": "Draw the losses, scores and rates of trainings.",
     "models": "List the published models: what each is for, and what it needs.",
     "pull": "Download a model, or what is missing of it.",
     "info": "Tell what a model is, and what it would need here.",
