@@ -68,6 +68,10 @@ def test_merged_it_is_the_model_that_was_trained(trained, any_model, matching_mo
     out = trained(stage, start, ALL | {"lora.parts": parts, "lora.rslora": rslora, "lora.base": "fp32"})
     assert {path.name for path in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert not (out / "model.safetensors").exists()
+    saved = load_file(out / "adapter_model.safetensors")
+    moved = {name for name, each in saved.items() if "lora_B" in name and each.any()}
+    for part in parts:
+        assert any(name.startswith(f"base_model.model.{part}") for name in moved), f"nothing was learnt in {part}"
     recipe = LoraRecipe(parts=tuple(parts), rank=3, alpha=7.0, rslora=rslora)
     beside = seen_and_read(put(checkpoint.load(start), start, out, recipe), start)
     merged = seen_and_read(checkpoint.load(start, adapters=Adapters.of(out)), start)
