@@ -41,7 +41,7 @@ class Change(nn.Module):
         self, products: dict[str, int], chosen: set[str], num_inputs: int, recipe: LoraRecipe, device: torch.device
     ) -> None:
         super().__init__()
-        self.products = {name: rows if name in chosen else -rows for name, rows in products.items()}
+        self.outputs = [(rows, name in chosen) for name, rows in products.items()]
         self.names = [name for name in products if name in chosen]
         self.scale = recipe.alpha / (math.sqrt(recipe.rank) if recipe.rslora else recipe.rank)
         self.dropout = recipe.dropout
@@ -57,12 +57,12 @@ class Change(nn.Module):
         x = F.dropout(x.to(self.first[0].dtype), self.dropout, self.training)
         pairs = zip(self.first, self.second, strict=True)
         found = []
-        for rows in self.products.values():
-            if rows < 0:
-                found.append(x.new_zeros(*x.shape[:-1], -rows))
-            else:
+        for rows, is_chosen in self.outputs:
+            if is_chosen:
                 first_rD, second_Nr = next(pairs)
                 found.append(F.linear(F.linear(x, first_rD), second_Nr) * self.scale)
+            else:
+                found.append(x.new_zeros(*x.shape[:-1], rows))
         return torch.cat([each.to(found[0].dtype) for each in found], dim=-1)
 
     def beside(self, layer: nn.Module) -> None:
