@@ -36,9 +36,10 @@ def is_by_rows() -> bool:
 
 
 def drop(x_BX: Tensor, probability: float, training: bool = True) -> Tensor:
-    """Dropout of ``float[B, ...]``: with torch's own random numbers, or within `dropout_by_rows` with the rows'."""
+    """Dropout of ``float[B, ...]``: with torch's own random numbers, or within `dropout_by_rows` with the rows'. What
+    has another number of rows (a T5 reads each text of a picture in one of its own) has torch's."""
     rows = _ROWS.get()
-    if rows is None or not training or not probability:
+    if rows is None or not training or not probability or len(x_BX) != rows.count:
         return F.dropout(x_BX, probability, training)
     kept_BX = rows.draw(x_BX.shape, probability)
     return x_BX * kept_BX.to(x_BX.dtype).mul_(1 / (1 - probability))
@@ -46,6 +47,7 @@ def drop(x_BX: Tensor, probability: float, training: bool = True) -> Tensor:
 
 class _Rows:
     def __init__(self, key: Sequence[int], row_B: Tensor) -> None:
+        self.count = len(row_B)
         self._key, self._count = " ".join(map(str, key)), 0
         self._generator = torch.Generator(row_B.device)
         self._row_B = _mixed((row_B + 1).to(torch.int32) * -1640531527)  # 2^32 / golden ratio: neighbours lie far apart

@@ -225,8 +225,9 @@ class KVCache:
                 layers[layer], spare = new, old
         self._spare = None if self._is_guest else spare
         self._is_guest = False
+        have_left = len(rows_N) < len(self.lengths_B)
         self.lengths_B = self.lengths_B[rows_N]
-        if not self._is_even:  # the longest rows may have left
+        if have_left and not self._is_even:  # perhaps the longest; not asked at each step of a beam search
             self._longest = int(self.lengths_B.max())
 
     def forget(self) -> None:

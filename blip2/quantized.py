@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from blip2 import native
 from blip2.errors import NotFiniteError
@@ -102,6 +103,8 @@ class QuantizedLinear(nn.Module):
                 x, self.codes, self.scales, self.bias,
                 bits=self.bits, group_size=self.group_size, channels=self.out_features,
             )  # fmt: skip
+        elif torch.is_grad_enabled() and x.requires_grad and not (self.bias is not None and self.bias.requires_grad):
+            out = _Product.apply(x, self)
         else:
             out = F.linear(x, self.dequantized(x.dtype), self._bias(x.dtype))
         return F.gelu(out) if has_gelu else out
@@ -158,6 +161,20 @@ class QuantizedLinear(nn.Module):
     def _rows(self) -> tuple[Tensor, Tensor]:
         """What the codes stand for, before the scales, ``int8[N, D]``, and the scales, ``[N, G]``; with padding."""
         return unpack(self.codes, self.bits, self.scales.shape[0]), self.scales.transpose(1, 2).flatten(0, 1)
+
+
+class _Product(torch.autograd.Function):
+    """The gradient reaches the input; weights in full precision are made again for it, and not kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x, layer.dequantized(x.dtype), layer._bias(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient @ ctx.layer.dequantized(gradient.dtype)).to(ctx.dtype), None
 
 
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:

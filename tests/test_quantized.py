@@ -245,6 +245,16 @@ def test_gradients_reach_what_comes_in(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_no_weights_in_full_precision_wait_for_the_way_back(bits: int) -> None:
+    """Those of a whole language model would be as large as it was before it was quantised."""
+    kept = []
+    layer, x = quantized(torch.randn(40, 64), bits), torch.randn(3, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each.numel()) or each, lambda each: each):
+        layer(x).sum().backward()
+    assert all(number < 40 * 64 for number in kept)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_stays_so(way, bits: int, value: float) -> None:
     layer = quantized(torch.randn(33, 70), bits)

@@ -9,21 +9,27 @@ whole weights that were trained beside it. Everything is computed in float32, an
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 import reprlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2.checkpoint.keys import ALIASES
 from blip2.checkpoint.reader import Place, places_in
 from blip2.checkpoint.settings import read_json
+from blip2.disk import replace as replace_files
 from blip2.errors import CheckpointError, OptionError, option
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -147,8 +153,10 @@ class Adapters:
         """A tensor that is read, with all changes; ``rows``: of its parts, one below the other, by their names."""
         if not any(name in adapter.changes for name in rows for adapter in self._adapters):
             return tensor
-        parts = tensor.split(list(rows.values())) if len(rows) > 1 else [tensor]
-        return torch.cat([self._merged(name, part) for name, part in zip(rows, parts, strict=True)]).view(tensor.shape)
+        if len(rows) == 1:
+            return self._merged(next(iter(rows)), tensor)
+        parts = zip(rows, tensor.split(list(rows.values())), strict=True)
+        return torch.cat([self._merged(name, part) for name, part in parts]).view(tensor.shape)
 
     def _merged(self, name: str, before: Tensor) -> Tensor:
         changing = [adapter for adapter in self._adapters if name in adapter.changes]
@@ -212,6 +220,28 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
     return Adapter(folder, weight, changes, kind)
 
 
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter as `peft` does; ``tensors`` by their names in the reference's model.
+
+    Both files are there whole, or as they were. Raises `CheckpointError` if they cannot be written.
+    """
+    parts = [folder / f"{name}.part" for name in (WEIGHTS, CONFIG)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        near = {f"base_model.model.{name}": each.detach().to("cpu").contiguous() for name, each in tensors.items()}
+        save_file(near, parts[0], metadata={"format": "pt"})
+        parts[1].write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copymode(parts[1], parts[0])  # safetensors writes for the owner alone
+        replace_files([(part, part.with_suffix("")) for part in parts])
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: the adapter cannot be written ({reason}); make room there") from None
+    finally:
+        for part in parts:
+            with suppress(OSError):
+                part.unlink()
+
+
 def _alpha(config: Mapping[str, Any], module: str, folder: Path) -> float:
     """That of the module, by the pattern of names as `peft` matches it."""
     patterns = config.get("alpha_pattern") or {}
@@ -228,8 +258,10 @@ def _fitted(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tables: set
     prefix = next((each for each in PREFIXES if all(each + name in shapes for name in adapter.changes)), "")
     changes = {prefix + name: change for name, change in adapter.changes.items()}
     unknown = [name for name in changes if name not in shapes]
-    for name in changes:
-        if name in tables or (name in unknown and name in ALSO_CALLED):
+    for name, change in changes.items():
+        # The Q-Former's head, if it has one, follows its table, which is trained with all of it.
+        is_alone = isinstance(change, LowRank) or name.startswith("language_")
+        if (name in tables and is_alone) or (name in unknown and name in ALSO_CALLED):
             raise CheckpointError(
                 f"{adapter.path}: {name.rpartition('.')[0]} is one table with another of the model, and is not changed "
                 "alone; train the adapter without it"
@@ -243,7 +275,7 @@ def _fitted(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tables: set
     for name, change in changes.items():
         module = name.rpartition(".")[0]
         have = (change.second.shape[0], change.first.shape[1]) if isinstance(change, LowRank) else change.shape
-        if math.prod(have) != math.prod(shapes[name]) or have[0] != shapes[name][0]:
+        if math.prod(have) != math.prod(shapes[name]) or have[:1] != shapes[name][:1]:
             raise CheckpointError(
                 f"{adapter.path}: {module} is {list(have)}, and {list(shapes[name])} in {folder}; the adapter is of "
                 "another model"

@@ -32,6 +32,7 @@ COMMANDS = {
     "assemble": "Put parts together to a model that training starts from.",
     "rows": "Make training rows of well-known data sets.",
     "train": "Train a Querying Transformer from a recipe.",
+    "curves": "Draw the losses, scores and rates of trainings.",
     "evaluate": "Score a model on rows with references.",
     "models": "List the published models: what each is for, and what it needs.",
     "pull": "Download a model, or what is missing of it.",

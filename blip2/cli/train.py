@@ -26,9 +26,24 @@ Show = Callable[["Progress"], None]
               "such as optim.steps=100; may be given several times.")  # fmt: skip
 @click.option("--devices", type=click.IntRange(1), default=1, metavar="N", help="Train with so many processes, a GPU "
               "each if there are GPUs; every step is that of one process.")  # fmt: skip
+@click.option("--dry-run", "is_dry", is_flag=True, help="Tell what would be done: what learns, the memory that it "
+              "needs, rows, steps, and the texts of the first batch. Nothing is written.")  # fmt: skip
+@click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="With --dry-run: "
+              "the same as a page with the pictures of the first batch.")  # fmt: skip
+@click.option("--overfit", "number", type=click.IntRange(1), metavar="N", help="Learn the first N rows by heart "
+              "instead, and tell whether the loss fell; the model is not kept.")  # fmt: skip
 @with_options()
 @click.pass_context
-def command(context: click.Context, recipe: Path, changes: tuple[str, ...], devices: int) -> None:
+def command(
+    context: click.Context,
+    /,
+    recipe: Path,
+    changes: tuple[str, ...],
+    devices: int,
+    is_dry: bool,
+    sheet: Path | None,
+    number: int | None,
+) -> None:
     """Train a Querying Transformer from a recipe.
 
     RECIPE is a TOML file that says which stage, from which model, on which data. Progress is shown on standard
@@ -40,12 +55,23 @@ def command(context: click.Context, recipe: Path, changes: tuple[str, ...], devi
     blip2 train stage2.toml --set optim.peak_lr=5e-5 --set out=runs/second
     blip2 train stage1.toml --devices 8
     torchrun --nproc-per-node 8 -m blip2 train stage1.toml
+    blip2 train stage2.toml --dry-run --sheet first-batch.html
+    blip2 train stage2.toml --overfit 8
     """
     overrides = dict(_parsed(change) for change in changes)
+    if sheet is not None and not is_dry:
+        raise click.UsageError("--sheet shows what --dry-run tells; give both")
+    if is_dry and number is not None:
+        raise click.UsageError("--dry-run computes nothing, and --overfit does; take one of them")
     from blip2.train import ToldElsewhere, TrainingStopped, load_recipe, run
     from blip2.train.group import end_with_launcher, group_of_environment
 
     group = group_of_environment()
+    if (is_dry or number is not None) and max(devices, group.size) > 1:
+        raise click.UsageError("--dry-run and --overfit are for one process; leave --devices out")
+    if is_dry:
+        _tell(recipe, overrides, sheet)
+        return
     if devices > 1:
         if group.size > 1:
             raise click.UsageError("--devices starts processes, and torchrun has started some already; leave it out")
@@ -57,6 +83,14 @@ def command(context: click.Context, recipe: Path, changes: tuple[str, ...], devi
     end_with_launcher()
     with _display() if group.is_first else nullcontext(lambda progress: None) as show:
         try:
+            if number is not None:
+                from blip2.train import overfit
+
+                verdict = overfit(recipe, number, report=show, overrides=overrides)
+                if not verdict.is_learnt:
+                    raise Failure(str(verdict))
+                click.echo(verdict)
+                return
             folder = run(recipe, report=show, overrides=overrides)
         except TrainingStopped as stopped:
             raise Failure(str(stopped), 130) from None
@@ -64,6 +98,20 @@ def command(context: click.Context, recipe: Path, changes: tuple[str, ...], devi
             raise click.exceptions.Exit(130 if isinstance(told.__cause__, TrainingStopped) else 1) from None
     if group.is_first:
         click.echo(folder)
+
+
+def _tell(recipe: Path, overrides: dict[str, Any], sheet: Path | None) -> None:
+    from blip2.disk import write_text
+    from blip2.train import preview
+
+    found = preview(recipe, overrides=overrides)
+    if sheet is not None:
+        try:
+            write_text(sheet, found.sheet())
+        except OSError as error:
+            raise Failure(f"{sheet}: cannot be written ({error.strerror or error}); name another file") from None
+    for line in found.lines():
+        click.echo(line)
 
 
 def _parsed(change: str) -> tuple[str, Any]:

@@ -78,6 +78,10 @@ class Joined:
                 return Row(str(error).partition(": ")[0])
         return said
 
+    def whole(self, number: int) -> Row:
+        """With the picture's content, where it lies within another file. Raises ImageError."""
+        return self._read(number)
+
     def picture(self, number: int) -> RgbImage:
         """Raises ImageError."""
         row = self._read(number)

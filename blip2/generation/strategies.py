@@ -9,6 +9,7 @@ P prompts, K beams, C candidates, R rows (a row is one running answer), T new to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -56,9 +57,16 @@ def pick_most_likely(logits_RV: Tensor, ruled_out: Sequence[tuple[int, int]] = (
     logits_RV = scores_RV = logits_RV.float()
     if ruled_out:
         rows, tokens = torch.tensor(ruled_out, device=logits_RV.device).unbind(1)
-        scores_RV = logits_RV.index_put((rows, tokens), scores_RV.new_tensor(RULED_OUT))
+        scores_RV = logits_RV.index_put((rows, tokens), torch.full((), RULED_OUT, device=logits_RV.device))
     tokens_R = scores_RV.argmax(-1)
-    return Picked(tokens_R.tolist(), log_probs_of(logits_RV, tokens_R).tolist())
+    return _fetched(tokens_R, log_probs_of(logits_RV, tokens_R))[0]
+
+
+def _fetched(tokens_R: Tensor, log_prob_R: Tensor, *more_RN: Tensor) -> tuple[Picked, list[list[float]]]:
+    """All that a step asks a GPU for, at once, since it has nothing to do meanwhile; float64 holds either kind."""
+    columns = [tokens_R[:, None], log_prob_R[:, None], *more_RN]
+    rows = torch.cat([column.double() for column in columns], dim=1).tolist()
+    return Picked([int(row[0]) for row in rows], [row[1] for row in rows]), [row[2:] for row in rows]
 
 
 def log_probs_of(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
@@ -117,17 +125,20 @@ class RowByRow:
         texts = [self._texts[row] for row in self._running]
         tokens_RT = torch.tensor(texts, dtype=torch.long, device=logits_RV.device)
         scores_RV = apply_filters(self._filters, tokens_RT, logits_RV)
-        if self._num_top:
-            best = logits_RV.log_softmax(-1).topk(min(self._num_top, logits_RV.shape[1]))
-            for row, ids, log_probs in zip(self._running, best.indices.tolist(), best.values.tolist(), strict=True):
-                self.top[row].append(dict(zip(ids, log_probs, strict=True)))
         if self._sampler is None:
             tokens_R = scores_RV.argmax(-1)
         else:
             tokens_R = self._sampler(scores_RV, self._running, self._num_taken)
         is_out_R = scores_RV.gather(1, tokens_R[:, None])[:, 0] == RULED_OUT  # then all tokens are
         log_prob_R = log_probs_of(logits_RV, tokens_R) + torch.where(is_out_R, torch.inf, 0.0)
-        return self.take(Picked(tokens_R.tolist(), log_prob_R.tolist()))
+        if not self._num_top:
+            return self.take(_fetched(tokens_R, log_prob_R)[0])
+        best = logits_RV.log_softmax(-1).topk(min(self._num_top, logits_RV.shape[1]))
+        picked, tops = _fetched(tokens_R, log_prob_R, best.indices, best.values)
+        for row, top in zip(self._running, tops, strict=True):
+            middle = len(top) // 2
+            self.top[row].append(dict(zip(map(int, top[:middle]), top[middle:], strict=True)))
+        return self.take(picked)
 
     def take(self, picked: Picked) -> Choice | None:
         """Each running row takes its token; None when every answer is over. Raises as `soundness.check`."""
@@ -177,6 +188,8 @@ class RowByRow:
 
 REASONS: tuple[FinishReason | None, ...] = (None, "eos", "stop", "length")
 EOS, STOP, LENGTH = 1, 2, 3
+NAN = 2
+"""In place of whether a prompt is over, 0 or 1: its scores are no numbers."""
 
 
 class Ended(NamedTuple):
@@ -242,12 +255,15 @@ class BeamSearch:
         first_row_P1 = torch.arange(0, len(self._prompts) * num_beams, num_beams, device=going_PK.device)[:, None]
         rows_PK = first_row_P1 + _take(beam_PC, going_PK)
 
-        kept = self._drop_prompts_that_are_over(score_PC[:, 0].isnan())  # NaN comes before all numbers
-        if not self._prompts:
+        is_nan_P1 = score_PC[:, :1].isnan()  # NaN comes before all numbers
+        over_P1 = torch.where(is_nan_P1, NAN, self._is_over_P()[:, None].long())
+        # One row a prompt, of all that is asked of a GPU at this step, which has nothing to do meanwhile.
+        fetched = torch.cat([over_P1, self._tokens_PKT[:, :, self._step - 1], rows_PK], dim=1).tolist()
+        kept = self._drop_prompts_that_are_over([row[0] for row in fetched])
+        if not kept:
             return None
-        if kept is not None:
-            rows_PK = rows_PK[kept]
-        return Choice(self._tokens_PKT[:, :, self._step - 1].flatten().tolist(), rows_PK.flatten().tolist())
+        tokens = [token for place in kept for token in fetched[place][1 : 1 + num_beams]]
+        return Choice(tokens, [row for place in kept for row in fetched[place][1 + num_beams :]])
 
     def _reasons(self, tokens_PCT: Tensor) -> Tensor:
         """Why each candidate is over: an index of ``REASONS``, 0 where it goes on."""
@@ -268,7 +284,7 @@ class BeamSearch:
         num_beams = self._options.num_beams
         may_end_C = torch.arange(score_PC.shape[1], device=score_PC.device) < num_beams
         reason_PC = reason_PC * (may_end_C & (score_PC > RULED_OUT))
-        if not reason_PC.any():
+        if reason_PC.device.type == "cpu" and not reason_PC.any():  # to ask a GPU costs more than to merge nothing
             return
         score_PC = score_PC / (self._step**self._options.length_penalty)
         score_PC = score_PC.masked_fill(reason_PC == 0, RULED_OUT)
@@ -281,21 +297,19 @@ class BeamSearch:
             _take(torch.cat([self._ended.length_PK, torch.full_like(reason_PC, self._step)], dim=1), best_PK),
         )
 
-    def _drop_prompts_that_are_over(self, is_nan_P: Tensor) -> Tensor | None:
-        """Which prompts of the batch go on (None: all do); the answers of the others are noted."""
-        over = torch.where(is_nan_P, torch.nan, self._is_over_P().float()).tolist()
-        soundness.check(over)
-        if not any(over):
-            return None
+    def _drop_prompts_that_are_over(self, over: list[int]) -> list[int]:
+        """The places of the prompts that go on; the answers of the others, for which ``over`` is 1, are noted."""
+        soundness.check(math.nan if each == NAN else 0.0 for each in over)
         for place, is_over in enumerate(over):
             if is_over:
                 self._answers[self._prompts[place]] = self._best(place)
         kept = [place for place, is_over in enumerate(over) if not is_over]
-        self._prompts = [self._prompts[place] for place in kept]
-        kept_P = torch.tensor(kept, dtype=torch.long, device=self._score_PK.device)
-        self._tokens_PKT, self._score_PK = self._tokens_PKT[kept_P], self._score_PK[kept_P]
-        self._ended = self._ended.select(kept_P)
-        return kept_P
+        if len(kept) < len(over):
+            self._prompts = [self._prompts[place] for place in kept]
+            kept_P = torch.tensor(kept, dtype=torch.long, device=self._score_PK.device)
+            self._tokens_PKT, self._score_PK = self._tokens_PKT[kept_P], self._score_PK[kept_P]
+            self._ended = self._ended.select(kept_P)
+        return kept
 
     def _is_over_P(self) -> Tensor:
         """Prompts whose ended texts are final: all places taken, and no open beam is expected to do better."""

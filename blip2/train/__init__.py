@@ -1,8 +1,14 @@
-"""Training, in the two stages of the paper: `run` carries out a recipe."""
+"""Training, in the two stages of the paper: `run` carries out a recipe, `preview` says what that would do, and
+`overfit` tries it on a few rows."""
 
 from blip2.train.group import ToldElsewhere
 from blip2.train.loop import Progress, TrainingFailed, TrainingStopped
+from blip2.train.overfit import Verdict, overfit
+from blip2.train.preview import Preview, preview
 from blip2.train.recipes import Recipe, load_recipe
 from blip2.train.run import run
 
-__all__ = ["Progress", "Recipe", "ToldElsewhere", "TrainingFailed", "TrainingStopped", "load_recipe", "run"]
+__all__ = [
+    "Preview", "Progress", "Recipe", "ToldElsewhere", "TrainingFailed", "TrainingStopped", "Verdict", "load_recipe",
+    "overfit", "preview", "run",
+]  # fmt: skip

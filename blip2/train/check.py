@@ -15,6 +15,7 @@ import torch
 
 from blip2 import checkpoint
 from blip2.checkpoint import BUNDLED, ImageSettings
+from blip2.checkpoint.quantize import quantization_in
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.data import Row, read_rows
 from blip2.data.cleaning import cleaned
@@ -52,6 +53,11 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
     if isinstance(config, MatcherConfig) != (recipe.stage == 1):
         holds, needs = ("matching", "generative") if isinstance(config, MatcherConfig) else ("generative", "matching")
         raise RecipeError(f"{path}: start: {start} holds a {holds} model, stage {recipe.stage} needs a {needs} one")
+    if recipe.lora is not None and quantization_in(start) is not None:
+        raise RecipeError(
+            f"{path}: start: {start} is quantised, and an adapter belongs to the original; name that, and set "
+            "lora.base to int8 or int4"
+        )
     tokenizer, settings = Tokenizer.from_folder(start), checkpoint.image_settings(start, config)
     qformer = None if recipe.qformer is None else find_model(recipe.qformer, path, "qformer")
     if qformer is not None:

@@ -29,6 +29,9 @@ from blip2.train.recipes import Recipe
 from blip2.train.state import load_state, save_state
 
 MOST_BAD_STEPS = 10
+FAR, FACTOR, MOST_FAR_REPORTS = 3.0, 2.0, 3
+"""A loss has run away if it is so much, and so many times, above that of the first report, so many reports in a row."""
+REMEDY = "lower optim.peak_lr or set optim.clip, and begin anew with another 'out'"
 
 
 class TrainingStopped(Blip2Error):
@@ -36,7 +39,7 @@ class TrainingStopped(Blip2Error):
 
 
 class TrainingFailed(Blip2Error):
-    """The loss is no number any more."""
+    """The loss is no number any more, or has run away."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def train(
 
     Every process of the group does the same steps with the same weights; the first alone writes and reports.
     Raises `TrainingStopped` after SIGINT or SIGTERM, `TrainingFailed` if the loss is no number ten steps in a row or in
-    none of all steps, or if a trained weight is none, and whatever a step raises. What was learnt before is saved.
+    none of all steps, or has run away, or if a trained weight is no number, and whatever a step raises. What was learnt
+    before is saved.
     """
     group = group or Group()
     folder, optim = recipe.out / "training", recipe.optim
@@ -210,12 +214,11 @@ def train(
 
 def _cause(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     """Why there are no numbers, most likely, and what to do."""
-    remedy = "lower optim.peak_lr or set optim.clip, and begin anew with another 'out'"
     if (name := first_not_finite(parameters)) is not None:
-        return f"{name}, which is trained, is NaN or infinite; {remedy}"
+        return f"{name}, which is trained, is NaN or infinite; {REMEDY}"
     if (name := first_not_finite(dict(model.named_parameters()))) is not None:
         return f"{name}, which is not trained, is NaN or infinite; start from another model"
-    return f"no weight is NaN or infinite, so numbers overflow; {remedy}, or set precision to fp32"
+    return f"no weight is NaN or infinite, so numbers overflow; {REMEDY}, or set precision to fp32"
 
 
 def _state(folder: Path, step: int) -> str:
@@ -231,6 +234,7 @@ class Meter:
         self._count, self._last, self._started = 0, first, time.perf_counter()
         self._is_cut_told = False
         self._bad: set[str] = set()
+        self._first_loss, self._far_reports = math.inf, 0
 
     def add(self, done: int, losses: dict[str, Tensor], rate: float, num_cut: int) -> None:
         for name, value in losses.items():
@@ -250,6 +254,17 @@ class Meter:
             message, self._is_cut_told = "some texts are longer than the recipe allows, and are cut", True
         self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s, message))
         self._sums, self._count, self._last, self._started = {}, 0, done, now
+        if means:
+            self._check_distance(done, sum(means.values()))
+
+    def _check_distance(self, done: int, loss: float) -> None:
+        """Raises TrainingFailed for a loss that has been far above the first one for some reports."""
+        first = self._first_loss = loss if self._first_loss == math.inf else self._first_loss
+        self._far_reports = self._far_reports + 1 if loss > max(first + FAR, FACTOR * first) else 0
+        if self._far_reports == MOST_FAR_REPORTS:
+            raise TrainingFailed(
+                f"the loss has run away: {first:.3g} at first, {loss:.3g} at step {done}; {REMEDY}"
+            )
 
     def bad_pictures(self, done: int, found: dict[str, str]) -> None:
         """Tell and log those that are new."""

@@ -18,7 +18,7 @@ from blip2.data import BadPictures, Row
 from blip2.data.joined import Joined
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
-from blip2.train import stage1, stage2
+from blip2.train import lora, stage1, stage2
 from blip2.train.check import Materials
 from blip2.train.group import Group, Step, parts_of
 from blip2.train.loop import Report, Task
@@ -33,6 +33,7 @@ def prepare(
     """Everything ready for the loop. ``model`` came from ``materials.start``."""
     group = group or Group()
     model.freeze_pretrained()
+    learning = model.qformer if recipe.lora is None else lora.put(model, recipe.lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small steps vanish in half precision
@@ -52,7 +53,7 @@ def prepare(
         task = _Stage1(model, tokenizer, recipe, group).task(train_set, held_out)
     else:
         task = _Stage2(model, tokenizer, recipe, group).task(train_set, held_out)
-    return replace(task, bad_pictures=lambda: dict(bad.found))
+    return replace(task, learning=learning, bad_pictures=lambda: dict(bad.found))
 
 
 T = TypeVar("T", bound=tuple)
@@ -120,7 +121,7 @@ class _Stage1:
 
         def make_batch(step: int, places: range) -> Stage1Batch:
             numbers = train_set.draws(step)
-            return self.batch(train_set, numbers, places, lambda place: _chance(recipe.seed, step, place))
+            return self.batch(train_set, numbers, places, lambda place: row_chance(recipe.seed, step, place))
 
         def backward(batches: Sequence[Stage1Batch], step: Step) -> dict[str, Tensor]:
             parts = []
@@ -165,7 +166,7 @@ class _Stage1:
 
         def look(number: int, numbers: np.ndarray) -> dict[str, float]:
             places = range(len(numbers))
-            batch = self.batch(held_out, numbers, places, lambda place: _chance(0, number, place))
+            batch = self.batch(held_out, numbers, places, lambda place: row_chance(0, number, place))
             found = self.losses(held_out, batch, generator.manual_seed(number))
             return {"itc": found.itc.item(), "itm": found.itm.item(), "lm": found.lm.item(), **stage1.scores(found)}
 
@@ -192,7 +193,7 @@ class _Stage2:
 
         def make_batch(step: int, places: range) -> Stage2Batch:
             numbers = train_set.draws(step)
-            return self.batch(train_set, numbers, places, lambda place: _chance(recipe.seed, step, place))
+            return self.batch(train_set, numbers, places, lambda place: row_chance(recipe.seed, step, place))
 
         def backward(batches: Sequence[Stage2Batch], step: Step) -> dict[str, Tensor]:
             parts = []
@@ -226,7 +227,7 @@ class _Stage2:
             loss, tokens, told = 0.0, 0, []
             # As many at once as in training.
             for places in parts_of(range(len(numbers)), self.group.size * self.recipe.optim.accumulate):
-                batch = self.batch(held_out, numbers, places, lambda place: _chance(0, number, place))
+                batch = self.batch(held_out, numbers, places, lambda place: row_chance(0, number, place))
                 found = self.losses(held_out, batch)
                 wrong_M = torch.zeros(len(batch.kinds), dtype=torch.long)
                 wrong_M.index_add_(0, batch.texts.targets.text_N, (~found.is_right_N).long().cpu())
@@ -244,6 +245,6 @@ class _Stage2:
         return {"lm": loss} | {kind: float(np.mean(values)) for kind, values in sorted(right.items())}
 
 
-def _chance(seed: int, step: int, place: int) -> random.Random:
+def row_chance(seed: int, step: int, place: int) -> random.Random:
     """What is drawn for a row of a batch, by whichever process."""
     return random.Random(f"{seed} {step} {place}")

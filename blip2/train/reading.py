@@ -22,6 +22,11 @@ from blip2.train.recipes import Recipe
 from blip2.vision import VisionTransformer
 
 
+def order_of(rows: list[Row] | Joined, recipe: Recipe) -> Order:
+    sizes, weights = (rows.sizes, rows.weights) if isinstance(rows, Joined) else ((len(rows),), ())
+    return Order(sizes, recipe.seed, recipe.optim.batch_size, weights)
+
+
 class RowSet:
     """Rows with their pictures: as features from disk, or as pixels that the frozen encoder still has to see."""
 
@@ -37,12 +42,12 @@ class RowSet:
         augment: bool = False,
     ) -> None:
         self.rows = rows
-        sizes, weights = (rows.sizes, rows.weights) if isinstance(rows, Joined) else ((len(rows),), ())
-        self._order = Order(sizes, recipe.seed, recipe.optim.batch_size, weights)
+        self._order = order_of(rows, recipe)
         self.pictures = Pictures(self.rows, **asdict(settings), threads=recipe.threads)
         self._vision = vision
         self._bad = bad
         self._seed = recipe.seed if augment else None
+        self._learns = recipe.lora is not None and "vision" in recipe.lora.parts
         self._file: FeatureFile | None = None
         if recipe.data.features is not None and not isinstance(rows, Joined):
             listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
@@ -102,7 +107,7 @@ class RowSet:
         """Features before the last norm ``float[B, 1 + P, D]`` of what `read` gave."""
         if stored.dim() == 3:
             return stored
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
             return self._vision.features(stored)
 
 

@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from blip2.errors import RecipeError
 from blip2.plaintext import NotTextError, read_text
-
-MAX_THREADS = 1024  # far more and OpenMP ends the program
+from blip2.train.rules import check
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,26 @@ class OptimRecipe:
 
 
 @dataclass(frozen=True)
+class LoraRecipe:
+    """Adapters learn, and all that they stand beside is frozen (see `train.lora`)."""
+
+    parts: tuple[str, ...] = ("language",)
+    """Of "language", "qformer" and "vision": where the adapters are."""
+    targets: tuple[str, ...] = ()
+    """Products by their names in the published files, or the ends of these ("q_proj"); absent: all in the layers."""
+    rank: int = 16
+    alpha: float = 32.0
+    """The sum is scaled by alpha / rank, or (``rslora``) by alpha / sqrt(rank)."""
+    dropout: float = 0.05
+    """Of what an adapter reads."""
+    rslora: bool = False
+    base: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
+    """What the frozen parts are kept in, the language model alone in int8 and int4; "auto": as without adapters."""
+    trains_qformer: bool = False
+    """Whether Q-Former and projection learn beside the adapters; they are saved with them, whole."""
+
+
+@dataclass(frozen=True)
 class EvaluationRecipe:
     rows: tuple[Path, ...] = ()
     sources: tuple[SourceRecipe, ...] = ()
@@ -123,6 +142,7 @@ class Recipe:
     qformer: str | None = None
     """Stage 2: the result of stage 1, of which the Q-Former is taken; absent: the one of ``start``."""
     evaluation: EvaluationRecipe | None = None
+    lora: LoraRecipe | None = None
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
@@ -156,7 +176,7 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     _name_sources(table)
     reader = _Reader(path)
     recipe = reader.build(Recipe, table, "")
-    _check(recipe, reader)
+    check(recipe, reader.error)
     return recipe
 
 
@@ -220,6 +240,10 @@ class _Reader:
             if is_dataclass(inner):  # a source may be named by its path alone
                 items = [item if isinstance(item, dict) else {"source": item} for item in items]
             return tuple(self.value(inner, item, name) for item in items)
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise self.error(name, f"has to be true or false, not {value!r}")
+            return value
         if kind is Path:
             if not isinstance(value, (str, Path)) or not str(value):
                 raise self.error(name, f"has to be a path, not {value!r}")
@@ -240,83 +264,3 @@ class _Reader:
         if isinstance(value, int) and value >= 2**63:
             raise self.error(name, f"has to be less than 2^63, not {value}")
         return value
-
-
-def _check(recipe: Recipe, reader: _Reader) -> None:
-    """What the types do not say."""
-    data, optim, mix = recipe.data, recipe.optim, recipe.data.mix
-    least = {
-        "optim.steps": (optim.steps, 1),
-        "optim.batch_size": (optim.batch_size, 2 if recipe.stage == 1 else 1),
-        "optim.accumulate": (optim.accumulate, 1),
-        "optim.warmup_steps": (optim.warmup_steps, 0),
-        "optim.peak_lr": (optim.peak_lr, 0),
-        "optim.min_lr": (optim.min_lr, 0),
-        "optim.weight_decay": (optim.weight_decay, 0),
-        "optim.clip": (optim.clip, 0),
-        "data.max_text_tokens": (data.max_text_tokens, 3),
-        "data.max_prompt_tokens": (data.max_prompt_tokens, 8),
-        "data.texts_per_image": (data.texts_per_image, 1),
-        "data.mix.captions": (mix.captions, 0),
-        "data.mix.questions": (mix.questions, 0),
-        "data.mix.dialogues": (mix.dialogues, 0),
-        "log_every": (recipe.log_every, 1),
-        "evaluate_every": (recipe.evaluate_every, 1),
-        "checkpoint_every": (recipe.checkpoint_every, 1),
-        "seed": (recipe.seed, 0),
-        "threads": (recipe.threads, 0),
-    }
-    if recipe.evaluation is not None:
-        least["evaluation.max_rows"] = (recipe.evaluation.max_rows, 1)
-    for name, (value, bound) in least.items():
-        if value < bound:
-            is_pair = name == "optim.batch_size" and recipe.stage == 1
-            why = "; one pair alone has no wrong partner to be told from" if is_pair else ""
-            raise reader.error(name, f"has to be at least {bound}, not {value}{why}")
-    if recipe.threads > MAX_THREADS:
-        raise reader.error("threads", f"has to be at most {MAX_THREADS}, not {recipe.threads}; 0: as many as cores")
-    if optim.accumulate > optim.batch_size:
-        raise reader.error("optim.accumulate", f"has to be at most optim.batch_size, {optim.batch_size}; lower it")
-    for name, value in (
-        ("beta1", optim.beta1),
-        ("beta2", optim.beta2),
-        ("label_smoothing", optim.label_smoothing),
-    ):
-        if not 0 <= value < 1:
-            raise reader.error(f"optim.{name}", f"has to be at least 0 and less than 1, not {value}")
-    if recipe.stage == 1:
-        for name, given in (
-            ("qformer", recipe.qformer is not None),
-            ("data.texts_per_image", data.texts_per_image != 1),
-            ("data.caption_prompt", data.caption_prompt != ""),
-        ):
-            if given:
-                raise reader.error(name, "belongs to stage 2, and this recipe is for stage 1; remove it")
-    elif optim.itc != "exact":
-        raise reader.error("optim.itc", "belongs to stage 1, and this recipe is for stage 2; remove it")
-    elif mix.captions + mix.questions + mix.dialogues == 0:
-        raise reader.error("data.mix", "all kinds of text are at 0; give at least one a weight")
-    for key, of in (("data", data), ("evaluation", recipe.evaluation)):
-        if of is None:
-            continue
-        if not of.rows and not of.sources:
-            problem = f"is missing, or names no file; name one, or a collection as {key}.sources"
-            raise reader.error(f"{key}.rows", problem)
-        if of.rows and of.sources:
-            raise reader.error(f"{key}.sources", f"stands beside {key}.rows; leave one of them out")
-        if of.sources and of.images is not None:
-            raise reader.error(f"{key}.images", "goes with rows; a source names the folder of its pictures by itself")
-        for source in of.sources:
-            if not source.source or not all(source.source):
-                raise reader.error(f"{key}.sources", "a source names nothing")
-            if not source.weight > 0:
-                raise reader.error(f"{key}.sources.weight", f"has to be above 0, not {source.weight}; or leave it out")
-            if (source.question is None) != (source.answer is None):
-                raise reader.error(f"{key}.sources", "'question' and 'answer' go together; name both columns")
-    if data.augment and data.features is not None:
-        raise reader.error(
-            "data.augment", "shows other parts of a picture at each step, and data.features keeps those of whole ones; "
-            "leave one of them out"
-        )  # fmt: skip
-    if not recipe.start:
-        raise reader.error("start", "is empty; name the folder of a model, or miniature")

@@ -17,6 +17,7 @@ from blip2.data.features import fingerprint
 from blip2.disk import locked
 from blip2.errors import CheckpointError, OptionError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
+from blip2.train import lora
 from blip2.train.check import check_weights, gather
 from blip2.train.group import Group, joined
 from blip2.train.loop import Progress, Report, TrainingFailed, TrainingStopped, autocast_for, train
@@ -56,7 +57,10 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
     autocast, frozen_dtype = autocast_for(recipe.precision, device)
     with group.in_turn("gathered", is_one_enough=True):
         materials = gather(recipe, path, lambda told: report(Progress("rows", 0, steps, message=told)))
-    model = checkpoint.load(materials.start, device=device, dtype=frozen_dtype)
+    base = "auto" if recipe.lora is None else recipe.lora.base
+    frozen_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(base, frozen_dtype)
+    quantize = base if base in ("int8", "int4") else None
+    model = checkpoint.load(materials.start, device=device, dtype=frozen_dtype, quantize=quantize)
     if materials.qformer is not None:
         assert isinstance(model, Blip2)
         take_qformer(model, materials.qformer, dtype=frozen_dtype)
@@ -68,7 +72,9 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
             task = prepare(model, materials, recipe, report, group)
         train(task, recipe, report=report, autocast=autocast, group=group)
         number = len({path for found in group.objects(task.bad_pictures()) for path in found})
-        if group.is_first:
+        if group.is_first and recipe.lora is not None:
+            lora.save(model, recipe.out, recipe.lora, recipe.start)
+        elif group.is_first:
             checkpoint.save(
                 model,
                 recipe.out,

@@ -27,7 +27,10 @@ FREE = {
     "accumulate",
 }  # fmt: skip
 """What of a recipe may change between stopping and going on; all else would make it another training."""
-NEW = {"optim.itc": repr("exact")}
+NEW = {
+    "optim.itc": repr("exact"), "lora": "None", "data.sources": "()", "data.augment": "False",
+    "data.cleaning": repr("none"),
+}  # fmt: skip
 """What recipes did not have once, as it was then."""
 ROWS = "what is in data.rows"
 """Not a value of the recipe, but what such a value stands for."""
@@ -86,7 +89,8 @@ def load_state(
 def is_finished(recipe: Recipe) -> bool:
     """Whether this very recipe has been carried out to its end. Raises RecipeError for a state that is damaged."""
     path = recipe.out / "training" / STATE
-    if not path.exists() or not (recipe.out / "config.json").exists():
+    made = "config.json" if recipe.lora is None else "adapter_config.json"
+    if not path.exists() or not (recipe.out / made).exists():
         return False
     with suppress(OSError, LookupError, ValueError):  # `load_state` tells what is wrong
         if int(tensorfile.read_header(path).about["step"]) < recipe.optim.steps:

@@ -122,6 +122,27 @@ def test_a_photo_library(follow):
         assert [row["text"] for row in csv.DictReader(file)] == ["yes"] * 3
 
 
+def test_training_a_lora(follow):
+    """Its recipe with the bundled model, few rows and few steps."""
+    drawn(".", *EXAMPLES)
+    lines = [{"image": f"{name}.png", "caption": f"this is the picture of a {name}"} for name in EXAMPLES]
+    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [recipe] = re.findall(r"```toml\n(.*?)```", (GUIDES / "training-lora.md").read_text("utf-8"), re.S)
+    few = {"Salesforce/blip2-opt-2.7b": "miniature", "steps = 1000": "steps = 25", "batch_size = 16": "batch_size = 3",
+           "peak_lr = 2e-4": "peak_lr = 3e-3", "warmup_steps = 50": "warmup_steps = 3"}  # fmt: skip
+    for there, here in few.items():
+        assert there in recipe
+        recipe = recipe.replace(there, here)
+    Path("recipe.toml").write_text(recipe)
+    instead = {"Salesforce/blip2-opt-2.7b": "miniature", "photo.jpg": "cats.png"}
+    before, heart, trained, _, caption, _ = follow("training-lora.md", instead)
+    assert "adapters: " in before.stdout and "cats.png: caption: " in before.stdout
+    assert heart.stdout.startswith("learnt by heart: the loss of 3 rows")
+    assert trained.stdout.strip().endswith("my-lora")
+    assert "this is the picture of a cats" in caption.stdout
+    assert Path("merged/config.json").exists() and Path("batch.html").exists() and Path("curves.svg").exists()
+
+
 def test_every_guide_is_run_and_named():
     readme = (ROOT / "README.md").read_text("utf-8")
     here = Path(__file__).read_text("utf-8") + Path(__file__).with_name("test_alt.py").read_text("utf-8")

@@ -289,6 +289,9 @@ def test_names_and_state_of_a_matching_model(matchers):
 @torch.no_grad()
 def test_vectors_to_compare(matchers, name):
     theirs = getattr(transformers, name).from_pretrained(matchers.folder, attn_implementation="eager").eval()
+    if "Text" in name:  # transformers leaves in this buffer what was in the memory before
+        position_ids = theirs.embeddings.position_ids
+        position_ids.copy_(torch.arange(position_ids.shape[-1])[None])
     ours = getattr(blip2, name).from_pretrained(matchers.folder)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
     inputs = {"pixel_values": matchers.inputs["pixel_values"]} if "Vision" in name else matchers.text

@@ -231,6 +231,24 @@ def test_ten_bad_steps_end_it(tmp_path):
     assert torch.equal(load_file(tmp_path / "training" / "state.safetensors")["model.weight"], model.weight)
 
 
+@pytest.mark.parametrize(
+    ("factors", "end"), [([1, 1, 9, 9, 9], 5), ([1, 9, 9, 1, 9, 9, 1], None), ([1, 1.2, 1.3, 1.4, 1.4], None)]
+)
+def test_a_loss_that_has_run_away_ends_it(tmp_path, factors, end):
+    """It is far above the first one three reports in a row; without learning, since that would change it, too."""
+    model = Vector()
+    model.dropout.p = 0.0
+    made = replace(recipe(tmp_path, peak_lr=0.0, steps=len(factors)), checkpoint_every=1)
+    told = task(model, lambda step: float(factors[step]))
+    if end is None:
+        run(told, made)
+        return
+    problem = rf"the loss has run away: \S+ at first, \S+ at step {end}; lower optim\.peak_lr"
+    with pytest.raises(TrainingFailed, match=problem):
+        run(told, made)
+    assert list(losses_of(tmp_path)) == list(range(1, end + 1)), "the log has what was seen"
+
+
 def test_what_was_learnt_before_bad_steps_is_saved(tmp_path):
     model = Vector()
     with pytest.raises(TrainingFailed, match=r"the last is step 13: .*; the state of step 3 is in"):

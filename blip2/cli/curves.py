@@ -1,0 +1,44 @@
+"""``blip2 curves``: the losses, scores and rates of trainings, drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from blip2.cli import Failure
+from blip2.cli.options import with_options
+
+SUFFIXES = (".svg", ".html")
+
+
+@click.command("curves")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              metavar="FILE", help="The drawing, .svg or .html.")  # fmt: skip
+@with_options()
+def command(runs: tuple[Path, ...], out: Path) -> None:
+    """Draw the losses, scores and rates of trainings.
+
+    RUNS are the folders that recipes name as 'out', finished or not, each with its log.jsonl; several are drawn into
+    the same panels, to be compared. The name of the drawing is printed.
+
+    \b
+    blip2 curves runs/stage2 -o curves.svg
+    blip2 curves runs/first runs/second -o curves.html
+    """
+    if out.suffix.lower() not in SUFFIXES:
+        raise click.UsageError(f"{out}: curves are drawn as {' or '.join(SUFFIXES)}; name the file so")
+    from blip2.collection.page import page
+    from blip2.disk import write_text
+    from blip2.train.curves import draw, read_run
+
+    drawing = draw([read_run(path) for path in runs])
+    if out.suffix.lower() == ".html":
+        style = "body { padding: 1rem; } svg { max-width: 100%; height: auto; }"
+        drawing = page("Curves of training - blip2", style, f"<h1>Curves of training</h1>\n{drawing}")
+    try:
+        write_text(out, drawing)
+    except OSError as error:
+        raise Failure(f"{out}: cannot be written ({error.strerror or error}); name another file") from None
+    click.echo(out)

@@ -1,0 +1,187 @@
+"""What a training will do, without doing it: what learns, what it needs, and the texts of its first batch."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip2.api import find_device
+from blip2.checkpoint.load import empty_model
+from blip2.checkpoint.quantize import quantization
+from blip2.collection.page import page
+from blip2.config import MatcherConfig
+from blip2.data import Row
+from blip2.data.joined import Joined
+from blip2.errors import ImageError
+from blip2.image import thumbnail
+from blip2.placement import plan
+from blip2.quantized import QuantizedLinear
+from blip2.train import lora
+from blip2.train.check import Materials, gather
+from blip2.train.loop import autocast_for
+from blip2.train.prepare import row_chance
+from blip2.train.reading import order_of
+from blip2.train.recipes import Recipe, load_recipe
+from blip2.train.texts import TextSource
+
+BYTES_LEARNING = 4 + 4 + 8
+"""Of each number that learns: itself, its gradient and its two moments, all in fp32."""
+THUMBNAIL_PX = 240
+WORDS = {"vision": "image encoder", "qformer": "Q-Former, projections and heads", "language": "language model",
+         "lora": "adapters"}  # fmt: skip
+STYLE = """
+body { max-width: 76rem; margin: 0 auto; padding: 1rem; }
+header p, small { color: var(--dim); font-size: .875rem; margin: 0; }
+main { display: grid; gap: .75rem; margin-top: 1rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+figure { margin: 0; padding: .6rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  overflow-wrap: anywhere; }
+img { display: block; max-width: 100%; max-height: 12rem; margin: 0 auto .5rem; }
+p { margin: .25rem 0; }
+.read { color: var(--dim); }
+.wrong { color: var(--bad); }
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """One text of the first batch: what is read, and what is to be written; of stage 1 only the latter."""
+
+    row: Row
+    kind: str
+    read: str
+    written: str
+
+
+@dataclass(frozen=True)
+class Preview:
+    recipe: Recipe
+    materials: Materials
+    parts: dict[str, tuple[int, int]]
+    """Of each part the numbers that learn, and those that do not."""
+    model_bytes: int
+    """Of all weights, as they are kept."""
+    texts: list[Said]
+
+    @property
+    def learning(self) -> int:
+        return sum(learning for learning, _ in self.parts.values())
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        recipe, optim, rows = self.recipe, self.recipe.optim, self.materials.train_rows
+        yield f"stage {recipe.stage}: {self.materials.start} to {recipe.out}"
+        for part, (learning, frozen) in self.parts.items():
+            yield f"{WORDS[part]}: {_count(learning)} learn, {_count(frozen)} do not"
+        yield (
+            f"memory: {_size(self.model_bytes)} of weights, {_size(self.learning * BYTES_LEARNING)} more for what "
+            "learns (fp32, gradients, moments); what a batch computes comes on top"
+        )
+        pictures = len(rows if isinstance(rows, Joined) else {row.image for row in rows})
+        yield f"rows: {len(rows):,} about {pictures:,} pictures"
+        if self.materials.held_out_rows is not None and recipe.evaluation is not None:
+            used = min(len(self.materials.held_out_rows), recipe.evaluation.max_rows)
+            yield f"evaluation: {used:,} rows, every {recipe.evaluate_every:,} steps"
+        epoch = len(rows) / optim.batch_size
+        yield (
+            f"steps: {optim.steps:,} of {optim.batch_size:,} pictures, {epoch:,.1f} an epoch, "
+            f"{optim.steps / epoch:,.1f} epochs"
+        )
+        yield "the first batch:"
+        for said in self.texts:
+            yield f"  {Path(said.row.image).name}: {said.kind}: {_quoted(said)}"
+
+    def sheet(self) -> str:
+        """The same as a page of HTML, with the pictures of the first batch."""
+        *about, _ = [line for line in self.lines() if not line.startswith("  ")]
+        cards: dict[str, list[Said]] = {}
+        for said in self.texts:
+            cards.setdefault(said.row.image, []).append(said)
+        body = "\n".join(f"<p>{escape(line)}</p>" for line in about)
+        shown = "\n".join(map(_card, cards.values()))
+        title = f"The first batch of {escape(self.recipe.out.name)}"
+        return page(title, STYLE, f"<header><h1>{title}</h1>\n{body}</header>\n<main>\n{shown}\n</main>")
+
+
+def preview(path: Path, *, overrides: dict[str, Any] | None = None) -> Preview:
+    """What the recipe would do; nothing is computed or written, and of the models only the configuration is read.
+
+    Raises RecipeError and CheckpointError, as `run` does for what can be known beforehand.
+    """
+    recipe = load_recipe(Path(path), overrides)
+    materials = gather(recipe, Path(path))
+    base = "auto" if recipe.lora is None else recipe.lora.base
+    quantize = quantization(base if base in ("int8", "int4") else None)
+    model = empty_model(materials.config, quantize)
+    sizes = dict.fromkeys(WORDS, 0)
+    for name, module in model.named_modules():
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        packed = module.in_features * module.out_features if isinstance(module, QuantizedLinear) else 0
+        sizes[lora.part_of(name)] += own + packed
+    model.freeze_pretrained()
+    if recipe.lora is not None:
+        lora.put(model, recipe.lora)
+    learning = dict.fromkeys(sizes, 0)
+    for name, parameter in model.named_parameters():
+        learning[lora.part_of(name)] += parameter.numel() * parameter.requires_grad
+    sizes["lora"] = learning["lora"]
+    device = find_device(recipe.device)
+    _, dtype = autocast_for(recipe.precision, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(base, dtype)
+    found = plan(materials.config, device=str(device), dtype=dtype, quantize=quantize)
+    parts = {part: (learning[part], total - learning[part]) for part, total in sizes.items() if total}
+    return Preview(recipe, materials, parts, found.num_bytes(str(device)), _first_batch(materials, recipe))
+
+
+def _first_batch(materials: Materials, recipe: Recipe) -> list[Said]:
+    """As `prepare` draws them."""
+    rows = materials.train_rows
+    numbers = order_of(rows, recipe).draws(0) % len(rows)
+    drawn = [rows.whole(each) if isinstance(rows, Joined) else rows[each] for each in numbers.tolist()]
+    chances = [row_chance(recipe.seed, 0, place) for place in range(len(drawn))]
+    if isinstance(materials.config, MatcherConfig):
+        return [
+            Said(row, "caption", "", chance.choice(row.captions)) for row, chance in zip(drawn, chances, strict=True)
+        ]
+    source = TextSource(materials.tokenizer, materials.config.language, recipe.data)
+    decode = materials.tokenizer.decode
+    return [
+        Said(row, text.kind, decode(text.prompt_ids), decode(text.target_ids))
+        for row, chance in zip(drawn, chances, strict=True)
+        for text in source.draw(row, recipe.data.texts_per_image, chance)
+    ]
+
+
+def _card(some: list[Said]) -> str:
+    """Of all that is said of one picture."""
+    row = some[0].row
+    try:
+        data = base64.b64encode(thumbnail(row.content or row.image, THUMBNAIL_PX)).decode()
+        shown = f'<img alt="" src="data:image/jpeg;base64,{data}">'
+    except ImageError as error:
+        shown = f'<p class="wrong">{escape(str(error))}</p>'
+    texts = "".join(
+        f'<p><small>{said.kind}</small><br><span class="read">{escape(said.read)}</span> {escape(said.written)}</p>'
+        for said in some
+    )
+    return f"<figure>{shown}{texts}<small>{escape(Path(row.image).name)}</small></figure>"
+
+
+def _quoted(said: Said) -> str:
+    return f"“{said.written}”" if not said.read.strip() else f"“{said.read}” … “{said.written}”"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, " billion"), (10**6, " million")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,122 @@
+"""What the values of a recipe have to be, each by itself and beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from blip2.errors import RecipeError
+
+if TYPE_CHECKING:
+    from blip2.train.recipes import LoraRecipe, Recipe
+
+Error = Callable[[str, str], RecipeError]
+"""Of a value's name and what is wrong with it."""
+MAX_THREADS = 1024  # far more and OpenMP ends the program
+
+
+def check(recipe: Recipe, error: Error) -> None:
+    """What the types do not say."""
+    data, optim, mix = recipe.data, recipe.optim, recipe.data.mix
+    least = {
+        "optim.steps": (optim.steps, 1),
+        "optim.batch_size": (optim.batch_size, 2 if recipe.stage == 1 else 1),
+        "optim.accumulate": (optim.accumulate, 1),
+        "optim.warmup_steps": (optim.warmup_steps, 0),
+        "optim.peak_lr": (optim.peak_lr, 0),
+        "optim.min_lr": (optim.min_lr, 0),
+        "optim.weight_decay": (optim.weight_decay, 0),
+        "optim.clip": (optim.clip, 0),
+        "data.max_text_tokens": (data.max_text_tokens, 3),
+        "data.max_prompt_tokens": (data.max_prompt_tokens, 8),
+        "data.texts_per_image": (data.texts_per_image, 1),
+        "data.mix.captions": (mix.captions, 0),
+        "data.mix.questions": (mix.questions, 0),
+        "data.mix.dialogues": (mix.dialogues, 0),
+        "log_every": (recipe.log_every, 1),
+        "evaluate_every": (recipe.evaluate_every, 1),
+        "checkpoint_every": (recipe.checkpoint_every, 1),
+        "seed": (recipe.seed, 0),
+        "threads": (recipe.threads, 0),
+    }
+    if recipe.evaluation is not None:
+        least["evaluation.max_rows"] = (recipe.evaluation.max_rows, 1)
+    for name, (value, bound) in least.items():
+        if value < bound:
+            is_pair = name == "optim.batch_size" and recipe.stage == 1
+            why = "; one pair alone has no wrong partner to be told from" if is_pair else ""
+            raise error(name, f"has to be at least {bound}, not {value}{why}")
+    if recipe.threads > MAX_THREADS:
+        raise error("threads", f"has to be at most {MAX_THREADS}, not {recipe.threads}; 0: as many as cores")
+    if optim.accumulate > optim.batch_size:
+        raise error("optim.accumulate", f"has to be at most optim.batch_size, {optim.batch_size}; lower it")
+    for name, value in (
+        ("beta1", optim.beta1),
+        ("beta2", optim.beta2),
+        ("label_smoothing", optim.label_smoothing),
+    ):
+        if not 0 <= value < 1:
+            raise error(f"optim.{name}", f"has to be at least 0 and less than 1, not {value}")
+    if recipe.stage == 1:
+        for name, given in (
+            ("qformer", recipe.qformer is not None),
+            ("data.texts_per_image", data.texts_per_image != 1),
+            ("data.caption_prompt", data.caption_prompt != ""),
+        ):
+            if given:
+                raise error(name, "belongs to stage 2, and this recipe is for stage 1; remove it")
+    elif optim.itc != "exact":
+        raise error("optim.itc", "belongs to stage 1, and this recipe is for stage 2; remove it")
+    elif mix.captions + mix.questions + mix.dialogues == 0:
+        raise error("data.mix", "all kinds of text are at 0; give at least one a weight")
+    for key, of in (("data", data), ("evaluation", recipe.evaluation)):
+        if of is None:
+            continue
+        if not of.rows and not of.sources:
+            problem = f"is missing, or names no file; name one, or a collection as {key}.sources"
+            raise error(f"{key}.rows", problem)
+        if of.rows and of.sources:
+            raise error(f"{key}.sources", f"stands beside {key}.rows; leave one of them out")
+        if of.sources and of.images is not None:
+            raise error(f"{key}.images", "goes with rows; a source names the folder of its pictures by itself")
+        for source in of.sources:
+            if not source.source or not all(source.source):
+                raise error(f"{key}.sources", "a source names nothing")
+            if not source.weight > 0:
+                raise error(f"{key}.sources.weight", f"has to be above 0, not {source.weight}; or leave it out")
+            if (source.question is None) != (source.answer is None):
+                raise error(f"{key}.sources", "'question' and 'answer' go together; name both columns")
+    if data.augment and data.features is not None:
+        raise error(
+            "data.augment", "shows other parts of a picture at each step, and data.features keeps those of whole ones; "
+            "leave one of them out"
+        )  # fmt: skip
+    if recipe.lora is not None:
+        _check_lora(recipe, recipe.lora, error)
+    if not recipe.start:
+        raise error("start", "is empty; name the folder of a model, or miniature")
+
+
+def _check_lora(recipe: Recipe, lora: LoraRecipe, error: Error) -> None:
+    known = ("vision", "qformer") if recipe.stage == 1 else ("vision", "qformer", "language")
+    for part in lora.parts or [""]:
+        if part not in known:
+            raise error("lora.parts", f"names {part!r}; stage {recipe.stage} has {', '.join(known)}")
+    for name, is_wrong, wanted in (
+        ("rank", lora.rank < 1, f"at least 1, not {lora.rank}"),
+        ("alpha", lora.alpha <= 0, f"above 0, not {lora.alpha}"),
+        ("dropout", not 0 <= lora.dropout < 1, f"at least 0 and less than 1, not {lora.dropout}"),
+    ):
+        if is_wrong:
+            raise error(f"lora.{name}", f"has to be {wanted}")
+    if lora.base in ("int8", "int4") and recipe.stage == 1:
+        raise error("lora.base", f"{lora.base} is for a language model, and stage 1 has none; use bf16")
+    if lora.trains_qformer and "qformer" in lora.parts:
+        raise error("lora.trains_qformer", "the Q-Former would learn whole and by adapters; take one of both")
+    if recipe.qformer is not None and not lora.trains_qformer:
+        raise error(
+            "qformer", "an adapter belongs to the model of 'start' as it is; set lora.trains_qformer, or make a model "
+            "with this Q-Former first"
+        )  # fmt: skip
+    if recipe.data.features is not None and "vision" in lora.parts:
+        raise error("data.features", "is what a frozen image encoder gives, and this one learns; remove it")

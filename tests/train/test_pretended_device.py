@@ -1,0 +1,55 @@
+"""Both stages on a device that refuses operands of two devices: the losses of the CPU.
+
+Each in a process of its own, since torch has to know of a device before it goes backward for the first time.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pretended import NAME
+
+LEARN = f"""
+import json, sys
+from pathlib import Path
+from blip2 import train
+from tests.pretended import pretended
+
+found = {{}}
+with pretended():
+    for device in ("{NAME}", "cpu"):
+        losses = found[device] = []
+        train.run(
+            Path(sys.argv[1]),
+            report=lambda progress: losses.append({{**progress.losses, **progress.scores}}),
+            overrides=json.loads(sys.argv[2])
+            | {{"device": device, "out": device, "data.features": f"{{device}}-features"}},
+        )
+print(json.dumps(found))
+"""
+
+
+def losses(recipe: Path, overrides: dict) -> dict[str, list[dict[str, float]]]:
+    """What each device reported."""
+    command = [sys.executable, "-c", LEARN, str(recipe), json.dumps(overrides)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(found: dict[str, list[dict[str, float]]]) -> None:
+    assert sum(map(bool, found[NAME])) == 8  # six steps, two evaluations
+    for there, here in zip(found[NAME], found["cpu"], strict=True):
+        assert there == pytest.approx(here, rel=1e-3, abs=1e-4)
+
+
+def test_stage_1_learns_as_on_the_cpu(write_recipe, matching_model):
+    check(losses(write_recipe(1, matching_model), {}))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"lora.base": "int8", "lora.parts": ["language", "qformer"]}])
+def test_stage_2_learns_as_on_the_cpu(write_recipe, any_model, overrides):
+    check(losses(write_recipe(2, any_model), overrides))
