@@ -216,7 +216,8 @@ class KVCache:
         for layers in (self.keys, self.values):
             for layer, old in enumerate(layers):
                 if spare is None or self._is_guest or not _has_room(spare, old, len(rows_N)):
-                    spare = old.new_zeros(len(rows_N), *old.shape[1:])
+                    spare = old.new_empty(len(rows_N), *old.shape[1:])
+                    spare[:, :, self._longest :] = 0
                 # Slots that no row has reached are not copied; they are read with weight 0, so anything finite will do.
                 new = spare.narrow(0, 0, len(rows_N))
                 torch.index_select(
