@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from copy import deepcopy
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def inputs(pair, their_inputs):
 
 @pytest.fixture(scope="session")
 def drop_in(pair):
-    return Blip2ForConditionalGeneration(pair.ours)
+    return Blip2ForConditionalGeneration(deepcopy(pair.ours))  # which takes its layers apart
 
 
 def both(pair, drop_in, inputs, **options):
