@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from blip2.cli.evaluate import RULES
+from blip2.scores import VQA_RULES
+
 
 @pytest.fixture
 def rows(tmp_path, pictures):
@@ -41,3 +44,7 @@ def test_a_dry_run_writes_nothing(run, opt_model, rows, tmp_path):
 def test_rows_that_cannot_be_used(run, tmp_path):
     result = run("evaluate", str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out"))
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
+
+
+def test_the_rules_are_those_that_there_are():
+    assert tuple(VQA_RULES) == RULES

@@ -134,6 +134,45 @@ def test_a_row_does_not_depend_on_its_company(family, tmp_path):
             assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "t5"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_operations_that_threads_share(family, rows, tmp_path, runs):
+    """Widths of several pieces, and so many rows and slots that every kind of operation is divided."""
+    sizes = {
+        "llama": {"hidden_size": 1536, "intermediate_size": 2304, "num_hidden_layers": 2, "num_attention_heads": 12,
+                  "num_key_value_heads": 4, "vocab_size": 64, "max_position_embeddings": 256},
+        "opt": {"hidden_size": 1280, "word_embed_proj_dim": 1280, "ffn_dim": 2500, "num_hidden_layers": 2,
+                "num_attention_heads": 10, "vocab_size": 64, "max_position_embeddings": 256},
+        "t5": {"d_model": 1280, "d_kv": 96, "d_ff": 2100, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 11,
+               "vocab_size": 64, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    }[family]  # fmt: skip
+    config = {"llama": transformers.LlamaConfig, "opt": transformers.OPTConfig, "t5": transformers.T5Config}[family]
+    kind = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
+    redraw(kind.from_config(config(**sizes)), 1).save_pretrained(tmp_path)
+    model = checkpoint.load_language(tmp_path, quantize="int8").eval()
+    threads = torch.get_num_threads()
+
+    def logits():
+        with torch.inference_mode():
+            prompts_BTD = model.embed((torch.arange(rows * 30).view(rows, 30) * 7) % 60)
+            state = model.prefill(prompts_BTD, torch.arange(rows) % 20 + 10, 3)[1]
+            return torch.stack([model.step((torch.arange(rows) + step) % 60, state) for step in range(2)])
+
+    try:
+        found = []
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            found.append(logits())
+            assert runs
+        assert torch.equal(*found)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stepping, "is_plain", lambda *_: False)
+            plain = logits()
+    finally:
+        torch.set_num_threads(threads)
+    assert (found[0] - plain).abs().max() < TOLERANCES[torch.float32] * max(1.0, plain.abs().max())
+
+
 def test_whoever_looks_into_the_layers_still_sees_them(tmp_path, runs):
     """Attention weights, hooks, gradients, and layers that are no longer those that were loaded."""
     model = model_of("llama", 0, tmp_path, 8)
@@ -155,6 +194,8 @@ def test_whoever_looks_into_the_layers_still_sees_them(tmp_path, runs):
     torch.testing.assert_close(step(), expected, rtol=1e-3, atol=1e-3)
     handle.remove()
     assert len(called) == 2  # the prompt, the token
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(step().float(), expected, rtol=0.1, atol=0.1)
     whole = first.down
     first.down = torch.nn.Linear(whole.in_features, whole.out_features, bias=whole.bias is not None)
     bias = {} if whole.bias is None else {"bias": whole.bias}
