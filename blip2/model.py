@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.language import Language, build_language_model
 from blip2.layers import freeze
-from blip2.qformer import QFormer, QFormerOutput
+from blip2.qformer import Memory, QFormer, QFormerOutput
 from blip2.vision import VisionTransformer
 
 
@@ -130,13 +130,23 @@ class Blip2Matcher(nn.Module):
         return F.normalize(self.text_projection(read.hidden_BSD[:, 0]), dim=-1)
 
     def match(
-        self, patches_BPD: Tensor, text_BT: Tensor, text_mask_BT: Tensor, image_bias: Tensor | None = None
+        self,
+        patches_BPD: Tensor | None,
+        text_BT: Tensor,
+        text_mask_BT: Tensor,
+        *,
+        image_bias: Tensor | None = None,
+        image_keys: Memory | None = None,
     ) -> Tensor:
         """Logits ``float[B, 2]`` of pairs: [:, 1] speaks for a match. The mean over the queries (section 3.1).
 
-        ``patches_BPD`` may be of one picture, for many texts. ``image_bias``: see `QFormer`.
+        ``patches_BPD`` may be of one picture, for many texts. ``image_keys``, instead of it, and ``image_bias``: see
+        `QFormer`.
         """
-        fused = self.qformer(image_BPD=patches_BPD, text_BT=text_BT, text_mask_BT=text_mask_BT, image_bias=image_bias)
+        fused = self.qformer(
+            image_BPD=patches_BPD, image_keys=image_keys, text_BT=text_BT, text_mask_BT=text_mask_BT,
+            image_bias=image_bias,
+        )  # fmt: skip
         return self.itm_head(fused.hidden_BSD[:, : self.config.qformer.num_query_tokens]).mean(dim=1)
 
     def caption_logits(self, text_BT: Tensor, text_mask_BT: Tensor, seen: QFormerOutput) -> Tensor:

@@ -96,7 +96,7 @@ class Layer(nn.Module):
         x_BSD: Tensor,
         *,
         num_queries: int,
-        image_BPD: Tensor | None,
+        image: Tensor | tuple[Tensor, Tensor] | None,
         image_bias: Tensor | None,
         mask: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
@@ -109,8 +109,8 @@ class Layer(nn.Module):
         parts = []
         if num_queries:
             if self.cross_attention is not None:
-                assert image_BPD is not None, "queries need a picture to look at"
-                key, value = self.cross_attention.keys_values(image_BPD)
+                assert image is not None, "queries need a picture to look at"
+                key, value = image if isinstance(image, tuple) else self.cross_attention.keys_values(image)
                 if len(key) != len(x_BSD):  # one picture for many texts: looked at once
                     key, value = (part.expand(len(x_BSD), -1, -1, -1) for part in (key, value))
                 queries_BQD = self.cross_attention(queries_BQD, key, value, image_bias)
@@ -155,6 +155,7 @@ class QFormer(nn.Module):
         self,
         *,
         image_BPD: Tensor | None = None,
+        image_keys: Memory | None = None,
         text_BT: Tensor | None = None,
         text_mask_BT: Tensor | None = None,
         memory: Memory | None = None,
@@ -167,35 +168,43 @@ class QFormer(nn.Module):
         - both: queries and text see each other (matching), text padding masked;
         - ``text_BT`` and ``memory`` of an image pass: the text sees the queries and its own past (generation).
 
-        ``image_BPD`` float[B or 1, P, encoder_hidden_size]; ``text_BT`` int[B, T] token ids; ``text_mask_BT``
-        bool[B, T], True for real tokens (all, if not given). ``image_bias`` float[C, B or 1, H, Q, P] is added to
-        the scores of the C layers with cross-attention: its gradient tells where a look would have mattered, and
-        minus infinity hides a patch.
+        ``image_BPD`` float[B or 1, P, encoder_hidden_size], in the place of which `image_keys` of it may stand;
+        ``text_BT`` int[B, T] token ids; ``text_mask_BT`` bool[B, T], True for real tokens (all, if not given).
+        ``image_bias`` float[C, B or 1, H, Q, P] is added to the scores of the C layers with cross-attention: its
+        gradient tells where a look would have mattered, and minus infinity hides a patch.
         """
         embedded: list[Tensor] = []
-        if image_BPD is not None:
-            rows = len(image_BPD) if text_BT is None else len(text_BT)
+        pictures = image_BPD if image_keys is None else image_keys[0][0]
+        if pictures is not None:
+            rows = len(pictures if text_BT is None else text_BT)
             embedded.append(self.query_tokens.expand(rows, -1, -1))
         if text_BT is not None:
             embedded.append(self._embed_text(text_BT))
-        num_queries = self.config.num_query_tokens if image_BPD is not None else 0
+        num_queries = self.config.num_query_tokens if pictures is not None else 0
         x_BSD = self.embedding_norm(torch.cat(embedded, dim=1) if len(embedded) > 1 else embedded[0])
         x_BSD = drop(x_BSD, self.config.dropout, self.training)
 
         mask = self._mask(num_queries, text_BT, text_mask_BT, memory)
         own: Memory = []
         biases: Iterator[Tensor] = iter(image_bias if image_bias is not None else ())
+        keys: Iterator[tuple[Tensor, Tensor]] = iter(image_keys if image_keys is not None else ())
         for index, layer in enumerate(self.layers):
             x_BSD, keys_values = layer(
                 x_BSD,
                 num_queries=num_queries,
-                image_BPD=image_BPD,
+                image=next(keys, image_BPD) if layer.cross_attention is not None else None,
                 image_bias=next(biases, None) if layer.cross_attention is not None else None,
                 mask=mask,
                 past=memory[index] if memory is not None else None,
             )
             own.append(keys_values)
         return QFormerOutput(x_BSD, own)
+
+    def image_keys(self, image_BPD: Tensor) -> Memory:
+        """Keys and values of pictures for each layer with cross-attention, which do not depend on what is asked: for
+        several passes over the same pictures. ``image_BPD`` as in `forward`."""
+        looking = (layer.cross_attention for layer in self.layers if isinstance(layer, Layer))
+        return [attention.keys_values(image_BPD) for attention in looking if attention is not None]
 
     def _embed_text(self, text_BT: Tensor) -> Tensor:
         """Words and positions; positions count the text alone, the queries have none."""

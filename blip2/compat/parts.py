@@ -168,7 +168,7 @@ class QFormerModel(Part):
                     layer,
                     x_BSD,
                     num_queries=num_queries,
-                    image_BPD=image_BPD,
+                    image=image_BPD,
                     image_bias=bias if has_cross else None,
                     mask=mask,
                     past=None,

@@ -117,7 +117,8 @@ def explaining_match(reader: Reader, sight: Sight, text: str, at_a_time: int = 1
 
     def log_odds(patches_SPD: Tensor, image_bias: Tensor) -> Tensor:
         text_ST = torch.tensor([ids] * len(patches_SPD), device=patches_SPD.device)
-        logits_S2 = model.match(patches_SPD, text_ST, torch.ones_like(text_ST, dtype=torch.bool), image_bias)
+        mask_ST = torch.ones_like(text_ST, dtype=torch.bool)
+        logits_S2 = model.match(patches_SPD, text_ST, mask_ST, image_bias=image_bias)
         return logits_S2[:, 1] - logits_S2[:, 0]
 
     evidence_P, score = yield from gathering(log_odds, sight, model.config.qformer, at_a_time, threads.worth(model))

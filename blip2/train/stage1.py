@@ -56,10 +56,14 @@ class Part(NamedTuple):
 
 
 class _Views(NamedTuple):
-    """Queries and text of some pairs, each by itself: unit vectors, of the text in the last place of V = Q + 1."""
+    """Queries and text of some pairs, each by itself: unit vectors, of the text in the last place of V = Q + 1.
+
+    ``image_keys``: what each layer looks at in the pictures, which every pass over them uses again.
+    """
 
     vectors_BVE: Tensor
     memory: Memory
+    image_keys: Memory
 
 
 def losses(
@@ -86,7 +90,7 @@ def losses(
     parts = [slice(rows.start, rows.stop) for rows in parts_of(range(len(text_BT)), num_parts)]
     count, vectors, lm = int(text_mask_BT[:, 1:].sum()), [], torch.zeros((), device=text_BT.device)
     for part in parts:
-        views = _look_and_read(model, _patches(model, features_BPD[part]), text_BT[part], text_mask_BT[part])
+        views = _look_and_read(model, features_BPD[part], text_BT[part], text_mask_BT[part])
         lm = lm + _generation(model, views.memory, text_BT[part], text_mask_BT[part], label_smoothing, count)
         vectors.append(views.vectors_BVE)
     vectors_BVE = torch.cat(vectors)
@@ -98,7 +102,7 @@ def losses(
     wrong_image_B, wrong_text_B = negatives or hard_negatives(logits_BB, equal_BB, generator)
     matching = [
         _match(
-            model, _patches(model, features_BPD[part]), _patches(model, features_BPD[wrong_image_B[part]]),
+            model, _image_keys(model, features_BPD[part]), _image_keys(model, features_BPD[wrong_image_B[part]]),
             text_BT[part], text_mask_BT[part], text_BT[wrong_text_B[part]], text_mask_BT[wrong_text_B[part]],
         ).unflatten(0, (3, -1))
         for part in parts
@@ -123,14 +127,13 @@ def backward(
     group, own = step.group, slice(step.share.start, step.share.stop)
     parts = _of_one_width(parts, group.most(max(part.text_BT.shape[1] for part in parts)))
 
-    def view(part: Part) -> tuple[Tensor, _Views]:
+    def view(part: Part) -> _Views:
         with step.autocast():
-            patches_BPD = _patches(model, part.features_BPD)
-            return patches_BPD, _look_and_read(model, patches_BPD, part.text_BT, part.text_mask_BT, part.place_B, step)
+            return _look_and_read(model, part.features_BPD, part.text_BT, part.text_mask_BT, part.place_B, step)
 
     only = view(parts[0]) if len(parts) == 1 else None
     with torch.no_grad():
-        found_NVE = only[1].vectors_BVE if only else torch.cat([view(part)[1].vectors_BVE for part in parts])
+        found_NVE = only.vectors_BVE if only else torch.cat([view(part).vectors_BVE for part in parts])
     told_BX = group.gather(torch.cat([_told(part) for part in parts]), step.batch_size)
     picture_B, text_BT, mask_BT = told_BX[:, 0], told_BX[:, 1:].clamp(min=0), told_BX[:, 1:] >= 0
     equal_NB = _equal(text_BT, mask_BT, picture_B, own)
@@ -146,21 +149,27 @@ def backward(
     chance_2N = chances(step.batch_size, place_N.device, step.generator)[:, own]
     wrong_image_N = draw_negatives(to_image_NB, equal_NB, place_N, chance_2N[0])
     wrong_text_N = draw_negatives(to_text_NB, equal_NB, place_N, chance_2N[1])
-    features_NPD = torch.cat([part.features_BPD for part in parts])
-    wrong_NPD = group.fetch(features_NPD, group.gather(wrong_image_N, step.batch_size).tolist())
+    is_whole = only is not None and group.size == 1  # then every wrong picture has its keys already
+    if not is_whole:
+        features_NPD = torch.cat([part.features_BPD for part in parts])
+        wrong_NPD = group.fetch(features_NPD, group.gather(wrong_image_N, step.batch_size).tolist())
 
     count, start = int(mask_BT[:, 1:].sum()), 0
     shares = {name: torch.zeros_like(contrast_share) for name in ("itm", "lm")}
     for part in parts:
         here = slice(start, start := start + len(part.place_B))
-        patches_BPD, views = only or view(part)
+        views = only or view(part)
         with step.autocast():
-            wrong_B = wrong_text_N[here]
+            wrong_image_B, wrong_B = wrong_image_N[here], wrong_text_N[here]
+            if is_whole:
+                wrong_keys = [(key[wrong_image_B], value[wrong_image_B]) for key, value in views.image_keys]
+            else:
+                wrong_keys = _image_keys(model, wrong_NPD[here], wrong_image_B, step)
             rows_3B = torch.cat([part.place_B + kind * step.batch_size for kind in range(3)])
             with dropout_by_rows((step.seed, 2), rows_3B):
                 matching_N2 = _match(
-                    model, patches_BPD, _patches(model, wrong_NPD[here]), part.text_BT, part.text_mask_BT,
-                    text_BT[wrong_B], mask_BT[wrong_B],
+                    model, views.image_keys, wrong_keys, part.text_BT, part.text_mask_BT, text_BT[wrong_B],
+                    mask_BT[wrong_B],
                 )  # fmt: skip
             itm = F.cross_entropy(matching_N2, _is_match(matching_N2), reduction="sum") / (3 * step.batch_size)
             with dropout_by_rows((step.seed, 3), part.place_B):
@@ -205,46 +214,57 @@ def _told(part: Part) -> Tensor:
     return torch.cat([part.picture_B[:, None], part.text_BT.masked_fill(~part.text_mask_BT, -1)], dim=1)
 
 
-def _patches(model: Blip2Matcher, features_BPD: Tensor) -> Tensor:
-    return model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
+def _rows(step: Step | None, number: int, place_B: Tensor | None) -> AbstractContextManager[None]:
+    return nullcontext() if step is None or place_B is None else dropout_by_rows((step.seed, number), place_B)
+
+
+def _image_keys(
+    model: Blip2Matcher, features_BPD: Tensor, place_B: Tensor | None = None, step: Step | None = None
+) -> Memory:
+    """Computed once for all passes over the pictures: of the published size, they are a third of a step's work each."""
+    with _rows(step, 4, place_B):
+        return model.qformer.image_keys(model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype)))
 
 
 def _look_and_read(
     model: Blip2Matcher,
-    patches_BPD: Tensor,
+    features_BPD: Tensor,
     text_BT: Tensor,
     text_mask_BT: Tensor,
     place_B: Tensor | None = None,
     step: Step | None = None,
 ) -> _Views:
-    def rows(number: int) -> AbstractContextManager[None]:
-        return nullcontext() if step is None or place_B is None else dropout_by_rows((step.seed, number), place_B)
-
-    with rows(0):
-        seen = model.qformer(image_BPD=patches_BPD)
-    with rows(1):
+    image_keys = _image_keys(model, features_BPD, place_B, step)
+    with _rows(step, 0, place_B):
+        seen = model.qformer(image_keys=image_keys)
+    with _rows(step, 1, place_B):
         read = model.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT)
     # Half precision would move a cosine by more than the temperature can bear.
-    with without_autocast(patches_BPD.device):
+    with without_autocast(features_BPD.device):
         images_BQE = F.normalize(model.vision_projection(seen.hidden_BSD.float()), dim=-1)
         text_B1E = F.normalize(model.text_projection(read.hidden_BSD[:, :1].float()), dim=-1)
-        return _Views(torch.cat([images_BQE, text_B1E], dim=1), seen.memory)
+        return _Views(torch.cat([images_BQE, text_B1E], dim=1), seen.memory, image_keys)
 
 
 def _match(
     model: Blip2Matcher,
-    patches_BPD: Tensor,
-    wrong_BPD: Tensor,
+    keys: Memory,
+    wrong_keys: Memory,
     text_BT: Tensor,
     text_mask_BT: Tensor,
     wrong_text_BT: Tensor,
     wrong_text_mask_BT: Tensor,
 ) -> Tensor:
     """Logits ``float[3B, 2]``: all right pairs, wrong images, wrong texts."""
+    pairs = zip(keys, wrong_keys, strict=True)
     return model.match(
-        torch.cat([patches_BPD, wrong_BPD, patches_BPD]),
+        None,
         torch.cat([text_BT, text_BT, wrong_text_BT]),
         torch.cat([text_mask_BT, text_mask_BT, wrong_text_mask_BT]),
+        image_keys=[
+            (torch.cat([key, wrong_key, key]), torch.cat([value, wrong_value, value]))
+            for (key, value), (wrong_key, wrong_value) in pairs
+        ],
     ).float()
 
 

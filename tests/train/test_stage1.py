@@ -1,10 +1,13 @@
 """Stage 1 against values recorded from the authors' code, and what its losses have to be."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from blip2.errors import RecipeError
 from blip2.train import stage1
+from blip2.train.group import Group, Step
 from tests.recorded import recorded, recorded_model
 
 
@@ -90,7 +93,7 @@ def test_equal_texts_and_shared_pictures_are_no_negatives(golden, model):
     text_BT[3], mask_BT[3] = text_BT[2], mask_BT[2]
     drawn = []
     original = model.match
-    model.match = lambda patches, text, mask: drawn.append(text) or original(patches, text, mask)
+    model.match = lambda patches, text, mask, **keys: drawn.append(text) or original(patches, text, mask, **keys)
     stage1.losses(
         model,
         values["image_embeds"],
@@ -127,3 +130,16 @@ def test_scores(golden, model):
     found = recorded_losses(model, values)
     right = found._replace(similarity_BB=torch.eye(4), matching_N2=torch.tensor([[0.0, 1.0]] * 4 + [[1.0, 0.0]] * 8))
     assert stage1.scores(right) == {"image_to_text": 1.0, "text_to_image": 1.0, "matching": 1.0}
+
+
+def test_what_is_looked_at_in_a_picture_is_computed_once(golden, model):
+    values, _ = golden
+    texts, masks = values["input_ids"], values["attention_mask"].bool()
+    place_B = torch.arange(len(texts))
+    rows = []
+    model.qformer.layers[0].cross_attention.key.register_forward_hook(lambda *call: rows.append(len(call[2])))
+    step = Step(0, len(texts), nullcontext, torch.Generator().manual_seed(0), Group())
+    part = stage1.Part(values["image_embeds"], texts, masks, place_B, place_B)
+    found = stage1.backward(model, [part], step, label_smoothing=0.1, itc="exact")
+    assert rows == [len(texts)], "the pass of the queries, matching, and matching with wrong pictures share it"
+    assert set(found) == {"itc", "itm", "lm"} and all(loss.isfinite() for loss in found.values())
