@@ -1,6 +1,6 @@
-"""The command ``blip2``: one file a verb, imported when the verb is called, so that help comes at once.
+"""The command ``blip2``: one file per subcommand, imported when it is called, so that help is fast.
 
-Exit codes: 0, all went well; 1, something could not be done; 2, it was asked for in a wrong way; 130, Ctrl-C.
+Exit codes: 0 success; 1 something failed; 2 wrong usage; 130 Ctrl-C.
 Errors are one line on standard error, and never a traceback unless ``--debug`` asks for it.
 """
 
@@ -20,29 +20,30 @@ from blip2 import __version__
 from blip2.errors import Blip2Error, OptionError, in_python
 
 COMMANDS = {
-    "caption": "Describe pictures in words.",
-    "ask": "Answer a question about pictures.",
-    "chat": "Talk about a picture.",
-    "match": "Tell how well texts fit a picture.",
-    "alt": "Write alt texts for the pictures of web pages and Markdown.",
-    "explain": "Show where in a picture a model finds what it says.",
-    "index": "See pictures once, to search or ask them.",
-    "search": "Find pictures by words, or by a picture.",
-    "serve": "Answer over HTTP, many at once.",
-    "assemble": "Put parts together to a model that training starts from.",
-    "rows": "Make training rows of well-known data sets.",
-    "train": "Train a Querying Transformer from a recipe.",
-    "curves": "Draw the losses, scores and rates of trainings.",
-    "evaluate": "Score a model on rows with references.",
-    "models": "List the published models: what each is for, and what it needs.",
-    "pull": "Download a model, or what is missing of it.",
-    "info": "Tell what a model is, and what it would need here.",
-    "quantize": "Make a model of 8 or 4 bits from a model.",
-    "merge": "Merge adapters into a model.",
-    "convert": "Convert from and to the authors' .pth checkpoints.",
+    "caption": "Generate captions for images.",
+    "ask": "Answer a question about one or more images.",
+    "chat": "Chat about an image.",
+    "match": "Score how well texts match an image.",
+    "alt": "Write alt texts for images in web pages and Markdown.",
+    "explain": "Show which image regions a text or an answer comes from.",
+    "index": "Encode images once, to search them or ask about them later.",
+    "search": "Search an index of images by text or by image.",
+    "serve": "Start an HTTP server with an OpenAI-compatible API.",
+    "assemble": "Combine pretrained parts into a model to train.",
+    "rows": "Convert published data sets to training rows.",
+    "train": "Train a Q-Former from a recipe.",
+    "curves": "Plot losses, scores and learning rates of training runs.",
+    "evaluate": "Evaluate a model against reference answers or captions.",
+    "models": "List the published models: purpose, size and memory.",
+    "pull": "Download a model from the Hugging Face hub.",
+    "info": "Show a model's parts, precision and memory on this machine.",
+    "quantize": "Save a copy of a model with 8-bit or 4-bit weights.",
+    "merge": "Merge LoRA adapters into a model.",
+    "convert": "Convert checkpoints from and to LAVIS .pth files.",
     "doctor": "Check this installation and this machine.",
 }
-"""Each verb is the `command` of the file of its name; the words are its help in the list of verbs."""
+"""Each subcommand is the `command` of the file of its name; the text is its line in ``blip2 --help``."""
+
 
 class Failure(click.ClickException):
     """One line on standard error, and an exit code."""
@@ -179,7 +180,7 @@ def threads_option(command: Any) -> Any:
 
     return click.option(
         "--threads", metavar="N", type=click.IntRange(1, 1024), expose_value=False, callback=remember,
-        help="Threads of the processor to compute with.  [default: as many as the model's size is worth]",
+        help="Number of CPU threads.  [default: chosen by the model's size]",
     )(command)
 
 
@@ -187,14 +188,15 @@ def threads_option(command: Any) -> Any:
 @click.version_option(__version__, message="blip2 %(version)s")
 @debug_option
 def cli() -> None:
-    """BLIP-2: pictures into words.
+    """BLIP-2: captions, visual question answering, image-text matching and search.
 
     \b
     blip2 caption photo.jpg
     blip2 ask photo.jpg "how many dogs are there?"
     blip2 chat photo.jpg
 
-    Without --model the small model that comes with the package is used; it knows a small world of pictures.
+    Without --model, the bundled miniature is used. It only knows simple drawings: for photographs, name a published
+    model, such as --model Salesforce/blip2-opt-2.7b.
     """
 
 

@@ -25,23 +25,22 @@ if TYPE_CHECKING:
 @click.command("alt")
 @click.argument("pages", nargs=-1, metavar="PAGES...")
 @click.option("--report", type=click.Path(path_type=Path), default="alt.csv", show_default=True, metavar="FILE",
-              help="Table to write the proposed texts into; a page of the same name (.html) shows the pictures.")
+              help="CSV file for the proposed texts; a page of the same name (.html) shows the images.")
 @click.option("--apply", "applied", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write what is approved in this report into its pages.")
-@click.option("--dry-run", is_flag=True, help="Only list pictures without alt text; with --apply, only show what would "
-              "change.")
-@click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help='Folder in which addresses that begin '
-              'with "/" are.  [default: the folder that was named]')
-@click.option("--remote", is_flag=True, help="Fetch pictures that are on the web, too.")
-@click.option("--include-weak", is_flag=True, help='Also pictures whose text says nothing: a file name, "image".')
-@click.option("--approve-all", is_flag=True, help="Approve every proposed text; read them all the same.")
-@click.option("--restart", is_flag=True, help="Begin anew, over an earlier report and what was written into it.")
-@click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to look for pages in the folders within "
-              "a folder, too.  [default: yes]")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out of folders what has such a name or path; "
-              "may be given several times.")
-@click.option("--prompt", default="", metavar="TEXT", help="How captions begin.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures at a time.")
+              help="Write the approved texts of this report into the pages.")
+@click.option("--dry-run", is_flag=True, help="Only list images without alt text; with --apply, only show the changes.")
+@click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help='Folder for addresses that begin with '
+              '"/".  [default: the folder given as PAGES]')
+@click.option("--remote", is_flag=True, help="Also download images from the web.")
+@click.option("--include-weak", is_flag=True, help='Also list images with a useless text: a file name, "image".')
+@click.option("--approve-all", is_flag=True, help="Mark every proposed text as approved. Read them anyway.")
+@click.option("--restart", is_flag=True, help="Start again and overwrite the earlier report with your edits.")
+@click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to search subfolders for pages.  "
+              "[default: yes]")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Skip files and folders with this name or path. "
+              "Repeatable.")
+@click.option("--prompt", default="", metavar="TEXT", help="Text that the captions continue.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Images per batch.")
 @with_options(READING, DECODING, MODEL)
 @click.pass_context
 def command(
@@ -62,15 +61,16 @@ def command(
     batch_size: int,
     **others: Any,
 ) -> None:
-    """Write alt texts for the pictures of web pages and Markdown.
+    """Write alt texts for images in web pages and Markdown.
 
-    PAGES are files of HTML or Markdown, or folders of them. Pictures without alt text are described, each once, and
-    listed in a report; no page is changed. Mend the texts there, write yes into the column "approved" (or decorative,
-    for a picture that needs no text), and apply the report: only the bytes of these alt texts change.
+    PAGES are HTML or Markdown files, or folders of them. The first run finds images without alt text, describes each of
+    them once and writes a report; no page is changed. Edit the texts in the report, write yes into the column
+    "approved" (or decorative for an image that needs no text), and apply the report. Only the bytes of these alt texts
+    change.
 
-    An empty alt="" in HTML says that a picture is decorative, and is left alone; so is what is hidden from screen
-    readers, and what stands in code, comments and templates. The same command goes on where it was stopped, and keeps
-    what you wrote into the report. The exit code is 1 if a page or a picture could not be read, or a row not be done.
+    In HTML, alt="" marks an image as decorative: it is left alone, and so are images hidden from screen readers and
+    anything in code, comments and templates. The same command resumes an interrupted run and keeps your edits in the
+    report. The exit code is 1 if a page or an image could not be read, or a row could not be applied.
 
     \b
     blip2 alt site/ --dry-run

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 @click.command("ask")
 @click.argument("arguments", nargs=-1, metavar="IMAGE... QUESTION")
-@click.option("-q", "--question", "questions", multiple=True, help="A question; may be given several times. All "
-              "arguments are pictures then.")  # fmt: skip
-@click.option("--choices", metavar="A,B,...", help="Choose among these answers, by likelihood.")
-@click.option("--question-column", metavar="NAME", help="With -o: where each row has its own question.")
+@click.option("-q", "--question", "questions", multiple=True, help="A question. Repeatable; all arguments are "
+              "images then.")  # fmt: skip
+@click.option("--choices", metavar="A,B,...", help="Choose the most likely of these answers.")
+@click.option("--question-column", metavar="NAME", help="With -o: column of the question in rows.")
 @with_options(OUTPUT, COLLECTION, PICTURES, DECODING, (*MODEL, CHAT_TEMPLATE))
 @click.pass_context
 def command(
@@ -50,23 +50,21 @@ def command(
     as_json: bool,
     **others: Any,
 ) -> None:
-    """Answer a question about pictures.
+    """Answer a question about one or more images.
 
-    The question comes last, after one or more IMAGEs (files, folders, web addresses, or - for standard input), or an
-    index of pictures (blip2 index --for ask), which is asked without opening them. A folder gives the pictures in it
-    and in the folders within.
-    Give the question alone: the words that the model expects around it are added. Several questions are given by
-    -q, each is asked about each picture, in order.
+    The question is the last argument, after one or more IMAGEs (files, folders, URLs, or - for standard input). An
+    index made by blip2 index --for ask is accepted instead: its images are not opened again. Folders are searched
+    recursively. Write only the question: the prompt that the model expects is added. -q asks several questions about
+    each image, in order.
 
-    One picture gives its answer alone; several give a line each: the picture, a tab, the answer. If there are
-    several questions, the question and a tab stand before each answer. A picture that cannot be read does not
-    stop the others; the exit code is then 1.
+    One image prints its answer; several print one line each: the image, a tab, the answer. With several questions, the
+    question and a tab come before each answer. An unreadable image does not stop the others; the exit code is then 1.
 
-    By default 5 beams and at most 10 tokens. With --choices nothing is written: the given answers are compared,
-    and --json tells the probability of each.
+    The default is 5 beams and at most 10 tokens. --choices generates nothing: it compares the given answers, and --json
+    shows the probability of each.
 
-    With -o, --sidecar, --xmp or --embed, the pictures may be a whole collection, as for blip2 caption; several
-    questions are a row each. --question-column takes the questions from rows.
+    With -o, --sidecar, --xmp or --embed, the images can be a whole collection, as for blip2 caption. Several questions
+    give one row each. --question-column reads the questions from the rows.
 
     \b
     blip2 ask street.jpg "how many buses are there?"

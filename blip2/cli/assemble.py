@@ -1,4 +1,4 @@
-"""``blip2 assemble``: parts that never met, to the models that training starts from."""
+"""``blip2 assemble``: pretrained parts, combined to the models that training starts from."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from blip2.cli.options import in_bytes, with_options
 
 @click.command("assemble")
 @click.option("--vision", required=True, metavar="NAME", help="Image encoder: EVA-CLIP (in a BLIP-2), CLIP, SigLIP, "
-              "DINOv2 or v3, ViT; a folder, or a name on the hub.")  # fmt: skip
-@click.option("--language", metavar="NAME", help="Language model, for stage 2; a folder, or a name on the hub.")
+              "DINOv2 or v3, ViT. A folder or a name on the hub.")  # fmt: skip
+@click.option("--language", metavar="NAME", help="Language model, for stage 2. A folder or a name on the hub.")
 @click.option("--qformer", default="bert-base-uncased", show_default=True, metavar="NAME",
-              help="What the Q-Former begins from: a BERT of any size, another BLIP-2, or \"scratch\".")  # fmt: skip
-@click.option("--tokenizer", metavar="NAME", help="For a Q-Former from scratch: a BERT whose size and tokenizer are "
-              "taken.")  # fmt: skip
-@click.option("--queries", type=int, help="How many vectors a picture becomes.  [default: 32]")
+              help="Initial weights of the Q-Former: a BERT of any size, another BLIP-2, or \"scratch\".")  # fmt: skip
+@click.option("--tokenizer", metavar="NAME", help="With --qformer scratch: the BERT whose size and "
+              "tokenizer are used.")  # fmt: skip
+@click.option("--queries", type=int, help="Number of query tokens.  [default: 32]")
 @click.option("--layer", type=click.Choice(["second-last", "last"]), default="second-last", show_default=True,
-              help="Layer of the image encoder whose output the Q-Former sees.")  # fmt: skip
-@click.option("--no-class-token", is_flag=True, help="The Q-Former sees the patches alone.")
-@click.option("--image-size", type=int, help="Side of a picture in pixels.  [default: the image encoder's]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is new.")
+              help="Layer of the image encoder that the Q-Former reads.")  # fmt: skip
+@click.option("--no-class-token", is_flag=True, help="Leave the class token out of what the Q-Former reads.")
+@click.option("--image-size", type=int, help="Image size in pixels per side.  [default: the image encoder's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the new weights.")
 @click.option("--link", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
-              help="Share the frozen parts with what was assembled before, or trained from it: by hard links, which "
-              "take no room on the disk.")  # fmt: skip
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to be made.")
+              help="Share the frozen parts with this earlier result, or a model trained from it, by hard links that "
+              "take no disk space.")  # fmt: skip
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to create.")
 @with_options()
 def command(
     vision: str,
@@ -41,13 +41,12 @@ def command(
     link: Path | None,
     out: Path,
 ) -> None:
-    """Put parts together to a model that training starts from.
+    """Combine pretrained parts into a model to train.
 
-    The parts are an image encoder, what the Q-Former begins from, and a language model.
-    Writes OUT/matching, for stage 1, and with --language OUT/generative, for stage 2, and prints their names. The image
-    encoder and the language model are as they were published; the cross-attention, the queries, the heads and the
-    projection are new. Each frozen part has files of its own; a model that is trained from OUT shares them with it, and
-    with --link so does another OUT. Every folder is whole without the others.
+    Writes OUT/matching for stage 1 and, with --language, OUT/generative for stage 2, and prints their names. The image
+    encoder and the language model are copied unchanged; cross-attention, query tokens, heads and projection are new.
+    Each frozen part has its own files. A model trained from OUT shares them with it by hard links, and so does another
+    OUT made with --link. Every folder is complete without the others.
 
     \b
     blip2 assemble --vision google/siglip-base-patch16-224 --language facebook/opt-125m -o start/

@@ -14,11 +14,12 @@ from blip2.cli.report import Report, row_of, see
 
 @click.command("caption")
 @click.argument("arguments", nargs=-1, metavar="IMAGES...")
-@click.option("--prompt", default="", metavar="TEXT", help='How the caption begins, such as "a photo of".')
-@click.option("-n", "--num-captions", "num_return", type=int, help="Captions of each picture.  [default: 1]")
-@click.option("--pick", type=click.Choice(["best"]), help="Of -n captions, the first is the one that fits best, by a "
-              "matching model.")  # fmt: skip
-@click.option("--matcher", metavar="NAME", help="With --pick: that model.  [default: the bundled miniature-itm]")
+@click.option("--prompt", default="", metavar="TEXT", help='Text that the caption continues, such as "a photo of".')
+@click.option("-n", "--num-captions", "num_return", type=int, help="Captions per image.  [default: 1]")
+@click.option("--pick", type=click.Choice(["best"]), help="Of -n captions, put the one first that a matching "
+              "model scores best.")  # fmt: skip
+@click.option("--matcher", metavar="NAME", help="With --pick: the matching model.  [default: the bundled "
+              "miniature-itm]")
 @with_options(OUTPUT, COLLECTION, PICTURES, DECODING, MODEL)
 @click.pass_context
 def command(
@@ -32,18 +33,17 @@ def command(
     as_json: bool,
     **others: Any,
 ) -> None:
-    """Describe pictures in words.
+    """Generate captions for images.
 
-    IMAGES are files, folders, web addresses, or - for standard input; or an index of pictures (blip2 index --for
-    ask), of which none is opened; or a list of such names (--files-from). A folder gives the pictures in it and in the
-    folders within. One picture gives its caption alone; several give a line each: the picture, a tab,
-    the caption. A picture that cannot be read does not stop the others; the exit code is then 1.
+    IMAGES are files, folders, URLs, or - for standard input. An index made by blip2 index --for ask is accepted too:
+    its images are not opened again. Folders are searched recursively. One image prints its caption; several print one
+    line each: the image, a tab, the caption. An unreadable image does not stop the others; the exit code is then 1.
 
-    By default 5 beams and at most 30 tokens. What --prompt says is not repeated in the caption.
+    The default is 5 beams and at most 30 tokens. The text of --prompt is not repeated in the caption.
 
-    With -o, --sidecar, --xmp or --embed, IMAGES may be a whole collection: a folder, rows (JSONL, CSV, parquet, COCO
-    JSON) or shards ("shards/{000..099}.tar"); the captions go into files, and a run that is stopped is gone on with by
-    the same command.
+    With -o, --sidecar, --xmp or --embed, IMAGES can be a whole collection: a folder, rows (JSONL, CSV, parquet, COCO
+    JSON) or shards ("shards/{000..099}.tar"). The captions are written to files, and the same command resumes an
+    interrupted run.
 
     \b
     blip2 caption photo.jpg

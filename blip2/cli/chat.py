@@ -29,14 +29,13 @@ HELP = """\
 @click.argument("image", required=False)
 @with_options(DECODING, READING, (*MODEL, CHAT_TEMPLATE))
 def command(image: str | None, **others: Any) -> None:
-    """Talk about a picture.
+    """Chat about an image.
 
-    Each question is read together with what was said before. IMAGE is a file or a web address. In the
-    conversation, /image FILE looks at another picture, /reset forgets what was said, /help lists all commands,
-    /quit ends.
+    IMAGE is a file or a URL. Each question is answered in the context of the earlier turns. Commands: /image FILE
+    switches to another image, /reset clears the history, /help lists all commands, /quit ends the chat.
 
-    When standard input is no terminal, each of its lines is a question (or a command), and each answer a line on
-    standard output. By default the likeliest token each time, at most 40.
+    If standard input is not a terminal, each line is a question or a command, and each answer is one line on standard
+    output. The default is greedy decoding of at most 40 tokens.
 
     \b
     blip2 chat beach.jpg

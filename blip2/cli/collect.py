@@ -19,68 +19,72 @@ if TYPE_CHECKING:
     from blip2.api.collect import CollectionRun
 
 OUTPUTS = (
-    click.option("-o", "--output", metavar="FILE|FOLDER", help="Write results here, and go on where an earlier run was "
-                 "stopped: *.jsonl *.json *.csv *.tsv *.parquet, or a folder for a file a shard."),
-    click.option("--format", metavar="NAME", help="Of the output: imagefolder, jsonl, train, sd-scripts, musubi, "
-                 "invoke, csv, open-clip, kohya, coco, coco-dataset, parquet, webdataset.  [default: by its name]"),
-    click.option("--sidecar", "--caption-extension", metavar=".txt", help="Write a text file beside each picture."),
-    click.option("--sidecar-name", type=click.Choice(["stem", "full"]), help="a.txt or a.jpg.txt.  [default: stem]"),
-    click.option("--xmp", is_flag=True, help="Write an XMP sidecar beside each picture, for photo managers."),
-    click.option("--xmp-name", type=click.Choice(["full", "stem"]), help="a.jpg.xmp or a.xmp.  [default: full]"),
-    click.option("--xmp-shared", is_flag=True, help="Raw and JPEG of one photograph share a.xmp."),
-    click.option("--embed", is_flag=True, help="Write into the pictures' own metadata, by exiftool."),
-    click.option("--with-images/--no-images", default=None, help="Whether parquet and shards hold the pictures, too.  "
-                 "[default: shards do]"),
-    click.option("--caption-field", metavar="NAME", help="Of samples in shards that are written.  [default: txt]"),
-    click.option("--shard-size", type=click.IntRange(1), metavar="N", help="Pictures in a shard, where the source has "
-                 "none.  [default: 10000]"),
-    click.option("--csv-bom", is_flag=True, help="Mark a CSV as UTF-8, for Excel."),
-    click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a page to look "
-                 "results over, too, the worst scores first."),
+    click.option("-o", "--output", metavar="FILE|FOLDER", help="Write results to this file (.jsonl .json .csv .tsv "
+                 ".parquet), or to a folder with one file per shard. The same command resumes an interrupted run."),
+    click.option("--format", metavar="NAME", help="Output format: imagefolder, jsonl, train, sd-scripts, musubi, "
+                 "invoke, csv, open-clip, kohya, coco, coco-dataset, parquet, webdataset.  [default: from the name]"),
+    click.option("--sidecar", "--caption-extension", metavar=".txt", help="Write a text file next to each image."),
+    click.option("--sidecar-name", type=click.Choice(["stem", "full"]), help="Name of the text file: a.txt or "
+                 "a.jpg.txt.  [default: stem]"),
+    click.option("--xmp", is_flag=True, help="Write an XMP sidecar next to each image, for photo managers."),
+    click.option("--xmp-name", type=click.Choice(["full", "stem"]), help="Name of the XMP file: a.jpg.xmp or a.xmp.  "
+                 "[default: full]"),
+    click.option("--xmp-shared", is_flag=True, help="One a.xmp for the raw file and the JPEG of the same photograph."),
+    click.option("--embed", is_flag=True, help="Write into the metadata of the images themselves (needs exiftool)."),
+    click.option("--with-images/--no-images", default=None, help="Whether to copy the images into parquet files and "
+                 "shards.  [default: only into shards]"),
+    click.option("--caption-field", metavar="NAME", help="Field of the caption in the shards written.  [default: txt]"),
+    click.option("--shard-size", type=click.IntRange(1), metavar="N", help="Images per shard, if the source has no "
+                 "shards.  [default: 10000]"),
+    click.option("--csv-bom", is_flag=True, help="Start the CSV with a UTF-8 byte order mark, for Excel."),
+    click.option("--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write a review "
+                 "page with thumbnails, worst scores first."),
 )  # fmt: skip
 ROWS = (
-    click.option("--image-column", metavar="NAME", help="Of rows: where the picture is.  [default: by looking]"),
-    click.option("--images", metavar="FOLDER", help="Where paths in rows begin.  [default: the file's folder]"),
-    click.option("--split", metavar="NAME", help="Of Karpathy's JSON: train, val, test, restval."),
-)
+    click.option("--image-column", metavar="NAME", help="Column of the image in rows.  [default: detected]"),
+    click.option("--images", metavar="FOLDER", help="Base folder of relative paths in rows.  [default: the file's "
+                 "folder]"),
+    click.option("--split", metavar="NAME", help="Split of a Karpathy JSON file: train, val, test, restval."),
+)  # fmt: skip
 SOURCES = (
     *ROWS,
-    click.option("--caption-column", metavar="NAME", help="Of rows: what was said before.  [default: by looking]"),
-    click.option("--key-column", metavar="NAME", help="Of rows: what they are known by; row numbers them."),
-    click.option("--caption-suffix", metavar=".txt", help="Files beside pictures that hold what was said before."),
+    click.option("--caption-column", metavar="NAME", help="Column of existing captions in rows.  [default: detected]"),
+    click.option("--key-column", metavar="NAME", help="Column that identifies a row; 'row' uses row numbers."),
+    click.option("--caption-suffix", metavar=".txt", help="Suffix of text files next to the images that hold existing "
+                 "captions."),
 )  # fmt: skip
 WORDS = (
-    click.option("--if-exists", type=click.Choice(["skip", "overwrite", "append", "prepend"]), help="What becomes of "
-                 "pictures that have a text.  [default: skip]"),
-    click.option("--prefix", metavar="TEXT", help="Before each caption, as it is."),
-    click.option("--suffix", metavar="TEXT", help="After each caption, as it is."),
-    click.option("--template", metavar="TEXT", help="Around each caption: {caption} {name} {folder} {concept} {old}."),
-    click.option("--replace", multiple=True, metavar="OLD=NEW", help="Replace in captions; several times."),
-    click.option("--remove", multiple=True, metavar="REGEX", help="Remove from captions; several times."),
-    click.option("--forbid-words", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Words that "
-                 "no caption has, one a line."),
-    click.option("--dedupe-words", is_flag=True, help='Cut repeats at the end: "a dog a dog a dog".'),
-    click.option("--max-chars", type=int, metavar="N", help="Cut captions at a word."),
+    click.option("--if-exists", type=click.Choice(["skip", "overwrite", "append", "prepend"]), help="What to do with "
+                 "images that already have a caption.  [default: skip]"),
+    click.option("--prefix", metavar="TEXT", help="Text before each caption, unchanged."),
+    click.option("--suffix", metavar="TEXT", help="Text after each caption, unchanged."),
+    click.option("--template", metavar="TEXT", help="Pattern of the caption: {caption} {name} {folder} {concept} "
+                 "{old}."),
+    click.option("--replace", multiple=True, metavar="OLD=NEW", help="Replace text in captions. Repeatable."),
+    click.option("--remove", multiple=True, metavar="REGEX", help="Remove matches from captions. Repeatable."),
+    click.option("--forbid-words", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Words never "
+                 "to generate, one per line."),
+    click.option("--dedupe-words", is_flag=True, help='Cut repetitions at the end: "a dog a dog a dog".'),
+    click.option("--max-chars", type=int, metavar="N", help="Shorten captions to N characters, at a word boundary."),
 )  # fmt: skip
 GOING = (
     click.option("--dry-run", is_flag=True, help="List what would be done; load no model, write nothing."),
-    click.option("--limit", type=int, metavar="N", help="Stop after N pictures; the same command goes on."),
-    click.option("--shard", metavar="I/N", help="Do the I-th of N parts, from 1.  [default: the task of a SLURM "
-                 "array]"),
-    click.option("--retry-failed", is_flag=True, help="Do once more what failed before."),
-    click.option("--restart", is_flag=True, help="Forget earlier runs."),
-    click.option("--dedupe", is_flag=True, help="Of equal files see the first alone, in a run of 256 files or a shard; "
-                 "the others are given its result."),
-    click.option("--log-json", is_flag=True, help="Progress and summary as JSON lines on standard error."),
+    click.option("--limit", type=int, metavar="N", help="Stop after N images; the same command continues."),
+    click.option("--shard", metavar="I/N", help="Process only part I of N, counted from 1.  [default: the task of a "
+                 "SLURM array]"),
+    click.option("--retry-failed", is_flag=True, help="Retry the images that failed in earlier runs."),
+    click.option("--restart", is_flag=True, help="Ignore earlier runs and start again."),
+    click.option("--dedupe", is_flag=True, help="Process identical files once (within 256 files or a shard) and copy "
+                 "the result."),
+    click.option("--log-json", is_flag=True, help="Write progress and summary as JSON lines to standard error."),
 )  # fmt: skip
 MACHINES = (
-    click.option("--devices", metavar="0,1", help="Work on these GPUs of this machine at once; cpu,cpu is two workers "
-                 "without any."),
-    click.option("--engine", type=click.Choice(["ray"]), help="Work on several machines, or in several processes of "
-                 "this one, by Ray; pictures and outputs lie where all see them."),
-    click.option("--replicas", type=int, metavar="N", help="With --engine ray: how many.  [default: 1]"),
-    click.option("--address", metavar="HOST:PORT", help="With --engine ray: of a Ray cluster that this machine belongs "
-                 "to, or auto.  [default: one is started on this machine]"),
+    click.option("--devices", metavar="0,1", help="Use several GPUs of this machine; cpu,cpu starts two CPU workers."),
+    click.option("--engine", type=click.Choice(["ray"]), help="Use several machines or processes through Ray; all of "
+                 "them must see the input and output folders."),
+    click.option("--replicas", type=int, metavar="N", help="With --engine ray: number of workers.  [default: 1]"),
+    click.option("--address", metavar="HOST:PORT", help="With --engine ray: address of a Ray cluster, or auto.  "
+                 "[default: start Ray on this machine]"),
 )  # fmt: skip
 COLLECTION = (*OUTPUTS, *SOURCES, *WORDS, *GOING, *MACHINES)
 UNWORDED = (*OUTPUTS, *SOURCES, *GOING, *MACHINES)

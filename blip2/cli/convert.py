@@ -15,21 +15,21 @@ from blip2.cli.options import with_options
 @click.command("convert")
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--like", metavar="NAME", help="Model that gives configuration, tokenizer, and whatever frozen part is "
-              "found nowhere else.  [default: the published one of the same size]")  # fmt: skip
+@click.option("--like", metavar="NAME", help="Model to take the configuration, the tokenizer and missing frozen parts "
+              "from.  [default: the published model of the same size]")  # fmt: skip
 @click.option("--vision", metavar="PATH", help="Image encoder: eva_vit_g.pth, clip_vit_L.pth, or a model.")
-@click.option("--language", metavar="PATH", help="Language model: the original one, such as google/flan-t5-xl, or a "
+@click.option("--language", metavar="PATH", help="Language model: the original, such as google/flan-t5-xl, or a "
               "BLIP-2 model.")  # fmt: skip
-@click.option("--all", "has_frozen", is_flag=True, help="From a folder: write the frozen parts, too.")
+@click.option("--all", "has_frozen", is_flag=True, help="From a folder: also write the frozen parts.")
 @with_options()
 def command(
     source: Path, out: Path, like: str | None, vision: str | None, language: str | None, has_frozen: bool
 ) -> None:
-    """Convert from and to the authors' .pth checkpoints.
+    """Convert checkpoints from and to LAVIS .pth files.
 
-    SOURCE is a .pth file of LAVIS, the authors' library, and OUT the folder to be made of it; or SOURCE is the folder
-    of a model and OUT the .pth file. LAVIS's files lack what was frozen, which --vision, --language or --like bring
-    in. OUT must not exist yet; its name is printed when it is whole.
+    From LAVIS (the library of the authors): SOURCE is a .pth file, OUT the folder to create. To LAVIS: SOURCE is a
+    model folder, OUT the .pth file. LAVIS files lack the frozen parts; --vision, --language or --like supply them. OUT
+    must not exist yet; its name is printed when it is complete.
 
     \b
     blip2 convert blip2_pretrained_flant5xl.pth my-model --vision eva_vit_g.pth --language google/flan-t5-xl

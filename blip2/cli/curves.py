@@ -15,13 +15,13 @@ SUFFIXES = (".svg", ".html")
 @click.command("curves")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", "out", required=True, type=click.Path(dir_okay=False, path_type=Path),
-              metavar="FILE", help="The drawing, .svg or .html.")  # fmt: skip
+              metavar="FILE", help="Output file, .svg or .html.")  # fmt: skip
 @with_options()
 def command(runs: tuple[Path, ...], out: Path) -> None:
-    """Draw the losses, scores and rates of trainings.
+    """Plot losses, scores and learning rates of training runs.
 
-    RUNS are the folders that recipes name as 'out', finished or not, each with its log.jsonl; several are drawn into
-    the same panels, to be compared. The name of the drawing is printed.
+    RUNS are folders named as 'out' in recipes, finished or not, each with its log.jsonl. Several runs are drawn in the
+    same panels for comparison. The name of the output is printed.
 
     \b
     blip2 curves runs/stage2 -o curves.svg

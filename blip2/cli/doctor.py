@@ -43,15 +43,15 @@ class Finding:
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @with_options()
 @click.pass_context
 def command(context: click.Context, /, as_json: bool) -> None:
     """Check this installation and this machine.
 
-    Tells which torch there is and whether it fits the machine, what the processor offers, whether the compiled
-    kernels for quantised models are in use, and where downloads are kept. The exit code is 1 if there is a problem;
-    each comes with what to do. Add the output to bug reports.
+    Reports the torch build and whether it fits the machine, the features of the processor, whether the compiled kernels
+    for quantised models are in use, and where downloads are stored. The exit code is 1 if there is a problem; each
+    problem comes with a remedy. Please add the output to bug reports.
 
     \b
     blip2 doctor

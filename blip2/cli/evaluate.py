@@ -20,12 +20,13 @@ RULES = ("official", "lavis", "lmms-eval", "all-ten")
 @click.command("evaluate")
 @click.argument("rows", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-o", "--output", "folder", required=True, type=click.Path(file_okay=False, path_type=Path),
-              help="Folder for the answers and scores; a run that was stopped goes on there.")  # fmt: skip
-@click.option("--rule", type=click.Choice(RULES), default="official", show_default=True, help="Whose VQA accuracy.")
+              help="Folder for answers and scores; an interrupted run resumes there.")  # fmt: skip
+@click.option("--rule", type=click.Choice(RULES), default="official", show_default=True,
+              help="Definition of VQA accuracy.")  # fmt: skip
 @click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of another "
-              "model's evaluation: what has changed, and whether that may be chance.")  # fmt: skip
-@click.option("--prompt", help="The beginning of captions, or the instruction for them.")
-@click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.")
+              "evaluation to compare with: the differences and their significance.")  # fmt: skip
+@click.option("--prompt", help="Text that captions continue, or the instruction for them.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images per batch.")
 @with_options(GOING, MACHINES, DECODING, MODEL)
 @click.pass_context
 def command(
@@ -37,12 +38,12 @@ def command(
     against: Path | None,
     **others: Any,
 ) -> None:
-    """Score a model on rows with references.
+    """Evaluate a model against reference answers or captions.
 
-    ROWS is a JSON-lines file. Each row names a picture, and has a question with an answer (compared letter by letter)
-    or with the answers of several people (VQA accuracy), or captions (BLEU, ROUGE-L and CIDEr, of the words that
-    Stanford's tokenizer finds). "type" in a row makes a table by type of question. Scores are in percent, with 95 %
-    intervals by drawing pictures anew; what could not be read counts as wrong.
+    ROWS is a JSON-lines file. Each row names an image and has a question with one answer (exact match) or with the
+    answers of several people (VQA accuracy), or captions (BLEU, ROUGE-L and CIDEr after PTB tokenization). "type" in a
+    row adds a table by type of question. Scores are percentages with 95 % confidence intervals (bootstrap over images).
+    Unreadable images count as wrong.
 
     \b
     {"image": "1.jpg", "question": "how many dogs?", "answer": "two", "type": "count"}

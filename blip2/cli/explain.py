@@ -24,13 +24,13 @@ ARRAY = ".npy"
 @click.argument("image")
 @click.argument("text", required=False)
 @click.option("-q", "--question", help="Explain the answer to this question.")
-@click.option("-a", "--answer", help="With --question: this answer.  [default: the model's own]")
+@click.option("-a", "--answer", help="With --question: the answer to explain.  [default: the one generated]")
 @click.option("-w", "--word", help="Explain this word of the caption.")
-@click.option("-c", "--caption", help="Caption to explain, or that contains the word.  [default: the model's own]")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write: .png, .jpg or .webp for the "
-              "picture with the map on it, .npy for the map as numbers, float32[height, width].")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: what was explained, its score (of a TEXT "
-              "the probability of a match, else the log-probability), the strongest place, [x, y].")  # fmt: skip
+@click.option("-c", "--caption", help="Caption to explain, or that contains the word.  [default: the one generated]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Output file: .png, .jpg or .webp for the "
+              "image with the heat map on it, .npy for the map as float32[height, width].")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the text explained, its score "
+              "(match probability of TEXT, else log-probability), the strongest pixel [x, y].")  # fmt: skip
 @with_options(READING, MODEL)
 def command(
     image: str,
@@ -43,12 +43,11 @@ def command(
     as_json: bool,
     **others: Any,
 ) -> None:
-    """Show where in a picture a model finds what it says.
+    """Show which image regions a text or an answer comes from.
 
-    IMAGE is a file, a web address, or - for standard input. With a TEXT a matching model tells where the picture
-    speaks for it; with --question, --word or --caption a generative model tells where its answer, its word or its
-    caption comes from. Bright is strong; prints what was explained. The map is evidence of what the model used, and
-    no proof.
+    IMAGE is a file, a URL, or - for standard input. With TEXT, a matching model shows which regions support the text.
+    With --question, --word or --caption, a generative model shows which regions its answer, word or caption comes from.
+    The text that was explained is printed. The map is evidence of what the model used, not proof.
 
     \b
     blip2 explain photo.jpg "a dog" -o heat.png

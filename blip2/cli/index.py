@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @click.command("index")
 @click.argument("photos", nargs=-1, metavar="PHOTOS...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The index; it is "
-              "brought up to date if it exists.")  # fmt: skip
-@click.option("--for", "kind", type=click.Choice(["search", "ask"]), help="To be searched, by a matching model, or to "
-              "be asked, by a model that answers.  [default: what it is for, or search]")  # fmt: skip
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures at a time.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Index file; "
+              "updated if it exists.")  # fmt: skip
+@click.option("--for", "kind", type=click.Choice(["search", "ask"]), help="Purpose: search (a matching model) or "
+              "ask (a generative model).  [default: that of the existing index, or search]")  # fmt: skip
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Images per batch.")
 @with_options(ROWS, PICTURES, INDEX_MODEL)
 @click.pass_context
 def command(
@@ -38,16 +38,14 @@ def command(
     batch_size: int,
     **others: Any,
 ) -> None:
-    """See pictures once, to search or ask them.
+    """Encode images once, to search them or ask about them later.
 
-    PHOTOS are folders, with all folders within, or picture files, or are listed in a file (--files-from), or named in
-    rows (JSON lines, CSV, parquet, COCO JSON). A second run encodes only what is new or changed, by size and time of
-    change, and forgets what is gone from the folders that are named. A picture or a folder that cannot be read is told
-    and left out (what is known of a folder stays); the exit code is then 1. A run that is stopped loses little: the
-    same command goes on.
+    PHOTOS are folders (searched recursively) or image files, a list of them (--files-from), or rows (JSON lines, CSV,
+    parquet, COCO JSON). A second run encodes only images that are new or changed, by size and modification time, and
+    removes those deleted from the folders given. Unreadable images and folders are reported and skipped; the exit code
+    is then 1. An interrupted run loses at most half a minute of work: the same command resumes it.
 
-    The index is a safetensors file (README, "Search"). It remembers its model, so that later runs, and blip2 search and
-    blip2 ask, need no --model.
+    The index is a safetensors file. It records its model, so later runs, blip2 search and blip2 ask need no --model.
 
     \b
     blip2 index photos/ -o photos.index

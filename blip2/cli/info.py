@@ -58,17 +58,17 @@ class Facts(NamedTuple):
 
 @click.command("info")
 @click.argument("model", required=False)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, with every layer.")
-@click.option("--plan", "with_plan", is_flag=True, help="Where each part would go: on the GPU, on the CPU.")
-@click.option("--gpu-memory", type=float, metavar="GB", help="With --plan: for a GPU with so much free memory.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every layer.")
+@click.option("--plan", "with_plan", is_flag=True, help="Show which part would be placed on the GPU or the CPU.")
+@click.option("--gpu-memory", type=float, metavar="GB", help="With --plan: free GPU memory to assume.")
 @with_options((REVISION,), PRECISION, (ADAPTER,))
 def command(model: str | None, as_json: bool, with_plan: bool, gpu_memory: float | None, **options: Any) -> None:
-    """Tell what a model is, and what it would need here.
+    """Show a model's parts, precision and memory on this machine.
 
-    MODEL is a folder or a name on the Hugging Face hub; by default the bundled miniature. A published model need not
-    be downloaded for it. Of a part by itself (a language model, an image encoder, a BERT) its family and size are told.
-    Told are its parts, the precision that would be chosen and why, the memory that its weights
-    take in that precision, and which layers are quantised.
+    MODEL is a folder or a name on the Hugging Face hub; the default is the bundled miniature. Published models need not
+    be downloaded first. The report lists the parts, the precision that would be chosen and why, the memory of the
+    weights in that precision, and which layers are quantised. For a single part (a language model, an image encoder, a
+    BERT) it shows the family and size.
 
     \b
     blip2 info Salesforce/blip2-flan-t5-xxl --quantize int4

@@ -21,12 +21,12 @@ CANDIDATES = 32
 
 @click.command("match")
 @click.argument("arguments", nargs=-1, metavar="IMAGE TEXT...")
-@click.option("-t", "--text", "texts", multiple=True, help="A text; may be given several times. All arguments are "
-              "pictures then.")  # fmt: skip
+@click.option("-t", "--text", "texts", multiple=True, help="A text. Repeatable; all arguments are images "
+              "then.")  # fmt: skip
 @click.option("--labels", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="Texts from a file, one a line. All arguments are pictures then.")  # fmt: skip
-@click.option("--template", default="{}", metavar="TEXT", help='Words around each text, such as "a photo of a {}".')
-@click.option("--top", type=int, metavar="K", help="Only the K best texts, the best first.")
+              help="File with one text per line; all arguments are images then.")  # fmt: skip
+@click.option("--template", default="{}", metavar="TEXT", help='Pattern around each text, such as "a photo of a {}".')
+@click.option("--top", type=int, metavar="K", help="Print only the K best texts.")
 @with_options(OUTPUT, UNWORDED, PICTURES, MODEL)
 @click.pass_context
 def command(
@@ -41,22 +41,22 @@ def command(
     as_json: bool,
     **others: Any,
 ) -> None:
-    """Tell how well texts fit a picture.
+    """Score how well texts match an image.
 
-    The picture comes first, then one or more TEXTs; or any number of pictures and folders, with the texts by -t or
-    --labels. A folder gives the pictures in it and in the folders within. With -o, --sidecar, --xmp or --embed, they
-    may be a whole collection, as for blip2 caption; the texts of each picture are written in order, with their
-    probabilities where the format has scores.
+    The first argument is the image, followed by one or more TEXTs. With -t or --labels, all arguments are images or
+    folders. Folders are searched recursively. With -o, --sidecar, --xmp or --embed, they can be a whole collection, as
+    for blip2 caption: the texts of each image are written from best to worst, with their probabilities if the format
+    has scores.
 
     \b
-    match    the probability that the two belong together, of each text by itself
-    cosine   how near their vectors are
-    share    the probability of the text among all that are given; by the learned temperature, which the
-             published files lack
+    match    probability that image and text belong together (ITM), for each text on its own
+    cosine   similarity of the image and text vectors (ITC)
+    share    probability of the text among all given texts; needs the learned temperature,
+             which the published files lack
 
-    The best text comes first. With --top, only the 32 nearest by cosine (or K) are looked at together with the
-    picture, so that texts may be thousands. With several pictures, each line begins with the picture and a tab. A
-    picture that cannot be read does not stop the others; the exit code is then 1.
+    The best text comes first. With --top, only the 32 texts with the highest cosine (or K, if larger) are scored by
+    ITM, so that thousands of labels are practical. With several images, each line begins with the image and a tab. An
+    unreadable image does not stop the others; the exit code is then 1.
 
     \b
     blip2 match street.jpg "a bus" "two buses" "a tram"

@@ -13,15 +13,15 @@ from blip2.cli.options import REVISION, adapters_in, with_options
 @click.command("merge")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--adapter", "names", multiple=True, required=True, metavar="NAME", help="LoRA or DoRA: its folder, or "
-              "name on the hub; several may be given, each perhaps as NAME=0.5, with a weight.")  # fmt: skip
+@click.option("--adapter", "names", multiple=True, required=True, metavar="NAME", help="LoRA or DoRA adapter: a folder "
+              "or a name on the hub. Repeatable; NAME=0.5 sets a weight.")  # fmt: skip
 @with_options((REVISION,))
 def command(model: str, out: Path, names: tuple[str, ...], revision: str | None) -> None:
-    """Merge adapters into a model.
+    """Merge LoRA adapters into a model.
 
-    MODEL is a folder or a name on the Hugging Face hub, OUT the folder that is made. OUT needs neither MODEL nor the
-    adapters, is in the precision of MODEL, and answers as MODEL does with --adapter. Progress is shown on standard
-    error; the name of OUT is printed when it is whole.
+    MODEL is a folder or a name on the Hugging Face hub, OUT the folder to create. OUT is complete without MODEL and the
+    adapters, has the precision of MODEL, and gives the same answers as MODEL with --adapter. Progress is printed on
+    standard error, the name of OUT on standard output when it is complete.
 
     \b
     blip2 merge Salesforce/blip2-opt-2.7b merged --adapter my-lora

@@ -18,14 +18,14 @@ COLUMNS: tuple[tuple[str, int, Any], ...] = (
 
 
 @click.command("models")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list, with all that is known of each.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with all details.")
 @with_options()
 def command(as_json: bool) -> None:
-    """List the published models: what each is for, and what it needs.
+    """List the published models: purpose, size and memory.
 
-    The memory is that of the weights on a CPU, of image encoder and language model in bfloat16, or with --quantize
-    int8 or int4; pictures and texts take some more. Below them are the families of parts of which blip2 assemble makes
-    other models, by the model_type in a part's config.json.
+    Memory is that of the weights on a CPU, with image encoder and language model in bfloat16, or with --quantize int8
+    or int4; images and texts need some more. The families of parts that blip2 assemble can combine are listed below, by
+    the model_type in config.json.
 
     \b
     blip2 models

@@ -1,4 +1,4 @@
-"""What the verbs have in common: which model, how it decodes, how results are shown."""
+"""Options that several subcommands share: the model, decoding, output."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ Decorator = Callable[[Any], Any]
 
 LABEL_WIDTH = 16
 
-REVISION = click.option("--revision", help="Branch, tag or commit on the hub.  [default: the known good one]")
+REVISION = click.option("--revision", help="Branch, tag or commit on the hub.  [default: a tested commit]")
 
 PRECISION = (
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option(
         "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
-        help="Precision of image encoder and language model.",
+        help="Precision of the image encoder and the language model.",
     ),
     click.option(
-        "--quantize", type=click.Choice(["int8", "int4"]), help="Keep the language model's weights in 8 or 4 bits.",
+        "--quantize", type=click.Choice(["int8", "int4"]), help="Quantise the language model's weights to 8 or 4 bits.",
     ),
-    click.option("--quantize-vision", is_flag=True, help="With --quantize: the image encoder's, too."),
+    click.option("--quantize-vision", is_flag=True, help="With --quantize: quantise the image encoder as well."),
     click.option(
-        "--vision", type=click.Choice(["int8"]), help="On a CPU: see in 8 bits, faster with VNNI, and nearly as well."
+        "--vision", type=click.Choice(["int8"]), help="CPU only: run the image encoder in 8 bits (weights and "
+        "activations). Faster on processors with VNNI, slightly less accurate."
     ),
 )  # fmt: skip
 
 ADAPTER = click.option(
-    "--adapter", multiple=True, metavar="NAME", help="LoRA or DoRA to merge: its folder, or name on the hub; several "
-    "may be given, each perhaps as NAME=0.5, with a weight.",
+    "--adapter", multiple=True, metavar="NAME", help="LoRA or DoRA adapter to merge: a folder or a name on the hub. "
+    "Repeatable; NAME=0.5 sets a weight.",
 )  # fmt: skip
 MODEL = (
     click.option(
-        "-m", "--model", metavar="NAME", help="Folder of a model, or its name on the Hugging Face hub, such as "
+        "-m", "--model", metavar="NAME", help="Model folder, or a name on the Hugging Face hub such as "
         "Salesforce/blip2-opt-2.7b.  [default: the bundled miniature]",
     ),
     REVISION,
@@ -58,41 +59,41 @@ MODEL = (
 )  # fmt: skip
 INDEX_MODEL = (
     click.option(
-        "-m", "--model", metavar="NAME", help="Folder of a model, or its name on the Hugging Face hub.  [default: the "
-        "index's own; the bundled miniature for a new one]",
+        "-m", "--model", metavar="NAME", help="Model folder, or a name on the Hugging Face hub.  [default: the model "
+        "that made the index; the bundled miniature for a new one]",
     ),
     REVISION,
     *PRECISION,
     ADAPTER,
 )  # fmt: skip
-CHAT_TEMPLATE = click.option("--chat-template", is_flag=True, help="Ask in the words of the language model's own chat "
-                             "template.")  # fmt: skip
+CHAT_TEMPLATE = click.option("--chat-template", is_flag=True, help="Format the prompt with the language model's own "
+                             "chat template.")  # fmt: skip
 MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision", "vision", "adapter")
 
 # Ranges are checked where they are known: by GenerateOptions.
 DECODING = (
-    click.option("--beams", "num_beams", type=int, help="Beams of the search; 1 takes the likeliest token each time."),
-    click.option("--max-new-tokens", type=int, help="Longest text, in tokens."),
-    click.option("--min-new-tokens", type=int, help="Shortest text, in tokens."),
-    click.option("--length-penalty", type=float, help="With beams: above 0 favours long texts, below 0 short ones."),
-    click.option("--repetition-penalty", type=float, help="Above 1: words that are there already become unlikely."),
-    click.option("--no-repeat-ngram", "no_repeat_ngram_size", type=int, help="No run of so many tokens comes twice."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
-    click.option("--sample", is_flag=True, help="Draw each token by chance instead of searching for the likeliest."),
-    click.option("--temperature", type=float, help="With --sample: below 1 is more careful, above 1 bolder."),
-    click.option("--top-k", type=int, help="With --sample: draw from the k likeliest tokens."),
-    click.option("--top-p", type=float, help="With --sample: draw from the likeliest that have this probability."),
-    click.option("--seed", type=int, help="With --sample: the same seed, the same text."),
-)
-
+    click.option("--beams", "num_beams", type=int, help="Number of beams; 1 is greedy decoding."),
+    click.option("--max-new-tokens", type=int, help="Maximum length of the generated text, in tokens."),
+    click.option("--min-new-tokens", type=int, help="Minimum length of the generated text, in tokens."),
+    click.option("--length-penalty", type=float, help="With beams: above 0 favours longer texts, below 0 shorter."),
+    click.option("--repetition-penalty", type=float, help="Above 1: makes tokens that already occur less likely."),
+    click.option("--no-repeat-ngram", "no_repeat_ngram_size", type=int, help="Never repeat an n-gram of this size."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable."),
+    click.option("--sample", is_flag=True, help="Sample each token instead of searching for the most likely text."),
+    click.option("--temperature", type=float, help="With --sample: below 1 is less random, above 1 more random."),
+    click.option("--top-k", type=int, help="With --sample: sample from the k most likely tokens."),
+    click.option("--top-p", type=float, help="With --sample: sample from the most likely tokens whose probabilities "
+                 "sum to p."),
+    click.option("--seed", type=int, help="With --sample: seed; the same seed gives the same text."),
+)  # fmt: skip
 DECODING_NAMES = (
     "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
     "stop", "sample", "temperature", "top_k", "top_p", "seed",
 )  # fmt: skip
 
 OUTPUT = (
-    click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures at a time."),
-    click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with score, tokens and seconds."),
+    click.option("--batch-size", type=int, default=16, show_default=True, help="Images per batch."),
+    click.option("--json", "as_json", is_flag=True, help="Print a JSON object per line, with score, tokens and seconds."),
 )
 
 

@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from blip2.index import Index
 
 READING = (
-    click.option("--max-pixels", type=int, metavar="N", help="Largest picture that is read.  [default: 250 million]"),
-    click.option("--allow-truncated", is_flag=True, help="Read truncated pictures as far as they go."),
+    click.option("--max-pixels", type=int, metavar="N", help="Largest image to read.  [default: 250 million]"),
+    click.option("--allow-truncated", is_flag=True, help="Read truncated files as far as possible."),
 )
 FOLDERS = (
-    click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to look for pictures in the folders "
-                 "within a folder, too.  [default: yes]"),
-    click.option("--exclude", multiple=True, metavar="PATTERN", help='Leave out of folders what has such a name or '
-                 'path, such as "lost+found" or "*.gif"; may be given several times.'),
-    click.option("--files-from", metavar="FILE", help="More pictures and folders, one a line of this file; - is "
-                 "standard input."),
+    click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to search subfolders for images.  "
+                 "[default: yes]"),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help='Skip files and folders with this name or path, '
+                 'such as "lost+found" or "*.gif". Repeatable.'),
+    click.option("--files-from", metavar="FILE", help="Read more names of images and folders from FILE, one per line; "
+                 "- is standard input."),
 )  # fmt: skip
 NULL = (
-    click.option("-0", "--null", "is_null", is_flag=True, help="In plain output and in --files-from, a NUL byte stands "
-                 "in the place of each newline, and names are as they are."),
+    click.option("-0", "--null", "is_null", is_flag=True, help="Separate names by NUL bytes instead of newlines, in "
+                 "the output and in --files-from; names are not escaped."),
 )  # fmt: skip
 PICTURES = (*FOLDERS, *NULL, *READING)
 

@@ -14,10 +14,10 @@ from blip2.cli.options import REVISION, with_options
 @click.argument("name")
 @with_options((REVISION,))
 def command(name: str, revision: str | None) -> None:
-    """Download a model, or what is missing of it.
+    """Download a model from the Hugging Face hub.
 
-    NAME is that of a repository on the Hugging Face hub; `blip2 models` lists the published ones. Progress is shown
-    on standard error; the folder is printed on standard output. Ctrl-C stops, and the same command goes on from there.
+    NAME is a repository on the hub; `blip2 models` lists the published ones. Only missing files are downloaded.
+    Progress is printed on standard error, the folder on standard output. Ctrl-C stops, and the same command resumes.
 
     \b
     blip2 pull Salesforce/blip2-opt-2.7b

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 @click.command("quantize")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", "kind", type=click.Choice(["int8", "int4"]), required=True, help="8 bits lose next to nothing; "
-              "4 bits are half as large.")  # fmt: skip
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="With int4: so many weights share a scale; "
-              "fewer are more exact.  [default: 64]")  # fmt: skip
-@click.option("--vision", is_flag=True, help="Quantise the image encoder, too.")
+@click.option("--to", "kind", type=click.Choice(["int8", "int4"]), required=True, help="int8 loses almost nothing; "
+              "int4 is half the size.")  # fmt: skip
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="With int4: number of weights per scale; "
+              "smaller is more accurate.  [default: 64]")  # fmt: skip
+@click.option("--vision", is_flag=True, help="Quantise the image encoder as well.")
 @with_options((REVISION,))
 def command(model: str, out: Path, kind: str, group_size: str | None, vision: bool, revision: str | None) -> None:
-    """Make a model of 8 or 4 bits from a model.
+    """Save a copy of a model with 8-bit or 4-bit weights.
 
-    MODEL is a folder or a name on the Hugging Face hub, OUT the folder that is made. OUT needs nothing of MODEL, and
-    answers as MODEL does with --quantize, which does the same anew each time it is loaded. The linear layers of the
-    language model are quantised; every other weight is kept bit by bit. Progress is shown on standard error; the name
-    of OUT is printed when it is whole.
+    MODEL is a folder or a name on the Hugging Face hub, OUT the folder to create. OUT is complete without MODEL and
+    gives the same answers as MODEL with --quantize, which quantises at each load. The linear layers of the language
+    model are quantised; all other weights are copied unchanged. Progress is printed on standard error, the name of OUT
+    on standard output when it is complete.
 
     \b
     blip2 quantize Salesforce/blip2-opt-2.7b opt-int8 --to int8

@@ -14,21 +14,21 @@ from blip2.data.kinds import KINDS
 @click.argument("kind", type=click.Choice(KINDS))
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path),
-              help="JSON lines, for the recipe's data.rows.")  # fmt: skip
-@click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the pictures. They are "
-              "looked for by path, then by name; rows of those that are not there are left out.")  # fmt: skip
-@click.option("--split", metavar="NAME", help="The part that is wanted, such as train; several: train,val.")
-@click.option("--by", type=click.Choice(["picture", "text"]), help="A row has all that is said of a picture, or one "
-              "text.  [default: picture for captions, text for questions]")  # fmt: skip
+              help="JSON-lines file to write, for data.rows of a recipe.")  # fmt: skip
+@click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the images, found by path, "
+              "then by name. Rows whose image is missing are left out.")  # fmt: skip
+@click.option("--split", metavar="NAME", help="Split to convert, such as train; or several: train,val.")
+@click.option("--by", type=click.Choice(["picture", "text"]), help="One row per image with all its texts, or one "
+              "row per text.  [default: picture for captions, text for questions]")  # fmt: skip
 @with_options()
 def command(
     kind: str, files: tuple[Path, ...], output: Path, images: Path | None, split: str | None, by: str | None
 ) -> None:
-    """Make training rows of well-known data sets.
+    """Convert published data sets to training rows.
 
-    FILES are as they are published; of VQAv2 and OK-VQA name both, questions and annotations. How many rows and
-    pictures there are, and what was left out and why, is told on standard error; the output's name is printed. Answers
-    of several people are kept with how many gave each, and training draws them in that proportion.
+    FILES are the files as published; for VQAv2 and OK-VQA give both, questions and annotations. The number of rows and
+    images, and what was left out and why, is printed on standard error; the name of the output on standard output. If
+    several people answered a question, all answers are kept with their counts, and training samples them accordingly.
 
     \b
     blip2 rows karpathy dataset_coco.json --split train --images coco/ -o coco.jsonl

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 @click.command("search")
 @click.argument("index")
 @click.argument("text", required=False)
-@click.option("-k", type=int, help="So many pictures.  [default: 10]")
-@click.option("--rerank", type=int, default=0, metavar="N", help="Open the N nearest and read them together with the "
-              "text, which is slower and better; 128 in the paper.")  # fmt: skip
-@click.option("--image", metavar="IMAGE", help="Find pictures like this one, in the place of TEXT.")
+@click.option("-k", type=int, help="Number of results.  [default: 10]")
+@click.option("--rerank", type=int, default=0, metavar="N", help="Rerank the N best results with ITM, which opens the "
+              "images: slower, more accurate. The paper uses 128.")  # fmt: skip
+@click.option("--image", metavar="IMAGE", help="Find images similar to this one, instead of TEXT.")
 @click.option("--duplicates", "threshold", type=float, is_flag=False, flag_value=0.95, metavar="[SIMILARITY]",
-              help="Find pictures of the index that are nearly the same, from this similarity on (0.95).")  # fmt: skip
+              help="List near-duplicates in the index, from this similarity (0.95) upwards.")  # fmt: skip
 @click.option("--html", "html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with thumbnails, "
-              "all in one file.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+              "as a single file.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @with_options(NULL, READING, INDEX_MODEL)
 @click.pass_context
 def command(
@@ -48,13 +48,12 @@ def command(
     is_null: bool,
     **others: Any,
 ) -> None:
-    """Find pictures by words, or by a picture.
+    """Search an index of images by text or by image.
 
-    INDEX is a file that blip2 index made. A line for each picture that is found, the nearest first: its score, a tab,
-    the picture. The score is the cosine (-1 to 1) between text and picture; with --rerank it is that and the logit of
-    a match (ITM), and pictures that cannot be opened any more come last, with the exit code 1. With --image it is the
-    similarity of two pictures, 1 for the same. The search is exact. --duplicates prints groups of pictures that hang
-    together: similarity, number of the group, picture.
+    INDEX is a file made by blip2 index. Prints one line per result, best first: the score, a tab, the image. The score
+    is the cosine similarity (-1 to 1) of text and image; with --rerank it is the cosine plus the ITM logit, and images
+    that can no longer be opened come last, with exit code 1. With --image it is the similarity of two images, 1 for
+    identical ones. The search is exact. --duplicates prints groups of near-duplicates: similarity, group number, image.
 
     \b
     blip2 search photos.index "two cats on a sofa" -k 20

@@ -34,80 +34,81 @@ COMMENT = re.compile(r"(^|\s)#.*")
 LEVELS = ("error", "warning", "info", "debug")
 
 ADDRESS = (
-    click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in."),
-    click.option("--port", type=int, default=8000, show_default=True, help="0 takes any free one."),
-    click.option("--uds", type=click.Path(path_type=Path), metavar="FILE", help="Listen at a Unix socket instead, for "
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 accepts other "
+                 "machines."),
+    click.option("--port", type=int, default=8000, show_default=True, help="Port; 0 chooses a free one."),
+    click.option("--uds", type=click.Path(path_type=Path), metavar="FILE", help="Listen on a Unix socket instead, for "
                  "a reverse proxy. Its owner and group may connect (mode 660)."),
-    click.option("--root-path", default="", metavar="PATH", help="Where a reverse proxy shows the server, such as "
-                 "/blip2. The proxy may take it off, or not."),
-    click.option("--trust-proxy", "proxies", multiple=True, metavar="ADDRESS", help="A reverse proxy, or a network of "
-                 "them (10.0.0.0/8), that says by X-Forwarded-For whom it asks for; this machine's own are always "
-                 "believed. May be given several times."),
+    click.option("--root-path", default="", metavar="PATH", help="URL path under which a reverse proxy publishes the "
+                 "server, such as /blip2. The proxy may strip it or not."),
+    click.option("--trust-proxy", "proxies", multiple=True, metavar="ADDRESS", help="Address or network (10.0.0.0/8) "
+                 "of a reverse proxy whose X-Forwarded-For is trusted; proxies on this machine always are. "
+                 "Repeatable."),
     click.option("--matching-model", metavar="NAME", help="Model for /match and /v1/embeddings.  [default: the "
                  "bundled one, if --model is not given]"),
 )  # fmt: skip
 
 ENGINE = (
     click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="ray: "
-                 "several replicas behind one port, by Ray Serve. Each has its own models (on a GPU of its own, or an "
-                 "equal share of the processors), the limits below for itself, and remembers its own pictures; this "
-                 "process has the port, the keys and the page."),
-    click.option("--replicas", type=int, help="With --engine ray: how many.  [default: 1]"),
-    click.option("--address", metavar="ADDRESS", help="With --engine ray: of a Ray cluster that this machine belongs "
-                 "to, whose machines have blip2 and the models' files; the port is opened on this one only.  "
+                 "several replicas behind one port, with Ray Serve. Each replica has its own models (one GPU, or an "
+                 "equal share of the CPU), image cache and the limits below; this process keeps the port, the keys "
+                 "and the web page."),
+    click.option("--replicas", type=int, help="With --engine ray: number of replicas.  [default: 1]"),
+    click.option("--address", metavar="ADDRESS", help="With --engine ray: address of a Ray cluster that this machine "
+                 "belongs to. Its machines need blip2 and the model files; the port is opened only here.  "
                  "[default: this machine alone]"),
 )  # fmt: skip
 
 DOOR = (
-    click.option("--api-key", "keys", multiple=True, metavar="KEY", help="Only who sends this key is answered; may be "
-                 f"given several times. Others on this machine can see it: {KEY_VARIABLE} and a file are safer."),
+    click.option("--api-key", "keys", multiple=True, metavar="KEY", help="Require this key. Repeatable. Other users of "
+                 f"this machine can see it: {KEY_VARIABLE} and --api-key-file are safer."),
     click.option("--api-key-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-                 help="Keys, one a line; # begins a comment."),
-    click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="A name that the server answers under, "
-                 "besides localhost, addresses and names without a dot (.example.org: all below it; *: any); may be "
-                 "given several times.  [default: none; with a --host that lets other machines in, those that only a "
-                 "local network has (.local, .lan, .internal, ...), and with keys any]"),
-    click.option("--cors-origin", "origins", multiple=True, metavar="ORIGIN", help="Web pages that may use the server "
-                 "from a browser, such as https://example.org or http://localhost:3000 (*: any); may be given several "
-                 "times."),
-    click.option("--allow-images-from", "domains", multiple=True, metavar="DOMAIN", help="Fetch pictures from web "
-                 "addresses of this host (.example.org: of all below it; *: of any); may be given several times."),
+                 help="File with one key per line; # starts a comment."),
+    click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="Accept requests for this host name, "
+                 "besides localhost, IP addresses and names without a dot (.example.org: all subdomains; *: any). "
+                 "Repeatable.  [default: none; names of local networks (.local, .lan, .internal, ...) if --host "
+                 "accepts other machines; any name if there are keys]"),
+    click.option("--cors-origin", "origins", multiple=True, metavar="ORIGIN", help="Allow web pages of this origin to "
+                 "use the server from a browser, such as https://example.org or http://localhost:3000 (*: any). "
+                 "Repeatable."),
+    click.option("--allow-images-from", "domains", multiple=True, metavar="DOMAIN", help="Download images from URLs of "
+                 "this host (.example.org: all subdomains; *: any). Repeatable."),
     click.option("--system-prompt", type=click.Choice(["refuse", "ignore"]), default="refuse", show_default=True,
                  help="What to do with a system message, which the model cannot follow. Chat programs that always send "
-                 "one need ignore; the answer's header X-Blip2-Ignored tells of it."),
+                 "one need 'ignore'; the response header X-Blip2-Ignored reports it."),
 )  # fmt: skip
 
 LOG = (
-    click.option("--log-level", type=click.Choice(LEVELS), default="warning", show_default=True, help="What goes "
-                 "to standard error. warning: what failed; info: a line for each request, with its id, route, status, "
-                 "time and size, and nothing of what was said; debug: those of /health, /ready and /metrics, too."),
+    click.option("--log-level", type=click.Choice(LEVELS), default="warning", show_default=True, help="What to log to "
+                 "standard error. warning: failures; info: one line per request (id, route, status, time, size; never "
+                 "its content); debug: also /health, /ready and /metrics."),
 )  # fmt: skip
 
 LIMITS = (
-    click.option("--max-body-bytes", type=int, help="Bytes of a request.  [default: 20 MiB]"),
-    click.option("--max-flight-bytes", type=int, help="Bytes of all requests that are being sent, or are sent and "
-                 "still needed.  [default: 16 times --max-body-bytes]"),
-    click.option("--max-pixels", type=int, help="Pixels of a picture.  [default: 250 million]"),
-    click.option("--max-images", type=int, help="Pictures in a request.  [default: 32]"),
-    click.option("--max-texts", type=int, help="Texts to match or embed in a request.  [default: 256]"),
-    click.option("--max-prompt-tokens", type=int, help="Tokens of a question, with what was said before.  "
+    click.option("--max-body-bytes", type=int, help="Maximum size of a request.  [default: 20 MiB]"),
+    click.option("--max-flight-bytes", type=int, help="Maximum size of all requests in progress together.  [default: "
+                 "16 times --max-body-bytes]"),
+    click.option("--max-pixels", type=int, help="Maximum pixels of an image.  [default: 250 million]"),
+    click.option("--max-images", type=int, help="Maximum images per request.  [default: 32]"),
+    click.option("--max-texts", type=int, help="Maximum texts to match or embed per request.  [default: 256]"),
+    click.option("--max-prompt-tokens", type=int, help="Maximum tokens of a question including the earlier turns.  "
                  "[default: 2048]"),
-    click.option("--max-new-tokens", type=int, help="Tokens of an answer; who asks for more gets these.  "
-                 "[default: 512]"),
-    click.option("--max-queue", type=int, help="Requests in work and waiting; others get 429. One client (a key, or "
-                 "an address) has three quarters of them at most.  [default: 128]"),
-    click.option("--max-connections", type=int, help="At one more, a connection that does nothing is closed.  "
+    click.option("--max-new-tokens", type=int, help="Maximum tokens to generate per answer; larger requests are "
+                 "reduced to this.  [default: 512]"),
+    click.option("--max-queue", type=int, help="Maximum requests running and waiting; further ones get 429. One client "
+                 "(a key or an address) gets at most three quarters.  [default: 128]"),
+    click.option("--max-connections", type=int, help="Maximum connections; beyond it, an idle one is closed.  "
                  "[default: 1024]"),
-    click.option("--max-rows", type=int, help="Answers written at a time; each beam is one.  [default: 64]"),
-    click.option("--deadline", "deadline_s", type=float, help="Seconds for an answer, then 504.  [default: 120]"),
+    click.option("--max-rows", type=int, help="Maximum sequences in the running batch; each beam is one.  "
+                 "[default: 64]"),
+    click.option("--deadline", "deadline_s", type=float, help="Seconds until an answer is given up with 504.  "
+                 "[default: 120]"),
     click.option("--body-timeout", "body_s", type=float, help="Seconds for a request to arrive.  [default: 30]"),
-    click.option("--shutdown-timeout", "shutdown_s", type=float, help="Seconds that a stop signal waits for what is "
-                 "running.  [default: 30]"),
-    click.option("--cache-entries", type=int, help="Encoded pictures that are remembered.  [default: 4096]"),
-    click.option("--cache-bytes", type=int, help="What they may take.  [default: 512 MiB]"),
+    click.option("--shutdown-timeout", "shutdown_s", type=float, help="Seconds to finish running requests after a stop "
+                 "signal.  [default: 30]"),
+    click.option("--cache-entries", type=int, help="Maximum encoded images in the cache.  [default: 4096]"),
+    click.option("--cache-bytes", type=int, help="Maximum size of the cache.  [default: 512 MiB]"),
 )  # fmt: skip
-
-
 @click.command("serve")
 @with_options(ADDRESS, ENGINE, DOOR, LOG, LIMITS, (*MODEL, CHAT_TEMPLATE))
 def command(
@@ -128,11 +129,11 @@ def command(
     log_level: str,
     **others: Any,
 ) -> None:
-    """Answer over HTTP, many at once.
+    """Start an HTTP server with an OpenAI-compatible API.
 
-    Speaks OpenAI's interface at /v1 (chat completions with pictures, embeddings, models), and plain /caption, /ask
-    and /match; /health, /ready, /metrics and /openapi.json for those who run it. SIGTERM and Ctrl-C finish what is
-    running. Keys may also stand in BLIP2_API_KEY, one a line.
+    /v1 offers chat completions with images, embeddings and models. /caption, /ask, /match and /explain are plain
+    endpoints for JSON and forms. /health, /ready, /metrics and /openapi.json are for operators, and / is a web page.
+    SIGTERM and Ctrl-C finish the running requests first. BLIP2_API_KEY can hold keys, one per line.
 
     \b
     blip2 serve

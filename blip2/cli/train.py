@@ -22,16 +22,16 @@ Show = Callable[["Progress"], None]
 
 @click.command("train")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-s", "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Replace a value of the recipe, "
-              "such as optim.steps=100; may be given several times.")  # fmt: skip
-@click.option("--devices", type=click.IntRange(1), default=1, metavar="N", help="Train with so many processes, a GPU "
-              "each if there are GPUs; every step is that of one process.")  # fmt: skip
-@click.option("--dry-run", "is_dry", is_flag=True, help="Tell what would be done: what learns, the memory that it "
-              "needs, rows, steps, and the texts of the first batch. Nothing is written.")  # fmt: skip
+@click.option("-s", "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Override a value of the recipe, "
+              "such as optim.steps=100. Repeatable.")  # fmt: skip
+@click.option("--devices", type=click.IntRange(1), default=1, metavar="N", help="Number of processes, one GPU each "
+              "if there are GPUs. The result is that of a single process.")  # fmt: skip
+@click.option("--dry-run", "is_dry", is_flag=True, help="Report what the recipe does: trainable parameters, memory, "
+              "rows, steps, and the texts of the first batch. Nothing is written.")  # fmt: skip
 @click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="With --dry-run: "
-              "the same as a page with the pictures of the first batch.")  # fmt: skip
-@click.option("--overfit", "number", type=click.IntRange(1), metavar="N", help="Learn the first N rows by heart "
-              "instead, and tell whether the loss fell; the model is not kept.")  # fmt: skip
+              "write the report as a page with the images of the first batch.")  # fmt: skip
+@click.option("--overfit", "number", type=click.IntRange(1), metavar="N", help="Sanity check: overfit the first N "
+              "rows and report whether the loss fell. The model is not saved.")  # fmt: skip
 @with_options()
 @click.pass_context
 def command(
@@ -44,11 +44,11 @@ def command(
     sheet: Path | None,
     number: int | None,
 ) -> None:
-    """Train a Querying Transformer from a recipe.
+    """Train a Q-Former from a recipe.
 
-    RECIPE is a TOML file that says which stage, from which model, on which data. Progress is shown on standard
-    error; the folder of the finished model is printed on standard output. Ctrl-C saves the state and stops; the
-    same command goes on from there.
+    RECIPE is a TOML file: the stage, the model to start from, the data, the hyperparameters. Progress is printed on
+    standard error, the folder of the finished model on standard output. Ctrl-C saves the state and stops; the same
+    command resumes.
 
     \b
     blip2 train stage1.toml
