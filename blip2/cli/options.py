@@ -93,7 +93,7 @@ DECODING_NAMES = (
 
 OUTPUT = (
     click.option("--batch-size", type=int, default=16, show_default=True, help="Images per batch."),
-    click.option("--json", "as_json", is_flag=True, help="Print a JSON object per line, with score, tokens and seconds."),
+    click.option("--json", "as_json", is_flag=True, help="Print a JSON object per line: text, score, tokens, seconds."),
 )
 
 
