@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint test-slow bench screenshots clean
+.PHONY: help venv demo test lint test-slow bench docs screenshots clean
 
 help:       ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -27,11 +27,15 @@ test-slow: venv  ## the tests that `make test` leaves out: real sizes, training 
 bench: venv  ## every benchmark, one after the other
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+docs: venv    ## the site, into docs/_build/html (docs/conf.py); any warning is an error
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 screenshots: venv  ## pictures of the server's page into docs/ (needs a Chromium)
 	$(BIN)/python docs/screenshots.py
 
 clean:      ## remove the environment, caches and build results
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist docs/_build docs/generated
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/pip:

@@ -32,6 +32,7 @@ html_copy_source = html_show_sourcelink = False  # Markdown is beside the code a
 html_use_index = False
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(HERE / "static/scorer.js")
 html_theme_options = {"navigation_with_keys": True}
 
 write(HERE / "generated")

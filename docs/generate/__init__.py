@@ -13,7 +13,6 @@ from pathlib import Path
 from docs.generate import (
     benchmarks,
     command_line,
-    figure,
     http_api,
     models,
     python_api,
@@ -31,7 +30,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "models.md": models.page,
     "faq.md": questions.page,
     "figures.md": benchmarks.page,
-    "figure.svg": figure.svg,
     "examples.md": repository.examples_page,
     "guides.md": repository.guides_page,
     "command-line.md": command_line.overview,

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from blip2.cli import COMMANDS, cli
-from blip2.cli import collect, options, pictures
+from blip2.cli import COMMANDS, cli, collect, options, pictures
 from docs.generate.markdown import entry, paragraphs, prose
 
 GROUPS: dict[str, tuple[Any, ...]] = {

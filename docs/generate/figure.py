@@ -55,7 +55,8 @@ def svg() -> str:
     middle = top + high // 2
     parts = [
         box(66, top, 150, high, "Image encoder", "a vision transformer", "EVA-CLIP g/14", colour=FROZEN),
-        box(308, top, 160, high, "Q-Former", "32 query tokens read", "the patches by", "cross-attention", colour=TRAINED),
+        box(308, top, 160, high, "Q-Former",
+            "32 query tokens", "read the patches by", "cross-attention", colour=TRAINED),
         box(560, top, 92, high, "Projection", "one linear", "layer", colour=TRAINED),
         box(722, top, 148, high, "Language model", "OPT, Flan-T5,", "Llama, ...", colour=FROZEN),
         arrow(8, middle, 56, "image"),

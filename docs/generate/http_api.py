@@ -62,7 +62,8 @@ def kind_of(schema: dict[str, Any]) -> str:
         return repr(schema["const"])
     if "enum" in schema:
         return " or ".join(repr(value) for value in schema["enum"])
-    name = {"string": "text", "array": "list", "object": "object"}.get(schema.get("type", ""), schema.get("type", "any"))
+    kind = schema.get("type", "any")
+    name = {"string": "text", "array": "list"}.get(kind, kind)
     low, high = schema.get("minimum", schema.get("ge")), schema.get("maximum", schema.get("le"))
     if low is not None and high is not None:
         return f"{name}, {low} to {high}"

@@ -19,14 +19,18 @@ MACHINES_GB = (8, 12, 16, 24, 32, 64)
 CHOSEN = ("blip2-opt-2.7b", "blip2-flan-t5-xl", "blip2-opt-6.7b", "blip2-flan-t5-xxl", "instructblip-vicuna-13b")
 
 INTRODUCTION = """\
-Without `--model`, the bundled miniature is used; it only knows drawings. The published models on the Hugging Face hub know
-photographs. `blip2 models` prints this list, and `blip2 pull NAME` downloads one.
+Without `--model`, the bundled miniature is used; it only knows drawings. The published models on the Hugging Face hub
+know photographs. `blip2 models` prints this list, and `blip2 pull NAME` downloads one.
 
 - **Captions**: `blip2-opt-2.7b`; or `...-coco` for the style of COCO captions.
 - **Questions**: `blip2-flan-t5-xl`. In the paper, Flan-T5 answers better than OPT; its licence is free.
 - **Instructions** of any kind, longer answers: `instructblip-flan-t5-xl`.
 - **Matching and search**: `blip2-itm-vit-g`.
 - **The largest model** on a small machine: `blip2-flan-t5-xxl` with `--quantize int4`, within 9 GB."""
+
+REVISIONS = """\
+The commit on the hub that is downloaded, unless `--revision` names another one. In November 2024 the repositories changed
+their vocabulary and added an image token; checkpoints from before and after are read."""
 
 
 def peaks() -> dict[str, dict[str, float]]:
@@ -56,7 +60,10 @@ def page() -> str:
     from blip2.cli.models import known_models
 
     rows, measured = known_models(), peaks()
-    parts = ["# Choose a model", INTRODUCTION, "## Memory", _memory(rows, measured), "## By machine", _machines(rows, measured), "## Licences"]
+    parts = ["# Choose a model", INTRODUCTION, "## Memory", _memory(rows, measured)]
+    parts += ["## By machine", _machines(rows, measured), "## Revisions", REVISIONS]
+    parts.append("\n".join(f"- `{row['name']}`: {row['revision'] or 'the newest'}" for row in rows))
+    parts.append("## Licences")
     for licence in dict.fromkeys(row["licence"] for row in rows):
         names = ", ".join(f"`{row['name']}`" for row in rows if row["licence"] == licence)
         parts.append(f"- {licence}: {names}")

@@ -62,7 +62,8 @@ def options_page() -> str:
         "dashes (`--max-new-tokens`; `num_beams` is `--beams`). A value outside the range is an `OptionError`.",
     ]
     parts += [
-        entry(f"`{field.name}: {field.type} = {field.default}`", prose(field.text)) for field in fields_of(GenerateOptions)
+        entry(f"`{field.name}: {field.type} = {field.default}`", prose(field.text))
+        for field in fields_of(GenerateOptions)
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -70,7 +71,7 @@ def options_page() -> str:
 def transformers_page() -> str:
     parts = [
         "# Classes with the names of transformers",
-        "What they take and refuse, compared with transformers, is in the guide [From transformers](../transformers.md).",
+        "What they take and refuse is in the guide [From transformers](../transformers.md).",
     ]
     parts += [described(f"blip2.{name}", getattr(blip2, name)) for name in names_of_transformers()]
     return "\n\n".join(parts) + "\n"

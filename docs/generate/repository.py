@@ -110,7 +110,7 @@ def guides_page() -> str:
         title, _, rest = path.read_text("utf-8").partition("\n")
         paragraphs = (" ".join(part.split()) for part in rest.strip().split("\n\n"))
         first = next((part for part in paragraphs if part[:1].isalpha() or part[:1] == "`"), "")
-        first = re.split(r"(?<=[.:])\s", first, maxsplit=1)[0].rstrip(":") + ("" if first.endswith(".") else "")
+        first = re.split(r"(?<=[.:])\s", first, maxsplit=1)[0]
         first = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", first)
         lines.append(f"- [{title.lstrip('# ')}](../guides/{path.name}). {first}")
     others = [

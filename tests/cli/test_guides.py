@@ -1,4 +1,7 @@
-"""The commands of the guides run as they stand, in order, and print what is shown; that of alt texts is in test_alt."""
+"""Guides that need more than tests/test_docs.py has: their commands run as they stand, and print what is shown.
+
+That of alt texts is in test_alt.
+"""
 
 from __future__ import annotations
 
@@ -141,10 +144,3 @@ def test_training_a_lora(follow):
     assert trained.stdout.strip().endswith("my-lora")
     assert "this is the picture of a cats" in caption.stdout
     assert Path("merged/config.json").exists() and Path("batch.html").exists() and Path("curves.svg").exists()
-
-
-def test_every_guide_is_run_and_named():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    here = Path(__file__).read_text("utf-8") + Path(__file__).with_name("test_alt.py").read_text("utf-8")
-    for guide in GUIDES.glob("*.md"):
-        assert f"docs/guides/{guide.name}" in readme and f'"{guide.name}"' in here
