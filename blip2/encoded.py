@@ -17,22 +17,22 @@ FORMAT = "blip2 encoded image"
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """The Q-Former's view of a picture: all that the language model gets to know of it. Encode once, ask often.
+    """The output of the Q-Former for an image: all that the language model gets to see of it. Encode once, ask often.
 
-    ``queries_QD`` float[Q, D], before the projection to the language model's width: 48 KiB in half precision for
-    the published models. Of an InstructBLIP, whose Q-Former sees a picture by the question, they are the patches
-    before the Q-Former, float[1 + P, D]: 724 KB. ``model`` is the identity of the model that saw it
-    (`model.identity`), or "" if unknown; no other can read it.
+    ``queries_QD`` float[Q, D], before the projection to the language model's width: 48 KiB in half precision for the
+    published models. In an InstructBLIP, whose Q-Former also reads the question, they are the patch features before
+    the Q-Former, float[1 + P, D]: 724 KB. ``model`` identifies the model that made it (`model.identity`), or is ""
+    if unknown; another model refuses it.
     """
 
     queries_QD: Tensor
     model: str = ""
 
     def save(self, path: str | os.PathLike[str], *, half: bool = False) -> None:
-        """Write a safetensors file with the tensor ``queries``; ``half``: in float16, which is half the size.
+        """Write a safetensors file with the tensor ``queries`` and a checksum; ``half``: in float16, at half the size.
 
-        Raises ImageError if it cannot be written; what was there is then as it was. ImageNotFiniteError for a value
-        that is NaN or infinite, or too large for float16. It carries a checksum.
+        Raises ImageError if it cannot be written; an existing file is then unchanged. Raises ImageNotFiniteError for
+        a value that is NaN or infinite, or too large for float16.
         """
         queries_QD = self.queries_QD.detach().to("cpu", torch.float16 if half else None)
         if not is_finite(queries_QD):
@@ -49,8 +49,8 @@ class EncodedImage:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedImage:
-        """Read what `save` wrote. Raises ImageError for any other file, for what is not what was written, and for
-        values that are NaN or infinite."""
+        """Read what `save` wrote. Raises ImageError for any other or damaged file, and for values that are NaN or
+        infinite."""
         try:
             tensors, about = tensorfile.load(path)
         except OSError as error:

@@ -52,10 +52,10 @@ def _instruct(language: LanguageConfig, image_token_id: int) -> Blip2Config:
 
 FLAN_T5_XXL = T5Config(hidden_size=4096, num_heads=64, intermediate_size=10240)
 
-ANSWERS = "captions and questions, without training for either"
-CAPTIONS = "captions in the manner of COCO"
-INSTRUCTED = "answers to instructions; its Q-Former reads them, too"
-MATCHES = "matches images with texts"
+ANSWERS = "zero-shot captions and questions"
+CAPTIONS = "captions in the style of COCO"
+INSTRUCTED = "instructions, which the Q-Former reads as well"
+MATCHES = "image-text matching and search"
 MIT = "MIT"
 OPT_LICENCE = "MIT; the OPT in it under Meta's own licence, for non-commercial research"
 FLAN_LICENCE = "MIT; the Flan-T5 in it under Apache-2.0"

@@ -22,6 +22,7 @@ extensions = ["myst_parser"]
 myst_enable_extensions = ["deflist", "attrs_block"]
 myst_heading_anchors = 4
 exclude_patterns = ["_build", "generate"]
+smartquotes = False  # they make -- of options a dash
 nitpicky = True  # with `make docs`, which makes warnings errors: no link leads nowhere
 pygments_style = "default"
 pygments_dark_style = "github-dark"

@@ -143,32 +143,32 @@ def caption_collection(
     html: PathLike | None = None,
     **options: Any,
 ) -> Summary:
-    """Describe all pictures of a collection; the same call goes on where an earlier one was stopped.
+    """Generate captions for all images of a collection; the same call resumes an interrupted one.
 
         blip2.caption_collection("photos/", sidecar=".txt", prefix="sks dog, ")
         blip2.caption_collection("photos/", "photos/metadata.jsonl", model="Salesforce/blip2-opt-2.7b")
         blip2.caption_collection("shards/{000..099}.tar", "captioned/", limit=1000)
 
-    ``source``: folders, files, lists of rows, shards, patterns, as `blip2.collection.sources.open_source` takes them,
-    with its options (``image_column``, ``caption_column``, ``images``, ``split``, ``exclude``, ``recursive``, ...).
-    ``output``: a file or a folder, its ``format`` by its name; or ``sidecar``, ``xmp``, ``embed``, see
-    `blip2.collection.sinks.Outputs`. How captions are worded: ``if_exists``, ``prefix``, ``suffix``, ``template``,
-    ``replace``, ``remove``, ``forbid_words``, ``dedupe_words``, ``max_chars``, see `blip2.collection.wording.Wording`.
-    How it goes on: ``limit``, ``shard`` (3, 16), ``retry_failed``, ``restart``, ``dedupe``, see `request.Going` there.
-    On several GPUs or machines: ``devices="0,1"``, or ``engine="ray"`` with ``replicas`` and ``address``, see
-    `blip2.api.machines.Machines`; what is written is the same.
+    ``source``: folders, files, lists of rows, shards or patterns, see `blip2.collection.sources.open_source` for its
+    options (``image_column``, ``caption_column``, ``images``, ``split``, ``exclude``, ``recursive``, ...).
+    ``output``: a file or a folder whose name decides the ``format``; or ``sidecar``, ``xmp``, ``embed``, see
+    `blip2.collection.sinks.Outputs`. Wording: ``if_exists``, ``prefix``, ``suffix``, ``template``, ``replace``,
+    ``remove``, ``forbid_words``, ``dedupe_words``, ``max_chars``, see `blip2.collection.wording.Wording`. Resuming
+    and dividing: ``limit``, ``shard`` (3, 16), ``retry_failed``, ``restart``, ``dedupe``, see `request.Going` there.
+    Several GPUs or machines: ``devices="0,1"``, or ``engine="ray"`` with ``replicas`` and ``address``, see
+    `blip2.api.machines.Machines`; the output is the same.
 
-    ``model``: as `load` has it, with its options (``device``, ``dtype``, ...), or a Pipeline. ``prompt``,
+    ``model``: a `Pipeline`, or a name as for `load`, with its options (``device``, ``dtype``, ...). ``prompt``,
     ``num_captions``, ``batch_size`` and the options of `GenerateOptions` as for `Pipeline.caption`. ``pick="best"``:
-    of several captions the one that a matching model (``matcher``, the bundled one by default) finds to fit best is
-    the first. ``on_results`` is called after every few pictures, by another thread; ``html``: a page to look the
-    captions over, which is written at the end.
+    of several captions, the first is the one that a matching model (``matcher``, by default the bundled one) scores
+    best. ``on_results`` is called after every few images, from another thread; ``html``: a review page, written at
+    the end.
 
-    Parts for loops of one's own: `captioning` checks and does not begin, its ``plan`` lists what it would do;
-    `blip2.collection` has sources, sinks and `run`, and `blip2.api.work` what a model makes of records.
+    For loops of your own: `captioning` checks everything without starting, and its ``plan`` lists what it would do;
+    `blip2.collection` has sources, sinks and `run`, and `blip2.api.work` the work of a model on records.
 
-    A picture that cannot be read is counted in the summary, and the others go on. Raises OptionError and
-    CollectionError before the model is loaded, CheckpointError, and CollectionError where there is no room.
+    An unreadable image is counted in the summary, and the others go on. Raises OptionError and CollectionError
+    before the model is loaded, CheckpointError, and CollectionError if the disk is full.
     """
     return captioning(source, output, model=model, **options).run(on_results, html=html)
 
@@ -183,10 +183,10 @@ def ask_collection(
     html: PathLike | None = None,
     **options: Any,
 ) -> Summary:
-    """Ask about all pictures of a collection, as `caption_collection` describes them.
+    """Ask about all images of a collection; see `caption_collection` for sources, outputs and options.
 
-    ``questions``: one or several, each about each picture; or ``question_column``, where rows have their own. With
-    several, an output has a row for each, with the question in a column. ``choices``: choose among these.
+    ``questions``: one or several, each asked about each image; or ``question_column`` for questions in the rows.
+    Several questions give one row each, with the question in a column. ``choices``: choose the most likely of these.
     """
     return asking(source, questions, output, model=model, **options).run(on_results, html=html)
 
@@ -201,8 +201,8 @@ def match_collection(
     html: PathLike | None = None,
     **options: Any,
 ) -> Summary:
-    """Compare all pictures of a collection with ``texts``, as `caption_collection` describes them: each picture's texts
-    in order, the best first, with their probabilities; see `matching` for its options."""
+    """Compare all images of a collection with ``texts``; see `caption_collection` for sources, outputs and options. The
+    texts of each image are written from best to worst, with their probabilities; `matching` has further options."""
     return matching(source, texts, output, model=model, **options).run(on_results, html=html)
 
 

@@ -54,22 +54,21 @@ def load(
     max_pixels: int = MAX_PIXELS,
     allow_truncated: bool = False,
 ) -> Pipeline | Matcher:
-    """A `Pipeline`, which captions, answers and chats, or a `Matcher`, which compares images with texts.
+    """Load a model: a `Pipeline` (captions, questions, chat) or a `Matcher` (image-text matching).
 
-    ``name``: None for the miniature that comes with the package ("miniature-itm" for the matching one), the folder of
-    a checkpoint, or its name on the Hugging Face hub (``revision``: a tag or commit there); what is there decides
-    which of the two it is. ``device``: "auto" takes the GPU if there is one, and what does not fit on it stays on the
-    CPU (see `blip2.placement`). ``dtype``: "float32", "bfloat16" or "float16"; by default what suits the device.
-    ``quantize``: "int8" or "int4" for the language model's weights, with ``quantize_vision`` for the image encoder's,
-    too. ``vision``: "int8" for an image encoder that multiplies in 8 bits, which on a CPU with VNNI is faster.
-    ``adapter``: the folder of a LoRA or DoRA of `peft`, or its name on the hub; several in a list, or as a dictionary
-    with their weights. They are merged as the weights are read.
-    ``chat_template``: whether questions are asked in the words of the language model's own chat template, which its
-    folder has to hold, and in place of BLIP-2's; a program that is run with limits (`blip2.template`).
-    ``max_pixels`` and ``allow_truncated``: which pictures are read, see `image.load_image`.
+    ``name``: None for the bundled miniature ("miniature-itm" for the matching one), the folder of a checkpoint, or
+    its name on the Hugging Face hub (``revision``: a branch, tag or commit there). The files decide which of the two
+    classes is returned. ``device``: "auto" uses the GPU if there is one and keeps what does not fit on the CPU (see
+    `blip2.placement`). ``dtype``: "float32", "bfloat16" or "float16"; the default suits the device. ``quantize``:
+    "int8" or "int4" for the language model's weights; ``quantize_vision`` adds the image encoder's. ``vision``:
+    "int8" runs the image encoder with 8-bit weights and activations, which is faster on a CPU with VNNI.
+    ``adapter``: a LoRA or DoRA in the format of `peft` (folder or name on the hub), a list of them, or a dictionary
+    with their weights; they are merged while the weights are read. ``chat_template``: format questions with the
+    language model's own chat template instead of BLIP-2's; it runs in a sandbox (`blip2.template`). ``max_pixels``
+    and ``allow_truncated``: which images are accepted, see `image.load_image`.
 
-    Raises CheckpointError if there is no such model or it is incomplete; OptionError for a device or precision that
-    cannot be had.
+    Raises CheckpointError if the model does not exist or is incomplete, OptionError for an unavailable device or
+    precision.
     """
     reading = Reading(max_pixels=max_pixels, allow_truncated=allow_truncated)
     chosen = checkpoint.quantization(quantize, vision=quantize_vision, images=vision)

@@ -28,10 +28,10 @@ Picture = Source | ImageFeatures
 
 
 class Matcher:
-    """A model that compares images with texts; `load` makes one.
+    """A model that matches images with texts; `load` creates one.
 
-    Pictures may be paths, addresses, bytes, PIL images, arrays or tensors (see `image.load_image`), or encoded ones.
-    ``reading``: how large they may be, and whether they may lack their end. It can be pickled.
+    Images are paths, URLs, bytes, PIL images, arrays or tensors (see `image.load_image`), or `ImageFeatures`.
+    ``reading``: limits for reading images. Can be pickled.
     """
 
     def __init__(
@@ -70,23 +70,23 @@ class Matcher:
     # ---- images and texts by themselves ----
 
     def encode(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Any:
-        """The `ImageFeatures` of a picture, or a list for a list: encode once, compare often. Raises ImageError."""
+        """`ImageFeatures` of an image, or a list for a list: encode once, compare often. Raises ImageError."""
         seen = list(self.each_encoded(listed(images), batch_size=batch_size))
         return seen if is_list(images) else seen[0]
 
     def embed_images(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Tensor:
-        """The unit vectors of pictures, one a query: ``float32[N, Q, E]``, [N, 32, 256] in the published models.
+        """Unit vectors of images, one per query token: ``float32[N, Q, E]``, [N, 32, 256] in the published models.
 
-        One picture gives ``float32[Q, E]``. An image is as near to a text as the nearest of its vectors.
+        A single image gives ``float32[Q, E]``. The cosine of image and text is the maximum over the Q vectors.
         """
         seen = self.each_encoded(listed(images), batch_size=batch_size)
         vectors = [image.vectors_QE.float().cpu() for image in raising(seen)]
         return torch.stack(vectors) if is_list(images) else vectors[0]
 
     def embed_texts(self, texts: str | Sequence[str], *, batch_size: int = BATCH_SIZE) -> Tensor:
-        """The unit vectors of texts: ``float32[M, E]``, or ``float32[E]`` of one. Raises OptionError.
+        """Unit vectors of texts: ``float32[M, E]``, or ``float32[E]`` for one. Raises OptionError.
 
-        A text is read whole, or refused if it is longer than the model reads (510 tokens in the published ones).
+        A text that is longer than the model reads (510 tokens in the published ones) is refused, not truncated.
         """
         vectors = self.reader.embed_texts(self.reader.ids(listed(texts)), batch_size).float().cpu()
         return vectors if is_list(texts) else vectors[0]
@@ -100,9 +100,9 @@ class Matcher:
         *,
         batch_size: int = BATCH_SIZE,
     ) -> Matches:
-        """N images with M texts, each with each: see `Matches`. Raises ImageError and OptionError.
+        """Compare N images with M texts, each with each: see `Matches`. Raises ImageError and OptionError.
 
-        What is kept of an image is dropped once it was compared, so that N may be large.
+        The features of an image are freed once it has been compared, so N may be large.
         """
         asked = listed(texts)
         ids = self.reader.ids(asked)
@@ -130,12 +130,12 @@ class Matcher:
         candidates: int = 32,
         batch_size: int = BATCH_SIZE,
     ) -> Any:
-        """Classification without training: the ``top`` labels of a picture as `Match`, the best first; a list of
-        such for a list.
+        """Zero-shot classification: the ``top`` labels of an image as `Match`, best first; a list of such lists for a
+        list.
 
-        ``template`` puts words around each label ("a photo of a {}"). The ``candidates`` nearest labels by their
-        vectors are read together with the picture, and ranked by that; so labels may be thousands. Raises ImageError
-        and OptionError.
+        ``template`` is the text around each label ("a photo of a {}"). The ``candidates`` labels with the highest
+        cosine are scored by ITM and ranked by that, so there may be thousands of labels. Raises ImageError and
+        OptionError.
         """
         ranked = list(
             self.each_classified(
@@ -155,7 +155,7 @@ class Matcher:
         on_error: OnError = "raise",
         batch_size: int = BATCH_SIZE,
     ) -> Generator[list[Match] | ImageError, None, None]:
-        """As `classify`, but one after the other as their batches are done."""
+        """Like `classify`, but a generator that yields as batches finish."""
         if top < 1:
             raise OptionError(f"{option('top')} is {top}, which leaves nothing to tell; use 1 or more")
         if isinstance(labels, str):
@@ -187,16 +187,17 @@ class Matcher:
         *,
         batch_size: int = BATCH_SIZE,
     ) -> Tensor:
-        """The multimodal feature of pairs (N and N, one and N, N and one): ``float32[N, Q, D]``, D = 768.
+        """The multimodal feature of image-text pairs (N and N, one and N, N and one): ``float32[N, Q, D]``, D = 768.
 
-        What the queries hold after they saw the image and read the text; a single pair gives ``float32[Q, D]``.
+        It is the output of the query tokens after reading image and text together. A single pair gives ``float32[Q,
+        D]``.
         """
         seen = self.encode(listed(images), batch_size=batch_size)
         fused = self.reader.embed_pairs(pairs(seen, listed(texts)), batch_size).float().cpu()
         return fused if is_list(images) or is_list(texts) else fused[0]
 
     def explain(self, image: Source, text: str) -> Explanation:
-        """Where in a picture the model finds what speaks for the text: a map of its pixels, see `Explanation`.
+        """A heat map of the image regions that support the text, see `Explanation`.
 
         It is evidence, not proof. Raises ImageError and OptionError.
         """
@@ -208,8 +209,8 @@ class Matcher:
     def caption(
         self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE, **options: Unpack[Options]
     ) -> Any:
-        """Captions by the Q-Former alone, as stage 1 of the training taught it: a text for one picture, a list for
-        a list. Options are those of `GenerateOptions`.
+        """Captions from the Q-Former alone, as trained in stage 1: a text for one image, a list for a list. Options are
+        those of `GenerateOptions`.
 
         Raises OptionError if the files have no head for it (the published ones on the Hugging Face hub have none).
         """
@@ -241,5 +242,5 @@ class Matcher:
     def each_encoded(
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[ImageFeatures]:
-        """As `encode`, but one after the other as their batches are done; ``on_error="return"``: errors in place."""
+        """Like `encode`, but a generator that yields as batches finish; ``on_error="return"``: errors in place."""
         return checked(self.eye.see, images, on_error, batch_size)

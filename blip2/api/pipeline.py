@@ -30,7 +30,7 @@ Picture = Source | EncodedImage
 
 
 class Options(TypedDict, total=False):
-    """The keywords of `GenerateOptions`; what is not given is as the model's authors have it for the task."""
+    """The keywords of `GenerateOptions`. The defaults are those of the model's authors for the task."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -51,11 +51,11 @@ class Options(TypedDict, total=False):
 
 
 class Pipeline:
-    """A model with all that it needs to speak of pictures; `load` makes one.
+    """A generative model with its tokenizer and image settings; `load` creates one.
 
-    Pictures may be paths, addresses, bytes, PIL images, arrays or tensors (see `image.load_image`), or encoded ones.
-    ``reading``: how large they may be, and whether they may lack their end. ``instruction_tokenizer``: the Q-Former's,
-    of an InstructBLIP. It can be pickled.
+    Images are paths, URLs, bytes, PIL images, arrays or tensors (see `image.load_image`), or `EncodedImage`.
+    ``reading``: limits for reading images. ``instruction_tokenizer``: the Q-Former's tokenizer of an InstructBLIP.
+    Can be pickled.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Pipeline:
     def encode(
         self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE
     ) -> EncodedImage | list[EncodedImage]:
-        """What the language model sees of a picture: encode once, ask often. Raises ImageError."""
+        """Run the image encoder and the Q-Former: an `EncodedImage`, or a list for a list. Raises ImageError."""
         seen: list[Any] = list(self.each_encoded(listed(images), batch_size=batch_size))
         return seen if is_list(images) else seen[0]
 
@@ -122,11 +122,11 @@ class Pipeline:
         batch_size: int = BATCH_SIZE,
         **options: Unpack[Options],
     ) -> Any:
-        """Describe pictures: a text for one, a list for a list; a list of texts each if ``num_captions`` is above 1.
+        """Generate captions: a text for one image, a list for a list; lists of texts if ``num_captions`` is above 1.
 
-        ``prompt`` is the beginning of the caption ("a photo of"), not part of what comes back. ``on_error``
-        decides about a picture that cannot be read: "raise" its ImageError, or "return" it in its place.
-        Options are those of `GenerateOptions`; raises OptionError for one that is not possible.
+        ``prompt``: text that the caption continues ("a photo of"); it is not repeated in the result. ``on_error``:
+        what to do with an unreadable image: "raise" its ImageError, or "return" it in its place. Other options are
+        those of `GenerateOptions`. Raises OptionError for a value that is not possible.
         """
         options = {**options, "num_return": num_captions} if num_captions != 1 else options
         found = self.each_caption(images, prompt=prompt, on_error=on_error, batch_size=batch_size, **options)
@@ -142,10 +142,10 @@ class Pipeline:
         batch_size: int = BATCH_SIZE,
         **options: Unpack[Options],
     ) -> Generator[list[Answer] | ImageError, None, None]:
-        """As `caption`, but one after the other as their batches are done, and with scores and tokens.
+        """Like `caption`, but a generator that yields as batches finish, with scores and tokens.
 
-        For collections of any size: only the pictures of two batches are in memory at a time. Yields for each
-        picture its answers, the best first, or (``on_error="return"``) the ImageError.
+        For collections of any size: only the images of two batches are in memory at a time. Yields the answers of
+        each image, best first, or (``on_error="return"``) the ImageError.
         """
         chosen = merged(self.speaker.defaults.caption, options)
 
@@ -166,10 +166,10 @@ class Pipeline:
         batch_size: int = BATCH_SIZE,
         **options: Unpack[Options],
     ) -> Any:
-        """Answer questions: N about N pictures, one about N, or N about one; a text for one, else a list in order.
+        """Answer questions: N about N images, one about N, or N about one. A text for one, else a list in order.
 
-        Give the question alone; the words that the model expects around it are added. With ``choices`` the answer
-        is the likeliest of them (see `rank` for all of them with their probabilities). ``on_error`` as in `caption`.
+        Give only the question: the prompt template that the model expects is added. With ``choices``, the result is
+        the most likely of them (`rank` returns all with their probabilities). ``on_error`` as in `caption`.
         """
         if choices is None:
             found = self.each_answer(images, questions, on_error=on_error, batch_size=batch_size, **options)
@@ -191,7 +191,7 @@ class Pipeline:
         batch_size: int = BATCH_SIZE,
         **options: Unpack[Options],
     ) -> Generator[list[Answer] | ImageError, None, None]:
-        """As `ask`, but one after the other as their batches are done, and with scores and tokens."""
+        """Like `ask`, but a generator that yields as batches finish, with scores and tokens."""
         chosen = merged(self.speaker.defaults.ask, options)
         ask_task.prompts(self.speaker, listed(questions))  # what is wrong with one is told before the work begins
 
@@ -209,7 +209,7 @@ class Pipeline:
         on_error: OnError = "raise",
         batch_size: int = BATCH_SIZE,
     ) -> Any:
-        """The choices, the likeliest first, each with its probability among them; a list of such for a list.
+        """The choices with their probabilities, most likely first; a list of such lists for a list.
 
         See `tasks.ask.rank` for what the probabilities mean.
         """
@@ -225,7 +225,7 @@ class Pipeline:
         on_error: OnError = "raise",
         batch_size: int = BATCH_SIZE,
     ) -> Generator[list[Choice] | ImageError, None, None]:
-        """As `rank`, but one after the other as their batches are done."""
+        """Like `rank`, but a generator that yields as batches finish."""
         choices = ask_task.check_choices(choices)
         ask_task.prompts(self.speaker, listed(questions))
 
@@ -245,12 +245,13 @@ class Pipeline:
         word: str | None = None,
         caption: str | None = None,
     ) -> Explanation:
-        """Where in a picture the model finds what speaks for its words: a map of its pixels, see `Explanation`.
+        """A heat map of the image regions that a generated text comes from, see `Explanation`.
 
-        With ``question``: for the ``answer`` to it, by default the model's own. Without: for a ``word`` of the
-        ``caption``, or for all of it; by default the model's own. It is evidence, not proof.
+        With ``question``: for the ``answer`` to it, by default the generated one. Without: for a ``word`` of the
+        ``caption``, or for the whole caption, by default the generated one. It is evidence, not proof.
 
-        Raises ImageError, and OptionError for a word that is not in the caption, or what does not go together.
+        Raises ImageError, and OptionError for a word that is not in the caption or for options that exclude each
+        other.
         """
         words = Words(question, answer, word, caption)
         words.check()
@@ -259,7 +260,8 @@ class Pipeline:
     # ---- conversation ----
 
     def chat(self, image: Picture, **options: Unpack[Options]) -> Chat:
-        """A conversation about one picture: `Chat.say` a question, or `Chat.stream` its answer as it is written."""
+        """Start a conversation about one image: `Chat.say` answers a question, `Chat.stream` yields the answer in
+        pieces."""
         return Chat(self.speaker, self.encode(image), merged(self.speaker.defaults.chat, options))
 
     # ---- what they share ----
@@ -267,7 +269,7 @@ class Pipeline:
     def each_encoded(
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[EncodedImage]:
-        """As `encode`, but one after the other as their batches are done."""
+        """Like `encode`, but a generator that yields as batches finish."""
         return checked(self.eye.see, images, on_error, batch_size)
 
     def _each(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 TITLES = {"vision": "Image encoder", "qformer": "Q-Former", "language": "Language model"}
 PARTS = {"vision_model": "image encoder", "language_model": "language model"}
 """By the beginning of a published name; all else is the Q-Former's."""
-PURPOSES = {"generative": "captions, questions and chat", "matching": "matches images with texts"}
+PURPOSES = {"generative": "captions, questions and chat", "matching": "image-text matching and search"}
 
 
 class Facts(NamedTuple):

@@ -50,10 +50,10 @@ class Group(NamedTuple):
 
 
 class Index(Sequence[EncodedImage]):
-    """Pictures that were seen, in one file: N of them, each with Q vectors of D numbers.
+    """Encoded images in one file: N of them, each with Q vectors of D numbers.
 
-    An index to search (``kind`` "search") is made by a `Matcher`, one to ask ("ask") by a `Pipeline`. The latter is a
-    sequence of `EncodedImage`: ``index[:]`` can be given to `Pipeline.ask` in the place of pictures.
+    An index to search (``kind`` "search") is made by a `Matcher`, one to ask ("ask") by a `Pipeline`. The latter is
+    a sequence of `EncodedImage`: ``index[:]`` can be given to `Pipeline.ask` instead of images.
     """
 
     def __init__(self, stored: Stored) -> None:

@@ -48,8 +48,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/chat/completions", openapi_extra=body_of("/v1/chat/completions"))
     async def chat(request: Request) -> Response:
-        """An answer about a picture. A question is answered as `Pipeline.ask` answers it, a picture without text gets
-        its caption, several turns are a `Chat`; streamed, or with logprobs, greedily."""
+        """Chat completions. A question is answered as by `Pipeline.ask`, an image without text is captioned, several
+        turns are a `Chat`. Streaming and logprobs use greedy decoding."""
         async with service.readings.read(request) as reading:
             body = ChatRequest.model_construct(**reading.fields)
             name = names.generative(body.model)
@@ -88,8 +88,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/embeddings", openapi_extra=body_of("/v1/embeddings"))
     async def embeddings(request: Request) -> Response:
-        """The unit vector of each text. An extension: of a picture, its vectors one after the other (see ``shape``);
-        a text is as near to it as to the nearest of them."""
+        """The unit vector of each text. Extension: of an image, its vectors one after the other (see ``shape``); the
+        cosine of image and text is the maximum over them."""
         matcher, cache = service.matcher, service.features
         async with service.readings.read(request) as reading:
             body = EmbeddingsRequest.model_construct(**reading.fields)

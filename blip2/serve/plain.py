@@ -61,7 +61,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/caption", response_model=Answered, openapi_extra=body_of("/caption"))
     async def caption(request: Request) -> Response:
-        """Describe a picture; ``prompt`` is the beginning of the caption."""
+        """Generate a caption; ``prompt`` is text that the caption continues."""
         async with service.readings.read(request) as reading:
             body = CaptionRequest.model_construct(**reading.fields)
             [text] = caption_task.prompts(service.pipeline.speaker, [body.prompt])
@@ -70,7 +70,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/ask", response_model=Answered, openapi_extra=body_of("/ask"))
     async def ask(request: Request) -> Response:
-        """Answer a question about a picture, freely or with one of ``choices``."""
+        """Answer a question about an image, freely or with one of ``choices``."""
         async with service.readings.read(request) as reading:
             body = AskRequest.model_construct(**reading.fields)
             [text] = ask_task.prompts(service.pipeline.speaker, [body.question])
@@ -84,7 +84,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/match", response_model=Matched, openapi_extra=body_of("/match"))
     async def match(request: Request) -> Response:
-        """How well texts fit a picture."""
+        """Score how well texts match an image."""
         matcher, cache = service.matcher, service.features
         async with service.readings.read(request) as reading:
             body = MatchRequest.model_construct(**reading.fields)
@@ -115,7 +115,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/explain", response_model=Explained, openapi_extra=body_of("/explain"))
     async def explain(request: Request) -> Response:
-        """Where in a picture the model finds what speaks for a text, an answer, or a word of a caption."""
+        """A heat map of the image regions that a text, an answer or a word of a caption comes from."""
         async with service.readings.read(request) as reading:
             given = {name: text for name, text in reading.fields.items() if text is not None}
             text = given.pop("text", None)

@@ -86,13 +86,13 @@ class Decoding(Body):
 
     called: SkipJsonSchema[dict[str, str]] = {}
     """What the caller calls the fields that he calls otherwise."""
-    max_tokens: Count | None = Field(None, description="Longest answer; never above the server's limit, and "
+    max_tokens: Count | None = Field(None, description="Maximum tokens; never above the server's limit, and "
                                      "finish_reason is 'length' where it ends it. -2, -1, 0: not given")  # fmt: skip
-    min_new_tokens: Annotated[Whole, Field(ge=0)] | None = Field(None, description="Shortest answer. -1: not given")
-    n: Count | None = Field(None, description="So many answers: the best of the search, or as many samples")
-    num_beams: Count | None = Field(None, description="Beams of the search; 1 takes the likeliest token each time")
+    min_new_tokens: Annotated[Whole, Field(ge=0)] | None = Field(None, description="Minimum tokens. -1: not given")
+    n: Count | None = Field(None, description="Number of answers: the best beams, or as many samples")
+    num_beams: Count | None = Field(None, description="Number of beams; 1 is greedy decoding")
     length_penalty: Annotated[Number, Field(ge=-10, le=10)] | None = Field(
-        None, description="With beams: above 0 favours long answers, below 0 short ones"
+        None, description="With beams: above 0 favours longer answers, below 0 shorter"
     )
     early_stopping: Annotated[
         Annotated[Literal["never"], Tag("~word")] | Annotated[bool, Tag("~bool")],
@@ -100,24 +100,26 @@ class Decoding(Body):
     ] | None = Field(None, description="When beams stop: true as soon as there are enough answers, false when no "
                      "better one is likely, never when none is possible")  # fmt: skip
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = Field(
-        None, description="Above 1: words that are there already become unlikely. 0: not given"
+        None, description="Above 1: makes tokens that already occur less likely. 0: not given"
     )
     no_repeat_ngram_size: Annotated[Whole, Field(ge=0)] | None = Field(
-        None, description="No run of so many tokens comes twice. -1, 0: not given"
+        None, description="Never repeat an n-gram of this size. -1, 0: not given"
     )
-    stop: Stop | None = Field(None, description="End before any of these. Empty: not given")
-    sample: bool | None = Field(None, description="Draw each token by chance; so does any of the next five by itself")
+    stop: Stop | None = Field(None, description="Stop before any of these texts. Empty: not given")
+    sample: bool | None = Field(None, description="Sample each token; any of the next five implies it")
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(
-        None, description="Below 1 is more careful, above 1 bolder; 0 takes the likeliest token each time"
+        None, description="Below 1 is less random, above 1 more random; 0 is greedy decoding"
     )
     top_k: Annotated[Whole, Field(ge=0)] | None = Field(
-        None, description="Draw from the k likeliest tokens. -1, 0: not given"
+        None, description="Sample from the k most likely tokens. -1, 0: not given"
     )
     top_p: Share | None = Field(
-        None, description="Draw from the likeliest tokens that have this probability; 0 takes the likeliest token each "
-        "time, 1 draws from all"
+        None, description="Sample from the most likely tokens whose probabilities sum to this; 0 is greedy decoding, "
+        "1 samples from all"
     )  # fmt: skip
-    min_p: Share | None = Field(None, description="Draw from tokens this many times as likely as the likeliest")
+    min_p: Share | None = Field(
+        None, description="Sample from tokens at least this many times as likely as the most likely"
+    )
     typical_p: Annotated[Number, Field(gt=0, le=1)] | None = Field(None, description="Typical decoding; 1: from all")
     seed: Seed | None = Field(None, description="The same seed, the same answer. -1: not given")
 
@@ -216,7 +218,7 @@ class CaptionRequest(Decoding):
     """POST /caption"""
 
     image: ImageText
-    prompt: Text = Field("", description="How the caption begins; it is not repeated")
+    prompt: Text = Field("", description="Text that the caption continues; it is not repeated")
 
 
 class AskRequest(Decoding):
@@ -225,8 +227,8 @@ class AskRequest(Decoding):
     image: ImageText
     question: Text
     choices: Annotated[list[Text], FIRST_ERROR, BeforeValidator(_split)] | None = Field(
-        None, description="Choose among these answers, by likelihood, and write none: a list, or one text with commas "
-        "in between. What decides how answers are written does not go with it"
+        None, description="Choose the most likely of these answers: a list, or one text with commas in between. "
+        "Options of decoding are refused beside it"
     )  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from blip2.text import TextStream, chat_prompt
 
 
 class Chat:
-    """One picture, seen once, and the turns so far.
+    """A conversation about one image, which is encoded once.
 
     ``history``: (question, answer) pairs, oldest first; the caller may edit it. When a conversation grows longer
-    than the model can read, the oldest turns are left out of what it is shown; ``num_forgotten`` tells how
-    many, and they stay in ``history``.
+    than the model can read, the oldest turns are left out of the prompt; ``num_forgotten`` counts them, and they
+    stay in ``history``.
     """
 
     def __init__(self, speaker: Speaker, image: EncodedImage, options: GenerateOptions | None = None) -> None:
@@ -29,27 +29,27 @@ class Chat:
         self._speaker = speaker
 
     def reset(self) -> None:
-        """Forget what was said; the picture stays."""
+        """Clear the history; the image stays."""
         self.history.clear()
         self.num_forgotten = 0
 
     def say(self, question: str) -> str:
-        """The answer to a question. Raises OptionError if the question is empty or too long for the model."""
+        """Answer a question. Raises OptionError if the question is empty or too long for the model."""
         [[best, *_]] = self._speaker.answers([self.image], [self.prompt(question)], self.options)
         self.history.append((question, best.text))
         return best.text
 
     def stream(self, question: str) -> Generator[str, None, None]:
-        """The same answer in pieces, as it is written (with beams, which decide at the end: in one piece).
+        """Yield the same answer in pieces, as it is generated (with beams, which decide at the end: in one piece).
 
-        Raises as `say` does, at once. An answer that is not listened to until its end is stopped there, and
-        stands in the history as far as it was heard.
+        Raises as `say` does, at once. If the caller stops listening, generation stops, and the history has the
+        answer up to there.
         """
         prompt = self.prompt(question)
         return self._listen(question, prompt)
 
     def prompt(self, question: str) -> str:
-        """What the model is going to read: as many of the last turns as it has room for, then the question."""
+        """The prompt for a question: as many of the last turns as fit, then the question."""
         prompt, self.num_forgotten = prompt_that_fits(
             self._speaker, self.history, question, self.options.max_new_tokens
         )

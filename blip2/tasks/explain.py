@@ -55,12 +55,12 @@ Work = Generator[None, None, "Explanation"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where a picture speaks for a text.
+    """A heat map of the image regions that support a text.
 
-    ``heat`` float32[H, W], of the picture's own size, 0 to 1: how much each place speaks for it, compared with the
-    strongest (1); all 0 if none does. ``text``: what is explained: the text itself, the answer, the word, or the
-    caption. ``score``: by a `Matcher` the probability that text and picture match (0 to 1); by a `Pipeline` the
-    log-probability of the text's tokens.
+    ``heat`` float32[H, W], of the image's own size, 0 to 1: how much each pixel supports the text, relative to the
+    strongest (1); all 0 if none does. ``text``: the text that is explained: the given text, the answer, the word, or
+    the caption. ``score``: from a `Matcher` the probability that text and image match (0 to 1); from a `Pipeline`
+    the log-probability of the text's tokens.
     """
 
     heat: Tensor

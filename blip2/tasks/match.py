@@ -40,12 +40,13 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Matches:
-    """N images against M texts, each ``float32[N, M]`` on the CPU.
+    """N images compared with M texts, each ``float32[N, M]`` on the CPU.
 
-    ``itm_probability`` (0 to 1): whether the two belong together, read side by side; each pair by itself.
-    ``itm_logits`` float32[N, M, 2]: what it is the softmax of, [..., 1] speaks for a match. ``itc_cosine`` (-1 to 1):
-    how near their vectors are. ``itc_probability`` (rows sum to 1): which of these texts is the image's, by the
-    learned temperature; None where the files have no temperature, as the published ones on the Hugging Face hub.
+    ``itm_probability`` (0 to 1): the probability that image and text belong together (ITM), for each pair on its
+    own. ``itm_logits`` float32[N, M, 2]: the logits of it; [..., 1] is a match. ``itc_cosine`` (-1 to 1): the
+    similarity of their vectors (ITC). ``itc_probability`` (rows sum to 1): the probability of each text among all,
+    with the learned temperature; None where the files have no temperature, such as the published ones on the Hugging
+    Face hub.
     """
 
     itm_logits: Tensor

@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
-CODE = re.compile(r"``.+?``|`[^`]+`", re.S)
+CODE = re.compile(r"``.+?``|`[^`]+`|(?<![\w-])--?[a-zA-Z0][\w-]*(?<!-)", re.S)
+"""Marked as such, or an option of a command."""
 
 
 class Field(NamedTuple):

@@ -29,8 +29,8 @@ know photographs. `blip2 models` prints this list, and `blip2 pull NAME` downloa
 - **The largest model** on a small machine: `blip2-flan-t5-xxl` with `--quantize int4`, within 9 GB."""
 
 REVISIONS = """\
-The commit on the hub that is downloaded, unless `--revision` names another one. In November 2024 the repositories changed
-their vocabulary and added an image token; checkpoints from before and after are read."""
+The commit on the hub that is downloaded, unless `--revision` names another one. In November 2024 the repositories
+changed their vocabulary and added an image token; checkpoints from before and after are read."""
 
 
 def peaks() -> dict[str, dict[str, float]]:

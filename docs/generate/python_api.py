@@ -87,9 +87,8 @@ def described(name: str, what: Any, level: int = 2) -> str:
         else:
             parts += [_signature(name, what), prose(inspect.getdoc(what) or "")]
         if _is_frozen(what):
-            parts += [
-                entry(f"`{field.name}: {field.type}`", prose(field.text) or "See above.") for field in fields_of(what)
-            ]
+            told = [field for field in fields_of(what) if field.text and not field.name.startswith("_")]
+            parts += [entry(f"`{field.name}: {field.type}`", prose(field.text)) for field in told]
         for method, value in vars(what).items():
             if not method.startswith("_") and (told := _member(f"{name.rpartition('.')[2]}.{method}", value, mark)):
                 parts.append(told)

@@ -87,7 +87,7 @@ def test_a_gpu_need_not_be_there(run):
 
 def test_matching_models(run, matching_model):
     told = rows(run("info", matching_model, "--quantize", "int8"))
-    assert told["For"] == "matches images with texts"
+    assert told["For"] == "image-text matching and search"
     assert told["Quantised"].startswith("nothing; there is no language model")
     assert "Language model" not in told
     assert json.loads(run("info", matching_model, "--quantize", "int8", "--json").stdout)["quantization"] is None
