@@ -90,31 +90,28 @@ def title_of(page: str) -> str:
     """The heading of a page, named from docs/; of a generated one, as it is generated."""
     from docs.generate import PAGES, command_line
 
-    path = DOCS / page
-    name = page.removeprefix("generated/")
-    if name in PAGES:
+    folder, _, name = page.partition("/")
+    if folder != "generated":
+        text = (DOCS / page).read_text("utf-8")
+    elif name in PAGES:
         text = PAGES[name]()
     elif name in (made := pages()):
         text = made[name]
-    elif name.startswith("cli/"):
-        text = command_line.pages()[name.removeprefix("cli/").removesuffix(".md")]
     else:
-        text = path.read_text("utf-8")
+        text = command_line.pages()[name.removeprefix("cli/").removesuffix(".md")]
     return next(line for line in text.splitlines() if line.startswith("# ")).removeprefix("# ")
 
 
 def guides_page() -> str:
     """Each guide by its title, with its first sentence: what is in the folder is in the list."""
+    names = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / "guides").glob("*.md"))
     lines = []
-    for path in sorted((DOCS / "guides").glob("*.md")):
-        title, _, rest = path.read_text("utf-8").partition("\n")
-        paragraphs = (" ".join(part.split()) for part in rest.strip().split("\n\n"))
-        first = next((part for part in paragraphs if part[:1].isalpha() or part[:1] == "`"), "")
-        first = re.split(r"(?<=[.:])\s", first, maxsplit=1)[0]
-        first = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", first)
-        lines.append(f"- [{title.lstrip('# ')}](../guides/{path.name}). {first}")
-    others = [
-        f"- [{title_of(name)}](../{name})"
-        for name in ("serving.md", "transformers.md", "language_models.md", "image_encoders.md")
-    ]
-    return "# All guides\n\n" + "\n".join([*lines, *others]) + "\n"
+    for name in (*names, "serving.md", "transformers.md", "language_models.md", "image_encoders.md"):
+        lines.append(f"- [{title_of(name)}](../{name}). {_first_sentence((DOCS / name).read_text('utf-8'))}")
+    return "# All guides\n\n" + "\n".join(lines) + "\n"
+
+
+def _first_sentence(text: str) -> str:
+    text = re.sub(r"^```.*?^```|^#.*?$|^!\[.*?$", "", text, flags=re.S | re.M)
+    first = re.split(r"(?<=[.:])\s", " ".join(text.strip().partition("\n\n")[0].split()), maxsplit=1)[0]
+    return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", first).rstrip(".:") + "."

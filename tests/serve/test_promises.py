@@ -28,14 +28,14 @@ def test_every_file_that_is_named_is_there(name) -> None:
 def test_the_figures_are_the_defaults() -> None:
     limits, text = Limits(), " ".join(DOCUMENTS["docs/serving.md"].split())
     for words in (
-        f"A body has {limits.max_body_bytes // 2**20} MiB and {limits.body_s:g} s at most",
-        f"all bodies together have {limits.flight_bytes // 2**20} MiB",
+        f"A body may have {limits.max_body_bytes // 2**20} MiB and take {limits.body_s:g} s",
+        f"all bodies together may have {limits.flight_bytes // 2**20} MiB",
         f"{limits.max_pixels // 10**6} million pixels",
-        f"{limits.max_images} pictures, {limits.max_texts} texts, {limits.max_prompt_tokens} tokens of text and "
-        f"{limits.deadline_s:g} s at most (504), and gets {limits.max_new_tokens} tokens",
-        f"{limits.max_queue} requests are in work or wait",
+        f"{limits.max_images} images, {limits.max_texts} texts, {limits.max_prompt_tokens} tokens of text and "
+        f"{limits.deadline_s:g} s (then 504), and gets up to {limits.max_new_tokens} tokens",
+        f"{limits.max_queue} requests may run or wait",
         f"At {limits.max_connections} connections",
-        f"finishes what is running, for {limits.shutdown_s:g} s at most",
+        f"finishes the running requests, within {limits.shutdown_s:g} s",
     ):
         assert words in text
 
