@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from blip2 import __version__
 from blip2.cli import COMMANDS
 from blip2.train import load_recipe
 from tests import documents
@@ -56,3 +57,23 @@ def test_every_verb_that_is_shown_exists() -> None:
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples/recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_example_recipes_are_read(recipe: Path) -> None:
     assert load_recipe(recipe).stage == int(recipe.stem[-1])
+
+
+def test_the_citation_is_of_this_version() -> None:
+    yaml = pytest.importorskip("yaml")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert cited["version"] == __version__ and "2301.12597" in cited["preferred-citation"]["url"]
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem)
+def test_the_forms_of_issues_are_whole(form: Path) -> None:
+    """What the place that shows them needs: else it shows an empty page."""
+    yaml = pytest.importorskip("yaml")
+    content = yaml.safe_load(form.read_text("utf-8"))
+    if form.stem == "config":
+        return
+    assert {"name", "description", "body"} <= {*content}
+    fields = [each for each in content["body"] if each["type"] != "markdown"]
+    assert fields and all(each["type"] in ("textarea", "input") and each["attributes"]["label"] for each in fields)
+    assert len({each["id"] for each in fields}) == len(fields)

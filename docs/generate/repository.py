@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,7 @@ def examples_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+@cache
 def title_of(page: str) -> str:
     """The heading of a page, named from docs/; of a generated one, as it is generated."""
     from docs.generate import PAGES, command_line
