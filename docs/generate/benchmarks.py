@@ -10,6 +10,16 @@ from typing import Any
 from docs.generate.markdown import table
 
 RESULTS = Path(__file__).parents[1] / "benchmarks"
+TITLES = {
+    "decoders-1.1b": "Decoding beside llama.cpp, 1.1 billion parameters",
+    "decoders-8b": "Decoding beside llama.cpp, 8 billion parameters",
+    "serve": "The server under load",
+    "soak": "The server under load and attack",
+    "xl": "Flan-T5-XL beside transformers",
+    "xxl": "Flan-T5-XXL in 8 and 4 bits",
+}
+"""Of the files; another is named as its file is."""
+WAYS = {"seen": "three images in turn", "new": "another image each time", "streamed": "three images in turn, streamed"}
 LINES = (  # name of the samples in published.py's JSON, title, units in one
     ("token_s", "one token, one image, ms", 1e3),
     ("first_s", "image to first token, s", 1.0),
@@ -31,7 +41,8 @@ def page() -> str:
     ]
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text("utf-8"))
-        parts += [f"## {path.name}", f"[The samples](../benchmarks/{path.name})", told(content)]
+        parts += [f"## {TITLES.get(path.stem, path.stem)}", told(content)]
+        parts.append(f"The samples: [docs/benchmarks/{path.name}](../benchmarks/{path.name}).")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -53,7 +64,12 @@ def told(content: Any) -> str:
 def _figure(samples: dict[str, list[float]], name: str, scale: float) -> str:
     star = "" if samples.get(name) else " *"
     values = samples.get(name) or samples.get(f"{name} disturbed")
-    return f"{statistics.median(values) * scale:.3g}{star}".replace("*", "\\*") if values else "-"
+    return f"{shown(statistics.median(values) * scale)}{star}".replace("*", "\\*") if values else "-"
+
+
+def shown(number: float) -> str:
+    """Three digits: 0.0123, 1.23, 123, 1,230."""
+    return f"{float(f'{number:.3g}'):,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _published(content: dict[str, Any]) -> str:
@@ -73,7 +89,8 @@ def _decoders(content: dict[str, Any]) -> str:
         for line in lines
     ]  # fmt: skip
     rows.append(["weights read per token, GB", *(f"{content['bytes_a_token'][side] / 1e9:.2f}" for side in sides)])
-    told_of = f"A Llama of {content['shape']}, {content['threads']} threads."
+    size = content["shape"].replace("b", " billion")
+    told_of = f"A language model with the shape of a Llama of {size} parameters, {content['threads']} threads."
     return f"{told_of}\n\n{table(['', *sides], rows)}"
 
 
@@ -84,11 +101,11 @@ def _server(content: dict[str, Any]) -> str:
     parts = []
     for key in dict.fromkeys((row["model"], row["server"], row["way"]) for row in content["rows"]):
         rows = [
-            [str(row["clients"]), *(f"{row[name]:.3g}" if row.get(name) is not None else "-" for name in names)]
+            [str(row["clients"]), *(shown(row[name]) if row.get(name) is not None else "-" for name in names)]
             for row in content["rows"]
             if (row["model"], row["server"], row["way"]) == key
         ]
-        parts.append(f"{key[0]}, {key[1]}, images {key[2]}:\n\n{table(head, rows, right=0)}")
+        parts.append(f"{key[0]}, {key[1]}, {WAYS.get(key[2], key[2])}:\n\n{table(head, rows, right=0)}")
     return "\n\n".join(parts)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from html import escape
 
-WIDTH, HEIGHT = 880, 330
+WIDTH, HEIGHT = 880, 350
 TEXT = "var(--color-foreground-primary, #1f2328)"
 DIM = "var(--color-foreground-secondary, #57606a)"
 PAGE = "var(--color-background-primary, #ffffff)"
@@ -54,25 +54,25 @@ def svg() -> str:
     top, high = 70, 110
     middle = top + high // 2
     parts = [
-        box(66, top, 150, high, "Image encoder", "a vision transformer", "EVA-CLIP g/14", colour=FROZEN),
-        box(308, top, 160, high, "Q-Former",
+        box(60, top, 150, high, "Image encoder", "a vision transformer", "EVA-CLIP g/14", colour=FROZEN),
+        box(302, top, 160, high, "Q-Former",
             "32 query tokens", "read the patches by", "cross-attention", colour=TRAINED),
-        box(560, top, 92, high, "Projection", "one linear", "layer", colour=TRAINED),
-        box(722, top, 148, high, "Language model", "OPT, Flan-T5,", "Llama, ...", colour=FROZEN),
-        arrow(8, middle, 56, "image"),
-        arrow(218, middle, 88, "patches", NUMBERS["patches"]),
-        arrow(470, middle, 88, "queries", NUMBERS["queries"]),
-        arrow(654, middle, 66, "prefix", NUMBERS["prefix"]),
-        up(388, top + high + 62, 60, "stage 1: a text beside the queries"),
+        box(548, top, 98, high, "Projection", "one linear", "layer", colour=TRAINED),
+        box(718, top, 156, high, "Language model", "OPT, Flan-T5,", "Llama, ...", colour=FROZEN),
+        arrow(6, middle, 52, "image"),
+        arrow(212, middle, 88, "patches", NUMBERS["patches"]),
+        arrow(464, middle, 82, "queries", NUMBERS["queries"]),
+        arrow(648, middle, 68, "prefix", NUMBERS["prefix"]),
+        up(382, top + high + 62, 60, "stage 1: a text beside the queries"),
         up(796, top + high + 62, 60, "prompt"),
         f'<path d="M796 {top}V{top - 33}" stroke="{DIM}" stroke-width="2" fill="none"/>',
         f'<path d="M796 {top - 40}l-5 9h10z" fill="{DIM}"/>',
         _text(796, top - 48, "caption or answer", weight=600),
-        _text(388, top + high + 100, "contrast (ITC), matching (ITM), captioning (ITG)", colour=DIM),
+        _text(382, top + high + 100, "contrast (ITC), matching (ITM), captioning (ITG)", colour=DIM),
         _text(796, top + high + 100, "stage 2: language", colour=DIM),
         _text(796, top + high + 117, "modelling loss", colour=DIM),
-        _key(66, HEIGHT - 28, FROZEN, "frozen: as it was pretrained"),
-        _key(290, HEIGHT - 28, TRAINED, "trained: less than 3 % of the parameters"),
+        _key(60, HEIGHT - 24, FROZEN, "frozen: as it was pretrained"),
+        _key(284, HEIGHT - 24, TRAINED, "trained: less than 3 % of the parameters"),
     ]
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '

@@ -37,7 +37,7 @@ def page() -> str:
     parts = [
         "# Python API",
         "Generated from the docstrings of the code. Decoding options are on a page of their own: "
-        "[GenerateOptions](options.md). The drop-in classes for transformers are on [another](transformers.md).",
+        "[`GenerateOptions`](options.md). The drop-in classes for transformers are on [another](transformers.md).",
         "Axes in shapes: N images, M texts, Q query tokens (32 in the published models), D width, H height, W width.",
     ]
     parts += [described(f"blip2.{name}", getattr(blip2, name)) for name in OWN]
@@ -56,8 +56,9 @@ def options_page() -> str:
     from blip2.generation import GenerateOptions
 
     parts = [
-        "# Decoding options (GenerateOptions)",
+        "# Decoding options",
         prose(inspect.getdoc(GenerateOptions) or ""),
+        "The fields of `blip2.GenerateOptions`. "
         "Methods such as `Pipeline.caption` take each of them as a keyword; the command line has the same options with "
         "dashes (`--max-new-tokens`; `num_beams` is `--beams`). A value outside the range is an `OptionError`.",
     ]
