@@ -10,7 +10,7 @@ help:       ## this list
 
 venv: .venv/dev.stamp  ## an environment in .venv with everything that developing needs
 
-demo: .venv/runtime.stamp  ## caption, question and chat about a bundled picture (installs what running needs)
+demo: .venv/runtime.stamp  ## caption, ask and chat about a bundled image (installs what running needs)
 	$(BIN)/python examples/demo.py
 
 test: export OMP_NUM_THREADS = 1

@@ -97,19 +97,23 @@ def test_the_requests_are_answered(folder: Path) -> None:
 
 def test_every_command_that_is_shown_exists() -> None:
     """Those that do not run here, too: each subcommand, and each option that stands beside one."""
-    import click
+    from blip2.cli import COMMANDS, cli
 
-    from blip2.cli import cli
-
-    for page in [*PAGES, ROOT / "README.md"]:
-        for block in documents.blocks(page.read_text("utf-8"), "(?:sh|console)"):
-            for line in re.sub(r"\\\n", " ", block).splitlines():
-                for verb, rest in re.findall(r"(?<![\w/.-])blip2 ([a-z]+)((?: [^#|;&]*)?)", line.partition(" #")[0]):
-                    command = cli.get_command(None, verb)  # type: ignore[arg-type]
-                    assert command is not None, (named(page) if page.is_relative_to(DOCS) else page.name, line)
-                    known = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
-                    given = re.findall(r"(?<=\s)--[a-z-]+", rest)
-                    assert isinstance(command, click.Command) and {*given} <= known | {"--help"}, (page.name, line)
+    shown = {page.name: documents.blocks(page.read_text("utf-8"), "(?:sh|console)") for page in PAGES}
+    shown["README.md"] = documents.blocks((ROOT / "README.md").read_text("utf-8"), "(?:sh|console)")
+    for name in COMMANDS:  # and in --help
+        text = cli.get_command(None, name).help or ""  # type: ignore[arg-type, union-attr]
+        parts = text.split("\n\n")
+        shown[f"{name} --help"] = [part for part in parts if re.match(r"\s*\x08\s*(blip2|curl|printf) ", part)]
+        assert shown[f"{name} --help"], name
+    assert sum(map(len, shown.values())) > 50
+    for place, blocks in shown.items():
+        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+            for verb, rest in re.findall(r"(?<![\w/.-])blip2 ([a-z]+)((?: [^#|;&]*)?)", line.partition(" #")[0]):
+                command = cli.get_command(None, verb)  # type: ignore[arg-type]
+                assert command is not None, (place, line)
+                known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+                assert {*re.findall(r"(?<=\s)--[a-z-]+", rest)} <= known | {"--help"}, (place, line)
 
 
 def test_generated_pages_cover_the_code(tmp_path: Path) -> None:
