@@ -56,7 +56,9 @@ def test_every_verb_that_is_shown_exists() -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples/recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_example_recipes_are_read(recipe: Path) -> None:
-    assert load_recipe(recipe).stage == int(recipe.stem[-1])
+    """The name of the first two says which stage they are of; others may be of either."""
+    stage = load_recipe(recipe).stage
+    assert stage == int(recipe.stem[-1]) if recipe.stem.startswith("stage") else stage in (1, 2)
 
 
 def test_the_citation_is_of_this_version() -> None:

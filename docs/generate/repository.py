@@ -13,9 +13,11 @@ SHOWN = {
     "SECURITY.md": "security.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "miniature/README.md": "miniature.md",
-    "miniature/smollm.md": "smollm.md",
-}
+} | {
+    path.relative_to(ROOT).as_posix(): "-".join(path.relative_to(ROOT).parts).lower().replace("-readme", "")
+    for path in sorted(ROOT.glob("miniature/**/*.md"))
+    if not {"work", "results.md"} & {*path.relative_to(ROOT).parts}
+}  # fmt: skip
 """Files that are pages of the site as well, by their names there, in the folder of generated pages."""
 EXAMPLES = {
     "Recipes": "examples/recipes/*.toml",
@@ -71,7 +73,7 @@ def _or_code(link: re.Match[str], page: str) -> str:
     if re.match(r"https?:|mailto:", target):
         return link[0]
     path = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
-    if path.startswith("docs/") or (ROOT / path).is_file():
+    if path.startswith("docs/") or ((ROOT / path).is_file() and not path.endswith(".md")):
         return link[0]
     return link[1] if "`" in link[1] else f"{link[1]} (`{path}`)"
 
