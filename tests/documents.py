@@ -111,7 +111,8 @@ def run(command: Command) -> Result:
     for there, here in BUNDLED.items():
         line = re.sub(there, here, line)
     questions, _, verb = line.rpartition("blip2 ")
-    assert re.fullmatch(r"(printf '[^']*' \| )?", questions), f"{command.line}: not a command that can be tried"
+    is_whole = re.fullmatch(r"(printf '[^']*' \| )?", questions)
+    assert is_whole, f"{command.line}: only blip2 runs here; show it in an sh block"
     given = questions.removeprefix("printf '").removesuffix("' | ").replace("\\n", "\n")
     return CliRunner().invoke(cli, shlex.split(verb, comments=True), input=given)
 
