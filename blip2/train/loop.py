@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from blip2.errors import Blip2Error, RecipeError
 from blip2.finite import first_not_finite
 from blip2.train.group import Group, Step, check_alike, parts_of
 from blip2.train.log import Log
-from blip2.train.optim import build_optimizer, learning_rate, sum_gradients, trained_parameters
+from blip2.train.optim import build_optimizer, learning_rate, set_rate, sum_gradients, trained_parameters
 from blip2.train.recipes import Recipe
 from blip2.train.state import load_state, save_state
 
@@ -80,6 +80,8 @@ class Task:
     """How many texts were longer than the recipe allows, so far."""
     bad_pictures: Callable[[], dict[str, str]] = dict
     """Those that could not be read so far, by path, each with what is wrong with it."""
+    rate_shares: Mapping[str, float] = field(default_factory=dict)
+    """Of parameters, by name, that learn at a part of the learning rate."""
 
 
 def train(
@@ -100,7 +102,7 @@ def train(
     group = group or Group()
     folder, optim = recipe.out / "training", recipe.optim
     parameters = trained_parameters(task.model)
-    optimizer = build_optimizer(parameters, optim)
+    optimizer = build_optimizer(parameters, optim, task.rate_shares)
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device)
     first = load_state(folder, parameters, optimizer, recipe)
@@ -153,8 +155,7 @@ def train(
                 torch.manual_seed(seed)
                 task.learning.train()
                 rate = learning_rate(step, optim)
-                for entry in optimizer.param_groups:
-                    entry["lr"] = rate
+                set_rate(optimizer, rate)
                 shares = task.backward(
                     batch, Step(seed, optim.batch_size, autocast, generator.manual_seed(seed), group)
                 )

@@ -50,8 +50,8 @@ class Verdict:
 def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any] | None = None) -> Verdict:
     """Learn the first ``number`` rows by heart, each with one text of a kind, in a folder that is removed again.
 
-    As the recipe has it, but for at most 200 steps, with the peak learning rate to the end and without smoothed
-    labels. Raises as `run` does.
+    As the recipe has it, but for at most 200 steps, with the peak learning rate to the end, whole pictures and without
+    smoothed labels. Raises as `run` does.
     """
     if number < 1:
         raise OptionError(f"{option('overfit')} is {number}; give how many rows, such as 8")
@@ -76,7 +76,7 @@ def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any
         records = [_record(row, folder / f"picture-{each}") for each, row in enumerate(rows)]
         file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         changes: dict[str, Any] = {
-            "data.sources": [], "evaluation.sources": [],
+            "data.sources": [], "evaluation.sources": [], "data.augment": False,
             "out": folder / "out", "data.rows": file, "evaluation.rows": file, "evaluate_every": steps,
             "checkpoint_every": steps, "log_every": 1, "optim.steps": steps, "optim.label_smoothing": 0.0,
             "optim.batch_size": min(recipe.optim.batch_size, len(rows)), "optim.min_lr": recipe.optim.peak_lr,

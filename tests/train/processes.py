@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from blip2 import checkpoint
 from blip2.train.check import gather
 from blip2.train.group import Group, Step, joined, parts_of
 from blip2.train.optim import sum_gradients, trained_parameters
 from blip2.train.prepare import prepare
 from blip2.train.recipes import load_recipe
+from blip2.train.start import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,8 +33,9 @@ def gradients(path, overrides, group=None, number=3, autocast=nullcontext):
     """The losses and the gradients of step ``number`` of a recipe, dropout included."""
     group, recipe = group or Group(), load_recipe(path, overrides)
     with group.in_turn(f"{path} {overrides}"):
-        model = checkpoint.load(gather(recipe, path).start)
-        task = prepare(model, gather(recipe, path), recipe, lambda progress: None, group)
+        materials = gather(recipe, path)
+        model = build(recipe, path, materials, device=torch.device("cpu"), dtype=torch.float32)
+        task = prepare(model, materials, recipe, lambda progress: None, group)
     task.learning.train()
     size = recipe.optim.batch_size
     parts = [task.make_batch(number, places) for places in parts_of(group.share(size), recipe.optim.accumulate)]
