@@ -35,7 +35,7 @@ def build_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of each parameter: its share of ``rate``. (The authors' code computes shares, and uses none.)"""
+    """The learning rate of each parameter: its share of ``rate``. The authors' code computes such, and uses none."""
     for entry in optimizer.param_groups:
         entry["lr"] = rate * entry["share"]
 

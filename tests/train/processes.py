@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 def gradients(path, overrides, group=None, number=3, autocast=nullcontext):
     """The losses and the gradients of step ``number`` of a recipe, dropout included."""
     group, recipe = group or Group(), load_recipe(path, overrides)
+    torch.manual_seed(recipe.seed)
     with group.in_turn(f"{path} {overrides}"):
         materials = gather(recipe, path)
         model = build(recipe, path, materials, device=torch.device("cpu"), dtype=torch.float32)
