@@ -92,6 +92,8 @@ def check(recipe: Recipe, error: Error) -> None:
                 raise error(f"{key}.sources.weight", f"has to be above 0, not {source.weight}; or leave it out")
             if (source.question is None) != (source.answer is None):
                 raise error(f"{key}.sources", "'question' and 'answer' go together; name both columns")
+    if recipe.changes_sight and data.features is not None:
+        raise error("data.features", "is what a frozen image encoder gives, and this one learns; remove it")
     if data.augment and data.features is not None:
         raise error(
             "data.augment", "shows other parts of a picture at each step, and data.features keeps those of whole ones; "
@@ -101,8 +103,6 @@ def check(recipe: Recipe, error: Error) -> None:
         _check_vision(recipe.vision, error)
     if recipe.lora is not None:
         _check_lora(recipe, recipe.lora, error)
-    if recipe.changes_sight and data.features is not None:
-        raise error("data.features", "is what a frozen image encoder gives, and this one learns; remove it")
     if not recipe.start:
         raise error("start", "is empty; name the folder of a model, or miniature")
 
