@@ -60,12 +60,12 @@ def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any
     number = min(number, len(found))
     rows = [found.whole(each) for each in range(number)] if isinstance(found, Joined) else found[:number]
     steps = min(recipe.optim.steps, MOST_STEPS)
-    losses: list[float] = []
+    losses: list[dict[str, float]] = []
     scores: dict[str, float] = {}
 
     def listen(progress: Progress) -> None:
         if progress.losses:
-            losses.append(sum(progress.losses.values()))
+            losses.append(progress.losses)
         scores.update(progress.scores)
         if progress.phase in ("features", "train"):
             report(progress)
@@ -85,8 +85,8 @@ def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any
         if recipe.data.features is not None:
             changes["data.features"] = folder / "features"
         run(path, report=listen, overrides=(overrides or {}) | changes)
-    last = sum(scores[each] for each in ("itc", "itm", "lm") if each in scores)
-    return Verdict(len(rows), steps, losses[0], last, scores)
+    last = sum(scores[name] for name in losses[0])
+    return Verdict(len(rows), steps, sum(losses[0].values()), last, scores)
 
 
 def _record(row: Row, place: Path) -> dict[str, Any]:

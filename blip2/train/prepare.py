@@ -30,7 +30,7 @@ from blip2.train.seeing import rate_shares, unfreeze
 def prepare(
     model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, report: Report, group: Group | None = None
 ) -> Task:
-    """Everything ready for the loop. ``model`` came from ``materials.start``."""
+    """Everything ready for the loop. ``model`` came from `start.build`."""
     group = group or Group()
     model.freeze_pretrained()
     unfreeze(model, recipe.vision)
@@ -38,6 +38,7 @@ def prepare(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small steps vanish in half precision
+
     bad = BadPictures(recipe.data.on_bad_picture)
 
     def row_set(rows: list[Row] | Joined, files: Sequence[Path], augment: bool = False) -> RowSet:

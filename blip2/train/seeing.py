@@ -37,10 +37,11 @@ def rate_shares(model: Blip2 | Blip2Matcher, recipe: VisionRecipe | None) -> dic
         return {}
     count, shares = model.config.vision.num_layers, {}
     for name, _ in model.vision.named_parameters():
-        part, _, rest = name.partition(".")
-        before = {"blocks": int(rest.split(".")[0]) if part == "blocks" else 0, "final_norm": count - 1}.get(part, -1)
-        if part != "post_norm":
-            shares[f"vision.{name}"] = recipe.layer_decay ** (count - before)
+        part, *rest = name.split(".")
+        if part == "post_norm":
+            continue
+        block = int(rest[0]) if part == "blocks" else count - 1 if part == "final_norm" else -1
+        shares[f"vision.{name}"] = recipe.layer_decay ** (count - block)
     return shares
 
 

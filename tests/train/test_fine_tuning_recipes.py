@@ -14,7 +14,7 @@ from blip2.data.joined import Joined, Listed
 from blip2.data.sample import Turn, parse_row
 from blip2.errors import RecipeError
 from blip2.text import Tokenizer
-from blip2.train import load_recipe, preview
+from blip2.train import load_recipe, overfit, preview
 from blip2.train.check import gather
 from blip2.train.recipes import DataRecipe, MixRecipe
 from blip2.train.start import build
@@ -171,6 +171,8 @@ def test_without_captions_only_contrast_and_matching_are_learnt(example):
     before, after = (checkpoint.load(folder).state_dict() for folder in (path.parent / "runs" / "stage1", out))
     assert torch.equal(before["lm_head.dense.weight"], after["lm_head.dense.weight"])
     assert not torch.equal(before["itm_head.weight"], after["itm_head.weight"])
+    verdict = overfit(path, 4, report=lambda _: None, overrides=SMALL | {"optim.itg": False})
+    assert verdict.last == pytest.approx(verdict.scores["itc"] + verdict.scores["itm"]) and verdict.first < 10
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
