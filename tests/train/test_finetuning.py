@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from blip2 import checkpoint, train
@@ -49,8 +50,8 @@ def save_model(kind, folder, dropout=0.0):
     like = tiny.save_matching(folder) if kind == "matching" else tiny.save_generative(kind, folder)
     source = checkpoint.load(like)
     config = deeper(source.config, dropout)
-    torch.manual_seed(4)  # with some others a ReLU of the OPT comes to lie on its edge, and both go on differently
     model = (Blip2Matcher if kind == "matching" else Blip2)(config).eval()
+    torch.manual_seed(4)  # with some others a ReLU of the OPT comes to lie on its edge, and both go on differently
     for name, weight in model.named_parameters():
         if weight.dim() > 1 and not name.startswith("language."):
             weight.normal_(std=0.3)
@@ -202,6 +203,28 @@ def test_it_is_the_plain_fine_tuning(tuning, task, family):
     found, before = load_file(out / "model.safetensors"), load_file(path.parent / f"{task}-{family}/model.safetensors")
     assert_same_weights(found, wanted)
     assert all(torch.equal(found[name], each) for name, each in before.items() if name.startswith("language_model"))
+    is_asked = task in ("asked", "instruct")
+    kind = transformers.InstructBlipForConditionalGeneration if is_asked else transformers.Blip2ForConditionalGeneration
+    _, told = kind.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+
+
+@pytest.mark.parametrize("takes_all", [False, True])
+def test_whose_the_branches_of_a_qformer_are_that_reads(tuning, takes_all):
+    """The text's are those of stage 1; the queries' too, if the recipe says so."""
+    path = tuning("asked")
+    still = {"optim.peak_lr": 0.0, "optim.min_lr": 0.0} | ({"qformer": "matching"} if takes_all else {})
+    model = checkpoint.load(path.parent / "matching")
+    model.vision = checkpoint.load(path.parent / "asked-opt").vision
+    checkpoint.save(model, path.parent / "matching", tokenizer=path.parent / "matching" / "tokenizer.json")
+    out = train.run(path, overrides=still)
+    found, start, matching = (
+        checkpoint.load(folder).qformer.state_dict()
+        for folder in (out, path.parent / "asked-opt", path.parent / "matching")
+    )
+    assert found.keys() == matching.keys() > start.keys()
+    for name, value in found.items():
+        assert torch.equal(value, (start if name in start and not takes_all else matching)[name]), name
 
 
 def test_retrieval_is_the_plain_fine_tuning(tuning, monkeypatch):
