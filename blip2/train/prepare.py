@@ -21,7 +21,8 @@ from blip2.text import Tokenizer
 from blip2.train import lora, stage1, stage2
 from blip2.train.check import Materials
 from blip2.train.group import Group, Step, parts_of
-from blip2.train.loop import Report, Task
+from blip2.train.loop import Task
+from blip2.train.meter import Report
 from blip2.train.reading import RowSet
 from blip2.train.recipes import Recipe
 from blip2.train.texts import TextSource

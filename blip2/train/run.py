@@ -20,7 +20,8 @@ from blip2.model import Blip2, Blip2Matcher
 from blip2.train import lora
 from blip2.train.check import check_weights, gather
 from blip2.train.group import Group, joined
-from blip2.train.loop import Progress, Report, TrainingFailed, TrainingStopped, autocast_for, train
+from blip2.train.loop import TrainingStopped, autocast_for, train
+from blip2.train.meter import Progress, Report, TrainingFailed
 from blip2.train.prepare import prepare
 from blip2.train.recipes import Recipe, load_recipe
 from blip2.train.state import is_finished
