@@ -24,6 +24,7 @@ from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.published import PUBLISHED
 from blip2.text import Tokenizer
+from blip2.train import trackers
 from blip2.train.recipes import DataRecipe, EvaluationRecipe, Recipe
 from blip2.train.sources import Tell, open_sources
 from blip2.train.texts import TextSource
@@ -68,6 +69,7 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
             raise RecipeError(f"qformer: {qformer} was trained on another image encoder than the one of 'start'")
     _check_model(config, recipe)
     _check_apart(recipe, start, qformer)
+    trackers.check(recipe.track.to)
     evaluation = recipe.evaluation
     materials = Materials(
         start, config, tokenizer, settings,

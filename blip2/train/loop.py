@@ -21,12 +21,17 @@ from torch import Tensor, nn
 from blip2.data import prefetch
 from blip2.errors import Blip2Error, RecipeError
 from blip2.finite import first_not_finite
-from blip2.train.group import Group, Step, check_alike, parts_of
+from blip2.layers import autocast_dtype
+from blip2.train.average import Average
+from blip2.train.flops import Peak
+from blip2.train.group import Group, Step, check_alike
 from blip2.train.log import Log
 from blip2.train.meter import REMEDY, Meter, Report, TrainingFailed
-from blip2.train.optim import build_optimizer, learning_rate, sum_gradients, trained_parameters
+from blip2.train.optim import build_optimizer, clip_gradients, learning_rate, sum_gradients, trained_parameters
 from blip2.train.recipes import Recipe
+from blip2.train.shard import any_shares, first_bad
 from blip2.train.state import load_state, save_state
+from blip2.train.trackers import Trackers
 
 MOST_BAD_STEPS = 10
 
@@ -52,6 +57,10 @@ class Task:
     """How many texts were longer than the recipe allows, so far."""
     bad_pictures: Callable[[], dict[str, str]] = dict
     """Those that could not be read so far, by path, each with what is wrong with it."""
+    num_tokens: Callable[[Any], int] = lambda batch: 0
+    """Of the texts of a part of a batch, without padding."""
+    flops: Callable[[Any], float] = lambda batch: 0.0
+    """The arithmetic of a part of a batch, forward and backward, see `train.flops`."""
 
 
 def train(
@@ -75,24 +84,36 @@ def train(
     optimizer = build_optimizer(parameters, optim)
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device)
-    first = load_state(folder, parameters, optimizer, recipe)
+    average = Average(parameters, optim.ema)
+    notes: dict[str, float] = {}
+    first = load_state(folder, parameters, optimizer, recipe, group, average=average.weights, notes=notes)
     check_alike(group, first, parameters)
     if first > optim.steps:
         raise RecipeError(
             f"optim.steps is {optim.steps}, and {folder} has done {first} steps already; raise it, or name another "
             "folder as 'out'"
         )
-    log = Log(recipe.out / "log.jsonl" if group.is_first else None, keep_to=first)
-    meter = Meter(report, log, recipe, first)
+    trackers, log_path = None, None
+    if group.is_first:
+        track, log_path = recipe.track, recipe.out / "log.jsonl"
+        trackers = Trackers(track.to, recipe.out, track.project, first, lambda told: meter.say("train", done, told))
+    log = Log(log_path, first, trackers)
+    with autocast():
+        peak = Peak(device, group.size, autocast_dtype(device) or torch.float32)
+    meter = Meter(report, log, recipe, first, notes, peak if group.is_first else None)
     bad_steps, done, saved, num_bad = 0, first, first, 0.0
     is_whole = True
-    parts = parts_of(group.share(optim.batch_size), optim.accumulate)
+    has_shares = any_shares(parameters.values())
+    parts = group.parts(optim.batch_size, optim.accumulate)
 
     def write() -> None:
         nonlocal saved
-        if group.is_first:
-            with meter.paused():
-                save_state(folder, parameters, optimizer, recipe, step=done)
+        with meter.paused():
+            if group.is_first or has_shares:
+                save_state(
+                    folder, parameters, optimizer, recipe, step=done, average=average.weights, notes=meter.notes,
+                    is_writer=group.is_first,
+                )  # fmt: skip
         saved = done
         meter.say("checkpoint", done, f"saved the state of step {done}")
 
@@ -103,12 +124,12 @@ def train(
     def evaluate() -> None:
         if task.evaluate is not None and (done % recipe.evaluate_every == 0 or done == optim.steps):
             task.learning.eval()
-            with meter.paused(), torch.no_grad(), autocast():
+            with meter.paused(), torch.no_grad(), autocast(), average.in_place():
                 meter.scores(done, task.evaluate())
 
     def check() -> None:
-        if first_not_finite(parameters) is not None:
-            raise TrainingFailed(f"after step {done} {_cause(task.model, parameters)}; {_state(folder, saved)}")
+        if first_bad(parameters, group) is not None:
+            raise TrainingFailed(f"after step {done} {_cause(task.model, parameters, group)}; {_state(folder, saved)}")
 
     def make(step: int) -> list[Any]:
         return [task.make_batch(step, places) for places in parts]
@@ -130,17 +151,19 @@ def train(
                 shares = task.backward(
                     batch, Step(seed, optim.batch_size, autocast, generator.manual_seed(seed), group)
                 )
-                counts = [torch.tensor(float(n), device=device) for n in (len(task.bad_pictures()), task.num_cut())]
-                told = torch.stack([*(share.float() for share in shares.values()), *counts])
+                done_here = [sum(map(count, batch)) for count in (task.flops, task.num_tokens)]
+                counts = [torch.tensor(float(n)) for n in (*done_here, len(task.bad_pictures()), task.num_cut())]
+                told = torch.stack([*(share.float() for share in shares.values()), *(n.to(device) for n in counts)])
                 sum_gradients(group, parameters, told)
                 losses = dict(zip(shares, told, strict=False))
-                is_good = math.isfinite(told[: len(losses)].sum().item())
+                is_good, norm = math.isfinite(told[: len(losses)].sum().item()), 0.0
                 if is_good:
-                    norm = nn.utils.clip_grad_norm_(parameters.values(), optim.clip or math.inf)
-                    is_good = math.isfinite(norm.item())
+                    norm = clip_gradients(group, parameters, optim.clip).item()
+                    is_good = math.isfinite(norm)
                 is_whole = False
                 if is_good:
                     optimizer.step()
+                    average.add(step)
                 done, is_whole = step + 1, True
                 optimizer.zero_grad(set_to_none=True)
                 bad_steps = 0 if is_good else bad_steps + 1
@@ -148,19 +171,21 @@ def train(
                     meter.say("train", done, f"skipped step {done}: the loss or its gradient is no number")
                 is_last = done == optim.steps
                 if bad_steps == MOST_BAD_STEPS or (is_last and bad_steps == done):
-                    if done - bad_steps > saved and first_not_finite(parameters) is None:
-                        saved = done - bad_steps  # nothing was learnt since
-                        if group.is_first:
-                            save_state(folder, parameters, optimizer, recipe, step=saved)
+                    reason = _cause(task.model, parameters, group)
+                    if done - bad_steps > saved and first_bad(parameters, group) is None:
+                        done, last = done - bad_steps, done  # nothing was learnt since
+                        write()
+                        done = last
                     raise TrainingFailed(
                         f"no number as loss or gradient in {bad_steps} steps in a row, the last is step {done}: "
-                        f"{_cause(task.model, parameters)}; {_state(folder, saved)}"
+                        f"{reason}; {_state(folder, saved)}"
                     )
                 if told[-2].item() != num_bad:
                     num_bad = told[-2].item()
                     for found in group.objects(task.bad_pictures()):
                         meter.bad_pictures(done, found)
-                meter.add(done, losses if is_good else {}, rate, int(told[-1]))
+                work = {"flops": told[-4].item(), "tokens": told[-3].item(), "gradient_norm": norm if is_good else 0.0}
+                meter.add(done, losses if is_good else {}, rate, int(told[-1]), work)
                 if done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0 or is_last:
                     check()
                 evaluate()
@@ -177,18 +202,20 @@ def train(
         except TrainingFailed:  # has saved what is worth it
             raise
         except BaseException:
-            if group.is_first and is_whole and done > saved and first_not_finite(parameters) is None:
+            is_to_save = group.is_first and is_whole and done > saved and not has_shares
+            if is_to_save and first_not_finite(parameters) is None:
                 with suppress(Exception):  # what went wrong first is what is told
                     write()
             raise
+    average.exchange()  # what is exported
     task.model.eval()
 
 
-def _cause(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
+def _cause(model: nn.Module, parameters: dict[str, nn.Parameter], group: Group) -> str:
     """Why there are no numbers, most likely, and what to do."""
-    if (name := first_not_finite(parameters)) is not None:
+    if (name := first_bad(parameters, group)) is not None:
         return f"{name}, which is trained, is NaN or infinite; {REMEDY}"
-    if (name := first_not_finite(dict(model.named_parameters()))) is not None:
+    if (name := first_bad(dict(model.named_parameters()), group)) is not None:
         return f"{name}, which is not trained, is NaN or infinite; start from another model"
     return f"no weight is NaN or infinite, so numbers overflow; {REMEDY}, or set precision to fp32"
 

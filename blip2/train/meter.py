@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from blip2.errors import Blip2Error
+from blip2.train.flops import Peak
 from blip2.train.log import Log
 from blip2.train.recipes import Recipe
 
@@ -39,23 +40,38 @@ class Progress:
     images_per_s: float = 0.0
     left_s: float = math.nan
     message: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Beside the losses: ``gradient_norm``, ``skipped`` (the share of steps), ``tokens_per_s``, ``peak_memory_mb`` (of
+    the first process) and ``mfu`` (which share of what the devices can do the model's arithmetic is)."""
 
 
 Report = Callable[[Progress], None]
+DONE = ("gradient_norm", "tokens", "flops")
+"""What is summed over steps, of all processes together."""
 
 
 class Meter:
     """Means, rate and time left, reported and logged every so many steps."""
 
-    def __init__(self, report: Report, log: Log, recipe: Recipe, first: int) -> None:
-        self._report, self._log, self._recipe = report, log, recipe
+    def __init__(
+        self, report: Report, log: Log, recipe: Recipe, first: int, notes: dict[str, float], peak: Peak | None = None
+    ) -> None:
+        """``peak``: what all devices together can do; not asked where nothing is reported."""
+        self._report, self._log, self._recipe, self._peak = report, log, recipe, peak
+        self._done: dict[str, float] = dict.fromkeys(DONE, 0.0)
         self._sums: dict[str, Tensor] = {}
         self._count, self._last, self._started = 0, first, time.perf_counter()
-        self._is_cut_told = False
+        self._is_cut_told = self._is_peak_told = False
         self._bad: set[str] = set()
-        self._first_loss, self._far_reports = math.inf, 0
+        self.notes = notes
+        """What is to be known when training goes on: whether a loss has run away is judged from the very first."""
 
-    def add(self, done: int, losses: dict[str, Tensor], rate: float, num_cut: int) -> None:
+    def add(
+        self, done: int, losses: dict[str, Tensor], rate: float, num_cut: int, work: dict[str, float] | None = None
+    ) -> None:
+        """``losses``: of a step that was not skipped; ``work``: its numbers of `DONE`, as far as they are known."""
+        for name, number in (work or {}).items():
+            self._done[name] += number
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
         self._count += bool(losses)
@@ -63,24 +79,42 @@ class Meter:
             return
         means = {name: value.item() / self._count for name, value in self._sums.items()}
         steps, now = self._recipe.optim.steps, time.perf_counter()
-        steps_per_s = (done - self._last) / (now - self._started)
+        taken_s, num_steps = now - self._started, done - self._last
+        steps_per_s = num_steps / taken_s
         images_per_s, left_s = steps_per_s * self._recipe.optim.batch_size, (steps - done) / steps_per_s
         values = {"learning_rate": rate, "images_per_s": round(images_per_s, 2), "cut_texts": num_cut,
                   "bad_pictures": len(self._bad)}  # fmt: skip
-        self._log.write({"step": done, **means, **values})
-        message = ""
+        measures, message = self._measures(taken_s, num_steps), ""
+        if "mfu" in measures and not self._is_peak_told:
+            message, self._is_peak_told = str(self._peak), True
+        self._log.write({"step": done, **means, **values, **measures} | ({"mfu_of": message} if message else {}))
         if num_cut and not self._is_cut_told:
             message, self._is_cut_told = "some texts are longer than the recipe allows, and are cut", True
-        self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s, message))
-        self._sums, self._count, self._last, self._started = {}, 0, done, now
+        self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s, message, measures))
+        self._done = dict.fromkeys(DONE, 0.0)
+        self._sums, self._count, self._last, self._started = {}, 0, done, time.perf_counter()
         if means:
             self._check_distance(done, sum(means.values()))
 
+    def _measures(self, taken_s: float, num_steps: int) -> dict[str, float]:
+        work = self._done
+        found = {"skipped": 1 - self._count / num_steps}
+        if self._count and work["gradient_norm"]:
+            found["gradient_norm"] = work["gradient_norm"] / self._count
+        if work["tokens"]:
+            found["tokens_per_s"] = round(work["tokens"] / taken_s, 1)
+        if self._peak is not None and work["flops"]:
+            if math.isfinite(memory_mb := self._peak.memory_mb()):
+                found["peak_memory_mb"] = round(memory_mb, 1)
+            found["mfu"] = work["flops"] / taken_s / self._peak.flops
+        return found
+
     def _check_distance(self, done: int, loss: float) -> None:
         """Raises TrainingFailed for a loss that has been far above the first one for some reports."""
-        first = self._first_loss = loss if self._first_loss == math.inf else self._first_loss
-        self._far_reports = self._far_reports + 1 if loss > max(first + FAR, FACTOR * first) else 0
-        if self._far_reports == MOST_FAR_REPORTS:
+        notes = self.notes
+        first = notes.setdefault("first_loss", loss)
+        notes["far_reports"] = notes.get("far_reports", 0) + 1 if loss > max(first + FAR, FACTOR * first) else 0
+        if notes["far_reports"] >= MOST_FAR_REPORTS:
             raise TrainingFailed(
                 f"the loss has run away: {first:.3g} at first, {loss:.3g} at step {done}; {REMEDY}"
             )

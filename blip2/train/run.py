@@ -24,6 +24,8 @@ from blip2.train.loop import TrainingStopped, autocast_for, train
 from blip2.train.meter import Progress, Report, TrainingFailed
 from blip2.train.prepare import prepare
 from blip2.train.recipes import Recipe, load_recipe
+from blip2.train.shard import gather as gather_whole
+from blip2.train.shard import shard
 from blip2.train.state import is_finished
 
 
@@ -61,18 +63,32 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
     base = "auto" if recipe.lora is None else recipe.lora.base
     frozen_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(base, frozen_dtype)
     quantize = base if base in ("int8", "int4") else None
-    model = checkpoint.load(materials.start, device=device, dtype=frozen_dtype, quantize=quantize)
-    if materials.qformer is not None:
-        assert isinstance(model, Blip2)
-        take_qformer(model, materials.qformer, dtype=frozen_dtype)
-    if (damage := checkpoint.damage(model)) is not None:
-        raise CheckpointError(f"{path}: start: {materials.start} has weights that are NaN or infinite: {damage}")
-    check_weights(model, (recipe.start, recipe.qformer))
+
+    def load() -> Blip2 | Blip2Matcher:
+        # What is to be shared out may not fit on a device: all of it lies on the CPU before.
+        place = torch.device("cpu") if recipe.shard else device
+        model = checkpoint.load(materials.start, device=place, dtype=frozen_dtype, quantize=quantize)
+        if materials.qformer is not None:
+            assert isinstance(model, Blip2)
+            take_qformer(model, materials.qformer, dtype=frozen_dtype)
+        if (damage := checkpoint.damage(model)) is not None:
+            raise CheckpointError(f"{path}: start: {materials.start} has weights that are NaN or infinite: {damage}")
+        check_weights(model, (recipe.start, recipe.qformer))
+        for name, part in model.named_children():
+            if name not in recipe.shard:
+                part.to(device)
+        return model
+
+    model = None if recipe.shard else load()
     with _alone(recipe.out) if group.is_first else nullcontext():
         with group.in_turn("prepared"):  # the first computes features that are missing, the others find them
+            model = load() if model is None else model  # in turn: there is one whole model in memory, not one for each
             task = prepare(model, materials, recipe, report, group)
+            if recipe.shard:
+                shard(model, recipe.shard, group, device)
         train(task, recipe, report=report, autocast=autocast, group=group)
         number = len({path for found in group.objects(task.bad_pictures()) for path in found})
+        gather_whole(model, group, needs_frozen=recipe.lora is None)
         if group.is_first and recipe.lora is not None:
             lora.save(model, recipe.out, recipe.lora, recipe.start)
         elif group.is_first:

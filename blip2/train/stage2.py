@@ -23,6 +23,7 @@ from blip2.config import DecoderConfig, LanguageConfig, OPTConfig, T5Config
 from blip2.dropout import dropout_by_rows
 from blip2.language import OPT, T5, Decoder
 from blip2.model import Blip2
+from blip2.train.flops import Texts
 from blip2.train.group import Step
 from blip2.train.losses import language_modelling
 
@@ -116,6 +117,21 @@ def backward(model: Blip2, parts: Sequence[Part], step: Step) -> dict[str, Tenso
         loss.backward()
         share += loss.detach()
     return {"lm": share}
+
+
+def num_tokens(texts: PackedTexts | SplitTexts) -> int:
+    """Of all texts, without padding: those that are read, and those that are only predicted."""
+    if isinstance(texts, SplitTexts):
+        return int(texts.length_M.sum()) + len(texts.targets.token_N)
+    return int((texts.segment_BT > 0).sum())
+
+
+def sizes(texts: PackedTexts | SplitTexts) -> Texts:
+    num_targets = len(texts.targets.token_N)
+    if isinstance(texts, PackedTexts):
+        return Texts(len(texts.token_BT), texts.token_BT.shape[1], num_targets)
+    rows, width = texts.prompt_MT.shape
+    return Texts(rows // texts.texts_per_image, width, num_targets, texts.decoder_MT.shape[1], rows)
 
 
 def _read_packed(language: OPT | Decoder, prompt_BQD: Tensor, texts: PackedTexts) -> Tensor:

@@ -21,10 +21,11 @@ import torch
 
 from blip2 import checkpoint
 from blip2.train.check import gather
-from blip2.train.group import Group, Step, joined, parts_of
+from blip2.train.group import Group, Step, joined
 from blip2.train.optim import sum_gradients, trained_parameters
 from blip2.train.prepare import prepare
 from blip2.train.recipes import load_recipe
+from blip2.train.shard import shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,10 +35,12 @@ def gradients(path, overrides, group=None, number=3, autocast=nullcontext):
     group, recipe = group or Group(), load_recipe(path, overrides)
     with group.in_turn(f"{path} {overrides}"):
         model = checkpoint.load(gather(recipe, path).start)
+        torch.manual_seed(7)  # for adapters
         task = prepare(model, gather(recipe, path), recipe, lambda progress: None, group)
+        shard(model, recipe.shard, group, torch.device("cpu"))
     task.learning.train()
     size = recipe.optim.batch_size
-    parts = [task.make_batch(number, places) for places in parts_of(group.share(size), recipe.optim.accumulate)]
+    parts = [task.make_batch(number, places) for places in group.parts(size, recipe.optim.accumulate)]
     shares = task.backward(parts, Step(5, size, autocast, torch.Generator().manual_seed(5), group))
     told, parameters = torch.stack(list(shares.values())), trained_parameters(model)
     sum_gradients(group, parameters, told)
