@@ -56,13 +56,21 @@ def of_vision(config: VisionConfig, rows: int) -> int:
 
 
 def of_qformer(config: QFormerConfig, rows: int, *, queries: int, text: int, past: int = 0, patches: int = 0) -> int:
-    """The forward pass of queries and text, with what was seen before, and what the queries look at."""
+    """The forward pass of queries and text, with what was seen before, without `of_image_keys`."""
     width, tokens = config.hidden_size, queries + text
     layer = 2 * tokens * (4 * width * width + 2 * width * config.intermediate_size)
     layer += 4 * tokens * (tokens + past) * width
-    crossing = 2 * 2 * width * (queries * width + patches * config.encoder_hidden_size) + 4 * queries * patches * width
-    num_crossing = len(range(0, config.num_layers, config.cross_attention_frequency)) if queries else 0
-    return rows * (config.num_layers * layer + num_crossing * crossing)
+    crossing = 4 * queries * width * (width + patches)
+    return rows * (config.num_layers * layer + _num_crossing(config) * crossing)
+
+
+def of_image_keys(config: QFormerConfig, rows: int, patches: int) -> int:
+    """Keys and values of so many pictures, which all passes over them may share."""
+    return rows * _num_crossing(config) * 4 * patches * config.hidden_size * config.encoder_hidden_size
+
+
+def _num_crossing(config: QFormerConfig) -> int:
+    return len(range(0, config.num_layers, config.cross_attention_frequency))
 
 
 def of_language(config: LanguageConfig, num_queries: int, texts: Texts) -> tuple[int, int]:
@@ -91,6 +99,7 @@ def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int) -> int
     qformer, rows, width = config.qformer, texts.rows, texts.width
     queries, patches = qformer.num_query_tokens, config.vision.num_tokens
     looked = of_qformer(qformer, rows, queries=queries, text=0, patches=patches)
+    looked += of_image_keys(qformer, rows, patches)
     read = of_qformer(qformer, rows, queries=0, text=width)
     matched = of_qformer(qformer, 3 * rows, queries=queries, text=width, patches=patches)
     written = of_qformer(qformer, rows, queries=0, text=width, past=queries)
@@ -104,7 +113,8 @@ def of_stage2(config: Blip2Config, texts: Texts, *, vision_passes: int) -> int:
     """As `of_stage1`; the language model is frozen, and the gradient passes through it."""
     qformer, rows = config.qformer, texts.rows
     queries = qformer.num_query_tokens
-    looked = of_qformer(qformer, rows, queries=queries, text=0, patches=config.vision.num_tokens)
+    patches = config.vision.num_tokens
+    looked = of_qformer(qformer, rows, queries=queries, text=0, patches=patches) + of_image_keys(qformer, rows, patches)
     projected = 2 * rows * queries * qformer.hidden_size * config.language.hidden_size
     spoken, attended = of_language(config.language, queries, texts)
     return 3 * (looked + projected + attended) + 2 * spoken + vision_passes * of_vision(config.vision, rows)

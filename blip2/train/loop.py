@@ -22,6 +22,7 @@ from blip2.data import prefetch
 from blip2.errors import Blip2Error, RecipeError
 from blip2.finite import first_not_finite
 from blip2.layers import autocast_dtype
+from blip2.train import samples
 from blip2.train.average import Average
 from blip2.train.flops import Peak
 from blip2.train.group import Group, Step, check_alike
@@ -61,6 +62,8 @@ class Task:
     """Of the texts of a part of a batch, without padding."""
     flops: Callable[[Any], float] = lambda batch: 0.0
     """The arithmetic of a part of a batch, forward and backward, see `train.flops`."""
+    sample: Callable[[], Sequence[Any]] | None = None
+    """What the model says of held-out rows, see `train.samples`."""
 
 
 def train(
@@ -127,6 +130,19 @@ def train(
             with meter.paused(), torch.no_grad(), autocast(), average.in_place():
                 meter.scores(done, task.evaluate())
 
+    def sample() -> None:
+        if task.sample is None or not recipe.sample_every or (done % recipe.sample_every and done != optim.steps):
+            return
+        if group.is_first or recipe.shard:  # of weights that are shared out each needs all
+            task.learning.eval()
+            try:
+                with meter.paused(), torch.no_grad(), autocast(), average.in_place():
+                    found = task.sample()
+                    if group.is_first:
+                        samples.write(recipe.out, done, found)
+            except (Blip2Error, OSError) as error:
+                meter.say("train", done, f"no samples after step {done}: {error}")
+
     def check() -> None:
         if first_bad(parameters, group) is not None:
             raise TrainingFailed(f"after step {done} {_cause(task.model, parameters, group)}; {_state(folder, saved)}")
@@ -189,6 +205,7 @@ def train(
                 if done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0 or is_last:
                     check()
                 evaluate()
+                sample()
                 is_stopped = group.is_any(stop.is_set())
                 if is_stopped:
                     check()

@@ -19,7 +19,7 @@ from blip2.data.joined import Joined
 from blip2.dropout import dropout_by_rows
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
-from blip2.train import flops, lora, stage1, stage2
+from blip2.train import flops, lora, samples, stage1, stage2
 from blip2.train.check import Materials
 from blip2.train.group import Group, Step, parts_of
 from blip2.train.loop import Task
@@ -114,7 +114,7 @@ class Stage1Batch(NamedTuple):
 class _Stage1:
     def __init__(self, model: Blip2Matcher, tokenizer: Tokenizer, recipe: Recipe, group: Group) -> None:
         most = min(recipe.data.max_text_tokens, model.config.qformer.max_position_embeddings)
-        self.model, self.recipe, self.group = model, recipe, group
+        self.model, self.tokenizer, self.recipe, self.group = model, tokenizer, recipe, group
         self.pad = tokenizer.token_id("[PAD]")
         self.num_cut = 0
 
@@ -145,6 +145,9 @@ class _Stage1:
             num_tokens=lambda batch: int(batch.text_mask_BT.sum()),
             flops=lambda batch: flops.of_stage1(
                 self.model.config, _texts(batch), vision_passes=_vision_passes(recipe, batch.stored)
+            ),
+            sample=None if held_out is None else lambda: samples.of_stage1(
+                self.model, self.tokenizer, held_out, recipe.data.max_text_tokens
             ),
         )  # fmt: skip
 
@@ -200,7 +203,7 @@ class Stage2Batch(NamedTuple):
 
 class _Stage2:
     def __init__(self, model: Blip2, tokenizer: Tokenizer, recipe: Recipe, group: Group) -> None:
-        self.model, self.recipe, self.group = model, recipe, group
+        self.model, self.tokenizer, self.recipe, self.group = model, tokenizer, recipe, group
         self.source = TextSource(tokenizer, model.config.language, recipe.data)
 
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
@@ -223,6 +226,9 @@ class _Stage2:
             num_tokens=lambda batch: stage2.num_tokens(batch.texts),
             flops=lambda batch: flops.of_stage2(
                 self.model.config, stage2.sizes(batch.texts), vision_passes=_vision_passes(recipe, batch.stored)
+            ),
+            sample=None if held_out is None else lambda: samples.of_stage2(
+                self.model, self.tokenizer, self.source, held_out, recipe.data.max_text_tokens
             ),
         )  # fmt: skip
 

@@ -169,6 +169,8 @@ class Recipe:
     log_every: int = 10
     evaluate_every: int = 1000
     checkpoint_every: int = 1000
+    sample_every: int = 0
+    """After each so many steps a page of held-out pictures with what the model says of them; 0: none."""
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

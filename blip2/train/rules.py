@@ -37,6 +37,7 @@ def check(recipe: Recipe, error: Error) -> None:
         "log_every": (recipe.log_every, 1),
         "evaluate_every": (recipe.evaluate_every, 1),
         "checkpoint_every": (recipe.checkpoint_every, 1),
+        "sample_every": (recipe.sample_every, 0),
         "seed": (recipe.seed, 0),
         "threads": (recipe.threads, 0),
     }
@@ -101,6 +102,8 @@ def check(recipe: Recipe, error: Error) -> None:
             raise error("checkpoint_activations", f"names {part!r}; stage {recipe.stage} has {', '.join(known)}")
         if part == "vision" and not learns_to_see(recipe):
             raise error("checkpoint_activations", "names the image encoder, which is frozen; remove it")
+    if recipe.sample_every and recipe.evaluation is None:
+        raise error("sample_every", "shows held-out rows, and there are none; add [evaluation], or remove it")
     for name in recipe.track.to:
         if name not in NAMES:
             raise error("track.to", f"names {name!r}; there are {', '.join(NAMES)}")

@@ -28,7 +28,7 @@ MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "updates": "step"}
 FREE = {
     "out", "evaluation", "steps", "threads", "log_every", "evaluate_every", "checkpoint_every", "features",
     "on_bad_picture",
-    "accumulate", "shard", "checkpoint_activations", "track",
+    "accumulate", "shard", "checkpoint_activations", "track", "sample_every",
 }  # fmt: skip
 """What of a recipe may change between stopping and going on; all else would make it another training."""
 NEW = {
