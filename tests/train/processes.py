@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from blip2 import checkpoint
 from blip2.train.check import gather
 from blip2.train.group import Group, Step, joined
+from blip2.train.loop import autocast_for
 from blip2.train.optim import sum_gradients, trained_parameters
 from blip2.train.prepare import prepare
 from blip2.train.recipes import load_recipe
@@ -30,9 +30,10 @@ from blip2.train.shard import shard
 ROOT = Path(__file__).parents[2]
 
 
-def gradients(path, overrides, group=None, number=3, autocast=nullcontext):
-    """The losses and the gradients of step ``number`` of a recipe, dropout included."""
+def gradients(path, overrides, group=None, number=3, autocast=None):
+    """The losses and the gradients of step ``number`` of a recipe, dropout included; in its precision by default."""
     group, recipe = group or Group(), load_recipe(path, overrides)
+    autocast = autocast or autocast_for(recipe.precision, torch.device("cpu"))[0]
     with group.in_turn(f"{path} {overrides}"):
         model = checkpoint.load(gather(recipe, path).start)
         torch.manual_seed(7)  # for adapters

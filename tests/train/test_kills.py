@@ -42,7 +42,8 @@ def last_step(out):
 
 def check(tmp_path, model, stage, number, devices, steps):
     shards(tmp_path / "s", [5, 7, 6])
-    path = write(tmp_path / "recipe.toml", 'data = "s/{00000..00002}.tar"', model, stage)
+    data = '[data]\nsources = "s/{00000..00002}.tar"\nmax_prompt_tokens = 64'
+    path = write(tmp_path / "recipe.toml", data, model, stage)
     assert kill_again_and_again(path, number, devices, steps, seed=stage) >= number - 1
     whole = STEPS | {"optim.steps": steps}
     train.run(path, overrides=whole | {"out": "parts"})

@@ -49,6 +49,15 @@ def test_two_processes_with_a_half_each_learn_what_one_does(recipe, tmp_path):
     assert checkpoint.load(tmp_path / "shared").config == checkpoint.load(alone).config
 
 
+def test_in_bf16(recipe, tmp_path):
+    """To the bit what two processes compute that have all of the weights."""
+    case = {"path": str(recipe), "precision": "bf16"}
+    in_processes(2, tmp_path / "found.pt", json.dumps([case | BOTH, case]), "null")
+    (losses, found), (wanted_losses, wanted) = torch.load(tmp_path / "found.pt")
+    assert losses == wanted_losses and found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+
+
 @pytest.mark.slow
 def test_other_language_models(write_recipe, any_model, tmp_path):
     compute(without_features(write_recipe(2, any_model)), tmp_path, [BOTH | UNEVEN, BOTH | LORA])
