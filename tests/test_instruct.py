@@ -178,3 +178,13 @@ def test_the_server(blip, folder, tmp_path) -> None:
 def test_the_published_ones_have_their_size(name: str) -> None:
     found = describe.describe(PUBLISHED[name].config)
     assert found.num_parameters * 4 == pytest.approx(PUBLISHED[name].size_gb * 1e9, rel=0.005)
+
+
+def test_whose_questions_may_have_words_around_them(run, folder, opt_model, pictures, tmp_path) -> None:  # noqa: F811
+    """Those to an InstructBLIP, which may have been trained with them, on the command line too."""
+    words = "Question: is it red? Answer:"
+    for more in (lambda name: [], lambda name: ["-o", tmp_path / f"{name}.jsonl"]):
+        options = ["--max-new-tokens", "3", "--model"]
+        assert run("ask", pictures[0], words, *options, folder, *more("one")).exit_code == 0
+        refused = run("ask", pictures[0], words, *options, opt_model, *more("other"))
+        assert refused.exit_code == 2 and "which are added for you" in refused.stderr

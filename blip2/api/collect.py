@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2 import checkpoint
-from blip2.api.loading import LoadOptions, as_matcher, as_pipeline, load
+from blip2.api.loading import LoadOptions, as_matcher, as_pipeline, load, manner_of
 from blip2.api.machines import MACHINES, Machines
 from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
@@ -253,7 +253,7 @@ def asking(
     speaker, rest = _model(as_pipeline, model, options)
     asked = [questions] if isinstance(questions, str) else list(questions)
     for question in asked:
-        question_prompt(question, "opt")
+        question_prompt(question, manner_of(model))
     if not asked and not question_column:
         raise OptionError(f"there is no question; give one, or {option('question_column')}")
     written = {name: rest.pop(name) for name in NAMES if name in rest}

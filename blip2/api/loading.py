@@ -145,3 +145,15 @@ def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise OptionError(f"{option('dtype')} {dtype!r} is not a precision for this model; use {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def manner_of(model: str | Path | Pipeline | None) -> str:
+    """How it is asked (`text.question_prompt`), as far as that is known before it is loaded: "instruct" of an
+    InstructBLIP that is here, else "opt", whose rules are those of all others."""
+    if isinstance(model, Pipeline):
+        return model.speaker.model.config.manner
+    try:
+        config = checkpoint.read_config(checkpoint.resolve(model, local_files_only=True))
+    except CheckpointError:  # which is told where it is loaded
+        return "opt"
+    return "instruct" if isinstance(config, Blip2Config) and config.reads_prompt else "opt"

@@ -52,6 +52,7 @@ def load(
     device: str | torch.device = "cpu",
     devices: Devices | None = None,
     dtype: torch.dtype | None = None,
+    vision_dtype: torch.dtype | None = None,
     quantize: Quantization | str | None = None,
     as_stored: bool = False,
     pickles: bool = False,
@@ -61,8 +62,9 @@ def load(
 ) -> Blip2 | Blip2Matcher:
     """The model in a folder of the published layout, in evaluation mode, generative or matching.
 
-    ``dtype`` is meant for the image encoder and the language model (see `choose_precision`); ``as_stored`` keeps
-    every weight in the precision of the file instead. ``quantize`` quantises what is not quantised in the file.
+    ``dtype`` is meant for the image encoder and the language model (see `choose_precision`), ``vision_dtype`` for the
+    former where it is another; ``as_stored`` keeps every weight in the precision of the file instead. ``quantize``
+    quantises what is not quantised in the file.
     ``pickles``: whether the tensors of .bin files are read where a folder holds only those.
     ``prepare`` is called with the empty model; a layer that is several in the files may be taken apart there.
     ``adapters`` are merged into what is read, before it is quantised (see `checkpoint.adapters`).
@@ -70,8 +72,8 @@ def load(
     ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
     """
     model = _load(
-        folder, read_config(folder), device=device, devices=devices, dtype=dtype, quantize=quantize,
-        as_stored=as_stored, pickles=pickles, prepare=prepare, adapters=adapters, progress=progress,
+        folder, read_config(folder), device=device, devices=devices, dtype=dtype, vision_dtype=vision_dtype,
+        quantize=quantize, as_stored=as_stored, pickles=pickles, prepare=prepare, adapters=adapters, progress=progress,
     )  # fmt: skip
     assert isinstance(model, Blip2 | Blip2Matcher)
     return model
@@ -102,6 +104,7 @@ def _load(
     device: str | torch.device,
     devices: Devices | None = None,
     dtype: torch.dtype | None,
+    vision_dtype: torch.dtype | None = None,
     quantize: Quantization | str | None,
     as_stored: bool,
     pickles: bool,
@@ -121,7 +124,7 @@ def _load(
         num_parameters=count_parameters(model),
         quantization=quantize,
     )
-
+    precision = replace(precision, vision=vision_dtype or precision.vision)
     put_linears(model, quantize)
     if prepare is not None:
         prepare(model)

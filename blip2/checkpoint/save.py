@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def save(
     quantization: dict[str, Any] | None = None,
     settings: ImageSettings | None = None,
     frozen: Path | None = None,
+    learnt: Collection[str] = (),
 ) -> None:
     """Write config.json, the weights and what the processors need into ``folder``.
 
@@ -57,7 +58,8 @@ def save(
     ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`); by default
     what the model's layers say. ``settings``: how pictures become pixels; by default as in the published models.
     ``frozen``: the folder of a model whose image encoder and language model are this one's. Where they lie there in
-    files of their own (see `checkpoint.frozen`), these are linked as they are and not written again.
+    files of their own (see `checkpoint.frozen`), these are linked as they are and not written again. ``learnt``: those
+    of the two ("vision_model") that have become others, and are written.
 
     Everything is written under temporary names, synced, then renamed, config.json last; then what an earlier save of
     another size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing
@@ -68,8 +70,8 @@ def save(
     linked: dict[str, Path] = {}
     if frozen is not None:
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
-        for places in parts_of(frozen_files(frozen), shapes).values():
-            linked |= {name: place.path for name, place in places.items()}
+        for stem, places in parts_of(frozen_files(frozen), shapes).items():
+            linked |= {name: place.path for name, place in places.items() if stem not in learnt}
 
     def own() -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor) for name, tensor in named_tensors(model) if name not in linked)

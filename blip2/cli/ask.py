@@ -96,7 +96,8 @@ def command(
             )
         )  # fmt: skip
     asked = Asked.of(arguments, others)
-    answers = _answerer(questions, None if choices is None else choices.split(","), given(others), batch_size)
+    listed = None if choices is None else choices.split(",")
+    answers = _answerer(questions, listed, given(others), batch_size, model["model"])
     pictures = find_pictures(asked, takes_index=True)
     blip = load_pipeline(**pictures.model(model))
     is_labelled = pictures.are_several
@@ -133,9 +134,14 @@ def _split(
 
 
 def _answerer(
-    questions: Sequence[str], choices: list[str] | None, given_options: dict[str, Any], batch_size: int
+    questions: Sequence[str],
+    choices: list[str] | None,
+    given_options: dict[str, Any],
+    batch_size: int,
+    model: str | None,
 ) -> Answerer:
     """What answers pairs of image and question. What is wrong with a request is told before a model is loaded."""
+    from blip2.api.loading import manner_of
     from blip2.tasks.ask import ask, check_choices, rank
     from blip2.tasks.defaults import ASK, merged
     from blip2.tasks.speaker import check_batch_size
@@ -143,7 +149,7 @@ def _answerer(
 
     check_batch_size(batch_size)
     for question in questions:
-        question_prompt(question, "opt")
+        question_prompt(question, manner_of(model))
     if choices is None:
         merged(ASK, given_options)
 

@@ -54,7 +54,7 @@ def command(
     blip2 explain photo.jpg --question "how many dogs are there?" -o heat.png
     blip2 explain photo.jpg --word dogs -o heat.png
     """
-    _check(text, question, answer, word, caption, out, as_json)
+    _check(text, question, answer, word, caption, out, as_json, others["model"])
     model = of_model(others) | of_reading(others)
     found: Explanation
     if text is not None:
@@ -86,8 +86,10 @@ def _check(
     caption: str | None,
     out: Path | None,
     as_json: bool,
+    model: str | None,
 ) -> None:
     """What is wrong with a request is told before a model is loaded."""
+    from blip2.api.loading import manner_of
     from blip2.image import check_writable
     from blip2.text import question_prompt
 
@@ -102,7 +104,7 @@ def _check(
     if answer is not None and question is None:
         raise click.UsageError("--answer belongs to a --question; give it, too")
     if question is not None:
-        question_prompt(question, "opt")
+        question_prompt(question, manner_of(model))
     if out is None and not as_json:
         raise click.UsageError("there is no file to write the picture to; give one by -o heat.png, or ask for --json")
     if out is not None and out.suffix.lower() != ARRAY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -42,7 +43,7 @@ class Joined:
     """The rows of data sets, one after another. ``weights``: their shares of the steps, see `Order`; ``change``: what
     each row becomes.
 
-    Each row has a picture of its own. One that cannot be read has no texts.
+    One that cannot be read has no texts.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Joined:
         self.sizes = tuple(map(len, datasets))
         self._ends = [*accumulate(self.sizes)]
         self._count = min(self._ends[-1], self._ends[-1] if most is None else most)
-        self._said: OrderedDict[int, Row] = OrderedDict()
+        self._said: OrderedDict[int, tuple[Row, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -69,22 +70,28 @@ class Joined:
 
     def __getitem__(self, number: int) -> Row:
         """Without the picture's content."""
+        try:
+            return self._remembered(number)[0]
+        except ImageError as error:
+            return Row(str(error).partition(": ")[0])
+
+    def shown(self, number: int) -> int:
+        """Which picture it is, of 63 bits: rows with the same file, or the same content within others, show the same.
+        Raises ImageError."""
+        return self._remembered(number)[1]
+
+    def _remembered(self, number: int) -> tuple[Row, int]:
         with self._lock:
             said = self._said.get(number)
-        if said is None:
-            try:
-                said = replace(self._read(number), content=None)
-            except ImageError as error:
-                return Row(str(error).partition(": ")[0])
-        return said
+        return self._read(number)[1] if said is None else said
 
     def whole(self, number: int) -> Row:
         """With the picture's content, where it lies within another file. Raises ImageError."""
-        return self._read(number)
+        return self._read(number)[0]
 
     def picture(self, number: int) -> RgbImage:
         """Raises ImageError."""
-        row = self._read(number)
+        row, _ = self._read(number)
         if row.content is None:
             return load_image(row.image, allow_truncated=None)
         try:
@@ -92,11 +99,14 @@ class Joined:
         except ImageError as error:
             raise ImageError(f"{row.image}: {str(error).partition(': ')[2]}") from None
 
-    def _read(self, number: int) -> Row:
+    def _read(self, number: int) -> tuple[Row, tuple[Row, int]]:
+        """A row, and what is remembered of it."""
         which = bisect_right(self._ends, number)
         row = self._change(self._datasets[which].read(number - (self._ends[which] - self.sizes[which])))
+        shown = row.image.encode("utf-8", "surrogateescape") if row.content is None else row.content
+        said = replace(row, content=None), int.from_bytes(hashlib.sha256(shown).digest()[:8], "big") >> 1
         with self._lock:
-            self._said[number] = replace(row, content=None)
+            self._said[number] = said
             if len(self._said) > REMEMBERED:
                 self._said.popitem(last=False)
-        return row
+        return row, said

@@ -7,14 +7,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from blip2 import checkpoint
-from blip2.checkpoint import BUNDLED, ImageSettings
+from blip2.checkpoint import BUNDLED, QFORMER_TOKENIZER, ImageSettings
+from blip2.checkpoint.bounds import LARGEST_IMAGE
 from blip2.checkpoint.quantize import quantization_in
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.data import Row, read_rows
@@ -36,12 +37,29 @@ class Materials:
 
     start: Path
     config: Blip2Config | MatcherConfig
+    """Of what is trained: that of ``start``, with the text branch and of the image size that the recipe gives it."""
     tokenizer: Tokenizer
     settings: ImageSettings
     train_rows: list[Row] | Joined
     held_out_rows: list[Row] | Joined | None = None
     """Those of the evaluation; only the first ``evaluation.max_rows`` are used."""
     qformer: Path | None = None
+    text_branch: Path | None = None
+
+    @property
+    def qformer_tokenizer(self) -> Path | None:
+        """Of what the Q-Former reads, if it reads the prompt."""
+        if isinstance(self.config, MatcherConfig) or not self.config.reads_prompt:
+            return None
+        return (self.text_branch or self.start / QFORMER_TOKENIZER) / "tokenizer.json"
+
+    def texts(self, recipe: Recipe) -> TextSource:
+        """Stage 2: what is drawn of a row's texts."""
+        assert isinstance(self.config, Blip2Config)
+        reader = None
+        if (path := self.qformer_tokenizer) is not None:
+            reader = Tokenizer.from_folder(path.parent), self.config.qformer
+        return TextSource(self.tokenizer, self.config.language, recipe.data, reader)
 
 
 def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Materials:
@@ -67,8 +85,14 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
             raise RecipeError(f"qformer: {qformer} holds no matching model; name the result of stage 1")
         if taken.vision != config.vision:
             raise RecipeError(f"qformer: {qformer} was trained on another image encoder than the one of 'start'")
+    text_branch = None if recipe.text_branch is None else find_model(recipe.text_branch, path, "text_branch")
+    if text_branch is not None:
+        assert isinstance(config, Blip2Config)
+        config = _with_text_branch(config, text_branch, recipe)
+    if recipe.vision is not None and recipe.vision.image_size is not None:
+        config, settings = _of_size(config, settings, recipe.vision.image_size)
     _check_model(config, recipe)
-    _check_apart(recipe, start, qformer)
+    _check_apart(recipe, {"start": start, "qformer": qformer, "text_branch": text_branch})
     trackers.check(recipe.track.to)
     evaluation = recipe.evaluation
     materials = Materials(
@@ -76,6 +100,7 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
         _rows(recipe.data, recipe, path, tell),
         None if evaluation is None else _rows(evaluation, recipe, path, tell),
         qformer,
+        text_branch,
     )  # fmt: skip
     _check_rows(materials, recipe)
     _check_pictures(materials, recipe)
@@ -121,6 +146,44 @@ def find_model(name: str, recipe: Path, key: str) -> Path:
     )
 
 
+def _with_text_branch(config: Blip2Config, folder: Path, recipe: Recipe) -> Blip2Config:
+    taken = checkpoint.read_config(folder)
+    if not isinstance(taken, MatcherConfig):
+        raise RecipeError(f"text_branch: {folder} holds no matching model; name the result of stage 1")
+    if config.reads_prompt:
+        raise RecipeError(f"text_branch: {recipe.start} is an InstructBLIP, and has a text branch already; remove it")
+    own = taken.qformer
+    qformer = replace(
+        config.qformer,
+        has_text=True,
+        vocab_size=own.vocab_size,
+        max_position_embeddings=own.max_position_embeddings,
+    )
+    if differs := [name for name, value in asdict(own).items() if getattr(qformer, name) != value]:
+        raise RecipeError(
+            f"text_branch: the Q-Former of {folder} has another {' and '.join(differs)} than the one of 'start'; name "
+            "the result of stage 1 that it came from"
+        )
+    return replace(config, qformer=qformer)
+
+
+def _of_size(
+    config: Blip2Config | MatcherConfig, settings: ImageSettings, size: int
+) -> tuple[Blip2Config | MatcherConfig, ImageSettings]:
+    """The two for pictures of another size."""
+    patch = config.vision.patch_size
+    if size % patch or size > LARGEST_IMAGE:
+        near = sorted({max(patch, size // patch * patch), (size // patch + 1) * patch})
+        near = [each for each in near if each <= LARGEST_IMAGE] or [LARGEST_IMAGE // patch * patch]
+        raise RecipeError(
+            f"vision.image_size: {size} is no multiple of the image encoder's patches of {patch} pixels, or more than "
+            f"{LARGEST_IMAGE}; set it to {' or '.join(map(str, near))}"
+        )
+    edge = None if settings.shortest_edge is None else round(settings.shortest_edge * size / settings.size)
+    vision = replace(config.vision, image_size=size)
+    return replace(config, vision=vision), replace(settings, size=size, shortest_edge=edge)
+
+
 def _check_model(config: Blip2Config | MatcherConfig, recipe: Recipe) -> None:
     if isinstance(config, MatcherConfig):
         if not config.has_lm_head:
@@ -129,11 +192,6 @@ def _check_model(config: Blip2Config | MatcherConfig, recipe: Recipe) -> None:
                 "matching models come without: start from one that was saved by stage 1, or from a new one"
             )
         return
-    if config.reads_prompt:
-        raise RecipeError(
-            f"start: {recipe.start}: is an InstructBLIP, whose Q-Former reads the prompt; what is trained here sees "
-            "pictures alone: start from a BLIP-2"
-        )
     language, data = config.language, recipe.data
     longest = config.qformer.num_query_tokens + data.max_prompt_tokens + data.max_text_tokens
     if longest > language.max_position_embeddings:
@@ -168,7 +226,7 @@ def _check_rows(materials: Materials, recipe: Recipe) -> None:
         if recipe.evaluation is not None and recipe.evaluation.max_rows < 2:
             raise RecipeError(f"evaluation.max_rows is {recipe.evaluation.max_rows}; stage 1 compares 2 rows or more")
         return
-    source = TextSource(materials.tokenizer, materials.config.language, recipe.data)
+    source = materials.texts(recipe)
     if (unusable := next((row for row in rows if not source.can_use(row)), None)) is not None:
         raise RecipeError(f"{unusable.image}: its row has no text of a kind to which data.mix gives weight")
 
@@ -194,9 +252,9 @@ def _check_pictures(materials: Materials, recipe: Recipe) -> None:
         )
 
 
-def _check_apart(recipe: Recipe, start: Path, qformer: Path | None) -> None:
+def _check_apart(recipe: Recipe, sources: dict[str, Path | None]) -> None:
     """That the output is no model that training starts from."""
-    for key, source in (("start", start), ("qformer", qformer)):
+    for key, source in sources.items():
         if source is not None and recipe.out.resolve() == source.resolve():
             raise RecipeError(f"out: {recipe.out} is the folder of {key!r}, which it would overwrite; name another")
 

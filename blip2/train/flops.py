@@ -93,9 +93,9 @@ def of_language(config: LanguageConfig, num_queries: int, texts: Texts) -> tuple
     return 2 * tokens * products + scores, 4 * tokens * read * inner
 
 
-def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int) -> int:
+def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int, itg: bool = True) -> int:
     """Forward and backward of a part of a batch; ``vision_passes``: 0 if features are kept, 1 if the image encoder is
-    frozen, 2 with adapters, 3 if it learns."""
+    frozen, 2 with adapters, 3 if it learns. ``itg``: whether captions are learnt."""
     qformer, rows, width = config.qformer, texts.rows, texts.width
     queries, patches = qformer.num_query_tokens, config.vision.num_tokens
     looked = of_qformer(qformer, rows, queries=queries, text=0, patches=patches)
@@ -105,17 +105,23 @@ def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int) -> int
     written = of_qformer(qformer, rows, queries=0, text=width, past=queries)
     size = qformer.hidden_size
     heads = 2 * rows * (queries + 1) * size * config.projection_size + 2 * 3 * rows * queries * size * 2
-    scores = 2 * texts.targets * size * (size + qformer.vocab_size)
-    return 3 * (looked + read + matched + written + heads + scores) + vision_passes * of_vision(config.vision, rows)
+    written += 2 * texts.targets * size * (size + qformer.vocab_size)
+    learnt = looked + read + matched + heads + (written if itg else 0)
+    return 3 * learnt + vision_passes * of_vision(config.vision, rows)
 
 
-def of_stage2(config: Blip2Config, texts: Texts, *, vision_passes: int) -> int:
-    """As `of_stage1`; the language model is frozen, and the gradient passes through it."""
+def of_stage2(
+    config: Blip2Config, texts: Texts, *, vision_passes: int, prompts: tuple[int, int] | None = None
+) -> int:
+    """As `of_stage1`; the language model is frozen, and the gradient passes through it. ``prompts``: how many texts the
+    Q-Former reads, each with a look of its own, and how wide they are padded."""
     qformer, rows = config.qformer, texts.rows
     queries = qformer.num_query_tokens
     patches = config.vision.num_tokens
-    looked = of_qformer(qformer, rows, queries=queries, text=0, patches=patches) + of_image_keys(qformer, rows, patches)
-    projected = 2 * rows * queries * qformer.hidden_size * config.language.hidden_size
+    looks, text = prompts or (rows, 0)
+    looked = of_qformer(qformer, looks, queries=queries, text=text, patches=patches)
+    looked += of_image_keys(qformer, looks, patches)
+    projected = 2 * looks * queries * qformer.hidden_size * config.language.hidden_size
     spoken, attended = of_language(config.language, queries, texts)
     return 3 * (looked + projected + attended) + 2 * spoken + vision_passes * of_vision(config.vision, rows)
 

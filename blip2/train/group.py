@@ -91,24 +91,44 @@ class Group:
         return torch.cat([rows[:size] for rows, size in zip(found, shares, strict=True)])
 
     def fetch(self, rows_NX: Tensor, wanted_B: Sequence[int]) -> Tensor:
-        """Rows of the global batch ``[N, ...]`` that this process wants, of which only those travel that are wanted.
+        """Rows of the global batch ``[N, ...]`` that this process wants, of which only those travel that are wanted. No
+        gradient: that takes the way of `give_back`.
 
         ``wanted_B`` says for each row of the global batch which one its owner wants.
         """
-        count, own = len(wanted_B), self.share(len(wanted_B))
-        mine = [wanted_B[row] for row in own]
+        sent, got = self._travels(wanted_B)
         if self.size == 1:
-            return rows_NX[mine]
-        shares = [self.share(count, rank) for rank in range(self.size)]
-        sent = [[wanted_B[row] - own.start for row in share if wanted_B[row] in own] for share in shares]
-        got = [[place for place, row in enumerate(mine) if row in share] for share in shares]
-        given = rows_NX[[row for rows in sent for row in rows]].contiguous()
-        found = given.new_empty(len(mine), *given.shape[1:])
-        with _lost(self):
-            dist.all_to_all_single(found, given, [len(places) for places in got], [len(rows) for rows in sent])
+            return rows_NX[sent[0]]
+        found = self._exchange(rows_NX[[row for rows in sent for row in rows]], sent, got)
         ordered = torch.empty_like(found)
         ordered[[place for places in got for place in places]] = found
         return ordered
+
+    def give_back(self, rows_NX: Tensor, wanted_B: Sequence[int]) -> Tensor:
+        """The way back of `fetch`: of each own row ``[N, ...]`` the sum of what it became wherever it was wanted."""
+        sent, got = self._travels(wanted_B)
+        found = self._exchange(rows_NX[[place for places in got for place in places]], got, sent)
+        return torch.zeros_like(rows_NX).index_add_(
+            0, torch.tensor([row for rows in sent for row in rows], dtype=torch.long, device=found.device), found
+        )
+
+    def _travels(self, wanted_B: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Of each process which of the own rows it wants, and at which places of the own ones its rows are wanted."""
+        own = self.share(len(wanted_B))
+        shares = [self.share(len(wanted_B), rank) for rank in range(self.size)]
+        sent = [[wanted_B[row] - own.start for row in share if wanted_B[row] in own] for share in shares]
+        got = [[place for place, row in enumerate(own) if wanted_B[row] in share] for share in shares]
+        return sent, got
+
+    def _exchange(self, rows_NX: Tensor, sent: list[list[int]], got: list[list[int]]) -> Tensor:
+        """Rows in the order of those who get them, for rows in the order of those who send them."""
+        given = rows_NX.detach().contiguous()
+        if self.size == 1:
+            return given
+        found = given.new_empty(sum(map(len, got)), *given.shape[1:])
+        with _lost(self):
+            dist.all_to_all_single(found, given, [len(places) for places in got], [len(rows) for rows in sent])
+        return found
 
     def objects(self, own: T) -> list[T]:
         """What each process gives, in the order of the processes."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,14 @@ from blip2.train.flops import Peak
 from blip2.train.group import Group, Step, check_alike
 from blip2.train.log import Log
 from blip2.train.meter import REMEDY, Meter, Report, TrainingFailed
-from blip2.train.optim import build_optimizer, clip_gradients, learning_rate, sum_gradients, trained_parameters
+from blip2.train.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_rate,
+    sum_gradients,
+    trained_parameters,
+)
 from blip2.train.recipes import Recipe
 from blip2.train.shard import any_shares, first_bad
 from blip2.train.state import load_state, save_state
@@ -64,6 +71,8 @@ class Task:
     """The arithmetic of a part of a batch, forward and backward, see `train.flops`."""
     sample: Callable[[], Sequence[Any]] | None = None
     """What the model says of held-out rows, see `train.samples`."""
+    rate_shares: Mapping[str, float] = field(default_factory=dict)
+    """Of parameters, by name, that learn at a part of the learning rate."""
 
 
 def train(
@@ -84,7 +93,7 @@ def train(
     group = group or Group()
     folder, optim = recipe.out / "training", recipe.optim
     parameters = trained_parameters(task.model)
-    optimizer = build_optimizer(parameters, optim)
+    optimizer = build_optimizer(parameters, optim, task.rate_shares)
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device)
     average = Average(parameters, optim.ema)
@@ -162,8 +171,7 @@ def train(
                 torch.manual_seed(seed)
                 task.learning.train()
                 rate = learning_rate(step, optim)
-                for entry in optimizer.param_groups:
-                    entry["lr"] = rate
+                set_rate(optimizer, rate)
                 shares = task.backward(
                     batch, Step(seed, optim.batch_size, autocast, generator.manual_seed(seed), group)
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,14 +19,28 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], recipe: OptimRecipe) -> torch.optim.AdamW:
-    """Weights decay, but no biases, norms or scalars, which pull towards nothing (as in the authors' code)."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters.values() if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], recipe: OptimRecipe, shares: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """Weights decay, but no biases, norms or scalars, which pull towards nothing (as in the authors' code).
+
+    ``shares``: of the learning rate, by name, 1 for whatever is not named; see `set_rate`.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(((shares or {}).get(name, 1.0), parameter.dim() >= 2), []).append(parameter)
+    entries: list[dict[str, Any]] = [
+        {"params": some, "weight_decay": recipe.weight_decay if decays else 0.0, "share": share}
+        for share, decays in sorted(groups, reverse=True)
+        for some in _apart(groups[share, decays])
     ]
-    groups = [entry | {"params": some} for entry in groups for some in _apart(entry["params"])]
-    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(recipe.beta1, recipe.beta2), fused=True)
+    return torch.optim.AdamW(entries, lr=recipe.peak_lr, betas=(recipe.beta1, recipe.beta2), fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of each parameter: its share of ``rate``. The authors' code computes such, and uses none."""
+    for entry in optimizer.param_groups:
+        entry["lr"] = rate * entry["share"]
 
 
 def _apart(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -50,8 +50,8 @@ class Verdict:
 def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any] | None = None) -> Verdict:
     """Learn the first ``number`` rows by heart, each with one text of a kind, in a folder that is removed again.
 
-    As the recipe has it, but for at most 200 steps, with the peak learning rate to the end and without smoothed
-    labels. Raises as `run` does.
+    As the recipe has it, but for at most 200 steps, with the peak learning rate to the end, whole pictures and without
+    smoothed labels. Raises as `run` does.
     """
     if number < 1:
         raise OptionError(f"{option('overfit')} is {number}; give how many rows, such as 8")
@@ -60,12 +60,12 @@ def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any
     number = min(number, len(found))
     rows = [found.whole(each) for each in range(number)] if isinstance(found, Joined) else found[:number]
     steps = min(recipe.optim.steps, MOST_STEPS)
-    losses: list[float] = []
+    losses: list[dict[str, float]] = []
     scores: dict[str, float] = {}
 
     def listen(progress: Progress) -> None:
         if progress.losses:
-            losses.append(sum(progress.losses.values()))
+            losses.append(progress.losses)
         scores.update(progress.scores)
         if progress.phase in ("features", "train"):
             report(progress)
@@ -76,7 +76,7 @@ def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any
         records = [_record(row, folder / f"picture-{each}") for each, row in enumerate(rows)]
         file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         changes: dict[str, Any] = {
-            "data.sources": [], "evaluation.sources": [],
+            "data.sources": [], "evaluation.sources": [], "data.augment": False,
             "out": folder / "out", "data.rows": file, "evaluation.rows": file, "evaluate_every": steps,
             "checkpoint_every": steps, "log_every": 1, "optim.steps": steps, "optim.label_smoothing": 0.0,
             "optim.batch_size": min(recipe.optim.batch_size, len(rows)), "optim.min_lr": recipe.optim.peak_lr,
@@ -85,8 +85,8 @@ def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any
         if recipe.data.features is not None:
             changes["data.features"] = folder / "features"
         run(path, report=listen, overrides=(overrides or {}) | changes)
-    last = sum(scores[each] for each in ("itc", "itm", "lm") if each in scores)
-    return Verdict(len(rows), steps, losses[0], last, scores)
+    last = sum(scores[name] for name in losses[0])
+    return Verdict(len(rows), steps, sum(losses[0].values()), last, scores)
 
 
 def _record(row: Row, place: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from blip2.data import BadPictures, Row
 from blip2.data.joined import Joined
-from blip2.dropout import dropout_by_rows
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
 from blip2.train import flops, lora, samples, stage1, stage2
@@ -28,21 +27,21 @@ from blip2.train.reading import RowSet
 from blip2.train.recipes import Recipe
 from blip2.train.recompute import recompute
 from blip2.train.rules import learns_to_see
-from blip2.train.texts import TextSource
+from blip2.train.seeing import rate_shares, unfreeze
 
 
 def prepare(
     model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, report: Report, group: Group | None = None
 ) -> Task:
-    """Everything ready for the loop. ``model`` came from ``materials.start``."""
+    """Everything ready for the loop. ``model`` came from `start.build`."""
     group = group or Group()
     model.freeze_pretrained()
+    unfreeze(model, recipe.vision)
     learning = model.qformer if recipe.lora is None else lora.put(model, recipe.lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small steps vanish in half precision
     recompute(model, recipe.checkpoint_activations)
-    tokenizer = materials.tokenizer
 
     bad = BadPictures(recipe.data.on_bad_picture)
 
@@ -55,10 +54,15 @@ def prepare(
         held_out = row_set(materials.held_out_rows or [], recipe.evaluation.rows)
         held_out.keep(recipe.evaluation.max_rows)
     if isinstance(model, Blip2Matcher):
-        task = _Stage1(model, tokenizer, recipe, group).task(train_set, held_out)
+        task = _Stage1(model, materials.tokenizer, recipe, group).task(train_set, held_out)
     else:
-        task = _Stage2(model, tokenizer, recipe, group).task(train_set, held_out)
-    return replace(task, learning=learning, bad_pictures=lambda: dict(bad.found))
+        task = _Stage2(model, materials, recipe, group).task(train_set, held_out)
+    return replace(
+        task,
+        learning=learning,
+        bad_pictures=lambda: dict(bad.found),
+        rate_shares=rate_shares(model, recipe.vision),
+    )
 
 
 T = TypeVar("T", bound=tuple)
@@ -133,18 +137,21 @@ class _Stage1:
             return self.batch(train_set, numbers, places, lambda place: row_chance(recipe.seed, step, place))
 
         def backward(batches: Sequence[Stage1Batch], step: Step) -> dict[str, Tensor]:
-            parts = []
-            for stored, *others in (to_device(batch, self.model.qformer.query_tokens.device) for batch in batches):
-                with step.autocast(), dropout_by_rows((step.seed, 4), others[-1]):  # of adapters
-                    parts.append(stage1.Part(train_set.features(stored), *others))
-            return stage1.backward(self.model, parts, step, label_smoothing=optim.label_smoothing, itc=optim.itc)
+            batches = [to_device(batch, self.model.qformer.query_tokens.device) for batch in batches]
+            looks = train_set.looks([(batch.stored, batch.place_B) for batch in batches], step)
+            parts = [stage1.Part(seen, *rest) for seen, (_, *rest) in zip(looks.features, batches, strict=True)]
+            shares = stage1.backward(
+                self.model, parts, step, label_smoothing=optim.label_smoothing, itc=optim.itc, itg=optim.itg
+            )
+            looks.learn()
+            return shares
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
         return Task(
             self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.num_cut,
             num_tokens=lambda batch: int(batch.text_mask_BT.sum()),
             flops=lambda batch: flops.of_stage1(
-                self.model.config, _texts(batch), vision_passes=_vision_passes(recipe, batch.stored)
+                self.model.config, _texts(batch), vision_passes=_vision_passes(recipe, batch.stored), itg=optim.itg
             ),
             sample=None if held_out is None else lambda: samples.of_stage1(
                 self.model, self.tokenizer, held_out, recipe.data.max_text_tokens
@@ -162,7 +169,7 @@ class _Stage1:
         for row, text in enumerate(texts):
             text_BT[row, : len(text)] = text
             mask_BT[row, : len(text)] = True
-        tensors = map(torch.from_numpy, (text_BT, mask_BT, row_set.pictures.of_rows(numbers), np.array(places)))
+        tensors = map(torch.from_numpy, (text_BT, mask_BT, row_set.pictures_of(numbers), np.array(places)))
         return Stage1Batch(stored, *tensors)
 
     def losses(self, row_set: RowSet, batch: Stage1Batch, generator: torch.Generator | None) -> stage1.Stage1Losses:
@@ -199,12 +206,13 @@ class Stage2Batch(NamedTuple):
     texts: stage2.PackedTexts | stage2.SplitTexts
     kinds: list[str]
     place_B: Tensor
+    read: stage2.ReadTexts | None
 
 
 class _Stage2:
-    def __init__(self, model: Blip2, tokenizer: Tokenizer, recipe: Recipe, group: Group) -> None:
-        self.model, self.tokenizer, self.recipe, self.group = model, tokenizer, recipe, group
-        self.source = TextSource(tokenizer, model.config.language, recipe.data)
+    def __init__(self, model: Blip2, materials: Materials, recipe: Recipe, group: Group) -> None:
+        self.model, self.tokenizer, self.recipe, self.group = model, materials.tokenizer, recipe, group
+        self.source = materials.texts(recipe)
 
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
         recipe = self.recipe
@@ -214,18 +222,26 @@ class _Stage2:
             return self.batch(train_set, numbers, places, lambda place: row_chance(recipe.seed, step, place))
 
         def backward(batches: Sequence[Stage2Batch], step: Step) -> dict[str, Tensor]:
-            parts = []
-            for batch in (to_device(batch, self.model.qformer.query_tokens.device) for batch in batches):
-                with step.autocast(), dropout_by_rows((step.seed, 4), batch.place_B):
-                    parts.append(stage2.Part(train_set.features(batch.stored), batch.texts, batch.place_B))
-            return stage2.backward(self.model, parts, step)
+            own = sum(len(batch.texts.targets.token_N) for batch in batches)
+            count = int(step.group.sum(torch.tensor(own)))  # on the CPU, where nothing waits for the GPU
+            width = step.group.most(max(0 if each.read is None else each.read.token_MT.shape[1] for each in batches))
+
+            def parts() -> Iterator[stage2.Part]:
+                for batch in (to_device(batch, self.model.qformer.query_tokens.device) for batch in batches):
+                    looks = train_set.looks([(batch.stored, batch.place_B)], step)
+                    read = None if batch.read is None else batch.read.wider(width)
+                    yield stage2.Part(looks.features[0], batch.texts, batch.place_B, read)
+                    looks.learn()
+
+            return stage2.backward(self.model, parts(), step, count)
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
         return Task(
             self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.source.num_cut,
             num_tokens=lambda batch: stage2.num_tokens(batch.texts),
             flops=lambda batch: flops.of_stage2(
-                self.model.config, stage2.sizes(batch.texts), vision_passes=_vision_passes(recipe, batch.stored)
+                self.model.config, stage2.sizes(batch.texts), vision_passes=_vision_passes(recipe, batch.stored),
+                prompts=None if batch.read is None else (len(batch.read.token_MT), batch.read.token_MT.shape[1]),
             ),
             sample=None if held_out is None else lambda: samples.of_stage2(
                 self.model, self.tokenizer, self.source, held_out, recipe.data.max_text_tokens
@@ -240,12 +256,15 @@ class _Stage2:
             for place, number in zip(places, numbers, strict=True)
         ]
         kinds = [text.kind for texts in drawn for text in texts]
-        place_B = torch.from_numpy(np.array(places))
-        return Stage2Batch(stored, stage2.collate(drawn, self.model.config.language), kinds, place_B)
+        place_B, read = torch.from_numpy(np.array(places)), None
+        if self.model.config.reads_prompt:
+            read = stage2.collate_read(drawn)
+            drawn = [[text] for texts in drawn for text in texts]
+        return Stage2Batch(stored, stage2.collate(drawn, self.model.config.language), kinds, place_B, read)
 
     def losses(self, row_set: RowSet, batch: Stage2Batch) -> stage2.Stage2Losses:
         batch = to_device(batch, self.model.qformer.query_tokens.device)
-        return stage2.losses(self.model, row_set.features(batch.stored), batch.texts)
+        return stage2.losses(self.model, row_set.features(batch.stored), batch.texts, batch.read)
 
     def evaluate(self, held_out: RowSet) -> dict[str, float]:
         """The loss, and the share of texts of each kind that greedy decoding would give to the letter."""
@@ -279,7 +298,9 @@ def _texts(batch: Stage1Batch) -> flops.Texts:
 
 def _vision_passes(recipe: Recipe, stored: Tensor) -> int:
     """How often the image encoder's forward pass is computed, or as much as that."""
-    return 0 if stored.dim() == 3 else 2 if learns_to_see(recipe) else 1
+    if stored.dim() == 3:
+        return 0
+    return 3 if recipe.vision is not None and recipe.vision.learns else 2 if learns_to_see(recipe) else 1
 
 
 def row_chance(seed: int, step: int, place: int) -> random.Random:

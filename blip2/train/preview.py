@@ -24,8 +24,8 @@ from blip2.train.loop import autocast_for
 from blip2.train.prepare import row_chance
 from blip2.train.reading import order_of
 from blip2.train.recipes import Recipe, load_recipe
+from blip2.train.seeing import unfreeze
 from blip2.train.sheets import sheet
-from blip2.train.texts import TextSource
 
 BYTES_LEARNING = 4 + 4 + 8
 """Of each number that learns: itself, its gradient and its two moments, all in fp32."""
@@ -107,6 +107,7 @@ def preview(path: Path, *, overrides: dict[str, Any] | None = None) -> Preview:
         packed = module.in_features * module.out_features if isinstance(module, QuantizedLinear) else 0
         sizes[lora.part_of(name)] += own + packed
     model.freeze_pretrained()
+    unfreeze(model, recipe.vision)
     if recipe.lora is not None:
         lora.put(model, recipe.lora)
     learning = dict.fromkeys(sizes, 0)
@@ -131,7 +132,7 @@ def _first_batch(materials: Materials, recipe: Recipe) -> list[Said]:
         return [
             Said(row, "caption", "", chance.choice(row.captions)) for row, chance in zip(drawn, chances, strict=True)
         ]
-    source = TextSource(materials.tokenizer, materials.config.language, recipe.data)
+    source = materials.texts(recipe)
     decode = materials.tokenizer.decode
     return [
         Said(row, text.kind, decode(text.prompt_ids), decode(text.target_ids))

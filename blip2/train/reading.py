@@ -17,8 +17,10 @@ from blip2.checkpoint import ImageSettings
 from blip2.data import BadPictures, FeatureFile, Order, Pictures, Row, frozen_features
 from blip2.data.joined import Joined
 from blip2.errors import ImageError, RecipeError
+from blip2.train.group import Step
 from blip2.train.meter import Progress, Report
 from blip2.train.recipes import Recipe
+from blip2.train.seeing import Looks
 from blip2.vision import VisionTransformer
 
 
@@ -47,7 +49,7 @@ class RowSet:
         self._vision = vision
         self._bad = bad
         self._seed = recipe.seed if augment else None
-        self._learns = recipe.lora is not None and "vision" in recipe.lora.parts
+        self._learns = recipe.changes_sight
         self._file: FeatureFile | None = None
         if recipe.data.features is not None and not isinstance(rows, Joined):
             listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
@@ -103,12 +105,22 @@ class RowSet:
             return found
         return ImageError(f"{self.pictures.paths[number]}: can be read only now; start again to learn from it, too")
 
+    def pictures_of(self, numbers: np.ndarray) -> np.ndarray:
+        """int64[B]: the same for rows that have been read and show the same picture."""
+        if isinstance(self.rows, Joined):
+            return np.array([self.rows.shown(number) for number in numbers.tolist()])
+        return self.pictures.of_rows(numbers)
+
     def features(self, stored: Tensor) -> Tensor:
         """Features before the last norm ``float[B, 1 + P, D]`` of what `read` gave."""
         if stored.dim() == 3:
             return stored
         with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
             return self._vision.features(stored)
+
+    def looks(self, parts: Sequence[tuple[Tensor, Tensor]], step: Step) -> Looks:
+        """Those of the parts of a batch: of each what `read` gave, and which rows of the global batch they are."""
+        return Looks(self.features, self._learns, parts, step)
 
 
 def _feature_report(report: Report) -> Callable[[int, int], None]:

@@ -74,8 +74,10 @@ class DataRecipe:
     """Stage 2: of a question with what was said before it; the oldest turns are left out beyond that."""
     caption_prompt: str = ""
     """Stage 2: what a caption continues; "a photo of" when fine-tuning."""
+    question_prompt: str = ""
+    """Stage 2: how a question is put, such as "Question: {} Answer:"; absent: as `text.QUESTION_TEMPLATES` has it."""
     texts_per_image: int = 1
-    """Stage 2: texts of a row asked in one step; they share one pass of the Q-Former."""
+    """Stage 2: texts of a row asked in one step; they share one pass of the Q-Former, unless that reads them."""
     mix: MixRecipe = field(default_factory=MixRecipe)
 
 
@@ -102,6 +104,21 @@ class OptimRecipe:
     """Stage 1, ITC and ITG."""
     itc: Literal["exact", "lavis"] = "exact"
     """Stage 1: "lavis" has the gradient of the authors' code on several devices, which is about half of ITC's."""
+    itg: bool = True
+    """Stage 1: whether the Q-Former also learns to caption; without, contrast and matching alone are learnt."""
+
+
+@dataclass(frozen=True)
+class VisionRecipe:
+    """What becomes of the image encoder, which is frozen and as it is without this."""
+
+    learns: bool = False
+    """Whether it learns, too: in fp32, and not with ``data.features``, which are those of a frozen one."""
+    layer_decay: float = 1.0
+    """The learning rate of each of its blocks, as a part of that of the next one; the last block's is this part of that
+    of all else (Clark et al. 2020). 1: all learn alike."""
+    image_size: int | None = None
+    """The side of its pictures in pixels; absent: as in ``start``. Its positions are interpolated."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,10 @@ class Recipe:
     optim: OptimRecipe
     qformer: str | None = None
     """Stage 2: the result of stage 1, of which the Q-Former is taken; absent: the one of ``start``."""
+    text_branch: str | None = None
+    """Stage 2: the result of stage 1, of which the Q-Former's text branch is taken, so that it reads the prompt beside
+    the picture: what is saved is an InstructBLIP. Absent: it reads the prompt if ``start`` is one."""
+    vision: VisionRecipe | None = None
     evaluation: EvaluationRecipe | None = None
     lora: LoraRecipe | None = None
     track: TrackRecipe = field(default_factory=TrackRecipe)
@@ -171,6 +192,12 @@ class Recipe:
     checkpoint_every: int = 1000
     sample_every: int = 0
     """After each so many steps a page of held-out pictures with what the model says of them; 0: none."""
+
+    @property
+    def changes_sight(self) -> bool:
+        """Whether the image encoder learns, whole or by adapters."""
+        is_adapted = self.lora is not None and "vision" in self.lora.parts
+        return is_adapted or (self.vision is not None and self.vision.learns)
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -9,7 +9,7 @@ from blip2.errors import RecipeError
 from blip2.train.trackers import NAMES
 
 if TYPE_CHECKING:
-    from blip2.train.recipes import LoraRecipe, Recipe
+    from blip2.train.recipes import LoraRecipe, Recipe, VisionRecipe
 
 Error = Callable[[str, str], RecipeError]
 """Of a value's name and what is wrong with it."""
@@ -63,15 +63,21 @@ def check(recipe: Recipe, error: Error) -> None:
     if recipe.stage == 1:
         for name, given in (
             ("qformer", recipe.qformer is not None),
+            ("text_branch", recipe.text_branch is not None),
             ("data.texts_per_image", data.texts_per_image != 1),
             ("data.caption_prompt", data.caption_prompt != ""),
+            ("data.question_prompt", data.question_prompt != ""),
         ):
             if given:
                 raise error(name, "belongs to stage 2, and this recipe is for stage 1; remove it")
-    elif optim.itc != "exact":
-        raise error("optim.itc", "belongs to stage 1, and this recipe is for stage 2; remove it")
-    elif mix.captions + mix.questions + mix.dialogues == 0:
-        raise error("data.mix", "all kinds of text are at 0; give at least one a weight")
+    else:
+        for name, given in (("itc", optim.itc != "exact"), ("itg", not optim.itg)):
+            if given:
+                raise error(f"optim.{name}", "belongs to stage 1, and this recipe is for stage 2; remove it")
+        if mix.captions + mix.questions + mix.dialogues == 0:
+            raise error("data.mix", "all kinds of text are at 0; give at least one a weight")
+        if (prompt := data.question_prompt) and prompt.count("{}") != 1:
+            raise error("data.question_prompt", f"has to have {{}} once, where the question stands, not {prompt!r}")
     for key, of in (("data", data), ("evaluation", recipe.evaluation)):
         if of is None:
             continue
@@ -89,11 +95,15 @@ def check(recipe: Recipe, error: Error) -> None:
                 raise error(f"{key}.sources.weight", f"has to be above 0, not {source.weight}; or leave it out")
             if (source.question is None) != (source.answer is None):
                 raise error(f"{key}.sources", "'question' and 'answer' go together; name both columns")
+    if recipe.changes_sight and data.features is not None:
+        raise error("data.features", "is what a frozen image encoder gives, and this one learns; remove it")
     if data.augment and data.features is not None:
         raise error(
             "data.augment", "shows other parts of a picture at each step, and data.features keeps those of whole ones; "
             "leave one of them out"
         )  # fmt: skip
+    if recipe.vision is not None:
+        _check_vision(recipe.vision, error)
     if recipe.lora is not None:
         _check_lora(recipe, recipe.lora, error)
     for part in recipe.checkpoint_activations:
@@ -114,6 +124,8 @@ def check(recipe: Recipe, error: Error) -> None:
 
 def learns_to_see(recipe: Recipe) -> bool:
     """Whether there is a gradient within the image encoder."""
+    if recipe.vision is not None and recipe.vision.learns:
+        return True
     return recipe.lora is not None and "vision" in recipe.lora.parts
 
 
@@ -128,6 +140,15 @@ def _check_shard(recipe: Recipe, error: Error) -> None:
         raise error(
             "shard", "names the image encoder, which data.features asks once, before training; remove one of both"
         )
+
+
+def _check_vision(vision: VisionRecipe, error: Error) -> None:
+    if not 0 < vision.layer_decay <= 1:
+        raise error("vision.layer_decay", f"has to be above 0 and at most 1, not {vision.layer_decay}")
+    if vision.layer_decay != 1 and not vision.learns:
+        raise error("vision.layer_decay", "is of an image encoder that learns; set vision.learns, or remove it")
+    if vision.image_size is not None and vision.image_size < 1:
+        raise error("vision.image_size", f"has to be at least 1, not {vision.image_size}")
 
 
 def _check_lora(recipe: Recipe, lora: LoraRecipe, error: Error) -> None:
@@ -151,5 +172,10 @@ def _check_lora(recipe: Recipe, lora: LoraRecipe, error: Error) -> None:
             "qformer", "an adapter belongs to the model of 'start' as it is; set lora.trains_qformer, or make a model "
             "with this Q-Former first"
         )  # fmt: skip
-    if recipe.data.features is not None and "vision" in lora.parts:
-        raise error("data.features", "is what a frozen image encoder gives, and this one learns; remove it")
+    for name, is_given in (
+        ("vision.learns", recipe.vision is not None and recipe.vision.learns),
+        ("vision.image_size", recipe.vision is not None and recipe.vision.image_size is not None),
+        ("text_branch", recipe.text_branch is not None),
+    ):
+        if is_given:
+            raise error(name, "changes what an adapter stands beside, and that is saved alone; remove one of both")

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from blip2 import checkpoint
 from blip2.api import find_device
-from blip2.data.features import fingerprint
 from blip2.disk import locked
-from blip2.errors import CheckpointError, OptionError, RecipeError
+from blip2.errors import OptionError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.train import lora
-from blip2.train.check import check_weights, gather
+from blip2.train.check import gather
 from blip2.train.group import Group, joined
 from blip2.train.loop import TrainingStopped, autocast_for, train
 from blip2.train.meter import Progress, Report, TrainingFailed
@@ -26,6 +24,7 @@ from blip2.train.prepare import prepare
 from blip2.train.recipes import Recipe, load_recipe
 from blip2.train.shard import gather as gather_whole
 from blip2.train.shard import shard
+from blip2.train.start import build
 from blip2.train.state import is_finished
 
 
@@ -60,20 +59,11 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
     autocast, frozen_dtype = autocast_for(recipe.precision, device)
     with group.in_turn("gathered", is_one_enough=True):
         materials = gather(recipe, path, lambda told: report(Progress("rows", 0, steps, message=told)))
-    base = "auto" if recipe.lora is None else recipe.lora.base
-    frozen_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(base, frozen_dtype)
-    quantize = base if base in ("int8", "int4") else None
 
     def load() -> Blip2 | Blip2Matcher:
         # What is to be shared out may not fit on a device: all of it lies on the CPU before.
         place = torch.device("cpu") if recipe.shard else device
-        model = checkpoint.load(materials.start, device=place, dtype=frozen_dtype, quantize=quantize)
-        if materials.qformer is not None:
-            assert isinstance(model, Blip2)
-            take_qformer(model, materials.qformer, dtype=frozen_dtype)
-        if (damage := checkpoint.damage(model)) is not None:
-            raise CheckpointError(f"{path}: start: {materials.start} has weights that are NaN or infinite: {damage}")
-        check_weights(model, (recipe.start, recipe.qformer))
+        model = build(recipe, path, materials, device=place, dtype=frozen_dtype)
         for name, part in model.named_children():
             if name not in recipe.shard:
                 part.to(device)
@@ -96,35 +86,14 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
                 model,
                 recipe.out,
                 tokenizer=materials.start / "tokenizer.json",
+                qformer_tokenizer=materials.qformer_tokenizer,
                 settings=materials.settings,
                 frozen=materials.start,
+                learnt=("vision_model",) if recipe.vision is not None and recipe.vision.learns else (),
             )
     told = f"; pictures that cannot be read: {number:,}, passed over and named in log.jsonl" if number else ""
     report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))
     return recipe.out
-
-
-def take_qformer(model: Blip2, folder: Path, *, dtype: torch.dtype) -> None:
-    """Put the Q-Former of a stage-1 model, without its text branch, and its norm on the patches into ``model``.
-
-    Raises RecipeError if the two were not made for each other.
-    """
-    source = checkpoint.load(folder, dtype=dtype)
-    assert isinstance(source, Blip2Matcher)
-    if fingerprint(source.vision) != fingerprint(model.vision):
-        raise RecipeError(f"qformer: {folder} was trained on another image encoder than the one of 'start'")
-    _copy(source.qformer, model.qformer, folder)
-    _copy(source.vision.post_norm, model.vision.post_norm, folder)
-
-
-@torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module, folder: Path) -> None:
-    found = dict(source.named_parameters())
-    for name, parameter in target.named_parameters():
-        if name not in found or found[name].shape != parameter.shape:
-            have = list(found[name].shape) if name in found else "absent"
-            raise RecipeError(f"qformer: {name} is {have} in {folder}, {list(parameter.shape)} in the model of 'start'")
-        parameter.copy_(found[name])
 
 
 @contextmanager

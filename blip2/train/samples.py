@@ -61,11 +61,11 @@ def of_stage2(
     numbers, patches_BPD = _patches(model, held_out)
     rows = [held_out.rows[number] for number in numbers]
     texts = [source.draw(row, 1, random.Random(place))[0] for place, row in enumerate(rows)]
-    prompts_BQD = model.prompt(model.look(patches_BPD))
     prompts = []
-    for prompt_QD, text in zip(prompts_BQD, texts, strict=True):
-        ids_1T = torch.tensor([text.prompt_ids], device=prompt_QD.device)
-        prompts.append(torch.cat([prompt_QD, model.language.embed(ids_1T)[0]]))
+    for patches_PD, text in zip(patches_BPD, texts, strict=True):
+        ids_1T = torch.tensor([text.prompt_ids], device=patches_PD.device)
+        prompt_1QD = model.prompt(model.look(patches_PD[None], instruction=text.read_ids or None))
+        prompts.append(torch.cat([prompt_1QD[0], model.language.embed(ids_1T)[0]]))
     engine = Engine(model.language, eos_token_ids=model.config.language.end_token_ids)
     written = _written(engine, prompts, tokenizer, max_tokens)
     return [

@@ -48,7 +48,7 @@ class Part(NamedTuple):
     """Pairs of a batch: numbers ``place_B`` of the global one."""
 
     features_BPD: Tensor
-    """Before the image encoder's last norm, ``float[B, 1 + P, D]``."""
+    """Before the image encoder's last norm, ``float[B, 1 + P, D]``. Where that learns, a leaf that wants a gradient."""
     text_BT: Tensor
     text_mask_BT: Tensor
     picture_B: Tensor
@@ -113,14 +113,14 @@ def losses(
 
 
 def backward(
-    model: Blip2Matcher, parts: Sequence[Part], step: Step, *, label_smoothing: float, itc: str
+    model: Blip2Matcher, parts: Sequence[Part], step: Step, *, label_smoothing: float, itc: str, itg: bool = True
 ) -> dict[str, Tensor]:
     """This process's share of a step's losses; its share of their gradient is added to ``.grad``.
 
     The sums over all processes are the losses and the gradient of the global batch, however that is divided: only ITC
     compares pairs of different parts, by their vectors, and ITM's negatives come from all. With several parts the
     vectors are computed twice: once for all of them without a gradient, then part by part with what ITC's gradient
-    towards them is (GradCache, Gao et al. 2021). ``itc``: see `own_logits`.
+    towards them is (GradCache, Gao et al. 2021). ``itc``: see `own_logits`; ``itg``: whether captions are learnt.
     """
     _check_pairs(step.batch_size)
     assert model.temperature is not None
@@ -149,19 +149,20 @@ def backward(
     chance_2N = chances(step.batch_size, place_N.device, step.generator)[:, own]
     wrong_image_N = draw_negatives(to_image_NB, equal_NB, place_N, chance_2N[0])
     wrong_text_N = draw_negatives(to_text_NB, equal_NB, place_N, chance_2N[1])
-    is_whole = only is not None and group.size == 1  # then every wrong picture has its keys already
-    if not is_whole:
-        features_NPD = torch.cat([part.features_BPD for part in parts])
-        wrong_NPD = group.fetch(features_NPD, group.gather(wrong_image_N, step.batch_size).tolist())
+    wrong_NPD, wanted_B = None, list[int]()
+    if only is None or group.size > 1:  # else every wrong picture has its keys already
+        features_NPD = torch.cat([part.features_BPD.detach() for part in parts])
+        wanted_B = group.gather(wrong_image_N, step.batch_size).tolist()
+        wrong_NPD = group.fetch(features_NPD, wanted_B).requires_grad_(parts[0].features_BPD.requires_grad)
 
     count, start = int(mask_BT[:, 1:].sum()), 0
-    shares = {name: torch.zeros_like(contrast_share) for name in ("itm", "lm")}
+    shares = {name: torch.zeros_like(contrast_share) for name in (("itm", "lm") if itg else ("itm",))}
     for part in parts:
         here = slice(start, start := start + len(part.place_B))
         views = only or view(part)
         with step.autocast():
             wrong_image_B, wrong_B = wrong_image_N[here], wrong_text_N[here]
-            if is_whole:
+            if wrong_NPD is None:
                 wrong_keys = [(key[wrong_image_B], value[wrong_image_B]) for key, value in views.image_keys]
             else:
                 wrong_keys = _image_keys(model, wrong_NPD[here], wrong_image_B, step)
@@ -172,11 +173,20 @@ def backward(
                     mask_BT[wrong_B],
                 )  # fmt: skip
             itm = F.cross_entropy(matching_N2, _is_match(matching_N2), reduction="sum") / (3 * step.batch_size)
-            with dropout_by_rows((step.seed, 3), part.place_B):
-                lm = _generation(model, views.memory, part.text_BT, part.text_mask_BT, label_smoothing, count)
-        torch.autograd.backward([itm + lm, views.vectors_BVE], [None, toward_NVE[here]])
-        shares["itm"] += itm.detach()
-        shares["lm"] += lm.detach()
+            told = {"itm": itm}
+            if itg:
+                with dropout_by_rows((step.seed, 3), part.place_B):
+                    told["lm"] = _generation(
+                        model, views.memory, part.text_BT, part.text_mask_BT, label_smoothing, count
+                    )
+        torch.autograd.backward([torch.stack([*told.values()]).sum(), views.vectors_BVE], [None, toward_NVE[here]])
+        for name, loss in told.items():
+            shares[name] += loss.detach()
+    if wrong_NPD is not None and wrong_NPD.grad is not None:  # a picture is also what others take for a wrong one
+        toward_NPD, start = group.give_back(wrong_NPD.grad, wanted_B), 0
+        for part in parts:
+            assert part.features_BPD.grad is not None
+            part.features_BPD.grad += toward_NPD[start : (start := start + len(part.place_B))]
     return {"itc": contrast_share.detach()} | shares
 
 

@@ -12,11 +12,12 @@ B images, Q queries, T text tokens of a row, S queries and text, N target tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blip2.config import DecoderConfig, LanguageConfig, OPTConfig, T5Config
@@ -34,6 +35,8 @@ class Text(NamedTuple):
     kind: str
     prompt_ids: list[int]
     target_ids: list[int]
+    read_ids: Sequence[int] = ()
+    """What the Q-Former of an InstructBLIP reads beside the picture."""
 
 
 class Targets(NamedTuple):
@@ -64,6 +67,22 @@ class SplitTexts(NamedTuple):
     targets: Targets
 
 
+class ReadTexts(NamedTuple):
+    """What the Q-Former of an InstructBLIP reads: one row a text, the images' in turn. Each text has queries of its own
+    then, and the language model reads each in a row of its own."""
+
+    token_MT: Tensor
+    mask_MT: Tensor
+    """Without padding, whose tokens do not matter."""
+    texts_per_image: int
+
+    def wider(self, width: int) -> ReadTexts:
+        """Padded to so many tokens: what is drawn for a row has a fixed shape then."""
+        missing = width - self.token_MT.shape[1]
+        token_MT, mask_MT = (F.pad(each_MT, (0, missing)) for each_MT in self[:2])
+        return ReadTexts(token_MT, mask_MT, self.texts_per_image)
+
+
 class Stage2Losses(NamedTuple):
     lm: Tensor
     is_right_N: Tensor
@@ -77,17 +96,24 @@ class Part(NamedTuple):
     """Before the image encoder's last norm, ``float[B, 1 + P, D]``."""
     texts: PackedTexts | SplitTexts
     place_B: Tensor
+    read: ReadTexts | None = None
 
 
 def losses(
-    model: Blip2, features_BPD: Tensor, texts: PackedTexts | SplitTexts, *, count: int | None = None
+    model: Blip2,
+    features_BPD: Tensor,
+    texts: PackedTexts | SplitTexts,
+    read: ReadTexts | None = None,
+    *,
+    count: int | None = None,
 ) -> Stage2Losses:
     """The mean over all target tokens, or the share that they have of ``count`` in a batch of which this is a part.
 
-    ``features_BPD`` float[B, 1 + P, D] are those before the image encoder's last norm.
+    ``features_BPD`` float[B, 1 + P, D] are those before the image encoder's last norm. ``read``: for the Q-Former, if
+    it reads; ``texts`` are a row each then.
     """
     patches_BPD = model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
-    prompt_BQD = model.prompt(model.look(patches_BPD))
+    prompt_BQD = model.prompt(model.look(patches_BPD) if read is None else _look_and_read(model, patches_BPD, read))
     if isinstance(texts, PackedTexts):
         assert isinstance(model.language, OPT | Decoder)
         hidden_BTD = _read_packed(model.language, prompt_BQD, texts)
@@ -102,18 +128,20 @@ def losses(
     return Stage2Losses(lm, logits_NV.detach().argmax(dim=-1) == texts.targets.token_N)
 
 
-def backward(model: Blip2, parts: Sequence[Part], step: Step) -> dict[str, Tensor]:
-    """This process's share of a step's loss; its share of the gradient is added to ``.grad``.
+def backward(model: Blip2, parts: Iterable[Part], step: Step, count: int) -> dict[str, Tensor]:
+    """This process's share of a step's loss; its share of the gradient is added to ``.grad``, part by part.
 
-    The sums over all processes are the loss and the gradient of the global batch: each of its target tokens counts as
-    much as any other, in whichever part it is.
+    The sums over all processes are the loss and the gradient of the global batch: each of its ``count`` target tokens
+    counts as much as any other, in whichever part it is.
     """
-    own = sum(len(part.texts.targets.token_N) for part in parts)
-    count = int(step.group.sum(torch.tensor(own)))  # on the CPU, where nothing waits for the GPU
     share = torch.zeros((), device=model.qformer.query_tokens.device)
     for part in parts:
-        with step.autocast(), dropout_by_rows((step.seed,), part.place_B):
-            loss = losses(model, part.features_BPD, part.texts, count=count).lm
+        row_B = part.place_B
+        if part.read is not None:  # a row for each text
+            number = part.read.texts_per_image
+            row_B = (row_B[:, None] * number + torch.arange(number, device=row_B.device)).flatten()
+        with step.autocast(), dropout_by_rows((step.seed,), row_B):
+            loss = losses(model, part.features_BPD, part.texts, part.read, count=count).lm
         loss.backward()
         share += loss.detach()
     return {"lm": share}
@@ -134,6 +162,13 @@ def sizes(texts: PackedTexts | SplitTexts) -> Texts:
     return Texts(rows // texts.texts_per_image, width, num_targets, texts.decoder_MT.shape[1], rows)
 
 
+def _look_and_read(model: Blip2, patches_BPD: Tensor, read: ReadTexts) -> Tensor:
+    """A look for each text ``float[M, Q, D]``."""
+    patches_MPD = patches_BPD.to(model.qformer.query_tokens).repeat_interleave(read.texts_per_image, dim=0)
+    seen = model.qformer(image_BPD=patches_MPD, text_BT=read.token_MT, text_mask_BT=read.mask_MT)
+    return seen.hidden_BSD[:, : model.config.qformer.num_query_tokens]
+
+
 def _read_packed(language: OPT | Decoder, prompt_BQD: Tensor, texts: PackedTexts) -> Tensor:
     """The hidden states of the text tokens ``float[B, T, D]``."""
     num_queries = prompt_BQD.shape[1]
@@ -143,7 +178,7 @@ def _read_packed(language: OPT | Decoder, prompt_BQD: Tensor, texts: PackedTexts
     rows = len(prompt_BQD)
     query_positions_BQ = torch.arange(num_queries, device=prompt_BQD.device).expand(rows, -1)
     position_BS = torch.cat([query_positions_BQ, texts.position_BT + num_queries], dim=1)
-    segment_BS = torch.nn.functional.pad(texts.segment_BT, (num_queries, 0), value=-1)
+    segment_BS = F.pad(texts.segment_BT, (num_queries, 0), value=-1)
     may_see_BSS = (segment_BS[:, :, None] == segment_BS[:, None]) | (segment_BS[:, None] == -1)
     causal_SS = torch.ones_like(may_see_BSS[0]).tril()
     hidden_BSD = language(embedded_BSD, positions_BT=position_BS, mask=(may_see_BSS & causal_SS)[:, None])
@@ -156,6 +191,17 @@ def _read_packed(language: OPT | Decoder, prompt_BQD: Tensor, texts: PackedTexts
 def collate(texts: Sequence[Sequence[Text]], config: LanguageConfig) -> PackedTexts | SplitTexts:
     """The texts of each image, as many for each, to tensors as the family of the language model wants them."""
     return _split(texts, config) if isinstance(config, T5Config) else _pack(texts, config)
+
+
+def collate_read(texts: Sequence[Sequence[Text]]) -> ReadTexts:
+    """What the Q-Former reads of them."""
+    rows = [text.read_ids for row in texts for text in row]
+    token_MT = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    mask_MT = np.zeros(token_MT.shape, dtype=bool)
+    for number, ids in enumerate(rows):
+        token_MT[number, : len(ids)] = ids
+        mask_MT[number, : len(ids)] = True
+    return ReadTexts(torch.from_numpy(token_MT), torch.from_numpy(mask_MT), len(texts[0]))
 
 
 def _pack(texts: Sequence[Sequence[Text]], config: OPTConfig | DecoderConfig) -> PackedTexts:

@@ -33,7 +33,8 @@ FREE = {
 """What of a recipe may change between stopping and going on; all else would make it another training."""
 NEW = {
     "optim.itc": repr("exact"), "lora": "None", "data.sources": "()", "data.augment": "False",
-    "data.cleaning": repr("none"), "optim.ema": "0.0",
+    "data.cleaning": repr("none"), "data.question_prompt": repr(""), "optim.itg": "True", "text_branch": "None",
+    "vision": "None", "optim.ema": "0.0",
 }  # fmt: skip
 """What recipes did not have once, as it was then."""
 ROWS = "what is in data.rows"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from blip2.config import LanguageConfig
+from blip2.config import LanguageConfig, QFormerConfig
 from blip2.data import Row, Turn
-from blip2.text import Tokenizer, chat_prompt, question_prompt
+from blip2.text import Tokenizer, caption_prompt, chat_prompt, checked_question, question_prompt
 from blip2.train.recipes import DataRecipe
 from blip2.train.stage2 import Text
 
@@ -19,8 +19,16 @@ class TextSource:
     ``num_cut`` counts the texts that were longer than the recipe allows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: LanguageConfig, recipe: DataRecipe) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: LanguageConfig,
+        recipe: DataRecipe,
+        reader: tuple[Tokenizer, QFormerConfig] | None = None,
+    ) -> None:
+        """``reader``: the tokenizer of a Q-Former that reads what the language model reads, and its configuration."""
         self._config = config
+        self._manner = config.family if reader is None else "instruct"
         self._recipe = recipe
         self._weights = {
             "caption": recipe.mix.captions,
@@ -32,6 +40,9 @@ class TextSource:
         remember = lru_cache(maxsize=2**18)
         self._prompt_ids = remember(lambda text: tokenizer.prompt_ids(text, config))
         self._answer_ids = remember(lambda text: tokenizer.answer_ids(text, config))
+        self._read_ids: Callable[[str], Sequence[int]] = lambda text: ()
+        if reader is not None:
+            self._read_ids = remember(lambda text: reader[0].instruction_ids(text, reader[1]))
 
     def draw(self, row: Row, count: int, chance: random.Random) -> list[Text]:
         """``count`` texts about the row, kinds by the recipe's mix; none twice before each was there once."""
@@ -63,8 +74,9 @@ class TextSource:
         )
 
     def _caption(self, caption: str, chance: random.Random) -> Text:
-        if prompt := self._recipe.caption_prompt:
-            return Text("caption", self._prompt_ids(prompt), self._shortened(self._answer_ids(caption)))
+        if prompt := caption_prompt(self._recipe.caption_prompt, self._manner):
+            target_ids = self._shortened(self._answer_ids(caption))
+            return Text("caption", self._prompt_ids(prompt), target_ids, self._read_ids(prompt))
         if not self._config.has_encoder:
             # After </s> a text starts without the space that an answer has.
             first, *ids = self._prompt_ids(caption)
@@ -76,21 +88,26 @@ class TextSource:
         return Text("caption", [*ids[:split], self._config.eos_token_id], ids[split:])
 
     def _answer(self, kind: str, history: Sequence[Turn], turn: Turn) -> Text:
-        prompt_ids = self._question_ids(kind, history, turn)
+        prompt = self._prompt(kind, history, turn)
+        prompt_ids = self._prompt_ids(prompt)
         most = self._recipe.max_prompt_tokens
         if len(prompt_ids) > most:
             self.num_cut += 1
             while len(prompt_ids) > most and history:
                 history = history[1:]
-                prompt_ids = self._question_ids(kind, history, turn)
+                prompt = self._prompt(kind, history, turn)
+                prompt_ids = self._prompt_ids(prompt)
             if len(prompt_ids) > most:  # one endless question: its end says what is asked
                 prompt_ids = [prompt_ids[0], *prompt_ids[1 - most :]]
-        return Text(kind, prompt_ids, self._shortened(self._answer_ids(turn.answer)))
+        target_ids = self._shortened(self._answer_ids(turn.answer))
+        return Text(kind, prompt_ids, target_ids, self._read_ids(prompt))
 
-    def _question_ids(self, kind: str, history: Sequence[Turn], turn: Turn) -> list[int]:
+    def _prompt(self, kind: str, history: Sequence[Turn], turn: Turn) -> str:
         if kind == "dialogue":
-            return self._prompt_ids(chat_prompt([before[:2] for before in history], turn.question))
-        return self._prompt_ids(question_prompt(turn.question, self._config.family))
+            return chat_prompt([before[:2] for before in history], turn.question, self._manner)
+        if template := self._recipe.question_prompt:
+            return template.replace("{}", checked_question(turn.question, self._manner))
+        return question_prompt(turn.question, self._manner)
 
     def _shortened(self, ids: list[int]) -> list[int]:
         """A target within the limit. Cut, it loses its end: that a text ends there is not to be learnt."""

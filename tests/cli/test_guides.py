@@ -169,3 +169,25 @@ def test_training_at_scale(run, tmp_path, monkeypatch):
     assert [path.name for path in sorted(Path("out/samples").iterdir())] == ["0000002.html", "0000003.html"]
     for name in re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", (GUIDES / "training-at-scale.md").read_text("utf-8"), re.M):
         assert all(not each or each in rows("out/log.jsonl")[0] for each in name)
+
+
+def test_fine_tuning(follow):
+    """The recipe for questions with the bundled model, few rows and few steps."""
+    drawn(".", *EXAMPLES)
+    recipe = (ROOT / "examples" / "recipes" / "vqa.toml").read_text("utf-8")
+    few = {'"runs/stage2"': '"miniature"', '"runs/stage1"': '"miniature-itm"', "image_size = 480": "image_size = 140",
+           "steps = 4000": "steps = 4", "batch_size = 16": "batch_size = 3", "accumulate = 4": "accumulate = 2",
+           "warmup_steps = 200": "warmup_steps = 2"}  # fmt: skip
+    for there, here in few.items():
+        assert there in recipe
+        recipe = recipe.replace(there, here)
+    Path("examples/recipes/data").mkdir(parents=True)
+    Path("examples/recipes/vqa.toml").write_text(recipe)
+    lines = [{"image": f"../../../{name}.png", "question": f"is there a {name}?", "answers": {"yes": 9, "no": 1}}
+             for name in EXAMPLES]  # fmt: skip
+    for name in ("train", "held_out"):
+        Path(f"examples/recipes/data/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before, heart, trained, answer = follow("fine-tuning.md", {"photo.jpg": "cats.png"})
+    assert "image encoder: 2.8" in before.stdout and "Question: is there a cats? Answer:" in before.stdout
+    assert "learnt" in heart.stdout and trained.stdout.strip().endswith("runs/vqa")
+    assert answer.stdout.strip()

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from blip2 import checkpoint
 from blip2.train.check import gather
 from blip2.train.group import Group, Step, joined
 from blip2.train.loop import autocast_for
@@ -26,6 +25,7 @@ from blip2.train.optim import sum_gradients, trained_parameters
 from blip2.train.prepare import prepare
 from blip2.train.recipes import load_recipe
 from blip2.train.shard import shard
+from blip2.train.start import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,10 +34,11 @@ def gradients(path, overrides, group=None, number=3, autocast=None):
     """The losses and the gradients of step ``number`` of a recipe, dropout included; in its precision by default."""
     group, recipe = group or Group(), load_recipe(path, overrides)
     autocast = autocast or autocast_for(recipe.precision, torch.device("cpu"))[0]
+    torch.manual_seed(recipe.seed)
     with group.in_turn(f"{path} {overrides}"):
-        model = checkpoint.load(gather(recipe, path).start)
-        torch.manual_seed(7)  # for adapters
-        task = prepare(model, gather(recipe, path), recipe, lambda progress: None, group)
+        materials = gather(recipe, path)
+        model = build(recipe, path, materials, device=torch.device("cpu"), dtype=torch.float32)
+        task = prepare(model, materials, recipe, lambda progress: None, group)
         shard(model, recipe.shard, group, torch.device("cpu"))
     task.learning.train()
     size = recipe.optim.batch_size

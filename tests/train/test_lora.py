@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+import blip2
 from blip2 import checkpoint, train
 from blip2.checkpoint.adapters import Adapters
 from blip2.cli import cli
@@ -15,6 +16,7 @@ from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2
 from blip2.train import lora
 from blip2.train.recipes import LoraRecipe
+from tests import tiny
 
 ALL = {"lora.parts": ["language", "qformer", "vision"], "data.features": None}
 
@@ -135,6 +137,17 @@ def test_what_learns_beside_the_adapters_is_saved_with_them(trained, any_model, 
             assert not torch.equal(before[name], after[name]), name
         elif not (is_adapted and name.startswith(f"{parts[0]}.")):
             assert torch.equal(before[name], after[name]), name
+
+
+def test_over_an_instructblip(trained, tmp_path):
+    """Whose Q-Former reads the prompt."""
+    start = tiny.save_instructed("llama", tmp_path / "instructed")
+    out = trained(2, start, {"lora.parts": ["language", "qformer"]})
+    [adapter] = Adapters.of(out)
+    assert any("intermediate.dense" in name for name in adapter.changes)
+    before, after = (blip2.load(start, adapter=each) for each in (None, out))
+    weights = [each.speaker.model.qformer.layers[0].text_feed_forward.output.weight for each in (before, after)]
+    assert not torch.equal(*weights)
 
 
 def test_some_targets_of_a_layer(trained, opt_model):

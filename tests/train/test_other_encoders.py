@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+import blip2
 from blip2 import checkpoint, train
+from tests import tiny
+from tests.parity import encoders
 from tests.test_other_encoders import assemble, save_encoder
 
 
@@ -20,3 +23,21 @@ def test_the_second_stage(write_recipe, family, tmp_path):
         assert not (name in frozen and not torch.equal(before[name], value)), name
     assert not torch.equal(before["qformer.query_tokens"], after["qformer.query_tokens"])
     assert checkpoint.image_settings(out) == checkpoint.image_settings(start)
+
+
+@pytest.mark.parametrize("family", encoders.FAMILIES)
+def test_they_learn_at_another_size(write_recipe, family, tmp_path):
+    """All of their weights; the positions of an encoder that turns its queries and keys are no weights."""
+    save_encoder(family, tmp_path / "encoder")
+    start = assemble(tmp_path / "start", tmp_path / "encoder")
+    path = write_recipe(2, start)
+    path.write_text(path.read_text().replace('features = "features"', ""))
+    settings = {"vision.learns": True, "vision.layer_decay": 0.5, "vision.image_size": 42, "optim.accumulate": 2}
+    before, after = (checkpoint.load(each) for each in (start, train.run(path, overrides=settings)))
+    assert after.config.vision.image_size == 42 and after.vision.position_embedding.shape[1] >= 36
+    old, new = before.vision.state_dict(), after.vision.state_dict()
+    for name in old.keys() - {"position_embedding", "class_embedding"}:
+        assert not torch.equal(old[name], new[name]), name
+    if after.config.vision.rotary_base:
+        assert not after.vision.position_embedding.any()
+    assert blip2.load(tmp_path / "out2").caption(tiny.picture(1)) is not None

@@ -19,14 +19,15 @@ from blip2 import train
 from tests.pretended import pretended
 
 found = {{}}
+path, overrides = Path(sys.argv[1]), json.loads(sys.argv[2])
 with pretended():
     for device in ("{NAME}", "cpu"):
         losses = found[device] = []
         train.run(
-            Path(sys.argv[1]),
+            path,
             report=lambda progress: losses.append({{**progress.losses, **progress.scores}}),
-            overrides=json.loads(sys.argv[2])
-            | {{"device": device, "out": device, "data.features": f"{{device}}-features"}},
+            overrides=overrides | {{"device": device, "out": device}}
+            | ({{"data.features": f"{{device}}-features"}} if "features" in path.read_text() else {{}}),
         )
 print(json.dumps(found))
 """
@@ -53,3 +54,12 @@ def test_stage_1_learns_as_on_the_cpu(write_recipe, matching_model):
 @pytest.mark.parametrize("overrides", [{}, {"lora.base": "int8", "lora.parts": ["language", "qformer"]}])
 def test_stage_2_learns_as_on_the_cpu(write_recipe, any_model, overrides):
     check(losses(write_recipe(2, any_model), overrides))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_so_does_an_image_encoder_and_a_qformer_that_reads(write_recipe, matching_model, opt_model, stage):
+    """In parts, so that each picture is seen twice, and of another size."""
+    path = write_recipe(stage, matching_model if stage == 1 else opt_model)
+    path.write_text(path.read_text().replace('features = "features"', ""))
+    settings = {"vision.learns": True, "vision.layer_decay": 0.9, "vision.image_size": 48, "optim.accumulate": 2}
+    check(losses(path, settings | ({} if stage == 1 else {"text_branch": str(matching_model)})))

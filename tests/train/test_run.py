@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import blip2
 from blip2 import checkpoint, train
 from blip2.checkpoint.assemble import assemble, qformer_start
 from blip2.disk import locked
@@ -144,11 +145,17 @@ def test_bf16_trains_too(write_recipe, matching_model, any_model):
         assert all(value.dtype == torch.float32 for value in weights(out).values())
 
 
-def test_an_instructblip_is_not_trained(write_recipe, tmp_path):
-    start = tiny.save_instructed("t5", tmp_path / "instructed")
-    with pytest.raises(RecipeError, match=r"start: .*instructed: is an InstructBLIP, .*start from a BLIP-2"):
-        train.run(write_recipe(2, start))
-    assert not (tmp_path / "out2").exists()
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_an_instructblip_goes_on_learning(write_recipe, tmp_path, family):
+    """Its Q-Former reads what is asked, and what is written is an InstructBLIP again, with both tokenizers."""
+    start = tiny.save_instructed(family, tmp_path / "instructed")
+    out = train.run(write_recipe(2, start))
+    before, after = weights(start), weights(out)
+    table = "qformer.word_embedding.weight"
+    assert checkpoint.read_config(out) == checkpoint.read_config(start) and not torch.equal(before[table], after[table])
+    for name in ("tokenizer.json", "qformer_tokenizer/tokenizer.json"):
+        assert (out / name).read_text() == (start / name).read_text()
+    assert isinstance(blip2.load(out).ask(tiny.picture(1), "what colour is the car?"), str)
 
 
 # ---- pictures that cannot be read ----
