@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,20 @@ def dropout_by_rows(key: Sequence[int], row_B: Tensor) -> Iterator[None]:
     The masks of one number are the same in any batch, if as many calls came before and rows have the same shape: who
     computes a batch in parts pads their texts to the same width. ``key`` names the seed, the step, the pass.
     """
-    token = _ROWS.set(_Rows(key, row_B))
+    with _within(_Rows(key, row_B)):
+        yield
+
+
+def replayed_dropout() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What `torch.utils.checkpoint` asks for: within the second, what is computed again, perhaps by another thread,
+    draws what was drawn within the first."""
+    rows = _ROWS.get()
+    return nullcontext(), nullcontext() if rows is None else _within(copy(rows))
+
+
+@contextmanager
+def _within(rows: _Rows) -> Iterator[None]:
+    token = _ROWS.set(rows)
     try:
         yield
     finally:

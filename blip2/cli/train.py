@@ -134,6 +134,15 @@ def line_of(progress: Progress) -> str:
         parts.append(f"lr {progress.learning_rate:.2e}")
     if progress.images_per_s:
         parts.append(f"{progress.images_per_s:.0f} images/s")
+    told = progress.measures
+    parts += [
+        text.format(told[name])
+        for name, text in (
+            ("tokens_per_s", "{:.0f} tokens/s"), ("mfu", "mfu {:.1%}"), ("gradient_norm", "gradient {:.3g}"),
+            ("skipped", "skipped {:.0%}"), ("peak_memory_mb", "{:.0f} MB"),
+        )
+        if told.get(name)
+    ]  # fmt: skip
     if math.isfinite(progress.left_s):
         parts.append(f"{time_of(progress.left_s)} left")
     if progress.message:

@@ -2,7 +2,8 @@
 `overfit` tries it on a few rows."""
 
 from blip2.train.group import ToldElsewhere
-from blip2.train.loop import Progress, TrainingFailed, TrainingStopped
+from blip2.train.loop import TrainingStopped
+from blip2.train.meter import Progress, TrainingFailed
 from blip2.train.overfit import Verdict, overfit
 from blip2.train.preview import Preview, preview
 from blip2.train.recipes import Recipe, load_recipe

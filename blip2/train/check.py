@@ -25,6 +25,7 @@ from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.published import PUBLISHED
 from blip2.text import Tokenizer
+from blip2.train import trackers
 from blip2.train.recipes import DataRecipe, EvaluationRecipe, Recipe
 from blip2.train.sources import Tell, open_sources
 from blip2.train.texts import TextSource
@@ -92,6 +93,7 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
         config, settings = _of_size(config, settings, recipe.vision.image_size)
     _check_model(config, recipe)
     _check_apart(recipe, {"start": start, "qformer": qformer, "text_branch": text_branch})
+    trackers.check(recipe.track.to)
     evaluation = recipe.evaluation
     materials = Materials(
         start, config, tokenizer, settings,

@@ -15,7 +15,9 @@ from blip2.errors import RecipeError
 LOG = "log.jsonl"
 COUNTS = ("step", "cut_texts", "bad_pictures")
 """Of a line of the log, what is no curve."""
-LAST = ("learning_rate", "images_per_s")
+LAST = (
+    "learning_rate", "gradient_norm", "skipped", "images_per_s", "tokens_per_s", "mfu", "peak_memory_mb",
+)  # fmt: skip
 """Curves that are neither losses nor scores, and come after them."""
 COLOURS = ("#3b6fd4", "#d9622b", "#2f9e62", "#b0409f", "#8a6d00", "#0b8aa0", "#c2344d", "#6b6b76")
 WIDTH, HEIGHT, COLUMNS = 440, 250, 2

@@ -57,6 +57,11 @@ class Group:
         rank = self.rank if rank is None else rank
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
+    def parts(self, count: int, number: int) -> list[range]:
+        """This process's share of ``count`` rows in ``number`` parts; fewer where a process has fewer rows. As many in
+        each process: what they compute together, they compute as often."""
+        return parts_of(self.share(count), min(number, count // self.size))
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
@@ -204,7 +209,8 @@ def check_alike(group: Group, step: int, parameters: dict[str, nn.Parameter]) ->
     if group.size == 1:
         return
     with torch.no_grad():
-        weight = sum(parameter.double().sum().item() for parameter in parameters.values())
+        weights = [parameter for parameter in parameters.values() if not hasattr(parameter, "full_tensor")]
+        weight = sum(parameter.double().sum().item() for parameter in weights)
     first, *others = group.objects((step, len(parameters), weight))
     for rank, found in enumerate(others, start=1):
         if found != first:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from blip2.disk import write_text
+from blip2.train.trackers import Trackers
 
 
 class Log:
     """One JSON object a line. What was written after the step that training goes on from is taken out."""
 
-    def __init__(self, path: Path | None, keep_to: int) -> None:
-        """Without a path nothing is kept: another process keeps it."""
+    def __init__(self, path: Path | None, keep_to: int, trackers: Trackers | None = None) -> None:
+        """Without a path nothing is kept: another process keeps it. ``trackers`` are told all that is written."""
         self._file: TextIO | None = None
+        self._trackers = trackers
         self.evaluated = 0
         """The step of the last evaluation in it."""
         if path is None:
@@ -31,6 +33,8 @@ class Log:
         if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+        if self._trackers is not None:
+            self._trackers.write(values)
 
     def __enter__(self) -> Log:
         return self
@@ -38,6 +42,8 @@ class Log:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def _step_of(line: str) -> float:

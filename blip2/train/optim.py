@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blip2.train.group import Group
 from blip2.train.recipes import OptimRecipe
+from blip2.train.shard import any_shares, is_share, own
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -27,9 +29,10 @@ def build_optimizer(
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault(((shares or {}).get(name, 1.0), parameter.dim() >= 2), []).append(parameter)
-    entries = [
-        {"params": groups[share, decays], "weight_decay": recipe.weight_decay if decays else 0.0, "share": share}
+    entries: list[dict[str, Any]] = [
+        {"params": some, "weight_decay": recipe.weight_decay if decays else 0.0, "share": share}
         for share, decays in sorted(groups, reverse=True)
+        for some in _apart(groups[share, decays])
     ]
     return torch.optim.AdamW(entries, lr=recipe.peak_lr, betas=(recipe.beta1, recipe.beta2), fused=True)
 
@@ -40,15 +43,36 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         entry["lr"] = rate * entry["share"]
 
 
+def _apart(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """What is whole, and what processes have shares of: one call of torch takes only one kind."""
+    shares = [parameter for parameter in parameters if is_share(parameter)]
+    return [[p for p in parameters if not is_share(p)], shares] if shares else [parameters]
+
+
+@torch.no_grad()
+def clip_gradients(group: Group, parameters: dict[str, nn.Parameter], most: float) -> Tensor:
+    """Scale all gradients so that their norm is ``most`` at most (0: as they are); returns the norm before."""
+    found = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = nn.utils.get_total_norm([gradient for gradient in found if not is_share(gradient)])
+    if any_shares(found):
+        rest = nn.utils.get_total_norm([own(gradient) for gradient in found if is_share(gradient)])
+        norm = (norm.square() + group.sum(rest.square())).sqrt()
+    if most:
+        torch._foreach_mul_([own(gradient) for gradient in found], (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 @torch.no_grad()
 def sum_gradients(group: Group, parameters: dict[str, nn.Parameter], told: Tensor) -> None:
     """Of all processes, and the numbers ``told`` float[N] with them, in place: one call for all of it.
 
-    All of them have gradients for the same parameters. What is frozen has none, and does not travel.
+    All of them have gradients for the same parameters. What is frozen has none, and does not travel. Shares of
+    gradients are summed already.
     """
     if group.size == 1:
         return
-    tensors = [*(p.grad for p in parameters.values() if p.grad is not None), told]
+    found = [p.grad for p in parameters.values() if p.grad is not None]
+    tensors = [*(gradient for gradient in found if not is_share(gradient)), told]
     flat = group.sum(torch.cat([tensor.flatten() for tensor in tensors]))
     sums = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(sums, tensors, strict=True)])

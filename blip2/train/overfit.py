@@ -14,7 +14,7 @@ from blip2.data.joined import Joined
 from blip2.data.sample import Turn
 from blip2.errors import OptionError, option
 from blip2.train.check import gather
-from blip2.train.loop import Progress, Report
+from blip2.train.meter import Progress, Report
 from blip2.train.recipes import load_recipe
 from blip2.train.run import run
 

@@ -18,12 +18,15 @@ from blip2.data import BadPictures, Row
 from blip2.data.joined import Joined
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
-from blip2.train import lora, stage1, stage2
+from blip2.train import flops, lora, samples, stage1, stage2
 from blip2.train.check import Materials
 from blip2.train.group import Group, Step, parts_of
-from blip2.train.loop import Report, Task
+from blip2.train.loop import Task
+from blip2.train.meter import Report
 from blip2.train.reading import RowSet
 from blip2.train.recipes import Recipe
+from blip2.train.recompute import recompute
+from blip2.train.rules import learns_to_see
 from blip2.train.seeing import rate_shares, unfreeze
 
 
@@ -38,6 +41,7 @@ def prepare(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small steps vanish in half precision
+    recompute(model, recipe.checkpoint_activations)
 
     bad = BadPictures(recipe.data.on_bad_picture)
 
@@ -88,10 +92,14 @@ def _batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
 def _evaluated(
     look: Callable[[int, np.ndarray], Looked], held_out: RowSet, recipe: Recipe, group: Group
 ) -> list[Looked]:
-    """What ``look`` finds in each batch of held-out rows, in order; the processes take turns."""
+    """What ``look`` finds in each batch of held-out rows, in order; the processes take turns.
+
+    Who has no batch left looks at one of the others' once more: where weights are shared out, each needs all of them.
+    """
     batches = list(enumerate(_batches(len(held_out.rows), recipe.optim.batch_size)))
-    found = group.objects([(number, look(number, rows)) for number, rows in batches[group.rank :: group.size]])
-    return [looked for _, looked in sorted((pair for pairs in found for pair in pairs), key=lambda pair: pair[0])]
+    own = [(turn + group.rank) % len(batches) for turn in range(0, len(batches), group.size)]
+    found = group.objects([(number, look(*batches[number])) for number in own])
+    return [looked for _, looked in sorted(dict(pair for pairs in found for pair in pairs).items())]
 
 
 class Stage1Batch(NamedTuple):
@@ -110,7 +118,7 @@ class Stage1Batch(NamedTuple):
 class _Stage1:
     def __init__(self, model: Blip2Matcher, tokenizer: Tokenizer, recipe: Recipe, group: Group) -> None:
         most = min(recipe.data.max_text_tokens, model.config.qformer.max_position_embeddings)
-        self.model, self.recipe, self.group = model, recipe, group
+        self.model, self.tokenizer, self.recipe, self.group = model, tokenizer, recipe, group
         self.pad = tokenizer.token_id("[PAD]")
         self.num_cut = 0
 
@@ -139,7 +147,16 @@ class _Stage1:
             return shares
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
-        return Task(self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.num_cut)
+        return Task(
+            self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.num_cut,
+            num_tokens=lambda batch: int(batch.text_mask_BT.sum()),
+            flops=lambda batch: flops.of_stage1(
+                self.model.config, _texts(batch), vision_passes=_vision_passes(recipe, batch.stored), itg=optim.itg
+            ),
+            sample=None if held_out is None else lambda: samples.of_stage1(
+                self.model, self.tokenizer, held_out, recipe.data.max_text_tokens
+            ),
+        )  # fmt: skip
 
     def batch(self, row_set: RowSet, numbers: np.ndarray, places: range, chance: Chance) -> Stage1Batch:
         numbers, stored = row_set.read(numbers[places])
@@ -194,7 +211,7 @@ class Stage2Batch(NamedTuple):
 
 class _Stage2:
     def __init__(self, model: Blip2, materials: Materials, recipe: Recipe, group: Group) -> None:
-        self.model, self.recipe, self.group = model, recipe, group
+        self.model, self.tokenizer, self.recipe, self.group = model, materials.tokenizer, recipe, group
         self.source = materials.texts(recipe)
 
     def task(self, train_set: RowSet, held_out: RowSet | None) -> Task:
@@ -219,7 +236,17 @@ class _Stage2:
             return stage2.backward(self.model, parts(), step, count)
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
-        return Task(self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.source.num_cut)
+        return Task(
+            self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.source.num_cut,
+            num_tokens=lambda batch: stage2.num_tokens(batch.texts),
+            flops=lambda batch: flops.of_stage2(
+                self.model.config, stage2.sizes(batch.texts), vision_passes=_vision_passes(recipe, batch.stored),
+                prompts=None if batch.read is None else (len(batch.read.token_MT), batch.read.token_MT.shape[1]),
+            ),
+            sample=None if held_out is None else lambda: samples.of_stage2(
+                self.model, self.tokenizer, self.source, held_out, recipe.data.max_text_tokens
+            ),
+        )  # fmt: skip
 
     def batch(self, row_set: RowSet, numbers: np.ndarray, places: range, chance: Chance) -> Stage2Batch:
         numbers, stored = row_set.read(numbers[places])
@@ -262,6 +289,18 @@ class _Stage2:
                 right[kind].append(is_right)
         loss = sum(loss for loss, _, _ in looked) / sum(tokens for _, tokens, _ in looked)
         return {"lm": loss} | {kind: float(np.mean(values)) for kind, values in sorted(right.items())}
+
+
+def _texts(batch: Stage1Batch) -> flops.Texts:
+    rows, width = batch.text_BT.shape
+    return flops.Texts(rows, width, int(batch.text_mask_BT[:, 1:].sum()))
+
+
+def _vision_passes(recipe: Recipe, stored: Tensor) -> int:
+    """How often the image encoder's forward pass is computed, or as much as that."""
+    if stored.dim() == 3:
+        return 0
+    return 3 if recipe.vision is not None and recipe.vision.learns else 2 if learns_to_see(recipe) else 1
 
 
 def row_chance(seed: int, step: int, place: int) -> random.Random:

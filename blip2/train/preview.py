@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -14,12 +13,9 @@ import torch
 from blip2.api import find_device
 from blip2.checkpoint.load import empty_model
 from blip2.checkpoint.quantize import quantization
-from blip2.collection.page import page
 from blip2.config import MatcherConfig
 from blip2.data import Row
 from blip2.data.joined import Joined
-from blip2.errors import ImageError
-from blip2.image import thumbnail
 from blip2.placement import plan
 from blip2.quantized import QuantizedLinear
 from blip2.train import lora
@@ -29,23 +25,12 @@ from blip2.train.prepare import row_chance
 from blip2.train.reading import order_of
 from blip2.train.recipes import Recipe, load_recipe
 from blip2.train.seeing import unfreeze
+from blip2.train.sheets import sheet
 
 BYTES_LEARNING = 4 + 4 + 8
 """Of each number that learns: itself, its gradient and its two moments, all in fp32."""
-THUMBNAIL_PX = 240
 WORDS = {"vision": "image encoder", "qformer": "Q-Former, projections and heads", "language": "language model",
          "lora": "adapters"}  # fmt: skip
-STYLE = """
-body { max-width: 76rem; margin: 0 auto; padding: 1rem; }
-header p, small { color: var(--dim); font-size: .875rem; margin: 0; }
-main { display: grid; gap: .75rem; margin-top: 1rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
-figure { margin: 0; padding: .6rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  overflow-wrap: anywhere; }
-img { display: block; max-width: 100%; max-height: 12rem; margin: 0 auto .5rem; }
-p { margin: .25rem 0; }
-.read { color: var(--dim); }
-.wrong { color: var(--bad); }
-"""
 
 
 @dataclass(frozen=True)
@@ -102,10 +87,8 @@ class Preview:
         cards: dict[str, list[Said]] = {}
         for said in self.texts:
             cards.setdefault(said.row.image, []).append(said)
-        body = "\n".join(f"<p>{escape(line)}</p>" for line in about)
-        shown = "\n".join(map(_card, cards.values()))
-        title = f"The first batch of {escape(self.recipe.out.name)}"
-        return page(title, STYLE, f"<header><h1>{title}</h1>\n{body}</header>\n<main>\n{shown}\n</main>")
+        title = f"The first batch of {self.recipe.out.name}"
+        return sheet(title, about, [(some[0].row, _told(some)) for some in cards.values()])
 
 
 def preview(path: Path, *, overrides: dict[str, Any] | None = None) -> Preview:
@@ -158,19 +141,12 @@ def _first_batch(materials: Materials, recipe: Recipe) -> list[Said]:
     ]
 
 
-def _card(some: list[Said]) -> str:
+def _told(some: list[Said]) -> str:
     """Of all that is said of one picture."""
-    row = some[0].row
-    try:
-        data = base64.b64encode(thumbnail(row.content or row.image, THUMBNAIL_PX)).decode()
-        shown = f'<img alt="" src="data:image/jpeg;base64,{data}">'
-    except ImageError as error:
-        shown = f'<p class="wrong">{escape(str(error))}</p>'
-    texts = "".join(
+    return "".join(
         f'<p><small>{said.kind}</small><br><span class="read">{escape(said.read)}</span> {escape(said.written)}</p>'
         for said in some
     )
-    return f"<figure>{shown}{texts}<small>{escape(Path(row.image).name)}</small></figure>"
 
 
 def _quoted(said: Said) -> str:

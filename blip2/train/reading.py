@@ -18,7 +18,7 @@ from blip2.data import BadPictures, FeatureFile, Order, Pictures, Row, frozen_fe
 from blip2.data.joined import Joined
 from blip2.errors import ImageError, RecipeError
 from blip2.train.group import Step
-from blip2.train.loop import Progress, Report
+from blip2.train.meter import Progress, Report
 from blip2.train.recipes import Recipe
 from blip2.train.seeing import Looks
 from blip2.vision import VisionTransformer

@@ -97,6 +97,9 @@ class OptimRecipe:
     weight_decay: float = 0.05
     clip: float = 0.0
     """Largest norm of the gradient; 0 does not clip, as in the paper."""
+    ema: float = 0.0
+    """How much of the average of what learns stays at a step, such as 0.999; the average is evaluated and exported.
+    0: none."""
     label_smoothing: float = 0.1
     """Stage 1, ITC and ITG."""
     itc: Literal["exact", "lavis"] = "exact"
@@ -147,6 +150,16 @@ class EvaluationRecipe:
 
 
 @dataclass(frozen=True)
+class TrackRecipe:
+    """Who else is told how the training goes, see `train.trackers`."""
+
+    to: tuple[str, ...] = ()
+    """Of "tensorboard", "trackio" and "wandb"."""
+    project: str = "blip2"
+    """The name under which trackio and wandb show trainings; the training's own is that of its folder."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     stage: Literal[1, 2]
     start: str
@@ -164,14 +177,21 @@ class Recipe:
     vision: VisionRecipe | None = None
     evaluation: EvaluationRecipe | None = None
     lora: LoraRecipe | None = None
+    track: TrackRecipe = field(default_factory=TrackRecipe)
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
+    checkpoint_activations: tuple[str, ...] = ()
+    """Of "language", "qformer" and "vision": what their layers compute is computed again for the gradient, not kept."""
+    shard: tuple[str, ...] = ()
+    """Of "language" and "vision": of their weights each of several processes keeps a share (see `train.shard`)."""
     threads: int = 0
     """For the arithmetic, and as many for decoding pictures; 0: as many as there are cores."""
     log_every: int = 10
     evaluate_every: int = 1000
     checkpoint_every: int = 1000
+    sample_every: int = 0
+    """After each so many steps a page of held-out pictures with what the model says of them; 0: none."""
 
     @property
     def changes_sight(self) -> bool:

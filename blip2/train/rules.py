@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blip2.errors import RecipeError
+from blip2.train.trackers import NAMES
 
 if TYPE_CHECKING:
     from blip2.train.recipes import LoraRecipe, Recipe, VisionRecipe
@@ -36,6 +37,7 @@ def check(recipe: Recipe, error: Error) -> None:
         "log_every": (recipe.log_every, 1),
         "evaluate_every": (recipe.evaluate_every, 1),
         "checkpoint_every": (recipe.checkpoint_every, 1),
+        "sample_every": (recipe.sample_every, 0),
         "seed": (recipe.seed, 0),
         "threads": (recipe.threads, 0),
     }
@@ -54,6 +56,7 @@ def check(recipe: Recipe, error: Error) -> None:
         ("beta1", optim.beta1),
         ("beta2", optim.beta2),
         ("label_smoothing", optim.label_smoothing),
+        ("ema", optim.ema),
     ):
         if not 0 <= value < 1:
             raise error(f"optim.{name}", f"has to be at least 0 and less than 1, not {value}")
@@ -103,8 +106,40 @@ def check(recipe: Recipe, error: Error) -> None:
         _check_vision(recipe.vision, error)
     if recipe.lora is not None:
         _check_lora(recipe, recipe.lora, error)
+    for part in recipe.checkpoint_activations:
+        known = ("vision", "qformer") if recipe.stage == 1 else ("vision", "qformer", "language")
+        if part not in known:
+            raise error("checkpoint_activations", f"names {part!r}; stage {recipe.stage} has {', '.join(known)}")
+        if part == "vision" and not learns_to_see(recipe):
+            raise error("checkpoint_activations", "names the image encoder, which is frozen; remove it")
+    if recipe.sample_every and recipe.evaluation is None:
+        raise error("sample_every", "shows held-out rows, and there are none; add [evaluation], or remove it")
+    for name in recipe.track.to:
+        if name not in NAMES:
+            raise error("track.to", f"names {name!r}; there are {', '.join(NAMES)}")
+    _check_shard(recipe, error)
     if not recipe.start:
         raise error("start", "is empty; name the folder of a model, or miniature")
+
+
+def learns_to_see(recipe: Recipe) -> bool:
+    """Whether there is a gradient within the image encoder."""
+    if recipe.vision is not None and recipe.vision.learns:
+        return True
+    return recipe.lora is not None and "vision" in recipe.lora.parts
+
+
+def _check_shard(recipe: Recipe, error: Error) -> None:
+    known = ("vision",) if recipe.stage == 1 else ("vision", "language")
+    for part in recipe.shard:
+        if part not in known:
+            raise error("shard", f"names {part!r}; stage {recipe.stage} has {', '.join(known)}")
+    if "language" in recipe.shard and recipe.lora is not None and recipe.lora.base in ("int8", "int4"):
+        raise error("shard", f"a language model in {recipe.lora.base} is not divided; remove it, or lora.base")
+    if "vision" in recipe.shard and recipe.data.features is not None:
+        raise error(
+            "shard", "names the image encoder, which data.features asks once, before training; remove one of both"
+        )
 
 
 def _check_vision(vision: VisionRecipe, error: Error) -> None:

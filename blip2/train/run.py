@@ -14,12 +14,16 @@ from blip2 import checkpoint
 from blip2.api import find_device
 from blip2.disk import locked
 from blip2.errors import OptionError, RecipeError
+from blip2.model import Blip2, Blip2Matcher
 from blip2.train import lora
 from blip2.train.check import gather
 from blip2.train.group import Group, joined
-from blip2.train.loop import Progress, Report, TrainingFailed, TrainingStopped, autocast_for, train
+from blip2.train.loop import TrainingStopped, autocast_for, train
+from blip2.train.meter import Progress, Report, TrainingFailed
 from blip2.train.prepare import prepare
 from blip2.train.recipes import Recipe, load_recipe
+from blip2.train.shard import gather as gather_whole
+from blip2.train.shard import shard
 from blip2.train.start import build
 from blip2.train.state import is_finished
 
@@ -55,12 +59,26 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
     autocast, frozen_dtype = autocast_for(recipe.precision, device)
     with group.in_turn("gathered", is_one_enough=True):
         materials = gather(recipe, path, lambda told: report(Progress("rows", 0, steps, message=told)))
-    model = build(recipe, path, materials, device=device, dtype=frozen_dtype)
+
+    def load() -> Blip2 | Blip2Matcher:
+        # What is to be shared out may not fit on a device: all of it lies on the CPU before.
+        place = torch.device("cpu") if recipe.shard else device
+        model = build(recipe, path, materials, device=place, dtype=frozen_dtype)
+        for name, part in model.named_children():
+            if name not in recipe.shard:
+                part.to(device)
+        return model
+
+    model = None if recipe.shard else load()
     with _alone(recipe.out) if group.is_first else nullcontext():
         with group.in_turn("prepared"):  # the first computes features that are missing, the others find them
+            model = load() if model is None else model  # in turn: there is one whole model in memory, not one for each
             task = prepare(model, materials, recipe, report, group)
+            if recipe.shard:
+                shard(model, recipe.shard, group, device)
         train(task, recipe, report=report, autocast=autocast, group=group)
         number = len({path for found in group.objects(task.bad_pictures()) for path in found})
+        gather_whole(model, group, needs_frozen=recipe.lora is None)
         if group.is_first and recipe.lora is not None:
             lora.save(model, recipe.out, recipe.lora, recipe.start)
         elif group.is_first:

@@ -24,6 +24,7 @@ from blip2.config import DecoderConfig, LanguageConfig, OPTConfig, T5Config
 from blip2.dropout import dropout_by_rows
 from blip2.language import OPT, T5, Decoder
 from blip2.model import Blip2
+from blip2.train.flops import Texts
 from blip2.train.group import Step
 from blip2.train.losses import language_modelling
 
@@ -144,6 +145,21 @@ def backward(model: Blip2, parts: Iterable[Part], step: Step, count: int) -> dic
         loss.backward()
         share += loss.detach()
     return {"lm": share}
+
+
+def num_tokens(texts: PackedTexts | SplitTexts) -> int:
+    """Of all texts, without padding: those that are read, and those that are only predicted."""
+    if isinstance(texts, SplitTexts):
+        return int(texts.length_M.sum()) + len(texts.targets.token_N)
+    return int((texts.segment_BT > 0).sum())
+
+
+def sizes(texts: PackedTexts | SplitTexts) -> Texts:
+    num_targets = len(texts.targets.token_N)
+    if isinstance(texts, PackedTexts):
+        return Texts(len(texts.token_BT), texts.token_BT.shape[1], num_targets)
+    rows, width = texts.prompt_MT.shape
+    return Texts(rows // texts.texts_per_image, width, num_targets, texts.decoder_MT.shape[1], rows)
 
 
 def _look_and_read(model: Blip2, patches_BPD: Tensor, read: ReadTexts) -> Tensor:

@@ -1,12 +1,14 @@
 """The state of a training, in one safetensors file: trained weights, moments, and the step that was done.
 
-For each parameter: ``model.<name>``, ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``updates.<name>`` (how many).
+For each parameter: ``model.<name>``, ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``updates.<name>`` (how many), and
+``average.<name>`` where an average is kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -17,20 +19,22 @@ from torch import Tensor, nn
 from blip2 import tensorfile
 from blip2.disk import Stamp, digest_of, stamp_of
 from blip2.errors import RecipeError
+from blip2.train.group import Group
 from blip2.train.recipes import Recipe
+from blip2.train.shard import fill, is_share, whole
 
 STATE = "state.safetensors"
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "updates": "step"}
 FREE = {
     "out", "evaluation", "steps", "threads", "log_every", "evaluate_every", "checkpoint_every", "features",
     "on_bad_picture",
-    "accumulate",
+    "accumulate", "shard", "checkpoint_activations", "track", "sample_every",
 }  # fmt: skip
 """What of a recipe may change between stopping and going on; all else would make it another training."""
 NEW = {
     "optim.itc": repr("exact"), "lora": "None", "data.sources": "()", "data.augment": "False",
     "data.cleaning": repr("none"), "data.question_prompt": repr(""), "optim.itg": "True", "text_branch": "None",
-    "vision": "None",
+    "vision": "None", "optim.ema": "0.0",
 }  # fmt: skip
 """What recipes did not have once, as it was then."""
 ROWS = "what is in data.rows"
@@ -38,19 +42,41 @@ ROWS = "what is in data.rows"
 
 
 def save_state(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, recipe: Recipe, *, step: int
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    *,
+    step: int,
+    average: Mapping[str, Tensor] | None = None,
+    notes: Mapping[str, float] | None = None,
+    is_writer: bool = True,
 ) -> None:
-    """There is always one whole state, safe on the disk. Raises RecipeError if it cannot be written."""
+    """There is always one whole state, safe on the disk. Raises RecipeError if it cannot be written.
+
+    ``average``: of the parameters, by name; ``notes``: numbers to be known when training goes on. Of weights of which
+    processes have shares, all of them have to come here; one of them is the writer.
+    """
     tensors: dict[str, Tensor] = {}
+
+    def add(name: str, tensor: Tensor) -> None:
+        if is_share(tensor):
+            tensor = whole(tensor.detach()).to("cpu") if is_writer else whole(tensor.detach())[:0]
+        tensors[name] = tensor
+
     for name, parameter in parameters.items():
-        tensors[f"model.{name}"] = parameter
+        add(f"model.{name}", parameter)
         for ours, theirs in MOMENTS.items():
             if theirs in optimizer.state[parameter]:
-                tensors[f"{ours}.{name}"] = optimizer.state[parameter][theirs]
+                add(f"{ours}.{name}", optimizer.state[parameter][theirs])
+    for name, weight in (average or {}).items():
+        add(f"average.{name}", weight)
+    if not is_writer:
+        return
     path = folder / STATE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"step": str(step), "recipe": json.dumps(_facts(recipe))}
+        about = {"step": str(step), "recipe": json.dumps(_facts(recipe)), "notes": json.dumps(dict(notes or {}))}
         tensorfile.save(path, tensors, about, unfinished=path.with_name(f"{STATE}.part"))
     except OSError as error:
         raise RecipeError(
@@ -60,30 +86,43 @@ def save_state(
 
 
 def load_state(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, recipe: Recipe
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    group: Group | None = None,
+    *,
+    average: Mapping[str, Tensor] | None = None,
+    notes: dict[str, float] | None = None,
 ) -> int:
-    """Put a saved state, if there is one, into weights and optimiser; returns the number of steps done.
+    """Put a saved state, if there is one, into weights, optimiser, average and notes; returns the steps done.
 
     Raises RecipeError if it was saved by another recipe, naming the first difference, or is not what was saved.
     """
     path = folder / STATE
     if not path.exists():
         return 0
-    tensors, step, facts = _read(path)
+    tensors, step, facts, noted = _read(path)
     _compare(path, facts, _facts(recipe))
     expected = {f"model.{name}": parameter.shape for name, parameter in parameters.items()}
     if {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")} != expected:
         raise RecipeError(f"{path}: was saved for another model; delete it to begin anew, or change 'out'")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            moments = {
-                theirs: tensors[f"{ours}.{name}"].to(parameter.device)
-                for ours, theirs in MOMENTS.items()
-                if f"{ours}.{name}" in tensors
-            }
-            if moments:
-                optimizer.state[parameter] = moments
+    group = group or Group()
+    for name, parameter in parameters.items():
+        fill(parameter, tensors[f"model.{name}"], group)
+        moments = {}
+        for ours, theirs in MOMENTS.items():
+            if (saved := tensors.get(f"{ours}.{name}")) is not None:
+                moments[theirs] = saved.to(parameter.device)
+                if is_share(parameter) and saved.dim():
+                    fill(new := torch.empty_like(parameter, requires_grad=False), saved, group)
+                    moments[theirs] = new
+        if moments:
+            optimizer.state[parameter] = moments
+    for name, weight in (average or {}).items():
+        fill(weight, tensors[f"average.{name}"], group)
+    if notes is not None:
+        notes.update(noted)
     return step
 
 
@@ -96,18 +135,19 @@ def is_finished(recipe: Recipe) -> bool:
     with suppress(OSError, LookupError, ValueError):  # `load_state` tells what is wrong
         if int(tensorfile.read_header(path).about["step"]) < recipe.optim.steps:
             return False  # without reading all of it
-    _, step, facts = _read(path)
+    _, step, facts, _ = _read(path)
     return step >= recipe.optim.steps and _difference(facts, _facts(recipe)) is None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], int, dict[str, str]]:
-    """Tensors, steps done, and the recipe's facts."""
+def _read(path: Path) -> tuple[dict[str, Tensor], int, dict[str, str], dict[str, float]]:
+    """Tensors, steps done, the recipe's facts, and notes, which there were none of once."""
     try:
         tensors, about = tensorfile.load(path)
         step, facts = int(about["step"]), dict(json.loads(about["recipe"]))
+        notes = dict(json.loads(about.get("notes", "{}")))
     except (OSError, LookupError, ValueError, TypeError) as error:
         raise RecipeError(f"{path}: is damaged ({error}); delete it to begin anew") from None
-    return tensors, step, facts
+    return tensors, step, facts, notes
 
 
 def _facts(recipe: Recipe) -> dict[str, str]:

@@ -146,6 +146,31 @@ def test_training_a_lora(follow):
     assert Path("merged/config.json").exists() and Path("batch.html").exists() and Path("curves.svg").exists()
 
 
+def test_training_at_scale(run, tmp_path, monkeypatch):
+    """All that its recipes say at once, with the bundled model, in few steps."""
+    monkeypatch.chdir(tmp_path)
+    drawn(".", *EXAMPLES)
+    lines = [{"image": f"{name}.png", "caption": f"this is the picture of a {name}"} for name in EXAMPLES]
+    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = "".join(re.findall(r"```toml\n(.*?)```", (GUIDES / "training-at-scale.md").read_text("utf-8"), re.S))
+    keys, _, tables = said.replace('to = ["tensorboard"]', "to = []").replace("= 500", "= 2").partition("[optim]")
+    optim, *others = tables.replace("[optim]", "").partition("[track]")
+    sample = "sample_every = 2"
+    recipe = f"""
+        stage = 2\nstart = "miniature"\nout = "out"\nlog_every = 1\n{keys}\n{sample}
+        [data]\nrows = "rows.jsonl"\n[evaluation]\nrows = "rows.jsonl"
+        [optim]\nsteps = 3\nbatch_size = 3\nwarmup_steps = 1\n{optim.replace(sample, "")}
+        {"".join(others)}
+    """
+    Path("recipe.toml").write_text(recipe)
+    done = run("train", "recipe.toml")
+    assert done.exit_code == 0, done.stderr
+    assert "mfu is the share of" in done.stderr and "tokens/s" in done.stderr
+    assert [path.name for path in sorted(Path("out/samples").iterdir())] == ["0000002.html", "0000003.html"]
+    for name in re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", (GUIDES / "training-at-scale.md").read_text("utf-8"), re.M):
+        assert all(not each or each in rows("out/log.jsonl")[0] for each in name)
+
+
 def test_fine_tuning(follow):
     """The recipe for questions with the bundled model, few rows and few steps."""
     drawn(".", *EXAMPLES)

@@ -14,32 +14,35 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from blip2.train.check import gather
-from blip2.train.group import Group, Step, joined, parts_of
+from blip2.train.group import Group, Step, joined
+from blip2.train.loop import autocast_for
 from blip2.train.optim import sum_gradients, trained_parameters
 from blip2.train.prepare import prepare
 from blip2.train.recipes import load_recipe
+from blip2.train.shard import shard
 from blip2.train.start import build
 
 ROOT = Path(__file__).parents[2]
 
 
-def gradients(path, overrides, group=None, number=3, autocast=nullcontext):
-    """The losses and the gradients of step ``number`` of a recipe, dropout included."""
+def gradients(path, overrides, group=None, number=3, autocast=None):
+    """The losses and the gradients of step ``number`` of a recipe, dropout included; in its precision by default."""
     group, recipe = group or Group(), load_recipe(path, overrides)
+    autocast = autocast or autocast_for(recipe.precision, torch.device("cpu"))[0]
     torch.manual_seed(recipe.seed)
     with group.in_turn(f"{path} {overrides}"):
         materials = gather(recipe, path)
         model = build(recipe, path, materials, device=torch.device("cpu"), dtype=torch.float32)
         task = prepare(model, materials, recipe, lambda progress: None, group)
+        shard(model, recipe.shard, group, torch.device("cpu"))
     task.learning.train()
     size = recipe.optim.batch_size
-    parts = [task.make_batch(number, places) for places in parts_of(group.share(size), recipe.optim.accumulate)]
+    parts = [task.make_batch(number, places) for places in group.parts(size, recipe.optim.accumulate)]
     shares = task.backward(parts, Step(5, size, autocast, torch.Generator().manual_seed(5), group))
     told, parameters = torch.stack(list(shares.values())), trained_parameters(model)
     sum_gradients(group, parameters, told)

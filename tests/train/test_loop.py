@@ -95,6 +95,57 @@ def test_resuming_is_as_if_nothing_had_happened(tmp_path):
     assert torch.equal(again.model.weight, whole.model.weight)
 
 
+def averaged(steps, decay):
+    """The weights of each step, and their average, of a training that keeps none."""
+    model, seen = Vector(), []
+    told = task(model)
+
+    def backward(batch, step):
+        seen.append(model.weight.detach().clone())
+        return told.backward(batch, step)
+
+    return model, seen, replace(told, backward=backward)
+
+
+def test_the_average_is_evaluated_exported_and_resumed(tmp_path):
+    model, seen, told = averaged(12, 0.9)
+    run(told, recipe(tmp_path / "plain"))
+    seen.append(model.weight.detach().clone())
+    averages = seen[:1]
+    for step, weight in enumerate(seen[1:]):
+        averages.append(averages[-1].lerp(weight, 1 - min(0.9, (1 + step) / (10 + step))))
+
+    averaging, evaluated = Vector(), []
+
+    def evaluate():
+        evaluated.append(averaging.weight.detach().clone())
+        return {"score": 0.5}
+
+    whole = task(averaging, evaluate=evaluate)
+    run(whole, recipe(tmp_path / "whole", ema=0.9))
+    assert torch.allclose(evaluated[0], averages[6], atol=1e-6)
+    assert torch.allclose(evaluated[1], averages[12], atol=1e-6)
+    assert torch.equal(averaging.weight, evaluated[1]), "what is left in the model is what was evaluated"
+    state = load_file(tmp_path / "whole" / "training" / "state.safetensors")
+    assert torch.equal(state["model.weight"], model.weight), "it learns as without an average"
+    assert torch.equal(state["average.weight"], averaging.weight)
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        if progress.step == 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(task(), recipe(tmp_path / "parts", ema=0.9), stop)
+    again = task()
+    run(again, recipe(tmp_path / "parts", ema=0.9))
+    assert torch.equal(again.model.weight, averaging.weight)
+    with pytest.raises(RecipeError, match=r"saved with optim.ema = 0.9, the recipe says 0.5"):
+        run(task(), recipe(tmp_path / "parts", ema=0.5))
+
+
 def test_a_finished_training_has_nothing_to_do(tmp_path):
     run(task(), recipe(tmp_path))
     seen = []
@@ -120,14 +171,14 @@ def test_other_rows_under_the_same_name_do_not_go_on(tmp_path):
 
 
 def test_a_state_of_an_earlier_version_goes_on(tmp_path):
-    """Without a checksum, and without what was in data.rows."""
+    """Without a checksum, and without what was in data.rows and what recipes had not."""
     whole, parts = task(), task()
     run(whole, recipe(tmp_path / "whole"))
     run(parts, recipe(tmp_path / "parts", steps=12))
     path = tmp_path / "parts" / "training" / "state.safetensors"
     tensors, about = tensorfile.load(path)
     facts = json.loads(about["recipe"])
-    del facts[ROWS]
+    del facts[ROWS], facts["optim.ema"]
     save_file(tensors, path, {"step": about["step"], "recipe": json.dumps(facts)})
     again = task()
     run(again, recipe(tmp_path / "parts"))
@@ -249,6 +300,18 @@ def test_a_loss_that_has_run_away_ends_it(tmp_path, factors, end):
     assert list(losses_of(tmp_path)) == list(range(1, end + 1)), "the log has what was seen"
 
 
+def test_a_loss_that_runs_away_after_going_on_is_judged_by_the_first_of_all(tmp_path):
+    """Also if it is far from the start at each step of this run."""
+    def training(factors):
+        model = Vector()
+        model.dropout.p = 0.0
+        return task(model, lambda step: float(factors[step])), recipe(tmp_path, peak_lr=0.0, steps=len(factors))
+
+    run(*training([1, 1, 1, 1, 9]))
+    with pytest.raises(TrainingFailed, match=r"the loss has run away: \S+ at first, \S+ at step 7; lower"):
+        run(*training([1, 1, 1, 1, 9, 9, 9, 9]))
+
+
 def test_what_was_learnt_before_bad_steps_is_saved(tmp_path):
     model = Vector()
     with pytest.raises(TrainingFailed, match=r"the last is step 13: .*; the state of step 3 is in"):
@@ -302,6 +365,25 @@ def test_an_infinite_gradient_is_a_bad_step(tmp_path):
         )
     assert "skipped step 1" in seen[0].message
     assert torch.equal(model.weight, torch.ones(3, 4))
+
+
+def test_what_is_measured(tmp_path):
+    """Means over the steps between two reports; the share of a device's peak once arithmetic is known."""
+    seen = []
+    measured = replace(
+        task(factor=lambda step: math.nan if step == 1 else 1.0),
+        flops=lambda part: 1e6, num_tokens=lambda part: 7,
+    )  # fmt: skip
+    run(measured, replace(recipe(tmp_path, steps=8), log_every=4), seen.append)
+    first, second = [progress.measures for progress in seen if progress.losses]
+    assert first["skipped"] == 0.25 and second["skipped"] == 0
+    assert all(found["gradient_norm"] > 0 and found["peak_memory_mb"] > 10 for found in (first, second))
+    assert all(found["tokens_per_s"] > 0 and 0 < found["mfu"] < 1 for found in (first, second))
+    told = [progress.message for progress in seen if progress.losses and progress.message]
+    assert len(told) == 1 and "mfu is the share of" in told[0] and "the best of 5 products" in told[0]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "mfu" in line] == [4, 8]
+    assert [line["mfu_of"] for line in lines if "mfu_of" in line] == told
 
 
 def test_clipping(tmp_path):

@@ -1,0 +1,43 @@
+"""Pages of pictures with what is said about them: of a first batch, and of samples while a training goes on."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from blip2.collection.page import page
+from blip2.data import Row
+from blip2.errors import ImageError
+from blip2.image import thumbnail
+
+THUMBNAIL_PX = 240
+STYLE = """
+body { max-width: 76rem; margin: 0 auto; padding: 1rem; }
+header p, small { color: var(--dim); font-size: .875rem; margin: 0; }
+main { display: grid; gap: .75rem; margin-top: 1rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+figure { margin: 0; padding: .6rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  overflow-wrap: anywhere; }
+img { display: block; max-width: 100%; max-height: 12rem; margin: 0 auto .5rem; }
+p { margin: .25rem 0; }
+.read { color: var(--dim); }
+.wrong { color: var(--bad); }
+"""
+
+
+def sheet(title: str, about: Iterable[str], cards: Iterable[tuple[Row, str]]) -> str:
+    """HTML of a page: lines ``about`` it as text; of each picture its row, and as HTML what is said of it."""
+    body = "\n".join(f"<p>{escape(line)}</p>" for line in about)
+    shown = "\n".join(_card(row, said) for row, said in cards)
+    title = escape(title)
+    return page(title, STYLE, f"<header><h1>{title}</h1>\n{body}</header>\n<main>\n{shown}\n</main>")
+
+
+def _card(row: Row, said: str) -> str:
+    try:
+        data = base64.b64encode(thumbnail(row.content or row.image, THUMBNAIL_PX)).decode()
+        shown = f'<img alt="" src="data:image/jpeg;base64,{data}">'
+    except ImageError as error:
+        shown = f'<p class="wrong">{escape(str(error))}</p>'
+    return f"<figure>{shown}{said}<small>{escape(Path(row.image).name)}</small></figure>"

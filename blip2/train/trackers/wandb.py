@@ -1,0 +1,28 @@
+"""Weights & Biases: written to ``OUT/wandb``, and sent by ``wandb sync`` later, or at once by ``WANDB_MODE=online``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class _Tracker:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "trainer/step": step})  # its own count does not go back where a training goes on
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def start(folder: Path, project: str, first: int) -> _Tracker:
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE", "offline")
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, resume="allow", id=folder.name)
+    run.define_metric("*", step_metric="trainer/step")
+    return _Tracker(run)
