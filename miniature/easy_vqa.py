@@ -43,7 +43,7 @@ evaluate_every = 400
 log_every = 20
 
 [data]
-rows = "train.jsonl"
+rows = "{rows}"
 on_bad_picture = "stop"
 features = "features"
 {data}
@@ -86,10 +86,10 @@ def shown(turns: list[tuple[str, str]]) -> Shown | None:
 
 
 def write_rows(source: Path, folder: Path) -> dict[Shown, list[tuple[str, str]]]:
-    """train.jsonl and test.jsonl; gives what may be asked about each kind of picture, from training alone."""
+    """train.jsonl, captions-train.jsonl and test.jsonl; gives what may be asked about each kind of picture, from training alone."""
     known: dict[Shown, set[tuple[str, str]]] = defaultdict(set)
     for split in ("train", "test"):
-        with (folder / f"{split}.jsonl").open("w") as file:
+        with (folder / f"{split}.jsonl").open("w") as file, (folder / f"captions-{split}.jsonl").open("w") as captioned:
             for number, turns in asked(source, split).items():
                 image = {"image": str((source / "data" / split / "images" / f"{number}.png").resolve())}
                 if split == "test":
@@ -100,10 +100,12 @@ def write_rows(source: Path, folder: Path) -> dict[Shown, list[tuple[str, str]]]
                     continue
                 told = shown(turns)
                 questions = [{"question": question, "answer": answer} for question, answer in turns]
-                captions = {} if told is None else {"captions": [caption.format(*told) for caption in CAPTIONS]}
-                file.write(json.dumps(image | captions | {"questions": questions}) + "\n")
+                captions = {}
                 if told is not None:
                     known[told] |= set(turns)
+                    captions = {"captions": [caption.format(*told) for caption in CAPTIONS]}
+                    captioned.write(json.dumps(image | captions) + "\n")
+                file.write(json.dumps(image | captions | {"questions": questions}) + "\n")
     return {told: sorted(turns) for told, turns in sorted(known.items())}
 
 
@@ -163,14 +165,14 @@ def main() -> None:
     if not (options.folder / "start-matching").exists():
         write_start(known, options.folder)
     mix = "texts_per_image = 6\nmix = { captions = 1.0, questions = 8.0 }"
-    for stage, start, qformer, data in (
-        (1, "start-matching", "", ""),
-        (2, "start-generative", 'qformer = "stage1"', mix),
+    for stage, start, rows, qformer, data in (
+        (1, "start-matching", "captions-train.jsonl", "", ""),  # the answers about some do not tell what is shown
+        (2, "start-generative", "train.jsonl", 'qformer = "stage1"', mix),
     ):
         path = options.folder / f"stage{stage}.toml"
         held_out = HELD_OUT if stage == 2 else ""  # the test's rows have no captions
         path.write_text(
-            RECIPE.format(stage=stage, start=start, qformer=qformer, data=data, steps=options.steps[stage - 1])
+            RECIPE.format(stage=stage, start=start, rows=rows, qformer=qformer, data=data, steps=options.steps[stage - 1])
             + held_out
         )
         run(path)
