@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import click
 
-from blip2 import __version__
 from blip2.errors import Blip2Error, OptionError, in_python
 
 COMMANDS = {
@@ -184,8 +183,19 @@ def threads_option(command: Any) -> Any:
     )(command)
 
 
+def _tell_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from blip2.version import told
+
+        click.echo(told())
+        context.exit()
+
+
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, message="blip2 %(version)s")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_tell_version,
+    help="Show the version, what it was built of, and exit.",
+)
 @debug_option
 def cli() -> None:
     """BLIP-2: captions, visual question answering, image-text matching and search.
