@@ -72,8 +72,8 @@ def _compile() -> None:
             os.fsync(file.fileno())  # not by `blip2.disk`: this file runs alone
         os.replace(unfinished[1], LIBRARY)
     except subprocess.CalledProcessError as error:
-        lines = error.stderr.splitlines()
-        wrong = next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {error.returncode}")
+        lines = error.stderr.splitlines() or [f"exit code {error.returncode}"]
+        wrong = next((line for line in lines if "error" in line), lines[0])
         raise NoKernelsError(f"{compiler} failed: {wrong.strip()}") from error
     finally:
         for path in unfinished:
