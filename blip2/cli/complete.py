@@ -20,6 +20,7 @@ class _OrFiles(shell_completion.ShellComplete):
 
 def use() -> None:
     """For each shell that click knows, from now on in this process."""
-    for name in ("bash", "zsh", "fish"):
+    for name in ("bash", "zsh", "fish", "powershell"):
         known: Any = shell_completion.get_completion_class(name)
-        shell_completion.add_completion_class(type(known.__name__, (_OrFiles, known), {}), name)
+        if known is not None:  # PowerShell is not known to every click
+            shell_completion.add_completion_class(type(known.__name__, (_OrFiles, known), {}), name)
