@@ -127,7 +127,7 @@ def test_an_archive(tree: Path, tmp_path_factory: pytest.TempPathFactory, tag: s
 
 
 def test_the_version_is_found_where_it_is_expected() -> None:
-    assert blip2.__version__ == version.__version__ == version.facts().version
+    assert blip2.__version__ == version.__version__
     assert re.match(r"\d+\.\d+", blip2.__version__)
 
 
