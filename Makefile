@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint test-slow bench docs screenshots clean
+.PHONY: help venv demo test lint test-slow bench docs dist wheels image screenshots clean
 
 help:       ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,6 +31,17 @@ docs: venv    ## the site, into docs/_build/html (docs/conf.py); any warning is 
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
 	@echo docs/_build/html/index.html
 
+dist: .venv/release.stamp  ## an sdist and a wheel for this machine in dist/ (BLIP2_KERNELS=no: for every machine)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+wheels: .venv/release.stamp  ## wheels with compiled kernels in dist/ (by cibuildwheel; on Linux it needs Docker)
+	$(BIN)/cibuildwheel --output-dir dist
+
+image:      ## an image for containers, blip2:latest (TORCH=cu130: with CUDA 13.0; needs Docker)
+	docker build --build-arg TORCH=$(or $(TORCH),cpu) --tag blip2 .
+
 screenshots: venv  ## pictures of the server's page into docs/ (needs a Chromium)
 	$(BIN)/python docs/screenshots.py
 
@@ -46,6 +57,10 @@ clean:      ## remove the environment, caches and build results
 
 .venv/runtime.stamp: pyproject.toml constraints.txt blip2/native/kernels.c blip2/native/build.py | .venv/bin/pip
 	$(INSTALL) .
+	@touch $@
+
+.venv/release.stamp: constraints.txt | .venv/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine cibuildwheel
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt blip2/native/kernels.c blip2/native/build.py | .venv/bin/pip

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from blip2.generation import GenerateOptions
     from blip2.index import Index
     from blip2.tasks.explain import Explanation
+    from blip2.version import __version__
 
 if "OMP_WAIT_POLICY" not in os.environ:
     # OpenMP's threads wait for one another busily; where another program has one of the processors, two threads took
     # six times as long as one. Torch's OpenMP reads this when torch is imported: later it has no effect.
     os.environ.setdefault("GOMP_SPINCOUNT", "200")
 
-__version__ = "0.1.0"
 __all__ = [
     "Blip2Config",
     "Blip2Error",
@@ -103,6 +103,7 @@ _HOMES = {
     "InstructBlipVisionConfig": "blip2.compat",
     "Matcher": "blip2.api",
     "Pipeline": "blip2.api",
+    "__version__": "blip2.version",
     "ask_collection": "blip2.api.collect",
     "caption_collection": "blip2.api.collect",
     "load": "blip2.api",

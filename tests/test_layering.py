@@ -14,7 +14,7 @@ MAX_LINES = 350
 
 # Low to high: a part may import from the lines above its own, never from its neighbours on the line.
 ORDER = [
-    {"errors", "plaintext", "installed"},
+    {"errors", "plaintext", "installed", "version"},
     {"config", "disk"},
     {"native", "linear", "threads", "tensorfile", "published"},
     {"finite", "scores", "dropout"},

@@ -130,3 +130,9 @@ def test_a_library_of_another_source_is_not_used(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(build, "SOURCE", changed)
     with pytest.warns(UserWarning, match=r"compile it again: python .*build\.py"):
         assert native.kernels.__wrapped__() is None
+
+
+def test_a_mac_whose_torch_has_no_openmp_does_without(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(native.sys, "platform", "darwin")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    assert native.kernels.__wrapped__() is None

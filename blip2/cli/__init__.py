@@ -15,8 +15,8 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
-from blip2 import __version__
 from blip2.errors import Blip2Error, OptionError, in_python
 
 COMMANDS = {
@@ -45,6 +45,10 @@ COMMANDS = {
 """Each subcommand is the `command` of the file of its name; the text is its line in ``blip2 --help``."""
 
 
+COMPLETE = "_BLIP2_COMPLETE"
+"""The variable by which a shell asks what a word may become; click has its name."""
+
+
 class Failure(click.ClickException):
     """One line on standard error, and an exit code."""
 
@@ -67,6 +71,11 @@ class Cli(click.Group):
             return None
         return importlib.import_module(f"blip2.cli.{name}").command
 
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The verbs, for a shell: of the table, so that none is imported for it."""
+        verbs = [CompletionItem(name, help=words) for name, words in COMMANDS.items() if name.startswith(incomplete)]
+        return verbs + super(click.Group, self).shell_complete(context, incomplete)
+
     def resolve_command(
         self, context: click.Context, arguments: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -82,6 +91,8 @@ class Cli(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        if COMPLETE in os.environ:
+            importlib.import_module("blip2.cli.complete").use()
         kwargs |= {"standalone_mode": False, "prog_name": "blip2"}
         code = 0
         try:
@@ -184,8 +195,19 @@ def threads_option(command: Any) -> Any:
     )(command)
 
 
+def _tell_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from blip2.version import told
+
+        click.echo(told())
+        context.exit()
+
+
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, message="blip2 %(version)s")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_tell_version,
+    help="Show the version, what it was built of, and exit.",
+)
 @debug_option
 def cli() -> None:
     """BLIP-2: captions, visual question answering, image-text matching and search.

@@ -8,8 +8,10 @@ without, by torch's functions. Only for tensors on the CPU, in fp32 or bf16, wit
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,6 +51,8 @@ ARGUMENTS = {
 def kernels() -> ctypes.CDLL | None:
     """The loaded library, or None."""
     try:
+        if sys.platform == "darwin":  # where the kernels find OpenMP only if it was loaded for all to see
+            ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libomp.dylib"), ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(LIBRARY))
         for name, arguments in ARGUMENTS.items():
             getattr(library, name).argtypes = arguments

@@ -3,6 +3,9 @@
     python blip2/native/build.py
 
 Needs nothing but the standard library. Without the result everything works as well, by torch's own functions.
+
+The result is for every processor of its kind: there is no ``-march``, and which instructions a processor has is asked
+when the library is loaded (``blip2_prepare``). What is compiled here is what a wheel carries.
 """
 
 from __future__ import annotations
@@ -17,11 +20,21 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("kernels.c")
 INCLUDED = SOURCE.with_name("program.c")
 LIBRARY = Path(__file__).with_name("kernels.so")
+IS_MAC = sys.platform == "darwin"
 FLAGS = (
-    "-std=c11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c11", "-O3", "-fPIC", *(("-Xpreprocessor",) if IS_MAC else ()), "-fopenmp",
+    "-fno-math-errno", "-fno-trapping-math",
     # A product is rounded where the source says so, whatever the processor: the same numbers everywhere.
     "-ffp-contract=off",
 )  # fmt: skip
+# Not linked with OpenMP: its functions are those that torch has loaded, so that there is one pool of threads.
+LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if IS_MAC else ()), "-lm")
+CLANGS_OPENMP = b"__kmpc_fork_call"
+"""What clang's programs ask of OpenMP: torch's builds for Linux have GCC's, those for Macs have it."""
+
+
+class NoKernelsError(Exception):
+    """Why there are none, in one line."""
 
 
 def source_crc32() -> int:
@@ -30,30 +43,42 @@ def source_crc32() -> int:
 
 
 def build() -> Path | None:
-    """Compile; the library's path, or None where that is not possible (another system, no compiler, an error)."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if sys.platform != "linux" or compiler is None:
+    """Compile; the library's path, or None, and a line on standard error, where that is not possible."""
+    try:
+        _compile()
+    except NoKernelsError as reason:
+        sys.stderr.write(f"blip2: no C kernels, torch's functions take their place: {reason}\n")
         return None
+    return LIBRARY
+
+
+def _compile() -> None:
+    if sys.platform not in ("linux", "darwin"):  # MSVC has no C of 2011 and a long of 32 bits
+        raise NoKernelsError(f"they are for Linux and Macs, not for {sys.platform}")
+    name = os.environ.get("CC", "cc")
+    if (compiler := shutil.which(name)) is None:
+        raise NoKernelsError(f"there is no C compiler {name!r}; install gcc, or name one by CC")
     unfinished = [LIBRARY.with_name(f"kernels.{os.getpid()}{ending}") for ending in (".o", ".so")]
     steps = (
-        [compiler, *FLAGS, f"-DBLIP2_SOURCE={source_crc32()}u", "-c", str(SOURCE), "-o", str(unfinished[0])],
-        # Not linked with OpenMP: its functions are those that torch has loaded, so that there is one pool of threads.
-        [compiler, "-shared", str(unfinished[0]), "-o", str(unfinished[1]), "-lm"],
+        [*FLAGS, f"-DBLIP2_SOURCE={source_crc32()}u", "-c", str(SOURCE), "-o", str(unfinished[0])],
+        [str(unfinished[0]), *LINK_FLAGS, "-o", str(unfinished[1])],
     )
     try:
         for step in steps:
-            subprocess.run(step, check=True, capture_output=True, text=True)
+            subprocess.run([compiler, *step], check=True, capture_output=True, text=True)
+        if not IS_MAC and CLANGS_OPENMP in unfinished[1].read_bytes():
+            raise NoKernelsError(f"{compiler} is clang, whose OpenMP is not that of torch; set CC to a gcc")
         with unfinished[1].open("rb+") as file:
             os.fsync(file.fileno())  # not by `blip2.disk`: this file runs alone
         os.replace(unfinished[1], LIBRARY)
     except subprocess.CalledProcessError as error:
-        sys.stderr.write(f"blip2: no C kernels, torch's functions take their place:\n{error.stderr}")
-        return None
+        lines = error.stderr.splitlines() or [f"exit code {error.returncode}"]
+        wrong = next((line for line in lines if "error" in line), lines[0])
+        raise NoKernelsError(f"{compiler} failed: {wrong.strip()}") from error
     finally:
         for path in unfinished:
             path.unlink(missing_ok=True)
-    return LIBRARY
 
 
 if __name__ == "__main__":
-    sys.exit(0 if build() else "blip2: no C kernels: this needs Linux and a C compiler with OpenMP, such as gcc")
+    sys.exit(0 if build() else 1)

@@ -18,12 +18,12 @@
  *     scales   bfloat16 [n / 32][k / group][n % 32]
  */
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define IS_X86 1
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
@@ -31,6 +31,10 @@
 #else
 #define IS_X86 0
 #endif
+
+/* Of OpenMP. Declared here since its header does not come with every compiler that knows OpenMP, such as Apple's. */
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
 
 /* Several at a time, also where the order of floating point sums changes. */
 #define PRAGMA(text) _Pragma(#text)
@@ -843,6 +847,12 @@ void blip2_rms_norm(const void *x, const void *weight, int type, long rows, long
 /* ---- a search: half precision read once, at the speed of the memory ---- */
 
 #if IS_X86
+/* Asked of the processor itself: __builtin_cpu_supports knows the name "f16c" in new compilers alone. */
+static int has_half_precision(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+
 __attribute__((target("avx2,fma,f16c"))) static float product_of_halves(const uint16_t *row, const float *query,
                                                                        long length) {
     __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -864,7 +874,7 @@ __attribute__((target("avx2,fma,f16c"))) static float product_of_halves(const ui
 int blip2_greatest(const uint16_t *vectors, const float *query, long rows, long several, long length, float *out,
                    int threads) {
 #if IS_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_half_precision()) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
         for (long r = 0; r < rows; r++) {
             float greatest = -INFINITY;
@@ -882,6 +892,7 @@ int blip2_greatest(const uint16_t *vectors, const float *query, long rows, long 
 
 /* ---- checksums: CRC-32 as zlib has it ---- */
 
+#if IS_X86
 /* One bit after the other, for what is left at the end of a row. */
 static uint32_t checksum_of_few(uint32_t sum, const uint8_t *bytes, long count) {
     for (long i = 0; i < count; i++) {
@@ -891,7 +902,6 @@ static uint32_t checksum_of_few(uint32_t sum, const uint8_t *bytes, long count) 
     return sum;
 }
 
-#if IS_X86
 /* What stands before other bytes may be replaced by its remainder at their distance, a product without carries: V.
  * Gopal and others, "Fast CRC computation for generic polynomials using PCLMULQDQ" (Intel, 2009), whose constants
  * for this polynomial are the remainders of x^(512 + 64), x^512 and x^(128 + 64), x^128, bits reversed. */

@@ -48,7 +48,9 @@ def test_the_list_of_verbs(run):
 
 
 def test_version(run):
-    assert run("--version").stdout == f"blip2 {__version__}\n"
+    first, facts = run("--version").stdout.splitlines()
+    assert first == f"blip2 {__version__}"
+    assert facts.startswith("commit ") and ", Python 3." in facts and ", torch " in facts and "kernels" in facts
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""The version of this package, and the commit that it is of. Runs alone as well: the build asks it, see pyproject.toml.
+
+A tag such as ``v1.2.0`` makes the commit that it names version 1.2.0. Those after it are ``1.2.1.dev3+g9e1a752``: three
+commits after 1.2.0, on the way to what comes next. A wheel and an sdist have a file that says what they were built of;
+a checkout asks git; an archive of git's (GitHub's "Download ZIP") has it written below. A tree that knows nothing
+is `UNKNOWN`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+BUILT = Path(__file__).with_name("built.json")
+"""What `hatch_build.py` puts into wheels and sdists."""
+
+KERNELS = Path(__file__).parent / "native" / "kernels.so"
+
+ARCHIVED = "$Format:%(describe:tags=true,abbrev=12,match=v[0-9]*)|%h$"
+"""Filled in by ``git archive``, see .gitattributes."""
+
+FIRST = "0.1.0"
+"""The version on the way where there is no tag yet."""
+
+UNKNOWN = f"{FIRST}.dev0"
+
+LONG = re.compile(r"v(?P<tag>\d[\w.]*)(-(?P<distance>\d+)-g(?P<commit>[0-9a-f]+))?(?P<dirty>-dirty)?")
+
+
+class Facts(NamedTuple):
+    version: str
+    commit: str | None
+
+
+def facts() -> Facts:
+    """Of this tree, from the first that knows."""
+    try:
+        told = json.loads(BUILT.read_text("utf-8"))
+        return Facts(told["version"], told["commit"])
+    except FileNotFoundError:
+        pass
+    if (ROOT / ".git").exists() and (described := _described()):
+        return of(described)
+    described, _, commit = ARCHIVED.partition("|")
+    if commit.endswith("$"):
+        return Facts(UNKNOWN, None)
+    return of(described or commit)._replace(commit=commit)
+
+
+def told() -> str:
+    """The version, and a line of what a report of a defect needs to say; nothing is imported for it."""
+    try:
+        torch = f"torch {metadata.version('torch')}"
+    except metadata.PackageNotFoundError:
+        torch = "no torch"
+    kernels = "compiled kernels" if KERNELS.exists() else "no compiled kernels"
+    built = f"commit {COMMIT or 'unknown'}, Python {platform.python_version()}, {torch}, {kernels}"
+    return f"blip2 {__version__}\n{built}, {platform.system()} {platform.machine()}"
+
+
+def of(described: str) -> Facts:
+    """Of what ``git describe --always`` says: v1.2.0, v1.2.0-3-g9e1a752, v1.2.0-3-g9e1a752-dirty, or a commit alone."""
+    found = LONG.fullmatch(described)
+    if found is None:
+        commit, _, dirty = described.partition("-")
+        return Facts(f"{UNKNOWN}+g{commit}{'.dirty' if dirty else ''}", commit)
+    distance, commit = int(found["distance"] or 0), found["commit"]
+    if distance == 0 and not found["dirty"]:
+        return Facts(found["tag"], commit)
+    ahead = re.sub(r"\d+$", lambda last: str(int(last[0]) + 1), found["tag"])  # 1.2.0 to 1.2.1, 1.2.0rc1 to 1.2.0rc2
+    local = ".".join(filter(None, (commit and f"g{commit}", found["dirty"] and "dirty")))
+    return Facts(f"{ahead}.dev{distance}+{local}", commit)
+
+
+def _described() -> str | None:
+    """What git says; None if there is none, or it does not want to, as in a folder of another user."""
+    command = ["git", "-C", str(ROOT), "describe", "--tags", "--long", "--dirty", "--always", "--match", "v[0-9]*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+__version__, COMMIT = facts()
