@@ -86,7 +86,7 @@ def shown(turns: list[tuple[str, str]]) -> Shown | None:
 
 
 def write_rows(source: Path, folder: Path) -> dict[Shown, list[tuple[str, str]]]:
-    """train.jsonl, captions-train.jsonl and test.jsonl; gives what may be asked about each kind of picture, from training alone."""
+    """train.jsonl, captions-train.jsonl and test.jsonl; gives what may be asked about each image, from training alone."""
     known: dict[Shown, set[tuple[str, str]]] = defaultdict(set)
     for split in ("train", "test"):
         with (folder / f"{split}.jsonl").open("w") as file, (folder / f"captions-{split}.jsonl").open("w") as captioned:
@@ -172,7 +172,9 @@ def main() -> None:
         path = options.folder / f"stage{stage}.toml"
         held_out = HELD_OUT if stage == 2 else ""  # the test's rows have no captions
         path.write_text(
-            RECIPE.format(stage=stage, start=start, rows=rows, qformer=qformer, data=data, steps=options.steps[stage - 1])
+            RECIPE.format(
+                stage=stage, start=start, rows=rows, qformer=qformer, data=data, steps=options.steps[stage - 1]
+            )
             + held_out
         )
         run(path)
