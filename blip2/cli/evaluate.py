@@ -39,20 +39,20 @@ def _list(context: click.Context, parameter: click.Parameter, is_asked: bool) ->
 @click.argument("rows", metavar="BENCHMARK|ROWS")
 @click.option("--list", "is_list", is_flag=True, is_eager=True, expose_value=False, callback=_list,
               help="List the benchmarks.")  # fmt: skip
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder of a benchmark's files, at any "
-              "depth.  [default: here]")  # fmt: skip
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder that holds the files of a "
+              "benchmark, at any depth.  [default: .]")  # fmt: skip
 @click.option("-o", "--output", "folder", type=click.Path(file_okay=False, path_type=Path), help="Folder for answers "
-              "and scores; a run that was stopped goes on there.  [default: evaluations/NAME-MODEL]")  # fmt: skip
-@click.option("--protocol", type=click.Choice(PROTOCOLS), help="Of a benchmark: whose prompts, lengths and beams.  "
-              "[default: paper]")  # fmt: skip
-@click.option("--first", type=click.IntRange(1), metavar="N", help="Of a benchmark: the first N rows alone.")
-@click.option("--rule", type=click.Choice(RULES), help="Whose VQA accuracy.  [default: official; of a benchmark "
-              "its own]")  # fmt: skip
+              "and scores; an interrupted run resumes there.  [default: evaluations/NAME-MODEL]")  # fmt: skip
+@click.option("--protocol", type=click.Choice(PROTOCOLS), help="For benchmarks: whose prompts and decoding to "
+              "use.  [default: paper]")  # fmt: skip
+@click.option("--first", type=click.IntRange(1), metavar="N", help="For benchmarks: only the first N rows.")
+@click.option("--rule", type=click.Choice(RULES), help="Definition of VQA accuracy.  [default: official; "
+              "for benchmarks their own]")  # fmt: skip
 @click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of another "
-              "model's evaluation: what has changed, and whether that may be chance.")  # fmt: skip
-@click.option("--prompt", help="The beginning of captions, or the instruction for them; of a benchmark also the words "
-              'around questions: "Question: {} Answer:".')  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), help="Pictures or questions at a time.")
+              "evaluation to compare with: the differences and their significance.")  # fmt: skip
+@click.option("--prompt", help="Text that captions continue, or the instruction for them; for benchmarks also the "
+              'question template, "Question: {} Answer:".')  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), help="Images or questions per batch.")
 @with_options(GOING, MACHINES, DECODING, MODEL)
 @click.pass_context
 def command(
@@ -64,18 +64,17 @@ def command(
     against: Path | None,
     **others: Any,
 ) -> None:
-    """Score a model on benchmarks, or on rows with references.
+    """Evaluate a model on benchmarks, or against references of your own.
 
-    BENCHMARK is one of --list, made of its own files or the parquet files of the hub, wherever they are below --data;
-    what is missing is named, with where it is had. It is asked as the published scores were, these stand beside the
-    scores, and what differs from how they were made is listed. The file for its server is written, too.
+    BENCHMARK is one of --list. Its official files, LAVIS's lists or the parquet files of the hub are searched for below
+    --data; an error names what is missing and where to get it. Prompts and decoding are those of the published scores,
+    which are printed beside yours, with every setting that differs. A result file for the evaluation server is written.
 
-    ROWS is a JSON-lines file. Each row names a picture, and has a question with an answer (compared letter by letter)
-    or with the answers of several people (VQA accuracy), or captions (BLEU, ROUGE-L and CIDEr, of the words that
-    Stanford's tokenizer finds; METEOR and SPICE where their programs are; with a model that matches, the recall of
-    each text's picture and each picture's texts). "type" in a row makes a table by type of question.
-
-    Scores are in percent, with 95 % intervals by drawing pictures anew; what could not be read counts as wrong.
+    ROWS is a JSON-lines file. Each row names an image and has a question with one answer (exact match) or with the
+    answers of several people (VQA accuracy), or captions (BLEU, ROUGE-L and CIDEr after PTB tokenization; METEOR and
+    SPICE if their Java programs are installed; recall if the model is a matching model). "type" in a row adds a table
+    by type of question. Scores are percentages with 95 % confidence intervals (bootstrap over images). Unreadable
+    images count as wrong.
 
     \b
     {"image": "1.jpg", "question": "how many dogs?", "answer": "two", "type": "count"}
