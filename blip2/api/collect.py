@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from blip2.api.matcher import Matcher
 from blip2.api.pipeline import Pipeline
 from blip2.api.work import answers, captions, matches
 from blip2.api.worker import Facts
+from blip2.checkpoint.files import digest_of_folder
 from blip2.collection import Journal, Record, Summary, run
 from blip2.collection.feed import Feed
 from blip2.collection.questions import Questions
@@ -69,7 +69,7 @@ class Model:
         if self.loaded is None:
             with suppress(CheckpointError, OSError):
                 folder = checkpoint.resolve(self.name, revision=self.options.get("revision"), local_files_only=True)
-                journal.agree("the model's files", _digest(folder))
+                journal.agree("the model's files", digest_of_folder(folder))
 
     def get(self, journal: Journal | Facts) -> Any:
         """Raises CheckpointError, and CollectionError if it is another one than that of earlier runs."""
@@ -219,7 +219,7 @@ def captioning(
     **options: Any,
 ) -> CollectionRun:
     """`caption_collection` before it begins: all that can be known to be wrong is told here."""
-    speaker, rest = _model(as_pipeline, model, options)
+    speaker, rest = model_of(as_pipeline, model, options)
     written = {name: rest.pop(name) for name in NAMES if name in rest}
     written |= {"num_return": num_captions} if num_captions != 1 else {}
     decoding, machines = merged(CAPTION, written), Machines.of(rest)
@@ -230,11 +230,11 @@ def captioning(
         raise OptionError(f"{option('pick')} has nothing to choose from; raise {option('num_return')} above 1")
     if matcher is not None and not pick:
         raise OptionError(f"{option('matcher')} means nothing without {option('pick')}; leave it out")
-    judge, _ = _model(as_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
+    judge, _ = model_of(as_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
     told = {**speaker.told, "prompt": prompt, **asdict(decoding), "pick": pick or ""}
     told |= {"matcher": judge.told["model"]} if judge is not None else {}
-    plan = _planned(source, output, rest, speaker, {"task": "caption", **told})
-    work = partial(_made, captions, (speaker, prompt, written, batch_size, judge))
+    plan = planned_run(source, output, rest, speaker, {"task": "caption", **told})
+    work = partial(made, captions, (speaker, prompt, written, batch_size, judge))
     return CollectionRun(plan, speaker, work, batch_size, machines)
 
 
@@ -246,18 +246,21 @@ def asking(
     model: str | Path | Pipeline | None = None,
     question_column: str | None = None,
     choices: Sequence[str] | None = None,
+    choices_column: str = "",
+    wording: str = "",
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> CollectionRun:
-    """`ask_collection` before it begins: all that can be known to be wrong is told here."""
-    speaker, rest = _model(as_pipeline, model, options)
+    """`ask_collection` before it begins: all that can be known to be wrong is told here. ``choices_column``: where rows
+    have choices of their own. ``wording``: words around each question in the place of the model's own."""
+    speaker, rest = model_of(as_pipeline, model, options)
     asked = [questions] if isinstance(questions, str) else list(questions)
     for question in asked:
         question_prompt(question, manner_of(model))
     if not asked and not question_column:
         raise OptionError(f"there is no question; give one, or {option('question_column')}")
     written = {name: rest.pop(name) for name in NAMES if name in rest}
-    if choices is not None and written:
+    if (choices is not None or choices_column) and written:
         unused = option(next(iter(written)))
         raise OptionError(f"{unused} means nothing with choices: no answer is written; leave it out")
     chosen = None if choices is None else check_choices(choices)
@@ -265,12 +268,13 @@ def asking(
     check_batch_size(batch_size)
     if len(asked) > 1 and any(rest.get(name) for name in ("sidecar", "xmp", "embed")):
         raise OptionError(f"{len(asked)} questions give several answers a picture; give {option('output')} a table")
-    plan = _planned(
+    plan = planned_run(
         source, output, rest, speaker,
-        {"task": "ask", **speaker.told, **(asdict(decoding) if chosen is None else {"choices": chosen})},
+        {"task": "ask", **speaker.told, **({"choices": by} if (by := chosen or choices_column) else asdict(decoding)),
+         **({"wording": wording} if wording else {})},
         view=lambda view: Questions(view, asked, question_column or ""), takes_text=False,
     )  # fmt: skip
-    work = partial(_made, answers, (speaker, written, batch_size, chosen))
+    work = partial(made, answers, (speaker, written, batch_size, chosen, wording, choices_column))
     return CollectionRun(plan, speaker, work, batch_size, machines)
 
 
@@ -288,7 +292,7 @@ def matching(
 ) -> CollectionRun:
     """How well texts fit all pictures of a collection, the best first, with scores: ``top`` of them, as
     `Matcher.classify` ranks them; ``words``: around each text, such as "a photo of a {}"."""
-    judge, rest = _model(as_matcher, model or "miniature-itm", options)
+    judge, rest = model_of(as_matcher, model or "miniature-itm", options)
     if "{}" not in words:
         raise OptionError(f"{option('template')} is {words!r}, which has no place for the text; write {{}} there")
     if not texts:
@@ -300,17 +304,17 @@ def matching(
     nearest = len(texts) if top is None else candidates
     machines = Machines.of(rest)
     told = {"task": "match", **judge.told, "texts": [*texts], "words": words, "top": top}
-    plan = _planned(source, output, rest, judge, told, takes_text=False)
-    work = partial(_made, matches, (judge, texts, words, number, nearest, batch_size))
+    plan = planned_run(source, output, rest, judge, told, takes_text=False)
+    work = partial(made, matches, (judge, texts, words, number, nearest, batch_size))
     return CollectionRun(plan, judge, work, batch_size, machines)
 
 
-def _made(make: Callable[..., Work], arguments: Sequence[Any], get: Callable[[Model], Any]) -> Work:
+def made(make: Callable[..., Work], arguments: Sequence[Any], get: Callable[[Model], Any]) -> Work:
     """Models among the arguments are loaded by ``get``."""
     return make(*(get(each) if isinstance(each, Model) else each for each in arguments))
 
 
-def _model(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
+def model_of(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model, and the options that are not for loading it."""
     loading = {name: value for name, value in options.items() if name in LOADING and value is not None}
     rest = {name: value for name, value in options.items() if name not in LOADING}
@@ -321,7 +325,7 @@ def _model(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any]) -
     return Model(kind, None if model is None else str(model), loading), rest
 
 
-def _planned(
+def planned_run(
     source: Places, output: PathLike | None, options: dict[str, Any], model: Model, told: Mapping[str, Any], **view: Any
 ) -> Plan:
     if options.get("dedupe") and told.get("sample") and told.get("seed") is None:
@@ -340,11 +344,3 @@ def _planned(
         told=told, **view,
     )  # fmt: skip
     return planned(request)
-
-
-def _digest(folder: Path) -> str:
-    """Of a model's configuration, and of the names and sizes of its weights."""
-    told = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8)
-    for path in sorted(folder.glob("*.safetensors")):
-        told.update(f"{path.name} {path.stat().st_size}".encode())
-    return told.hexdigest()

@@ -20,7 +20,7 @@ from blip2.collection.record import Record
 from blip2.collection.run import Outcome, Work
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError
-from blip2.tasks.ask import ask, rank
+from blip2.tasks.ask import ask, rank, rank_each
 from blip2.tasks.caption import caption
 from blip2.tasks.defaults import BATCH_SIZE, merged
 from blip2.tasks.match import ImageFeatures
@@ -60,21 +60,31 @@ def captions(
 
 
 def answers(
-    blip: Pipeline, given: Mapping[str, Any], batch_size: int, choices: Sequence[str] | None = None
+    blip: Pipeline,
+    given: Mapping[str, Any],
+    batch_size: int,
+    choices: Sequence[str] | None = None,
+    wording: str = "",
+    choices_column: str = "",
 ) -> Work:
     """The question of each record (`collection.questions`) answered, with ``given`` as of `captions`; with
-    ``choices``, these, the likeliest first, with their probabilities as scores. A picture that several records in a row
-    have is seen once."""
+    ``choices``, these, the likeliest first, with their probabilities as scores; ``choices_column``: those that each
+    record has. ``wording``: as `ask` has it. A picture that several records in a row have is seen once."""
     options = merged(blip.speaker.defaults.ask, given)
 
     def answer(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
         asked = [str(record.columns[QUESTION]) for record in records]
         if not pictures:
             return []
+        if choices is None and not choices_column:
+            found = ask(blip.speaker, pictures, asked, options=options, batch_size=batch_size, wording=wording)
+            return [*map(outcome, found)]
         if choices is None:
-            return [*map(outcome, ask(blip.speaker, pictures, asked, options=options, batch_size=batch_size))]
-        ranked = rank(blip.speaker, pictures, asked, choices, batch_size=batch_size)
-        return [_probable([(choice.text, choice.probability) for choice in row]) for row in ranked]
+            own = [record.columns[choices_column] for record in records]
+            ranked = rank_each(blip.speaker, pictures, asked, own, batch_size=batch_size, wording=wording)
+        else:
+            ranked = rank(blip.speaker, pictures, asked, choices, batch_size=batch_size)
+        return [probable([(choice.text, choice.probability) for choice in row]) for row in ranked]
 
     return in_batches(blip.eye, answer, batch_size)
 
@@ -90,7 +100,7 @@ def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, can
             on_error="return",
         )  # fmt: skip
         rows: list[Any] = [*found]
-        return [_probable([(match.text, match.itm_probability) for match in row]) for row in rows]
+        return [probable([(match.text, match.itm_probability) for match in row]) for row in rows]
 
     return in_batches(matcher.eye, classify, batch_size)
 
@@ -160,7 +170,7 @@ def outcome(answers: list[Answer]) -> Outcome:
     )
 
 
-def _probable(texts: Sequence[tuple[str, float]]) -> Outcome:
+def probable(texts: Sequence[tuple[str, float]]) -> Outcome:
     """Texts that are given, with their probabilities."""
     scores = [_rounded(probability) for _, probability in texts]
     return Outcome([text for text, _ in texts], scores, [0] * len(texts))

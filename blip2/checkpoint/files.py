@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -69,3 +70,11 @@ def _named_by(index: Path, ending: str) -> list[str]:
         if file != PurePosixPath(file).name or file != PureWindowsPath(file).name or not file.endswith(ending):
             raise CheckpointError(f"{index}: {file!r} is not a {ending} file of this folder; fetch the file again")
     return sorted(set(places.values()))
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Of a model's configuration, and of the names and sizes of its weights. Raises OSError."""
+    told = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        told.update(f"{path.name} {path.stat().st_size}".encode())
+    return told.hexdigest()

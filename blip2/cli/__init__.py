@@ -33,7 +33,7 @@ COMMANDS = {
     "rows": "Convert published data sets to training rows.",
     "train": "Train a Q-Former from a recipe.",
     "curves": "Plot losses, scores and learning rates of training runs.",
-    "evaluate": "Evaluate a model against reference answers or captions.",
+    "evaluate": "Evaluate a model on benchmarks, or against references of your own.",
     "models": "List the published models: purpose, size and memory.",
     "pull": "Download a model from the Hugging Face hub.",
     "info": "Show a model's parts, precision and memory on this machine.",

@@ -6,9 +6,9 @@ import os
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import numpy as np
 
 from blip2.data.kinds import Kind
 from blip2.data.sample import parse_row
-from blip2.data.stream import MEMBER, elements
+from blip2.data.stream import MEMBER, Element, elements
 from blip2.errors import OptionError, RecipeError, option
 
 PICTURE, TEXT = "picture", "text"
+KEY = "#"
+"""By which an item knows the name that it stands under, where its file is one object."""
 ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
 
 Said = dict[str, Any]
@@ -58,6 +60,11 @@ class Conversion:
     and the others have a path that begins from ``base``. ``split``: the part that is wanted, or several with commas
     between. ``by``: "picture", all that is said of a picture in one row, or "text"; by default as the kind has it.
 
+    ``keep``: what a row has beside, for those who are not to learn from it but to be compared with it: names, each with
+    the fields of which the first counts that is there. Rows have a list of them then as "kept", one for each text, and
+    of questions all answers as they were given, as "given". ``read``: what makes elements of a file. ``near``: of
+    pictures of one name that is taken which has most folders in common with this one.
+
     ``counts`` is right when all rows were taken. Raises OptionError.
     """
 
@@ -70,13 +77,17 @@ class Conversion:
         base: Path | None = None,
         split: str | None = None,
         by: str | None = None,
+        keep: Mapping[str, Sequence[str]] | None = None,
+        read: Callable[[Path], Iterator[Element]] = elements,
+        near: Path | None = None,
     ) -> None:
         if split and not kind.split:
             raise OptionError(f"{option('split')} is {split!r}, and this kind of file has no splits; leave it out")
         self.kind, self.files, self.counts = kind, files, Counts()
         self._splits = split.split(",") if split else []
         self._by = by or kind.by
-        self._folder = None if images is None else _Folder(images, base)
+        self._keep, self._read = keep or {}, read
+        self._folder = None if images is None else _Folder(images, base, near)
         self._joined: dict[object, tuple[Path, Mapping[str, Any]]] = {}
         self._of_file: dict[Path, dict[str, Any]] = defaultdict(dict)
 
@@ -90,7 +101,8 @@ class Conversion:
         for image, texts, place in said:
             row = {"image": image, **texts}
             try:
-                parse_row(row)
+                if self.kind.answer or self.kind.caption or self.kind.talk:  # else there is nothing to learn
+                    parse_row(row)
             except ValueError as error:
                 raise RecipeError(f"{place}: {error}") from None
             self.counts.add(row)
@@ -113,7 +125,7 @@ class Conversion:
         joined = self.kind.joined
         assert joined is not None
         for file in self.files:
-            for section, key, value, place in elements(file):
+            for section, key, value, place in self._read(file):
                 if section == MEMBER and isinstance(value, str | int):
                     self._of_file[file][str(key)] = value
                 elif section == joined.section:
@@ -130,9 +142,10 @@ class Conversion:
     def _said(self) -> Iterator[tuple[str, Said, str]]:
         """The picture and one text each, and where that stands."""
         for file in self.files:
-            for section, _, value, place in elements(file):
+            for section, key, value, place in self._read(file):
                 if section == self.kind.items:
-                    yield from self._item(_object(value, place), file, place)
+                    item = _object(value, place)
+                    yield from self._item({KEY: key, **item} if section == MEMBER else item, file, place)
 
     def _item(self, item: dict[str, Any], file: Path, place: str) -> Iterator[tuple[str, Said, str]]:
         kind = self.kind
@@ -161,8 +174,13 @@ class Conversion:
             record = {**whole, **_object(one, where)}
             image = self._image(record, where)
             if image is not None:
+                kept = {"kept": [self._kept(record)]} if self._keep else {}
                 for said in self._texts(record, where):
-                    yield image, said, where
+                    yield image, {**said, **kept}, where
+
+    def _kept(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: next((key for key in fields if key in record), None) for name, fields in self._keep.items()}
+        return {name: record[key] for name, key in found.items() if key is not None}
 
     def _image(self, record: Mapping[str, Any], place: str) -> str | None:
         names = []
@@ -178,8 +196,8 @@ class Conversion:
             if self.kind.talk:  # LLaVA's later files have talks about nothing
                 self.counts.leave_out("it is about no picture", place)
                 return None
-            wanted = " or ".join(self.kind.image)
-            raise RecipeError(f"{place}: has nothing to name its picture by ({wanted}), but {', '.join(record)}")
+            wanted, own = " or ".join(self.kind.image), ", ".join(name for name in record if name != KEY)
+            raise RecipeError(f"{place}: has nothing to name its picture by ({wanted}), but {own}")
         if self._folder is None or re.match("https?://", names[0], re.IGNORECASE):
             return names[0]
         path, reason = self._folder.find(names)
@@ -203,16 +221,21 @@ class Conversion:
             else:
                 counts.leave_out("its caption is empty", place)
         else:
-            question, answers = _first(record, kind.question, place), _first(record, kind.answer, place)
+            question = _first(record, kind.question, place)
             if not isinstance(question, str):
                 raise RecipeError(f"{place}: {kind.question[0]!r} has to be a text")
-            said = Counter(_answers(answers, kind.answer[0], place))
+            if not kind.answer:
+                yield {"question": question.strip()}
+                return
+            given = _answers(_first(record, kind.answer, place), kind.answer[0], place)
+            said = Counter(given)
+            beside = {"given": given} if self._keep else {}
             if not question.strip() or not said:
                 counts.leave_out("its question or its answer is empty", place)
             elif len(said) == 1:
-                yield {"question": question.strip(), "answer": next(iter(said))}
+                yield {"question": question.strip(), "answer": next(iter(said)), **beside}
             else:
-                yield {"question": question.strip(), "answers": dict(said.most_common())}
+                yield {"question": question.strip(), "answers": dict(said.most_common()), **beside}
 
     def _talk(self, turns: object, place: str) -> Iterator[Said]:
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -257,10 +280,11 @@ def _merged(some: Sequence[Said]) -> Said:
 class _Folder:
     """Pictures in a folder, found by their path in it or, as data sets are often unpacked otherwise, by their name."""
 
-    def __init__(self, folder: Path, base: Path | None) -> None:
+    def __init__(self, folder: Path, base: Path | None, near: Path | None) -> None:
         if not folder.is_dir():
             raise OptionError(f"{option('images')}: there is no folder {folder}; name that of the pictures")
         self._root = folder.absolute() if base is None else Path(os.path.relpath(folder, base))
+        self._near = None if near is None else Path(os.path.relpath(near, folder)).parts
         self._paths: set[str] = set()
         self._named: dict[str, list[str]] = defaultdict(list)
         for inner, _, names in os.walk(folder, followlinks=True):
@@ -275,9 +299,16 @@ class _Folder:
         found = [name for name in map(os.path.normpath, names) if name in self._paths]
         bases = [base for base in map(os.path.basename, names) if base in self._named]
         found = found[:1] or [path for base in bases[:1] for path in self._named[base]]
+        if len(found) > 1 and self._near is not None:
+            most = max(common := [self._num_common(path) for path in found])
+            found = [path for path, number in zip(found, common, strict=True) if number == most]
         if len(found) == 1:
             return str(self._root / found[0]), ""
         return None, "several pictures have its name" if found else "its picture is not there"
+
+    def _num_common(self, path: str) -> int:
+        pairs = zip(Path(path).parts, self._near or (), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _object(value: object, place: str) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def _of_all_ten(answer: str, given: Sequence[str]) -> float:
     return min(1.0, sum(text == answer for text in given) / 3)
 
 
+def _as_given(answer: str, given: Sequence[str]) -> float:
+    """Of A-OKVQA: as `_of_all_ten`, but to the letter."""
+    return min(1.0, sum(text == answer for text in given) / 3)
+
+
 def _leaving_one_out(answer: str, given: Sequence[str]) -> float:
     """The mean over the people of the others' verdict: an answer that nobody but one gave counts for nobody else."""
     same = sum(text == answer for text in given)
@@ -99,7 +104,7 @@ def _leaving_one_out(answer: str, given: Sequence[str]) -> float:
 
 
 VQA_RULES: Mapping[str, Callable[[str, Sequence[str]], float]] = {
-    "official": _official, "lavis": _lavis, "lmms-eval": _always, "all-ten": _of_all_ten,
+    "official": _official, "lavis": _lavis, "lmms-eval": _always, "all-ten": _of_all_ten, "aokvqa": _as_given,
 }  # fmt: skip
 """What is computed under the name of VQA accuracy, by who computes it."""
 

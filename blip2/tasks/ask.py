@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import GenerateOptions
 from blip2.tasks.defaults import BATCH_SIZE
-from blip2.tasks.speaker import Answer, Speaker, check_batch_size, chunks, pairs
-from blip2.text import clean
+from blip2.tasks.speaker import Answer, Speaker, check_batch_size, chunks, num_pairs, pairs
+from blip2.text import checked_question, clean
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ def ask(
     *,
     options: GenerateOptions | None = None,
     batch_size: int = BATCH_SIZE,
+    wording: str = "",
 ) -> list[list[Answer]]:
     """Answer N questions about N images, one about N, or N about one; ``options.num_return`` answers each.
 
     The words around a question that the model expects are added here (`Speaker.question`); without ``options`` those
-    of its authors are taken. Raises OptionError for an empty question and for numbers that do not pair up.
+    of its authors are taken. ``wording``: other words, such as "Question: {} Short answer:". Raises OptionError for an
+    empty question and for numbers that do not pair up.
     """
-    return speaker.answers(images, prompts(speaker, questions), options or speaker.defaults.ask, batch_size)
+    return speaker.answers(images, prompts(speaker, questions, wording), options or speaker.defaults.ask, batch_size)
 
 
 def rank(
@@ -55,14 +58,29 @@ def rank(
 
     Raises OptionError for fewer than two choices, empty or repeated ones.
     """
-    choices = check_choices(choices)
+    number = num_pairs(len(images), len(questions))
+    return rank_each(speaker, images, questions, [check_choices(choices)] * number, batch_size=batch_size)
+
+
+def rank_each(
+    speaker: Speaker,
+    images: Sequence[EncodedImage],
+    questions: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    *,
+    batch_size: int = BATCH_SIZE,
+    wording: str = "",
+) -> list[list[Choice]]:
+    """As `rank`, with choices for each pair; ``wording`` as of `ask`."""
     check_batch_size(batch_size)
-    asked = pairs(images, prompts(speaker, questions))
-    jobs = [(image, text, choice) for image, text in asked for choice in choices]
+    asked = pairs(images, prompts(speaker, questions, wording))
+    own = [check_choices(some) for some in choices]
+    jobs = [(image, text, choice) for (image, text), some in zip(asked, own, strict=True) for choice in some]
     scores: list[float] = []
     for batch in chunks(jobs, batch_size):
         scores += scored(speaker, batch)
-    return [ranking(choices, row) for row in chunks(scores, len(choices))]
+    rest = iter(scores)
+    return [ranking(some, [*islice(rest, len(some))]) for some in own]
 
 
 def scored(speaker: Speaker, jobs: Sequence[tuple[EncodedImage, str, str]]) -> list[float]:
@@ -93,8 +111,10 @@ def check_choices(choices: Sequence[str]) -> list[str]:
     return cleaned
 
 
-def prompts(speaker: Speaker, questions: Sequence[str]) -> list[str]:
-    """The questions as the model expects them; OptionError for one that is empty."""
+def prompts(speaker: Speaker, questions: Sequence[str], wording: str = "") -> list[str]:
+    """The questions as the model expects them, or with other words around them; OptionError for one that is empty."""
+    if wording:
+        return [wording.replace("{}", checked_question(question)) for question in questions]
     return [speaker.question(question) for question in questions]
 
 

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from blip2.cli.evaluate import RULES
+from blip2.cli.evaluate import PROTOCOLS as PROTOCOLS_OF_CLI
+from blip2.cli.evaluate import RULES, table
+from blip2.evaluate import BENCHMARKS, PROTOCOLS
 from blip2.scores import VQA_RULES
+from tests.evaluate import written
 
 
 @pytest.fixture
@@ -48,3 +51,50 @@ def test_rows_that_cannot_be_used(run, tmp_path):
 
 def test_the_rules_are_those_that_there_are():
     assert tuple(VQA_RULES) == RULES
+
+
+def test_a_benchmark_with_its_published_scores_beside(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written.vqav2(tmp_path / "data")
+    result = run("evaluate", "vqav2", "--data", "data", "--first", "6")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "VQAv2, validation, zero-shot: miniature, protocol paper"
+    assert lines[1] == "6 rows" and lines[2].startswith("accuracy ")
+    assert "published: BLIP-2 paper, table 2" in lines
+    assert any(line.split() == ["blip2-opt-2.7b", "accuracy", "53.50"] for line in lines)
+    assert "differs: 6 of its 214,354 rows" in lines
+    assert lines[-1] == "for the server: v2_OpenEnded_mscoco_val2014_blip2_results.json"
+    assert (tmp_path / "evaluations" / "vqav2-miniature" / "scores.json").exists()
+
+
+def test_the_published_score_of_the_same_model():
+    found = {
+        "rows": 2, "failed": 0, "types": {}, "title": "a", "protocol": "paper", "model": "one",
+        "scores": {"accuracy": {"score": 50.0, "low": 1.0, "high": 99.0}}, "differences": [],
+        "published": {"source": "a paper", "scores": {"one": {"accuracy": 53.5}}},
+    }  # fmt: skip
+    assert table(found).splitlines()[2:] == [
+        "accuracy              50.00  (1.00 to 99.00)  published 53.50", "published: a paper"
+    ]
+
+
+def test_a_retrieval_shows_its_first_pass(run, tmp_path):
+    written.flickr_karpathy(tmp_path)
+    command = ["evaluate", "flickr30k-retrieval", "--data", str(tmp_path), "-o", str(tmp_path / "out"), "--first", "4"]
+    assert "seen" not in run(*command, "--dry-run").stderr
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert "4 of 4 pictures seen" in result.stderr and "text R@1" in result.stdout
+
+
+def test_the_benchmarks_are_listed(run):
+    lines = run("evaluate", "--list").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(BENCHMARKS)
+    assert tuple(PROTOCOLS) == PROTOCOLS_OF_CLI
+
+
+def test_a_benchmark_that_is_not_there(run, tmp_path):
+    result = run("evaluate", "gqa", "--data", str(tmp_path))
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "--data" in result.stderr and "lmms-lab/GQA" in result.stderr

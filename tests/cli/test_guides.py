@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluate import written
+
 ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "docs" / "guides"
 EXAMPLES = {name: (ROOT / "examples" / f"{file}.png").read_bytes()
@@ -191,3 +193,21 @@ def test_fine_tuning(follow):
     assert "image encoder: 2.8" in before.stdout and "Question: is there a cats? Answer:" in before.stdout
     assert "learnt" in heart.stdout and trained.stdout.strip().endswith("runs/vqa")
     assert answer.stdout.strip()
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is None, reason="needs blip2[data]")
+def test_an_evaluation(follow):
+    for write in (written.vqav2, written.coco_list, written.flickr_list, written.winoground):
+        write(Path("datasets"))
+    asked = [{"image": "cats.png", "question": "how many cats are there?", "answer": "four"}]
+    drawn(".", "cats")
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    names, first, whole, again, captions, found, pairs, int4, mine = follow("evaluate.md")
+    assert "aokvqa-choices" in names.stdout and "12 rows" in first.stdout and "24 rows" in whole.stdout
+    assert "differs: the rule is lmms-eval, not official" in again.stdout and "24 in earlier runs" in again.stderr
+    assert "num_beams is 3, not 5" in captions.stdout and "image R@10" in found.stdout and "group" in pairs.stdout
+    assert "beside vqa" in int4.stdout and "quantize is int4" in int4.stdout and "accuracy" in mine.stdout
+    assert Path("vqa/v2_OpenEnded_mscoco_val2014_blip2_results.json").exists()
+    assert Path("evaluations/vqav2-miniature/scores.json").exists()
+    told = re.search(r"It needs testdev_balanced_questions.json", (GUIDES / "evaluate.md").read_text("utf-8"))
+    assert told is not None

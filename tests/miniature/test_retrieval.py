@@ -1,7 +1,6 @@
 """Pictures found by their captions: the task is what it says, and the bundled model does it."""
 
 import pytest
-import torch
 
 import blip2
 from miniature import retrieval, texts, world
@@ -17,15 +16,10 @@ def test_each_caption_is_true_of_its_scene_alone():
         assert not any(facts[at] <= set(other.counts().items()) for other in scenes if other is not scene)
 
 
-def test_recall_counts_whose_own_candidate_is_among_the_best():
-    scores = torch.tensor([[3.0, 2, 1], [9, 2, 1], [5, 1, 4]])
-    assert [retrieval.recall(scores, k) for k in (1, 2, 3)] == [1, 3, 3]
-
-
 def test_the_bundled_model_finds_and_reading_helps():
     """Far from the measured figures (miniature/README.md), so that only a broken model fails."""
     scenes, captions = retrieval.scenes_with_captions(40)
-    found = retrieval.scores(blip2.load("miniature-itm"), scenes, captions, candidates=10)
-    right = {name: retrieval.recall(score, 1) for name, score in found.items()}
-    assert right["text to image, ITC"] >= 32 and right["image to text, ITC"] >= 32
-    assert all(right[f"{name}, re-ranked"] >= right[name] - 1 for name in ("text to image, ITC", "image to text, ITC"))
+    found = retrieval.recalls(blip2.load("miniature-itm"), scenes, captions, candidates=10)
+    right = {name: recall[1] for name, recall in found.items()}
+    assert right["text to image, ITC"] >= 80 and right["image to text, ITC"] >= 80
+    assert all(right[f"{name}, re-ranked"] >= right[name] - 2.5 for name in retrieval.NAMES.values())

@@ -1,0 +1,93 @@
+"""What a model is asked about and compared with, and what it said: rows with references, and answers by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2.errors import CollectionError, option
+from blip2.plaintext import NotTextError, read_lines
+
+ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row. ``wanted``: captions (``question`` is None then), or answers: one, or those of several people
+    (``are_people``); empty where nothing is known, or nothing is counted. ``kind``: the type of the question, "" where
+    rows have none. ``id``: by which the data set knows it."""
+
+    picture: str
+    question: str | None
+    wanted: tuple[str, ...]
+    are_people: bool
+    kind: str
+    id: str | int | None = None
+
+
+def read(rows: Path) -> list[Example]:
+    examples: list[Example] = []
+    try:
+        for number, line in enumerate(read_lines(rows), start=1):
+            if line.strip():
+                examples.append(_example(line, f"{rows}:{number}"))
+    except OSError as error:
+        raise CollectionError(f"{rows}: cannot be read ({error.strerror}); name a file of rows") from None
+    except NotTextError as error:
+        raise CollectionError(f"{rows}: {error}; name a file of rows") from None
+    if not examples:
+        raise CollectionError(f"{rows}: has no rows; write one JSON object a line")
+    if len({example.question is None for example in examples}) > 1:
+        raise CollectionError(f"{rows}: has captions and questions; divide it into two files")
+    return examples
+
+
+def _example(line: str, place: str) -> Example:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise CollectionError(f"{place}: is not JSON; write one object a line") from None
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+        raise CollectionError(f'{place}: has no "image"; name a picture in each row')
+    question, kind, own_id = row.get("question"), row.get("type", ""), row.get("id")
+    if row.get("unscored") is True and isinstance(question, str):
+        return Example(row["image"], question, (), False, str(kind), own_id)
+    name = next((each for each in ("answers", "answer", "captions", "caption") if each in row), None)
+    wanted = row.get(name) if name is not None else None
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    if isinstance(wanted, dict) and all(isinstance(count, int) and 0 < count < 1000 for count in wanted.values()):
+        wanted = [text for text, count in wanted.items() for _ in range(count)]
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(text, str) for text in wanted):
+        raise CollectionError(f'{place}: has no references; give "answer", "answers" or "captions", as texts')
+    if name not in ("answers", "answer"):
+        question = None
+    elif not isinstance(question, str):
+        raise CollectionError(f'{place}: has answers and no "question"')
+    are_people = name == "answers" and len(wanted) > 1
+    return Example(row["image"], question, tuple(wanted), are_people, str(kind), own_id)
+
+
+def said(folder: Path, number: int) -> list[str | None]:
+    """By row; None for a picture that could not be read. Raises CollectionError."""
+    return [row["caption"] if row is not None else None for row in answers(folder, number)]
+
+
+def answers(folder: Path, number: int) -> list[dict[str, Any] | None]:
+    """All that was written of each row; None for a picture that could not be read. Raises CollectionError."""
+    path = folder / ANSWERS
+    found: dict[int, dict[str, Any] | None] = {}
+    try:
+        for row in _rows(path):
+            found[int(row["key"])] = row if row["status"] == "success" and isinstance(row["caption"], str) else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CollectionError(f"{path}: cannot be read ({error}); evaluate with {option('restart')}") from None
+    if missing := number - len(found):
+        raise CollectionError(f"{path}: has no answer to {missing} of {number} rows; the same command goes on")
+    return [found[row] for row in range(number)]
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    return map(json.loads, read_lines(path))

@@ -1,0 +1,245 @@
+"""Benchmarks of models that match: pictures found by texts and texts by pictures, and pairs that are told apart.
+
+A retrieval has two passes over the pictures. In the first all pictures and texts become vectors, whose cosines are kept
+in a file; in the second each picture is read together with the texts that are near it, or to which it is near, and
+that is a collection as any other: it stops, and goes on. So the image encoder sees each picture twice, which is little
+beside some hundred texts that are read with it, and the features of a few pictures are in memory, not of all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2 import disk
+from blip2.api.collect import CollectionRun, made, model_of, planned_run
+from blip2.api.loading import as_matcher
+from blip2.api.machines import Machines
+from blip2.api.matcher import Matcher
+from blip2.api.work import in_batches
+from blip2.collection.record import Record
+from blip2.collection.run import Outcome, Work
+from blip2.data.cleaning import clean_caption
+from blip2.errors import CollectionError, ImageError, option
+from blip2.evaluate.benchmark import PAIR
+from blip2.evaluate.compare import Scores, with_interval
+from blip2.evaluate.examples import ANSWERS, Example, answers
+from blip2.scores.ranking import RECALLS, pairs, ranks
+from blip2.tasks.defaults import BATCH_SIZE
+from blip2.tasks.match import ImageFeatures
+
+CHUNK = 256
+"""Pictures whose vectors are kept at a time; a run that is stopped loses no more."""
+TEXT_TOKENS = 35
+"""Of a text, its ends included, as the authors' library cuts it for a retrieval."""
+NOT_READ = -100.0
+"""The score of what was not read together, as in the authors' library."""
+DIGITS = 6
+ITM, ITC = "read together", "by vectors"
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """All pictures, and the texts of all. ``cosines``: the file of their cosines with the pictures, ``float32[N, M]``.
+    ``candidates``: how many are read together with what they are near to, in both directions."""
+
+    pictures: tuple[str, ...]
+    texts: tuple[str, ...]
+    cosines: Path
+    candidates: int
+
+    def of_pictures(self) -> list[list[int]]:
+        """For each picture the numbers of the texts that it is read together with."""
+        cosines_NM = torch.from_numpy(np.load(self.cosines))
+        number_N, number_M = cosines_NM.shape
+        texts_NK = cosines_NM.topk(min(self.candidates, number_M), dim=1).indices.tolist()
+        found = [{*own} for own in texts_NK]
+        for text, near in enumerate(cosines_NM.topk(min(self.candidates, number_N), dim=0).indices.T.tolist()):
+            for picture in near:
+                found[picture].add(text)
+        return [sorted(own) for own in found]
+
+
+def beginning(
+    task: str, examples: Sequence[Example], rows: Path, folder: Path, candidates: int, **options: Any
+) -> tuple[CollectionRun, Nearest | None]:
+    """What is checked and can begin; of a retrieval with what `see` has to make before."""
+    batch_size = options.pop("batch_size", None) or BATCH_SIZE
+    judge, rest = model_of(as_matcher, options.pop("model", None) or "miniature-itm", options)
+    machines = Machines.of(rest)
+    told = {"task": task, **judge.told, "candidates": candidates}
+    where = {"key_column": "row", "image_column": "image", "format": "jsonl", "if_exists": "overwrite"}
+    plan = planned_run(rows, folder / ANSWERS, {**rest, **where}, judge, told, takes_text=False)
+    if task == PAIR:
+        return CollectionRun(plan, judge, _Loading(compared, (judge, batch_size)), batch_size, machines), None
+    digest = blake2b(f"{judge.told}".encode() + rows.read_bytes(), digest_size=8).hexdigest()
+    texts = tuple(clean_caption(text) for example in examples for text in example.wanted)
+    pictures = tuple(os.path.join(rows.parent, example.picture) for example in examples)
+    nearest = Nearest(pictures, texts, folder / f"cosines-{digest}.npy", candidates)
+    return CollectionRun(plan, judge, _Loading(reranked, (judge, nearest, batch_size)), batch_size, machines), nearest
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """`made`, as a value that can be pickled."""
+
+    make: Callable[..., Work]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, get: Callable[[Any], Any]) -> Work:
+        return made(self.make, self.arguments, get)
+
+
+# ---- the first pass ----
+
+
+def see(run: CollectionRun, nearest: Nearest, on_progress: Callable[[int, int], None]) -> None:
+    """Make the cosines, unless they are there; a run that was stopped goes on. Raises CollectionError, OSError."""
+    if nearest.cosines.exists():
+        return
+    matcher: Matcher = run.model.anyhow()
+    reader = matcher.reader
+    texts_ME = reader.embed_texts(_ids(matcher, nearest.texts), run.batch_size)
+    pictures = nearest.pictures
+    rows, parts = [], []
+    for start in range(0, len(pictures), CHUNK):
+        part = nearest.cosines.with_name(f"{nearest.cosines.stem}-{start:07}.npy")
+        some = pictures[start : start + CHUNK]
+        if not part.exists():
+            seen = matcher.each_encoded(some, on_error="return", batch_size=run.batch_size)
+            _save(part, torch.cat([_cosines(matcher, image, texts_ME) for image in seen]))
+        parts.append(part)
+        rows.append(np.load(part))
+        on_progress(start + len(some), len(pictures))
+    _save(nearest.cosines, torch.from_numpy(np.concatenate(rows)))
+    for part in parts:
+        part.unlink(missing_ok=True)
+
+
+def _cosines(matcher: Matcher, image: ImageFeatures | ImageError, texts_ME: Tensor) -> Tensor:
+    """``float32[1, M]``; the least of a picture that cannot be read."""
+    if isinstance(image, ImageError):
+        return torch.full((1, len(texts_ME)), -1.0)
+    return matcher.reader.cosines([image], texts_ME).cpu()
+
+
+def _save(path: Path, values: Tensor) -> None:
+    file = BytesIO()
+    np.save(file, values.numpy())
+    disk.write_bytes(path, file.getvalue())
+
+
+def _ids(matcher: Matcher, texts: Sequence[str]) -> list[list[int]]:
+    return [[*row[: TEXT_TOKENS - 1], row[-1]] if len(row) > TEXT_TOKENS else row for row in matcher.reader.ids(texts)]
+
+
+# ---- what is made of a picture: scores, each with the name of what it is of ----
+
+
+def reranked(matcher: Matcher, nearest: Nearest, batch_size: int) -> Work:
+    """The logit and the cosine of each text that is near, by its number."""
+    if not nearest.cosines.exists():
+        raise CollectionError(f"{nearest.cosines}: is not there; evaluate with {option('restart')}")
+    ids, near = _ids(matcher, nearest.texts), nearest.of_pictures()
+    cosines_NM = np.load(nearest.cosines, mmap_mode="r")
+
+    def read(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
+        return [one(image, int(record.key)) for image, record in zip(pictures, records, strict=True)]
+
+    def one(image: ImageFeatures, number: int) -> Outcome:
+        own = near[number]
+        logits_C2 = matcher.reader.itm_logits([image], [ids[text] for text in own], batch_size)[0].float().cpu()
+        scores = logits_C2[:, 1].numpy() + cosines_NM[number, own]
+        return _outcome([str(text) for text in own], scores.tolist())
+
+    return in_batches(matcher.eye, read, batch_size)
+
+
+def compared(matcher: Matcher, batch_size: int) -> Work:
+    """The score of each of a row's own texts, read together and by vectors."""
+
+    def read(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
+        return [one(image, record.columns["captions"]) for image, record in zip(pictures, records, strict=True)]
+
+    def one(image: ImageFeatures, texts: Sequence[str]) -> Outcome:
+        ids = _ids(matcher, [clean_caption(text) for text in texts])
+        found = matcher.reader.compare([image], ids, matcher.reader.embed_texts(ids, batch_size), batch_size)
+        names = [f"{way} {number}" for way in (ITM, ITC) for number in range(len(texts))]
+        return _outcome(names, [*found.score[0].tolist(), *found.itc_cosine[0].tolist()])
+
+    return in_batches(matcher.eye, read, batch_size)
+
+
+def _outcome(names: Sequence[str], scores: Sequence[float]) -> Outcome:
+    return Outcome([*names], [round(float(score), DIGITS) for score in scores], [0] * len(names))
+
+
+# ---- scores ----
+
+
+def scores_of_retrieval(
+    examples: Sequence[Example], folder: Path, nearest: Nearest
+) -> tuple[Scores, int]:
+    """Recalls in percent, of pictures that find a text of theirs ("text R@1") and of texts that find their picture
+    ("image R@1"); and how many pictures could not be read. Raises CollectionError."""
+    rows = answers(folder, len(examples))
+    cosines_NM = np.load(nearest.cosines)
+    owner_M = [number for number, example in enumerate(examples) for _ in example.wanted]
+    read_NM = np.full_like(cosines_NM, NOT_READ)
+    for number, row in enumerate(rows):
+        if row is not None:
+            read_NM[number, [int(text) for text in row["captions"]]] = row["scores"]
+    text_side, image_side = _only_candidates(read_NM, cosines_NM, nearest.candidates)
+    totals: Scores = {}
+    for name, of_pictures_NM, of_texts_NM in (("", text_side, image_side), (f", {ITC}", cosines_NM, cosines_NM)):
+        before_N, _ = ranks(of_pictures_NM, owner_M)
+        _, before_M = ranks(of_texts_NM, owner_M)
+        for kind, before, groups in (("text", before_N, range(len(examples))), ("image", before_M, owner_M)):
+            for recall in RECALLS:
+                hits = (before < recall).astype(float).tolist()
+                totals[f"{kind} R@{recall}{name}"] = with_interval(hits, [*groups])
+    return totals, sum(row is None for row in rows)
+
+
+def _only_candidates(read_NM: np.ndarray, cosines_NM: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of what was read for either direction, what each direction has as its own."""
+    cosines = torch.from_numpy(cosines_NM)
+    sides = []
+    for axis in (1, 0):
+        near = cosines.topk(min(number, cosines.shape[axis]), dim=axis).indices.numpy()
+        side = np.full_like(read_NM, NOT_READ)
+        np.put_along_axis(side, near, np.take_along_axis(read_NM, near, axis), axis)
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def scores_of_pairs(examples: Sequence[Example], folder: Path) -> tuple[Scores, int]:
+    """Winoground's, in percent. Raises CollectionError."""
+    rows = answers(folder, len(examples))
+    sides: dict[str, dict[int, dict[str, Any] | None]] = {}
+    for example, row in zip(examples, rows, strict=True):
+        name, _, side = str(example.id).rpartition("/")
+        sides.setdefault(name, {})[int(side)] = row
+    totals: Scores = {}
+    for way, suffix in ((ITM, ""), (ITC, f", {ITC}")):
+        each = [_right(own[0], own[1], way) for own in sides.values() if len(own) == 2]
+        for place, name in enumerate(("text", "image", "group")):
+            totals[f"{name}{suffix}"] = with_interval([float(right[place]) for right in each], [*range(len(each))])
+    return totals, sum(row is None for row in rows)
+
+
+def _right(first: dict[str, Any] | None, second: dict[str, Any] | None, way: str) -> tuple[bool, bool, bool]:
+    if first is None or second is None:
+        return False, False, False
+    by_name = [dict(zip(row["captions"], row["scores"], strict=True)) for row in (first, second)]
+    return pairs([[own[f"{way} {text}"] for text in (0, 1)] for own in by_name])
+

@@ -1,0 +1,233 @@
+"""An evaluation: what a model says is collected, as any collection is, and compared with what is right."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blip2 import disk
+from blip2.api.collect import CollectionRun, asking, captioning
+from blip2.collection.summary import OnResults
+from blip2.config import MatcherConfig
+from blip2.errors import CheckpointError, OptionError, option
+from blip2.evaluate import matching, results
+from blip2.evaluate.benchmark import ASK, CAPTION, CHOOSE, MATCHING, PAIR, RETRIEVAL, RETRIEVE, Benchmark
+from blip2.evaluate.benchmarks import BENCHMARKS
+from blip2.evaluate.compare import by_type, compared
+from blip2.evaluate.examples import ANSWERS, Example, read, said
+from blip2.evaluate.prepare import prepare
+from blip2.evaluate.protocol import Facts, config_of, facts_of
+from blip2.plaintext import read_lines
+from blip2.scores import VQA_RULES, paired
+
+SCORES = "scores.json"
+MOST_SHOWN = 20
+"""Of the rows whose answers another model gave otherwise."""
+OTHER_RULE = {"official": "lavis", "lavis": "official"}
+"""By which answers to benchmarks are compared as well."""
+OnSeen = Callable[[int, int], None]
+WHERE: dict[str, Any] = {"key_column": "row", "image_column": "image", "format": "jsonl"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is checked and can begin. ``run``: collects what the model says; the same call goes on where it was, after
+    `see`. ``benchmark`` and ``facts``: of a named one, and what its report says beside the scores."""
+
+    examples: Sequence[Example]
+    rule: str
+    folder: Path
+    run: CollectionRun
+    benchmark: Benchmark | None = None
+    facts: Facts | None = None
+    nearest: matching.Nearest | None = field(default=None, repr=False)
+
+    @property
+    def num_missing(self) -> int:
+        """Rows that nothing is known of yet. Raises CollectionError."""
+        path = self.folder / ANSWERS
+        return len(self.examples) - (sum(1 for _ in read_lines(path)) if path.exists() else 0)
+
+    def see(self, on_progress: OnSeen = lambda done, total: None) -> None:
+        """What a retrieval needs before its run: the vectors of all pictures and texts. Raises CollectionError."""
+        if self.nearest is not None:
+            matching.see(self.run, self.nearest, on_progress)
+
+    def scores(self, against: Path | None = None) -> dict[str, Any]:
+        """What was said, compared; written to scores.json as well. ``against``: the folder of another model's
+        evaluation of the same rows. Raises CollectionError where answers are missing, or are not of these rows."""
+        found: dict[str, Any] = {"rows": len(self.examples), **self._compared(against)}
+        if self.facts is not None:
+            found |= self.facts.told(found["scores"])
+        disk.write_text(self.folder / SCORES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        return found
+
+    def _compared(self, against: Path | None) -> dict[str, Any]:
+        if self.nearest is not None or (self.benchmark is not None and self.benchmark.task == PAIR):
+            if against is not None:
+                raise OptionError(f"{option('against')} compares answers, which a model that matches does not give")
+            totals, num_failed = (
+                matching.scores_of_pairs(self.examples, self.folder) if self.nearest is None
+                else matching.scores_of_retrieval(self.examples, self.folder, self.nearest)
+            )  # fmt: skip
+            return {"failed": num_failed, "scores": totals, "types": {}}
+        texts = said(self.folder, len(self.examples))
+        apart = self.benchmark is not None and self.benchmark.has_domains
+        other = OTHER_RULE.get(self.rule, "") if self.benchmark is not None and self.benchmark.task == ASK else ""
+        ours = compared(self.examples, texts, self.rule, apart=apart, other=other)
+        found: dict[str, Any] = {"failed": sum(text is None for text in texts), "scores": ours.totals}
+        found["types"] = {} if apart else by_type(self.examples, ours.each)
+        if any(example.are_people for example in self.examples):
+            found["rule"] = self.rule
+        if self.examples[0].question is None:
+            found["not_computed"] = ours.not_computed
+        if self.benchmark is not None and self.benchmark.server:
+            found["results"] = results.write(self.benchmark, self.folder, self.examples, texts).name
+        if against is not None:
+            found["against"] = self._beside(against, texts, ours.each)
+        return found
+
+    def _beside(self, against: Path, texts: Sequence[str | None], each: Sequence[float | None]) -> dict[str, Any]:
+        others = said(against, len(self.examples))
+        theirs = compared(self.examples, others, self.rule, java=False).each
+        both = [(a, b, example.picture) for a, b, example in zip(each, theirs, self.examples, strict=True)
+                if a is not None and b is not None]  # fmt: skip
+        if not both:
+            raise OptionError(f"{option('against')} compares scores, and the answers to these rows are not published")
+        changed = [
+            {"row": row, "was": before, "is": now}
+            for row, (before, now) in enumerate(zip(others, texts, strict=True))
+            if before != now
+        ]
+        ours, other, pictures = zip(*both, strict=True)
+        return {
+            "folder": str(against), "mean": sum(other) / len(other), "changed": len(changed),
+            "better": sum(a > b for a, b, _ in both), "worse": sum(a < b for a, b, _ in both),
+            "p": paired(ours, other, pictures), "first_changed": changed[:MOST_SHOWN],
+        }  # fmt: skip
+
+
+def evaluating(rows: Path, folder: Path, *, rule: str | None = None, **options: Any) -> Evaluation:
+    """All that can be known to be wrong is told here. ``options``: those of `blip2.caption_collection` or
+    `blip2.ask_collection`: ``model``, how it decodes, ``limit``, ``shard``, ... With a model that matches, rows with
+    captions are a retrieval, of which ``candidates`` are read together with what they are near to.
+
+    Raises CollectionError with file and line for a row that cannot be used, OptionError, CheckpointError.
+    """
+    rule = _checked_rule(rule or "official")
+    examples = read(rows)
+    is_matching = _matches(options.get("model"), options.get("revision"))
+    if is_matching and examples[0].question is not None:
+        raise OptionError(f"{rows}: has questions, which a model that matches cannot answer; name another with "
+                          f"{option('model')}")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_matching:
+        candidates = options.pop("candidates", RETRIEVAL.candidates)
+        run, nearest = matching.beginning(RETRIEVE, examples, rows, folder, candidates, **options)
+        return Evaluation(examples, rule, folder, run, nearest=nearest)
+    where = {**WHERE, "output": folder / ANSWERS, **options}
+    if examples[0].question is None:
+        run = captioning(rows, if_exists="overwrite", **where)
+    else:
+        run = asking(rows, question_column="question", **where)
+    return Evaluation(examples, rule, folder, run)
+
+
+def benchmarking(
+    name: str,
+    data: Path,
+    folder: Path,
+    *,
+    protocol: str = "paper",
+    rule: str | None = None,
+    first: int | None = None,
+    **options: Any,
+) -> Evaluation:
+    """As `evaluating`, of one of `BENCHMARKS`, whose files are somewhere in the folder ``data``. ``protocol``: whose
+    prompts, lengths and beams, see `benchmark.Settings`; what ``options`` has of these counts before it. ``first``: of
+    so many rows alone.
+
+    Raises CollectionError, which says where what is missing is had, RecipeError, CheckpointError, OptionError.
+    """
+    if name not in BENCHMARKS:
+        raise OptionError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[name]
+    if protocol not in benchmark.settings:
+        raise OptionError(f"{option('protocol')} is {protocol!r}; it may be {', '.join(benchmark.settings)}")
+    if first is not None and first < 1:
+        raise OptionError(f"{option('first')} is {first}; give 1 or more, or leave it out")
+    if benchmark.task in (ASK, CHOOSE) and "{}" not in (options.get("prompt") or "{}"):
+        raise OptionError(f"{option('prompt')} is {options['prompt']!r}; write {{}} where the question goes")
+    facts = facts_of(name, protocol, options, rule)
+    prepared = prepare(name, benchmark, data, folder, first)
+    examples, facts = read(prepared.rows), facts.with_notes(prepared.notes)
+    rule = _checked_rule(rule or facts.settings.rule)
+    if benchmark.task in MATCHING:
+        number = facts.settings.candidates
+        run, nearest = matching.beginning(benchmark.task, examples, prepared.rows, folder, number, **options)
+        return Evaluation(examples, rule, folder, run, benchmark, facts, nearest)
+    if (prompt := options.pop("prompt", None)) is None:
+        prompt = facts.prompt
+    given = {**WHERE, "output": folder / ANSWERS, **facts.decoding, **options}
+    if benchmark.task == CAPTION:
+        run = captioning(prepared.rows, if_exists="overwrite", prompt=prompt, **given)
+    else:
+        chosen = "choices" if benchmark.task == CHOOSE else ""
+        run = asking(prepared.rows, question_column="question", choices_column=chosen, wording=prompt, **given)
+    return Evaluation(examples, rule, folder, run, benchmark, facts)
+
+
+def evaluate(
+    rows: str | Path,
+    folder: str | Path,
+    *,
+    data: str | Path | None = None,
+    against: str | Path | None = None,
+    on_results: OnResults = lambda summary, results: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ask a model about all rows and compare: ``scores`` with 95 % intervals, ``types`` of questions, and with
+    ``against`` what has changed. See `evaluating` for options and errors.
+
+        evaluate("questions.jsonl", "scores/")
+        evaluate("vqav2", "scores/", data="datasets/", model="Salesforce/blip2-opt-2.7b")
+
+    ``rows``: a file of rows, or the name of a benchmark; of that with ``data``, the folder of its files, and the
+    options of `benchmarking`.
+    """
+    evaluation = begun(str(rows), None if data is None else Path(data), Path(folder), options)
+    evaluation.see()
+    evaluation.run.run(on_results)
+    return evaluation.scores(None if against is None else Path(against))
+
+
+def begun(rows: str, data: Path | None, folder: Path, options: Mapping[str, Any]) -> Evaluation:
+    """`benchmarking` for the name of a benchmark, else `evaluating`. Raises their errors."""
+    if rows in BENCHMARKS:
+        return benchmarking(rows, data or Path("."), folder, **options)
+    if data is not None:
+        raise OptionError(f"{option('data')} is for a benchmark, and {rows} is none of {', '.join(BENCHMARKS)}")
+    near = difflib.get_close_matches(rows, BENCHMARKS, n=1)
+    if near and not Path(rows).exists():
+        raise OptionError(f"{rows}: there is no such file, and no such benchmark; did you mean {near[0]}?")
+    for name in ("protocol", "first"):
+        if name in options:
+            raise OptionError(f"{option(name)} is for a benchmark, and {rows} is none of {', '.join(BENCHMARKS)}")
+    return evaluating(Path(rows), folder, **options)
+
+
+def _matches(model: Any, revision: str | None) -> bool:
+    try:
+        return isinstance(config_of(model, revision, local_files_only=True), MatcherConfig)
+    except CheckpointError:  # which is told when the model is loaded
+        return False
+
+
+def _checked_rule(rule: str) -> str:
+    if rule not in VQA_RULES:
+        raise OptionError(f"{option('rule')} is {rule!r}; it may be {', '.join(VQA_RULES)}")
+    return rule
