@@ -86,7 +86,7 @@ def shown(turns: list[tuple[str, str]]) -> Shown | None:
 
 
 def write_rows(source: Path, folder: Path) -> dict[Shown, list[tuple[str, str]]]:
-    """train.jsonl, captions-train.jsonl and test.jsonl; gives what may be asked about each image, from training alone."""
+    """train.jsonl, captions-train.jsonl and test.jsonl; gives what is asked about each image of training."""
     known: dict[Shown, set[tuple[str, str]]] = defaultdict(set)
     for split in ("train", "test"):
         with (folder / f"{split}.jsonl").open("w") as file, (folder / f"captions-{split}.jsonl").open("w") as captioned:
