@@ -13,11 +13,14 @@ Nothing of that kind exists for the picture world, so both are made here from sc
     python -m miniature.pretrain vision   --data DIR MORE --test DIR --start vision-first.pt --out vision.pt
     python -m miniature.pretrain language --out language.pt
     python -m miniature.pretrain assemble --out DIR    (the folder of vision.pt, language.pt and tokenizer.json)
+    python -m miniature.pretrain vision   --data CROWD --test DIR --start vision.pt --out vision-third.pt
+    python -m miniature.pretrain renew    --out DIR    (the folder of vision-third.pt, stage1 and stage2)
 
-`make.sh` gives the numbers of steps. The second pass over the pictures leaves the counts of the class token out.
+`make.sh` gives the numbers of steps. Passes over the pictures after the first leave the counts of the class token out.
 
-The last puts both into two checkpoints of the published layout, generative and matching, with Q-Formers that
-know nothing yet: what the two training stages start from.
+`assemble` puts both into two checkpoints of the published layout, generative and matching, with Q-Formers that
+know nothing yet: what the two training stages start from. `renew` gives what the stages made the image encoder of the
+third pass: what the second round of both stages starts from.
 
 The others only know training scenes: pairs of kinds that are kept for the test occur in neither. They print their
 accuracy on pairs that they have never seen, write a checkpoint now and then, and go on from it when started again.
@@ -66,11 +69,21 @@ def assemble(folder: Path) -> None:
     checkpoint.save(matching, folder / "start-matching", tokenizer=words.to_str())
 
 
+def renew(folder: Path) -> None:
+    """What the two stages made, behind another image encoder: ``renewed-generative`` and ``renewed-matching``."""
+    encoder = DenseHeads()
+    encoder.load_state_dict(torch.load(folder / "vision-third.pt", weights_only=True)["model"])
+    for made, name in (("stage2", "generative"), ("stage1", "matching")):
+        model = checkpoint.load(folder / made)
+        model.vision = encoder.encoder
+        checkpoint.save(model, folder / f"renewed-{name}", tokenizer=folder / made / "tokenizer.json")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("vision", "language", "assemble"))
+    parser.add_argument("part", choices=("vision", "language", "assemble", "renew"))
     parser.add_argument("--data", type=Path, nargs="+", help="training pictures, written by miniature.world")
-    parser.add_argument("--start", type=Path, help="vision: the result of the first pass, for the second one")
+    parser.add_argument("--start", type=Path, help="vision: the result of the pass before")
     parser.add_argument("--test", type=Path, help="test pictures, written by miniature.world")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
@@ -92,6 +105,8 @@ def main() -> None:
         )
     elif options.part == "assemble":
         assemble(options.out)
+    elif options.part == "renew":
+        renew(options.out)
     else:
         train_language(options.out, options.steps, options.batch_size or 48, options.documents)
 

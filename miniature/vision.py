@@ -19,14 +19,16 @@ from blip2.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from blip2.image import load_image, to_pixels
 from blip2.vision import VisionTransformer
 from miniature import texts, world
+from miniature.glyphs import STRANGERS
 from miniature.schedule import train
 
 VISION = VisionConfig(hidden_size=192, num_layers=6, num_heads=3, intermediate_size=768, image_size=112)
 KINDS = list(texts.KINDS)
+NAMES = [*KINDS, *STRANGERS]  # what a patch may show
 BACKGROUNDS = list(world.BACKGROUNDS)
 SIDES = (None, "left", "right")
 HEIGHTS = (None, "top", "bottom")
-PATCH_ANSWERS = {"kind": len(KINDS) + 1, "count": 4, "side": len(SIDES), "height": len(HEIGHTS), "centre": 2}
+PATCH_ANSWERS = {"kind": len(NAMES) + 1, "count": 4, "side": len(SIDES), "height": len(HEIGHTS), "centre": 2}
 
 
 class DenseHeads(nn.Module):
@@ -63,8 +65,9 @@ def patch_labels(row: dict) -> tuple[np.ndarray, np.ndarray]:
         ys = [(y0 + y1) / 2 for _, y0, _, y1 in places]
         side = 1 if max(xs) < 0.45 else 2 if min(xs) > 0.55 else 0
         height = 1 if max(ys) < 0.45 else 2 if min(ys) > 0.55 else 0
-        scene[1 + KINDS.index(kind)] = len(places)
-        label = (KINDS.index(kind) + 1, len(places) - 1, side, height)
+        if kind in KINDS:
+            scene[1 + KINDS.index(kind)] = len(places)
+        label = (NAMES.index(kind) + 1, len(places) - 1, side, height)
         for (x0, y0, x1, y1), x, y in zip(places, xs, ys, strict=True):
             inside = np.ix_((centres > y0) & (centres < y1), (centres > x0) & (centres < x1))
             patches[inside] = (*label, 0)
@@ -150,10 +153,10 @@ def mirrored(pixels: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def train_vision(data: list[Path], test: Path, out: Path, *, steps: int, batch_size: int, start: Path | None) -> None:
-    """The first pass, or (with ``start``, the result of the first) the second.
+    """The first pass, or (with ``start``, the result of the one before) a later one.
 
-    The second pass leaves out what the class token says of the counts: that teaches fast, but teaches along with it
-    which kinds never meet, and on the pairs that are kept for the test it is wrong. It mirrors half of the pictures.
+    Later passes leave out what the class token says of the counts: that teaches fast, but teaches along with it
+    which kinds never meet, and on the pairs that are kept for the test it is wrong. They mirror half of the pictures.
     """
     folders = [load_pictures(folder) for folder in data]
     unseen = load_pictures(test)

@@ -2,12 +2,15 @@
 
 A scene holds one to three kinds of things, each one to four times, on a canvas of varying size. Some pairs of
 kinds never share a `train` scene; `test` scenes each show such a pair, so they measure composition, and
-`familiar` scenes are fresh ones like the training scenes. Everything follows from (seed, split, index).
+`familiar` scenes are fresh ones like the training scenes. Everything follows from (seed, split, index). Two more
+splits are for training alone: `crowd`, for the image encoder (more kinds a scene, strangers among them, no texts), and
+`varied`, for the Q-Former (other drawings of the kinds, more of them on one side). `glyphs` are test scenes with other
+drawings.
 
     python -m miniature.world --split train --count 60000 --seed 1 --out DIR --workers 2
     python -m miniature.world --split test --sheet sheet.png
 
-The sprites come from Noto Color Emoji (`apt-get install fonts-noto-color-emoji`).
+The sprites come from Noto Color Emoji (`miniature.glyphs`).
 """
 
 from __future__ import annotations
@@ -29,13 +32,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from miniature.glyphs import FONT_PATH as FONT_PATH
+from miniature.glyphs import OTHERS, STRANGERS, sprite
 from miniature.texts import KINDS, captions, description, dialogues, sample_questions
 
-FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-FONT_SIZE = 109  # the only bitmap size in the font
-SPLITS = ("train", "test", "familiar")
+
+@dataclass(frozen=True)
+class Mix:
+    """What the scenes of a split are made of."""
+
+    numbers: tuple[int, ...]  # how often one kind, two kinds, ... stand in a scene
+    most: int = 8  # things in a scene
+    unseen_pair: bool = False  # one in every scene; otherwise in none
+    strangers: float = 0.0  # how often a kind is one that has no name here
+    others: float = 0.0  # how often a kind is not drawn by its own glyph alone
+    scattered: float = 0.5  # how often the things stand anywhere
+    has_texts: bool = True
+
+
+SPLITS = {
+    "train": Mix((25, 45, 30)),
+    "test": Mix((0, 45, 30), unseen_pair=True),
+    "familiar": Mix((0, 45, 30)),
+    "crowd": Mix((15, 25, 25, 15, 12, 8), most=10, strangers=0.3, others=0.4, has_texts=False),
+    "varied": Mix((25, 45, 30), others=0.3, scattered=0.3),
+    "glyphs": Mix((0, 45, 30), unseen_pair=True, others=1.0),
+}
 STYLES = ("plain", "gradient", "noise", "stripes")
 
 # Each name: lowest and highest hue (degrees), saturation and value. The hues stand far apart, and the shades
@@ -51,7 +75,6 @@ BACKGROUNDS = {
     "purple": ((267, 276), (0.34, 0.48), (0.74, 0.88)),
 }
 
-MAXIMUM_OBJECTS = 8
 SMALLEST, LARGEST = 0.17, 0.34  # longest side of an object over the shorter side of the canvas
 SIZE_SPREAD = 1.55
 LOW, HIGH = 0.45, 0.55  # centres between these fractions of the canvas are on no clear side
@@ -67,6 +90,7 @@ class Object:
     box: tuple[int, int, int, int]
     angle: int
     flip: bool
+    glyph: str = ""  # the drawing, if not the kind's own
 
 
 @dataclass(frozen=True)
@@ -126,47 +150,39 @@ def has_held_out_pair(kinds: list[str]) -> bool:
     return any(frozenset(pair) in held_out_pairs() for pair in itertools.combinations(kinds, 2))
 
 
-@functools.cache
-def sprite(kind: str, angle: int = 0, flip: bool = False) -> Image.Image:
-    """The emoji of a kind, turned and perhaps mirrored, cropped to what is visible (RGBA)."""
-    if not FONT_PATH.exists():
-        raise FileNotFoundError(f"{FONT_PATH} is missing: apt-get install fonts-noto-color-emoji")
-    if angle or flip:
-        image = sprite(kind)
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-        image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    else:
-        font = ImageFont.truetype(str(FONT_PATH), FONT_SIZE)
-        image = Image.new("RGBA", (200, 200))
-        ImageDraw.Draw(image).text((20, 20), chr(KINDS[kind].code_point), font=font, embedded_color=True)
-    return image.crop(image.getchannel("A").getbbox())
-
-
-def _choose_kinds(rng: random.Random, split: str) -> list[str]:
-    weights = (25, 45, 30) if split == "train" else (0, 45, 30)
-    number = rng.choices((1, 2, 3), weights)[0]
-    if split == "test":
+def _choose_kinds(rng: random.Random, mix: Mix) -> list[str]:
+    number = rng.choices(range(1, len(mix.numbers) + 1), mix.numbers)[0]
+    if mix.unseen_pair:
         pair = rng.choice(sorted(sorted(pair) for pair in held_out_pairs()))
         others = rng.sample([kind for kind in KINDS if kind not in pair], number - 2)
         return rng.sample([*pair, *others], number)
-    while has_held_out_pair(kinds := rng.sample(list(KINDS), number)):
+    strangers = sum(rng.random() < mix.strangers for _ in range(number)) if mix.strangers else 0
+    while has_held_out_pair(kinds := rng.sample(list(KINDS), number - strangers)):
         pass
-    return kinds
+    return kinds + rng.sample(STRANGERS, strangers)
 
 
-def _choose_counts(rng: random.Random, kinds: list[str]) -> list[int]:
-    while sum(counts := [rng.randint(1, 4) for _ in kinds]) > MAXIMUM_OBJECTS:
+def _choose_counts(rng: random.Random, kinds: list[str], most: int) -> list[int]:
+    while sum(counts := [rng.randint(1, 4) for _ in kinds]) > most:
         pass
     return counts
+
+
+def _choose_glyphs(rng: random.Random, kind: str, count: int, mix: Mix) -> list[str]:
+    """For each thing of a kind its drawing, or "" for the kind's own: one drawing for all of them, or a mixture."""
+    choices = OTHERS.get(kind, "")
+    if not choices or not mix.others or rng.random() > mix.others:
+        return [""] * count
+    return rng.choices(["", *choices], k=count) if rng.random() < 0.3 else [rng.choice(choices)] * count
 
 
 Region = tuple[tuple[float, float], tuple[float, float]]  # where centres may lie, as fractions of the canvas
 ANYWHERE: Region = ((0, 1), (0, 1))
 
 
-def _choose_regions(rng: random.Random, kinds: list[str]) -> list[Region]:
-    """Half of the scenes scatter freely; the others keep each kind to a half or a quarter of the canvas."""
-    if rng.random() < 0.5:
+def _choose_regions(rng: random.Random, kinds: list[str], scattered: float) -> list[Region]:
+    """Some scenes scatter freely; the others keep each kind to a half or a quarter of the canvas."""
+    if rng.random() < scattered:
         return [ANYWHERE] * len(kinds)
     halves = ((0, LOW - 0.01), (HIGH + 0.01, 1))  # a little inside, so that rounding keeps the side clear
     layout = rng.choices(("sides", "heights", "quarters"), (45, 35, 20))[0]
@@ -174,7 +190,8 @@ def _choose_regions(rng: random.Random, kinds: list[str]) -> list[Region]:
         return [(rng.choice(halves), (0, 1)) for _ in kinds]
     if layout == "heights":
         return [((0, 1), rng.choice(halves)) for _ in kinds]
-    return rng.sample(list(itertools.product(halves, halves)), len(kinds))
+    quarters = list(itertools.product(halves, halves))
+    return rng.sample(quarters, len(kinds)) if len(kinds) <= 4 else rng.choices(quarters, k=len(kinds))
 
 
 @dataclass(frozen=True)
@@ -184,6 +201,7 @@ class _Wish:
     angle: int
     flip: bool
     region: Region
+    glyph: str
 
 
 def _overlap(first: tuple[int, int, int, int], second: tuple[int, int, int, int], gap: int) -> bool:
@@ -200,7 +218,7 @@ def _place(rng: random.Random, size: tuple[int, int], wishes: list[_Wish]) -> tu
     placed: list[Object] = []
     gap = max(1, round(min(size) / 100))
     for wish in wishes:
-        shape = sprite(wish.kind, wish.angle, wish.flip).size
+        shape = sprite(wish.glyph or wish.kind, wish.angle, wish.flip).size
         scale = wish.fraction * min(size) / max(shape)
         extents = [max(1, round(side * scale)) for side in shape]
         spans = [
@@ -211,25 +229,25 @@ def _place(rng: random.Random, size: tuple[int, int], wishes: list[_Wish]) -> tu
             x, y = (round(rng.uniform(low, high)) for low, high in spans)
             box = (x, y, x + extents[0], y + extents[1])
             if not any(_overlap(box, other.box, gap) for other in placed):
-                placed.append(Object(wish.kind, box, wish.angle, wish.flip))
+                placed.append(Object(wish.kind, box, wish.angle, wish.flip, wish.glyph))
                 break
         else:
             return None
     return tuple(placed)
 
 
-def _choose_objects(rng: random.Random, split: str, size: tuple[int, int]) -> tuple[Object, ...]:
-    kinds = _choose_kinds(rng, split)
-    counts = _choose_counts(rng, kinds)
-    regions = _choose_regions(rng, kinds)
-    crowd = (sum(counts) - 1) / (MAXIMUM_OBJECTS - 1)
+def _choose_objects(rng: random.Random, mix: Mix, size: tuple[int, int]) -> tuple[Object, ...]:
+    kinds = _choose_kinds(rng, mix)
+    counts = _choose_counts(rng, kinds, mix.most)
+    regions = _choose_regions(rng, kinds, mix.scattered)
+    crowd = (sum(counts) - 1) / (mix.most - 1)
     ceiling = LARGEST - 0.1 * crowd
     base = rng.uniform(SMALLEST, ceiling / 1.15)
     fraction = functools.partial(rng.uniform, base, min(ceiling, base * SIZE_SPREAD))
     wishes = [
-        _Wish(kind, fraction(), rng.choice(ANGLES), rng.random() < 0.5, region)
+        _Wish(kind, fraction(), rng.choice(ANGLES), rng.random() < 0.5, region, glyph)
         for kind, count, region in zip(kinds, counts, regions, strict=True)
-        for _ in range(count)
+        for glyph in _choose_glyphs(rng, kind, count, mix)
     ]
     for attempt in range(200):
         shrink = 0.95**attempt
@@ -250,7 +268,7 @@ def _shade(rng: random.Random, background: str) -> Color:
 def make_scene(seed: int, split: str = "train", index: int = 0) -> Scene:
     """Scene number `index` of a split; the splits draw from separate random streams."""
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is none of {SPLITS}")
+        raise ValueError(f"split {split!r} is none of {tuple(SPLITS)}")
     rng = make_rng(seed, split, index, "scene")
     ratio = math.exp(rng.uniform(0, math.log(1.33)))
     short = math.exp(rng.uniform(math.log(112), math.log(448 / ratio)))
@@ -260,7 +278,7 @@ def make_scene(seed: int, split: str = "train", index: int = 0) -> Scene:
     style = rng.choice(STYLES)
     shades = (_shade(rng, background), _shade(rng, background))
     texture_seed = rng.getrandbits(32)
-    return Scene(*size, background, style, shades, texture_seed, _choose_objects(rng, split, size))
+    return Scene(*size, background, style, shades, texture_seed, _choose_objects(rng, SPLITS[split], size))
 
 
 def _background(scene: Scene) -> Image.Image:
@@ -289,7 +307,7 @@ def render(scene: Scene) -> Image.Image:
     image = _background(scene)
     for thing in scene.objects:
         x0, y0, x1, y1 = thing.box
-        drawn = sprite(thing.kind, thing.angle, thing.flip)
+        drawn = sprite(thing.glyph or thing.kind, thing.angle, thing.flip)
         drawn = drawn.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
         image.paste(drawn, (x0, y0), drawn)
     return image
@@ -307,12 +325,15 @@ def _write_row(job: tuple[str, str, int, int]) -> str:
         render(scene).save(Path(folder, name), quality=file_rng.randint(85, 95))
     else:
         render(scene).save(Path(folder, name), compress_level=1)
-    row = {
-        "image": name,
-        "captions": captions(scene, rng),
-        "questions": [asdict(question) for question in sample_questions(scene, rng, rng.randint(8, 12))],
-        "dialogues": [[asdict(turn) for turn in turns] for turns in dialogues(scene, rng)[:3]],
-        "description": description(scene, rng),
+    row: dict[str, object] = {"image": name}
+    if SPLITS[split].has_texts:
+        row |= {
+            "captions": captions(scene, rng),
+            "questions": [asdict(question) for question in sample_questions(scene, rng, rng.randint(8, 12))],
+            "dialogues": [[asdict(turn) for turn in turns] for turns in dialogues(scene, rng)[:3]],
+            "description": description(scene, rng),
+        }
+    row |= {
         "background": scene.background,
         "objects": [{"kind": thing.kind, "box": thing.box} for thing in scene.objects],
         "width": scene.width,
@@ -350,7 +371,8 @@ def draw_sheet(path: str | Path, split: str, seed: int, columns: int = 6, rows: 
         image.thumbnail((cell - 10, cell - 10))
         x, y = index % columns * cell, index // columns * (cell + line)
         sheet.paste(image, (x + 5, y + 5))
-        caption = captions(scene, make_rng(seed, split, index, "texts"))[0]
+        has_texts = SPLITS[split].has_texts
+        caption = captions(scene, make_rng(seed, split, index, "texts"))[0] if has_texts else ""
         words = f"{caption}\n{scene.background}, {scene.style}, {scene.width} x {scene.height}"
         pen.text((x + 5, y + cell), words, fill="black")
     sheet.save(path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniature import texts, world
+from miniature import glyphs, texts, world
 
 pytestmark = pytest.mark.skipif(not world.FONT_PATH.exists(), reason="needs fonts-noto-color-emoji")
 
@@ -25,7 +25,9 @@ NOUN_TO_KIND = {noun: kind.singular for kind in texts.KINDS.values() for noun in
 
 @pytest.fixture(scope="module")
 def scenes():
-    return {split: [world.make_scene(7, split, index) for index in range(SCENES_A_SPLIT)] for split in world.SPLITS}
+    """Of every split that has texts."""
+    splits = [split for split, mix in world.SPLITS.items() if mix.has_texts]
+    return {split: [world.make_scene(7, split, index) for index in range(SCENES_A_SPLIT)] for split in splits}
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +167,8 @@ def test_splits_keep_or_show_held_out_pairs(scenes):
         for scene in members:
             pairs = itertools.combinations({thing.kind for thing in scene.objects}, 2)
             shows = any(frozenset(pair) in world.held_out_pairs() for pair in pairs)
-            assert shows == (split == "test")
-            if split != "train":
+            assert shows == (split in ("test", "glyphs"))
+            if split not in ("train", "varied"):
                 assert 2 <= len(scene.counts()) <= 3
 
 
@@ -234,14 +236,70 @@ def test_same_seed_same_scene_in_another_process():
     assert repr(world.make_scene(3, "train", 9)) in outputs[0].stdout
 
 
-@pytest.mark.parametrize("kind", texts.KINDS)
+@pytest.fixture(scope="module")
+def crowd():
+    return [world.make_scene(7, "crowd", index) for index in range(SCENES_A_SPLIT)]
+
+
+def test_crowds_show_strangers_and_more_kinds_but_no_held_out_pair(crowd):
+    numbers, shown = collections.Counter(), set()
+    for scene in crowd:
+        counts = scene.counts()
+        assert not world.has_held_out_pair(list(counts))
+        assert max(counts.values()) <= 4 and len(scene.objects) <= 10
+        numbers[len(counts)] += 1
+        shown |= set(counts)
+    assert set(numbers) == {1, 2, 3, 4, 5, 6}
+    assert shown >= set(texts.KINDS)
+    assert shown - set(texts.KINDS) <= set(glyphs.STRANGERS) and len(shown) > 100
+
+
+def test_a_crowd_is_written_with_its_objects_and_without_texts(tmp_path):
+    world.write_split(tmp_path, "crowd", 10, seed=2, workers=1)
+    for index, line in enumerate((tmp_path / "rows.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        assert [thing["kind"] for thing in row["objects"]] == [
+            thing.kind for thing in world.make_scene(2, "crowd", index).objects
+        ]
+        assert not {"captions", "questions", "dialogues"} & set(row)
+    world.draw_sheet(tmp_path / "sheet.png", "crowd", seed=1, columns=1, rows=1)
+
+
+def test_which_splits_draw_a_kind_in_other_ways(scenes):
+    other = {
+        split: [bool(thing.glyph) for scene in members for thing in scene.objects] for split, members in scenes.items()
+    }
+    assert not any(other["train"] + other["test"] + other["familiar"])
+    assert 0.1 < np.mean(other["varied"]) < 0.4 < np.mean(other["glyphs"])
+    for scene in scenes["glyphs"]:
+        for thing in scene.objects:
+            assert thing.glyph in ("", *glyphs.OTHERS.get(thing.kind, ""))
+
+
+def test_varied_scenes_have_more_on_one_side(scenes):
+    sided = {
+        split: sum(bool(scene.side(kind)) for scene in scenes[split] for kind in scene.counts())
+        / sum(len(scene.counts()) for scene in scenes[split])
+        for split in ("train", "varied")
+    }
+    assert sided["varied"] > sided["train"] + 0.03
+
+
+def test_no_drawing_stands_for_two_things():
+    drawings = [chr(kind.code_point) for kind in texts.KINDS.values()]
+    drawings += [*glyphs.STRANGERS, *"".join(glyphs.OTHERS.values())]
+    assert len(drawings) == len(set(drawings))
+    assert set(glyphs.OTHERS) <= set(texts.KINDS)
+
+
+@pytest.mark.parametrize("kind", [*texts.KINDS, *glyphs.STRANGERS, *"".join(glyphs.OTHERS.values())])
 def test_every_kind_draws(kind):
     for angle in (world.ANGLES[0], 0):
         sprite = world.sprite(kind, angle)
         alpha = np.asarray(sprite.getchannel("A"))
         assert max(sprite.size) > 100
         assert (alpha > 128).mean() > 0.15  # a missing glyph would be an empty or hollow box
-        assert len(np.unique(np.asarray(sprite)[alpha > 128], axis=0)) > 20
+        assert len(np.unique(np.asarray(sprite)[alpha > 128], axis=0)) > 10
 
 
 def test_kinds_look_different():
@@ -251,9 +309,9 @@ def test_kinds_look_different():
 
 
 def test_missing_font_names_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(world, "FONT_PATH", tmp_path / "none.ttf")
+    monkeypatch.setattr(glyphs, "FONT_PATH", tmp_path / "none.ttf")
     with pytest.raises(FileNotFoundError, match="apt-get install fonts-noto-color-emoji"):
-        world.sprite.__wrapped__("dog")
+        glyphs.sprite.__wrapped__("dog")
 
 
 @pytest.mark.parametrize("kind", texts.KINDS)
