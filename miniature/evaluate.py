@@ -8,7 +8,8 @@ Beside the accuracy stand:
 
 - *shuffled*: the same questions, each asked about another scene's picture;
 - *blind*: the best guess without a picture: the most frequent right answer to the same wording of the same type;
-- *familiar*: scenes from the training distribution (new scenes, pairs that were seen in training).
+- *familiar*: scenes from the training distribution (new scenes, pairs that were seen in training);
+- *other drawings* (``--drawings``): unseen pairs of kinds that are drawn by other emoji than their own.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="scenes (default 1000)")
     parser.add_argument("--quick", action="store_true", help="the test scenes only")
     parser.add_argument("--no-familiar", action="store_true", help="no scenes of the training distribution")
+    parser.add_argument("--drawings", action="store_true", help="other emoji of the same kinds: in a column beside it")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     options = parser.parse_args()
     pipeline = blip2.load(options.model)
@@ -168,6 +170,8 @@ def main() -> None:
             columns["familiar"] = evaluate(pipeline, "familiar", options.count)
         columns["shuffled"] = evaluate(pipeline, "test", options.count, shuffle=True)
         columns["blind"] = blind_guess(options.count)
+    if options.drawings:
+        columns["other drawings"] = evaluate(pipeline, "glyphs", options.count)
     for pair in options.against:
         name, _, folder = pair.partition("=")
         columns[name] = evaluate(blip2.load(folder), "test", options.count)

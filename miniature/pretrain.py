@@ -16,11 +16,12 @@ Nothing of that kind exists for the picture world, so both are made here from sc
     python -m miniature.pretrain vision   --data CROWD --test DIR --start vision.pt --out vision-third.pt
     python -m miniature.pretrain renew    --out DIR    (the folder of vision-third.pt, stage1 and stage2)
 
-`make.sh` gives the numbers of steps. Passes over the pictures after the first leave the counts of the class token out.
+`make.sh` and `again.sh` give the numbers of steps. Passes over the pictures after the first leave the counts of the
+class token out.
 
 `assemble` puts both into two checkpoints of the published layout, generative and matching, with Q-Formers that
 know nothing yet: what the two training stages start from. `renew` gives what the stages made the image encoder of the
-third pass: what the second round of both stages starts from.
+third pass: what their second round starts from (`again.sh`).
 
 The others only know training scenes: pairs of kinds that are kept for the test occur in neither. They print their
 accuracy on pairs that they have never seen, write a checkpoint now and then, and go on from it when started again.
@@ -70,7 +71,7 @@ def assemble(folder: Path) -> None:
 
 
 def renew(folder: Path) -> None:
-    """What the two stages made, behind another image encoder: ``renewed-generative`` and ``renewed-matching``."""
+    """What both stages made, behind the new image encoder: ``renewed-generative`` and ``renewed-matching``."""
     encoder = DenseHeads()
     encoder.load_state_dict(torch.load(folder / "vision-third.pt", weights_only=True)["model"])
     for made, name in (("stage2", "generative"), ("stage1", "matching")):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniature import glyphs, texts, world
+from miniature import glyphs, texts, vision, world
 
 pytestmark = pytest.mark.skipif(not world.FONT_PATH.exists(), reason="needs fonts-noto-color-emoji")
 
@@ -444,3 +444,14 @@ def test_sheet(tmp_path):
     world.draw_sheet(tmp_path / "sheet.png", "test", seed=1, columns=2, rows=2)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[0] > 400
+
+
+def test_labels_of_a_crowd_tell_strangers_apart_and_count_them(crowd):
+    for scene in crowd[:50]:
+        row = {"background": scene.background, "width": scene.width, "height": scene.height}
+        row["objects"] = [{"kind": thing.kind, "box": thing.box} for thing in scene.objects]
+        patches, whole = vision.patch_labels(row)
+        counts = scene.counts()
+        named = {vision.NAMES[name - 1]: number + 1 for name, number, *_, centre in patches.tolist() if centre}
+        assert named.items() <= counts.items() and len(named) >= len(counts) - 1  # two centres may share a patch
+        assert whole[1:].tolist() == [counts.get(kind, 0) for kind in texts.KINDS]
