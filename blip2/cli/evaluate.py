@@ -106,7 +106,7 @@ def command(
             click.echo(f"blip2: {missing} rows have no answer yet, so there are no scores", err=True)
         else:
             click.echo(table(started[0].scores(against)))
-            click.echo(f"blip2: {folder / 'scores.json'}", err=True)
+            click.echo(f"blip2: {folder / 'scores.json'}; to look at: {folder / 'report.html'}", err=True)
     context.exit(code)
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+from html import escape
+
+from blip2.errors import ImageError
+from blip2.image import Source, thumbnail
+
 STYLE = """
 :root { color-scheme: light dark; --back: #fafafa; --front: #1c1c1e; --dim: #63636a; --card: #fff; --line: #dcdce0;
   --bad: #b3261e; --mark: #8a5300; }
@@ -23,3 +29,12 @@ def page(title: str, style: str, body: str, *, head: str = "") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{STYLE}{style.lstrip()}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def picture(source: Source, size_px: int) -> str:
+    """HTML of a picture within the page, at most ``size_px`` wide and high; of one that cannot be read, why."""
+    try:
+        data = base64.b64encode(thumbnail(source, size_px)).decode()
+    except ImageError as error:
+        return f'<p class="wrong">{escape(str(error))}</p>'
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">'

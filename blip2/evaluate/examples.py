@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,12 @@ def _example(line: str, place: str) -> Example:
 
 def said(folder: Path, number: int) -> list[str | None]:
     """By row; None for a picture that could not be read. Raises CollectionError."""
-    return [row["caption"] if row is not None else None for row in answers(folder, number)]
+    return texts_of(answers(folder, number))
+
+
+def texts_of(rows: Sequence[dict[str, Any] | None]) -> list[str | None]:
+    """Of `answers`."""
+    return [row["caption"] if row is not None else None for row in rows]
 
 
 def answers(folder: Path, number: int) -> list[dict[str, Any] | None]:

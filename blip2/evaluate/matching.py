@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +33,7 @@ from blip2.errors import CollectionError, ImageError, option
 from blip2.evaluate.benchmark import PAIR
 from blip2.evaluate.compare import Scores, with_interval
 from blip2.evaluate.examples import ANSWERS, Example, answers
+from blip2.evaluate.report import Told
 from blip2.scores.ranking import RECALLS, pairs, ranks
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.match import ImageFeatures
@@ -243,3 +244,39 @@ def _right(first: dict[str, Any] | None, second: dict[str, Any] | None, way: str
     by_name = [dict(zip(row["captions"], row["scores"], strict=True)) for row in (first, second)]
     return pairs([[own[f"{way} {text}"] for text in (0, 1)] for own in by_name])
 
+
+# ---- rows to be looked at ----
+
+
+def found_first(examples: Sequence[Example], folder: Path, nearest: Nearest) -> Told:
+    """Of each picture the text that fits it best of those that were read with it, and 1 / the place of its first own
+    text among them, 0 if none of its own was read. Raises CollectionError."""
+    ends = np.cumsum([len(example.wanted) for example in examples]).tolist()
+    said: list[str | None] = []
+    each: list[float | None] = []
+    for number, (row, example) in enumerate(zip(answers(folder, len(examples)), examples, strict=True)):
+        if row is None:
+            said.append(None)
+            each.append(0.0)
+            continue
+        ordered = sorted(zip(row["scores"], map(int, row["captions"]), strict=True), key=lambda one: (-one[0], one[1]))
+        own = range(ends[number] - len(example.wanted), ends[number])
+        place = next((place for place, (_, text) in enumerate(ordered, start=1) if text in own), None)
+        said.append(nearest.texts[ordered[0][1]])
+        each.append(0.0 if place is None else 1 / place)
+    return Told(said, each, measure="the place of the first own text: 1, 1/2, 1/3 and so on", verb="found")
+
+
+def chosen_of_pairs(examples: Sequence[Example], folder: Path) -> tuple[list[Example], Told]:
+    """Of each picture which of the two texts fits better, read together; the rows with that which is right."""
+    said: list[str | None] = []
+    each: list[float | None] = []
+    right = []
+    for row, example in zip(answers(folder, len(examples)), examples, strict=True):
+        side = int(str(example.id).rpartition("/")[2])
+        right.append(replace(example, wanted=(example.wanted[side],)))
+        scores = dict(zip(row["captions"], row["scores"], strict=True)) if row is not None else {}
+        best = max((0, 1), key=lambda text: scores[f"{ITM} {text}"]) if scores else None
+        said.append(None if best is None else example.wanted[best])
+        each.append(float(best == side))
+    return right, Told(said, each, verb="chosen")

@@ -14,13 +14,14 @@ from blip2.api.collect import CollectionRun, asking, captioning
 from blip2.collection.summary import OnResults
 from blip2.config import MatcherConfig
 from blip2.errors import CheckpointError, OptionError, option
-from blip2.evaluate import matching, results
+from blip2.evaluate import matching, report, results
 from blip2.evaluate.benchmark import ASK, CAPTION, CHOOSE, MATCHING, PAIR, RETRIEVAL, RETRIEVE, Benchmark
 from blip2.evaluate.benchmarks import BENCHMARKS
 from blip2.evaluate.compare import by_type, compared
-from blip2.evaluate.examples import ANSWERS, Example, read, said
+from blip2.evaluate.examples import ANSWERS, Example, answers, read, said, texts_of
 from blip2.evaluate.prepare import prepare
 from blip2.evaluate.protocol import Facts, config_of, facts_of
+from blip2.evaluate.report import Told
 from blip2.plaintext import read_lines
 from blip2.scores import VQA_RULES, paired
 
@@ -36,8 +37,10 @@ WHERE: dict[str, Any] = {"key_column": "row", "image_column": "image", "format":
 @dataclass(frozen=True)
 class Evaluation:
     """What is checked and can begin. ``run``: collects what the model says; the same call goes on where it was, after
-    `see`. ``benchmark`` and ``facts``: of a named one, and what its report says beside the scores."""
+    `see`. ``rows``: the file. ``benchmark`` and ``facts``: of a named one, and what its report says beside the
+    scores."""
 
+    rows: Path
     examples: Sequence[Example]
     rule: str
     folder: Path
@@ -58,57 +61,68 @@ class Evaluation:
             matching.see(self.run, self.nearest, on_progress)
 
     def scores(self, against: Path | None = None) -> dict[str, Any]:
-        """What was said, compared; written to scores.json as well. ``against``: the folder of another model's
-        evaluation of the same rows. Raises CollectionError where answers are missing, or are not of these rows."""
-        found: dict[str, Any] = {"rows": len(self.examples), **self._compared(against)}
+        """What was said, compared; written to scores.json as well, and for people to report.html. ``against``: the
+        folder of another model's evaluation of the same rows. Raises CollectionError where answers are missing, or are
+        not of these rows."""
+        compared, examples, ours, theirs = self._compared(against)
+        found: dict[str, Any] = {"rows": len(self.examples), **compared}
         if self.facts is not None:
             found |= self.facts.told(found["scores"])
         disk.write_text(self.folder / SCORES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        report.write(self.folder, self.rows, found, examples, ours, theirs)
         return found
 
-    def _compared(self, against: Path | None) -> dict[str, Any]:
+    def _compared(self, against: Path | None) -> tuple[dict[str, Any], Sequence[Example], Told, Told | None]:
+        """Beside the scores what the page shows: the rows, what was said of them, and what another model said."""
         if self.nearest is not None or (self.benchmark is not None and self.benchmark.task == PAIR):
             if against is not None:
                 raise OptionError(f"{option('against')} compares answers, which a model that matches does not give")
-            totals, num_failed = (
-                matching.scores_of_pairs(self.examples, self.folder) if self.nearest is None
-                else matching.scores_of_retrieval(self.examples, self.folder, self.nearest)
-            )  # fmt: skip
-            return {"failed": num_failed, "scores": totals, "types": {}}
-        texts = said(self.folder, len(self.examples))
+            shown: tuple[Sequence[Example], Told]
+            if self.nearest is None:
+                totals, num_failed = matching.scores_of_pairs(self.examples, self.folder)
+                shown = matching.chosen_of_pairs(self.examples, self.folder)
+            else:
+                totals, num_failed = matching.scores_of_retrieval(self.examples, self.folder, self.nearest)
+                shown = self.examples, matching.found_first(self.examples, self.folder, self.nearest)
+            return {"failed": num_failed, "scores": totals, "types": {}}, *shown, None
+        rows = answers(self.folder, len(self.examples))
+        texts = texts_of(rows)
         apart = self.benchmark is not None and self.benchmark.has_domains
         other = OTHER_RULE.get(self.rule, "") if self.benchmark is not None and self.benchmark.task == ASK else ""
-        ours = compared(self.examples, texts, self.rule, apart=apart, other=other)
-        found: dict[str, Any] = {"failed": sum(text is None for text in texts), "scores": ours.totals}
-        found["types"] = {} if apart else by_type(self.examples, ours.each)
+        scored = compared(self.examples, texts, self.rule, apart=apart, other=other)
+        found: dict[str, Any] = {"failed": sum(text is None for text in texts), "scores": scored.totals}
+        found["types"] = {} if apart else by_type(self.examples, scored.each)
         if any(example.are_people for example in self.examples):
             found["rule"] = self.rule
         if self.examples[0].question is None:
-            found["not_computed"] = ours.not_computed
+            found["not_computed"] = scored.not_computed
         if self.benchmark is not None and self.benchmark.server:
             found["results"] = results.write(self.benchmark, self.folder, self.examples, texts).name
+        sure = [row.get("score") if row is not None else None for row in rows]
+        ours = Told(texts, scored.each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
+        theirs = None
         if against is not None:
-            found["against"] = self._beside(against, texts, ours.each)
-        return found
+            found["against"], theirs = self._beside(against, ours)
+        return found, self.examples, ours, theirs
 
-    def _beside(self, against: Path, texts: Sequence[str | None], each: Sequence[float | None]) -> dict[str, Any]:
+    def _beside(self, against: Path, ours: Told) -> tuple[dict[str, Any], Told]:
         others = said(against, len(self.examples))
-        theirs = compared(self.examples, others, self.rule, java=False).each
-        both = [(a, b, example.picture) for a, b, example in zip(each, theirs, self.examples, strict=True)
+        theirs = Told(others, compared(self.examples, others, self.rule, java=False).each)
+        both = [(a, b, example.picture) for a, b, example in zip(ours.each, theirs.each, self.examples, strict=True)
                 if a is not None and b is not None]  # fmt: skip
         if not both:
             raise OptionError(f"{option('against')} compares scores, and the answers to these rows are not published")
         changed = [
             {"row": row, "was": before, "is": now}
-            for row, (before, now) in enumerate(zip(others, texts, strict=True))
+            for row, (before, now) in enumerate(zip(others, ours.said, strict=True))
             if before != now
         ]
-        ours, other, pictures = zip(*both, strict=True)
+        own, other, pictures = zip(*both, strict=True)
         return {
             "folder": str(against), "mean": sum(other) / len(other), "changed": len(changed),
             "better": sum(a > b for a, b, _ in both), "worse": sum(a < b for a, b, _ in both),
-            "p": paired(ours, other, pictures), "first_changed": changed[:MOST_SHOWN],
-        }  # fmt: skip
+            "p": paired(own, other, pictures), "first_changed": changed[:MOST_SHOWN],
+        }, theirs  # fmt: skip
 
 
 def evaluating(rows: Path, folder: Path, *, rule: str | None = None, **options: Any) -> Evaluation:
@@ -128,13 +142,13 @@ def evaluating(rows: Path, folder: Path, *, rule: str | None = None, **options: 
     if is_matching:
         candidates = options.pop("candidates", RETRIEVAL.candidates)
         run, nearest = matching.beginning(RETRIEVE, examples, rows, folder, candidates, **options)
-        return Evaluation(examples, rule, folder, run, nearest=nearest)
+        return Evaluation(rows, examples, rule, folder, run, nearest=nearest)
     where = {**WHERE, "output": folder / ANSWERS, **options}
     if examples[0].question is None:
         run = captioning(rows, if_exists="overwrite", **where)
     else:
         run = asking(rows, question_column="question", **where)
-    return Evaluation(examples, rule, folder, run)
+    return Evaluation(rows, examples, rule, folder, run)
 
 
 def benchmarking(
@@ -169,7 +183,7 @@ def benchmarking(
     if benchmark.task in MATCHING:
         number = facts.settings.candidates
         run, nearest = matching.beginning(benchmark.task, examples, prepared.rows, folder, number, **options)
-        return Evaluation(examples, rule, folder, run, benchmark, facts, nearest)
+        return Evaluation(prepared.rows, examples, rule, folder, run, benchmark, facts, nearest)
     if (prompt := options.pop("prompt", None)) is None:
         prompt = facts.prompt
     given = {**WHERE, "output": folder / ANSWERS, **facts.decoding, **options}
@@ -178,7 +192,7 @@ def benchmarking(
     else:
         chosen = "choices" if benchmark.task == CHOOSE else ""
         run = asking(prepared.rows, question_column="question", choices_column=chosen, wording=prompt, **given)
-    return Evaluation(examples, rule, folder, run, benchmark, facts)
+    return Evaluation(prepared.rows, examples, rule, folder, run, benchmark, facts)
 
 
 def evaluate(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from blip2.collection.page import page
+from blip2.collection.page import page, picture
 from blip2.data import Row
-from blip2.errors import ImageError
-from blip2.image import thumbnail
 
 THUMBNAIL_PX = 240
 STYLE = """
@@ -35,9 +32,5 @@ def sheet(title: str, about: Iterable[str], cards: Iterable[tuple[Row, str]]) ->
 
 
 def _card(row: Row, said: str) -> str:
-    try:
-        data = base64.b64encode(thumbnail(row.content or row.image, THUMBNAIL_PX)).decode()
-        shown = f'<img alt="" src="data:image/jpeg;base64,{data}">'
-    except ImageError as error:
-        shown = f'<p class="wrong">{escape(str(error))}</p>'
+    shown = picture(row.content or row.image, THUMBNAIL_PX)
     return f"<figure>{shown}{said}<small>{escape(Path(row.image).name)}</small></figure>"

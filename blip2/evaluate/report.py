@@ -1,0 +1,268 @@
+"""The page of an evaluation, ``report.html``: scores, the worst and the best rows, and what another model said.
+
+It is one file that opens from the disk and loads nothing: small pictures are within it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from blip2 import disk
+from blip2.collection.page import page, picture
+from blip2.evaluate.examples import Example
+
+REPORT = "report.html"
+THUMBNAIL_PX = 240
+MOST_ROWS = 12
+"""In each part of the page."""
+MOST_REFERENCES = 5
+LONGEST = 400
+"""Characters of a text that are shown."""
+
+STYLE = """
+body { max-width: 76rem; margin: 0 auto; padding: 1rem 1rem 3rem; }
+h2 { margin: 2rem 0 .25rem; font-size: 1.1rem; }
+p { margin: .25rem 0; overflow-wrap: anywhere; }
+ul { margin: .25rem 0; padding-left: 1.2rem; }
+.dim, small { color: var(--dim); font-size: .875rem; }
+.wrong { color: var(--bad); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; max-width: 56rem; }
+th, td { padding: .3rem .75rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--dim); font-weight: normal; font-size: .875rem; }
+td:first-child { white-space: nowrap; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+td.bar { width: 40%; min-width: 8rem; vertical-align: middle; }
+.bar div { position: relative; height: .8rem; background: var(--line); border-radius: .2rem; }
+.bar div span { position: absolute; inset: 0 auto 0 0; border-radius: .2rem;
+  background: color-mix(in srgb, var(--front) 45%, var(--line)); }
+.bar div i { position: absolute; top: calc(50% - 1px); height: 2px; background: var(--bad); }
+main { display: grid; gap: .75rem; margin-top: .5rem; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); }
+figure { margin: 0; padding: .6rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  overflow-wrap: anywhere; }
+img { display: block; max-width: 100%; max-height: 12rem; margin: 0 auto .5rem; }
+figure small { display: block; }
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What was said of each row. ``each``: scores, None of a row that is not counted. ``sure``: how sure the model was,
+    as it scored its own answer; None where that is not kept. ``measure``: what ``each`` is. ``verb``: of what is
+    ``said``."""
+
+    said: Sequence[str | None]
+    each: Sequence[float | None]
+    sure: Sequence[float | None] = ()
+    measure: str = "accuracy"
+    verb: str = "said"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One that is shown, beside what another model said (``before``)."""
+
+    number: int
+    score: float
+    before: str | None = None
+    score_before: float | None = None
+    sure: float | None = None
+
+
+def write(
+    folder: Path, rows: Path, found: Mapping[str, Any], examples: Sequence[Example], ours: Told, theirs: Told | None
+) -> Path:
+    """Write the page to ``folder``, whole or not at all. ``found``: what is in scores.json. ``rows``: the file of the
+    rows, beside which their pictures are. ``theirs``: of the model that is compared with. Raises OSError."""
+    title = escape(str(found.get("title") or rows.name))
+    shown = _Shown(rows.parent, examples, ours)
+    body = "\n".join([_head(found, title), _scores(found), _types(found), *shown.parts(), *shown.beside(found, theirs)])
+    path = folder / REPORT
+    disk.write_text(path, page(f"{title} - blip2 evaluate", STYLE, body))
+    return path
+
+
+# ---- scores ----
+
+
+def _head(found: Mapping[str, Any], title: str) -> str:
+    told = [f"{found['rows']:,} rows"]
+    told += [f"{found['failed']:,} could not be read and count as wrong"] if found["failed"] else []
+    told += [str(found["model"]), f"protocol {found['protocol']}"] if "model" in found else []
+    told += [f"rule {found['rule']}"] if "rule" in found else []
+    return f'<header><h1>{title}</h1>\n<p class="dim">{escape("; ".join(told))}</p></header>'
+
+
+def _scores(found: Mapping[str, Any]) -> str:
+    published: Mapping[str, Mapping[str, float]] = found.get("published", {}).get("scores", {})
+    scores = found["scores"]
+    if not scores:
+        return "<h2>Scores</h2>\n<p>None: the right answers are not published; the file goes to the server.</p>"
+    heads = "".join(f'<th class="number">published, {escape(name.removeprefix("Salesforce/"))}' for name in published)
+    lines = []
+    for name, score in scores.items():
+        beside = "".join(_number(each.get(name)) for each in published.values())
+        lines.append(f"<tr><td>{escape(name)}{_number(score['score'])}{_interval(score)}{beside}")
+    table = f'<tr><th>score<th class="number">%<th class="number">95 % interval{heads}\n' + "\n".join(lines)
+    notes = [f"published: {found['published']['source']}"] if published else []
+    notes += [f"differs: {each}" for each in found.get("differences", ())]
+    notes += [f"{name}: not computed; {reason}" for name, reason in found.get("not_computed", {}).items()]
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    told = f'\n<ul class="dim">{listed}</ul>' if notes else ""
+    return f'<h2>Scores</h2>\n<div class="wide"><table>{table}</table></div>{told}'
+
+
+def _types(found: Mapping[str, Any]) -> str:
+    """A bar for each type of question, its interval as a line on it."""
+    if not found["types"]:
+        return ""
+    top = max(100.0, *(score["high"] for score in found["types"].values()))
+    lines = []
+    for name, score in found["types"].items():
+        left, width = 100 * score["low"] / top, 100 * (score["high"] - score["low"]) / top
+        bar = (f'<div><span style="width:{100 * score["score"] / top:.2f}%"></span>'
+               f'<i style="left:{left:.2f}%;width:{width:.2f}%"></i></div>')  # fmt: skip
+        lines.append(f'<tr><td>{escape(name)}<td class="bar">{bar}{_number(score["score"])}{_interval(score)}'
+                     f'<td class="number">{score["rows"]:,}')  # fmt: skip
+    heads = '<th>type<th><th class="number">%<th class="number">95 % interval<th class="number">rows'
+    return f'<h2>By type</h2>\n<div class="wide"><table><tr>{heads}\n' + "\n".join(lines) + "</table></div>"
+
+
+def _number(value: float | None) -> str:
+    return f'<td class="number">{"" if value is None else f"{value:.2f}"}'
+
+
+def _interval(score: Mapping[str, float]) -> str:
+    return f'<td class="number">{score["low"]:.2f} to {score["high"]:.2f}' if "low" in score else "<td>"
+
+
+# ---- rows ----
+
+
+class _Shown:
+    """Parts of the page with pictures."""
+
+    def __init__(self, folder: Path, examples: Sequence[Example], ours: Told) -> None:
+        self._folder, self._examples, self._ours = folder, examples, ours
+        self._pictures: dict[str, str] = {}
+
+    def parts(self) -> Iterator[str]:
+        """The worst rows, the best, and mistakes of which the model was sure."""
+        scored = [
+            _Row(number, score, sure=self._sure(number))
+            for number, score in enumerate(self._ours.each) if score is not None
+        ]  # fmt: skip
+        if not scored:
+            return
+        by = f"By {self._ours.measure}."
+        is_endless = self._ours.measure == "CIDEr"
+        worst = self._chosen((row.score, row) for row in scored if is_endless or row.score < 1)
+        yield self._part("Worst", by, worst, "No row is below the full score.")
+        best = self._chosen((-row.score, row) for row in scored if row.score > 0 and row not in worst)
+        yield self._part("Best", by, best, "No other row has a score above 0.")
+        if self._ours.measure != "accuracy":
+            return
+        wrong = [row for row in scored if row.score == 0 and self._ours.said[row.number] is not None]
+        sure = [(-row.sure, row) for row in wrong if row.sure is not None]
+        why = "Nothing wrong was said." if not wrong else "How sure the model was is not kept."
+        yield self._part("Confident mistakes", "Wrong, the surest first, by the model's score of its own answer.",
+                         self._chosen(sure), why)  # fmt: skip
+
+    def beside(self, found: Mapping[str, Any], theirs: Told | None) -> Iterator[str]:
+        """What another model said otherwise, and whether it is better."""
+        if theirs is None:
+            return
+        other = found["against"]
+        yield (
+            f"<h2>Beside {escape(other['folder'])}</h2>\n<p>{other['changed']:,} rows changed, {other['better']:,} "
+            f"better, {other['worse']:,} worse; the mean was {100 * other['mean']:.2f} %; p = {other['p']:.3g}.</p>"
+            '<p class="dim">p: how probable a difference at least as large is if neither model is better.</p>'
+        )
+        better: list[tuple[float, _Row]] = []
+        worse: list[tuple[float, _Row]] = []
+        same: list[tuple[float, _Row]] = []
+        for number, (score, score_before) in enumerate(zip(self._ours.each, theirs.each, strict=True)):
+            before = theirs.said[number]
+            if score is None or score_before is None or before == self._ours.said[number]:
+                continue
+            row = _Row(number, score, before or "(no answer)", score_before, self._sure(number))
+            kind = better if score > score_before else worse if score < score_before else same
+            kind.append((-abs(score - score_before), row))
+        for name, rows in (("Better", better), ("Worse", worse), ("Changed, with the same score", same)):
+            yield self._part(name, f"{len(rows):,} rows.", self._chosen(rows), "None.")
+
+    def _sure(self, number: int) -> float | None:
+        return self._ours.sure[number] if self._ours.sure else None
+
+    def _chosen(self, rows: Iterable[tuple[float, _Row]]) -> list[_Row]:
+        """The least first; of equal ones those of different pictures, and before those that could not be read."""
+        seen: Counter[tuple[float, str]] = Counter()
+        ordered = []
+        for value, row in rows:
+            place = (value, self._examples[row.number].picture)
+            is_unread = self._ours.said[row.number] is None
+            ordered.append((value, is_unread, seen[place], row.number, row))
+            seen[place] += 1
+        return [row for *_, row in sorted(ordered, key=lambda each: each[:4])[:MOST_ROWS]]
+
+    def _part(self, title: str, about: str, rows: Sequence[_Row], none: str) -> str:
+        if not rows:
+            return f'<h2>{title}</h2>\n<p class="dim">{none}</p>'
+        cards = "\n".join(map(self._card, rows))
+        return f'<h2>{title}</h2>\n<p class="dim">{escape(about)}</p>\n<main>\n{cards}\n</main>'
+
+    def _card(self, row: _Row) -> str:
+        example, said = self._examples[row.number], self._ours.said[row.number]
+        lines = [f'<p class="dim">{_text(example.question)}</p>'] if example.question is not None else []
+        if row.before is not None:
+            lines.append(f"<p>was: {_text(row.before)}</p>")
+        verb = self._ours.verb if row.before is None else "is"
+        lines.append(f"<p>{verb}: <b>{_text(said)}</b></p>" if said is not None
+                     else '<p class="wrong">the picture could not be read</p>')  # fmt: skip
+        lines.append(f'<p class="dim">right: {self._references(example)}</p>')
+        told = [self._scored(row), f"row {row.number + 1}", example.kind, _name(example.picture)]
+        about = escape(", ".join(filter(None, told)))
+        return f"<figure>{self._picture(example.picture)}{''.join(lines)}<small>{about}</small></figure>"
+
+    @staticmethod
+    def _scored(row: _Row) -> str:
+        before = f"{100 * row.score_before:.0f}, now " if row.score_before is not None else ""
+        sure = f", the model's own {row.sure:.4g}" if row.sure is not None else ""
+        return f"score {before}{100 * row.score:.0f}{sure}"
+
+    @staticmethod
+    def _references(example: Example) -> str:
+        counted = Counter(example.wanted).most_common(MOST_REFERENCES)
+        told = [_text(text) + (f" ({count})" if count > 1 else "") for text, count in counted]
+        more = len(set(example.wanted)) - len(counted)
+        return "; ".join(told) + (f"; and {more} more" if more else "")
+
+    def _picture(self, place: str) -> str:
+        if place not in self._pictures:
+            self._pictures[place] = _drawn(place, self._folder)
+        return self._pictures[place]
+
+
+def _drawn(place: str, folder: Path) -> str:
+    """Nothing is downloaded for a page."""
+    if re.match(r"data:", place, re.IGNORECASE):
+        return picture(place, THUMBNAIL_PX)
+    if re.match(r"https?://", place, re.IGNORECASE):
+        return f'<p class="dim">not downloaded: {escape(place)}</p>'
+    return picture(os.path.join(folder, place), THUMBNAIL_PX)
+
+
+def _name(place: str) -> str:
+    return "" if place[:5].lower() == "data:" else os.path.basename(place)
+
+
+def _text(text: str | None) -> str:
+    text = text or ""
+    return escape(text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}...")
