@@ -52,6 +52,8 @@ def _list(context: click.Context, parameter: click.Parameter, is_asked: bool) ->
               "evaluation to compare with: the differences and their significance.")  # fmt: skip
 @click.option("--prompt", help="Text that captions continue, or the instruction for them; for benchmarks also the "
               'question template, "Question: {} Answer:".')  # fmt: skip
+@click.option("--question-prompt", metavar="TEXT", help='Words around each question, such as "Question: {} Answer:", '
+              "instead of the model's own.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), help="Images or questions per batch.")
 @with_options(GOING, MACHINES, DECODING, MODEL)
 @click.pass_context

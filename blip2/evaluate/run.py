@@ -125,17 +125,26 @@ class Evaluation:
         }, theirs  # fmt: skip
 
 
-def evaluating(rows: Path, folder: Path, *, rule: str | None = None, **options: Any) -> Evaluation:
+def evaluating(
+    rows: Path, folder: Path, *, rule: str | None = None, question_prompt: str | None = None, **options: Any
+) -> Evaluation:
     """All that can be known to be wrong is told here. ``options``: those of `blip2.caption_collection` or
     `blip2.ask_collection`: ``model``, how it decodes, ``limit``, ``shard``, ... With a model that matches, rows with
     captions are a retrieval, of which ``candidates`` are read together with what they are near to.
+    ``question_prompt``: the words around each question, "Question: {} Answer:", in the place of the model's own.
 
     Raises CollectionError with file and line for a row that cannot be used, OptionError, CheckpointError.
     """
     rule = _checked_rule(rule or "official")
     examples = read(rows)
+    asks = examples[0].question is not None
+    if question_prompt is not None:
+        _check_question_prompt("question_prompt", question_prompt, asks, rows)
+    if asks and options.get("prompt") is not None:
+        raise OptionError(f"{option('prompt')} is for captions, and {rows} has questions; word them with "
+                          f"{option('question_prompt')}")  # fmt: skip
     is_matching = _matches(options.get("model"), options.get("revision"))
-    if is_matching and examples[0].question is not None:
+    if is_matching and asks:
         raise OptionError(f"{rows}: has questions, which a model that matches cannot answer; name another with "
                           f"{option('model')}")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,10 +153,10 @@ def evaluating(rows: Path, folder: Path, *, rule: str | None = None, **options: 
         run, nearest = matching.beginning(RETRIEVE, examples, rows, folder, candidates, **options)
         return Evaluation(rows, examples, rule, folder, run, nearest=nearest)
     where = {**WHERE, "output": folder / ANSWERS, **options}
-    if examples[0].question is None:
-        run = captioning(rows, if_exists="overwrite", **where)
+    if asks:
+        run = asking(rows, question_column="question", wording=question_prompt or "", **where)
     else:
-        run = asking(rows, question_column="question", **where)
+        run = captioning(rows, if_exists="overwrite", **where)
     return Evaluation(rows, examples, rule, folder, run)
 
 
@@ -159,11 +168,12 @@ def benchmarking(
     protocol: str = "paper",
     rule: str | None = None,
     first: int | None = None,
+    question_prompt: str | None = None,
     **options: Any,
 ) -> Evaluation:
     """As `evaluating`, of one of `BENCHMARKS`, whose files are somewhere in the folder ``data``. ``protocol``: whose
     prompts, lengths and beams, see `benchmark.Settings`; what ``options`` has of these counts before it. ``first``: of
-    so many rows alone.
+    so many rows alone. ``question_prompt``: as ``prompt`` of a benchmark that asks.
 
     Raises CollectionError, which says where what is missing is had, RecipeError, CheckpointError, OptionError.
     """
@@ -174,8 +184,14 @@ def benchmarking(
         raise OptionError(f"{option('protocol')} is {protocol!r}; it may be {', '.join(benchmark.settings)}")
     if first is not None and first < 1:
         raise OptionError(f"{option('first')} is {first}; give 1 or more, or leave it out")
-    if benchmark.task in (ASK, CHOOSE) and "{}" not in (options.get("prompt") or "{}"):
-        raise OptionError(f"{option('prompt')} is {options['prompt']!r}; write {{}} where the question goes")
+    asks = benchmark.task in (ASK, CHOOSE)
+    if question_prompt is not None:
+        _check_question_prompt("question_prompt", question_prompt, asks, name)
+        if options.get("prompt") is not None:
+            raise OptionError(f"{option('prompt')} and {option('question_prompt')} are one for {name}; leave one out")
+        options["prompt"] = question_prompt
+    elif asks and options.get("prompt"):
+        _check_question_prompt("prompt", options["prompt"], asks, name)
     facts = facts_of(name, protocol, options, rule)
     prepared = prepare(name, benchmark, data, folder, first)
     examples, facts = read(prepared.rows), facts.with_notes(prepared.notes)
@@ -239,6 +255,13 @@ def _matches(model: Any, revision: str | None) -> bool:
         return isinstance(config_of(model, revision, local_files_only=True), MatcherConfig)
     except CheckpointError:  # which is told when the model is loaded
         return False
+
+
+def _check_question_prompt(name: str, prompt: str, asks: bool, of: object) -> None:
+    if not asks:
+        raise OptionError(f"{option(name)} is for questions, and {of} has none; leave it out")
+    if prompt.count("{}") != 1:
+        raise OptionError(f"{option(name)} is {prompt!r}; write {{}} once, where the question goes")
 
 
 def _checked_rule(rule: str) -> str:

@@ -139,7 +139,11 @@ def test_options_that_do_not_fit(tmp_path):
     assert "is for a benchmark" in refused("rows.jsonl", None, out, first=3)
     assert "it may be paper, lavis" in refused("vqav2", tmp_path, out, protocol="mine")
     assert "it may be official" in refused("vqav2", tmp_path, out, rule="mine")
-    assert "where the question goes" in refused("vqav2", tmp_path, out, prompt="Answer:")
+    for prompt in ("Answer:", "{} or {}?"):
+        assert "once, where the question goes" in refused("vqav2", tmp_path, out, prompt=prompt)
+        assert "once, where the question goes" in refused("vqav2", tmp_path, out, question_prompt=prompt)
+    assert "leave one out" in refused("vqav2", tmp_path, out, prompt="{}", question_prompt="{}")
+    assert "coco has none" in refused("coco", tmp_path, out, question_prompt="{}")
     assert "give 1 or more" in refused("vqav2", tmp_path, out, first=0)
     assert "needs another kind of model, one that writes" in refused("vqav2", tmp_path, out, model="miniature-itm")
     assert "one that matches" in refused("coco-retrieval", tmp_path, out, model="miniature")

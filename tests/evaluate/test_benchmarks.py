@@ -138,3 +138,12 @@ def test_the_published_settings_are_used(found, models, tmp_path):
     assert "the rule is all-ten, not lavis" in other["differences"]
     captions, _ = found("coco", "official")
     assert captions["settings"]["prompt"] == "a photo of" and captions["settings"]["min_new_tokens"] == 4
+
+
+def test_a_question_prompt_is_the_prompt_of_a_benchmark_that_asks(models, tmp_path):
+    LAYOUTS["vqav2"]["official"](tmp_path / "data")
+    one, other = (
+        evaluate("vqav2", tmp_path / name, data=tmp_path / "data", model=models[False], first=4, **{name: "Q: {} A:"})
+        for name in ("prompt", "question_prompt")
+    )
+    assert one == other and "the prompt is 'Q: {} A:', not ''" in one["differences"]

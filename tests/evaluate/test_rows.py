@@ -10,6 +10,7 @@ import pytest
 import blip2
 from blip2.errors import CollectionError, OptionError
 from blip2.evaluate import ANSWERS, SCORES, evaluate
+from blip2.tasks.speaker import Speaker
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CATS, PICTURE = str(EXAMPLES / "cats.png"), str(EXAMPLES / "picture.png")
@@ -46,6 +47,34 @@ def test_answers_are_compared_by_what_a_row_has(tmp_path, pipeline) -> None:
     assert json.loads((tmp_path / "out" / SCORES).read_text()) == found
     all_ten = evaluate(rows, tmp_path / "out", model=pipeline, rule="all-ten")
     assert all_ten["types"]["exist"]["score"] == pytest.approx(100 * 2 / 3)
+
+
+def test_questions_in_words_of_ones_own(tmp_path, pipeline, monkeypatch) -> None:
+    rows = write(tmp_path / "rows.jsonl", QUESTIONS[:2])
+    asked: list[str] = []
+    answers = Speaker.answers
+
+    def listening(speaker, images, prompts, *rest):
+        asked.extend(prompts)
+        return answers(speaker, images, prompts, *rest)
+
+    monkeypatch.setattr(Speaker, "answers", listening)
+    evaluate(rows, tmp_path / "out", model=pipeline, question_prompt="{} Say it:")
+    assert asked == ["how many cats are there? Say it:", "how many dogs are there? Say it:"]
+    with pytest.raises(CollectionError, match="wording"):  # the answers there are to other words
+        evaluate(rows, tmp_path / "out", model=pipeline)
+
+
+def test_words_around_questions_that_do_not_fit(tmp_path, pipeline) -> None:
+    rows = write(tmp_path / "rows.jsonl", QUESTIONS)
+    with pytest.raises(OptionError, match="once, where the question goes"):
+        evaluate(rows, tmp_path / "out", model=pipeline, question_prompt="Answer:")
+    with pytest.raises(OptionError, match="word them with question_prompt"):
+        evaluate(rows, tmp_path / "out", model=pipeline, prompt="a photo of")
+    write(rows, [{"image": CATS, "captions": ["a cat"]}])
+    with pytest.raises(OptionError, match=r"rows\.jsonl has none"):
+        evaluate(rows, tmp_path / "out", model=pipeline, question_prompt="{}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_captions_beside_several_references(tmp_path, pipeline) -> None:
