@@ -24,13 +24,15 @@ def _list(context: click.Context, parameter: click.Parameter, is_asked: bool) ->
         return
     from rich.table import Table
 
-    from blip2.evaluate import BENCHMARKS
+    from blip2.evaluate import BENCHMARKS, ROBUSTNESS
+    from blip2.evaluate.robust import TITLE
 
     with printing() as console:
         grid = Table("benchmark", "what", "rows", "published in", box=None, pad_edge=False)
         for name, each in BENCHMARKS.items():
             source = each.published["paper"].source if each.published else ""
             grid.add_row(name, each.title, f"{each.rows:,}", ",".join(source.split(",")[:2]))
+        grid.add_row(ROBUSTNESS, TITLE, "", "")
         console.print(grid)
     context.exit()
 
@@ -40,7 +42,7 @@ def _list(context: click.Context, parameter: click.Parameter, is_asked: bool) ->
 @click.option("--list", "is_list", is_flag=True, is_eager=True, expose_value=False, callback=_list,
               help="List the benchmarks.")  # fmt: skip
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder that holds the files of a "
-              "benchmark, at any depth.  [default: .]")  # fmt: skip
+              "benchmark, at any depth; for robustness, a file of rows.  [default: .]")  # fmt: skip
 @click.option("-o", "--output", "folder", type=click.Path(file_okay=False, path_type=Path), help="Folder for answers "
               "and scores; an interrupted run resumes there.  [default: evaluations/NAME-MODEL]")  # fmt: skip
 @click.option("--protocol", type=click.Choice(PROTOCOLS), help="For benchmarks: whose prompts and decoding to "
@@ -83,10 +85,14 @@ def command(
     {"image": "1.jpg", "question": "how many dogs?", "answers": ["2", "2", "two", "3", ...]}
     {"image": "1.jpg", "captions": ["two dogs on a sofa", "a couch with two dogs", ...]}
 
+    The benchmark "robustness" takes such a file as --data: the share of answers that change when questions are
+    rephrased ("rephrased" in a row adds your own), and images compressed, cropped, rotated or batched differently.
+
     \b
     blip2 evaluate vqav2 --data datasets/ -m Salesforce/blip2-opt-2.7b
     blip2 evaluate questions.jsonl -o scores/
     blip2 evaluate questions.jsonl -o scores-int4/ --quantize int4 --against scores/
+    blip2 evaluate robustness --data questions.jsonl
     """
     from blip2.evaluate import begun as beginning
 
@@ -118,7 +124,8 @@ def table(found: dict[str, Any]) -> str:
     own = published.get(found.get("model"), {})
     lines = [f"{found['rows']} rows" + (f", {found['failed']} could not be read" if found["failed"] else "")]
     if "title" in found:
-        lines.insert(0, f"{found['title']}: {found['model']}, protocol {found['protocol']}")
+        protocol = f", protocol {found['protocol']}" if "protocol" in found else ""
+        lines.insert(0, f"{found['title']}: {found['model']}{protocol}")
     width = max([20, *map(len, found["scores"]), *map(len, found["types"])])
     for name, score in [*found["scores"].items(), *found["types"].items()]:
         line = f"{name:{width}} {score['score']:6.2f}"
@@ -131,9 +138,10 @@ def table(found: dict[str, Any]) -> str:
     if found.get("results"):
         lines.append(f"for the server: {found['results']}")
     if other := found.get("against"):
+        chance = f", p = {other['p']:.3g}" if "p" in other else ""
         lines.append(
             f"beside {other['folder']}: {other['changed']} rows changed, {other['better']} better, "
-            f"{other['worse']} worse, p = {other['p']:.3g}"
+            f"{other['worse']} worse{chance}"
         )
     return "\n".join(lines)
 

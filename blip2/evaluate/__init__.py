@@ -8,9 +8,12 @@ are made of its files, asked as its published scores were, and written for those
 
 from blip2.evaluate.benchmark import PROTOCOLS
 from blip2.evaluate.benchmarks import BENCHMARKS
+from blip2.evaluate.evaluation import SCORES, Evaluation
 from blip2.evaluate.examples import ANSWERS
-from blip2.evaluate.run import SCORES, Evaluation, begun, benchmarking, evaluate, evaluating
+from blip2.evaluate.robust import ROBUSTNESS, Robustness
+from blip2.evaluate.run import begun, benchmarking, evaluate, evaluating, varying
 
 __all__ = [
-    "ANSWERS", "BENCHMARKS", "PROTOCOLS", "SCORES", "Evaluation", "begun", "benchmarking", "evaluate", "evaluating",
+    "ANSWERS", "BENCHMARKS", "PROTOCOLS", "ROBUSTNESS", "SCORES", "Evaluation", "Robustness", "begun", "benchmarking",
+    "evaluate", "evaluating", "varying",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ ANSWERS = "answers.jsonl"
 class Example:
     """A row. ``wanted``: captions (``question`` is None then), or answers: one, or those of several people
     (``are_people``); empty where nothing is known, or nothing is counted. ``kind``: the type of the question, "" where
-    rows have none. ``id``: by which the data set knows it."""
+    rows have none. ``id``: by which the data set knows it. ``rephrased``: the question in other words."""
 
     picture: str
     question: str | None
@@ -26,6 +26,7 @@ class Example:
     are_people: bool
     kind: str
     id: str | int | None = None
+    rephrased: tuple[str, ...] = ()
 
 
 def read(rows: Path) -> list[Example]:
@@ -53,8 +54,11 @@ def _example(line: str, place: str) -> Example:
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
         raise CollectionError(f'{place}: has no "image"; name a picture in each row')
     question, kind, own_id = row.get("question"), row.get("type", ""), row.get("id")
+    rephrased = row.get("rephrased", [])
+    if not isinstance(rephrased, list) or not all(isinstance(text, str) and text.strip() for text in rephrased):
+        raise CollectionError(f'{place}: "rephrased" has to be a list of questions')
     if row.get("unscored") is True and isinstance(question, str):
-        return Example(row["image"], question, (), False, str(kind), own_id)
+        return Example(row["image"], question, (), False, str(kind), own_id, tuple(rephrased))
     name = next((each for each in ("answers", "answer", "captions", "caption") if each in row), None)
     wanted = row.get(name) if name is not None else None
     wanted = [wanted] if isinstance(wanted, str) else wanted
@@ -67,7 +71,7 @@ def _example(line: str, place: str) -> Example:
     elif not isinstance(question, str):
         raise CollectionError(f'{place}: has answers and no "question"')
     are_people = name == "answers" and len(wanted) > 1
-    return Example(row["image"], question, tuple(wanted), are_people, str(kind), own_id)
+    return Example(row["image"], question, tuple(wanted), are_people, str(kind), own_id, tuple(rephrased))
 
 
 def said(folder: Path, number: int) -> list[str | None]:

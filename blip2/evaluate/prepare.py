@@ -51,7 +51,7 @@ def prepare(name: str, benchmark: Benchmark, data: Path, folder: Path, first: in
     stamps = [[str(path), stamp.size, stamp.mtime_ns] for path in files if (stamp := disk.stamp_of(path)) is not None]
     told = {"version": VERSION, "benchmark": name, "first": first, "files": stamps}
     rows, record = folder / ROWS, folder / PREPARED
-    before = _before(record, name)
+    before = made_before(record, name)
     if before.get("made") == told and rows.exists():
         return Prepared(rows, tuple(before["notes"]))
     read = Opened(data / UNPACKED / name.removesuffix("-retrieval").removesuffix("-choices"))
@@ -84,7 +84,8 @@ def prepare(name: str, benchmark: Benchmark, data: Path, folder: Path, first: in
     return Prepared(rows, tuple(notes))
 
 
-def _before(record: Path, name: str) -> dict[str, Any]:
+def made_before(record: Path, name: str) -> dict[str, Any]:
+    """What was noted of the rows that are there. Raises CollectionError for those of another benchmark."""
     try:
         before = json.loads(record.read_text("utf-8"))
         other = before["made"]["benchmark"]

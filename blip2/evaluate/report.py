@@ -70,7 +70,7 @@ class _Row:
     """One that is shown, beside what another model said (``before``)."""
 
     number: int
-    score: float
+    score: float | None
     before: str | None = None
     score_before: float | None = None
     sure: float | None = None
@@ -95,7 +95,8 @@ def write(
 def _head(found: Mapping[str, Any], title: str) -> str:
     told = [f"{found['rows']:,} rows"]
     told += [f"{found['failed']:,} could not be read and count as wrong"] if found["failed"] else []
-    told += [str(found["model"]), f"protocol {found['protocol']}"] if "model" in found else []
+    told += [str(found["model"])] if "model" in found else []
+    told += [f"protocol {found['protocol']}"] if "protocol" in found else []
     told += [f"rule {found['rule']}"] if "rule" in found else []
     return f'<header><h1>{title}</h1>\n<p class="dim">{escape("; ".join(told))}</p></header>'
 
@@ -156,20 +157,20 @@ class _Shown:
     def parts(self) -> Iterator[str]:
         """The worst rows, the best, and mistakes of which the model was sure."""
         scored = [
-            _Row(number, score, sure=self._sure(number))
+            (score, _Row(number, score, sure=self._sure(number)))
             for number, score in enumerate(self._ours.each) if score is not None
         ]  # fmt: skip
         if not scored:
             return
         by = f"By {self._ours.measure}."
         is_endless = self._ours.measure == "CIDEr"
-        worst = self._chosen((row.score, row) for row in scored if is_endless or row.score < 1)
+        worst = self._chosen((score, row) for score, row in scored if is_endless or score < 1)
         yield self._part("Worst", by, worst, "No row is below the full score.")
-        best = self._chosen((-row.score, row) for row in scored if row.score > 0 and row not in worst)
+        best = self._chosen((-score, row) for score, row in scored if score > 0 and row not in worst)
         yield self._part("Best", by, best, "No other row has a score above 0.")
         if self._ours.measure != "accuracy":
             return
-        wrong = [row for row in scored if row.score == 0 and self._ours.said[row.number] is not None]
+        wrong = [row for score, row in scored if score == 0 and self._ours.said[row.number] is not None]
         sure = [(-row.sure, row) for row in wrong if row.sure is not None]
         why = "Nothing wrong was said." if not wrong else "How sure the model was is not kept."
         yield self._part("Confident mistakes", "Wrong, the surest first, by the model's score of its own answer.",
@@ -180,22 +181,24 @@ class _Shown:
         if theirs is None:
             return
         other = found["against"]
+        told = f"{other['changed']:,} rows changed, {other['better']:,} better, {other['worse']:,} worse"
+        told += f"; the mean was {100 * other['mean']:.2f} %; p = {other['p']:.3g}" if "p" in other else ""
         yield (
-            f"<h2>Beside {escape(other['folder'])}</h2>\n<p>{other['changed']:,} rows changed, {other['better']:,} "
-            f"better, {other['worse']:,} worse; the mean was {100 * other['mean']:.2f} %; p = {other['p']:.3g}.</p>"
-            '<p class="dim">p: how probable a difference at least as large is if neither model is better.</p>'
+            f"<h2>Beside {escape(other['folder'])}</h2>\n<p>{told}.</p>"
+            '<p class="dim">p: how probable a difference at least as large is if neither is better.</p>'
         )
         better: list[tuple[float, _Row]] = []
         worse: list[tuple[float, _Row]] = []
         same: list[tuple[float, _Row]] = []
         for number, (score, score_before) in enumerate(zip(self._ours.each, theirs.each, strict=True)):
             before = theirs.said[number]
-            if score is None or score_before is None or before == self._ours.said[number]:
+            if before == self._ours.said[number]:
                 continue
             row = _Row(number, score, before or "(no answer)", score_before, self._sure(number))
-            kind = better if score > score_before else worse if score < score_before else same
-            kind.append((-abs(score - score_before), row))
-        for name, rows in (("Better", better), ("Worse", worse), ("Changed, with the same score", same)):
+            change = score - score_before if score is not None and score_before is not None else 0.0
+            kind = better if change > 0 else worse if change < 0 else same
+            kind.append((-abs(change), row))
+        for name, rows in (("Better", better), ("Worse", worse), ("Changed, neither better nor worse", same)):
             yield self._part(name, f"{len(rows):,} rows.", self._chosen(rows), "None.")
 
     def _sure(self, number: int) -> float | None:
@@ -235,7 +238,8 @@ class _Shown:
     def _scored(row: _Row) -> str:
         before = f"{100 * row.score_before:.0f}, now " if row.score_before is not None else ""
         sure = f", the model's own {row.sure:.4g}" if row.sure is not None else ""
-        return f"score {before}{100 * row.score:.0f}{sure}"
+        score = "not scored" if row.score is None else f"score {before}{100 * row.score:.0f}"
+        return score + sure
 
     @staticmethod
     def _references(example: Example) -> str:

@@ -20,9 +20,10 @@ from blip2.image.read import (
 )
 from blip2.image.show import check_writable, grey_address, overlay, save_image, shrunk, thumbnail
 from blip2.image.sources import Source, name_of
+from blip2.image.vary import as_jpeg, cut, turned
 
 __all__ = [
-    "DEFAULT_READING", "MAX_PIXELS", "PIXELS_VERSION", "Reading", "RgbImage", "Source", "augmented", "check_writable",
-    "grey_address", "load_image", "name_of", "named_format", "overlay", "pixels_digest", "save_image", "seen_box",
-    "shrunk", "stored_size", "suffixes", "thumbnail", "to_array", "to_pixels",
+    "DEFAULT_READING", "MAX_PIXELS", "PIXELS_VERSION", "Reading", "RgbImage", "Source", "as_jpeg", "augmented",
+    "check_writable", "cut", "grey_address", "load_image", "name_of", "named_format", "overlay", "pixels_digest",
+    "save_image", "seen_box", "shrunk", "stored_size", "suffixes", "thumbnail", "to_array", "to_pixels", "turned",
 ]  # fmt: skip

@@ -2,6 +2,6 @@
 
 from blip2.scores.answers import VQA_RULES, vqa_accuracy
 from blip2.scores.captions import bleu, cider, rouge_l
-from blip2.scores.samples import interval, paired
+from blip2.scores.samples import interval, paired, wilson
 
-__all__ = ["VQA_RULES", "bleu", "cider", "interval", "paired", "rouge_l", "vqa_accuracy"]
+__all__ = ["VQA_RULES", "bleu", "cider", "interval", "paired", "rouge_l", "vqa_accuracy", "wilson"]

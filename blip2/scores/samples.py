@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 DRAWS = 2000
+Z95 = 1.96
+"""Between so many standard deviations on either side lie 95 % of a normal distribution."""
 CHUNK = 2**22
 """Numbers that are drawn at a time."""
 
@@ -18,6 +21,17 @@ def interval(scores: Sequence[float], groups: Sequence[object] | None = None, *,
     means = _drawn_means(sums, counts, seed)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def wilson(share: float, number: int) -> tuple[float, float]:
+    """The 95 % interval of a share, 0 to 1, of so many independent things (Wilson, 1927). Unlike `interval` it says how
+    far none, or all, of a few can be from the truth. Raises ValueError for nothing."""
+    if number < 1:
+        raise ValueError("there are no scores")
+    square = Z95 * Z95 / number
+    middle = (share + square / 2) / (1 + square)
+    half = Z95 * math.sqrt(share * (1 - share) / number + square / (4 * number)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def paired(

@@ -90,7 +90,7 @@ def test_a_retrieval_shows_its_first_pass(run, tmp_path):
 
 def test_the_benchmarks_are_listed(run):
     lines = run("evaluate", "--list").stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(BENCHMARKS)
+    assert [line.split()[0] for line in lines[1:]] == [*BENCHMARKS, "robustness"]
     assert tuple(PROTOCOLS) == PROTOCOLS_OF_CLI
 
 
@@ -98,3 +98,15 @@ def test_a_benchmark_that_is_not_there(run, tmp_path):
     result = run("evaluate", "gqa", "--data", str(tmp_path))
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
     assert "--data" in result.stderr and "lmms-lab/GQA" in result.stderr
+
+
+def test_robustness(run, opt_model, rows, tmp_path):
+    command = ["evaluate", "robustness", "-o", str(tmp_path / "out"), "--model", str(opt_model)]
+    result = run(*command, "--data", str(rows))
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"robustness: rows.jsonl: {opt_model}" and lines[1] == "2 rows"
+    assert any(line.startswith("changed, EXIF rotation ") and " 0.00 " in line for line in lines)
+    assert lines[-1].startswith("beside the rows as they are: ")
+    without = run(*command)
+    assert without.exit_code == 2 and "--data" in without.stderr and without.stderr.count("\n") == 1

@@ -162,7 +162,7 @@ def test_two_models_side_by_side(tmp_path, pipeline):
     assert "2 rows changed, 1 better, 1 worse" in beside and f"p = {found['against']['p']:.3g}" in beside
     assert "was: fiveis: four" in page.parts["Better"] and "score 0, now 100" in page.parts["Better"]
     assert "was: threeis: two" in page.parts["Worse"] and "score 100, now 0" in page.parts["Worse"]
-    assert "None." in page.parts["Changed, with the same score"]
+    assert "None." in page.parts["Changed, neither better nor worse"]
     evaluate(rows, tmp_path / "out", model=pipeline)
     assert not any(part.startswith("Beside") for part in Page(tmp_path / "out" / REPORT).parts)
 

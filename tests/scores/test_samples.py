@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blip2.scores import interval, paired
+from blip2.scores import interval, paired, wilson
 
 
 def test_the_interval_is_that_of_the_mean() -> None:
@@ -42,3 +42,11 @@ def test_what_cannot_be_compared_is_an_error() -> None:
         paired([1.0], [1.0, 0.0])
     with pytest.raises(ValueError):
         interval([1.0, 0.0], ["a"])
+
+
+def test_wilson():
+    assert wilson(0.0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
+    assert wilson(1.0, 100) == pytest.approx((0.9630, 1), abs=1e-4)
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    with pytest.raises(ValueError, match="no scores"):
+        wilson(0.0, 0)

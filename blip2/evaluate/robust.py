@@ -1,0 +1,227 @@
+"""How often a model says something else when nothing that matters is changed: rows of one's own, varied.
+
+Each row is asked as it is, and once more for each variation: the question in other words, the picture as a JPEG of less
+quality, without its edge, stored rotated with the tag that says so (EXIF), and the same row in other company. All that
+is one collection of rows, ``rows.jsonl``, which is answered as any other: it stops, and goes on. The rotated picture
+has the same pixels, and company must not matter, so these two may change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from blip2 import disk
+from blip2.errors import CollectionError, ImageError, OptionError, option
+from blip2.evaluate.compare import Scores, by_type, compared, with_interval
+from blip2.evaluate.evaluation import MOST_SHOWN, SCORES, Evaluation, OnSeen
+from blip2.evaluate.examples import Example, answers, read, texts_of
+from blip2.evaluate.prepare import PREPARED, ROWS, made_before
+from blip2.evaluate.report import Told, write
+from blip2.image import RgbImage, as_jpeg, cut, load_image, turned
+from blip2.scores import paired, wilson
+
+ROBUSTNESS = "robustness"
+TITLE = "how often answers change, on rows of your own"
+PICTURES = "pictures"
+"""Folder of those that are varied, within that of the evaluation."""
+AS_IT_IS, COMPANY, ROTATION = "as it is", "other company", "EXIF rotation"
+WITHOUT_CHANGE = (COMPANY, ROTATION)
+"""After which a model sees what it saw before."""
+ORIENTATIONS = range(2, 9)
+
+
+def _question_mark(question: str) -> str:
+    return question.rstrip()[:-1].rstrip() if question.rstrip().endswith("?") else f"{question.rstrip()}?"
+
+
+REWORDINGS: Mapping[str, Callable[[str], str]] = {
+    "first letter": lambda question: question[:1].swapcase() + question[1:],
+    "question mark": _question_mark,
+    "in this picture": lambda question: f"in this picture, {question}",
+    "please": lambda question: f"please answer: {question}",
+}
+"""Of questions in English, beside those that rows have themselves."""
+STORED: Mapping[str, Callable[[RgbImage], bytes]] = {
+    **{f"JPEG quality {quality}": partial(as_jpeg, quality=quality) for quality in (90, 50, 20)},
+    **{f"middle {share:.0%}": partial(cut, share=share) for share in (0.95, 0.85)},
+}
+
+
+@dataclass(frozen=True)
+class Varied:
+    """``rows``: the file. ``origins``: of each of its rows the number of the row that it was made of; the first
+    ``number`` are these, as they are. ``pictures``: by the picture that others are made of, those, by their paths."""
+
+    rows: Path
+    number: int
+    origins: Sequence[int]
+    pictures: Mapping[str, Mapping[Path, Callable[[RgbImage], bytes]]]
+
+
+def vary(data: Path, folder: Path, first: int | None) -> Varied:
+    """Write the rows, and plan the pictures. ``first``: of so many rows only. Raises CollectionError."""
+    examples = read(data)[:first]
+    made_before(folder / PREPARED, ROBUSTNESS)
+    pictures: dict[str, dict[Path, Callable[[RgbImage], bytes]]] = {}
+    varied: list[tuple[int, Example]] = []
+    for number, example in enumerate(examples):
+        if re.match(r"https?://", example.picture, re.IGNORECASE):
+            raise CollectionError(f"{data}: {example.picture} is an address; download the picture, and name the file")
+        is_file = example.picture[:5].lower() != "data:"
+        place = os.path.abspath(os.path.join(data.parent, example.picture)) if is_file else example.picture
+        examples[number] = example = replace(example, picture=place, kind=AS_IT_IS)
+        varied += [(number, each) for each in _reworded(example)]
+        if place not in pictures:
+            pictures[place] = _pictures(place, folder / PICTURES, ORIENTATIONS[len(pictures) % len(ORIENTATIONS)])
+    by_picture: dict[str, list[int]] = {}
+    for number, example in enumerate(examples):
+        by_picture.setdefault(example.picture, []).append(number)
+    for place, numbers in by_picture.items():  # those of a picture side by side: it is seen once
+        for name, path in zip((*STORED, ROTATION), pictures[place], strict=True):
+            varied += [(number, replace(examples[number], picture=f"{PICTURES}/{path.name}", kind=name))
+                       for number in numbers]  # fmt: skip
+    company = [(number, replace(example, kind=COMPANY)) for number, example in enumerate(examples)]
+    random.Random(0).shuffle(company)
+    folder.mkdir(parents=True, exist_ok=True)
+    ordered = [*enumerate(examples), *varied, *company]
+    text = "".join(json.dumps(_row(example, number), ensure_ascii=False) + "\n" for number, example in ordered)
+    rows = folder / ROWS
+    if not rows.exists() or rows.read_bytes() != text.encode("utf-8"):
+        disk.write_text(rows, text)
+    disk.write_text(folder / PREPARED, json.dumps({"made": {"benchmark": ROBUSTNESS, "of": str(data)}}) + "\n")
+    return Varied(rows, len(examples), [number for number, _ in ordered], pictures)
+
+
+def _reworded(example: Example) -> list[Example]:
+    if example.question is None:
+        return []
+    found = [replace(example, question=change(example.question), kind=name) for name, change in REWORDINGS.items()]
+    own = [replace(example, question=text, kind="rephrased") for text in example.rephrased]
+    return [each for each in found + own if (each.question or "").strip()]
+
+
+def _pictures(place: str, folder: Path, orientation: int) -> dict[Path, Callable[[RgbImage], bytes]]:
+    """In the order of `STORED`, and the rotated one. Names are by content: another picture has others."""
+    digest = disk.digest_of(place)[:16] or blake2b(place.encode("utf-8", "replace"), digest_size=8).hexdigest()
+    made = {folder / f"{digest}-{_slug(name)}": change for name, change in STORED.items()}
+    return made | {folder / f"{digest}-exif-{orientation}.png": partial(turned, orientation=orientation)}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name.lower()).strip("-") + (".jpg" if "JPEG" in name else ".png")
+
+
+def _row(example: Example, number: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"image": example.picture, "type": example.kind, "of": number}
+    if example.question is None:
+        return row | {"captions": [*example.wanted]}
+    right = {"answers": [*example.wanted]} if example.are_people else {"answer": example.wanted[0]} \
+        if example.wanted else {"unscored": True}  # fmt: skip
+    return row | {"question": example.question} | right
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robustness(Evaluation):
+    """As any evaluation; its scores are shares of rows whose answers changed."""
+
+    varied: Varied
+    data: Path
+    model: str
+
+    def see(self, on_progress: OnSeen = lambda done, total: None) -> None:
+        """Vary the pictures, but those that are there. Of one that cannot be read there are none, and its row is not
+        counted. Raises CollectionError."""
+        for done, (place, made) in enumerate(self.varied.pictures.items(), start=1):
+            missing = {path: change for path, change in made.items() if not path.exists()}
+            try:
+                picture = load_image(place) if missing else None
+            except ImageError:
+                continue
+            for path, change in missing.items():
+                if picture is not None:
+                    path.parent.mkdir(exist_ok=True)
+                    disk.write_bytes(path, change(picture))
+            if missing and (done % 100 == 0 or done == len(self.varied.pictures)):
+                on_progress(done, len(self.varied.pictures))
+
+    def scores(self, against: Path | None = None) -> dict[str, Any]:
+        """As of `Evaluation`: the share of changed answers for each variation, and the scores of each by type."""
+        if against is not None:
+            raise OptionError(f"{option('against')} is not for {ROBUSTNESS}, which compares a model with itself")
+        said = answers(self.folder, len(self.examples))
+        texts, origins, number = texts_of(said), self.varied.origins, self.varied.number
+        each = self._each(texts)
+        counted = [place for place in range(number, len(texts)) if texts[origins[place]] is not None]
+        places: dict[str, list[int]] = {}
+        for place in counted:
+            places.setdefault(self.examples[place].kind, []).append(place)
+        differs = [texts[place] != texts[origin] for place, origin in enumerate(origins)]
+        totals: Scores = {}
+        for name, some in places.items():
+            groups = [self.examples[origins[place]].picture for place in some]
+            totals[f"changed, {name}"] = _share([differs[place] for place in some], groups)
+        wrong = {name: sum(differs[place] for place in places.get(name, ())) for name in WITHOUT_CHANGE}
+        found: dict[str, Any] = {
+            "title": f"{ROBUSTNESS}: {self.data.name}", "model": self.model, "rows": number,
+            "failed": sum(text is None for text in texts[:number]), "scores": totals,
+            "types": by_type(self.examples, each),
+            "differences": [f"{name} changed {count} answers, and may change none; report it with the model and rows"
+                            for name, count in wrong.items() if count],
+        }  # fmt: skip
+        sure = [row.get("score") if row is not None else None for row in said]
+        ours = Told(texts, each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
+        before = Told([texts[origin] for origin in origins], [each[origin] for origin in origins])
+        found["against"] = self._beside_itself([place for place in counted if differs[place]], counted, ours, before)
+        disk.write_text(self.folder / SCORES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write(self.folder, self.rows, found, self.examples, ours, before)
+        return found
+
+    def _each(self, texts: Sequence[str | None]) -> list[float | None]:
+        """The scores of the rows of each variation among themselves, as those of the rows as they are."""
+        each: list[float | None] = [None] * len(texts)
+        places: dict[str, list[int]] = {}
+        for place, example in enumerate(self.examples):
+            places.setdefault(example.kind, []).append(place)
+        for some in places.values():
+            own = [self.examples[place] for place in some], [texts[place] for place in some]
+            for place, score in zip(some, compared(*own, self.rule, java=False).each, strict=True):
+                each[place] = score
+        return each
+
+    def _beside_itself(
+        self, changed: Sequence[int], counted: Sequence[int], ours: Told, before: Told
+    ) -> dict[str, Any]:
+        pairs = [(now, was, self.examples[self.varied.origins[place]].picture) for place in counted
+                 if (now := ours.each[place]) is not None and (was := before.each[place]) is not None]  # fmt: skip
+        found: dict[str, Any] = {
+            "folder": "the rows as they are", "changed": len(changed),
+            "better": sum(now > was for now, was, _ in pairs), "worse": sum(now < was for now, was, _ in pairs),
+            "first_changed": [
+                {"row": self.varied.origins[place], "type": self.examples[place].kind, "was": before.said[place],
+                 "is": ours.said[place]}
+                for place in changed[:MOST_SHOWN]
+            ],
+        }  # fmt: skip
+        if pairs:
+            scores, scores_before, pictures = zip(*pairs, strict=True)
+            mean = sum(scores_before) / len(scores_before)
+            found |= {"mean": mean, "p": paired(scores, scores_before, pictures)}
+        return found
+
+
+def _share(differs: Sequence[bool], pictures: Sequence[str]) -> dict[str, float]:
+    """In percent. Where none differs, or all do, drawing the pictures anew tells nothing."""
+    found = with_interval([*map(float, differs)], pictures) | {"rows": len(differs)}
+    if len({*differs}) == 1:
+        low, high = wilson(float(differs[0]), len({*pictures}))
+        found |= {"low": 100 * low, "high": 100 * high}
+    return found

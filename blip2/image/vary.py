@@ -1,0 +1,37 @@
+"""The same picture stored otherwise, and parts of it: for how much what a model says depends on that."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from blip2.image.decode import ORIENTATION_TAG, TURNS, RgbImage
+
+Turn = Image.Transpose
+UNTURNS = {**TURNS, 6: Turn.ROTATE_90, 8: Turn.ROTATE_270}
+"""EXIF orientation -> what makes an upright picture lie as that tag says."""
+
+
+def as_jpeg(image: RgbImage, quality: int) -> bytes:
+    """``quality``: Pillow's, 1 to 95."""
+    return _saved(image, "JPEG", quality=quality)
+
+
+def cut(image: RgbImage, share: float) -> bytes:
+    """A PNG of the middle, of ``share`` of its width and of its height, 0 to 1."""
+    left, top = (round(side * (1 - share) / 2) for side in image.size)
+    return _saved(image.crop((left, top, max(image.width - left, left + 1), max(image.height - top, top + 1))), "PNG")
+
+
+def turned(image: RgbImage, orientation: int) -> bytes:
+    """A PNG that lies as the EXIF tag in it says, 2 to 8, so that those who heed the tag see the picture as it is."""
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    return _saved(image.transpose(UNTURNS[orientation]), "PNG", exif=exif)
+
+
+def _saved(image: RgbImage, format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
