@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import blip2
+from blip2 import scores
 from blip2.api import Pipeline
 from blip2.tasks.defaults import ASK
 from blip2.text import chat_prompt
@@ -55,10 +55,8 @@ class Tally:
 
 def wilson(right: int, total: int) -> tuple[float, float]:
     """Wilson's 95 % confidence interval of a share, in percent."""
-    share, z = right / total, 1.96
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return 100 * (middle - half), 100 * (middle + half)
+    low, high = scores.wilson(right / total, total)
+    return 100 * low, 100 * high
 
 
 def is_right(kind: str, said: str, wanted: str) -> bool:
