@@ -166,7 +166,8 @@ class _Shown:
         is_endless = self._ours.measure == "CIDEr"
         worst = self._chosen((score, row) for score, row in scored if is_endless or score < 1)
         yield self._part("Worst", by, worst, "No row is below the full score.")
-        best = self._chosen((-score, row) for score, row in scored if score > 0 and row not in worst)
+        shown = {row.number for row in worst}
+        best = self._chosen((-score, row) for score, row in scored if score > 0 and row.number not in shown)
         yield self._part("Best", by, best, "No other row has a score above 0.")
         if self._ours.measure != "accuracy":
             return

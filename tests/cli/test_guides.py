@@ -202,11 +202,14 @@ def test_an_evaluation(follow):
     asked = [{"image": "cats.png", "question": "how many cats are there?", "answer": "four"}]
     drawn(".", "cats")
     Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    names, first, whole, again, captions, found, pairs, int4, mine = follow("evaluate.md")
+    names, first, whole, again, captions, worded, found, pairs, int4, mine, *firm = follow("evaluate.md")
     assert "aokvqa-choices" in names.stdout and "12 rows" in first.stdout and "24 rows" in whole.stdout
     assert "differs: the rule is lmms-eval, not official" in again.stdout and "24 in earlier runs" in again.stderr
     assert "num_beams is 3, not 5" in captions.stdout and "image R@10" in found.stdout and "group" in pairs.stdout
     assert "beside vqa" in int4.stdout and "quantize is int4" in int4.stdout and "accuracy" in mine.stdout
+    assert "accuracy" in worded.stdout and Path("vqa/report.html").exists()
+    assert [each.stdout.splitlines()[0] for each in firm] == ["robustness: questions.jsonl: miniature"] * 2
+    assert Path("evaluations/robustness-miniature/report.html").exists() and Path("firm/pictures").is_dir()
     assert Path("vqa/v2_OpenEnded_mscoco_val2014_blip2_results.json").exists()
     assert Path("evaluations/vqav2-miniature/scores.json").exists()
     told = re.search(r"It needs testdev_balanced_questions.json", (GUIDES / "evaluate.md").read_text("utf-8"))
