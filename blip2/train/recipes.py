@@ -60,6 +60,9 @@ class DataRecipe:
     """Where the rows' relative picture paths start; absent: the folder of each file of rows."""
     features: Path | None = None
     """A folder for the frozen image encoder's output, computed once; absent: computed at every step."""
+    features_dtype: Literal["fp16", "int8", "fp8"] = "fp16"
+    """How they are stored: in half precision, or in about half of that, rounded, each token with a scale of its own
+    ("int8", or "fp8", which is e4m3)."""
     augment: bool = False
     """At each step another part of a picture, half of it at least, mirrored as often as not; not with ``features``,
     which are those of whole pictures."""

@@ -79,7 +79,8 @@ def test_bad_pictures_are_passed_over(tmp_path, matching_model):
         ('[data]\nsources = "s"\nimages = "i"', "data.images: goes with rows"),
         ('data = "https://a.b/c.tar"', "only pictures are read from addresses; download it first"),
         ('data = "pipe:cat s.tar"', "is not read, and no command is run"),
-        ('[data]\nsources = "s"\nfeatures = "f"', "data.features: is kept of pictures that have files of their own"),
+        ('[data]\nsources = "s"\nfeatures_dtype = "int8"', "data.features_dtype: is of features on the disk; name a"),
+        ('[data]\nsources = "s"\nfeatures = "f"\nfeatures_dtype = "bf16"', "data.features_dtype: has to be one of"),
         ('data = ["s", "t"]', "optim.batch_size is 4, but there are only 3 rows"),
     ],
 )
@@ -112,7 +113,7 @@ def row_set(tmp_path, matching_model):
         materials = gather(recipe, tmp_path / "a.toml")
         model = checkpoint.load(matching_model)
         bad, augment = BadPictures("skip"), recipe.data.augment
-        return RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, print, bad, augment)
+        return RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, bad, augment)
 
     return made
 
