@@ -7,9 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import torch
 
-from blip2 import checkpoint, train
+from blip2 import train
 from blip2.data.kept import RECORD
 from blip2.errors import RecipeError
 from tests.collection.written import jpeg, sample, shards, tar
@@ -47,8 +46,11 @@ def collections(tmp_path):
 
 
 def losses(out):
+    """Of each step."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line["losses"] for line in log if "losses" in line]
+    found = [[line[name] for name in ("itc", "itm", "lm") if name in line] for line in log if "lm" in line]
+    assert len(found) == 8
+    return found
 
 
 def with_features(data, folder="f"):
@@ -66,9 +68,7 @@ def test_what_is_learnt_is_the_same(tmp_path, collections, matching_model, opt_m
     plain = train.run(write(tmp_path / "plain.toml", data, start, stage), overrides=changes)
     assert seen(told) == [(11, 11) if data == SHARDS else (19, 19)]  # two rows show one picture
     assert "pictures that cannot be read: 1," in told[-1].message
-    found, wanted = losses(kept), losses(plain)
-    assert len(found) == len(wanted) == 8
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(losses(kept), losses(plain), strict=True):
         assert one == pytest.approx(other, rel=2e-3)
     # Two processes make the same files, and learn the same of them.
     training = {"path": str(path), "data.features": str(tmp_path / "g"), "out": str(tmp_path / "two")} | changes
@@ -149,6 +149,5 @@ def test_in_a_byte_each(tmp_path, collections, matching_model, dtype):
     assert less == half * (16 + 4) / 32  # of width 16
     for one, other in zip(losses(out), losses(whole), strict=True):
         assert one == pytest.approx(other, rel=0.1) and one != other
-    with pytest.raises(RecipeError, match="was saved with data.features_dtype = "):
+    with pytest.raises(RecipeError, match=r"was saved with data\.features_dtype = "):
         train.run(path, overrides={"out": "b", "optim.steps": 9})
-    assert checkpoint.load(out) is not None and torch.is_tensor(checkpoint.load(out).qformer.query_tokens)
