@@ -57,8 +57,15 @@ def with_features(data, folder="f"):
     return data.replace("[data]", f'[data]\nfeatures = "{folder}"')
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("data", [SHARDS, SEVERAL])
+@pytest.mark.parametrize(
+    ("stage", "data"),
+    [
+        (1, SEVERAL),
+        (2, SHARDS),
+        pytest.param(1, SHARDS, marks=pytest.mark.slow),
+        pytest.param(2, SEVERAL, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_learnt_is_the_same(tmp_path, collections, matching_model, opt_model, stage, data):
     """By one process, by two, and without features."""
     start, changes = matching_model if stage == 1 else opt_model, {"log_every": 1}
