@@ -21,7 +21,7 @@ from blip2.data.joined import Joined, picture_of
 from blip2.data.sample import Row
 from blip2.disk import Stamp, digest_of_bytes, digest_since, stamp_of
 from blip2.errors import ImageError
-from blip2.image import augmented, to_pixels
+from blip2.image import augmented, randaugmented, squared, to_pixels
 
 Batch = TypeVar("Batch")
 
@@ -57,6 +57,7 @@ class Pictures:
         shortest_edge: int | None = None,
         threads: int = 0,
         is_distinct: bool = False,
+        is_randaugmented: bool = False,
     ) -> None:
         self._rows = rows
         self.paths: list[str] = []
@@ -66,6 +67,7 @@ class Pictures:
             self._look_up()
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
         self.resizing = (resample, shortest_edge)
+        self._is_randaugmented = is_randaugmented
         self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
 
     def __len__(self) -> int:
@@ -113,7 +115,7 @@ class Pictures:
     ) -> list[Tensor | ImageError]:
         """The pixels ``float32[3, H, W]`` of each of the pictures with these numbers, or what is wrong with it.
 
-        ``chances``: by which each is `augmented`; None leaves it as it is.
+        ``chances``: by which each is `augmented`, and `randaugmented` if these are to be; None leaves it as it is.
         """
         return list(self._pool.map(self._one, map(int, numbers), chances))
 
@@ -154,9 +156,12 @@ class Pictures:
             image = picture_of(row)
         except ImageError as error:
             return error
+        resample, edge = self.resizing
         if chance is not None:
             image = augmented(image, chance)
-        resample, edge = self.resizing
+            if self._is_randaugmented:  # by so many pixels of what the model sees
+                image = randaugmented(squared(image, size=self.size, resample=resample, shortest_edge=edge), chance)
+                edge = None
         [pixels_CHW] = to_pixels(
             [image], size=self.size, mean=self.mean, std=self.std, resample=resample, shortest_edge=edge
         )

@@ -8,6 +8,7 @@ from blip2.image.augment import augmented
 from blip2.image.decode import MAX_PIXELS, RgbImage
 from blip2.image.formats import suffixes
 from blip2.image.measure import named_format, stored_size
+from blip2.image.randaugment import randaugmented
 from blip2.image.read import (
     DEFAULT_READING,
     PIXELS_VERSION,
@@ -15,6 +16,7 @@ from blip2.image.read import (
     load_image,
     pixels_digest,
     seen_box,
+    squared,
     to_array,
     to_pixels,
 )
@@ -23,6 +25,6 @@ from blip2.image.sources import Source, name_of
 
 __all__ = [
     "DEFAULT_READING", "MAX_PIXELS", "PIXELS_VERSION", "Reading", "RgbImage", "Source", "augmented", "check_writable",
-    "grey_address", "load_image", "name_of", "named_format", "overlay", "pixels_digest", "save_image", "seen_box",
-    "shrunk", "stored_size", "suffixes", "thumbnail", "to_array", "to_pixels",
+    "grey_address", "load_image", "name_of", "named_format", "overlay", "pixels_digest", "randaugmented", "save_image",
+    "seen_box", "shrunk", "squared", "stored_size", "suffixes", "thumbnail", "to_array", "to_pixels",
 ]  # fmt: skip

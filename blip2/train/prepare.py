@@ -45,7 +45,7 @@ def prepare(
 
     bad = BadPictures(recipe.data.on_bad_picture)
 
-    def row_set(rows: list[Row] | Joined, files: Sequence[Path], augment: bool = False) -> RowSet:
+    def row_set(rows: list[Row] | Joined, files: Sequence[Path], augment: bool | str = False) -> RowSet:
         return RowSet(rows, files, model.vision, materials.settings, recipe, bad, augment)
 
     train_set = row_set(materials.train_rows, recipe.data.rows, recipe.data.augment)

@@ -40,15 +40,16 @@ class RowSet:
         settings: ImageSettings,
         recipe: Recipe,
         bad: BadPictures,
-        augment: bool = False,
+        augment: bool | str = False,
     ) -> None:
         self.rows = rows
         self._order = order_of(rows, recipe)
         self._recipe = recipe
         self._files = files
         self.pictures = Pictures(
-            self.rows, **asdict(settings), threads=recipe.threads, is_distinct=recipe.data.features is not None
-        )
+            self.rows, **asdict(settings), threads=recipe.threads, is_distinct=recipe.data.features is not None,
+            is_randaugmented=augment == "randaugment",
+        )  # fmt: skip
         self._vision = vision
         self._bad = bad
         self._seed = recipe.seed if augment else None
