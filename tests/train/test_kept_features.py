@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,9 @@ import pytest
 from blip2 import train
 from blip2.data.kept import RECORD
 from blip2.errors import RecipeError
+from blip2.train.check import gather
+from blip2.train.launch import launch
+from blip2.train.recipes import load_recipe
 from tests.collection.written import jpeg, sample, shards, tar
 from tests.train.processes import in_processes
 from tests.train.test_distributed import assert_same_training
@@ -135,15 +139,30 @@ def test_one_that_is_killed_loses_a_batch_at_most(tmp_path, matching_model):
         assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "g" / name).read_bytes(), name
 
 
-def test_what_is_wrong_is_told_once(tmp_path, collections, matching_model):
-    """A picture that is to end the training, by whichever process it is found."""
+def test_what_is_wrong_is_told_once(tmp_path, collections, matching_model, capfd):
+    """A picture that is to end the training, by whichever process it is found; a folder that cannot be one."""
     path = write(tmp_path / "a.toml", with_features(SHARDS), matching_model)
     with pytest.raises(Exception, match=r"00001\.tar: 000007: .*; or pass such pictures over"):
         train.run(path, overrides={"data.on_bad_picture": "stop"})
+    capfd.readouterr()
+    assert launch(["train", str(path), "--set=data.on_bad_picture=stop"], 2) == 1
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("blip2: ")]
+    assert "00001.tar: 000007: not a JPEG" in line and "or pass such pictures over" in line
     blocked = tmp_path / "blocked"
     blocked.write_text("")
     with pytest.raises(RecipeError, match=r"data\.features: .*blocked cannot be written"):
         train.run(path, overrides={"data.features": "blocked"})
+
+
+def test_room_is_looked_for_before_anything_is_computed(tmp_path, collections, matching_model, monkeypatch):
+    """Of 19 pictures of 5 tokens of 16 numbers; rows that show the same one need it once."""
+    path = write(tmp_path / "a.toml", with_features(SEVERAL), matching_model)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=19 * 5 * 16 * 2 - 1))
+    with pytest.raises(RecipeError, match=r"features of 19 pictures take .* set data\.features_dtype = \"int8\", or "):
+        gather(load_recipe(path), path)
+    gather(load_recipe(path, {"data.features_dtype": "int8"}), path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=19 * 5 * 16 * 2))
+    gather(load_recipe(path), path)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
