@@ -20,6 +20,7 @@ from blip2 import disk
 from blip2.data.coding import Coding, FeaturesDtype
 from blip2.data.kept import FeatureFile, Kept
 from blip2.data.loader import Pictures, Sight, prefetch
+from blip2.data.reuse import Elsewhere
 from blip2.errors import ImageError, RecipeError
 from blip2.finite import first_not_finite
 from blip2.image import PIXELS_VERSION
@@ -92,18 +93,16 @@ def frozen_features(
     workers = workers or Alone()
     name = name if dtype == "fp16" else f"{name}-{dtype}"
     shape = len(pictures), vision.config.num_tokens, vision.config.hidden_size
-    kept = Kept(
-        folder,
-        name,
-        {
-            "shape": list(shape),
-            "dtype": "float16" if dtype == "fp16" else dtype,
-            "pixels": PIXELS_VERSION,
-            "vision": fingerprint(vision),
-            "pictures": _fingerprint_of_names(pictures),
-        },
-        Coding(dtype, *shape[1:]),
-    )
+    header = {
+        "shape": list(shape),
+        "dtype": "float16" if dtype == "fp16" else dtype,
+        "pixels": PIXELS_VERSION,
+        "vision": fingerprint(vision),
+        "settings": repr(_settings(pictures)),
+        "pictures": _fingerprint_of_names(pictures),
+    }
+    coding = Coding(dtype, *shape[1:])
+    kept = Kept(folder, name, header, coding)
     try:
         with ExitStack() as stack:
             with workers.in_turn(f"features {name} begin", is_one_enough=True):
@@ -114,8 +113,11 @@ def frozen_features(
             with workers.at_once(f"features {name}") as add:
                 batches = _batches(missing, batch_size)
                 own = [batches[number] for number in workers.share(len(batches))]
-                for count in _computed(vision, pictures, kept, own, on_bad):
-                    done = len(pictures) - len(missing) + add(count)
+                if own:
+                    elsewhere = Elsewhere(folder, name, header, coding.row_bytes)
+                for numbers, sights in _looked_at(pictures, own, on_bad):
+                    kept.write(numbers, _rows(vision, pictures, coding, elsewhere, numbers, sights), sights)
+                    done = len(pictures) - len(missing) + add(len(numbers))
                     if report is not None:
                         report(done, len(pictures))
             with workers.in_turn(f"features {name} end", is_one_enough=True):
@@ -145,9 +147,14 @@ def fingerprint(vision: VisionTransformer) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint_of_names(pictures: Pictures) -> str:
+def _settings(pictures: Pictures) -> tuple[object, ...]:
+    """How pictures become pixels."""
     resizing = () if pictures.resizing == ("bicubic", None) else pictures.resizing
-    digest = hashlib.sha256(repr((pictures.size, pictures.mean, pictures.std, *resizing)).encode())
+    return pictures.size, pictures.mean, pictures.std, *resizing
+
+
+def _fingerprint_of_names(pictures: Pictures) -> str:
+    digest = hashlib.sha256(repr(_settings(pictures)).encode())
     digest.update("\n".join(pictures.paths).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -169,11 +176,10 @@ def _batches(missing: Sequence[int], size: int) -> list[list[int]]:
     return batches
 
 
-@torch.no_grad()
-def _computed(
-    vision: VisionTransformer, pictures: Pictures, kept: Kept, batches: Sequence[list[int]], on_bad: OnBad | None
-) -> Iterator[int]:
-    """After each batch, which is on the disk then, of how many pictures it was."""
+def _looked_at(
+    pictures: Pictures, batches: Sequence[list[int]], on_bad: OnBad | None
+) -> Iterator[tuple[list[int], list[Sight]]]:
+    """The pictures of each batch; the next ones are read meanwhile. Raises ImageError."""
     with closing(prefetch(lambda number: pictures.look(batches[number]), range(len(batches)), ahead=1)) as looked:
         for numbers, sights in zip(batches, looked, strict=True):
             for number, sight in zip(numbers, sights, strict=True):
@@ -181,27 +187,36 @@ def _computed(
                     if on_bad is None:
                         raise sight.found
                     on_bad(pictures.name(number), sight.found)
-            kept.write(numbers, _features(vision, pictures, numbers, sights), sights)
-            yield len(numbers)
+            yield numbers, sights
 
 
 @torch.no_grad()
-def _features(
-    vision: VisionTransformer, pictures: Pictures, numbers: Sequence[int], sights: Sequence[Sight]
-) -> Tensor:
-    """``float32[B, 1 + P, D]`` on the CPU, NaN for what could not be read. Raises RecipeError."""
-    device, config = vision.position_embedding.device, vision.config
-    features_BPD = torch.full((len(numbers), config.num_tokens, config.hidden_size), torch.nan)
-    pixels = [sight.found for sight in sights if isinstance(sight.found, Tensor)]
-    if not pixels:
-        return features_BPD
-    seen_BPD = vision.features(torch.stack(pixels).to(device)).to("cpu", torch.float32)
-    if not torch.isfinite(seen_BPD.half()).all():
+def _rows(
+    vision: VisionTransformer,
+    pictures: Pictures,
+    coding: Coding,
+    elsewhere: Elsewhere,
+    numbers: Sequence[int],
+    sights: Sequence[Sight],
+) -> list[bytes]:
+    """What is to be stored of the pictures of a batch: NaN for what could not be read, what another set has of the same
+    picture, and else what the encoder says. Raises RecipeError."""
+    none_1PD = torch.full((1, coding.num_tokens, coding.width), torch.nan)
+    nothing = coding.encode(none_1PD)[0].numpy().tobytes()
+    rows = [elsewhere.row(each.digest) if isinstance(each.found, Tensor) else nothing for each in sights]
+    new = [place for place, row in enumerate(rows) if row is None]
+    if not new:
+        return [row for row in rows if row is not None]
+    pixels_BCHW = torch.stack([found for place in new if isinstance(found := sights[place].found, Tensor)])
+    device = vision.position_embedding.device
+    features_BPD = vision.features(pixels_BCHW.to(device)).to("cpu", torch.float32)
+    if not torch.isfinite(features_BPD.half()).all():
         if (name := first_not_finite(vision)) is not None:
             raise RecipeError(f"{name} of the image encoder is NaN or infinite; start from another model")
         raise RecipeError(
-            f"the features of {pictures.name(numbers[0])} or one of the next {len(numbers) - 1} pictures do not fit "
+            f"the features of {pictures.name(numbers[new[0]])} or one of the next {len(new) - 1} pictures do not fit "
             "into half precision; train without data.features"
         )
-    features_BPD[torch.tensor([isinstance(sight.found, Tensor) for sight in sights])] = seen_BPD
-    return features_BPD
+    for place, row_R in zip(new, coding.encode(features_BPD), strict=True):
+        rows[place] = row_R.numpy().tobytes()
+    return [row for row in rows if row is not None]

@@ -91,6 +91,7 @@ class Kept:
             # Nobody knows whose they are; or they are of other pixels than these files give now.
             for path in (self._whole, self._partial, self._seen):
                 path.unlink(missing_ok=True)
+        if not self._is_described():  # or less was told of these features once
             disk.write_text(self._description, json.dumps(self._header, indent=1))
         size = self._count * self._coding.row_bytes
         if self._path == self._whole and self._whole.stat().st_size != size:
@@ -110,20 +111,21 @@ class Kept:
     def missing(self) -> list[int]:
         """The pictures of which there are no features. Raises RecipeError where another process has begun, and nothing
         of it is to be seen here."""
-        try:
-            is_here = json.loads(self._description.read_text("utf-8")) == self._header
-        except (OSError, ValueError):
-            is_here = False
-        if not is_here:
+        if not self._is_described():
             raise RecipeError(
                 f"{self._description}: what the first process writes there is not to be seen by this one; name a "
                 "folder as data.features that all processes share"
             )
         return np.flatnonzero(self._records()["crc32"] == 0).tolist()
 
-    def write(self, numbers: Sequence[int], features_BPD: Tensor, sights: Sequence[Sight]) -> None:
-        """Features ``float[B, 1 + P, D]``, on the disk when this returns. Raises OSError."""
-        rows = [row_R.numpy().tobytes() for row_R in self._coding.encode(features_BPD)]
+    def _is_described(self) -> bool:
+        try:
+            return bool(json.loads(self._description.read_text("utf-8")) == self._header)
+        except (OSError, ValueError):
+            return False
+
+    def write(self, numbers: Sequence[int], rows: Sequence[bytes], sights: Sequence[Sight]) -> None:
+        """Features as `Coding` has them, on the disk when this returns. Raises OSError."""
         with self._path.open("r+b") as file:
             for number, row in zip(numbers, rows, strict=True):
                 file.seek(number * len(row))
@@ -146,13 +148,8 @@ class Kept:
     def _records(self) -> np.ndarray:
         """`RECORD` of each picture; all zero where there is no whole one, or no features."""
         num_rows = self._path.stat().st_size // self._coding.row_bytes if self._path.exists() else 0
-        records = np.zeros(self._count, RECORD)
-        content = self._seen.read_bytes() if self._seen.exists() else b""
-        size = RECORD.itemsize
-        for number in range(min(num_rows, len(records), len(content) // size)):
-            record = content[number * size : (number + 1) * size]
-            if _crc32(number, record) == int.from_bytes(record[-4:], "little"):
-                records[number] = np.frombuffer(record, RECORD)[0]
+        records = read_records(self._seen, self._count)
+        records[num_rows:] = 0
         return records
 
     def _forget_changed(self, records: np.ndarray, pictures: Pictures) -> None:
@@ -172,6 +169,18 @@ class Kept:
                 else:  # copied, or only touched, or another picture of the same file has changed
                     records[number]["stamp"] = stamp
                     records[number]["crc32"] = _crc32(number, records[number].tobytes())
+
+
+def read_records(path: Path, count: int) -> np.ndarray:
+    """`RECORD` of so many pictures; all zero where there is no whole one. Raises OSError."""
+    records = np.zeros(count, RECORD)
+    content = path.read_bytes() if path.exists() else b""
+    size = RECORD.itemsize
+    for number in range(min(count, len(content) // size)):
+        record = content[number * size : (number + 1) * size]
+        if _crc32(number, record) == int.from_bytes(record[-4:], "little"):
+            records[number] = np.frombuffer(record, RECORD)[0]
+    return records
 
 
 def _record(number: int, sight: Sight, features: bytes) -> bytes:

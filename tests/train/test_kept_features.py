@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from blip2.errors import RecipeError
 from blip2.train.check import gather
 from blip2.train.launch import launch
 from blip2.train.recipes import load_recipe
+from blip2.vision import VisionTransformer
 from tests.collection.written import jpeg, sample, shards, tar
 from tests.train.processes import in_processes
 from tests.train.test_distributed import assert_same_training
@@ -111,6 +113,31 @@ def test_of_a_changed_shard_only_what_is_another_picture_is_seen_again(tmp_path,
     after = np.frombuffer(file.read_bytes(), np.uint8).reshape(19, -1)
     assert np.flatnonzero((before != after).any(1)).tolist() == [2]
     assert [each.name for each in (tmp_path / "f").glob("*.bin")] == [file.name]
+
+
+def test_what_another_set_has_of_the_same_picture_is_not_computed_again(
+    tmp_path, collections, matching_model, monkeypatch
+):
+    """Shards that are added, and rows that move, cost what is new of them; what is damaged is computed."""
+    path = write(tmp_path / "a.toml", with_features('[data]\nsources = "s"'), matching_model, steps=1)
+    shutil.move(tmp_path / "s" / "00001.tar", tmp_path / "00001.tar")
+    train.run(path)
+    [old] = (tmp_path / "f").glob("*.bin")
+    shutil.move(tmp_path / "00001.tar", tmp_path / "s" / "00001.tar")
+    tar(tmp_path / "s" / "00000.tar", dict(pair for n in (5, 90, 0, 1, 2, 3, 4) for pair in sample(n, txt="dog")))
+    with old.open("r+b") as file:
+        file.write(b"damaged")  # of picture 0
+    computed, see = [], VisionTransformer.features
+    monkeypatch.setattr(
+        VisionTransformer, "features", lambda self, pixels: computed.append(len(pixels)) or see(self, pixels)
+    )
+    train.run(path, overrides={"out": "b"})
+    assert computed == [1 + 1 + 4]  # 90, the damaged one, and what can be read of the other shard
+    [new] = {*(tmp_path / "f").glob("*.bin")} - {old}
+    train.run(path, overrides={"out": "c", "data.features": "g"})
+    assert computed == [6, 11]
+    kept, alone = (np.frombuffer((tmp_path / name / new.name).read_bytes(), np.float16) for name in "fg")
+    np.testing.assert_allclose(kept, alone, rtol=2e-3, atol=2e-3)
 
 
 def recorded(folder):
