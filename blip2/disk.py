@@ -198,6 +198,11 @@ def digest_of(path: PathLike) -> str:
         return ""
 
 
+def digest_of_bytes(content: bytes) -> str:
+    """As `digest_of`, of a file that has this content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def digest_since(path: PathLike, stamp: Stamp | None) -> str:
     """Of the content that a file had since it was stamped, or "" if it may have changed meanwhile."""
     digest = digest_of(path)

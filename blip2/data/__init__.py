@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blip2.data.features import FeatureFile, frozen_features
+    from blip2.data.features import frozen_features
     from blip2.data.jsonl import read_rows
+    from blip2.data.kept import FeatureFile
     from blip2.data.loader import BadPictures, Pictures, prefetch
     from blip2.data.order import Order, indices_of_step
     from blip2.data.sample import Row, Turn
@@ -30,7 +31,7 @@ __all__ = [
 
 _HOMES = {
     "BadPictures": "blip2.data.loader",
-    "FeatureFile": "blip2.data.features",
+    "FeatureFile": "blip2.data.kept",
     "Order": "blip2.data.order",
     "Pictures": "blip2.data.loader",
     "Row": "blip2.data.sample",

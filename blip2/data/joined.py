@@ -25,6 +25,9 @@ class Dataset(Protocol):
     def read(self, number: int) -> Row:
         """By any thread. Raises ImageError, with the place, for what cannot be read."""
 
+    def place(self, number: int) -> tuple[str, bool]:
+        """The file in which the picture lies, and whether it is the picture's own. Raises ImageError."""
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -37,6 +40,9 @@ class Listed:
 
     def read(self, number: int) -> Row:
         return self.rows[number]
+
+    def place(self, number: int) -> tuple[str, bool]:
+        return self.rows[number].image, True
 
 
 class Joined:
@@ -91,18 +97,21 @@ class Joined:
 
     def picture(self, number: int) -> RgbImage:
         """Raises ImageError."""
-        row, _ = self._read(number)
-        if row.content is None:
-            return load_image(row.image, allow_truncated=None)
-        try:
-            return load_image(row.content, allow_truncated=None)
-        except ImageError as error:
-            raise ImageError(f"{row.image}: {str(error).partition(': ')[2]}") from None
+        return picture_of(self.whole(number))
+
+    def place(self, number: int) -> tuple[str, bool]:
+        """The file in which the picture lies, and whether it is the picture's own. Raises ImageError."""
+        dataset, within = self._found(number)
+        return dataset.place(within)
+
+    def _found(self, number: int) -> tuple[Dataset, int]:
+        which = bisect_right(self._ends, number)
+        return self._datasets[which], number - (self._ends[which] - self.sizes[which])
 
     def _read(self, number: int) -> tuple[Row, tuple[Row, int]]:
         """A row, and what is remembered of it."""
-        which = bisect_right(self._ends, number)
-        row = self._change(self._datasets[which].read(number - (self._ends[which] - self.sizes[which])))
+        dataset, within = self._found(number)
+        row = self._change(dataset.read(within))
         shown = row.image.encode("utf-8", "surrogateescape") if row.content is None else row.content
         said = replace(row, content=None), int.from_bytes(hashlib.sha256(shown).digest()[:8], "big") >> 1
         with self._lock:
@@ -110,3 +119,13 @@ class Joined:
             if len(self._said) > REMEMBERED:
                 self._said.popitem(last=False)
         return row, said
+
+
+def picture_of(row: Row) -> RgbImage:
+    """That of a row, from its content or its file. Raises ImageError."""
+    if row.content is None:
+        return load_image(row.image, allow_truncated=None)
+    try:
+        return load_image(row.content, allow_truncated=None)
+    except ImageError as error:
+        raise ImageError(f"{row.image}: {str(error).partition(': ')[2]}") from None

@@ -8,28 +8,42 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import repeat
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.data.joined import Joined
+from blip2.data.joined import Joined, picture_of
 from blip2.data.sample import Row
+from blip2.disk import Stamp, digest_of_bytes, digest_since, stamp_of
 from blip2.errors import ImageError
-from blip2.image import augmented, load_image, to_pixels
+from blip2.image import augmented, randaugmented, squared, to_pixels
 
 Batch = TypeVar("Batch")
 
 
+class Sight(NamedTuple):
+    """A picture that was looked at."""
+
+    found: Tensor | ImageError
+    """Its pixels ``float32[3, H, W]``, or what is wrong with it."""
+    stamp: Stamp | None
+    """Of the file in which it lies, before it was read."""
+    digest: str
+    """Of its own bytes, see `disk.digest_of`; "" if they are not known, or may be others by now."""
+
+
 class Pictures:
     """The distinct pictures of some rows, numbered in order of appearance; decoded by threads when asked for. Of
-    `Joined` rows each has a picture of its own, under the row's number, and ``paths`` is empty.
+    `Joined` rows each has a picture of its own, under the row's number, and ``paths`` is empty, unless ``is_distinct``:
+    then all places are looked up, and rows whose pictures are the same file share one.
 
-    ``number_of_row`` int64[rows] tells the picture of each row: rows with the same number share a picture.
+    ``number_of_row`` int64[rows] tells the picture of each row: rows with the same number share a picture. ``paths``:
+    of each picture the file in which it lies, which may hold others, too.
     """
 
     def __init__(
@@ -42,22 +56,51 @@ class Pictures:
         resample: str = "bicubic",
         shortest_edge: int | None = None,
         threads: int = 0,
+        is_distinct: bool = False,
+        is_randaugmented: bool = False,
     ) -> None:
-        numbers: dict[str, int] = {}
-        self._joined = rows if isinstance(rows, Joined) else None
-        listed = [] if isinstance(rows, Joined) else rows
-        self.number_of_row = np.array([numbers.setdefault(row.image, len(numbers)) for row in listed])
-        self.paths = list(numbers)
+        self._rows = rows
+        self.paths: list[str] = []
+        self.number_of_row: np.ndarray | None = None
+        self._row_of_picture: list[int] = []
+        if is_distinct or not isinstance(rows, Joined):
+            self._look_up()
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
         self.resizing = (resample, shortest_edge)
+        self._is_randaugmented = is_randaugmented
         self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
 
     def __len__(self) -> int:
-        return len(self.paths) if self._joined is None else len(self._joined)
+        return len(self._rows) if self.number_of_row is None else len(self.paths)
+
+    def _look_up(self) -> None:
+        numbers: dict[str, int] = {}
+        number_of_row = np.empty(len(self._rows), np.int64)
+        for row in range(len(self._rows)):
+            path, is_own = self._rows.place(row) if isinstance(self._rows, Joined) else (self._rows[row].image, True)
+            number = numbers.setdefault(path, len(self.paths)) if is_own else len(self.paths)
+            if number == len(self.paths):
+                self.paths.append(path)
+                self._row_of_picture.append(row)
+            number_of_row[row] = number
+        self.number_of_row = number_of_row
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """The numbers of the pictures of the rows with these numbers, int64[B]."""
-        return self.number_of_row[rows] if self._joined is None else rows
+        return rows if self.number_of_row is None else self.number_of_row[rows]
+
+    def name(self, number: int) -> str:
+        """What messages call a picture."""
+        return self._rows[self._row(number)].image
+
+    def _row(self, number: int) -> int:
+        """The first that shows this picture."""
+        return number if self.number_of_row is None else self._row_of_picture[number]
+
+    def _whole(self, number: int) -> Row:
+        """With the picture's content, where it lies within another file. Raises ImageError."""
+        row = self._row(number)
+        return self._rows.whole(row) if isinstance(self._rows, Joined) else self._rows[row]
 
     def pixels(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
         """Normalised pixels ``float32[B, 3, H, W]`` of the pictures with these numbers. Raises ImageError."""
@@ -72,21 +115,53 @@ class Pictures:
     ) -> list[Tensor | ImageError]:
         """The pixels ``float32[3, H, W]`` of each of the pictures with these numbers, or what is wrong with it.
 
-        ``chances``: by which each is `augmented`; None leaves it as it is.
+        ``chances``: by which each is `augmented`, and `randaugmented` if these are to be; None leaves it as it is.
         """
         return list(self._pool.map(self._one, map(int, numbers), chances))
 
+    def look(self, numbers: Sequence[int]) -> list[Sight]:
+        """Those pictures, each with how it was found; distinct ones."""
+        return list(self._pool.map(self._look, numbers))
+
+    def digest(self, number: int) -> tuple[Stamp | None, str]:
+        """What `Sight` has of a picture, without its pixels."""
+        stamp = stamp_of(self.paths[number])
+        try:
+            return stamp, self._digest_since(number, self._whole(number), stamp)
+        except ImageError:
+            return stamp, ""
+
+    def _look(self, number: int) -> Sight:
+        stamp = stamp_of(self.paths[number])
+        try:
+            row = self._whole(number)
+        except ImageError as error:
+            return Sight(error, stamp, "")
+        found = self._pixels(row, None)
+        return Sight(found, stamp, self._digest_since(number, row, stamp))
+
+    def _digest_since(self, number: int, row: Row, stamp: Stamp | None) -> str:
+        if row.content is None:
+            return digest_since(self.paths[number], stamp)
+        return digest_of_bytes(row.content) if stamp is not None and stamp == stamp_of(self.paths[number]) else ""
+
     def _one(self, number: int, chance: random.Random | None) -> Tensor | ImageError:
         try:
-            if self._joined is None:
-                image = load_image(self.paths[number], allow_truncated=None)
-            else:
-                image = self._joined.picture(number)
+            return self._pixels(self._whole(number), chance)
         except ImageError as error:
             return error
+
+    def _pixels(self, row: Row, chance: random.Random | None) -> Tensor | ImageError:
+        try:
+            image = picture_of(row)
+        except ImageError as error:
+            return error
+        resample, edge = self.resizing
         if chance is not None:
             image = augmented(image, chance)
-        resample, edge = self.resizing
+            if self._is_randaugmented:  # by so many pixels of what the model sees
+                image = randaugmented(squared(image, size=self.size, resample=resample, shortest_edge=edge), chance)
+                edge = None
         [pixels_CHW] = to_pixels(
             [image], size=self.size, mean=self.mean, std=self.std, resample=resample, shortest_edge=edge
         )
@@ -107,7 +182,7 @@ class BadPictures:
         self.found.setdefault(path, str(error))
 
 
-def prefetch(make: Callable[[int], Batch], steps: range, ahead: int = 2) -> Iterator[Batch]:
+def prefetch(make: Callable[[int], Batch], steps: range, ahead: int = 2) -> Generator[Batch, None, None]:
     """``make(step)`` for every step, in order; a thread works ``ahead`` batches ahead."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[Batch]] = deque()

@@ -8,6 +8,7 @@ from blip2.image.augment import augmented
 from blip2.image.decode import MAX_PIXELS, RgbImage
 from blip2.image.formats import suffixes
 from blip2.image.measure import named_format, stored_size
+from blip2.image.randaugment import randaugmented
 from blip2.image.read import (
     DEFAULT_READING,
     PIXELS_VERSION,
@@ -15,6 +16,7 @@ from blip2.image.read import (
     load_image,
     pixels_digest,
     seen_box,
+    squared,
     to_array,
     to_pixels,
 )
@@ -25,5 +27,6 @@ from blip2.image.vary import as_jpeg, cut, turned
 __all__ = [
     "DEFAULT_READING", "MAX_PIXELS", "PIXELS_VERSION", "Reading", "RgbImage", "Source", "as_jpeg", "augmented",
     "check_writable", "cut", "grey_address", "load_image", "name_of", "named_format", "overlay", "pixels_digest",
-    "save_image", "seen_box", "shrunk", "stored_size", "suffixes", "thumbnail", "to_array", "to_pixels", "turned",
+    "randaugmented", "save_image", "seen_box", "shrunk", "squared", "stored_size", "suffixes", "thumbnail", "to_array",
+    "to_pixels", "turned",
 ]  # fmt: skip

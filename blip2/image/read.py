@@ -154,22 +154,25 @@ def to_array(
     shortest_edge: int | None = None,
 ) -> np.ndarray:
     """`to_pixels`, where there is no torch."""
-    try:
-        kernel = Image.Resampling[resample.upper()]
-    except KeyError:
-        known = ", ".join(kernel.name.lower() for kernel in Image.Resampling)
-        raise OptionError(f"resample={resample!r} is not a filter; use one of {known}") from None
     bytes_BHWC = np.empty((len(images), size, size, 3), np.uint8)
     for row_HWC, image in zip(bytes_BHWC, images, strict=True):
         assert image.mode == "RGB", f"to_pixels takes what load_image gives, not mode {image.mode}"
-        row_HWC[:] = np.asarray(_square(image, size, kernel, shortest_edge))
+        row_HWC[:] = np.asarray(squared(image, size=size, resample=resample, shortest_edge=shortest_edge))
     # A byte has 256 values, so the arithmetic is done once per value and then looked up.
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
     tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
     return np.stack([table[bytes_BHWC[..., c]] for c, table in enumerate(tables)], axis=1)
 
 
-def _square(image: RgbImage, size: int, kernel: Image.Resampling, shortest_edge: int | None) -> RgbImage:
+def squared(
+    image: RgbImage, *, size: int, resample: str = "bicubic", shortest_edge: int | None = None
+) -> RgbImage:
+    """The square that `to_pixels` makes of it, which it leaves as it is. Raises OptionError for an unknown filter."""
+    try:
+        kernel = Image.Resampling[resample.upper()]
+    except KeyError:
+        known = ", ".join(kernel.name.lower() for kernel in Image.Resampling)
+        raise OptionError(f"resample={resample!r} is not a filter; use one of {known}") from None
     box = seen_box(image.width, image.height, size, shortest_edge)
     if shortest_edge is None or box is None:
         return image.resize((size, size), kernel)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from blip2 import checkpoint
@@ -20,6 +19,7 @@ from blip2.checkpoint.quantize import quantization_in
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.data import Row, read_rows
 from blip2.data.cleaning import cleaned
+from blip2.data.coding import Coding
 from blip2.data.joined import Joined
 from blip2.errors import CheckpointError, RecipeError
 from blip2.model import Blip2, Blip2Matcher
@@ -205,11 +205,6 @@ def _check_rows(materials: Materials, recipe: Recipe) -> None:
     train_rows = materials.train_rows
     num_rows = len(train_rows)
     if isinstance(train_rows, Joined):
-        if recipe.data.features is not None:
-            raise RecipeError(
-                "data.features: is kept of pictures that have files of their own, in one source; leave it out, and "
-                "features are computed at each step"
-            )
         num_rows = min(train_rows.sizes)
     if recipe.optim.batch_size > num_rows:
         size = recipe.optim.batch_size
@@ -266,14 +261,39 @@ def _check_output(materials: Materials, recipe: Recipe) -> None:
         return
     there = _check_writable("data.features", features)
     vision = materials.config.vision
-    pictures = {row.image for row in _listed(materials)}
-    num_bytes = len(pictures) * vision.num_tokens * vision.hidden_size * np.dtype(np.float16).itemsize
+    row_bytes = Coding(recipe.data.features_dtype, vision.num_tokens, vision.hidden_size).row_bytes
     free = shutil.disk_usage(there).free
-    if num_bytes > free and (there != features or not any(features.iterdir())):
+    if there == features and any(features.iterdir()):
+        return  # some may be there already
+    count = len({row.image for row in _listed(materials)}) + sum(map(len, _collections(materials, recipe)))
+    if count * row_bytes > free:  # but rows of collections may share pictures
+        count = _count_pictures(materials, recipe)
+    if count * row_bytes > free:
+        smaller = "" if recipe.data.features_dtype != "fp16" else ', or set data.features_dtype = "int8"'
         raise RecipeError(
-            f"data.features: the features of {len(pictures):,} pictures take {num_bytes / 1e9:.1f} GB, and {features} "
-            f"has room for {free / 1e9:.1f} GB; name another folder, or leave it out to compute them at each step"
+            f"data.features: the features of {count:,} pictures take {count * row_bytes / 1e9:.1f} GB, and {features} "
+            f"has room for {free / 1e9:.1f} GB; name another folder{smaller}, or leave it out to compute them at each "
+            "step"
         )
+
+
+def _collections(materials: Materials, recipe: Recipe) -> list[Joined]:
+    """Those of which features are kept."""
+    held_out = materials.held_out_rows
+    if isinstance(held_out, Joined) and recipe.evaluation is not None:
+        held_out = held_out.first(recipe.evaluation.max_rows)
+    return [rows for rows in (materials.train_rows, held_out) if isinstance(rows, Joined)]
+
+
+def _count_pictures(materials: Materials, recipe: Recipe) -> int:
+    """The distinct ones, each file of a collection looked up."""
+    found = {row.image for row in _listed(materials)}
+    shared = 0
+    for rows in _collections(materials, recipe):
+        for path, is_own in map(rows.place, range(len(rows))):
+            found |= {path} if is_own else set()
+            shared += not is_own
+    return len(found) + shared
 
 
 def _check_writable(key: str, folder: Path) -> Path:

@@ -6,9 +6,11 @@ the environment who is who. B rows of the global batch; N of this process; X wha
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +29,9 @@ LAUNCHED = "BLIP2_LAUNCHED"
 TIMEOUT_S = 600.0
 """Who waits so long for the others gives up. The first preparation, which may see all pictures, may take longer."""
 PATIENCE = timedelta(days=30)
+POLL_S = 0.1
+FAILED = -(2**40)
+"""Added to a sum of all, which is below 0 then."""
 T = TypeVar("T")
 
 
@@ -46,6 +51,7 @@ class Group:
     size: int = 1
     store: Any = None
     """What is said by name, beside the calls of all; with one process there is none."""
+    _turns: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -163,6 +169,7 @@ class Group:
         if self.size == 1:
             yield
             return
+        name = f"{name}/{next(self._turns)}"
         before = 0 if is_one_enough else self.rank - 1
         if self.rank > 0:
             with _lost(self):
@@ -178,6 +185,37 @@ class Group:
         finally:
             with _lost(self):
                 self.store.set(f"{name}/{self.rank}", outcome)
+
+    @contextmanager
+    def at_once(self, name: str) -> Iterator[Callable[[int], int]]:
+        """Each at its own pace, until all are done, in any length of time. Gives what adds to a sum of all, and tells
+        it. If one fails, the others raise `ToldElsewhere` where they add next."""
+        name, own = f"{name}/{next(self._turns)}", 0
+
+        def add(number: int, to: str = "sum") -> int:
+            nonlocal own
+            if self.size == 1:
+                own += number
+                return own
+            with _lost(self):
+                return int(self.store.add(f"{name}/{to}", number))
+
+        def add_unless_failed(number: int) -> int:
+            if (total := add(number)) < 0:
+                raise ToldElsewhere("another process tells why")
+            return total
+
+        try:
+            yield add_unless_failed
+        except BaseException:
+            with suppress(ProcessLost):  # what went wrong first is what is told
+                add(FAILED)
+            raise
+        if self.size > 1:
+            add(1, "done")
+            while add(0, "done") < self.size:
+                add_unless_failed(0)
+                time.sleep(POLL_S)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ class Task:
     """What the model says of held-out rows, see `train.samples`."""
     rate_shares: Mapping[str, float] = field(default_factory=dict)
     """Of parameters, by name, that learn at a part of the learning rate."""
+    open_features: Callable[[], None] = lambda: None
+    """Before the first batch: all processes together compute what is to be kept on the disk, if anything is."""
 
 
 def train(

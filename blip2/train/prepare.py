@@ -33,7 +33,7 @@ from blip2.train.seeing import rate_shares, unfreeze
 def prepare(
     model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, report: Report, group: Group | None = None
 ) -> Task:
-    """Everything ready for the loop. ``model`` came from `start.build`."""
+    """Everything ready for the loop, but for features (`Task.open_features`). ``model`` came from `start.build`."""
     group = group or Group()
     model.freeze_pretrained()
     unfreeze(model, recipe.vision)
@@ -45,21 +45,32 @@ def prepare(
 
     bad = BadPictures(recipe.data.on_bad_picture)
 
-    def row_set(rows: list[Row] | Joined, files: Sequence[Path], augment: bool = False) -> RowSet:
-        return RowSet(rows, files, model.vision, materials.settings, recipe, report, bad, augment)
+    def row_set(rows: list[Row] | Joined, files: Sequence[Path], augment: bool | str = False) -> RowSet:
+        return RowSet(rows, files, model.vision, materials.settings, recipe, bad, augment)
 
     train_set = row_set(materials.train_rows, recipe.data.rows, recipe.data.augment)
     held_out = None
     if recipe.evaluation is not None:
-        held_out = row_set(materials.held_out_rows or [], recipe.evaluation.rows)
-        held_out.keep(recipe.evaluation.max_rows)
+        rows = materials.held_out_rows or []
+        # Of the rest of a large collection no features are wanted, either.
+        rows = rows.first(recipe.evaluation.max_rows) if isinstance(rows, Joined) else rows
+        held_out = row_set(rows, recipe.evaluation.rows)
     if isinstance(model, Blip2Matcher):
         task = _Stage1(model, materials.tokenizer, recipe, group).task(train_set, held_out)
     else:
         task = _Stage2(model, materials, recipe, group).task(train_set, held_out)
+
+    def open_features() -> None:
+        for each in (train_set, held_out):
+            if each is not None:
+                each.open_features(report, group)
+        if held_out is not None and recipe.evaluation is not None:
+            held_out.keep(recipe.evaluation.max_rows)
+
     return replace(
         task,
         learning=learning,
+        open_features=open_features,
         bad_pictures=lambda: dict(bad.found),
         rate_shares=rate_shares(model, recipe.vision),
     )

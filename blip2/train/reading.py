@@ -17,7 +17,7 @@ from blip2.checkpoint import ImageSettings
 from blip2.data import BadPictures, FeatureFile, Order, Pictures, Row, frozen_features
 from blip2.data.joined import Joined
 from blip2.errors import ImageError, RecipeError
-from blip2.train.group import Step
+from blip2.train.group import Group, Step
 from blip2.train.meter import Progress, Report
 from blip2.train.recipes import Recipe
 from blip2.train.seeing import Looks
@@ -39,25 +39,34 @@ class RowSet:
         vision: VisionTransformer,
         settings: ImageSettings,
         recipe: Recipe,
-        report: Report,
         bad: BadPictures,
-        augment: bool = False,
+        augment: bool | str = False,
     ) -> None:
         self.rows = rows
         self._order = order_of(rows, recipe)
-        self.pictures = Pictures(self.rows, **asdict(settings), threads=recipe.threads)
+        self._recipe = recipe
+        self._files = files
+        self.pictures = Pictures(
+            self.rows, **asdict(settings), threads=recipe.threads, is_distinct=recipe.data.features is not None,
+            is_randaugmented=augment == "randaugment",
+        )  # fmt: skip
         self._vision = vision
         self._bad = bad
         self._seed = recipe.seed if augment else None
         self._learns = recipe.changes_sight
         self._file: FeatureFile | None = None
-        if recipe.data.features is not None and not isinstance(rows, Joined):
-            listed = hashlib.sha256("\n".join(self.pictures.paths).encode()).hexdigest()
-            stem = f"{files[0].absolute().parent.name}-{files[0].stem}" if files else "sources"
-            name = f"{stem}-{listed[:8]}"
-            self._file = frozen_features(
-                vision, self.pictures, recipe.data.features, name, report=_feature_report(report), on_bad=bad.note
-            )
+
+    def open_features(self, report: Report, group: Group) -> None:
+        """If the recipe wants them kept: by all processes together, before `read`."""
+        if (folder := self._recipe.data.features) is None:
+            return
+        files, paths = self._files, "\n".join(self.pictures.paths)
+        stem = f"{files[0].absolute().parent.name}-{files[0].stem}" if files else "sources"
+        name = f"{stem}-{hashlib.sha256(paths.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+        self._file = frozen_features(
+            self._vision, self.pictures, folder, name, dtype=self._recipe.data.features_dtype, workers=group,
+            report=_feature_report(report), on_bad=self._bad.note,
+        )  # fmt: skip
 
     def keep(self, count: int) -> None:
         """Only the first rows."""
@@ -94,16 +103,23 @@ class RowSet:
             # A draw is of one row in one epoch: another look each time, and the same in whichever process.
             return self.pictures.read(pictures, [random.Random(f"{self._seed} {draw}") for draw in draws.tolist()])
         return [
-            self._problem(number) if features_PD[0, 0].isnan() else features_PD
-            for number, features_PD in zip(pictures, self._file.read(pictures), strict=True)
+            self._problem(row, number, features_PD) or features_PD
+            for row, number, features_PD in zip(numbers, pictures, self._file.read(pictures), strict=True)
         ]
 
-    def _problem(self, number: int) -> ImageError:
-        """What is wrong with a picture that could not be read when the features were made."""
+    def _problem(self, row: int, number: int, features_PD: Tensor) -> ImageError | None:
+        """What is wrong with a picture that could not be read when the features were made, or a row that cannot now."""
+        if isinstance(self.rows, Joined):
+            try:
+                self.rows.shown(row)
+            except ImageError as error:
+                return error
+        if not features_PD[0, 0].isnan():
+            return None
         [found] = self.pictures.read([number])
         if isinstance(found, ImageError):
             return found
-        return ImageError(f"{self.pictures.paths[number]}: can be read only now; start again to learn from it, too")
+        return ImageError(f"{self.pictures.name(number)}: can be read only now; start again to learn from it, too")
 
     def pictures_of(self, numbers: np.ndarray) -> np.ndarray:
         """int64[B]: the same for rows that have been read and show the same picture."""

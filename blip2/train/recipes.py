@@ -60,9 +60,13 @@ class DataRecipe:
     """Where the rows' relative picture paths start; absent: the folder of each file of rows."""
     features: Path | None = None
     """A folder for the frozen image encoder's output, computed once; absent: computed at every step."""
-    augment: bool = False
-    """At each step another part of a picture, half of it at least, mirrored as often as not; not with ``features``,
-    which are those of whole pictures."""
+    features_dtype: Literal["fp16", "int8", "fp8"] = "fp16"
+    """How they are stored: in half precision, or in about half of that, rounded, each token with a scale of its own
+    ("int8", or "fp8", which is e4m3)."""
+    augment: Literal[False, True, "randaugment"] = False
+    """At each step another part of a picture, half of it at least, mirrored as often as not; "randaugment" changes
+    that further, as the authors' library does when fine-tuning (see `image.randaugment`). Not with ``features``, which
+    are those of whole pictures."""
     cleaning: Literal["none", "lavis"] = "none"
     """Captions and questions in small letters and without most signs, as the authors' library has them."""
     on_bad_picture: Literal["skip", "stop"] = "skip"
@@ -277,8 +281,9 @@ class _Reader:
                 raise self.error(name, f"has to be a table, not {value!r}")
             return self.build(typing.cast(type, kind), value, f"{name}.")
         if typing.get_origin(kind) is Literal:
-            if value not in typing.get_args(kind) or isinstance(value, bool):
-                allowed = ", ".join(repr(option) for option in typing.get_args(kind))
+            options = typing.get_args(kind)
+            if not any(type(value) is type(option) and value == option for option in options):  # True is no 1
+                allowed = ", ".join(str(each).lower() if isinstance(each, bool) else repr(each) for each in options)
                 raise self.error(name, f"has to be one of {allowed}, not {value!r}")
             return value
         if typing.get_origin(kind) is tuple:

@@ -97,6 +97,8 @@ def check(recipe: Recipe, error: Error) -> None:
                 raise error(f"{key}.sources", "'question' and 'answer' go together; name both columns")
     if recipe.changes_sight and data.features is not None:
         raise error("data.features", "is what a frozen image encoder gives, and this one learns; remove it")
+    if data.features_dtype != "fp16" and data.features is None:
+        raise error("data.features_dtype", "is of features on the disk; name a folder as data.features, or remove it")
     if data.augment and data.features is not None:
         raise error(
             "data.augment", "shows other parts of a picture at each step, and data.features keeps those of whole ones; "

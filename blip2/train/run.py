@@ -71,11 +71,12 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
 
     model = None if recipe.shard else load()
     with _alone(recipe.out) if group.is_first else nullcontext():
-        with group.in_turn("prepared"):  # the first computes features that are missing, the others find them
-            model = load() if model is None else model  # in turn: there is one whole model in memory, not one for each
+        with group.in_turn("prepared"):  # so that there is one whole model in memory, not one for each
+            model = load() if model is None else model
             task = prepare(model, materials, recipe, report, group)
             if recipe.shard:
                 shard(model, recipe.shard, group, device)
+        task.open_features()
         train(task, recipe, report=report, autocast=autocast, group=group)
         number = len({path for found in group.objects(task.bad_pictures()) for path in found})
         gather_whole(model, group, needs_frozen=recipe.lora is None)

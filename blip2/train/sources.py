@@ -237,6 +237,9 @@ class InShards:
                 row = _row(record, self._source, is_usable)
                 yield row if isinstance(row, LeftOut) else Position(unit.number, start, stop - start)
 
+    def place(self, number: int) -> tuple[str, bool]:
+        return self.paths[self.positions[number].file], False
+
     def read(self, number: int) -> Row:
         position = self.positions[number]
         record = self._shards.at(self.paths[position.file], self._files.read(position))
@@ -260,6 +263,9 @@ class InRows:
             for number, record in enumerate(self._rows.records(unit), start=unit.start):
                 row = _row(record, self._source, is_usable)
                 yield row if isinstance(row, LeftOut) else Position(self.paths.index(unit.place), number, 1)
+
+    def place(self, number: int) -> tuple[str, bool]:
+        return self.paths[self.positions[number].file], False
 
     def read(self, number: int) -> Row:
         file, start, _ = self.positions[number]
@@ -306,6 +312,9 @@ class Lines:
         except ValueError as error:
             raise ImageError(f"{path}: has changed since it was looked at ({error}); start again") from None
         return Row(self._image(row, path), row.captions, row.questions, row.dialogues)
+
+    def place(self, number: int) -> tuple[str, bool]:
+        return self.read(number).image, True
 
     def _image(self, row: Row, path: str) -> str:
         return os.path.join(os.path.dirname(path) if self._images is None else self._images, row.image)

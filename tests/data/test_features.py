@@ -13,7 +13,7 @@ import torch
 from blip2 import disk
 from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.data import Pictures, Row, frozen_features
-from blip2.data.features import fingerprint
+from blip2.data.features import Alone, fingerprint
 from blip2.errors import ImageError, RecipeError
 from blip2.vision import VisionTransformer
 from tests import tiny
@@ -87,6 +87,22 @@ def test_other_pixels_of_the_same_files_are_seen_anew(vision, shown, tmp_path, e
     assert computed(vision, shown, tmp_path)[-1] == (8, 8)
     assert json.loads((tmp_path / "rows.json").read_text()) == about
     assert computed(vision, shown, tmp_path) == []
+
+
+def test_features_of_which_less_was_told_once_serve_on(vision, shown, tmp_path):
+    frozen_features(vision, shown, tmp_path, "rows")
+    about = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps({key: about[key] for key in about if key != "settings"}))
+    assert computed(vision, shown, tmp_path) == []
+    assert json.loads((tmp_path / "rows.json").read_text()) == about
+
+
+def test_a_folder_that_only_the_first_process_sees_is_refused(vision, shown, tmp_path):
+    class Second(Alone):
+        is_first = False
+
+    with pytest.raises(RecipeError, match=r"rows\.json: what the first process writes there is not to be seen"):
+        frozen_features(vision, shown, tmp_path, "rows", workers=Second())
 
 
 def test_one_run_at_a_time(vision, shown, tmp_path):

@@ -40,6 +40,7 @@ def gradients(path, overrides, group=None, number=3, autocast=None):
         model = build(recipe, path, materials, device=torch.device("cpu"), dtype=torch.float32)
         task = prepare(model, materials, recipe, lambda progress: None, group)
         shard(model, recipe.shard, group, torch.device("cpu"))
+    task.open_features()
     task.learning.train()
     size = recipe.optim.batch_size
     parts = [task.make_batch(number, places) for places in group.parts(size, recipe.optim.accumulate)]

@@ -21,6 +21,7 @@ def counted(path, overrides):
     for module in model.modules():
         module.dropout = 0.0
     task = prepare(model, gather(recipe, path), recipe, lambda progress: None)
+    task.open_features()
     task.learning.train()
     batch = task.make_batch(0, range(8))
     with FlopCounterMode(display=False) as counter:

@@ -33,7 +33,7 @@ path, told = Path(sys.argv[1]), []
 recipe = load_recipe(path)
 materials = gather(recipe, path, told.append)
 model = checkpoint.load(materials.start)
-rows = RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, print, BadPictures("stop"))
+rows = RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, BadPictures("stop"))
 first = int(sys.argv[2])
 rows.read(rows.draws(first))
 ready, before = time.perf_counter(), peak()

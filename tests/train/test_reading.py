@@ -79,7 +79,8 @@ def test_bad_pictures_are_passed_over(tmp_path, matching_model):
         ('[data]\nsources = "s"\nimages = "i"', "data.images: goes with rows"),
         ('data = "https://a.b/c.tar"', "only pictures are read from addresses; download it first"),
         ('data = "pipe:cat s.tar"', "is not read, and no command is run"),
-        ('[data]\nsources = "s"\nfeatures = "f"', "data.features: is kept of pictures that have files of their own"),
+        ('[data]\nsources = "s"\nfeatures_dtype = "int8"', "data.features_dtype: is of features on the disk; name a"),
+        ('[data]\nsources = "s"\nfeatures = "f"\nfeatures_dtype = "bf16"', "data.features_dtype: has to be one of"),
         ('data = ["s", "t"]', "optim.batch_size is 4, but there are only 3 rows"),
     ],
 )
@@ -112,18 +113,19 @@ def row_set(tmp_path, matching_model):
         materials = gather(recipe, tmp_path / "a.toml")
         model = checkpoint.load(matching_model)
         bad, augment = BadPictures("skip"), recipe.data.augment
-        return RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, print, bad, augment)
+        return RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, bad, augment)
 
     return made
 
 
-def test_processes_that_share_a_batch_read_what_one_would(row_set, tmp_path):
+@pytest.mark.parametrize("augment", ["true", '"randaugment"'])
+def test_processes_that_share_a_batch_read_what_one_would(row_set, tmp_path, augment):
     """Also where a picture cannot be read, and pictures are augmented."""
     members = [member for number in range(9) for member in sample(number, txt=f"dog {number}")]
     members[4] = (members[4][0], b"no picture")
     tar(tmp_path / "a.tar", dict(members))
     shards(tmp_path / "s", [5])
-    data = '[data]\naugment = true\nsources = ["a.tar", "s"]'
+    data = f'[data]\naugment = {augment}\nsources = ["a.tar", "s"]'
     whole, others = row_set(data), [row_set(data), row_set(data)]
     for step in (7, 3, 4, 5):
         numbers, pixels = whole.read(whole.draws(step))
@@ -131,6 +133,16 @@ def test_processes_that_share_a_batch_read_what_one_would(row_set, tmp_path):
         assert np.array_equal(numbers, np.concatenate([half for half, _ in halves]))
         assert torch.equal(pixels, torch.cat([half for _, half in halves]))
         assert 2 not in numbers
+
+
+def test_randaugment_goes_on_from_the_part_that_is_shown(row_set, tmp_path, monkeypatch):
+    """Of the model's size already; without changes it is what the part alone would be."""
+    shards(tmp_path / "s", [5])
+    data, sizes = '[data]\nsources = "s"\naugment = {}', []
+    monkeypatch.setattr("blip2.data.loader.randaugmented", lambda image, chance: sizes.append(image.size) or image)
+    part, further = row_set(data.format("true")), row_set(data.format('"randaugment"'))
+    assert torch.equal(part.read(part.draws(0))[1], further.read(further.draws(0))[1])
+    assert sizes == [(32, 32)] * 4
 
 
 def test_an_augmented_picture_is_another_one_in_each_epoch(row_set, tmp_path):
@@ -175,7 +187,9 @@ def test_texts_are_cleaned_where_the_recipe_says_so(row_set, tmp_path, rows):
     ("data", "problem"),
     [
         ('rows = "a"\naugment = true\nfeatures = "f"', "data.augment: shows other parts of a picture at each step"),
-        ('rows = "a"\naugment = 1', "data.augment: has to be true or false, not 1"),
+        ('rows = "a"\naugment = 1', "data.augment: has to be one of false, true, 'randaugment', not 1"),
+        ('rows = "a"\naugment = "strong"', "data.augment: has to be one of false, true, 'randaugment', not 'strong'"),
+        ('rows = "a"\naugment = "randaugment"\nfeatures = "f"', "data.augment: shows other parts of a picture"),
         ('rows = "a"\ncleaning = "blip"', "data.cleaning: has to be one of 'none', 'lavis'"),
     ],
 )

@@ -188,7 +188,7 @@ def test_json_lines_are_not_in_memory_and_say_the_same(opened, tmp_path, rows):
 
 
 def test_folders_and_rows_of_other_tools_are_lists(opened, tmp_path, pictures):
-    """So that their features can be kept."""
+    """Whose rows are in memory."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(3):

@@ -1,0 +1,81 @@
+"""RandAugment (Cubuk et al. 2020) as the authors' library fine-tunes with it: ``RandomAugment(2, 5, ...)`` of LAVIS.
+
+Two of ten changes are drawn, the same one maybe twice, and each is made as often as not. All have strength 5 of 10, at
+which brightness and sharpness have the factor 1: they are drawn, and leave a picture as it is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from PIL import Image, ImageOps
+
+from blip2.image.decode import RgbImage
+
+NUM_CHANGES = 2
+STRENGTH = 5 / 10
+DEGREES = 30 * STRENGTH
+SHEAR = 0.3 * STRENGTH
+SHIFT_PX = 10 * STRENGTH
+"""Of a picture that has the model's size."""
+GREY = (128, 128, 128)
+"""What comes in from outside."""
+
+Change = Callable[[RgbImage, random.Random], RgbImage]
+
+
+def randaugmented(image: RgbImage, chance: random.Random) -> RgbImage:
+    """Of the same size; for the same state of ``chance`` the same."""
+    for change in chance.choices(CHANGES, k=NUM_CHANGES):
+        if chance.random() < 0.5:
+            image = change(image, chance)
+    return image
+
+
+def _same(image: RgbImage, chance: random.Random) -> RgbImage:
+    return image
+
+
+def _stretched(image: RgbImage, chance: random.Random) -> RgbImage:
+    """Each channel from 0 to 255."""
+    return ImageOps.autocontrast(image)
+
+
+def _equalised(image: RgbImage, chance: random.Random) -> RgbImage:
+    return ImageOps.equalize(image)
+
+
+def _turned(image: RgbImage, chance: random.Random) -> RgbImage:
+    return image.rotate(_either_way(DEGREES, chance), Image.Resampling.BILINEAR, fillcolor=GREY)
+
+
+def _sheared_across(image: RgbImage, chance: random.Random) -> RgbImage:
+    return _moved(image, (1, _either_way(SHEAR, chance), 0, 0, 1, 0))
+
+
+def _sheared_down(image: RgbImage, chance: random.Random) -> RgbImage:
+    return _moved(image, (1, 0, 0, _either_way(SHEAR, chance), 1, 0))
+
+
+def _shifted_across(image: RgbImage, chance: random.Random) -> RgbImage:
+    return _moved(image, (1, 0, _either_way(SHIFT_PX, chance), 0, 1, 0))
+
+
+def _shifted_down(image: RgbImage, chance: random.Random) -> RgbImage:
+    return _moved(image, (1, 0, 0, 0, 1, _either_way(SHIFT_PX, chance)))
+
+
+def _moved(image: RgbImage, where: tuple[float, ...]) -> RgbImage:
+    """``where`` (a, b, c, d, e, f): at x, y there is what was at a x + b y + c, d x + e y + f."""
+    return image.transform(image.size, Image.Transform.AFFINE, where, Image.Resampling.BILINEAR, fillcolor=GREY)
+
+
+def _either_way(amount: float, chance: random.Random) -> float:
+    return amount if chance.random() < 0.5 else -amount
+
+
+CHANGES: tuple[Change, ...] = (
+    _same, _same, _same,  # and brightness, and sharpness
+    _stretched, _equalised, _turned, _sheared_across, _sheared_down, _shifted_across, _shifted_down,
+)  # fmt: skip
