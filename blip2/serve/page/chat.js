@@ -1,8 +1,8 @@
-/** Questions and answers about one picture, streamed; the earlier ones are sent along. */
+/** Questions and answers about an image, streamed; the earlier ones are sent along. */
 
 import { Refusal, isAbort, pieces, request } from "./api.js";
 import { $, button, make, speak } from "./dom.js";
-import { dataUrl } from "./picture.js";
+import { dataUrl } from "./image.js";
 
 export class Chat {
   /** `look(fields, what)` shows where the model looks; null where the server does not offer it. */
@@ -65,10 +65,10 @@ export class Chat {
         turn.text = (turn.text + piece).trimStart();
         turn.answer.textContent = turn.text;
       }
-      if (!turn.text) turn.problem.textContent = "It has no answer.";
-      speak(turn.text || "It has no answer.");
+      if (!turn.text) turn.problem.textContent = "The model wrote no answer.";
+      speak(turn.text || "The model wrote no answer.");
     } catch (error) {
-      const words = isAbort(error) ? "Stopped." : error instanceof Refusal ? error.message : `Something went wrong here: ${error}`;
+      const words = isAbort(error) ? "Stopped." : error instanceof Refusal ? error.message : `This page failed: ${error}`;
       turn.problem.textContent = words;
       speak(words);
     } finally {

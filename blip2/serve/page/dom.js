@@ -27,13 +27,14 @@ let again = null;
 /** What went wrong, in one sentence; `retry`, where it may go better next time. */
 export function notice(text, retry = null) {
   again = retry;
-  $("notice-text").textContent = text;
   $("notice-again").hidden = retry === null;
   $("notice").hidden = false;
+  $("notice-text").textContent = text; // after it is shown: then it is announced
 }
 
 export function closeNotice() {
   $("notice").hidden = true;
+  $("notice-text").textContent = ""; // the same words may come again, and are announced again
 }
 
 /** What the notice offers to do again, if it is there and offers something. */

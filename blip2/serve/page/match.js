@@ -1,8 +1,8 @@
-/** How well several texts fit one picture. */
+/** How well several texts match an image. */
 
 import { isAbort, request } from "./api.js";
 import { $, button, make, notice, speak } from "./dom.js";
-import { formOf } from "./picture.js";
+import { formOf } from "./image.js";
 
 export class Match {
   /** `look` as in Chat. */
@@ -33,7 +33,7 @@ export class Match {
     const texts = [...new Set($("texts").value.split("\n").map((line) => line.trim()).filter(Boolean))];
     const tell = (text) => ($("match-status").textContent = text);
     if (!texts.length) {
-      tell("Write a text first.");
+      tell("Enter a text first.");
       $("texts").focus();
       return;
     }
@@ -45,7 +45,7 @@ export class Match {
       const { results } = await response.json();
       this.#show(results.sort((one, other) => other.itm_probability - one.itm_probability));
       tell("");
-      speak(`${results[0].text} fits best, ${percent(results[0].itm_probability)}`);
+      speak(`${results[0].text} matches best, ${percent(results[0].itm_probability)}`);
     } catch (error) {
       if (this.running === running) tell("");
       if (!isAbort(error)) notice(error.message, error.canRetry ? () => this.compare() : null);

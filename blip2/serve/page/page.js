@@ -1,16 +1,16 @@
-/** The page: who answers, how a picture comes in, and what happens then. */
+/** The page: who answers, how images come in, and what happens then. */
 
 import { isAbort, onGone, onKeyNeeded, request, untilReady } from "./api.js";
 import { Chat } from "./chat.js";
-import { $, button, closeNotice, notice, tryAgain } from "./dom.js";
+import { $, button, closeNotice, notice, speak, tryAgain } from "./dom.js";
 import { Look } from "./look.js";
 import { Match } from "./match.js";
-import { formOf, readPicture } from "./picture.js";
+import { formOf, readImage } from "./image.js";
 
 const MINIATURE = {
   things: "dog, cat, horse, bird, fish, rabbit, pig, elephant, turtle, butterfly, apple, banana, car, bus, tree, flower, mushroom, house, bicycle, boat, airplane, ball, umbrella, clock",
   backgrounds: "white, black, gray, green, blue, yellow, pink, purple",
-  questions: ["how many dogs are there?", "and cats?", "what color is the background?", "what is in the picture?"],
+  questions: ["how many dogs are there?", "and cats?", "what color is the background?", "what do you see?"],
   texts: ["two dogs and a boat", "a dog and a boat", "two cats"],
 };
 
@@ -23,8 +23,10 @@ let caption = "";
 
 // ---- who answers ----
 
-function tell(text, isTrouble = false) {
-  $("models").textContent = text;
+/** `elapsed` is seen, not announced: it changes all the time. */
+function tell(text, elapsed = "", isTrouble = false) {
+  if ($("models").textContent !== text) $("models").textContent = text;
+  $("elapsed").textContent = elapsed && `(${elapsed} so far)`;
   $("models").classList.toggle("trouble", isTrouble);
   $("models").classList.toggle("writing", text.endsWith("…")); // something is going on
 }
@@ -48,7 +50,7 @@ async function meet() {
     return true;
   } catch (error) {
     if (error.code === "gone") return false;
-    tell("No model is answering", true);
+    tell("No model is answering", "", true);
     notice(error.message, meet);
     return true;
   }
@@ -59,13 +61,14 @@ let watching = null;
 /** The server has gone. When it is back, all is as before, and what the notice offers to try again is tried. */
 onGone(() => {
   watching ??= (async () => {
-    tell("The server cannot be reached. Trying again…", true);
+    tell("The server cannot be reached; trying again…", "", true);
     try {
-      do await untilReady((why) => tell(why, true), { isPatient: true });
+      do await untilReady((why, elapsed) => tell(why, elapsed, true), { isPatient: true });
       while (!(await meet()));
+      speak("The server is back.");
       tryAgain();
     } catch (error) {
-      tell("No model is answering", true);
+      tell("No model is answering", "", true);
       notice(error.message, meet);
     }
   })().finally(() => (watching = null));
@@ -89,7 +92,7 @@ onKeyNeeded((wasWrong) => {
   if (!picture) $("main").hidden = true;
   $("key-form").hidden = false;
   $("key").focus();
-  if (wasWrong) notice("That key was not taken.");
+  if (wasWrong) notice("The server did not accept this key.");
   return new Promise((resolve) => {
     const given = (event) => {
       event.preventDefault();
@@ -104,7 +107,7 @@ onKeyNeeded((wasWrong) => {
   });
 });
 
-// ---- a picture comes in ----
+// ---- images come in ----
 
 async function take(file, description = "") {
   if ($("main").hidden) {
@@ -114,7 +117,7 @@ async function take(file, description = "") {
   closeNotice();
   let taken;
   try {
-    taken = await readPicture(file);
+    taken = await readImage(file);
   } catch (error) {
     notice(error.message);
     return;
@@ -123,7 +126,7 @@ async function take(file, description = "") {
   picture = taken;
   for (const each of [chat, match, look]) each.begin(picture);
   $("image").src = picture.url;
-  $("image").alt = description || `Your picture: ${picture.name}`;
+  $("image").alt = description || `Your image: ${picture.name}`;
   $("sent").textContent = picture.note;
   $("sent").hidden = !picture.note;
   $("figure").style.setProperty("--ratio", String(picture.ratio));
@@ -149,8 +152,8 @@ async function describe(description) {
     const { text } = await response.json();
     if (running.signal.aborted) return;
     caption = text;
-    say(caption || "It has no words for this picture.");
-    if (!description && caption) $("image").alt = `Your picture: ${caption}`;
+    say(caption || "The model wrote no caption.");
+    if (!description && caption) $("image").alt = `Your image: ${caption}`;
     $("look-caption").hidden = !(chat.look && caption);
   } catch (error) {
     if (captioning !== running) return;
@@ -202,7 +205,7 @@ document.addEventListener("drop", (event) => {
   dragging(0);
   const [file] = event.dataTransfer.files;
   if (file) take(file);
-  else notice("That was no file. Save the picture first, then drop the file here.");
+  else notice("Nothing was dropped that is a file; save the image first, then drop the file here.");
 });
 
 // ---- with it ----
