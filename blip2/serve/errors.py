@@ -59,7 +59,7 @@ class ApiError(Exception):
 
 
 def still_loading(start_s: float) -> ApiError:
-    """What is answered while the model is being loaded, since ``start_s`` (monotonic): with the time so far, in seconds."""
+    """What is answered while the model is being loaded, with the seconds since ``start_s`` (monotonic)."""
     seconds = f"{time.monotonic() - start_s:.0f}"
     headers = {"Retry-After": "2", "X-Blip2-Loading-Seconds": seconds}
     return ApiError(503, "loading", f"the model is being loaded, {seconds} s so far; try again", headers=headers)

@@ -21,8 +21,8 @@ export class Look {
     });
   }
 
-  begin(picture) {
-    this.picture = picture;
+  begin(image) {
+    this.image = image;
     this.hide();
   }
 
@@ -42,7 +42,7 @@ export class Look {
     this.#offerWords(caption, fields.word);
     tell(`Looking for “${what}”…`);
     try {
-      const response = await request("explain", { form: formOf(this.picture, fields), signal: running.signal, onWait: (why) => why && tell(why) });
+      const response = await request("explain", { form: formOf(this.image, fields), signal: running.signal, onWait: (why) => why && tell(why) });
       const heat = await heatOf((await response.json()).heat);
       if (running.signal.aborted) return;
       this.heat = heat;

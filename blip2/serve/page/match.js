@@ -18,11 +18,12 @@ export class Match {
     });
   }
 
-  begin(picture) {
+  begin(image) {
     this.stop();
-    this.picture = picture;
-    $("matches").hidden = true;
+    this.image = image;
     $("match-status").textContent = "";
+    if (image.results) this.#show(image.results);
+    else $("matches").hidden = true;
   }
 
   stop() {
@@ -39,11 +40,13 @@ export class Match {
     }
     this.stop();
     const running = (this.running = new AbortController());
+    const { image } = this;
     tell("Comparing…");
     try {
-      const response = await request("match", { form: formOf(this.picture, { texts }), signal: running.signal, onWait: (why) => why && tell(why) });
+      const response = await request("match", { form: formOf(image, { texts }), signal: running.signal, onWait: (why) => why && tell(why) });
       const { results } = await response.json();
-      this.#show(results.sort((one, other) => other.itm_probability - one.itm_probability));
+      image.results = results.sort((one, other) => other.itm_probability - one.itm_probability);
+      this.#show(image.results);
       tell("");
       speak(`${results[0].text} matches best, ${percent(results[0].itm_probability)}`);
     } catch (error) {
