@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import json
-import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,95 +15,25 @@ import pytest
 
 from blip2.serve.hosts import Door
 from blip2.serve.limits import Limits
-from tests.serve.conftest import PICTURES, Running, eventually, serving, slowed, user
+from tests.serve.browsing import (
+    CHROMIUM,
+    PHONE,
+    REFUSED,
+    SAMPLE,
+    ask,
+    browser,
+    drop,
+    drop_file,
+    expect,
+    is_wider_than_the_screen,
+    needs_browser,
+    opened,
+    show,
+)
+from tests.serve.conftest import PICTURES, eventually, serving, slowed, user
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the page")
-expect = sync_api.expect
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
-
-DESKTOP, PHONE = {"width": 1180, "height": 820}, {"width": 360, "height": 740}
-REFUSED = re.compile("Failed to load resource")
-"""What a browser itself writes down where a server says no."""
-SAMPLE = "Two dogs and a boat on blue"
-
-
-@dataclass
-class Opened:
-    """A page, and what its console complained of."""
-
-    page: Any
-    complaints: list[str] = field(default_factory=list)
-    allowed: re.Pattern[str] | None = None
-
-    def go(self, server: Running) -> Any:
-        self.page.goto(server.url)
-        return self.page
-
-
-# Of this module alone: while it is there, asyncio is taken in this thread.
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[Opened]:
-    """At the end the console has to be empty: no error, nothing that the policy forbids."""
-    options = {"viewport": DESKTOP, "reduced_motion": "reduce", **getattr(request, "param", {})}
-    context = browser.new_context(**options)
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page = context.new_page()
-    page.set_default_timeout(15_000)
-    opened = Opened(page)
-    page.on("console", lambda said: said.type in ("error", "warning") and opened.complaints.append(said.text))
-    page.on("pageerror", lambda error: opened.complaints.append(str(error)))
-    yield opened
-    context.close()
-    assert [said for said in opened.complaints if not (opened.allowed and opened.allowed.search(said))] == []
-
-
-def drop(page: Any, content: bytes, name: str, kind: str) -> None:
-    """As a person does who drags a file in."""
-    data = page.evaluate_handle(
-        """([content, name, type]) => {
-            const data = new DataTransfer();
-            data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name, { type }));
-            return data;
-        }""",
-        [base64.b64encode(content).decode(), name, kind],
-    )
-    for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event("body", event, {"dataTransfer": data})
-
-
-def drop_file(page: Any, path: Path) -> None:
-    drop(page, path.read_bytes(), path.name, "image/png")
-
-
-def ask(page: Any, question: str) -> Any:
-    """Where the answer is, once it is whole."""
-    page.get_by_label("Your question").fill(question)
-    page.keyboard.press("Enter")
-    turn = page.locator(".turn").last
-    expect(turn.locator(".asked")).to_have_text(question)
-    expect(turn.get_by_role("button", name="Ask again")).to_be_visible()
-    return turn.locator(".said")
-
-
-def show(page: Any, name: str) -> None:
-    """Pictures for people, where BLIP2_SHOTS names a folder: both widths, light and dark."""
-    if not (folder := os.environ.get("BLIP2_SHOTS")):
-        return
-    for width, size in (("desktop", DESKTOP), ("phone", PHONE)):
-        page.set_viewport_size(size)
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-            page.screenshot(path=f"{folder}/{name}-{width}-{scheme}.png")
-    page.set_viewport_size(DESKTOP)
+pytestmark = needs_browser
+__all__ = ["browser", "opened"]
 
 
 @contextmanager
@@ -142,10 +66,6 @@ def proxied(server: str, prefix: str, takes_off: bool) -> Iterator[str]:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{proxy.server_port}"
         proxy.shutdown()
-
-
-def is_wider_than_the_screen(page: Any) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
 
 
 def test_a_dropped_picture_is_captioned_and_asked_about(opened, server) -> None:
@@ -409,86 +329,6 @@ def test_what_is_too_large(opened, models) -> None:
         drop_file(page, PICTURES[0])
         expect(page.get_by_role("alert")).to_be_hidden()
         expect(page.locator("#caption")).to_have_text("a boat and two dogs")
-
-
-def test_several_images_each_with_its_conversation(opened, models) -> None:
-    opened.allowed = REFUSED
-    with serving(lambda: models, limits=Limits(max_pixels=150_000)) as server:
-        page = opened.go(server)
-        page.set_input_files("#file", [PICTURES[0], PICTURES[1], PICTURES[2], Path(__file__)])
-        expect(page.locator("#notice-text")).to_have_text(re.compile(r"^test_page\.py is not an image"))
-        strip = page.locator("#strip button")
-        expect(strip).to_have_count(3)
-        expect(page.locator("#progress")).to_have_text("2 of 3 captions")  # the second is too large for this server
-        expect(page.locator("#spoken")).to_have_text("2 of 3 captions are ready.")
-        expect(strip.nth(1).locator("img")).to_have_attribute("alt", "flowers.png: no caption")
-        expect(page.locator("#caption")).to_have_text("a boat and two dogs")
-        expect(ask(page, "how many dogs are there?")).to_have_text("two")
-        strip.nth(0).focus()
-        page.keyboard.press("ArrowRight")
-        expect(strip.nth(1)).to_be_focused()
-        expect(page.locator("#notice-text")).to_contain_text("too large for this server")
-        page.keyboard.press("End")
-        expect(strip.nth(2)).to_have_attribute("aria-current", "true")
-        expect(page.get_by_role("alert")).to_be_hidden()
-        expect(page.locator("#caption")).to_contain_text("cats")
-        expect(page.locator(".turn")).to_have_count(0)
-        expect(ask(page, "how many cats are there?")).to_have_text("four")
-        with page.expect_download() as as_csv:
-            page.get_by_role("button", name="Download CSV").click()
-        rows = list(csv.DictReader(as_csv.value.path().open(encoding="utf-8", newline="")))
-        assert [row["file_name"] for row in rows] == ["picture.png", "cats.png"]
-        assert rows[0]["text"] == "a boat and two dogs"
-        with page.expect_download() as as_json:
-            page.get_by_role("button", name="Download JSON").click()
-        first, second, third = json.loads(as_json.value.path().read_text("utf-8"))
-        assert first["conversation"] == [{"question": "how many dogs are there?", "answer": "two"}]
-        assert first["model"] == "miniature" and third["text"] == rows[1]["text"]
-        assert second["text"] is None and "too large" in second["error"]
-        strip.nth(0).click()
-        expect(page.locator(".turn .said")).to_have_text("two")
-        page.get_by_role("button", name="Remove").click()
-        expect(strip).to_have_count(2)
-        expect(strip.nth(0)).to_be_focused()
-        page.keyboard.press("Delete")
-        expect(page.locator("#caption")).to_contain_text("cats")
-        expect(page.locator("#many")).to_be_hidden()  # one is no strip
-        page.get_by_role("button", name="Remove").click()
-        expect(page.get_by_role("button", name="Drop images here")).to_be_focused()
-        expect(page.locator("#intro")).to_be_visible()
-
-
-def test_captions_can_be_stopped_and_go_on_when_the_server_is_back(opened, models) -> None:
-    opened.allowed = re.compile("Failed to load resource|ERR_")
-    with serving(lambda: models) as server:
-        page = opened.go(server)
-        with slowed(models, 0.3):
-            page.set_input_files("#file", PICTURES * 3)
-            page.get_by_role("button", name="Stop captions").click()
-            expect(page.get_by_role("button", name="Caption the rest")).to_be_visible()
-            eventually(lambda: server.metric("blip2_requests_running") == server.metric("blip2_rows") == 0)
-    page.get_by_role("button", name="Caption the rest").click()
-    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached")
-    with serving(lambda: models, port=int(server.url.rpartition(":")[2])):
-        expect(page.locator("#progress")).to_have_text("9 of 9 captions")
-        expect(page.get_by_role("alert")).to_be_hidden()
-
-
-def test_an_answer_goes_on_while_another_image_is_shown(opened, models) -> None:
-    with serving(lambda: models) as server:
-        page = opened.go(server)
-        page.set_input_files("#file", PICTURES[::2])
-        expect(page.locator("#progress")).to_have_text("2 of 2 captions")
-        with slowed(models, 0.3):
-            page.get_by_label("Your question").fill("what is in the picture?")
-            page.keyboard.press("Enter")
-            expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
-            page.locator("#strip button").nth(1).click()
-            expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
-            expect(page.locator(".turn")).to_have_count(0)
-            page.locator("#strip button").nth(0).click()
-        expect(page.locator(".turn .said")).to_have_text("two dogs and a boat")
-        expect(page.get_by_role("button", name="Ask again")).to_be_visible()
 
 
 def test_a_busy_server_and_one_that_has_gone(opened, models) -> None:

@@ -5,6 +5,7 @@ import { Captions, isPending } from "./captions.js";
 import { Chat } from "./chat.js";
 import { $, button, closeNotice, notice, speak, tryAgain } from "./dom.js";
 import { csvOf, download, jsonOf } from "./export.js";
+import { History } from "./history.js";
 import { readImage } from "./image.js";
 import { Look } from "./look.js";
 import { Match } from "./match.js";
@@ -21,10 +22,11 @@ const MAX_IMAGES = 100;
 
 const look = new Look();
 const match = new Match(null);
-const chat = new Chat(() => {});
+const chat = new Chat((image) => history.save(image));
 const captions = new Captions((image) => {
   strip.update(image);
   if (image === strip.shown) showCaption(image);
+  if (image.state === "done") history.save(image);
   tellProgress();
 });
 const strip = new Strip({
@@ -34,6 +36,16 @@ const strip = new Strip({
     image.running?.abort();
     tellProgress();
   },
+});
+
+const history = new History(async ({ said, id, file, name, ...about }) => {
+  const there = strip.images.find((image) => image.id === id);
+  if (there) {
+    strip.show(there);
+  } else {
+    await take([new File([file], name, { type: file.type })], { id, ...about, state: "done", said });
+  }
+  $("see-title").scrollIntoView({ block: "nearest" });
 });
 
 // ---- who answers ----
@@ -154,7 +166,8 @@ async function take(files, about = {}) {
 
 /** One more image: with a caption of its own soon, if it has none, and with a conversation of its own. */
 function add(image, isShown) {
-  Object.assign(image, { turns: [], running: null, results: null, ...image });
+  Object.assign(image, { id: newId(), turns: [], running: null, results: null, ...image });
+  if (image.said) chat.restore(image, image.said);
   strip.add(image);
   if (isShown) {
     strip.show(image);
@@ -164,6 +177,9 @@ function add(image, isShown) {
   if (!image.caption) captions.add(image);
   tellProgress();
 }
+
+/** Not a UUID: browsers make these only over https. */
+const newId = () => `${Date.now()}-${Math.random().toString(36).slice(2)}`;
 
 function show(image) {
   closeNotice();
