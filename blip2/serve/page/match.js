@@ -52,6 +52,8 @@ export class Match {
     } catch (error) {
       if (this.running === running) tell("");
       if (!isAbort(error)) notice(error.message, error.canRetry ? () => this.compare() : null);
+    } finally {
+      if (this.running === running) this.running = null;
     }
   }
 

@@ -7,6 +7,7 @@ import { $, button, closeNotice, notice, speak, tryAgain } from "./dom.js";
 import { csvOf, download, jsonOf } from "./export.js";
 import { History } from "./history.js";
 import { readImage } from "./image.js";
+import { listen } from "./keys.js";
 import { Look } from "./look.js";
 import { Match } from "./match.js";
 import { Strip } from "./strip.js";
@@ -296,11 +297,6 @@ $("look-caption").addEventListener("click", () => {
   look.show({ caption }, caption, caption);
 });
 
-document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
-  for (const each of [chat, match]) each.stop();
-});
-
 const tabs = [$("tab-ask"), $("tab-match")];
 function choose(tab) {
   for (const each of tabs) {
@@ -321,5 +317,29 @@ for (const tab of tabs) {
     next.focus();
   });
 }
+
+/** Of two tabs: the second exists only where there is a matching model. */
+function go(tab, field) {
+  if ($("work").hidden || tab.hidden) return;
+  choose(tab);
+  $(field).focus();
+}
+
+listen([
+  ["?", "show this list", () => $("keys").showModal()],
+  ["o", "open images", () => !$("main").hidden && $("file").click()],
+  ["n", "next image", () => strip.step(1)],
+  ["p", "previous image", () => strip.step(-1)],
+  ["/", "ask a question", () => go($("tab-ask"), "question")],
+  ["m", "compare texts", () => go($("tab-match"), "texts")],
+  ["c", "copy the conversation as Markdown", () => !$("work").hidden && !$("copy-all").hidden && $("copy-all").firstElementChild.click()],
+  ["Esc", "stop the answer; if there is none, leave the field", () => {
+    if (chat.running || match.running) for (const each of [chat, match]) each.stop();
+    else document.activeElement.blur();
+  }],
+  ["← →", "in the strip or the tabs: the one before, the next", null],
+  ["Delete", "in the strip: remove the image", null],
+  ["Ctrl Enter", "in the texts: compare", null],
+]);
 
 meet();
