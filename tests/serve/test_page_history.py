@@ -32,6 +32,12 @@ def test_the_history_is_kept_in_the_browser_alone(opened, server) -> None:
     expect(ask(page, "and cats?")).to_have_text("zero")
     expect(entry).to_contain_text("2 answers")
     expect(entry).to_have_count(1)
+    asked = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    page.get_by_role("button", name="Clear the history").click()
+    assert asked == ["Remove all 1 images from the history?"]
+    expect(entry).to_have_count(1)
+    page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Clear the history").click()
     expect(page.locator("#history-count")).to_have_text("0")
     page.get_by_label("Keep a history").uncheck()
@@ -93,9 +99,9 @@ def test_a_conversation_as_markdown(opened, server, has_clipboard) -> None:
     opened.go(server)
     page.set_input_files("#file", {"name": "a_b*.png", "mimeType": "image/png", "buffer": PICTURES[0].read_bytes()})
     expect(page.locator("#caption")).to_have_text("a boat and two dogs")
-    expect(page.get_by_role("button", name="Copy as Markdown")).to_be_hidden()
+    expect(page.get_by_role("button", name="Copy conversation as Markdown")).to_be_hidden()
     ask(page, "how many dogs are there?")
-    page.get_by_role("button", name="Copy as Markdown").click()
+    page.get_by_role("button", name="Copy conversation as Markdown").click()
     expect(page.locator("#spoken")).to_have_text("Copied")
     lines = ["**Image:** a\\_b\\*.png", "**Caption:** a boat and two dogs"]
     lines += ["**Question:** how many dogs are there?", "**Answer:** two"]

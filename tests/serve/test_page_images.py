@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
 from blip2.serve.limits import Limits
-from tests.serve.browsing import REFUSED, ask, browser, expect, needs_browser, opened
+from tests.serve.browsing import REFUSED, ask, browser, expect, needs_browser, opened, show
 from tests.serve.conftest import PICTURES, eventually, serving, slowed
 
 pytestmark = needs_browser
@@ -68,6 +69,9 @@ def test_captions_can_be_stopped_and_go_on_when_the_server_is_back(opened, model
         page = opened.go(server)
         with slowed(models, 0.3):
             page.set_input_files("#file", PICTURES * 3)
+            expect(page.get_by_role("button", name="Stop captions")).to_be_visible()
+            page.wait_for_timeout(1500 * bool(os.environ.get("BLIP2_SHOTS")))
+            show(page, "captions")
             page.get_by_role("button", name="Stop captions").click()
             expect(page.get_by_role("button", name="Caption the rest")).to_be_visible()
             eventually(lambda: server.metric("blip2_requests_running") == server.metric("blip2_rows") == 0)

@@ -18,7 +18,7 @@ export class Chat {
       if (question && !this.running) this.ask(question);
     });
     $("stop").addEventListener("click", () => this.stop());
-    $("copy-all").append(copyButton("Copy as Markdown", () => markdownOf(this.image), { class: "plain" }));
+    $("copy-all").append(copyButton("Copy conversation as Markdown", () => markdownOf(this.image), { class: "plain" }));
   }
 
   /** What is being answered about the image that is shown. An answer about another one goes on meanwhile. */

@@ -20,7 +20,9 @@ export class History {
     this.done = Promise.resolve(); // one after the other: of two changes to an image the later one counts
     $("history-keep").checked = stored(OFF) !== "yes";
     $("history-keep").addEventListener("change", ({ target }) => store(OFF, target.checked ? null : "yes"));
-    $("history-clear").addEventListener("click", () => this.#change((images) => images.clear(), "The history is empty."));
+    $("history-clear").addEventListener("click", () => {
+      if (confirm(`Remove all ${$("history-count").textContent} images from the history?`)) this.#change((images) => images.clear(), "The history is empty.");
+    });
     this.#change(null);
   }
 
@@ -56,7 +58,7 @@ export class History {
     const rows = entries.map((entry) => {
       const date = new Date(entry.at).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
       const count = entry.said.length;
-      const about = `${date}, ${count} ${count === 1 ? "answer" : "answers"}`;
+      const about = count ? `${date}, ${count} ${count === 1 ? "answer" : "answers"}` : date;
       const open = make("button", { type: "button", class: "entry" });
       open.append(make("img", { src: entry.thumbnail, alt: entry.name, width: "48", height: "48" }), make("span", {}, make("span", { text: entry.caption || entry.name }), make("span", { class: "quiet small", text: about })));
       open.addEventListener("click", () => this.onOpen(entry));
