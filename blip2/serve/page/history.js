@@ -7,7 +7,7 @@
 import { $, button, make, speak } from "./dom.js";
 
 const MAX_ENTRIES = 50;
-const MAX_BYTES = 64 * 2 ** 20;
+const MAX_BYTES_KEPT = 64 * 2 ** 20;
 const OFF = "blip2-history-off";
 const STORE = "images";
 /** One for each address of a server: several may share a host behind a proxy. */
@@ -41,7 +41,7 @@ export class History {
         const entries = await promised(images.getAll());
         entries.sort((one, other) => other.at - one.at);
         let bytes = 0;
-        const kept = entries.filter((entry, place) => (bytes += entry.file.size) <= MAX_BYTES && place < MAX_ENTRIES);
+        const kept = entries.filter((entry, place) => (bytes += entry.file.size) <= MAX_BYTES_KEPT && place < MAX_ENTRIES);
         for (const entry of entries) if (!kept.includes(entry)) images.delete(entry.id);
         await finished(images.transaction);
         this.#show(kept);

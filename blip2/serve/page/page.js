@@ -223,6 +223,7 @@ function tellProgress() {
   $("progress").textContent = text;
   Object.assign($("progress-bar"), { max: images.length, value: done, hidden: !pending });
   $("captions-stop").hidden = !pending;
+  $("save-csv").hidden = $("save-json").hidden = !done;
   $("captions-go").hidden = pending || done === images.length;
   if ($("many").dataset.isPending === "true" && !pending && images.length > 1) speak(`${text} are ready.`);
   $("many").dataset.isPending = String(pending);
