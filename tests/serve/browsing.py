@@ -17,6 +17,7 @@ from tests.serve.conftest import Running
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the page")
 expect = sync_api.expect
+expect.set_options(timeout=20_000)  # a machine may have much else to do
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
 DESKTOP, PHONE = {"width": 1180, "height": 820}, {"width": 360, "height": 740}
@@ -54,7 +55,7 @@ def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[Opened]:
     context = browser.new_context(**options)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(20_000)
     opened = Opened(page)
     page.on("console", lambda said: said.type in ("error", "warning") and opened.complaints.append(said.text))
     page.on("pageerror", lambda error: opened.complaints.append(str(error)))

@@ -313,6 +313,7 @@ def test_what_is_no_picture(opened, server) -> None:
     expect(page.get_by_role("alert")).to_contain_text("notes.png is not an image that can be opened here")
     page.get_by_role("button", name="Close").click()
     expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.get_by_role("button", name="Drop images here")).to_be_focused()
     # What the browser can draw and the server does not read is drawn for it.
     drawing = b'<svg xmlns="http://www.w3.org/2000/svg" width="200" height="100"><circle r="90" fill="red"/></svg>'
     drop(page, drawing, "drawn.svg", "image/svg+xml")

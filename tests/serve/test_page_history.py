@@ -40,6 +40,7 @@ def test_the_history_is_kept_in_the_browser_alone(opened, server) -> None:
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Clear the history").click()
     expect(page.locator("#history-count")).to_have_text("0")
+    expect(page.locator("#history summary")).to_be_focused()  # the button is gone
     page.get_by_label("Keep a history").uncheck()
     page.get_by_role("button", name=SAMPLE).click()
     expect(page.locator("#caption")).to_have_text("a boat and two dogs")

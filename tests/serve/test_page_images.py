@@ -73,7 +73,7 @@ def test_captions_can_be_stopped_and_go_on_when_the_server_is_back(opened, model
             page.wait_for_timeout(1500 * bool(os.environ.get("BLIP2_SHOTS")))
             show(page, "captions")
             page.get_by_role("button", name="Stop captions").click()
-            expect(page.get_by_role("button", name="Caption the rest")).to_be_visible()
+            expect(page.get_by_role("button", name="Caption the rest")).to_be_focused()
             eventually(lambda: server.metric("blip2_requests_running") == server.metric("blip2_rows") == 0)
     page.get_by_role("button", name="Caption the rest").click()
     expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached")

@@ -44,5 +44,9 @@ export function tryAgain() {
   again();
 }
 
-$("notice-close").addEventListener("click", closeNotice);
+$("notice-close").addEventListener("click", () => {
+  closeNotice();
+  const next = ["drop", "question"].map($).find((each) => each.checkVisibility()); // the button with the focus is gone
+  if (matchMedia("(pointer: fine)").matches) next?.focus({ preventScroll: true });
+});
 $("notice-again").addEventListener("click", tryAgain);

@@ -65,10 +65,13 @@ export class History {
       const remove = button("Remove", () => this.#change((images) => images.delete(entry.id), "Removed from the history."), { class: "plain", "aria-label": `Remove from the history: ${entry.caption || entry.name}` });
       return make("li", { class: "line" }, open, remove);
     });
+    const hadFocus = $("history").contains(document.activeElement);
     $("history-list").replaceChildren(...rows);
     $("history-count").textContent = String(entries.length);
     $("history-clear").hidden = !entries.length;
     $("history").hidden = false;
+    const lost = document.activeElement === document.body || !document.activeElement.checkVisibility();
+    if (hadFocus && lost) $("history").firstElementChild.focus(); // what had it is gone
   }
 }
 

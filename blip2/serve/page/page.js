@@ -7,6 +7,7 @@ import { $, button, closeNotice, notice, speak, tryAgain } from "./dom.js";
 import { csvOf, download, jsonOf } from "./export.js";
 import { History } from "./history.js";
 import { readImage } from "./image.js";
+import { receive } from "./intake.js";
 import { listen } from "./keys.js";
 import { Look } from "./look.js";
 import { Match } from "./match.js";
@@ -222,9 +223,12 @@ function tellProgress() {
   const text = `${done} of ${images.length} captions`;
   $("progress").textContent = text;
   Object.assign($("progress-bar"), { max: images.length, value: done, hidden: !pending });
+  const hadFocus = [$("captions-stop"), $("captions-go")].includes(document.activeElement);
   $("captions-stop").hidden = !pending;
   $("save-csv").hidden = $("save-json").hidden = !done;
   $("captions-go").hidden = pending || done === images.length;
+  const next = [$("captions-stop"), $("captions-go"), strip.shown?.button].find((each) => each && !each.hidden);
+  if (hadFocus && next !== document.activeElement) next?.focus(); // the button that had it is hidden
   if ($("many").dataset.isPending === "true" && !pending && images.length > 1) speak(`${text} are ready.`);
   $("many").dataset.isPending = String(pending);
 }
@@ -241,15 +245,7 @@ $("remove").addEventListener("click", () => {
   strip.focus();
 });
 
-for (const [press, field] of [["drop", "file"], ["another", "file"], ["camera", "camera-file"]]) {
-  $(press).addEventListener("click", () => $(field).click());
-}
-for (const id of ["file", "camera-file"]) {
-  $(id).addEventListener("change", ({ target }) => {
-    take([...target.files]);
-    target.value = ""; // the same file may be chosen again
-  });
-}
+receive(take);
 for (const sample of document.querySelectorAll("[data-sample]")) {
   const name = sample.dataset.sample;
   const open = async () => {
@@ -267,29 +263,6 @@ for (const sample of document.querySelectorAll("[data-sample]")) {
   };
   sample.addEventListener("click", open);
 }
-
-document.addEventListener("paste", (event) => {
-  const files = [...event.clipboardData.files];
-  if (!files.length) return;
-  event.preventDefault();
-  take(files);
-});
-
-let depth = 0; // of elements entered: leaving a child is not leaving the window
-const dragging = (step) => {
-  depth = step ? Math.max(depth + step, 0) : 0;
-  document.body.classList.toggle("dragging", depth > 0);
-};
-document.addEventListener("dragenter", () => dragging(1));
-document.addEventListener("dragleave", () => dragging(-1));
-document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  dragging(0);
-  const files = [...event.dataTransfer.files];
-  if (files.length) take(files);
-  else notice("Nothing was dropped that is a file; save the image first, then drop the file here.");
-});
 
 // ---- with it ----
 

@@ -21,8 +21,8 @@ export class Strip {
   }
 
   add(image) {
-    image.picture = make("img", { src: image.thumbnail, width: "88", height: "88" });
-    image.button = make("button", { type: "button" }, image.picture);
+    image.img = make("img", { src: image.thumbnail, width: "88", height: "88" });
+    image.button = make("button", { type: "button" }, image.img);
     image.button.addEventListener("click", () => this.show(image));
     image.item = make("li", {}, image.button);
     this.images.push(image);
@@ -33,8 +33,8 @@ export class Strip {
 
   /** Its caption has come, or will not come. */
   update(image) {
-    image.picture.alt = `${image.name}: ${image.caption || STATES[image.state] || "no caption"}`;
-    image.button.title = image.picture.alt;
+    image.img.alt = `${image.name}: ${image.caption || STATES[image.state] || "no caption"}`;
+    image.button.title = image.img.alt;
     image.button.dataset.state = image.state;
   }
 
