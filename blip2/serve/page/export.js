@@ -23,12 +23,12 @@ export function jsonOf(images) {
   return `${JSON.stringify(rows, null, 2)}\n`;
 }
 
-/** The caption and all that was asked and answered, or one `turn` of it. Nothing in it acts as Markdown by accident. */
-export function markdownOf(image, turns = said(image)) {
+/** The caption, and all that was asked and answered. Nothing in it acts as Markdown by accident. */
+export function markdownOf(image) {
   const plain = (text) => text.replace(/[\\`*_[\]<>#|~&]/g, "\\$&").replace(/^(\s*)([-+=]|\d+[.)])/gm, "$1\\$2");
   const parts = [`**Image:** ${plain(image.name)}`];
   if (image.caption) parts.push(`**Caption:** ${plain(image.caption)}`);
-  for (const { question, text } of turns) parts.push(`**Question:** ${plain(question)}`, `**Answer:** ${plain(text)}`);
+  for (const { question, text } of said(image)) parts.push(`**Question:** ${plain(question)}`, `**Answer:** ${plain(text)}`);
   return `${parts.join("\n\n")}\n`;
 }
 
