@@ -1,4 +1,4 @@
-"""Pictures of the page, as it is now: docs/page-*.png. `make screenshots`; needs playwright and a Chromium."""
+"""Screenshots of the page, as it is now: docs/page-*.png. `make screenshots`; needs playwright and a Chromium."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DESKTOP, PHONE = (1180, 820), (360, 760)
 
 
 def talk(page: Page, url: str) -> None:
-    """A picture, two questions, and where the second answer comes from if the server tells."""
+    """An image and two questions."""
     page.goto(url)
     page.get_by_role("button", name="Two dogs and a boat on blue").click()
     expect(page.locator("#caption")).to_have_text("a boat and two dogs")
@@ -37,6 +37,19 @@ def compare(page: Page, url: str) -> None:
         expect(page.locator("#light")).to_be_visible()
 
 
+def many(page: Page, url: str) -> None:
+    """Several images, with the history of them."""
+    page.goto(url)
+    expect(page.locator("#models")).to_contain_text("miniature")
+    page.set_input_files("#file", sorted((DOCS.parent / "examples").glob("*.png")))
+    expect(page.locator("#spoken")).to_contain_text("captions are ready")
+    page.get_by_label("Your question").fill("what color is the background?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Copy the answer")).to_have_count(1)
+    page.get_by_text("History (").click()
+    expect(page.locator("#history-list li").first).to_be_visible()
+
+
 def start(page: Page, url: str) -> None:
     page.goto(url)
     expect(page.locator("#models")).to_contain_text("miniature")
@@ -46,8 +59,10 @@ SHOTS = {
     "desktop-light": (talk, DESKTOP, "light"),
     "desktop-dark": (compare, DESKTOP, "dark"),
     "desktop-start": (start, DESKTOP, "light"),
+    "desktop-images": (many, DESKTOP, "light"),
     "phone-light": (talk, PHONE, "light"),
     "phone-dark": (compare, PHONE, "dark"),
+    "phone-images": (many, PHONE, "dark"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,13 @@ class ApiError(Exception):
         from starlette.responses import JSONResponse  # not for the processes that only read requests
 
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def still_loading(start_s: float) -> ApiError:
+    """What is answered while the model is being loaded, with the seconds since ``start_s`` (monotonic)."""
+    seconds = f"{time.monotonic() - start_s:.0f}"
+    headers = {"Retry-After": "2", "X-Blip2-Loading-Seconds": seconds}
+    return ApiError(503, "loading", f"the model is being loaded, {seconds} s so far; try again", headers=headers)
 
 
 def as_api_error(error: BaseException) -> ApiError:

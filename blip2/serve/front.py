@@ -24,7 +24,7 @@ from blip2.serve import openai, plain
 from blip2.serve.app import application
 from blip2.serve.bodies import Bodies
 from blip2.serve.doorman import END, HEADERS
-from blip2.serve.errors import ApiError, as_api_error
+from blip2.serve.errors import ApiError, as_api_error, still_loading
 from blip2.serve.hosts import Door
 from blip2.serve.house import House
 from blip2.serve.limits import Limits
@@ -97,6 +97,7 @@ class Front:
         self.tidy = Tidy()
         self._on_open = on_open
         self._num_running: int | None = None
+        self._start_s = time.monotonic()
         self._stopped = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="blip2 replicas", daemon=True)
 
@@ -138,7 +139,7 @@ class Front:
         if self.is_stopping:
             return ApiError(503, "stopping", "the server is stopping")
         if self._num_running is None:
-            return ApiError(503, "loading", "the model is being loaded; try again", headers={"Retry-After": "2"})
+            return still_loading(self._start_s)
         if not self._num_running:
             return ApiError(
                 503, "no_replica", "no replica is running; one is being started, try again",

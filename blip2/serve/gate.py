@@ -12,7 +12,12 @@ from blip2.serve.errors import ApiError
 from blip2.serve.hosts import ANY, Door, Hosts, is_address
 from blip2.serve.routes import Routes
 
-EXPOSED = b"x-request-id, x-blip2-replica, x-blip2-forgotten-turns, x-blip2-ignored, retry-after"
+EXPOSED = b", ".join(
+    (
+        b"x-request-id", b"x-blip2-replica", b"x-blip2-forgotten-turns", b"x-blip2-ignored",
+        b"x-blip2-loading-seconds", b"retry-after",
+    )
+)  # fmt: skip
 """What a page of an allowed origin may read beside the body."""
 PREFLIGHT_S = b"600"
 """So long a browser need not ask again."""

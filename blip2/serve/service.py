@@ -18,7 +18,7 @@ from blip2.generation import Hypothesis
 from blip2.serve.bodies import Bodies
 from blip2.serve.cache import ImageCache
 from blip2.serve.doorman import END
-from blip2.serve.errors import ApiError
+from blip2.serve.errors import ApiError, still_loading
 from blip2.serve.fetch import Fetcher
 from blip2.serve.house import House
 from blip2.serve.limits import Limits
@@ -70,6 +70,7 @@ class Service:
         self._aside: Handout[None] = Handout([None] * NUM_ASIDE)
         self._post = Post()
         self._load = load
+        self._start_s = time.monotonic()
         self._worker: Worker | None = None
 
     # ---- coming and going ----
@@ -113,7 +114,7 @@ class Service:
         if self.load_error is not None:
             return ApiError(503, "model_failed", "the model cannot be loaded; the server says why where it was started")
         if self._worker is None:
-            return ApiError(503, "loading", "the model is being loaded; try again", headers={"Retry-After": "2"})
+            return still_loading(self._start_s)
         if self.death is not None:
             return ApiError(503, "model_stopped", "the model has stopped; the server has to be started anew")
         if self.is_stopping or not self._worker.is_alive:

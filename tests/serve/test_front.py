@@ -151,7 +151,7 @@ def test_a_front_whose_replicas_are_loading_says_so_and_then_answers(models) -> 
         assert server.http.get("/health").status_code == 200
         for answer in (server.http.get("/ready"), server.chat(user("", PICTURES[0])), server.http.get("/v1/models")):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
-            assert answer.headers["retry-after"]
+            assert answer.headers["retry-after"] and int(answer.headers["x-blip2-loading-seconds"]) >= 0
         near.is_loaded.set()
         eventually(lambda: server.http.get("/ready").status_code == 200)
         assert server.chat(user("", PICTURES[0])).status_code == 200

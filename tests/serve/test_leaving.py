@@ -239,7 +239,7 @@ def test_while_the_model_loads_the_port_is_open_and_not_ready(models) -> None:
         assert server.http.get("/health").json() == {"status": "ok"}
         for response in (server.http.get("/ready"), server.chat(user("", PICTURES[0])), server.http.get("/v1/models")):
             assert (response.status_code, response.json()["error"]["code"]) == (503, "loading")
-            assert response.headers["retry-after"]
+            assert response.headers["retry-after"] and int(response.headers["x-blip2-loading-seconds"]) >= 0
         may_load.set()
         eventually(lambda: server.http.get("/ready").status_code == 200)
 

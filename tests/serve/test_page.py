@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,95 +15,25 @@ import pytest
 
 from blip2.serve.hosts import Door
 from blip2.serve.limits import Limits
-from tests.serve.conftest import PICTURES, Running, eventually, serving, slowed, user
+from tests.serve.browsing import (
+    CHROMIUM,
+    PHONE,
+    REFUSED,
+    SAMPLE,
+    ask,
+    browser,
+    drop,
+    drop_file,
+    expect,
+    is_wider_than_the_screen,
+    needs_browser,
+    opened,
+    show,
+)
+from tests.serve.conftest import PICTURES, eventually, serving, slowed, user
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the page")
-expect = sync_api.expect
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
-
-DESKTOP, PHONE = {"width": 1180, "height": 820}, {"width": 360, "height": 740}
-REFUSED = re.compile("Failed to load resource")
-"""What a browser itself writes down where a server says no."""
-SAMPLE = "Two dogs and a boat on blue"
-
-
-@dataclass
-class Opened:
-    """A page, and what its console complained of."""
-
-    page: Any
-    complaints: list[str] = field(default_factory=list)
-    allowed: re.Pattern[str] | None = None
-
-    def go(self, server: Running) -> Any:
-        self.page.goto(server.url)
-        return self.page
-
-
-# Of this module alone: while it is there, asyncio is taken in this thread.
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[Opened]:
-    """At the end the console has to be empty: no error, nothing that the policy forbids."""
-    options = {"viewport": DESKTOP, "reduced_motion": "reduce", **getattr(request, "param", {})}
-    context = browser.new_context(**options)
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page = context.new_page()
-    page.set_default_timeout(15_000)
-    opened = Opened(page)
-    page.on("console", lambda said: said.type in ("error", "warning") and opened.complaints.append(said.text))
-    page.on("pageerror", lambda error: opened.complaints.append(str(error)))
-    yield opened
-    context.close()
-    assert [said for said in opened.complaints if not (opened.allowed and opened.allowed.search(said))] == []
-
-
-def drop(page: Any, content: bytes, name: str, kind: str) -> None:
-    """As a person does who drags a file in."""
-    data = page.evaluate_handle(
-        """([content, name, type]) => {
-            const data = new DataTransfer();
-            data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name, { type }));
-            return data;
-        }""",
-        [base64.b64encode(content).decode(), name, kind],
-    )
-    for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event("body", event, {"dataTransfer": data})
-
-
-def drop_file(page: Any, path: Path) -> None:
-    drop(page, path.read_bytes(), path.name, "image/png")
-
-
-def ask(page: Any, question: str) -> Any:
-    """Where the answer is, once it is whole."""
-    page.get_by_label("Your question").fill(question)
-    page.keyboard.press("Enter")
-    turn = page.locator(".turn").last
-    expect(turn.locator(".asked")).to_have_text(question)
-    expect(turn.get_by_role("button", name="Ask again")).to_be_visible()
-    return turn.locator(".said")
-
-
-def show(page: Any, name: str) -> None:
-    """Pictures for people, where BLIP2_SHOTS names a folder: both widths, light and dark."""
-    if not (folder := os.environ.get("BLIP2_SHOTS")):
-        return
-    for width, size in (("desktop", DESKTOP), ("phone", PHONE)):
-        page.set_viewport_size(size)
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-            page.screenshot(path=f"{folder}/{name}-{width}-{scheme}.png")
-    page.set_viewport_size(DESKTOP)
+pytestmark = needs_browser
+__all__ = ["browser", "opened"]
 
 
 @contextmanager
@@ -143,17 +68,13 @@ def proxied(server: str, prefix: str, takes_off: bool) -> Iterator[str]:
         proxy.shutdown()
 
 
-def is_wider_than_the_screen(page: Any) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
-
-
 def test_a_dropped_picture_is_captioned_and_asked_about(opened, server) -> None:
     page = opened.go(server)
     expect(page.locator("#models")).to_have_text("miniature answers, miniature-itm compares")
     expect(page.get_by_text("knows nothing of photographs")).to_be_visible()
     drop_file(page, PICTURES[0])
     expect(page.locator("#caption")).to_have_text("a boat and two dogs")
-    expect(page.locator("#image")).to_have_attribute("alt", "Your picture: a boat and two dogs")
+    expect(page.locator("#image")).to_have_attribute("alt", "Your image: a boat and two dogs")
     assert page.evaluate("document.getElementById('image').naturalWidth") == 258
     expect(ask(page, "how many dogs are there?")).to_have_text("two")
     expect(page.locator("#spoken")).to_have_text("two")
@@ -226,7 +147,7 @@ def test_three_texts(opened, server) -> None:
     expect(rows.nth(0).locator("td").nth(1)).to_have_text("0.74")
     full, empty = (rows.nth(place).locator(".bar span").first.bounding_box()["width"] for place in (0, 2))
     assert full > 50 and empty < 5
-    assert page.locator("#spoken").inner_text().startswith("two dogs and a boat fits best")
+    assert page.locator("#spoken").inner_text().startswith("two dogs and a boat matches best")
 
 
 def test_where_it_looks(opened, server) -> None:
@@ -389,9 +310,10 @@ def test_names_headings_and_contrast(opened, server) -> None:
 def test_what_is_no_picture(opened, server) -> None:
     page = opened.go(server)
     drop(page, b"not a picture", "notes.png", "image/png")
-    expect(page.get_by_role("alert")).to_contain_text("notes.png is no picture that can be opened here")
+    expect(page.get_by_role("alert")).to_contain_text("notes.png is not an image that can be opened here")
     page.get_by_role("button", name="Close").click()
     expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.get_by_role("button", name="Drop images here")).to_be_focused()
     # What the browser can draw and the server does not read is drawn for it.
     drawing = b'<svg xmlns="http://www.w3.org/2000/svg" width="200" height="100"><circle r="90" fill="red"/></svg>'
     drop(page, drawing, "drawn.svg", "image/svg+xml")
@@ -427,13 +349,47 @@ def test_a_busy_server_and_one_that_has_gone(opened, models) -> None:
 
         page.route("**/caption", busy)
         page.get_by_role("button", name=SAMPLE).click()
-        expect(page.locator("#caption")).to_have_text("The server is busy. Trying again…")
+        expect(page.locator("#caption")).to_have_text("The server is busy; trying again in 1 s…")
         expect(page.locator("#caption")).to_have_text("a boat and two dogs")
         assert len(said_no) == 2
     page.get_by_label("Your question").fill("how many dogs are there?")
     page.keyboard.press("Enter")
-    expect(page.locator(".turn .problem")).to_have_text("The server cannot be reached. Is it still running?")
-    expect(page.locator("#models")).to_have_text("The server cannot be reached. Trying again…")
+    expect(page.locator(".turn .problem")).to_have_text("The server cannot be reached; check that it is running.")
+    expect(page.locator("#models")).to_have_text("The server cannot be reached; trying again…")
+
+
+def test_each_refusal_is_one_sentence_that_is_announced(opened, server) -> None:
+    opened.allowed = REFUSED
+    page = opened.go(server)
+    answers: list[tuple[int, str]] = []
+    page.route(
+        "**/caption",
+        lambda route: route.fulfill(
+            status=answers[0][0],
+            headers={"Retry-After": "0.01"},
+            json={"error": {"message": "of the server", "code": answers[0][1]}},
+        ),
+    )
+    for status, code, sentence in (
+        (429, "queue_full", "The server is busy and refused this 8 times; try again in a moment."),
+        (503, "out_of_memory", "The server cannot do this now; try again in a moment."),
+        (413, "image_too_large", "This image is too large for this server; give a smaller one."),
+        (415, "format", "This file is not an image that the server can read; give a PNG, JPEG, WebP or GIF."),
+        (400, "invalid_image", "The server cannot read this image; the file may be damaged."),
+        (400, "invalid_value", "The server refused this: of the server"),
+    ):
+        answers[:] = [(status, code)]
+        drop_file(page, PICTURES[0])
+        expect(page.get_by_role("alert")).to_be_visible()
+        expect(page.locator("#notice-text")).to_have_text(sentence)
+        expect(page.get_by_role("button", name="Try again")).to_be_visible(visible=status in (429, 503))
+        page.get_by_role("button", name="Close").click()
+    page.unroute("**/caption")
+    late = {"error": {"message": "", "code": "deadline"}}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=504, json=late))
+    page.get_by_label("Your question").fill("is there a boat?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#spoken")).to_have_text("The answer took longer than this server allows; try again later.")
 
 
 def test_a_server_that_comes_back_is_found_without_a_reload(opened, models) -> None:
@@ -444,8 +400,8 @@ def test_a_server_that_comes_back_is_found_without_a_reload(opened, models) -> N
         page.keyboard.press("Enter")
         expect(page.locator("#models")).to_contain_text("compares")
     page.get_by_role("button", name=SAMPLE).click()
-    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
-    expect(page.locator("#models")).to_have_text("The server cannot be reached. Trying again…")
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached")
+    expect(page.locator("#models")).to_have_text("The server cannot be reached; trying again…")
     show(page, "gone")
     may_load = threading.Event()
 
@@ -496,6 +452,8 @@ def test_a_server_that_is_still_loading(opened, models) -> None:
     with serving(load, waits=False) as server:
         page = opened.go(server)
         expect(page.locator("#models")).to_have_text("The model is being loaded…")
+        expect(page.locator("#elapsed")).to_have_text(re.compile(r"^\([2-9] s so far\)$"))
+        assert page.locator("#models").get_attribute("role") == "status"  # announced; the time is not
         show(page, "loading")
         page.get_by_role("button", name=SAMPLE).click()
         expect(page.locator("#caption")).to_have_text("The model is being loaded…")
@@ -511,12 +469,12 @@ def test_a_key_is_asked_for_only_where_it_is_needed(opened, models) -> None:
         field = page.get_by_label("This server asks for a key")
         expect(field).to_be_focused()
         expect(page.locator("#models")).to_have_text("A key is needed")
-        expect(page.get_by_role("button", name="Drop a picture here")).to_be_hidden()  # not before the key is given
+        expect(page.get_by_role("button", name="Drop images here")).to_be_hidden()  # not before the key is given
         show(page, "key")
         for wrong in ("wrong", "schlüssel"):
             field.fill(wrong)
             page.keyboard.press("Enter")
-            expect(page.get_by_role("alert")).to_contain_text("not taken")
+            expect(page.get_by_role("alert")).to_contain_text("did not accept this key")
             page.get_by_role("button", name="Close").click()
         assert page.evaluate("sessionStorage.length") == 0
         show(page, "wrong-key")

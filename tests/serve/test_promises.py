@@ -40,6 +40,19 @@ def test_the_figures_are_the_defaults() -> None:
         assert words in text
 
 
+def test_the_figures_of_the_page_are_those_of_its_files() -> None:
+    folder, text = ROOT / "blip2/serve/page", " ".join(DOCUMENTS["docs/serving.md"].split())
+    constants = dict(re.findall(r"^const (\w+) = ([\d *]+);", "".join(map(Path.read_text, folder.glob("*.js"))), re.M))
+    megabytes = int(constants["MAX_BYTES_KEPT"].split(" * ")[0])
+    for words in (
+        f"is sent again up to {constants['BUSY_TRIES']} times",
+        f"Up to {constants['MAX_IMAGES']} images are captioned, {constants['AT_ONCE']} at a time",
+        f"The last {constants['MAX_ENTRIES']} images ({megabytes} MiB)",
+    ):
+        assert words in text
+    assert f"The last {constants['MAX_ENTRIES']} images" in (folder / "index.html").read_text()
+
+
 @pytest.mark.parametrize("name", PROXIES)
 def test_a_proxy_gives_up_after_the_server(name) -> None:
     """So that clients read the server's own errors, which say what to do."""

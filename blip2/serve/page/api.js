@@ -40,7 +40,8 @@ export function onGone(heard) {
 }
 
 /**
- * A response that is good. `json` or `form` is sent; `onWait` is told why it takes longer, and "" when that is over.
+ * A response that is good. `json` or `form` is sent. `onWait` is told why it takes longer, in a sentence, and for how
+ * long it has if the server says so ("12 s"); and "" when that is over.
  * Throws a Refusal, or an AbortError if `signal` says so.
  */
 export async function request(path, { json, form, signal, onWait = () => {} } = {}) {
@@ -64,13 +65,14 @@ export async function request(path, { json, form, signal, onWait = () => {} } = 
     if (isAway(response, told)) throw away();
     if (response.status === 401) {
       if (key === keyUsed) await newKey(Boolean(keyUsed));
-    } else if (response.status === 429 && tries < BUSY_TRIES) {
-      onWait("The server is busy. Trying again…");
-      await sleep(secondsOf(response), signal);
     } else if (told.code === "loading") {
-      onWait(LOADING);
+      onWait(LOADING, elapsed(response));
       await sleep(secondsOf(response), signal);
       await untilReady(onWait, { signal });
+    } else if (isForNow(response) && tries < BUSY_TRIES) {
+      const seconds = secondsOf(response);
+      onWait(`${response.status === 429 ? "The server is busy" : "The server cannot do this now"}; trying again in ${seconds} s…`);
+      await sleep(seconds, signal);
     } else {
       throw refusal(response.status, told);
     }
@@ -91,10 +93,10 @@ export async function untilReady(onWait, { signal, isPatient = false } = {}) {
     const told = response ? await errorOf(response) : {};
     if (response && !isAway(response, told)) {
       if (told.code !== "loading") throw refusal(response.status, told);
-      onWait(LOADING);
+      onWait(LOADING, elapsed(response));
       await sleep(secondsOf(response), signal);
     } else if (isPatient) {
-      onWait("The server cannot be reached. Trying again…");
+      onWait("The server cannot be reached; trying again…");
       await sleep(AWAY_S, signal);
     } else {
       throw away();
@@ -108,9 +110,9 @@ export async function* pieces(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
     const { value, done } = await reader.read().catch(async (error) => {
-      throw isAbort(error) ? error : Object.assign(await gone(false), { message: "The answer broke off: the server has gone." });
+      throw isAbort(error) ? error : Object.assign(await gone(false), { message: "The answer broke off because the server cannot be reached." });
     });
-    if (done) throw new Refusal("The answer broke off.", { canRetry: true });
+    if (done) throw new Refusal("The answer broke off; ask again.", { canRetry: true });
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
@@ -134,13 +136,18 @@ async function errorOf(response) {
 
 function refusal(status, { code = "", message = "" }) {
   const byStatus = {
-    413: "This picture is too large for this server. A smaller one will do; the model sees it small anyway.",
-    415: "This file is no picture that the server can read. PNG, JPEG, WebP and GIF are.",
-    429: "The server is busy, and was still after several tries. Try again in a moment.",
-    504: "The answer took longer than this server allows. Try again later.",
+    413: "This image is too large for this server; give a smaller one.",
+    415: "This file is not an image that the server can read; give a PNG, JPEG, WebP or GIF.",
+    429: `The server is busy and refused this ${BUSY_TRIES} times; try again in a moment.`,
+    503: "The server cannot do this now; try again in a moment.",
+    504: "The answer took longer than this server allows; try again later.",
   };
-  const byCode = { model_stopped: "The model has stopped; the server has to be started anew." };
-  const sentence = byCode[code] ?? byStatus[status] ?? `The server says: ${message || `error ${status}`}`;
+  const byCode = {
+    invalid_image: "The server cannot read this image; the file may be damaged.",
+    model_failed: "The model could not be loaded; the log of the server says why.",
+    model_stopped: "The model has stopped; the server has to be restarted.",
+  };
+  const sentence = byCode[code] ?? byStatus[status] ?? `The server refused this: ${message || `error ${status}`}`;
   return new Refusal(sentence, { status, code, canRetry: status === 429 || status >= 500 });
 }
 
@@ -148,17 +155,26 @@ function refusal(status, { code = "", message = "" }) {
 async function gone(hadBody) {
   const isThere = await fetch("health").then((response) => response.ok, () => false);
   if (!isThere) return away();
-  const message = hadBody ? "The connection broke while sending. Perhaps the picture is too large for this server." : "The connection broke.";
+  const message = hadBody ? "The connection broke while sending; the image may be too large for this server." : "The connection broke; try again.";
   return new Refusal(message, { canRetry: true });
 }
 
 function away() {
   whenGone();
-  return new Refusal("The server cannot be reached. Is it still running?", { code: "gone", canRetry: true });
+  return new Refusal("The server cannot be reached; check that it is running.", { code: "gone", canRetry: true });
 }
 
 /** It is stopping, or a proxy speaks in its place. */
 const isAway = (response, told) => told.code === "stopping" || (!told.code && [502, 503, 504].includes(response.status));
+
+/** Refused, but with the time after which it may be taken. */
+const isForNow = (response) => response.status === 429 || (response.status === 503 && response.headers.has("Retry-After"));
+
+/** For how long the model has been loading, or "". */
+function elapsed(response) {
+  const seconds = response.headers.get("X-Blip2-Loading-Seconds");
+  return seconds ? `${seconds} s` : "";
+}
 
 async function newKey(wasWrong) {
   keyAsked ??= (async () => {

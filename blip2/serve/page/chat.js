@@ -1,30 +1,42 @@
-/** Questions and answers about one picture, streamed; the earlier ones are sent along. */
+/** Questions and answers about an image, streamed; the earlier ones are sent along. Each image has its own. */
 
 import { Refusal, isAbort, pieces, request } from "./api.js";
 import { $, button, make, speak } from "./dom.js";
-import { dataUrl } from "./picture.js";
+import { copyButton, markdownOf } from "./export.js";
+import { dataUrl } from "./image.js";
 
 export class Chat {
-  /** `look(fields, what)` shows where the model looks; null where the server does not offer it. */
-  constructor(look) {
-    this.look = look;
-    this.turns = [];
-    this.running = null;
+  /**
+   * `look(fields, what)` shows where the model looks; null where the server does not offer it. `onAnswer(image)` is
+   * called when there is another answer about it.
+   */
+  constructor(onAnswer) {
+    Object.assign(this, { look: null, onAnswer, image: null });
     $("ask-form").addEventListener("submit", (event) => {
       event.preventDefault();
       const question = $("question").value.trim();
       if (question && !this.running) this.ask(question);
     });
     $("stop").addEventListener("click", () => this.stop());
+    $("copy-all").append(copyButton("Copy conversation as Markdown", () => markdownOf(this.image), { class: "plain" }));
   }
 
-  /** A new picture: what was said was about another one. */
-  begin(picture) {
-    this.stop();
-    this.picture = picture;
-    this.turns = [];
-    $("turns").replaceChildren();
-    $("status").textContent = "";
+  /** What is being answered about the image that is shown. An answer about another one goes on meanwhile. */
+  get running() {
+    return this.image?.running;
+  }
+
+  begin(image) {
+    this.image = image;
+    $("turns").replaceChildren(...image.turns.map((turn) => turn.element));
+    image.turns.forEach((turn) => this.#offer(image, turn));
+    $("status").textContent = image.status ?? "";
+    this.#busy(Boolean(image.running), true);
+  }
+
+  /** What was said about an image in an earlier session: `{question, text}`, each. */
+  restore(image, said) {
+    image.turns = said.map(({ question, text }) => made(question, text));
   }
 
   stop() {
@@ -33,9 +45,10 @@ export class Chat {
 
   async ask(question) {
     $("question").value = "";
-    const turn = this.#show(question);
-    this.turns.push(turn);
-    await this.#answer(turn);
+    const turn = made(question);
+    this.image.turns.push(turn);
+    $("turns").append(turn.element);
+    await this.#answer(this.image, turn);
   }
 
   /** The last question once more; if it was answered, with some chance in the answer. */
@@ -43,101 +56,94 @@ export class Chat {
     const options = turn.text ? { temperature: 0.7, seed: Math.floor(Math.random() * 2 ** 31) } : {};
     turn.answer.textContent = turn.text = "";
     turn.problem.textContent = "";
-    await this.#answer(turn, options);
+    await this.#answer(this.image, turn, options);
   }
 
-  async #answer(turn, options = {}) {
-    const running = (this.running = new AbortController());
-    const { picture } = this;
+  async #answer(image, turn, options = {}) {
+    const running = (image.running = new AbortController());
+    const isShown = () => this.image === image;
+    const wait = (why) => {
+      image.status = why;
+      if (isShown()) $("status").textContent = why;
+    };
     this.#busy(true);
-    turn.tools.replaceChildren();
-    this.turns.forEach((each) => each !== turn && this.#offer(each));
+    image.turns.forEach((each) => this.#offer(image, each));
     turn.answer.classList.add("writing");
     turn.answer.setAttribute("aria-busy", "true");
+    let words = "";
     try {
-      const messages = await this.#messages(picture, turn);
+      const messages = await messagesOf(image, turn);
       const response = await request("v1/chat/completions", {
         json: { messages, stream: true, ...options },
         signal: running.signal,
-        onWait: (why) => ($("status").textContent = why),
+        onWait: wait,
       });
       for await (const piece of pieces(response)) {
         turn.text = (turn.text + piece).trimStart();
         turn.answer.textContent = turn.text;
       }
-      if (!turn.text) turn.problem.textContent = "It has no answer.";
-      speak(turn.text || "It has no answer.");
+      if (!turn.text) words = "The model wrote no answer.";
     } catch (error) {
-      const words = isAbort(error) ? "Stopped." : error instanceof Refusal ? error.message : `Something went wrong here: ${error}`;
-      turn.problem.textContent = words;
-      speak(words);
-    } finally {
-      turn.answer.classList.remove("writing");
-      turn.answer.removeAttribute("aria-busy");
-      if (this.running === running) {
-        this.running = null;
-        $("status").textContent = "";
-        this.#busy(false);
-        this.#offer(turn);
-      }
+      words = isAbort(error) ? "Stopped." : error instanceof Refusal ? error.message : `This page failed: ${error}`;
     }
+    turn.problem.textContent = words;
+    turn.answer.classList.remove("writing");
+    turn.answer.removeAttribute("aria-busy");
+    image.running = null;
+    wait("");
+    this.#offer(image, turn);
+    if (isShown()) {
+      speak(words || turn.text);
+      this.#busy(false);
+    }
+    if (turn.text) this.onAnswer(image);
   }
 
-  /** As the server wants it: the picture with the first question, then answers and questions by turns. */
-  async #messages(picture, turn) {
-    const url = await dataUrl(picture.file);
-    const said = this.turns.filter((each) => each !== turn && each.text);
-    const messages = said.flatMap((each) => [
-      { role: "user", content: [{ type: "text", text: each.question }] },
-      { role: "assistant", content: each.text },
-    ]);
-    messages.push({ role: "user", content: [{ type: "text", text: turn.question }] });
-    messages[0].content.push({ type: "image_url", image_url: { url } });
-    return messages;
-  }
-
-  #show(question) {
-    const turn = {
-      question,
-      text: "",
-      answer: make("p", { class: "said" }),
-      problem: make("p", { class: "problem quiet" }),
-      tools: make("div", { class: "turn-tools" }),
-    };
-    turn.element = make("li", { class: "turn" }, make("p", { class: "asked", text: question }), turn.answer, turn.problem, turn.tools);
-    $("turns").append(turn.element);
-    return turn;
-  }
-
-  /** What can be done with an answer; only the last can be asked for again, as those after it lean on it. */
-  #offer(turn) {
+  /** What can be done with an answer; only the last can be asked for again, as those after it depend on it. */
+  #offer(image, turn) {
     const about = { class: "plain" };
     const offered = [];
-    if (turn.text) offered.push(button("Copy", (event) => copy(turn.text, event.target), { ...about, "aria-label": `Copy the answer to: ${turn.question}` }));
-    if (turn === this.turns.at(-1)) offered.push(button("Ask again", () => !this.running && this.askAgain(turn), { ...about, "aria-label": `Ask again: ${turn.question}` }));
-    if (turn.text && this.look) {
+    const isWriting = image.running && turn === image.turns.at(-1);
+    if (turn.text && !isWriting) offered.push(copyButton("Copy", () => turn.text, { ...about, "aria-label": `Copy the answer to: ${turn.question}` }));
+    if (turn === image.turns.at(-1) && !isWriting) offered.push(button("Ask again", () => !this.running && this.askAgain(turn), { ...about, "aria-label": `Ask again: ${turn.question}` }));
+    if (turn.text && this.look && !isWriting) {
       const look = () => this.look({ question: turn.question, answer: turn.text }, turn.text);
       offered.push(button("Where it looks", look, { ...about, "aria-label": `Where it looks for the answer: ${turn.text}` }));
     }
     turn.tools.replaceChildren(...offered);
+    if (image === this.image) $("copy-all").hidden = !image.turns.some((each) => each.text && each.tools.childElementCount);
   }
 
-  #busy(isBusy) {
+  /** `isOther`: another image is shown, and the focus stays where it is. */
+  #busy(isBusy, isOther = false) {
     const hadFocus = [$("send"), $("stop")].includes(document.activeElement);
     $("send").hidden = isBusy;
     $("stop").hidden = !isBusy;
-    if (hadFocus || document.activeElement === document.body) (isBusy && hadFocus ? $("stop") : $("question")).focus({ preventScroll: true });
+    if (!isOther && (hadFocus || document.activeElement === document.body)) (isBusy && hadFocus ? $("stop") : $("question")).focus({ preventScroll: true });
   }
 }
 
-async function copy(text, from) {
-  let is = "Copied";
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    is = "Not allowed here";
-  }
-  from.textContent = is;
-  speak(is);
-  setTimeout(() => (from.textContent = "Copy"), 2000);
+function made(question, text = "") {
+  const turn = {
+    question,
+    text,
+    answer: make("p", { class: "said", text }),
+    problem: make("p", { class: "problem quiet" }),
+    tools: make("div", { class: "turn-tools" }),
+  };
+  turn.element = make("li", { class: "turn" }, make("p", { class: "asked", text: question }), turn.answer, turn.problem, turn.tools);
+  return turn;
+}
+
+/** As the server wants it: the image with the first question, then answers and questions by turns. */
+async function messagesOf(image, turn) {
+  const url = await dataUrl(image.file);
+  const said = image.turns.filter((each) => each !== turn && each.text);
+  const messages = said.flatMap((each) => [
+    { role: "user", content: [{ type: "text", text: each.question }] },
+    { role: "assistant", content: each.text },
+  ]);
+  messages.push({ role: "user", content: [{ type: "text", text: turn.question }] });
+  messages[0].content.push({ type: "image_url", image_url: { url } });
+  return messages;
 }

@@ -27,13 +27,14 @@ let again = null;
 /** What went wrong, in one sentence; `retry`, where it may go better next time. */
 export function notice(text, retry = null) {
   again = retry;
-  $("notice-text").textContent = text;
   $("notice-again").hidden = retry === null;
   $("notice").hidden = false;
+  $("notice-text").textContent = text; // after it is shown: then it is announced
 }
 
 export function closeNotice() {
   $("notice").hidden = true;
+  $("notice-text").textContent = ""; // the same words may come again, and are announced again
 }
 
 /** What the notice offers to do again, if it is there and offers something. */
@@ -43,5 +44,9 @@ export function tryAgain() {
   again();
 }
 
-$("notice-close").addEventListener("click", closeNotice);
+$("notice-close").addEventListener("click", () => {
+  closeNotice();
+  const next = ["drop", "question"].map($).find((each) => each.checkVisibility()); // the button with the focus is gone
+  if (matchMedia("(pointer: fine)").matches) next?.focus({ preventScroll: true });
+});
 $("notice-again").addEventListener("click", tryAgain);

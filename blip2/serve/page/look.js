@@ -1,13 +1,13 @@
 /**
- * Where the model looks: the picture dims except there.
+ * Where the model looks: the image dims except there.
  *
- * POST /explain takes the picture and `text`, or `question` and `answer`, or `caption` and perhaps `word`; it gives
- * `heat`, 0 to 1, as rows of numbers of any size or as the address (data:) of a grey picture.
+ * POST /explain takes the image and `text`, or `question` and `answer`, or `caption` and perhaps `word`; it gives
+ * `heat`, 0 to 1, as rows of numbers of any size or as the address (data:) of a grey image.
  */
 
 import { isAbort, request } from "./api.js";
 import { $, button, notice } from "./dom.js";
-import { formOf } from "./picture.js";
+import { formOf } from "./image.js";
 
 const MAX_SIDE = 512;
 
@@ -21,8 +21,8 @@ export class Look {
     });
   }
 
-  begin(picture) {
-    this.picture = picture;
+  begin(image) {
+    this.image = image;
     this.hide();
   }
 
@@ -42,12 +42,12 @@ export class Look {
     this.#offerWords(caption, fields.word);
     tell(`Looking for “${what}”…`);
     try {
-      const response = await request("explain", { form: formOf(this.picture, fields), signal: running.signal, onWait: (why) => why && tell(why) });
+      const response = await request("explain", { form: formOf(this.image, fields), signal: running.signal, onWait: (why) => why && tell(why) });
       const heat = await heatOf((await response.json()).heat);
       if (running.signal.aborted) return;
       this.heat = heat;
       this.#draw();
-      tell(heat.values.some((value) => value > 0) ? `Where it looks for “${what}”` : `Nothing here speaks for “${what}”`);
+      tell(heat.values.some((value) => value > 0) ? `Where it looks for “${what}”` : `No part of the image supports “${what}”`);
       $("figure").scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
     } catch (error) {
       if (isAbort(error)) return;

@@ -1,8 +1,8 @@
-/** How well several texts fit one picture. */
+/** How well several texts match an image. */
 
 import { isAbort, request } from "./api.js";
 import { $, button, make, notice, speak } from "./dom.js";
-import { formOf } from "./picture.js";
+import { formOf } from "./image.js";
 
 export class Match {
   /** `look` as in Chat. */
@@ -18,11 +18,12 @@ export class Match {
     });
   }
 
-  begin(picture) {
+  begin(image) {
     this.stop();
-    this.picture = picture;
-    $("matches").hidden = true;
+    this.image = image;
     $("match-status").textContent = "";
+    if (image.results) this.#show(image.results);
+    else $("matches").hidden = true;
   }
 
   stop() {
@@ -33,22 +34,26 @@ export class Match {
     const texts = [...new Set($("texts").value.split("\n").map((line) => line.trim()).filter(Boolean))];
     const tell = (text) => ($("match-status").textContent = text);
     if (!texts.length) {
-      tell("Write a text first.");
+      tell("Enter a text first.");
       $("texts").focus();
       return;
     }
     this.stop();
     const running = (this.running = new AbortController());
+    const { image } = this;
     tell("Comparing…");
     try {
-      const response = await request("match", { form: formOf(this.picture, { texts }), signal: running.signal, onWait: (why) => why && tell(why) });
+      const response = await request("match", { form: formOf(image, { texts }), signal: running.signal, onWait: (why) => why && tell(why) });
       const { results } = await response.json();
-      this.#show(results.sort((one, other) => other.itm_probability - one.itm_probability));
+      image.results = results.sort((one, other) => other.itm_probability - one.itm_probability);
+      this.#show(image.results);
       tell("");
-      speak(`${results[0].text} fits best, ${percent(results[0].itm_probability)}`);
+      speak(`${results[0].text} matches best, ${percent(results[0].itm_probability)}`);
     } catch (error) {
       if (this.running === running) tell("");
       if (!isAbort(error)) notice(error.message, error.canRetry ? () => this.compare() : null);
+    } finally {
+      if (this.running === running) this.running = null;
     }
   }
 

@@ -1,30 +1,61 @@
-/** The page: who answers, how a picture comes in, and what happens then. */
+/** The page: who answers, how images come in, and what happens then. */
 
-import { isAbort, onGone, onKeyNeeded, request, untilReady } from "./api.js";
+import { Refusal, onGone, onKeyNeeded, request, untilReady } from "./api.js";
+import { Captions, isPending } from "./captions.js";
 import { Chat } from "./chat.js";
-import { $, button, closeNotice, notice, tryAgain } from "./dom.js";
+import { $, button, closeNotice, notice, speak, tryAgain } from "./dom.js";
+import { csvOf, download, jsonOf } from "./export.js";
+import { History } from "./history.js";
+import { readImage } from "./image.js";
+import { receive } from "./intake.js";
+import { listen } from "./keys.js";
 import { Look } from "./look.js";
 import { Match } from "./match.js";
-import { formOf, readPicture } from "./picture.js";
+import { Strip } from "./strip.js";
 
 const MINIATURE = {
   things: "dog, cat, horse, bird, fish, rabbit, pig, elephant, turtle, butterfly, apple, banana, car, bus, tree, flower, mushroom, house, bicycle, boat, airplane, ball, umbrella, clock",
   backgrounds: "white, black, gray, green, blue, yellow, pink, purple",
-  questions: ["how many dogs are there?", "and cats?", "what color is the background?", "what is in the picture?"],
+  questions: ["how many dogs are there?", "and cats?", "what color is the background?", "what do you see?"],
   texts: ["two dogs and a boat", "a dog and a boat", "two cats"],
 };
 
+const MAX_IMAGES = 100;
+
 const look = new Look();
-const chat = new Chat(null);
 const match = new Match(null);
-let picture = null;
-let captioning = null;
-let caption = "";
+const chat = new Chat((image) => history.save(image));
+const captions = new Captions((image) => {
+  strip.update(image);
+  if (image === strip.shown) showCaption(image);
+  if (image.state === "done") history.save(image);
+  tellProgress();
+});
+const strip = new Strip({
+  onShow: show,
+  onRemove(image) {
+    captions.drop(image);
+    image.running?.abort();
+    tellProgress();
+  },
+});
+
+const history = new History(async ({ said, id, file, name, ...about }) => {
+  const there = strip.images.find((image) => image.id === id);
+  if (there) {
+    strip.show(there);
+  } else {
+    await take([new File([file], name, { type: file.type })], { id, ...about, state: "done", said });
+  }
+  $("see-title").scrollIntoView({ block: "nearest" });
+});
 
 // ---- who answers ----
 
-function tell(text, isTrouble = false) {
-  $("models").textContent = text;
+/** `elapsed` is seen, not announced: it changes all the time. */
+function tell(text, elapsed = "", isTrouble = false) {
+  if ($("models").textContent !== text) $("models").textContent = text;
+  $("elapsed").textContent = elapsed && `(${elapsed} so far)`;
   $("models").classList.toggle("trouble", isTrouble);
   $("models").classList.toggle("writing", text.endsWith("…")); // something is going on
 }
@@ -42,13 +73,16 @@ async function meet() {
     if ("/explain" in paths) {
       chat.look = (fields, what) => look.show(fields, what);
       match.look = matcher ? chat.look : null;
-      $("look-caption").hidden = !caption;
+      if (strip.shown) {
+        chat.begin(strip.shown);
+        showCaption(strip.shown);
+      }
     }
     if (speaker === "miniature") introduceMiniature();
     return true;
   } catch (error) {
     if (error.code === "gone") return false;
-    tell("No model is answering", true);
+    tell("No model is answering", "", true);
     notice(error.message, meet);
     return true;
   }
@@ -59,13 +93,15 @@ let watching = null;
 /** The server has gone. When it is back, all is as before, and what the notice offers to try again is tried. */
 onGone(() => {
   watching ??= (async () => {
-    tell("The server cannot be reached. Trying again…", true);
+    tell("The server cannot be reached; trying again…", "", true);
     try {
-      do await untilReady((why) => tell(why, true), { isPatient: true });
+      do await untilReady((why, elapsed) => tell(why, elapsed, true), { isPatient: true });
       while (!(await meet()));
+      speak("The server is back.");
       tryAgain();
+      retry();
     } catch (error) {
-      tell("No model is answering", true);
+      tell("No model is answering", "", true);
       notice(error.message, meet);
     }
   })().finally(() => (watching = null));
@@ -75,7 +111,7 @@ function introduceMiniature() {
   $("knows-things").textContent = MINIATURE.things;
   $("knows-backgrounds").textContent = MINIATURE.backgrounds;
   $("knows").hidden = false;
-  $("knows").open = picture === null;
+  $("knows").open = strip.shown === null;
   $("texts").value ||= MINIATURE.texts.join("\n");
   const ask = (question) => {
     if (!chat.running) chat.ask(question);
@@ -86,10 +122,10 @@ function introduceMiniature() {
 
 onKeyNeeded((wasWrong) => {
   tell("A key is needed");
-  if (!picture) $("main").hidden = true;
+  if (!strip.shown) $("main").hidden = true;
   $("key-form").hidden = false;
   $("key").focus();
-  if (wasWrong) notice("That key was not taken.");
+  if (wasWrong) notice("The server did not accept this key.");
   return new Promise((resolve) => {
     const given = (event) => {
       event.preventDefault();
@@ -104,114 +140,135 @@ onKeyNeeded((wasWrong) => {
   });
 });
 
-// ---- a picture comes in ----
+// ---- images come in ----
 
-async function take(file, description = "") {
+/** All that can be opened are added; the first of them is shown. `about`: what is known of them beforehand. */
+async function take(files, about = {}) {
   if ($("main").hidden) {
     $("key").focus();
     return;
   }
   closeNotice();
-  let taken;
-  try {
-    taken = await readPicture(file);
-  } catch (error) {
-    notice(error.message);
-    return;
-  }
-  if (picture) URL.revokeObjectURL(picture.url);
-  picture = taken;
-  for (const each of [chat, match, look]) each.begin(picture);
-  $("image").src = picture.url;
-  $("image").alt = description || `Your picture: ${picture.name}`;
-  $("sent").textContent = picture.note;
-  $("sent").hidden = !picture.note;
-  $("figure").style.setProperty("--ratio", String(picture.ratio));
-  document.body.classList.add("has-picture");
-  for (const id of ["drop", "intro"]) $(id).hidden = true;
-  for (const id of ["figure", "work", "another"]) $(id).hidden = false;
-  $("knows").open = false;
-  // On a phone this would cover half of the picture with a keyboard.
-  if (matchMedia("(pointer: fine)").matches && !$("ask").hidden) $("question").focus({ preventScroll: true });
-  await describe(description);
-}
-
-async function describe(description) {
-  captioning?.abort();
-  const running = (captioning = new AbortController());
-  const say = (text) => ($("caption").textContent = text);
-  caption = "";
-  say("");
-  $("look-caption").hidden = true;
-  $("caption").classList.add("writing");
-  try {
-    const response = await request("caption", { form: formOf(picture), signal: running.signal, onWait: say });
-    const { text } = await response.json();
-    if (running.signal.aborted) return;
-    caption = text;
-    say(caption || "It has no words for this picture.");
-    if (!description && caption) $("image").alt = `Your picture: ${caption}`;
-    $("look-caption").hidden = !(chat.look && caption);
-  } catch (error) {
-    if (captioning !== running) return;
-    say("");
-    if (!isAbort(error)) notice(error.message, error.canRetry ? () => describe(description) : null);
-  } finally {
-    if (captioning === running) $("caption").classList.remove("writing");
-  }
-}
-
-for (const [press, field] of [["drop", "file"], ["another", "file"], ["camera", "camera-file"]]) {
-  $(press).addEventListener("click", () => $(field).click());
-}
-for (const id of ["file", "camera-file"]) {
-  $(id).addEventListener("change", ({ target }) => {
-    if (target.files[0]) take(target.files[0]);
-    target.value = ""; // the same file may be chosen again
-  });
-}
-for (const sample of document.querySelectorAll("[data-sample]")) {
-  const show = async () => {
+  const room = MAX_IMAGES - strip.images.length;
+  const refused = [];
+  let isFirst = true;
+  for (const file of files.slice(0, room)) {
     try {
-      const blob = await (await request(`page/${sample.dataset.sample}`)).blob();
-      await take(new File([blob], sample.dataset.sample, { type: blob.type }), sample.firstElementChild.alt);
+      add({ ...(await readImage(file)), ...about }, isFirst);
+      isFirst = false;
     } catch (error) {
-      notice(error.message, error.canRetry ? show : null);
+      if (!(error instanceof Refusal)) throw error;
+      refused.push([error.message, file.name]);
+    }
+  }
+  if (refused.length > 1) notice(`${refused.length} of ${files.length} files are not images that can be opened here, such as ${refused[0][1]}.`);
+  else if (refused.length) notice(refused[0][0]);
+  if (files.length > room) notice(`At most ${MAX_IMAGES} images fit here; ${files.length - room} were not added.`);
+}
+
+/** One more image: with a caption of its own soon, if it has none, and with a conversation of its own. */
+function add(image, isShown) {
+  Object.assign(image, { id: newId(), turns: [], running: null, results: null, ...image });
+  if (image.said) chat.restore(image, image.said);
+  strip.add(image);
+  if (isShown) {
+    strip.show(image);
+    // On a phone this would cover half of the image with a keyboard.
+    if (matchMedia("(pointer: fine)").matches && !$("ask").hidden) $("question").focus({ preventScroll: true });
+  }
+  if (!image.caption) captions.add(image);
+  tellProgress();
+}
+
+/** Not a UUID: browsers make these only over https. */
+const newId = () => `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+
+function show(image) {
+  closeNotice();
+  look.hide();
+  match.stop();
+  document.body.classList.toggle("has-image", Boolean(image));
+  for (const id of ["drop", "intro"]) $(id).hidden = Boolean(image);
+  for (const id of ["figure", "work", "another", "remove"]) $(id).hidden = !image;
+  $("look-caption").hidden = true;
+  if (!image) return;
+  for (const each of [chat, match, look]) each.begin(image);
+  $("image").src = image.url;
+  $("sent").textContent = image.note;
+  $("sent").hidden = !image.note;
+  $("figure").style.setProperty("--ratio", String(image.ratio));
+  $("knows").open = false;
+  captions.prefer(image);
+  showCaption(image);
+}
+
+function showCaption(image) {
+  const isWaited = isPending(image);
+  const text = image.caption || (isWaited ? image.wait : image.state === "done" ? "The model wrote no caption." : "");
+  if ($("caption").textContent !== text) $("caption").textContent = text; // it is announced
+  $("caption").classList.toggle("writing", isWaited);
+  $("image").alt = image.description ?? `Your image: ${image.caption || image.name}`;
+  $("look-caption").hidden = !(chat.look && image.caption);
+  if (image.state === "failed") notice(image.problem, image.canRetry ? retry : null);
+}
+
+/** All captions that failed for a reason that may have passed. */
+function retry() {
+  strip.images.filter((image) => image.state === "failed" && image.canRetry).forEach((image) => captions.add(image));
+}
+
+function tellProgress() {
+  const { images } = strip;
+  const [done, pending] = [images.filter((image) => image.state === "done").length, images.some(isPending)];
+  const text = `${done} of ${images.length} captions`;
+  $("progress").textContent = text;
+  Object.assign($("progress-bar"), { max: images.length, value: done, hidden: !pending });
+  const hadFocus = [$("captions-stop"), $("captions-go")].includes(document.activeElement);
+  $("captions-stop").hidden = !pending;
+  $("save-csv").hidden = $("save-json").hidden = !done;
+  $("captions-go").hidden = pending || done === images.length;
+  const next = [$("captions-stop"), $("captions-go"), strip.shown?.button].find((each) => each && !each.hidden);
+  if (hadFocus && next !== document.activeElement) next?.focus(); // the button that had it is hidden
+  if ($("many").dataset.isPending === "true" && !pending && images.length > 1) speak(`${text} are ready.`);
+  $("many").dataset.isPending = String(pending);
+}
+
+$("captions-stop").addEventListener("click", () => captions.stop());
+$("captions-go").addEventListener("click", () => {
+  closeNotice();
+  strip.images.filter((image) => ["failed", "stopped"].includes(image.state)).forEach((image) => captions.add(image));
+});
+$("save-csv").addEventListener("click", () => download("captions.csv", "text/csv", csvOf(strip.images)));
+$("save-json").addEventListener("click", () => download("captions.json", "application/json", jsonOf(strip.images)));
+$("remove").addEventListener("click", () => {
+  strip.remove(strip.shown);
+  strip.focus();
+});
+
+receive(take);
+for (const sample of document.querySelectorAll("[data-sample]")) {
+  const name = sample.dataset.sample;
+  const open = async () => {
+    const there = strip.images.find((image) => image.sample === name);
+    if (there) {
+      strip.show(there);
+      return;
+    }
+    try {
+      const blob = await (await request(`page/${name}`)).blob();
+      await take([new File([blob], name, { type: blob.type })], { description: sample.firstElementChild.alt, sample: name });
+    } catch (error) {
+      notice(error.message, error.canRetry ? open : null);
     }
   };
-  sample.addEventListener("click", show);
+  sample.addEventListener("click", open);
 }
-
-document.addEventListener("paste", (event) => {
-  const [file] = event.clipboardData.files;
-  if (!file) return;
-  event.preventDefault();
-  take(file);
-});
-
-let depth = 0; // of elements entered: leaving a child is not leaving the window
-const dragging = (step) => {
-  depth = step ? Math.max(depth + step, 0) : 0;
-  document.body.classList.toggle("dragging", depth > 0);
-};
-document.addEventListener("dragenter", () => dragging(1));
-document.addEventListener("dragleave", () => dragging(-1));
-document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  dragging(0);
-  const [file] = event.dataTransfer.files;
-  if (file) take(file);
-  else notice("That was no file. Save the picture first, then drop the file here.");
-});
 
 // ---- with it ----
 
-$("look-caption").addEventListener("click", () => look.show({ caption }, caption, caption));
-
-document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
-  for (const each of [chat, match]) each.stop();
+$("look-caption").addEventListener("click", () => {
+  const { caption } = strip.shown;
+  look.show({ caption }, caption, caption);
 });
 
 const tabs = [$("tab-ask"), $("tab-match")];
@@ -234,5 +291,29 @@ for (const tab of tabs) {
     next.focus();
   });
 }
+
+/** Of two tabs: the second exists only where there is a matching model. */
+function go(tab, field) {
+  if ($("work").hidden || tab.hidden) return;
+  choose(tab);
+  $(field).focus();
+}
+
+listen([
+  ["?", "show this list", () => $("keys").showModal()],
+  ["o", "open images", () => !$("main").hidden && $("file").click()],
+  ["n", "next image", () => strip.step(1)],
+  ["p", "previous image", () => strip.step(-1)],
+  ["/", "ask a question", () => go($("tab-ask"), "question")],
+  ["m", "compare texts", () => go($("tab-match"), "texts")],
+  ["c", "copy the conversation as Markdown", () => !$("work").hidden && !$("copy-all").hidden && $("copy-all").firstElementChild.click()],
+  ["Esc", "stop the answer; if there is none, leave the field", () => {
+    if (chat.running || match.running) for (const each of [chat, match]) each.stop();
+    else document.activeElement.blur();
+  }],
+  ["← →", "in the strip or the tabs: the one before, the next", null],
+  ["Delete", "in the strip: remove the image", null],
+  ["Ctrl Enter", "in the texts: compare", null],
+]);
 
 meet();
