@@ -32,7 +32,7 @@ from blip2.disk import Stamp, digest_since, stamp_of
 from blip2.errors import ImageError, RecipeError
 from blip2.finite import first_not_finite
 from blip2.image import PIXELS_VERSION
-from blip2.vision import VisionTransformer
+from blip2.model import Vision
 
 RECORD = np.dtype([
     ("stamp", "<i8", 3), ("digest", "u1", 16), ("features_crc32", "<u4"), ("crc32", "<u4"),
@@ -76,7 +76,7 @@ class FeatureFile:
 
 
 def frozen_features(
-    vision: VisionTransformer,
+    vision: Vision,
     pictures: Pictures,
     folder: Path,
     name: str,
@@ -115,7 +115,7 @@ def frozen_features(
         ) from None
 
 
-def fingerprint(vision: VisionTransformer) -> str:
+def fingerprint(vision: Vision) -> str:
     """Of the frozen weights: equal for encoders that give equal features, whatever their last layer norm."""
     digest = hashlib.sha256(repr(vision.config).encode())
     for name, value in sorted(vision.state_dict().items()):
@@ -156,7 +156,7 @@ class _Cache:
 
     def brought_up_to_date(
         self,
-        vision: VisionTransformer,
+        vision: Vision,
         pictures: Pictures,
         batch_size: int,
         report: Report | None,
@@ -207,7 +207,7 @@ class _Cache:
     @torch.no_grad()
     def _compute(
         self,
-        vision: VisionTransformer,
+        vision: Vision,
         pictures: Pictures,
         records: np.ndarray,
         stale: list[int],
@@ -215,7 +215,7 @@ class _Cache:
         report: Report | None,
         on_bad: OnBad | None,
     ) -> None:
-        device = vision.position_embedding.device
+        device = vision.patch_embedding.weight.device
         total, keep_at = len(pictures), time.monotonic() + KEEP_SECONDS
         self._path.touch()
         with self._path.open("r+b") as file, ThreadPoolExecutor(4) as pool:
