@@ -91,7 +91,7 @@ class ConvolutionalConfig:
     keeps_class_token: ClassVar[bool] = False
 
     hidden_size = property(lambda self: 1280 if self.has_head else self.widths[-1])
-    num_tokens = num_patches = property(lambda self: -(-self.image_size // 32) ** 2)
+    num_tokens = num_patches = property(lambda self: (-(-self.image_size // 32)) ** 2)
     num_layers = property(lambda self: sum(self.depths))
     intermediate_size = property(lambda self: 6 * self.widths[0] * 16**2, doc="Numbers of the widest layer, a patch.")
 

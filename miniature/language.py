@@ -55,13 +55,15 @@ def segments(seed: int, split: str, make_scene: MakeScene = world.make_scene) ->
     return pieces
 
 
-def make_tokenizer(num_documents: int = 8000, make_scene: MakeScene = world.make_scene) -> Tokenizer:
+def make_tokenizer(
+    num_documents: int = 8000, vocab_size: int = LANGUAGE.vocab_size, make_scene: MakeScene = world.make_scene
+) -> Tokenizer:
     """Byte-level BPE with OPT's special tokens in OPT's places; the newline that ends an answer is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LANGUAGE.vocab_size - 8,
+        vocab_size=vocab_size - 8,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -203,11 +205,19 @@ def language_accuracy(
 
 
 def train_language(
-    out: Path, steps: int, batch_size: int, num_documents: int, make_scene: MakeScene = world.make_scene
+    out: Path,
+    steps: int,
+    batch_size: int,
+    num_documents: int,
+    vocab_size: int = LANGUAGE.vocab_size,
+    new_model: Callable[[Tokenizer], OPT] = lambda tokenizer: new_language_model(LANGUAGE),
+    make_scene: MakeScene = world.make_scene,
+    test_split: str = "test",
 ) -> None:
+    """To ``out``, with tokenizer.json beside it."""
     path = out.with_name("tokenizer.json")
     if not path.exists():
-        make_tokenizer(make_scene=make_scene).save(str(path))
+        make_tokenizer(vocab_size=vocab_size, make_scene=make_scene).save(str(path))
     tokenizer = Tokenizer.from_file(str(path))
     documents = language_documents(tokenizer, 0, num_documents, "train", make_scene)
     print(f"{num_documents} documents of {np.mean([len(d[0]) for d in documents]):.0f} tokens", flush=True)
@@ -221,8 +231,8 @@ def train_language(
             yield from map(collate, parts)
 
     train(
-        new_language_model(LANGUAGE), batches(), language_losses, steps=steps, peak=1.5e-3, checkpoint=out,
-        evaluate=lambda model: language_accuracy(model, tokenizer, "test", make_scene=make_scene),
+        new_model(tokenizer), batches(), language_losses, steps=steps, peak=1.5e-3, checkpoint=out,
+        evaluate=lambda model: language_accuracy(model, tokenizer, test_split, make_scene=make_scene),
     )  # fmt: skip
 
 

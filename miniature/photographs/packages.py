@@ -33,7 +33,7 @@ BACKGROUNDS = (
         "picosdeeuropa_by_Aitzol_Berasategi", "sunset_by_Aitzol_Berasategi", "Dragonfly_by_Bolly",
     )),
     *(_PLASMA.format(name) for name in (
-        "BytheWater", "ColdRipple", "DarkestHour", "EveningGlow", "FallenLeaf", "Grey", "OneStandsOut", "Path",
+        "ColdRipple", "DarkestHour", "EveningGlow", "FallenLeaf", "Grey", "OneStandsOut", "Path",
         "summer_1am",
     )),
 )  # fmt: skip

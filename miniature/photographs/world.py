@@ -175,7 +175,7 @@ def _choose_things(rng: random.Random, split: str, size: tuple[int, int]) -> tup
         shrink = 0.95**attempt
         placed: list[Thing] = []
         for name, region in wishes:
-            if attempt > 20 or len(wishes) == 1 and base > 0.55:
+            if attempt > 20 or (len(wishes) == 1 and base > 0.55):
                 region = ANYWHERE
             fraction = max(0.16, rng.uniform(base, 1.2 * base) * shrink)
             thing = _place(rng, split, name, region, size, fraction, placed)
