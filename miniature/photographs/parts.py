@@ -97,9 +97,15 @@ def main() -> None:
         (start_matching if options.part == "matching" else start_generative)(options.packages, options.out)
         return
     train_language(
-        options.out / "language.pt", options.steps, options.batch_size, options.documents, VOCAB_SIZE, from_miniature, make_scene,
+        options.out / "language.pt",
+        options.steps,
+        options.batch_size,
+        options.documents,
+        VOCAB_SIZE,
+        from_miniature,
+        make_scene,
         test_split="pairs",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":
