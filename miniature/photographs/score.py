@@ -1,14 +1,16 @@
 """Rows for `blip2 evaluate`, and what came of them: by type, with Wilson's 95 % intervals.
 
-    python -m miniature.photographs.score rows SPLIT/rows.jsonl -o ROWS.jsonl [--shuffle]
+    python -m miniature.photographs.score rows SPLIT/rows.jsonl -o ROWS.jsonl [--shuffle] [--captions]
     blip2 evaluate ROWS.jsonl -o ANSWERS --model photographs
     python -m miniature.photographs.score scenes ROWS.jsonl ANSWERS [NAME=ANSWERS ...]
     python -m miniature.photographs.score photographs say.jsonl ANSWERS
-    python -m miniature.photographs.score labels FOLDER matches.jsonl
+    python -m miniature.photographs.score labels matches.jsonl
+    python -m miniature.photographs.score wrong ROWS.jsonl ANSWERS         (twenty, drawn by a seed)
 
-``rows``: one question of each type about each scene; with ``--shuffle`` each about the picture of the next scene.
-``scenes``: right to the letter, lists in any order. *Blind*: the most frequent right answer to the same wording.
-``photographs``: whether what is said names the kind (and no other). ``labels``: `blip2 match --labels --top 5 --json`.
+``rows``: one question of each type about each scene, or its captions; with ``--shuffle`` each about the picture of
+the next scene. ``scenes``: right to the letter, lists and captions in any order. *Blind*: the most frequent right
+answer to the same wording. ``photographs``: whether what is said names the kind (and no other). ``labels``: of
+`blip2 match --labels --top 5 --json`.
 """
 
 from __future__ import annotations
@@ -30,27 +32,33 @@ from miniature.world import make_rng
 
 KIND_OF = {noun: kind.singular for kind in kinds().values() for noun in (kind.singular, kind.plural)}
 NOUNS = re.compile(r"\b(an? )?(" + "|".join(sorted(KIND_OF, key=len, reverse=True)) + r")\b")
-LISTS = ("list", "where")
-TYPES = ("list", "count", "count_absent", "exist", "side", "height", "where")
+LISTS = ("caption", "list", "where")
+TYPES = ("caption", "list", "count", "count_absent", "exist", "side", "height", "where")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def rows_of(scenes: list[dict[str, Any]], folder: Path, *, shuffle: bool = False) -> list[dict[str, Any]]:
-    """A question of each type about each scene, drawn by its number; "how many" is told apart by zero."""
+def rows_of(
+    scenes: list[dict[str, Any]], folder: Path, *, shuffle: bool = False, captions: bool = False
+) -> list[dict[str, Any]]:
+    """A question of each type about each scene, drawn by its number, or its captions."""
     found = []
     for number, scene in enumerate(scenes):
         rng = make_rng("photographs", "score", number)
         seen = scenes[(number + 1) % len(scenes)] if shuffle else scene
+        place = str((folder / seen["image"]).absolute())
+        if captions:
+            found.append({"image": place, "type": "caption", "captions": scene["captions"]})
+            continue
         by_type = defaultdict(list)
         for question in scene["questions"]:
             by_type[question["type"]].append(question)
         for kind in TYPES:
             if by_type[kind]:
                 question = rng.choice(by_type[kind])
-                found.append({"image": str((folder / seen["image"]).absolute()), **question})
+                found.append({"image": place, **question})
     return found
 
 
@@ -61,9 +69,10 @@ def said(folder: Path, number: int) -> list[str]:
 
 
 def is_right(row: dict[str, Any], text: str) -> bool:
+    wanted = row["captions"][0] if "captions" in row else row["answer"]
     if row["type"] not in LISTS:
-        return text == row["answer"]
-    return texts.read_caption(text, KIND_OF) == texts.read_caption(row["answer"], KIND_OF)
+        return text == wanted
+    return texts.read_caption(text, KIND_OF) == texts.read_caption(wanted, KIND_OF)
 
 
 def tally_of(rows: Iterable[dict[str, Any]], answers: Iterable[str]) -> Tally:
@@ -77,11 +86,11 @@ def blind(rows: list[dict[str, Any]]) -> Tally:
     """The best that can be done without a picture: what is commonest for each wording, with the noun left out."""
 
     def sort(row: dict[str, Any]) -> tuple[str, str]:
-        return row["type"].removesuffix("_absent"), NOUNS.sub("", row["question"])
+        return row["type"].removesuffix("_absent"), NOUNS.sub("", row.get("question", ""))
 
     answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for row in rows:
-        answers[sort(row)][row["answer"]] += 1
+        answers[sort(row)][row["captions"][0] if "captions" in row else row["answer"]] += 1
     return tally_of(rows, [answers[sort(row)].most_common(1)[0][0] for row in rows])
 
 
@@ -128,7 +137,17 @@ def photographs_table(rows: list[dict[str, Any]], answers: list[str]) -> str:
     return "\n".join(lines)
 
 
-def labels_table(folder: Path, matches: list[dict[str, Any]]) -> str:
+def wrong_table(rows: list[dict[str, Any]], answers: list[str], count: int = 20, seed: int = 0) -> str:
+    found = [(row, text) for row, text in zip(rows, answers, strict=True) if not is_right(row, text)]
+    drawn = make_rng("wrong", seed).sample(found, min(count, len(found)))
+    lines = ["| picture | question | right | answer |", "|---|---|---|---|"]
+    for row, text in drawn:
+        wanted = row["captions"][0] if "captions" in row else row["answer"]
+        lines.append(f"| {Path(row['image']).stem} | {row.get('question', 'caption')} | {wanted} | {text} |")
+    return "\n".join(lines)
+
+
+def labels_table(matches: list[dict[str, Any]]) -> str:
     """``matches``: JSON lines of `blip2 match`, a line each picture with its best texts in order."""
     kind_of = {f"{name.replace('/', '-')}.png": kind for name, kind in shown().items()}
     ranked: dict[str, list[str]] = defaultdict(list)
@@ -145,14 +164,17 @@ def labels_table(folder: Path, matches: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rows", "scenes", "photographs", "labels"))
+    parser.add_argument("what", choices=("rows", "scenes", "photographs", "labels", "wrong"))
     parser.add_argument("file", type=Path)
     parser.add_argument("answers", nargs="*")
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--shuffle", action="store_true")
+    parser.add_argument("--captions", action="store_true")
     options = parser.parse_args()
     if options.what == "rows":
-        rows = rows_of(read(options.file), options.file.parent, shuffle=options.shuffle)
+        rows = rows_of(
+            read(options.file), options.file.parent, shuffle=options.shuffle, captions=options.captions
+        )
         disk.write_text(options.out, "".join(json.dumps(row) + "\n" for row in rows))
     elif options.what == "scenes":
         rows, columns = read(options.file), {}
@@ -163,8 +185,11 @@ def main() -> None:
     elif options.what == "photographs":
         rows = read(options.file)
         print(photographs_table(rows, said(Path(options.answers[0]), len(rows))))
+    elif options.what == "wrong":
+        rows = read(options.file)
+        print(wrong_table(rows, said(Path(options.answers[0]), len(rows))))
     else:
-        print(labels_table(options.file, read(Path(options.answers[0]))))
+        print(labels_table(read(options.file)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m miniature.photographs.things --packages DIR --out DIR
 
 Writes the pictures, ``labels.txt`` (every kind that the model knows, with its article), and rows for `blip2 evaluate`:
-``say.jsonl`` ("what do you see?") and ``exist.jsonl`` ("is there a hammer?", and about as many whose answer is no).
+``caption.jsonl``, ``say.jsonl`` ("what do you see?") and ``exist.jsonl`` ("is there a hammer?", and as many whose
+answer is no).
 
 `TABLE` lists every photograph whose author, by the package's own README, gave it to the public; `KINDS` says
 what stands in those that show a kind which the model has a word for, written by hand from looking at each. All others
@@ -139,17 +140,18 @@ def write(packages: Path, out: Path) -> None:
     for name, content in pictures(packages).items():
         image = Image.open(io.BytesIO(content)).convert("RGB")
         image.save(out / f"{name.replace('/', '-')}.png", compress_level=1)
-    rng, says, exists = random.Random(SEED), [], []
+    rng, captions, says, exists = random.Random(SEED), [], [], []
     names = list(kinds())
     for name, kind in shown().items():
         picture = f"{name.replace('/', '-')}.png"
         row = {"image": picture, "type": kind}
+        captions.append(row | {"captions": [with_article(kind)]})
         says.append(row | {"question": "what do you see?", "answer": with_article(kind)})
         for asked, answer in ((kind, "yes"), (rng.choice([other for other in names if other != kind]), "no")):
             question = f"is there {with_article(asked)} in the picture?"
             exists.append(row | {"question": question, "answer": answer, "type": answer})
     disk.write_text(out / "labels.txt", "".join(f"{with_article(name)}\n" for name in names))
-    for file, rows in (("say", says), ("exist", exists)):
+    for file, rows in (("caption", captions), ("say", says), ("exist", exists)):
         disk.write_text(out / f"{file}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
