@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from blip2.checkpoint import load_encoder
 from blip2.checkpoint.convolutions import lite_file
 from blip2.checkpoint.pickled import unpickled
-from blip2.image import to_pixels
+from blip2.image import load_image, to_pixels
 from miniature.photographs import packages
 from miniature.photographs.score import HEADER, by_kind, read, share_line
 from miniature.photographs.stamps import kinds
@@ -90,9 +90,9 @@ def main() -> None:
     assert file is not None
     vision, settings = load_encoder(file, layer="last", whole_picture=True)
     look = {"size": settings.size, "mean": settings.mean, "std": settings.std, "resample": settings.resample}
-    pixels = [to_pixels(options.work / "photographs" / name, **look) for name in kind_of]
+    pictures = [load_image(options.work / "photographs" / name) for name in kind_of]
     with torch.no_grad():
-        photographs_NE = torch.cat([vision.features(pixel[None]).mean(1) for pixel in pixels])
+        photographs_NE = torch.cat([vision.features(to_pixels([picture], **look)).mean(1) for picture in pictures])
 
     rows = read(options.work / "train/rows.jsonl")
     [kept] = [path for path in (options.work / "features").glob("*.bin") if path.stat().st_size >= len(rows) * 2 * 49]
