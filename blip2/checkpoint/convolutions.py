@@ -94,8 +94,9 @@ class LiteEncoder:
 
 
 def lite_file(path: Path) -> Path | None:
-    """The file that ``path`` is, or that lies alone in a folder (or in its folder models) without a config.json."""
-    if path.is_file():
+    """The file that ``path`` is, or that lies alone in a folder (or in its folder models) without a config.json; None
+    for any other folder."""
+    if path.is_file() or path.suffix == ".pth":
         return path
     if (path / "config.json").exists():
         return None

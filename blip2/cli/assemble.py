@@ -61,9 +61,9 @@ def command(
     from blip2.checkpoint.assemble import assemble, qformer_start
     from blip2.checkpoint.describe import stored
 
-    place = Path(vision)
+    place = Path(vision).expanduser()
     encoder = open_encoder(
-        place if place.is_file() else resolve(vision),
+        place if place.is_file() or place.suffix == ".pth" else resolve(vision),
         layer=layer,  # type: ignore[arg-type]
         class_token=not no_class_token,
         image_size=image_size,

@@ -206,6 +206,8 @@ def test_what_is_no_such_file_is_told(lite, tmp_path):
     (tmp_path / "a.pth").write_bytes(b"text")
     with pytest.raises(CheckpointError, match=r"no PyTorch file|cut short"):
         checkpoint.load_encoder(tmp_path / "a.pth")
+    ran = CliRunner().invoke(cli, ["assemble", "--vision", str(tmp_path / "b.pth"), "-o", str(tmp_path / "out")])
+    assert ran.exit_code != 0 and "b.pth: no such file" in ran.output + str(ran.exception)
     with pytest.raises(OptionError, match="layer"):
         checkpoint.load_encoder(lite, layer="first")
 
