@@ -2,9 +2,9 @@
 
     python -m miniature.photographs.packages --out DIR
 
-Nothing of them is in the repository. Licences: the stamps are GPL-2, the wallpapers CC-BY-SA, GPL and others (each
-package's ``copyright``), EfficientNet-Lite0 is Apache-2.0; of the photographs of GCompris, only those in the public
-domain are used (`miniature.photographs.things`).
+Nothing of them is in the repository. Licences: the stamps are GPL-2, the wallpapers GPL-2 or later, CC-BY and CC-BY-SA
+(each package's ``copyright``), EfficientNet-Lite0 is Apache-2.0; of the photographs of GCompris, only those in the
+public domain are used (`miniature.photographs.things`).
 """
 
 from __future__ import annotations

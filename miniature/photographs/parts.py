@@ -4,8 +4,9 @@
     python -m miniature.photographs.parts language --packages DIR --out WORK     (WORK/language.pt, tokenizer.json)
     python -m miniature.photographs.parts generative --packages DIR --out WORK   (WORK/start-generative)
 
-The language model begins from the bundled miniature's, whose layers look words up in a description already; what it
-learns are the nouns. It reads text alone. The image encoder is EfficientNet-Lite0 as it was published, of which the
+Both begin from the bundled miniature: the language model, whose layers look words up in a description already, learns
+the nouns, from text alone; the Q-Former has read texts of this kind, and learns to look at photographs. The image
+encoder is EfficientNet-Lite0 as it was published, of which the
 Q-Former sees the last grid, 7 x 7 places; all of a picture becomes the square that is seen.
 """
 
@@ -55,8 +56,25 @@ def from_miniature(tokenizer: Tokenizer) -> OPT:
     return model
 
 
+def begin_from_miniature(model: Blip2Matcher, words: Tokenizer) -> None:
+    """The bundled matching model's Q-Former and heads, but for what looks at its features, which are others here; a
+    word that both have keeps its vector."""
+    folder = checkpoint.resolve("miniature-itm")
+    begun, own = checkpoint.load(folder, dtype=torch.float32).state_dict(), model.state_dict()
+    old = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    both = [(number, old[word]) for word, number in words.get_vocab().items() if word in old]
+    places, from_places = map(list, zip(*both, strict=True))
+    for name, tensor in begun.items():
+        if name.startswith("vision.") or name not in own:
+            continue
+        if own[name].shape == tensor.shape:
+            own[name].copy_(tensor)
+        elif len(own[name]) == words.get_vocab_size():
+            own[name][places] = tensor[from_places]
+
+
 def start_matching(packages: Path, folder: Path) -> None:
-    """``start-matching`` in ``folder``, with a Q-Former that knows nothing yet."""
+    """``start-matching`` in ``folder``, with a Q-Former that has seen emoji alone."""
     vision, settings = load_encoder(packages / ENCODER, layer=LAYER, whole_picture=True)
     words = make_matching_tokenizer(vocab_size=MATCHING_VOCAB_SIZE, make_scene=make_scene)
     qformer = replace(
@@ -64,12 +82,14 @@ def start_matching(packages: Path, folder: Path) -> None:
     )
     config = MatcherConfig(vision.config, qformer, projection_size=128, bos_token_id=words.token_to_id("[DEC]"))
     model = Blip2Matcher(config)
+    begin_from_miniature(model, words)
     model.vision = vision
     checkpoint.save(model, folder / "start-matching", tokenizer=words.to_str(), settings=settings)
 
 
 def start_generative(packages: Path, folder: Path) -> None:
-    """``start-generative`` in ``folder``, likewise, with the language model of language.pt."""
+    """``start-generative`` in ``folder``, with the language model of language.pt and a Q-Former that knows nothing: the
+    recipes of stage 2 name another one to begin from."""
     vision, settings = load_encoder(packages / ENCODER, layer=LAYER, whole_picture=True)
     language = OPT(replace(LANGUAGE, vocab_size=VOCAB_SIZE))
     language.load_state_dict(torch.load(folder / "language.pt", weights_only=True)["model"])

@@ -6,17 +6,24 @@ import random
 import struct
 import zlib
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from tokenizers import Tokenizer
 
 from blip2 import checkpoint
+from blip2.config import ConvolutionalConfig, MatcherConfig
 from blip2.errors import CheckpointError
+from blip2.model import Blip2Matcher
 from miniature import texts
-from miniature.photographs import score, things, world
+from miniature.language import make_matching_tokenizer, make_tokenizer
+from miniature.photographs import parts, score, things, world
 from miniature.photographs.packages import BACKGROUNDS, STAMPS
 from miniature.photographs.rcc import files_in
 from miniature.photographs.stamps import held_out, kinds, stamps
+from miniature.pretrain import QFORMER
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +184,33 @@ def test_it_is_found_once_it_is_made(tmp_path, monkeypatch):
         (made / name).mkdir(parents=True)
     assert checkpoint.resolve("photographs") == made / "generative"
     assert checkpoint.resolve("photographs-itm") == made / "matching"
+
+
+def test_the_parts_begin_from_the_miniature_word_by_word(packages):
+    words = make_matching_tokenizer(60, parts.MATCHING_VOCAB_SIZE, world.make_scene)
+    vision = ConvolutionalConfig(widths=(8,) * 7, depths=(1,) * 7, image_size=64, has_head=False)
+    qformer = replace(QFORMER, encoder_hidden_size=8, vocab_size=words.get_vocab_size(), has_text=True)
+    model = Blip2Matcher(MatcherConfig(vision, qformer, projection_size=128, bos_token_id=words.token_to_id("[DEC]")))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parts.begin_from_miniature(model, words)
+    bundled = checkpoint.load(checkpoint.resolve("miniature-itm"), dtype=torch.float32)
+    old = Tokenizer.from_file(str(checkpoint.resolve("miniature-itm") / "tokenizer.json"))
+    for word in ("[CLS]", "how", "two", "there"):
+        table, theirs = model.qformer.word_embedding.weight, bundled.qformer.word_embedding.weight
+        assert torch.equal(table[words.token_to_id(word)], theirs[old.token_to_id(word)])
+    assert torch.equal(model.qformer.query_tokens, bundled.qformer.query_tokens)
+    kept = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
+    matrices = [name for name in kept if name.startswith("qformer.layers.") and model.get_parameter(name).dim() > 1]
+    assert matrices and all(".cross_attention." in name for name in matrices)
+
+
+def test_the_language_model_keeps_what_it_knew(packages):
+    tokenizer = make_tokenizer(60, parts.VOCAB_SIZE, world.make_scene)
+    model = parts.from_miniature(tokenizer)
+    folder = checkpoint.resolve("miniature")
+    bundled = checkpoint.load(folder, dtype=torch.float32).language
+    old = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for word in ("</s>", "\u0120how", "\u0120two"):
+        table = model.token_embedding.weight
+        assert torch.equal(table[tokenizer.token_to_id(word)], bundled.token_embedding.weight[old.token_to_id(word)])
+    assert torch.equal(model.blocks[0].qkv.weight, bundled.blocks[0].qkv.weight)
