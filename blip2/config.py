@@ -79,16 +79,18 @@ CLIP_VIT_L = VisionConfig(
 
 @dataclass(frozen=True)
 class ConvolutionalConfig:
-    """An EfficientNet-Lite, of whose last grid each place is a patch. The defaults are Lite0."""
+    """An EfficientNet-Lite, of whose last grid each place is a patch, before or behind the head's convolution, which
+    classes are told by (``has_head``). The defaults are Lite0."""
 
     widths: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
     depths: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
     """Channels and blocks of each stage (`convolutional.STAGES`)."""
     image_size: int = 224
     has_head: bool = True
-    """Whether the head's convolution, which classes are told by, comes before the patches."""
     layer_norm_eps: float = 1e-6
     keeps_class_token: ClassVar[bool] = False
+    patch_size: ClassVar[int] = 32
+    rotary_base: ClassVar[float] = 0.0
 
     hidden_size = property(lambda self: 1280 if self.has_head else self.widths[-1])
     num_tokens = num_patches = property(lambda self: (-(-self.image_size // 32)) ** 2)

@@ -11,6 +11,7 @@ B images, C channels, H, W pixels or places, P patches, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,6 +65,10 @@ class ConvolutionalEncoder(nn.Module):
         self.blocks = nn.ModuleList(Bottleneck(*sizes) for sizes in sizes_of_blocks(config))
         self.head = Convolution(config.widths[-1], config.hidden_size) if config.has_head else None
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def resize(self, size: int) -> None:
+        """Make it one of pictures of ``size`` pixels: convolutions have no positions."""
+        self.config = replace(self.config, image_size=size)
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """``float[B, 3, H, W]`` normalised pixels of any size to ``float[B, P, D]``, before the layer norm."""

@@ -6,18 +6,19 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 work=miniature/work/photographs
 out=$work/scores
+count=${COUNT:-300}   # scenes of each split
 score() { "$python" -m miniature.photographs.score "$@"; }
 blip2() { "$python" -m blip2 "$@"; }
 mkdir -p "$out"
 
 for split in familiar pairs stamps; do
-  score rows "$work/$split/rows.jsonl" -o "$out/$split.jsonl"
-  score rows "$work/$split/rows.jsonl" -o "$out/$split-captions.jsonl" --captions
+  score rows "$work/$split/rows.jsonl" -o "$out/$split.jsonl" --count "$count"
+  score rows "$work/$split/rows.jsonl" -o "$out/$split-captions.jsonl" --captions --count "$count"
   blip2 evaluate "$out/$split.jsonl" -o "$out/$split" --model photographs
   blip2 evaluate "$out/$split-captions.jsonl" -o "$out/$split-captions" --model photographs
 done
 for more in "" -captions; do
-  score rows "$work/stamps/rows.jsonl" -o "$out/shuffled$more.jsonl" --shuffle ${more:+--captions}
+  score rows "$work/stamps/rows.jsonl" -o "$out/shuffled$more.jsonl" --shuffle --count "$count" ${more:+--captions}
   blip2 evaluate "$out/shuffled$more.jsonl" -o "$out/shuffled$more" --model photographs
   blip2 evaluate "$out/stamps$more.jsonl" -o "$out/ablation$more" --model "$work/ablation"
 done

@@ -1,6 +1,6 @@
 """Rows for `blip2 evaluate`, and what came of them: by type, with Wilson's 95 % intervals.
 
-    python -m miniature.photographs.score rows SPLIT/rows.jsonl -o ROWS.jsonl [--shuffle] [--captions]
+    python -m miniature.photographs.score rows SPLIT/rows.jsonl -o ROWS.jsonl [--shuffle] [--captions] [--count N]
     blip2 evaluate ROWS.jsonl -o ANSWERS --model photographs
     python -m miniature.photographs.score scenes ROWS.jsonl ANSWERS [NAME=ANSWERS ...]
     python -m miniature.photographs.score photographs say.jsonl ANSWERS
@@ -170,10 +170,11 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--shuffle", action="store_true")
     parser.add_argument("--captions", action="store_true")
+    parser.add_argument("--count", type=int, help="rows: of the first scenes alone")
     options = parser.parse_args()
     if options.what == "rows":
         rows = rows_of(
-            read(options.file), options.file.parent, shuffle=options.shuffle, captions=options.captions
+            read(options.file)[: options.count], options.file.parent, shuffle=options.shuffle, captions=options.captions
         )
         disk.write_text(options.out, "".join(json.dumps(row) + "\n" for row in rows))
     elif options.what == "scenes":

@@ -26,6 +26,8 @@ from blip2.config import ConvolutionalConfig
 from blip2.convolutional import STAGES, Convolution, sizes_of_blocks
 from blip2.errors import CheckpointError, OptionError
 from blip2.model import Blip2
+from blip2.train.recipes import VisionRecipe
+from blip2.train.seeing import rate_shares, resize, unfreeze
 from tests import tiny
 
 TOLERANCE = 1e-5
@@ -170,6 +172,21 @@ def test_it_answers_and_shows_where_it_looks(folder):
         assert isinstance(blip2.load(folder, **options).ask(picture, "what?", max_new_tokens=3), str)
     heat = blip2.load(folder).explain(picture, question="what?").heat
     assert tuple(heat.shape) == (60, 90)
+
+
+def test_it_learns_at_another_size_of_picture(folder):
+    model = checkpoint.load(folder, dtype=torch.float32)
+    resize(model, 96)
+    assert model.config.vision.num_tokens == model.vision.config.num_tokens == 9
+    model.freeze_pretrained()
+    recipe = VisionRecipe(learns=True, layer_decay=0.5)
+    unfreeze(model, recipe)
+    assert all(parameter.requires_grad for parameter in model.vision.parameters())
+    shares = rate_shares(model, recipe)
+    assert shares["vision.blocks.15.project.weight"] == 0.5 and shares["vision.blocks.14.project.weight"] == 0.25
+    assert shares["vision.patch_embedding.weight"] == 0.5**17
+    model.vision(torch.randn(1, 3, 96, 96)).sum().backward()
+    assert model.vision.patch_embedding.weight.grad.isfinite().all()
 
 
 def test_assemble_reads_a_file_or_the_folder_of_the_package(lite, tmp_path):
