@@ -20,11 +20,10 @@ done
 [ -f "$work/photographs/labels.txt" ] || "$python" -m miniature.photographs.things --packages "$work/packages" \
   --out "$work/photographs"
 
-for part in matching language generative; do
-  case $part in language) made=$work/language.done ;; *) made=$work/start-$part/config.json ;; esac
-  [ -f "$made" ] || "$python" -m miniature.photographs.parts $part --packages "$work/packages" --out "$work"
-  [ $part = language ] && touch "$made"
-done
+parts() { "$python" -m miniature.photographs.parts "$1" --packages "$work/packages" --out "$work"; }
+[ -f "$work/start-matching/config.json" ] || parts matching
+[ -f "$work/language.done" ] || { parts language && touch "$work/language.done"; }
+[ -f "$work/start-generative/config.json" ] || parts generative
 "$python" -m blip2 train $recipes/stage1.toml
 "$python" -m blip2 train $recipes/stage2.toml
 "$python" -m blip2 train $recipes/ablation.toml   # stage 2 without stage 1, for the comparison
