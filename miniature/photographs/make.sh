@@ -22,7 +22,10 @@ done
 
 parts() { "$python" -m miniature.photographs.parts "$1" --packages "$work/packages" --out "$work"; }
 [ -f "$work/start-matching/config.json" ] || parts matching
-[ -f "$work/language.done" ] || { parts language && touch "$work/language.done"; }
+if [ ! -f "$work/language.done" ]; then   # language.pt is there before it is done
+  parts language
+  touch "$work/language.done"
+fi
 [ -f "$work/start-generative/config.json" ] || parts generative
 "$python" -m blip2 train $recipes/stage1.toml
 "$python" -m blip2 train $recipes/stage2.toml
