@@ -42,6 +42,8 @@ HIDDEN = 0.25
 """Of a thing's box, so much may lie in another's."""
 ANGLES = tuple(range(-16, 17, 4))
 SHORT_SIDE_PX, LONGEST = (224, 320), 1.5
+SCATTERED = 0.5
+"""Of the scenes, so many keep no kind to a side."""
 BACKDROP_PX = 1200
 PLAIN = 0.15
 """Of the scenes, so many are before a plain wall."""
@@ -167,7 +169,7 @@ def make_scene(seed: int, split: str = "train", index: int = 0) -> Scene:
 def _choose_things(rng: random.Random, split: str, size: tuple[int, int]) -> tuple[Thing, ...]:
     names = _choose_kinds(rng, split)
     counts = _choose_counts(rng, len(names))
-    regions = choose_regions(rng, names)
+    regions = choose_regions(rng, names, SCATTERED)
     wishes = [(name, region) for name, count, region in zip(names, counts, regions, strict=True) for _ in range(count)]
     largest = (1.1, 0.62, 0.5, 0.45, 0.4, 0.36)[len(wishes) - 1]
     base = rng.uniform(0.5 * largest, largest / 1.2)
