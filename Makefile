@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint test-slow bench docs dist wheels image screenshots clean
+.PHONY: help venv demo test lint test-slow bench docs dist wheels image photographs screenshots clean
 
 help:       ## this list
 	@sed -n 's/^\([a-z-]*:\)[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,9 @@ wheels: .venv/release.stamp  ## wheels with compiled kernels in dist/ (by cibuil
 
 image:      ## an image for containers, blip2:latest (TORCH=cu130: with CUDA 13.0; needs Docker)
 	docker build --build-arg TORCH=$(or $(TORCH),cpu) --tag blip2 .
+
+photographs: venv  ## the second miniature, blip2.load("photographs"): fetches packages, trains for hours
+	PYTHON=$(BIN)/python miniature/photographs/make.sh
 
 screenshots: venv  ## pictures of the server's page into docs/ (needs a Chromium)
 	$(BIN)/python docs/screenshots.py

@@ -78,6 +78,27 @@ CLIP_VIT_L = VisionConfig(
 
 
 @dataclass(frozen=True)
+class ConvolutionalConfig:
+    """An EfficientNet-Lite, of whose last grid each place is a patch, before or behind the head's convolution, which
+    classes are told by (``has_head``). The defaults are Lite0."""
+
+    widths: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
+    depths: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
+    """Channels and blocks of each stage (`convolutional.STAGES`)."""
+    image_size: int = 224
+    has_head: bool = True
+    layer_norm_eps: float = 1e-6
+    keeps_class_token: ClassVar[bool] = False
+    patch_size: ClassVar[int] = 32
+    rotary_base: ClassVar[float] = 0.0
+
+    hidden_size = property(lambda self: 1280 if self.has_head else self.widths[-1])
+    num_tokens = num_patches = property(lambda self: (-(-self.image_size // 32)) ** 2)
+    num_layers = property(lambda self: sum(self.depths))
+    intermediate_size = property(lambda self: 6 * self.widths[0] * 16**2, doc="Numbers of the widest layer, a patch.")
+
+
+@dataclass(frozen=True)
 class QFormerConfig:
     """The Querying Transformer. The defaults are the published one: BERT-base with cross-attention."""
 
@@ -286,7 +307,7 @@ LanguageConfig = OPTConfig | T5Config | DecoderConfig
 class Blip2Config:
     """A generative BLIP-2: image encoder, Querying Transformer, projection, language model."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: VisionConfig | ConvolutionalConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     language: LanguageConfig = field(default_factory=OPTConfig)
     image_token_id: int | None = None
@@ -317,7 +338,7 @@ class Blip2Config:
 class MatcherConfig:
     """A matching BLIP-2 (stage 1): image encoder and Querying Transformer with its text branch."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: VisionConfig | ConvolutionalConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig = field(default_factory=lambda: replace(QFormerConfig(), vocab_size=30523, has_text=True))
     projection_size: int = 256
     bos_token_id: int = 30522

@@ -1,6 +1,6 @@
 """The only place where the parts meet: Figure 1 of the paper.
 
-    pixels_BCHW --VisionTransformer--> patches_BPD --QFormer--> queries_BQD --projection--> prompt_BQD
+    pixels_BCHW --image encoder--> patches_BPD --QFormer--> queries_BQD --projection--> prompt_BQD
                                                                 (EncodedImage)
 
 The Q-Former of an InstructBLIP reads the prompt, too, and what is kept of a picture are its patches.
@@ -18,11 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.config import Blip2Config, MatcherConfig
+from blip2.config import Blip2Config, ConvolutionalConfig, MatcherConfig, VisionConfig
+from blip2.convolutional import ConvolutionalEncoder
 from blip2.language import Language, build_language_model
 from blip2.layers import freeze
 from blip2.qformer import Memory, QFormer, QFormerOutput
 from blip2.vision import VisionTransformer
+
+Vision = VisionTransformer | ConvolutionalEncoder
+"""An image encoder: pixels to patch features, of which the last norm is BLIP-2's own."""
+
+
+def build_image_encoder(config: VisionConfig | ConvolutionalConfig) -> Vision:
+    """An image encoder of that configuration, its weights still to come."""
+    return ConvolutionalEncoder(config) if isinstance(config, ConvolutionalConfig) else VisionTransformer(config)
 
 
 class Blip2(nn.Module):
@@ -31,7 +40,7 @@ class Blip2(nn.Module):
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_image_encoder(config.vision)
         self.qformer = QFormer(config.qformer)
         self.projection = nn.Linear(config.qformer.hidden_size, config.language.hidden_size)
         self.language: Language = build_language_model(config.language)
@@ -103,7 +112,7 @@ class Blip2Matcher(nn.Module):
         super().__init__()
         self.config = config
         width = config.qformer.hidden_size
-        self.vision = VisionTransformer(config.vision)
+        self.vision = build_image_encoder(config.vision)
         self.qformer = QFormer(config.qformer)
         self.vision_projection = nn.Linear(width, config.projection_size)
         self.text_projection = nn.Linear(width, config.projection_size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -119,6 +120,16 @@ class VisionTransformer(nn.Module):
         if kept < num_prefix:
             x_BPD = torch.cat([x_BPD[:, :kept], x_BPD[:, num_prefix:]], dim=1)
         return self.final_norm(x_BPD)
+
+    @torch.no_grad()
+    def resize(self, size: int) -> None:
+        """Make it one of pictures of ``size`` pixels, a multiple of the patches' side: the positions are interpolated
+        once (bicubic, ``align_corners`` False, the class token's kept), as ``interpolate_pos_embed`` of
+        ``eva_vit.py`` does it."""
+        side = size // self.config.patch_size
+        positions_1PD = positions_of(self.config, self.position_embedding, side, side).clone()
+        self.position_embedding = nn.Parameter(positions_1PD, self.position_embedding.requires_grad)
+        self.config = replace(self.config, image_size=size)
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """Pixels as for `embed` to ``float[B, P, D]``, before the last layer norm."""

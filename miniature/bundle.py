@@ -15,7 +15,13 @@ def bundle(work: Path, out: Path) -> None:
     for made, name in (("stage2", "generative"), ("stage1", "matching")):
         folder = work / made
         model = checkpoint.load(folder)
-        checkpoint.save(model, out / name, tokenizer=folder / "tokenizer.json", dtype=torch.float16)
+        checkpoint.save(
+            model,
+            out / name,
+            tokenizer=folder / "tokenizer.json",
+            dtype=torch.float16,
+            settings=checkpoint.image_settings(folder),
+        )
         size = (out / name / "model.safetensors").stat().st_size
         print(f"{out / name}: {size / 1e6:.1f} MB")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +28,18 @@ LANGUAGE = OPTConfig(
 NEWLINE = "\n"
 
 
-def segments(seed: int, split: str) -> list[tuple[str, float]]:
+MakeScene = Callable[[int, str], Any]
+"""A scene of a seed and a split, with what `texts` asks of one."""
+
+
+def segments(seed: int, split: str, make_scene: MakeScene = world.make_scene) -> list[tuple[str, float]]:
     """One text document as pieces with their weight in the loss: a description, then what is said about it.
 
     Answers weigh most. What cannot be known (which question comes next) weighs little, and whether a dialogue
     goes on after an answer weighs nothing, so that the model learns to stop there.
     """
     chance = random.Random(f"document {split} {seed}")
-    scene = world.make_scene(seed, split)
+    scene = make_scene(seed, split)
     pieces = [(texts.description(scene, chance), 0.3), ("</s>", 0.0)]
     if chance.random() < 0.7:
         pieces += [(chance.choice(texts.captions(scene, chance)), 1.0), (NEWLINE, 1.0)]
@@ -50,29 +55,33 @@ def segments(seed: int, split: str) -> list[tuple[str, float]]:
     return pieces
 
 
-def make_tokenizer(num_documents: int = 8000) -> Tokenizer:
+def make_tokenizer(
+    num_documents: int = 8000, vocab_size: int = LANGUAGE.vocab_size, make_scene: MakeScene = world.make_scene
+) -> Tokenizer:
     """Byte-level BPE with OPT's special tokens in OPT's places; the newline that ends an answer is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LANGUAGE.vocab_size - 8,
+        vocab_size=vocab_size - 8,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    documents = ("".join(text for text, _ in segments(seed, "train")) for seed in range(num_documents))
+    documents = ("".join(text for text, _ in segments(seed, "train", make_scene)) for seed in range(num_documents))
     tokenizer.train_from_iterator((document.replace("</s>", "") for document in documents), trainer)
     tokenizer.add_special_tokens(["<image>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     return tokenizer
 
 
-def document_tokens(tokenizer: Tokenizer, seed: int, split: str) -> tuple[list[int], list[float], int]:
+def document_tokens(
+    tokenizer: Tokenizer, seed: int, split: str, make_scene: MakeScene = world.make_scene
+) -> tuple[list[int], list[float], int]:
     """Token ids, the weight of each as a target, and where the description ends."""
     tokens: list[int] = []
     weights: list[float] = []
-    pieces = segments(seed, split)
+    pieces = segments(seed, split, make_scene)
     for text, weight in pieces:
         ids = [2] if text == "</s>" else tokenizer.encode(text, add_special_tokens=False).ids
         tokens += ids
@@ -80,15 +89,19 @@ def document_tokens(tokenizer: Tokenizer, seed: int, split: str) -> tuple[list[i
     return tokens, weights, tokens.index(2)
 
 
-def language_documents(tokenizer: Tokenizer, first: int, count: int, split: str) -> list[tuple]:
-    work = [(tokenizer.to_str(), start, min(2000, count), split) for start in range(first, first + count, 2000)]
+def language_documents(
+    tokenizer: Tokenizer, first: int, count: int, split: str, make_scene: MakeScene = world.make_scene
+) -> list[tuple]:
+    starts = range(first, first + count, 2000)
+    work = [(tokenizer.to_str(), start, min(2000, count), split, make_scene) for start in starts]
     with ProcessPoolExecutor(2) as pool:
         return [document for part in pool.map(_documents, work) for document in part]
 
 
-def _documents(work: tuple[str, int, int, str]) -> list[tuple]:
-    tokenizer = Tokenizer.from_str(work[0])
-    return [document_tokens(tokenizer, seed, work[3]) for seed in range(work[1], work[1] + work[2])]
+def _documents(work: tuple[str, int, int, str, MakeScene]) -> list[tuple]:
+    text, first, count, split, make_scene = work
+    tokenizer = Tokenizer.from_str(text)
+    return [document_tokens(tokenizer, seed, split, make_scene) for seed in range(first, first + count)]
 
 
 def new_language_model(config: OPTConfig) -> OPT:
@@ -153,13 +166,15 @@ def collate(documents: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def language_accuracy(model: OPT, tokenizer: Tokenizer, split: str, count: int = 150) -> dict[str, float]:
+def language_accuracy(
+    model: OPT, tokenizer: Tokenizer, split: str, count: int = 150, make_scene: MakeScene = world.make_scene
+) -> dict[str, float]:
     """Questions about described scenes, each asked on its own: the share of answers right to the letter, by type."""
     end = tokenizer.encode(NEWLINE, add_special_tokens=False).ids[0]
     asked: list[tuple[str, list[int], str]] = []
     for seed in range(10_000_000, 10_000_000 + count):
         chance = random.Random(seed)
-        scene = world.make_scene(seed, split)
+        scene = make_scene(seed, split)
         prefix = tokenizer.encode(texts.description(scene, chance), add_special_tokens=False).ids + [2]
         dialogues = [[question] for question in texts.questions(scene, chance)] + texts.dialogues(scene, chance)
         for dialogue in dialogues:
@@ -168,6 +183,7 @@ def language_accuracy(model: OPT, tokenizer: Tokenizer, split: str, count: int =
                 history += f"Question: {turn.question} Answer:"
                 asked.append((turn.type, prefix + tokenizer.encode(history, add_special_tokens=False).ids, turn.answer))
                 history += f" {turn.answer}. "
+    nouns = {noun: name for name, kind in scene.kinds.items() for noun in (kind.singular, kind.plural)}
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(asked), 200):
         part = asked[start : start + 200]
@@ -183,16 +199,27 @@ def language_accuracy(model: OPT, tokenizer: Tokenizer, split: str, count: int =
             ids = ids[: ids.index(end)] if end in ids else ids
             said = tokenizer.decode(ids).strip()
             is_list = kind in ("list", "where")  # in any order
-            right[kind].append(texts.read_caption(said) == texts.read_caption(wanted) if is_list else said == wanted)
+            pair = [texts.read_caption(text, nouns) for text in (said, wanted)]
+            right[kind].append(pair[0] == pair[1] if is_list else said == wanted)
     return {kind: round(float(np.mean(values)), 4) for kind, values in sorted(right.items())}
 
 
-def train_language(out: Path, steps: int, batch_size: int, num_documents: int) -> None:
+def train_language(
+    out: Path,
+    steps: int,
+    batch_size: int,
+    num_documents: int,
+    vocab_size: int = LANGUAGE.vocab_size,
+    new_model: Callable[[Tokenizer], OPT] = lambda tokenizer: new_language_model(LANGUAGE),
+    make_scene: MakeScene = world.make_scene,
+    test_split: str = "test",
+) -> None:
+    """To ``out``, with tokenizer.json beside it."""
     path = out.with_name("tokenizer.json")
     if not path.exists():
-        make_tokenizer().save(str(path))
+        make_tokenizer(vocab_size=vocab_size, make_scene=make_scene).save(str(path))
     tokenizer = Tokenizer.from_file(str(path))
-    documents = language_documents(tokenizer, 0, num_documents, "train")
+    documents = language_documents(tokenizer, 0, num_documents, "train", make_scene)
     print(f"{num_documents} documents of {np.mean([len(d[0]) for d in documents]):.0f} tokens", flush=True)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -204,21 +231,23 @@ def train_language(out: Path, steps: int, batch_size: int, num_documents: int) -
             yield from map(collate, parts)
 
     train(
-        new_language_model(LANGUAGE), batches(), language_losses, steps=steps, peak=1.5e-3, checkpoint=out,
-        evaluate=lambda model: language_accuracy(model, tokenizer, "test"),
+        new_model(tokenizer), batches(), language_losses, steps=steps, peak=1.5e-3, checkpoint=out,
+        evaluate=lambda model: language_accuracy(model, tokenizer, test_split, make_scene=make_scene),
     )  # fmt: skip
 
 
-def make_matching_tokenizer(num_documents: int = 8000) -> Tokenizer:
+def make_matching_tokenizer(
+    num_documents: int = 8000, vocab_size: int = 400, make_scene: MakeScene = world.make_scene
+) -> Tokenizer:
     """WordPiece as BERT has it, for the Q-Former's text branch; the last word is [DEC], which starts a caption."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
+        vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
     )
-    documents = ("".join(text for text, _ in segments(seed, "train")) for seed in range(num_documents))
+    documents = ("".join(text for text, _ in segments(seed, "train", make_scene)) for seed in range(num_documents))
     tokenizer.train_from_iterator((document.replace("</s>", "") for document in documents), trainer)
     tokenizer.add_special_tokens(["[DEC]"])
     cls, sep = (("[CLS]", tokenizer.token_to_id("[CLS]")), ("[SEP]", tokenizer.token_to_id("[SEP]")))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of thing: its two noun forms and the emoji that draws it."""
+    """One kind of thing: its two noun forms and the emoji that draws it, if one does."""
 
     singular: str
     plural: str
-    code_point: int
+    code_point: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,27 +91,27 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _phrase(kind: str, number: int) -> str:
-    return with_article(kind) if number == 1 else f"{NUMBERS[number]} {KINDS[kind].plural}"
+def _phrase(scene: Scene, kind: str, number: int) -> str:
+    return with_article(kind) if number == 1 else f"{NUMBERS[number]} {scene.kinds[kind].plural}"
 
 
-def _the(kind: str, number: int) -> str:
-    return f"the {kind}" if number == 1 else f"the {KINDS[kind].plural}"
+def _the(scene: Scene, kind: str, number: int) -> str:
+    return f"the {kind}" if number == 1 else f"the {scene.kinds[kind].plural}"
 
 
-def _fill(template: str, kind: str, number: int = 0) -> str:
-    is_the = f"{'is' if number == 1 else 'are'} {_the(kind, number)}"
-    return template.format(one=with_article(kind), many=KINDS[kind].plural, is_the=is_the)
+def _fill(scene: Scene, template: str, kind: str, number: int = 0) -> str:
+    is_the = f"{'is' if number == 1 else 'are'} {_the(scene, kind, number)}"
+    return template.format(one=with_article(kind), many=scene.kinds[kind].plural, is_the=is_the)
 
 
 def _absent(scene: Scene) -> list[str]:
     present = scene.counts()
-    return [kind for kind in KINDS if kind not in present]
+    return [kind for kind in scene.kinds if kind not in present]
 
 
 def plain_caption(scene: Scene, rng: random.Random) -> str:
     """Every kind with its count in random order: "a cat, three apples and two buses"."""
-    phrases = [_phrase(kind, number) for kind, number in scene.counts().items()]
+    phrases = [_phrase(scene, kind, number) for kind, number in scene.counts().items()]
     rng.shuffle(phrases)
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]]) if len(phrases) > 1 else phrases[0]
 
@@ -127,13 +127,14 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
 def _count(scene: Scene, rng: random.Random) -> list[Question]:
     return [
-        Question("count", _fill(rng.choice(_COUNT), kind), NUMBERS[number]) for kind, number in scene.counts().items()
+        Question("count", _fill(scene, rng.choice(_COUNT), kind), NUMBERS[number])
+        for kind, number in scene.counts().items()
     ]
 
 
 def _count_absent(scene: Scene, rng: random.Random) -> list[Question]:
     kinds = rng.sample(_absent(scene), 3)
-    return [Question("count_absent", _fill(rng.choice(_COUNT), kind), NUMBERS[0]) for kind in kinds]
+    return [Question("count_absent", _fill(scene, rng.choice(_COUNT), kind), NUMBERS[0]) for kind in kinds]
 
 
 def _exist(scene: Scene, rng: random.Random) -> list[Question]:
@@ -143,18 +144,18 @@ def _exist(scene: Scene, rng: random.Random) -> list[Question]:
     pairs = [(kind, "yes") for kind in asked] + [(kind, "no") for kind in rng.sample(_absent(scene), 2)]
     templates = rng.sample(_EXIST, 4)
     return [
-        Question("exist", _fill(template, kind), answer)
+        Question("exist", _fill(scene, template, kind), answer)
         for template, (kind, answer) in zip(templates, pairs, strict=True)
     ]
 
 
 def _background(scene: Scene, rng: random.Random) -> list[Question]:
-    return [Question("background", rng.choice(_BACKGROUND), scene.background)]
+    return [Question("background", rng.choice(_BACKGROUND), scene.background)] if scene.background else []
 
 
 def _side(scene: Scene, rng: random.Random) -> list[Question]:
     return [
-        Question("side", _fill(rng.choice(_SIDE), kind, number), side)
+        Question("side", _fill(scene, rng.choice(_SIDE), kind, number), side)
         for kind, number in scene.counts().items()
         if (side := scene.side(kind))
     ]
@@ -162,7 +163,7 @@ def _side(scene: Scene, rng: random.Random) -> list[Question]:
 
 def _height(scene: Scene, rng: random.Random) -> list[Question]:
     return [
-        Question("height", _fill(_HEIGHT, kind, number), height)
+        Question("height", _fill(scene, _HEIGHT, kind, number), height)
         for kind, number in scene.counts().items()
         if (height := scene.height_of(kind))
     ]
@@ -178,7 +179,7 @@ def _where(scene: Scene, rng: random.Random) -> list[Question]:
     if not all(sides.values()):
         return []
     return [
-        Question("where", f"what is on the {side}?", _phrase(kinds[0], scene.counts()[kinds[0]]))
+        Question("where", f"what is on the {side}?", _phrase(scene, kinds[0], scene.counts()[kinds[0]]))
         for side in ("left", "right")
         if len(kinds := [kind for kind, its_side in sides.items() if its_side == side]) == 1
     ]
@@ -226,7 +227,7 @@ def _place_turns(scene: Scene, kind: str, pronoun: bool) -> list[Question]:
     """Follow-up turns on the place of a kind, as far as it is clear."""
     number = scene.counts()[kind]
     verb = "is" if number == 1 else "are"
-    name = ("it" if number == 1 else "they") if pronoun else _the(kind, number)
+    name = ("it" if number == 1 else "they") if pronoun else _the(scene, kind, number)
     side, height, turns = scene.side(kind), scene.height_of(kind), []
     if side:
         wording = f"which side {verb} {name} on?" if pronoun else f"and on which side {verb} {name}?"
@@ -244,9 +245,9 @@ def _number_dialogue(scene: Scene, rng: random.Random) -> list[Question]:
     others = present[1:] + rng.sample(_absent(scene), max(1, len(present) - 1))
     rng.shuffle(others)
     kind = present[0]
-    turns = [Question("count", _fill(rng.choice(_COUNT), kind), NUMBERS[counts[kind]])]
+    turns = [Question("count", _fill(scene, rng.choice(_COUNT), kind), NUMBERS[counts[kind]])]
     for other in others[: rng.randint(1, 2)]:
-        turns.append(_followup(f"and {KINDS[other].plural}?", NUMBERS[counts.get(other, 0)]))
+        turns.append(_followup(f"and {scene.kinds[other].plural}?", NUMBERS[counts.get(other, 0)]))
     return turns + _place_turns(scene, kind, pronoun=False)
 
 
@@ -255,7 +256,7 @@ def _yes_dialogue(scene: Scene, rng: random.Random) -> list[Question]:
     kind = rng.choice(list(scene.counts()))
     number = scene.counts()[kind]
     return [
-        Question("exist", _fill(rng.choice(_EXIST), kind), "yes"),
+        Question("exist", _fill(scene, rng.choice(_EXIST), kind), "yes"),
         _followup("how many?", NUMBERS[number]),
         *_place_turns(scene, kind, pronoun=True),
     ]
@@ -265,10 +266,10 @@ def _no_dialogue(scene: Scene, rng: random.Random) -> list[Question]:
     """ "are there any buses?" "no", "and cars?" "yes", "how many?" "three"."""
     first, second = rng.sample(_absent(scene), 2)
     kind = rng.choice(list(scene.counts()))
-    turns = [Question("exist", _fill(rng.choice(_EXIST), first), "no")]
+    turns = [Question("exist", _fill(scene, rng.choice(_EXIST), first), "no")]
     if rng.random() < 0.4:
-        turns.append(_followup(f"and {KINDS[second].plural}?", "no"))
-    turns.append(_followup(f"and {KINDS[kind].plural}?", "yes"))
+        turns.append(_followup(f"and {scene.kinds[second].plural}?", "no"))
+    turns.append(_followup(f"and {scene.kinds[kind].plural}?", "yes"))
     turns.append(_followup("how many?", NUMBERS[scene.counts()[kind]]))
     return turns + _place_turns(scene, kind, pronoun=True)
 
@@ -280,9 +281,9 @@ def _list_dialogue(scene: Scene, rng: random.Random) -> list[Question]:
     other = rng.choice(present[1:2] + rng.sample(_absent(scene), 1))
     return [
         *_list(scene, rng),
-        _followup(_fill(rng.choice(_COUNT), present[0]), NUMBERS[counts[present[0]]]),
-        _followup(f"and {KINDS[other].plural}?", NUMBERS[counts.get(other, 0)]),
-        _followup("and the background color?", scene.background),
+        _followup(_fill(scene, rng.choice(_COUNT), present[0]), NUMBERS[counts[present[0]]]),
+        _followup(f"and {scene.kinds[other].plural}?", NUMBERS[counts.get(other, 0)]),
+        *([_followup("and the background color?", scene.background)] if scene.background else []),
     ]
 
 
@@ -294,10 +295,10 @@ def _side_dialogue(scene: Scene, rng: random.Random) -> list[Question]:
     if not clear:
         return []
     rng.shuffle(clear)
-    turns = [Question("side", _fill(rng.choice(_SIDE), clear[0], counts[clear[0]]), sides[clear[0]])]
-    turns += [_followup(f"and {_the(kind, counts[kind])}?", sides[kind]) for kind in clear[1:]]
+    turns = [Question("side", _fill(scene, rng.choice(_SIDE), clear[0], counts[clear[0]]), sides[clear[0]])]
+    turns += [_followup(f"and {_the(scene, kind, counts[kind])}?", sides[kind]) for kind in clear[1:]]
     asked = rng.choice(clear)
-    return [*turns, _followup(f"and how many {KINDS[asked].plural} are there?", NUMBERS[counts[asked]])]
+    return [*turns, _followup(f"and how many {scene.kinds[asked].plural} are there?", NUMBERS[counts[asked]])]
 
 
 def dialogues(scene: Scene, rng: random.Random) -> list[list[Question]]:
@@ -310,9 +311,9 @@ def dialogues(scene: Scene, rng: random.Random) -> list[list[Question]]:
 
 def description(scene: Scene, rng: random.Random) -> str:
     """All facts of the scene in random order, enough to answer every question: "two dogs left top , ..."."""
-    facts = [f"{scene.background} background"]
+    facts = [f"{scene.background} background"] if scene.background else []
     for kind, number in scene.counts().items():
-        noun = kind if number == 1 else KINDS[kind].plural
+        noun = kind if number == 1 else scene.kinds[kind].plural
         words = (NUMBERS[number], noun, scene.side(kind), scene.height_of(kind))
         facts.append(" ".join(word for word in words if word))
     rng.shuffle(facts)
@@ -323,13 +324,14 @@ KIND_OF = {word: kind.singular for kind in KINDS.values() for word in (kind.sing
 _ARTICLE_NUMBERS = {"a": 1, "an": 1} | {word: number for number, word in enumerate(NUMBERS)}
 
 
-def read_caption(caption: str) -> Counter[str] | None:
-    """Kinds and counts that a caption names; None if any word of it is something else."""
+def read_caption(caption: str, kind_of: Mapping[str, str] = KIND_OF) -> Counter[str] | None:
+    """Kinds and counts that a caption names; None if any word of it is something else. ``kind_of``: the kind of each
+    noun."""
     caption = re.sub(r"^there (is|are) ", "", caption)
     counts: Counter[str] = Counter()
     for phrase in re.split(r", | and ", caption):
         number, _, noun = phrase.partition(" ")
-        if number not in _ARTICLE_NUMBERS or noun not in KIND_OF or KIND_OF[noun] in counts:
+        if number not in _ARTICLE_NUMBERS or noun not in kind_of or kind_of[noun] in counts:
             return None
-        counts[KIND_OF[noun]] = _ARTICLE_NUMBERS[number]
+        counts[kind_of[noun]] = _ARTICLE_NUMBERS[number]
     return counts

@@ -28,15 +28,17 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from miniature.glyphs import FONT_PATH as FONT_PATH
 from miniature.glyphs import OTHERS, STRANGERS, sprite
-from miniature.texts import KINDS, captions, description, dialogues, sample_questions
+from miniature.texts import KINDS, Kind, captions, description, dialogues, sample_questions
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Scene:
     shades: tuple[Color, Color]
     texture_seed: int
     objects: tuple[Object, ...]
+    kinds: ClassVar[dict[str, Kind]] = KINDS
 
     def counts(self) -> dict[str, int]:
         """How often each present kind occurs."""
@@ -180,7 +183,7 @@ Region = tuple[tuple[float, float], tuple[float, float]]  # where centres may li
 ANYWHERE: Region = ((0, 1), (0, 1))
 
 
-def _choose_regions(rng: random.Random, kinds: list[str], scattered: float) -> list[Region]:
+def choose_regions(rng: random.Random, kinds: list[str], scattered: float) -> list[Region]:
     """Some scenes scatter freely; the others keep each kind to a half or a quarter of the canvas."""
     if rng.random() < scattered:
         return [ANYWHERE] * len(kinds)
@@ -239,7 +242,7 @@ def _place(rng: random.Random, size: tuple[int, int], wishes: list[_Wish]) -> tu
 def _choose_objects(rng: random.Random, mix: Mix, size: tuple[int, int]) -> tuple[Object, ...]:
     kinds = _choose_kinds(rng, mix)
     counts = _choose_counts(rng, kinds, mix.most)
-    regions = _choose_regions(rng, kinds, mix.scattered)
+    regions = choose_regions(rng, kinds, mix.scattered)
     crowd = (sum(counts) - 1) / (mix.most - 1)
     ceiling = LARGEST - 0.1 * crowd
     base = rng.uniform(SMALLEST, ceiling / 1.15)
@@ -342,15 +345,29 @@ def _write_row(job: tuple[str, str, int, int]) -> str:
     return json.dumps(row)
 
 
-def write_split(folder: str | Path, split: str, count: int, seed: int, workers: int = 2) -> None:
-    """Write `count` pictures under folder/images and their texts to folder/rows.jsonl, which appears last."""
+Job = tuple[str, str, int, int]
+"""A folder, a split, a seed and the number of a scene."""
+
+
+def write_split(
+    folder: str | Path,
+    split: str,
+    count: int,
+    seed: int,
+    workers: int = 2,
+    write_row: Callable[[Job], str] = _write_row,
+) -> None:
+    """Write `count` pictures under folder/images and their texts to folder/rows.jsonl, which appears last.
+
+    ``write_row``: draws and saves one, and gives its line.
+    """
     folder = Path(folder)
     for start in range(0, count, 1000):
         (folder / f"images/{start // 1000:02d}").mkdir(parents=True, exist_ok=True)
     jobs = ((str(folder), split, seed, index) for index in range(count))
     unfinished, begin = folder / "rows.jsonl.part", time.monotonic()
     with multiprocessing.Pool(workers) as pool, unfinished.open("w", encoding="utf-8") as rows:
-        for done, line in enumerate(pool.imap(_write_row, jobs, chunksize=32), start=1):
+        for done, line in enumerate(pool.imap(write_row, jobs, chunksize=32), start=1):
             rows.write(line + "\n")
             if done % 500 == 0 or done == count:
                 rate = done / (time.monotonic() - begin)

@@ -19,7 +19,7 @@ ORDER = [
     {"native", "linear", "threads", "tensorfile", "published"},
     {"finite", "scores", "dropout"},
     {"layers", "quantized"},
-    {"image", "encoded", "vision", "qformer", "text", "language", "template"},
+    {"image", "encoded", "vision", "convolutional", "qformer", "text", "language", "template"},
     {"model"},
     {"checkpoint", "generation", "data"},
     {"tasks", "placement", "collection"},

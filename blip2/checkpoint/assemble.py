@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.checkpoint.bert import ALIASES, bert_config, read_bert
+from blip2.checkpoint.convolutions import LiteEncoder
 from blip2.checkpoint.encoders import Encoder
 from blip2.checkpoint.files import QFORMER_TOKENIZER
 from blip2.checkpoint.frozen import frozen_files, is_same, models_in, parts_of
@@ -91,7 +92,7 @@ def qformer_start(name: str, tokenizer: str | None = None) -> Start:
 def assemble(
     out: Path,
     *,
-    vision: Encoder,
+    vision: Encoder | LiteEncoder,
     qformer: Start,
     language: str | None = None,
     num_queries: int | None = None,
@@ -153,7 +154,7 @@ def _disk_of(path: Path) -> int:
 def _write(
     folder: Path,
     config: Blip2Config | MatcherConfig,
-    vision: Encoder,
+    vision: Encoder | LiteEncoder,
     qformer: Start,
     language: Weights,
     tokenizer: str,

@@ -34,4 +34,4 @@ def damage(model: Blip2 | Blip2Matcher) -> str | None:
 
 def why_not_finite(model: Blip2 | Blip2Matcher) -> str:
     """`damage`, or if there is none, that numbers overflow."""
-    return damage(model) or overflow(model.vision.position_embedding.dtype)
+    return damage(model) or overflow(model.vision.patch_embedding.weight.dtype)

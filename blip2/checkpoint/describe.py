@@ -16,7 +16,7 @@ from blip2.checkpoint.names import resolve
 from blip2.checkpoint.precision import Precision, choose_precision
 from blip2.checkpoint.quantize import OUTPUT, Quantization, bits_of_layers, put_linears
 from blip2.checkpoint.reader import find_tensors
-from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, T5Config, VisionConfig
+from blip2.config import Blip2Config, ConvolutionalConfig, LanguageConfig, MatcherConfig, T5Config, VisionConfig
 from blip2.linear import Table, is_worth_packing
 from blip2.published import PUBLISHED
 from blip2.quantized import QuantizedLinear
@@ -142,11 +142,12 @@ def _architectures(config: Config) -> dict[str, str]:
     return lines | {"language": language_line(config.language)}
 
 
-def vision_line(vision: VisionConfig) -> str:
-    return (
-        f"{vision.num_layers} blocks of width {vision.hidden_size}, {vision.num_heads} heads; {vision.image_size} "
-        f"pixels, {vision.num_patches} patches"
-    )
+def vision_line(vision: VisionConfig | ConvolutionalConfig) -> str:
+    if isinstance(vision, ConvolutionalConfig):
+        blocks = f"EfficientNet-Lite, {vision.num_layers} blocks up to width {vision.hidden_size}"
+    else:
+        blocks = f"{vision.num_layers} blocks of width {vision.hidden_size}, {vision.num_heads} heads"
+    return f"{blocks}; {vision.image_size} pixels, {vision.num_patches} patches"
 
 
 def language_line(config: LanguageConfig) -> str:

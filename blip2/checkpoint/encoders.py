@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from blip2.checkpoint.bounds import AGAIN, BOUNDS, LARGEST_IMAGE, check_value
+from blip2.checkpoint.convolutions import LiteEncoder, lite_file, open_lite
 from blip2.checkpoint.families import BLIP2, FAMILIES, Family
 from blip2.checkpoint.keys import published_names
 from blip2.checkpoint.preprocessor import ImageSettings, image_settings
 from blip2.checkpoint.reader import Place, find_tensors
 from blip2.checkpoint.settings import parse_vision, read_json
+from blip2.checkpoint.vision_fields import CONVOLUTIONAL, parse_convolutional
 from blip2.config import VisionConfig
 from blip2.errors import CheckpointError, OptionError, option
+from blip2.model import Vision, build_image_encoder
 from blip2.vision import VisionTransformer, positions_of
 
 Layer = Literal["second-last", "last"]
@@ -164,17 +167,32 @@ class _Weights:
 
 
 def open_encoder(
-    folder: Path, *, layer: Layer = "second-last", class_token: bool = True, image_size: int | None = None
-) -> Encoder:
-    """The encoder in a folder as it was published: config.json, preprocessor_config.json, model.safetensors.
+    folder: Path,
+    *,
+    layer: Layer = "second-last",
+    class_token: bool = True,
+    image_size: int | None = None,
+    whole_picture: bool = False,
+) -> Encoder | LiteEncoder:
+    """The encoder in a folder as it was published: config.json, preprocessor_config.json, model.safetensors; or the
+    file of an EfficientNet-Lite.
 
     ``layer``: the one whose output the Q-Former sees: the second-last, as in the paper, or the last, with the norm
     that the family puts on it. ``class_token``: whether it is seen, where there is one. ``image_size``: the side of a
-    picture in pixels, if it is to be another than preprocessor_config.json says.
+    picture in pixels, if it is to be another than preprocessor_config.json says. ``whole_picture``: all of a picture
+    becomes the square that is seen, where the encoder was trained with the middle of it.
 
     Raises `CheckpointError` for a family that is not known and for what is not built here, OptionError for a layer
     or a size that cannot be.
     """
+    encoder = _open(folder, layer, class_token, image_size)
+    return replace(encoder, settings=replace(encoder.settings, shortest_edge=None)) if whole_picture else encoder
+
+
+def _open(folder: Path, layer: Layer, class_token: bool, image_size: int | None) -> Encoder | LiteEncoder:
+    if (file := lite_file(folder)) is not None:
+        _check_layer(layer)
+        return _lite_of_size(open_lite(file, has_head=layer == "last"), image_size)
     path = folder / "config.json"
     content = read_json(path)
     kind = content.get("model_type")
@@ -189,6 +207,9 @@ def open_encoder(
     try:
         if not isinstance(section, dict):
             raise ValueError(f"vision_config is not a JSON object; {AGAIN}")
+        if section.get("model_type") == CONVOLUTIONAL:
+            lite = LiteEncoder(folder, parse_convolutional(section), image_settings(folder))
+            return _lite_of_size(lite, image_size)
         said = family.defaults | {key: value for key, value in section.items() if value is not None}
         trained = parse_vision(said) if family is BLIP2 else _config(family, said)
         said.setdefault("num_hidden_layers", trained.num_layers)
@@ -206,11 +227,11 @@ def open_encoder(
     return Encoder(folder, replace(trained, image_size=settings.size), settings, family, trained, said)
 
 
-def load_encoder(folder: Path, **options: Any) -> tuple[VisionTransformer, ImageSettings]:
+def load_encoder(folder: Path, **options: Any) -> tuple[Vision, ImageSettings]:
     """As `open_encoder`: the encoder by itself with its weights, and its image settings."""
     encoder = open_encoder(folder, **options)
     with torch.device("meta"):
-        vision = VisionTransformer(encoder.config)
+        vision = build_image_encoder(encoder.config)
     for name, tensor in encoder.tensors():
         module_name, _, last = name.rpartition(".")
         setattr(vision.get_submodule(module_name), last, nn.Parameter(tensor))
@@ -253,8 +274,7 @@ def _side(size: Any) -> Any:
 
 def _cut(config: VisionConfig, family: Family, layer: str, path: Path) -> VisionConfig:
     """The encoder as far as the layer whose output is seen."""
-    if layer not in get_args(Layer):
-        raise OptionError(f"{option('layer')} is {layer!r}; use {' or '.join(get_args(Layer))}")
+    _check_layer(layer)
     if family is BLIP2:
         if layer == "last":
             raise OptionError(f"{path}: a BLIP-2 is without the last layer of its image encoder; take the second-last")
@@ -264,6 +284,17 @@ def _cut(config: VisionConfig, family: Family, layer: str, path: Path) -> Vision
     if config.num_layers == 1:
         raise CheckpointError(f"{path}: num_hidden_layers is 1, and there is no second-last layer; take the last")
     return replace(config, num_layers=config.num_layers - 1)
+
+
+def _check_layer(layer: str) -> None:
+    if layer not in get_args(Layer):
+        raise OptionError(f"{option('layer')} is {layer!r}; use {' or '.join(get_args(Layer))}")
+
+
+def _lite_of_size(encoder: LiteEncoder, image_size: int | None) -> LiteEncoder:
+    """Convolutions have no positions: any size does."""
+    settings = encoder.settings if image_size is None else _of_size(encoder.settings, image_size)
+    return replace(encoder, settings=settings, config=replace(encoder.config, image_size=settings.size))
 
 
 def _of_size(settings: ImageSettings, size: int) -> ImageSettings:

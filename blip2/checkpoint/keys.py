@@ -10,6 +10,7 @@ from __future__ import annotations
 from blip2.checkpoint.gpts import BEFORE, TRANSPOSED, gpt_names
 from blip2.config import (
     Blip2Config,
+    ConvolutionalConfig,
     DecoderConfig,
     LanguageConfig,
     MatcherConfig,
@@ -37,6 +38,16 @@ VISION_LAYER: Table = {
     "vision.blocks.{}.norm2.*": "vision_model.encoder.layers.{}.layer_norm2.*",
     "vision.blocks.{}.fc1.*": "vision_model.encoder.layers.{}.mlp.fc1.*",
     "vision.blocks.{}.fc2.*": "vision_model.encoder.layers.{}.mlp.fc2.*",
+}
+# Ours, both: the published layout has no convolutions.
+CONVOLUTIONAL: Table = {
+    "vision.patch_embedding.*": "vision_model.embeddings.patch_embedding.*",
+    "vision.head.*": "vision_model.head.*",
+    "vision.post_norm.*": "vision_model.post_layernorm.*",
+}
+CONVOLUTIONAL_LAYER: Table = {
+    f"vision.blocks.{{}}.{part}.*": f"vision_model.encoder.layers.{{}}.{part}.*"
+    for part in ("expand", "depthwise", "project")
 }
 
 QFORMER: Table = {
@@ -216,7 +227,7 @@ def table(config: Config) -> Table:
     alone they are those of its own files."""
     if not isinstance(config, Blip2Config | MatcherConfig):
         return {ours: _alone(theirs) for ours, theirs in _language(config).items()}
-    full = _vision(config.vision) | _qformer(config.qformer)
+    full = image_encoder_table(config.vision) | _qformer(config.qformer)
     if isinstance(config, Blip2Config):
         full |= _expand(INSTRUCT) if config.reads_prompt else {}
         return full | _expand(PROJECTION) | _language(config.language)
@@ -242,7 +253,10 @@ def published_names(theirs: str) -> list[str]:
     return [f"{start}.{part}.{end}" for part in (first, *others.split("|"))]
 
 
-def _vision(config: VisionConfig) -> Table:
+def image_encoder_table(config: VisionConfig | ConvolutionalConfig) -> Table:
+    """As `table`, of the image encoder alone."""
+    if isinstance(config, ConvolutionalConfig):
+        return _convolutional(config)
     names = _expand(VISION) | _expand(VISION_LAYER, range(config.num_layers))
     if not config.has_patch_bias:
         del names["vision.patch_embedding.bias"]
@@ -250,6 +264,13 @@ def _vision(config: VisionConfig) -> Table:
         del names["vision.pre_norm.weight"], names["vision.pre_norm.bias"]
     if not config.has_final_norm:
         del names["vision.final_norm.weight"], names["vision.final_norm.bias"]
+    return names
+
+
+def _convolutional(config: ConvolutionalConfig) -> Table:
+    names = _expand(CONVOLUTIONAL) | _expand(CONVOLUTIONAL_LAYER, range(config.num_layers))
+    for absent in ("vision.blocks.0.expand", *([] if config.has_head else ["vision.head"])):
+        del names[f"{absent}.weight"], names[f"{absent}.bias"]
     return names
 
 

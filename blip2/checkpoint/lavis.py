@@ -33,7 +33,7 @@ from blip2.checkpoint.save import write_model
 from blip2.checkpoint.settings import config_json, read_config, read_quantization
 from blip2.checkpoint.tensors import named_tensors
 from blip2.checkpoint.vision_fields import extra_fields
-from blip2.config import CLIP_VIT_L, Blip2Config, MatcherConfig, VisionConfig
+from blip2.config import CLIP_VIT_L, Blip2Config, ConvolutionalConfig, MatcherConfig, VisionConfig
 from blip2.disk import written
 from blip2.errors import CheckpointError
 from blip2.plaintext import read_text
@@ -107,6 +107,8 @@ def convert_from_lavis(
         if place and not _names(found, part):  # whole from one place: half fine-tuned, half original would be neither
             found |= frozen_part(place, part, family)
     config = _fitted(like_config, family, trained, found)
+    assert isinstance(config.vision, VisionConfig)
+    is_clip = config.vision.has_pre_norm
     wanted = _wanted(config)
     _check(found, wanted, path)
     for name in sorted(trained.keys() - wanted.keys()):
@@ -116,7 +118,7 @@ def convert_from_lavis(
         for done, (name, shape) in enumerate(wanted.items(), start=1):
             tensor = found[name].read()
             if tensor.shape != shape:
-                tensor = _resized(tensor, shape[1], align_corners=config.vision.has_pre_norm)
+                tensor = _resized(tensor, shape[1], align_corners=is_clip)
             if progress is not None:
                 progress(done, len(wanted))
             yield name, tensor
@@ -151,6 +153,7 @@ def convert_to_lavis(
         tensors[name] = found[name].read()
         if progress is not None:
             progress(done, len(names))
+    assert isinstance(config.vision, VisionConfig)
     state = to_authors(tensors, folder, family=_family(config), is_clip=config.vision.has_pre_norm)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(out_path) as unfinished:
@@ -240,6 +243,8 @@ def _config(folder: Path) -> Config:
             f"{folder}: its language model is a {config.language.kind}; the authors' files have names for an OPT, a T5 "
             "or a Vicuna only, keep this one as it is"
         )
+    if isinstance(config.vision, ConvolutionalConfig):
+        raise CheckpointError(f"{folder}: sees by convolutions, for which the authors' files have no names; keep it so")
     return config
 
 
@@ -260,6 +265,7 @@ def _check_kind(family: str | None, reads_prompt: bool, like: Config, path: Path
 def _fitted(like: Config, family: str | None, trained: Weights, found: Weights) -> Config:
     """The configuration of ``like``, changed where the weights say otherwise and the change is known."""
     vision, qformer = like.vision, like.qformer
+    assert isinstance(vision, VisionConfig)
     norm = trained.get(f"{POST_NORM}weight")
     if norm is not None and norm.shape[0] != vision.hidden_size and norm.shape[0] in VISION_OF_WIDTH:
         vision = replace(VISION_OF_WIDTH[norm.shape[0]], image_size=vision.image_size)

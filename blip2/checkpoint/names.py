@@ -11,10 +11,18 @@ from blip2.published import PUBLISHED
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
 BUNDLED = {"miniature": MINIATURE / "generative", "miniature-itm": MINIATURE / "matching"}
+MADE = {"photographs": "generative", "photographs-itm": "matching"}
+"""Those that a person makes (``make photographs`` in the repository), and their folders in `made_folder`."""
+
+
+def made_folder() -> Path:
+    """Of the models of `MADE`, in the user's folder for data."""
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
+    return Path(data) / "blip2" / "photographs"
 
 
 def resolve(name: str | Path | None = None, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder of a model; None is the bundled miniature, ``miniature-itm`` its matching half.
+    """The folder of a model; None is the bundled miniature, ``miniature-itm`` its matching half; those of `MADE`, too.
 
     A name that is no folder is taken for a hub repository: from the local cache if it is whole there, else fetched
     (`hub.pull`), unless ``local_files_only`` or HF_HUB_OFFLINE=1 forbid it. ``revision`` is a branch, a tag or a
@@ -34,6 +42,10 @@ def resolve(name: str | Path | None = None, *, revision: str | None = None, loca
         return BUNDLED[str(name)]
     if path.is_dir():
         return path
+    if str(name) in MADE:
+        if (folder := made_folder() / MADE[str(name)]).is_dir():
+            return folder
+        raise CheckpointError(f"{name}: is not made yet ({folder}); run make photographs in the repository")
     if path.suffix == ".pth":
         raise CheckpointError(f"{name}: is a checkpoint of the authors' code; make a folder of it with blip2 convert")
     if path.is_file():

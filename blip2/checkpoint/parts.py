@@ -14,8 +14,8 @@ from blip2.checkpoint.families import FAMILIES
 from blip2.checkpoint.load import count_parameters, empty_model
 from blip2.checkpoint.quantize import quantization
 from blip2.checkpoint.settings import LANGUAGES, read_json, read_language
+from blip2.model import build_image_encoder
 from blip2.qformer import QFormer
-from blip2.vision import VisionTransformer
 
 ENCODERS = tuple(name for name in FAMILIES if not name.endswith("_vision_model"))
 STARTS = ("bert",)
@@ -52,7 +52,7 @@ def describe_part(folder: Path) -> Lone | None:
     if family in FAMILIES:
         encoder = open_encoder(folder)
         with torch.device("meta"):
-            vision = VisionTransformer(encoder.trained)
+            vision = build_image_encoder(encoder.trained)
         token = "a class token" if encoder.config.keeps_class_token else "no class token"
         number = count_parameters(vision)
         memory = {"float32": 4 * number, "bfloat16": 2 * number}

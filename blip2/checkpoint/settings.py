@@ -18,7 +18,15 @@ from blip2.checkpoint.bounds import (
 )
 from blip2.checkpoint.decoders import KINDS, parse_decoder
 from blip2.checkpoint.fields import FIXED, MT5, OPT, QFORMER, T5
-from blip2.checkpoint.vision_fields import VISION, VISION_EXTRA, Fields, check_vision, extra_fields
+from blip2.checkpoint.vision_fields import (
+    CONVOLUTIONAL,
+    VISION,
+    VISION_EXTRA,
+    Fields,
+    check_vision,
+    parse_convolutional,
+    vision_json,
+)
 from blip2.config import (
     Blip2Config,
     DecoderConfig,
@@ -140,7 +148,9 @@ def _with_tokens_of_tokenizer(content: dict[str, Any], folder: Path) -> dict[str
 
 def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
     """The configuration in the content of a config.json; ValueError for what this package does not build."""
-    vision = parse_vision(_section(content, "vision_config"))
+    seeing = _section(content, "vision_config")
+    is_transformer = seeing.get("model_type") != CONVOLUTIONAL
+    vision = parse_vision(seeing) if is_transformer else parse_convolutional(seeing)
     fields = _section(content, "qformer_config")
     if "qformer_text_input" in fields:  # the key's name before transformers 4.46
         fields.setdefault("use_qformer_text_input", fields["qformer_text_input"])
@@ -182,7 +192,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
 
 
 def parse_vision(section: dict[str, Any]) -> VisionConfig:
-    """The image encoder in the content of a vision_config; ValueError for what this package does not build."""
+    """The vision transformer in the content of a vision_config; ValueError for what this package does not build."""
     vision = VisionConfig(**_read(section, "vision_config", (*VISION, *VISION_EXTRA)))
     check_vision(vision)
     return vision
@@ -288,26 +298,21 @@ def _write(config: Any, fields: Fields) -> dict[str, Any]:
 
 def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
     """``config.json`` as the published repositories have it; how the weights are quantised, if they are."""
-    vision = {"model_type": "blip_2_vision_model", "qkv_bias": True, **_write(config.vision, VISION)}
-    if extra := extra_fields(config.vision):
-        # For whoever reads it: this is not what the published layout calls an image encoder.
-        vision |= {"model_type": "blip2_vision_transformer", **_write(config.vision, extra)}
+    is_instruct = isinstance(config, Blip2Config) and config.reads_prompt
     qformer = {
         "model_type": "blip_2_qformer",
         "attention_probs_dropout_prob": config.qformer.dropout,
         "encoder_hidden_size": config.qformer.encoder_hidden_size,
         **_write(config.qformer, QFORMER),
     }
-    if is_instruct := isinstance(config, Blip2Config) and config.reads_prompt:
+    if is_instruct:
         qformer["model_type"] = "instructblip_qformer"
         del qformer["use_qformer_text_input"]
-        if not extra:
-            vision["model_type"] = "instructblip_vision_model"
     content: dict[str, Any] = {
         "model_type": INSTRUCT if is_instruct else BLIP2,
         "num_query_tokens": config.qformer.num_query_tokens,
         "image_token_index": config.image_token_id,
-        "vision_config": vision,
+        "vision_config": vision_json(config.vision, is_instruct=is_instruct),
         "qformer_config": qformer,
     }
     if quantization is not None:

@@ -5,10 +5,11 @@ Each row: our field, the field in the file, and what an absent one means.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
-from blip2.checkpoint.bounds import AGAIN
-from blip2.config import VisionConfig
+from blip2.checkpoint.bounds import AGAIN, BOUNDS, check_value
+from blip2.config import ConvolutionalConfig, VisionConfig
 
 Fields = tuple[tuple[str, str, Any], ...]
 
@@ -34,9 +35,46 @@ VISION_EXTRA: Fields = (
     ("has_smooth_resizing", "antialiased_positions", False),
 )
 
+CONVOLUTIONAL = "blip2_convolutional_encoder"
+"""The model_type of an image encoder of convolutions: ours, as are all of its fields."""
+SIZES = ("widths", "depths")
 
-def extra_fields(vision: VisionConfig) -> Fields:
+
+def vision_json(vision: VisionConfig | ConvolutionalConfig, *, is_instruct: bool) -> dict[str, Any]:
+    """The part of ``config.json`` that is of the image encoder; ``is_instruct``: in an InstructBLIP."""
+    if isinstance(vision, ConvolutionalConfig):
+        return {"model_type": CONVOLUTIONAL, "hidden_size": vision.hidden_size, **vars(vision)}
+    extra = extra_fields(vision)
+    # For whoever reads it: with them it is not what the published layout calls an image encoder.
+    kind = f"{'instructblip' if is_instruct else 'blip_2'}_vision_model" if not extra else "blip2_vision_transformer"
+    return {"model_type": kind, "qkv_bias": True} | {
+        theirs: getattr(vision, ours) for ours, theirs, _ in (*VISION, *extra)
+    }
+
+
+def parse_convolutional(section: dict[str, Any]) -> ConvolutionalConfig:
+    """The image encoder of convolutions in a vision_config; ValueError for what this package does not build."""
+    values: dict[str, Any] = {}
+    for name, like in vars(ConvolutionalConfig()).items():
+        value = section.get(name, like)
+        if name in SIZES:
+            if not isinstance(value, list | tuple) or len(value) != len(like):
+                raise ValueError(
+                    f"{name} is {reprlib.repr(value)} in vision_config; it should be {len(like)} numbers, such as "
+                    f"{list(like)}; {AGAIN}"
+                )
+            bounds = BOUNDS["hidden_size" if name == "widths" else "num_layers"]
+            value = tuple(check_value(name, number, 1, "vision_config", bounds) for number in value)
+        else:
+            check_value(name, value, like, "vision_config", BOUNDS.get(name))
+        values[name] = value
+    return ConvolutionalConfig(**values)
+
+
+def extra_fields(vision: VisionConfig | ConvolutionalConfig) -> Fields:
     """Those of an image encoder for which the published layout has no words."""
+    if isinstance(vision, ConvolutionalConfig):
+        return tuple((name, name, like) for name, like in vars(ConvolutionalConfig()).items())
     return tuple(row for row in VISION_EXTRA if getattr(vision, row[0]) != row[2])
 
 

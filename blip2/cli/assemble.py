@@ -11,7 +11,7 @@ from blip2.cli.options import in_bytes, with_options
 
 @click.command("assemble")
 @click.option("--vision", required=True, metavar="NAME", help="Image encoder: EVA-CLIP (in a BLIP-2), CLIP, SigLIP, "
-              "DINOv2 or v3, ViT. A folder or a name on the hub.")  # fmt: skip
+              "DINOv2 or v3, ViT. A folder, a name on the hub, or a .pth of EfficientNet-Lite.")  # fmt: skip
 @click.option("--language", metavar="NAME", help="Language model, for stage 2. A folder or a name on the hub.")
 @click.option("--qformer", default="bert-base-uncased", show_default=True, metavar="NAME",
               help="Initial weights of the Q-Former: a BERT of any size, another BLIP-2, or \"scratch\".")  # fmt: skip
@@ -22,6 +22,8 @@ from blip2.cli.options import in_bytes, with_options
               help="Layer of the image encoder that the Q-Former reads.")  # fmt: skip
 @click.option("--no-class-token", is_flag=True, help="Leave the class token out of what the Q-Former reads.")
 @click.option("--image-size", type=int, help="Image size in pixels per side.  [default: the image encoder's]")
+@click.option("--whole-picture", is_flag=True, help="Resize the whole picture to the square that is seen, where the "
+              "image encoder was trained with a crop of its middle.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the new weights.")
 @click.option("--link", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
               help="Share the frozen parts with this earlier result, or a model trained from it, by hard links that "
@@ -37,6 +39,7 @@ def command(
     layer: str,
     no_class_token: bool,
     image_size: int | None,
+    whole_picture: bool,
     seed: int,
     link: Path | None,
     out: Path,
@@ -58,7 +61,14 @@ def command(
     from blip2.checkpoint.assemble import assemble, qformer_start
     from blip2.checkpoint.describe import stored
 
-    encoder = open_encoder(resolve(vision), layer=layer, class_token=not no_class_token, image_size=image_size)  # type: ignore[arg-type]
+    place = Path(vision).expanduser()
+    encoder = open_encoder(
+        place if place.is_file() or place.suffix == ".pth" else resolve(vision),
+        layer=layer,  # type: ignore[arg-type]
+        class_token=not no_class_token,
+        image_size=image_size,
+        whole_picture=whole_picture,
+    )
     start = qformer_start(qformer, tokenizer)
     folders = assemble(
         out, vision=encoder, qformer=start, language=language, num_queries=queries, seed=seed, link=link

@@ -261,7 +261,9 @@ class Blip2Config(Config):
 
     @property
     def vision(self) -> VisionConfig:
-        return built(self, is_matching=True).vision
+        vision = built(self, is_matching=True).vision
+        assert isinstance(vision, VisionConfig)
+        return vision
 
     @property
     def qformer(self) -> QFormerConfig:
@@ -293,9 +295,17 @@ def built(config: Any, *, is_matching: bool) -> Generative | MatcherConfig:
     if is_matching:
         content["text_config"] = None
     try:
-        return parse(content)
+        parsed = parse(content)
     except ValueError as error:
         raise CheckpointError(f"the configuration cannot be built: {error}") from None
+    check_transformer(parsed, "the configuration")
+    return parsed
+
+
+def check_transformer(config: Generative | MatcherConfig, name: object) -> None:
+    """The drop-in names have a vision transformer's parts. Raises CheckpointError for another image encoder."""
+    if not isinstance(config.vision, VisionConfig):
+        raise CheckpointError(f"{name}: sees by convolutions, which transformers does not know; take blip2.load")
 
 
 def content_of(config: Any) -> dict[str, Any]:

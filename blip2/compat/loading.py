@@ -15,6 +15,7 @@ from blip2.api import find_device, find_dtype
 from blip2.checkpoint import elsewhere
 from blip2.checkpoint.adapters import Adapters
 from blip2.checkpoint.settings import read_json
+from blip2.compat.config import check_transformer
 from blip2.compat.names import unfuse
 from blip2.errors import OptionError
 from blip2.model import Blip2, Blip2Matcher
@@ -100,6 +101,7 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
     Raises TypeError for another argument, OptionError for what cannot be had, CheckpointError for the files.
     """
     folder = find_folder(name, options, MODEL)
+    check_transformer(checkpoint.read_config(folder), folder)
     attention = options.get("attn_implementation")
     if attention is not None and attention not in ATTENTION:
         raise OptionError(f"attn_implementation is {attention!r}; it may be one of {', '.join(ATTENTION)}")

@@ -24,7 +24,7 @@ from blip2.data.reuse import Elsewhere
 from blip2.errors import ImageError, RecipeError
 from blip2.finite import first_not_finite
 from blip2.image import PIXELS_VERSION
-from blip2.vision import VisionTransformer
+from blip2.model import Vision
 
 Report = Callable[[int, int], None]
 OnBad = Callable[[str, ImageError], None]
@@ -70,7 +70,7 @@ class Alone:
 
 
 def frozen_features(
-    vision: VisionTransformer,
+    vision: Vision,
     pictures: Pictures,
     folder: Path,
     name: str,
@@ -81,7 +81,7 @@ def frozen_features(
     report: Report | None = None,
     on_bad: OnBad | None = None,
 ) -> FeatureFile:
-    """The features of all pictures: opened if they are there, else computed (`VisionTransformer.features`).
+    """The features of all pictures: opened if they are there, else computed (`Vision.features`).
 
     These are the values before the encoder's last layer norm, which is trained. ``dtype``: how they are stored, see
     `Coding`. All ``workers`` call this together, each with its own ``vision``; ``report(done, total)`` tells of all of
@@ -136,7 +136,7 @@ def frozen_features(
         ) from None
 
 
-def fingerprint(vision: VisionTransformer) -> str:
+def fingerprint(vision: Vision) -> str:
     """Of the frozen weights: equal for encoders that give equal features, whatever their last layer norm."""
     digest = hashlib.sha256(repr(vision.config).encode())
     for name, value in sorted(vision.state_dict().items()):
@@ -192,7 +192,7 @@ def _looked_at(
 
 @torch.no_grad()
 def _rows(
-    vision: VisionTransformer,
+    vision: Vision,
     pictures: Pictures,
     coding: Coding,
     elsewhere: Elsewhere,
@@ -208,7 +208,7 @@ def _rows(
     if not new:
         return [row for row in rows if row is not None]
     pixels_BCHW = torch.stack([found for place in new if isinstance(found := sights[place].found, Tensor)])
-    device = vision.position_embedding.device
+    device = vision.post_norm.weight.device
     features_BPD = vision.features(pixels_BCHW.to(device)).to("cpu", torch.float32)
     if not torch.isfinite(features_BPD.half()).all():
         if (name := first_not_finite(vision)) is not None:

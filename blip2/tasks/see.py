@@ -18,8 +18,8 @@ from blip2 import threads
 from blip2.errors import ImageError, ImageNotFiniteError, NotFiniteError, OptionError
 from blip2.finite import overflow
 from blip2.image import DEFAULT_READING, Reading, RgbImage, Source, name_of, seen_box
+from blip2.model import Vision
 from blip2.tasks.speaker import check_batch_size, chunks
-from blip2.vision import VisionTransformer
 
 NUM_THREADS, MOST_THREADS = 4, 16
 """That read pictures: for a model on a CPU, and at most for one on a GPU, which is faster than a few of them."""
@@ -41,7 +41,7 @@ class Eye(Generic[Kept]):
 
     def __init__(
         self,
-        vision: VisionTransformer,
+        vision: Vision,
         encode: Callable[[Tensor], Iterable[Kept]],
         kind: type[Kept],
         *,
@@ -102,14 +102,14 @@ class Eye(Generic[Kept]):
 
     @property
     def _num_readers(self) -> int:
-        is_on_cpu = self._vision.position_embedding.device.type == "cpu"
+        is_on_cpu = self._vision.patch_embedding.weight.device.type == "cpu"
         return NUM_THREADS if is_on_cpu else min(max(NUM_THREADS, os.cpu_count() or 1), MOST_THREADS)
 
     @torch.no_grad()
     def with_blank(self, pixels_CHW: Tensor, patches_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Patches ``float[1 + P, D]`` of a picture and of one that is all of the mean colour, which shows nothing."""
         pixels_2CHW = torch.stack([pixels_CHW, torch.zeros_like(pixels_CHW)])
-        patches_PD, blank_PD = patches_of(pixels_2CHW.to(self._vision.position_embedding.device))
+        patches_PD, blank_PD = patches_of(pixels_2CHW.to(self._vision.patch_embedding.weight.device))
         return patches_PD, blank_PD
 
     def box(self, picture: RgbImage) -> tuple[float, float, float, float] | None:
@@ -130,7 +130,7 @@ class Eye(Generic[Kept]):
 
     def _each_encoded(self, pixels: Sequence[Tensor], names: Sequence[str]) -> Iterator[Kept | ImageNotFiniteError]:
         """As `encode`, one after the other as they are done: who takes them can keep each, however slow the next is."""
-        device = self._vision.position_embedding.device
+        device = self._vision.patch_embedding.weight.device
         at_a_time = self.images_at_a_time
         for some, called in zip(chunks(pixels, at_a_time), chunks(names, at_a_time), strict=True):
             with threads.at_most(self._num_threads), torch.no_grad():
@@ -143,7 +143,7 @@ class Eye(Generic[Kept]):
         what = "what the model sees of it is NaN or infinite"
         if (damage := self._damage()) is not None:
             raise NotFiniteError(f"{name}: {what}: {damage}")
-        return ImageNotFiniteError(f"{name}: {what}: {overflow(self._vision.position_embedding.dtype)}")
+        return ImageNotFiniteError(f"{name}: {what}: {overflow(self._vision.patch_embedding.weight.dtype)}")
 
     def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
         """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
@@ -157,8 +157,8 @@ class Eye(Generic[Kept]):
     @property
     def images_at_a_time(self) -> int:
         """All of a batch on a GPU; on a CPU so many that what a layer computes stays in its cache."""
-        config, device = self._vision.config, self._vision.position_embedding.device
-        layer_bytes = (config.num_patches + 1) * config.intermediate_size * self._vision.position_embedding.itemsize
+        config, device = self._vision.config, self._vision.patch_embedding.weight.device
+        layer_bytes = (config.num_patches + 1) * config.intermediate_size * self._vision.patch_embedding.weight.itemsize
         return sys.maxsize if device.type != "cpu" else max(1, CACHE_BYTES // layer_bytes)
 
     def _encode(

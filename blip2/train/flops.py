@@ -19,6 +19,7 @@ import torch
 
 from blip2.config import (
     Blip2Config,
+    ConvolutionalConfig,
     DecoderConfig,
     LanguageConfig,
     MatcherConfig,
@@ -26,6 +27,7 @@ from blip2.config import (
     T5Config,
     VisionConfig,
 )  # fmt: skip
+from blip2.convolutional import STEM_WIDTH, sizes_of_blocks
 
 DENSE_BF16 = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
@@ -47,12 +49,26 @@ class Texts(NamedTuple):
     read: int = 0
 
 
-def of_vision(config: VisionConfig, rows: int) -> int:
+def of_vision(config: VisionConfig | ConvolutionalConfig, rows: int) -> int:
     """The forward pass of so many pictures."""
+    if isinstance(config, ConvolutionalConfig):
+        return rows * _of_convolutions(config)
     width, tokens = config.hidden_size, config.num_prefix_tokens + config.num_patches
     products = 4 * width * width + (2 + config.has_gate) * width * config.intermediate_size
     layer = 2 * tokens * products + 4 * tokens * tokens * width
     return rows * (config.num_layers * layer + 2 * config.num_patches * 3 * config.patch_size**2 * width)
+
+
+def _of_convolutions(config: ConvolutionalConfig) -> int:
+    """The forward pass of a picture, convolution by convolution."""
+    side = -(-config.image_size // 2)
+    total = side**2 * 3 * 9 * STEM_WIDTH
+    for num_inputs, num_outputs, kernel, stride, expansion in sizes_of_blocks(config):
+        width = num_inputs * expansion
+        total += side**2 * num_inputs * width * (expansion > 1)
+        side = -(-side // stride)
+        total += side**2 * width * (kernel**2 + num_outputs)
+    return 2 * (total + side**2 * config.widths[-1] * config.hidden_size * config.has_head)
 
 
 def of_qformer(config: QFormerConfig, rows: int, *, queries: int, text: int, past: int = 0, patches: int = 0) -> int:

@@ -17,11 +17,11 @@ from blip2.checkpoint import ImageSettings
 from blip2.data import BadPictures, FeatureFile, Order, Pictures, Row, frozen_features
 from blip2.data.joined import Joined
 from blip2.errors import ImageError, RecipeError
+from blip2.model import Vision
 from blip2.train.group import Group, Step
 from blip2.train.meter import Progress, Report
 from blip2.train.recipes import Recipe
 from blip2.train.seeing import Looks
-from blip2.vision import VisionTransformer
 
 
 def order_of(rows: list[Row] | Joined, recipe: Recipe) -> Order:
@@ -36,7 +36,7 @@ class RowSet:
         self,
         rows: list[Row] | Joined,
         files: Sequence[Path],
-        vision: VisionTransformer,
+        vision: Vision,
         settings: ImageSettings,
         recipe: Recipe,
         bad: BadPictures,

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip2.dropout import dropout_by_rows
 from blip2.model import Blip2, Blip2Matcher
 from blip2.train.group import Step
 from blip2.train.recipes import VisionRecipe
-from blip2.vision import positions_of
 
 
 def unfreeze(model: Blip2 | Blip2Matcher, recipe: VisionRecipe | None) -> None:
@@ -40,24 +39,15 @@ def rate_shares(model: Blip2 | Blip2Matcher, recipe: VisionRecipe | None) -> dic
         part, *rest = name.split(".")
         if part == "post_norm":
             continue
-        block = int(rest[0]) if part == "blocks" else count - 1 if part == "final_norm" else -1
+        block = int(rest[0]) if part == "blocks" else count - 1 if part in ("final_norm", "head") else -1
         shares[f"vision.{name}"] = recipe.layer_decay ** (count - block)
     return shares
 
 
-@torch.no_grad()
 def resize(model: Blip2 | Blip2Matcher, size: int) -> None:
-    """Make it a model of pictures of ``size`` pixels. The positions are interpolated once (bicubic, ``align_corners``
-    False, the class token's kept), as ``interpolate_pos_embed`` of ``eva_vit.py`` does it.
-
-    ``size`` is a multiple of the patches' side.
-    """
-    config, vision = model.config.vision, model.vision
-    side = size // config.patch_size
-    positions_1PD = positions_of(config, vision.position_embedding, side, side).clone()
-    vision.position_embedding = nn.Parameter(positions_1PD, vision.position_embedding.requires_grad)
-    vision.config = replace(config, image_size=size)
-    model.config = replace(model.config, vision=vision.config)
+    """Make it a model of pictures of ``size`` pixels, a multiple of the patches' side."""
+    model.vision.resize(size)
+    model.config = replace(model.config, vision=model.vision.config)
 
 
 class Looks:
