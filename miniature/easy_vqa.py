@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the package's folder, which has data/train and data/test")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, nargs=2, default=(600, 1200), help="of stage 1, of stage 2")
+    parser.add_argument("--steps", type=int, nargs=2, default=(250, 500), help="of stage 1, of stage 2")
     options = parser.parse_args()
     torch.manual_seed(0)
     options.folder.mkdir(parents=True, exist_ok=True)
