@@ -109,6 +109,7 @@ def frozen_features(
                 if workers.is_first:
                     stack.enter_context(disk.locked(folder / f"{name}.lock"))
                     kept.begin(pictures)
+            with workers.at_once(f"features {name} missing"):  # nobody writes before all have looked
                 missing = kept.missing()
             with workers.at_once(f"features {name}") as add:
                 batches = _batches(missing, batch_size)

@@ -150,7 +150,7 @@ def test_a_hidden_patch_gets_no_heat(matcher):
         hide = torch.zeros(5)
         hide[hidden or []] = float("-inf")
         text_ST = text_1T.expand(len(patches_SPD), -1)
-        return matcher.model.match(patches_SPD, text_ST, torch.ones_like(text_ST).bool(), bias + hide)[:, 1]
+        return matcher.model.match(patches_SPD, text_ST, torch.ones_like(text_ST).bool(), image_bias=bias + hide)[:, 1]
 
     config = matcher.model.config.qformer
     seen_P, _ = evidence(score, sight, config)

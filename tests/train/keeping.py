@@ -1,6 +1,8 @@
 """What one of several processes does in the tests: features of a recipe's rows. One may kill itself after some batches.
 
     python -m tests.train.keeping recipe.toml FOLDER BATCH_SIZE RANK_THAT_DIES BATCHES_IT_MAKES
+
+The rank that LATE names looks a second later than the others at what there is.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 
 from blip2 import checkpoint
 from blip2.data import Pictures, frozen_features
+from blip2.data.kept import Kept
 from blip2.train.check import gather
 from blip2.train.group import joined
 from blip2.train.recipes import load_recipe
@@ -27,6 +31,9 @@ if __name__ == "__main__":
     with joined(torch.device("cpu")) as group:
         with group.in_turn("gathered"):
             materials = gather(recipe, path)
+        if os.environ.get("LATE") == str(group.rank):
+            look = Kept.missing
+            Kept.missing = lambda kept: time.sleep(1) or look(kept)
         pictures = Pictures(materials.train_rows, **asdict(materials.settings), threads=1, is_distinct=True)
         made = 0
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,8 +154,9 @@ def test_one_that_is_killed_loses_a_batch_at_most(tmp_path, matching_model):
         2, path, tmp_path / "f", 2, 1, 3, module="tests.train.keeping", wait=False
     )  # of 8 batches of 2, one process has the first 4
     assert processes[1].wait(120) == -9
-    while len(recorded(tmp_path / "f")) < 14:
-        assert processes[0].poll() is None
+    deadline = time.monotonic() + 120
+    while len(recorded(tmp_path / "f")) < 14 and processes[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     processes[0].kill()
     for process in processes:
         process.communicate()
@@ -164,6 +166,15 @@ def test_one_that_is_killed_loses_a_batch_at_most(tmp_path, matching_model):
     in_processes(1, path, tmp_path / "g", 2, -1, 0, module="tests.train.keeping")
     for name in ("rows.bin", "rows.seen", "rows.json"):
         assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "g" / name).read_bytes(), name
+
+
+def test_all_begin_with_the_same(tmp_path, matching_model, monkeypatch):
+    """A process that is late divides what is missing as the others do, who have not written since."""
+    monkeypatch.setenv("LATE", "1")
+    shards(tmp_path / "s", [9, 6])
+    path = write(tmp_path / "a.toml", SHARDS, matching_model)
+    in_processes(2, path, tmp_path / "f", 2, -1, 0, module="tests.train.keeping")
+    assert recorded(tmp_path / "f") == list(range(15))
 
 
 def test_what_is_wrong_is_told_once(tmp_path, collections, matching_model, capfd):
