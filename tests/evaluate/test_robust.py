@@ -85,6 +85,17 @@ def test_rotation_and_company_change_nothing(tmp_path, pipeline):
     assert alone == found
 
 
+def test_nor_do_they_of_photographs(tmp_path, pipeline):
+    """Thirty-two of them, from cameras and programs of many kinds, with an answer that compression may well change."""
+    images = sorted((Path(__file__).parents[1] / "photographs").glob("*.jpg"))
+    rows = [{"image": str(image), "question": "what is the background?", "answer": "blue"} for image in images]
+    found = robustness(write(tmp_path / "rows.jsonl", rows), tmp_path / "out", model=pipeline, batch_size=5)
+    changed = {name.removeprefix("changed, "): score["score"] for name, score in found["scores"].items()}
+    assert len(rows) == 32 and found["failed"] == 0 and found["differences"] == []
+    assert changed["EXIF rotation"] == changed["other company"] == 0
+    assert changed["JPEG quality 20"] + changed["middle 85%"] > 0, "what is varied is seen by the model"
+
+
 def test_pictures_are_what_their_variation_says(tmp_path, pipeline):
     begun(ROBUSTNESS, write(tmp_path / "rows.jsonl", QUESTIONS[:1]), tmp_path / "out", {"model": pipeline}).see()
     asked = {row["type"]: row["image"] for row in read(tmp_path / "out" / "rows.jsonl")}
