@@ -121,11 +121,15 @@ class Scene:
         return self._clear(kind, 1, self.height, ("top", "bottom"))
 
     def _clear(self, kind: str, axis: int, extent: int, names: tuple[str, str]) -> str | None:
-        boxes = [thing.box for thing in self.objects if thing.kind == kind]
-        centres = [(box[axis] + box[axis + 2]) / 2 / extent for box in boxes]
-        if max(centres) < LOW:
-            return names[0]
-        return names[1] if min(centres) > HIGH else None
+        return clear_half([thing.box for thing in self.objects if thing.kind == kind], axis, extent, names)
+
+
+def clear_half(boxes: list[tuple[int, int, int, int]], axis: int, extent: int, names: tuple[str, str]) -> str | None:
+    """Which half of a picture, along an axis of so many pixels, clearly holds all of the boxes, or None."""
+    centres = [(box[axis] + box[axis + 2]) / 2 / extent for box in boxes]
+    if max(centres) < LOW:
+        return names[0]
+    return names[1] if min(centres) > HIGH else None
 
 
 def make_rng(*parts: object) -> random.Random:

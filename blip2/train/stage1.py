@@ -231,7 +231,8 @@ def _rows(step: Step | None, number: int, place_B: Tensor | None) -> AbstractCon
 def _image_keys(
     model: Blip2Matcher, features_BPD: Tensor, place_B: Tensor | None = None, step: Step | None = None
 ) -> Memory:
-    """Computed once for all passes over the pictures: of the published size, they are a third of a step's work each."""
+    """Computed once for all passes over the pictures. Once for each of the four passes, they would be about two fifths
+    of a step over kept features at the published size, by counting operations."""
     with _rows(step, 4, place_B):
         return model.qformer.image_keys(model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype)))
 

@@ -31,7 +31,7 @@ from miniature import texts
 from miniature.photographs.packages import BACKGROUNDS, STAMPS
 from miniature.photographs.stamps import held_out, kinds, stamps
 from miniature.texts import Kind
-from miniature.world import ANYWHERE, HIGH, LOW, Job, Region, choose_regions, make_rng, write_split
+from miniature.world import ANYWHERE, Job, Region, choose_regions, clear_half, make_rng, write_split
 
 SPLITS = ("train", "familiar", "pairs", "stamps")
 PACKAGES = "BLIP2_PHOTOGRAPHS"
@@ -87,11 +87,7 @@ class Scene:
         return self._clear(kind, 1, self.height, ("top", "bottom"))
 
     def _clear(self, kind: str, axis: int, extent: int, names: tuple[str, str]) -> str | None:
-        boxes = [thing.box for thing in self.objects if thing.kind == kind]
-        centres = [(box[axis] + box[axis + 2]) / 2 / extent for box in boxes]
-        if max(centres) < LOW:
-            return names[0]
-        return names[1] if min(centres) > HIGH else None
+        return clear_half([thing.box for thing in self.objects if thing.kind == kind], axis, extent, names)
 
 
 @functools.cache
