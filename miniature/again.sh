@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# A second round after make.sh, not yet in the bundled weights (README.md, "What was tried"): the image encoder sees
-# crowds and strangers, and both stages are done once more behind it. Stopped and started again, it goes on where it was.
+# A second round after make.sh, from the weights of the first (the bundled ones, or those of START): the image encoder
+# sees crowds and strangers, the language model reads questions as people also type them, and both stages are trained
+# once more between the two. Two hours on two cores; started again, it resumes. Needs what make.sh needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+start=${START:-blip2/miniature}
 work=miniature/work
+mkdir -p "$work"
 allocator=$(ls /usr/lib/*/libtcmalloc_minimal.so.4 2>/dev/null | head -n 1 || true)
 if [ -n "$allocator" ]; then export LD_PRELOAD=$allocator; fi
 
-for pictures in "crowd crowd 60000 4" "varied varied 20000 5"; do
-  read -r name split count seed <<<"$pictures"
+for images in "crowd crowd 60000 4" "varied varied 40000 5" "test test 2000 2"; do
+  read -r name split count seed <<<"$images"
   [ -f "$work/$name/rows.jsonl" ] || "$python" -m miniature.world --split "$split" --count "$count" --seed "$seed" --out "$work/$name"
 done
 
+# The two frozen parts, one core each.
 "$python" -m miniature.pretrain vision --data "$work/crowd" "$work/varied" --test "$work/test" \
-  --start "$work/vision.pt" --out "$work/vision-third.pt" --steps 4000 --threads 1
-"$python" -m miniature.pretrain renew --out "$work"
+  --start "$start/generative" --out "$work/vision-third.pt" --steps 4000 --threads 1 &
+vision=$!
+"$python" -m miniature.pretrain language --start "$start/generative" --out "$work/language-second.pt" \
+  --steps 1500 --documents 40000 --threads 1
+wait "$vision"
+"$python" -m miniature.pretrain renew --start "$start" --out "$work"
+
 "$python" -m blip2 train miniature/again1.toml
 "$python" -m blip2 train miniature/again2.toml
-"$python" -m miniature.evaluate --model "$work/again2" --count 1000 --drawings
-"$python" -m miniature.retrieval --model "$work/again1"
+"$python" -m miniature.bundle "$work" "$work/again" --round again
+"$python" -m miniature.evaluate --model "$work/again/generative" --count 1000 --drawings
+"$python" -m miniature.retrieval --model "$work/again/matching"

@@ -1,30 +1,44 @@
-"""Put what the two stages made into the package, in half precision: `python -m miniature.bundle WORK OUT`."""
+"""Put what the two stages made into the package, in half precision:
+
+    python -m miniature.bundle WORK OUT                  (the first round: make.sh)
+    python -m miniature.bundle WORK OUT --round again    (the second: again.sh)
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
 
 from blip2 import checkpoint
 
+ROUNDS = {"first": ("stage1", "stage2"), "again": ("again1", "again2")}
 
-def bundle(work: Path, out: Path) -> None:
-    """``work/stage2`` to ``out/generative`` and ``work/stage1`` to ``out/matching``, in float16."""
-    for made, name in (("stage2", "generative"), ("stage1", "matching")):
-        folder = work / made
-        model = checkpoint.load(folder)
+
+def bundle(work: Path, out: Path, made: str = "first") -> None:
+    """What stage 2 made to ``out/generative`` and what stage 1 made to ``out/matching``, in float16."""
+    for folder, name in zip(ROUNDS[made], ("matching", "generative"), strict=True):
+        source = work / folder
         checkpoint.save(
-            model,
+            checkpoint.load(source),
             out / name,
-            tokenizer=folder / "tokenizer.json",
+            tokenizer=source / "tokenizer.json",
             dtype=torch.float16,
-            settings=checkpoint.image_settings(folder),
+            settings=checkpoint.image_settings(source),
         )
         size = (out / name / "model.safetensors").stat().st_size
         print(f"{out / name}: {size / 1e6:.1f} MB")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--round", choices=ROUNDS, default="first")
+    options = parser.parse_args()
+    bundle(options.work, options.out, options.round)
+
+
 if __name__ == "__main__":
-    bundle(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

@@ -32,11 +32,14 @@ MakeScene = Callable[[int, str], Any]
 """A scene of a seed and a split, with what `texts` asks of one."""
 
 
-def segments(seed: int, split: str, make_scene: MakeScene = world.make_scene) -> list[tuple[str, float]]:
+def segments(
+    seed: int, split: str, make_scene: MakeScene = world.make_scene, as_typed: float = 0.0
+) -> list[tuple[str, float]]:
     """One text document as pieces with their weight in the loss: a description, then what is said about it.
 
-    Answers weigh most. What cannot be known (which question comes next) weighs little, and whether a dialogue
-    goes on after an answer weighs nothing, so that the model learns to stop there.
+    ``as_typed``: how often a question stands there as people also type it. Answers weigh most. What cannot be known
+    (which question comes next) weighs little, and whether a dialogue goes on after an answer weighs nothing, so that
+    the model learns to stop there.
     """
     chance = random.Random(f"document {split} {seed}")
     scene = make_scene(seed, split)
@@ -50,7 +53,10 @@ def segments(seed: int, split: str, make_scene: MakeScene = world.make_scene) ->
     for dialogue in turns:
         for index, turn in enumerate(dialogue):
             pieces.append((" Question:" if index else "Question:", 0.0))
-            pieces += [(f" {turn.question}", 0.1), (" Answer:", 0.1), (f" {turn.answer}", 1.0)]
+            question = turn.question
+            if as_typed and chance.random() < as_typed:
+                question = texts.as_typed(question, chance)
+            pieces += [(f" {question}", 0.1), (" Answer:", 0.1), (f" {turn.answer}", 1.0)]
             pieces.append((".", 0.0) if index + 1 < len(dialogue) else (NEWLINE, 1.0))
     return pieces
 
@@ -76,12 +82,12 @@ def make_tokenizer(
 
 
 def document_tokens(
-    tokenizer: Tokenizer, seed: int, split: str, make_scene: MakeScene = world.make_scene
+    tokenizer: Tokenizer, seed: int, split: str, make_scene: MakeScene = world.make_scene, as_typed: float = 0.0
 ) -> tuple[list[int], list[float], int]:
     """Token ids, the weight of each as a target, and where the description ends."""
     tokens: list[int] = []
     weights: list[float] = []
-    pieces = segments(seed, split, make_scene)
+    pieces = segments(seed, split, make_scene, as_typed)
     for text, weight in pieces:
         ids = [2] if text == "</s>" else tokenizer.encode(text, add_special_tokens=False).ids
         tokens += ids
@@ -90,18 +96,23 @@ def document_tokens(
 
 
 def language_documents(
-    tokenizer: Tokenizer, first: int, count: int, split: str, make_scene: MakeScene = world.make_scene
+    tokenizer: Tokenizer,
+    first: int,
+    count: int,
+    split: str,
+    make_scene: MakeScene = world.make_scene,
+    as_typed: float = 0.0,
 ) -> list[tuple]:
     starts = range(first, first + count, 2000)
-    work = [(tokenizer.to_str(), start, min(2000, count), split, make_scene) for start in starts]
+    work = [(tokenizer.to_str(), start, min(2000, count), split, make_scene, as_typed) for start in starts]
     with ProcessPoolExecutor(2) as pool:
         return [document for part in pool.map(_documents, work) for document in part]
 
 
-def _documents(work: tuple[str, int, int, str, MakeScene]) -> list[tuple]:
-    text, first, count, split, make_scene = work
+def _documents(work: tuple[str, int, int, str, MakeScene, float]) -> list[tuple]:
+    text, first, count, split, make_scene, as_typed = work
     tokenizer = Tokenizer.from_str(text)
-    return [document_tokens(tokenizer, seed, split, make_scene) for seed in range(first, first + count)]
+    return [document_tokens(tokenizer, seed, split, make_scene, as_typed) for seed in range(first, first + count)]
 
 
 def new_language_model(config: OPTConfig) -> OPT:
@@ -213,13 +224,17 @@ def train_language(
     new_model: Callable[[Tokenizer], OPT] = lambda tokenizer: new_language_model(LANGUAGE),
     make_scene: MakeScene = world.make_scene,
     test_split: str = "test",
+    *,
+    first: int = 0,
+    as_typed: float = 0.0,
+    peak: float = 1.5e-3,
 ) -> None:
-    """To ``out``, with tokenizer.json beside it."""
+    """To ``out``, with tokenizer.json beside it. ``first``: the seed of the first document."""
     path = out.with_name("tokenizer.json")
     if not path.exists():
         make_tokenizer(vocab_size=vocab_size, make_scene=make_scene).save(str(path))
     tokenizer = Tokenizer.from_file(str(path))
-    documents = language_documents(tokenizer, 0, num_documents, "train", make_scene)
+    documents = language_documents(tokenizer, first, num_documents, "train", make_scene, as_typed)
     print(f"{num_documents} documents of {np.mean([len(d[0]) for d in documents]):.0f} tokens", flush=True)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -231,7 +246,7 @@ def train_language(
             yield from map(collate, parts)
 
     train(
-        new_model(tokenizer), batches(), language_losses, steps=steps, peak=1.5e-3, checkpoint=out,
+        new_model(tokenizer), batches(), language_losses, steps=steps, peak=peak, checkpoint=out,
         evaluate=lambda model: language_accuracy(model, tokenizer, test_split, make_scene=make_scene),
     )  # fmt: skip
 

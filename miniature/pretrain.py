@@ -13,15 +13,17 @@ Nothing of that kind exists for the picture world, so both are made here from sc
     python -m miniature.pretrain vision   --data DIR MORE --test DIR --start vision-first.pt --out vision.pt
     python -m miniature.pretrain language --out language.pt
     python -m miniature.pretrain assemble --out DIR    (the folder of vision.pt, language.pt and tokenizer.json)
-    python -m miniature.pretrain vision   --data CROWD --test DIR --start vision.pt --out vision-third.pt
-    python -m miniature.pretrain renew    --out DIR    (the folder of vision-third.pt, stage1 and stage2)
+    python -m miniature.pretrain vision   --data CROWD --test DIR --start CHECKPOINT --out vision-third.pt
+    python -m miniature.pretrain language --start CHECKPOINT --out language-second.pt
+    python -m miniature.pretrain renew    --start CHECKPOINTS --out DIR    (the folder of both)
 
-`make.sh` and `again.sh` give the numbers of steps. Passes over the pictures after the first leave the counts of the
-class token out.
+`make.sh` and `again.sh` give the numbers of steps. Passes over the images after the first leave the counts of the
+class token out. The second pass over the texts has a third of the questions as people also type them, without the
+question mark or with a capital letter.
 
 `assemble` puts both into two checkpoints of the published layout, generative and matching, with Q-Formers that
 know nothing yet: what the two training stages start from. `renew` gives what the stages made the image encoder of the
-third pass: what their second round starts from (`again.sh`).
+third pass and the language model of the second: what their second round starts from (`again.sh`).
 
 The others only know training scenes: pairs of kinds that are kept for the test occur in neither. They print their
 accuracy on pairs that they have never seen, write a checkpoint now and then, and go on from it when started again.
@@ -30,6 +32,7 @@ accuracy on pairs that they have never seen, write a checkpoint now and then, an
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +50,9 @@ QFORMER = QFormerConfig(
     hidden_size=192, num_layers=5, num_heads=6, intermediate_size=768, encoder_hidden_size=192,
     num_query_tokens=16, max_position_embeddings=64, dropout=0.0,
 )  # fmt: skip
+
+SECOND_PASS = 1_000_000  # the seed of its first document, far from those of the first pass
+AS_TYPED = 0.35  # how many of its questions are as people also type them
 
 
 def assemble(folder: Path) -> None:
@@ -70,21 +76,35 @@ def assemble(folder: Path) -> None:
     checkpoint.save(matching, folder / "start-matching", tokenizer=words.to_str())
 
 
-def renew(folder: Path) -> None:
-    """What both stages made, behind the new image encoder: ``renewed-generative`` and ``renewed-matching``."""
+def renew(start: Path, folder: Path) -> None:
+    """What both stages made, between the renewed parts: ``renewed-generative`` and ``renewed-matching``."""
     encoder = DenseHeads()
     encoder.load_state_dict(torch.load(folder / "vision-third.pt", weights_only=True)["model"])
-    for made, name in (("stage2", "generative"), ("stage1", "matching")):
-        model = checkpoint.load(folder / made)
+    language = torch.load(folder / "language-second.pt", weights_only=True)["model"]
+    for name in ("generative", "matching"):
+        model = checkpoint.load(start / name)
         model.vision = encoder.encoder
-        checkpoint.save(model, folder / f"renewed-{name}", tokenizer=folder / made / "tokenizer.json")
+        if isinstance(model, Blip2):
+            model.language.load_state_dict(language)
+        checkpoint.save(model, folder / f"renewed-{name}", tokenizer=start / name / "tokenizer.json")
+
+
+def read_again(start: Path, out: Path, steps: int, batch_size: int, documents: int) -> None:
+    """The second pass over texts, of the language model of a checkpoint."""
+    shutil.copyfile(start / "tokenizer.json", out.with_name("tokenizer.json"))
+
+    def known(tokenizer: Tokenizer) -> OPT:
+        language: OPT = checkpoint.load(start).language
+        return language
+
+    train_language(out, steps, batch_size, documents, new_model=known, first=SECOND_PASS, as_typed=AS_TYPED, peak=5e-4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vision", "language", "assemble", "renew"))
     parser.add_argument("--data", type=Path, nargs="+", help="training pictures, written by miniature.world")
-    parser.add_argument("--start", type=Path, help="vision: the result of the pass before")
+    parser.add_argument("--start", type=Path, help="the pass before, or a checkpoint; renew: the folder of both")
     parser.add_argument("--test", type=Path, help="test pictures, written by miniature.world")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
@@ -107,7 +127,9 @@ def main() -> None:
     elif options.part == "assemble":
         assemble(options.out)
     elif options.part == "renew":
-        renew(options.out)
+        renew(options.start, options.out)
+    elif options.start is not None:
+        read_again(options.start, options.out, options.steps, options.batch_size or 48, options.documents)
     else:
         train_language(options.out, options.steps, options.batch_size or 48, options.documents)
 

@@ -219,6 +219,12 @@ def sample_questions(scene: Scene, rng: random.Random, number: int) -> list[Ques
     return chosen
 
 
+def as_typed(question: str, rng: random.Random) -> str:
+    """The question as people also type it: half of the time without its question mark, half with a capital letter."""
+    question = question.removesuffix("?") if rng.random() < 0.5 else question
+    return question[0].upper() + question[1:] if rng.random() < 0.5 else question
+
+
 def _followup(question: str, answer: str) -> Question:
     return Question("followup", question, answer)
 

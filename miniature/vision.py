@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2 import checkpoint
 from blip2.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from blip2.image import load_image, to_pixels
 from blip2.vision import VisionTransformer
@@ -152,8 +153,22 @@ def mirrored(pixels: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, np.nd
     return pixels[..., ::-1].copy(), patches
 
 
+def teach_heads(model: DenseHeads, batches: Iterator[tuple[Tensor, Tensor, Tensor]], steps: int = 150) -> None:
+    """New heads for an image encoder that knows already, so that they do not spoil it at first."""
+    optimizer = torch.optim.AdamW([*model.patch.parameters(), *model.scene.parameters()], lr=3e-3)
+    model.encoder.requires_grad_(False)
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(vision_losses(model, next(batches), counts_weight=0.0).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"new heads: loss {loss.item():.3f}", flush=True)
+    model.encoder.requires_grad_(True)
+
+
 def train_vision(data: list[Path], test: Path, out: Path, *, steps: int, batch_size: int, start: Path | None) -> None:
-    """The first pass, or (with ``start``, the result of the one before) a later one.
+    """The first pass, or (with ``start``) a later one: after the pass before, or after a checkpoint's image encoder.
 
     Later passes leave out what the class token says of the counts: that teaches fast, but teaches along with it
     which kinds never meet, and on the pairs that are kept for the test it is wrong. They mirror half of the pictures.
@@ -180,7 +195,10 @@ def train_vision(data: list[Path], test: Path, out: Path, *, steps: int, batch_s
                 yield normalized(pixels), torch.from_numpy(patches).long(), torch.from_numpy(scenes).long()
 
     model = DenseHeads()
-    if start is not None and not out.exists():
+    if start is not None and start.is_dir() and not out.exists():
+        model.encoder = checkpoint.load(start).vision
+        teach_heads(model, batches())
+    elif start is not None and not out.exists():
         model.load_state_dict(torch.load(start, weights_only=True)["model"])
     train(
         model,

@@ -31,14 +31,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from miniature.glyphs import FONT_PATH as FONT_PATH
 from miniature.glyphs import OTHERS, STRANGERS, sprite
-from miniature.texts import KINDS, Kind, captions, description, dialogues, sample_questions
+from miniature.texts import KINDS, Kind, as_typed, captions, description, dialogues, sample_questions
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Mix:
     strangers: float = 0.0  # how often a kind is one that has no name here
     others: float = 0.0  # how often a kind is not drawn by its own glyph alone
     scattered: float = 0.5  # how often the things stand anywhere
+    as_typed: float = 0.0  # how often a question has no question mark, or a capital letter
     has_texts: bool = True
 
 
@@ -59,7 +60,7 @@ SPLITS = {
     "test": Mix((0, 45, 30), unseen_pair=True),
     "familiar": Mix((0, 45, 30)),
     "crowd": Mix((15, 25, 25, 15, 12, 8), most=10, strangers=0.3, others=0.4, has_texts=False),
-    "varied": Mix((25, 45, 30), others=0.3, scattered=0.3),
+    "varied": Mix((25, 45, 30), others=0.3, scattered=0.3, as_typed=0.35),
     "glyphs": Mix((0, 45, 30), unseen_pair=True, others=1.0),
 }
 STYLES = ("plain", "gradient", "noise", "stripes")
@@ -320,6 +321,13 @@ def render(scene: Scene) -> Image.Image:
     return image
 
 
+def type_questions(turns: list[dict[str, str]], share: float, rng: random.Random) -> None:
+    """Write so many of the questions as people also type them, in place."""
+    for turn in turns:
+        if rng.random() < share:
+            turn["question"] = as_typed(turn["question"], rng)
+
+
 def _write_row(job: tuple[str, str, int, int]) -> str:
     """Draw and save one scene; returns its line of rows.jsonl."""
     folder, split, seed, index = job
@@ -332,7 +340,7 @@ def _write_row(job: tuple[str, str, int, int]) -> str:
         render(scene).save(Path(folder, name), quality=file_rng.randint(85, 95))
     else:
         render(scene).save(Path(folder, name), compress_level=1)
-    row: dict[str, object] = {"image": name}
+    row: dict[str, Any] = {"image": name}
     if SPLITS[split].has_texts:
         row |= {
             "captions": captions(scene, rng),
@@ -340,6 +348,8 @@ def _write_row(job: tuple[str, str, int, int]) -> str:
             "dialogues": [[asdict(turn) for turn in turns] for turns in dialogues(scene, rng)[:3]],
             "description": description(scene, rng),
         }
+        if SPLITS[split].as_typed:
+            type_questions([*row["questions"], *itertools.chain(*row["dialogues"])], SPLITS[split].as_typed, rng)
     row |= {
         "background": scene.background,
         "objects": [{"kind": thing.kind, "box": thing.box} for thing in scene.objects],

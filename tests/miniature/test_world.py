@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniature import glyphs, texts, vision, world
+from miniature import glyphs, language, texts, vision, world
 
 pytestmark = pytest.mark.skipif(not world.FONT_PATH.exists(), reason="needs fonts-noto-color-emoji")
 
@@ -283,6 +283,26 @@ def test_varied_scenes_have_more_on_one_side(scenes):
         for split in ("train", "varied")
     }
     assert sided["varied"] > sided["train"] + 0.03
+
+
+def test_varied_questions_are_also_written_as_people_type_them(tmp_path):
+    shares = {}
+    for split in ("varied", "test"):
+        world.write_split(tmp_path / split, split, 40, seed=2, workers=1)
+        asked = []
+        for line in (tmp_path / split / "rows.jsonl").open():
+            row = json.loads(line)
+            asked += [turn["question"] for turn in itertools.chain(row["questions"], *row["dialogues"])]
+        shares[split] = np.mean([(not text.endswith("?"), text[0].isupper()) for text in asked], axis=0)
+    assert (shares["test"] == 0).all()
+    assert (shares["varied"] > 0.1).all() and (shares["varied"] < 0.25).all()
+
+
+def test_documents_for_the_second_pass_ask_in_both_ways_and_answer_the_same():
+    plain, typed = (language.segments(3, "train", as_typed=share) for share in (0.0, 1.0))
+    ask = [[text for text, weight in pieces if weight == 0.1 and "Answer" not in text] for pieces in (plain, typed)]
+    assert all(text.endswith("?") for text in ask[0])
+    assert any(not text.endswith("?") for text in ask[1]) and any(text[1].isupper() for text in ask[1])
 
 
 def test_no_drawing_stands_for_two_things():
