@@ -6,6 +6,7 @@ the environment who is who. B rows of the global batch; N of this process; X wha
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import signal
@@ -298,6 +299,9 @@ def joined(
     if group.size == 1:
         yield group
         return
+    # Optimizers import this module, and its default arguments keep the process group that is there at that moment. It
+    # would outlive `destroy_process_group`, and its threads abort a process that exits while one of them is busy.
+    importlib.import_module("torch.distributed.nn.functional")
     timeout = timedelta(seconds=timeout_s)
     with _lost(group):
         store, _, _ = next(rendezvous("env://", timeout=timeout))

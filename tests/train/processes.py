@@ -65,6 +65,11 @@ def check_group(group):
     assert group.is_any(group.rank == 1) and not group.is_any(False)
 
 
+def threads_of_gloo():
+    """The names of those of this process, on Linux; elsewhere none."""
+    return [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text().strip())]
+
+
 def in_processes(number, *arguments, module="tests.train.processes", wait=True):
     """Run a module in so many processes, as torchrun would; their exit codes, or the processes themselves."""
     with socket.socket() as free:
@@ -104,3 +109,4 @@ if __name__ == "__main__":
             path = Path(changes.pop("path"))
             carry_out = importlib.import_module("blip2.train.run")._run
             carry_out(path, load_recipe(path, changes), group, cpu, lambda progress: None)
+    assert not threads_of_gloo(), "the process group outlives the training"
