@@ -82,6 +82,14 @@ def drop_file(page: Any, path: Path) -> None:
     drop(page, path.read_bytes(), path.name, "image/png")
 
 
+def drop_paths(page: Any, *paths: Path) -> None:
+    """As a person does who drags files and folders from the desktop."""
+    session = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
+
+
 def ask(page: Any, question: str) -> Any:
     """Where the answer is, once it is whole."""
     page.get_by_label("Your question").fill(question)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from blip2.serve.limits import Limits
-from tests.serve.browsing import REFUSED, ask, browser, expect, needs_browser, opened, show
+from tests.serve.browsing import REFUSED, ask, browser, drop_paths, expect, needs_browser, opened, show
 from tests.serve.conftest import PICTURES, eventually, serving, slowed
 
 pytestmark = needs_browser
@@ -61,6 +61,24 @@ def test_several_images_each_with_its_conversation(opened, models) -> None:
         page.get_by_role("button", name="Remove").click()
         expect(page.get_by_role("button", name="Drop images here")).to_be_focused()
         expect(page.locator("#intro")).to_be_visible()
+
+
+def test_a_dropped_folder_gives_its_images(opened, server, tmp_path) -> None:
+    folder = tmp_path / "holiday"
+    (folder / "day 2").mkdir(parents=True)
+    for name, picture in (("10.png", PICTURES[0]), ("2.png", PICTURES[2]), ("day 2/1.png", PICTURES[1])):
+        (folder / name).write_bytes(picture.read_bytes())
+    (folder / "notes.txt").write_text("not an image")
+    (tmp_path / "empty").mkdir()
+    page = opened.go(server)
+    expect(page.get_by_role("button", name="Drop images here")).to_be_visible()
+    drop_paths(page, tmp_path / "empty")
+    expect(page.locator("#notice-text")).to_have_text("This folder has no images.")
+    drop_paths(page, folder, PICTURES[0])
+    expect(page.locator("#progress")).to_have_text("4 of 4 captions")
+    names = [image.get_attribute("alt").split(":")[0] for image in page.locator("#strip img").all()]
+    assert names == ["2.png", "10.png", "1.png", PICTURES[0].name]
+    expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def test_captions_can_be_stopped_and_go_on_when_the_server_is_back(opened, models) -> None:

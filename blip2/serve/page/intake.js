@@ -29,11 +29,41 @@ export function receive(take) {
   document.addEventListener("dragenter", () => dragging(1));
   document.addEventListener("dragleave", () => dragging(-1));
   document.addEventListener("dragover", (event) => event.preventDefault());
-  document.addEventListener("drop", (event) => {
+  document.addEventListener("drop", async (event) => {
     event.preventDefault();
     dragging(0);
-    const files = [...event.dataTransfer.files];
+    const { files, hasFolder } = await dropped(event.dataTransfer);
     if (files.length) take(files);
-    else notice("Nothing was dropped that is a file; save the image first, then drop the file here.");
+    else if (hasFolder) notice("This folder has no images.");
+    else notice("No file was dropped; save the image first, then drop the file here.");
   });
 }
+
+/** All dropped files, and of dropped folders the images, by path. */
+async function dropped(transfer) {
+  const files = [...transfer.files]; // of a folder it has one that cannot be read
+  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean); // gone after an `await`
+  if (!entries.some((entry) => entry.isDirectory)) return { files, hasFolder: false };
+  const found = [];
+  for (const entry of entries) {
+    if (entry.isDirectory) found.push(...(await imagesIn(entry)));
+    else found.push(await fileOf(entry));
+  }
+  return { files: found, hasFolder: true };
+}
+
+async function imagesIn(folder) {
+  const entries = [];
+  const reader = folder.createReader();
+  for (let some; (some = await new Promise((done) => reader.readEntries(done, () => done([])))).length; ) entries.push(...some);
+  entries.sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
+  const found = [];
+  for (const entry of entries) {
+    if (entry.isDirectory) found.push(...(await imagesIn(entry)));
+    else if ((await fileOf(entry)).type.startsWith("image/")) found.push(await fileOf(entry));
+  }
+  return found;
+}
+
+/** An empty file if it cannot be read, so that a notice names it. */
+const fileOf = (entry) => new Promise((done) => entry.file(done, () => done(new File([], entry.name))));
