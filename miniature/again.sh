@@ -18,7 +18,7 @@ done
 
 # The two frozen parts, one core each.
 "$python" -m miniature.pretrain vision --data "$work/crowd" "$work/varied" --test "$work/test" \
-  --start "$start/generative" --out "$work/vision-third.pt" --steps 1800 --threads 1 &
+  --start "$start/generative" --out "$work/vision-third.pt" --steps 2400 --threads 1 &
 vision=$!
 "$python" -m miniature.pretrain language --start "$start/generative" --out "$work/language-second.pt" \
   --steps 800 --documents 40000 --threads 1
