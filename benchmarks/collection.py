@@ -1,15 +1,15 @@
-"""A folder of pictures to sidecars: what it costs beside the model alone, and beside the obvious loops.
+"""A folder of images to sidecars: what it costs beside the model alone, and beside the obvious loops.
 
     python benchmarks/collection.py [MODEL] [--number 2000] [--device cuda] [--dtype bfloat16] [--rounds 3] [--json OUT]
 
-Without MODEL (a folder): the bundled miniature. Pictures of 2 megapixels are drawn as JPEG files. Sides, in turn:
+Without MODEL (a folder): the bundled miniature. Images of 2 megapixels are drawn as JPEG files. Sides, in turn:
 
-    decoded        `each_caption` over pictures that are decoded already and in memory: the model's own speed
+    decoded        `each_caption` over images that are decoded already and in memory: the model's own speed
     files          `caption_collection` of the folder into sidecars
     one by one     `transformers`: open, process, generate, decode, write a sidecar
     loader         `transformers`, a batch at a time, files read and processed by a DataLoader's workers
 
-All greedy, with as many tokens for each caption; ``--sides`` chooses some. Prints the median pictures a second.
+All greedy, with as many tokens for each caption; ``--sides`` chooses some. Prints the median images a second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from PIL import Image
 
 SIZE = (1632, 1224)
 NUM_DECODED = 64
-"""So many decoded pictures are in memory, and are gone through again and again."""
+"""So many decoded images are in memory, and are gone through again and again."""
 LOADER_WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))
 
 

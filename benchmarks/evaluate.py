@@ -4,8 +4,8 @@
     python benchmarks/evaluate.py [/tmp/opt-2.7b --quantize int8] [--count 16]
 
 Without a folder: the bundled miniature. Prints seconds of the processor (one core; what others do on the machine does
-not count) for a picture seen and a question answered, with 5 beams and 10 tokens as the paper has them; the passes of
-the image encoder that all pictures need in batches of 16; and seconds to score all answers. Pictures are drawn, and
+not count) for an image seen and a question answered, with 5 beams and 10 tokens as the paper has them; the passes of
+the image encoder that all images need in batches of 16; and seconds to score all answers. Images are drawn, and
 how many questions each has is drawn from 3 to 8 (VQAv2 has 5.3 on average).
 """
 
@@ -32,7 +32,7 @@ def drawn(count: int) -> list[Image.Image]:
 
 
 def rates(model: str | None, quantize: str | None, count: int) -> tuple[float, float]:
-    """Seconds a picture and a question."""
+    """Seconds an image and a question."""
     blip = blip2.load(model, quantize=quantize)
     blip.ask(blip.encode(drawn(1)), "how many dogs are there?", max_new_tokens=1)  # what is made once is made
     started = time.process_time()
@@ -45,7 +45,7 @@ def rates(model: str | None, quantize: str | None, count: int) -> tuple[float, f
 
 
 def passes() -> int:
-    """Of the image encoder, for all pictures."""
+    """Of the image encoder, for all images."""
     chance = random.Random(0)
     rows = [{"image": str(at)} for at in range(PICTURES) for _ in range(chance.choice([3, 3, 4, 5, 5, 6, 6, 7, 8]))]
     images = [row["image"] for row in packed(rows)]

@@ -3,7 +3,7 @@
     python -m miniature.world --split test --count 200 --seed 1 --out DIR
     python benchmarks/features.py DIR
 
-Of the bundled models on these pictures: bytes of a picture; the relative error of a picture's features after the image
+Of the bundled models on these images: bytes of an image; the relative error of an image's features after the image
 encoder's last norm, its mean and its largest (the norm of the difference by the norm of the whole); and the losses of
 both stages, all by the same draws, without features on the disk and with them.
 """
@@ -60,7 +60,7 @@ def losses(stage: int, rows: Path, folder: Path, dtype: str | None) -> dict[str,
 
 @torch.no_grad()
 def errors(rows: Path, folder: Path, dtype: str) -> tuple[int, float, float]:
-    """Bytes of a picture, and the mean and the largest relative error of a picture's features."""
+    """Bytes of an image, and the mean and the largest relative error of an image's features."""
     start = checkpoint.resolve(STARTS[1])
     model = checkpoint.load(start, dtype=torch.float32)
     settings = asdict(checkpoint.image_settings(start, model.config))

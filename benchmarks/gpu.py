@@ -3,7 +3,7 @@
     python benchmarks/random_checkpoint.py opt-2.7b /tmp/opt-2.7b
     python benchmarks/gpu.py /tmp/opt-2.7b [--dtype float16] [--rounds 5] [--json OUT]
 
-The sides take turns on the same inputs: one picture greedily, 16 pictures greedily, 4 pictures with 5 beams; 64 new
+The sides take turns on the same inputs: one image greedily, 16 images greedily, 4 images with 5 beams; 64 new
 tokens each. Prints for each the median milliseconds per step, the most memory, and whether the ids are the same.
 """
 

@@ -1,17 +1,17 @@
-"""The image encoder alone: pictures a second in bfloat16 and in 8 bits, beside `transformers`, and what 8 bits change.
+"""The image encoder alone: images a second in bfloat16 and in 8 bits, beside `transformers`, and what 8 bits change.
 
     python benchmarks/random_checkpoint.py itm-vit-g /tmp/itm-vit-g        # EVA-CLIP g/14 without a language model
     python benchmarks/images.py /tmp/itm-vit-g [--sides transformers,bfloat16,int8] [--at-once 16,64] [--rounds 3]
 
 A side is `transformers` (bfloat16, its image encoder and Q-Former as they are called there), a precision of ours, or
 `int8`: ours with the image encoder in 8 bits, the rest in bfloat16. All are in one process and take turns, round by
-round; each encodes the same decoded pictures, from pixels to query vectors.
+round; each encodes the same decoded images, from pixels to query vectors.
 
-Prints the seconds to load and the bytes of the image encoder, and for each number of pictures at once the medians of
-the rounds in pictures a second, and how many times those of the other sides: by the clock, and by the processors'
+Prints the seconds to load and the bytes of the image encoder, and for each number of images at once the medians of
+the rounds in images a second, and how many times those of the other sides: by the clock, and by the processors'
 time, which tells more where other programs are busy (with ``--threads 1``, most). With ``--exact`` also how far the
 query vectors are from those of our float32 (another model in memory): the length of the difference over that of the
-vectors, for all of them and for the worst picture. The pictures are noise in large squares and the weights of such a
+vectors, for all of them and for the worst image. The images are noise in large squares and the weights of such a
 checkpoint random: the error says what rounding costs there, not what a trained model loses.
 """
 
@@ -85,7 +85,7 @@ def main() -> None:
         else:
             model, eye = ours(args.folder, side)
             vision = model.vision
-            # As a batch of a collection is seen: so many pictures at a time as suit the processor.
+            # As a batch of a collection is seen: so many images at a time as suit the processor.
             encoders[side] = encoder_of(model, eye)
             pixels = pixels or [eye.pixels(picture) for picture in pictures(max(*numbers, args.exact))]
         taken_s = time.perf_counter() - started

@@ -1,8 +1,8 @@
 """How long a search takes beside reading the vectors once, and a run with nothing new.
 
-    python benchmarks/index.py [--number 100000] [--pictures 20000] [--threads 2] [--folder /tmp]
+    python benchmarks/index.py [--number 100000] [--images 20000] [--threads 2] [--folder /tmp]
 
-Random unit vectors in half precision, 32 of 256 numbers a picture as in the published models (100,000 pictures are
+Random unit vectors in half precision, 32 of 256 numbers an image as in the published models (100,000 images are
 1.64 GB). Both sides of one run, in turn: the search for the ten nearest of a random text, and the fastest of several
 ways to sum all vectors where they are, in memory. The search is checked against float32 arithmetic. Memory is the most
 that a process had resident that opened the index and searched it.
@@ -72,7 +72,7 @@ def searching(path: Path) -> None:
     first = seconds(lambda: hits.extend(nearest(rows, query, 10)[1]))
     names = seconds(lambda: [index._path(row) for row in hits])
     size = index.vectors.nbytes
-    print(f"{len(index):,} pictures, {size / 1e9:.2f} GB of vectors, {torch.get_num_threads()} threads")
+    print(f"{len(index):,} images, {size / 1e9:.2f} GB of vectors, {torch.get_num_threads()} threads")
     print(f"open {opened * 1e3:.0f} ms, first search (compares every row with its checksum) {first * 1e3:.0f} ms, "
           f"the paths of ten {names * 1e3:.1f} ms")  # fmt: skip
     peak = peak_bytes()
@@ -97,7 +97,7 @@ def searching(path: Path) -> None:
 
 
 def nothing_new(folder: Path, number: int) -> None:
-    """The command on a folder whose pictures are all known."""
+    """The command on a folder whose images are all known."""
     photos = folder / "photos"
     photos.mkdir()
     paths = sorted(str(photos / f"{row:06}.jpg") for row in range(number))
@@ -106,7 +106,7 @@ def nothing_new(folder: Path, number: int) -> None:
     write_random(folder / "known.index", paths)
     command = [sys.executable, "-m", "blip2", "index", str(photos), "-o", str(folder / "known.index")]
     taken = [seconds(lambda: subprocess.run(command, check=True)) for _ in range(3)]
-    print(f"blip2 index of {number:,} known pictures: {statistics.median(taken):.1f} s, best {min(taken):.1f} s")
+    print(f"blip2 index of {number:,} known images: {statistics.median(taken):.1f} s, best {min(taken):.1f} s")
     empty = [sys.executable, "-c", "import blip2.index"]
     print(f"of which importing: {min(seconds(lambda: subprocess.run(empty, check=True)) for _ in range(3)):.1f} s")
 
@@ -124,7 +124,7 @@ def near_duplicates(path: Path, number: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=100_000)
-    parser.add_argument("--pictures", type=int, default=20_000)
+    parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", help="where the index is made, for a while")
     parser.add_argument("--searching", type=Path, help=argparse.SUPPRESS)
@@ -141,7 +141,7 @@ def main() -> None:
         arguments = ["--searching", str(path), "--threads", str(options.threads)]
         subprocess.run([sys.executable, __file__, *arguments], check=True)
         near_duplicates(path, min(options.number, 20_000))
-        nothing_new(folder, options.pictures)
+        nothing_new(folder, options.images)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast the bundled miniature is: 300 pictures in one call, and one picture from a cold start.
+"""How fast the bundled miniature is: 300 images in one call, and one image from a cold start.
 
     python benchmarks/miniature.py
 

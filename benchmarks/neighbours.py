@@ -1,8 +1,8 @@
 """Captions by the miniature while other programs keep the processors busy: the default threads beside one thread.
 
-    python benchmarks/neighbours.py [--rounds 5] [--pictures 160]
+    python benchmarks/neighbours.py [--rounds 5] [--images 160]
 
-Each sample is a process of its own that captions so many pictures, by `blip2.load().caption`, and is timed from the
+Each sample is a process of its own that captions so many images, by `blip2.load().caption`, and is timed from the
 first caption to the last. The two settings take turns, without neighbours and with one busy process a processor.
 Prints the medians in seconds and how many times the better one's each is.
 """
@@ -65,10 +65,10 @@ def measure(paths: list[str], rounds: int, num_neighbours: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=160)
+    parser.add_argument("--images", type=int, default=160)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        paths = pictures(Path(folder), options.pictures)
+        paths = pictures(Path(folder), options.images)
         for num_neighbours in (0, os.cpu_count() or 1):
             measure(paths, options.rounds, num_neighbours)
 

@@ -1,4 +1,4 @@
-"""The picture of docs/benchmarks.md, from what published.py measured.
+"""The chart of docs/benchmarks.md, from what published.py measured.
 
     python benchmarks/plot.py [RESULTS.json ...] [--out docs/benchmarks.svg]
 

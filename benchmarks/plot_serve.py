@@ -1,4 +1,4 @@
-"""The picture of docs/benchmarks.md's section on the server, from what serve.py measured.
+"""The chart of docs/benchmarks.md's section on the server, from what serve.py measured.
 
     python benchmarks/plot_serve.py RESULTS.json [--out docs/server.svg]
 

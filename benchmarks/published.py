@@ -10,9 +10,9 @@ measure the median of the rounds, their least and most, and how many times the f
 
     token      ms per decoded token, one row, greedy: the median time between two of the 33 tokens of an answer; the
                bytes of weights that it reads, and the share of the machine's memory speed at which it reads them
-    first      seconds from a picture and a question to the first token of the answer
-    second     the same for another question about the same picture (transformers has to see it again)
-    captions   pictures per second, 16 at once, greedy, 20 tokens each
+    first      seconds from an image and a question to the first token of the answer
+    second     the same for another question about the same image (transformers has to see it again)
+    captions   images per second, 16 at once, greedy, 20 tokens each
     load       from files that are not in memory: seconds to load, seconds until the first token, and the
                most memory that was resident, mapped files included; beside it, seconds to read the files once
 
@@ -126,7 +126,7 @@ class Transformers:
         )  # fmt: skip
         return found[0, -num_tokens:].tolist(), times
 
-    again = answer  # it keeps nothing of a picture
+    again = answer  # it keeps nothing of an image
 
     @torch.inference_mode()
     def captions(self, images: list[Any], num_tokens: int) -> list[list[int]]:
@@ -165,7 +165,7 @@ def build(side: str, folder: str) -> Ours | Transformers:
 
 
 def pictures(number: int) -> list[Any]:
-    """Different pictures, decoded: noise in large squares."""
+    """Different images, decoded: noise in large squares."""
     image = importlib.import_module("PIL.Image")
     random = importlib.import_module("numpy").random.default_rng(0)
     squares = random.integers(0, 256, (number, 8, 8, 3), "uint8")

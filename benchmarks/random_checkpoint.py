@@ -35,7 +35,7 @@ T5 = {"model_type": "t5", "vocab_size": 32128, "d_kv": 64, "num_layers": 24, "nu
 T5_XL = T5 | {"d_model": 2048, "d_ff": 5120, "num_heads": 32}
 T5_XXL = T5 | {"d_model": 4096, "d_ff": 10240, "num_heads": 64}
 
-# Name: the language model (None: a matching model), and the side of the picture in pixels.
+# Name: the language model (None: a matching model), and the side of the image in pixels.
 SHAPES: dict[str, tuple[dict[str, Any] | None, int]] = {
     "opt-2.7b": (OPT_2_7B, 224),
     "opt-2.7b-coco": (OPT_2_7B, 364),

@@ -4,8 +4,8 @@
 
 The obvious server is FastAPI around `transformers` with a lock: one request after the other. Both answer the same
 request (a greedy caption, --tokens new tokens) with the same weights. ``random`` is a model with 300 million
-parameters and more, made for the run. Ours is asked in three ways: about three pictures in turn, which it encodes
-once; the same streamed, with the time to the first token; about new pictures, each request another. The obvious server
+parameters and more, made for the run. Ours is asked in three ways: about three images in turn, which it encodes
+once; the same streamed, with the time to the first token; about new images, each request another. The obvious server
 does not stream and encodes whatever it is given, so one way tells all. Everything happens on 127.0.0.1, in a bounded
 time, and clients and servers share the machine.
 """
@@ -145,7 +145,7 @@ Requests = Callable[[int], bytes]
 
 
 def requests(is_ours: bool, way: str, tokens: int) -> Requests:
-    """For a caption of a picture, by the ``WAYS`` to ask."""
+    """For a caption of an image, by the ``WAYS`` to ask."""
     pictures = [gif(picture) for picture in PICTURES]
     fields: dict[str, Any] = {"max_tokens": tokens}
     if is_ours:
@@ -171,7 +171,7 @@ def requests(is_ours: bool, way: str, tokens: int) -> Requests:
 
 
 def gif(path: Path) -> bytes:
-    """With a palette at a known place, so that another picture is quickly made of it."""
+    """With a palette at a known place, so that another image is quickly made of it."""
     stream = io.BytesIO()
     with Image.open(path) as image:
         image.convert("RGB").quantize(256).save(stream, "GIF")

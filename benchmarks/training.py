@@ -2,12 +2,12 @@
 
     python benchmarks/training.py miniature|8x512 OUT [--rounds 3] [--steps 20] [--batch-size 64] [--threads 2]
         [--precision bf16] [--json FILE]
-    python benchmarks/training.py miniature|8x512 OUT --check      # first losses of both, same pictures and texts
+    python benchmarks/training.py miniature|8x512 OUT --check      # first losses of both, same images and texts
 
 OUT gets the start of both sides: for `miniature` the bundled models, for `8x512` random ones of 8 layers of 512 (image
-encoder at 224 pixels, Q-Former, OPT, the published vocabularies). Sides: "theirs"; "ours", which looks at each picture
+encoder at 224 pixels, Q-Former, OPT, the published vocabularies). Sides: "theirs"; "ours", which looks at each image
 anew and augments it, as theirs does; "cached", with the image encoder's output kept on disk. Each sample is a process
-of its own, and sides take turns. Printed: pictures a second over the second half of the steps, medians of the rounds.
+of its own, and sides take turns. Printed: images a second over the second half of the steps, medians of the rounds.
 
 Theirs is LAVIS's `blip2_qformer.py` and `blip2_opt.py` line by line where `transformers` has the part. Its stage 1
 pads texts to 32 tokens. Three things differ: the Q-Former of `transformers` keeps no keys, so the text that is to be
@@ -66,7 +66,7 @@ min_lr = 1e-5
 
 
 def write_start(size: str, out: Path) -> None:
-    """The models that both sides begin with, and pictures of which each has a caption of its own."""
+    """The models that both sides begin with, and images of which each has a caption of its own."""
     import torch
     from PIL import Image
 
@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out = options.out.resolve()
-    if options.check:  # every picture in one batch: whatever the order, the losses are the same
+    if options.check:  # every image in one batch: whatever the order, the losses are the same
         options.batch_size, options.steps, options.precision = NUM_PICTURES, 1, "fp32"
     if options.side:
         if options.side == "theirs":

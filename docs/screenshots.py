@@ -78,7 +78,7 @@ def take(url: str, folder: Path) -> None:
                 is_mobile=width < 500,
             )
             show(page, url)
-            if width < 500:  # all of it; a "full page" picture would forget that this is a phone
+            if width < 500:  # all of it; a "full page" image would forget that this is a phone
                 page.set_viewport_size({"width": width, "height": page.evaluate("document.body.scrollHeight")})
             page.wait_for_timeout(300)
             shot = Image.open(BytesIO(page.screenshot())).convert("RGB")

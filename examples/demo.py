@@ -1,4 +1,4 @@
-"""What blip2 does, on one picture with the bundled model: it describes, answers, chooses and chats.
+"""What blip2 does, on one image with the bundled model: it describes, answers, chooses and chats.
 
 python examples/demo.py            the bundled miniature
 python examples/demo.py MODEL      any other model: a folder, or a name on the Hugging Face hub

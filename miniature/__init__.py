@@ -1,1 +1,1 @@
-"""How the bundled miniature is made: the picture world, its frozen parts, its evaluation."""
+"""How the bundled miniature is made: the miniature world, its frozen parts, its evaluation."""

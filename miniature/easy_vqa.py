@@ -5,9 +5,9 @@
     blip2 evaluate WORK/test.jsonl -m WORK/stage2 -o WORK/scores
 
 The image encoder is the bundled miniature's, frozen, which has seen emoji and no drawn shapes. The bundled language
-model reads texts about shapes first (no pictures), because it knows no "triangle", and is frozen then. The Q-Former is
-new. A picture shows one shape: what it is follows from the answers about it, and is its
-caption. 4,000 pictures and 38,575 questions to learn from, 1,000 and 9,673 to be tested on.
+model reads texts about shapes first (no images), because it knows no "triangle", and is frozen then. The Q-Former is
+new. An image shows one shape: what it is follows from the answers about it, and is its
+caption. 4,000 images and 38,575 questions to learn from, 1,000 and 9,673 to be tested on.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ Shown = tuple[str, str]
 
 
 def asked(folder: Path, split: str) -> dict[int, list[tuple[str, str]]]:
-    """Questions and answers about each picture."""
+    """Questions and answers about each image."""
     found = defaultdict(list)
     for question, answer, picture in json.loads((folder / "data" / split / "questions.json").read_text()):
         found[picture].append((question, answer))
@@ -75,7 +75,7 @@ def asked(folder: Path, split: str) -> dict[int, list[tuple[str, str]]]:
 
 
 def shown(turns: list[tuple[str, str]]) -> Shown | None:
-    """What the picture shows, where the answers tell. "is there a red shape", "yes"; but not "is there not a ..."."""
+    """What the image shows, where the answers tell. "is there a red shape", "yes"; but not "is there not a ..."."""
     said = [answer for _, answer in turns]
     for question, answer in turns:
         is_there = (answer == "yes") != (" not " in question or " no " in question)

@@ -6,8 +6,8 @@ Draws the scenes from their seeds, asks about each of them one question of every
 and hold one dialogue (with its own earlier answers in the history, right or wrong), and compares to the letter.
 Beside the accuracy stand:
 
-- *shuffled*: the same questions, each asked about another scene's picture;
-- *blind*: the best guess without a picture: the most frequent right answer to the same wording of the same type;
+- *shuffled*: the same questions, each asked about another scene's image;
+- *blind*: the best guess without an image: the most frequent right answer to the same wording of the same type;
 - *familiar*: scenes from the training distribution (new scenes, pairs that were seen in training);
 - *other drawings* (``--drawings``): unseen pairs of kinds that are drawn by other emoji than their own.
 """
@@ -65,7 +65,7 @@ def is_right(kind: str, said: str, wanted: str) -> bool:
 
 
 def evaluate(pipeline: Pipeline, split: str, count: int, *, shuffle: bool = False, seed: int = SEED) -> Tally:
-    """Ask everything about ``count`` scenes of a split; with ``shuffle`` about the picture of the scene before."""
+    """Ask everything about ``count`` scenes of a split; with ``shuffle`` about the image of the scene before."""
     scenes = [world.make_scene(seed + index, split) for index in range(count)]
     pictures = [world.render(scene) for scene in scenes]
     encoded = pipeline.encode(pictures, batch_size=32)
@@ -101,7 +101,7 @@ def evaluate(pipeline: Pipeline, split: str, count: int, *, shuffle: bool = Fals
 
 
 def blind_guess(count: int, seed: int = SEED) -> Tally:
-    """The best that can be done without a picture: for each wording with the noun left out, the commonest answer."""
+    """The best that can be done without an image: for each wording with the noun left out, the commonest answer."""
     answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     nouns = re.compile(r"\b(an?|" + "|".join(sorted(texts.KIND_OF, key=len, reverse=True)) + r")\b")
     captions: Counter[str] = Counter()

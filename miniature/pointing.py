@@ -6,8 +6,8 @@ Scenes with pairs of kinds that no training saw, two or three kinds each, so tha
 each kind of each scene the map of a text must point into a box of that kind. Beside the share that does, in percent:
 
 - *other kind*: the same map, judged by the next kind's boxes. A map that shows whatever is there would be as good;
-- *centre*: the picture's centre in the place of the map's point;
-- *chance*: the share of the picture that the boxes cover.
+- *centre*: the image's centre in the place of the map's point;
+- *chance*: the share of the image that the boxes cover.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Explain = Callable[[world.Scene, object, str], Explanation]
 
 
 def ways(matcher: Matcher, pipeline: Pipeline) -> dict[str, Explain]:
-    """What is asked, by name: a map of a scene, its picture and a kind."""
+    """What is asked, by name: a map of a scene, its image and a kind."""
 
     def caption(scene: world.Scene) -> str:
         return texts.plain_caption(scene, world.make_rng(scene.texture_seed, "pointing"))
@@ -69,7 +69,7 @@ def points_at(scene: world.Scene, point: Point | None, kind: str) -> bool:
 
 
 def covered(scene: world.Scene, kind: str) -> float:
-    """The share of the picture in boxes of the kind; boxes do not overlap."""
+    """The share of the image in boxes of the kind; boxes do not overlap."""
     boxes = [thing.box for thing in scene.objects if thing.kind == kind]
     return sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) / (scene.width * scene.height)
 

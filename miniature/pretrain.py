@@ -1,13 +1,13 @@
 """Make the miniature's stand-ins for the pre-trained parts: a small image encoder and a small language model.
 
 BLIP-2 starts from an image encoder and a language model that others have trained (EVA-CLIP, OPT, Flan-T5).
-Nothing of that kind exists for the picture world, so both are made here from scratch, and then frozen:
+Nothing of that kind exists for the miniature world, so both are made here from scratch, and then frozen:
 
 - the **image encoder** is a vision transformer of CLIP's make, trained with labels that the world knows: each
   patch tells what object it shows, how many of its kind there are and where they stand; the class token tells
   the background and the count of every kind;
 - the **language model** is a small OPT, trained on text alone: a description of a scene, then captions,
-  questions and dialogues about it. It never sees a picture.
+  questions and dialogues about it. It never sees an image.
 
     python -m miniature.pretrain vision   --data DIR --test DIR --out vision-first.pt
     python -m miniature.pretrain vision   --data DIR MORE --test DIR --start vision-first.pt --out vision.pt

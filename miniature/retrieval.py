@@ -1,4 +1,4 @@
-"""How well the matching miniature finds the picture of a caption, and the caption of a picture.
+"""How well the matching miniature finds the image of a caption, and the caption of an image.
 
     python -m miniature.retrieval --count 500 [--candidates 128] [--model FOLDER]
 

@@ -1,4 +1,4 @@
-"""The miniature's image encoder, a small vision transformer taught with what the world knows of each picture."""
+"""The miniature's image encoder, a small vision transformer taught with what the world knows of each image."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def patch_labels(row: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_small(path: str) -> np.ndarray:
-    """A picture as the model's processor makes it, in 8 bits: ``uint8[3, size, size]``."""
+    """An image as the model's processor makes it, in 8 bits: ``uint8[3, size, size]``."""
     pixels = to_pixels([load_image(path)], size=VISION.image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return (pixels[0] * 255).round().to(torch.uint8).numpy()
 
 
 def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pictures of a folder and their labels, kept beside them for the next start."""
+    """All images of a folder and their labels, kept beside them for the next start."""
     rows = [json.loads(line) for line in (folder / "rows.jsonl").open()]
     cache = folder / f"pixels-{VISION.image_size}.npy"
     if not cache.exists():
@@ -125,7 +125,7 @@ def vision_losses(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], *, cou
 
 @torch.no_grad()
 def vision_accuracy(model: nn.Module, pictures: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, float]:
-    """On pictures with unseen pairs: patches, and the counts of the kinds that are there."""
+    """On images with unseen pairs: patches, and the counts of the kinds that are there."""
     right: dict[str, list[float]] = defaultdict(list)
     for start in range(0, len(pictures[0]), 200):
         pixels, patches, scenes = (part[start : start + 200] for part in pictures)
@@ -146,7 +146,7 @@ def vision_accuracy(model: nn.Module, pictures: tuple[np.ndarray, np.ndarray, np
 
 
 def mirrored(pixels: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A picture and its patch labels seen in a mirror: left is right."""
+    """An image and its patch labels seen in a mirror: left is right."""
     grid = VISION.image_size // VISION.patch_size
     patches = patches.reshape(len(patches), grid, grid, -1)[:, :, ::-1].reshape(patches.shape).copy()
     patches[..., 2] = np.array([0, 2, 1], np.uint8)[patches[..., 2]]
@@ -171,7 +171,7 @@ def train_vision(data: list[Path], test: Path, out: Path, *, steps: int, batch_s
     """The first pass, or (with ``start``) a later one: after the pass before, or after a checkpoint's image encoder.
 
     Later passes leave out what the class token says of the counts: that teaches fast, but teaches along with it
-    which kinds never meet, and on the pairs that are kept for the test it is wrong. They mirror half of the pictures.
+    which kinds never meet, and on the pairs that are kept for the test it is wrong. They mirror half of the images.
     """
     folders = [load_pictures(folder) for folder in data]
     unseen = load_pictures(test)

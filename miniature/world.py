@@ -1,4 +1,4 @@
-"""A synthetic picture world: emoji on coloured backgrounds, with texts that are right by construction.
+"""A synthetic image world: emoji on coloured backgrounds, with texts that are right by construction.
 
 A scene holds one to three kinds of things, each one to four times, on a canvas of varying size. Some pairs of
 kinds never share a `train` scene; `test` scenes each show such a pair, so they measure composition, and
@@ -98,7 +98,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture and its texts are made from."""
+    """All that an image and its texts are made from."""
 
     width: int
     height: int
@@ -126,7 +126,7 @@ class Scene:
 
 
 def clear_half(boxes: list[tuple[int, int, int, int]], axis: int, extent: int, names: tuple[str, str]) -> str | None:
-    """Which half of a picture, along an axis of so many pixels, clearly holds all of the boxes, or None."""
+    """Which half of an image, along an axis of so many pixels, clearly holds all of the boxes, or None."""
     centres = [(box[axis] + box[axis + 2]) / 2 / extent for box in boxes]
     if max(centres) < LOW:
         return names[0]
@@ -371,7 +371,7 @@ def write_split(
     workers: int = 2,
     write_row: Callable[[Job], str] = _write_row,
 ) -> None:
-    """Write `count` pictures under folder/images and their texts to folder/rows.jsonl, which appears last.
+    """Write `count` images under folder/images and their texts to folder/rows.jsonl, which appears last.
 
     ``write_row``: draws and saves one, and gives its line.
     """
