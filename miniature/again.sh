@@ -21,7 +21,7 @@ done
   --start "$start/generative" --out "$work/vision-third.pt" --steps 2400 --threads 1 &
 vision=$!
 "$python" -m miniature.pretrain language --start "$start/generative" --out "$work/language-second.pt" \
-  --steps 800 --documents 40000 --threads 1
+  --steps 1600 --documents 40000 --threads 1
 wait "$vision"
 "$python" -m miniature.pretrain renew --start "$start" --out "$work"
 

@@ -18,8 +18,8 @@ Nothing of that kind exists for the miniature world, so both are made here from 
     python -m miniature.pretrain renew    --start CHECKPOINTS --out DIR    (the folder of both)
 
 `make.sh` and `again.sh` give the numbers of steps. Passes over the images after the first leave the counts of the
-class token out. The second pass over the texts has a third of the questions as people also type them, without the
-question mark or with a capital letter.
+class token out. The second pass over the texts has half of the questions as people also type them: in other
+words, without the question mark, with a capital letter.
 
 `assemble` puts both into two checkpoints of the published layout, generative and matching, with Q-Formers that
 know nothing yet: what the two training stages start from. `renew` gives what the stages made the image encoder of the
@@ -52,7 +52,7 @@ QFORMER = QFormerConfig(
 )  # fmt: skip
 
 SECOND_PASS = 1_000_000  # the seed of its first document, far from those of the first pass
-AS_TYPED = 0.35  # how many of its questions are as people also type them
+AS_TYPED = 0.5  # how many of its questions are as people also type them
 
 
 def assemble(folder: Path) -> None:

@@ -219,8 +219,24 @@ def sample_questions(scene: Scene, rng: random.Random, number: int) -> list[Ques
     return chosen
 
 
+_OTHER_WORDS = (
+    ("picture", ("image", "photo", "scene")),
+    ("in the", ("in this",)),
+    ("what is", ("what's", "what is")),
+    ("color", ("colour",)),
+    ("do you see", ("can you see",)),
+)
+_OPENINGS = ("in this picture, ", "in the image, ", "please answer: ", "please tell me, ", "tell me, ")
+
+
 def as_typed(question: str, rng: random.Random) -> str:
-    """The question as people also type it: half of the time without its question mark, half with a capital letter."""
+    """The question as people also type it: in other words, half of the time without its question mark, half with a
+    capital letter."""
+    for word, others in _OTHER_WORDS:
+        if word in question and rng.random() < 0.4:
+            question = question.replace(word, rng.choice(others))
+    if not question.startswith("and ") and rng.random() < 0.15:
+        question = rng.choice(_OPENINGS) + question
     question = question.removesuffix("?") if rng.random() < 0.5 else question
     return question[0].upper() + question[1:] if rng.random() < 0.5 else question
 

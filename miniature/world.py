@@ -51,7 +51,7 @@ class Mix:
     strangers: float = 0.0  # how often a kind is one that has no name here
     others: float = 0.0  # how often a kind is not drawn by its own glyph alone
     scattered: float = 0.5  # how often the things stand anywhere
-    as_typed: float = 0.0  # how often a question has no question mark, or a capital letter
+    as_typed: float = 0.0  # how often a question is written as people also type it
     has_texts: bool = True
 
 
@@ -60,7 +60,7 @@ SPLITS = {
     "test": Mix((0, 45, 30), unseen_pair=True),
     "familiar": Mix((0, 45, 30)),
     "crowd": Mix((15, 25, 25, 15, 12, 8), most=10, strangers=0.3, others=0.4, has_texts=False),
-    "varied": Mix((25, 45, 30), others=0.3, scattered=0.3, as_typed=0.35),
+    "varied": Mix((25, 45, 30), others=0.3, scattered=0.3, as_typed=0.5),
     "glyphs": Mix((0, 45, 30), unseen_pair=True, others=1.0),
 }
 STYLES = ("plain", "gradient", "noise", "stripes")

@@ -295,7 +295,7 @@ def test_varied_questions_are_also_written_as_people_type_them(tmp_path):
             asked += [turn["question"] for turn in itertools.chain(row["questions"], *row["dialogues"])]
         shares[split] = np.mean([(not text.endswith("?"), text[0].isupper()) for text in asked], axis=0)
     assert (shares["test"] == 0).all()
-    assert (shares["varied"] > 0.1).all() and (shares["varied"] < 0.25).all()
+    assert (shares["varied"] > 0.15).all() and (shares["varied"] < 0.35).all()
 
 
 def test_documents_for_the_second_pass_ask_in_both_ways_and_answer_the_same():
