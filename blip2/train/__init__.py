@@ -1,5 +1,5 @@
-"""Training, in the two stages of the paper: `run` carries out a recipe, `preview` says what that would do, and
-`overfit` tries it on a few rows."""
+"""Training in the two stages of the paper. `run` executes a recipe, `preview` shows what it would do, and `overfit`
+tests it on a few rows."""
 
 from blip2.train.group import ToldElsewhere
 from blip2.train.loop import TrainingStopped

@@ -1,4 +1,5 @@
-"""The average of what learns, over the steps: evaluated and exported in the place of the last step's weights."""
+"""Exponential moving average of the trained weights, which is evaluated and exported instead of the last step's
+weights."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from blip2.train.shard import own
 
 
 class Average:
-    """An exponential moving average of parameters, in their precision; of shares, each process its own.
+    """An exponential moving average of parameters, in their own dtype. Of sharded parameters each process keeps its own
+    shard.
 
-    ``decay`` 0 keeps none. At first, when there is little to average, less of the past stays: (1 + t) / (10 + t) at
-    step t, as long as that is below ``decay``.
+    With ``decay`` 0 no average is kept. The first steps use a smaller decay, (1 + t) / (10 + t) at step t, until that
+    reaches ``decay``.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -24,7 +26,7 @@ class Average:
 
     @torch.no_grad()
     def add(self, step: int) -> None:
-        """The weights as they are after step 0, 1, ..."""
+        """Add the weights after step 0, 1, ... to the average."""
         if self.weights:
             new = 1 - min(self._decay, (1 + step) / (10 + step))
             now = [own(parameter.detach()) for parameter in self._parameters.values()]
@@ -32,7 +34,7 @@ class Average:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the average into the model and the model's weights here, or back again."""
+        """Swap the average and the model's weights; a second call swaps them back."""
         for name, weight in self.weights.items():
             parameter = own(self._parameters[name].detach())
             before: Tensor = parameter.clone()
@@ -41,7 +43,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model is the average."""
+        """Inside this context the model holds the average."""
         self.exchange()
         try:
             yield

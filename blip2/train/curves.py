@@ -1,4 +1,4 @@
-"""Losses, scores and rates of trainings as drawings: SVG, written by hand, with a panel for each quantity."""
+"""Losses, scores and rates of trainings as hand-written SVG, with one panel for each quantity."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from blip2.errors import RecipeError
 
 LOG = "log.jsonl"
 COUNTS = ("step", "cut_texts", "bad_pictures")
-"""Of a line of the log, what is no curve."""
+"""Values of a log line that are not drawn as curves."""
 LAST = (
     "learning_rate", "gradient_norm", "skipped", "images_per_s", "tokens_per_s", "mfu", "peak_memory_mb",
 )  # fmt: skip
-"""Curves that are neither losses nor scores, and come after them."""
+"""Curves that are neither losses nor scores; they are drawn last."""
 COLOURS = ("#3b6fd4", "#d9622b", "#2f9e62", "#b0409f", "#8a6d00", "#0b8aa0", "#c2344d", "#6b6b76")
 WIDTH, HEIGHT, COLUMNS = 440, 250, 2
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 36
@@ -39,7 +39,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """What was logged of a training, by step: ``trained`` at each report, ``evaluated`` on held-out rows."""
+    """The log of a training, by step: ``trained`` at each report, ``evaluated`` on held-out rows."""
 
     name: str
     trained: dict[str, Points]
@@ -47,14 +47,14 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """From the folder of a training, or its log. Raises RecipeError, also where there is nothing to draw."""
+    """Read the folder or the log of a training. Raises RecipeError, also if there is nothing to draw."""
     file = path / LOG if path.is_dir() else path
     try:
         lines = file.read_text("utf-8", "replace").splitlines()
     except OSError as error:
-        reason = f"there is no {LOG} in it" if path.is_dir() else error.strerror or error
-        raise RecipeError(f"{path}: {reason}; name the 'out' of a training") from None
-    run = Run(str(path if path.is_dir() else path.parent), {}, {})  # as it was asked for: the last words may be equal
+        reason = f"it has no {LOG}" if path.is_dir() else error.strerror or error
+        raise RecipeError(f"{path}: {reason}; name the 'out' folder of a training") from None
+    run = Run(str(path if path.is_dir() else path.parent), {}, {})  # as given: two last names may be equal
     for line in lines:
         try:
             values = json.loads(line)
@@ -72,7 +72,7 @@ def read_run(path: Path) -> Run:
 
 
 def draw(runs: Sequence[Run]) -> str:
-    """An SVG picture: a panel for each quantity, a colour for each run; what was evaluated has dots."""
+    """An SVG image with a panel for each quantity and a colour for each run. Evaluations are drawn as dots."""
     names = _in_order(runs)
     top = LINE * len(runs) + 14
     height = top + math.ceil(len(names) / COLUMNS) * HEIGHT
@@ -92,7 +92,7 @@ def draw(runs: Sequence[Run]) -> str:
 
 
 def _in_order(runs: Sequence[Run]) -> list[str]:
-    """Losses, scores, and then the rest."""
+    """Names of the quantities: losses, scores, then the rest."""
     names = dict.fromkeys(name for run in runs for name in (*run.trained, *run.evaluated))
     losses = [name for name in names if name not in LAST and any(name in run.trained for run in runs)]
     scores = [name for name in names if name not in LAST and name not in losses]
@@ -148,7 +148,7 @@ def _scale(values: tuple[float, float], pixels: tuple[float, float]) -> Any:
 
 
 def _ticks(least: float, most: float, number: int = 5) -> list[float]:
-    """Round numbers, some ``number`` of them, from below the least to the most or above."""
+    """About ``number`` round numbers, from below ``least`` to ``most`` or above."""
     span = (most - least) or abs(most) or 1.0
     power = 10.0 ** math.floor(math.log10(span / number))
     size = next(size for size in (power, 2 * power, 5 * power, 10 * power) if span / size <= number)
@@ -157,7 +157,7 @@ def _ticks(least: float, most: float, number: int = 5) -> list[float]:
 
 
 def _thinned(points: Points) -> Points:
-    """Means of neighbours, where there are more points than can be told apart."""
+    """Means of neighbouring points, if there are more points than pixels can show."""
     size = math.ceil(len(points) / MOST_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in some) / len(some), sum(y for _, y in some) / len(some)) for some in groups]

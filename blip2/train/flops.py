@@ -1,11 +1,11 @@
-"""How much arithmetic a training step is, by the sizes of the model, and how much a device can do.
+"""Arithmetic of a training step, computed from the sizes of the model, and the peak throughput of a device.
 
-Counted are the operations of products of matrices, two for each pair of numbers, as everybody does: norms,
-activations and dropout are little beside them. What learns takes thrice its forward pass (the gradients towards its
-inputs and its weights), what is frozen twice if a gradient passes through it, else once. What is computed again to save
-memory is not counted: it is no work of the model. So the share of a device's peak is the "model FLOP utilisation".
+Only matrix products are counted, as is usual, with two operations for each multiply-add; norms, activations and dropout
+are small beside them. A trained layer counts three times its forward pass (gradients of its inputs and of its weights),
+a frozen layer twice if a gradient passes through it, else once. Recomputed activations are not counted, since they are
+not work of the model. The share of the device's peak is the model FLOP utilisation (MFU).
 
-B rows, Q queries, P patches, T text tokens, S tokens so far.
+B rows, Q query tokens, P patches, T text tokens, S tokens so far.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ DENSE_BF16 = {
     "A10G": 70e12, "A10": 125e12, "A40": 150e12, "A6000": 155e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12,
     "RTX 3090": 71e12, "MI300X": 1307e12, "MI250X": 383e12,
 }  # fmt: skip
-"""Operations a second in bfloat16, without sparsity, as their makers tell them; the first name that fits counts."""
+"""Dense operations per second in bfloat16, as the manufacturers state them. The first name that matches counts."""
 SIZE, TIMES = 1024, 5
 
 
 class Texts(NamedTuple):
-    """Of a part of a batch: its rows, how wide their texts are padded, and how many tokens are predicted; ``decoded``:
-    how wide what a T5's decoder reads is; ``read``: rows of texts, of which a picture may have several."""
+    """Sizes of a part of a batch: its rows, the padded width of their texts, and the number of predicted tokens.
+    ``decoded``: the padded width of a T5's decoder input. ``read``: the number of text rows, since an image may have
+    several."""
 
     rows: int
     width: int
@@ -50,7 +51,7 @@ class Texts(NamedTuple):
 
 
 def of_vision(config: VisionConfig | ConvolutionalConfig, rows: int) -> int:
-    """The forward pass of so many pictures."""
+    """Forward pass of the image encoder over ``rows`` images."""
     if isinstance(config, ConvolutionalConfig):
         return rows * _of_convolutions(config)
     width, tokens = config.hidden_size, config.num_prefix_tokens + config.num_patches
@@ -60,7 +61,7 @@ def of_vision(config: VisionConfig | ConvolutionalConfig, rows: int) -> int:
 
 
 def _of_convolutions(config: ConvolutionalConfig) -> int:
-    """The forward pass of a picture, convolution by convolution."""
+    """Forward pass of one image, summed over the convolutions."""
     side = -(-config.image_size // 2)
     total = side**2 * 3 * 9 * STEM_WIDTH
     for num_inputs, num_outputs, kernel, stride, expansion in sizes_of_blocks(config):
@@ -72,7 +73,7 @@ def _of_convolutions(config: ConvolutionalConfig) -> int:
 
 
 def of_qformer(config: QFormerConfig, rows: int, *, queries: int, text: int, past: int = 0, patches: int = 0) -> int:
-    """The forward pass of queries and text, with what was seen before, without `of_image_keys`."""
+    """Forward pass of query tokens and text with ``past`` cached tokens, without `of_image_keys`."""
     width, tokens = config.hidden_size, queries + text
     layer = 2 * tokens * (4 * width * width + 2 * width * config.intermediate_size)
     layer += 4 * tokens * (tokens + past) * width
@@ -81,7 +82,7 @@ def of_qformer(config: QFormerConfig, rows: int, *, queries: int, text: int, pas
 
 
 def of_image_keys(config: QFormerConfig, rows: int, patches: int) -> int:
-    """Keys and values of so many pictures, which all passes over them may share."""
+    """Keys and values of ``rows`` images, which all passes over the same images can share."""
     return rows * _num_crossing(config) * 4 * patches * config.hidden_size * config.encoder_hidden_size
 
 
@@ -90,8 +91,8 @@ def _num_crossing(config: QFormerConfig) -> int:
 
 
 def of_language(config: LanguageConfig, num_queries: int, texts: Texts) -> tuple[int, int]:
-    """The forward pass of queries and texts, and the scores of the tokens that are predicted: products with weights,
-    and those of attention, which have a gradient towards both sides."""
+    """Forward pass of query tokens and texts, and the logits of the predicted tokens. Returns products with weights,
+    and products of attention, whose two inputs both have a gradient."""
     width, wide, inner = config.hidden_size, config.intermediate_size, config.num_heads * config.head_size
     scores = 2 * texts.targets * width * config.vocab_size
     read = num_queries + texts.width
@@ -110,8 +111,8 @@ def of_language(config: LanguageConfig, num_queries: int, texts: Texts) -> tuple
 
 
 def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int, itg: bool = True) -> int:
-    """Forward and backward of a part of a batch; ``vision_passes``: 0 if features are kept, 1 if the image encoder is
-    frozen, 2 with adapters, 3 if it learns. ``itg``: whether captions are learnt."""
+    """Forward and backward pass of a part of a batch. ``vision_passes``: 0 with kept features, 1 with a frozen image
+    encoder, 2 with adapters in it, 3 if it is trained. ``itg``: whether ITG is trained."""
     qformer, rows, width = config.qformer, texts.rows, texts.width
     queries, patches = qformer.num_query_tokens, config.vision.num_tokens
     looked = of_qformer(qformer, rows, queries=queries, text=0, patches=patches)
@@ -129,8 +130,8 @@ def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int, itg: b
 def of_stage2(
     config: Blip2Config, texts: Texts, *, vision_passes: int, prompts: tuple[int, int] | None = None
 ) -> int:
-    """As `of_stage1`; the language model is frozen, and the gradient passes through it. ``prompts``: how many texts the
-    Q-Former reads, each with a look of its own, and how wide they are padded."""
+    """As `of_stage1`. The language model is frozen, but the gradient passes through it. ``prompts``: the number of
+    texts that the Q-Former reads, each with a pass of its own, and their padded width."""
     qformer, rows = config.qformer, texts.rows
     queries = qformer.num_query_tokens
     patches = config.vision.num_tokens
@@ -144,7 +145,7 @@ def of_stage2(
 
 @dataclass(frozen=True)
 class Peak:
-    """What ``devices`` like this one can do together: operations a second, and how that is known."""
+    """Peak throughput of ``devices`` devices like this one, in operations per second, and how it was determined."""
 
     device: torch.device
     devices: int
@@ -159,20 +160,20 @@ class Peak:
         return self._found[0] * self.devices
 
     def __str__(self) -> str:
-        each = f"{self._found[0] / 1e12:.3g} tera-operations a second, {self._found[1]}"
-        return f"mfu is the share of {each}" + (f", times {self.devices}" if self.devices > 1 else "")
+        each = f"{self._found[0] / 1e12:.3g} TFLOP/s, {self._found[1]}"
+        return f"mfu is relative to {each}" + (f", times {self.devices}" if self.devices > 1 else "")
 
     def memory_mb(self) -> float:
         return peak_memory_mb(self.device)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Operations a second that a device can do in a precision, and how that is known."""
+    """Peak throughput of a device in a dtype, in operations per second, and how it was determined."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, value in DENSE_BF16.items():
             if known in name:
-                return value, f"as the maker of the {name} tells it for bfloat16"
+                return value, f"the manufacturer's figure of the {name} for bfloat16"
     x = torch.randn(SIZE, SIZE, device=device, dtype=dtype)
     times = []
     for _ in range(TIMES):
@@ -181,11 +182,12 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         x @ x
         _wait(device)
         times.append(time.perf_counter() - began)
-    return 2 * SIZE**3 / min(times), f"the best of {TIMES} products of {SIZE} x {SIZE} numbers in {dtype}"
+    return 2 * SIZE**3 / min(times), f"the best of {TIMES} products of {SIZE} x {SIZE} matrices in {dtype}"
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most that this process had so far: on a GPU of its memory, else of the machine's; NaN where nobody tells."""
+    """Peak memory of this process so far in MB: GPU memory on a GPU, else main memory; NaN where it cannot be
+    measured."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

@@ -1,7 +1,8 @@
-"""The processes of one training, a device each: which rows of a batch are whose, and what they tell each other.
+"""The processes of one training, one device each: which rows of a batch each process computes, and how the processes
+communicate.
 
-All of them hold the same weights and do the same steps. ``torchrun`` or `blip2.train.launch` starts them, and says in
-the environment who is who. B rows of the global batch; N of this process; X whatever axes.
+All processes hold the same weights and do the same steps. ``torchrun`` or `blip2.train.launch` starts them and sets
+their ranks in the environment. B rows of the global batch; N rows of this process; X any axes.
 """
 
 from __future__ import annotations
@@ -26,58 +27,58 @@ from torch.distributed.rendezvous import rendezvous
 from blip2.errors import Blip2Error, RecipeError
 
 LAUNCHED = "BLIP2_LAUNCHED"
-"""In the environment of the processes that `blip2.train.launch` has started."""
+"""Time limit for a collective operation; the first preparation may take longer."""
 TIMEOUT_S = 600.0
-"""Who waits so long for the others gives up. The first preparation, which may see all pictures, may take longer."""
+"""Time limit for a collective operation; the first preparation may take longer."""
 PATIENCE = timedelta(days=30)
 POLL_S = 0.1
 FAILED = -(2**40)
-"""Added to a sum of all, which is below 0 then."""
+"""Added to a shared sum to make it negative: a process has failed."""
 T = TypeVar("T")
 
 
 class ProcessLost(Blip2Error):
-    """Another process of the training has ended, or does not answer."""
+    """Another process of the training has ended or does not answer."""
 
 
 class ToldElsewhere(Blip2Error):
-    """The training has ended, and another process tells why."""
+    """The training has ended because of an error that another process reports."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process is number ``rank`` of ``size``. All of them make the same calls in the same order."""
+    """This process has ``rank`` of ``size`` processes. All of them make the same calls in the same order."""
 
     rank: int = 0
     size: int = 1
     store: Any = None
-    """What is said by name, beside the calls of all; with one process there is none."""
+    """Key-value store for messages outside of collective operations; None with a single process."""
     _turns: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and reports."""
+        """Whether this process writes and reports."""
         return self.rank == 0
 
     def share(self, count: int, rank: int | None = None) -> range:
-        """Which of ``count`` rows are a process's, this one's by default; shares differ by a row at most."""
+        """The rows of ``count`` that a process has, by default this one. Shares differ by at most one row."""
         rank = self.rank if rank is None else rank
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
     def parts(self, count: int, number: int) -> list[range]:
-        """This process's share of ``count`` rows in ``number`` parts; fewer where a process has fewer rows. As many in
-        each process: what they compute together, they compute as often."""
+        """This process's share of ``count`` rows in ``number`` parts, or fewer if some process has fewer rows. All
+        processes have the same number of parts, because each part includes collective operations."""
         return parts_of(self.share(count), min(number, count // self.size))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """All-reduce: the sum over all processes, in place."""
         if self.size > 1:
             with _lost(self):
                 dist.all_reduce(tensor)
         return tensor
 
     def most(self, number: int) -> int:
-        """The largest of the numbers of all."""
+        """The maximum over all processes."""
         if self.size == 1:
             return number
         found = torch.tensor(number)
@@ -86,7 +87,7 @@ class Group:
         return int(found)
 
     def gather(self, rows_NX: Tensor, count: int) -> Tensor:
-        """The ``count`` rows of the global batch ``[B, ...]``, of which each process gives its share. No gradient."""
+        """The ``count`` rows of the global batch ``[B, ...]``, gathered from all processes. Without gradient."""
         if self.size == 1:
             return rows_NX.detach()
         shares = [len(self.share(count, rank)) for rank in range(self.size)]
@@ -98,10 +99,10 @@ class Group:
         return torch.cat([rows[:size] for rows, size in zip(found, shares, strict=True)])
 
     def fetch(self, rows_NX: Tensor, wanted_B: Sequence[int]) -> Tensor:
-        """Rows of the global batch ``[N, ...]`` that this process wants, of which only those travel that are wanted. No
-        gradient: that takes the way of `give_back`.
+        """Rows of the global batch ``[N, ...]`` that this process wants; only wanted rows are sent. Without gradient,
+        which `give_back` returns.
 
-        ``wanted_B`` says for each row of the global batch which one its owner wants.
+        ``wanted_B``: for each row of the global batch, the row that its owner wants.
         """
         sent, got = self._travels(wanted_B)
         if self.size == 1:
@@ -112,7 +113,8 @@ class Group:
         return ordered
 
     def give_back(self, rows_NX: Tensor, wanted_B: Sequence[int]) -> Tensor:
-        """The way back of `fetch`: of each own row ``[N, ...]`` the sum of what it became wherever it was wanted."""
+        """The reverse of `fetch`, for gradients: for each own row ``[N, ...]``, the sum over all places that fetched
+        it."""
         sent, got = self._travels(wanted_B)
         found = self._exchange(rows_NX[[place for places in got for place in places]], got, sent)
         return torch.zeros_like(rows_NX).index_add_(
@@ -120,7 +122,8 @@ class Group:
         )
 
     def _travels(self, wanted_B: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
-        """Of each process which of the own rows it wants, and at which places of the own ones its rows are wanted."""
+        """What is exchanged with each process: the own rows that it wants, and the own places that want one of its
+        rows."""
         own = self.share(len(wanted_B))
         shares = [self.share(len(wanted_B), rank) for rank in range(self.size)]
         sent = [[wanted_B[row] - own.start for row in share if wanted_B[row] in own] for share in shares]
@@ -128,7 +131,8 @@ class Group:
         return sent, got
 
     def _exchange(self, rows_NX: Tensor, sent: list[list[int]], got: list[list[int]]) -> Tensor:
-        """Rows in the order of those who get them, for rows in the order of those who send them."""
+        """All-to-all: send rows in the order of the receiving processes, return rows in the order of the sending
+        ones."""
         given = rows_NX.detach().contiguous()
         if self.size == 1:
             return given
@@ -138,7 +142,7 @@ class Group:
         return found
 
     def objects(self, own: T) -> list[T]:
-        """What each process gives, in the order of the processes."""
+        """The objects of all processes, by rank."""
         if self.size == 1:
             return [own]
         found: list[Any] = [None] * self.size
@@ -151,21 +155,21 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """If one fails within, all end here: the others raise `ToldElsewhere`."""
+        """If one process fails inside, all of them end: the others raise `ToldElsewhere`."""
         try:
             yield
         except Exception:
-            with suppress(ProcessLost):  # what went wrong first is what is told
+            with suppress(ProcessLost):  # the first error is the one to report
                 self.is_any(True)
             raise
         if self.is_any(False):
-            raise ToldElsewhere("another process tells why")
+            raise ToldElsewhere("another process reports the error")
 
     @contextmanager
     def in_turn(self, name: str, *, is_one_enough: bool = False) -> Iterator[None]:
-        """One process after the other, or the first and then all others (``is_one_enough``); in any length of time.
+        """One process after the other, or the first and then all others (``is_one_enough``). Without a time limit.
 
-        If one fails, those behind it raise `ToldElsewhere`.
+        If a process fails, those after it raise `ToldElsewhere`.
         """
         if self.size == 1:
             yield
@@ -178,7 +182,7 @@ class Group:
                 has_failed = self.store.get(f"{name}/{before}") != b"done"
             if has_failed:
                 self.store.set(f"{name}/{self.rank}", "failed")
-                raise ToldElsewhere(f"process {before} of {self.size} tells why")
+                raise ToldElsewhere(f"process {before} of {self.size} reports the error")
         outcome = "failed"
         try:
             yield
@@ -189,8 +193,8 @@ class Group:
 
     @contextmanager
     def at_once(self, name: str) -> Iterator[Callable[[int], int]]:
-        """Each at its own pace, until all are done, in any length of time. Gives what adds to a sum of all, and tells
-        it. If one fails, the others raise `ToldElsewhere` where they add next."""
+        """Each process at its own pace until all are done, without a time limit. Yields a function that adds to a shared
+        sum and returns it. If a process fails, the next call of it raises `ToldElsewhere` in the others."""
         name, own = f"{name}/{next(self._turns)}", 0
 
         def add(number: int, to: str = "sum") -> int:
@@ -203,13 +207,13 @@ class Group:
 
         def add_unless_failed(number: int) -> int:
             if (total := add(number)) < 0:
-                raise ToldElsewhere("another process tells why")
+                raise ToldElsewhere("another process reports the error")
             return total
 
         try:
             yield add_unless_failed
         except BaseException:
-            with suppress(ProcessLost):  # what went wrong first is what is told
+            with suppress(ProcessLost):  # the first error is the one to report
                 add(FAILED)
             raise
         if self.size > 1:
@@ -221,24 +225,24 @@ class Group:
 
 @dataclass(frozen=True)
 class Step:
-    """What a stage has to know of a training step. All that is random in it follows from ``seed``."""
+    """What a stage needs to know about a training step. All randomness in it follows from ``seed``."""
 
     seed: int
     batch_size: int
-    """Of the global batch."""
+    """Size of the global batch."""
     autocast: Callable[[], AbstractContextManager]
     generator: torch.Generator
-    """Seeded alike in all processes."""
+    """Has the same seed in all processes."""
     group: Group = field(default_factory=Group)
 
     @property
     def share(self) -> range:
-        """Which rows of the global batch are this process's."""
+        """The rows of the global batch that belong to this process."""
         return self.group.share(self.batch_size)
 
 
 def parts_of(rows: range, count: int) -> list[range]:
-    """So many parts of rows that differ by one at most; fewer where there are fewer rows."""
+    """``count`` parts of rows whose sizes differ by at most one; fewer parts if there are fewer rows."""
     count = min(count, len(rows))
     return [rows[len(rows) * part // count : len(rows) * (part + 1) // count] for part in range(count)]
 
@@ -254,13 +258,14 @@ def check_alike(group: Group, step: int, parameters: dict[str, nn.Parameter]) ->
     for rank, found in enumerate(others, start=1):
         if found != first:
             raise RecipeError(
-                f"process {rank} begins at step {found[0]}, the first one at step {first[0]}, or with other weights; "
+                f"process {rank} begins at step {found[0]}, process 0 at step {first[0]}, or their weights differ; "
                 "give all processes the same folders as 'start' and 'out'"
             )
 
 
 def group_of_environment() -> Group:
-    """Who this process is: alone, unless WORLD_SIZE says otherwise. Raises RecipeError for half an environment."""
+    """The group that the environment describes: a single process unless WORLD_SIZE is set. Raises RecipeError for an
+    incomplete environment."""
     told = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
     if told["WORLD_SIZE"] in ("", "1"):
         return Group()
@@ -271,16 +276,16 @@ def group_of_environment() -> Group:
     except ValueError:
         pass
     found = ", ".join(f"{name}={value}" for name, value in told.items())
-    raise RecipeError(f"the environment says {found}: start by torchrun or with --devices, or unset WORLD_SIZE")
+    raise RecipeError(f"the environment has {found}; start with torchrun or with --devices, or unset WORLD_SIZE")
 
 
 def end_with_launcher() -> None:
-    """If `blip2.train.launch` has started this process: stop and save once that one is gone, however it went."""
+    """If `blip2.train.launch` started this process, save and stop as soon as the launcher has ended for any reason."""
     if LAUNCHED not in os.environ:
         return
 
     def wait() -> None:
-        os.read(0, 1)  # nothing is ever written: it ends when the other end does
+        os.read(0, 1)  # nothing is ever written; read returns when the launcher ends
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -290,10 +295,10 @@ def end_with_launcher() -> None:
 def joined(
     device: torch.device, *, together: tuple[type[Exception], ...] = (), timeout_s: float = TIMEOUT_S
 ) -> Iterator[Group]:
-    """The group of this process's environment, connected: by gloo, and for tensors on a GPU by nccl.
+    """Connect the processes of the environment: gloo on the CPU, nccl for tensors on a GPU.
 
-    Of an error one process tells, with its number, and the others raise `ToldElsewhere`. ``together`` are errors that
-    all of them raise at the same place, of which the first process tells.
+    An error is reported by one process, with its rank; the others raise `ToldElsewhere`. ``together``: error types that
+    all processes raise at the same place, and that process 0 reports.
     """
     group = group_of_environment()
     if group.size == 1:
@@ -316,8 +321,8 @@ def joined(
             raise
         raise ToldElsewhere(str(error)) from error
     except Exception as error:
-        if not _is_to_tell(store, error):
-            raise ToldElsewhere(f"process {group.rank} of {group.size} ended because another did") from error
+        if not _should_report(store, error):
+            raise ToldElsewhere(f"process {group.rank} of {group.size} ended because another process failed") from error
         if isinstance(error, ProcessLost):
             raise
         who = f"process {group.rank} of {group.size}"
@@ -335,16 +340,15 @@ def _lost(group: Group) -> Iterator[None]:
     except (RuntimeError, ConnectionError) as error:
         is_silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         what = "got no answer from the others" if is_silent else "lost the others: one of them has ended"
-        raise ProcessLost(
-            f"process {group.rank} of {group.size} {what}; start the same recipe again to go on from the last state"
-        ) from error
+        lost = f"process {group.rank} of {group.size} {what}; start the same recipe again to resume"
+        raise ProcessLost(lost) from error
 
 
-def _is_to_tell(store: Any, error: Exception) -> bool:
-    """Whether no other process has told. Of one that was killed, who has started them tells, if it is we."""
+def _should_report(store: Any, error: Exception) -> bool:
+    """Whether no other process has reported an error yet. If a process was killed, our own launcher reports it."""
     if isinstance(error, ProcessLost) and "has ended" in str(error) and LAUNCHED in os.environ:
         return False
     try:
         return store.add("told", 1) == 1
-    except RuntimeError:  # the store was the first process's, which is gone
+    except RuntimeError:  # the store belonged to process 0, which has ended
         return LAUNCHED not in os.environ

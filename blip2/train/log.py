@@ -12,14 +12,15 @@ from blip2.train.trackers import Trackers
 
 
 class Log:
-    """One JSON object a line. What was written after the step that training goes on from is taken out."""
+    """One JSON object a line. Lines of steps after the one that training resumes from are removed."""
 
     def __init__(self, path: Path | None, keep_to: int, trackers: Trackers | None = None) -> None:
-        """Without a path nothing is kept: another process keeps it. ``trackers`` are told all that is written."""
+        """Without a path nothing is written, because another process writes the log. ``trackers`` receive every
+        line."""
         self._file: TextIO | None = None
         self._trackers = trackers
         self.evaluated = 0
-        """The step of the last evaluation in it."""
+        """The step of the last evaluation in the log."""
         if path is None:
             return
         lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() and keep_to else []
@@ -47,7 +48,7 @@ class Log:
 
 
 def _step_of(line: str) -> float:
-    """Of a line of the log; a line that is damaged is none of them."""
+    """The step of a log line; infinite for a damaged line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):

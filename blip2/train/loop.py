@@ -1,7 +1,7 @@
-"""The training loop: one page that knows no stage. A stage is a function from a batch to losses.
+"""The training loop, independent of the stage. A stage is a function from a batch to losses.
 
-All that is random in a step follows from the seed and the step's number, so training that was stopped goes on
-as if it had not been: the state is the trained weights, the optimiser's moments, and the number of the step.
+All randomness of a step follows from the seed and the step number, so a resumed training gives the same result as an
+uninterrupted one. The state consists of the trained weights, the optimiser's moments and the step number.
 """
 
 from __future__ import annotations
@@ -45,36 +45,37 @@ MOST_BAD_STEPS = 10
 
 
 class TrainingStopped(Blip2Error):
-    """Somebody stopped the training; the message says how to go on."""
+    """The training was stopped by a signal; the message says how to resume."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that the loop needs of a stage. Batches are made in another thread."""
+    """Everything that the loop needs from a stage. Batches are made in another thread."""
 
     model: nn.Module
     learning: nn.Module
-    """The part in training mode (dropout); all else stays as it evaluates."""
+    """The part in training mode (dropout); everything else stays in evaluation mode."""
     make_batch: Callable[[int, range], Any]
-    """Of a step, these rows of the global batch."""
+    """Makes the batch of a step, for these rows of the global batch."""
     backward: Callable[[Sequence[Any], Step], dict[str, Tensor]]
-    """This process's share of each loss, by name, from the parts of its share of the batch. Their sum is minimised: its
-    share of the gradient is added to ``.grad``. All shares together are those of the global batch."""
+    """This process's share of each loss, by name, from the parts of its share of the batch. The sum of the losses is
+    minimised; this process's share of the gradient is added to ``.grad``. The sum over all processes is that of the
+    global batch."""
     evaluate: Callable[[], dict[str, float]] | None = None
     num_cut: Callable[[], int] = int
-    """How many texts were longer than the recipe allows, so far."""
+    """Number of texts so far that were longer than the recipe allows."""
     bad_pictures: Callable[[], dict[str, str]] = dict
-    """Those that could not be read so far, by path, each with what is wrong with it."""
+    """Images that could not be read so far: path to error message."""
     num_tokens: Callable[[Any], int] = lambda batch: 0
-    """Of the texts of a part of a batch, without padding."""
+    """Number of text tokens in a part of a batch, without padding."""
     flops: Callable[[Any], float] = lambda batch: 0.0
-    """The arithmetic of a part of a batch, forward and backward, see `train.flops`."""
+    """Operations of a part of a batch, forward and backward, see `train.flops`."""
     sample: Callable[[], Sequence[Any]] | None = None
-    """What the model says of held-out rows, see `train.samples`."""
+    """Generates texts for held-out rows, see `train.samples`."""
     rate_shares: Mapping[str, float] = field(default_factory=dict)
-    """Of parameters, by name, that learn at a part of the learning rate."""
+    """Factors of the learning rate, by parameter name."""
     open_features: Callable[[], None] = lambda: None
-    """Before the first batch: all processes together compute what is to be kept on the disk, if anything is."""
+    """Called before the first batch: all processes together compute the features to keep on the disk, if any."""
 
 
 def train(
@@ -85,12 +86,12 @@ def train(
     autocast: Callable[[], AbstractContextManager],
     group: Group | None = None,
 ) -> None:
-    """Train to the recipe's last step, from wherever the state in its folder stands.
+    """Train to the recipe's last step, resuming from the state in its folder.
 
-    Every process of the group does the same steps with the same weights; the first alone writes and reports.
-    Raises `TrainingStopped` after SIGINT or SIGTERM, `TrainingFailed` if the loss is no number ten steps in a row or in
-    none of all steps, or has run away, or if a trained weight is no number, and whatever a step raises. What was learnt
-    before is saved.
+    Every process of the group does the same steps with the same weights; only the first writes and reports. Raises
+    `TrainingStopped` after SIGINT or SIGTERM; `TrainingFailed` if the loss is NaN or infinite ten steps in a row or in
+    all steps, if it diverges, or if a trained weight is NaN or infinite; and whatever a step raises. The last good
+    state is saved first.
     """
     group = group or Group()
     folder, optim = recipe.out / "training", recipe.optim
@@ -104,7 +105,7 @@ def train(
     check_alike(group, first, parameters)
     if first > optim.steps:
         raise RecipeError(
-            f"optim.steps is {optim.steps}, and {folder} has done {first} steps already; raise it, or name another "
+            f"optim.steps is {optim.steps}, but {folder} has already done {first} steps; raise it, or name another "
             "folder as 'out'"
         )
     trackers, log_path = None, None
@@ -129,7 +130,7 @@ def train(
                     is_writer=group.is_first,
                 )  # fmt: skip
         saved = done
-        meter.say("checkpoint", done, f"saved the state of step {done}")
+        meter.say("checkpoint", done, f"saved the state after step {done}")
 
     def save() -> None:
         with group.together():
@@ -144,7 +145,7 @@ def train(
     def sample() -> None:
         if task.sample is None or not recipe.sample_every or (done % recipe.sample_every and done != optim.steps):
             return
-        if group.is_first or recipe.shard:  # of weights that are shared out each needs all
+        if group.is_first or recipe.shard:  # with sharded weights every process has to take part
             task.learning.eval()
             try:
                 with meter.paused(), torch.no_grad(), autocast(), average.in_place():
@@ -194,17 +195,17 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 bad_steps = 0 if is_good else bad_steps + 1
                 if not is_good:
-                    meter.say("train", done, f"skipped step {done}: the loss or its gradient is no number")
+                    meter.say("train", done, f"skipped step {done}: its loss or gradient is NaN or infinite")
                 is_last = done == optim.steps
                 if bad_steps == MOST_BAD_STEPS or (is_last and bad_steps == done):
                     reason = _cause(task.model, parameters, group)
                     if done - bad_steps > saved and first_bad(parameters, group) is None:
-                        done, last = done - bad_steps, done  # nothing was learnt since
+                        done, last = done - bad_steps, done  # no weight has changed since
                         write()
                         done = last
                     raise TrainingFailed(
-                        f"no number as loss or gradient in {bad_steps} steps in a row, the last is step {done}: "
-                        f"{reason}; {_state(folder, saved)}"
+                        f"the loss or its gradient was NaN or infinite in {bad_steps} steps in a row, the last is step "
+                        f"{done}: {reason}; {_state(folder, saved)}"
                     )
                 if told[-2].item() != num_bad:
                     num_bad = told[-2].item()
@@ -224,36 +225,36 @@ def train(
                 if is_stopped and not is_last:
                     raise TrainingStopped(
                         f"stopped after step {done} of {optim.steps}; the state is in {folder}: start the same recipe "
-                        "again to go on"
+                        "again to resume"
                     )
-        except TrainingFailed:  # has saved what is worth it
+        except TrainingFailed:  # has saved its state already
             raise
         except BaseException:
             is_to_save = group.is_first and is_whole and done > saved and not has_shares
             if is_to_save and first_not_finite(parameters) is None:
-                with suppress(Exception):  # what went wrong first is what is told
+                with suppress(Exception):  # report the first error, not this one
                     write()
             raise
-    average.exchange()  # what is exported
+    average.exchange()  # the average is what is exported
     task.model.eval()
 
 
 def _cause(model: nn.Module, parameters: dict[str, nn.Parameter], group: Group) -> str:
-    """Why there are no numbers, most likely, and what to do."""
+    """The most likely cause of values that are NaN or infinite, and what to do."""
     if (name := first_bad(parameters, group)) is not None:
-        return f"{name}, which is trained, is NaN or infinite; {REMEDY}"
+        return f"the trained weight {name} is NaN or infinite; {REMEDY}"
     if (name := first_bad(dict(model.named_parameters()), group)) is not None:
-        return f"{name}, which is not trained, is NaN or infinite; start from another model"
+        return f"the frozen weight {name} is NaN or infinite; start from another model"
     return f"no weight is NaN or infinite, so numbers overflow; {REMEDY}, or set precision to fp32"
 
 
 def _state(folder: Path, step: int) -> str:
-    return f"the state of step {step} is in {folder}" if step else "no state was saved"
+    return f"the state after step {step} is in {folder}" if step else "no state was saved"
 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second one ends the process as usual."""
+    """An event that SIGINT and SIGTERM set; a second signal ends the process as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -274,10 +275,10 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def autocast_for(precision: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager], torch.dtype]:
-    """How to compute, and how the frozen parts are kept; what learns is always kept in fp32.
+    """The autocast context, and the dtype of frozen parts. Trained parts are always stored in fp32.
 
-    "auto" is bf16 where the machine has it in hardware. On a CPU the frozen parts stay in fp32 all the same:
-    they are read once for features, and small enough where a CPU can train.
+    "auto" is bf16 where the hardware supports it. On a CPU the frozen parts stay in fp32: they run once for the
+    features, and models that a CPU can train are small.
     """
     if precision == "fp32" or (precision == "auto" and not _has_bf16(device)):
         return nullcontext, torch.float32

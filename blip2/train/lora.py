@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): beside a frozen product W x learns s B A x, with few rows in between.
+"""Low-rank adapters (LoRA, Hu et al. 2021): beside a frozen product W x, train s B A x with a small inner size r.
 
-A is drawn, B begins at zero, so the model begins as it was. The products that an adapter may stand beside are those of
-the files: where three of them are one layer here (q, k, v), each has an adapter of its own. What is saved is what
-`peft` writes for the reference's model, see `blip2.checkpoint.adapters`.
+A is drawn at random and B is zero, so the model is unchanged at first. Adapters belong to the products of the published
+files: where three of them are one layer here (q, k, v), each has its own adapter. Adapters are saved in `peft`'s format
+for the reference's model, see `blip2.checkpoint.adapters`.
 
 r rank, D inputs, N outputs of a product in the files.
 """
@@ -29,14 +29,14 @@ from blip2.quantized import QuantizedLinear
 from blip2.train.recipes import LoraRecipe
 
 NAME = "lora"
-"""Of the adapters, as a part of the model that is trained."""
+"""Name of the adapters as a part of the trained model."""
 OTHERS = ("vision", "language", NAME)
-"""What is not among the Q-Former, its projections and heads."""
+"""Everything else is the Q-Former, its projections and heads."""
 
 
 class Change(nn.Module):
-    """What is added to one layer's outputs. ``products``: of each product in the layer its module in the files and how
-    many outputs it has; only those that are ``chosen`` have an adapter."""
+    """What the adapters add to the outputs of one layer. ``products``: the modules of the published files that make up
+    the layer, each with its number of outputs; only the ``chosen`` ones have an adapter."""
 
     def __init__(
         self, products: dict[str, int], chosen: set[str], num_inputs: int, recipe: LoraRecipe, device: torch.device
@@ -46,7 +46,7 @@ class Change(nn.Module):
         self.names = [name for name in products if name in chosen]
         self.scale = recipe.alpha / (math.sqrt(recipe.rank) if recipe.rslora else recipe.rank)
         self.dropout = recipe.dropout
-        # Drawn on the CPU, so that every device begins alike; as peft does it.
+        # Drawn on the CPU, so that all devices begin with the same values; initialised as in peft.
         firsts = [nn.init.kaiming_uniform_(torch.empty(recipe.rank, num_inputs), a=math.sqrt(5)) for _ in self.names]
         self.first = nn.ParameterList([first_rD.to(device) for first_rD in firsts])
         self.second = nn.ParameterList(
@@ -54,7 +54,7 @@ class Change(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``float[..., D]`` to ``float[..., outputs of the layer]``, in float32 unless autocast wants it otherwise."""
+        """``float[..., D]`` to ``float[..., outputs of the layer]``, in float32 unless autocast changes it."""
         x = drop(x.to(self.first[0].dtype), self.dropout, self.training)
         pairs = zip(self.first, self.second, strict=True)
         found = []
@@ -67,14 +67,14 @@ class Change(nn.Module):
         return torch.cat([each.to(found[0].dtype) for each in found], dim=-1)
 
     def beside(self, layer: nn.Module) -> None:
-        """Add it to what the layer gives from now on."""
+        """Add the adapters' output to that of ``layer`` from now on."""
         layer.register_forward_hook(lambda _, inputs, out: out + self(inputs[0]).to(out.dtype))
 
 
 def put(model: Blip2 | Blip2Matcher, recipe: LoraRecipe) -> nn.Module:
-    """Put adapters beside the layers that the recipe names, and freeze all but them and what it lets learn.
+    """Add adapters to the layers that the recipe names, and freeze everything else that it does not train.
 
-    Returns what is to be in training mode. Raises RecipeError for targets that the model has not.
+    Returns the module to be put into training mode. Raises RecipeError for targets that the model lacks.
     """
     is_learning = {name for name, each in model.named_parameters() if each.requires_grad}
     for name, parameter in model.named_parameters():
@@ -85,7 +85,7 @@ def put(model: Blip2 | Blip2Matcher, recipe: LoraRecipe) -> nn.Module:
         if not any(_is_named(name, target) for name in chosen):
             known = sorted({name.rpartition(".")[2] for found in products.values() for name in found})
             raise RecipeError(
-                f"lora.targets: the {' and the '.join(recipe.parts)} of this model has no {target}; there are "
+                f"lora.targets: the {' and the '.join(recipe.parts)} of this model has no {target}; it has "
                 f"{', '.join(known)}"
             )
     changes = {}
@@ -103,7 +103,7 @@ def put(model: Blip2 | Blip2Matcher, recipe: LoraRecipe) -> nn.Module:
 
 
 def save(model: Blip2 | Blip2Matcher, folder: Path, recipe: LoraRecipe, start: str) -> None:
-    """Write the adapters as `peft` does, and what else was trained as whole weights. Raises CheckpointError."""
+    """Write the adapters in `peft`'s format, and other trained weights whole. Raises CheckpointError."""
     tensors: dict[str, Tensor] = {}
     changes = [each for each in model.get_submodule(NAME).children() if isinstance(each, Change)]
     for change in changes:
@@ -126,7 +126,8 @@ def save(model: Blip2 | Blip2Matcher, folder: Path, recipe: LoraRecipe, start: s
 
 
 def _products(model: Blip2 | Blip2Matcher, recipe: LoraRecipe) -> Iterator[tuple[str, dict[str, int]]]:
-    """The linear layers of the recipe's parts, each with the modules in the files that are its rows, in order."""
+    """The linear layers of the recipe's parts, each with the modules of the published files that make up its rows, in
+    order."""
     for ours, theirs in table(model.config).items():
         name, _, last = ours.rpartition(".")
         if last != "weight" or part_of(name) not in recipe.parts or name == OUTPUT:
@@ -139,20 +140,20 @@ def _products(model: Blip2 | Blip2Matcher, recipe: LoraRecipe) -> Iterator[tuple
 
 
 def part_of(name: str) -> str:
-    """The part of the model that one of our names belongs to: "vision", "language", "lora", or else "qformer"."""
+    """The part of the model that a parameter name belongs to: "vision", "language", "lora", or else "qformer"."""
     first = name.partition(".")[0]
     return first if first in OTHERS else "qformer"
 
 
 def _is_chosen(name: str, recipe: LoraRecipe) -> bool:
-    """By name; without names whatever is in a layer, which the projections and heads are not."""
+    """By name. Without targets: every product inside the layers, so not the projections and heads."""
     if not recipe.targets:
         return any(word.isdigit() for word in name.split("."))
     return any(_is_named(name, target) for target in recipe.targets)
 
 
 def _is_named(name: str, target: str) -> bool:
-    """As `peft` compares: the whole name, or its last words."""
+    """As `peft` compares: the whole name, or its last components."""
     return name == target or name.endswith(f".{target}")
 
 

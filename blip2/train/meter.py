@@ -1,4 +1,5 @@
-"""How a training goes: means, rates and time left, reported and logged every so many steps; whether it goes wrong."""
+"""Progress of a training: means, rates and remaining time, reported and logged every ``log_every`` steps; detects
+divergence."""
 
 from __future__ import annotations
 
@@ -16,19 +17,20 @@ from blip2.train.log import Log
 from blip2.train.recipes import Recipe
 
 FAR, FACTOR, MOST_FAR_REPORTS = 3.0, 2.0, 3
-"""A loss has run away if it is so much, and so many times, above that of the first report, so many reports in a row."""
-REMEDY = "lower optim.peak_lr or set optim.clip, and begin anew with another 'out'"
+"""A loss has diverged if it exceeds the first report's by FAR and is FACTOR times as large, in MOST_FAR_REPORTS reports
+in a row."""
+REMEDY = "lower optim.peak_lr or set optim.clip, and start again with another 'out'"
 
 
 class TrainingFailed(Blip2Error):
-    """The loss is no number any more, or has run away."""
+    """The loss is NaN or infinite, or has diverged."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is going on. ``phase`` "features" counts pictures in ``step`` of ``steps``, the others training steps.
+    """The current progress. In ``phase`` "features", ``step`` of ``steps`` counts images, otherwise training steps.
 
-    ``losses`` are means since the last report, ``scores`` what an evaluation found, ``message`` is for people.
+    ``losses``: means since the last report; ``scores``: results of an evaluation; ``message``: text for the user.
     """
 
     phase: str
@@ -41,35 +43,36 @@ class Progress:
     left_s: float = math.nan
     message: str = ""
     measures: dict[str, float] = field(default_factory=dict)
-    """Beside the losses: ``gradient_norm``, ``skipped`` (the share of steps), ``tokens_per_s``, ``peak_memory_mb`` (of
-    the first process) and ``mfu`` (which share of what the devices can do the model's arithmetic is)."""
+    """Other measurements: ``gradient_norm``, ``skipped`` (the share of skipped steps), ``tokens_per_s``,
+    ``peak_memory_mb`` (of the first process) and ``mfu`` (model FLOP utilisation, the share of the devices' peak
+    throughput)."""
 
 
 Report = Callable[[Progress], None]
 DONE = ("gradient_norm", "tokens", "flops")
-"""What is summed over steps, of all processes together."""
+"""Quantities that are summed over steps and over all processes."""
 
 
 class Meter:
-    """Means, rate and time left, reported and logged every so many steps."""
+    """Means, rate and remaining time, reported and logged every ``log_every`` steps."""
 
     def __init__(
         self, report: Report, log: Log, recipe: Recipe, first: int, notes: dict[str, float], peak: Peak | None = None
     ) -> None:
-        """``peak``: what all devices together can do; not asked where nothing is reported."""
+        """``peak``: peak throughput of all devices; None where nothing is reported."""
         self._report, self._log, self._recipe, self._peak = report, log, recipe, peak
         self._done: dict[str, float] = dict.fromkeys(DONE, 0.0)
         self._sums: dict[str, Tensor] = {}
         self._count, self._last, self._started = 0, first, time.perf_counter()
-        self._is_cut_told = self._is_peak_told = False
+        self._is_cut_reported = self._is_peak_told = False
         self._bad: set[str] = set()
         self.notes = notes
-        """What is to be known when training goes on: whether a loss has run away is judged from the very first."""
+        """Values that a resumed training needs: divergence is judged against the very first loss."""
 
     def add(
         self, done: int, losses: dict[str, Tensor], rate: float, num_cut: int, work: dict[str, float] | None = None
     ) -> None:
-        """``losses``: of a step that was not skipped; ``work``: its numbers of `DONE`, as far as they are known."""
+        """``losses``: those of a step that was not skipped; ``work``: its quantities of `DONE`, as far as known."""
         for name, number in (work or {}).items():
             self._done[name] += number
         for name, value in losses.items():
@@ -88,8 +91,8 @@ class Meter:
         if "mfu" in measures and not self._is_peak_told:
             message, self._is_peak_told = str(self._peak), True
         self._log.write({"step": done, **means, **values, **measures} | ({"mfu_of": message} if message else {}))
-        if num_cut and not self._is_cut_told:
-            message, self._is_cut_told = "some texts are longer than the recipe allows, and are cut", True
+        if num_cut and not self._is_cut_reported:
+            message, self._is_cut_reported = "some texts are longer than the recipe allows and are cut", True
         self._report(Progress("train", done, steps, means, {}, rate, images_per_s, left_s, message, measures))
         self._done = dict.fromkeys(DONE, 0.0)
         self._sums, self._count, self._last, self._started = {}, 0, done, time.perf_counter()
@@ -110,25 +113,25 @@ class Meter:
         return found
 
     def _check_distance(self, done: int, loss: float) -> None:
-        """Raises TrainingFailed for a loss that has been far above the first one for some reports."""
+        """Raises TrainingFailed for a loss that has been far above the first one for several reports."""
         notes = self.notes
         first = notes.setdefault("first_loss", loss)
         notes["far_reports"] = notes.get("far_reports", 0) + 1 if loss > max(first + FAR, FACTOR * first) else 0
         if notes["far_reports"] >= MOST_FAR_REPORTS:
             raise TrainingFailed(
-                f"the loss has run away: {first:.3g} at first, {loss:.3g} at step {done}; {REMEDY}"
+                f"the loss diverges: {first:.3g} at first, {loss:.3g} at step {done}; {REMEDY}"
             )
 
     def bad_pictures(self, done: int, found: dict[str, str]) -> None:
-        """Tell and log those that are new."""
+        """Report and log the new ones."""
         for path in found.keys() - self._bad:
             self._log.write({"step": done, "bad_picture": path, "problem": found[path]})
-            self.say("train", done, f"passed over: {found[path]}")
+            self.say("train", done, f"skipped: {found[path]}")
         self._bad |= found.keys()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What takes its time without being training."""
+        """Exclude time that is not spent on training."""
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began

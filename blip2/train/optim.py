@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, linear warm-up, then a cosine, step by step (section 3.4 of the paper)."""
+"""The optimiser: AdamW with linear warm-up and a cosine schedule, step by step (section 3.4 of the paper)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from blip2.train.shard import any_shares, is_share, own
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, what is to learn."""
+    """The trained parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def build_optimizer(
     parameters: dict[str, nn.Parameter], recipe: OptimRecipe, shares: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """Weights decay, but no biases, norms or scalars, which pull towards nothing (as in the authors' code).
+    """AdamW with weight decay on weights, but not on biases, norms and scalars (as in the authors' code).
 
-    ``shares``: of the learning rate, by name, 1 for whatever is not named; see `set_rate`.
+    ``shares``: factors of the learning rate by parameter name, 1 if absent; see `set_rate`.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -38,20 +38,21 @@ def build_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of each parameter: its share of ``rate``. The authors' code computes such, and uses none."""
+    """Set the learning rate of each parameter: its factor times ``rate``. The authors' code computes such factors but
+    does not use them."""
     for entry in optimizer.param_groups:
         entry["lr"] = rate * entry["share"]
 
 
 def _apart(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """What is whole, and what processes have shares of: one call of torch takes only one kind."""
+    """Whole and sharded parameters apart: one call of a torch function takes only one kind."""
     shares = [parameter for parameter in parameters if is_share(parameter)]
     return [[p for p in parameters if not is_share(p)], shares] if shares else [parameters]
 
 
 @torch.no_grad()
 def clip_gradients(group: Group, parameters: dict[str, nn.Parameter], most: float) -> Tensor:
-    """Scale all gradients so that their norm is ``most`` at most (0: as they are); returns the norm before."""
+    """Scale all gradients so that their norm is at most ``most`` (0: no clipping); returns the norm before."""
     found = [p.grad for p in parameters.values() if p.grad is not None]
     norm = nn.utils.get_total_norm([gradient for gradient in found if not is_share(gradient)])
     if any_shares(found):
@@ -64,10 +65,10 @@ def clip_gradients(group: Group, parameters: dict[str, nn.Parameter], most: floa
 
 @torch.no_grad()
 def sum_gradients(group: Group, parameters: dict[str, nn.Parameter], told: Tensor) -> None:
-    """Of all processes, and the numbers ``told`` float[N] with them, in place: one call for all of it.
+    """All-reduce the gradients, and the values ``told`` float[N] with them, in place, in one call.
 
-    All of them have gradients for the same parameters. What is frozen has none, and does not travel. Shares of
-    gradients are summed already.
+    All processes have gradients for the same parameters. Frozen parameters have none and are not sent. Gradients of
+    shards are already summed.
     """
     if group.size == 1:
         return
@@ -79,7 +80,8 @@ def sum_gradients(group: Group, parameters: dict[str, nn.Parameter], told: Tenso
 
 
 def learning_rate(step: int, recipe: OptimRecipe) -> float:
-    """Of step 0, 1, ...: up to the peak in ``warmup_steps``, then down a half cosine to ``min_lr`` at the last."""
+    """Learning rate of step 0, 1, ...: linear to the peak in ``warmup_steps``, then half a cosine down to ``min_lr`` at
+    the last step."""
     if step < recipe.warmup_steps:
         return recipe.peak_lr * (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(1, recipe.steps - 1 - recipe.warmup_steps)

@@ -1,5 +1,5 @@
-"""A check before a long training: can the model learn a few rows by heart? If not, something is wrong with the data,
-the recipe or the model, and more rows will not help."""
+"""A check before a long training: can the model memorise a few rows? If not, the data, the recipe or the model is
+wrong, and more rows will not help."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from blip2.train.run import run
 
 MOST_STEPS, WARM_UP = 200, 10
 HALF, SMALL = 0.5, 0.1
-"""Learnt is what has fallen to half of what it was, or is small, summed over a stage's losses."""
+"""Rows count as memorised if the sum of a stage's losses has fallen to half of its first value, or is small."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``first``: the loss of the first step; ``last``: over the same rows after ``steps``, without dropout."""
+    """``first``: loss of the first step; ``last``: loss over the same rows after ``steps`` steps, without dropout."""
 
     rows: int
     steps: int
@@ -40,21 +40,21 @@ class Verdict:
     def __str__(self) -> str:
         told = f"the loss of {self.rows} rows went from {self.first:.3g} to {self.last:.3g} in {self.steps} steps"
         if self.is_learnt:
-            return f"learnt by heart: {told}"
+            return f"memorised: {told}"
         return (
-            f"not learnt: {told}; look at the texts (--dry-run), raise optim.peak_lr, or let more learn, before you "
-            "train on more rows"
+            f"not memorised: {told}; check the texts (--dry-run), raise optim.peak_lr, or train more parts of the "
+            "model, before you train on more rows"
         )
 
 
 def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any] | None = None) -> Verdict:
-    """Learn the first ``number`` rows by heart, each with one text of a kind, in a folder that is removed again.
+    """Memorise the first ``number`` rows, each with one text of each kind, in a temporary folder.
 
-    As the recipe has it, but for at most 200 steps, with the peak learning rate to the end, whole pictures and without
-    smoothed labels. Raises as `run` does.
+    Follows the recipe, but with at most 200 steps, a constant learning rate, whole images and no label smoothing.
+    Raises as `run` does.
     """
     if number < 1:
-        raise OptionError(f"{option('overfit')} is {number}; give how many rows, such as 8")
+        raise OptionError(f"{option('overfit')} is {number}; give a number of rows, such as 8")
     recipe = load_recipe(Path(path), overrides)
     found = gather(recipe, Path(path)).train_rows
     number = min(number, len(found))
@@ -90,8 +90,8 @@ def overfit(path: Path, number: int, *, report: Report, overrides: dict[str, Any
 
 
 def _record(row: Row, place: Path) -> dict[str, Any]:
-    """A row as a line of JSON, with the first text of each kind; with several, none could be known for sure. A picture
-    that lies within another file is put at ``place``."""
+    """A row as a line of JSON, with only the first text of each kind, since several texts of one image cannot all be
+    predicted. An image inside another file is written to ``place``."""
     if row.content is not None:
         place.write_bytes(row.content)
     return {

@@ -1,4 +1,4 @@
-"""A recipe's model and rows to a `Task`: what one step reads, what it computes, and how it is evaluated."""
+"""From a recipe's model and rows to a `Task`: what a step reads and computes, and how the model is evaluated."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from blip2.train.meter import Report
 from blip2.train.reading import RowSet
 from blip2.train.recipes import Recipe
 from blip2.train.recompute import recompute
-from blip2.train.rules import learns_to_see
+from blip2.train.rules import trains_vision
 from blip2.train.seeing import rate_shares, unfreeze
 
 
 def prepare(
     model: Blip2 | Blip2Matcher, materials: Materials, recipe: Recipe, report: Report, group: Group | None = None
 ) -> Task:
-    """Everything ready for the loop, but for features (`Task.open_features`). ``model`` came from `start.build`."""
+    """Everything that the loop needs, except the features (`Task.open_features`). ``model`` comes from
+    `start.build`."""
     group = group or Group()
     model.freeze_pretrained()
     unfreeze(model, recipe.vision)
     learning = model.qformer if recipe.lora is None else lora.put(model, recipe.lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # small steps vanish in half precision
+            parameter.data = parameter.data.float()  # small updates vanish in half precision
     recompute(model, recipe.checkpoint_activations)
 
     bad = BadPictures(recipe.data.on_bad_picture)
@@ -52,7 +53,7 @@ def prepare(
     held_out = None
     if recipe.evaluation is not None:
         rows = materials.held_out_rows or []
-        # Of the rest of a large collection no features are wanted, either.
+        # So no features are computed for the rest of a large collection.
         rows = rows.first(recipe.evaluation.max_rows) if isinstance(rows, Joined) else rows
         held_out = row_set(rows, recipe.evaluation.rows)
     if isinstance(model, Blip2Matcher):
@@ -79,11 +80,11 @@ def prepare(
 T = TypeVar("T", bound=tuple)
 Looked = TypeVar("Looked")
 Chance = Callable[[int], random.Random]
-"""Of each row of the global batch."""
+"""The random generator of a row of the global batch."""
 
 
 def to_device(batch: T, device: torch.device) -> T:
-    """A named tuple of tensors (and other things, and named tuples) with its tensors moved."""
+    """A named tuple with its tensors moved to ``device``, also those of named tuples inside it."""
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -94,7 +95,7 @@ def to_device(batch: T, device: torch.device) -> T:
 
 
 def _batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Held-out rows in order, whole batches only, because in-batch scores depend on the size; at least one."""
+    """Held-out rows in order. Only whole batches, since in-batch scores depend on the batch size, but at least one."""
     size = min(batch_size, num_rows)
     for start in range(0, num_rows - size + 1, size):
         yield np.arange(start, start + size)
@@ -103,9 +104,9 @@ def _batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
 def _evaluated(
     look: Callable[[int, np.ndarray], Looked], held_out: RowSet, recipe: Recipe, group: Group
 ) -> list[Looked]:
-    """What ``look`` finds in each batch of held-out rows, in order; the processes take turns.
+    """The results of ``look`` for each batch of held-out rows, in order. The processes take turns.
 
-    Who has no batch left looks at one of the others' once more: where weights are shared out, each needs all of them.
+    A process without a batch of its own repeats another's: with sharded weights all processes have to take part.
     """
     batches = list(enumerate(_batches(len(held_out.rows), recipe.optim.batch_size)))
     own = [(turn + group.rank) % len(batches) for turn in range(0, len(batches), group.size)]
@@ -114,9 +115,9 @@ def _evaluated(
 
 
 class Stage1Batch(NamedTuple):
-    """``stored`` as `RowSet.read` gives it; texts as ``[CLS] ... [SEP]``; rows of one picture share its number.
+    """``stored`` comes from `RowSet.read`; texts are ``[CLS] ... [SEP]``; rows with the same image share its number.
 
-    ``place_B``: which rows of the global batch they are.
+    ``place_B``: indices of the rows in the global batch.
     """
 
     stored: Tensor
@@ -149,12 +150,12 @@ class _Stage1:
 
         def backward(batches: Sequence[Stage1Batch], step: Step) -> dict[str, Tensor]:
             batches = [to_device(batch, self.model.qformer.query_tokens.device) for batch in batches]
-            looks = train_set.looks([(batch.stored, batch.place_B) for batch in batches], step)
-            parts = [stage1.Part(seen, *rest) for seen, (_, *rest) in zip(looks.features, batches, strict=True)]
+            encoded = train_set.encode_parts([(batch.stored, batch.place_B) for batch in batches], step)
+            parts = [stage1.Part(found, *rest) for found, (_, *rest) in zip(encoded.features, batches, strict=True)]
             shares = stage1.backward(
                 self.model, parts, step, label_smoothing=optim.label_smoothing, itc=optim.itc, itg=optim.itg
             )
-            looks.learn()
+            encoded.backward()
             return shares
 
         evaluate = None if held_out is None else lambda: self.evaluate(held_out)
@@ -193,11 +194,11 @@ class _Stage1:
             picture_B=batch.picture_B,
             generator=generator,
             label_smoothing=self.recipe.optim.label_smoothing,
-            num_parts=self.group.size * self.recipe.optim.accumulate,  # as many at once as in training
+            num_parts=self.group.size * self.recipe.optim.accumulate,  # the same part size as in training
         )
 
     def evaluate(self, held_out: RowSet) -> dict[str, float]:
-        """Means over the batches: the losses, and how well pairs are told apart within a batch."""
+        """Means over the batches: the losses, and the in-batch retrieval and matching accuracy."""
         generator = torch.Generator(self.model.qformer.query_tokens.device)
 
         def look(number: int, numbers: np.ndarray) -> dict[str, float]:
@@ -211,7 +212,7 @@ class _Stage1:
 
 
 class Stage2Batch(NamedTuple):
-    """``stored`` as `RowSet.read` gives it; ``kinds`` names the kind of each text; ``place_B`` as in stage 1."""
+    """``stored`` comes from `RowSet.read`; ``kinds``: the kind of each text; ``place_B`` as in stage 1."""
 
     stored: Tensor
     texts: stage2.PackedTexts | stage2.SplitTexts
@@ -234,15 +235,15 @@ class _Stage2:
 
         def backward(batches: Sequence[Stage2Batch], step: Step) -> dict[str, Tensor]:
             own = sum(len(batch.texts.targets.token_N) for batch in batches)
-            count = int(step.group.sum(torch.tensor(own)))  # on the CPU, where nothing waits for the GPU
+            count = int(step.group.sum(torch.tensor(own)))  # on the CPU, to avoid waiting for the GPU
             width = step.group.most(max(0 if each.read is None else each.read.token_MT.shape[1] for each in batches))
 
             def parts() -> Iterator[stage2.Part]:
                 for batch in (to_device(batch, self.model.qformer.query_tokens.device) for batch in batches):
-                    looks = train_set.looks([(batch.stored, batch.place_B)], step)
+                    encoded = train_set.encode_parts([(batch.stored, batch.place_B)], step)
                     read = None if batch.read is None else batch.read.wider(width)
-                    yield stage2.Part(looks.features[0], batch.texts, batch.place_B, read)
-                    looks.learn()
+                    yield stage2.Part(encoded.features[0], batch.texts, batch.place_B, read)
+                    encoded.backward()
 
             return stage2.backward(self.model, parts(), step, count)
 
@@ -278,11 +279,11 @@ class _Stage2:
         return stage2.losses(self.model, row_set.features(batch.stored), batch.texts, batch.read)
 
     def evaluate(self, held_out: RowSet) -> dict[str, float]:
-        """The loss, and the share of texts of each kind that greedy decoding would give to the letter."""
+        """The loss, and for each kind of text the share that greedy decoding would reproduce exactly."""
 
         def look(number: int, numbers: np.ndarray) -> tuple[float, int, list[tuple[str, bool]]]:
             loss, tokens, told = 0.0, 0, []
-            # As many at once as in training.
+            # The same part size as in training.
             for places in parts_of(range(len(numbers)), self.group.size * self.recipe.optim.accumulate):
                 batch = self.batch(held_out, numbers, places, lambda place: row_chance(0, number, place))
                 found = self.losses(held_out, batch)
@@ -308,12 +309,12 @@ def _texts(batch: Stage1Batch) -> flops.Texts:
 
 
 def _vision_passes(recipe: Recipe, stored: Tensor) -> int:
-    """How often the image encoder's forward pass is computed, or as much as that."""
+    """How many times the cost of the image encoder's forward pass a step has."""
     if stored.dim() == 3:
         return 0
-    return 3 if recipe.vision is not None and recipe.vision.learns else 2 if learns_to_see(recipe) else 1
+    return 3 if recipe.vision is not None and recipe.vision.learns else 2 if trains_vision(recipe) else 1
 
 
 def row_chance(seed: int, step: int, place: int) -> random.Random:
-    """What is drawn for a row of a batch, by whichever process."""
+    """The random generator of a row of a batch, the same in every process."""
     return random.Random(f"{seed} {step} {place}")

@@ -1,4 +1,4 @@
-"""What a training will do, without doing it: what learns, what it needs, and the texts of its first batch."""
+"""What a training would do, without doing it: the trained parts, the memory, and the texts of the first batch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from blip2.train.seeing import unfreeze
 from blip2.train.sheets import sheet
 
 BYTES_LEARNING = 4 + 4 + 8
-"""Of each number that learns: itself, its gradient and its two moments, all in fp32."""
+"""Bytes for each trained number: itself, its gradient and its two moments, all in fp32."""
 WORDS = {"vision": "image encoder", "qformer": "Q-Former, projections and heads", "language": "language model",
          "lora": "adapters"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Said:
-    """One text of the first batch: what is read, and what is to be written; of stage 1 only the latter."""
+class BatchText:
+    """One text of the first batch: the prompt that is ``read``, and the target to be ``written``; stage 1 has no
+    prompt."""
 
     row: Row
     kind: str
@@ -48,10 +49,10 @@ class Preview:
     recipe: Recipe
     materials: Materials
     parts: dict[str, tuple[int, int]]
-    """Of each part the numbers that learn, and those that do not."""
+    """Number of trained and of frozen parameters of each part."""
     model_bytes: int
-    """Of all weights, as they are kept."""
-    texts: list[Said]
+    """Bytes of all weights as they are stored."""
+    texts: list[BatchText]
 
     @property
     def learning(self) -> int:
@@ -62,19 +63,19 @@ class Preview:
         recipe, optim, rows = self.recipe, self.recipe.optim, self.materials.train_rows
         yield f"stage {recipe.stage}: {self.materials.start} to {recipe.out}"
         for part, (learning, frozen) in self.parts.items():
-            yield f"{WORDS[part]}: {_count(learning)} learn, {_count(frozen)} do not"
+            yield f"{WORDS[part]}: {_count(learning)} trained, {_count(frozen)} frozen"
         yield (
-            f"memory: {_size(self.model_bytes)} of weights, {_size(self.learning * BYTES_LEARNING)} more for what "
-            "learns (fp32, gradients, moments); what a batch computes comes on top"
+            f"memory: {_size(self.model_bytes)} of weights, {_size(self.learning * BYTES_LEARNING)} more for training "
+            "(fp32 weights, gradients, moments), plus activations"
         )
         pictures = len(rows if isinstance(rows, Joined) else {row.image for row in rows})
-        yield f"rows: {len(rows):,} about {pictures:,} pictures"
+        yield f"rows: {len(rows):,} with {pictures:,} images"
         if self.materials.held_out_rows is not None and recipe.evaluation is not None:
             used = min(len(self.materials.held_out_rows), recipe.evaluation.max_rows)
             yield f"evaluation: {used:,} rows, every {recipe.evaluate_every:,} steps"
         epoch = len(rows) / optim.batch_size
         yield (
-            f"steps: {optim.steps:,} of {optim.batch_size:,} pictures, {epoch:,.1f} an epoch, "
+            f"steps: {optim.steps:,} of {optim.batch_size:,} images, {epoch:,.1f} an epoch, "
             f"{optim.steps / epoch:,.1f} epochs"
         )
         yield "the first batch:"
@@ -82,19 +83,19 @@ class Preview:
             yield f"  {Path(said.row.image).name}: {said.kind}: {_quoted(said)}"
 
     def sheet(self) -> str:
-        """The same as a page of HTML, with the pictures of the first batch."""
+        """The preview as an HTML page, with the images of the first batch."""
         *about, _ = [line for line in self.lines() if not line.startswith("  ")]
-        cards: dict[str, list[Said]] = {}
+        cards: dict[str, list[BatchText]] = {}
         for said in self.texts:
             cards.setdefault(said.row.image, []).append(said)
         title = f"The first batch of {self.recipe.out.name}"
-        return sheet(title, about, [(some[0].row, _told(some)) for some in cards.values()])
+        return sheet(title, about, [(some[0].row, _html(some)) for some in cards.values()])
 
 
 def preview(path: Path, *, overrides: dict[str, Any] | None = None) -> Preview:
-    """What the recipe would do; nothing is computed or written, and of the models only the configuration is read.
+    """Preview a recipe. Nothing is computed or written, and only the configuration of the models is read.
 
-    Raises RecipeError and CheckpointError, as `run` does for what can be known beforehand.
+    Raises RecipeError and CheckpointError for all problems that `run` would find before it reads weights.
     """
     recipe = load_recipe(Path(path), overrides)
     materials = gather(recipe, Path(path))
@@ -122,35 +123,36 @@ def preview(path: Path, *, overrides: dict[str, Any] | None = None) -> Preview:
     return Preview(recipe, materials, parts, found.num_bytes(str(device)), _first_batch(materials, recipe))
 
 
-def _first_batch(materials: Materials, recipe: Recipe) -> list[Said]:
-    """As `prepare` draws them."""
+def _first_batch(materials: Materials, recipe: Recipe) -> list[BatchText]:
+    """Drawn as in `prepare`."""
     rows = materials.train_rows
     numbers = order_of(rows, recipe).draws(0) % len(rows)
     drawn = [rows.whole(each) if isinstance(rows, Joined) else rows[each] for each in numbers.tolist()]
     chances = [row_chance(recipe.seed, 0, place) for place in range(len(drawn))]
     if isinstance(materials.config, MatcherConfig):
         return [
-            Said(row, "caption", "", chance.choice(row.captions)) for row, chance in zip(drawn, chances, strict=True)
+            BatchText(row, "caption", "", chance.choice(row.captions))
+            for row, chance in zip(drawn, chances, strict=True)
         ]
     source = materials.texts(recipe)
     decode = materials.tokenizer.decode
     return [
-        Said(row, text.kind, decode(text.prompt_ids), decode(text.target_ids))
+        BatchText(row, text.kind, decode(text.prompt_ids), decode(text.target_ids))
         for row, chance in zip(drawn, chances, strict=True)
         for text in source.draw(row, recipe.data.texts_per_image, chance)
     ]
 
 
-def _told(some: list[Said]) -> str:
-    """Of all that is said of one picture."""
+def _html(some: list[BatchText]) -> str:
+    """HTML of all texts about one image."""
     return "".join(
         f'<p><small>{said.kind}</small><br><span class="read">{escape(said.read)}</span> {escape(said.written)}</p>'
         for said in some
     )
 
 
-def _quoted(said: Said) -> str:
-    return f"“{said.written}”" if not said.read.strip() else f"“{said.read}” … “{said.written}”"
+def _quoted(text: BatchText) -> str:
+    return f"“{text.written}”" if not text.read.strip() else f"“{text.read}” … “{text.written}”"
 
 
 def _count(number: int) -> str:

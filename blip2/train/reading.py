@@ -1,4 +1,4 @@
-"""Rows for a step, with what is known of their pictures: features from disk, or pixels."""
+"""The rows of a step and their images, as features from disk or as pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from blip2.model import Vision
 from blip2.train.group import Group, Step
 from blip2.train.meter import Progress, Report
 from blip2.train.recipes import Recipe
-from blip2.train.seeing import Looks
+from blip2.train.rules import trains_vision
+from blip2.train.seeing import EncodedParts
 
 
 def order_of(rows: list[Row] | Joined, recipe: Recipe) -> Order:
@@ -30,7 +31,7 @@ def order_of(rows: list[Row] | Joined, recipe: Recipe) -> Order:
 
 
 class RowSet:
-    """Rows with their pictures: as features from disk, or as pixels that the frozen encoder still has to see."""
+    """Rows with their images: as features from disk, or as pixels for the image encoder."""
 
     def __init__(
         self,
@@ -53,11 +54,11 @@ class RowSet:
         self._vision = vision
         self._bad = bad
         self._seed = recipe.seed if augment else None
-        self._learns = recipe.changes_sight
+        self._learns = trains_vision(recipe)
         self._file: FeatureFile | None = None
 
     def open_features(self, report: Report, group: Group) -> None:
-        """If the recipe wants them kept: by all processes together, before `read`."""
+        """If the recipe keeps features: compute or open them, by all processes together, before `read`."""
         if (folder := self._recipe.data.features) is None:
             return
         files, paths = self._files, "\n".join(self.pictures.paths)
@@ -69,18 +70,18 @@ class RowSet:
         )  # fmt: skip
 
     def keep(self, count: int) -> None:
-        """Only the first rows."""
+        """Keep only the first ``count`` rows."""
         self.rows = self.rows.first(count) if isinstance(self.rows, Joined) else self.rows[:count]
 
     def draws(self, step: int) -> np.ndarray:
-        """What is read in a step, int64[B] of the whole batch, see `Order`."""
+        """The draws of a step, int64[B] for the global batch, see `Order`."""
         return self._order.draws(step)
 
     def read(self, draws: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Numbers of rows, and what is stored of their pictures: features ``float16[B, 1 + P, D]`` or pixels.
+        """Row numbers and the stored form of their images: features ``float16[B, 1 + P, D]`` or pixels.
 
-        They are the rows of these draws, but one whose picture cannot be read gives its place to the next one
-        whose can be. So a batch follows from the draws and the files alone, whatever was read before.
+        These are the rows of the draws, but a row whose image cannot be read is replaced by the next readable row. So a
+        batch depends only on the draws and the files, not on what was read before.
         """
         numbers = draws % len(self.rows)
         found = self._stored(numbers, draws)
@@ -90,9 +91,9 @@ class RowSet:
                 self._bad.note(self.rows[numbers[place]].image, error)
                 numbers[place] = (numbers[place] + 1) % len(self.rows)
                 if numbers[place] == first:
-                    raise RecipeError(f"none of the pictures of {len(self.rows):,} rows can be read, such as {error}")
+                    raise RecipeError(f"none of the images of {len(self.rows):,} rows can be read; one error: {error}")
                 [found[place]] = self._stored(numbers[place : place + 1], draws[place : place + 1])
-        # By numpy: under autocast torch would have all of one precision.
+        # With numpy, since under autocast torch would convert all to one dtype.
         return numbers, torch.from_numpy(np.stack([stored.numpy() for stored in found if isinstance(stored, Tensor)]))
 
     def _stored(self, numbers: np.ndarray, draws: np.ndarray) -> list[Tensor | ImageError]:
@@ -100,7 +101,7 @@ class RowSet:
         if self._file is None:
             if self._seed is None:
                 return self.pictures.read(pictures)
-            # A draw is of one row in one epoch: another look each time, and the same in whichever process.
+            # A draw is one row in one epoch: a different augmentation each time, the same one in every process.
             return self.pictures.read(pictures, [random.Random(f"{self._seed} {draw}") for draw in draws.tolist()])
         return [
             self._problem(row, number, features_PD) or features_PD
@@ -108,7 +109,7 @@ class RowSet:
         ]
 
     def _problem(self, row: int, number: int, features_PD: Tensor) -> ImageError | None:
-        """What is wrong with a picture that could not be read when the features were made, or a row that cannot now."""
+        """The error of an image that was unreadable when the features were made, or of a row that is unreadable now."""
         if isinstance(self.rows, Joined):
             try:
                 self.rows.shown(row)
@@ -119,24 +120,26 @@ class RowSet:
         [found] = self.pictures.read([number])
         if isinstance(found, ImageError):
             return found
-        return ImageError(f"{self.pictures.name(number)}: can be read only now; start again to learn from it, too")
+        return ImageError(f"{self.pictures.name(number)}: could not be read before, but can be now; start again to "
+            "train on it, too")
 
     def pictures_of(self, numbers: np.ndarray) -> np.ndarray:
-        """int64[B]: the same for rows that have been read and show the same picture."""
+        """int64[B]: numbers of the images of rows that have been read; equal for rows with the same image."""
         if isinstance(self.rows, Joined):
             return np.array([self.rows.shown(number) for number in numbers.tolist()])
         return self.pictures.of_rows(numbers)
 
     def features(self, stored: Tensor) -> Tensor:
-        """Features before the last norm ``float[B, 1 + P, D]`` of what `read` gave."""
+        """Features before the last norm ``float[B, 1 + P, D]`` from what `read` returned."""
         if stored.dim() == 3:
             return stored
         with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
             return self._vision.features(stored)
 
-    def looks(self, parts: Sequence[tuple[Tensor, Tensor]], step: Step) -> Looks:
-        """Those of the parts of a batch: of each what `read` gave, and which rows of the global batch they are."""
-        return Looks(self.features, self._learns, parts, step)
+    def encode_parts(self, parts: Sequence[tuple[Tensor, Tensor]], step: Step) -> EncodedParts:
+        """The encoded parts of a batch. ``parts``: what `read` returned, and the indices of the rows in the global
+        batch."""
+        return EncodedParts(self.features, self._learns, parts, step)
 
 
 def _feature_report(report: Report) -> Callable[[int, int], None]:

@@ -1,6 +1,6 @@
-"""Activations that are not kept for the backward pass but computed again: more arithmetic, less memory.
+"""Recompute activations in the backward pass instead of keeping them: more arithmetic, less memory.
 
-Of each layer only its input is kept. What is computed again is the same to the bit, dropout included.
+Only the input of each layer is kept. The recomputed values are identical, dropout included.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from blip2.dropout import replayed_dropout
 
 
 def recompute(model: nn.Module, parts: Sequence[str]) -> None:
-    """Let the layers of ``parts`` ("language", "qformer", "vision") be computed again when their gradient is."""
+    """Recompute the activations of the layers of ``parts`` ("language", "qformer", "vision") in the backward pass."""
     for part in parts:
         for layer in _layers(model.get_submodule(part)):
             layer.forward = _again(layer.forward)
 
 
 def _layers(part: nn.Module) -> Iterator[nn.Module]:
-    """Of each of its stacks (a T5 has two)."""
+    """The layers of each stack (a T5 has two)."""
     for child in part.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -29,12 +29,12 @@ from blip2.train.state import is_finished
 
 
 def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] | None = None) -> Path:
-    """Carry out a recipe; returns the folder of the finished model, in the published layout.
+    """Execute a recipe; returns the folder of the finished model, in the published layout.
 
-    Several processes, started by ``torchrun`` or `blip2.train.launch`, carry it out together, as one would.
-    Started again it goes on where it stopped; finished, it goes on if ``optim.steps`` was raised, with the learning
-    rate that the new number of steps gives. ``overrides`` replaces values of the recipe ("optim.steps": 100).
-    Raises `RecipeError`, `CheckpointError`, `TrainingStopped` and `TrainingFailed`, all `Blip2Error`.
+    Processes that ``torchrun`` or `blip2.train.launch` started execute it together. An interrupted training resumes
+    when started again. A finished one resumes if ``optim.steps`` was raised, with the learning-rate schedule of the new
+    number of steps. ``overrides`` replaces values of the recipe ("optim.steps": 100). Raises `RecipeError`,
+    `CheckpointError`, `TrainingStopped` and `TrainingFailed`, all `Blip2Error`.
     """
     recipe = load_recipe(Path(path), overrides)
     device = _device(recipe.device)
@@ -45,13 +45,13 @@ def run(path: Path, *, report: Report | None = None, overrides: dict[str, Any] |
 def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report: Report) -> Path:
     steps = recipe.optim.steps
     if is_finished(recipe):
-        message = f"{recipe.out} is finished already; raise optim.steps to train on"
+        message = f"{recipe.out} is already finished; raise optim.steps to continue"
         report(Progress("done", steps, steps, message=message))
         return recipe.out
     if recipe.optim.batch_size < group.size:
         raise RecipeError(
-            f"optim.batch_size is {recipe.optim.batch_size}, and there are {group.size} processes: each needs a row; "
-            "raise it, or start fewer"
+            f"optim.batch_size is {recipe.optim.batch_size}, but there are {group.size} processes and each needs a "
+            "row; raise it, or start fewer processes"
         )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -61,7 +61,7 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
         materials = gather(recipe, path, lambda told: report(Progress("rows", 0, steps, message=told)))
 
     def load() -> Blip2 | Blip2Matcher:
-        # What is to be shared out may not fit on a device: all of it lies on the CPU before.
+        # A sharded model may not fit on one device, so it is built on the CPU first.
         place = torch.device("cpu") if recipe.shard else device
         model = build(recipe, path, materials, device=place, dtype=frozen_dtype)
         for name, part in model.named_children():
@@ -71,7 +71,7 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
 
     model = None if recipe.shard else load()
     with _alone(recipe.out) if group.is_first else nullcontext():
-        with group.in_turn("prepared"):  # so that there is one whole model in memory, not one for each
+        with group.in_turn("prepared"):  # so that only one whole model at a time is in memory
             model = load() if model is None else model
             task = prepare(model, materials, recipe, report, group)
             if recipe.shard:
@@ -92,40 +92,41 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
                 frozen=materials.start,
                 learnt=("vision_model",) if recipe.vision is not None and recipe.vision.learns else (),
             )
-    told = f"; pictures that cannot be read: {number:,}, passed over and named in log.jsonl" if number else ""
+    told = f"; unreadable images: {number:,}, skipped and listed in log.jsonl" if number else ""
     report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))
     return recipe.out
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """No other run writes there. Raises RecipeError if one does."""
+    """Lock the output folder. Raises RecipeError if another run writes there."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(out / "training" / "lock"))
         except BlockingIOError:
-            raise RecipeError(f"{out}: another run trains there; wait for its end, or name another as 'out'") from None
+            raise RecipeError(f"{out}: another run is training there; wait until it ends, or name another folder as "
+                "'out'") from None
         except OSError as error:
             raise RecipeError(
-                f"{out}: cannot be written ({error.strerror or error}); check your rights there, or name another as "
-                "'out'"
+                f"{out}: is not writable ({error.strerror or error}); check your permissions there, or name another "
+                "folder as 'out'"
             ) from None
         yield
 
 
 def _device(name: str) -> torch.device:
-    """The one of that name; of several GPUs that of this process's number on its machine."""
+    """The named device; with several GPUs the one of this process's local rank."""
     try:
         device = find_device(name)
     except OptionError:
-        raise RecipeError(f"device: {name!r} is none that is here; use 'auto', 'cpu' or 'cuda'") from None
+        raise RecipeError(f"device: {name!r} is not available; use 'auto', 'cpu' or 'cuda'") from None
     number = os.environ.get("LOCAL_RANK")
     if device.type != "cuda" or number is None:
         return device
     if device.index is not None or int(number) >= torch.cuda.device_count():
         raise RecipeError(
-            f"device: {name!r}: process {number} of this machine needs a GPU of its own, and there are "
-            f"{torch.cuda.device_count()}; start as many processes, and name 'auto' or 'cuda' alone"
+            f"device: {name!r}: process {number} of this machine needs a GPU of its own, but there are "
+            f"{torch.cuda.device_count()}; start as many processes as GPUs, with 'auto' or 'cuda' and no number"
         )
     device = torch.device("cuda", int(number))
     torch.cuda.set_device(device)

@@ -1,6 +1,6 @@
-"""What the model says of some held-out rows while it learns: pages for people, in ``samples`` of the run's folder.
+"""Texts that the model generates for held-out rows during training: HTML pages in ``samples`` of the run's folder.
 
-Q queries, T text tokens, D width, B rows.
+Q query tokens, T text tokens, D width, B rows.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from blip2.train.sheets import sheet
 from blip2.train.texts import TextSource
 
 COUNT = 8
-"""The first rows of those that are held out."""
+"""Number of samples: the first held-out rows."""
 
 
 class Sample(NamedTuple):
-    """``read``: what the model was given beside the picture; ``wanted``: what the row says; ``written``: by the model,
-    greedily."""
+    """``read``: the prompt; ``wanted``: the text of the row; ``written``: the text that the model generates by greedy
+    decoding."""
 
     row: Row
     kind: str
@@ -43,7 +43,7 @@ class Sample(NamedTuple):
 
 
 def of_stage1(model: Blip2Matcher, tokenizer: Tokenizer, held_out: RowSet, max_tokens: int) -> list[Sample]:
-    """Captions by the Q-Former alone."""
+    """Captions from the Q-Former alone."""
     numbers, patches_BPD = _patches(model, held_out)
     suppressed = [tokenizer.token_id(name) for name in ("[PAD]", "[CLS]", "[DEC]")]
     engine = Engine(
@@ -57,7 +57,7 @@ def of_stage1(model: Blip2Matcher, tokenizer: Tokenizer, held_out: RowSet, max_t
 def of_stage2(
     model: Blip2, tokenizer: Tokenizer, source: TextSource, held_out: RowSet, max_tokens: int
 ) -> list[Sample]:
-    """A text of each row, as `TextSource` draws it: the same ones each time."""
+    """One text of each row, drawn by `TextSource`: the same ones each time."""
     numbers, patches_BPD = _patches(model, held_out)
     rows = [held_out.rows[number] for number in numbers]
     texts = [source.draw(row, 1, random.Random(place))[0] for place, row in enumerate(rows)]
@@ -75,16 +75,16 @@ def of_stage2(
 
 
 def write(folder: Path, step: int, samples: Sequence[Sample]) -> Path:
-    """A page of them. Raises OSError."""
+    """Write a page of samples. Raises OSError."""
     path = folder / "samples" / f"{step:07}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = ["What the row says, and below it what the model wrote."]
-    cards = [(sample.row, _told(sample)) for sample in samples]
+    about = ["Above, the text of the row; below, the generated text."]
+    cards = [(sample.row, _html(sample)) for sample in samples]
     write_text(path, sheet(f"Samples of {folder.name} after step {step:,}", about, cards))
     return path
 
 
-def _told(sample: Sample) -> str:
+def _html(sample: Sample) -> str:
     is_right = sample.wanted.strip() == sample.written.strip()
     return (
         f'<p><small>{sample.kind}</small><br><span class="read">{escape(sample.read)}</span> {escape(sample.wanted)}'

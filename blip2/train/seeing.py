@@ -1,4 +1,4 @@
-"""An image encoder that learns beside the Q-Former, and how large its pictures are.
+"""Training of the image encoder, and the size of its images.
 
 B images, P patches and the tokens before them, D width.
 """
@@ -18,19 +18,20 @@ from blip2.train.recipes import VisionRecipe
 
 
 def unfreeze(model: Blip2 | Blip2Matcher, recipe: VisionRecipe | None) -> None:
-    """After `freeze_pretrained`: the image encoder learns as well, if the recipe says so."""
+    """After `freeze_pretrained`: make the image encoder trainable if the recipe says so."""
     if recipe is None or not recipe.learns:
         return
     model.vision.requires_grad_(True)
-    if model.config.vision.rotary_base:  # its positions are turns, and what is added is zero
+    if model.config.vision.rotary_base:  # rotary positions; the added ones are zero
         model.vision.position_embedding.requires_grad_(False)
 
 
 def rate_shares(model: Blip2 | Blip2Matcher, recipe: VisionRecipe | None) -> dict[str, float]:
-    """Of the image encoder's parameters, by name, which part of the learning rate each learns at.
+    """Factor of the learning rate for each parameter of the image encoder, by name.
 
-    With L blocks and decay d it is d^(L - i) for block i = 0, 1, ...; d^(L + 1) for what is before the blocks, and d
-    for what is after them (``get_num_layer`` of ``eva_vit.py``). The norm that BLIP-2 adds is no part of the encoder.
+    With L blocks and decay d it is d^(L - i) for block i = 0, 1, ...; d^(L + 1) for everything before the blocks, and d
+    for everything after them (``get_num_layer`` of ``eva_vit.py``). The norm that BLIP-2 adds does not belong to the
+    encoder.
     """
     if recipe is None or recipe.layer_decay == 1:
         return {}
@@ -45,40 +46,40 @@ def rate_shares(model: Blip2 | Blip2Matcher, recipe: VisionRecipe | None) -> dic
 
 
 def resize(model: Blip2 | Blip2Matcher, size: int) -> None:
-    """Make it a model of pictures of ``size`` pixels, a multiple of the patches' side."""
+    """Change the model to images of ``size`` pixels, a multiple of the patch size."""
     model.vision.resize(size)
     model.config = replace(model.config, vision=model.vision.config)
 
 
-class Looks:
-    """What the image encoder gives of the parts of a batch.
+class EncodedParts:
+    """The image encoder's features of the parts of a batch.
 
-    Where it learns, a stage begins with ``features``, in whose ``.grad`` it leaves a gradient, and `learn` takes that
-    on into the encoder. Of one part what was computed is kept until then; of several each is seen a second time, so
-    that the activations of one are in memory and no more.
+    If the encoder is trained, a stage starts from ``features``, leaves a gradient in their ``.grad``, and `backward`
+    continues into the encoder. With a single part its activations are kept until then. With several parts each is
+    encoded a second time, so that the activations of only one part are in memory.
     """
 
     def __init__(
-        self, see: Callable[[Tensor], Tensor], learns: bool, parts: Sequence[tuple[Tensor, Tensor]], step: Step
+        self, encode: Callable[[Tensor], Tensor], learns: bool, parts: Sequence[tuple[Tensor, Tensor]], step: Step
     ) -> None:
-        """``see``: what is stored of pictures to features ``float[B, 1 + P, D]``; ``parts``: of each what is stored,
-        and which rows ``int64[B]`` of the global batch they are."""
+        """``encode``: from what is stored of images to features ``float[B, 1 + P, D]``; ``parts``: for each part what
+        is stored, and the indices ``int64[B]`` of its rows in the global batch."""
 
-        def look(stored: Tensor, place_B: Tensor) -> Tensor:
+        def run(stored: Tensor, place_B: Tensor) -> Tensor:
             with step.autocast(), dropout_by_rows((step.seed, 5), place_B):
-                return see(stored)
+                return encode(stored)
 
-        self._look, self._parts, self._learns = look, parts, learns
-        is_kept = learns and len(parts) == 1
-        with torch.set_grad_enabled(is_kept):
-            seen = [look(*part) for part in parts]
-        self._kept = seen if is_kept else []
-        self.features = [features_BPD.detach().requires_grad_(learns) for features_BPD in seen]
+        self._run, self._parts, self._learns = run, parts, learns
+        keeps = learns and len(parts) == 1
+        with torch.set_grad_enabled(keeps):
+            encoded = [run(*part) for part in parts]
+        self._kept = encoded if keeps else []
+        self.features = [features_BPD.detach().requires_grad_(learns) for features_BPD in encoded]
 
-    def learn(self) -> None:
-        """Add to ``.grad`` of the encoder's weights what the leaves' gradient makes of them."""
+    def backward(self) -> None:
+        """Continue the backward pass from ``features`` into the encoder's weights."""
         if not self._learns:
             return
         for number, leaf_BPD in enumerate(self.features):
-            features_BPD = self._kept[number] if self._kept else self._look(*self._parts[number])
+            features_BPD = self._kept[number] if self._kept else self._run(*self._parts[number])
             features_BPD.backward(leaf_BPD.grad)

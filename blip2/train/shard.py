@@ -1,8 +1,8 @@
-"""Weights of which each process keeps a share: for a language model, or an image encoder, that a device does not hold.
+"""Sharded weights: each process keeps a share of a language model or image encoder that does not fit on one device.
 
-By torch's FSDP2. A product gets its weights from all processes for the moment that it is computed, forward and
-backward, and forgets them. What learns in such a part is summed and changed share by share; what is small (norms) or
-outside of the parts is whole in every process. All processes have to compute as often as one another.
+Uses torch's FSDP2. A layer gathers its weights from all processes for its forward and backward pass and then frees
+them. Gradients and updates of trained weights in such a part are sharded as well. Small weights (norms) and the other
+parts are whole in every process. All processes have to compute equally often.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from blip2.train.group import Group
 
 PRODUCTS = (nn.Linear, nn.Embedding, nn.Conv2d)
 METHODS = ("embed", "encode", "decode", "logits", "prefill", "step", "features", "scores")
-"""Beside a call of the module, what begins to compute with its weights."""
+"""Methods, besides calling the module, that start a computation with its weights."""
 
 
 def shard(model: nn.Module, parts: Sequence[str], group: Group, device: torch.device) -> None:
-    """Keep a share of the weights of ``parts`` ("language", "vision") on the device, and all else whole.
+    """Shard the weights of ``parts`` ("language", "vision") on the device; everything else stays whole.
 
-    The parts may lie elsewhere (on the CPU) before: each weight comes to the device by itself. What learns has to be
-    set before. Nothing is sent. Raises RecipeError if torch is too old.
+    The parts may be elsewhere (on the CPU) before: the weights move to the device one at a time. ``requires_grad`` has
+    to be set before. Nothing is communicated. Raises RecipeError if torch is too old.
     """
     if group.size == 1:
         model.to(device)
@@ -37,8 +37,9 @@ def shard(model: nn.Module, parts: Sequence[str], group: Group, device: torch.de
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        raise RecipeError(f"shard: needs torch 2.8 or newer, and this is {torch.__version__}; update it, or remove it")
-    # Nobody here changes in place what a module returned.
+        raise RecipeError(f"shard: needs torch 2.8 or newer, but this is {torch.__version__}; update torch, or remove "
+            "this key")
+    # No code here changes the output of a module in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (group.size,))
     for name, part in model.named_children():
@@ -47,7 +48,7 @@ def shard(model: nn.Module, parts: Sequence[str], group: Group, device: torch.de
             continue
         managed: list[nn.Module] = [module for module in part.modules() if isinstance(module, PRODUCTS)]
         for module in managed:
-            for key, weight in module.named_parameters(recurse=False):  # ordinary ones, see `blip2.linear`
+            for key, weight in module.named_parameters(recurse=False):  # plain ones, see `blip2.linear`
                 setattr(module, key, nn.Parameter(readable(weight).contiguous(), weight.requires_grad))
             fully_shard(module, mesh=mesh)
         small = {parameter for parameter in part.parameters() if not is_share(parameter)}
@@ -56,8 +57,8 @@ def shard(model: nn.Module, parts: Sequence[str], group: Group, device: torch.de
         fully_shard(part, mesh=mesh, ignored_params=small)
         for module in (*managed, part):
             assert isinstance(module, FSDPModule)
-            module.set_gradient_divide_factor(1.0)  # shares of a loss are summed
-            module.set_force_sum_reduction_for_comms(True)  # else a product with 1.0, which gloo has not
+            module.set_gradient_divide_factor(1.0)  # the shares of a loss are summed
+            module.set_force_sum_reduction_for_comms(True)  # else it multiplies by 1.0, which gloo does not support
             for method in METHODS:
                 if hasattr(module, method):
                     register_fsdp_forward_method(module, method)
@@ -66,7 +67,7 @@ def shard(model: nn.Module, parts: Sequence[str], group: Group, device: torch.de
 
 
 def is_share(tensor: Tensor) -> bool:
-    """Whether other processes have the rest of it."""
+    """Whether the tensor is a shard of a larger one."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -75,18 +76,18 @@ def any_shares(tensors: Iterable[Tensor]) -> bool:
 
 
 def own(tensor: Any) -> Tensor:
-    """What this process has of it; all of what is whole."""
+    """This process's part of the tensor; all of it if it is whole."""
     return tensor.to_local() if is_share(tensor) else tensor
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of it: of a share, all processes have to ask together."""
+    """The whole tensor. For a shard, all processes have to call this together."""
     return tensor.full_tensor() if is_share(tensor) else tensor
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor, group: Group) -> None:
-    """Put all of a value, which this process has, or its share of it, into a tensor."""
+    """Copy a value, which this process has in full, or this process's share of it into a tensor."""
     if is_share(tensor):
         width = -(-len(value) // group.size)
         value = value[group.rank * width : (group.rank + 1) * width]
@@ -94,7 +95,7 @@ def fill(tensor: Tensor, value: Tensor, group: Group) -> None:
 
 
 def first_bad(parameters: Mapping[str, Tensor], group: Group) -> str | None:
-    """`first_not_finite` for shares, too, which all processes have to ask together."""
+    """`first_not_finite` for shards as well; all processes have to call this together."""
     name = first_not_finite({name: own(parameter) for name, parameter in parameters.items()})
     if not any_shares(parameters.values()):
         return name
@@ -103,9 +104,9 @@ def first_bad(parameters: Mapping[str, Tensor], group: Group) -> str | None:
 
 @torch.no_grad()
 def gather(model: nn.Module, group: Group, *, needs_frozen: bool) -> None:
-    """Make the first process's model whole again, on the CPU, to be saved: nothing computes with it any more.
+    """Make the first process's model whole again on the CPU, to save it; the model cannot compute any more.
 
-    Without ``needs_frozen`` what did not learn has only its shape.
+    Without ``needs_frozen``, frozen weights keep only their shape.
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

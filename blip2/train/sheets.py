@@ -1,4 +1,4 @@
-"""Pages of pictures with what is said about them: of a first batch, and of samples while a training goes on."""
+"""HTML pages of images with texts: of a first batch, and of samples during a training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ p { margin: .25rem 0; }
 
 
 def sheet(title: str, about: Iterable[str], cards: Iterable[tuple[Row, str]]) -> str:
-    """HTML of a page: lines ``about`` it as text; of each picture its row, and as HTML what is said of it."""
+    """HTML of a page. ``about``: lines of text; ``cards``: rows, and HTML to show below their images."""
     body = "\n".join(f"<p>{escape(line)}</p>" for line in about)
     shown = "\n".join(_card(row, said) for row, said in cards)
     title = escape(title)

@@ -1,7 +1,7 @@
-"""Collections as training data: shards, parquet, folders, rows of any tool, each picture with its texts.
+"""Collections as training data: shards, parquet, folders and rows of other tools, each image with its texts.
 
-What lies within large files (shards, parquet, JSON lines) is read from where it lies, by positions that are found once;
-of other sources the rows are in memory, and their pictures in files of their own.
+Rows inside large files (shards, parquet, JSON lines) are read in place, by positions that are found once. Rows of other
+sources are held in memory, with their images in separate files.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from blip2.errors import Blip2Error, CollectionError, ImageError, RecipeError
 from blip2.train.recipes import SourceRecipe
 
 VERSION = 1
-"""To be raised when other rows are found in the same files."""
+"""To be raised when the same files give different rows."""
 MOST_OPEN = 128
-TOLD_ROWS = 100_000
-"""After each so many it is told how far the search is."""
+REPORT_EVERY_ROWS = 100_000
+"""Number of rows between progress messages of the search."""
 OWN = ("captions", "caption", "text", "question", "answer", "answers", "questions", "dialogues")
 
 Usable = Callable[[Row], bool]
@@ -49,11 +49,9 @@ def open_sources(
     tell: Tell,
     change: Callable[[Row], Row] = lambda row: row,
 ) -> list[Row] | Joined:
-    """``folder``: from which names start; ``keep``: the folder for positions; ``kinds``: the texts of a `Row` that can
-    be learnt from ("captions", ...): rows without any are left out, which ``tell`` is told; ``change``: what
-    each row becomes. One source whose pictures
-    have files of their own becomes a list. Raises RecipeError.
-    """
+    """Open sources. ``folder``: names are relative to it; ``keep``: folder for positions; ``kinds``: fields of `Row`
+    that can be trained on ("captions", ...). Rows without any of them are left out, which ``tell`` reports. ``change``
+    is applied to each row. A single source whose images have files of their own becomes a list. Raises RecipeError."""
     opened = [_opened(source, folder, keep, kinds, tell) for source in sources]
     if len(opened) == 1 and isinstance(listed := opened[0], Listed):
         return list(map(change, listed.rows))
@@ -94,9 +92,9 @@ def _opened(source: SourceRecipe, folder: Path, keep: Path, kinds: Sequence[str]
     except Blip2Error as error:
         raise RecipeError(f"data.sources: {error}") from None
     if not len(positions):
-        raise RecipeError(f"data.sources: {names[0]}: no rows to learn from ({_reasons(positions.left_out, kinds)})")
+        raise RecipeError(f"data.sources: {names[0]}: no rows to train on ({_reasons(positions.left_out, kinds)})")
     if is_new:
-        tell(f"{names[0]}: {len(positions):,} rows{_told(positions.left_out)}")
+        tell(f"{names[0]}: {len(positions):,} rows{_left_out_note(positions.left_out)}")
     dataset.positions = positions
     return dataset
 
@@ -105,14 +103,14 @@ def _watched(dataset: _Sought, is_usable: Usable, name: str, tell: Tell) -> Iter
     try:
         for count, what in enumerate(dataset.find(is_usable), start=1):
             yield what
-            if count % TOLD_ROWS == 0:
-                tell(f"{name}: finding where its rows begin, {count:,} so far")
+            if count % REPORT_EVERY_ROWS == 0:
+                tell(f"{name}: finding its rows, {count:,} so far")
     except OSError as error:
         raise RecipeError(f"data.sources: {name}: cannot be read ({error.strerror or error}); check it") from None
 
 
 def _within(folder: Path, name: str) -> str:
-    if os.path.isabs(name) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):  # an address is refused as it stands
+    if os.path.isabs(name) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):  # an address is refused later
         return name
     is_pattern = has_magic(name) and not os.path.lexists(folder / name)
     return os.path.join(escape(str(folder)) if is_pattern else str(folder), name)
@@ -131,39 +129,39 @@ def _listed(
                 before, first = left_out.get(row.reason, (0, row.place))
                 left_out[row.reason] = (before + 1, first)
     if not rows:
-        raise RecipeError(f"data.sources: {name}: no rows to learn from ({_reasons(left_out, kinds)})")
-    tell(f"{name}: {len(rows):,} rows{_told(left_out)}")
+        raise RecipeError(f"data.sources: {name}: no rows to train on ({_reasons(left_out, kinds)})")
+    tell(f"{name}: {len(rows):,} rows{_left_out_note(left_out)}")
     return Listed(rows)
 
 
-def _told(left_out: Mapping[str, tuple[int, str]]) -> str:
-    return "".join(f"; left out: {count:,}, {why}, the first: {first}" for why, (count, first) in left_out.items())
+def _left_out_note(left_out: Mapping[str, tuple[int, str]]) -> str:
+    return "".join(f"; left out: {count:,}, {why}, the first is {first}" for why, (count, first) in left_out.items())
 
 
 def _reasons(left_out: Mapping[str, tuple[int, str]], kinds: Sequence[str]) -> str:
-    reasons = "; ".join(f"{count:,}: {why}, such as {first}" for why, (count, first) in left_out.items())
-    return f"{reasons or 'there are none'}; wanted are {' or '.join(kinds)}, see data.sources text, question, answer"
+    reasons = "; ".join(f"{count:,}: {why}, for example {first}" for why, (count, first) in left_out.items())
+    return f"{reasons or 'it has none'}; needed are {' or '.join(kinds)}, see data.sources text, question, answer"
 
 
 # ---- from a record to a row ----
 
 
 def _row(record: Record, source: SourceRecipe, is_usable: Usable) -> Row | LeftOut:
-    """What of a record can be learnt."""
+    """A row from a record, or the reason why it is left out."""
     if record.problem:
         return LeftOut("cannot be read", record.problem)
     if isinstance(record.picture, str) and is_address(record.picture):
-        return LeftOut("its picture is an address, which has to be downloaded first", record.name)
+        return LeftOut("its image is a URL, which has to be downloaded first", record.name)
     try:
         row = row_of(record, source)
     except ValueError as error:
         return LeftOut("its texts cannot be used", f"{record.name}: {error}")
-    return row if is_usable(row) else LeftOut("has no text of the kind", record.name)
+    return row if is_usable(row) else LeftOut("it has no text of the kind", record.name)
 
 
 def row_of(record: Record, source: SourceRecipe) -> Row:
-    """The texts are those of the columns that ``source`` names; else those under a row's own names, or else what was
-    said of the picture. Raises ValueError for what is no text."""
+    """A row from a record. Texts come from the columns that ``source`` names; else from the names of a row's own
+    fields; else from the record's caption. Raises ValueError for a text that is not a string."""
     columns = record.columns
     told: dict[str, Any] = {"image": record.name if isinstance(record.picture, bytes) else str(record.picture)}
     if source.question is not None:
@@ -185,11 +183,11 @@ def row_of(record: Record, source: SourceRecipe) -> Row:
     return Row(row.image, row.captions, row.questions, row.dialogues, content)
 
 
-# ---- read from where it lies ----
+# ---- rows that are read in place ----
 
 
 class _Sought(Dataset, Protocol):
-    """Of these files; once `find` has told where its rows are, and ``positions`` is set, they can be read."""
+    """Files to search. After `find` has found their rows and ``positions`` is set, the rows can be read."""
 
     positions: Positions
 
@@ -200,7 +198,7 @@ class _Sought(Dataset, Protocol):
 
 
 class _Files:
-    """Bytes of many files; all stay open if they are few."""
+    """Reads bytes of many files. If there are few, all stay open."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -214,13 +212,13 @@ class _Files:
         except OSError as error:
             reason = error.strerror or error
             raise ImageError(
-                f"{self.paths[position.file]}: cannot be read ({reason}); if it has changed, start again"
+                f"{self.paths[position.file]}: cannot be read ({reason}); if it was changed, start again"
             ) from None
         return bytes(content)
 
 
 class InShards:
-    """Samples of webdataset's shards, each read by itself."""
+    """Samples of webdataset shards, each read alone."""
 
     positions: Positions
 
@@ -247,7 +245,7 @@ class InShards:
 
 
 class InRows:
-    """Rows of parquet that hold their pictures: of the row group that one is in, what is before it is passed over."""
+    """Rows of parquet files that contain their images. Reading a row skips the rows before it in its row group."""
 
     positions: Positions
 
@@ -277,7 +275,7 @@ class InRows:
 
 
 class Lines:
-    """JSON lines of rows, as `read_rows` has them, of which none is in memory."""
+    """Rows in JSON lines, as `read_rows` reads them, but not held in memory."""
 
     positions: Positions
 
@@ -297,11 +295,11 @@ class Lines:
                         row = row_of_line(line, Path(path), line_number)
                         place = f"{path}:{line_number}"
                         if not os.path.exists(self._image(row, path)):
-                            yield LeftOut("its picture is not there", f"{place}: {self._image(row, path)}")
+                            yield LeftOut("its image does not exist", f"{place}: {self._image(row, path)}")
                         elif is_usable(row):
                             yield Position(number, start, len(line))
                         else:
-                            yield LeftOut("has no text of the kind", place)
+                            yield LeftOut("it has no text of the kind", place)
                     start += len(line)
 
     def read(self, number: int) -> Row:
@@ -310,7 +308,7 @@ class Lines:
         try:
             row = parse_row(json.loads(self._files.read(position)))
         except ValueError as error:
-            raise ImageError(f"{path}: has changed since it was looked at ({error}); start again") from None
+            raise ImageError(f"{path}: has changed since it was indexed ({error}); start again") from None
         return Row(self._image(row, path), row.captions, row.questions, row.dialogues)
 
     def place(self, number: int) -> tuple[str, bool]:
@@ -328,7 +326,7 @@ def _read(record: Record, source: SourceRecipe) -> Row:
 
 
 def _are_own_lines(places: Sequence[str]) -> bool:
-    """Whether the first line of each is a row as ours are."""
+    """Whether the first line of each file is a row of our own format."""
     for place in places:
         if not place.lower().endswith((".jsonl", ".ndjson")) or not os.path.isfile(place):
             return False

@@ -1,9 +1,9 @@
-"""Stage 1: the Q-Former learns to see what texts speak of (section 3.1 and Figure 2 of the paper).
+"""Stage 1: the Q-Former learns visual features that are relevant to the text (section 3.1 and Figure 2 of the paper).
 
-Three losses over one set of image features: image-text contrast (ITC), image-text matching (ITM), and
-image-grounded text generation (ITG, here ``lm``).
+Three losses over the same image features: image-text contrast (ITC), image-text matching (ITM), and image-grounded text
+generation (ITG, here ``lm``).
 
-B pairs, P patches, Q queries, T text tokens, D and E widths.
+B pairs, P patches, Q query tokens, T text tokens, D and E widths.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from blip2.train.losses import (
 
 
 class Stage1Losses(NamedTuple):
-    """The three losses, and what they were computed from."""
+    """The three losses, and intermediate results for the scores."""
 
     itc: Tensor
     itm: Tensor
@@ -41,14 +41,15 @@ class Stage1Losses(NamedTuple):
     similarity_BB: Tensor
     """Cosines, images by texts."""
     matching_N2: Tensor
-    """Logits of 3B pairs: all right ones, wrong images, wrong texts."""
+    """Logits of 3B pairs: the right pairs, wrong images, wrong texts."""
 
 
 class Part(NamedTuple):
-    """Pairs of a batch: numbers ``place_B`` of the global one."""
+    """Some pairs of a batch, with their indices ``place_B`` in the global batch."""
 
     features_BPD: Tensor
-    """Before the image encoder's last norm, ``float[B, 1 + P, D]``. Where that learns, a leaf that wants a gradient."""
+    """Before the image encoder's last norm, ``float[B, 1 + P, D]``. If the encoder is trained, a leaf that requires a
+    gradient."""
     text_BT: Tensor
     text_mask_BT: Tensor
     picture_B: Tensor
@@ -56,9 +57,9 @@ class Part(NamedTuple):
 
 
 class _Views(NamedTuple):
-    """Queries and text of some pairs, each by itself: unit vectors, of the text in the last place of V = Q + 1.
+    """Queries and text of some pairs, computed separately: unit vectors, with the text at the last of V = Q + 1 places.
 
-    ``image_keys``: what each layer looks at in the pictures, which every pass over them uses again.
+    ``image_keys``: cross-attention keys and values of the images for each layer, shared by all passes.
     """
 
     vectors_BVE: Tensor
@@ -78,11 +79,11 @@ def losses(
     label_smoothing: float = 0.1,
     num_parts: int = 1,
 ) -> Stage1Losses:
-    """The losses of a batch, to be summed; `backward` is what training does.
+    """The losses of a batch; their sum is minimised. Training uses `backward` instead.
 
-    ``features_BPD`` float[B, 1 + P, D] are those before the image encoder's last norm. ``negatives`` gives the
-    wrong image of each text and the wrong text of each image, ``int64[B]`` each; without, they are drawn. The pairs go
-    through the Q-Former in ``num_parts`` parts, which without a gradient takes less memory.
+    ``features_BPD`` float[B, 1 + P, D]: before the image encoder's last norm. ``negatives``: the wrong image of each
+    text and the wrong text of each image, ``int64[B]`` each; drawn if absent. The pairs go through the Q-Former in
+    ``num_parts`` parts, which takes less memory where there is no gradient.
     """
     _check_pairs(len(features_BPD))
     assert model.temperature is not None
@@ -115,12 +116,12 @@ def losses(
 def backward(
     model: Blip2Matcher, parts: Sequence[Part], step: Step, *, label_smoothing: float, itc: str, itg: bool = True
 ) -> dict[str, Tensor]:
-    """This process's share of a step's losses; its share of their gradient is added to ``.grad``.
+    """This process's share of a step's losses; adds its share of the gradient to ``.grad``.
 
-    The sums over all processes are the losses and the gradient of the global batch, however that is divided: only ITC
-    compares pairs of different parts, by their vectors, and ITM's negatives come from all. With several parts the
-    vectors are computed twice: once for all of them without a gradient, then part by part with what ITC's gradient
-    towards them is (GradCache, Gao et al. 2021). ``itc``: see `own_logits`; ``itg``: whether captions are learnt.
+    The sums over all processes are the losses and the gradient of the global batch, however it is divided. Only ITC
+    compares pairs of different parts, by their vectors, and ITM draws negatives from all parts. With several parts the
+    vectors are computed twice: for all pairs without a gradient, then part by part with ITC's gradient of the vectors
+    (GradCache, Gao et al. 2021). ``itc``: see `own_logits`; ``itg``: whether ITG is trained.
     """
     _check_pairs(step.batch_size)
     assert model.temperature is not None
@@ -150,7 +151,7 @@ def backward(
     wrong_image_N = draw_negatives(to_image_NB, equal_NB, place_N, chance_2N[0])
     wrong_text_N = draw_negatives(to_text_NB, equal_NB, place_N, chance_2N[1])
     wrong_NPD, wanted_B = None, list[int]()
-    if only is None or group.size > 1:  # else every wrong picture has its keys already
+    if only is None or group.size > 1:  # else the keys of all wrong images are there
         features_NPD = torch.cat([part.features_BPD.detach() for part in parts])
         wanted_B = group.gather(wrong_image_N, step.batch_size).tolist()
         wrong_NPD = group.fetch(features_NPD, wanted_B).requires_grad_(parts[0].features_BPD.requires_grad)
@@ -182,7 +183,7 @@ def backward(
         torch.autograd.backward([torch.stack([*told.values()]).sum(), views.vectors_BVE], [None, toward_NVE[here]])
         for name, loss in told.items():
             shares[name] += loss.detach()
-    if wrong_NPD is not None and wrong_NPD.grad is not None:  # a picture is also what others take for a wrong one
+    if wrong_NPD is not None and wrong_NPD.grad is not None:  # an image is also a negative of other texts
         toward_NPD, start = group.give_back(wrong_NPD.grad, wanted_B), 0
         for part in parts:
             assert part.features_BPD.grad is not None
@@ -191,10 +192,10 @@ def backward(
 
 
 def own_logits(vectors_BVE: Tensor, own: slice, temperature: Tensor, itc: str) -> tuple[Tensor, Tensor]:
-    """The logits of the own images by all texts, and of the own texts by all images: ``float[N, B]`` each.
+    """Logits of this process's images by all texts, and of its texts by all images: ``float[N, B]`` each.
 
-    ``itc`` "lavis": the gradient reaches the vectors of the rows alone, not those of the columns, as in the authors'
-    code, which gathers the columns without a gradient. That is about half of it.
+    ``itc`` "lavis": the gradient reaches only the vectors of the rows, not those of the columns, as in the authors'
+    code, which gathers the columns without a gradient. That is about half of the gradient.
     """
     columns_BVE = vectors_BVE if itc == "exact" else vectors_BVE.detach()
     to_text_NB = similarity(vectors_BVE[own, :-1], columns_BVE[:, -1])
@@ -204,11 +205,11 @@ def own_logits(vectors_BVE: Tensor, own: slice, temperature: Tensor, itc: str) -
 
 def _check_pairs(count: int) -> None:
     if count < 2:
-        raise RecipeError("stage 1 needs at least two pairs in a batch: one alone has no wrong partner to be told from")
+        raise RecipeError("stage 1 needs at least two pairs in a batch: a single pair has no negatives")
 
 
 def _of_one_width(parts: Sequence[Part], width: int) -> list[Part]:
-    """All texts as wide as the widest of the global batch: what is drawn for a row has a fixed shape then."""
+    """Pad all texts to the width of the global batch, so that dropout masks of a row have a fixed shape."""
 
     def wider(part: Part) -> Part:
         missing = width - part.text_BT.shape[1]
@@ -220,7 +221,7 @@ def _of_one_width(parts: Sequence[Part], width: int) -> list[Part]:
 
 
 def _told(part: Part) -> Tensor:
-    """What others have to know of the pairs, in one tensor: the pictures' numbers, and the texts, padded with -1."""
+    """What other processes need of the pairs, in one tensor: image numbers, then texts padded with -1."""
     return torch.cat([part.picture_B[:, None], part.text_BT.masked_fill(~part.text_mask_BT, -1)], dim=1)
 
 
@@ -231,8 +232,8 @@ def _rows(step: Step | None, number: int, place_B: Tensor | None) -> AbstractCon
 def _image_keys(
     model: Blip2Matcher, features_BPD: Tensor, place_B: Tensor | None = None, step: Step | None = None
 ) -> Memory:
-    """Computed once for all passes over the pictures. Once for each of the four passes, they would be about two fifths
-    of a step over kept features at the published size, by counting operations."""
+    """Cross-attention keys and values, computed once for all four passes over the images. Computing them in each pass
+    would take about two fifths of a step with kept features at the published size (counted operations)."""
     with _rows(step, 4, place_B):
         return model.qformer.image_keys(model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype)))
 
@@ -250,7 +251,7 @@ def _look_and_read(
         seen = model.qformer(image_keys=image_keys)
     with _rows(step, 1, place_B):
         read = model.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT)
-    # Half precision would move a cosine by more than the temperature can bear.
+    # Half precision would change a cosine by more than the temperature tolerates.
     with without_autocast(features_BPD.device):
         images_BQE = F.normalize(model.vision_projection(seen.hidden_BSD.float()), dim=-1)
         text_B1E = F.normalize(model.text_projection(read.hidden_BSD[:, :1].float()), dim=-1)
@@ -266,7 +267,7 @@ def _match(
     wrong_text_BT: Tensor,
     wrong_text_mask_BT: Tensor,
 ) -> Tensor:
-    """Logits ``float[3B, 2]``: all right pairs, wrong images, wrong texts."""
+    """Logits ``float[3B, 2]``: the right pairs, wrong images, wrong texts."""
     pairs = zip(keys, wrong_keys, strict=True)
     return model.match(
         None,
@@ -287,7 +288,8 @@ def _generation(
     label_smoothing: float,
     count: int,
 ) -> Tensor:
-    """The text word by word, given the queries: they do not see the text, so their first pass is used again."""
+    """Loss of the text's tokens given the query tokens. The query tokens do not attend to the text, so their first pass
+    is reused."""
     assert model.lm_head is not None and model.qformer.word_embedding is not None
     text_BT = text_BT.clone()
     text_BT[:, 0] = model.config.bos_token_id
@@ -299,7 +301,7 @@ def _generation(
 
 
 def _is_match(matching_N2: Tensor) -> Tensor:
-    """The labels of the 3B pairs: the first third is right."""
+    """Labels of the 3B pairs: the first third matches."""
     label_N = torch.zeros(len(matching_N2), dtype=torch.long, device=matching_N2.device)
     label_N[: len(label_N) // 3] = 1
     return label_N
@@ -308,7 +310,7 @@ def _is_match(matching_N2: Tensor) -> Tensor:
 def _equal(
     text_BT: Tensor, text_mask_BT: Tensor, picture_B: Tensor | None, own: slice = slice(None)
 ) -> Tensor:
-    """Which pairs share text or picture with the own ones, and so are no negatives of theirs: ``bool[N, B]``."""
+    """Which pairs share text or image with this process's pairs and so are not negatives of them: ``bool[N, B]``."""
     text_BT = text_BT.masked_fill(~text_mask_BT, -1)
     equal_NB = (text_BT[own, None] == text_BT[None]).all(dim=-1)
     return equal_NB if picture_B is None else equal_NB | (picture_B[own, None] == picture_B[None])
@@ -316,10 +318,10 @@ def _equal(
 
 @torch.no_grad()
 def scores(found: Stage1Losses) -> dict[str, float]:
-    """How well the pairs of one batch are told apart: shares between 0 and 1.
+    """Accuracies within one batch, between 0 and 1.
 
-    ``image_to_text`` and ``text_to_image``: the most similar of the batch is the right one. ``matching``: pairs,
-    a third right and two thirds hard negatives, that are classified rightly.
+    ``image_to_text`` and ``text_to_image``: how often the most similar one is right. ``matching``: how many of the
+    pairs (one third right, two thirds hard negatives) are classified correctly.
     """
     own_B = torch.arange(len(found.similarity_BB), device=found.similarity_BB.device)
     is_right_N = found.matching_N2.argmax(dim=1) == _is_match(found.matching_N2)

@@ -1,9 +1,9 @@
-"""Stage 2: the queries learn to speak to a frozen language model (section 3.2 and Figure 3 of the paper).
+"""Stage 2: the query tokens become prompts of a frozen language model (section 3.2 and Figure 3 of the paper).
 
     OPT   [queries][</s>][prompt][target]            so do other decoders; the loss is on the target, its end included
     T5    [queries][prompt][</s>]  ->  [target]      a caption is split: its beginning prompts, its rest is target
 
-Several texts about a picture share its queries. For a decoder they stand in one row, one behind the other, each blind
+Several texts about an image share its query tokens. For a decoder they are packed into one row, each masked from
 to the others and with positions as if it came first after the queries: equal to a row each, and several times
 cheaper.
 
@@ -30,17 +30,17 @@ from blip2.train.losses import language_modelling
 
 
 class Text(NamedTuple):
-    """One thing to be said about a picture: what the language model reads, and what it shall then write."""
+    """One text about an image: the prompt of the language model, and the target."""
 
     kind: str
     prompt_ids: list[int]
     target_ids: list[int]
     read_ids: Sequence[int] = ()
-    """What the Q-Former of an InstructBLIP reads beside the picture."""
+    """Input of an InstructBLIP's Q-Former beside the image."""
 
 
 class Targets(NamedTuple):
-    """Where in the flattened text tokens each target is predicted, which token it is, and of which text."""
+    """For each target token: its place in the flattened text tokens, its id, and the text that it belongs to."""
 
     place_N: Tensor
     token_N: Tensor
@@ -48,7 +48,7 @@ class Targets(NamedTuple):
 
 
 class PackedTexts(NamedTuple):
-    """For a decoder: all texts of an image in one row. ``segment_BT`` numbers them from 1, 0 is padding."""
+    """For a decoder: all texts of an image in one row. ``segment_BT`` numbers the texts from 1; 0 is padding."""
 
     token_BT: Tensor
     segment_BT: Tensor
@@ -58,7 +58,8 @@ class PackedTexts(NamedTuple):
 
 
 class SplitTexts(NamedTuple):
-    """For T5: one row a text, the images' in turn; ``prompt_MT`` of ``length_M`` tokens, and what is decoded."""
+    """For T5: a row for each text, image by image; ``prompt_MT`` with ``length_M`` tokens each, and the decoder
+    inputs."""
 
     prompt_MT: Tensor
     length_M: Tensor
@@ -68,16 +69,16 @@ class SplitTexts(NamedTuple):
 
 
 class ReadTexts(NamedTuple):
-    """What the Q-Former of an InstructBLIP reads: one row a text, the images' in turn. Each text has queries of its own
-    then, and the language model reads each in a row of its own."""
+    """Input of an InstructBLIP's Q-Former: a row for each text, image by image. Each text then has query tokens of its
+    own and a row of its own in the language model."""
 
     token_MT: Tensor
     mask_MT: Tensor
-    """Without padding, whose tokens do not matter."""
+    """True for tokens, False for padding."""
     texts_per_image: int
 
     def wider(self, width: int) -> ReadTexts:
-        """Padded to so many tokens: what is drawn for a row has a fixed shape then."""
+        """Pad to ``width`` tokens, so that dropout masks of a row have a fixed shape."""
         missing = width - self.token_MT.shape[1]
         token_MT, mask_MT = (F.pad(each_MT, (0, missing)) for each_MT in self[:2])
         return ReadTexts(token_MT, mask_MT, self.texts_per_image)
@@ -86,11 +87,11 @@ class ReadTexts(NamedTuple):
 class Stage2Losses(NamedTuple):
     lm: Tensor
     is_right_N: Tensor
-    """Which target tokens the model would have chosen itself, given those before."""
+    """Whether each target token is the most likely one, given the tokens before it."""
 
 
 class Part(NamedTuple):
-    """Images of a batch, numbers ``place_B`` of the global one, with their texts."""
+    """Some images of a batch with their texts, and their indices ``place_B`` in the global batch."""
 
     features_BPD: Tensor
     """Before the image encoder's last norm, ``float[B, 1 + P, D]``."""
@@ -107,10 +108,11 @@ def losses(
     *,
     count: int | None = None,
 ) -> Stage2Losses:
-    """The mean over all target tokens, or the share that they have of ``count`` in a batch of which this is a part.
+    """The mean loss over all target tokens, or with ``count`` this part's share of the mean over a batch of ``count``
+    tokens.
 
-    ``features_BPD`` float[B, 1 + P, D] are those before the image encoder's last norm. ``read``: for the Q-Former, if
-    it reads; ``texts`` are a row each then.
+    ``features_BPD`` float[B, 1 + P, D]: before the image encoder's last norm. ``read``: input of the Q-Former, if it
+    reads text; then each text has a row of its own in ``texts``.
     """
     patches_BPD = model.vision.post_norm(features_BPD.to(model.vision.post_norm.weight.dtype))
     prompt_BQD = model.prompt(model.look(patches_BPD) if read is None else _look_and_read(model, patches_BPD, read))
@@ -122,17 +124,17 @@ def losses(
         prompts_MQD = prompt_BQD.repeat_interleave(texts.texts_per_image, dim=0)
         read_MSD = torch.cat([prompts_MQD, model.language.embed(texts.prompt_MT)], dim=1)
         hidden_BTD = model.language(read_MSD, texts.length_M + prompts_MQD.shape[1], texts.decoder_MT)
-    # The table of words is large: logits only where there is something to predict.
+    # The vocabulary is large, so logits are computed only for target tokens.
     logits_NV = model.language.logits(hidden_BTD.flatten(0, 1)[texts.targets.place_N])
     lm = language_modelling(logits_NV, texts.targets.token_N, count=count)
     return Stage2Losses(lm, logits_NV.detach().argmax(dim=-1) == texts.targets.token_N)
 
 
 def backward(model: Blip2, parts: Iterable[Part], step: Step, count: int) -> dict[str, Tensor]:
-    """This process's share of a step's loss; its share of the gradient is added to ``.grad``, part by part.
+    """This process's share of a step's loss; adds its share of the gradient to ``.grad``, part by part.
 
-    The sums over all processes are the loss and the gradient of the global batch: each of its ``count`` target tokens
-    counts as much as any other, in whichever part it is.
+    The sums over all processes are the loss and the gradient of the global batch. Each of its ``count`` target tokens
+    has the same weight, whatever part it is in.
     """
     share = torch.zeros((), device=model.qformer.query_tokens.device)
     for part in parts:
@@ -148,7 +150,7 @@ def backward(model: Blip2, parts: Iterable[Part], step: Step, count: int) -> dic
 
 
 def num_tokens(texts: PackedTexts | SplitTexts) -> int:
-    """Of all texts, without padding: those that are read, and those that are only predicted."""
+    """Number of tokens of all texts without padding, both prompts and targets."""
     if isinstance(texts, SplitTexts):
         return int(texts.length_M.sum()) + len(texts.targets.token_N)
     return int((texts.segment_BT > 0).sum())
@@ -163,14 +165,14 @@ def sizes(texts: PackedTexts | SplitTexts) -> Texts:
 
 
 def _look_and_read(model: Blip2, patches_BPD: Tensor, read: ReadTexts) -> Tensor:
-    """A look for each text ``float[M, Q, D]``."""
+    """One pass of the Q-Former for each text: ``float[M, Q, D]``."""
     patches_MPD = patches_BPD.to(model.qformer.query_tokens).repeat_interleave(read.texts_per_image, dim=0)
     seen = model.qformer(image_BPD=patches_MPD, text_BT=read.token_MT, text_mask_BT=read.mask_MT)
     return seen.hidden_BSD[:, : model.config.qformer.num_query_tokens]
 
 
 def _read_packed(language: OPT | Decoder, prompt_BQD: Tensor, texts: PackedTexts) -> Tensor:
-    """The hidden states of the text tokens ``float[B, T, D]``."""
+    """Hidden states of the text tokens ``float[B, T, D]``."""
     num_queries = prompt_BQD.shape[1]
     embedded_BSD = torch.cat([prompt_BQD, language.embed(texts.token_BT)], dim=1)
     if not texts.is_packed:
@@ -189,12 +191,12 @@ def _read_packed(language: OPT | Decoder, prompt_BQD: Tensor, texts: PackedTexts
 
 
 def collate(texts: Sequence[Sequence[Text]], config: LanguageConfig) -> PackedTexts | SplitTexts:
-    """The texts of each image, as many for each, to tensors as the family of the language model wants them."""
+    """Texts of each image, equally many, to tensors in the layout of the language model's family."""
     return _split(texts, config) if isinstance(config, T5Config) else _pack(texts, config)
 
 
 def collate_read(texts: Sequence[Sequence[Text]]) -> ReadTexts:
-    """What the Q-Former reads of them."""
+    """Input of the Q-Former for the texts."""
     rows = [text.read_ids for row in texts for text in row]
     token_MT = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     mask_MT = np.zeros(token_MT.shape, dtype=bool)
@@ -205,7 +207,7 @@ def collate_read(texts: Sequence[Sequence[Text]]) -> ReadTexts:
 
 
 def _pack(texts: Sequence[Sequence[Text]], config: OPTConfig | DecoderConfig) -> PackedTexts:
-    # The last token of a text is only ever predicted.
+    # The last token of a text is only predicted, not read.
     lengths = [sum(len(text.prompt_ids) + len(text.target_ids) - 1 for text in row) for row in texts]
     width = max(lengths)
     token_BT = np.full((len(texts), width), config.pad_token_id)
@@ -229,7 +231,7 @@ def _pack(texts: Sequence[Sequence[Text]], config: OPTConfig | DecoderConfig) ->
 
 def _split(texts: Sequence[Sequence[Text]], config: T5Config) -> SplitTexts:
     rows = [text for row in texts for text in row]
-    assert len({len(row) for row in texts}) == 1, "as many texts for each image"
+    assert len({len(row) for row in texts}) == 1, "each image has the same number of texts"
     length_M = np.array([len(text.prompt_ids) for text in rows])
     prompt_MT = np.full((len(rows), length_M.max()), config.pad_token_id)
     width = max(len(text.target_ids) for text in rows)
@@ -251,7 +253,7 @@ class _TargetList:
         self._count = 0
 
     def add(self, first_place: int, target_ids: list[int]) -> None:
-        """A text whose first token is predicted at ``first_place``, the others right after."""
+        """Add a text whose first token is predicted at ``first_place``, and the others right after it."""
         self._places += range(first_place, first_place + len(target_ids))
         self._tokens += target_ids
         self._texts += [self._count] * len(target_ids)

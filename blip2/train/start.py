@@ -1,4 +1,4 @@
-"""The model that a training starts from: read, with what is taken from another, for pictures of the recipe's size."""
+"""Builds the model that a training starts from, with parts from other models and for the recipe's image size."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from blip2.train.seeing import resize
 def build(
     recipe: Recipe, path: Path, materials: Materials, *, device: torch.device, dtype: torch.dtype
 ) -> Blip2 | Blip2Matcher:
-    """The model of the recipe at ``path``, frozen parts in ``dtype`` unless the recipe says otherwise.
+    """The model of the recipe at ``path``, with frozen parts in ``dtype`` unless the recipe says otherwise.
 
-    Raises RecipeError and CheckpointError for weights that cannot be trained, or were not made for each other.
+    Raises RecipeError and CheckpointError for weights that cannot be trained or do not fit together.
     """
     base = "auto" if recipe.lora is None else recipe.lora.base
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(base, dtype)
     quantize = base if base in ("int8", "int4") else None
-    # What learns in small steps begins with all the digits of the file.
+    # Trained weights keep the full precision of the file, since updates are small.
     vision_dtype = torch.float32 if recipe.vision is not None and recipe.vision.learns else None
     model = checkpoint.load(
         materials.start, device=device, dtype=dtype, vision_dtype=vision_dtype, quantize=quantize
@@ -49,23 +49,24 @@ def build(
 
 
 def take_qformer(model: Blip2, folder: Path, *, dtype: torch.dtype) -> None:
-    """Put the Q-Former of a stage-1 model, without its text branch, and its norm on the patches into ``model``.
+    """Copy the Q-Former of a stage-1 model, without its text branch, and the norm of the patch features into ``model``.
 
-    Raises RecipeError if the two were not made for each other.
+    Raises RecipeError if the two do not fit together.
     """
     source = checkpoint.load(folder, dtype=dtype)
     assert isinstance(source, Blip2Matcher)
     if fingerprint(source.vision) != fingerprint(model.vision):
-        raise RecipeError(f"qformer: {folder} was trained on another image encoder than the one of 'start'")
+        raise RecipeError(f"qformer: {folder} was trained with another image encoder than that of 'start'")
     _copy(source.qformer, model.qformer, folder, "qformer")
     _copy(source.vision.post_norm, model.vision.post_norm, folder, "qformer")
 
 
 def take_text_branch(model: Blip2, folder: Path, config: Blip2Config) -> None:
-    """Give ``model`` the text branch of a stage-1 model, its queries' branch as it is; ``config`` is what it is then.
+    """Add the text branch of a stage-1 model to ``model`` and keep its query branch; ``config`` is the new
+    configuration.
 
-    Stage 2 leaves the text branch out, and its self-attention, which both branches share, goes on learning: the text
-    branch is that of stage 1, as the authors say of theirs (salesforce/LAVIS, issue 344).
+    Stage 2 drops the text branch, but continues to train the self-attention that both branches share. The text branch
+    is that of stage 1, as the authors say of theirs (salesforce/LAVIS, issue 344).
     """
     source = checkpoint.load(folder)
     assert isinstance(source, Blip2Matcher)
@@ -83,5 +84,6 @@ def _copy(source: nn.Module, target: nn.Module, folder: Path, key: str) -> None:
     for name, parameter in target.named_parameters():
         if name not in found or found[name].shape != parameter.shape:
             have = list(found[name].shape) if name in found else "absent"
-            raise RecipeError(f"{key}: {name} is {have} in {folder}, {list(parameter.shape)} in the model of 'start'")
+            raise RecipeError(f"{key}: {name} has shape {have} in {folder}, but {list(parameter.shape)} in the model "
+                "of 'start'")
         parameter.copy_(found[name])

@@ -1,7 +1,7 @@
-"""The state of a training, in one safetensors file: trained weights, moments, and the step that was done.
+"""The state of a training in one safetensors file: trained weights, moments, and the number of steps done.
 
-For each parameter: ``model.<name>``, ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``updates.<name>`` (how many), and
-``average.<name>`` where an average is kept.
+For each parameter: ``model.<name>``, ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``updates.<name>`` (their number),
+and ``average.<name>`` if an average is kept.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ FREE = {
     "on_bad_picture",
     "accumulate", "shard", "checkpoint_activations", "track", "sample_every",
 }  # fmt: skip
-"""What of a recipe may change between stopping and going on; all else would make it another training."""
+"""Keys of a recipe that may change before resuming; any other change would make it another training."""
 NEW = {
     "optim.itc": repr("exact"), "lora": "None", "data.sources": "()", "data.augment": "False",
     "data.cleaning": repr("none"), "data.question_prompt": repr(""), "optim.itg": "True", "text_branch": "None",
     "vision": "None", "optim.ema": "0.0", "data.features_dtype": repr("fp16"),
 }  # fmt: skip
-"""What recipes did not have once, as it was then."""
+"""Keys that older recipes lack, with the values that they stand for."""
 ROWS = "what is in data.rows"
-"""Not a value of the recipe, but what such a value stands for."""
+"""A fact that is not a key of the recipe: the content of the files."""
 
 
 def save_state(
@@ -52,10 +52,10 @@ def save_state(
     notes: Mapping[str, float] | None = None,
     is_writer: bool = True,
 ) -> None:
-    """There is always one whole state, safe on the disk. Raises RecipeError if it cannot be written.
+    """Save the state atomically. Raises RecipeError if it cannot be written.
 
-    ``average``: of the parameters, by name; ``notes``: numbers to be known when training goes on. Of weights of which
-    processes have shares, all of them have to come here; one of them is the writer.
+    ``average``: by parameter name; ``notes``: numbers that a resumed training needs. With sharded weights all processes
+    have to call this; only one writes.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -80,8 +80,8 @@ def save_state(
         tensorfile.save(path, tensors, about, unfinished=path.with_name(f"{STATE}.part"))
     except OSError as error:
         raise RecipeError(
-            f"{path}: cannot be written ({error}); make room there, and start the same recipe again: it goes on from "
-            "the state before"
+            f"{path}: cannot be written ({error}); free some space there, and start the same recipe again: it resumes "
+            "from the previous state"
         ) from None
 
 
@@ -95,9 +95,10 @@ def load_state(
     average: Mapping[str, Tensor] | None = None,
     notes: dict[str, float] | None = None,
 ) -> int:
-    """Put a saved state, if there is one, into weights, optimiser, average and notes; returns the steps done.
+    """Load a saved state, if there is one, into weights, optimiser, average and notes; returns the number of steps
+    done.
 
-    Raises RecipeError if it was saved by another recipe, naming the first difference, or is not what was saved.
+    Raises RecipeError if another recipe saved it, naming the first difference, or if it is damaged.
     """
     path = folder / STATE
     if not path.exists():
@@ -106,7 +107,7 @@ def load_state(
     _compare(path, facts, _facts(recipe))
     expected = {f"model.{name}": parameter.shape for name, parameter in parameters.items()}
     if {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")} != expected:
-        raise RecipeError(f"{path}: was saved for another model; delete it to begin anew, or change 'out'")
+        raise RecipeError(f"{path}: was saved for another model; delete it to start over, or change 'out'")
     group = group or Group()
     for name, parameter in parameters.items():
         fill(parameter, tensors[f"model.{name}"], group)
@@ -127,31 +128,31 @@ def load_state(
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether this very recipe has been carried out to its end. Raises RecipeError for a state that is damaged."""
+    """Whether this recipe has been executed to its end. Raises RecipeError for a damaged state."""
     path = recipe.out / "training" / STATE
     made = "config.json" if recipe.lora is None else "adapter_config.json"
     if not path.exists() or not (recipe.out / made).exists():
         return False
-    with suppress(OSError, LookupError, ValueError):  # `load_state` tells what is wrong
+    with suppress(OSError, LookupError, ValueError):  # `load_state` reports the error
         if int(tensorfile.read_header(path).about["step"]) < recipe.optim.steps:
-            return False  # without reading all of it
+            return False  # without reading the tensors
     _, step, facts, _ = _read(path)
     return step >= recipe.optim.steps and _difference(facts, _facts(recipe)) is None
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], int, dict[str, str], dict[str, float]]:
-    """Tensors, steps done, the recipe's facts, and notes, which there were none of once."""
+    """Tensors, steps done, the recipe's facts, and notes, which older states lack."""
     try:
         tensors, about = tensorfile.load(path)
         step, facts = int(about["step"]), dict(json.loads(about["recipe"]))
         notes = dict(json.loads(about.get("notes", "{}")))
     except (OSError, LookupError, ValueError, TypeError) as error:
-        raise RecipeError(f"{path}: is damaged ({error}); delete it to begin anew") from None
+        raise RecipeError(f"{path}: is damaged ({error}); delete it to start over") from None
     return tensors, step, facts, notes
 
 
 def _facts(recipe: Recipe) -> dict[str, str]:
-    """The recipe's values by dotted name, as text, without those that do not matter to what is learnt."""
+    """The recipe's values as text, by dotted name, without those that do not affect the result."""
 
     def walk(value: object, prefix: str) -> dict[str, str]:
         assert dataclasses.is_dataclass(value)
@@ -175,18 +176,18 @@ def _digest(path: Path, stamp: Stamp | None) -> str:
 
 
 def _difference(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
-    """The first fact that is not as it was. What data.rows held, and what is new in recipes, was not noted once."""
+    """The first fact that differs. Older states lack the content of data.rows and new keys."""
     known = {ROWS: wanted[ROWS]} | NEW | saved
     return next((name for name in wanted if known.get(name) != wanted[name]), None)
 
 
 def _compare(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
     name = _difference(saved, wanted)
-    beyond = "name another folder as 'out' (and this one as 'start', to go on from its model)"
+    beyond = "name another folder as 'out' (and this one as 'start', to continue from its model)"
     if name == ROWS:
-        raise RecipeError(f"{path}: was saved when data.rows held other rows than now; put them back, or {beyond}")
+        raise RecipeError(f"{path}: was saved when data.rows had other rows; restore them, or {beyond}")
     if name is not None:
         raise RecipeError(
-            f"{path}: was saved with {name} = {saved.get(name)}, the recipe says {wanted[name]}; change it back, or "
+            f"{path}: was saved with {name} = {saved.get(name)}, but the recipe has {wanted[name]}; change it back, or "
             f"{beyond}"
         )

@@ -1,4 +1,4 @@
-"""Stage 2: from what a row says to what the language model reads and writes."""
+"""Stage 2: from the texts of a row to prompts and targets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from blip2.train.stage2 import Text
 
 
 class TextSource:
-    """Draws texts about a row and tokenizes them; what was tokenized once is remembered.
+    """Draws texts of a row and tokenizes them. Tokenized texts are cached.
 
-    ``num_cut`` counts the texts that were longer than the recipe allows.
+    ``num_cut`` counts texts that were longer than the recipe allows.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class TextSource:
         recipe: DataRecipe,
         reader: tuple[Tokenizer, QFormerConfig] | None = None,
     ) -> None:
-        """``reader``: the tokenizer of a Q-Former that reads what the language model reads, and its configuration."""
+        """``reader``: tokenizer and configuration of a Q-Former that reads the same prompts as the language model."""
         self._config = config
         self._manner = config.family if reader is None else "instruct"
         self._recipe = recipe
@@ -36,7 +36,7 @@ class TextSource:
             "dialogue": recipe.mix.dialogues,
         }
         self.num_cut = 0
-        # A row's texts come back every epoch, and many questions are asked about many pictures.
+        # The texts of a row return every epoch, and many questions are shared by many images.
         remember = lru_cache(maxsize=2**18)
         self._prompt_ids = remember(lambda text: tokenizer.prompt_ids(text, config))
         self._answer_ids = remember(lambda text: tokenizer.answer_ids(text, config))
@@ -45,7 +45,7 @@ class TextSource:
             self._read_ids = remember(lambda text: reader[0].instruction_ids(text, reader[1]))
 
     def draw(self, row: Row, count: int, chance: random.Random) -> list[Text]:
-        """``count`` texts about the row, kinds by the recipe's mix; none twice before each was there once."""
+        """Draw ``count`` texts of the row, kinds by the recipe's mix; none is repeated before all were drawn."""
         choices = {"caption": row.captions, "question": row.questions, "dialogue": row.dialogues}
         kinds = [kind for kind, said in choices.items() if said and self._weights[kind] > 0]
         drawn = chance.choices(kinds, [self._weights[kind] for kind in kinds], k=count)
@@ -67,7 +67,7 @@ class TextSource:
         return texts
 
     def can_use(self, row: Row) -> bool:
-        """Whether the row has any kind of text that the recipe's mix asks for."""
+        """Whether the row has a text of a kind with a weight in the recipe's mix."""
         return any(
             said and self._weights[kind] > 0
             for kind, said in (("caption", row.captions), ("question", row.questions), ("dialogue", row.dialogues))
@@ -78,10 +78,10 @@ class TextSource:
             target_ids = self._shortened(self._answer_ids(caption))
             return Text("caption", self._prompt_ids(prompt), target_ids, self._read_ids(prompt))
         if not self._config.has_encoder:
-            # After </s> a text starts without the space that an answer has.
+            # After </s> a text starts without the space that precedes an answer.
             first, *ids = self._prompt_ids(caption)
             return Text("caption", [first], self._shortened([*ids, self._config.eos_token_id]))
-        # The language model reads a beginning of random length, up to the middle, and writes the rest.
+        # The prompt is a beginning of random length, up to the middle; the target is the rest.
         ids = self._shortened(self._answer_ids(caption))
         middle = (len(ids) - 1) // 2
         split = chance.randint(1, middle) if middle else 0
@@ -97,7 +97,7 @@ class TextSource:
                 history = history[1:]
                 prompt = self._prompt(kind, history, turn)
                 prompt_ids = self._prompt_ids(prompt)
-            if len(prompt_ids) > most:  # one endless question: its end says what is asked
+            if len(prompt_ids) > most:  # one question that is too long: keep its end
                 prompt_ids = [prompt_ids[0], *prompt_ids[1 - most :]]
         target_ids = self._shortened(self._answer_ids(turn.answer))
         return Text(kind, prompt_ids, target_ids, self._read_ids(prompt))
@@ -110,7 +110,7 @@ class TextSource:
         return question_prompt(turn.question, self._manner)
 
     def _shortened(self, ids: list[int]) -> list[int]:
-        """A target within the limit. Cut, it loses its end: that a text ends there is not to be learnt."""
+        """A target within the limit. A cut target has no end token, since the text does not end there."""
         if len(ids) > self._recipe.max_text_tokens:
             self.num_cut += 1
         return ids[: self._recipe.max_text_tokens]

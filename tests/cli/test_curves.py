@@ -90,8 +90,8 @@ def test_ticks_are_round(least, most, expected):
     ("arguments", "code", "problem"),
     [
         (["empty", "-o", "c.svg"], 1, "has no line of numbers yet"),
-        (["nothing", "-o", "c.svg"], 1, "there is no log.jsonl in it; name the 'out' of a training"),
-        (["gone", "-o", "c.svg"], 1, "gone: No such file or directory; name the 'out' of a training"),
+        (["nothing", "-o", "c.svg"], 1, "it has no log.jsonl; name the 'out' folder of a training"),
+        (["gone", "-o", "c.svg"], 1, "gone: No such file or directory; name the 'out' folder of a training"),
         (["good", "-o", "c.png"], 2, "c.png: curves are drawn as .svg or .html"),
         (["good", "-o", "empty/log.jsonl/c.svg"], 1, "cannot be written"),
         ([], 2, "Missing argument"),

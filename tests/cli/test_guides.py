@@ -142,7 +142,7 @@ def test_training_a_lora(follow):
     instead = {"Salesforce/blip2-opt-2.7b": "miniature", "photo.jpg": "cats.png"}
     before, heart, trained, _, caption, _ = follow("training-lora.md", instead)
     assert "adapters: " in before.stdout and "cats.png: caption: " in before.stdout
-    assert heart.stdout.startswith("learnt by heart: the loss of 3 rows")
+    assert heart.stdout.startswith("memorised: the loss of 3 rows")
     assert trained.stdout.strip().endswith("my-lora")
     assert "this is the picture of a cats" in caption.stdout
     assert Path("merged/config.json").exists() and Path("batch.html").exists() and Path("curves.svg").exists()
@@ -168,7 +168,7 @@ def test_training_at_scale(run, tmp_path, monkeypatch):
     Path("recipe.toml").write_text(recipe)
     done = run("train", "recipe.toml")
     assert done.exit_code == 0, done.stderr
-    assert "mfu is the share of" in done.stderr and "tokens/s" in done.stderr
+    assert "mfu is relative to" in done.stderr and "tokens/s" in done.stderr
     assert [path.name for path in sorted(Path("out/samples").iterdir())] == ["0000002.html", "0000003.html"]
     for name in re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", (GUIDES / "training-at-scale.md").read_text("utf-8"), re.M):
         assert all(not each or each in rows("out/log.jsonl")[0] for each in name)

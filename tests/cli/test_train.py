@@ -12,7 +12,7 @@ REPORTS = [
     Progress("features", 50, 100, images_per_s=12.5, left_s=4),
     Progress("train", 10, 20, {"itc": 1.25, "itm": 0.5}, {}, 1e-4, 640, 75),
     Progress("evaluation", 20, 20, scores={"accuracy": 0.875}),
-    Progress("checkpoint", 20, 20, message="saved the state of step 20"),
+    Progress("checkpoint", 20, 20, message="saved the state after step 20"),
 ]
 
 
@@ -45,7 +45,7 @@ def test_lines_on_standard_error_and_the_folder_on_standard_output(run, calls, r
         "features 50/100  12 images/s  0:04 left",
         "train 10/20  itc 1.25  itm 0.5  lr 1.00e-04  640 images/s  1:15 left",
         "evaluation 20/20  accuracy 0.875",
-        "checkpoint 20/20  saved the state of step 20",
+        "checkpoint 20/20  saved the state after step 20",
     ]
     assert calls == [(recipe, {})]
 
@@ -89,7 +89,7 @@ def test_half_an_environment(run, calls, recipe, monkeypatch, changes):
     as_one_of_several(monkeypatch, **changes)
     result = run("train", recipe)
     assert result.exit_code == 1 and calls == []
-    assert "start by torchrun or with --devices, or unset WORLD_SIZE" in result.stderr
+    assert "start with torchrun or with --devices, or unset WORLD_SIZE" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
@@ -113,7 +113,7 @@ def test_one_of_several_is_silent_but_the_first(run, calls, recipe, monkeypatch)
 @pytest.mark.parametrize(("cause", "code"), [(TrainingStopped("after step 5"), 130), (RecipeError("wrong"), 1)])
 def test_what_another_process_tells_is_not_told_twice(run, monkeypatch, recipe, cause, code):
     def fail(path, **others):
-        raise ToldElsewhere("process 0 tells why") from cause
+        raise ToldElsewhere("process 0 reports the error") from cause
 
     monkeypatch.setattr("blip2.train.run", fail)
     result = run("train", recipe)

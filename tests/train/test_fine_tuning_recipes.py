@@ -92,7 +92,7 @@ def test_answers_are_drawn_as_often_as_people_gave_them(opt_model):
 @pytest.mark.parametrize(
     ("answers", "problem"),
     [
-        ({"red": 0}, "'answers': 'red' has the count 0, which has to be a number above 0"),
+        ({"red": 0}, "'answers': 'red' has the count 0, but it has to be a number above 0"),
         ({"red": "many"}, "'answers': 'red' has the count 'many'"),
         ({"red": None}, "'answers': 'red' has the count None"),
         ([], "'answers' has to be a list of texts or {text: count}, not []"),
@@ -190,25 +190,25 @@ def test_what_learns_begins_with_all_its_digits(example, precision):
 @pytest.mark.parametrize(
     ("name", "changes", "problem"),
     [
-        ("caption", {"vision.learn": True}, "vision.learn: not a key that a recipe has; did you mean vision.learns?"),
+        ("caption", {"vision.learn": True}, "vision.learn: is not a key of recipes; did you mean vision.learns?"),
         ("caption", {"vision.learns": 1}, "vision.learns: has to be true or false, not 1"),
-        ("caption", {"data.features": "f"}, "data.features: is what a frozen image encoder gives, and this one learns"),
-        ("caption", {"vision.learns": False, "data.features": "f"}, "data.augment: shows other parts of a picture"),
+        ("caption", {"data.features": "f"}, "data.features: needs a frozen image encoder, but this recipe trains it"),
+        ("caption", {"vision.learns": False, "data.features": "f"}, "data.augment: crops images differently at each step"),
         ("caption", {"vision.layer_decay": 0}, "vision.layer_decay: has to be above 0 and at most 1, not 0"),
         ("caption", {"vision.layer_decay": 1.5}, "vision.layer_decay: has to be above 0 and at most 1, not 1.5"),
-        ("vqa", {"vision.learns": False}, "vision.layer_decay: is of an image encoder that learns; set vision.learns"),
+        ("vqa", {"vision.learns": False}, "vision.layer_decay: needs a trained image encoder; set vision.learns"),
         ("caption", {"vision.image_size": 0}, "vision.image_size: has to be at least 1, not 0"),
         ("caption", {"vision.image_size": 37.5}, "vision.image_size: has to be a whole number, not 37.5"),
         ("caption", {"vision.image_size": 390}, "set it to 384 or 400"),
-        ("caption", {"lora.rank": 4}, "vision.learns: changes what an adapter stands beside, and that is saved alone"),
-        ("instruct", {"lora.rank": 4}, "text_branch: changes what an adapter stands beside"),
-        ("instruct", {"text_branch": "runs/stage2"}, "holds no matching model; name the result of stage 1"),
+        ("caption", {"lora.rank": 4}, "vision.learns: changes the model that the adapters belong to, but only the adapters are saved"),
+        ("instruct", {"lora.rank": 4}, "text_branch: changes the model that the adapters belong to"),
+        ("instruct", {"text_branch": "runs/stage2"}, "is not a matching model; name the result of stage 1"),
         ("instruct", {"text_branch": "runs/none"}, "text_branch: there is no folder"),
-        ("instruct", {"out": "runs/stage1"}, "is the folder of 'text_branch', which it would overwrite"),
-        ("vqa", {"data.question_prompt": "Question:"}, "data.question_prompt: has to have {} once"),
-        ("retrieval", {"text_branch": "runs/stage1"}, "text_branch: belongs to stage 2, and this recipe is for"),
+        ("instruct", {"out": "runs/stage1"}, "is also the folder of 'text_branch', which would be overwritten"),
+        ("vqa", {"data.question_prompt": "Question:"}, "data.question_prompt: has to contain {} exactly once"),
+        ("retrieval", {"text_branch": "runs/stage1"}, "text_branch: belongs to stage 2, but this recipe is for"),
         ("retrieval", {"data.question_prompt": "{}"}, "data.question_prompt: belongs to stage 2"),
-        ("caption", {"optim.itg": False}, "optim.itg: belongs to stage 1, and this recipe is for stage 2; remove it"),
+        ("caption", {"optim.itg": False}, "optim.itg: belongs to stage 1, but this recipe is for stage 2; remove it"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(example, name, changes, problem):
@@ -225,10 +225,10 @@ def test_a_text_branch_of_another_make_is_told(example, tmp_path):
     config = json.loads((other / "config.json").read_text())
     config["qformer_config"]["num_hidden_layers"] = 3
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RecipeError, match="has another num_layers than the one of 'start'; name the result of stage 1"):
+    with pytest.raises(RecipeError, match="differs from that of 'start' in num_layers; name the result of stage 1"):
         preview(path, overrides=SMALL | {"text_branch": str(other)})
     start = tiny.save_instructed("t5", tmp_path / "instructed")
-    with pytest.raises(RecipeError, match="is an InstructBLIP, and has a text branch already; remove it"):
+    with pytest.raises(RecipeError, match="is an InstructBLIP and already has a text branch; remove"):
         preview(path, overrides=SMALL | {"start": str(start)})
 
 
@@ -243,5 +243,5 @@ def test_a_state_of_before_goes_on(write_recipe, opt_model):
         del facts[name]
     tensorfile.save(state, tensors, about | {"recipe": json.dumps(facts)}, unfinished=state.with_suffix(".part"))
     train.run(path, overrides={"optim.steps": 6})
-    with pytest.raises(RecipeError, match=r"was saved with vision\.learns = None, the recipe says False"):
+    with pytest.raises(RecipeError, match=r"was saved with vision\.learns = None, but the recipe has False"):
         train.run(path, overrides={"optim.steps": 7, "vision.image_size": 48, "data.features": "other"})

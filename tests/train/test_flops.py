@@ -46,11 +46,11 @@ def test_stage_2(write_recipe, any_model):
 
 def test_the_peak_of_a_processor_is_measured():
     found, how = flops.peak(torch.device("cpu"), torch.float32)
-    assert 1e8 < found < 1e15 and "products of 1024 x 1024 numbers in torch.float32" in how
+    assert 1e8 < found < 1e15 and "products of 1024 x 1024 matrices in torch.float32" in how
     assert flops.peak_memory_mb(torch.device("cpu")) > 10
 
 
 def test_a_known_gpu_is_looked_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     found = flops.peak(torch.device("cuda"), torch.bfloat16)
-    assert found == (756e12, "as the maker of the NVIDIA H100 PCIe tells it for bfloat16")
+    assert found == (756e12, "the manufacturer's figure of the NVIDIA H100 PCIe for bfloat16")

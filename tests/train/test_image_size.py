@@ -82,7 +82,7 @@ def test_a_crop_grows_with_the_picture(write_recipe, opt_model, tmp_path):
 
 @pytest.mark.parametrize("size", [70, 8, 10**6])
 def test_what_is_no_size_is_told(write_recipe, opt_model, size):
-    problem = r"vision\.image_size: \d+ is no multiple of .* patches of 16 pixels.*set it"
+    problem = r"vision\.image_size: \d+ is not a multiple of the patch size \(16 pixels\).*set it"
     with pytest.raises(RecipeError, match=problem) as raised:
         train.run(write_recipe(2, opt_model), overrides={"vision.image_size": size})
     assert "\n" not in str(raised.value)

@@ -81,7 +81,7 @@ def test_what_is_learnt_is_the_same(tmp_path, collections, matching_model, opt_m
     kept = train.run(path, overrides=changes, report=told.append)
     plain = train.run(write(tmp_path / "plain.toml", data, start, stage), overrides=changes)
     assert seen(told) == [(11, 11) if data == SHARDS else (19, 19)]  # two rows show one picture
-    assert "pictures that cannot be read: 1," in told[-1].message
+    assert "unreadable images: 1," in told[-1].message
     for one, other in zip(losses(kept), losses(plain), strict=True):
         assert one == pytest.approx(other, rel=2e-3)
     # Two processes make the same files, and learn the same of them.
@@ -180,12 +180,12 @@ def test_all_begin_with_the_same(tmp_path, matching_model, monkeypatch):
 def test_what_is_wrong_is_told_once(tmp_path, collections, matching_model, capfd):
     """A picture that is to end the training, by whichever process it is found; a folder that cannot be one."""
     path = write(tmp_path / "a.toml", with_features(SHARDS), matching_model)
-    with pytest.raises(Exception, match=r"00001\.tar: 000007: .*; or pass such pictures over"):
+    with pytest.raises(Exception, match=r"00001\.tar: 000007: .*; or skip such images"):
         train.run(path, overrides={"data.on_bad_picture": "stop"})
     capfd.readouterr()
     assert launch(["train", str(path), "--set=data.on_bad_picture=stop"], 2) == 1
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("blip2: ")]
-    assert "00001.tar: 000007: not a JPEG" in line and "or pass such pictures over" in line
+    assert "00001.tar: 000007: not a JPEG" in line and "or skip such images" in line
     blocked = tmp_path / "blocked"
     blocked.write_text("")
     with pytest.raises(RecipeError, match=r"data\.features: .*blocked cannot be written"):

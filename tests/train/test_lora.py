@@ -183,7 +183,7 @@ def test_resuming_gives_the_same_adapter(trained, opt_model, tmp_path):
     whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    with pytest.raises(RecipeError, match=r"was saved with lora\.dropout = 0\.05, the recipe says 0\.5"):
+    with pytest.raises(RecipeError, match=r"was saved with lora\.dropout = 0\.05, but the recipe has 0\.5"):
         trained(2, opt_model, {"out": "parts", "lora.dropout": 0.5, "optim.steps": 9})
 
 
@@ -197,11 +197,11 @@ def test_resuming_gives_the_same_adapter(trained, opt_model, tmp_path):
         (2, {"lora.parts": ["eyes"]}, "lora.parts: names 'eyes'; stage 2 has vision, qformer, language"),
         (2, {"lora.parts": []}, "lora.parts: names ''"),
         (1, {"lora.rank": 4}, "lora.parts: names 'language'; stage 1 has vision, qformer"),
-        (1, {"lora.parts": "qformer", "lora.base": "int8"}, "lora.base: int8 is for a language model"),
-        (2, {"lora.parts": "vision"}, "data.features: is what a frozen image encoder gives, and this one learns"),
-        (2, {"lora.parts": "qformer", "lora.trains_qformer": True}, "would learn whole and by adapters"),
-        (2, {"lora.rank": 4, "qformer": "somewhere"}, "qformer: an adapter belongs to the model of 'start'"),
-        (2, {"lora.targets": "q_porj"}, "lora.targets: the language of this model has no q_porj; there are fc1, fc2"),
+        (1, {"lora.parts": "qformer", "lora.base": "int8"}, "lora.base: int8 applies to the language model"),
+        (2, {"lora.parts": "vision"}, "data.features: needs a frozen image encoder, but this recipe trains it"),
+        (2, {"lora.parts": "qformer", "lora.trains_qformer": True}, "would be trained both whole and by adapters"),
+        (2, {"lora.rank": 4, "qformer": "somewhere"}, "qformer: cannot be combined with adapters, which belong to the unchanged model of 'start'"),
+        (2, {"lora.targets": "q_porj"}, "lora.targets: the language of this model has no q_porj; it has fc1, fc2"),
         (2, {"lora.target": "q_proj"}, "did you mean lora.targets?"),
     ],
 )
@@ -214,7 +214,7 @@ def test_what_cannot_be_is_said(write_recipe, opt_model, matching_model, stage, 
 def test_a_quantised_start_is_refused(write_recipe, opt_model, tmp_path):
     small = checkpoint.load(opt_model, quantize="int8")
     checkpoint.save(small, tmp_path / "small", tokenizer=opt_model / "tokenizer.json")
-    with pytest.raises(RecipeError, match="is quantised, and an adapter belongs to the original"):
+    with pytest.raises(RecipeError, match="is quantised, but adapters are trained on the original"):
         train.run(write_recipe(2, tmp_path / "small"), overrides={"lora.rank": 4})
 
 

@@ -33,11 +33,11 @@ def test_what_learns_is_what_a_training_keeps_the_state_of(
     assert found.learning == sum(torch.Size(place.shape).numel() for place in learnt.values())
     assert found.parts["vision"][0] == (32 if settings.get("lora.trains_qformer", not settings) else 0)
     lines = list(found.lines())
-    assert "rows: 8 about 8 pictures" in lines
+    assert "rows: 8 with 8 images" in lines
     assert "steps: 6 of 4 pictures, 2.0 an epoch, 3.0 epochs" in lines
     assert "evaluation: 8 rows, every 3 steps" in lines
     [memory] = [line for line in lines if line.startswith("memory: ")]
-    assert f"{found.learning * BYTES_LEARNING / 1e6:.1f} MB more for what learns" in memory
+    assert f"{found.learning * BYTES_LEARNING / 1e6:.1f} MB more for training" in memory
 
 
 @pytest.mark.parametrize("base", ["fp32", "int8", "int4"])
@@ -103,14 +103,14 @@ def test_a_few_rows_are_learnt_by_heart(write_recipe, matching_model, opt_model,
     verdict = overfit(recipe, 3, report=seen.append, overrides=fast)
     assert verdict.is_learnt and verdict.rows == 3 and verdict.steps == 90
     assert verdict.last < 0.5 * verdict.first
-    assert str(verdict).startswith("learnt by heart: the loss of 3 rows went from")
+    assert str(verdict).startswith("memorised: the loss of 3 rows went from")
     assert {progress.phase for progress in seen} == {"features", "train"}
     assert set(tmp_path.iterdir()) == before, "nothing of it stays"
 
 
 def test_what_is_not_learnt_is_said(write_recipe, opt_model):
     verdict = overfit(write_recipe(2, opt_model), 2, report=lambda _: None, overrides={"optim.peak_lr": 0.0})
-    assert not verdict.is_learnt and "not learnt: the loss of 2 rows went from" in str(verdict)
+    assert not verdict.is_learnt and "not memorised: the loss of 2 rows went from" in str(verdict)
     with pytest.raises(OptionError, match="overfit is 0"):
         overfit(write_recipe(2, opt_model), 0, report=lambda _: None)
 

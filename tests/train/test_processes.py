@@ -1,4 +1,4 @@
-"""Processes that fail, are killed or stopped: all of them end, one tells why, and the next start goes on."""
+"""Processes that fail, are killed or stopped: all of them end, one reports the error, and the next start resumes."""
 
 import json
 import os
@@ -82,8 +82,8 @@ def test_one_that_is_killed_ends_all(recipe, tmp_path, rank):
     code, out, lines, err = end(process)
     assert code == 1 and out == "" and "Traceback" not in err
     assert lines == [
-        f"blip2: process {rank} of 3 was ended by signal 9 (Killed), and with it the others; start the same again to "
-        "go on from the last state"
+        f"blip2: process {rank} of 3 was killed by signal 9 (Killed), and the others were stopped; start the same command again  "
+        "to resume from the last state"
     ]
     assert not any(Path(f"/proc/{pid}").exists() for pid in found.values())
 
@@ -113,7 +113,7 @@ def test_a_recipe_that_cannot_be_carried_out_is_told_once(recipe, tmp_path, comm
 def test_one_training_at_a_time(recipe, tmp_path):
     with locked(tmp_path / "out1" / "training" / "lock"):
         code, _, lines, err = end(start(recipe, 2))
-    assert code == 1 and len(lines) == 1 and "out1: another run trains there" in lines[0], err
+    assert code == 1 and len(lines) == 1 and "out1: another run is training there" in lines[0], err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -61,7 +61,7 @@ def test_bad_pictures_are_passed_over(tmp_path, matching_model):
     tar(tmp_path / "a.tar", dict(members))
     told = []
     train.run(write(tmp_path / "a.toml", 'data = "a.tar"', matching_model), report=told.append)
-    assert "pictures that cannot be read: 1, passed over" in told[-1].message
+    assert "unreadable images: 1, skipped" in told[-1].message
     assert "a.tar: 000001: " in (tmp_path / "a" / "log.jsonl").read_text()
 
 
@@ -69,17 +69,17 @@ def test_bad_pictures_are_passed_over(tmp_path, matching_model):
     ("data", "problem"),
     [
         ('data = "absent.tar"', "absent.tar: no such file"),
-        ("data = []", "data.rows: is missing, or names no file"),
-        ('data = ""', "data.sources: a source names nothing"),
-        ('[data]\nrows = "a.jsonl"\nsources = "s"', "data.sources: stands beside data.rows"),
+        ("data = []", "data.rows: is missing or empty"),
+        ('data = ""', "data.sources: has a source without a path"),
+        ('[data]\nrows = "a.jsonl"\nsources = "s"', "data.sources: cannot be combined with data.rows"),
         ('[[data]]\nsource = "s"\nweight = 0', "data.sources.weight: has to be above 0"),
-        ('[[data]]\nsource = "s"\nquestion = "q"', "'question' and 'answer' go together"),
-        ('[[data]]\nsource = "s"\nwieght = 2', "data.sources.wieght: not a key that a recipe has; did you mean"),
+        ('[[data]]\nsource = "s"\nquestion = "q"', "needs both 'question' and 'answer'"),
+        ('[[data]]\nsource = "s"\nwieght = 2', "data.sources.wieght: is not a key of recipes; did you mean"),
         ("[[data]]\nweight = 2", "data.sources.source: is missing"),
-        ('[data]\nsources = "s"\nimages = "i"', "data.images: goes with rows"),
+        ('[data]\nsources = "s"\nimages = "i"', "data.images: belongs to rows"),
         ('data = "https://a.b/c.tar"', "only pictures are read from addresses; download it first"),
         ('data = "pipe:cat s.tar"', "is not read, and no command is run"),
-        ('[data]\nsources = "s"\nfeatures_dtype = "int8"', "data.features_dtype: is of features on the disk; name a"),
+        ('[data]\nsources = "s"\nfeatures_dtype = "int8"', "data.features_dtype: applies to features on the disk; name a"),
         ('[data]\nsources = "s"\nfeatures = "f"\nfeatures_dtype = "bf16"', "data.features_dtype: has to be one of"),
         ('data = ["s", "t"]', "optim.batch_size is 4, but there are only 3 rows"),
     ],
@@ -186,10 +186,10 @@ def test_texts_are_cleaned_where_the_recipe_says_so(row_set, tmp_path, rows):
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ('rows = "a"\naugment = true\nfeatures = "f"', "data.augment: shows other parts of a picture at each step"),
+        ('rows = "a"\naugment = true\nfeatures = "f"', "data.augment: crops images differently at each step"),
         ('rows = "a"\naugment = 1', "data.augment: has to be one of false, true, 'randaugment', not 1"),
         ('rows = "a"\naugment = "strong"', "data.augment: has to be one of false, true, 'randaugment', not 'strong'"),
-        ('rows = "a"\naugment = "randaugment"\nfeatures = "f"', "data.augment: shows other parts of a picture"),
+        ('rows = "a"\naugment = "randaugment"\nfeatures = "f"', "data.augment: crops images differently"),
         ('rows = "a"\ncleaning = "blip"', "data.cleaning: has to be one of 'none', 'lavis'"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_damaged_start_is_told_before_the_work_begins(write_recipe, matching_m
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, start / "model.safetensors", {"format": "pt"})
     seen = []
-    with pytest.raises(CheckpointError, match=rf"in files: {name}\) holds such values: the model is damaged"):
+    with pytest.raises(CheckpointError, match=rf"in files: {name}\) has such values: the model is damaged"):
         train.run(write_recipe(1, start), report=seen.append)
     assert seen == [] and not (tmp_path / "out1").exists() and not (tmp_path / "features").exists()
 
@@ -98,7 +98,7 @@ def test_what_is_trained_shares_the_frozen_files_of_its_start(write_recipe, matc
 
 
 def test_one_run_at_a_time(write_recipe, matching_model, tmp_path):
-    with locked(tmp_path / "out1" / "training" / "lock"), pytest.raises(RecipeError, match="out1: another run trains"):
+    with locked(tmp_path / "out1" / "training" / "lock"), pytest.raises(RecipeError, match="out1: another run is training"):
         train.run(write_recipe(1, matching_model))
     assert not (tmp_path / "features").exists()
 
@@ -191,8 +191,8 @@ def test_bad_pictures_are_passed_over_counted_and_named(
     assert {line["bad_picture"] for line in named} == broken and len(named) == 2
     assert all("damaged or cut short" in line["problem"] or "no such file" in line["problem"] for line in named)
     assert [line for line in log(out) if "bad_pictures" in line][-1]["bad_pictures"] == 2
-    assert seen[-1].message.endswith("; pictures that cannot be read: 2, passed over and named in log.jsonl")
-    assert sum(progress.message.startswith("passed over: ") for progress in seen) == 2
+    assert seen[-1].message.endswith("; unreadable images: 2, skipped and listed in log.jsonl")
+    assert sum(progress.message.startswith("skipped: ") for progress in seen) == 2
 
     class Stop(Exception):
         pass
@@ -209,7 +209,7 @@ def test_bad_pictures_are_passed_over_counted_and_named(
 def test_bad_pictures_end_a_training_that_is_told_so(write_recipe, opt_model, broken, tmp_path):
     path, seen = write_recipe(2, opt_model), []
     path.write_text(path.read_text().replace('features = "features"', ""))
-    with pytest.raises(RecipeError, match=r'1 of 8 pictures are not there, .*missing\.png; .*on_bad_picture = "skip"$'):
+    with pytest.raises(RecipeError, match=r'1 of 8 images do not exist, .*missing\.png; .*on_bad_picture = "skip"$'):
         train.run(path, overrides={"data.on_bad_picture": "stop"})
     (tmp_path / "missing.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r'data\.on_bad_picture = "skip"$') as raised:
@@ -223,11 +223,11 @@ def test_bad_pictures_end_a_training_that_is_told_so(write_recipe, opt_model, br
 
 def test_a_training_without_a_picture_is_an_error(write_recipe, opt_model, rows, tmp_path):
     rows.write_text("".join(json.dumps({"image": f"{n}.png", "caption": "a dog"}) + "\n" for n in range(8)))
-    with pytest.raises(RecipeError, match=r"8 of 8 pictures are not there, the first is .*0\.png"):
+    with pytest.raises(RecipeError, match=r"8 of 8 images do not exist, the first is .*0\.png"):
         train.run(write_recipe(2, opt_model))
     for number in range(8):
         (tmp_path / f"{number}.png").write_bytes(b"no picture")
-    with pytest.raises(RecipeError, match=r"none of the pictures of 8 rows can be read, such as .*\d\.png"):
+    with pytest.raises(RecipeError, match=r"none of the images of 8 rows can be read; one error: .*\d\.png"):
         train.run(write_recipe(2, opt_model))
 
 
@@ -237,7 +237,7 @@ def test_a_finished_run_is_not_repeated(write_recipe, opt_model):
     before = (out / "model.safetensors").stat().st_mtime_ns
     seen = []
     assert train.run(recipe, report=seen.append) == out
-    assert "finished already" in seen[-1].message
+    assert "already finished" in seen[-1].message
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -251,12 +251,12 @@ def test_texts_that_were_cut_are_told(write_recipe, opt_model):
 @pytest.mark.parametrize(
     ("stage", "overrides", "problem"),
     [
-        (1, {"start": "OPT"}, "holds a generative model, stage 1 needs a matching one"),
-        (2, {"start": "MATCHING"}, "holds a matching model, stage 2 needs a generative one"),
-        (2, {"qformer": "OPT"}, "holds no matching model"),
+        (1, {"start": "OPT"}, "is a generative model, but stage 1 needs a matching model"),
+        (2, {"start": "MATCHING"}, "is a matching model, but stage 2 needs a generative model"),
+        (2, {"qformer": "OPT"}, "is not a matching model"),
         (2, {"optim.batch_size": 9}, "there are only 8 rows"),
         (2, {"data.max_prompt_tokens": 500}, "lower data.max_prompt_tokens"),
-        (2, {"device": "abacus"}, "device: 'abacus' is none"),
+        (2, {"device": "abacus"}, "device: 'abacus' is not available"),
     ],
 )
 def test_what_does_not_fit_is_said(write_recipe, matching_model, opt_model, stage, overrides, problem):
@@ -294,14 +294,14 @@ def changed(folder, tmp_path, **tensors):
         (2, {"start": "/no/where"}, "start: there is no folder /no/where; name"),
         (2, {"start": "kept/stage_1"}, "did you mean {tmp}/kept/stage1?"),
         (2, {"qformer": "runs/stage1"}, "qformer: there is no folder {tmp}/runs/stage1"),
-        (2, {"data.images": "elsewhere", "data.rows": "relative.jsonl"}, "1 of 1 pictures are not there, the first is"),
+        (2, {"data.images": "elsewhere", "data.rows": "relative.jsonl"}, "1 of 1 images do not exist, the first is"),
         (2, {"optim.batch_size": 9}, "there are only 8 rows"),
         (2, {"evaluation.rows": "no.jsonl"}, "no.jsonl: cannot be read"),
-        (2, {"out": "taken"}, "out: {tmp}/taken cannot be written (Not a directory)"),
-        (2, {"data.features": "taken/features"}, "data.features: {tmp}/taken/features cannot be written"),
-        (2, {"out": "START"}, "is the folder of 'start', which it would overwrite"),
-        (1, {"evaluation.rows": "one.jsonl"}, "evaluation.rows has one picture alone"),
-        (1, {"evaluation.max_rows": 1}, "evaluation.max_rows is 1; stage 1 compares 2 rows or more"),
+        (2, {"out": "taken"}, "out: {tmp}/taken is not writable (Not a directory)"),
+        (2, {"data.features": "taken/features"}, "data.features: {tmp}/taken/features is not writable"),
+        (2, {"out": "START"}, "is also the folder of 'start', which would be overwritten"),
+        (1, {"evaluation.rows": "one.jsonl"}, "evaluation.rows has only one image"),
+        (1, {"evaluation.max_rows": 1}, "evaluation.max_rows is 1; stage 1 compares rows with each other and needs 2 or more"),
     ],
 )
 def test_what_is_missing_is_told_before_anything_is_computed(
@@ -329,9 +329,9 @@ def test_what_is_missing_is_told_before_anything_is_computed(
 @pytest.mark.parametrize(
     ("tensors", "problem"),
     [
-        ({"qformer__query_tokens": 0.0}, "its query tokens are all zero, as other programs make a new model"),
+        ({"qformer__query_tokens": 0.0}, "its query tokens are all zero, as in new models of other programs"),
         ({"qformer__query_tokens": 0.5}, "its query tokens are all equal"),
-        ({"temperature": 0.0}, "its temperature is 0, and has to be above 0, such as 0.07"),
+        ({"temperature": 0.0}, "its temperature is 0; it has to be above 0, such as 0.07"),
     ],
 )
 def test_weights_that_nothing_is_learnt_from(write_recipe, matching_model, tmp_path, monkeypatch, tensors, problem):
@@ -344,7 +344,7 @@ def test_a_preprocessor_of_another_size(write_recipe, opt_model, tmp_path, monke
     no_features(monkeypatch)
     folder = changed(opt_model, tmp_path)
     (folder / "preprocessor_config.json").write_text('{"size": 224}')
-    with pytest.raises(CheckpointError, match="size is 224, and the model sees pictures of 32 pixels"):
+    with pytest.raises(CheckpointError, match="size is 224, but the model takes images of 32 pixels"):
         train.run(write_recipe(2, folder))
 
 
@@ -353,7 +353,7 @@ def test_a_finished_run_is_extended(write_recipe, opt_model):
     out = train.run(recipe)
     before = weights(out)
     train.run(recipe, report=seen.append)
-    assert [progress.message for progress in seen] == [f"{out} is finished already; raise optim.steps to train on"]
+    assert [progress.message for progress in seen] == [f"{out} is already finished; raise optim.steps to continue"]
     train.run(recipe, report=seen.append, overrides={"optim.steps": 9})
     assert [line["step"] for line in log(out) if "lm" in line] == list(range(1, 10))
     assert not torch.equal(before["qformer.query_tokens"], weights(out)["qformer.query_tokens"])
@@ -363,9 +363,9 @@ def test_a_finished_run_is_extended(write_recipe, opt_model):
 def test_rows_without_the_texts_of_the_stage_are_named(write_recipe, matching_model, opt_model, pictures, tmp_path):
     rows = tmp_path / "questions.jsonl"
     rows.write_text("".join(json.dumps({"image": p, "question": "who?", "answer": "me"}) + "\n" for p in pictures))
-    with pytest.raises(RecipeError, match=r"picture000\.png: its row has no caption"):
+    with pytest.raises(RecipeError, match=r"picture000\.png: this row has no caption"):
         train.run(write_recipe(1, matching_model), overrides={"data.rows": rows})
-    with pytest.raises(RecipeError, match=r"picture000\.png: its row has no text of a kind"):
+    with pytest.raises(RecipeError, match=r"picture000\.png: this row has no text of a kind"):
         train.run(write_recipe(2, opt_model), overrides={"data.rows": rows, "data.mix.questions": 0})
 
 

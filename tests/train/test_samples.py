@@ -57,5 +57,5 @@ def test_a_page_that_cannot_be_written_does_not_end_a_training(write_recipe, opt
 def test_without_rows_that_are_held_out(write_recipe, opt_model):
     path = write_recipe(2, opt_model)
     path.write_text(path.read_text().partition("[evaluation]")[0])
-    with pytest.raises(RecipeError, match="sample_every: shows held-out rows, and there are none; add"):
+    with pytest.raises(RecipeError, match="sample_every: needs held-out rows; add"):
         train.run(path, overrides=EVERY)

@@ -100,7 +100,7 @@ def test_memory(tmp_path, monkeypatch):
     ("changes", "problem"),
     [
         ({"shard": ["qformer"]}, "shard: names 'qformer'; stage 2 has vision, language"),
-        ({"shard": "language", "lora.base": "int8"}, "shard: a language model in int8 is not divided"),
+        ({"shard": "language", "lora.base": "int8"}, "shard: cannot shard a language model in int8"),
         ({"shard": "vision", "data.features": "features"}, "shard: names the image encoder, which data.features"),
     ],
 )

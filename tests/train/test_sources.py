@@ -94,10 +94,10 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(opened, tmp_path):
     rows, [told] = opened("a.tar")
     assert [rows[number].captions for number in range(len(rows))] == [("a",)]
     place = f"{tmp_path}/a.tar"
-    assert told.startswith(f"{place}: 1 rows; left out: 1, has no text of the kind, the first: {place}: 000002; left ")
-    assert "left out: 2, cannot be read, the first: " in told and "has no picture, but txt" in told
-    assert "left out: 2, its texts cannot be used, the first: " in told
-    with pytest.raises(RecipeError, match=r"no rows to learn from \(.*wanted are dialogues, see data.sources text"):
+    assert told.startswith(f"{place}: 1 rows; left out: 1, it has no text of the kind, the first is {place}: 000002; left ")
+    assert "left out: 2, cannot be read, the first is " in told and "has no picture, but txt" in told
+    assert "left out: 2, its texts cannot be used, the first is " in told
+    with pytest.raises(RecipeError, match=r"no rows to train on \(.*needed are dialogues, see data.sources text"):
         opened("a.tar", kinds=["dialogues"])
 
 
@@ -109,7 +109,7 @@ def test_a_damaged_shard_loses_what_comes_after(opened, tmp_path):
         content[archive.getmembers()[4].offset] ^= 0xFF
     path.write_bytes(content)
     rows, [told] = opened("s")
-    assert len(rows) == 1 and "left out: 2, cannot be read, the first: " in told and "get or make it again" in told
+    assert len(rows) == 1 and "left out: 2, cannot be read, the first is " in told and "get or make it again" in told
 
 
 def test_what_changes_while_it_is_read_is_a_bad_picture(opened, tmp_path):
@@ -132,7 +132,7 @@ def test_positions_that_are_damaged(opened, tmp_path):
     path.write_bytes(content)
     rows, _ = opened("s")
     assert rows[0].captions == ("dog 0",)
-    with pytest.raises(RecipeError, match=r"is damaged .* delete it, and start again"):
+    with pytest.raises(RecipeError, match=r"is damaged .* delete it and start again"):
         rows[1]
     path.write_bytes(content[:-9])
     rows, told = opened("s")
@@ -180,7 +180,7 @@ def test_json_lines_are_not_in_memory_and_say_the_same(opened, tmp_path, rows):
     with rows.open("a") as file:
         file.write('\n{"image": "absent.png", "caption": "a"}\n')
     found, [told] = opened(rows)
-    assert len(found) == len(expected) and f"{rows}:10: " in told and "its picture is not there" in told
+    assert len(found) == len(expected) and f"{rows}:10: " in told and "its image does not exist" in told
     with rows.open("a") as file:
         file.write("{\n")
     with pytest.raises(RecipeError, match=r"rows\.jsonl:11: not JSON"):
@@ -198,12 +198,12 @@ def test_folders_and_rows_of_other_tools_are_lists(opened, tmp_path, pictures):
     )
     rows, [told] = opened("photos")
     assert rows == [Row(str(folder / f"{number}.jpg"), (f"dog {number}",)) for number in range(2)]
-    assert "left out: 1, has no text of the kind" in told
+    assert "left out: 1, it has no text of the kind" in told
     (folder / "2.txt").write_text("dog 2\n")  # as other trainers have them
     rows, told = opened("photos")
     assert [row.captions for row in rows] == [("dog 0",), ("dog 1",), ("dog 2",)] and told[0].endswith(": 3 rows")
     (tmp_path / "web.csv").write_text("url,caption\nhttps://a.b/c.jpg,a dog\n")
-    with pytest.raises(RecipeError, match="its picture is an address, which has to be downloaded first"):
+    with pytest.raises(RecipeError, match="its image is a URL, which has to be downloaded first"):
         opened("web.csv")
     coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": c} for c in "ab"]}
     (folder / "coco.json").write_text(json.dumps(coco))

@@ -63,7 +63,7 @@ def test_one_that_fails_does_not_end_the_training(tmp_path, monkeypatch):
     run(task(), tracked(tmp_path / "out", "trackio"), seen.append)
     assert [step for step, _ in fake.told] == [1, 2, 3] and fake.is_over == 0
     [told] = [progress.message for progress in seen if "trackio" in progress.message]
-    assert told == "trackio is told no more of this training (ConnectionError: gone); log.jsonl has all of it"
+    assert told == "trackio failed and is no longer used (ConnectionError: gone); log.jsonl has everything"
     assert len(lines(tmp_path / "out")) == 12
 
 

@@ -1,8 +1,7 @@
-"""What shows trainings to people while they run: TensorBoard, trackio and Weights & Biases, each in a file of its own.
+"""Experiment trackers: TensorBoard, trackio and Weights & Biases, each in its own module.
 
-None is asked for unless a recipe names it, and none needs a network: TensorBoard and trackio write files, and so does
-Weights & Biases unless the environment says otherwise (``WANDB_MODE=online``). A tracker that fails does not end a
-training.
+They are optional and need no network: TensorBoard and trackio write files, and so does Weights & Biases unless
+``WANDB_MODE=online`` is set. A tracker that fails does not end a training.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ NAMES = ("tensorboard", "trackio", "wandb")
 
 
 class Tracker(Protocol):
-    """One of these. Numbers have names such as "train/lm" and "evaluation/lm"."""
+    """One tracker. Values have names such as "train/lm" and "evaluation/lm"."""
 
     def write(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -28,12 +27,12 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All that a recipe names. What one raises is told once, and it is asked no more."""
+    """The trackers of a recipe. The first error of one is reported, and it is not used again."""
 
     def __init__(
         self, names: tuple[str, ...], folder: Path, project: str, first: int, tell: Callable[[str], None]
     ) -> None:
-        """``folder``: of the training; ``first``: the step that it goes on from."""
+        """``folder``: of the training; ``first``: the step that it resumes from."""
         self._tell = tell
         self._open: dict[str, Tracker] = {}
         for name in names:
@@ -60,7 +59,7 @@ class Trackers:
     def _drop(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
         problem = " ".join(f"{type(error).__name__}: {error}".split())
-        self._tell(f"{name} is told no more of this training ({problem}); log.jsonl has all of it")
+        self._tell(f"{name} failed and is no longer used ({problem}); log.jsonl has everything")
 
 
 def check(names: tuple[str, ...]) -> None:

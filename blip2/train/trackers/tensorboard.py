@@ -10,7 +10,7 @@ class _Tracker:
     def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(folder / "tensorboard", purge_step=first + 1)  # what was written after that goes
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=first + 1)  # drops later points
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

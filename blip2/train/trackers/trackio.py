@@ -1,4 +1,4 @@
-"""trackio: ``trackio show --project PROJECT`` shows what it has kept on this machine."""
+"""trackio: ``trackio show --project PROJECT`` shows the runs on this machine."""
 
 from __future__ import annotations
 

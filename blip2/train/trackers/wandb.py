@@ -1,4 +1,5 @@
-"""Weights & Biases: written to ``OUT/wandb``, and sent by ``wandb sync`` later, or at once by ``WANDB_MODE=online``."""
+"""Weights & Biases: written to ``OUT/wandb`` and uploaded later by ``wandb sync``, or at once with
+``WANDB_MODE=online``."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ class _Tracker:
         self._run = run
 
     def write(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log({**values, "trainer/step": step})  # its own count does not go back where a training goes on
+        self._run.log({**values, "trainer/step": step})  # its own step count cannot go back when a training resumes
 
     def close(self) -> None:
         self._run.finish()
