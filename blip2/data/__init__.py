@@ -1,6 +1,6 @@
-"""Training data: rows of pictures and texts, frozen image features on disk, and the order they come in.
+"""Training data: rows of images and texts, frozen image features on disk, and the order of rows.
 
-The names below are imported when they are first used: who looks for pictures in folders needs no torch.
+The names below are imported on first use, so that finding images in folders does not import torch.
 """
 
 from __future__ import annotations
@@ -45,5 +45,5 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'blip2.data' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+        raise AttributeError(f"module 'blip2.data' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
     return getattr(importlib.import_module(_HOMES[name]), name)

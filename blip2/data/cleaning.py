@@ -1,4 +1,4 @@
-"""Texts as the authors' library trains on them (LAVIS, ``blip_caption`` and ``blip_question``)."""
+"""Text normalisation as in the authors' library (LAVIS, ``blip_caption`` and ``blip_question``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_WORDS = 50
 
 
 def cleaned(row: Row) -> Row:
-    """Captions and questions; answers stay as they are."""
+    """A row with normalised captions and questions; answers are unchanged."""
     return replace(
         row,
         captions=tuple(map(clean_caption, row.captions)),
@@ -22,12 +22,13 @@ def cleaned(row: Row) -> Row:
 
 
 def clean_caption(text: str) -> str:
-    """In small letters, with a space for each of `SIGNS`, and 50 words at most. One that has nothing else stays."""
+    """Lower-case, each of `SIGNS` replaced by a space, at most 50 words. A text that would become empty is
+    unchanged."""
     return _short(re.sub(r"\s{2,}", " ", SIGNS.sub(" ", text.lower()))) or text
 
 
 def clean_question(text: str) -> str:
-    """As `clean_caption`, but the signs are left out."""
+    """As `clean_caption`, but the signs are removed."""
     return _short(SIGNS.sub("", text.lower())) or text
 
 

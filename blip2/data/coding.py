@@ -1,6 +1,6 @@
-"""How features lie on the disk: in half precision, or in a byte each with a scale for each token.
+"""Storage of features on disk: half precision, or one byte for each number with a scale for each token.
 
-B pictures, P patches and the tokens before them, D width, R bytes.
+B images, P patches and the tokens before them, D width, R bytes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 
 FeaturesDtype = Literal["fp16", "int8", "fp8"]
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""The code of a token's largest number; 448 is the largest of e4m3 (Micikevicius et al. 2022, table 1)."""
+"""The code of a token's largest number; 448 is the maximum of e4m3 (Micikevicius et al. 2022, table 1)."""
 SCALE_BYTES = 4
 
 
 class Coding(NamedTuple):
     """``fp16``: float16[1 + P, D]. ``int8`` and ``fp8``: float32[1 + P], the scale of each token, then a byte for each
-    number, int8[1 + P, D] or e4m3[1 + P, D]; a number is its code times its token's scale."""
+    number, int8[1 + P, D] or e4m3[1 + P, D]. A number is its code times the scale of its token."""
 
     dtype: FeaturesDtype
     num_tokens: int
@@ -26,17 +26,17 @@ class Coding(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Of a picture."""
+        """Bytes of one image."""
         per_token = 2 * self.width if self.dtype == "fp16" else SCALE_BYTES + self.width
         return self.num_tokens * per_token
 
     def encode(self, features_BPD: Tensor) -> Tensor:
-        """``float[B, 1 + P, D]`` on the CPU to ``uint8[B, R]``. NaN throughout stays so."""
+        """``float[B, 1 + P, D]`` on the CPU to ``uint8[B, R]``. An image that is all NaN stays NaN."""
         if self.dtype == "fp16":
             return features_BPD.half().contiguous().view(torch.uint8).flatten(1)
         largest, features_BPD = LARGEST[self.dtype], features_BPD.float()
         scale_BP1 = features_BPD.abs().amax(-1, keepdim=True) / largest
-        # Of a token that is all zero any scale is right.
+        # For a token that is all zero any scale works.
         scale_BP1 = torch.where(scale_BP1 == 0, torch.ones_like(scale_BP1), scale_BP1)
         code_BPD = (features_BPD / scale_BP1).nan_to_num().clamp(-largest, largest)
         code_BPD = code_BPD.round().to(torch.int8) if self.dtype == "int8" else code_BPD.to(torch.float8_e4m3fn)

@@ -1,4 +1,4 @@
-"""Rows of training data from the files of well-known data sets, which `blip2.data.kinds` describes."""
+"""Converts files of well-known data sets, described in `blip2.data.kinds`, to rows of training data."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from blip2.errors import OptionError, RecipeError, option
 
 PICTURE, TEXT = "picture", "text"
 KEY = "#"
-"""By which an item knows the name that it stands under, where its file is one object."""
+"""Key for the name of an item, if the file is one object with named items."""
 ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
 
-Said = dict[str, Any]
-"""What a row has beside its picture."""
+Texts = dict[str, Any]
+"""The fields of a row other than its image."""
 
 
 @dataclass
 class Counts:
-    """What became of a data set. ``left_out``: by reason, how many texts, and where the first is."""
+    """Counts of a conversion. ``left_out``: for each reason the number of texts and the place of the first."""
 
     rows: int = 0
     texts: Counter[str] = field(default_factory=Counter)
@@ -56,16 +56,16 @@ class Counts:
 
 
 class Conversion:
-    """``images``: the folder of the pictures, where each is looked for; rows of those that are not there are left out,
-    and the others have a path that begins from ``base``. ``split``: the part that is wanted, or several with commas
-    between. ``by``: "picture", all that is said of a picture in one row, or "text"; by default as the kind has it.
+    """Converts the files of a data set. ``images``: folder of the images; rows whose image is missing are left out, and
+    the others get a path relative to ``base``. ``split``: the wanted part, or several separated by commas. ``by``:
+    "picture" for one row with all texts of an image, or "text" for one row each; by default as the kind has it.
 
-    ``keep``: what a row has beside, for those who are not to learn from it but to be compared with it: names, each with
-    the fields of which the first counts that is there. Rows have a list of them then as "kept", one for each text, and
-    of questions all answers as they were given, as "given". ``read``: what makes elements of a file. ``near``: of
-    pictures of one name that is taken which has most folders in common with this one.
+    ``keep``: fields to keep in addition, for evaluation instead of training: names, each with fields of which the first
+    existing one counts. Rows then have a list of them as "kept", one for each text, and all answers to a question as
+    they were given, as "given". ``read``: reads the elements of a file. ``near``: if several images have the same name,
+    the one that shares most folders with this path is chosen.
 
-    ``counts`` is right when all rows were taken. Raises OptionError.
+    ``counts`` is complete after all rows were read. Raises OptionError.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Conversion:
         near: Path | None = None,
     ) -> None:
         if split and not kind.split:
-            raise OptionError(f"{option('split')} is {split!r}, and this kind of file has no splits; leave it out")
+            raise OptionError(f"{option('split')} is {split!r}, but files of this kind have no splits; leave it out")
         self.kind, self.files, self.counts = kind, files, Counts()
         self._splits = split.split(",") if split else []
         self._by = by or kind.by
@@ -92,16 +92,16 @@ class Conversion:
         self._of_file: dict[Path, dict[str, Any]] = defaultdict(dict)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """In the files' order. Raises RecipeError with file and place for what is not of the kind."""
+        """The rows in the order of the files. Raises RecipeError with file and place for data of another kind."""
         if self.kind.joined is not None:
             self._join()
-        said = self._said()
+        texts_of_files = self._texts_of_files()
         if self._by == PICTURE:
-            said = _together(said, self.kind.within != "")
-        for image, texts, place in said:
+            texts_of_files = _by_image(texts_of_files, self.kind.within != "")
+        for image, texts, place in texts_of_files:
             row = {"image": image, **texts}
             try:
-                if self.kind.answer or self.kind.caption or self.kind.talk:  # else there is nothing to learn
+                if self.kind.answer or self.kind.caption or self.kind.talk:  # else there is nothing to train on
                     parse_row(row)
             except ValueError as error:
                 raise RecipeError(f"{place}: {error}") from None
@@ -112,12 +112,12 @@ class Conversion:
     def _check(self) -> None:
         if unknown := [name for name in self._splits if name not in self.counts.splits]:
             known = ", ".join(f"{name} ({count:,})" for name, count in self.counts.splits.items())
-            raise RecipeError(f"{self.files[0]}: has no split {unknown[0]!r}, but {known or 'none'}")
+            raise RecipeError(f"{self.files[0]}: has no split {unknown[0]!r}; its splits are {known or 'none'}")
         if not self.counts.rows:
             reasons = "; ".join(f"{count:,}: {reason}" for reason, (count, _) in self.counts.left_out.items())
             sections = {"": "no array", MEMBER: "no objects"}
-            reasons = reasons or f"there is {sections.get(self.kind.items, f'no {self.kind.items!r}')} in it"
-            raise RecipeError(f"{self.files[0]}: no rows can be made of it ({reasons}); check the kind, and the files")
+            reasons = reasons or f"it has {sections.get(self.kind.items, f'no {self.kind.items!r}')}"
+            raise RecipeError(f"{self.files[0]}: gives no rows ({reasons}); check the kind and the files")
 
     # ---- items ----
 
@@ -132,22 +132,22 @@ class Conversion:
                     record = _object(value, place)
                     name = _field(record, joined.key, place)
                     if name in self._joined:
-                        raise RecipeError(f"{place}: {joined.key!r} is {name!r} for a second time; name each file once")
+                        raise RecipeError(f"{place}: {joined.key!r} {name!r} appears twice; name each file once")
                     self._joined[name] = (file, {known: record[known] for known in joined.fields if known in record})
         if not self._joined:
             raise RecipeError(
-                f"{', '.join(map(str, self.files))}: there is no {joined.section!r} in it; name all files of this kind"
+                f"{', '.join(map(str, self.files))}: has no {joined.section!r}; name all files of this kind"
             )
 
-    def _said(self) -> Iterator[tuple[str, Said, str]]:
-        """The picture and one text each, and where that stands."""
+    def _texts_of_files(self) -> Iterator[tuple[str, Texts, str]]:
+        """For each text: the image, the fields of the text, and the place in the file."""
         for file in self.files:
             for section, key, value, place in self._read(file):
                 if section == self.kind.items:
                     item = _object(value, place)
                     yield from self._item({KEY: key, **item} if section == MEMBER else item, file, place)
 
-    def _item(self, item: dict[str, Any], file: Path, place: str) -> Iterator[tuple[str, Said, str]]:
+    def _item(self, item: dict[str, Any], file: Path, place: str) -> Iterator[tuple[str, Texts, str]]:
         kind = self.kind
         whole = item
         if kind.joined is not None:
@@ -167,7 +167,7 @@ class Conversion:
             split = kind.renamed.get(split, split)
             self.counts.splits[split] += 1
             if self._splits and split not in self._splits:
-                self.counts.leave_out("it is of another split", place, len(inner))
+                self.counts.leave_out("it belongs to another split", place, len(inner))
                 return
         for number, one in enumerate(inner):
             where = f"{place}.{kind.within}[{number}]" if kind.within else place
@@ -175,8 +175,8 @@ class Conversion:
             image = self._image(record, where)
             if image is not None:
                 kept = {"kept": [self._kept(record)]} if self._keep else {}
-                for said in self._texts(record, where):
-                    yield image, {**said, **kept}, where
+                for texts in self._texts(record, where):
+                    yield image, {**texts, **kept}, where
 
     def _kept(self, record: Mapping[str, Any]) -> dict[str, Any]:
         found = {name: next((key for key in fields if key in record), None) for name, fields in self._keep.items()}
@@ -191,13 +191,13 @@ class Conversion:
                     names.append(template.format_map({name: _id(record[name], fields[name] != "") for name in fields}))
                 except (ValueError, TypeError):
                     values = " and ".join(f"{name} {record[name]!r}" for name in fields)
-                    raise RecipeError(f"{place}: {values} cannot name a picture {template}") from None
+                    raise RecipeError(f"{place}: {values} cannot be the name of an image {template}") from None
         if not names:
-            if self.kind.talk:  # LLaVA's later files have talks about nothing
-                self.counts.leave_out("it is about no picture", place)
+            if self.kind.talk:  # LLaVA's later files have conversations without an image
+                self.counts.leave_out("it has no image", place)
                 return None
             wanted, own = " or ".join(self.kind.image), ", ".join(name for name in record if name != KEY)
-            raise RecipeError(f"{place}: has nothing to name its picture by ({wanted}), but {own}")
+            raise RecipeError(f"{place}: has no image field ({wanted}); its fields are {own}")
         if self._folder is None or re.match("https?://", names[0], re.IGNORECASE):
             return names[0]
         path, reason = self._folder.find(names)
@@ -207,7 +207,7 @@ class Conversion:
 
     # ---- texts ----
 
-    def _texts(self, record: Mapping[str, Any], place: str) -> Iterator[Said]:
+    def _texts(self, record: Mapping[str, Any], place: str) -> Iterator[Texts]:
         kind, counts = self.kind, self.counts
         if kind.talk:
             yield from self._talk(_first(record, kind.talk, place), place)
@@ -228,46 +228,46 @@ class Conversion:
                 yield {"question": question.strip()}
                 return
             given = _answers(_first(record, kind.answer, place), kind.answer[0], place)
-            said = Counter(given)
+            answers = Counter(given)
             beside = {"given": given} if self._keep else {}
-            if not question.strip() or not said:
+            if not question.strip() or not answers:
                 counts.leave_out("its question or its answer is empty", place)
-            elif len(said) == 1:
-                yield {"question": question.strip(), "answer": next(iter(said)), **beside}
+            elif len(answers) == 1:
+                yield {"question": question.strip(), "answer": next(iter(answers)), **beside}
             else:
-                yield {"question": question.strip(), "answers": dict(said.most_common()), **beside}
+                yield {"question": question.strip(), "answers": dict(answers.most_common()), **beside}
 
-    def _talk(self, turns: object, place: str) -> Iterator[Said]:
+    def _talk(self, turns: object, place: str) -> Iterator[Texts]:
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise RecipeError(f"{place}: a conversation has to be a list of objects")
         spoken = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
-        spoken = [(who, text) for who, text in spoken if who != "system"]
+        spoken = [(role, text) for role, text in spoken if role != "system"]
         texts = [re.sub(r"\s*<image>\s*", "", text).strip() if isinstance(text, str) else "" for _, text in spoken]
-        speakers = [who for who, _ in spoken]
-        if len(texts) % 2 or any(who not in (ASKING, ANSWERING)[turn % 2] for turn, who in enumerate(speakers)):
-            self.counts.leave_out("those who speak do not take turns", place)
+        roles = [role for role, _ in spoken]
+        if len(texts) % 2 or any(role not in (ASKING, ANSWERING)[turn % 2] for turn, role in enumerate(roles)):
+            self.counts.leave_out("its speakers do not alternate", place)
         elif not texts or not all(texts):
             self.counts.leave_out("a question or an answer is empty", place)
         else:
-            pairs = [{"question": ask, "answer": told} for ask, told in zip(texts[::2], texts[1::2], strict=True)]
+            pairs = [{"question": ask, "answer": answer} for ask, answer in zip(texts[::2], texts[1::2], strict=True)]
             yield pairs[0] if len(pairs) == 1 else {"dialogues": [pairs]}
 
 
-def _together(said: Iterator[tuple[str, Said, str]], is_sorted: bool) -> Iterator[tuple[str, Said, str]]:
-    """All that is said of a picture. Where it does not stand side by side, all of it is in memory."""
+def _by_image(texts_of_files: Iterator[tuple[str, Texts, str]], is_sorted: bool) -> Iterator[tuple[str, Texts, str]]:
+    """One row for each image. Unless the texts of an image are adjacent, all of them are held in memory."""
     if is_sorted:
-        for image, group in groupby(said, key=itemgetter(0)):
+        for image, group in groupby(texts_of_files, key=itemgetter(0)):
             some = list(group)
             yield image, _merged([texts for _, texts, _ in some]), some[0][2]
         return
-    found: dict[str, tuple[list[Said], str]] = {}
-    for image, texts, place in said:
+    found: dict[str, tuple[list[Texts], str]] = {}
+    for image, texts, place in texts_of_files:
         found.setdefault(image, ([], place))[0].append(texts)
     for image, (all_texts, place) in found.items():
         yield image, _merged(all_texts), place
 
 
-def _merged(some: Sequence[Said]) -> Said:
+def _merged(some: Sequence[Texts]) -> Texts:
     merged: dict[str, list[Any]] = {}
     for texts in some:
         if "question" in texts:
@@ -278,11 +278,12 @@ def _merged(some: Sequence[Said]) -> Said:
 
 
 class _Folder:
-    """Pictures in a folder, found by their path in it or, as data sets are often unpacked otherwise, by their name."""
+    """Images in a folder, found by their relative path or, since data sets are often unpacked differently, by file
+    name."""
 
     def __init__(self, folder: Path, base: Path | None, near: Path | None) -> None:
         if not folder.is_dir():
-            raise OptionError(f"{option('images')}: there is no folder {folder}; name that of the pictures")
+            raise OptionError(f"{option('images')}: there is no folder {folder}; name the folder of the images")
         self._root = folder.absolute() if base is None else Path(os.path.relpath(folder, base))
         self._near = None if near is None else Path(os.path.relpath(near, folder)).parts
         self._paths: set[str] = set()
@@ -295,7 +296,7 @@ class _Folder:
                 self._named[name].append(path)
 
     def find(self, names: Sequence[str]) -> tuple[str | None, str]:
-        """The path for a row; or why there is none."""
+        """The path for a row, or the reason why there is none."""
         found = [name for name in map(os.path.normpath, names) if name in self._paths]
         bases = [base for base in map(os.path.basename, names) if base in self._named]
         found = found[:1] or [path for base in bases[:1] for path in self._named[base]]
@@ -304,7 +305,7 @@ class _Folder:
             found = [path for path, number in zip(found, common, strict=True) if number == most]
         if len(found) == 1:
             return str(self._root / found[0]), ""
-        return None, "several pictures have its name" if found else "its picture is not there"
+        return None, "several images have its name" if found else "its image does not exist"
 
     def _num_common(self, path: str) -> int:
         pairs = zip(Path(path).parts, self._near or (), strict=False)
@@ -319,7 +320,8 @@ def _object(value: object, place: str) -> dict[str, Any]:
 
 def _field(record: Mapping[str, Any], name: str, place: str) -> Any:
     if name not in record:
-        raise RecipeError(f"{place}: has no {name!r}, but {', '.join(record) or 'nothing'}; check the kind of the file")
+        raise RecipeError(f"{place}: has no {name!r}; its fields are {', '.join(record) or 'none'}; check the kind of "
+            "the file")
     return record[name]
 
 
@@ -328,7 +330,7 @@ def _first(record: Mapping[str, Any], names: Sequence[str], place: str) -> Any:
 
 
 def _answers(value: object, name: str, place: str) -> list[str]:
-    """Each that was given, as often as it was."""
+    """All answers, each as often as it was given."""
     some = value if isinstance(value, list) else [value]
     some = [one.get("answer") if isinstance(one, dict) else one for one in some]
     if not all(isinstance(one, str) for one in some):
@@ -337,7 +339,7 @@ def _answers(value: object, name: str, place: str) -> list[str]:
 
 
 def _id(value: object, is_number: bool) -> object:
-    """What names a picture; a number may stand as a text. Raises ValueError and TypeError."""
+    """An image id, which may be a number or a text. Raises ValueError and TypeError."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise TypeError(value)
     return int(value) if is_number else value

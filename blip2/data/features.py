@@ -1,8 +1,8 @@
-"""The frozen image encoder's output on disk: computed once, read by every epoch of both stages.
+"""The output of the frozen image encoder on disk: computed once, read in every epoch of both stages.
 
-Features belong to a picture's content, wherever it lies: of one that has changed they are computed again. Several
-processes compute them together, each its own batches, of which the result is the same whoever computes them.
-N pictures, P patches, D width, B pictures at a time.
+Features belong to the content of an image, wherever it is stored; if it changes, they are computed again. Several
+processes divide the batches, and the result does not depend on the division. N images, P patches, D width, B images at
+a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from blip2 import disk
 from blip2.data.coding import Coding, FeaturesDtype
 from blip2.data.kept import FeatureFile, Kept
-from blip2.data.loader import Pictures, Sight, prefetch
+from blip2.data.loader import LoadedImage, Pictures, prefetch
 from blip2.data.reuse import Elsewhere
 from blip2.errors import ImageError, RecipeError
 from blip2.finite import first_not_finite
@@ -31,23 +31,23 @@ OnBad = Callable[[str, ImageError], None]
 
 
 class Workers(Protocol):
-    """The processes that compute together, see `blip2.train.group.Group`."""
+    """The processes that compute features together, see `blip2.train.group.Group`."""
 
     @property
     def is_first(self) -> bool: ...
 
     def share(self, count: int) -> range:
-        """Which of so many are this process's."""
+        """The share of ``count`` items that this process has."""
 
     def in_turn(self, name: str, *, is_one_enough: bool) -> AbstractContextManager[None]:
-        """The first, and then all others."""
+        """The first process, then all others."""
 
     def at_once(self, name: str) -> AbstractContextManager[Callable[[int], int]]:
-        """Until all are done; gives what adds to a sum of all processes, and tells it."""
+        """Until all are done. Yields a function that adds to a sum over all processes and returns it."""
 
 
 class Alone:
-    """One process."""
+    """A single process."""
 
     is_first = True
 
@@ -81,14 +81,14 @@ def frozen_features(
     report: Report | None = None,
     on_bad: OnBad | None = None,
 ) -> FeatureFile:
-    """The features of all pictures: opened if they are there, else computed (`Vision.features`).
+    """Open the features of all images, or compute them (`Vision.features`).
 
-    These are the values before the encoder's last layer norm, which is trained. ``dtype``: how they are stored, see
-    `Coding`. All ``workers`` call this together, each with its own ``vision``; ``report(done, total)`` tells of all of
-    them. A picture that cannot be read is told to ``on_bad`` by its name, and its features are NaN until it has
-    changed; without ``on_bad`` its ImageError is raised. Raises RecipeError if what is there belongs to another
-    encoder or other pictures, if it is damaged or cannot be written, if another run is at work on it, or if the
-    features do not fit into half precision.
+    They are the values before the encoder's last layer norm, which is trained. ``dtype``: how they are stored, see
+    `Coding`. All ``workers`` call this together, each with its own ``vision``; ``report(done, total)`` counts over all
+    of them. ``on_bad`` receives the name and error of each unreadable image, whose features are NaN until it changes;
+    without ``on_bad`` its ImageError is raised. Raises RecipeError if existing features belong to another encoder or
+    other images, if they are damaged or cannot be written, if another run is computing them, or if the features do not
+    fit into half precision.
     """
     workers = workers or Alone()
     name = name if dtype == "fp16" else f"{name}-{dtype}"
@@ -109,15 +109,15 @@ def frozen_features(
                 if workers.is_first:
                     stack.enter_context(disk.locked(folder / f"{name}.lock"))
                     kept.begin(pictures)
-            with workers.at_once(f"features {name} missing"):  # nobody writes before all have looked
+            with workers.at_once(f"features {name} missing"):  # nobody writes before all have read
                 missing = kept.missing()
             with workers.at_once(f"features {name}") as add:
                 batches = _batches(missing, batch_size)
                 own = [batches[number] for number in workers.share(len(batches))]
                 if own:
                     elsewhere = Elsewhere(folder, name, header, coding.row_bytes)
-                for numbers, sights in _looked_at(pictures, own, on_bad):
-                    kept.write(numbers, _rows(vision, pictures, coding, elsewhere, numbers, sights), sights)
+                for numbers, images in _loaded(pictures, own, on_bad):
+                    kept.write(numbers, _rows(vision, pictures, coding, elsewhere, numbers, images), images)
                     done = len(pictures) - len(missing) + add(len(numbers))
                     if report is not None:
                         report(done, len(pictures))
@@ -127,29 +127,29 @@ def frozen_features(
                 return kept.opened()
     except BlockingIOError:
         raise RecipeError(
-            f"{folder / name}: another run computes these features; wait for its end, or name another folder as "
+            f"{folder / name}: another run is computing these features; wait until it ends, or name another folder as "
             "data.features"
         ) from None
     except OSError as error:
         raise RecipeError(
-            f"{folder / name}: the features cannot be kept there ({error.strerror or error}); make room, or name "
+            f"{folder / name}: the features cannot be written ({error.strerror or error}); free some space, or name "
             "another folder as data.features"
         ) from None
 
 
 def fingerprint(vision: Vision) -> str:
-    """Of the frozen weights: equal for encoders that give equal features, whatever their last layer norm."""
+    """Hash of the frozen weights: equal for encoders that give equal features, whatever their last layer norm."""
     digest = hashlib.sha256(repr(vision.config).encode())
     for name, value in sorted(vision.state_dict().items()):
         if not name.startswith("post_norm"):
             digest.update(name.encode())
-            # Checkpoints may be stored in half precision and trained in full: equal values count.
+            # The same weights may be stored in half precision or in float32: only their values count.
             digest.update(value.detach().cpu().to(torch.float32).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _settings(pictures: Pictures) -> tuple[object, ...]:
-    """How pictures become pixels."""
+    """The image preprocessing."""
     resizing = () if pictures.resizing == ("bicubic", None) else pictures.resizing
     return pictures.size, pictures.mean, pictures.std, *resizing
 
@@ -161,9 +161,9 @@ def _fingerprint_of_names(pictures: Pictures) -> str:
 
 
 def _batches(missing: Sequence[int], size: int) -> list[list[int]]:
-    """Pictures ``size * k`` to ``size * (k + 1)`` as far as they are missing; few of several are put together.
+    """Batches of images ``size * k`` to ``size * (k + 1)``, without those that exist already; small batches are merged.
 
-    So a batch is mostly the same one after an interruption, and its features are to the bit.
+    Batches after an interruption are therefore mostly the same, and their features identical.
     """
     blocks: dict[int, list[int]] = {}
     for number in missing:
@@ -177,18 +177,18 @@ def _batches(missing: Sequence[int], size: int) -> list[list[int]]:
     return batches
 
 
-def _looked_at(
+def _loaded(
     pictures: Pictures, batches: Sequence[list[int]], on_bad: OnBad | None
-) -> Iterator[tuple[list[int], list[Sight]]]:
-    """The pictures of each batch; the next ones are read meanwhile. Raises ImageError."""
-    with closing(prefetch(lambda number: pictures.look(batches[number]), range(len(batches)), ahead=1)) as looked:
-        for numbers, sights in zip(batches, looked, strict=True):
-            for number, sight in zip(numbers, sights, strict=True):
-                if isinstance(sight.found, ImageError):
+) -> Iterator[tuple[list[int], list[LoadedImage]]]:
+    """Load the images of each batch, and the next batch meanwhile. Raises ImageError."""
+    with closing(prefetch(lambda number: pictures.load(batches[number]), range(len(batches)), ahead=1)) as loaded:
+        for numbers, images in zip(batches, loaded, strict=True):
+            for number, image in zip(numbers, images, strict=True):
+                if isinstance(image.pixels, ImageError):
                     if on_bad is None:
-                        raise sight.found
-                    on_bad(pictures.name(number), sight.found)
-            yield numbers, sights
+                        raise image.pixels
+                    on_bad(pictures.name(number), image.pixels)
+            yield numbers, images
 
 
 @torch.no_grad()
@@ -198,25 +198,25 @@ def _rows(
     coding: Coding,
     elsewhere: Elsewhere,
     numbers: Sequence[int],
-    sights: Sequence[Sight],
+    images: Sequence[LoadedImage],
 ) -> list[bytes]:
-    """What is to be stored of the pictures of a batch: NaN for what could not be read, what another set has of the same
-    picture, and else what the encoder says. Raises RecipeError."""
+    """The stored features of a batch: NaN for an unreadable image, those of another set for an image that it has, else
+    the output of the encoder. Raises RecipeError."""
     none_1PD = torch.full((1, coding.num_tokens, coding.width), torch.nan)
     nothing = coding.encode(none_1PD)[0].numpy().tobytes()
-    rows = [elsewhere.row(each.digest) if isinstance(each.found, Tensor) else nothing for each in sights]
+    rows = [elsewhere.row(each.digest) if isinstance(each.pixels, Tensor) else nothing for each in images]
     new = [place for place, row in enumerate(rows) if row is None]
     if not new:
         return [row for row in rows if row is not None]
-    pixels_BCHW = torch.stack([found for place in new if isinstance(found := sights[place].found, Tensor)])
+    pixels_BCHW = torch.stack([found for place in new if isinstance(found := images[place].pixels, Tensor)])
     device = vision.post_norm.weight.device
     features_BPD = vision.features(pixels_BCHW.to(device)).to("cpu", torch.float32)
     if not torch.isfinite(features_BPD.half()).all():
         if (name := first_not_finite(vision)) is not None:
             raise RecipeError(f"{name} of the image encoder is NaN or infinite; start from another model")
         raise RecipeError(
-            f"the features of {pictures.name(numbers[new[0]])} or one of the next {len(new) - 1} pictures do not fit "
-            "into half precision; train without data.features"
+            f"the features of {pictures.name(numbers[new[0]])} or one of the next {len(new) - 1} images overflow in "
+            "half precision; train without data.features"
         )
     for place, row_R in zip(new, coding.encode(features_BPD), strict=True):
         rows[place] = row_R.numpy().tobytes()

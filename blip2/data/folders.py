@@ -1,7 +1,7 @@
-"""The pictures in a folder and in the folders within: one reader for all who take a folder.
+"""Finds the images in folders and their subfolders.
 
-One bad entry does not stop the rest. What should be a picture and cannot be one is a problem, told by its name; what is
-none is counted, so that nothing is passed over without a word.
+A bad entry does not stop the search. Files that should be images but cannot be read are reported by name; other files
+are counted, so that nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -16,50 +16,49 @@ from blip2.image import suffixes
 from blip2.image.sources import name_of
 
 MOST_KINDS = 6
-"""Of files that are no pictures, told one by one; the others are only counted."""
+"""Number of file types that are listed by suffix; the rest is only counted."""
 
 
 @dataclass
 class Found:
-    """What is in folders. Hidden entries and what is excluded are not counted."""
+    """The content of folders. Hidden and excluded entries are not counted."""
 
     pictures: list[str] = field(default_factory=list)
-    """Paths; those of a folder in order of their names."""
+    """Paths, sorted by name within each folder."""
     problems: list[str] = field(default_factory=list)
-    """A line for each entry that could not be looked at."""
+    """One line for each entry that could not be examined."""
     unknown: list[str] = field(default_factory=list)
-    """Folders that could not be read, or are empty, as the place of a drive is that is not there."""
+    """Folders that could not be read or are empty, such as the mount point of a missing drive."""
     others: Counter[str] = field(default_factory=Counter)
-    """Files that are no pictures, by their suffix."""
+    """Number of other files, by suffix."""
     links: int = 0
-    """Links to folders; they are not followed, because they may lead in circles."""
+    """Links to folders, which are not followed because they may form cycles."""
     missing: Counter[str] = field(default_factory=Counter)
-    """Pictures of a format that this installation lacks, by what to install."""
+    """Images whose format needs another package, by what to install."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether all pictures that are there are among `pictures`."""
+        """Whether `pictures` has all images in the folders."""
         return not (self.problems or self.missing)
 
     def passed_over(self, apart: Collection[str] = ()) -> str:
-        """One line, or nothing if it was nothing. ``apart``: suffixes of files that are not told of."""
-        told = [f"{_number(count, 'picture')} ({needed} reads them)" for needed, count in self.missing.items()]
+        """One line about skipped entries, or "". ``apart``: suffixes not to mention."""
+        parts = [f"{_number(count, 'image')} ({needed} reads them)" for needed, count in self.missing.items()]
         others = Counter({suffix: count for suffix, count in self.others.items() if suffix not in apart})
         if others:
             kinds = [f"{count:,} {suffix}" for suffix, count in others.most_common(MOST_KINDS)]
             kinds += ["..."] if len(others) > MOST_KINDS else []
-            told.append(f"{_number(others.total(), 'other file')} ({', '.join(kinds)})")
+            parts.append(f"{_number(others.total(), 'other file')} ({', '.join(kinds)})")
         if self.links:
-            told.append(_number(self.links, "linked folder"))
-        return f"passed over in folders: {', '.join(told)}" if told else ""
+            parts.append(_number(self.links, "linked folder"))
+        return f"passed over in folders: {', '.join(parts)}" if parts else ""
 
 
 def find_in(places: Iterable[str], *, recursive: bool = True, exclude: Iterable[str] = ()) -> Found:
-    """The pictures in folders, by the suffixes of what can be read here; a place that is no folder is taken as it is.
+    """Find images in folders by the suffixes that can be read; a path that is not a folder is returned as it is.
 
-    ``exclude``: patterns as shells have them ("lost+found", "*.gif"), of a name or of a path within its folder; what
-    they fit is left out. Never opens a file, so that nothing waits for a pipe. Raises nothing: a folder without
-    pictures, or one that cannot be read, is a problem.
+    ``exclude``: shell patterns ("lost+found", "*.gif") for a name or a path relative to its folder. No file is opened,
+    so that a pipe cannot block. Raises nothing: a folder that is unreadable or has no images is a problem.
     """
     found, patterns = Found(), list(exclude)
     for place in places:
@@ -79,11 +78,11 @@ class _Walk:
     readable: frozenset[str]
     missing: dict[str, str]
     num_left: int = 0
-    """Folders that were not looked into, because nobody asked for it."""
+    """Number of subfolders that were not searched."""
 
     def run(self) -> None:
         pictures: list[str] = []
-        num_told = self._num_told()
+        num_reported = self._num_reported()
         waiting = [self.top]
         while waiting:
             place = waiting.pop()
@@ -92,10 +91,10 @@ class _Walk:
                     entries = list(listed)
             except OSError as error:
                 self.found.unknown.append(place)
-                self._problem(place, f"this folder cannot be read ({error.strerror}); check its rights")
+                self._problem(place, f"this folder cannot be read ({error.strerror}); check its permissions")
                 continue
             for entry in entries:
-                if entry.name.startswith(".") or self._is_excluded(entry):  # hidden: thumbnails and the like
+                if entry.name.startswith(".") or self._is_excluded(entry):  # hidden, such as thumbnails
                     continue
                 if _is_folder(entry):
                     if self.recursive:
@@ -105,13 +104,13 @@ class _Walk:
                 elif self._is_picture(entry):
                     pictures.append(entry.path)
         self.found.pictures += sorted(pictures)
-        if not pictures and self._num_told() == num_told:
-            hint = "; the folders within it were not looked into" if self.num_left else ""
+        if not pictures and self._num_reported() == num_reported:
+            hint = "; its subfolders were not searched" if self.num_left else ""
             self.found.unknown.append(self.top)
-            self._problem(self.top, f"there are no pictures in this folder{hint}")
+            self._problem(self.top, f"there are no images in this folder{hint}")
 
-    def _num_told(self) -> int:
-        """Of pictures and folders that cannot be read."""
+    def _num_reported(self) -> int:
+        """Number of unreadable images and folders."""
         return len(self.found.problems) + self.found.missing.total()
 
     def _is_excluded(self, entry: os.DirEntry[str]) -> bool:
@@ -119,7 +118,7 @@ class _Walk:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude for name in (entry.name, within))
 
     def _is_picture(self, entry: os.DirEntry[str]) -> bool:
-        """Whether an entry that is no folder is a picture that can be read; if not, it is counted."""
+        """Whether an entry that is not a folder is a readable image; otherwise it is counted."""
         suffix = os.path.splitext(entry.name)[1].lower()
         try:
             if entry.is_dir():
@@ -135,9 +134,9 @@ class _Walk:
         elif is_file:
             return True
         elif entry.is_symlink():
-            self._problem(entry.path, reason or "a link to what is not there; mend or remove it")
+            self._problem(entry.path, reason or "a broken link; fix or remove it")
         else:
-            self._problem(entry.path, reason or "a pipe, a socket or a device, no file; it was not opened")
+            self._problem(entry.path, reason or "a pipe, a socket or a device, not a file; it was not opened")
         return False
 
     def _problem(self, path: str, what: str) -> None:
@@ -147,7 +146,7 @@ class _Walk:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir(follow_symlinks=False)
-    except OSError:  # `_is_picture` tells of it
+    except OSError:  # `_is_picture` reports it
         return False
 
 

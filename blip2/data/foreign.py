@@ -1,6 +1,6 @@
-"""Rows as other tools write them: what to change so that they can be read here.
+"""Advice for rows in the formats of other tools: what to change so that they can be read.
 
-Known are the annotations of LAVIS and COCO, imagefolder's metadata of Hugging Face's datasets, VQAv2 and LLaVA.
+Covers annotations of LAVIS and COCO, Hugging Face's imagefolder metadata, VQAv2 and LLaVA.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ IMAGES = (
 )  # fmt: skip
 CAPTIONS = ("sentence", "sentences", "raw", "description", "title", "alt_text", "label", "output")
 TALKS = ("conversations", "conversation", "messages", "dialogue", "dialog", "turns", "qa_pairs")
-CONVERT = "make rows of it by 'blip2 rows'"
-ARRAY = f"this is a JSON array; {CONVERT}, or write each of its objects on a line of its own (jq -c '.[]' FILE)"
+CONVERT = "convert it with 'blip2 rows'"
+ARRAY = f"this is a JSON array; {CONVERT}, or write each object on a line of its own (jq -c '.[]' FILE)"
 
 
 def advice(record: object) -> str:
-    """What to change in a row that cannot be used, and what a row should be."""
+    """What to change in an unusable row, and what a row should look like."""
     return "; ".join([*_changes(record), WANTED])
 
 
@@ -37,13 +37,13 @@ def _changes(record: object) -> Iterator[str]:
         return
     if {"images", "annotations"} <= record.keys():
         yield (
-            f"this is a file of COCO's; {CONVERT}, or write a line for each of its annotations, with the file_name of "
-            "its image as 'image'"
+            f"this is a COCO file; {CONVERT}, or write one line for each annotation, with the file_name of its image "
+            "as 'image'"
         )
         return
     if {"questions", "annotations"} & record.keys() and "image" not in record:
         yield (
-            f"this is a whole file of annotations; {CONVERT}, or write a line for each, with the file of its picture "
+            f"this is a whole annotation file; {CONVERT}, or write one line for each annotation, with its image file "
             "as 'image'"
         )
         return
@@ -52,8 +52,8 @@ def _changes(record: object) -> Iterator[str]:
     yield from _answer(record)
     for key in record.keys() & set(TALKS):
         yield (
-            f'write what {key!r} has as "dialogues": [[{{"question": ..., "answer": ...}}, ...]], without <image> and '
-            "without who speaks"
+            f'write {key!r} as "dialogues": [[{{"question": ..., "answer": ...}}, ...]], without <image> and without '
+            'the speakers'
         )
 
 
@@ -62,11 +62,11 @@ def _image(record: dict[str, Any]) -> Iterator[str]:
         if near := _first(record, IMAGES):
             yield f"rename {near!r} to 'image'"
         elif "image_id" in record:
-            yield "write the file of the picture as 'image'; 'image_id' alone does not tell where it lies"
+            yield "write the image file as 'image'; 'image_id' alone does not say where it is"
         elif near := _near(record, "image"):
             yield f"rename {near!r} to 'image'"
     elif isinstance(record["image"], dict):
-        yield "write the path of the picture's file as 'image'"
+        yield "write the path of the image file as 'image'"
 
 
 def _caption(record: dict[str, Any]) -> Iterator[str]:
@@ -85,12 +85,12 @@ def _caption(record: dict[str, Any]) -> Iterator[str]:
 
 def _answer(record: dict[str, Any]) -> Iterator[str]:
     if isinstance(record.get("answer"), list):
-        yield "rename 'answer' to 'answers', of which each is drawn as often as people gave it"
+        yield "rename 'answer' to 'answers', which are drawn as often as they were given"
     elif "answer" not in record:
         if "multiple_choice_answer" in record:
             yield "rename 'multiple_choice_answer' to 'answer'"
         elif "answers" in record:
-            yield 'write "answers" as a list of texts, or with how many people gave each: {"yes": 7, "no": 3}'
+            yield 'write "answers" as a list of texts, or with the number of people who gave each: {"yes": 7, "no": 3}'
 
 
 def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -98,6 +98,6 @@ def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def _near(record: dict[str, Any], *wanted: str) -> str | None:
-    """A key that is misspelt."""
+    """A misspelt key."""
     unknown = [key for key in record if isinstance(key, str) and key not in KEYS]
     return next((key for key in unknown if difflib.get_close_matches(key, wanted, n=1, cutoff=0.75)), None)

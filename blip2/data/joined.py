@@ -1,4 +1,4 @@
-"""Data sets that are too large to be in memory, and several of them with their shares, as one sequence of rows."""
+"""Data sets that are too large for memory, and several data sets with their weights, as one sequence of rows."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from blip2.errors import ImageError
 from blip2.image import RgbImage, load_image
 
 REMEMBERED = 8192
-"""Rows, without their pictures: a batch's texts are asked for after its pictures."""
+"""Number of cached rows, without images: the texts of a batch are read after its images."""
 
 
 class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, number: int) -> Row:
-        """By any thread. Raises ImageError, with the place, for what cannot be read."""
+        """Thread-safe. Raises ImageError, with the place, for a row that cannot be read."""
 
     def place(self, number: int) -> tuple[str, bool]:
-        """The file in which the picture lies, and whether it is the picture's own. Raises ImageError."""
+        """The file that contains the image, and whether it is the image file itself. Raises ImageError."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Rows that are in memory."""
+    """Rows in memory."""
 
     rows: Sequence[Row]
 
@@ -46,10 +46,10 @@ class Listed:
 
 
 class Joined:
-    """The rows of data sets, one after another. ``weights``: their shares of the steps, see `Order`; ``change``: what
-    each row becomes.
+    """The rows of data sets, one after another. ``weights``: their shares of the steps, see `Order`; ``change`` is
+    applied to each row.
 
-    One that cannot be read has no texts.
+    An unreadable row has no texts.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Joined:
         return Joined(self._datasets, self.weights, change=self._change, most=most)
 
     def __getitem__(self, number: int) -> Row:
-        """Without the picture's content."""
+        """The row without the content of its image."""
         try:
             return self._remembered(number)[0]
         except ImageError as error:
             return Row(str(error).partition(": ")[0])
 
     def shown(self, number: int) -> int:
-        """Which picture it is, of 63 bits: rows with the same file, or the same content within others, show the same.
+        """A 63-bit id of the image: equal for rows with the same file, or with the same content inside other files.
         Raises ImageError."""
         return self._remembered(number)[1]
 
@@ -92,7 +92,7 @@ class Joined:
         return self._read(number)[1] if said is None else said
 
     def whole(self, number: int) -> Row:
-        """With the picture's content, where it lies within another file. Raises ImageError."""
+        """The row, with the content of an image inside another file. Raises ImageError."""
         return self._read(number)[0]
 
     def picture(self, number: int) -> RgbImage:
@@ -100,7 +100,7 @@ class Joined:
         return picture_of(self.whole(number))
 
     def place(self, number: int) -> tuple[str, bool]:
-        """The file in which the picture lies, and whether it is the picture's own. Raises ImageError."""
+        """The file that contains the image, and whether it is the image file itself. Raises ImageError."""
         dataset, within = self._found(number)
         return dataset.place(within)
 
@@ -109,7 +109,7 @@ class Joined:
         return self._datasets[which], number - (self._ends[which] - self.sizes[which])
 
     def _read(self, number: int) -> tuple[Row, tuple[Row, int]]:
-        """A row, and what is remembered of it."""
+        """A row, and what is cached of it."""
         dataset, within = self._found(number)
         row = self._change(dataset.read(within))
         shown = row.image.encode("utf-8", "surrogateescape") if row.content is None else row.content
@@ -122,7 +122,7 @@ class Joined:
 
 
 def picture_of(row: Row) -> RgbImage:
-    """That of a row, from its content or its file. Raises ImageError."""
+    """The image of a row, from its content or its file. Raises ImageError."""
     if row.content is None:
         return load_image(row.image, allow_truncated=None)
     try:

@@ -17,9 +17,9 @@ LARGEST_WHOLE = 2**28
 
 
 def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
-    """All rows, in order, each picture's path made whole: from ``images``, or else from the folder of its file.
+    """All rows, in order, with complete image paths: relative to ``images``, or else to the folder of the file.
 
-    Raises RecipeError with file and line for the first line that cannot be used.
+    Raises RecipeError with file and line for the first unusable line.
     """
     rows: list[Row] = []
     for file in files:
@@ -34,7 +34,7 @@ def read_rows(files: Sequence[Path], images: Path | None = None) -> list[Row]:
         except NotTextError as error:
             raise RecipeError(f"{file}: {error}; {WANTED}") from None
     if not rows:
-        raise RecipeError(f"{', '.join(map(str, files)) or 'rows'}: no rows in it; {WANTED}")
+        raise RecipeError(f"{', '.join(map(str, files)) or 'rows'}: has no rows; {WANTED}")
     return rows
 
 
@@ -47,19 +47,19 @@ def row_of_line(line: str | bytes, file: Path, number: int) -> Row:
         if (whole := _whole(file)) is not None:
             raise RecipeError(f"{file}: {advice(whole)}") from None
         reason = f"{error.msg} at {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
-        raise RecipeError(f"{place}: not JSON ({reason}); {WANTED}") from None
+        raise RecipeError(f"{place}: is not JSON ({reason}); {WANTED}") from None
     except ValueError as error:
         raise RecipeError(f"{place}: {error}") from None
     if re.match("https?://", row.image, re.IGNORECASE):
         raise RecipeError(
-            f"{place}: {row.image} is an address; download the pictures first, such as by img2dataset, and name its "
+            f"{place}: {row.image} is a URL; download the images first, for example with img2dataset, and name its "
             "shards as data.sources"
         )
     return row
 
 
 def _whole(file: Path) -> object:
-    """What a file holds that is one JSON value over several lines, as others write all their rows; or None."""
+    """The JSON value if a file is one value over several lines, as other tools write rows; or None."""
     if file.stat().st_size > LARGEST_WHOLE:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Where the files of well-known data sets have pictures and texts: a table, which `blip2.data.convert` goes by.
+"""Where the files of well-known data sets have images and texts: the table for `blip2.data.convert`.
 
 Schemas: the data sets' own pages and files (cocodataset.org, visualqa.org, okvqa.allenai.org, aokvqa, GQA,
-visualgenome.org, nocaps.org, LLaVA); "list" is what BLIP's bootstrapped lists and LAVIS's annotations are.
+visualgenome.org, nocaps.org, LLaVA); "list" is the format of BLIP's bootstrapped lists and LAVIS's annotations.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from blip2.data.stream import MEMBER
 
 @dataclass(frozen=True)
 class Joined:
-    """Other records of the same files: those of ``section``, found by their ``key`` in what an item has as ``of``.
-    ``fields`` are kept of them."""
+    """Records of another section to join: the ``fields`` of the record in ``section`` whose ``key`` equals the item's
+    ``of``."""
 
     section: str
     key: str
@@ -25,11 +25,11 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """``help``: its files, on one short line. ``image``: names of the picture, of which the first is taken whose fields
-    are there (and which is there, if the folder of the pictures is known). ``items``: the section that holds items, see
-    `stream.Element`; ``within``: the list in each item that holds what is said. Of texts the first field counts that is
-    there. ``split``: the field that names a part of the data set; ``renamed``: parts that count as others. ``by``:
-    whether a row is a picture with all that is said of it, or one text."""
+    """``help``: its files, on one short line. ``image``: templates of the image name; the first one counts whose fields
+    exist (and whose file exists, if the folder of the images is known). ``items``: the section with the items, see
+    `stream.Element`; ``within``: the list in each item that has the texts. Of text fields the first existing one
+    counts. ``split``: the field with the split; ``renamed``: splits that count as others. ``by``: whether a row has all
+    texts of an image, or one text."""
 
     help: str
     image: tuple[str, ...]
@@ -46,7 +46,7 @@ class Kind:
 
 
 COCO_IMAGE = ("{data_subtype}/COCO_{data_subtype}_{image_id:012}.jpg", "{image_id:012}.jpg")
-"""Of 2014; of 2017."""
+"""File names of 2014, and of 2017."""
 QUESTIONS = Joined("questions", "question_id", "question_id", ("question", "image_id"))
 VG_IMAGE = ("{image_id}.jpg",)
 

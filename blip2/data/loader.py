@@ -1,4 +1,4 @@
-"""The pictures behind rows, and batches that are ready before they are needed.
+"""Loads the images of rows, and prepares batches ahead of time.
 
 B batch rows, H and W pixels.
 """
@@ -26,24 +26,24 @@ from blip2.image import augmented, randaugmented, squared, to_pixels
 Batch = TypeVar("Batch")
 
 
-class Sight(NamedTuple):
-    """A picture that was looked at."""
+class LoadedImage(NamedTuple):
+    """An image that was read, for its features."""
 
-    found: Tensor | ImageError
-    """Its pixels ``float32[3, H, W]``, or what is wrong with it."""
+    pixels: Tensor | ImageError
+    """Its pixels ``float32[3, H, W]``, or its error."""
     stamp: Stamp | None
-    """Of the file in which it lies, before it was read."""
+    """Of the file that contains it, before it was read."""
     digest: str
-    """Of its own bytes, see `disk.digest_of`; "" if they are not known, or may be others by now."""
+    """Of its own bytes, see `disk.digest_of`; "" if unknown, or if the file may have changed."""
 
 
 class Pictures:
-    """The distinct pictures of some rows, numbered in order of appearance; decoded by threads when asked for. Of
-    `Joined` rows each has a picture of its own, under the row's number, and ``paths`` is empty, unless ``is_distinct``:
-    then all places are looked up, and rows whose pictures are the same file share one.
+    """The distinct images of some rows, numbered in order of appearance and decoded by threads on demand. With `Joined`
+    rows each row has its own image, with the number of the row, and ``paths`` is empty, unless ``is_distinct``: then
+    all places are looked up, and rows with the same image file share an image.
 
-    ``number_of_row`` int64[rows] tells the picture of each row: rows with the same number share a picture. ``paths``:
-    of each picture the file in which it lies, which may hold others, too.
+    ``number_of_row`` int64[rows]: the image of each row. ``paths``: for each image the file that contains it, which may
+    contain other images as well.
     """
 
     def __init__(
@@ -86,24 +86,24 @@ class Pictures:
         self.number_of_row = number_of_row
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
-        """The numbers of the pictures of the rows with these numbers, int64[B]."""
+        """The image numbers int64[B] of rows."""
         return rows if self.number_of_row is None else self.number_of_row[rows]
 
     def name(self, number: int) -> str:
-        """What messages call a picture."""
+        """The name of an image in messages."""
         return self._rows[self._row(number)].image
 
     def _row(self, number: int) -> int:
-        """The first that shows this picture."""
+        """The first row with this image."""
         return number if self.number_of_row is None else self._row_of_picture[number]
 
     def _whole(self, number: int) -> Row:
-        """With the picture's content, where it lies within another file. Raises ImageError."""
+        """The row, with the content of an image inside another file. Raises ImageError."""
         row = self._row(number)
         return self._rows.whole(row) if isinstance(self._rows, Joined) else self._rows[row]
 
     def pixels(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
-        """Normalised pixels ``float32[B, 3, H, W]`` of the pictures with these numbers. Raises ImageError."""
+        """Normalised pixels ``float32[B, 3, H, W]`` of images. Raises ImageError."""
         read = self.read(numbers)
         for found in read:
             if isinstance(found, ImageError):
@@ -113,32 +113,32 @@ class Pictures:
     def read(
         self, numbers: Sequence[int] | np.ndarray, chances: Iterable[random.Random | None] = repeat(None)
     ) -> list[Tensor | ImageError]:
-        """The pixels ``float32[3, H, W]`` of each of the pictures with these numbers, or what is wrong with it.
+        """The pixels ``float32[3, H, W]`` of each image, or its error.
 
-        ``chances``: by which each is `augmented`, and `randaugmented` if these are to be; None leaves it as it is.
+        ``chances``: random generators for `augmented` and, if set, `randaugmented`; None leaves an image unchanged.
         """
         return list(self._pool.map(self._one, map(int, numbers), chances))
 
-    def look(self, numbers: Sequence[int]) -> list[Sight]:
-        """Those pictures, each with how it was found; distinct ones."""
-        return list(self._pool.map(self._look, numbers))
+    def load(self, numbers: Sequence[int]) -> list[LoadedImage]:
+        """Load distinct images, for their features."""
+        return list(self._pool.map(self._load, numbers))
 
     def digest(self, number: int) -> tuple[Stamp | None, str]:
-        """What `Sight` has of a picture, without its pixels."""
+        """Stamp and digest as in `LoadedImage`, without the pixels."""
         stamp = stamp_of(self.paths[number])
         try:
             return stamp, self._digest_since(number, self._whole(number), stamp)
         except ImageError:
             return stamp, ""
 
-    def _look(self, number: int) -> Sight:
+    def _load(self, number: int) -> LoadedImage:
         stamp = stamp_of(self.paths[number])
         try:
             row = self._whole(number)
         except ImageError as error:
-            return Sight(error, stamp, "")
+            return LoadedImage(error, stamp, "")
         found = self._pixels(row, None)
-        return Sight(found, stamp, self._digest_since(number, row, stamp))
+        return LoadedImage(found, stamp, self._digest_since(number, row, stamp))
 
     def _digest_since(self, number: int, row: Row, stamp: Stamp | None) -> str:
         if row.content is None:
@@ -159,7 +159,7 @@ class Pictures:
         resample, edge = self.resizing
         if chance is not None:
             image = augmented(image, chance)
-            if self._is_randaugmented:  # by so many pixels of what the model sees
+            if self._is_randaugmented:  # its strengths are in pixels of the model's input
                 image = randaugmented(squared(image, size=self.size, resample=resample, shortest_edge=edge), chance)
                 edge = None
         [pixels_CHW] = to_pixels(
@@ -169,21 +169,21 @@ class Pictures:
 
 
 class BadPictures:
-    """Those that could not be read, by path, each with what is wrong with it; or the first ends it all."""
+    """The images that could not be read: path to error message. With "stop" the first one is raised."""
 
     def __init__(self, on_bad_picture: Literal["skip", "stop"]) -> None:
         self._is_error = on_bad_picture == "stop"
         self.found: dict[str, str] = {}
 
     def note(self, path: str, error: ImageError) -> None:
-        """Raises the error if the recipe says so. By any thread."""
+        """Raises the error if the recipe says so. Thread-safe."""
         if self._is_error:
-            raise ImageError(f'{error}; or pass such pictures over: data.on_bad_picture = "skip"') from error
+            raise ImageError(f'{error}; or skip such images: data.on_bad_picture = "skip"') from error
         self.found.setdefault(path, str(error))
 
 
 def prefetch(make: Callable[[int], Batch], steps: range, ahead: int = 2) -> Generator[Batch, None, None]:
-    """``make(step)`` for every step, in order; a thread works ``ahead`` batches ahead."""
+    """``make(step)`` for every step, in order, computed by a thread up to ``ahead`` batches ahead."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[Batch]] = deque()
         try:

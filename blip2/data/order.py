@@ -1,6 +1,6 @@
-"""Which rows make the batch of a step: a function of the seed and the step, whatever was read before.
+"""The rows of each step's batch, as a function of the seed and the step alone.
 
-So a run that goes on needs to know its step alone, and processes that share a batch agree without a word.
+A resumed run therefore only needs its step, and processes agree on a batch without communication.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from itertools import accumulate
 import numpy as np
 
 LARGEST_LISTED = 2**22
-"""Orders of more rows are computed place by place; of fewer they are in memory."""
+"""Orders of more rows are computed on demand; shorter ones are held in memory."""
 BLOCK_STEPS = 1000
-"""In each run of so many steps every data set has its share of them."""
+"""In each block of this many steps every data set has its share."""
 ROUNDS = 6
-MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
+MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # constants of splitmix64
 
 
 def indices_of_step(step: int, *, num_rows: int, batch_size: int, seed: int, stream: int = 0) -> np.ndarray:
-    """Which rows ``int64[B]`` make the batch of a step: epoch after epoch in a new order, nothing left out.
+    """The rows ``int64[B]`` of a step's batch: all rows in every epoch, each time in a new order.
 
-    ``stream``: of data sets that are read side by side, the number.
+    ``stream``: the number of the data set, if several are read side by side.
     """
     epochs_B, places_B = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_rows)
     rows_B = np.empty(batch_size, np.int64)
@@ -34,7 +34,7 @@ def indices_of_step(step: int, *, num_rows: int, batch_size: int, seed: int, str
 
 
 def permuted(places_B: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray:
-    """What stands in these places of a permutation of ``count`` numbers that ``key`` names, int64[B]."""
+    """The elements at these places of a pseudo-random permutation of ``count`` numbers, given by ``key``, int64[B]."""
     return _listed(key, count)[places_B] if count <= LARGEST_LISTED else _computed(places_B, count, key)
 
 
@@ -44,7 +44,7 @@ def _listed(key: tuple[int, ...], count: int) -> np.ndarray:
 
 
 def _computed(places_B: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray:
-    """A Feistel network permutes the numbers below a power of four; what it takes out of range goes through again."""
+    """A Feistel network permutes the numbers below a power of four; results out of range are permuted again."""
     half = np.uint64(((count - 1).bit_length() + 1) // 2 or 1)
     low = np.uint64((1 << int(half)) - 1)
     keys = np.random.default_rng(key).integers(2**63, size=ROUNDS, dtype=np.uint64)
@@ -67,11 +67,11 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Order:
-    """Of one data set or several, each step's batch from one of them, which all processes draw alike: what stage 1
-    tells apart is then of one kind, and the look of a data set gives no answer away.
+    """The order of one data set or several. Each batch comes from one data set, the same in all processes. So stage 1
+    compares images of the same kind, and a data set's style does not give the answer away.
 
     ``sizes``: rows of each; ``weights``: their shares of the steps, 1 each by default. A *draw* is the number of a row,
-    counted through all data sets, plus as many times the number of all rows as its data set was gone through before.
+    counted over all data sets, plus the number of all rows times the number of finished epochs of its data set.
     """
 
     sizes: tuple[int, ...]
@@ -95,7 +95,7 @@ class Order:
         return epochs_B * self.num_rows + first + rows_B
 
     def _turn(self, step: int) -> tuple[int, int]:
-        """The data set of a step, and how many steps it had before."""
+        """The data set of a step, and how many earlier steps it had."""
         if len(self.sizes) == 1:
             return 0, step
         block, place = divmod(step, BLOCK_STEPS)
@@ -106,7 +106,7 @@ class Order:
 
     @cached_property
     def _turns(self) -> np.ndarray:
-        """The data sets of a block, each as often as its weight says (largest remainders), and once at least."""
+        """The data sets of a block, each as often as its weight says (largest remainders), but at least once."""
         weights = np.array(self.weights or [1.0] * len(self.sizes))
         shares = weights / weights.sum() * BLOCK_STEPS
         counts = np.maximum(np.floor(shares).astype(int), 1)

@@ -1,6 +1,6 @@
-"""Where the rows of large files begin: found once, kept on the disk, and read a place at a time.
+"""The positions of rows in large files: found once, stored on disk, and read one at a time.
 
-A file of positions has a `RECORD` for each row, and at its end, as JSON, what it was made of.
+A file of positions has a `RECORD` for each row, and at its end a JSON object that describes its origin.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip2 import disk
 from blip2.errors import RecipeError
 
 RECORD = np.dtype([("start", "<u8"), ("size", "<u8"), ("file", "<u4"), ("crc32", "<u4")])
-"""Bytes ``start`` to ``start + size`` of a file; ``crc32`` of the row's number and of all before."""
+"""Bytes ``start`` to ``start + size`` of a file; ``crc32`` of the row number and all fields before."""
 LENGTH_BYTES = 8
 LARGEST_TOLD = 2**28
 KEPT_RECORDS = 2**16
@@ -32,14 +32,15 @@ class Position(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A row that cannot be used."""
+    """An unusable row."""
 
     reason: str
     place: str
 
 
 class Positions:
-    """``left_out``: by reason, how many rows, and where the first is. Read by any thread, never as a whole."""
+    """``left_out``: for each reason the number of rows and the place of the first. Thread-safe, and never read as a
+    whole."""
 
     def __init__(self, path: Path, told: dict[str, Any]) -> None:
         self.left_out: dict[str, tuple[int, str]] = {name: tuple(what) for name, what in told["left_out"].items()}
@@ -50,17 +51,17 @@ class Positions:
         return self._count
 
     def __getitem__(self, number: int) -> Position:
-        """Raises RecipeError for what is damaged."""
+        """Raises RecipeError for damaged data."""
         content = bytearray(RECORD.itemsize)
         try:
             self._file.read(number * RECORD.itemsize, memoryview(content))
             [record] = np.frombuffer(content, RECORD)
             if record["crc32"] != _crc32(number, content):
-                raise OSError("it is not what was written")
+                raise OSError("wrong checksum")
         except OSError as error:
             reason = error.strerror or error
             raise RecipeError(
-                f"{self._file.path}: is damaged ({reason}); delete it, and start again: it is made anew"
+                f"{self._file.path}: is damaged ({reason}); delete it and start again to make it anew"
             ) from None
         return Position(int(record["file"]), int(record["start"]), int(record["size"]))
 
@@ -68,24 +69,23 @@ class Positions:
 def kept_positions(
     path: Path, of: dict[str, Any], find: Callable[[], Iterator[Position | LeftOut]]
 ) -> tuple[Positions, bool]:
-    """Those in ``path`` if they are ``of`` this, a JSON object; else they are found, and kept there. And whether they
-    had to be found. Where another process finds them, its end is waited for. Raises RecipeError.
-    """
+    """The positions in ``path`` if they were made from ``of``, a JSON object; else find them and store them there. Also
+    returns whether they had to be found. If another process is finding them, waits for it. Raises RecipeError."""
     of = json.loads(json.dumps(of))
     try:
-        while (told := _told(path, of)) is None:
+        while (told := _footer(path, of)) is None:
             try:
                 with disk.locked(path.with_suffix(".lock")):
-                    if _told(path, of) is None:  # another may just have ended
+                    if _footer(path, of) is None:  # another process may just have finished
                         _write(path, of, find())
-                        return Positions(path, _told(path, of) or {}), True
+                        return Positions(path, _footer(path, of) or {}), True
             except BlockingIOError:
                 time.sleep(WAIT_S)
         return Positions(path, told), False
     except OSError as error:
         raise RecipeError(
-            f"{path}: where the rows are cannot be kept there ({error.strerror or error}); make room, or name another "
-            "folder as 'out'"
+            f"{path}: the positions of the rows cannot be written ({error.strerror or error}); free some space, or "
+            "name another folder as 'out'"
         ) from None
 
 
@@ -109,8 +109,8 @@ def _write(path: Path, of: dict[str, Any], found: Iterator[Position | LeftOut]) 
         file.write(some + told + len(told).to_bytes(LENGTH_BYTES, "little"))
 
 
-def _told(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
-    """What stands at the end; None if there is no such file, it is damaged, or of something else."""
+def _footer(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON object at the end; None if the file is missing, damaged, or of another origin."""
     try:
         with path.open("rb") as file:
             end = file.seek(-LENGTH_BYTES, 2)

@@ -1,4 +1,4 @@
-"""Features that other sets of a folder have of the same pictures: only what is new has to be computed."""
+"""Features of the same images in other sets of a folder, so that only new images are computed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from blip2.data.kept import UNKNOWN, read_records
 from blip2.disk import OpenFile
 
 ALIKE = ("vision", "pixels", "dtype", "settings")
-"""What of two headers has to be the same, so that equal pictures have equal features."""
+"""Header fields that have to be equal so that equal images have equal features."""
 
 
 class Elsewhere:
-    """The whole sets of ``folder`` but ``name``, made as ``header`` says; those that cannot be read are passed over."""
+    """The complete feature sets of ``folder`` other than ``name``, if their header fits ``header``; unreadable ones are
+    skipped."""
 
     def __init__(self, folder: Path, name: str, header: dict[str, Any], row_bytes: int) -> None:
         self._row_bytes = row_bytes
@@ -36,7 +37,7 @@ class Elsewhere:
                 self._places.setdefault(records[number]["digest"].tobytes(), place)
 
     def row(self, digest: str) -> bytes | None:
-        """As it is stored, of the picture with this digest; None if there is none, or it is damaged."""
+        """The stored features of the image with this digest; None if missing or damaged."""
         if (place := self._places.get(bytes.fromhex(digest))) is None:
             return None
         file, number, crc32 = place

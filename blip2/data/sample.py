@@ -1,4 +1,4 @@
-"""One row of training data: a picture, and everything that is said about it."""
+"""One row of training data: an image and its texts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from blip2.data.foreign import advice
 
 
 class Turn(NamedTuple):
-    """A question and its answer. ``answers``: of several people, each with how many of them gave it, the most frequent
-    first; ``answer`` is then the first."""
+    """A question and its answer. ``answers``: answers of several people with their counts, the most frequent first;
+    ``answer`` is then the first."""
 
     question: str
     answer: str
     answers: tuple[tuple[str, float], ...] = ()
 
     def drawn(self, chance: random.Random) -> str:
-        """An answer, each as often as people gave it. Nothing is drawn where there is one."""
+        """Draw an answer with the frequencies of ``answers``. With a single answer no random number is used."""
         if not self.answers:
             return self.answer
         return chance.choices([text for text, _ in self.answers], [count for _, count in self.answers])[0]
@@ -28,8 +28,8 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``image`` is where the picture lies. A dialogue is a list of turns of which later ones lean on earlier.
-    ``content``: the picture's file, where it lies within another; then ``image`` is only what messages call it."""
+    """``image``: path of the image. A dialogue is a list of turns, where later ones refer to earlier ones. ``content``:
+    the image file's bytes if it is inside another file; ``image`` is then only its name for messages."""
 
     image: str
     captions: tuple[str, ...] = ()
@@ -39,12 +39,12 @@ class Row:
 
 
 def parse_row(record: object) -> Row:
-    """A decoded JSON object to a `Row`; keys that mean nothing here are passed over.
+    """A decoded JSON object to a `Row`; unknown keys are ignored.
 
-    ``image`` (text) is required; then any of ``caption`` or ``text`` (text), ``captions`` (list of texts),
-    ``question`` with ``answer``, ``questions`` (list of objects with both), ``dialogues`` (list of lists of
-    them). In the place of ``answer`` there may be ``answers``, how many people gave each ({"yes": 7, "no": 3}), or a
-    list of what each said. Raises ValueError that says what is wrong, and what a row of another tool would have to be.
+    ``image`` (text) is required; then any of ``caption`` or ``text`` (text), ``captions`` (list of texts), ``question``
+    with ``answer``, ``questions`` (list of objects with both), ``dialogues`` (list of lists of them). Instead of
+    ``answer`` there may be ``answers``: the number of people who gave each ({"yes": 7, "no": 3}), or a list with the
+    answer of each. Raises ValueError that says what is wrong, and how to change a row of another tool.
     """
     try:
         return _parsed(record)
@@ -54,7 +54,7 @@ def parse_row(record: object) -> Row:
 
 def _parsed(record: object) -> Row:
     if not isinstance(record, dict):
-        raise ValueError('it is not an object {"image": ...}')
+        raise ValueError('it is not an object like {"image": ...}')
     image = _text(record, "image")
     captions = [_text(record, key) for key in ("caption", "text") if key in record]
     captions += [_said(text, "captions") for text in _list(record, "captions")]
@@ -67,7 +67,7 @@ def _parsed(record: object) -> Row:
             raise ValueError("a dialogue has to be a list of turns, each with question and answer")
         dialogues.append(tuple(_turn(turn, "dialogues") for turn in dialogue))
     if not (captions or questions or dialogues):
-        raise ValueError("it says nothing about its picture")
+        raise ValueError("it has no text about its image")
     return Row(image, tuple(captions), tuple(questions), tuple(dialogues))
 
 
@@ -82,12 +82,12 @@ def _turn(record: object, where: str) -> Turn:
 
 
 def _counted(value: object) -> tuple[tuple[str, float], ...]:
-    """The most frequent first, of equals the one that was named first."""
+    """The most frequent first; among equals the one that came first."""
     counts: dict[str, float] = {}
     if isinstance(value, dict):
         for answer, count in value.items():
             if isinstance(count, bool) or not isinstance(count, int | float) or not 0 < count < math.inf:
-                raise ValueError(f"'answers': {answer!r} has the count {count!r}, which has to be a number above 0")
+                raise ValueError(f"'answers': {answer!r} has the count {count!r}, but it has to be a number above 0")
             counts[_said(answer, "answers")] = count
     elif isinstance(value, list):
         for answer in value:
@@ -106,11 +106,11 @@ def _text(record: dict[str, Any], key: str) -> str:
 
 def _said(value: object, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key!r} has to be a text that is not empty, not {reprlib.repr(value)}")
+        raise ValueError(f"{key!r} has to be a non-empty text, not {reprlib.repr(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # as broken JSON may have it
-        raise ValueError(f"{key!r} has halves of characters, {value!r}; write it as Unicode") from None
+    except UnicodeEncodeError:  # possible in broken JSON
+        raise ValueError(f"{key!r} has unpaired surrogates, {value!r}; write it as Unicode") from None
     return value.strip()
 
 

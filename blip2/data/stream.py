@@ -1,4 +1,4 @@
-"""Large JSON files piece by piece: what an array or an object holds, one element in memory at a time."""
+"""Reads large JSON files: the elements of arrays and objects, with one element in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from blip2.errors import RecipeError
 from blip2.plaintext import NotTextError, read_pieces
 
 LARGEST_ELEMENT = 2**27
-"""Characters; one that seems larger is a file that is broken."""
+"""Characters; a longer element means that the file is broken."""
 LONGEST_CUT = 12
-"""Characters that a value may lack the sense of where a piece ends within it: ``-Infinit``, ``\\ud83d\\ude0``."""
+"""Length of a value that cannot be decoded if a chunk ends within it: ``-Infinit``, ``\\ud83d\\ude0``."""
 SPACE = " \t\n\r"
 
 
 class Element(NamedTuple):
-    """``section``: the key of the array that it stands in, "" for the array that is the whole file, `MEMBER` for what
-    an object holds that is no array. ``place``: what messages call it, with its file."""
+    """``section``: the key of the array that contains it, "" for an array that is the whole file, `MEMBER` for a member
+    of an object that is not an array. ``place``: file and position, for messages."""
 
     section: str
     key: str | int
@@ -31,10 +31,10 @@ MEMBER = "*"
 
 
 def elements(path: Path) -> Iterator[Element]:
-    """What the file holds, in order: the elements of an array; of an object, those of each array in it, and its other
-    values. Objects one after another (JSON lines) are the elements of the section "".
+    """The content of a file, in order: the elements of an array; for an object, the elements of each array in it, and
+    its other members. Objects one after another (JSON lines) are the elements of the section "".
 
-    Raises RecipeError, with the file and the line, for what cannot be read or is no JSON.
+    Raises RecipeError, with file and line, for what cannot be read or is not JSON.
     """
     try:
         yield from _elements(path, _Text(path))
@@ -65,7 +65,7 @@ def _elements(path: Path, text: _Text) -> Iterator[Element]:
 
 
 def _is_lines(text: _Text) -> bool:
-    """Whether the first line is an object by itself, and another object follows."""
+    """Whether the first line is a complete object, followed by another object."""
     line, _, rest = text.ahead().partition("\n")
     try:
         return isinstance(json.loads(line), dict) and rest.lstrip().startswith("{")
@@ -101,7 +101,7 @@ def _object(path: Path, text: _Text) -> Iterator[Element]:
 
 
 class _Text:
-    """A window upon a file that moves forwards."""
+    """A window on a file that moves forward."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -110,7 +110,7 @@ class _Text:
         self._window, self._at, self._line = "", 0, 1
 
     def peek(self) -> str:
-        """The next character that is no white space, "" at the end."""
+        """The next character that is not white space, "" at the end."""
         while True:
             while self._at < len(self._window) and self._window[self._at] in SPACE:
                 self._at += 1
@@ -138,20 +138,21 @@ class _Text:
                     self._at = error.pos
                     raise self.error(error.msg) from None
             else:
-                # A number may go on in the next piece, also after what looks like its end: 1e+
+                # A number may continue in the next chunk, even after what looks like its end: 1e+
                 if end + LONGEST_CUT < len(self._window) or not self._read():
                     self._at = end
                     return value
 
     def error(self, reason: str) -> RecipeError:
         line = self._line + self._window.count("\n", 0, self._at)
-        return RecipeError(f"{self._path}:{line}: is not JSON of a known form ({reason}); mend it, or get it again")
+        return RecipeError(f"{self._path}:{line}: is not JSON of a known form ({reason}); fix it, or download it again")
 
     def _read(self) -> bool:
-        """Another piece, if there is one; for a long value as much as it has, so that it is not read too often."""
+        """Read another chunk, if there is one; for a long value as much as it already has, to limit the number of
+        retries."""
         wanted = len(self._window) - self._at
         if wanted > LARGEST_ELEMENT:
-            raise self.error("an element has no end")
+            raise self.error("an element does not end")
         pieces: list[str] = []
         while not pieces or (pieces[-1] and sum(len(piece) for piece in pieces) < wanted):
             pieces.append(next(self._pieces, ""))

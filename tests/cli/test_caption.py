@@ -108,10 +108,10 @@ def test_folders(run, model, pictures, texts, tmp_path):
 def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
     result = run("caption", tmp_path, pictures[0], *model)
     assert (result.exit_code, result.stdout) == (1, f"{pictures[0]}\t{texts[0]}\n")
-    assert result.stderr == f"blip2: {tmp_path}: there are no pictures in this folder\n"
+    assert result.stderr == f"blip2: {tmp_path}: there are no images in this folder\n"
     (tmp_path / "within").mkdir()
     result = run("caption", tmp_path, pictures[0], *model, "--no-recursive")
-    assert "no pictures in this folder; the folders within it were not looked into" in result.stderr
+    assert "no images in this folder; its subfolders were not searched" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
         (["--beams", 0], "--beams is 0; it may be a whole number"),
         (["--beams", "many"], "'many' is not a valid integer"),
         (["--beam", 3], "No such option"),
-        (["--temperature", 0.5], "--temperature is 0.5, but nothing is sampled; add --sample"),
+        (["--temperature", 0.5], "--temperature is 0.5, but sampling is off; add --sample"),
         (["--sample", "--beams", 3], "--sample goes with --beams=1"),
         (["-n", 0], "--num-captions is 0"),
         (["--batch-size", 0], "--batch-size=0 is not possible"),
         (["--dtype", "float8"], "'float8' is not one of"),
         (["--stop", ""], "--stop is"),
-        (["--dtype", "float16"], "float16 is not for the CPU"),
+        (["--dtype", "float16"], "float16 is not supported on a CPU"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
     ],
 )

@@ -117,10 +117,10 @@ def test_restval_is_of_train_and_what_is_left_out_is_counted(convert):
     assert first == "2 rows about 2 pictures: 3 captions"
     assert left_out[0].startswith("left out: 1, its caption is empty; the first: ")
     assert left_out[0].endswith("0.json: images[1].sentences[1]")
-    assert left_out[1].startswith("left out: 1, it is of another split") and left_out[1].endswith("images[2]")
+    assert left_out[1].startswith("left out: 1, it belongs to another split") and left_out[1].endswith("images[2]")
     assert len(left_out) == 2
     _, told = convert("llava", [LLAVA])
-    assert "left out: 1, it is about no picture" in told and "do not take turns" in told
+    assert "left out: 1, it has no image" in told and "its speakers do not alternate" in told
     _, told = convert("vqav2", [QUESTIONS, ANNOTATIONS])
     assert "2 rows about 1 pictures: 2 questions" in told and "left out: 1, it is not among the questions" in told
 
@@ -141,37 +141,37 @@ def test_pictures_are_found_wherever_they_were_unpacked(convert, tmp_path):
         (images / name).touch()
     rows, told = convert("karpathy", [KARPATHY], "--images", images)
     assert [row["image"] for row in rows] == ["images/a/b.jpg", "images/val2014/c.jpg"]
-    assert "left out: 2, its picture is not there; the first: " in told
+    assert "left out: 2, its image does not exist; the first: " in told
     rows, _ = convert("vqav2", [QUESTIONS, ANNOTATIONS], "--images", images)
     assert {row["image"] for row in rows} == {"images/000000000009.jpg"}
     (images / "val2014" / "c.jpg").rename(images / "c2.jpg")
     (images / "more").mkdir()
     (images / "more" / "c.jpg").touch()
     _, told = convert("karpathy", [KARPATHY], "--images", images)
-    assert "left out: 1, several pictures have its name" in told
+    assert "left out: 1, several images have its name" in told
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "options", "problem"),
     [
-        ("karpathy", [CAPTIONS], [], "0.json: images[0]: has no 'sentences', but id, file_name, domain; check"),
-        ("coco", [{"annotations": []}], [], "there is no 'images' in it; name all files"),
-        ("vqav2", [ANNOTATIONS], [], "there is no 'questions' in it; name all files"),
-        ("vqav2", [QUESTIONS], [], "no rows can be made of it (there is no 'annotations' in it)"),
-        ("vqav2", [QUESTIONS, QUESTIONS, ANNOTATIONS], [], "1.json: questions[0]: 'question_id' is 90 for a second"),
+        ("karpathy", [CAPTIONS], [], "0.json: images[0]: has no 'sentences'; its fields are id, file_name, domain; check"),
+        ("coco", [{"annotations": []}], [], "has no 'images'; name all files"),
+        ("vqav2", [ANNOTATIONS], [], "has no 'questions'; name all files"),
+        ("vqav2", [QUESTIONS], [], "gives no rows (it has no 'annotations')"),
+        ("vqav2", [QUESTIONS, QUESTIONS, ANNOTATIONS], [], "1.json: questions[0]: 'question_id' 90 appears twice"),
         ("gqa", [{"1": {"imageId": "a", "question": "who?"}}], [], "0.json: 1: has no 'answer'"),
-        ("gqa", [{"1": {"question": "who?"}}], [], "has nothing to name its picture by ({imageId}.jpg), but question"),
+        ("gqa", [{"1": {"question": "who?"}}], [], "has no image field ({imageId}.jpg); its fields are question"),
         ("gqa", [{"1": {"imageId": "a", "question": 3, "answer": "a"}}], [], "'question' has to be a text"),
         ("vg-qa", [[{"qas": [7]}]], [], "0.json [0].qas[0]: has to be an object, not int"),
         ("vg-qa", [[{"qas": 7}]], [], "0.json [0]: 'qas' has to be a list"),
-        ("aokvqa", [[{"image_id": "x", "split": "val"}]], [], "split 'val' and image_id 'x' cannot name a picture"),
+        ("aokvqa", [[{"image_id": "x", "split": "val"}]], [], "split 'val' and image_id 'x' cannot be the name of an image"),
         ("list", [[{"image": "a", "caption": 3}]], [], "'caption' has to be a text, or a list of texts"),
-        ("list", [[{"image": "a", "caption": "\ud83d"}]], [], "0.json [0]: 'captions' has halves of characters"),
+        ("list", [[{"image": "a", "caption": "\ud83d"}]], [], "0.json [0]: 'captions' has unpaired surrogates"),
         ("llava", [[{"image": "a", "conversations": 3}]], [], "a conversation has to be a list of objects"),
         ("list", ["[1, 2"], [], "0.json [0]: has to be an object, not int"),
         ("list", ['[{"image": "a", "caption": "b"},\n{'], [], "0.json:2: is not JSON"),
-        ("karpathy", [KARPATHY], ["--split", "tain"], "has no split 'tain', but train (2), test (1)"),
-        ("coco", [CAPTIONS], ["--split", "train"], "--split is 'train', and this kind of file has no splits"),
+        ("karpathy", [KARPATHY], ["--split", "tain"], "has no split 'tain'; its splits are train (2), test (1)"),
+        ("coco", [CAPTIONS], ["--split", "train"], "--split is 'train', but files of this kind have no splits"),
         ("coco", [CAPTIONS], ["--images", "nowhere"], "--images: there is no folder nowhere"),
     ],
 )

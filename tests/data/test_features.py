@@ -71,7 +71,7 @@ def test_what_was_interrupted_goes_on(vision, shown, tmp_path):
 def test_another_encoder_and_other_pictures_are_refused(vision, shown, pictures, tmp_path):
     frozen_features(vision, shown, tmp_path, "rows")
     fewer = Pictures([Row(path) for path in pictures[:4]], size=32, mean=CLIP_MEAN, std=CLIP_STD)
-    with pytest.raises(RecipeError, match="other pictures"):
+    with pytest.raises(RecipeError, match="other images"):
         frozen_features(vision, fewer, tmp_path, "rows")
     vision.blocks[0].fc1.bias.data[0] += 1
     with pytest.raises(RecipeError, match="another image encoder"):
@@ -101,12 +101,12 @@ def test_a_folder_that_only_the_first_process_sees_is_refused(vision, shown, tmp
     class Second(Alone):
         is_first = False
 
-    with pytest.raises(RecipeError, match=r"rows\.json: what the first process writes there is not to be seen"):
+    with pytest.raises(RecipeError, match=r"rows\.json: this process cannot see what the first process wrote there"):
         frozen_features(vision, shown, tmp_path, "rows", workers=Second())
 
 
 def test_one_run_at_a_time(vision, shown, tmp_path):
-    with disk.locked(tmp_path / "rows.lock"), pytest.raises(RecipeError, match="rows: another run computes these"):
+    with disk.locked(tmp_path / "rows.lock"), pytest.raises(RecipeError, match="rows: another run is computing these"):
         frozen_features(vision, shown, tmp_path, "rows")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.lock"]
     assert len(frozen_features(vision, shown, tmp_path, "rows")) == 8
@@ -116,7 +116,7 @@ def test_a_file_that_was_cut_is_refused(vision, shown, tmp_path):
     frozen_features(vision, shown, tmp_path, "rows")
     path = tmp_path / "rows.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(RecipeError, match=r"rows\.bin: not of the size"):
+    with pytest.raises(RecipeError, match=r"rows\.bin: does not have the size"):
         frozen_features(vision, shown, tmp_path, "rows")
     assert json.loads((tmp_path / "rows.json").read_text())["shape"] == [8, 5, 16]
 

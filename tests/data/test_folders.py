@@ -51,7 +51,7 @@ def test_what_is_no_picture_is_counted_in_one_line(place):
 def test_pictures_that_this_installation_cannot_read_are_counted_with_the_remedy(place, monkeypatch):
     monkeypatch.setattr(folders, "suffixes", lambda: (frozenset({".png"}), {".heic": "pip install pillow-heif"}))
     found = find_in([place("a.png", "b.heic", "within/c.HEIC")])
-    assert found.passed_over() == "passed over in folders: 2 pictures (pip install pillow-heif reads them)"
+    assert found.passed_over() == "passed over in folders: 2 images (pip install pillow-heif reads them)"
     assert not found.is_complete
     assert find_in([place() + "/within"]).problems == []  # there are pictures in it
 
@@ -69,7 +69,7 @@ def test_what_should_be_a_picture_and_is_none_is_named_and_not_opened(place, mon
     assert names_of(found, top) == ["a.png", "link.png"]
     told = {os.path.basename(problem.split(": ")[0]): problem for problem in found.problems}
     assert told.keys() == {"pipe.png", "gone.png", "self.png", "socket.png"}
-    assert "it was not opened" in told["pipe.png"] and "a link to what is not there" in told["gone.png"]
+    assert "it was not opened" in told["pipe.png"] and "a broken link" in told["gone.png"]
 
 
 def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_read(place, monkeypatch):
@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_read(place, mo
     monkeypatch.setattr(os, "scandir", refusing)
     found = find_in([top])
     assert names_of(found, top) == ["a.png", "z/c.png"]
-    assert found.problems == [f"{top}/lost+found: this folder cannot be read (Permission denied); check its rights"]
+    assert found.problems == [f"{top}/lost+found: this folder cannot be read (Permission denied); check its permissions"]
     assert found.unknown == [f"{top}/lost+found"]
     assert find_in([top], exclude=["lost+found"]).is_complete
 
@@ -103,7 +103,7 @@ def test_places_in_order_and_folders_without_pictures(place, tmp_path):
     top = place("full/a.png", "full/b.png", "empty/notes.txt")
     found = find_in(["x.png", f"{top}/full", f"{top}/empty", "https://example.org/y.png"])
     assert found.pictures == ["x.png", f"{top}/full/a.png", f"{top}/full/b.png", "https://example.org/y.png"]
-    assert found.problems == [f"{top}/empty: there are no pictures in this folder"]
+    assert found.problems == [f"{top}/empty: there are no images in this folder"]
     assert found.unknown == [f"{top}/empty"]
 
 

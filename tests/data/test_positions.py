@@ -69,5 +69,5 @@ def test_a_search_that_is_ended_leaves_nothing(tmp_path):
 
 def test_where_they_cannot_be_kept(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match="cannot be kept there"):
+    with pytest.raises(RecipeError, match="cannot be written"):
         kept_positions(tmp_path / "file" / "a.positions", {"files": 1}, lambda: iter([]))

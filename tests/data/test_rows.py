@@ -45,11 +45,11 @@ def test_several_files_and_a_folder_of_images(tmp_path):
         ("{", "not JSON"),
         ("[1]", "not an object"),
         ('{"text": "a"}', "'image' is missing"),
-        ('{"image": ""}', "'image' has to be a text that is not empty"),
-        ('{"image": "a"}', "says nothing about its picture"),
-        ('{"image": "a", "caption": 3}', "'caption' has to be a text that is not empty, not 3"),
+        ('{"image": ""}', "'image' has to be a non-empty text"),
+        ('{"image": "a"}', "has no text about its image"),
+        ('{"image": "a", "caption": 3}', "'caption' has to be a non-empty text, not 3"),
         ('{"image": "a", "captions": "a dog"}', "'captions' has to be a list"),
-        ('{"image": "a", "captions": ["a dog", ""]}', "'captions' has to be a text that is not empty"),
+        ('{"image": "a", "captions": ["a dog", ""]}', "'captions' has to be a non-empty text"),
         ('{"image": "a", "question": "who?"}', "needs both 'question' and 'answer'"),
         ('{"image": "a", "questions": [{"question": "who?"}]}', "questions: a question needs both"),
         ('{"image": "a", "dialogues": [[]]}', "a list of turns"),
@@ -67,8 +67,8 @@ def test_a_broken_line_is_named(tmp_path, line, problem):
 @pytest.mark.parametrize(
     ("line", "advice"),
     [
-        ('[{"image": "a.png", "caption": "a"}]', "this is a JSON array; make rows of it by 'blip2 rows'"),
-        ('[{"image": "a", "conversations": []}]', "write what 'conversations' has as"),
+        ('[{"image": "a.png", "caption": "a"}]', "this is a JSON array; convert it with 'blip2 rows'"),
+        ('[{"image": "a", "conversations": []}]', "write 'conversations' as"),
         ('{"file_name": "a.png", "text": "a"}', "rename 'file_name' to 'image'"),
         ('{"image": "a", "question": "how?", "answer": ["two", "2"]}', "rename 'answer' to 'answers'"),
         ('{"image": "a", "question": "how?", "answers": "two"}', 'write "answers" as a list of texts'),
@@ -76,14 +76,14 @@ def test_a_broken_line_is_named(tmp_path, line, problem):
         ('{"image": "a", "question": "how?", "answers": []}', "has to be a list of texts or {text: count}, not []"),
         ('{"image": "a", "question": "how?", "multiple_choice_answer": "b"}', "rename 'multiple_choice_answer'"),
         ('{"image": "a", "conversations": [{"from": "human", "value": "<image>"}]}', '"dialogues": [[{"question": ...'),
-        ('{"info": {}, "images": [], "annotations": []}', "this is a file of COCO's"),
-        ('{"image_id": 9, "caption": "a"}', "'image_id' alone does not tell where it lies"),
+        ('{"info": {}, "images": [], "annotations": []}', "this is a COCO file"),
+        ('{"image_id": 9, "caption": "a"}', "'image_id' alone does not say where it is"),
         ('{"image": "a", "caption": ["a", "b"]}', "rename 'caption' to 'captions'"),
         ('{"image": "a", "captoin": "a"}', "rename 'captoin' to 'caption'"),
         ('{"image": "a", "description": "a"}', "rename 'description' to 'caption'"),
-        ('{"image": {"path": "a"}, "caption": "a"}', "write the path of the picture's file"),
+        ('{"image": {"path": "a"}, "caption": "a"}', "write the path of the image file"),
         ("image,caption", "not JSON"),
-        ('{"image": "a", "caption": "\\ud83d"}', "halves of characters"),
+        ('{"image": "a", "caption": "\\ud83d"}', "unpaired surrogates"),
     ],
 )  # fmt: skip
 def test_rows_of_other_tools_are_told_what_to_change(tmp_path, line, advice):
@@ -96,7 +96,7 @@ def test_rows_of_other_tools_are_told_what_to_change(tmp_path, line, advice):
 
 @pytest.mark.parametrize(
     ("content", "advice"),
-    [([{"image": "a.png", "caption": "a"}], "this is a JSON array"), ({"images": [], "annotations": []}, "of COCO's")],
+    [([{"image": "a.png", "caption": "a"}], "this is a JSON array"), ({"images": [], "annotations": []}, "this is a COCO file")],
 )
 def test_a_file_that_is_one_value_is_known(tmp_path, content, advice):
     (tmp_path / "rows.json").write_text(json.dumps(content, indent=1))
@@ -122,7 +122,7 @@ def test_rows_that_are_no_text(tmp_path, content):
 def test_no_file_and_no_rows(tmp_path):
     with pytest.raises(RecipeError, match=r"absent\.jsonl: cannot be read"):
         read_rows([tmp_path / "absent.jsonl"])
-    with pytest.raises(RecipeError, match="no rows in it"):
+    with pytest.raises(RecipeError, match="has no rows"):
         read_rows([write(tmp_path / "empty.jsonl")])
 
 
@@ -147,5 +147,5 @@ def test_answers_of_several_people(tmp_path):
 
 def test_addresses_are_to_be_downloaded(tmp_path):
     file = write(tmp_path / "rows.jsonl", {"image": "https://a.b/c.jpg", "caption": "a"})
-    with pytest.raises(RecipeError, match=r"rows\.jsonl:1: https://a\.b/c\.jpg is an address; download"):
+    with pytest.raises(RecipeError, match=r"rows\.jsonl:1: https://a\.b/c\.jpg is a URL; download"):
         read_rows([file])

@@ -62,7 +62,7 @@ def test_lines_are_elements_too(tmp_path):
         ('{"a": 1 "b": 2}', "'}' is missing"),
         ("{1: 2}", "a key has to be a text"),
         ("[" * 100_000, "too deep"),
-        ('["' + "a" * 500 + '"]', "an element has no end"),
+        ('["' + "a" * 500 + '"]', "an element does not end"),
     ],
 )
 def test_what_is_no_json_is_named(tmp_path, monkeypatch, text, problem):
