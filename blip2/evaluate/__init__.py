@@ -1,9 +1,9 @@
-"""Scores of a model: on rows that have references, and on well-known benchmarks.
+"""Evaluation of a model, on rows with references and on well-known benchmarks.
 
-A row of a JSON-lines file names a picture, and has either a ``question`` with an ``answer`` or several ``answers``
-(those of the people who were asked, or how many gave each), or ``captions`` (references), as ``blip2 rows`` writes
-them. ``type``, of the question, makes a table by type. A benchmark is a description (`benchmarks`) by which such rows
-are made of its files, asked as its published scores were, and written for those who score them.
+A row of a JSON-lines file names an image, and has either a ``question`` with an ``answer`` or several ``answers`` (a
+list, or the number of people who gave each), or ``captions`` (references), as ``blip2 rows`` writes them. The ``type``
+of a question gives a table by type. A benchmark is described in `benchmarks`: how to make such rows of its files, the
+settings of its published scores, and the file for its server.
 """
 
 from blip2.evaluate.benchmark import PROTOCOLS

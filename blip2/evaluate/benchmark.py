@@ -1,4 +1,4 @@
-"""What a benchmark is: a description that everything else goes by, and how published scores were decoded."""
+"""The description of a benchmark, and the decoding settings of published scores."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 from blip2.data.kinds import Kind
 
 CAPTION, ASK, CHOOSE, RETRIEVE, PAIR = "caption", "ask", "choose", "retrieve", "pair"
-"""What is done with a picture: describe it; answer; choose an answer; find it by its texts, and them by it; tell which
-of two texts is whose of two pictures."""
+"""The task: caption an image; answer; choose an answer; retrieval in both directions; match two texts to two images."""
 MATCHING = (RETRIEVE, PAIR)
-"""For models that match."""
+"""For matching models."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Files of one kind. ``files``: a pattern for each, of its whole path in small letters. ``split``: where they have
-    several."""
+    """A set of files. ``files``: a pattern for each path, in lower case. ``split``: the split in files with several."""
 
     kind: Kind
     files: tuple[str, ...]
@@ -27,7 +25,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where something is had: what, from where, and how large it is."""
+    """Where data can be found: what, where, and its size."""
 
     what: str
     where: str
@@ -39,10 +37,10 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a score was made. ``prompt``: the beginning of captions, or the words around questions ("" are those of the
-    model's family). ``decoding``: options of `GenerateOptions`; ``by_family`` has those that differ by the family of
-    the language model. ``image_size``: of the model's pictures, in pixels. ``rule``: of `VQA_RULES`. ``candidates``: of
-    a retrieval, how many are read together with what they are found by. ``not_done``: what is done otherwise here."""
+    """How a score was made. ``prompt``: the prompt of captions, or the template of questions ("" is that of the model's
+    family). ``decoding``: options of `GenerateOptions`; ``by_family``: those that depend on the family of the language
+    model. ``image_size``: in pixels. ``rule``: one of `VQA_RULES`. ``candidates``: in a retrieval, the number of texts
+    or images that are reranked by ITM. ``not_done``: known differences here."""
 
     image_size: int
     prompt: str = ""
@@ -58,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Published:
-    """Scores in percent (CIDEr and BLEU times 100), by the name of the model on the hub, then by that of the score."""
+    """Scores in percent (CIDEr and BLEU times 100), by model name on the hub, then by score name."""
 
     source: str
     scores: Mapping[str, Mapping[str, float]]
@@ -66,11 +64,10 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """``rows``: pictures or questions in all of it. ``keep``: names of what rows have beside, as
-    `data.convert.Conversion` takes them. ``origins``: where its files and pictures are had. ``settings`` and
-    ``published``: by protocol. ``server``: the form of the file that others score, of `evaluate.results`; ``result``:
-    its name. ``is_scored``: whether the right answers are published. ``has_domains``: whether rows are of several, each
-    of which has a CIDEr of its own."""
+    """``rows``: number of images or questions. ``keep``: further fields of rows, as for `data.convert.Conversion`.
+    ``origins``: where its files and images can be found. ``settings`` and ``published``: by protocol. ``server``:
+    format of the file for its server, see `evaluate.results`; ``result``: that file's name. ``is_scored``: whether the
+    references are published. ``has_domains``: whether CIDEr is computed for each domain."""
 
     title: str
     task: str
@@ -90,8 +87,8 @@ PROTOCOLS = ("paper", "lavis")
 
 # ---- settings ----
 
-# The shortest caption is 8 in the authors' code, which counts the four tokens of "a photo of" where the language model
-# has no encoder, and the start token where it has one.
+# The minimum length of captions is 8 in the authors' code, which counts the four tokens of "a photo of" for a
+# decoder-only language model, and the start token for one with an encoder.
 CAPTIONS = Settings(
     image_size=364, prompt="a photo of", decoding={"num_beams": 5, "max_new_tokens": 30, "min_new_tokens": 4,
                                                    "length_penalty": 1.0, "repetition_penalty": 1.0},
@@ -108,8 +105,8 @@ ANSWERS = Settings(
 ANSWERS_LAVIS = replace(
     ANSWERS, prompt="Question: {} Short answer:", by_family={"opt": {"length_penalty": 0.0}}, rule="lavis"
 )
-ONE_ANSWER = replace(ANSWERS, rule="lavis")  # else letter by letter, as GQA's own program has it
-LEMMAS = "LAVIS brings nouns and verbs of the answers to their base form by spaCy, which is not done here"
+ONE_ANSWER = replace(ANSWERS, rule="lavis")  # else exact match, as in GQA's own program
+LEMMAS = "LAVIS lemmatizes nouns and verbs of the answers with spaCy, which is not done here"
 OKVQA, OKVQA_LAVIS = replace(ANSWERS, not_done=LEMMAS), replace(ANSWERS_LAVIS, not_done=LEMMAS)
 RETRIEVAL = Settings(image_size=364, candidates=128)
 PAIRS = Settings(image_size=224)

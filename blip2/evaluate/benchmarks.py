@@ -1,7 +1,7 @@
-"""Well-known benchmarks: for each where its files are, what is asked, how that was decoded, and what was published.
+"""Well-known benchmarks: their files, prompts, decoding and published scores.
 
-Published scores: the paper (arXiv 2301.12597) and what the authors' library (LAVIS) notes in its own settings. Schemas
-are those of `blip2.data.kinds`; a mirror is a data set of the Hugging Face hub as parquet, with the pictures in it.
+Published scores are from the paper (arXiv 2301.12597) and from the settings files of the authors' library (LAVIS).
+Schemas are those of `blip2.data.kinds`; a mirror is a data set on the Hugging Face hub as parquet, with images.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _by_model(name: str, **scores: float) -> dict[str, dict[str, float]]:
     return {models[model]: {name: score} for model, score in scores.items()}
 
 
-# ---- kinds of files that training does not know ----
+# ---- file kinds that are not for training ----
 
 MIRRORED_CAPTIONS = Kind(
     help="", image=("{image}",), split="split",
@@ -58,20 +58,20 @@ MIRRORED_GQA = replace(
 TEST_QUESTIONS = Kind(
     help="", items="questions", image=("test2015/COCO_test2015_{image_id:012}.jpg",), question=("question",)
 )
-WINOGROUND = Kind(help="pairs of pictures and captions", image=("{image}",), caption=("caption",))
+WINOGROUND = Kind(help="pairs of images and captions", image=("{image}",), caption=("caption",))
 
-# ---- where files are had ----
+# ---- origins of files ----
 
 HUB = "https://huggingface.co/datasets"
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 LISTS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 COCO_VAL = Origin("val2014/", "http://images.cocodataset.org/zips/val2014.zip", "6.2 GB")
-FLICKR = Origin("flickr30k-images/", "the form of https://shannon.cs.illinois.edu/DenotationGraph/", "4.4 GB")
-VG = Origin("pictures of Visual Genome", "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html", "15 GB")
+FLICKR = Origin("flickr30k-images/", "in the format of https://shannon.cs.illinois.edu/DenotationGraph/", "4.4 GB")
+VG = Origin("images of Visual Genome", "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html", "15 GB")
 
 
 def _mirror(name: str, size: str) -> Origin:
-    return Origin(f"or the parquet files of {name}, with the pictures", f"{HUB}/{name}", size)
+    return Origin(f"or the parquet files of {name}, with the images", f"{HUB}/{name}", size)
 
 
 COCO_LAYOUTS = (
@@ -113,7 +113,7 @@ AOKVQA_KEEP = {
 }  # fmt: skip
 
 TABLE_2, TABLE_3, TABLE_5 = (f"BLIP-2 paper, table {number}" for number in (2, 3, 5))
-NOTED = "noted in LAVIS' settings of this evaluation"
+NOTED = "noted in LAVIS' settings for this evaluation"
 
 BENCHMARKS: dict[str, Benchmark] = {
     "coco": Benchmark(
@@ -138,7 +138,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Layout(MIRRORED_CAPTIONS, ("*nocaps*/validation*.parquet",)),
         ),
         origins=(
-            Origin("nocaps_val_4500_captions.json and its pictures", "https://nocaps.org/download", "about 1.4 GB"),
+            Origin("nocaps_val_4500_captions.json and its images", "https://nocaps.org/download", "about 1.4 GB"),
             _mirror("lmms-lab/NoCaps, which has no domains", "about 1.4 GB for validation"),
         ),
         keep={"id": ("image_id", "img_id"), "type": ("domain",)},
@@ -229,7 +229,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         origins=(
             Origin("testdev_balanced_questions.json", "https://downloads.cs.stanford.edu/nlp/data/gqa/questions1.2.zip",
                    "1.4 GB"),
-            Origin("its pictures", "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "20 GB"),
+            Origin("its images", "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "20 GB"),
             _mirror("lmms-lab/GQA, its folders testdev_balanced_*", "under 0.1 GB"),
         ),
         keep={"id": ("question_id", "#", "id"), "type": ("types",)},
@@ -286,7 +286,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Layout(WINOGROUND, ("*winoground*/examples.jsonl",)),
         ),
         origins=(Origin("examples.jsonl with images/, or the parquet files", f"{HUB}/facebook/winoground, whose terms "
-                        "have to be accepted", "some hundred MB"),),
+            "have to be accepted", "some hundred MB"),),
         settings={"paper": PAIRS, "lavis": PAIRS},
     ),
 }  # fmt: skip

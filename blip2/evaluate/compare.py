@@ -1,4 +1,4 @@
-"""What was said beside what is right: a score for each row, and those of all rows by name."""
+"""Compares outputs with references: a score for each row, and total scores by name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from blip2.scores.java import by_java
 from blip2.scores.tokens import tokens
 
 Scores = dict[str, dict[str, float]]
-"""By name, in percent: "score", and where it is a mean "low" and "high", between which it is with 95 %."""
+"""By name, in percent: "score", and for means the 95 % interval "low" to "high"."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """``each``: of each row, None of one that is not counted. ``not_computed``: by the name of a score why not."""
+    """``each``: the score of each row, None for a row that is not scored. ``not_computed``: reasons, by score name."""
 
     each: Sequence[float | None]
     totals: Scores
@@ -25,15 +25,14 @@ class Compared:
 
 
 def compared(
-    examples: Sequence[Example], said: Sequence[str | None], rule: str, *,
+    examples: Sequence[Example], outputs: Sequence[str | None], rule: str, *,
     apart: bool = False, java: bool = True, other: str = "",
 ) -> Compared:  # fmt: skip
-    """``other``: another rule, by which answers are compared as well. ``apart``: captions of each type have their
-    CIDEr computed among themselves, as the server of NoCaps does it.
-    ``java``: whether METEOR and SPICE are wanted."""
+    """``other``: a second rule for answers. ``apart``: compute the CIDEr of each type separately, as the server of
+    NoCaps does. ``java``: whether to compute METEOR and SPICE."""
     if examples[0].question is None:
-        return _captions(examples, said, apart, java)
-    return _answers(examples, said, rule, other)
+        return _captions(examples, outputs, apart, java)
+    return _answers(examples, outputs, rule, other)
 
 
 def by_type(examples: Sequence[Example], each: Sequence[float | None]) -> Scores:
@@ -54,9 +53,9 @@ def with_interval(scores: Sequence[float], pictures: Sequence[object]) -> dict[s
     return {"score": 100 * sum(scores) / len(scores), "low": 100 * low, "high": 100 * high}
 
 
-def _captions(examples: Sequence[Example], said: Sequence[str | None], apart: bool, java: bool) -> Compared:
-    """Of pictures: the rows of one are its references together."""
-    texts = tokens([text or "" for text in said])
+def _captions(examples: Sequence[Example], outputs: Sequence[str | None], apart: bool, java: bool) -> Compared:
+    """Scores of images: all rows of an image together are its references."""
+    texts = tokens([text or "" for text in outputs])
     flat = iter(tokens([text for example in examples for text in example.wanted]))
     references = [[next(flat) for _ in example.wanted] for example in examples]
     each, pictures = cider(texts, references), [example.picture for example in examples]
@@ -72,8 +71,8 @@ def _captions(examples: Sequence[Example], said: Sequence[str | None], apart: bo
     return Compared(each, totals, missing)
 
 
-def _answers(examples: Sequence[Example], said: Sequence[str | None], rule: str, other: str) -> Compared:
-    each = _by_rule(examples, said, rule)
+def _answers(examples: Sequence[Example], outputs: Sequence[str | None], rule: str, other: str) -> Compared:
+    each = _by_rule(examples, outputs, rule)
     counted = [place for place, score in enumerate(each) if score is not None]
     if not counted:
         return Compared(each, {})
@@ -84,15 +83,16 @@ def _answers(examples: Sequence[Example], said: Sequence[str | None], rule: str,
 
     totals = {"accuracy": mean(each)}
     if other:
-        totals[f"accuracy, rule {other}"] = mean(_by_rule(examples, said, other))
+        totals[f"accuracy, rule {other}"] = mean(_by_rule(examples, outputs, other))
     return Compared(each, totals)
 
 
-def _by_rule(examples: Sequence[Example], said: Sequence[str | None], rule: str) -> list[float | None]:
-    """One answer is compared letter by letter, but by the rule of LAVIS (its GQATask) as those of people are."""
+def _by_rule(examples: Sequence[Example], outputs: Sequence[str | None], rule: str) -> list[float | None]:
+    """A single reference answer is compared by exact match, or by the rule of LAVIS (its GQATask) like answers of
+    people."""
     plain: Callable[[str], str] = normalised if rule == "lavis" else str
     each: list[float | None] = []
-    for example, text in zip(examples, said, strict=True):
+    for example, text in zip(examples, outputs, strict=True):
         if not example.wanted:
             each.append(None)
         elif text is None:

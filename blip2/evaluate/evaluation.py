@@ -1,4 +1,4 @@
-"""An evaluation: what a model said, compared with what is right."""
+"""An evaluation: the outputs of a model compared with references."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from blip2.errors import OptionError, option
 from blip2.evaluate import matching, report, results
 from blip2.evaluate.benchmark import ASK, PAIR, Benchmark
 from blip2.evaluate.compare import by_type, compared
-from blip2.evaluate.examples import ANSWERS, Example, answers, said, texts_of
+from blip2.evaluate.examples import ANSWERS, Example, answers, outputs, texts_of
 from blip2.evaluate.protocol import Facts
-from blip2.evaluate.report import Told
+from blip2.evaluate.report import Outputs
 from blip2.plaintext import read_lines
 from blip2.scores import paired
 
 SCORES = "scores.json"
 MOST_SHOWN = 20
-"""Of the rows whose answers another model gave otherwise."""
+"""Number of listed rows whose answer differs from another model's."""
 OTHER_RULE = {"official": "lavis", "lavis": "official"}
-"""By which answers to benchmarks are compared as well."""
+"""The second rule for answers to benchmarks."""
 OnSeen = Callable[[int, int], None]
 WHERE: dict[str, Any] = {"key_column": "row", "image_column": "image", "format": "jsonl"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is checked and can begin. ``run``: collects what the model says; the same call goes on where it was, after
-    `see`. ``rows``: the file. ``benchmark`` and ``facts``: of a named one, and what its report says beside the
-    scores."""
+    """An evaluation that has been checked and can start. ``run``: collects the model's outputs; calling it again
+    resumes, after `see`. ``rows``: the file. ``benchmark`` and ``facts``: for a benchmark, and what its report states
+    beside the scores."""
 
     rows: Path
     examples: Sequence[Example]
@@ -46,33 +46,32 @@ class Evaluation:
 
     @property
     def num_missing(self) -> int:
-        """Rows that nothing is known of yet. Raises CollectionError."""
+        """Number of rows without a result. Raises CollectionError."""
         path = self.folder / ANSWERS
         return len(self.examples) - (sum(1 for _ in read_lines(path)) if path.exists() else 0)
 
     def see(self, on_progress: OnSeen = lambda done, total: None) -> None:
-        """What a retrieval needs before its run: the vectors of all pictures and texts. Raises CollectionError."""
+        """For a retrieval, compute the vectors of all images and texts before the run. Raises CollectionError."""
         if self.nearest is not None:
             matching.see(self.run, self.nearest, on_progress)
 
     def scores(self, against: Path | None = None) -> dict[str, Any]:
-        """What was said, compared; written to scores.json as well, and for people to report.html. ``against``: the
-        folder of another model's evaluation of the same rows. Raises CollectionError where answers are missing, or are
-        not of these rows."""
+        """Compute the scores; also writes scores.json and report.html. ``against``: the folder of another model's
+        evaluation of the same rows. Raises CollectionError if answers are missing or belong to other rows."""
         compared, examples, ours, theirs = self._compared(against)
         found: dict[str, Any] = {"rows": len(self.examples), **compared}
         if self.facts is not None:
-            found |= self.facts.told(found["scores"])
+            found |= self.facts.as_dict(found["scores"])
         disk.write_text(self.folder / SCORES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         report.write(self.folder, self.rows, found, examples, ours, theirs)
         return found
 
-    def _compared(self, against: Path | None) -> tuple[dict[str, Any], Sequence[Example], Told, Told | None]:
-        """Beside the scores what the page shows: the rows, what was said of them, and what another model said."""
+    def _compared(self, against: Path | None) -> tuple[dict[str, Any], Sequence[Example], Outputs, Outputs | None]:
+        """The scores, and for the page the rows, this model's outputs, and those of another model."""
         if self.nearest is not None or (self.benchmark is not None and self.benchmark.task == PAIR):
             if against is not None:
-                raise OptionError(f"{option('against')} compares answers, which a model that matches does not give")
-            shown: tuple[Sequence[Example], Told]
+                raise OptionError(f"{option('against')} compares answers, but a matching model gives none")
+            shown: tuple[Sequence[Example], Outputs]
             if self.nearest is None:
                 totals, num_failed = matching.scores_of_pairs(self.examples, self.folder)
                 shown = matching.chosen_of_pairs(self.examples, self.folder)
@@ -94,22 +93,22 @@ class Evaluation:
         if self.benchmark is not None and self.benchmark.server:
             found["results"] = results.write(self.benchmark, self.folder, self.examples, texts).name
         sure = [row.get("score") if row is not None else None for row in rows]
-        ours = Told(texts, scored.each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
+        ours = Outputs(texts, scored.each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
         theirs = None
         if against is not None:
             found["against"], theirs = self._beside(against, ours)
         return found, self.examples, ours, theirs
 
-    def _beside(self, against: Path, ours: Told) -> tuple[dict[str, Any], Told]:
-        others = said(against, len(self.examples))
-        theirs = Told(others, compared(self.examples, others, self.rule, java=False).each)
+    def _beside(self, against: Path, ours: Outputs) -> tuple[dict[str, Any], Outputs]:
+        others = outputs(against, len(self.examples))
+        theirs = Outputs(others, compared(self.examples, others, self.rule, java=False).each)
         both = [(a, b, example.picture) for a, b, example in zip(ours.each, theirs.each, self.examples, strict=True)
                 if a is not None and b is not None]  # fmt: skip
         if not both:
-            raise OptionError(f"{option('against')} compares scores, and the answers to these rows are not published")
+            raise OptionError(f"{option('against')} compares scores, but the answers to these rows are not published")
         changed = [
             {"row": row, "was": before, "is": now}
-            for row, (before, now) in enumerate(zip(others, ours.said, strict=True))
+            for row, (before, now) in enumerate(zip(others, ours.texts, strict=True))
             if before != now
         ]
         own, other, pictures = zip(*both, strict=True)

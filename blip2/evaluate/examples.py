@@ -1,4 +1,4 @@
-"""What a model is asked about and compared with, and what it said: rows with references, and answers by row."""
+"""Rows with references, and a model's outputs by row."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ANSWERS = "answers.jsonl"
 
 @dataclass(frozen=True)
 class Example:
-    """A row. ``wanted``: captions (``question`` is None then), or answers: one, or those of several people
-    (``are_people``); empty where nothing is known, or nothing is counted. ``kind``: the type of the question, "" where
-    rows have none. ``id``: by which the data set knows it. ``rephrased``: the question in other words."""
+    """A row. ``wanted``: reference captions (``question`` is then None) or answers: one, or those of several people
+    (``are_people``); empty if unknown or not scored. ``kind``: the type of the question, "" if there is none. ``id``:
+    the id in the data set. ``rephrased``: the question in other words."""
 
     picture: str
     question: str | None
@@ -42,7 +42,7 @@ def read(rows: Path) -> list[Example]:
     if not examples:
         raise CollectionError(f"{rows}: has no rows; write one JSON object a line")
     if len({example.question is None for example in examples}) > 1:
-        raise CollectionError(f"{rows}: has captions and questions; divide it into two files")
+        raise CollectionError(f"{rows}: has both captions and questions; split it into two files")
     return examples
 
 
@@ -50,9 +50,9 @@ def _example(line: str, place: str) -> Example:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise CollectionError(f"{place}: is not JSON; write one object a line") from None
+        raise CollectionError(f"{place}: is not JSON; write one JSON object a line") from None
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-        raise CollectionError(f'{place}: has no "image"; name a picture in each row')
+        raise CollectionError(f'{place}: has no "image"; name an image in each row')
     question, kind, own_id = row.get("question"), row.get("type", ""), row.get("id")
     rephrased = row.get("rephrased", [])
     if not isinstance(rephrased, list) or not all(isinstance(text, str) and text.strip() for text in rephrased):
@@ -69,23 +69,23 @@ def _example(line: str, place: str) -> Example:
     if name not in ("answers", "answer"):
         question = None
     elif not isinstance(question, str):
-        raise CollectionError(f'{place}: has answers and no "question"')
+        raise CollectionError(f'{place}: has answers, but no "question"')
     are_people = name == "answers" and len(wanted) > 1
     return Example(row["image"], question, tuple(wanted), are_people, str(kind), own_id, tuple(rephrased))
 
 
-def said(folder: Path, number: int) -> list[str | None]:
-    """By row; None for a picture that could not be read. Raises CollectionError."""
+def outputs(folder: Path, number: int) -> list[str | None]:
+    """The outputs by row; None for an unreadable image. Raises CollectionError."""
     return texts_of(answers(folder, number))
 
 
 def texts_of(rows: Sequence[dict[str, Any] | None]) -> list[str | None]:
-    """Of `answers`."""
+    """The texts of `answers`."""
     return [row["caption"] if row is not None else None for row in rows]
 
 
 def answers(folder: Path, number: int) -> list[dict[str, Any] | None]:
-    """All that was written of each row; None for a picture that could not be read. Raises CollectionError."""
+    """The complete result of each row; None for an unreadable image. Raises CollectionError."""
     path = folder / ANSWERS
     found: dict[int, dict[str, Any] | None] = {}
     try:
@@ -94,7 +94,8 @@ def answers(folder: Path, number: int) -> list[dict[str, Any] | None]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CollectionError(f"{path}: cannot be read ({error}); evaluate with {option('restart')}") from None
     if missing := number - len(found):
-        raise CollectionError(f"{path}: has no answer to {missing} of {number} rows; the same command goes on")
+        raise CollectionError(f"{path}: has no answer to {missing} of {number} rows; run the same command again to "
+            "resume")
     return [found[row] for row in range(number)]
 
 

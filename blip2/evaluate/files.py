@@ -1,4 +1,4 @@
-"""The files of a benchmark: found under a folder, or named with where they are had; pictures in parquet unpacked."""
+"""Finds the files of a benchmark under a folder, or says where to get them; unpacks images from parquet files."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from blip2.plaintext import NotTextError, read_pieces
 PARQUET = ".parquet"
 ENDINGS = (".json", ".jsonl", PARQUET)
 UNPACKED = "unpacked"
-"""Folder for pictures out of parquet files, within that of the data: once for all models."""
+"""Folder for images from parquet files, inside the data folder, shared by all models."""
 SIGNATURES = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif"}
 
 
 def find(benchmark: Benchmark, data: Path) -> tuple[Layout, list[Path]]:
-    """The first of its layouts of which all files are there. Raises CollectionError, which says what is missing, where
-    that is had and how large it is; and where several copies could be meant."""
+    """The first layout whose files all exist. Raises CollectionError if files are missing, with their origin and size,
+    or if several copies match."""
     if not data.is_dir():
-        raise CollectionError(f"{data}: there is no such folder; name that of the data with {option('data')}")
+        raise CollectionError(f"{data}: there is no such folder; name the data folder with {option('data')}")
     there = [
         Path(folder, name)
         for folder, folders, names in os.walk(data.absolute(), followlinks=True)
@@ -45,8 +45,8 @@ def find(benchmark: Benchmark, data: Path) -> tuple[Layout, list[Path]]:
             return _of_content(layout, found[0][0]), [path for some in found for path in _of_one_folder(some, data)]
     wanted = "; ".join(map(str, benchmark.origins))
     raise CollectionError(
-        f"{data}: the files of this benchmark are not there. It needs {wanted}. Nothing is downloaded for you: put "
-        f"them into one folder, and name it with {option('data')}"
+        f"{data}: does not have the files of this benchmark. It needs {wanted}. Nothing is downloaded automatically: "
+        f"put them into one folder, and name it with {option('data')}"
     )
 
 
@@ -56,28 +56,29 @@ def _of_one_folder(paths: Sequence[Path], data: Path) -> Sequence[Path]:
         folders[path.parent].append(path)
     if len(folders) > 1 or (len(paths) > 1 and paths[0].suffix != PARQUET):
         one, other = list(folders)[:2] if len(folders) > 1 else paths[:2]
-        raise CollectionError(f"{data}: {one} and {other} could both be meant; name one's folder with {option('data')}")
+        raise CollectionError(f"{data}: {one} and {other} both match; name the folder of one of them with "
+            f"{option('data')}")
     return paths
 
 
 def _of_content(layout: Layout, path: Path) -> Layout:
-    """The authors' library has lists under the names of files that are objects."""
+    """The authors' library uses the same file names for lists as others do for objects."""
     try:
         if layout.kind.items == MEMBER and next(read_pieces(path), "").lstrip().startswith("["):
             return replace(layout, kind=KINDS["list"])
     except (OSError, NotTextError) as error:
-        raise CollectionError(f"{path}: cannot be read ({error}); get it again") from None
+        raise CollectionError(f"{path}: cannot be read ({error}); download it again") from None
     return layout
 
 
 def has_column(path: Path, name: str) -> bool:
-    """Whether a file that is no parquet may have it, or this one does."""
+    """Whether a file has a column; True for files other than parquet."""
     return path.suffix != PARQUET or name in Parquet(str(path)).columns
 
 
 class Opened:
-    """Elements of any of the files, as `data.stream.elements` gives them. Pictures that are within are unpacked into
-    ``folder``, under names by their content; a row has the path in their place. Raises CollectionError, RecipeError."""
+    """Elements of any of the files, as from `data.stream.elements`. Images inside files are unpacked into ``folder``,
+    with names from their content, and rows get their path. Raises CollectionError, RecipeError."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -90,7 +91,7 @@ class Opened:
 
     @staticmethod
     def holds(files: Sequence[Path]) -> bool:
-        """Whether the pictures are within the files."""
+        """Whether the files contain the images."""
         return any(path.suffix == PARQUET and Parquet(str(path)).holding_bytes for path in files)
 
     def _rows(self, path: Path) -> Iterator[Element]:
@@ -104,7 +105,7 @@ class Opened:
     def _unpacked(self, value: object, place: str) -> str:
         content, problem = picture_of(value, "image")
         if not isinstance(content, bytes):
-            raise CollectionError(f"{place}: {problem or 'has a path in the place of a picture'}; get the file again")
+            raise CollectionError(f"{place}: {problem or 'has a path instead of an image'}; download the file again")
         ending = next((ending for begin, ending in SIGNATURES.items() if content.startswith(begin)), ".img")
         path = self._folder / f"{blake2b(content, digest_size=12).hexdigest()}{ending}"
         if path.name not in self._there:
@@ -115,13 +116,13 @@ class Opened:
                     disk.write_bytes(path, content)
                 except OSError as error:
                     raise CollectionError(
-                        f"{path}: cannot be written ({error.strerror}); pictures of parquet files are unpacked there, "
-                        f"so {option('data')} has to be a folder that may be written to"
+                        f"{path}: cannot be written ({error.strerror}); images of parquet files are unpacked there, "
+                        f"so {option('data')} has to be a writable folder"
                     ) from None
             self._there.add(path.name)
         return str(path)
 
 
 def _section(values: Mapping[str, Any]) -> str:
-    """Pictures that have a file of their own are found by their id."""
+    """Images in files of their own are found by their id."""
     return "images" if {"id", "image"} == values.keys() else ""

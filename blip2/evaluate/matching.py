@@ -1,9 +1,9 @@
-"""Benchmarks of models that match: pictures found by texts and texts by pictures, and pairs that are told apart.
+"""Benchmarks of matching models: retrieval in both directions, and pairs of two images and two texts.
 
-A retrieval has two passes over the pictures. In the first all pictures and texts become vectors, whose cosines are kept
-in a file; in the second each picture is read together with the texts that are near it, or to which it is near, and
-that is a collection as any other: it stops, and goes on. So the image encoder sees each picture twice, which is little
-beside some hundred texts that are read with it, and the features of a few pictures are in memory, not of all.
+A retrieval has two passes over the images. The first computes vectors of all images and texts and keeps their cosines
+in a file. The second reranks by ITM: it reads each image together with the nearest texts in either direction. That pass
+is a collection like any other, and can be resumed. The image encoder thus runs twice for each image, which is cheap
+beside some hundred texts, and only the features of a few images are in memory.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from blip2.errors import CollectionError, ImageError, option
 from blip2.evaluate.benchmark import PAIR
 from blip2.evaluate.compare import Scores, with_interval
 from blip2.evaluate.examples import ANSWERS, Example, answers
-from blip2.evaluate.report import Told
+from blip2.evaluate.report import Outputs
 from blip2.scores.ranking import RECALLS, pairs, ranks
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.match import ImageFeatures
 
 CHUNK = 256
-"""Pictures whose vectors are kept at a time; a run that is stopped loses no more."""
+"""Images for each write of cosines; an interrupted run loses no more."""
 TEXT_TOKENS = 35
-"""Of a text, its ends included, as the authors' library cuts it for a retrieval."""
+"""Tokens of a text with its special tokens, as the authors' library truncates it for retrieval."""
 NOT_READ = -100.0
-"""The score of what was not read together, as in the authors' library."""
+"""The score of a pair that was not reranked, as in the authors' library."""
 DIGITS = 6
 ITM, ITC = "read together", "by vectors"
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """All pictures, and the texts of all. ``cosines``: the file of their cosines with the pictures, ``float32[N, M]``.
-    ``candidates``: how many are read together with what they are near to, in both directions."""
+    """All images, and the texts of all. ``cosines``: the file of their cosines with the images, ``float32[N, M]``.
+    ``candidates``: the number of pairs to rerank, for each image and for each text."""
 
     pictures: tuple[str, ...]
     texts: tuple[str, ...]
@@ -59,7 +59,7 @@ class Nearest:
     candidates: int
 
     def of_pictures(self) -> list[list[int]]:
-        """For each picture the numbers of the texts that it is read together with."""
+        """For each image the indices of the texts that are reranked with it."""
         cosines_NM = torch.from_numpy(np.load(self.cosines))
         number_N, number_M = cosines_NM.shape
         texts_NK = cosines_NM.topk(min(self.candidates, number_M), dim=1).indices.tolist()
@@ -73,7 +73,8 @@ class Nearest:
 def beginning(
     task: str, examples: Sequence[Example], rows: Path, folder: Path, candidates: int, **options: Any
 ) -> tuple[CollectionRun, Nearest | None]:
-    """What is checked and can begin; of a retrieval with what `see` has to make before."""
+    """An evaluation that has been checked and can start; for a retrieval with the cosines that `see` has to compute
+    before."""
     batch_size = options.pop("batch_size", None) or BATCH_SIZE
     judge, rest = model_of(as_matcher, options.pop("model", None) or "miniature-itm", options)
     machines = Machines.of(rest)
@@ -91,7 +92,7 @@ def beginning(
 
 @dataclass(frozen=True)
 class _Loading:
-    """`made`, as a value that can be pickled."""
+    """`made` as a value that can be pickled."""
 
     make: Callable[..., Work]
     arguments: tuple[Any, ...]
@@ -100,11 +101,11 @@ class _Loading:
         return made(self.make, self.arguments, get)
 
 
-# ---- the first pass ----
+# ---- first pass ----
 
 
 def see(run: CollectionRun, nearest: Nearest, on_progress: Callable[[int, int], None]) -> None:
-    """Make the cosines, unless they are there; a run that was stopped goes on. Raises CollectionError, OSError."""
+    """Compute the cosines unless they exist; resumes an interrupted run. Raises CollectionError, OSError."""
     if nearest.cosines.exists():
         return
     matcher: Matcher = run.model.anyhow()
@@ -127,7 +128,7 @@ def see(run: CollectionRun, nearest: Nearest, on_progress: Callable[[int, int], 
 
 
 def _cosines(matcher: Matcher, image: ImageFeatures | ImageError, texts_ME: Tensor) -> Tensor:
-    """``float32[1, M]``; the least of a picture that cannot be read."""
+    """``float32[1, M]``; the lowest value for an unreadable image."""
     if isinstance(image, ImageError):
         return torch.full((1, len(texts_ME)), -1.0)
     return matcher.reader.cosines([image], texts_ME).cpu()
@@ -143,13 +144,13 @@ def _ids(matcher: Matcher, texts: Sequence[str]) -> list[list[int]]:
     return [[*row[: TEXT_TOKENS - 1], row[-1]] if len(row) > TEXT_TOKENS else row for row in matcher.reader.ids(texts)]
 
 
-# ---- what is made of a picture: scores, each with the name of what it is of ----
+# ---- results of an image: scores with the name of their text ----
 
 
 def reranked(matcher: Matcher, nearest: Nearest, batch_size: int) -> Work:
-    """The logit and the cosine of each text that is near, by its number."""
+    """The ITM logit and the cosine of each candidate text, by its number."""
     if not nearest.cosines.exists():
-        raise CollectionError(f"{nearest.cosines}: is not there; evaluate with {option('restart')}")
+        raise CollectionError(f"{nearest.cosines}: does not exist; evaluate with {option('restart')}")
     ids, near = _ids(matcher, nearest.texts), nearest.of_pictures()
     cosines_NM = np.load(nearest.cosines, mmap_mode="r")
 
@@ -166,7 +167,7 @@ def reranked(matcher: Matcher, nearest: Nearest, batch_size: int) -> Work:
 
 
 def compared(matcher: Matcher, batch_size: int) -> Work:
-    """The score of each of a row's own texts, read together and by vectors."""
+    """The scores of each of a row's own texts, by ITM and by cosine."""
 
     def read(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
         return [one(image, record.columns["captions"]) for image, record in zip(pictures, records, strict=True)]
@@ -190,8 +191,8 @@ def _outcome(names: Sequence[str], scores: Sequence[float]) -> Outcome:
 def scores_of_retrieval(
     examples: Sequence[Example], folder: Path, nearest: Nearest
 ) -> tuple[Scores, int]:
-    """Recalls in percent, of pictures that find a text of theirs ("text R@1") and of texts that find their picture
-    ("image R@1"); and how many pictures could not be read. Raises CollectionError."""
+    """Recalls in percent: images that find one of their texts ("text R@1"), and texts that find their image ("image
+    R@1"); and the number of unreadable images. Raises CollectionError."""
     rows = answers(folder, len(examples))
     cosines_NM = np.load(nearest.cosines)
     owner_M = [number for number, example in enumerate(examples) for _ in example.wanted]
@@ -212,7 +213,7 @@ def scores_of_retrieval(
 
 
 def _only_candidates(read_NM: np.ndarray, cosines_NM: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of what was read for either direction, what each direction has as its own."""
+    """Of all reranked pairs, the candidates of each direction."""
     cosines = torch.from_numpy(cosines_NM)
     sides = []
     for axis in (1, 0):
@@ -224,7 +225,7 @@ def _only_candidates(read_NM: np.ndarray, cosines_NM: np.ndarray, number: int) -
 
 
 def scores_of_pairs(examples: Sequence[Example], folder: Path) -> tuple[Scores, int]:
-    """Winoground's, in percent. Raises CollectionError."""
+    """Winoground's scores in percent. Raises CollectionError."""
     rows = answers(folder, len(examples))
     sides: dict[str, dict[int, dict[str, Any] | None]] = {}
     for example, row in zip(examples, rows, strict=True):
@@ -245,31 +246,31 @@ def _right(first: dict[str, Any] | None, second: dict[str, Any] | None, way: str
     return pairs([[own[f"{way} {text}"] for text in (0, 1)] for own in by_name])
 
 
-# ---- rows to be looked at ----
+# ---- rows for the report ----
 
 
-def found_first(examples: Sequence[Example], folder: Path, nearest: Nearest) -> Told:
-    """Of each picture the text that fits it best of those that were read with it, and 1 / the place of its first own
-    text among them, 0 if none of its own was read. Raises CollectionError."""
+def found_first(examples: Sequence[Example], folder: Path, nearest: Nearest) -> Outputs:
+    """For each image the best reranked text, and the reciprocal rank of its first own text, or 0 if none was reranked.
+    Raises CollectionError."""
     ends = np.cumsum([len(example.wanted) for example in examples]).tolist()
-    said: list[str | None] = []
+    outputs: list[str | None] = []
     each: list[float | None] = []
     for number, (row, example) in enumerate(zip(answers(folder, len(examples)), examples, strict=True)):
         if row is None:
-            said.append(None)
+            outputs.append(None)
             each.append(0.0)
             continue
         ordered = sorted(zip(row["scores"], map(int, row["captions"]), strict=True), key=lambda one: (-one[0], one[1]))
         own = range(ends[number] - len(example.wanted), ends[number])
         place = next((place for place, (_, text) in enumerate(ordered, start=1) if text in own), None)
-        said.append(nearest.texts[ordered[0][1]])
+        outputs.append(nearest.texts[ordered[0][1]])
         each.append(0.0 if place is None else 1 / place)
-    return Told(said, each, measure="the place of the first own text: 1, 1/2, 1/3 and so on", verb="found")
+    return Outputs(outputs, each, measure="the reciprocal rank of the first own text: 1, 1/2, 1/3 ...", label="found")
 
 
-def chosen_of_pairs(examples: Sequence[Example], folder: Path) -> tuple[list[Example], Told]:
-    """Of each picture which of the two texts fits better, read together; the rows with that which is right."""
-    said: list[str | None] = []
+def chosen_of_pairs(examples: Sequence[Example], folder: Path) -> tuple[list[Example], Outputs]:
+    """For each image the better of two texts by ITM; and the rows with the right text."""
+    outputs: list[str | None] = []
     each: list[float | None] = []
     right = []
     for row, example in zip(answers(folder, len(examples)), examples, strict=True):
@@ -277,6 +278,6 @@ def chosen_of_pairs(examples: Sequence[Example], folder: Path) -> tuple[list[Exa
         right.append(replace(example, wanted=(example.wanted[side],)))
         scores = dict(zip(row["captions"], row["scores"], strict=True)) if row is not None else {}
         best = max((0, 1), key=lambda text: scores[f"{ITM} {text}"]) if scores else None
-        said.append(None if best is None else example.wanted[best])
+        outputs.append(None if best is None else example.wanted[best])
         each.append(float(best == side))
-    return right, Told(said, each, verb="chosen")
+    return right, Outputs(outputs, each, label="chosen")

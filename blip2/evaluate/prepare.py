@@ -1,7 +1,7 @@
-"""From the files of a benchmark to the rows that are asked: those of one picture side by side, in a file of their own.
+"""Makes the rows of a benchmark from its files: rows of the same image side by side, in one file.
 
-A row has ``image``, ``id`` and ``type``; ``captions``, or ``question`` with ``answer`` or ``answers`` (what is right is
-not known or not counted where it is "unscored") and perhaps ``choices``.
+A row has ``image``, ``id`` and ``type``; ``captions``, or ``question`` with ``answer`` or ``answers`` ("unscored" marks
+rows without references or that are not scored), and optionally ``choices``.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from blip2.text import clean
 
 ROWS, PREPARED = "rows.jsonl", "benchmark.json"
 VERSION = 1
-"""Of the rows that are made of the same files."""
+"""Version of the rows; to be raised when the same files give different rows."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """``rows``: the file. ``notes``: what of the benchmark it lacks, a line each."""
+    """``rows``: the file. ``notes``: what is missing from the benchmark, one line each."""
 
     rows: Path
     notes: tuple[str, ...]
 
 
 def prepare(name: str, benchmark: Benchmark, data: Path, folder: Path, first: int | None) -> Prepared:
-    """Make the rows, unless they are there of the same files. ``first``: of so many rows only.
+    """Make the rows, unless they exist for the same files. ``first``: only this many rows.
 
-    Raises CollectionError for files that are not there or not of the kind, and a folder of another benchmark;
-    RecipeError for a place in a file.
+    Raises CollectionError for files that are missing or of another kind, and for the folder of another benchmark;
+    RecipeError for errors inside a file.
     """
     layout, files = find(benchmark, data)
-    data = data.absolute()  # the rows lie elsewhere
+    data = data.absolute()  # the rows are in another folder
     stamps = [[str(path), stamp.size, stamp.mtime_ns] for path in files if (stamp := disk.stamp_of(path)) is not None]
     told = {"version": VERSION, "benchmark": name, "first": first, "files": stamps}
     rows, record = folder / ROWS, folder / PREPARED
@@ -71,21 +71,21 @@ def prepare(name: str, benchmark: Benchmark, data: Path, folder: Path, first: in
         if benchmark.task == PAIR or conversion.counts.rows or not any(map(_is_absence, conversion.counts.left_out)):
             raise
         wanted = "; ".join(map(str, benchmark.origins[1:]))
-        raise CollectionError(f"{data}: none of the pictures is there. They are had as {wanted} ({error})") from None
+        raise CollectionError(f"{data}: has none of the images. Get {wanted} ({error})") from None
     if len(written) != benchmark.rows:
         notes.insert(0, f"{len(written):,} of its {benchmark.rows:,} rows")
     if benchmark.has_domains and not any(row["type"] for row in written):
-        notes.append("these files do not tell the domains")
+        notes.append("these files do not have the domains")
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in packed(written)).encode("utf-8")
-    if not rows.exists() or rows.read_bytes() != text:  # another part of this evaluation may have them open
+    if not rows.exists() or rows.read_bytes() != text:  # another shard of this evaluation may have them open
         disk.write_bytes(rows, text)
     disk.write_text(record, json.dumps({"made": told, "notes": notes}, indent=1, ensure_ascii=False) + "\n")
     return Prepared(rows, tuple(notes))
 
 
 def made_before(record: Path, name: str) -> dict[str, Any]:
-    """What was noted of the rows that are there. Raises CollectionError for those of another benchmark."""
+    """The record of existing rows. Raises CollectionError for those of another benchmark."""
     try:
         before = json.loads(record.read_text("utf-8"))
         other = before["made"]["benchmark"]
@@ -94,12 +94,12 @@ def made_before(record: Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CollectionError(f"{record}: cannot be read ({error}); name another folder") from None
     if other != name:
-        raise CollectionError(f"{record.parent}: holds an evaluation of {other}; name another folder for {name}")
+        raise CollectionError(f"{record.parent}: has an evaluation of {other}; name another folder for {name}")
     return dict(before)
 
 
 def _is_absence(reason: str) -> bool:
-    return "picture is not there" in reason
+    return "image does not exist" in reason
 
 
 # ---- rows ----
@@ -114,24 +114,24 @@ def _of_conversion(conversion: Conversion, benchmark: Benchmark, notes: list[str
         else:
             yield made | {"captions": row["captions"]}
     for reason, (count, place) in conversion.counts.left_out.items():
-        if reason != "it is of another split":
+        if reason != "it belongs to another split":
             notes.append(f"{count:,} left out: {reason}; the first is {place}")
 
 
 def _right(row: Mapping[str, Any], kept: Mapping[str, Any], benchmark: Benchmark, kind: Kind) -> dict[str, Any]:
-    """The answers that it is compared with."""
+    """The reference answers."""
     if benchmark.task == CHOOSE:
         choices, right = kept.get("choices"), kept.get("right")
         texts = [clean(str(choice)) for choice in choices] if isinstance(choices, list) else []
         different = [*dict.fromkeys(texts)]
         if not isinstance(right, int) or not 0 <= right < len(texts) or len(different) < 2 or "" in different:
             name = kept.get("id")
-            raise CollectionError(f"question {name}: has no choices of which one is right; get the file again")
+            raise CollectionError(f"question {name}: has no choices with the right one; download the file again")
         return {"choices": different, "answer": texts[right]}
     if not kind.answer:
         return {"unscored": True}
     given = row["given"]
-    if len(given) == 1 and given[0].startswith("["):  # a list, written as a text
+    if len(given) == 1 and given[0].startswith("["):  # a list, written as text
         with suppress(ValueError, SyntaxError, TypeError):
             given = [str(text) for text in ast.literal_eval(given[0])]
     if kept.get("is_difficult") is True:
@@ -140,7 +140,7 @@ def _right(row: Mapping[str, Any], kept: Mapping[str, Any], benchmark: Benchmark
 
 
 def _id(value: object, image: str) -> str | int:
-    """As the data set has it, or the number that its picture's name ends with."""
+    """The id in the data set, or the number at the end of the image's name."""
     if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
         return int(value) if isinstance(value, str) and re.fullmatch(r"[1-9]\d{0,17}|0", value) else value
     digits = re.search(r"(\d+)$", Path(image).stem)
@@ -148,13 +148,13 @@ def _id(value: object, image: str) -> str | int:
 
 
 def _type(value: object) -> str:
-    if isinstance(value, Mapping):  # of GQA
+    if isinstance(value, Mapping):  # for GQA
         return {"query": "open"}.get(str(value.get("structural")), "binary")
     return str(value or "")
 
 
 def _pairs(files: Sequence[Path], read: Opened, data: Path) -> Iterator[dict[str, Any]]:
-    """Of Winoground: two rows an example, a picture each with both captions."""
+    """Winoground: two rows for each example, each with one image and both captions."""
     images = {path.stem: path for path in data.rglob("ex_*_img_*.*")} if not read.holds(files) else {}
     for file in files:
         for _, _, value, place in read(file):
@@ -168,14 +168,14 @@ def _pairs(files: Sequence[Path], read: Opened, data: Path) -> Iterator[dict[str
                     }  # fmt: skip
                 except (KeyError, TypeError, AttributeError) as error:
                     raise CollectionError(
-                        f"{place}: {error} is not there, in the file or among the pictures; unpack images.zip into "
-                        f"{option('data')}, or get the file again"
+                        f"{place}: {error} is missing, in the file or among the images; unpack images.zip into "
+                        f"{option('data')}, or download the file again"
                     ) from None
 
 
 def packed(rows: Iterable[dict[str, Any]], size: int = BATCH_SIZE) -> Iterator[dict[str, Any]]:
-    """Those of a picture side by side, and so that few pictures are divided between two runs of ``size`` rows: a model
-    that is given so many at a time, or twice or four times as many, sees each picture once."""
+    """Order rows so that those of an image are adjacent and batches of ``size`` rows divide few images. A model with
+    batches of this size, or two or four times as many, encodes each image once."""
     of_picture: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         of_picture[row["image"]].append(row)
@@ -194,7 +194,7 @@ def packed(rows: Iterable[dict[str, Any]], size: int = BATCH_SIZE) -> Iterator[d
 
 
 def _filling(room: int, there: Mapping[int, int]) -> list[int] | None:
-    """Numbers that make up ``room``, large ones first, of those that are there so many times each; None if none do."""
+    """Numbers that add up to ``room``, large ones first, from those available with these counts; None if impossible."""
     if room == 0:
         return []
     for number in sorted(there, reverse=True):

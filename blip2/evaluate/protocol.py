@@ -1,4 +1,4 @@
-"""What a score is to be compared with: the published one, and in what this evaluation differs from how it was made."""
+"""The published score to compare with, and the differences between this evaluation and the published one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from blip2.published import PUBLISHED
 from blip2.tasks.defaults import ASK, NAMES
 
 CHANGES_NUMBERS = ("quantize", "quantize_vision", "vision", "adapter", "chat_template")
-"""Options of loading with which a model is another one than was evaluated."""
+"""Loading options that change the model's results."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """``prompt`` and ``decoding``: of the protocol, for this family of language model. ``differences``: a line each."""
+    """``prompt`` and ``decoding``: those of the protocol for this family of language models. ``differences``: one line
+    each."""
 
     name: str
     protocol: str
@@ -36,8 +37,8 @@ class Facts:
     def with_notes(self, notes: Sequence[str]) -> Facts:
         return replace(self, differences=(*notes, *self.differences))
 
-    def told(self, scores: Mapping[str, Any]) -> dict[str, Any]:
-        """For the report. ``published``: the scores of this model, or where none is published of all models."""
+    def as_dict(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """For the report. ``published``: the scores of this model, or of all models if it has none."""
         benchmark = BENCHMARKS[self.name]
         found: dict[str, Any] = {
             "benchmark": self.name, "title": benchmark.title, "model": self.model, "protocol": self.protocol,
@@ -51,7 +52,7 @@ class Facts:
 
 
 def facts_of(name: str, protocol: str, options: Mapping[str, Any], rule: str | None) -> Facts:
-    """Known before anything is loaded. ``options``: all that were given. Raises CheckpointError, OptionError."""
+    """The facts before anything is loaded. ``options``: all given options. Raises CheckpointError, OptionError."""
     benchmark = BENCHMARKS[name]
     settings = benchmark.settings[protocol]
     model = options.get("model")
@@ -59,17 +60,17 @@ def facts_of(name: str, protocol: str, options: Mapping[str, Any], rule: str | N
     _check(config, benchmark, name)
     family = config.manner if isinstance(config, Blip2Config) else ""
     decoding = settings.decoding_of(family)
-    # An InstructBLIP is told what to do; the beginning of a caption would be no instruction.
+    # An InstructBLIP needs an instruction, not the beginning of a caption.
     prompt = "" if family == "instruct" and benchmark.task == CAPTION else settings.prompt
     called = _called(model, benchmark)
     differences = []
     published = benchmark.published.get(protocol)
     if published is not None and called not in published.scores:
         others = ", ".join(each.removeprefix("Salesforce/") for each in published.scores)
-        differences.append(f"the model is {called}; the scores are of {others}")
+        differences.append(f"the model is {called}; the published scores are of {others}")
     if config.vision.image_size != settings.image_size:
-        differences.append(f"the model sees {config.vision.image_size} x {config.vision.image_size} pixels, "
-                           f"not {settings.image_size} x {settings.image_size}")  # fmt: skip
+        differences.append(f"the image size is {config.vision.image_size} x {config.vision.image_size} pixels, not "
+            f"{settings.image_size} x {settings.image_size}")  # fmt: skip
     for key, value in options.items():
         if key in NAMES and value != decoding.get(key, asdict(ASK).get(key)):
             differences.append(f"{key} is {value}, not {decoding.get(key, asdict(ASK).get(key))}")
@@ -93,7 +94,8 @@ def _called(model: Any, benchmark: Benchmark) -> str:
 def config_of(
     model: Any, revision: str | None, *, local_files_only: bool = False
 ) -> Blip2Config | MatcherConfig:
-    """Of a model that is there, or by its name, "miniature" for None; nothing is loaded. Raises CheckpointError."""
+    """The configuration of a loaded model, or by name, "miniature" for None; nothing is loaded. Raises
+    CheckpointError."""
     match model:
         case Pipeline():
             return model.speaker.model.config
@@ -107,5 +109,5 @@ def config_of(
 
 def _check(config: Blip2Config | MatcherConfig, benchmark: Benchmark, name: str) -> None:
     if isinstance(config, MatcherConfig) != (benchmark.task in MATCHING):
-        kind = "one that matches" if benchmark.task in MATCHING else "one that writes"
-        raise OptionError(f"{name} needs another kind of model, {kind}; name such a one with {option('model')}")
+        kind = "a matching model" if benchmark.task in MATCHING else "a generative model"
+        raise OptionError(f"{name} needs {kind}; name one with {option('model')}")

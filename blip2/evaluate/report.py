@@ -1,6 +1,6 @@
-"""The page of an evaluation, ``report.html``: scores, the worst and the best rows, and what another model said.
+"""The page of an evaluation, ``report.html``: scores, the worst and the best rows, and a comparison with another model.
 
-It is one file that opens from the disk and loads nothing: small pictures are within it.
+It is a single file without external resources; small images are embedded.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from blip2.evaluate.examples import Example
 REPORT = "report.html"
 THUMBNAIL_PX = 240
 MOST_ROWS = 12
-"""In each part of the page."""
+"""Rows in each part of the page."""
 MOST_REFERENCES = 5
 LONGEST = 400
-"""Characters of a text that are shown."""
+"""Largest number of characters of a text."""
 
 STYLE = """
 body { max-width: 76rem; margin: 0 auto; padding: 1rem 1rem 3rem; }
@@ -53,21 +53,20 @@ figure small { display: block; }
 
 
 @dataclass(frozen=True)
-class Told:
-    """What was said of each row. ``each``: scores, None of a row that is not counted. ``sure``: how sure the model was,
-    as it scored its own answer; None where that is not kept. ``measure``: what ``each`` is. ``verb``: of what is
-    ``said``."""
+class Outputs:
+    """The outputs of a model. ``each``: scores, None for a row that is not scored. ``sure``: the model's score of its
+    own answer, None if not kept. ``measure``: the kind of score. ``label``: label of a text."""
 
-    said: Sequence[str | None]
+    texts: Sequence[str | None]
     each: Sequence[float | None]
     sure: Sequence[float | None] = ()
     measure: str = "accuracy"
-    verb: str = "said"
+    label: str = "output"
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One that is shown, beside what another model said (``before``)."""
+    """A row to show, with the output of another model (``before``)."""
 
     number: int
     score: float | None
@@ -77,10 +76,11 @@ class _Row:
 
 
 def write(
-    folder: Path, rows: Path, found: Mapping[str, Any], examples: Sequence[Example], ours: Told, theirs: Told | None
+    folder: Path, rows: Path, found: Mapping[str, Any], examples: Sequence[Example], ours: Outputs,
+    theirs: Outputs | None,
 ) -> Path:
-    """Write the page to ``folder``, whole or not at all. ``found``: what is in scores.json. ``rows``: the file of the
-    rows, beside which their pictures are. ``theirs``: of the model that is compared with. Raises OSError."""
+    """Write the page to ``folder`` atomically. ``found``: the content of scores.json. ``rows``: the file of the rows,
+    whose folder has their images. ``theirs``: outputs of the other model. Raises OSError."""
     title = escape(str(found.get("title") or rows.name))
     shown = _Shown(rows.parent, examples, ours)
     body = "\n".join([_head(found, title), _scores(found), _types(found), *shown.parts(), *shown.beside(found, theirs)])
@@ -121,7 +121,7 @@ def _scores(found: Mapping[str, Any]) -> str:
 
 
 def _types(found: Mapping[str, Any]) -> str:
-    """A bar for each type of question, its interval as a line on it."""
+    """A bar for each type of question, with its interval as a line."""
     if not found["types"]:
         return ""
     top = max(100.0, *(score["high"] for score in found["types"].values()))
@@ -148,14 +148,14 @@ def _interval(score: Mapping[str, float]) -> str:
 
 
 class _Shown:
-    """Parts of the page with pictures."""
+    """The parts of the page with images."""
 
-    def __init__(self, folder: Path, examples: Sequence[Example], ours: Told) -> None:
+    def __init__(self, folder: Path, examples: Sequence[Example], ours: Outputs) -> None:
         self._folder, self._examples, self._ours = folder, examples, ours
         self._pictures: dict[str, str] = {}
 
     def parts(self) -> Iterator[str]:
-        """The worst rows, the best, and mistakes of which the model was sure."""
+        """The worst rows, the best rows, and confident mistakes."""
         scored = [
             (score, _Row(number, score, sure=self._sure(number)))
             for number, score in enumerate(self._ours.each) if score is not None
@@ -171,29 +171,30 @@ class _Shown:
         yield self._part("Best", by, best, "No other row has a score above 0.")
         if self._ours.measure != "accuracy":
             return
-        wrong = [row for score, row in scored if score == 0 and self._ours.said[row.number] is not None]
+        wrong = [row for score, row in scored if score == 0 and self._ours.texts[row.number] is not None]
         sure = [(-row.sure, row) for row in wrong if row.sure is not None]
-        why = "Nothing wrong was said." if not wrong else "How sure the model was is not kept."
-        yield self._part("Confident mistakes", "Wrong, the surest first, by the model's score of its own answer.",
+        why = "No answer is wrong." if not wrong else "The confidence was not kept."
+        yield self._part("Confident mistakes", "Wrong answers, the most confident first, by the model's score of its "
+            "own answer.",
                          self._chosen(sure), why)  # fmt: skip
 
-    def beside(self, found: Mapping[str, Any], theirs: Told | None) -> Iterator[str]:
-        """What another model said otherwise, and whether it is better."""
+    def beside(self, found: Mapping[str, Any], theirs: Outputs | None) -> Iterator[str]:
+        """Rows whose output differs from the other model's, and whether it is better."""
         if theirs is None:
             return
         other = found["against"]
         told = f"{other['changed']:,} rows changed, {other['better']:,} better, {other['worse']:,} worse"
         told += f"; the mean was {100 * other['mean']:.2f} %; p = {other['p']:.3g}" if "p" in other else ""
         yield (
-            f"<h2>Beside {escape(other['folder'])}</h2>\n<p>{told}.</p>"
-            '<p class="dim">p: how probable a difference at least as large is if neither is better.</p>'
+            f"<h2>Compared with {escape(other['folder'])}</h2>\n<p>{told}.</p>"
+            '<p class="dim">p: probability of a difference at least as large if neither is better.</p>'
         )
         better: list[tuple[float, _Row]] = []
         worse: list[tuple[float, _Row]] = []
         same: list[tuple[float, _Row]] = []
         for number, (score, score_before) in enumerate(zip(self._ours.each, theirs.each, strict=True)):
-            before = theirs.said[number]
-            if before == self._ours.said[number]:
+            before = theirs.texts[number]
+            if before == self._ours.texts[number]:
                 continue
             row = _Row(number, score, before or "(no answer)", score_before, self._sure(number))
             change = score - score_before if score is not None and score_before is not None else 0.0
@@ -206,12 +207,12 @@ class _Shown:
         return self._ours.sure[number] if self._ours.sure else None
 
     def _chosen(self, rows: Iterable[tuple[float, _Row]]) -> list[_Row]:
-        """The least first; of equal ones those of different pictures, and before those that could not be read."""
+        """The lowest values first; among equal ones, different images first and unreadable ones last."""
         seen: Counter[tuple[float, str]] = Counter()
         ordered = []
         for value, row in rows:
             place = (value, self._examples[row.number].picture)
-            is_unread = self._ours.said[row.number] is None
+            is_unread = self._ours.texts[row.number] is None
             ordered.append((value, is_unread, seen[place], row.number, row))
             seen[place] += 1
         return [row for *_, row in sorted(ordered, key=lambda each: each[:4])[:MOST_ROWS]]
@@ -223,14 +224,14 @@ class _Shown:
         return f'<h2>{title}</h2>\n<p class="dim">{escape(about)}</p>\n<main>\n{cards}\n</main>'
 
     def _card(self, row: _Row) -> str:
-        example, said = self._examples[row.number], self._ours.said[row.number]
+        example, output = self._examples[row.number], self._ours.texts[row.number]
         lines = [f'<p class="dim">{_text(example.question)}</p>'] if example.question is not None else []
         if row.before is not None:
-            lines.append(f"<p>was: {_text(row.before)}</p>")
-        verb = self._ours.verb if row.before is None else "is"
-        lines.append(f"<p>{verb}: <b>{_text(said)}</b></p>" if said is not None
-                     else '<p class="wrong">the picture could not be read</p>')  # fmt: skip
-        lines.append(f'<p class="dim">right: {self._references(example)}</p>')
+            lines.append(f"<p>before: {_text(row.before)}</p>")
+        label = self._ours.label if row.before is None else "now"
+        lines.append(f"<p>{label}: <b>{_text(output)}</b></p>" if output is not None
+                     else '<p class="wrong">the image could not be read</p>')  # fmt: skip
+        lines.append(f'<p class="dim">reference: {self._references(example)}</p>')
         told = [self._scored(row), f"row {row.number + 1}", example.kind, _name(example.picture)]
         about = escape(", ".join(filter(None, told)))
         return f"<figure>{self._picture(example.picture)}{''.join(lines)}<small>{about}</small></figure>"
@@ -238,7 +239,7 @@ class _Shown:
     @staticmethod
     def _scored(row: _Row) -> str:
         before = f"{100 * row.score_before:.0f}, now " if row.score_before is not None else ""
-        sure = f", the model's own {row.sure:.4g}" if row.sure is not None else ""
+        sure = f", the model's own score {row.sure:.4g}" if row.sure is not None else ""
         score = "not scored" if row.score is None else f"score {before}{100 * row.score:.0f}"
         return score + sure
 
@@ -256,7 +257,7 @@ class _Shown:
 
 
 def _drawn(place: str, folder: Path) -> str:
-    """Nothing is downloaded for a page."""
+    """No image is downloaded for a page."""
     if re.match(r"data:", place, re.IGNORECASE):
         return picture(place, THUMBNAIL_PX)
     if re.match(r"https?://", place, re.IGNORECASE):

@@ -1,4 +1,4 @@
-"""The files that others score: servers of challenges, and the programs that came with the data sets.
+"""Result files for the servers of challenges, and for the official programs of data sets.
 
     coco     [{"image_id": 1, "caption": "a cat"}]                      COCO, NoCaps
     vqa      [{"question_id": 1, "answer": "two"}]                      VQAv2, OK-VQA: EvalAI
@@ -20,9 +20,9 @@ from blip2.evaluate.examples import Example
 
 
 def write(benchmark: Benchmark, folder: Path, examples: Sequence[Example], said: Sequence[str | None]) -> Path:
-    """By id, and an empty text where a picture could not be read, since servers want every id.
+    """Write the texts by id, with an empty text for an unreadable image, because servers require every id.
 
-    Raises CollectionError for an id that the server would not know, or one that is there twice.
+    Raises CollectionError for an id that the server cannot know, or that occurs twice.
     """
     path = folder / benchmark.result
     make, is_number = FORMS[benchmark.server]
@@ -30,7 +30,7 @@ def write(benchmark: Benchmark, folder: Path, examples: Sequence[Example], said:
     for example, text in zip(examples, said, strict=True):
         name = _number(example, path) if is_number else str(example.id)
         if name in texts:
-            raise CollectionError(f"{path}: {example.picture} has the id {name}, as another row has; mend the data")
+            raise CollectionError(f"{path}: {example.picture} has the id {name}, like another row; fix the data")
         texts[name] = text or ""
     found = make({name: texts[name] for name in sorted(texts)}, benchmark)
     disk.write_text(path, json.dumps(found, ensure_ascii=False) + "\n")
@@ -40,7 +40,8 @@ def write(benchmark: Benchmark, folder: Path, examples: Sequence[Example], said:
 def _number(example: Example, path: Path) -> int:
     if isinstance(example.id, int) and not isinstance(example.id, bool):
         return example.id
-    raise CollectionError(f"{path}: {example.picture} has the id {example.id!r}, and a number is wanted; mend the data")
+    raise CollectionError(f"{path}: {example.picture} has the id {example.id!r}, but it has to be a number; fix the "
+        "data")
 
 
 def _coco(texts: dict[Any, str], benchmark: Benchmark) -> Any:
@@ -63,4 +64,4 @@ def _aokvqa(texts: dict[Any, str], benchmark: Benchmark) -> Any:
 FORMS: dict[str, tuple[Callable[[dict[Any, str], Benchmark], Any], bool]] = {
     "coco": (_coco, True), "vqa": (_vqa, True), "gqa": (_gqa, False), "aokvqa": (_aokvqa, False),
 }  # fmt: skip
-"""By name: what makes it of texts by id, and whether ids are numbers there."""
+"""By name: the function that makes it of texts by id, and whether its ids are numbers."""

@@ -1,9 +1,9 @@
-"""How often a model says something else when nothing that matters is changed: rows of one's own, varied.
+"""Robustness: how often answers change under variations that should not matter, on rows of your own.
 
-Each row is asked as it is, and once more for each variation: the question in other words, the picture as a JPEG of less
-quality, without its edge, stored rotated with the tag that says so (EXIF), and the same row in other company. All that
-is one collection of rows, ``rows.jsonl``, which is answered as any other: it stops, and goes on. The rotated picture
-has the same pixels, and company must not matter, so these two may change nothing.
+Each row is asked unchanged, and once for each variation: a reworded question, the image as a JPEG of lower quality,
+cropped at the edge, or stored rotated with the matching EXIF tag, and the same row in another batch. All of these form
+one collection of rows, ``rows.jsonl``, which can be resumed like any other. The rotated image has the same pixels, and
+other rows of a batch must have no influence, so these two must change nothing.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from blip2.evaluate.compare import Scores, by_type, compared, with_interval
 from blip2.evaluate.evaluation import MOST_SHOWN, SCORES, Evaluation, OnSeen
 from blip2.evaluate.examples import Example, answers, read, texts_of
 from blip2.evaluate.prepare import PREPARED, ROWS, made_before
-from blip2.evaluate.report import Told, write
+from blip2.evaluate.report import Outputs, write
 from blip2.image import RgbImage, as_jpeg, cut, load_image, turned
 from blip2.scores import paired, wilson
 
 ROBUSTNESS = "robustness"
 TITLE = "how often answers change, on rows of your own"
 PICTURES = "pictures"
-"""Folder of those that are varied, within that of the evaluation."""
+"""Folder of the varied images, inside that of the evaluation."""
 AS_IT_IS, COMPANY, ROTATION = "as it is", "other company", "EXIF rotation"
 WITHOUT_CHANGE = (COMPANY, ROTATION)
-"""After which a model sees what it saw before."""
+"""Variations that give the model the same input."""
 ORIENTATIONS = range(2, 9)
 
 
@@ -49,7 +49,7 @@ REWORDINGS: Mapping[str, Callable[[str], str]] = {
     "in this picture": lambda question: f"in this picture, {question}",
     "please": lambda question: f"please answer: {question}",
 }
-"""Of questions in English, beside those that rows have themselves."""
+"""For English questions, in addition to the rows' own rephrasings."""
 STORED: Mapping[str, Callable[[RgbImage], bytes]] = {
     **{f"JPEG quality {quality}": partial(as_jpeg, quality=quality) for quality in (90, 50, 20)},
     **{f"middle {share:.0%}": partial(cut, share=share) for share in (0.95, 0.85)},
@@ -58,8 +58,8 @@ STORED: Mapping[str, Callable[[RgbImage], bytes]] = {
 
 @dataclass(frozen=True)
 class Varied:
-    """``rows``: the file. ``origins``: of each of its rows the number of the row that it was made of; the first
-    ``number`` are these, as they are. ``pictures``: by the picture that others are made of, those, by their paths."""
+    """``rows``: the file. ``origins``: for each of its rows the number of the original row; the first ``number`` rows
+    are the originals. ``pictures``: for each original image the paths of its variants, and how to make them."""
 
     rows: Path
     number: int
@@ -68,14 +68,14 @@ class Varied:
 
 
 def vary(data: Path, folder: Path, first: int | None) -> Varied:
-    """Write the rows, and plan the pictures. ``first``: of so many rows only. Raises CollectionError."""
+    """Write the rows, and plan the images. ``first``: only this many rows. Raises CollectionError."""
     examples = read(data)[:first]
     made_before(folder / PREPARED, ROBUSTNESS)
     pictures: dict[str, dict[Path, Callable[[RgbImage], bytes]]] = {}
     varied: list[tuple[int, Example]] = []
     for number, example in enumerate(examples):
         if re.match(r"https?://", example.picture, re.IGNORECASE):
-            raise CollectionError(f"{data}: {example.picture} is an address; download the picture, and name the file")
+            raise CollectionError(f"{data}: {example.picture} is a URL; download the image, and name the file")
         is_file = example.picture[:5].lower() != "data:"
         place = os.path.abspath(os.path.join(data.parent, example.picture)) if is_file else example.picture
         examples[number] = example = replace(example, picture=place, kind=AS_IT_IS)
@@ -85,7 +85,7 @@ def vary(data: Path, folder: Path, first: int | None) -> Varied:
     by_picture: dict[str, list[int]] = {}
     for number, example in enumerate(examples):
         by_picture.setdefault(example.picture, []).append(number)
-    for place, numbers in by_picture.items():  # those of a picture side by side: it is seen once
+    for place, numbers in by_picture.items():  # rows of an image are adjacent: it is encoded once
         for name, path in zip((*STORED, ROTATION), pictures[place], strict=True):
             varied += [(number, replace(examples[number], picture=f"{PICTURES}/{path.name}", kind=name))
                        for number in numbers]  # fmt: skip
@@ -110,7 +110,7 @@ def _reworded(example: Example) -> list[Example]:
 
 
 def _pictures(place: str, folder: Path, orientation: int) -> dict[Path, Callable[[RgbImage], bytes]]:
-    """In the order of `STORED`, and the rotated one. Names are by content: another picture has others."""
+    """In the order of `STORED`, then the rotated one. Names depend on the image's content."""
     digest = disk.digest_of(place)[:16] or blake2b(place.encode("utf-8", "replace"), digest_size=8).hexdigest()
     made = {folder / f"{digest}-{_slug(name)}": change for name, change in STORED.items()}
     return made | {folder / f"{digest}-exif-{orientation}.png": partial(turned, orientation=orientation)}
@@ -131,15 +131,15 @@ def _row(example: Example, number: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness(Evaluation):
-    """As any evaluation; its scores are shares of rows whose answers changed."""
+    """An evaluation whose scores are the shares of rows whose answers changed."""
 
     varied: Varied
     data: Path
     model: str
 
     def see(self, on_progress: OnSeen = lambda done, total: None) -> None:
-        """Vary the pictures, but those that are there. Of one that cannot be read there are none, and its row is not
-        counted. Raises CollectionError."""
+        """Make the varied images that do not exist yet. An unreadable image has none, and its row is not counted.
+        Raises CollectionError."""
         for done, (place, made) in enumerate(self.varied.pictures.items(), start=1):
             missing = {path: change for path, change in made.items() if not path.exists()}
             try:
@@ -154,9 +154,10 @@ class Robustness(Evaluation):
                 on_progress(done, len(self.varied.pictures))
 
     def scores(self, against: Path | None = None) -> dict[str, Any]:
-        """As of `Evaluation`: the share of changed answers for each variation, and the scores of each by type."""
+        """As in `Evaluation`: the share of changed answers for each variation, and the scores of each by type."""
         if against is not None:
-            raise OptionError(f"{option('against')} is not for {ROBUSTNESS}, which compares a model with itself")
+            raise OptionError(f"{option('against')} cannot be used with {ROBUSTNESS}, which compares a model with "
+                "itself")
         said = answers(self.folder, len(self.examples))
         texts, origins, number = texts_of(said), self.varied.origins, self.varied.number
         each = self._each(texts)
@@ -174,19 +175,19 @@ class Robustness(Evaluation):
             "title": f"{ROBUSTNESS}: {self.data.name}", "model": self.model, "rows": number,
             "failed": sum(text is None for text in texts[:number]), "scores": totals,
             "types": by_type(self.examples, each),
-            "differences": [f"{name} changed {count} answers, and may change none; report it with the model and rows"
+            "differences": [f"{name} changed {count} answers, but must change none; report it with the model and rows"
                             for name, count in wrong.items() if count],
         }  # fmt: skip
         sure = [row.get("score") if row is not None else None for row in said]
-        ours = Told(texts, each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
-        before = Told([texts[origin] for origin in origins], [each[origin] for origin in origins])
+        ours = Outputs(texts, each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
+        before = Outputs([texts[origin] for origin in origins], [each[origin] for origin in origins])
         found["against"] = self._beside_itself([place for place in counted if differs[place]], counted, ours, before)
         disk.write_text(self.folder / SCORES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         write(self.folder, self.rows, found, self.examples, ours, before)
         return found
 
     def _each(self, texts: Sequence[str | None]) -> list[float | None]:
-        """The scores of the rows of each variation among themselves, as those of the rows as they are."""
+        """The scores of each variation's rows among themselves, computed like those of the original rows."""
         each: list[float | None] = [None] * len(texts)
         places: dict[str, list[int]] = {}
         for place, example in enumerate(self.examples):
@@ -198,7 +199,7 @@ class Robustness(Evaluation):
         return each
 
     def _beside_itself(
-        self, changed: Sequence[int], counted: Sequence[int], ours: Told, before: Told
+        self, changed: Sequence[int], counted: Sequence[int], ours: Outputs, before: Outputs
     ) -> dict[str, Any]:
         pairs = [(now, was, self.examples[self.varied.origins[place]].picture) for place in counted
                  if (now := ours.each[place]) is not None and (was := before.each[place]) is not None]  # fmt: skip
@@ -206,8 +207,8 @@ class Robustness(Evaluation):
             "folder": "the rows as they are", "changed": len(changed),
             "better": sum(now > was for now, was, _ in pairs), "worse": sum(now < was for now, was, _ in pairs),
             "first_changed": [
-                {"row": self.varied.origins[place], "type": self.examples[place].kind, "was": before.said[place],
-                 "is": ours.said[place]}
+                {"row": self.varied.origins[place], "type": self.examples[place].kind, "was": before.texts[place],
+                 "is": ours.texts[place]}
                 for place in changed[:MOST_SHOWN]
             ],
         }  # fmt: skip
@@ -219,7 +220,7 @@ class Robustness(Evaluation):
 
 
 def _share(differs: Sequence[bool], pictures: Sequence[str]) -> dict[str, float]:
-    """In percent. Where none differs, or all do, drawing the pictures anew tells nothing."""
+    """In percent. If none or all differ, resampling images gives no interval."""
     found = with_interval([*map(float, differs)], pictures) | {"rows": len(differs)}
     if len({*differs}) == 1:
         low, high = wilson(float(differs[0]), len({*pictures}))

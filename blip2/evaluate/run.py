@@ -1,4 +1,4 @@
-"""An evaluation begins: what a model says is collected, as any collection is."""
+"""Starts an evaluation, which collects a model's outputs like any other collection."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from blip2.scores import VQA_RULES
 def evaluating(
     rows: Path, folder: Path, *, rule: str | None = None, question_prompt: str | None = None, **options: Any
 ) -> Evaluation:
-    """All that can be known to be wrong is told here. ``options``: those of `blip2.caption_collection` or
-    `blip2.ask_collection`: ``model``, how it decodes, ``limit``, ``shard``, ... With a model that matches, rows with
-    captions are a retrieval, of which ``candidates`` are read together with what they are near to.
-    ``question_prompt``: the words around each question, "Question: {} Answer:", in the place of the model's own.
+    """Check everything that can be checked without the model. ``options``: those of `blip2.caption_collection` or
+    `blip2.ask_collection`: ``model``, decoding, ``limit``, ``shard``, ... With a matching model, rows with captions are
+    a retrieval, where ``candidates`` pairs are reranked for each image and text. ``question_prompt``: template of
+    questions, "Question: {} Answer:", instead of the model's own.
 
-    Raises CollectionError with file and line for a row that cannot be used, OptionError, CheckpointError.
+    Raises CollectionError with file and line for an unusable row, OptionError, CheckpointError.
     """
     rule = _checked_rule(rule or "official")
     examples = read(rows)
@@ -38,12 +38,12 @@ def evaluating(
     if question_prompt is not None:
         _check_question_prompt("question_prompt", question_prompt, asks, rows)
     if asks and options.get("prompt") is not None:
-        raise OptionError(f"{option('prompt')} is for captions, and {rows} has questions; word them with "
-                          f"{option('question_prompt')}")  # fmt: skip
+        raise OptionError(f"{option('prompt')} is for captions, but {rows} has questions; use "
+            f"{option('question_prompt')}")  # fmt: skip
     is_matching = _matches(options.get("model"), options.get("revision"))
     if is_matching and asks:
-        raise OptionError(f"{rows}: has questions, which a model that matches cannot answer; name another with "
-                          f"{option('model')}")  # fmt: skip
+        raise OptionError(f"{rows}: has questions, which a matching model cannot answer; name another model with "
+            f"{option('model')}")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     if is_matching:
         candidates = options.pop("candidates", RETRIEVAL.candidates)
@@ -68,11 +68,11 @@ def benchmarking(
     question_prompt: str | None = None,
     **options: Any,
 ) -> Evaluation:
-    """As `evaluating`, of one of `BENCHMARKS`, whose files are somewhere in the folder ``data``. ``protocol``: whose
-    prompts, lengths and beams, see `benchmark.Settings`; what ``options`` has of these counts before it. ``first``: of
-    so many rows alone. ``question_prompt``: as ``prompt`` of a benchmark that asks.
+    """As `evaluating`, for one of `BENCHMARKS`, whose files are anywhere in the folder ``data``. ``protocol``: whose
+    prompts, lengths and beams to use, see `benchmark.Settings`; ``options`` override them. ``first``: only this many
+    rows. ``question_prompt``: the ``prompt`` of a benchmark with questions.
 
-    Raises CollectionError, which says where what is missing is had, RecipeError, CheckpointError, OptionError.
+    Raises CollectionError, which says where to get missing files, RecipeError, CheckpointError, OptionError.
     """
     if name not in BENCHMARKS:
         raise OptionError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}")
@@ -85,7 +85,8 @@ def benchmarking(
     if question_prompt is not None:
         _check_question_prompt("question_prompt", question_prompt, asks, name)
         if options.get("prompt") is not None:
-            raise OptionError(f"{option('prompt')} and {option('question_prompt')} are one for {name}; leave one out")
+            raise OptionError(f"{option('prompt')} and {option('question_prompt')} mean the same for {name}; leave one "
+                "out")
         options["prompt"] = question_prompt
     elif asks and options.get("prompt"):
         _check_question_prompt("prompt", options["prompt"], asks, name)
@@ -109,7 +110,7 @@ def benchmarking(
 
 
 def varying(data: Path, folder: Path, *, first: int | None = None, **options: Any) -> Robustness:
-    """As `evaluating`, of rows of one's own in the file ``data``, as they are and varied. ``first``: of so many alone.
+    """As `evaluating`, for rows of your own in the file ``data``, unchanged and varied. ``first``: only this many.
 
     Raises CollectionError, CheckpointError, OptionError.
     """
@@ -119,7 +120,7 @@ def varying(data: Path, folder: Path, *, first: int | None = None, **options: An
         raise OptionError(f"{option('protocol')} is for benchmarks with published scores; leave it out")
     model = options.get("model")
     if _matches(model, options.get("revision")):
-        raise OptionError(f"{ROBUSTNESS} needs a model that writes; name such a one with {option('model')}")
+        raise OptionError(f"{ROBUSTNESS} needs a generative model; name one with {option('model')}")
     varied = vary(data, folder, first)
     begun = evaluating(varied.rows, folder, **options)
     name = "miniature" if model is None else str(getattr(model, "name", model))
@@ -157,31 +158,31 @@ def begun(rows: str, data: Path | None, folder: Path, options: Mapping[str, Any]
     errors."""
     if rows == ROBUSTNESS:
         if data is None:
-            raise OptionError(f"{ROBUSTNESS} is of rows of your own; name their file with {option('data')}")
+            raise OptionError(f"{ROBUSTNESS} needs rows of your own; name their file with {option('data')}")
         return varying(data, folder, **options)
     if rows in BENCHMARKS:
         return benchmarking(rows, data or Path("."), folder, **options)
     if data is not None:
-        raise OptionError(f"{option('data')} is for a benchmark, and {rows} is none of {', '.join(BENCHMARKS)}")
+        raise OptionError(f"{option('data')} is for a benchmark, but {rows} is none of {', '.join(BENCHMARKS)}")
     near = difflib.get_close_matches(rows, BENCHMARKS, n=1)
     if near and not Path(rows).exists():
-        raise OptionError(f"{rows}: there is no such file, and no such benchmark; did you mean {near[0]}?")
+        raise OptionError(f"{rows}: is neither a file nor a benchmark; did you mean {near[0]}?")
     for name in ("protocol", "first"):
         if name in options:
-            raise OptionError(f"{option(name)} is for a benchmark, and {rows} is none of {', '.join(BENCHMARKS)}")
+            raise OptionError(f"{option(name)} is for a benchmark, but {rows} is none of {', '.join(BENCHMARKS)}")
     return evaluating(Path(rows), folder, **options)
 
 
 def _matches(model: Any, revision: str | None) -> bool:
     try:
         return isinstance(config_of(model, revision, local_files_only=True), MatcherConfig)
-    except CheckpointError:  # which is told when the model is loaded
+    except CheckpointError:  # reported when the model is loaded
         return False
 
 
 def _check_question_prompt(name: str, prompt: str, asks: bool, of: object) -> None:
     if not asks:
-        raise OptionError(f"{option(name)} is for questions, and {of} has none; leave it out")
+        raise OptionError(f"{option(name)} is for questions, but {of} has none; leave it out")
     if prompt.count("{}") != 1:
         raise OptionError(f"{option(name)} is {prompt!r}; write {{}} once, where the question goes")
 

@@ -1,4 +1,4 @@
-"""Scores of captions and answers, equal to those of the official programs: what a published figure is measured by."""
+"""Scores of captions and answers, equal to those of the official programs that published figures come from."""
 
 from blip2.scores.answers import VQA_RULES, vqa_accuracy
 from blip2.scores.captions import bleu, cider, rouge_l

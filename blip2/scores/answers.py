@@ -1,7 +1,7 @@
-"""The accuracy of answers to questions about pictures: VQAv2's, and what others compute under that name.
+"""The accuracy of answers to questions about images: VQAv2's, and its variants in other programs.
 
-Ten people answered each question. An answer is right by a third for each of them who gave it, up to 1. Before they are
-compared, answers lose punctuation and articles, and numbers become digits, by rules that are part of the score.
+Ten people answered each question. An answer scores one third for each of them who gave it, up to 1. Before comparison,
+punctuation and articles are removed and numbers become digits, by rules that are part of the score.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
-# As the official program has them (GT-Vision-Lab/VQA, BSD-2), a word each: "_" stands where the apostrophe is missed.
+# From the official program (GT-Vision-Lab/VQA, BSD-2), one word each: "_" marks a missing apostrophe.
 CONTRACTIONS = """
     ain_t aren_t can_t could_ve couldn_t couldn't_ve couldn_t've didn_t doesn_t don_t hadn_t hadn_t've hadn't_ve hasn_t
     haven_t he_d he_d've he'd_ve he_s how_d how_ll how_s I_d've I'd_ve I_m I_ve isn_t it_d it_d've it'd_ve it_ll ma_am
@@ -23,7 +23,7 @@ CONTRACTIONS = """
     wouldn't_ve y_all y_all'll y'all_ll y_all'd've y'all_d've y'all'd_ve you_d you_d've you'd_ve you_ll you_re you_ve
 """
 WITH_APOSTROPHE = {word.replace("_", ""): word.replace("_", "'") for word in CONTRACTIONS.split()}
-WITH_APOSTROPHE["somebody'd"] = "somebodyd"  # the official program's slip, which is part of the score
+WITH_APOSTROPHE["somebody'd"] = "somebodyd"  # an error of the official program, which is part of the score
 DIGITS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
     "seven": "7", "eight": "8", "nine": "9", "ten": "10",
@@ -31,16 +31,16 @@ DIGITS = {
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 COMMA_OF_A_NUMBER = re.compile(r"\d,\d")
-PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")  # the lookbehind is misspelt there; this is what it does
+PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")  # the lookbehind is misspelt there; this is its effect
 MOST_PERIODS = 32
-"""That are taken away: a flag of the official program stands in the place of this number."""
+"""Number of periods that are removed: the official program passes a flag as this argument."""
 REMEMBERED = 2**16
-"""Texts: the same few answers are given again and again."""
+"""Cached texts: the same few answers are given again and again."""
 
 
 @lru_cache(REMEMBERED)
 def without_punctuation(text: str) -> str:
-    """What the official program calls processPunctuation."""
+    """processPunctuation of the official program."""
     out = text
     has_number = COMMA_OF_A_NUMBER.search(text) is not None
     for sign in PUNCTUATION:
@@ -50,7 +50,7 @@ def without_punctuation(text: str) -> str:
 
 
 def plain_words(text: str) -> str:
-    """Lower case, digits, no articles, apostrophes where they are missed (processDigitArticle)."""
+    """Lower case, digits, no articles, missing apostrophes added (processDigitArticle)."""
     words = (DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(WITH_APOSTROPHE.get(word, word) for word in words if word not in ARTICLES)
 
@@ -65,7 +65,7 @@ def _one_line(text: str) -> str:
 
 
 def _official(answer: str, given: Sequence[str]) -> float:
-    """Of GT-Vision-Lab/VQA since March 2021: nothing is changed where all ten people agree."""
+    """GT-Vision-Lab/VQA since March 2021: nothing is normalised if all ten people agree."""
     answer, given = _one_line(answer), [_one_line(text) for text in given]
     if len(set(given)) > 1:
         answer, given = normalised(answer), [normalised(text) for text in given]
@@ -73,7 +73,8 @@ def _official(answer: str, given: Sequence[str]) -> float:
 
 
 def _lavis(answer: str, given: Sequence[str]) -> float:
-    """Of LAVIS, BLIP and the official program before: the answer in full, those of people without punctuation only."""
+    """LAVIS, BLIP and the earlier official program: the answer is normalised fully, those of people only by
+    punctuation."""
     answer, given = normalised(_one_line(answer)), [_one_line(text) for text in given]
     if len(set(given)) > 1:
         given = [without_punctuation(text) for text in given]
@@ -81,23 +82,24 @@ def _lavis(answer: str, given: Sequence[str]) -> float:
 
 
 def _always(answer: str, given: Sequence[str]) -> float:
-    """Of lmms-eval: everything is normalised."""
+    """lmms-eval: everything is normalised."""
     return _leaving_one_out(normalised(_one_line(answer)), [normalised(_one_line(text)) for text in given])
 
 
 def _of_all_ten(answer: str, given: Sequence[str]) -> float:
-    """Of big_vision (PaliGemma): a third for each, nobody left out."""
+    """big_vision (PaliGemma): a third for each of all ten, without leaving one out."""
     answer, given = normalised(_one_line(answer)), [normalised(_one_line(text)) for text in given]
     return min(1.0, sum(text == answer for text in given) / 3)
 
 
 def _as_given(answer: str, given: Sequence[str]) -> float:
-    """Of A-OKVQA: as `_of_all_ten`, but to the letter."""
+    """A-OKVQA: as `_of_all_ten`, but by exact match."""
     return min(1.0, sum(text == answer for text in given) / 3)
 
 
 def _leaving_one_out(answer: str, given: Sequence[str]) -> float:
-    """The mean over the people of the others' verdict: an answer that nobody but one gave counts for nobody else."""
+    """The mean of the leave-one-out scores over the people: an answer given by only one person scores 0 for that
+    one."""
     same = sum(text == answer for text in given)
     others, own = min(1.0, same / 3), min(1.0, (same - 1) / 3)
     return ((len(given) - same) * others + same * own) / len(given)
@@ -106,11 +108,11 @@ def _leaving_one_out(answer: str, given: Sequence[str]) -> float:
 VQA_RULES: Mapping[str, Callable[[str, Sequence[str]], float]] = {
     "official": _official, "lavis": _lavis, "lmms-eval": _always, "all-ten": _of_all_ten, "aokvqa": _as_given,
 }  # fmt: skip
-"""What is computed under the name of VQA accuracy, by who computes it."""
+"""Rules that are used as VQA accuracy, by the program that uses them."""
 
 
 def vqa_accuracy(answer: str, given: Sequence[str], rule: str = "official") -> float:
-    """Of one answer, 0 to 1. ``given``: those of the people who were asked, usually ten. Raises ValueError for none."""
+    """The accuracy of one answer, 0 to 1. ``given``: people's answers, usually ten. Raises ValueError for none."""
     if not given:
-        raise ValueError("nobody's answers are given to compare with")
+        raise ValueError("there are no reference answers")
     return VQA_RULES[rule](answer, given)

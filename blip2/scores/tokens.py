@@ -1,7 +1,7 @@
-"""The words of captions as ``coco-caption`` counts them: those of Stanford's PTBTokenizer, less punctuation.
+"""Tokenization of captions as in ``coco-caption``: Stanford's PTBTokenizer without punctuation.
 
-The rules here are for what people write in captions, not for all that the Java program knows; how many texts of which
-kind come out equal is measured (`tests/scores/test_tokens.py`).
+The rules cover what occurs in captions, not everything that the Java program does; the agreement by kind of text is
+measured (`tests/scores/test_tokens.py`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 
 DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-"""By the official program, after the tokens are in lower case. It means brackets, too, by names in upper case; so they
-stay, as ``-lrb-``."""
+"""Dropped by the official program after lower-casing. Its list has brackets too, but by upper-case names, so they
+remain as ``-lrb-``."""
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-# Abbreviations keep their period. Those of the second list are words of their own in lower case.
+# Abbreviations keep their period. Those of the second list are also ordinary words in lower case.
 ABBREVIATIONS = """
     adj adv al ala alex apr ariz assn assoc aug ave bldg blvd brig bros calif capt cf cmdr co col colo conn corp cpl
     ct dec dept det dr drs esq est etc ext feb fla fri ft ga gen gov hon inc ind jan jr jul jun kan ky lt ltd maj
@@ -32,7 +32,7 @@ def _in_capitals(words: str) -> str:
     return "|".join(f"{word.capitalize()}|{word.upper()}" for word in words.split())
 
 
-# A letter with a period before one of these ends a sentence; before any other name it is an initial.
+# A letter with a period before one of these ends a sentence; before another name it is an initial.
 BEGINNINGS = """
     A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once
     One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You
@@ -91,10 +91,10 @@ DROPPED_KINDS = {"dots", "dashes"}
 
 
 def tokens(texts: Sequence[str]) -> list[list[str]]:
-    """Of each text, in lower case, without punctuation.
+    """The tokens of each text, in lower case, without punctuation.
 
-    They are read one after the other, each a line, as the official program does it: how a text ends, "by J. R.", may
-    depend on how the next one begins.
+    The texts are read one after another, one a line, as in the official program: the end of a text, "by J. R.", may
+    depend on the beginning of the next.
     """
     found: list[list[str]] = [[]]
     for match in SCANNER.finditer("\n".join(text.replace("\n", " ").replace("\r", " ") for text in texts)):
@@ -108,7 +108,7 @@ def tokens(texts: Sequence[str]) -> list[list[str]]:
 def _written(match: re.Match[str]) -> str | None:
     kind, text = match.lastgroup, match[0].lower()
     if kind in DROPPED_KINDS or (kind == "sign" and ord(text[0]) > 0xFFFF):
-        return None  # the Java program sees two halves that are no characters
+        return None  # the Java program sees two invalid surrogates
     if kind == "smiley":
         text = text.replace("(", BRACKETS["("]).replace(")", BRACKETS[")"])
     elif kind == "mixed":

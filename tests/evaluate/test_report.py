@@ -77,9 +77,9 @@ def test_scores_types_and_rows(tmp_path, pipeline):
     assert "count" in page.parts["By type"] and "50.00" in page.parts["By type"]
     assert "<b>exist" in page.parts["By type"]  # as text
     for part in ("Worst", "Confident mistakes"):
-        assert "said: two" in page.parts[part] and "right: three" in page.parts[part]
+        assert "output: two" in page.parts[part] and "reference: three" in page.parts[part]
         assert "how many cats" not in page.parts[part]
-    assert "said: four" in page.parts["Best"] and "right: yes (8); no (2)" in page.parts["Best"]
+    assert "output: four" in page.parts["Best"] and "reference: yes (8); no (2)" in page.parts["Best"]
     assert page.tags.count("img") == 4
     assert "prefers-color-scheme: dark" in (tmp_path / "out" / REPORT).read_text()
 
@@ -107,7 +107,7 @@ def test_what_a_retrieval_finds_first(tmp_path):
     evaluate(write(tmp_path / "rows.jsonl", rows), tmp_path / "out", model="miniature-itm")
     page = Page(tmp_path / "out" / REPORT)
     assert "found: four cats, two dogs and a flower" in page.parts["Worst"]
-    assert "right: a boat and two dogs" in page.parts["Worst"] and "score 50" in page.parts["Worst"]
+    assert "reference: a boat and two dogs" in page.parts["Worst"] and "score 50" in page.parts["Worst"]
 
 
 def test_texts_are_shown_and_not_obeyed(tmp_path, pipeline):
@@ -119,7 +119,7 @@ def test_texts_are_shown_and_not_obeyed(tmp_path, pipeline):
     evaluate(rows, tmp_path / "out", model=pipeline, against=other)
     page = Page(tmp_path / "out" / REPORT)
     assert "script" not in page.tags
-    assert f"was: {ATTACK}" in page.parts["Better"] and f"right: {ATTACK}" in page.parts["Worst"]
+    assert f"before: {ATTACK}" in page.parts["Better"] and f"reference: {ATTACK}" in page.parts["Worst"]
 
 
 @pytest.mark.parametrize("image", ["gone.png", "broken.png"])
@@ -128,7 +128,7 @@ def test_a_picture_that_cannot_be_shown_is_told(tmp_path, pipeline, image):
     rows = write(tmp_path / "rows.jsonl", [{**QUESTIONS[0], "image": image}, QUESTIONS[1]])
     evaluate(rows, tmp_path / "out", model=pipeline)
     page = Page(tmp_path / "out" / REPORT)
-    assert "the picture could not be read" in page.parts["Worst"] and f"{image}: " in page.parts["Worst"]
+    assert "the image could not be read" in page.parts["Worst"] and f"{image}: " in page.parts["Worst"]
     assert image not in page.parts["Confident mistakes"]
     assert "2 rows; 1 could not be read" in page.parts[""]
 
@@ -158,13 +158,13 @@ def test_two_models_side_by_side(tmp_path, pipeline):
     other = changed(tmp_path / "out", tmp_path / "other", lambda number, row: row.update(caption=said[number]))
     found = evaluate(rows, tmp_path / "out", model=pipeline, against=other)
     page = Page(tmp_path / "out" / REPORT)
-    beside = page.parts[f"Beside {other}"]
+    beside = page.parts[f"Compared with {other}"]
     assert "2 rows changed, 1 better, 1 worse" in beside and f"p = {found['against']['p']:.3g}" in beside
-    assert "was: fiveis: four" in page.parts["Better"] and "score 0, now 100" in page.parts["Better"]
-    assert "was: threeis: two" in page.parts["Worse"] and "score 100, now 0" in page.parts["Worse"]
+    assert "before: fivenow: four" in page.parts["Better"] and "score 0, now 100" in page.parts["Better"]
+    assert "before: threenow: two" in page.parts["Worse"] and "score 100, now 0" in page.parts["Worse"]
     assert "None." in page.parts["Changed, neither better nor worse"]
     evaluate(rows, tmp_path / "out", model=pipeline)
-    assert not any(part.startswith("Beside") for part in Page(tmp_path / "out" / REPORT).parts)
+    assert not any(part.startswith("Compared with") for part in Page(tmp_path / "out" / REPORT).parts)
 
 
 def test_confidence_that_is_not_kept(tmp_path, pipeline):
@@ -180,7 +180,7 @@ def test_few_of_many_rows_and_those_of_different_pictures(tmp_path, pipeline):
     wrong = [{**QUESTIONS[0], "answer": "none"}] * (2 * MOST_ROWS) + [{**QUESTIONS[1], "answer": "none"}]
     evaluate(write(tmp_path / "rows.jsonl", wrong), tmp_path / "out", model=pipeline)
     worst = Page(tmp_path / "out" / REPORT).parts["Worst"]
-    assert worst.count("said: ") == MOST_ROWS and worst.count("how many dogs") == 1
+    assert worst.count("output: ") == MOST_ROWS and worst.count("how many dogs") == 1
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path, pipeline, monkeypatch):

@@ -132,14 +132,14 @@ def test_what_counts_as_changed(tmp_path, pipeline):
     assert (beside["changed"], beside["better"], beside["worse"]) == (1, 0, 1)
     assert beside["first_changed"] == [{"row": 1, "type": "JPEG quality 20", "was": "two", "is": "five"}]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "was: two" in page and "is: <b>five</b>" in page and "<h2>Worse</h2>" in page
+    assert "before: two" in page and "now: <b>five</b>" in page and "<h2>Worse</h2>" in page
 
 
 @pytest.mark.parametrize("name", ["EXIF rotation", "other company"])
 def test_a_change_that_must_not_be_is_told(tmp_path, pipeline, name):
     found = changed(tmp_path, pipeline, lambda row: "five" if row["type"] == name else "yes")
     [told] = found["differences"]
-    assert told.startswith(f"{name} changed 3 answers, and may change none")
+    assert told.startswith(f"{name} changed 3 answers, but must change none")
     everything = found["scores"][f"changed, {name}"]
     assert everything["score"] == everything["high"] == 100 and everything["low"] < 50
 
@@ -165,7 +165,7 @@ def test_captions(tmp_path, pipeline):
 def test_it_goes_on_where_it_was(tmp_path, pipeline):
     rows = write(tmp_path / "rows.jsonl", QUESTIONS)
     whole = robustness(rows, tmp_path / "whole", model=pipeline)
-    with pytest.raises(CollectionError, match="the same command goes on"):
+    with pytest.raises(CollectionError, match="run the same command again to resume"):
         robustness(rows, tmp_path / "out", model=pipeline, limit=7)
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pictures").iterdir()}
     (gone := next(iter(first))).unlink()
@@ -200,10 +200,10 @@ def test_what_does_not_fit(tmp_path, pipeline):
     assert "cannot be read" in refused(tmp_path / "gone.jsonl")
     assert "give 1 or more" in refused(first=0)
     assert "protocol is for benchmarks" in refused(protocol="paper")
-    assert "needs a model that writes" in refused(model="miniature-itm")
+    assert "needs a generative model" in refused(model="miniature-itm")
     assert "it may be official" in refused(rule="mine")
     write(rows, [{**QUESTIONS[0], "image": "https://127.0.0.1/a.png"}])
-    assert "is an address; download the picture" in refused()
+    assert "is a URL; download the image" in refused()
     write(rows, [{**QUESTIONS[0], "rephrased": "how many?"}])
     assert 'rows.jsonl:1: "rephrased" has to be a list' in refused()
 
@@ -214,8 +214,8 @@ def test_it_is_not_for_two_models_or_the_folder_of_another_benchmark(tmp_path, p
     with pytest.raises(OptionError, match="compares a model with itself"):
         robustness(rows, tmp_path / "out", model=pipeline, against=tmp_path / "out")
     LAYOUTS["vqav2"]["official"](tmp_path / "data")
-    with pytest.raises(CollectionError, match="holds an evaluation of robustness"):
+    with pytest.raises(CollectionError, match="has an evaluation of robustness"):
         evaluate("vqav2", tmp_path / "out", data=tmp_path / "data", model=pipeline)
     evaluate("vqav2", tmp_path / "vqa", data=tmp_path / "data", model=pipeline, first=2)
-    with pytest.raises(CollectionError, match="holds an evaluation of vqav2"):
+    with pytest.raises(CollectionError, match="has an evaluation of vqav2"):
         robustness(rows, tmp_path / "vqa", model=pipeline)

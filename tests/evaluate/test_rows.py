@@ -69,7 +69,7 @@ def test_words_around_questions_that_do_not_fit(tmp_path, pipeline) -> None:
     rows = write(tmp_path / "rows.jsonl", QUESTIONS)
     with pytest.raises(OptionError, match="once, where the question goes"):
         evaluate(rows, tmp_path / "out", model=pipeline, question_prompt="Answer:")
-    with pytest.raises(OptionError, match="word them with question_prompt"):
+    with pytest.raises(OptionError, match="use question_prompt"):
         evaluate(rows, tmp_path / "out", model=pipeline, prompt="a photo of")
     write(rows, [{"image": CATS, "captions": ["a cat"]}])
     with pytest.raises(OptionError, match=r"rows\.jsonl has none"):
@@ -166,5 +166,5 @@ def test_captions_and_a_model_that_matches_are_a_retrieval(tmp_path) -> None:
     path = write(tmp_path / "rows.jsonl", rows)
     found = evaluate(path, tmp_path / "out", model=matcher, candidates=1)
     assert found["scores"]["text R@1"]["score"] == found["scores"]["image R@1, by vectors"]["score"] == 100
-    with pytest.raises(OptionError, match="a model that matches cannot answer"):
+    with pytest.raises(OptionError, match="a matching model cannot answer"):
         evaluate(write(tmp_path / "rows.jsonl", QUESTIONS), tmp_path / "other", model=matcher)
