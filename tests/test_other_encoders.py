@@ -260,7 +260,7 @@ def change(folder: Path, file: str, **values) -> None:
 @pytest.mark.parametrize(
     ("family", "values", "message"),
     [
-        ("ViT", {"model_type": "resnet"}, "'resnet', no image encoder that is read here; known are blip-2"),
+        ("ViT", {"model_type": "resnet"}, "'resnet', which is not a supported image encoder; supported are blip-2"),
         ("SigLIP", {"model_type": "siglip2_vision_model"}, "not NaFlex"),
         ("ViT", {"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ("ViT", {"num_channels": 1}, "num_channels is 1"),
@@ -269,14 +269,14 @@ def change(folder: Path, file: str, **values) -> None:
         ("DINOv2", {"mlp_ratio": -1}, "mlp_ratio is -1"),
         ("ViT", {"image_size": [30, 60]}, "image_size is "),
         ("DINOv3", {"num_register_tokens": True}, "num_register_tokens is True"),
-        ("DINOv3", {"num_attention_heads": 4}, "heads of 6 numbers are not turned"),
-        ("ViT", {"hidden_size": 26}, r"embeddings.cls_token is \[1, 1, 24\], config.json asks for \[1, 1, 26\]"),
+        ("DINOv3", {"num_attention_heads": 4}, "heads of 6 dimensions cannot have rotary positions"),
+        ("ViT", {"hidden_size": 26}, r"embeddings.cls_token has shape \[1, 1, 24\], but config.json requires \[1, 1, 26\]"),
         ("ViT", {"num_hidden_layers": 4}, "encoder.layer.3. is missing"),
         ("ViT", {"num_hidden_layers": 2}, "encoder.layer.2.* is unexpected"),
         ("ViT", {"qkv_bias": False}, "bias is unexpected"),
         ("DINOv2", {"use_swiglu_ffn": True}, "mlp.weights_in.weight is missing"),
         ("DINOv2", {"model_type": "dinov2_with_registers"}, "embeddings.register_tokens is missing"),
-        ("CLIP", {"model_type": "siglip_vision_model"}, "is missing|is unexpected|asks for"),
+        ("CLIP", {"model_type": "siglip_vision_model"}, "is missing|is unexpected|requires"),
         ("CLIP", {"num_hidden_layers": 1}, "there is no second-last layer"),
     ],
 )  # fmt: skip
@@ -290,7 +290,7 @@ def test_files_that_are_wrong(family, values, message, tmp_path):
 
 def test_options_that_cannot_be(tmp_path):
     save_encoder("EVA-CLIP", tmp_path)
-    with pytest.raises(OptionError, match="without the last layer"):
+    with pytest.raises(OptionError, match="does not contain the last layer"):
         checkpoint.load_encoder(tmp_path, layer="last")
     with pytest.raises(OptionError, match=r"layer.* is 'first'; use second-last or last"):
         checkpoint.load_encoder(tmp_path, layer="first")

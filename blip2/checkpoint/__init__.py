@@ -1,4 +1,4 @@
-"""Checkpoints: where they are, what is in them, loading and saving. One layout, the published one."""
+"""Checkpoints: finding, reading, loading and saving them, all in the published layout."""
 
 from blip2.checkpoint.damage import damage, why_not_finite
 from blip2.checkpoint.encoders import Encoder, load_encoder, open_encoder

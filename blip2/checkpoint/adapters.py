@@ -1,9 +1,9 @@
-"""Adapters: LoRA, rsLoRA and DoRA as `peft` writes them, merged into the weights while these are read.
+"""Adapters in `peft`'s format (LoRA, rsLoRA and DoRA), merged into the weights while these are read.
 
-An adapter is a folder of adapter_config.json and adapter_model.safetensors, trained on the reference's model, whose
-names of modules are those of the published files. To a weight W it adds s B A (Hu et al., 2021), with s = alpha / r, or
-alpha / sqrt(r) (rsLoRA); a DoRA gives the rows of that sum a length of their own (Liu et al., 2024). It may also bring
-whole weights that were trained beside it. Everything is computed in float32, and cast or quantised only then.
+An adapter is a folder with adapter_config.json and adapter_model.safetensors, trained on the reference's model, so its
+module names are those of the published files. It adds s B A to a weight W (Hu et al., 2021), with s = alpha / r, or
+alpha / sqrt(r) (rsLoRA). A DoRA also gives each row of the sum a trained length (Liu et al., 2024). An adapter may
+contain whole weights that were trained as well. Everything is computed in float32, then cast or quantised.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from blip2.errors import CheckpointError, OptionError, option
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Asked = str | Path | Sequence[str | Path] | Mapping[Any, float]
 PREFIXES = ("", "language_model.")
-"""Of names: trained on the whole model, or on its language model alone."""
+"""Prefixes of names: trained on the whole model, or on its language model alone."""
 ALSO_CALLED = {name for names in ALIASES.values() for name in names}
-"""What is a table of words under another name, if it is no weight of its own."""
+"""Other names of the token embeddings, if they are not separate weights."""
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.weight)?")
 LORA = {"A": "first", "B": "second", "magnitude_vector": "lengths"}
-# What is not merged here, as adapter_config.json has it: the field, and the values with which it is not asked for.
+# Settings of adapter_config.json that are not supported: the field, and the values that do not use the feature.
 ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("peft_type", ("LORA",)),
-    # With others the weights that the adapter belongs to were changed, too.
+    # Other methods also change the weights that the adapter belongs to.
     ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal")),
     ("lora_bias", (False, None)),
     ("use_qalora", (False, None)),
@@ -60,7 +60,7 @@ ONLY: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one weight ``float[N, D]``: ``first`` float[r, D], ``second`` float[N, r], ``lengths`` float[N]."""
+    """The change of a weight ``float[N, D]``: ``first`` float[r, D], ``second`` float[N, r], ``lengths`` float[N]."""
 
     scale: float
     first: Place
@@ -68,7 +68,7 @@ class LowRank:
     lengths: Place | None
 
     def applied(self, weight_ND: Tensor) -> Tensor:
-        """The weight of the model that was trained, in float32."""
+        """The changed weight, in float32."""
         changed_ND = weight_ND.float() + self.scale * (self.second.read().float() @ self.first.read().float())
         if self.lengths is None:
             return changed_ND
@@ -78,7 +78,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter with its ``weight``: 1 is as it was trained. Changes by the published name of what they change."""
+    """An adapter with its ``weight``: 1 is as trained. Changes by the published names of the weights."""
 
     path: Path
     weight: float
@@ -87,12 +87,12 @@ class Adapter:
 
     @property
     def ranks(self) -> list[int]:
-        """Each that occurs."""
+        """All ranks that occur."""
         return sorted({change.first.shape[0] for change in self.changes.values() if isinstance(change, LowRank)})
 
     @property
     def num_parameters(self) -> int:
-        """How many weights were trained."""
+        """Number of trained parameters."""
         places = (
             (each.first, each.second, each.lengths) if isinstance(each, LowRank) else (each,)
             for each in self.changes.values()
@@ -101,7 +101,7 @@ class Adapter:
 
 
 class Adapters:
-    """Several adapters, each with its weight; their changes are added up."""
+    """Several adapters, each with its weight; their changes are added."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = list(adapters)
@@ -111,9 +111,9 @@ class Adapters:
 
     @classmethod
     def of(cls, asked: Asked | None) -> Adapters | None:
-        """From a folder or a name on the hub, several of them, or each with its weight; None if there are none.
+        """From a folder or a name on the hub, several of them, or each with its weight; None for none.
 
-        Raises `CheckpointError` for what is no adapter, or one of a kind that is not merged here.
+        Raises `CheckpointError` if it is not an adapter, or of an unsupported kind.
         """
         if asked is None:
             return None
@@ -128,15 +128,16 @@ class Adapters:
         return cls([read_adapter(folder_of(name), weight) for name, weight in weights.items()]) if weights else None
 
     def fitted(self, shapes: Mapping[str, tuple[int, ...]], tables: set[str], folder: Path) -> Adapters:
-        """The same for a model whose weights have these published names and shapes; ``tables`` of words among them.
+        """The same for a model whose weights have these published names and shapes; ``tables``: the token embeddings.
 
-        Raises `CheckpointError` that names the module that is unknown, or does not fit.
+        Raises `CheckpointError` that names a module that is unknown or does not fit.
         """
         return Adapters([_fitted(adapter, shapes, tables, folder) for adapter in self._adapters])
 
     @property
     def told(self) -> str:
-        """What makes the model see pictures differently, 16 hexadecimal digits; "" if only the language model does."""
+        """Identifies the changes to image encoder and Q-Former, 16 hexadecimal digits; "" if only the language model
+        changes."""
         seeing = [
             adapter for adapter in self._adapters if any(not name.startswith("language_") for name in adapter.changes)
         ]
@@ -150,7 +151,7 @@ class Adapters:
         return digest.hexdigest()[:16]
 
     def merged(self, rows: Mapping[str, int], tensor: Tensor) -> Tensor:
-        """A tensor that is read, with all changes; ``rows``: of its parts, one below the other, by their names."""
+        """A tensor with all changes applied; ``rows``: the names and row counts of its parts, in order."""
         if not any(name in adapter.changes for name in rows for adapter in self._adapters):
             return tensor
         if len(rows) == 1:
@@ -170,7 +171,7 @@ class Adapters:
 
 
 def folder_of(name: str | Path) -> Path:
-    """The folder of an adapter, fetched if it is a name on the hub. Raises `CheckpointError`."""
+    """The folder of an adapter, downloaded if it is a name on the hub. Raises `CheckpointError`."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -182,17 +183,17 @@ def folder_of(name: str | Path) -> Path:
 
 
 def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
-    """What stands in the files. Raises `CheckpointError` for what is missing, or is not merged here."""
+    """Read an adapter. Raises `CheckpointError` for missing files and unsupported kinds."""
     if not (folder / WEIGHTS).exists():
         pickled = (folder / WEIGHTS).with_suffix(".bin").exists()
-        hint = "; save it as safetensors (a pickle is not read)" if pickled else "; is it the folder of an adapter?"
+        hint = "; save it as safetensors (pickles are not read)" if pickled else "; is it the folder of an adapter?"
         raise CheckpointError(f"{folder}: there is no {WEIGHTS}{hint}")
     config = read_json(folder / CONFIG)
     for name, known in ONLY:
         if (value := config.get(name)) not in known:
             raise CheckpointError(
-                f"{folder / CONFIG}: {name} is {reprlib.repr(value)}, and adapters of this kind are not merged "
-                "here; merge it with the program that made it"
+                f"{folder / CONFIG}: {name} is {reprlib.repr(value)}; this kind of adapter is not supported here: "
+                "merge it with the program that made it"
             )
     found: dict[str, dict[str, Place]] = {}
     changes: dict[str, LowRank | Place] = {}
@@ -203,16 +204,17 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
             changes[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = place
         else:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {key} is of a kind that is not merged here, such as a table of words"
+                f"{folder / WEIGHTS}: {key} is of a kind that is not supported here, such as an embedding"
             )
     for module, parts in found.items():
         if not {"first", "second"} <= parts.keys() or ("lengths" in parts) != bool(config.get("use_dora")):
-            raise CheckpointError(f"{folder / WEIGHTS}: of {module} a half is missing; it is cut short, or mixed up")
+            raise CheckpointError(f"{folder / WEIGHTS}: {module} has only one of two matrices; the file is incomplete")
         first, second, lengths = parts["first"], parts["second"], parts.get("lengths")
         rank = first.shape[0]
         shapes = (len(first.shape), second.shape[1:], lengths.shape if lengths else second.shape[:1])
         if shapes != (2, (rank,), second.shape[:1]):
-            raise CheckpointError(f"{folder / WEIGHTS}: {module} has parts that do not fit each other, or is no matrix")
+            raise CheckpointError(f"{folder / WEIGHTS}: {module} has parts that do not fit together, or that are not "
+                "matrices")
         alpha = _alpha(config, module, folder)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         changes[f"{module}.weight"] = LowRank(scale, first, second, lengths)
@@ -221,9 +223,9 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter as `peft` does; ``tensors`` by their names in the reference's model.
+    """Write an adapter in `peft`'s format; ``tensors`` by their names in the reference's model.
 
-    Both files are there whole, or as they were. Raises `CheckpointError` if they cannot be written.
+    Both files are written atomically. Raises `CheckpointError` if they cannot be written.
     """
     parts = [folder / f"{name}.part" for name in (WEIGHTS, CONFIG)]
     try:
@@ -231,11 +233,11 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         near = {f"base_model.model.{name}": each.detach().to("cpu").contiguous() for name, each in tensors.items()}
         save_file(near, parts[0], metadata={"format": "pt"})
         parts[1].write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copymode(parts[1], parts[0])  # safetensors writes for the owner alone
+        shutil.copymode(parts[1], parts[0])  # safetensors gives access to the owner only
         replace_files([(part, part.with_suffix("")) for part in parts])
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: the adapter cannot be written ({reason}); make room there") from None
+        raise CheckpointError(f"{folder}: the adapter cannot be written ({reason}); free some space there") from None
     finally:
         for part in parts:
             with suppress(OSError):
@@ -243,7 +245,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
 
 
 def _alpha(config: Mapping[str, Any], module: str, folder: Path) -> float:
-    """That of the module, by the pattern of names as `peft` matches it."""
+    """The alpha of a module, with name patterns matched as in `peft`."""
     patterns = config.get("alpha_pattern") or {}
     patterns = patterns.items() if isinstance(patterns, dict) else ()
     alpha = next(
@@ -259,29 +261,29 @@ def _fitted(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tables: set
     changes = {prefix + name: change for name, change in adapter.changes.items()}
     unknown = [name for name in changes if name not in shapes]
     for name, change in changes.items():
-        # The Q-Former's head, if it has one, follows its table, which is trained with all of it.
+        # The Q-Former's head, if any, follows its tied embeddings, which are trained as a whole.
         is_alone = isinstance(change, LowRank) or name.startswith("language_")
         if (name in tables and is_alone) or (name in unknown and name in ALSO_CALLED):
             raise CheckpointError(
-                f"{adapter.path}: {name.rpartition('.')[0]} is one table with another of the model, and is not changed "
-                "alone; train the adapter without it"
+                f"{adapter.path}: {name.rpartition('.')[0]} shares its weights with another layer of the model and "
+                "cannot be changed alone; train the adapter without it"
             )
     if unknown:
         module, _, last = unknown[0].rpartition(".")
         raise CheckpointError(
-            f"{adapter.path}: there is no {module if last == 'weight' else unknown[0]} in {folder}"
-            f"{_and_more(len(unknown) - 1, len(changes))}; the adapter is of another model"
+            f"{adapter.path}: there is no {module if last == 'weight' else unknown[0]} in "
+            f"{folder}{_and_more(len(unknown) - 1, len(changes))}; the adapter belongs to another model"
         )
     for name, change in changes.items():
         module = name.rpartition(".")[0]
         have = (change.second.shape[0], change.first.shape[1]) if isinstance(change, LowRank) else change.shape
         if math.prod(have) != math.prod(shapes[name]) or have[:1] != shapes[name][:1]:
             raise CheckpointError(
-                f"{adapter.path}: {module} is {list(have)}, and {list(shapes[name])} in {folder}; the adapter is of "
-                "another model"
+                f"{adapter.path}: {module} has shape {list(have)}, but {list(shapes[name])} in {folder}; the adapter "
+                "belongs to another model"
             )
     return replace(adapter, changes=changes)
 
 
 def _and_more(number: int, of: int) -> str:
-    return f" ({number} more of {of} have no place either)" if number else ""
+    return f" ({number} more of {of} are missing as well)" if number else ""

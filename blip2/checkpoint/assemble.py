@@ -1,7 +1,7 @@
-"""Parts that never met, put together to a model that training starts from.
+"""Assembles a model for training from separate parts.
 
-A frozen image encoder and a frozen language model are taken as they were published; between them comes a Q-Former that
-begins from a BERT, from another BLIP-2's, or from scratch, with new heads and a new projection.
+A frozen image encoder and a frozen language model are taken as published. Between them is a Q-Former that starts from a
+BERT, from another BLIP-2's, or from scratch, with new heads and a new projection.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from blip2.text import Tokenizer, added_token
 
 SCRATCH = "scratch"
 CAPTION_START = "[DEC]"
-"""The token with which the Q-Former begins a caption; a BERT has none."""
+"""First token of a caption from the Q-Former; BERT does not have it."""
 STD = 0.02
 LANGUAGE = "language_model."
 MAY_DIFFER = (".crossattention.", "query_tokens", "language_projection.")
-"""What another model's Q-Former has in another shape, if it looks at another image encoder, has other queries, or
-speaks to another language model."""
+"""Weights of another model's Q-Former that may have other shapes: for another image encoder, another number of query
+tokens, or another language model."""
 OF_WORDS = ("embeddings.word_embeddings.weight", "qformer_lm_head.bias")
-"""What has a row for each word."""
+"""Weights with a row for each token."""
 TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a Q-Former begins from. ``tokenizer``: the content of tokenizer.json, for its text; "" if there is none.
-    ``is_bert``: whether the tokenizer and the tables lack `CAPTION_START`."""
+    """What a Q-Former starts from. ``tokenizer``: the content of tokenizer.json for its text; "" if there is none.
+    ``is_bert``: whether tokenizer and embeddings lack `CAPTION_START`."""
 
     config: QFormerConfig
     tensors: Mapping[str, Tensor]
     tokenizer: str = ""
     is_bert: bool = False
     projection_size: int = MatcherConfig.projection_size
-    """Of the vectors that ITC compares."""
+    """Size of the vectors that ITC compares."""
 
 
 def qformer_start(name: str, tokenizer: str | None = None) -> Start:
-    """``name``: a BERT, a BLIP-2 or an InstructBLIP, as a folder or on the hub, or "scratch"; with that,
-    ``tokenizer``: the folder of a BERT whose tokenizer is taken, and whose size, if it says one. Raises
+    """``name``: a BERT, a BLIP-2 or an InstructBLIP, as a folder or on the hub, or "scratch". With "scratch",
+    ``tokenizer`` is the folder of a BERT whose tokenizer is used, and whose size if it has a config.json. Raises
     CheckpointError, OptionError."""
     if name == SCRATCH:
         if tokenizer is None:
@@ -77,7 +77,7 @@ def qformer_start(name: str, tokenizer: str | None = None) -> Start:
         config, tensors = read_bert(folder)
         return Start(config, tensors, _tokenizer(folder), is_bert=True)
     model = read_config(folder)
-    apart = {together: name for name, together in TOGETHER.items()}  # of an InstructBLIP
+    apart = {together: name for name, together in TOGETHER.items()}  # for an InstructBLIP
     found = {
         apart.get(key, key): place.read().float()
         for key, place in find_tensors(folder).items()
@@ -99,13 +99,12 @@ def assemble(
     seed: int = 0,
     link: Path | None = None,
 ) -> list[Path]:
-    """Write the models that training starts from: ``out/matching`` for stage 1, if the Q-Former has a tokenizer, and
-    ``out/generative`` for stage 2, with a ``language`` model (a folder or a hub name). Gives their folders.
+    """Write models that training starts from: ``out/matching`` for stage 1, if the Q-Former has a tokenizer, and
+    ``out/generative`` for stage 2, with a ``language`` model (a folder or a hub name). Returns their folders.
 
-    What is new is drawn by ``seed``, the same for the same sizes. The frozen parts lie in files of their own;
-    ``link``: another assembled or trained model (or the folder of two) with which those are shared that are equal bit
-    by bit, by hard links. Raises CheckpointError for parts that cannot be, and OptionError where nothing could be
-    written, or shared.
+    New weights are initialised from ``seed``, equal for equal sizes. Frozen parts have files of their own. ``link``:
+    another assembled or trained model (or the folder of two) whose files with identical frozen parts are shared by hard
+    links. Raises CheckpointError for invalid parts, and OptionError if there is nothing to write or share.
     """
     shared = [] if link is None else models_in(link)
     if link is not None:
@@ -139,10 +138,10 @@ def assemble(
 
 
 def _check_disk(link: Path, out: Path) -> None:
-    """A hard link cannot be to another disk."""
+    """Hard links need both folders on one disk."""
     if _disk_of(link) != _disk_of(next(path for path in out.absolute().parents if path.exists())):
         raise OptionError(
-            f"{option('link')}: {link} is on another disk than {out}, and is not shared with it; write beside it, or "
+            f"{option('link')}: {link} is on another disk than {out} and cannot be shared; write to the same disk, or "
             f"leave {option('link')} out"
         )
 
@@ -163,7 +162,7 @@ def _write(
     words: Path | None = None,
 ) -> Path:
     if folder.exists():
-        raise CheckpointError(f"{folder}: is there already; name another folder, or remove it")
+        raise CheckpointError(f"{folder}: exists already; name another folder, or remove it")
     model = empty_model(config)
     for name, tensor in vision.tensors():
         place, _, last = name.rpartition(".")
@@ -190,7 +189,7 @@ def _write(
 
 
 def _linked(model: Blip2 | Blip2Matcher, language: Weights, shared: list[Path]) -> dict[str, Path]:
-    """The file of each weight that another model has, too: part by part, if all of the part is equal bit by bit."""
+    """The file of each weight that another model shares: for each part, if all of it is identical."""
     own = dict(named_tensors(model))
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     linked: dict[str, dict[str, Path]] = {}
@@ -211,7 +210,7 @@ def _values(
     linked: Mapping[str, Path],
     generator: torch.Generator,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Those that are not ``linked``."""
+    """The weights that are not ``linked``."""
     for name, tensor in named_tensors(model):
         if name in linked:
             continue
@@ -224,26 +223,28 @@ def _values(
 
 
 def _begun(name: str, shape: tuple[int, ...], qformer: Start, generator: torch.Generator) -> Tensor:
-    """What the Q-Former, its heads or the projection begin with."""
-    new = _new(name, shape, generator)  # drawn anyway: what comes after it is the same whatever there is
+    """The initial value of a weight of the Q-Former, its heads or the projection."""
+    new = _new(name, shape, generator)  # always drawn, so that later weights do not depend on it
     if (found := _kept(name, shape, qformer)) is None:
         return new
-    return found.clone() if found.shape == shape else torch.cat([found, new[len(found) :]])  # one for each name
+    return found.clone() if found.shape == shape else torch.cat([found, new[len(found) :]])  # a value for each name
 
 
 def _kept(name: str, shape: tuple[int, ...], qformer: Start) -> Tensor | None:
-    """What there is of it, perhaps but the last rows; None of what is new. Raises CheckpointError for another shape."""
+    """The existing value, perhaps without its last rows; None for a new weight. Raises CheckpointError for another
+    shape."""
     if (found := qformer.tensors.get(name)) is None or found.shape == shape:
         return found
     if qformer.is_bert and name in OF_WORDS and found.shape[1:] == shape[1:] and len(found) < shape[0]:
-        return found  # it lacks the last of them
+        return found  # the last rows are missing
     if any(part in name for part in MAY_DIFFER):
         return None
-    raise CheckpointError(f"{name} of the Q-Former is {list(found.shape)}, but {list(shape)} is wanted; take another")
+    raise CheckpointError(f"{name} of the Q-Former has shape {list(found.shape)}, but needs {list(shape)}; use another "
+        "Q-Former")
 
 
 def _new(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """BERT's initialisation, the queries included; the temperature as in LAVIS."""
+    """BERT's initialisation, also for query tokens; the temperature as in LAVIS."""
     if name == "temp":
         return torch.full(shape, 0.07)
     if name.endswith("bias"):
@@ -257,11 +258,11 @@ def _check(name: str, weights: Weights, wanted: Tensor, folder: Path) -> None:
     if (found := weights.get(name)) is None:
         raise CheckpointError(
             f"{name.removeprefix(LANGUAGE)} is missing in the language model for {folder}; its weights and config.json "
-            "do not belong together"
+            "do not match"
         )
     if found.shape != tuple(wanted.shape):
         raise CheckpointError(
-            f"{found.place}: {name.removeprefix(LANGUAGE)} is {list(found.shape)}, its config.json asks for "
+            f"{found.place}: {name.removeprefix(LANGUAGE)} has shape {list(found.shape)}, but its config.json requires "
             f"{list(wanted.shape)}"
         )
 
@@ -270,6 +271,7 @@ def _tokenizer(folder: Path) -> str:
     path = folder / TOKENIZER
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such file; make it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"{path}: no such file; create it with transformers: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return Tokenizer.from_folder(folder).to_json()

@@ -1,7 +1,7 @@
-"""A BERT's weights, from which a Querying Transformer begins (section 3.1 of the paper; ``init_Qformer`` in LAVIS).
+"""BERT's weights, from which a Q-Former is initialised (section 3.1 of the paper; ``init_Qformer`` in LAVIS).
 
-Its feed-forward layers are taken twice, for text and for queries; cross-attention and queries are new. What BERT adds
-to every word for being in the first of two sentences is added to the positions.
+Its feed-forward layers are copied twice, for text and for query tokens; cross-attention and query tokens are new.
+BERT's embedding of the first segment is added to the position embeddings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip2.config import QFormerConfig
 from blip2.errors import CheckpointError
 
 ALIASES = {"bert-base-uncased": "google-bert/bert-base-uncased"}
-"""Names by which a BERT is known, and where it is today."""
+"""Short names of BERTs, and their current repositories."""
 FIELDS = {
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
@@ -29,7 +29,7 @@ FIELDS = {
     "layer_norm_eps": "layer_norm_eps",
 }
 LAYER = r"^encoder\.layer\.(\d+)\."
-# Names of theirs, without "bert.", and what they are in the published layout of a BLIP-2.
+# Names in BERT's files, without "bert.", and in the published layout of BLIP-2.
 NAMES = {
     r"^embeddings\.LayerNorm\.": ("qformer.layernorm.",),
     r"^(embeddings\.(word|position)_embeddings\.)": (r"\1",),
@@ -43,12 +43,12 @@ SENTENCES, POSITIONS = "embeddings.token_type_embeddings.weight", "embeddings.po
 
 
 def bert_config(folder: Path) -> QFormerConfig:
-    """The configuration of a Q-Former of a BERT's size. Raises `CheckpointError` for another model than a BERT."""
+    """The configuration of a Q-Former with the size of a BERT. Raises `CheckpointError` for another kind of model."""
     path = folder / "config.json"
     content = read_json(path)
     if content.get("model_type") != "bert":
         raise CheckpointError(
-            f"{path}: model_type is {content.get('model_type')!r}; a Q-Former begins from a BERT, such as "
+            f"{path}: model_type is {content.get('model_type')!r}; a Q-Former starts from a BERT, such as "
             f"{ALIASES['bert-base-uncased']}, from a BLIP-2, or from scratch"
         )
     plain = QFormerConfig()
@@ -64,7 +64,7 @@ def bert_config(folder: Path) -> QFormerConfig:
 
 
 def read_bert(folder: Path) -> tuple[QFormerConfig, dict[str, Tensor]]:
-    """The Q-Former's configuration, and what of it there is already, by its names in the published layout, float32.
+    """The Q-Former's configuration, and its initial weights from BERT by their published names, float32.
 
     Raises `CheckpointError` as `bert_config` does, and for weights of another model.
     """
@@ -84,7 +84,7 @@ def read_bert(folder: Path) -> tuple[QFormerConfig, dict[str, Tensor]]:
 
 
 def _plain(name: str) -> str:
-    """As the library writes it today: no "bert." before it, and norms have a weight and a bias."""
+    """The current form of a name: without "bert.", and norms with weight and bias."""
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)).removeprefix("bert.")
 
 

@@ -1,8 +1,8 @@
-"""What a value of ``config.json`` may be: a damaged or foreign file is told before anything is built of it.
+"""Bounds of values in ``config.json``, to detect damaged or foreign files before a model is built.
 
-The bounds are far beyond every model that was published.
+The bounds are far beyond every published model.
 
-Each check raises ValueError: what is wrong, and what should stand there.
+Each check raises ValueError with the problem and the expected value.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "norm_eps": (1e-30, 0.1),
     "dropout": (0, 0.99),
 }
-"""By our names; a token id is bounded by the vocabulary instead."""
+"""By our names; token ids are bounded by the vocabulary instead."""
 
 
 def check_value(name: str, value: Any, like: Any, where: str = "", bounds: tuple[float, float] | None = None) -> Any:
-    """The value, if it is of the kind of ``like`` (bool, int, float or str) and within the bounds, both included."""
+    """Returns the value if it has the type of ``like`` (bool, int, float or str) and is within the bounds,
+    inclusive."""
     if isinstance(like, bool):
         is_kind, words = isinstance(value, bool), "true or false"
     elif isinstance(like, str):
@@ -61,7 +62,7 @@ def check_value(name: str, value: Any, like: Any, where: str = "", bounds: tuple
 
 
 def check_token(name: str, value: Any, vocab_size: int, where: str) -> None:
-    """That a token is one of the vocabulary."""
+    """Check that a token is in the vocabulary."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
         raise ValueError(
             f"{name} is {reprlib.repr(value)} in {where}; a token of this model is a whole number from 0 to "
@@ -70,13 +71,13 @@ def check_token(name: str, value: Any, vocab_size: int, where: str) -> None:
 
 
 def check_names(section: Collection[str], names: Collection[str], where: str) -> None:
-    """That no key of a section is one of the names, which is absent, with a bit flipped."""
+    """Check that no key of a section is an absent name with a flipped bit."""
     for absent in sorted(set(names) - set(section)):
         if near := [key for key in section if key not in names and differs_in_a_bit(key, absent)]:
-            raise ValueError(f"there is {near[0]} and no {absent} in {where}; {AGAIN}")
+            raise ValueError(f"there is {near[0]} but no {absent} in {where}; {AGAIN}")
 
 
 def differs_in_a_bit(key: str, name: str) -> bool:
-    """Whether a key is a name of which a bit flipped; bos_token_id beside eos_token_id is none."""
+    """Whether a key is a name with one flipped bit; bos_token_id and eos_token_id are not related so."""
     differ = [ord(one) ^ ord(other) for one, other in zip(key, name, strict=False) if one != other]
     return len(key) == len(name) and len(differ) == 1 and differ[0].bit_count() == 1

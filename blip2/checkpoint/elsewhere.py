@@ -1,7 +1,6 @@
-"""A repository of the hub that is kept elsewhere than in the usual cache, asked for with a token, or lies in a folder.
+"""Repositories with other settings than usual: another cache folder, a token, or a subfolder.
 
-By the hub's own client alone; what `hub` adds to it (a download that goes on where an earlier one stopped) is for the
-usual cache.
+Uses only the hub's own client; the resumable downloads of `hub` are for the usual cache.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ WEIGHTS = ("*.safetensors",)
 
 @dataclass(frozen=True)
 class Place:
-    """``cache_dir``: instead of the usual one. ``token``: for what asks for permission, False for none.
-    ``subfolder``: of the repository. ``force``: fetch again what is there."""
+    """``cache_dir``: instead of the usual one. ``token``: for gated repositories, False for none. ``subfolder``: of the
+    repository. ``force``: download again."""
 
     cache_dir: str | Path | None = None
     token: str | bool | None = None
@@ -30,7 +29,7 @@ class Place:
 
     @property
     def is_usual(self) -> bool:
-        """Whether `names.resolve` finds the same; the saved token is always used."""
+        """Whether `names.resolve` gives the same; the saved token is always used."""
         return self in (Place(), Place(token=True))
 
 
@@ -53,8 +52,8 @@ def fetch(name: str, place: Place, *, revision: str | None = None, local_files_o
 
 
 def inside_of(folder: Path, subfolder: str) -> Path:
-    """A sub-folder of a model's folder; CheckpointError if it is not there, or is outside."""
+    """A subfolder of a model's folder; CheckpointError if it does not exist or is outside."""
     inside = folder / subfolder
     if not inside.resolve().is_relative_to(folder.resolve()) or not inside.is_dir():
-        raise CheckpointError(f"{folder}: has no folder {subfolder}; leave subfolder out, or name one that is there")
+        raise CheckpointError(f"{folder}: has no folder {subfolder}; leave subfolder out, or name one that exists")
     return inside

@@ -1,8 +1,7 @@
-"""Image encoders of other makes, read from their own published files into a `VisionTransformer`.
+"""Image encoders of other families, read from their published files into a `VisionTransformer`.
 
-What a family has beside ours and is no more than arithmetic is settled here: a layer scale is multiplied into the
-weights before it, a bias that is lacking is zero, registers join the class token, and positions are made to fit the
-size of picture that the image settings ask for.
+Differences that are only arithmetic are resolved here: layer scales are folded into the weights before them, missing
+biases become zero, registers join the class token, and positions are interpolated to the image size.
 """
 
 from __future__ import annotations
@@ -37,21 +36,21 @@ SAME_ACTIVATION = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_t
 
 @dataclass(frozen=True)
 class Encoder:
-    """An image encoder in its files. ``config``: as a BLIP-2 has it. ``settings``: how pictures become pixels."""
+    """An image encoder in its files. ``config``: as in a BLIP-2. ``settings``: the image preprocessing."""
 
     folder: Path
     config: VisionConfig
     settings: ImageSettings
     family: Family
     trained: VisionConfig
-    """As in the files, where pictures may have another size."""
-    said: Mapping[str, Any]
-    """What config.json says of the encoder."""
+    """The configuration in the files, which may have another image size."""
+    published: Mapping[str, Any]
+    """The encoder's section of config.json."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of the `VisionTransformer` by its name there, one at a time, in the precision of the file.
+        """Every weight of the `VisionTransformer` by its name there, one at a time, in the dtype of the file.
 
-        Raises `CheckpointError` for what is missing, unexpected or of another shape than config.json says.
+        Raises `CheckpointError` for missing or unexpected weights, and for other shapes than in config.json.
         """
         weights = _Weights.of(self.folder, self.family)
         with torch.device("meta"):
@@ -64,20 +63,21 @@ class Encoder:
             else:
                 yield name, self._weight(weights, name, shape)
         num_layers = self.trained.num_layers
-        left_out = [f"{self.family.layer.format(num)}." for num in range(num_layers, self.said["num_hidden_layers"])]
+        last = self.published["num_hidden_layers"]
+        left_out = [f"{self.family.layer.format(num)}." for num in range(num_layers, last)]
         if absent := [start for start in left_out if not any(name.startswith(start) for name in weights.left)]:
             raise CheckpointError(
-                f"{self.folder}: {absent[0]} is missing; the weights and config.json do not belong together"
+                f"{self.folder}: {absent[0]} is missing; the weights and config.json do not match"
             )
         if self.family is not BLIP2:
             left_out.append(self.family.outside["final_norm.*"].removesuffix("*"))
         if rest := [name for name in weights.left if not name.startswith(tuple(left_out))]:
             raise CheckpointError(
-                f"{self.folder}: {rest[0]} is unexpected; the weights and config.json do not belong together"
+                f"{self.folder}: {rest[0]} is unexpected; the weights and config.json do not match"
             )
 
     def _prefix(self, weights: _Weights) -> Tensor:
-        """``float[1, T, D]``: the class token, and the registers after it."""
+        """``float[1, T, D]``: the class token, followed by the registers."""
         number, width, names = self.trained.num_prefix_tokens, self.trained.hidden_size, self.family.outside
         if number == 0:
             return torch.empty(1, 0, width, dtype=weights.dtype)
@@ -87,10 +87,10 @@ class Encoder:
         return torch.cat([weights.read(names[name], (1, length, width)) for name, length in parts], dim=1)
 
     def _positions(self, weights: _Weights) -> Tensor:
-        """``float[1, T + P, D]`` for the size of picture that is asked for; registers have no place, and are last."""
+        """``float[1, T + P, D]`` for the requested image size; registers have no position and come last."""
         number, width = self.trained.num_prefix_tokens, self.trained.hidden_size
         side = self.config.image_size // self.config.patch_size
-        if "position_embedding" not in self.family.outside:  # the patches' queries and keys are turned instead
+        if "position_embedding" not in self.family.outside:  # rotary positions instead
             return torch.zeros(1, number + side * side, width, dtype=weights.dtype)
         num_registers = number - 1 if "registers" in self.family.outside else 0
         num_placed = number - num_registers
@@ -101,7 +101,7 @@ class Encoder:
         return positions_of(self.trained, torch.cat([first_1TD, nowhere_1RD, grid_1PD], dim=1), side, side)
 
     def _weight(self, weights: _Weights, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One that is a tensor, or several one below the other, in the files."""
+        """A weight that is one tensor in the files, or several concatenated ones."""
         layer = re.match(r"blocks\.(\d+)\.", name)
         stem, _, last = name.rpartition(".")
         if layer is None:
@@ -123,24 +123,24 @@ class Encoder:
 
     def _or_zeros(self, weights: _Weights, name: str, shape: tuple[int, ...]) -> Tensor:
         says = next((says for ending, says in self.family.biases.items() if name.endswith(ending)), None)
-        if says is not None and not self.said[says]:
+        if says is not None and not self.published[says]:
             return torch.zeros(shape, dtype=weights.dtype)
         return weights.read(name, shape)
 
 
 class _Weights:
-    """The tensors of an encoder by their names in the tables; ``left`` are those that nobody has read."""
+    """The tensors of an encoder by their names in the tables; ``left``: those that were not read."""
 
     def __init__(self, folder: Path, places: dict[str, Place], ignored: str) -> None:
         self._folder, self._places = folder, places
-        # No registers are, in some files, a tensor without numbers.
+        # Some files store the absence of registers as an empty tensor.
         self.left = dict.fromkeys(name for name in sorted(places) if places[name].num_bytes)
         self.left = {name: None for name in self.left if not re.search(ignored, name)}
         self.dtype = next(place.dtype for place in places.values() if place.dtype.is_floating_point)
 
     @classmethod
     def of(cls, folder: Path, family: Family) -> _Weights:
-        """Where all names begin is seen by the patch embedding; others may stand beside the encoder."""
+        """The prefix of all names follows from the patch embedding; other models may be in the same file."""
         places = find_tensors(folder)
         patch = family.outside["patch_embedding.*"].replace("*", "weight")
         begin = next((each for each in family.begins if each + patch in places), None)
@@ -155,12 +155,12 @@ class _Weights:
         """The tensor; it may lack leading dimensions of 1."""
         if (place := self._places.get(name)) is None:
             raise CheckpointError(
-                f"{self._folder}: {name} is missing; the weights and config.json do not belong together"
+                f"{self._folder}: {name} is missing; the weights and config.json do not match"
             )
         if place.shape not in [shape[start:] for start in range(3) if math.prod(shape[:start]) == 1]:
             raise CheckpointError(
-                f"{self._folder}: {name} is {list(place.shape)}, config.json asks for {list(shape)}; the weights "
-                "belong to another configuration"
+                f"{self._folder}: {name} has shape {list(place.shape)}, but config.json requires {list(shape)}; the "
+                "weights belong to another configuration"
             )
         self.left.pop(name, None)
         return place.read().view(shape)
@@ -174,16 +174,15 @@ def open_encoder(
     image_size: int | None = None,
     whole_picture: bool = False,
 ) -> Encoder | LiteEncoder:
-    """The encoder in a folder as it was published: config.json, preprocessor_config.json, model.safetensors; or the
-    file of an EfficientNet-Lite.
+    """The published encoder in a folder (config.json, preprocessor_config.json, model.safetensors), or in the file of
+    an EfficientNet-Lite.
 
-    ``layer``: the one whose output the Q-Former sees: the second-last, as in the paper, or the last, with the norm
-    that the family puts on it. ``class_token``: whether it is seen, where there is one. ``image_size``: the side of a
-    picture in pixels, if it is to be another than preprocessor_config.json says. ``whole_picture``: all of a picture
-    becomes the square that is seen, where the encoder was trained with the middle of it.
+    ``layer``: the layer whose output the Q-Former reads: the second-last, as in the paper, or the last, with the
+    family's final norm. ``class_token``: whether the Q-Former reads it, if there is one. ``image_size``: side of the
+    images in pixels, instead of that in preprocessor_config.json. ``whole_picture``: resize the whole image to the
+    square, even if the encoder was trained with centre crops.
 
-    Raises `CheckpointError` for a family that is not known and for what is not built here, OptionError for a layer
-    or a size that cannot be.
+    Raises `CheckpointError` for unknown families and unsupported features, OptionError for an invalid layer or size.
     """
     encoder = _open(folder, layer, class_token, image_size)
     return replace(encoder, settings=replace(encoder.settings, shortest_edge=None)) if whole_picture else encoder
@@ -197,9 +196,9 @@ def _open(folder: Path, layer: Layer, class_token: bool, image_size: int | None)
     content = read_json(path)
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        hint = "; of SigLIP 2 those of one size are, not NaFlex" if str(kind).startswith("siglip2") else ""
+        hint = "; SigLIP 2 only without NaFlex" if str(kind).startswith("siglip2") else ""
         raise CheckpointError(
-            f"{path}: model_type is {reprlib.repr(kind)}, no image encoder that is read here{hint}; known are "
+            f"{path}: model_type is {reprlib.repr(kind)}, which is not a supported image encoder{hint}; supported are "
             f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
@@ -210,9 +209,9 @@ def _open(folder: Path, layer: Layer, class_token: bool, image_size: int | None)
         if section.get("model_type") == CONVOLUTIONAL:
             lite = LiteEncoder(folder, parse_convolutional(section), image_settings(folder))
             return _lite_of_size(lite, image_size)
-        said = family.defaults | {key: value for key, value in section.items() if value is not None}
-        trained = parse_vision(said) if family is BLIP2 else _config(family, said)
-        said.setdefault("num_hidden_layers", trained.num_layers)
+        published = family.defaults | {key: value for key, value in section.items() if value is not None}
+        trained = parse_vision(published) if family is BLIP2 else _config(family, published)
+        published.setdefault("num_hidden_layers", trained.num_layers)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     trained = _cut(trained, family, layer, path)
@@ -221,14 +220,14 @@ def _open(folder: Path, layer: Layer, class_token: bool, image_size: int | None)
         settings = _of_size(settings, image_size)
     if settings.size < trained.patch_size:
         raise CheckpointError(
-            f"{folder}: pictures are of {settings.size} pixels, a patch of {trained.patch_size}; take larger pictures"
+            f"{folder}: images have {settings.size} pixels, but a patch has {trained.patch_size}; use larger images"
         )
     trained = replace(trained, keeps_class_token=class_token and trained.keeps_class_token)
-    return Encoder(folder, replace(trained, image_size=settings.size), settings, family, trained, said)
+    return Encoder(folder, replace(trained, image_size=settings.size), settings, family, trained, published)
 
 
 def load_encoder(folder: Path, **options: Any) -> tuple[Vision, ImageSettings]:
-    """As `open_encoder`: the encoder by itself with its weights, and its image settings."""
+    """As `open_encoder`: the encoder with its weights, and its image settings."""
     encoder = open_encoder(folder, **options)
     with torch.device("meta"):
         vision = build_image_encoder(encoder.config)
@@ -238,51 +237,52 @@ def load_encoder(folder: Path, **options: Any) -> tuple[Vision, ImageSettings]:
     return vision.eval(), encoder.settings
 
 
-def _config(family: Family, said: dict[str, Any]) -> VisionConfig:
-    """All layers, before any is left out. Raises ValueError for what is not built here."""
-    if said.get("num_channels", 3) != 3:
-        raise ValueError(f"num_channels is {reprlib.repr(said['num_channels'])}; pictures have 3 here")
-    has_gate = family.gate is not None and bool(said.get(family.gate[0], False))
-    activation = said["hidden_act"]
+def _config(family: Family, published: dict[str, Any]) -> VisionConfig:
+    """With all layers, before any is removed. Raises ValueError for unsupported features."""
+    if published.get("num_channels", 3) != 3:
+        raise ValueError(f"num_channels is {reprlib.repr(published['num_channels'])}; images have 3 channels here")
+    has_gate = family.gate is not None and bool(published.get(family.gate[0], False))
+    activation = published["hidden_act"]
     if "mlp_ratio" in family.defaults:  # DINOv2
-        width = check_value("hidden_size", said["hidden_size"], 768, bounds=BOUNDS["hidden_size"])
-        intermediate_size = int(width * check_value("mlp_ratio", said["mlp_ratio"], 4.0, bounds=(0.1, 64)))
+        width = check_value("hidden_size", published["hidden_size"], 768, bounds=BOUNDS["hidden_size"])
+        intermediate_size = int(width * check_value("mlp_ratio", published["mlp_ratio"], 4.0, bounds=(0.1, 64)))
         if has_gate:
             intermediate_size, activation = (int(intermediate_size * 2 / 3) + 7) // 8 * 8, "silu"
     else:
-        intermediate_size = said["intermediate_size"]
-    num_registers = said["num_register_tokens"] if "num_register_tokens" in family.defaults else 0
+        intermediate_size = published["intermediate_size"]
+    num_registers = published["num_register_tokens"] if "num_register_tokens" in family.defaults else 0
     check_value("num_register_tokens", num_registers, 0, bounds=(0, 1000))
     fields = {
-        name: said[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
+        name: published[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
     } | {
         "intermediate_size": intermediate_size,
-        "image_size": _side(said["image_size"]),
-        "patch_size": _side(said["patch_size"]),
+        "image_size": _side(published["image_size"]),
+        "patch_size": _side(published["patch_size"]),
         "hidden_act": SAME_ACTIVATION.get(activation, activation) if isinstance(activation, str) else activation,
         "gated_mlp": has_gate,
         "num_prefix_tokens": 1 + num_registers,
-        "rope_theta": said["rope_theta"] if "rope_theta" in family.defaults else 0.0,
+        "rope_theta": published["rope_theta"] if "rope_theta" in family.defaults else 0.0,
     }
     return replace(parse_vision(fields), **family.always)
 
 
 def _side(size: Any) -> Any:
-    """224, or the same as [224, 224]."""
+    """224, or [224, 224]."""
     return size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
 
 
 def _cut(config: VisionConfig, family: Family, layer: str, path: Path) -> VisionConfig:
-    """The encoder as far as the layer whose output is seen."""
+    """The encoder up to the layer whose output is used."""
     _check_layer(layer)
     if family is BLIP2:
         if layer == "last":
-            raise OptionError(f"{path}: a BLIP-2 is without the last layer of its image encoder; take the second-last")
+            raise OptionError(f"{path}: a BLIP-2 does not contain the last layer of its image encoder; use the "
+                "second-last")
         return config
     if layer == "last":
         return replace(config, has_final_norm=family.is_norm_of_patches)
     if config.num_layers == 1:
-        raise CheckpointError(f"{path}: num_hidden_layers is 1, and there is no second-last layer; take the last")
+        raise CheckpointError(f"{path}: num_hidden_layers is 1, so there is no second-last layer; use the last")
     return replace(config, num_layers=config.num_layers - 1)
 
 
@@ -292,13 +292,13 @@ def _check_layer(layer: str) -> None:
 
 
 def _lite_of_size(encoder: LiteEncoder, image_size: int | None) -> LiteEncoder:
-    """Convolutions have no positions: any size does."""
+    """Convolutions have no position embeddings, so any size works."""
     settings = encoder.settings if image_size is None else _of_size(encoder.settings, image_size)
     return replace(encoder, settings=settings, config=replace(encoder.config, image_size=settings.size))
 
 
 def _of_size(settings: ImageSettings, size: int) -> ImageSettings:
-    """Pictures of another size, of which as large a part is seen."""
+    """Images of another size, with the same share in the crop."""
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_IMAGE:
         raise OptionError(f"{option('image_size')} is {size!r}; it may be 1 to {LARGEST_IMAGE} pixels")
     edge = settings.shortest_edge

@@ -1,7 +1,7 @@
-"""The families of image encoders: literal tables of their published config.json and of the names of their weights.
+"""The families of image encoders: literal tables of their published config.json and weight names.
 
-Written from the published files and the reference's modules. `checkpoint.encoders` reads by them.
-``{}`` is the number of a layer, ``.*`` stands for ``.weight`` and ``.bias``, ``q|k|v`` are several, as in `keys`.
+Written from the published files and the reference's modules, and used by `checkpoint.encoders`. ``{}`` is the number of
+a layer, ``.*`` stands for ``.weight`` and ``.bias``, ``q|k|v`` are several, as in `keys`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from blip2.checkpoint.keys import VISION, VISION_LAYER, Table
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of a family are written; ours on the left, theirs on the right."""
+    """How the models of a family are stored; our names on the left, theirs on the right."""
 
     defaults: dict[str, Any]
-    """What an absent field of config.json means."""
+    """Values of absent fields of config.json."""
     outside: Table
     layer: str
-    """How the names of a layer's weights begin."""
+    """Prefix of a layer's weight names."""
     inside: Table
     always: dict[str, Any] = field(default_factory=dict)
-    """Fields of `VisionConfig` that are the same in all of its models."""
+    """Fields of `VisionConfig` that are the same in all models of the family."""
     begins: tuple[str, ...] = ("",)
-    """What may stand before all names."""
+    """Possible prefixes of all names."""
     ignored: str = "^$"
-    """Names of what is no part of the encoder, as a regular expression."""
+    """Names of weights outside of the encoder, as a regular expression."""
     gate: tuple[str, Table] | None = None
-    """The field of config.json that asks for a gated feed-forward layer, and its names."""
+    """The field of config.json for a gated feed-forward layer, and its weight names."""
     scales: Table = field(default_factory=dict)
-    """Layers whose output is multiplied, and by what."""
+    """Layers whose output is scaled, and the scale's name."""
     biases: Table = field(default_factory=dict)
-    """How names of biases end, and the field of config.json by which they are there or not."""
+    """Suffixes of bias names, and the field of config.json that says whether they exist."""
     is_norm_of_patches: bool = True
-    """Whether the last norm is put on the patches, or on the class token alone."""
+    """Whether the last norm applies to the patches, or only to the class token."""
 
 
 COMMON = {
@@ -48,7 +48,7 @@ CLIP = Family(
         "class_embedding": "embeddings.class_embedding",
         "position_embedding": "embeddings.position_embedding.weight",
         "patch_embedding.*": "embeddings.patch_embedding.*",
-        "pre_norm.*": "pre_layrnorm.*",  # so in the files
+        "pre_norm.*": "pre_layrnorm.*",  # misspelt in the files
         "final_norm.*": "post_layernorm.*",
     },
     "encoder.layers.{}",
@@ -140,7 +140,7 @@ DINOV3 = Family(
         "gate_proj.bias": "mlp_bias", "up_proj.bias": "mlp_bias", "down_proj.bias": "mlp_bias",
     },
 )  # fmt: skip
-# EVA-CLIP in the published models, or whatever is in the one at hand: read by the tables of the whole model.
+# EVA-CLIP in the published models, or the encoder of another BLIP-2: read with the tables of the whole model.
 BLIP2 = Family(
     {},
     {ours.removeprefix("vision."): theirs.removeprefix("vision_model.") for ours, theirs in VISION.items()},

@@ -1,7 +1,7 @@
-"""The published names of what a configuration says: literal tables.
+"""Field names of published configurations: literal tables.
 
-Each row: our field, the published field, and what an absent one means: the reference's own defaults, for the newer
-revisions write only what differs from them.
+Each row: our field, the published field, and the value of an absent one: the reference's own default, since newer
+revisions write only differences from it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ T5: Fields = (
     ("hidden_size", "d_model", 512),
     ("head_size", "d_kv", 64),
     ("num_layers", "num_layers", 6),
-    ("num_decoder_layers", "num_decoder_layers", 6),  # as many as num_layers, if that is given
+    ("num_decoder_layers", "num_decoder_layers", 6),  # equal to num_layers, if that is given
     ("num_heads", "num_heads", 8),
     ("intermediate_size", "d_ff", 2048),
     ("num_buckets", "relative_attention_num_buckets", 32),
@@ -52,8 +52,8 @@ T5: Fields = (
     ("pad_token_id", "pad_token_id", 0),
 )
 
-# What this package builds in one way only: the published field, the values that mean that way, what an absent one
-# means. Any other value would load, and answer wrongly.
+# Features with only one supported value: the published field, the accepted values, the value of an absent one. Any
+# other value would load and give wrong answers.
 FIXED: dict[str, Fixed] = {
     "vision_config": (("hidden_act", tuple(ACTIVATIONS), "gelu"), ("qkv_bias", (True,), True)),
     "qformer_config": (("hidden_act", ("gelu",), "gelu"), ("position_embedding_type", ("absolute",), "absolute")),
@@ -72,7 +72,7 @@ FIXED: dict[str, Fixed] = {
     ),
 }
 
-# What an mT5 or UMT5 means by what is absent, where it is not what a T5 means.
+# Values of absent fields for mT5 and UMT5 that differ from T5's.
 MT5: dict[str, Any] = {
     "vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which files of a folder hold the weights: one, or several with an index."""
+"""The files of a folder that contain the weights: one, or several with an index."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ LENGTH_BYTES = 8
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 QFORMER_TOKENIZER = "qformer_tokenizer"
-"""The folder of the tokenizer for what the Q-Former of an InstructBLIP reads."""
+"""The folder of the tokenizer for an InstructBLIP's Q-Former."""
 TRAINED = "qformer"
-"""How the files of what learns begin, where frozen parts have files of their own (`checkpoint.frozen`). Not "model",
-which other readers take for the whole."""
+"""Prefix of the files of trained weights, if frozen parts have files of their own (`checkpoint.frozen`). Not "model",
+which other programs take for the whole model."""
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of weights is there as long as its header says; what is in it is not read."""
+    """Whether a file of weights has the length that its header states; the content is not read."""
     try:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -39,28 +39,27 @@ def is_whole(path: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of the files that hold the weights, whether or not they are there.
+    """The names of the files with the weights, whether or not they exist.
 
-    Raises `CheckpointError` for an index that is none, or that points out of the folder, and for a folder in which
-    another program wrote a model beside one whose parts have files of their own: which is meant is not to be known.
+    Raises `CheckpointError` for an invalid index, or one that points outside of the folder, and for a folder where
+    another program has written a model beside one with separate parts: it is not clear which is meant.
     """
     named = _named_by(folder / INDEX, ".safetensors")
     if any(file.startswith(TRAINED) for file in named) and (folder / WEIGHTS).exists():
         raise CheckpointError(
-            f"{folder}: holds two models, one in {WEIGHTS} and one in the files that {INDEX} names; remove the one or "
-            "the other"
+            f"{folder}: has two models, one in {WEIGHTS} and one in the files that {INDEX} names; remove one of them"
         )
     return named or [WEIGHTS]
 
 
 def pickled_files(folder: Path) -> list[str]:
-    """The .bin files of weights of a folder, if there are any. Raises as `weight_files`."""
+    """The .bin weight files of a folder, if there are any. Raises as `weight_files`."""
     named = _named_by(folder / PICKLED_INDEX, ".bin")
     return named or ([PICKLED] if (folder / PICKLED).exists() else [])
 
 
 def _named_by(index: Path, ending: str) -> list[str]:
-    """The files that an index names; none, if there is no index."""
+    """The files that an index names; none if there is no index."""
     if not index.exists():
         return []
     places = read_json(index).get("weight_map")
@@ -73,7 +72,7 @@ def _named_by(index: Path, ending: str) -> list[str]:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Of a model's configuration, and of the names and sizes of its weights. Raises OSError."""
+    """Hash of a model's configuration and of the names and sizes of its weights. Raises OSError."""
     told = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8)
     for path in sorted(folder.glob("*.safetensors")):
         told.update(f"{path.name} {path.stat().st_size}".encode())

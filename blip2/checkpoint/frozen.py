@@ -1,7 +1,7 @@
-"""Frozen parts in files of their own, which many models have in common: hard links to one content on the disk.
+"""Frozen parts in files of their own, which several models share by hard links.
 
-Each model is whole for whoever reads it, `transformers` included, and stays so if any other is moved or removed. A file
-is shared only as it is; `save` puts new files in the place of old ones and changes none.
+Each model is complete for every reader, including `transformers`, and remains so if another is moved or removed. Shared
+files are never changed; `save` replaces files instead of writing to them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from blip2.errors import CheckpointError, option
 
 FROZEN = {"vision_model.": "vision_model", "language_model.": "language_model"}
 POST_NORM = "vision_model.post_layernorm."
-"""Of the image encoder, and learns."""
+"""Belongs to the image encoder by name, but is trained."""
 FILE = re.compile(rf"({'|'.join(FROZEN.values())})(-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 
 def stem_of(name: str) -> str:
-    """Of the file in which a weight lies, by its published name."""
+    """Stem of the file that contains a weight, by its published name."""
     found = next((stem for begin, stem in FROZEN.items() if name.startswith(begin)), TRAINED)
     return TRAINED if name.startswith(POST_NORM) else found
 
 
 def frozen_files(folder: Path) -> dict[str, Place]:
-    """The weights of frozen parts that lie in files of their own, by published names; none where there are no such."""
+    """Weights of frozen parts in files of their own, by published names; empty if there are none."""
     if not (folder / INDEX).exists() or not any(FILE.fullmatch(file) for file in weight_files(folder)):
         return {}
     found = {name: place for name, place in find_tensors(folder).items() if FILE.fullmatch(place.path.name)}
@@ -39,7 +39,7 @@ def frozen_files(folder: Path) -> dict[str, Place]:
 
 
 def parts_of(files: Mapping[str, Place], wanted: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Place]]:
-    """By stem the parts that are whole in ``files``: every weight that is wanted, of its shape, and no other."""
+    """By stem, the parts that are complete in ``files``: all wanted weights with their shapes, and no others."""
     parts = {}
     for stem in FROZEN.values():
         have = {name: place for name, place in files.items() if stem_of(name) == stem}
@@ -50,7 +50,7 @@ def parts_of(files: Mapping[str, Place], wanted: Mapping[str, tuple[int, ...]]) 
 
 
 def is_same(place: Place, tensor: Tensor) -> bool:
-    """Bit by bit, in the same precision."""
+    """Whether both have the same bits and dtype."""
     return place.dtype == tensor.dtype and torch.equal(place.read(), tensor.cpu())
 
 
@@ -59,7 +59,7 @@ def models_in(folder: Path) -> list[Path]:
     found = [each for each in (folder, folder / "generative", folder / "matching") if frozen_files(each)]
     if not found:
         raise CheckpointError(
-            f"{folder}: holds no model whose frozen parts lie in files of their own; give the folder of one that "
-            f"blip2 assemble wrote or that was trained from it, or leave {option('link')} out"
+            f"{folder}: has no model with frozen parts in files of their own; give the folder of a model that blip2 "
+            f"assemble wrote, or that was trained from one, or leave {option('link')} out"
         )
     return found

@@ -1,5 +1,4 @@
-"""GPT-2, GPT-NeoX (Pythia) and BLOOM: their published configurations, as `blip2.checkpoint.decoders` has others', and
-the names of their weights."""
+"""GPT-2, GPT-NeoX (Pythia) and BLOOM: their published configurations, and the names of their weights."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from blip2.config import DecoderConfig
 
 Text = dict[str, Any]
 
-# What a file does not say, as transformers takes it.
+# Values of absent fields, as in transformers.
 DEFAULTS: dict[str, Text] = {
     "gpt2": {
         "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
@@ -31,7 +30,7 @@ DEFAULTS: dict[str, Text] = {
         "apply_residual_connection_post_layernorm": False,
     },
 }  # fmt: skip
-# Names that mean the same, and what is built in one way only.
+# Synonyms, and features with only one supported value.
 SYNONYMS = {"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 FIXED = {
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -49,10 +48,10 @@ SIZES = {
 OURS = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_position_embeddings", "norm_eps",
 )  # fmt: skip
-"""What the names of `SIZES` are here, in their order."""
+"""Our names for those in `SIZES`, in the same order."""
 
 BEFORE = {"gpt2": "transformer.", "bloom": "transformer.", "gpt_neox": "gpt_neox."}
-"""What stands before the names of all but the head; the files of a bare GPT-2 or BLOOM leave it out."""
+"""Prefix of all names but the head's; the files of a bare GPT-2 or BLOOM lack it."""
 NAMES: dict[str, dict[str, str]] = {
     "gpt2": {
         "token_embedding.weight": "wte.weight", "position_embedding.weight": "wpe.weight", "final_norm.*": "ln_f.*",
@@ -80,18 +79,18 @@ LAYER_NAMES: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 TRANSPOSED = {"gpt2": (".qkv.weight", ".output.weight", ".fc1.weight", ".fc2.weight")}
-"""Weights of layers that are ``[inputs, outputs]`` in the files."""
+"""Weights that are ``[inputs, outputs]`` in the files."""
 
 
 def gpt_values(published: Text) -> tuple[Text, Text]:
-    """What all decoders' configurations have, for `DecoderConfig`, and the fields with what is absent filled in."""
+    """The values that all decoders have, for `DecoderConfig`, and the fields with defaults filled in."""
     kind = published["model_type"]
     named = {SYNONYMS.get(name, name) if kind == "bloom" else name: value for name, value in published.items()}
     text = DEFAULTS[kind] | named
     check_names(published, {*DEFAULTS[kind], *(SYNONYMS if kind == "bloom" else ())}, kind)
     for name, wanted in FIXED[kind].items():
         if text[name] != wanted:
-            raise ValueError(f"{name} is {reprlib.repr(text[name])} in {kind}; this package builds only {wanted!r}")
+            raise ValueError(f"{name} is {reprlib.repr(text[name])} in {kind}; only {wanted!r} is supported")
     values: Text = {}
     for ours, theirs in zip(OURS, SIZES[kind], strict=True):
         value = text.get(theirs)
@@ -100,7 +99,7 @@ def gpt_values(published: Text) -> tuple[Text, Text]:
         values[ours] = check_value(theirs, value, 1.0 if ours == "norm_eps" else 1, kind, BOUNDS[ours])
     if values["hidden_size"] % values["num_heads"]:
         raise ValueError(
-            f"the number of heads is {values['num_heads']} in {kind}, and does not divide the width, which is "
+            f"the number of heads is {values['num_heads']} in {kind}, which does not divide the width "
             f"{values['hidden_size']}; {AGAIN}"
         )
     text["head_dim"] = values["hidden_size"] // values["num_heads"]
@@ -120,7 +119,7 @@ def gpt_values(published: Text) -> tuple[Text, Text]:
 
 
 def gpt_names(config: DecoderConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """Our names to those of the files, of what there is once, and of a layer."""
+    """Our names to those in files, for single weights and for the weights of a layer."""
     kind, before = config.model_type, BEFORE[config.model_type]
     once = {f"language.{ours}": f"language_model.{before}{theirs}" for ours, theirs in NAMES[kind].items()}
     layer = {

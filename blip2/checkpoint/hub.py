@@ -1,9 +1,9 @@
-"""The Hugging Face hub: its local cache, and downloads that go on where they stopped.
+"""The Hugging Face hub: its local cache, and resumable downloads.
 
-The hub's own client takes up a broken connection again within one run, but a later run begins each unfinished file
-from its first byte (`_download_to_tmp_and_move` in huggingface_hub 2.4), and the weights are one to five files of up
-to 10 GB. So it fetches the small files; the weights are fetched here, into the client's own cache and under its lock,
-to a name that the next run finds, and checked by the checksum that the hub gives for them.
+The hub's own client resumes a broken connection within one run, but a later run starts each unfinished file from the
+beginning (`_download_to_tmp_and_move` in huggingface_hub 2.4), and weights are one to five files of up to 10 GB. So the
+client fetches the small files only. Weights are downloaded here, into the client's own cache and under its lock, with a
+name that the next run finds, and are verified by the hub's checksum.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from blip2.disk import replace
 from blip2.errors import CheckpointError, setting
 from blip2.published import PUBLISHED
 
-# Never the pickled twins, .bin, .pth, .msgpack.
+# Not the pickled duplicates, .bin, .pth, .msgpack.
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer*", "spiece.model")
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 NEWEST = "main"
 TIMEOUT_S = 10
-logger = logging.getLogger("blip2")  # where nobody set up logging, a warning is a line on standard error
+logger = logging.getLogger("blip2")  # without logging set-up, warnings go to standard error
 
 
 class NoNetworkError(CheckpointError):
-    """The hub was not reached."""
+    """The hub cannot be reached."""
 
 
 def is_offline() -> bool:
@@ -63,26 +63,26 @@ def is_offline() -> bool:
 
 
 def whole(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository in the local cache if nothing of it is missing; no network."""
+    """The folder of a repository in the local cache if it is complete; no network."""
     folder = _snapshot(name, revision or _pinned(name))
     return folder if folder is not None and not _missing(folder) else None
 
 
 def another(name: str) -> Path | None:
-    """A whole folder at another commit than the pinned one: the newest that is in the cache."""
+    """A complete folder at another commit than the pinned one: the newest in the cache."""
     if (folder := whole(name, NEWEST)) is not None:
         return folder
     found = []
     for folder in _all(name):
-        with suppress(CheckpointError):  # one that is damaged
+        with suppress(CheckpointError):  # a damaged one
             found += [] if _missing(folder) else [folder]
     return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 def cached(name: str, revision: str | None = None) -> Path:
-    """The same where there is no network: `CheckpointError` says what is missing and how to come by it.
+    """The same without a network: `CheckpointError` says what is missing and how to get it.
 
-    If no revision is asked for and the pinned one is not there, another that is will do, and a line says so.
+    If no revision is given and the pinned one is missing, another one in the cache is used, with a warning.
     """
     wanted = revision or _pinned(name)
     if (folder := whole(name, wanted)) is not None:
@@ -98,9 +98,9 @@ def cached(name: str, revision: str | None = None) -> Path:
 
 
 def found(name: str, revision: str | None = None) -> Path:
-    """The folder of a repository: from the cache if it is whole there, else fetched.
+    """The folder of a repository: from the cache if complete, else downloaded.
 
-    Without a network another commit that is in the cache does for the pinned one, and a line says so. Raises as `pull`.
+    Without a network, another commit in the cache may replace the pinned one, with a warning. Raises as `pull`.
     """
     if (folder := whole(name, revision)) is not None:
         return folder
@@ -113,29 +113,29 @@ def found(name: str, revision: str | None = None) -> Path:
 
 
 def _instead(name: str, folder: Path) -> Path:
-    """Say that this commit stands in for the one that is wanted."""
+    """Warn that this commit replaces the wanted one."""
     logger.warning(
-        "%s: the hub is not reached, and the wanted commit %s is not in the cache; using commit %s, which is",
+        "%s: the hub cannot be reached, and the pinned commit %s is not in the cache; using commit %s instead",
         name, _pinned(name), folder.name,
     )  # fmt: skip
     return folder
 
 
 def pull(name: str, revision: str | None = None) -> Path:
-    """The folder of a repository in the local cache; what is not there yet is fetched, with progress on stderr.
+    """The folder of a repository in the local cache; missing files are downloaded, with progress on stderr.
 
-    What an interrupted download has written is kept, and the next one goes on from there. The hub is not asked if
-    ``revision`` is a commit (the pinned one is) that is whole in the cache.
+    An interrupted download is kept and resumed. The hub is not asked if ``revision`` is a commit (like the pinned one)
+    that is complete in the cache.
 
-    Raises `CheckpointError`: no such repository or revision, one that asks for permission, no weights that are
-    safetensors, no network, no space.
+    Raises `CheckpointError`: no such repository or revision, a gated repository, no safetensors weights, no network, no
+    space.
     """
     revision = revision or _pinned(name)
     folder = _snapshot(name, revision)
     if folder is not None and folder.name == revision and not _missing(folder):
         return folder
     with _explained(name, revision, is_first=True):
-        HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)  # without five tries where there is no network
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)  # without the client's five retries
     with _explained(name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES)))
         for file in weight_files(folder):
@@ -149,7 +149,7 @@ def _pinned(name: str) -> str:
 
 
 def fetch_files(name: str, files: tuple[str, ...]) -> Path:
-    """The folder of a repository with these files alone, from the cache where it is all there. Raises as `pull`."""
+    """The folder of a repository with only these files, from the cache if they are there. Raises as `pull`."""
     if all(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         return Path(str(try_to_load_from_cache(name, files[0]))).parent
     if is_offline():
@@ -159,25 +159,25 @@ def fetch_files(name: str, files: tuple[str, ...]) -> Path:
 
 
 def _snapshot(name: str, revision: str) -> Path | None:
-    """Where the cache has this revision, whole or in part."""
+    """The folder of this revision in the cache, complete or not."""
     try:
         config = try_to_load_from_cache(name, CONFIG, revision=revision)
     except HFValidationError as error:
-        raise CheckpointError(f"{name}: is no name of a repository ({_first_line(error)}); check it") from None
+        raise CheckpointError(f"{name}: is not a valid repository name ({_first_line(error)}); check it") from None
     return Path(config).parent if isinstance(config, str) else None
 
 
 def _all(name: str) -> list[Path]:
-    """Every commit that the cache has, whole or in part."""
+    """Every commit in the cache, complete or not."""
     snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
     return [folder for folder in sorted(snapshots.glob("*")) if (folder / CONFIG).exists()]
 
 
 def _missing(folder: Path) -> list[str]:
-    """The files that are not there, or cut: another program may have fetched them in any order, or only some."""
+    """Missing or incomplete files: another program may have downloaded them in any order, or only some."""
     missing = [file for file in weight_files(folder) if not is_whole(folder / file)]
     kind = read_json(folder / CONFIG).get("model_type")
-    if kind in MODEL_TYPES:  # a language model by itself needs nothing else here
+    if kind in MODEL_TYPES:  # a language model alone needs no other files
         newer = folder / PROCESSOR
         has_settings = newer.exists() and "image_processor" in read_json(newer)
         small = [TOKENIZER] if has_settings else [TOKENIZER, PREPROCESSOR]
@@ -187,7 +187,7 @@ def _missing(folder: Path) -> list[str]:
 
 
 def _fetch(name: str, file: str, *, commit: str) -> None:
-    """Bring one file into the cache, going on where an earlier attempt stopped."""
+    """Download a file into the cache, resuming an earlier attempt."""
     url = hf_hub_url(name, file, revision=commit)
     metadata = get_hf_file_metadata(url)
     if metadata.etag is None or metadata.size is None:
@@ -204,7 +204,7 @@ def _fetch(name: str, file: str, *, commit: str) -> None:
             with part.open("ab") as stream:
                 remaining = metadata.size - stream.tell()
                 if remaining > shutil.disk_usage(blob.parent).free:
-                    raise OSError(errno.ENOSPC, f"{remaining / 1e9:.1f} GB of {file} are to come")
+                    raise OSError(errno.ENOSPC, f"{remaining / 1e9:.1f} GB of {file} remain")
                 http_get(
                     url,
                     stream,
@@ -216,31 +216,31 @@ def _fetch(name: str, file: str, *, commit: str) -> None:
             _check(part, file, metadata.etag)
             replace([(part, blob)])
     placed = cache / repository / "snapshots" / commit / file
-    if not is_whole(placed):  # a copy that was cut, where the system has no links
+    if not is_whole(placed):  # an incomplete copy, on systems without links
         placed.unlink(missing_ok=True)
-    hf_hub_download(name, file, revision=commit)  # finds the blob, and links it into the snapshot
+    hf_hub_download(name, file, revision=commit)  # finds the blob and links it into the snapshot
 
 
 def _check(path: Path, file: str, etag: str) -> None:
-    """Large files are known by their SHA-256; what does not have it is thrown away."""
+    """Verify the SHA-256 of a large file; a wrong file is deleted."""
     if len(etag) != hashlib.sha256().digest_size * 2:
         return
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != etag:
         path.unlink()
-        raise OSError(f"{file} arrived damaged")
+        raise OSError(f"{file} was damaged in the download")
 
 
 @contextmanager
 def _explained(name: str, revision: str, *, is_first: bool = False) -> Iterator[None]:
-    """Whatever the hub's client raises, as one line that says what to do."""
+    """Turns errors of the hub's client into one line that says what to do."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        # At the first question, whatever is no answer means that the hub is not reached.
+        # For the first request, anything but an HTTP answer means that the hub cannot be reached.
         is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
         kind = NoNetworkError if is_first and not is_answer else CheckpointError
         raise kind(f"{name}: {_reason(error, name, revision)}") from None
@@ -248,22 +248,22 @@ def _explained(name: str, revision: str, *, is_first: bool = False) -> Iterator[
 
 def _reason(error: Exception, name: str, revision: str) -> str:
     if isinstance(error, GatedRepoError):
-        return f"asks for permission; accept its conditions at https://huggingface.co/{name} and run: hf auth login"
+        return f"is gated; accept its conditions at https://huggingface.co/{name} and run: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
-        private = "or if it is private run: hf auth login"
+        private = "or, if it is private, run: hf auth login"
         return f"is neither a folder nor on the hub; {nearest(name)}check the name, {private}"
     if isinstance(error, RevisionNotFoundError):
-        return f"the hub has no revision {revision}; {setting('revision', NEWEST)}, or another that there is"
+        return f"the hub has no revision {revision}; {setting('revision', NEWEST)}, or another that exists"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"has no safetensors weights in revision {revision}, and pickled ones are not read; convert them"
+        return f"has no safetensors weights in revision {revision}, and pickled weights are not read; convert them"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = constants.HF_HUB_CACHE
-        return f"no space is left in {where} ({error.strerror}); make room, or set HF_HOME to a folder on a larger disk"
-    # The client wraps what happened in a page of advice, but for the answers of the hub.
+        return f"no space is left in {where} ({error.strerror}); free some, or set HF_HOME to a folder on a larger disk"
+    # The client wraps errors other than HTTP answers in long advice; the cause is shorter.
     cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
-        return f"the hub refuses ({cause.response.status_code}); run: hf auth login"
-    return f"the hub did not give it ({_first_line(cause)}); check the network and try again, what has arrived is kept"
+        return f"the hub denied access ({cause.response.status_code}); run: hf auth login"
+    return f"the download failed ({_first_line(cause)}); check the network and try again: it resumes where it stopped"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,8 @@
-"""Where every weight has its place: literal tables, ours to the published (Hugging Face) name.
+"""Names of all weights: literal tables from our names to the published (Hugging Face) ones.
 
-``{}`` is the number of a layer. ``.*`` stands for ``.weight`` and ``.bias``. ``q|k|v`` are several published tensors,
-one below the other, that are one here (see `published_names`). One table serves reading and writing.
-Written from the published files (``model.safetensors.index.json``) and the reference's modules.
+``{}`` is the number of a layer. ``.*`` stands for ``.weight`` and ``.bias``. ``q|k|v`` are several published tensors
+that are concatenated to one here (see `published_names`). The same table serves reading and writing. Written from the
+published files (``model.safetensors.index.json``) and the reference's modules.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VISION_LAYER: Table = {
     "vision.blocks.{}.fc1.*": "vision_model.encoder.layers.{}.mlp.fc1.*",
     "vision.blocks.{}.fc2.*": "vision_model.encoder.layers.{}.mlp.fc2.*",
 }
-# Ours, both: the published layout has no convolutions.
+# Both names are ours: the published layout has no convolutions.
 CONVOLUTIONAL: Table = {
     "vision.patch_embedding.*": "vision_model.embeddings.patch_embedding.*",
     "vision.head.*": "vision_model.head.*",
@@ -58,7 +58,7 @@ QFORMER_TEXT: Table = {
     "qformer.word_embedding.weight": "embeddings.word_embeddings.weight",
     "qformer.position_embedding.weight": "embeddings.position_embeddings.weight",
 }
-# Where the Q-Former of a model that writes reads the prompt (InstructBLIP), the same weights stand together.
+# The same weights under other names, if the Q-Former of a generative model reads the prompt (InstructBLIP).
 INSTRUCT: Table = {
     "qformer.embedding_norm.*": "qformer.embeddings.layernorm.*",
     "qformer.word_embedding.weight": "qformer.embeddings.word_embeddings.weight",
@@ -149,7 +149,7 @@ DECODER_LAYER: Table = {
     "language.blocks.{}.gate_up.*": "language_model.model.layers.{}.mlp.gate_proj|up_proj.*",
     "language.blocks.{}.down.*": "language_model.model.layers.{}.mlp.down_proj.*",
 }
-DECODER_POST_NORMS: Table = {  # the second name is a Llama's for another norm
+DECODER_POST_NORMS: Table = {  # Llama uses the second name for another norm
     "language.blocks.{}.attention_post_norm.weight": "language_model.model.layers.{}.post_attention_layernorm.weight",
     "language.blocks.{}.feed_forward_norm.weight": "language_model.model.layers.{}.pre_feedforward_layernorm.weight",
     "language.blocks.{}.feed_forward_post_norm.weight": "language_model.model.layers.{}.post_feedforward_layernorm.weight",
@@ -165,8 +165,8 @@ MATCHER: Table = {
     "text_projection.*": "text_projection.*",
     "itm_head.*": "itm_head.*",
 }
-# Not in the published files, although the authors' have them: without the temperature there is no calibrated
-# similarity, without the head the Q-Former cannot write captions. They are kept under names of our own.
+# Absent from the published files, although the authors' files have them. Without the temperature similarities are not
+# calibrated, and without the head the Q-Former cannot generate captions. Stored under names of our own.
 MATCHER_EXTRA: Table = {
     "temperature": "temp",
     "lm_head.dense.*": "qformer_lm_head.transform.dense.*",
@@ -174,25 +174,25 @@ MATCHER_EXTRA: Table = {
     "lm_head.decoder_bias": "qformer_lm_head.bias",
 }
 
-# The same tensor under other published names: read if the first is absent, otherwise passed over.
+# The same tensor under other published names: read if the first is absent, otherwise ignored.
 ALIASES: dict[str, tuple[str, ...]] = {
     "language_model.model.decoder.embed_tokens.weight": ("language_model.lm_head.weight",),
     "language_model.shared.weight": (
         "language_model.encoder.embed_tokens.weight",
         "language_model.decoder.embed_tokens.weight",
     ),
-    # Expected, not seen: the published blip2-itm-vit-g is larger than its weights by just these two tables.
+    # Inferred, not seen: the published blip2-itm-vit-g is larger than its weights by exactly these two tables.
     "embeddings.word_embeddings.weight": ("qformer.embeddings.word_embeddings.weight",),
     "embeddings.position_embeddings.weight": ("qformer.embeddings.position_embeddings.weight",),
 }
-# Buffers that older files carry; they hold no weights.
+# Buffers of older files, which are not weights.
 IGNORED = ("embeddings.position_ids", "qformer.embeddings.position_ids")
 IGNORED_ENDS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 LANGUAGE = "language_model."
 
 
 def aliases(config: Config) -> dict[str, tuple[str, ...]]:
-    """Published names of the same tensor, for this configuration."""
+    """Other published names of the same tensor, for this configuration."""
     language = config.language if isinstance(config, Blip2Config) else config
     found = dict(ALIASES)
     if isinstance(language, DecoderConfig):
@@ -203,7 +203,7 @@ def aliases(config: Config) -> dict[str, tuple[str, ...]]:
         found[head] = ("language_model.embed_out.weight",)  # of GPT-NeoX
         before = LANGUAGE + BEFORE.get(language.model_type, "model.")
         for name in (each for theirs in names.values() for each in published_names(theirs)):
-            if name.startswith(before):  # which the files of a bare model leave out
+            if name.startswith(before):  # absent from the files of a bare model
                 found[name] = (*found.get(name, ()), LANGUAGE + name.removeprefix(before))
     if isinstance(config, Blip2Config | MatcherConfig):
         return found
@@ -218,13 +218,13 @@ def is_transposed(config: Config, ours: str) -> bool:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a tensor of the files holds no weights."""
+    """Whether a tensor of the files is not a weight."""
     return name in IGNORED or name.endswith(IGNORED_ENDS)
 
 
 def table(config: Config) -> Table:
-    """Our parameter names to the published ones, for this configuration, written out in full; of a language model
-    alone they are those of its own files."""
+    """Our parameter names to the published ones for this configuration, in full; for a language model alone those of
+    its own files."""
     if not isinstance(config, Blip2Config | MatcherConfig):
         return {ours: _alone(theirs) for ours, theirs in _language(config).items()}
     full = image_encoder_table(config.vision) | _qformer(config.qformer)
@@ -235,7 +235,7 @@ def table(config: Config) -> Table:
 
 
 def rows_of_parts(config: Config, ours: str, num_rows: int, num_parts: int) -> list[int]:
-    """How many rows each of the published tensors has that are one of ``num_rows`` here."""
+    """Row counts of the published tensors that are concatenated to ``num_rows`` rows here."""
     language = config.language if isinstance(config, Blip2Config) else config
     if isinstance(language, DecoderConfig) and ours.split(".")[-2] == "qkv" and num_parts == 3:
         size = num_rows // (language.num_heads + 2 * language.num_key_value_heads)
@@ -244,7 +244,7 @@ def rows_of_parts(config: Config, ours: str, num_rows: int, num_parts: int) -> l
 
 
 def published_names(theirs: str) -> list[str]:
-    """A name of the table as it stands in the files: ``"a.q|k|v.weight"`` is three tensors, in this order."""
+    """The names in the files for a name of the table: ``"a.q|k|v.weight"`` is three tensors, in this order."""
     before, bar, after = theirs.partition("|")
     if not bar:
         return [theirs]
@@ -254,7 +254,7 @@ def published_names(theirs: str) -> list[str]:
 
 
 def image_encoder_table(config: VisionConfig | ConvolutionalConfig) -> Table:
-    """As `table`, of the image encoder alone."""
+    """As `table`, for the image encoder alone."""
     if isinstance(config, ConvolutionalConfig):
         return _convolutional(config)
     names = _expand(VISION) | _expand(VISION_LAYER, range(config.num_layers))
@@ -334,7 +334,7 @@ def _alone(theirs: str) -> str:
 
 
 def _expand(names: Table, layers: range | None = None) -> Table:
-    """Write out ``{}`` for every layer and ``.*`` for weight and bias."""
+    """Expand ``{}`` for every layer, and ``.*`` for weight and bias."""
     full: Table = {}
     for ours, theirs in names.items():
         for ending in ("weight", "bias") if ours.endswith(".*") else ("",):

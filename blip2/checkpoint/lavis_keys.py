@@ -1,4 +1,4 @@
-"""The authors' names: literal tables, LAVIS's to the published (Hugging Face) ones, and both ways through them.
+"""The authors' names: literal tables from LAVIS's to the published (Hugging Face) names, and both conversions.
 
 ``{}`` is the number of a layer. ``.*`` stands for ``.weight`` and ``.bias``. Written from the authors' modules
 (``eva_vit.py``, ``clip_vit.py``, ``Qformer.py``, ``blip2_qformer.py``). Where the layouts differ in more than names:
@@ -24,13 +24,13 @@ Table = dict[str, str]
 
 CLASS = "vision_model.embeddings.class_embedding"
 POSITIONS = "vision_model.embeddings.position_embedding"
-POST_NORM = "vision_model.post_layernorm."  # belongs to the image encoder by its name only: it is trained
+POST_NORM = "vision_model.post_layernorm."  # belongs to the image encoder by name only: it is trained
 PREFIXES = {"opt": "opt", "t5": "t5", "decoder": "llm"}
-"""How the names of the language model's weights begin, by its family; the last is the Vicuna of an InstructBLIP."""
+"""Prefixes of the language model's weights, by family; the last is the Vicuna of an InstructBLIP."""
 
 
 def _table(theirs: str, ours: str, names: Table) -> Table:
-    """The table with both prefixes put before its names, and ``.*`` written out."""
+    """The table with both prefixes added, and ``.*`` expanded."""
     return {
         theirs + their.replace(".*", ending): ours + our.replace(".*", ending)
         for their, our in names.items()
@@ -38,7 +38,7 @@ def _table(theirs: str, ours: str, names: Table) -> Table:
     }
 
 
-# EVA-CLIP g/14: eva_vit_g.pth, and the files of which it was a trained part.
+# EVA-CLIP g/14: eva_vit_g.pth, and files in which it was trained.
 EVA = _table("visual_encoder.", "vision_model.embeddings.", {
     "cls_token": "class_embedding",
     "pos_embed": "position_embedding",
@@ -105,22 +105,22 @@ QFORMER = _table("", "", {
     "decoder.*": "decoder.*",
 })  # fmt: skip
 
-# The language model has its own names in both layouts; only what stands before them differs.
+# The language model has its own names in both layouts; only the prefix differs.
 LANGUAGE = {f"{prefix}_model.": "language_model." for prefix in PREFIXES.values()}
 PROJECTION = {f"{prefix}_proj.": "language_projection." for prefix in PREFIXES.values()}
-# The Q-Former of an InstructBLIP reads text beside its language model; the published layout has it together then.
+# An InstructBLIP's Q-Former reads text beside its language model; the published layout then groups the weights.
 WORDS = QFORMER_TEXT["qformer.word_embedding.weight"]
 TOGETHER = _table("", "", {(PUBLISHED_QFORMER | QFORMER_TEXT)[ours]: theirs for ours, theirs in INSTRUCT.items()})
 
-# In LAVIS's files, and nothing of their own: a buffer, and second names of the language model's word table. Saving
-# leaves out what is frozen by its first name, and so the second names stay.
+# Not independent weights in LAVIS's files: a buffer, and second names of the language model's embeddings. Saving
+# removes frozen weights by their first name, so the second names remain.
 DROPPED = {
     "Qformer.bert.embeddings.position_ids",
     "opt_model.lm_head.weight",
     "t5_model.encoder.embed_tokens.weight",
     "t5_model.decoder.embed_tokens.weight",
 }
-# The caption head's copies, under the names that the tables give them, and what they are copies of.
+# The caption head's copies, under their names in the tables, and the original weights.
 TIED = {
     "qformer_lm_head.decoder.weight": "embeddings.word_embeddings.weight",
     "qformer_lm_head.decoder.bias": "qformer_lm_head.bias",
@@ -128,14 +128,14 @@ TIED = {
 
 
 def family_of(state: dict[str, Tensor]) -> str | None:
-    """The language model's family in a LAVIS state, by its projection; None for a model of stage 1."""
+    """The language model's family in a LAVIS state, from its projection; None for a model of stage 1."""
     return next((family for family, prefix in PREFIXES.items() if f"{prefix}_proj.weight" in state), None)
 
 
 def to_published(state: dict[str, Tensor], path: Path, *, strict: bool = True) -> dict[str, Tensor]:
-    """LAVIS's tensors under the published names, joined where the published layout has one in place of two.
+    """LAVIS's tensors under the published names, merged where the published layout has one instead of two.
 
-    A name that the tables do not have is a `CheckpointError` that gives ``path``; passed over if not ``strict``.
+    An unknown name is a `CheckpointError` that mentions ``path``, or is ignored if not ``strict``.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -145,7 +145,7 @@ def to_published(state: dict[str, Tensor], path: Path, *, strict: bool = True) -
         if published is not None:
             tensors[published] = tensor
         elif strict:
-            raise CheckpointError(f"{path}: {name} is no weight of BLIP-2; the file is another model's")
+            raise CheckpointError(f"{path}: {name} is not a weight of BLIP-2; the file belongs to another model")
     for name in [name for name in tensors if name.endswith("_attn.q_bias")]:
         query, value = tensors.pop(name), tensors.pop(name.replace("q_bias", "v_bias"), None)
         if value is None:
@@ -155,7 +155,7 @@ def to_published(state: dict[str, Tensor], path: Path, *, strict: bool = True) -
         tensors = {TOGETHER.get(name, name): tensor for name, tensor in tensors.items()}
     for copy, original in TIED.items():
         if copy in tensors and not _equal(tensors.pop(copy), tensors.get(original)):
-            raise CheckpointError(f"{path}: {copy} is not the same as {original}; BLIP-2 has one table for both")
+            raise CheckpointError(f"{path}: {copy} differs from {original}; in BLIP-2 they are tied")
     if CLASS in tensors:
         tensors[CLASS] = tensors[CLASS].reshape(1, 1, -1)
     if POSITIONS in tensors:
@@ -164,9 +164,9 @@ def to_published(state: dict[str, Tensor], path: Path, *, strict: bool = True) -
 
 
 def to_authors(tensors: dict[str, Tensor], path: Path, *, family: str | None, is_clip: bool) -> dict[str, Tensor]:
-    """Published tensors under LAVIS's names, for a language model of that ``family`` and that make of image encoder.
+    """Published tensors under LAVIS's names, for a language model of this ``family`` and this kind of image encoder.
 
-    Raises `CheckpointError` if EVA-CLIP's keys have a bias that is not zero: LAVIS has no place for it.
+    Raises `CheckpointError` if EVA-CLIP's keys have a bias other than zero, which LAVIS does not support.
     """
     apart = {together: name for name, together in TOGETHER.items()}
     tensors = {apart.get(name, name): tensor for name, tensor in tensors.items()}
@@ -175,9 +175,10 @@ def to_authors(tensors: dict[str, Tensor], path: Path, *, family: str | None, is
             query, key, value = tensors.pop(name).chunk(3)
             if key.any():
                 raise CheckpointError(
-                    f"{path}: {name} has a bias for the keys, for which LAVIS has no place; write only what is trained"
+                    f"{path}: {name} has a bias for the keys, which LAVIS does not support; write only the trained "
+                    "weights"
                 )
-            tensors[name.replace("qkv.bias", "q_bias")] = query.clone()  # a saved view would bring the whole along
+            tensors[name.replace("qkv.bias", "q_bias")] = query.clone()  # saving a view would save the whole tensor
             tensors[name.replace("qkv.bias", "v_bias")] = value.clone()
     elif CLASS in tensors:
         tensors |= {CLASS: tensors[CLASS].flatten(), POSITIONS: tensors[POSITIONS][0]}
@@ -194,7 +195,7 @@ def _published_name(name: str) -> str | None:
 
 
 def _renamed(name: str, table: Table, prefixes: Table) -> str | None:
-    """By its beginning, or by the table with the layer's number taken out; None if neither knows it."""
+    """By its prefix, or by the table with the layer's number removed; None if unknown."""
     for before, after in prefixes.items():
         if name.startswith(before):
             return after + name.removeprefix(before)

@@ -1,7 +1,8 @@
-"""Load a model: built without memory, then filled one tensor at a time.
+"""Loads a model: built without memory, then filled one tensor at a time.
 
-A tensor is read (while the one before is worked on), checked, cast or quantised, put on its device, and forgotten,
-so that the peak is the finished model and a tensor or two. Strict: what is missing, unexpected or misshapen is named.
+A tensor is read (while the previous one is processed), checked, cast or quantised, moved to its device, and released,
+so that the peak is the finished model and one or two tensors. Missing or unexpected weights and wrong shapes are
+errors.
 """
 
 from __future__ import annotations
@@ -62,14 +63,13 @@ def load(
 ) -> Blip2 | Blip2Matcher:
     """The model in a folder of the published layout, in evaluation mode, generative or matching.
 
-    ``dtype`` is meant for the image encoder and the language model (see `choose_precision`), ``vision_dtype`` for the
-    former where it is another; ``as_stored`` keeps every weight in the precision of the file instead. ``quantize``
-    quantises what is not quantised in the file.
-    ``pickles``: whether the tensors of .bin files are read where a folder holds only those.
-    ``prepare`` is called with the empty model; a layer that is several in the files may be taken apart there.
-    ``adapters`` are merged into what is read, before it is quantised (see `checkpoint.adapters`).
-    ``devices`` puts parts and layers, by the beginnings of our names ("" is the rest), elsewhere than on ``device``.
-    ``progress`` is called with bytes done and bytes in all. Raises `CheckpointError` that names file and key.
+    ``dtype`` applies to the image encoder and the language model (see `choose_precision`), ``vision_dtype`` to the
+    former if different; ``as_stored`` keeps every weight in the dtype of the file instead. ``quantize`` quantises
+    weights that are not quantised in the file. ``pickles``: whether to read the tensors of .bin files if a folder has
+    only those. ``prepare`` is called with the empty model and may split layers that are several in the files.
+    ``adapters`` are merged before quantisation (see `checkpoint.adapters`). ``devices`` gives devices for parts and
+    layers, by prefixes of our names ("" is the rest), instead of ``device``. ``progress`` is called with bytes done and
+    bytes in all. Raises `CheckpointError` that names file and key.
     """
     model = _load(
         folder, read_config(folder), device=device, devices=devices, dtype=dtype, vision_dtype=vision_dtype,
@@ -134,7 +134,7 @@ def _load(
         assert isinstance(config, Blip2Config | MatcherConfig)
         adapters = _fitted(adapters, steps, config, folder, stored)
         model.config = replace(config, adapted=adapters.told or config.adapted)
-    # The largest first: when most of the model is in memory, what comes beside it is small.
+    # The largest first: once most of the model is in memory, temporary tensors are small.
     steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)
     total = sum(place.num_bytes for step in steps for place in step.places)
     _check_twins(tensors, folder, aliases(config))
@@ -173,7 +173,7 @@ def _fitted(
     adapters: Adapters, steps: list[_Step], config: Config, folder: Path, stored: Quantization | None
 ) -> Adapters:
     if stored is not None:
-        raise CheckpointError(f"{folder}: is quantised to {stored.bits} bits already; merge adapters into the original")
+        raise CheckpointError(f"{folder}: is already quantised to {stored.bits} bits; merge adapters into the original")
     shapes = {
         name: place.shape[::-1] if is_transposed(config, step.name) else place.shape
         for step in steps
@@ -184,7 +184,7 @@ def _fitted(
 
 
 class Alone(nn.Module):
-    """A language model, by the name that it has in a `Blip2`."""
+    """A language model with the name that it has in a `Blip2`."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Alone(nn.Module):
 
 
 def empty_model(config: Config, quantize: Quantization | None = None) -> Any:
-    """The model on the meta device: every name and shape, no memory."""
+    """The model on the meta device: all names and shapes, no memory."""
     kinds: dict[type, Callable[[Any], nn.Module]] = {Blip2Config: Blip2, MatcherConfig: Blip2Matcher}
     with torch.device("meta"), _Uninitialised():
         model = kinds.get(type(config), Alone)(config)
@@ -201,7 +201,7 @@ def empty_model(config: Config, quantize: Quantization | None = None) -> Any:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many weights a model has, quantised ones as well; a head that is the table counts once."""
+    """Number of a model's weights, including quantised ones; tied weights count once."""
     quantized = [
         module
         for name, module in model.named_modules()
@@ -212,7 +212,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Nothing is initialised that is going to be loaded; on the meta device that would import half of a compiler."""
+    """Skips initialisation of weights that will be loaded; on the meta device it would import half of a compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -223,11 +223,11 @@ class _Uninitialised(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Step:
-    """One tensor of ours, and the places of the tensors that it is made of, one below the other."""
+    """A parameter, and the places of the tensors that are concatenated to it."""
 
     name: str
     sources: list[str]
-    """The names of these in the files."""
+    """Names of these tensors in the files."""
     places: list[Place]
 
 
@@ -238,7 +238,8 @@ def _steps(
     folder: Path,
     stored: Quantization | None,
 ) -> Iterator[_Step]:
-    """What is to be read for every weight of the model, every tensor of the files accounted for, shapes checked."""
+    """The steps that fill all weights of the model. Every tensor of the files is accounted for, and shapes are
+    checked."""
     names = names_in_files(model, config, stored)
     for ours, theirs in _sources(names, tensors, folder, config).items():
         module_name, _, last = ours.rpartition(".")
@@ -254,14 +255,14 @@ def _steps(
         for name, place, shape in zip(theirs, places, asked, strict=True):
             if place.shape != shape or place.dtype != places[0].dtype:
                 raise CheckpointError(
-                    f"{folder}: {name} is {list(place.shape)}, config.json asks for {list(shape)}; "
-                    "the weights belong to another configuration"
+                    f"{folder}: {name} has shape {list(place.shape)}, but config.json requires {list(shape)}; the "
+                    "weights belong to another configuration"
                 )
         yield _Step(ours, theirs, places)
 
 
 def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path, config: Config) -> dict[str, list[str]]:
-    """Our names to names in the files, every one of them accounted for."""
+    """Our names to names in the files; every tensor is accounted for."""
     unused = {name for name in tensors if not is_ignored(name)}
     others = aliases(config)
     sources: dict[str, list[str]] = {}
@@ -283,26 +284,26 @@ def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path, con
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise CheckpointError(
-                f"{folder}: {keys[0]}{more} {'is' if len(keys) == 1 else 'are'} {what}; "
-                "the weights and config.json do not belong together"
+                f"{folder}: {keys[0]}{more} {'is' if len(keys) == 1 else 'are'} {what}; the weights and config.json do "
+                "not match"
             )
     return sources
 
 
 def _check_twins(tensors: dict[str, Place], folder: Path, twins: dict[str, tuple[str, ...]]) -> None:
-    """What is the same tensor under two names must be the same in both; a head of its own must not be lost."""
+    """Check that a tensor under two names is the same in both, so that a separate head is not lost."""
     for first, others in twins.items():
         present = [name for name in (first, *others) if name in tensors]
         for other in present[1:]:
             if not torch.equal(tensors[present[0]].read(), tensors[other].read()):
                 raise CheckpointError(
-                    f"{folder}: {other} differs from {present[0]}, with which it is one table in this architecture; "
-                    "the weights belong to another model"
+                    f"{folder}: {other} differs from {present[0]}, with which it is tied in this architecture; the "
+                    "weights belong to another model"
                 )
 
 
 def _is_tied(folder: Path, config: Config) -> bool:
-    """Whether an output table that is not in the files is the table of tokens."""
+    """Whether an output layer that is not in the files is tied to the embeddings."""
     content = read_json(folder / "config.json")
     language = config
     if isinstance(config, Blip2Config):
@@ -319,10 +320,11 @@ def _device_of(name: str, devices: Devices | None, default: str | torch.device) 
 
 
 def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, precision: Precision | None) -> None:
-    """Put what was read where it belongs. Without ``precision`` it stays in that of the file."""
+    """Put a tensor into its parameter, without ``precision`` in the dtype of the file."""
     module_name, _, last = step.name.rpartition(".")
     module = model.get_submodule(module_name)
-    # Few and quickly looked at; and a bias of minus infinity only puts out a neuron, which no answer would show.
+    # These are small and fast to check; and a bias of minus infinity only disables a neuron, which no answer would
+    # show.
     if (tensor.dim() < 2 or "_bias." in step.name or last == SCALES) and not is_finite(tensor):
         raise NotFiniteError(f"a {'scale' if last == SCALES else 'weight'} is NaN or infinite")
     if isinstance(module, QuantizedLinear) and last in (CODES, SCALES):
@@ -335,6 +337,6 @@ def _fill(model: nn.Module, step: _Step, tensor: Tensor, device: torch.device, p
         module.keep(tensor.to(device, dtype), packs=precision is not None)
     elif isinstance(module, QuantizedLinear) and last == "weight":
         module.fill(tensor, device)
-    else:  # the bias of a quantised layer is added to sums in fp32
+    else:  # the bias of a quantised layer is added to fp32 sums
         dtype = torch.float32 if isinstance(module, QuantizedLinear) else dtype
         setattr(module, last, nn.Parameter(tensor.to(device, dtype)))

@@ -1,4 +1,4 @@
-"""What a part by itself is, told from its own published files: a language model, an image encoder, a BERT."""
+"""Describes a single part from its own published files: a language model, an image encoder, a BERT."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from blip2.qformer import QFormer
 
 ENCODERS = tuple(name for name in FAMILIES if not name.endswith("_vision_model"))
 STARTS = ("bert",)
-"""What a Q-Former begins from, beside another BLIP-2."""
+"""What a Q-Former can start from, besides another BLIP-2."""
 
 
 @dataclass(frozen=True)
 class Lone:
-    """``kind``: "language model", "image encoder" or "BERT". ``option``: of `blip2 assemble`, which takes it.
-    ``architecture``: a line for people. ``memory_bytes``: of its weights, by their precision."""
+    """``kind``: "language model", "image encoder" or "BERT". ``option``: the option of `blip2 assemble` for it.
+    ``architecture``: a one-line summary. ``memory_bytes``: of its weights, by dtype."""
 
     kind: str
     family: str
@@ -36,8 +36,8 @@ class Lone:
 
 
 def describe_part(folder: Path) -> Lone | None:
-    """None for what is no part: a whole BLIP-2, and models of another kind. Raises CheckpointError for a part's files
-    that are not as its family has them."""
+    """None if it is not a part: a whole BLIP-2, or another kind of model. Raises CheckpointError for a part whose files
+    do not match its family."""
     content = read_json(folder / "config.json")
     family = content.get("model_type")
     if "qformer_config" in content or not isinstance(family, str):

@@ -1,4 +1,4 @@
-"""``preprocessor_config.json``: how pictures become pixels. Read and written."""
+"""``preprocessor_config.json``: the image preprocessing. Reading and writing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip2.checkpoint.settings import read_json
 from blip2.config import CLIP_MEAN, CLIP_STD, Blip2Config, MatcherConfig
 from blip2.errors import CheckpointError
 
-# What is done to a picture in one way only: the published field, the value that means that way.
+# Features with only one supported value: the published field, and that value.
 ONLY: tuple[tuple[str, Any], ...] = (
     ("do_resize", True),
     ("do_rescale", True),
@@ -27,7 +27,7 @@ ONLY: tuple[tuple[str, Any], ...] = (
 FILTERS = {3: "bicubic", 2: "bilinear", 1: "lanczos"}
 HALVES, IMAGENET_MEAN, IMAGENET_STD = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROPPED = {"do_center_crop": True, "crop_size": 224, "size": {"shortest_edge": 224}}
-# What the image processors of other encoders than BLIP-2's mean by leaving something out, by their class.
+# Values of absent fields for the image processors of other encoders than BLIP-2's, by class.
 KINDS: dict[str, dict[str, Any]] = {
     "CLIP": CROPPED,
     "Bit": CROPPED,
@@ -39,10 +39,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pictures become pixels: ``size`` (side, pixels), ``mean`` and ``std`` per channel.
+    """The image preprocessing: ``size`` (side, pixels), ``mean`` and ``std`` per channel.
 
-    ``resample`` is Pillow's filter. ``shortest_edge``: the shorter side becomes so many pixels, and of that the square
-    in the middle is taken; None: the whole picture becomes the square. See `image.to_pixels`.
+    ``resample`` is Pillow's filter. ``shortest_edge``: the shorter side is resized to this many pixels before the
+    centre crop; None: the whole image is resized to the square. See `image.to_pixels`.
     """
 
     size: int = 224
@@ -53,9 +53,9 @@ class ImageSettings:
 
 
 def image_settings(folder: Path, config: Blip2Config | MatcherConfig | None = None) -> ImageSettings:
-    """The image settings of the model in a folder, from ``preprocessor_config.json`` or where newer ones keep it.
+    """The preprocessing of the model in a folder, from ``preprocessor_config.json`` or its newer replacement.
 
-    Raises `CheckpointError` for settings that make no sense, and with ``config`` for those of another model.
+    Raises `CheckpointError` for invalid settings, and with ``config`` for those of another model.
     """
     path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     together = read_json(newer).get("image_processor") if newer.exists() and not path.exists() else None
@@ -76,14 +76,15 @@ def image_settings(folder: Path, config: Blip2Config | MatcherConfig | None = No
         raise CheckpointError(f"{where}: {error}") from None
     if config is not None and settings.size != config.vision.image_size:
         raise CheckpointError(
-            f"{where}: size is {settings.size}, and the model sees pictures of {config.vision.image_size} pixels "
+            f"{where}: size is {settings.size}, but the model takes images of {config.vision.image_size} pixels "
             f"(image_size in config.json); set size to {config.vision.image_size}, or fetch the files again"
         )
     return settings
 
 
 def preprocessor_json(settings: ImageSettings) -> dict[str, Any]:
-    """``preprocessor_config.json``: a square resize (or a crop of the middle), 0 to 1, mean and deviation."""
+    """``preprocessor_config.json``: resizing to a square (or a centre crop), scaling to 0 to 1, mean and standard
+    deviation."""
     square = {"height": settings.size, "width": settings.size}
     is_cropped = settings.shortest_edge is not None
     return {
@@ -102,13 +103,13 @@ def preprocessor_json(settings: ImageSettings) -> dict[str, Any]:
 
 
 def _kind(said: Mapping[str, Any]) -> str:
-    """CLIPImageProcessorFast, or CLIPFeatureExtractor as it was called once, are of the kind CLIP."""
+    """CLIPImageProcessorFast, and CLIPFeatureExtractor as it was called earlier, are of the kind CLIP."""
     name = said.get("image_processor_type", said.get("feature_extractor_type"))
     return re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name) if isinstance(name, str) else ""
 
 
 def _sizes(said: Mapping[str, Any]) -> tuple[int, int | None]:
-    """The side of the square, and the shorter side of the picture from whose middle it is taken, if it is."""
+    """The side of the square, and the size of the shorter side before a centre crop, if there is one."""
     is_cropped = said.get("do_center_crop", False)
     if not isinstance(is_cropped, bool) or (is_cropped and "crop_size" not in said):
         raise _is_other("do_center_crop", is_cropped, "False")
@@ -118,8 +119,8 @@ def _sizes(said: Mapping[str, Any]) -> tuple[int, int | None]:
     is_by_edge = not isinstance(said.get("size"), dict) or "shortest_edge" in said["size"]
     if size > resized or not (is_by_edge or size == resized):
         raise ValueError(
-            f"crop_size is {reprlib.repr(said['crop_size'])} and size {reprlib.repr(said.get('size'))}; a crop is of a "
-            f"picture whose shortest_edge is as long, or longer; {AGAIN}"
+            f"crop_size is {reprlib.repr(said['crop_size'])} and size {reprlib.repr(said.get('size'))}; size has to "
+            f"have a shortest_edge of at least crop_size; {AGAIN}"
         )
     return size, resized if is_by_edge else None
 
@@ -132,13 +133,13 @@ def _filter(number: Any) -> str:
 
 def _is_other(name: str, value: Any, only: str) -> ValueError:
     return ValueError(
-        f"{name} is {reprlib.repr(value)}, and this package only does {only}; the model would see other pictures than "
-        f"it learnt from: set it to {only}, or {AGAIN}"
+        f"{name} is {reprlib.repr(value)}, but only {only} is supported; the model would get other images than in "
+        f"training: set it to {only}, or {AGAIN}"
     )
 
 
 def _check_only(content: Mapping[str, Any]) -> None:
-    """Pictures are resized to a square, scaled to 0 to 1 and normalised; nothing else is done here."""
+    """Check that images are resized to a square, scaled to 0 to 1 and normalised, and nothing else."""
     for name, only in ONLY:
         value = content.get(name)
         is_near = isinstance(only, float) and isinstance(value, float) and math.isclose(value, only, rel_tol=1e-3)
@@ -148,7 +149,7 @@ def _check_only(content: Mapping[str, Any]) -> None:
 
 
 def _square(size: Any, name: str = "size") -> int:
-    """The side, from any of the ways to write it: 224, or an object with height and width, or with shortest_edge."""
+    """The side, in any of its forms: 224, or an object with height and width, or with shortest_edge."""
     sides = [size]
     if isinstance(size, dict):
         sides = [size[key] for key in ("height", "width", "shortest_edge") if size.get(key) is not None]
@@ -156,7 +157,7 @@ def _square(size: Any, name: str = "size") -> int:
         check_value(name, side, 224, bounds=(1, LARGEST_IMAGE))
     if len(set(sides)) != 1:
         raise ValueError(
-            f'{name} is {reprlib.repr(size)}; it should be like {{"height": 224, "width": 224}}, a square; {AGAIN}'
+            f'{name} is {reprlib.repr(size)}; it should be a square like {{"height": 224, "width": 224}}; {AGAIN}'
         )
     return int(sides[0])
 

@@ -1,10 +1,10 @@
-"""Which linear layers of a model are quantised, and how their weights are called in a checkpoint.
+"""Which linear layers of a model are quantised, and the names of their weights in a checkpoint.
 
-A quantised weight ``a.b.weight`` is in the file as ``a.b.weight.codes`` and ``a.b.weight.scales``, as
-`QuantizedLinear` has them; config.json says so under ``quantization_config``.
+A quantised weight ``a.b.weight`` is stored as ``a.b.weight.codes`` and ``a.b.weight.scales``, as in `QuantizedLinear`;
+config.json describes it under ``quantization_config``.
 
-Two things may be asked for: weights of fewer bits, which save memory, in the language model and perhaps in the image
-encoder; and an image encoder that multiplies 8 bits by 8 bits (``images``), which saves time on a CPU as well.
+There are two kinds: weights of fewer bits, which save memory, in the language model and optionally in the image
+encoder; and an image encoder that multiplies 8 bits by 8 bits (``images``), which is also faster on a CPU.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from blip2.quantized import BITS, GROUP_SIZES, QuantizedLinear
 CODES, SCALES = "codes", "scales"
 KINDS = {"int8": 8, "int4": 4}
 PARTS = ("language", "vision")
-OUTPUT = "language.output"  # the scores of all tokens: 4 bits are too few for them, and it is small
+OUTPUT = "language.output"  # the logits: 4 bits are too few for them, and it is small
 
 
 @dataclass(frozen=True)
 class Quantization:
     """``bits`` 8 or 4; ``group_size`` inputs share a scale (4 bits); the linear layers of ``parts``.
 
-    ``images``: the image encoder's linear layers, which are not in ``parts`` then, have weights and activations of 8
-    bits."""
+    ``images``: linear layers of the image encoder, which are then not in ``parts``, have weights and activations of 8
+    bits.
+    """
 
     bits: int
     group_size: int = 64
@@ -52,12 +53,12 @@ class Quantization:
 
     def as_json(self) -> dict[str, Any]:
         told = asdict(self) | {"parts": list(self.parts)}
-        if not self.images:  # so that earlier versions read what they know
+        if not self.images:  # so that earlier versions can read the rest
             del told["images"]
         return told
 
     def bits_of(self, name: str) -> int | None:
-        """Of the linear layer of that name; None if it is not quantised."""
+        """Bits of a linear layer, by name; None if it is not quantised."""
         part = name.split(".")[0]
         if part == "vision" and self.images:
             return 8
@@ -69,15 +70,15 @@ class Quantization:
 def quantization(
     kind: str | None, *, vision: bool = False, group_size: int = 64, images: str | None = None
 ) -> Quantization | None:
-    """From words: None, "int8" or "int4"; ``vision``: the image encoder's weights as well. ``images``: None, or "int8"
-    for an image encoder that multiplies in 8 bits."""
+    """From option values: None, "int8" or "int4"; ``vision``: also the image encoder's weights. ``images``: None, or
+    "int8" for an image encoder that multiplies in 8 bits."""
     if images not in (None, "int8"):
         raise OptionError(f"{option('vision')} is {images!r}; use int8, or leave it out")
     if images is not None:
         if vision:
             raise OptionError(
-                f"{option('quantize_vision')} is set beside {option('vision')}, which quantises the image encoder's "
-                "weights as well; take one of them"
+                f"{option('quantize_vision')} is set together with {option('vision')}, which also quantises the image "
+                "encoder's weights; use one of them"
             )
         rest = quantization(kind, group_size=group_size)
         return Quantization(8, parts=(), images=True) if rest is None else replace(rest, images=True)
@@ -94,7 +95,7 @@ def quantization(
 
 
 def quantization_in(folder: Path, asked: Quantization | None = None) -> Quantization | None:
-    """How the weights in a folder are quantised, or are to be: `OptionError` if both, and not the same."""
+    """How the weights in a folder are, or will be, quantised; `OptionError` if both differ."""
     found = read_quantization(folder)
     if found is None:
         return asked
@@ -104,15 +105,15 @@ def quantization_in(folder: Path, asked: Quantization | None = None) -> Quantiza
     if asked.images:
         if stored.bits_of("vision") == 4:
             raise OptionError(
-                f"{folder}: the image encoder is quantised to 4 bits, and cannot multiply in 8 "
-                f"({setting('vision', 'int8')}); take it as it is, or the original"
+                f"{folder}: the image encoder is quantised to 4 bits, and cannot be multiplied in 8 "
+                f"({setting('vision', 'int8')}); use it as it is, or the original"
             )
         parts = tuple(part for part in stored.parts if part != "vision")
         stored = replace(stored, parts=parts, images=True)
         if not asked.parts:
             return stored
     if asked != stored:
-        raise OptionError(f"{folder} is quantised to {stored.bits} bits already; take it as it is, or the original")
+        raise OptionError(f"{folder} is already quantised to {stored.bits} bits; use it as it is, or the original")
     return stored
 
 
@@ -131,7 +132,7 @@ def quantization_of(model: nn.Module) -> Quantization | None:
 
 
 def bits_of_layers(model: nn.Module, quantization: Quantization | None) -> dict[str, int]:
-    """The linear layers that are quantised, by name, each with its bits; none of the Q-Former, ever."""
+    """The quantised linear layers by name, with their bits; never those of the Q-Former."""
     if quantization is None:
         return {}
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantizedLinear)]
@@ -142,9 +143,9 @@ def bits_of_layers(model: nn.Module, quantization: Quantization | None) -> dict[
 
 
 def put_linears(model: nn.Module, quantization: Quantization | None) -> None:
-    """Put a stand-in, still empty, in the place of each linear layer that is quantised.
+    """Replace each linear layer that is quantised by an empty `QuantizedLinear`.
 
-    The head of some language models is their table of tokens; where it would be quantised it is so beside the table.
+    If an output layer is tied to the embeddings, a quantised copy is made beside the embeddings.
     """
     quantized = bits_of_layers(model, quantization)
 

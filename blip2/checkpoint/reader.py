@@ -1,7 +1,7 @@
-"""Tensors from safetensors files, each read straight into memory of its own.
+"""Tensors from safetensors files, each read directly into its own memory.
 
-Not through the library's memory map: its pages would count as this process's memory, as many of them as the file
-has, and reading them fault by fault is slower.
+The library's memory map is not used: its pages would count as memory of this process, up to the size of the file, and
+reading by page faults is slower.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: ``start`` and ``num_bytes`` in the file."""
+    """The place of a tensor: ``start`` and ``num_bytes`` in the file."""
 
     path: Path
     dtype: torch.dtype
@@ -48,13 +48,13 @@ class Place:
     num_bytes: int
 
     def read(self) -> Tensor:
-        """The tensor. Raises `CheckpointError` if the file was cut since it was opened, or cannot be read."""
+        """The tensor. Raises `CheckpointError` if the file was truncated since it was opened, or cannot be read."""
         return read([self])
 
 
 @dataclass(frozen=True)
 class Unpickled(Place):
-    """A tensor of a .bin file, which lies in the memory that the file is mapped to."""
+    """A tensor of a .bin file, in the memory map of the file."""
 
     tensor: Tensor
 
@@ -67,7 +67,7 @@ class Unpickled(Place):
 
 
 def find_tensors(folder: Path, *, pickles: bool = False) -> dict[str, Place]:
-    """Every tensor of the model in a folder; with ``pickles`` those of .bin files, where there are only these.
+    """Every tensor of the model in a folder; with ``pickles`` those of .bin files, if there are only these.
 
     Raises `CheckpointError` that names the file.
     """
@@ -86,8 +86,8 @@ def find_tensors(folder: Path, *, pickles: bool = False) -> dict[str, Place]:
         found = places_in(path)
         if twice := sorted(places.keys() & found.keys()):
             raise CheckpointError(
-                f"{path}: {twice[0]} is in {places[twice[0]].path.name}, too; these files are of two models, fetch the "
-                "model again"
+                f"{path}: {twice[0]} is also in {places[twice[0]].path.name}; these files belong to two models, fetch "
+                "the model again"
             )
         places |= found
     return places
@@ -96,7 +96,7 @@ def find_tensors(folder: Path, *, pickles: bool = False) -> dict[str, Place]:
 def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
     for name, value in unpickled(path).items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name} is no tensor; it is another kind of file")
+            raise CheckpointError(f"{path}: {name} is not a tensor; it is another kind of file")
         yield name, value
 
 
@@ -106,20 +106,20 @@ def places_in(path: Path) -> dict[str, Place]:
         entries = read_header(path).tensors
     except OSError as error:
         reason = error.strerror or error
-        raise CheckpointError(f"{path}: is damaged or cut short ({reason}); fetch the file again") from None
+        raise CheckpointError(f"{path}: is damaged or incomplete ({reason}); fetch the file again") from None
     places = {}
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: {name} is of type {entry.dtype}, which is none of {', '.join(DTYPES)}; "
-                "the weights were quantised by another program, use the original ones"
+                f"{path}: {name} has dtype {entry.dtype}, which is none of {', '.join(DTYPES)}; the weights were "
+                "quantised by another program, use the original ones"
             )
         places[name] = Place(path, DTYPES[entry.dtype], entry.shape, entry.start, entry.num_bytes)
     return places
 
 
 def read(places: Sequence[Place], readers: ThreadPoolExecutor | None = None) -> Tensor:
-    """Tensors of one type, one below the other; with ``readers`` in several requests at a time, as a disk likes it.
+    """Tensors of one dtype, concatenated; with ``readers`` in several parallel requests, which is faster on disks.
 
     Raises `CheckpointError` if a file cannot be read.
     """
@@ -142,7 +142,7 @@ def read(places: Sequence[Place], readers: ThreadPoolExecutor | None = None) -> 
 
 
 def _memory(num_bytes: int) -> Tensor:
-    """``uint8[num_bytes]``, in large pages where the system has them: taking small ones costs as much as reading."""
+    """``uint8[num_bytes]``, in large pages if the system has them: allocating small ones costs as much as reading."""
     content = torch.empty(num_bytes, dtype=torch.uint8)
     if num_bytes >= 2 * HUGE_PAGE and sys.platform == "linux":
         start = -(-content.data_ptr() // HUGE_PAGE) * HUGE_PAGE
@@ -164,7 +164,7 @@ def _read_run(path: Path, start: int, into: memoryview) -> None:
 
 
 def read_ahead(groups: Sequence[Sequence[Place]]) -> Iterator[Tensor]:
-    """The tensor of each group in turn; while one is worked on, the next is read."""
+    """The tensor of each group in turn; the next one is read in the background."""
     if not groups:
         return
     with (
@@ -184,13 +184,13 @@ def read_ahead(groups: Sequence[Sequence[Place]]) -> Iterator[Tensor]:
 
 
 def give_back_memory() -> None:
-    """Let the C library return what was freed between what is kept; unasked it holds some per cent of a model."""
-    with suppress(AttributeError):  # not glibc
+    """Make the C library return freed memory to the system; by default it keeps some per cent of a model."""
+    with suppress(AttributeError):  # other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_cached(path: Path) -> None:
-    """Let the system drop the file from its cache, so that the next reading is from the disk (for measurements)."""
+    """Drop the file from the system's cache, so that the next read is from the disk (for measurements)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

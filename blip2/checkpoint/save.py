@@ -1,6 +1,6 @@
-"""Save a model in the published layout; nothing is ever half-written, and a model that was there stays until the end.
+"""Saves a model in the published layout, atomically: an existing model is kept until the end.
 
-Weights are written one file at a time, of 5 GB at most as on the hub, so that the peak is the model and one file.
+Weights are written one file at a time, of at most 5 GB as on the hub, so that the peak is the model and one file.
 """
 
 from __future__ import annotations
@@ -50,20 +50,19 @@ def save(
     frozen: Path | None = None,
     learnt: Collection[str] = (),
 ) -> None:
-    """Write config.json, the weights and what the processors need into ``folder``.
+    """Write config.json, the weights and the files of the processors into ``folder``.
 
-    ``tokenizer`` is the path or the text of a tokenizer.json; so is ``qformer_tokenizer``, of an InstructBLIP, which by
-    default is the one that stands beside it in a folder of its own. ``dtype`` casts the weights (as they are, if None),
-    quantised ones excepted. More than ``max_shard_size_bytes`` of weights become several files with an index.
-    ``quantization`` is what config.json is to say of weights that are quantised (see `read_quantization`); by default
-    what the model's layers say. ``settings``: how pictures become pixels; by default as in the published models.
-    ``frozen``: the folder of a model whose image encoder and language model are this one's. Where they lie there in
-    files of their own (see `checkpoint.frozen`), these are linked as they are and not written again. ``learnt``: those
-    of the two ("vision_model") that have become others, and are written.
+    ``tokenizer``: path or content of a tokenizer.json; likewise ``qformer_tokenizer`` for an InstructBLIP, by default
+    the one in its own folder beside it. ``dtype``: cast the weights (None: unchanged), except for quantised ones.
+    Weights above ``max_shard_size_bytes`` are split into several files with an index. ``quantization``: the description
+    in config.json (see `read_quantization`); by default that of the model's layers. ``settings``: the image
+    preprocessing; by default that of the published models. ``frozen``: the folder of a model with the same image
+    encoder and language model. If they have files of their own there (see `checkpoint.frozen`), these are linked
+    instead of written. ``learnt``: those of the two ("vision_model") that have changed, and are written.
 
-    Everything is written under temporary names, synced, then renamed, config.json last; then what an earlier save of
-    another size left is removed. Raises `CheckpointError` if the disk is full or the folder cannot be written: nothing
-    of the attempt stays, and the model that was there is as it was.
+    Everything is written to temporary names, synced, then renamed, config.json last; then leftover files of an earlier
+    save are removed. Raises `CheckpointError` if the disk is full or the folder is not writable; an existing model is
+    then unchanged, and no temporary file remains.
     """
     if quantization is None and (found := quantization_of(model)) is not None:
         quantization = found.as_json()
@@ -92,11 +91,10 @@ def write_model(
     apart: bool = False,
     linked: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write tensors and small files, config.json the last; ``sizes`` in bytes, in their order, decide on the shards.
+    """Write tensors and small files, config.json last; ``sizes`` in bytes, in order, determine the shards.
 
-    A file's tensors are in memory at a time. ``apart``: each frozen part has files of its own. ``linked``: files of
-    other models, each with nothing but frozen weights, in which the tensors of these names lie. For the rest see
-    `save`.
+    Only one file's tensors are in memory at a time. ``apart``: each frozen part has files of its own. ``linked``: files
+    of other models, with only frozen weights, that contain the tensors with these names. For the rest see `save`.
     """
     linked = linked or {}
     files = _split(sizes, max_shard_size_bytes, apart)
@@ -129,13 +127,13 @@ def write_model(
             written[-1].parent.mkdir(exist_ok=True)
             written[-1].write_text(text, encoding="utf-8")
         for part in written:
-            # safetensors writes for the owner alone; a model is as readable as the files beside it.
+            # safetensors gives access to the owner only; a model gets the permissions of the other files.
             shutil.copymode(written[-1], part)
         replace([(part, part.with_suffix("")) for part in written])
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{folder}: the model cannot be written ({reason}); make room there, or save to another folder"
+            f"{folder}: the model cannot be written ({reason}); free some space there, or save to another folder"
         ) from None
     finally:
         for part in written:
@@ -146,7 +144,7 @@ def write_model(
 
 
 def _split(sizes: list[tuple[str, int]], limit: int, apart: bool) -> dict[str, list[str]]:
-    """Tensors to files in order, each file as full as the limit allows; a tensor above it has a file of its own."""
+    """Tensors to files in order, each file as full as the limit allows; a larger tensor has a file of its own."""
     if apart:
         parts: dict[str, list[tuple[str, int]]] = {}
         for name, size in sizes:
@@ -170,7 +168,7 @@ def _shards(sizes: list[tuple[str, int]], limit: int, stem: str) -> dict[str, li
 
 
 def _dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What it is written as: a quantised weight, in its two tensors, is as it is."""
+    """The dtype to write; the two tensors of a quantised weight are unchanged."""
     is_quantized = name.endswith((f".{CODES}", f".{SCALES}"))
     return tensor.dtype if dtype is None or is_quantized or not tensor.is_floating_point() else dtype
 
@@ -183,7 +181,7 @@ def texts_of(
     qformer_tokenizer: Path | str | None = None,
     words: Path | None = None,
 ) -> dict[str, str]:
-    """The small files and what is in them, config.json last. ``words``: a folder whose chat template comes along; by
+    """The small files with their content, config.json last. ``words``: a folder whose chat template is included; by
     default the tokenizer's."""
     if words is None and isinstance(tokenizer, Path):
         words = tokenizer.parent

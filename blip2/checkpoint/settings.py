@@ -1,4 +1,4 @@
-"""``config.json`` and its neighbours, read and written, by the tables of `blip2.checkpoint.fields`."""
+"""Reads and writes ``config.json`` and related files, with the tables of `blip2.checkpoint.fields`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Blip2Config | MatcherConfig:
-    """The configuration of the model in a folder, generative or matching as its architecture says."""
+    """The configuration of the model in a folder, generative or matching by its architecture."""
     path = folder / "config.json"
     content = read_json(path)
     if content.get("model_type") not in MODEL_TYPES:
@@ -81,9 +81,9 @@ def read_config(folder: Path) -> Blip2Config | MatcherConfig:
 
 
 def read_language(folder: Path) -> LanguageConfig:
-    """The configuration of a language model alone, as its authors published it in a folder.
+    """The configuration of a language model alone, as published in a folder.
 
-    What ends an answer is in generation_config.json, where there is one.
+    Its end tokens are in generation_config.json, if there is one.
     """
     path = folder / "config.json"
     content = read_json(path)
@@ -98,10 +98,10 @@ def read_language(folder: Path) -> LanguageConfig:
 
 
 def read_quantization(folder: Path) -> dict[str, Any] | None:
-    """How the weights in a folder are quantised: ``bits``, ``group_size``, ``parts`` and perhaps ``images`` (see
+    """How the weights in a folder are quantised: ``bits``, ``group_size``, ``parts`` and optionally ``images`` (see
     `Quantization`); None if they are not.
 
-    Raises `CheckpointError` for another program's way of doing it, and for what is incomplete.
+    Raises `CheckpointError` for other programs' formats and incomplete descriptions.
     """
     path = folder / "config.json"
     content = read_json(path).get("quantization_config")
@@ -110,8 +110,8 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
     method = content.get("quant_method") if isinstance(content, dict) else content
     if method != QUANTIZATION_METHOD:
         raise CheckpointError(
-            f"{path}: the weights are quantised by {str(method or 'another program')!r}, which is not read here; "
-            "load the model as it was published and quantise it here"
+            f"{path}: the weights are quantised by {str(method or 'another program')!r}, which is not supported; load "
+            "the published model and quantise it here"
         )
     bits, group_size, parts = (content.get(key) for key in ("bits", "group_size", "parts"))
     is_sized = isinstance(bits, int) and isinstance(group_size, int) and group_size in GROUP_SIZES
@@ -129,8 +129,8 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
 def _with_tokens_of_tokenizer(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The content of an InstructBLIP's config.json, with the tokens that begin and end a Vicuna's texts.
 
-    Its authors gave the tokenizer another beginning, "</s>", than the language model's configuration has (lines 86 to
-    89 of ``blip2_vicuna_instruct.py``), and it was trained with that. What tokenizer_config.json does not name stays.
+    Its authors gave the tokenizer another first token, "</s>", than the language model's configuration has (lines 86 to
+    89 of ``blip2_vicuna_instruct.py``), and trained with that. Tokens not named in tokenizer_config.json stay.
     """
     path, text = folder / "tokenizer_config.json", content.get("text_config")
     if not isinstance(text, dict) or text.get("model_type") not in KINDS or not path.exists():
@@ -147,7 +147,7 @@ def _with_tokens_of_tokenizer(content: dict[str, Any], folder: Path) -> dict[str
 
 
 def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
-    """The configuration in the content of a config.json; ValueError for what this package does not build."""
+    """The configuration in the content of a config.json; ValueError for unsupported features."""
     seeing = _section(content, "vision_config")
     is_transformer = seeing.get("model_type") != CONVOLUTIONAL
     vision = parse_vision(seeing) if is_transformer else parse_convolutional(seeing)
@@ -158,7 +158,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
         fields["use_qformer_text_input"] = True
     qformer = QFormerConfig(
         num_query_tokens=_top(content, "num_query_tokens", "num_query_tokens", 32),
-        encoder_hidden_size=vision.hidden_size,  # whatever the file says, as the reference has it
+        encoder_hidden_size=vision.hidden_size,  # whatever the file has, as in the reference
         **_read(fields, "qformer_config", QFORMER),
     )
     image_token_id = content.get("image_token_index", content.get("image_token_id"))
@@ -167,7 +167,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
     if not isinstance(architectures, list):
         raise ValueError(f"architectures is {reprlib.repr(architectures)}; it should be a list of names; {AGAIN}")
     if "Blip2ForImageTextRetrieval" in architectures:
-        if image_token_id is not None:  # a published one is beyond the table: it never reaches it
+        if image_token_id is not None:  # a published one is beyond the vocabulary, since it is never embedded
             check_token("image_token_index", image_token_id, MOST_TOKENS, "config.json")
         bos_token_id = content.get("qformer_bos_token_id", qformer.vocab_size - 1)
         check_token("qformer_bos_token_id", bos_token_id, qformer.vocab_size, "config.json")
@@ -182,8 +182,8 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
         )
     if qformer.has_text and not is_instruct:
         raise ValueError(
-            "use_qformer_text_input is set in qformer_config of a model that writes; it is an InstructBLIP whose "
-            f"Q-Former reads the prompt: set model_type to {INSTRUCT!r} if it is one, else leave this out"
+            "use_qformer_text_input is set in qformer_config of a generative model; if it is an InstructBLIP, whose "
+            f"Q-Former reads the prompt, set model_type to {INSTRUCT!r}, else remove it"
         )
     language = _parse_language(_section(content, "text_config", with_null=True))
     if image_token_id is not None:
@@ -192,7 +192,7 @@ def parse(content: dict[str, Any]) -> Blip2Config | MatcherConfig:
 
 
 def parse_vision(section: dict[str, Any]) -> VisionConfig:
-    """The vision transformer in the content of a vision_config; ValueError for what this package does not build."""
+    """The vision transformer in the content of a vision_config; ValueError for unsupported features."""
     vision = VisionConfig(**_read(section, "vision_config", (*VISION, *VISION_EXTRA)))
     check_vision(vision)
     return vision
@@ -207,28 +207,28 @@ def _parse_language(text: dict[str, Any]) -> LanguageConfig:
         config = OPTConfig(**_read(text, "opt", OPT))
         if text.get("word_embed_proj_dim") not in (None, config.hidden_size):
             raise ValueError(
-                f"word_embed_proj_dim is {reprlib.repr(text['word_embed_proj_dim'])}, hidden_size "
-                f"{config.hidden_size}; an OPT whose embeddings are projected is not one that this package builds"
+                f"word_embed_proj_dim is {reprlib.repr(text['word_embed_proj_dim'])}, but hidden_size "
+                f"{config.hidden_size}; an OPT with projected embeddings is not supported"
             )
         return config
     if family in T5S:
         return _parse_t5(text, family)
     known = ", ".join(map(repr, LANGUAGES))
-    raise ValueError(f"the language model is of family {reprlib.repr(family)}; this package knows {known}")
+    raise ValueError(f"the language model is of family {reprlib.repr(family)}; supported are {known}")
 
 
 def _parse_t5(text: dict[str, Any], family: Any) -> T5Config:
     if family != "t5":
         text = MT5 | text
     values = _read({"num_decoder_layers": text.get("num_layers", 6)} | text, "t5", T5) | _feed_forward(text)
-    # Newer revisions say of every T5 that it is tied; the output table is what the files hold.
+    # Newer revisions mark every T5 as tied; the output layer in the files decides.
     scales_output = text.get("tie_word_embeddings", True)
     if family == "t5":
         scales_output = text.get("scale_decoder_outputs", scales_output)
     if family == "t5" and scales_output and values["has_gate"]:
         raise ValueError(
-            "the text_config has tied embeddings (tie_word_embeddings), whose scaled output only the first T5 "
-            "has; if it is a Flan-T5, set tie_word_embeddings to false"
+            "text_config has tied embeddings (tie_word_embeddings), whose scaled output only the first T5 has; for a "
+            "Flan-T5, set tie_word_embeddings to false"
         )
     return T5Config(
         **values,
@@ -246,15 +246,15 @@ def _feed_forward(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _top(content: dict[str, Any], theirs: str, ours: str, default: Any) -> Any:
-    """A value that stands in no section."""
+    """A value outside of all sections."""
     value = content.get(theirs)
     if theirs not in content and (near := [key for key in content if differs_in_a_bit(key, theirs)]):
-        raise ValueError(f"there is {near[0]} and no {theirs} in config.json; {AGAIN}")
+        raise ValueError(f"there is {near[0]} but no {theirs} in config.json; {AGAIN}")
     return check_value(theirs, default if value is None else value, default, "config.json", BOUNDS.get(ours))
 
 
 def _section(content: dict[str, Any], name: str, *, with_null: bool = False) -> dict[str, Any]:
-    """One part of ``config.json``, without the keys that are null where these mean the same as absent ones."""
+    """A section of ``config.json``, without null keys if these mean the same as absent ones."""
     section = content.get(name) or {}
     if not isinstance(section, dict):
         raise ValueError(f"{name} is not a JSON object; fetch the file again")
@@ -262,11 +262,11 @@ def _section(content: dict[str, Any], name: str, *, with_null: bool = False) -> 
 
 
 def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
-    """Our fields of one section; ValueError for a value of the wrong kind, or one that is not built here."""
+    """Our fields of one section; ValueError for a value of the wrong type, or an unsupported one."""
     for theirs, known, default in FIXED[kind]:
         if section.get(theirs, default) not in known:
             raise ValueError(
-                f"{theirs} is {reprlib.repr(section.get(theirs, default))} in {kind}; this package builds only "
+                f"{theirs} is {reprlib.repr(section.get(theirs, default))} in {kind}; supported is only "
                 f"{' or '.join(repr(value) for value in known)}"
             )
     values: dict[str, Any] = {}
@@ -274,19 +274,19 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
     check_names(section.keys(), names, kind)
     for ours, theirs, default in fields:
         value = section.get(theirs, default)
-        if ours.endswith("_token_id"):  # these stand below the size of the vocabulary
+        if ours.endswith("_token_id"):  # bounded by the size of the vocabulary
             check_token(theirs, value, values["vocab_size"], kind)
         else:
             check_value(theirs, value, default, kind, BOUNDS.get(ours))
         values[ours] = value
     if kind == "t5" and values["max_distance"] <= values["num_buckets"] // 2:
         raise ValueError(
-            f"relative_attention_max_distance is {values['max_distance']} in {kind}, and has to be more than half of "
+            f"relative_attention_max_distance is {values['max_distance']} in {kind}, but has to be more than half of "
             f"relative_attention_num_buckets, which is {values['num_buckets']}; {AGAIN}"
         )
     if "head_size" not in values and values["hidden_size"] % values["num_heads"]:
         raise ValueError(
-            f"num_attention_heads is {values['num_heads']} in {kind}, and does not divide hidden_size, which is "
+            f"num_attention_heads is {values['num_heads']} in {kind}, which does not divide the hidden_size "
             f"{values['hidden_size']}; {AGAIN}"
         )
     return values
@@ -297,7 +297,7 @@ def _write(config: Any, fields: Fields) -> dict[str, Any]:
 
 
 def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
-    """``config.json`` as the published repositories have it; how the weights are quantised, if they are."""
+    """``config.json`` as in the published repositories, with the quantisation, if any."""
     is_instruct = isinstance(config, Blip2Config) and config.reads_prompt
     qformer = {
         "model_type": "blip_2_qformer",
@@ -318,7 +318,7 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
     if quantization is not None:
         content["quantization_config"] = {"quant_method": QUANTIZATION_METHOD, **quantization}
     if config.adapted:
-        content["merged_adapters"] = config.adapted  # ours: indexes and encoded images know the model by it, too
+        content["merged_adapters"] = config.adapted  # ours: indexes and encoded images identify the model by it, too
     if isinstance(config, MatcherConfig):
         return content | {
             "architectures": ["Blip2ForImageTextRetrieval"],
@@ -334,7 +334,7 @@ def config_json(config: Blip2Config | MatcherConfig, quantization: dict[str, Any
 
 
 def text_json(config: LanguageConfig) -> dict[str, Any]:
-    """The part of ``config.json`` that is of the language model."""
+    """The language model's section of ``config.json``."""
     if isinstance(config, DecoderConfig):
         return dict(config.published)
     is_opt = isinstance(config, OPTConfig)
@@ -346,5 +346,5 @@ def text_json(config: LanguageConfig) -> dict[str, Any]:
         name = ("gated-" if config.has_gate else "") + config.activation.removesuffix("_new")
         text |= {"model_type": config.model_type, "dense_act_fn": config.activation, "feed_forward_proj": name}
         text |= {"is_gated_act": config.has_gate, "tie_word_embeddings": config.scales_output}
-        text |= {"bos_token_id": config.eos_token_id}  # an empty prompt is a lone </s>
+        text |= {"bos_token_id": config.eos_token_id}  # an empty prompt is a single </s>
     return text

@@ -14,7 +14,7 @@ from blip2.quantized import QuantizedLinear
 
 
 def names_in_files(model: nn.Module, config: Config, stored: Quantization | None) -> dict[str, str]:
-    """Our names to names in files, with codes and scales for what is quantised there."""
+    """Our names to names in files, with codes and scales for quantised weights."""
     names: dict[str, str] = {}
     for ours, theirs in in_parts(model, table(config)).items():
         name, _, last = ours.rpartition(".")
@@ -28,7 +28,7 @@ def names_in_files(model: nn.Module, config: Config, stored: Quantization | None
 
 
 def in_parts(model: nn.Module, names: dict[str, str]) -> dict[str, str]:
-    """A layer that is several in the files, and is taken apart in the model too, has a row for each of its parts."""
+    """A layer that is several in the files, and is split in the model too, has an entry for each part."""
     rows: dict[str, str] = {}
     for ours, theirs in names.items():
         module, _, last = ours.rpartition(".")
@@ -41,7 +41,7 @@ def in_parts(model: nn.Module, names: dict[str, str]) -> dict[str, str]:
 
 
 def named_tensors(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its name in files, in the table's order; what is one tensor here and several there is cut."""
+    """Every weight under its name in files, in the table's order; concatenated tensors are split."""
     for ours, theirs in names_in_files(model, model.config, quantization_of(model)).items():
         module_name, _, last = ours.rpartition(".")
         tensor = readable(getattr(model.get_submodule(module_name), last))

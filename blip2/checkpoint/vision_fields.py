@@ -1,6 +1,6 @@
-"""The image encoder in ``config.json``: what is published, what is ours beside it, and what cannot be.
+"""The image encoder in ``config.json``: published fields, our own fields, and checks.
 
-Each row: our field, the field in the file, and what an absent one means.
+Each row: our field, the field in the file, and the value of an absent one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VISION: Fields = (
     ("has_patch_bias", "patch_bias", True),  # ours: the published layout has no CLIP L/14
     ("has_pre_norm", "pre_layernorm", False),  # ours, likewise
 )
-# Ours, and written only where they differ: encoders that the published layout cannot express.
+# Our own fields, written only if they differ: for encoders that the published layout cannot express.
 VISION_EXTRA: Fields = (
     ("num_prefix_tokens", "num_prefix_tokens", 1),
     ("keeps_class_token", "keeps_class_token", True),
@@ -36,16 +36,16 @@ VISION_EXTRA: Fields = (
 )
 
 CONVOLUTIONAL = "blip2_convolutional_encoder"
-"""The model_type of an image encoder of convolutions: ours, as are all of its fields."""
+"""model_type of a convolutional image encoder: ours, like all of its fields."""
 SIZES = ("widths", "depths")
 
 
 def vision_json(vision: VisionConfig | ConvolutionalConfig, *, is_instruct: bool) -> dict[str, Any]:
-    """The part of ``config.json`` that is of the image encoder; ``is_instruct``: in an InstructBLIP."""
+    """The image encoder's section of ``config.json``; ``is_instruct``: in an InstructBLIP."""
     if isinstance(vision, ConvolutionalConfig):
         return {"model_type": CONVOLUTIONAL, "hidden_size": vision.hidden_size, **vars(vision)}
     extra = extra_fields(vision)
-    # For whoever reads it: with them it is not what the published layout calls an image encoder.
+    # With these fields it is not an image encoder of the published layout, and other programs should notice.
     kind = f"{'instructblip' if is_instruct else 'blip_2'}_vision_model" if not extra else "blip2_vision_transformer"
     return {"model_type": kind, "qkv_bias": True} | {
         theirs: getattr(vision, ours) for ours, theirs, _ in (*VISION, *extra)
@@ -53,7 +53,7 @@ def vision_json(vision: VisionConfig | ConvolutionalConfig, *, is_instruct: bool
 
 
 def parse_convolutional(section: dict[str, Any]) -> ConvolutionalConfig:
-    """The image encoder of convolutions in a vision_config; ValueError for what this package does not build."""
+    """The convolutional image encoder in a vision_config; ValueError for unsupported features."""
     values: dict[str, Any] = {}
     for name, like in vars(ConvolutionalConfig()).items():
         value = section.get(name, like)
@@ -72,23 +72,23 @@ def parse_convolutional(section: dict[str, Any]) -> ConvolutionalConfig:
 
 
 def extra_fields(vision: VisionConfig | ConvolutionalConfig) -> Fields:
-    """Those of an image encoder for which the published layout has no words."""
+    """The fields of an image encoder that the published layout lacks."""
     if isinstance(vision, ConvolutionalConfig):
         return tuple((name, name, like) for name, like in vars(ConvolutionalConfig()).items())
     return tuple(row for row in VISION_EXTRA if getattr(vision, row[0]) != row[2])
 
 
 def check_vision(vision: VisionConfig) -> None:
-    """ValueError for sizes that do not go together."""
+    """Raises ValueError for sizes that do not fit together."""
     if vision.patch_size > vision.image_size:
         raise ValueError(
-            f"patch_size is {vision.patch_size} in vision_config, more than image_size, which is {vision.image_size}; "
-            f"{AGAIN}"
+            f"patch_size is {vision.patch_size} in vision_config, more than the image_size {vision.image_size}; {AGAIN}"
         )
     if vision.activation == "silu" and not vision.has_gate:
-        raise ValueError("hidden_act is 'silu' in vision_config; this package builds it only with a gate (gated_mlp)")
+        raise ValueError("hidden_act is 'silu' in vision_config; it is supported only with a gate (gated_mlp)")
     if vision.rotary_base and vision.hidden_size // vision.num_heads % 4:
         raise ValueError(
             f"num_attention_heads is {vision.num_heads} in vision_config: heads of "
-            f"{vision.hidden_size // vision.num_heads} numbers are not turned in two directions (rope_theta); {AGAIN}"
+            f"{vision.hidden_size // vision.num_heads} dimensions cannot have rotary positions in two directions "
+            f"(rope_theta); {AGAIN}"
         )

@@ -275,11 +275,11 @@ def test_the_command_prints_what_it_wrote(parts, tmp_path):
 
 def test_parts_that_do_not_go_together_are_refused_and_nothing_is_written(parts, tmp_path):
     out = tmp_path / "start"
-    with pytest.raises(CheckpointError, match="a Q-Former begins from a BERT"):
+    with pytest.raises(CheckpointError, match="a Q-Former starts from a BERT"):
         qformer_start(str(parts / "opt"))
     with pytest.raises(CheckpointError, match=r"family 'bert'"):
         assembled(parts, out, language="bert")
-    with pytest.raises(CheckpointError, match="no image encoder that is read here"):
+    with pytest.raises(CheckpointError, match="not a supported image encoder"):
         assembled(parts, out, vision="opt")
     with pytest.raises(OptionError, match="nothing to write"):
         assemble(out, vision=checkpoint.open_encoder(parts / "clip"), qformer=qformer_start("scratch"))
@@ -351,6 +351,6 @@ def test_a_q_former_that_does_not_fit_leaves_nothing_behind(parts, tmp_path):
     name = "qformer.layernorm.weight"
     assert name in start.tensors
     wrong = replace(start, tensors={**start.tensors, name: torch.zeros(7)})
-    with pytest.raises(CheckpointError, match=r"layernorm\.weight of the Q-Former is \[7\], but \[24\] is wanted"):
+    with pytest.raises(CheckpointError, match=r"layernorm\.weight of the Q-Former has shape \[7\], but needs \[24\]"):
         assemble(tmp_path / "start", vision=checkpoint.open_encoder(parts / "clip"), qformer=wrong)
     assert not (tmp_path / "start").exists()

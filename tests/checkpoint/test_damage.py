@@ -47,7 +47,7 @@ def test_a_weight_that_cannot_be_quantised_is_named(damaged, monkeypatch, kind, 
     with pytest.raises(CheckpointError) as raised:
         checkpoint.load(folder, quantize=kind)
     assert str(raised.value) == (
-        f"{folder / 'model.safetensors'}: {name}: a weight is NaN or infinite, and cannot be quantised; "
+        f"{folder / 'model.safetensors'}: {name}: a weight is NaN or infinite and cannot be quantised; "
         "fetch the file again"
     )
 
@@ -68,7 +68,7 @@ def test_damage_is_named_as_it_is_called_here_and_in_files(damaged, value):
     folder, name = damaged(value=value)
     model = checkpoint.load(folder)
     ours = "language.blocks.1.qkv.weight" if "layers" in name else "language.decoder.1.cross_attention.key_value.weight"
-    told = f"{ours} (in files: {name}) holds such values: the model is damaged, get it again"
+    told = f"{ours} (in files: {name}) has such values: the model is damaged, download it again"
     assert checkpoint.damage(model) == told
 
 
@@ -79,7 +79,7 @@ def test_what_does_not_fit_float16_is_damage_with_a_remedy(damaged):
     assert "numbers overflow, though no weight is NaN" in checkpoint.why_not_finite(model)
     model.vision.half()
     assert checkpoint.damage(model) == (
-        f"vision.blocks.0.fc1.weight (in files: {VISION}) holds such values: it is damaged, or does not fit float16; "
+        f"vision.blocks.0.fc1.weight (in files: {VISION}) has such values: it is damaged, or overflows in float16; "
         "load the model in bfloat16"
     )
     model.vision.blocks[0].fc1.weight.data.zero_()
@@ -89,7 +89,7 @@ def test_what_does_not_fit_float16_is_damage_with_a_remedy(damaged):
 def test_damage_of_a_scalar_and_of_scales(matching_model, opt_model):
     matcher = checkpoint.load(matching_model)
     matcher.itm_head.bias.data[1] = math.nan
-    assert checkpoint.damage(matcher) == "itm_head.bias holds such values: the model is damaged, get it again"
+    assert checkpoint.damage(matcher) == "itm_head.bias has such values: the model is damaged, download it again"
     quantized = checkpoint.load(opt_model, quantize="int8")
     quantized.language.blocks[0].fc2.scales[0, 0, 0] = math.nan
     assert checkpoint.damage(quantized).startswith(

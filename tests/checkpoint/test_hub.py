@@ -175,7 +175,7 @@ def test_without_a_network_another_commit_does_and_is_told(
     if has_branch:
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text(COMMIT)
-    said = f"the wanted commit {PUBLISHED[name].revision} is not in the cache; using commit {COMMIT}"
+    said = f"the pinned commit {PUBLISHED[name].revision} is not in the cache; using commit {COMMIT}"
     assert resolve(name) == here and said in caplog.text
     caplog.clear()
     go_online(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
@@ -229,10 +229,10 @@ def test_an_instructblip_has_its_second_tokenizer(
     ("refusal", "message"),
     [
         ((404, "RepoNotFound"), "neither a folder nor on the hub; check the name"),
-        ((401, "RepoNotFound"), "neither a folder nor on the hub; check the name, or if it is private run: hf auth"),
-        ((403, "GatedRepo"), f"asks for permission; accept its conditions at https://huggingface.co/{NAME}"),
-        ((403, ""), r"the hub refuses \(403\); run: hf auth login"),
-        ((503, ""), "the hub did not give it .*503.*; check the network and try again"),
+        ((401, "RepoNotFound"), "neither a folder nor on the hub; check the name, or, if it is private, run: hf auth"),
+        ((403, "GatedRepo"), f"is gated; accept its conditions at https://huggingface.co/{NAME}"),
+        ((403, ""), r"the hub denied access \(403\); run: hf auth login"),
+        ((503, ""), "the download failed .*503.*; check the network and try again"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(hub: FakeHub, refusal: tuple[int, str], message: str) -> None:
@@ -290,7 +290,7 @@ def test_an_index_that_points_out_of_the_folder_fetches_nothing(hub: FakeHub) ->
     ("name", "message"),
     [
         ("blip2_pretrained.pth", "blip2_pretrained.pth: is a checkpoint of the authors' code; .* blip2 convert"),
-        ("no--such..name/x", "is no name of a repository"),
+        ("no--such..name/x", "is not a valid repository name"),
         ("no/such/folder", "no such folder; give the folder of a model, a hub name such as Salesforce/blip2-opt-2.7b"),
         ("nobody/nothing", "nobody/nothing: is neither a folder nor in the cache; load it once with a network"),
     ],

@@ -78,7 +78,7 @@ def test_the_image_encoder_that_was_trained_comes_before_all_others(
 def test_an_image_encoder_trained_in_part_is_not_filled_up(folder: Path, trained: Path, tmp_path: Path) -> None:
     name, value = next(iter(image_encoder_of(folder).items()))
     path = lavis_file(tmp_path / "half.pth", state_of(trained) | {f"visual_encoder.{name}": value})
-    with pytest.raises(CheckpointError, match=r"half\.pth: vision_model\..* is missing; it is incomplete"):
+    with pytest.raises(CheckpointError, match=r"half\.pth: vision_model\..* is missing; the file is incomplete"):
         convert_from_lavis(path, tmp_path / "back", like=folder)
 
 
@@ -228,7 +228,7 @@ def test_the_published_twin_is_found_by_size(
     state = {f"{projection}.weight": random(width, 1), f"{projection}.bias": random(width)}
     if is_instructed:
         state["Qformer.bert.embeddings.word_embeddings.weight"] = random(2, 1)
-    message = "it is not here" if name else "is of no published size; name a model with its configuration"
+    message = "it is not here" if name else "does not have the size of a published model; name a model with its configuration"
     with pytest.raises(CheckpointError, match=message):
         convert_from_lavis(lavis_file(tmp_path / "a.pth", state), tmp_path / "back")
     assert asked == ([name] if name else [])
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_named(folder: Path, trained: Path, tmp_path: Path)
     norm = "Qformer.bert.embeddings.LayerNorm.weight"
     for change, message in (
         ({norm: random(7)}, r"spoilt\.pth: qformer\.(embeddings\.)?layernorm\.weight is \[7\], not \[16\]"),
-        ({norm.replace("embeddings", "encoder.layer.9.output_query"): random(16)}, r"layer\.9\..* has no place in"),
+        ({norm.replace("embeddings", "encoder.layer.9.output_query"): random(16)}, r"layer\.9\..* does not occur in"),
         ({"ln_vision.weight": random(1408)}, "not"),
     ):
         path = lavis_file(tmp_path / "spoilt.pth", state | change)

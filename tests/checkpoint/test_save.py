@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_earlier_model(model: Blip2, tmp_path: Path, smal
     with torch.no_grad():
         model.projection.bias += 1
     small_disk(limit)
-    with pytest.raises(CheckpointError, match=r"cannot be written .*; make room there, or save") as caught:
+    with pytest.raises(CheckpointError, match=r"cannot be written .*; free some space there, or save") as caught:
         checkpoint.save(model, tmp_path)
     small_disk(resource.RLIM_INFINITY)
     assert "\n" not in str(caught.value)

@@ -59,13 +59,13 @@ def test_written_and_read_is_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"text_config": {"model_type": "rwkv"}}, "family 'rwkv'; this package knows 'opt', 't5', .*'llama'"),
+        ({"text_config": {"model_type": "rwkv"}}, "family 'rwkv'; supported are 'opt', 't5', .*'llama'"),
         ({"text_config": {"word_embed_proj_dim": 512, "hidden_size": 1536}}, "word_embed_proj_dim is 512, hidden_size"),
         ({"text_config": {"do_layer_norm_before": False}}, "do_layer_norm_before is False in opt; .* builds only True"),
         ({"text_config": {"activation_function": "gelu"}}, "activation_function is 'gelu' in opt"),
         ({"text_config": {"model_type": "t5", "feed_forward_proj": "prelu"}}, "feed_forward_proj is 'prelu' in t5"),
         ({"text_config": FLAN | {"dense_act_fn": "tanh"}}, "dense_act_fn is 'tanh' in t5; .* 'gelu' or 'gelu_new'"),
-        ({"text_config": FLAN | {"tie_word_embeddings": True}}, "if it is a Flan-T5, set tie_word_embeddings to false"),
+        ({"text_config": FLAN | {"tie_word_embeddings": True}}, "for a Flan-T5, set tie_word_embeddings to false"),
         ({"text_config": FLAN | {"d_model": "large"}}, "d_model is 'large' in t5; it should be something like 512"),
         ({"text_config": FLAN | {"d_ff": [1]}}, r"d_ff is \[1\] in t5"),
         ({"text_config": "opt"}, "text_config is not a JSON object"),
@@ -129,7 +129,7 @@ def test_small_files_as_any_editor_saves_them(tmp_path: Path, encoding: str) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"size": 364}, "size is 364, and the model sees pictures of 224 pixels .* set size to 224"),
+        ({"size": 364}, "size is 364, but the model takes images of 224 pixels .* set size to 224"),
         ({"size": {"height": 10**6, "width": 10**6}}, "size is 1000000; .* a whole number from 1 to 4096"),
         ({"size": {"height": 224, "width": 336}}, "size is .*'width': 336.* a square"),
         ({"size": {}}, "size is {}"),
@@ -139,9 +139,9 @@ def test_small_files_as_any_editor_saves_them(tmp_path: Path, encoding: str) -> 
         ({"image_mean": [123.7, 116.3, 103.5]}, "image_mean is 123.7"),
         ({"image_std": [0, 0, 0]}, "image_std is 0"),
         ({"image_std": [0.5, 0.5, math.nan]}, "image_std is nan"),
-        ({"do_normalize": False}, "do_normalize is False, and this package only does True"),
-        ({"do_center_crop": True}, "do_center_crop is True, and this package only does False"),
-        ({"resample": 0}, "resample is 0, and this package only does 3"),
+        ({"do_normalize": False}, "do_normalize is False, but only True is supported"),
+        ({"do_center_crop": True}, "do_center_crop is True, but only False is supported"),
+        ({"resample": 0}, "resample is 0, but only 3 is supported"),
         ({"rescale_factor": 1}, "rescale_factor is 1, "),
         ({"do_resize": [[]]}, r"do_resize is \[\[\]\]"),
     ],
@@ -173,7 +173,7 @@ def test_no_configuration_is_a_traceback(tmp_path_factory, text: dict, section: 
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by 'bitsandbytes', which is not read here"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by 'bitsandbytes', which is not supported"),
         ({"quant_method": "gptq", "bits": 4}, "quantised by 'gptq'"),
         ({"load_in_8bit": True}, "quantised by 'another program'"),
         ("int8", "quantised by 'int8'"),

@@ -93,7 +93,7 @@ def test_of_a_checkpoint_whose_image_encoder_is_quantised(opt_model: Path, tmp_p
     assert layers_of(found)["vision.blocks.0.fc1"] == (8, 8)
     expected = checkpoint.load(opt_model, quantize=WITH["int8"]).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
-    with pytest.raises(OptionError, match="image encoder is quantised to 4 bits, and cannot multiply in 8"):
+    with pytest.raises(OptionError, match="image encoder is quantised to 4 bits, and cannot be multiplied in 8"):
         checkpoint.load(tmp_path / "4", quantize=IMAGES)
 
 
@@ -105,7 +105,7 @@ def test_a_weight_that_is_no_number_is_told_by_its_name(opt_model: Path, tmp_pat
     name = "vision_model.encoder.layers.0.mlp.fc2.weight"
     tensors[name][3, 5] = value
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"{name}: a weight is NaN or infinite, and cannot be quantised"):
+    with pytest.raises(CheckpointError, match=rf"{name}: a weight is NaN or infinite and cannot be quantised"):
         blip2.load(folder, vision="int8")
 
 

@@ -31,7 +31,7 @@ def test_the_miniature_is_told_by_default(run):
     assert "miniature" in told
     assert told["Folder"] == str(checkpoint.BUNDLED["miniature"])
     assert told["Language model"].split()[0] in ("OPT,", "2.1")
-    assert told["Precision"].startswith("float32: in a small model")
+    assert told["Precision"].startswith("float32: lower precision does not speed up a small model")
     assert told["Quantised"] == "nothing"
     assert run("info").stdout == run("info", "miniature").stdout
 
@@ -99,7 +99,7 @@ def test_matching_models(run, matching_model):
         (["nobody/nothing"], 1, "nobody/nothing: is neither a folder nor in the cache"),
         (["/no/such/model"], 1, "/no/such/model: no such folder"),
         ([XXL, "--quantize-vision"], 2, "--quantize-vision is set without"),
-        ([XXL, "--dtype", "float16", "--device", "cpu"], 2, "float16 is not for the CPU"),
+        ([XXL, "--dtype", "float16", "--device", "cpu"], 2, "float16 is not supported on a CPU"),
         ([XXL, "--device", "gpu"], 2, "device 'gpu' cannot be used"),
     ],
 )
@@ -122,7 +122,7 @@ def test_folders_that_are_no_models(run, opt_model, tmp_path):
     assert "'../b.safetensors' is not a .safetensors file of this folder" in told(folder)
     (folder / "model.safetensors.index.json").unlink()
     (folder / "model.safetensors").write_bytes((opt_model / "model.safetensors").read_bytes()[:-100])
-    assert "is damaged or cut short" in told(folder)
+    assert "is damaged or incomplete" in told(folder)
     (folder / "model.safetensors").unlink()
     assert "model.safetensors is missing" in told(folder)
 
@@ -134,4 +134,4 @@ def test_a_preprocessor_of_another_size_is_told(run, opt_model, tmp_path):
                                                                             "int8"]):  # fmt: skip
         result = run(*verb)
         assert result.exit_code == 1
-        assert "preprocessor_config.json: size is 224, and the model sees pictures of 32 pixels" in result.stderr
+        assert "preprocessor_config.json: size is 224, but the model takes images of 32 pixels" in result.stderr

@@ -64,7 +64,7 @@ def test_it_is_told_beside_the_model(run, opt_model, matching_model, adapter, tm
     change = load_file(adapter / "adapter_model.safetensors")
     assert found["parameters"] == sum(tensor.numel() for tensor in change.values())
     assert found["changes"] == sorted(f"{module}.weight" for module in MODULES)
-    assert "the adapter is of another model" in run("info", matching_model, "--adapter", adapter).output
+    assert "the adapter belongs to another model" in run("info", matching_model, "--adapter", adapter).output
     assert "is not here" in run("info", "Salesforce/blip2-opt-2.7b", "--adapter", adapter).output
 
 

@@ -112,7 +112,7 @@ def test_a_tied_head_is_not_changed_alone(pair, base, tmp_path):
     peft.get_peft_model(copy.deepcopy(pair.theirs), config).save_pretrained(tmp_path)
     ours = Blip2ForConditionalGeneration.from_pretrained(base)
     if pair.family == "opt":
-        with pytest.raises(CheckpointError, match="is one table with another"):
+        with pytest.raises(CheckpointError, match="shares its weights with another"):
             ours.load_adapter(tmp_path)
     else:
         ours.load_adapter(tmp_path)
@@ -179,7 +179,7 @@ def test_what_is_seen_with_an_adapter_is_known_by_it(pair, base, tmp_path):
 def test_a_quantised_model_takes_none(pair, base, tmp_path):
     adapted(pair.theirs, pair.family, "LoRA", tmp_path)
     checkpoint.save(checkpoint.load(base, quantize="int8"), tmp_path / "small")
-    with pytest.raises(CheckpointError, match="quantised to 8 bits already; merge adapters into the original"):
+    with pytest.raises(CheckpointError, match="already quantised to 8 bits; merge adapters into the original"):
         checkpoint.load(tmp_path / "small", adapters=Adapters.of(tmp_path))
 
 
@@ -216,9 +216,9 @@ WRONG = {
     "unknown": ({}, renamed("qformer.encoder", "bert.encoder"), r"there is no bert\.encoder\.layer\.0\..*more of"),
     "another size": (
         {}, lambda tensors: {name: torch.cat([value, value], 1) if "lora_A" in name else value
-                             for name, value in tensors.items()}, "is .*, and .* in .*; the adapter is of another",
+                             for name, value in tensors.items()}, "is .*, and .* in .*; the adapter belongs to another",
     ),
-    "a table": ({}, renamed("lora_A.weight", "lora_embedding_A"), "of a kind that is not merged here"),
+    "a table": ({}, renamed("lora_A.weight", "lora_embedding_A"), "of a kind that is not supported here"),
     "no DoRA": ({"use_dora": True}, None, "a half is missing"),
 }  # fmt: skip
 
