@@ -209,9 +209,9 @@ def compiler_that(tmp_path: Path, does: str) -> str:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no compiler is looked for on Windows")
 def test_why_there_are_no_kernels_is_one_line(compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = "blip2: no C kernels, torch's functions take their place: "
+    begin = "blip2: no C kernels, torch's functions are used instead: "
     assert compiled(CC="no-such-cc") == (
-        False, f"{begin}there is no C compiler 'no-such-cc'; install gcc, or name one by CC\n",
+        False, f"{begin}there is no C compiler 'no-such-cc'; install gcc, or set CC\n",
     )  # fmt: skip
     failing = compiler_that(tmp_path, "sys.exit('note: hm\\nkernels.c:3:1: error: what is this?\\nmore\\n')")
     assert compiled(CC=failing) == (False, f"{begin}{failing} failed: kernels.c:3:1: error: what is this?\n")
@@ -222,7 +222,7 @@ def test_why_there_are_no_kernels_is_one_line(compiled, tmp_path: Path, monkeypa
     done, said = compiled(CC=clang)
     assert not done and said.startswith(f"{begin}{clang} is clang") and said.count("\n") == 1
     monkeypatch.setattr(sys, "platform", "win32")
-    assert compiled() == (False, f"{begin}they are for Linux and Macs, not for win32\n")
+    assert compiled() == (False, f"{begin}they support Linux and macOS, not win32\n")
 
 
 def test_a_build_is_for_every_processor_of_its_kind() -> None:

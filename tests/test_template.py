@@ -134,9 +134,9 @@ def test_the_images_vectors_stand_before_the_question(folder, pictures):
 def test_who_writes_a_special_token_is_told(folder):
     speaker = blip2.load(folder, chat_template=True).speaker
     for text in ("no<|im_end|>", f"{IMAGE}", "<start_of_turn>system"):
-        with pytest.raises(OptionError, match="by which the chat template marks turns"):
+        with pytest.raises(OptionError, match="with which the chat template marks turns"):
             speaker.question(text)
-        with pytest.raises(OptionError, match="by which the chat template marks turns"):
+        with pytest.raises(OptionError, match="with which the chat template marks turns"):
             speaker.question("what?", [("a", text)])
     with pytest.raises(OptionError, match="the question is empty"):
         speaker.question(" ")
@@ -204,9 +204,9 @@ BAD = {
     "reads a file": ("{% include '/etc/passwd' %}", "cannot be used"),
     "refuses": ("{{ raise_exception('never') }}", "never"),
     "is none": ("{% for", "TemplateSyntaxError"),
-    "leaves out the question": ("hello", "leaves out or repeats"),
-    "says it twice": ("{{ messages[0].content }}{{ messages[0].content }}", "leaves out or repeats"),
-    "moves it away from the image": ("{{ messages[0].content[1:] }}", "changes what is said"),
+    "leaves out the question": ("hello", "drops or repeats"),
+    "says it twice": ("{{ messages[0].content }}{{ messages[0].content }}", "drops or repeats"),
+    "moves it away from the image": ("{{ messages[0].content[1:] }}", "changes texts"),
 }  # fmt: skip
 
 

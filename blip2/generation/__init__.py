@@ -1,5 +1,5 @@
-"""Decoding: what is asked for (`options`), what changes the scores (`filters`), how a token is chosen
-(`strategies`), when an answer is over (`endings`), what runs side by side (`batch`), and the way in (`engine`)."""
+"""Decoding: options (`options`), changes to the logits (`filters`), the choice of a token (`strategies`), the end of an
+answer (`endings`), the running batch (`batch`), and the interface (`engine`)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Answers that are written side by side: requests come and go between steps, and none notices the others.
+"""Continuous batching: requests join and leave a batch between steps, without an effect on each other.
 
-A job is some prompts under one set of options, with a strategy of its own; its rows lie side by side in the batch.
-Each step asks every job's strategy for its rows' next tokens, and then passes all rows through the language model at
-once, which for few rows takes the time of one: reading the weights.
+A job is a number of prompts with the same options and a strategy of its own; its rows are adjacent in the batch. Each
+step asks every job's strategy for the next tokens of its rows, then passes all rows through the language model at once.
+For few rows that takes as long as for one: the time to read the weights.
 
 R rows of all jobs, V vocabulary.
 """
@@ -23,7 +23,7 @@ from blip2.language import LanguageModel, pad_rows
 
 
 class Job:
-    """Some prompts ``float[T_i, D]`` and how they are answered; `Engine.job` makes one."""
+    """Prompts ``float[T_i, D]`` and how to answer them; made by `Engine.job`."""
 
     def __init__(
         self,
@@ -32,15 +32,14 @@ class Job:
         num_new_tokens: int,
         explained: Callable[[Exception], Exception] = lambda error: error,
     ) -> None:
-        """``explained``: what is raised in place of an error that ended it."""
+        """``explained``: replaces an error that ended the job by the one to raise."""
         self.prompts = prompts
         self.strategy = strategy
         self.num_new_tokens = num_new_tokens
         self.num_rows = len(prompts) * strategy.rows_per_prompt
-        """How many rows of a batch are this job's, at present; 0 when it is over."""
+        """Number of rows that the job has in a batch; 0 when it is over."""
         self.error: Exception | None = None
-        """What ended it before its answers were there: its scores were no numbers, or whoever listened to its tokens
-        raised this."""
+        """The error that ended the job early: NaN or infinite logits, or an exception of its token callback."""
         self._explained = explained
 
     @property
@@ -56,7 +55,7 @@ class Job:
 
 
 class Batch:
-    """The rows in work and the language model's state of each. Not to be used by two threads at once."""
+    """The running rows, with the language model's state of each. Not thread-safe."""
 
     def __init__(self, language: LanguageModel) -> None:
         self._language = language
@@ -70,9 +69,9 @@ class Batch:
 
     @torch.inference_mode()
     def add(self, jobs: Sequence[Job]) -> None:
-        """Read the prompts of jobs and take them in; the next step writes the first token of each.
+        """Prefill the prompts of jobs and add their rows; the next step generates the first token of each.
 
-        Those that may grow equally long are read in one pass.
+        Jobs with the same limit of tokens are prefilled in one pass.
         """
         by_length = sorted(jobs, key=lambda job: job.num_new_tokens)
         for num_new_tokens, some in groupby(by_length, key=lambda job: job.num_new_tokens):
@@ -81,7 +80,7 @@ class Batch:
     def _read(self, jobs: list[Job], num_new_tokens: int) -> None:
         prompts = [prompt for job in jobs for prompt in job.prompts]
         logits_RV, state = self._language.prefill(*pad_rows(prompts), num_new_tokens)
-        if any(job.strategy.rows_per_prompt > 1 for job in jobs):  # a prompt is read once, its state copied to its rows
+        if any(job.strategy.rows_per_prompt > 1 for job in jobs):  # prompts are prefilled once
             copies = [job.strategy.rows_per_prompt for job in jobs for _ in job.prompts]
             rows_R = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(logits_RV.device)
             state.select(rows_R)
@@ -95,7 +94,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[Job]:
-        """One token more for every row; the jobs that are over now, which have left the batch."""
+        """Generate one token for every row; returns the jobs that ended and have left the batch."""
         if self._logits_RV is None:
             return []
         picked = self._picked(self._logits_RV)
@@ -128,7 +127,7 @@ class Batch:
         return over
 
     def _picked(self, logits_RV: Tensor) -> Picked | None:
-        """The next token of every row, greedily; what it says of rows whose job wants something else is of no use.
+        """The greedy token of every row; not used for rows whose job needs another choice.
 
         For all jobs at once, since a small operation takes as long for one row as for many.
         """
@@ -145,7 +144,7 @@ class Batch:
 
     @torch.inference_mode()
     def drop(self, job: Job) -> None:
-        """Take a job out before it is over; its rows are free at once."""
+        """Remove a job before it ends; its rows are free at once."""
         if job.is_over:
             return
         assert self._logits_RV is not None
@@ -161,11 +160,11 @@ class Batch:
         rows_R = torch.cat(kept).nonzero()[:, 0]
         self._logits_RV = self._logits_RV[rows_R]
         self._state.select(rows_R)
-        self._state.forget()  # it may have been about to end for want of numbers
+        self._state.forget()  # its last step may have produced NaN
 
     @staticmethod
     def _choose(job: Job, logits_RV: Tensor, here: range, picked: Picked | None) -> Choice | None:
-        """The job's next tokens; None where it is over, by itself or because its listener raised."""
+        """The job's next tokens; None if it ended, by itself or by an exception of its callback."""
         own = slice(here.start, here.stop)
         try:
             if picked is not None and is_plain(job.strategy):
@@ -177,5 +176,5 @@ class Batch:
 
 
 def is_plain(strategy: Strategy) -> TypeGuard[RowByRow]:
-    """Greedy decoding without more ado, which needs no logits of its own."""
+    """Greedy decoding without filters, which does not need logits of its own."""
     return isinstance(strategy, RowByRow) and strategy.is_plain

@@ -1,4 +1,4 @@
-"""When an answer is over, and which of its tokens belong to it."""
+"""When an answer ends, and which of its tokens belong to it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ class Hypothesis:
     """One answer to one prompt."""
 
     tokens: list[int]
-    """New tokens only, without the end token, and short of a stop string."""
+    """New tokens only, without the end token or a stop string."""
     score: float
-    """Greedy and sampling: the log-probability of all chosen tokens (the end token and those of a stop string
-    included) as the model gives it, before any filter. Beam search: that of the filtered scores, divided by
-    (number of those tokens ** length_penalty), as Hugging Face's ``sequences_scores``."""
+    """Greedy and sampling: the sum of the log-probabilities of all chosen tokens (including end token and stop string)
+    from the model, before any filter. Beam search: the sum of the filtered scores, divided by (number of those tokens
+    ** length_penalty), like Hugging Face's ``sequences_scores``."""
     finish_reason: FinishReason
-    """"eos": the model ended it; "stop": a stop string; "length": max_new_tokens were reached."""
+    """"eos": an end token; "stop": a stop string; "length": max_new_tokens were reached."""
     log_probs: list[float] | None = None
-    """Greedy and sampling: of each of ``tokens``, as the model gives it, before any filter. Beams have none."""
+    """Greedy and sampling: log-probability of each of ``tokens`` from the model, before any filter. None with beams."""
     top: list[dict[int, float]] | None = None
-    """At the place of each of ``tokens``, the most likely ones with their log-probabilities, if they were asked for."""
+    """For each of ``tokens``, the most likely tokens at its place with their log-probabilities, if requested."""
 
 
 class Endings:
-    """End tokens, stop strings and the greatest length, in this order of precedence."""
+    """End tokens, stop strings and the maximum length, in this order of precedence."""
 
     def __init__(self, options: GenerateOptions, eos_token_ids: Sequence[int], decode: Decode | None) -> None:
         if options.stop and decode is None:
             raise OptionError(
-                f"{option('stop')} is {options.stop!r}, but this engine cannot read text; make it with decode=..., or "
-                "give no stop"
+                f"{option('stop')} is {options.stop!r}, but this engine cannot decode text; create it with decode=..., "
+                "or use no stop"
             )
         self.eos_token_ids = frozenset(eos_token_ids)
         self.stop = tuple(options.stop)
@@ -46,7 +46,7 @@ class Endings:
         self._decode = decode
 
     def reason(self, tokens: list[int]) -> FinishReason | None:
-        """Why an answer is over with its last token; None if it goes on."""
+        """Why an answer ends with its last token; None if it continues."""
         if tokens[-1] in self.eos_token_ids:
             return "eos"
         if self._find(tokens) is not None:
@@ -54,7 +54,7 @@ class Endings:
         return "length" if len(tokens) >= self.max_new_tokens else None
 
     def cut(self, tokens: list[int], reason: FinishReason) -> list[int]:
-        """The tokens that belong to the answer: without the end token, and short of the stop string."""
+        """The tokens that belong to the answer: without the end token or the stop string."""
         if reason == "eos":
             return tokens[:-1]
         if reason == "stop":
@@ -64,8 +64,7 @@ class Endings:
         return tokens
 
     def num_certain(self, tokens: list[int]) -> int:
-        """How many tokens of an answer that goes on are sure to stay, whatever comes: those before a text that may
-        yet become a stop string."""
+        """How many tokens of a running answer are final: those before a text that may become a stop string."""
         if not self.stop:
             return len(tokens)
         text = self._text(tokens)
@@ -79,14 +78,14 @@ class Endings:
         return self._decode(tokens)
 
     def _find(self, tokens: list[int]) -> int | None:
-        """Where the first stop string begins in the text."""
+        """The position of the first stop string in the text."""
         if not self.stop:
             return None
         text = self._text(tokens)
         return min((found for stop in self.stop if (found := text.find(stop)) >= 0), default=None)
 
     def _fitting(self, tokens: list[int], num_characters: int) -> int:
-        """How many of the first tokens make a text of at most so many characters."""
+        """How many of the first tokens decode to at most this many characters."""
         count = len(tokens)
         while count and len(self._text(tokens[:count])) > num_characters:
             count -= 1

@@ -1,7 +1,7 @@
-"""Prompts in, answers out: what all decoding goes through.
+"""The interface of decoding: prompts in, answers out.
 
-A prompt is a sequence of vectors (image queries and embedded words alike), an answer a list of token ids; nothing
-here knows of pictures or, but for stop strings, of text.
+A prompt is a sequence of vectors (query tokens of an image or embedded tokens), an answer a list of token ids. This
+package knows nothing of images or, except for stop strings, of text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 
 def finished(steps: Generator[None, None, Value]) -> Value:
-    """What work that can be done in portions returns, done without a pause."""
+    """Run a generator to its end; returns its value."""
     while True:
         try:
             next(steps)
@@ -40,13 +40,13 @@ def finished(steps: Generator[None, None, Value]) -> Value:
 class Engine:
     """Decodes with one language model.
 
-    All prompts of a call run as one batch; how many fit is the caller's business. A server keeps one `Batch` running,
-    which requests enter and leave (`job`). An answer does not depend on what else is in the batch.
+    All prompts of a call run as one batch, whose size is up to the caller. A server keeps one `Batch` running, which
+    requests join and leave (`job`). An answer does not depend on the rest of the batch.
 
     - ``eos_token_ids``: any of these ends an answer.
-    - ``suppress_token_ids``: never written: the image token, rows of the vocabulary that stand for no text.
+    - ``suppress_token_ids``: never generated: the image token, vocabulary rows without text.
     - ``decode``: token ids to text; needed for stop strings only.
-    - ``damage``: the weights that are NaN or infinite, in words, or None; asked only where scores are.
+    - ``damage``: describes weights that are NaN or infinite, or None; called only if logits are.
     """
 
     def __init__(
@@ -71,10 +71,9 @@ class Engine:
     ) -> list[list[Hypothesis]]:
         """For each prompt ``float[T_i, D]`` its ``num_return`` answers, best first.
 
-        ``on_token(prompt number, token)`` is called for each token of an answer as soon as it is sure to belong to
-        it. Raises `OptionError` where options need what is not there: stop strings without ``decode``, ``on_token``
-        with more than one running answer to a prompt; or where they rule out every token. Raises `NotFiniteError` where
-        the model's scores are NaN or infinite.
+        ``on_token(prompt number, token)`` is called for each token as soon as it is final. Raises `OptionError` for
+        options that cannot be combined: stop strings without ``decode``, ``on_token`` with more than one running answer
+        to a prompt; or if every token is ruled out. Raises `NotFiniteError` if the model's logits are NaN or infinite.
         """
         with threads.at_most(self._num_threads):
             return finished(self.generating(prompts, options, on_token=on_token))
@@ -82,7 +81,7 @@ class Engine:
     def generating(
         self, prompts: Sequence[Tensor], options: GenerateOptions | None = None, *, on_token: OnToken | None = None
     ) -> Generator[None, None, list[list[Hypothesis]]]:
-        """As `generate`, for who has other work between two tokens: what the generator returns are the answers."""
+        """As `generate`, as a generator that yields between tokens and returns the answers."""
         if not prompts:
             return []
         batch = Batch(self.language)
@@ -101,14 +100,14 @@ class Engine:
         on_token: OnToken | None = None,
         num_top: int = 0,
     ) -> Job:
-        """The same as `generate` for a batch of this engine's language model that is running (`Batch.add`).
+        """As `generate`, as a job for a running batch of this engine's language model (`Batch.add`).
 
-        ``on_token`` is called while the batch steps; what it raises ends this job alone. ``num_top``: so many of the
-        most likely tokens are noted at each place (`Hypothesis.top`); not with beams.
+        ``on_token`` is called during a step of the batch; an exception in it ends only this job. ``num_top``: number of
+        most likely tokens to record at each place (`Hypothesis.top`); not with beams.
         """
         if on_token is not None and (options.num_beams > 1 or options.num_return > 1):
             raise OptionError(
-                f"on_token follows one answer to a prompt, and {option('num_beams')} is {options.num_beams}, "
+                f"on_token needs a single answer to a prompt, but {option('num_beams')} is {options.num_beams}, "
                 f"{option('num_return')} {options.num_return}; set both to 1"
             )
         _check(prompts)
@@ -118,13 +117,13 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[float]:
-        """The log-probability of each answer (token ids) after its prompt ``float[T_i, D]``, as the model gives it.
+        """The log-probability of each answer (token ids) after its prompt ``float[T_i, D]``, from the model.
 
-        An end token counts only where the answer has it. An empty answer scores 0. Raises NotFiniteError where the
-        model's scores are NaN or infinite.
+        An end token counts only if the answer contains it. An empty answer scores 0. Raises NotFiniteError if the
+        model's logits are NaN or infinite.
         """
         if len(prompts) != len(answers):
-            raise ValueError(f"{len(prompts)} prompts, but {len(answers)} answers; give each answer its prompt")
+            raise ValueError(f"{len(prompts)} prompts, but {len(answers)} answers; give one answer for each prompt")
         if not prompts:
             return []
         _check(prompts)
@@ -132,7 +131,7 @@ class Engine:
             return self._scores(prompts, answers)
 
     def _scores(self, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[float]:
-        # Longest answer first, so that the rows which are over are the last ones.
+        # Longest answer first, so that rows end in order from the last.
         order = sorted(range(len(answers)), key=lambda number: len(answers[number]), reverse=True)
         longest = len(answers[order[0]])
         logits_RV, state = self.language.prefill(*pad_rows([prompts[number] for number in order]), longest)
@@ -155,12 +154,12 @@ class Engine:
         return [score_of[number] for number in range(len(answers))]
 
     def explained(self, error: Exception, prompts: Sequence[Tensor]) -> Exception:
-        """An error that ended an answer to prompts; with the likely cause, if it is that there were no numbers."""
+        """The error that ended an answer to prompts; for NaN or infinite logits with the likely cause."""
         if not isinstance(error, NotFiniteError):
             return error
         why = self._damage()
         if why is None and prompts[0].dtype != torch.float16 and not all(map(is_finite, prompts)):
-            why = "what the language model was given to read is, such as an encoded image; encode the picture again"
+            why = "its input has such values, for example an encoded image; encode the image again"
         return NotFiniteError(f"{error}: {why or overflow(prompts[0].dtype)}")
 
     def _strategy(
@@ -191,4 +190,4 @@ class Engine:
 def _check(prompts: Sequence[Tensor]) -> None:
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {number} is empty; a prompt has one vector or more")
+            raise ValueError(f"prompt {number} is empty; a prompt needs at least one vector")

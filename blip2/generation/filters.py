@@ -1,4 +1,4 @@
-"""What changes the scores of the next token before one is chosen.
+"""Filters of the next token's scores before one is chosen.
 
 A filter takes the new tokens so far ``int[R, T]`` (without the prompt) and scores ``float[R, V]`` (logits, or
 log-probabilities in beam search), and returns scores of the same shape. A token that is ruled out gets -inf.
@@ -21,20 +21,20 @@ RULED_OUT = float("-inf")
 
 
 def repetition_penalty(tokens_RT: Tensor, scores_RV: Tensor, *, penalty: float) -> Tensor:
-    """Tokens that were there before: a positive score is divided by the penalty, a negative one multiplied."""
+    """For tokens that occurred before, divide positive scores by the penalty and multiply negative ones."""
     seen_RT = scores_RV.gather(1, tokens_RT)
     return scores_RV.scatter(1, tokens_RT, torch.where(seen_RT < 0, seen_RT * penalty, seen_RT / penalty))
 
 
 def no_repeat_ngram(tokens_RT: Tensor, scores_RV: Tensor, *, size: int) -> Tensor:
-    """Rule out each token that would complete a run of ``size`` tokens which is there already."""
+    """Rule out each token that would repeat an n-gram of ``size`` tokens."""
     length = tokens_RT.shape[1]
     if length < size:
         return scores_RV
     runs_RWN = tokens_RT.unfold(1, size, 1)
     last_R1N = tokens_RT[:, None, length - size + 1 :]
     is_begun_RW = (runs_RWN[..., :-1] == last_R1N).all(-1)
-    # A sum, since the same token may end one run that has begun and another that has not.
+    # A sum, since the same token may end both an n-gram that occurred and one that did not.
     count_RV = torch.zeros_like(scores_RV).scatter_add(1, runs_RWN[..., -1], is_begun_RW.to(scores_RV.dtype))
     return scores_RV.masked_fill(count_RV > 0, RULED_OUT)
 
@@ -45,7 +45,7 @@ def min_length(tokens_RT: Tensor, scores_RV: Tensor, *, min_new_tokens: int, eos
 
 
 def suppress(tokens_RT: Tensor, scores_RV: Tensor, *, token_ids: Tensor) -> Tensor:
-    """Tokens that are never written: the image token, rows of the table that stand for no text."""
+    """Rule out tokens that are never generated: the image token, vocabulary rows without text."""
     return scores_RV.index_fill(1, token_ids, RULED_OUT)
 
 
@@ -55,13 +55,13 @@ def temperature(tokens_RT: Tensor, scores_RV: Tensor, *, temperature: float) -> 
 
 
 def top_k(tokens_RT: Tensor, scores_RV: Tensor, *, k: int) -> Tensor:
-    """Rule out all but the ``k`` best (and what ties with the last of them)."""
+    """Rule out all but the ``k`` best (and ties with the last of them)."""
     kth_R1 = scores_RV.topk(min(k, scores_RV.shape[1])).values[:, -1:]
     return scores_RV.masked_fill(scores_RV < kth_R1, RULED_OUT)
 
 
 def top_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float, least: int = 1) -> Tensor:
-    """Keep the most likely tokens until their probability reaches ``p``; at least the first ``least``."""
+    """Keep the most likely tokens until their probability reaches ``p``, and at least the ``least`` first."""
     ordered_RV, order_RV = scores_RV.sort(descending=True, dim=-1)
     probability_RV = ordered_RV.softmax(-1)
     before_RV = probability_RV.cumsum(-1) - probability_RV
@@ -71,14 +71,14 @@ def top_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float, least: int = 1) -> 
 
 
 def min_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float, least: int = 1) -> Tensor:
-    """Rule out what is less likely than ``p`` times the most likely token; the ``least`` best stay."""
+    """Rule out tokens less likely than ``p`` times the most likely one; the ``least`` best stay."""
     probability_RV = scores_RV.softmax(-1)
     is_out_RV = probability_RV < p * probability_RV.amax(-1, keepdim=True)
     return _all_but_the_best(scores_RV, is_out_RV, least)
 
 
 def typical_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float, least: int = 1) -> Tensor:
-    """Keep the tokens whose surprise is closest to the expected one, until their probability reaches ``p``."""
+    """Keep the tokens whose surprise is closest to its expectation, until their probability reaches ``p``."""
     log_probs_RV = scores_RV.log_softmax(-1)
     probability_RV = log_probs_RV.exp()
     entropy_R1 = -(log_probs_RV * probability_RV).nansum(-1, keepdim=True)
@@ -91,12 +91,12 @@ def typical_p(tokens_RT: Tensor, scores_RV: Tensor, *, p: float, least: int = 1)
 
 
 def epsilon_cutoff(tokens_RT: Tensor, scores_RV: Tensor, *, epsilon: float, least: int = 1) -> Tensor:
-    """Rule out what is less likely than ``epsilon``; the ``least`` best stay."""
+    """Rule out tokens less likely than ``epsilon``; the ``least`` best stay."""
     return _all_but_the_best(scores_RV, scores_RV.softmax(-1) < epsilon, least)
 
 
 def eta_cutoff(tokens_RT: Tensor, scores_RV: Tensor, *, epsilon: float, least: int = 1) -> Tensor:
-    """As `epsilon_cutoff`, with a lower bound where the distribution is flat. (Hewitt et al., 2022)"""
+    """As `epsilon_cutoff`, with a lower threshold for flat distributions. (Hewitt et al., 2022)"""
     probability_RV = scores_RV.softmax(-1)
     entropy_R1 = -torch.xlogy(probability_RV, probability_RV).sum(-1, keepdim=True)
     bound_R1 = (epsilon**0.5 * (-entropy_R1).exp()).clamp(max=epsilon)
@@ -112,7 +112,7 @@ def _all_but_the_best(scores_RV: Tensor, is_out_RV: Tensor, least: int) -> Tenso
 def build_filters(
     options: GenerateOptions, *, eos_token_ids: Sequence[int], suppress_token_ids: Sequence[int], device: torch.device
 ) -> list[Filter]:
-    """The filters that the options ask for, in Hugging Face's order (it matters: top-p sees what top-k left)."""
+    """The filters for the options, in Hugging Face's order (it matters: top-p follows top-k)."""
     filters: list[Filter] = []
     if options.repetition_penalty != 1:
         filters.append(partial(repetition_penalty, penalty=options.repetition_penalty))
@@ -138,7 +138,7 @@ def build_filters(
 
 
 def apply_filters(filters: Sequence[Filter], tokens_RT: Tensor, scores_RV: Tensor) -> Tensor:
-    """One after the other; the scores given are not changed."""
+    """Apply the filters in order; the given scores are not changed."""
     for each in filters:
         scores_RV = each(tokens_RT, scores_RV)
     return scores_RV

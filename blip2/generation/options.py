@@ -1,7 +1,7 @@
-"""How to decode: one frozen dataclass, checked when it is made.
+"""Decoding options: a frozen dataclass, checked when it is made.
 
-The names are those that the field knows from Hugging Face's ``GenerationConfig``, except ``sample``
-(``do_sample``), ``num_return`` (``num_return_sequences``) and ``stop`` (``stop_strings``).
+The names are those of Hugging Face's ``GenerationConfig``, except ``sample`` (``do_sample``), ``num_return``
+(``num_return_sequences``) and ``stop`` (``stop_strings``).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, Literal
 from blip2.errors import OptionError, option, setting
 
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-"""The options that only sampling heeds, with the values that switch them off."""
+"""Options that apply only to sampling, with the values that switch them off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """What decides the answer besides the model and the prompt. Lengths count new tokens only."""
+    """Everything besides the model and the prompt that determines the answer. Lengths count new tokens only."""
 
     max_new_tokens: int = 30
     """1 or more; the end token counts. The paper's captions stop at 30."""
     min_new_tokens: int = 0
-    """0 to max_new_tokens; no end token before that many. Stop strings are not held back."""
+    """0 to max_new_tokens; no end token before that many. Stop strings still end an answer."""
     num_beams: int = 1
     """1 or more; 1 is greedy decoding (or sampling). The paper uses 5 throughout."""
     length_penalty: float = 1.0
@@ -56,10 +56,11 @@ class GenerateOptions:
     no_repeat_ngram_size: int = 0
     """0 (off) or more; no run of that many tokens comes twice in an answer. (Paulus et al., 2018)"""
     stop: tuple[str, ...] | list[str] | str = ()
-    """Texts that end an answer, or one; the answer stops short of them. They work with beams too. Kept as a tuple."""
+    """Texts that end an answer, or one text; they are not part of the answer. They work with beams too. Kept as a
+    tuple."""
     seed: int | None = None
-    """0 to 2**63 - 1. With a seed, an answer depends on its prompt and the options alone, wherever it stands in a
-    batch (so equal prompts get equal samples; num_return gives different ones). None: different every time."""
+    """0 to 2**63 - 1. With a seed, an answer depends only on its prompt and the options, not on its place in a batch
+    (so equal prompts get equal samples; num_return gives different ones). None: different every time."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str | list):
@@ -73,28 +74,28 @@ class GenerateOptions:
                 raise OptionError(f"{option(name)} is {_shown(value)}; it may be {allowed}; {remedy}")
         if self.min_new_tokens > self.max_new_tokens:
             raise OptionError(
-                f"{option('min_new_tokens')} is {self.min_new_tokens}, {option('max_new_tokens')} only "
+                f"{option('min_new_tokens')} is {self.min_new_tokens}, but {option('max_new_tokens')} only "
                 f"{self.max_new_tokens}; raise the latter"
             )
         if self.sample and self.num_beams > 1:
             raise OptionError(
-                f"{option('sample')} goes with {option('num_beams')}=1, not {self.num_beams}: beam search looks for "
-                f"the most likely text; {setting('num_beams', 1)}, or {setting('sample', False)}"
+                f"{option('sample')} needs {option('num_beams')}=1, not {self.num_beams}: beam search looks for the "
+                f"most likely text; {setting('num_beams', 1)}, or {setting('sample', False)}"
             )
         if not self.sample and self.num_return > self.num_beams:
             raise OptionError(
-                f"{option('num_return')} is {self.num_return}, but {self.num_beams} beam(s) hold only that many "
+                f"{option('num_return')} is {self.num_return}, but {self.num_beams} beam(s) give only that many "
                 f"answers; {setting('num_beams', self.num_return)} or more, or {setting('sample', True)}"
             )
         for name, unused in SAMPLING.items():
             if not self.sample and getattr(self, name) != unused:
                 raise OptionError(
-                    f"{option(name)} is {getattr(self, name)}, but nothing is sampled; {setting('sample', True)}"
+                    f"{option(name)} is {getattr(self, name)}, but sampling is off; {setting('sample', True)}"
                 )
 
 
 def _shown(value: object) -> str:
-    """A value as a message quotes it; texts one by one, as they were given."""
+    """A value as quoted in a message; texts one by one."""
     if isinstance(value, tuple) and value and all(isinstance(text, str) for text in value):
         return ", ".join(map(repr, value))
     return repr(value)
@@ -112,11 +113,11 @@ def _at_least(least: int) -> Callable[[Any], bool]:
     return lambda value: _is_int(value) and value >= least
 
 
-# For each option: what is allowed, the same in words, and what to do instead.
+# For each option: the check, the allowed values as text, and the remedy.
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "max_new_tokens": (_at_least(1), "a whole number, 1 or more", "30 is enough for a caption"),
     "min_new_tokens": (_at_least(0), "a whole number, 0 or more", "0 sets no minimum"),
-    "num_beams": (_at_least(1), "a whole number, 1 or more", "1 searches without beams"),
+    "num_beams": (_at_least(1), "a whole number, 1 or more", "1 decodes without beams"),
     "length_penalty": (_is_number, "any finite number", "above 0 favours long answers, below 0 short ones"),
     "early_stopping": (
         lambda value: isinstance(value, bool) or value == "never",
@@ -148,6 +149,6 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "seed": (
         lambda value: value is None or (_is_int(value) and 0 <= value < 2**63),
         "a whole number from 0 to 2^63 - 1",
-        f"{setting('seed', None)} to draw anew each time",
+        f"{setting('seed', None)} for different samples each time",
     ),
 }

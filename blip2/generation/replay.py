@@ -1,8 +1,8 @@
-"""Steps of a language model on a GPU, recorded once and replayed.
+"""Records decoding steps on a GPU once, and replays them.
 
-A step asks the GPU for a thousand small operations. For a few dozen rows, asking takes the processor several times as
-long as the GPU computes, and longer where other threads need Python's lock. A CUDA graph asks for all of them at once.
-It reads and writes the same memory each time, so the rows move into that memory first (`KVCache.settle`).
+A step launches about a thousand small GPU operations. For a few dozen rows, launching takes several times as long as
+computing, and longer if other threads need Python's lock. A CUDA graph launches all of them at once. It always reads
+and writes the same memory, so the rows move into that memory first (`KVCache.settle`).
 
 R rows, V vocabulary.
 """
@@ -25,22 +25,23 @@ from blip2.language import LanguageModel, Resident
 from blip2.layers import autocast_dtype, is_attention_recorded
 
 MOST_ROWS = 128
-"""Beyond, the GPU has so much to compute that asking is the lesser part."""
+"""Above this the computation takes longer than the launches."""
 MOST_RECORDS = 16
 WORTH_IT = 3
-"""So often a step of its sizes is asked for before it is recorded, which takes as long as two of them."""
+"""Number of steps of the same sizes before one is recorded, since recording takes as long as two steps."""
 SWITCH = "BLIP2_CUDA_GRAPHS"
-"""An environment variable; 0: nothing is recorded."""
+"""Environment variable; 0 switches recording off."""
 
 Step = Callable[[], Tensor]
 logger = logging.getLogger("blip2")
 
 
 class Replay:
-    """The steps of one language model, for any number of batches and threads: who finds it in use steps without."""
+    """The recorded steps of a language model, for any number of batches and threads; while one uses it, others run
+    unrecorded steps."""
 
     def __init__(self, language: LanguageModel, record: Callable[[Step], Step] | None = None) -> None:
-        """``record``: what replays a step; a CUDA graph unless given."""
+        """``record``: turns a step into a replay; by default a CUDA graph."""
         self._language = weakref.ref(language)
         self._record = record or cuda_graph_on(language)
         self._is_for_cuda = record is None
@@ -67,13 +68,13 @@ class Replay:
         return is_here and plainly and torch.is_inference_mode_enabled() and os.environ.get(SWITCH) != "0"
 
     def _record_for(self, language: LanguageModel, state: Resident) -> Record | None:
-        """The record into which the state may settle, if there is one."""
+        """The record that the state may settle into, if there is one."""
         room = state.room
         record = self._records.get(room)
         if record is not None and record.guest() is state:
             return record
         weights = weights_of(language)
-        if weights != self._weights:  # they moved, or became others, and what was recorded reads where they were
+        if weights != self._weights:  # they moved or were replaced, so records refer to old memory
             self._records.clear()
             self._weights = weights
             record = None
@@ -88,7 +89,7 @@ class Replay:
         return record if record.guest() is None else None
 
     def _has_room_for(self, state: Resident) -> bool:
-        """Fixed states are memory that nobody else has: a tenth of what is free at most."""
+        """Fixed states are reserved memory: at most a tenth of what is free."""
         if not self._is_for_cuda:
             return True
         return 10 * state.num_bytes <= torch.cuda.mem_get_info(state.device)[0]
@@ -101,7 +102,7 @@ class Replay:
 
 
 class Record:
-    """A step for states of one room. ``guest``: the state that lives in it, a weak reference."""
+    """A recorded step for states of one room. ``guest``: weak reference to the state that lives in it."""
 
     def __init__(self, state: Resident, record: Callable[[Step], Step]) -> None:
         self.guest: Callable[[], Resident | None] = lambda: None
@@ -121,11 +122,11 @@ class Record:
             return language.step(self._tokens_R, self._home)
 
         if self._replay is None:
-            logits_RV = step()  # what is made at the first time, such as libraries' own memory, cannot be recorded
+            logits_RV = step()  # allocations of the first call, as in libraries, cannot be recorded
             try:
                 self._replay = self._record(step)
-            except RuntimeError as error:  # the answer is there already, and goes on without
-                logger.warning("steps cannot be recorded (%s); they are slower", str(error).split("\n")[0])
+            except RuntimeError as error:  # the result is there already; continue without recording
+                logger.warning("steps cannot be recorded (%s); decoding is slower", str(error).split("\n")[0])
                 self._replay = step
         else:
             logits_RV = self._replay()
@@ -134,7 +135,7 @@ class Record:
 
 
 def cuda_graph_on(language: Any) -> Callable[[Step], Step]:
-    """`cuda_graph` on the GPU of a language model, which need not be the one that torch is at by default."""
+    """`cuda_graph` on the language model's GPU, which may differ from torch's current device."""
     whose = weakref.ref(language)
 
     def record(step: Step) -> Step:
@@ -147,12 +148,12 @@ def cuda_graph_on(language: Any) -> Callable[[Step], Step]:
 
 
 def cuda_graph(step: Step) -> Step:
-    """What does again all that a step asks of the GPU, and returns the tensor that it returned."""
+    """Record a step's GPU operations; the result repeats them and returns the tensor that the step returned."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     was_enabled = gc.isenabled()
-    gc.disable()  # a tensor that it frees while the step is recorded would end the recording
+    gc.disable()  # a tensor freed by the collector would abort the recording
     try:
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
@@ -172,7 +173,7 @@ def cuda_graph(step: Step) -> Step:
 
 
 def weights_of(language: LanguageModel) -> tuple[int, ...]:
-    """Where all weights are; nothing where they are on several devices, or hooks do what cannot be recorded."""
+    """Addresses of all weights; empty if they are on several devices, or if hooks cannot be recorded."""
     assert isinstance(language, nn.Module)
     tensors = [*language.parameters(), *language.buffers()]
     if len({tensor.device for tensor in tensors}) != 1 or any(map(_has_hooks, language.modules())):
@@ -188,5 +189,5 @@ _replays: weakref.WeakKeyDictionary[Any, Replay] = weakref.WeakKeyDictionary()
 
 
 def replay_of(language: LanguageModel) -> Replay:
-    """The one that all batches of a language model share."""
+    """The replay that all batches of a language model share."""
     return _replays.setdefault(language, Replay(language))

@@ -1,4 +1,4 @@
-"""Tokens drawn at random, so that what a row draws depends on its own numbers alone.
+"""Random sampling in which a row's tokens depend only on its own random numbers.
 
 R rows, T new tokens, V vocabulary.
 """
@@ -12,10 +12,9 @@ from blip2.generation.options import GenerateOptions
 
 
 class Sampler:
-    """Draws tokens; every row has a random sequence of its own, made in advance.
+    """Samples tokens; every row has its own sequence of random numbers, made in advance.
 
-    A draw is one number u in [0, 1), and the token is the one at which the summed probability passes u, so what a
-    row draws depends on its numbers alone.
+    A draw is a number u in [0, 1), and the token is the one where the cumulative probability exceeds u.
     """
 
     def __init__(self, options: GenerateOptions, num_prompts: int) -> None:
@@ -34,8 +33,8 @@ class Sampler:
 
 
 def _generator(seed: int | None, sample: int) -> torch.Generator:
-    """The random numbers of the n-th sample of any prompt; without a seed, from torch's global ones."""
+    """The random numbers of the n-th sample of any prompt; without a seed, from torch's global generator."""
     if seed is None:
         return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    # An odd constant (2**64 / golden ratio) keeps the samples of one seed apart from those of the next seeds.
+    # An odd constant (2**64 / golden ratio) separates the samples of one seed from those of the next seeds.
     return torch.Generator().manual_seed((seed + sample * 0x9E3779B97F4A7C15) % 2**64)

@@ -1,7 +1,7 @@
-"""Answers end with an error where there is no number to choose a token by, and not with whatever token comes first.
+"""Detects NaN and infinite logits, so that decoding ends with an error instead of an arbitrary token.
 
-A row's log-probability, which comes to the CPU with each token anyway, carries what is wrong: NaN where any logit was
-NaN or infinite, infinity where every token was ruled out. So the check costs no other wait for a GPU.
+A row's log-probability, which is copied to the CPU with each token anyway, carries the information: NaN if any logit
+was NaN or infinite, infinity if every token was ruled out. So the check needs no additional GPU synchronisation.
 
 R rows, V vocabulary.
 """
@@ -18,15 +18,15 @@ from blip2.errors import NotFiniteError, OptionError, option
 
 
 def poisoned(values: Tensor, log_prob_RV: Tensor) -> Tensor:
-    """Values of rows, ``float[R]`` in any shape; NaN where a row's log-probabilities tell of bad logits.
+    """Values of rows, ``float[R]`` in any shape; NaN if a row's log-probabilities show invalid logits.
 
-    Those of NaN or infinity make the whole row NaN, minus infinity only its own place.
+    A logit of NaN or infinity makes the whole row NaN; minus infinity affects only its own place.
     """
     return torch.add(values, log_prob_RV.amin(-1).view_as(values), alpha=0)
 
 
 def check(log_probs: Iterable[float]) -> None:
-    """Raises NotFiniteError for a row of bad logits, OptionError for one with no token left."""
+    """Raises NotFiniteError for a row with invalid logits, OptionError for a row without an allowed token."""
     for log_prob in log_probs:
         if math.isnan(log_prob):
             raise NotFiniteError("the scores of the next token are NaN or infinite")
@@ -36,6 +36,6 @@ def check(log_probs: Iterable[float]) -> None:
 
 def nothing_left() -> OptionError:
     return OptionError(
-        f"every token is ruled out, so that no answer can go on; lower {option('no_repeat_ngram_size')} or "
+        f"every token is ruled out, so the answer cannot continue; lower {option('no_repeat_ngram_size')} or "
         f"{option('min_new_tokens')}, or rule out fewer tokens"
     )

@@ -1,8 +1,7 @@
-"""How the next token is chosen: each row for itself (greedy decoding, sampling), or by beam search.
+"""The choice of the next token: for each row alone (greedy decoding, sampling), or by beam search.
 
-A strategy is driven by the loop in `blip2.generation.engine`: it is given the scores of the next token and says
-which token each row takes and which rows go on. It keeps all that is known of the answers; the loop keeps the
-state of the language model.
+A strategy is called by the loop in `blip2.generation.engine` with the logits of the next token, and returns the token
+of each row and which rows continue. It keeps the state of the answers; the loop keeps the state of the language model.
 
 P prompts, K beams, C candidates, R rows (a row is one running answer), T new tokens so far, V vocabulary.
 """
@@ -26,34 +25,34 @@ OnToken = Callable[[int, int], None]
 
 
 class Choice(NamedTuple):
-    """What goes on: the token that each row takes next, and which of the present rows it continues."""
+    """The rows that continue: the next token of each, and the present row that it continues."""
 
     tokens: list[int]
     rows: list[int] | None
-    """None: the present rows, all and in order."""
+    """None: all present rows in order."""
 
 
 class Strategy(Protocol):
     rows_per_prompt: int
 
     def choose(self, logits_RV: Tensor) -> Choice | None:
-        """Take the logits of each running row's next token; None when every answer is over."""
+        """Take the logits of each running row's next token; returns None when all answers have ended."""
 
     def answers(self) -> list[list[Hypothesis]]:
-        """For each prompt its ``num_return`` answers, best first (fewer where no more texts are possible)."""
+        """For each prompt its ``num_return`` answers, best first (fewer if no more texts are possible)."""
 
 
-# --- Each row for itself -----------------------------------------------------------------------------------------
+# --- Greedy decoding and sampling -----------------------------------------------------------------------------------
 
 class Picked(NamedTuple):
-    """A token for each row, and its log-probability as the model gives it, before any filter."""
+    """A token for each row, and its log-probability from the model, before any filter."""
 
     tokens: list[int]
     log_probs: list[float]
 
 
 def pick_most_likely(logits_RV: Tensor, ruled_out: Sequence[tuple[int, int]] = ()) -> Picked:
-    """Greedy decoding of any rows at once; ``ruled_out``: pairs of a row and a token that it may not take."""
+    """Greedy tokens of any rows at once; ``ruled_out``: pairs of a row and a token that it must not take."""
     logits_RV = scores_RV = logits_RV.float()
     if ruled_out:
         rows, tokens = torch.tensor(ruled_out, device=logits_RV.device).unbind(1)
@@ -63,22 +62,23 @@ def pick_most_likely(logits_RV: Tensor, ruled_out: Sequence[tuple[int, int]] = (
 
 
 def _fetched(tokens_R: Tensor, log_prob_R: Tensor, *more_RN: Tensor) -> tuple[Picked, list[list[float]]]:
-    """All that a step asks a GPU for, at once, since it has nothing to do meanwhile; float64 holds either kind."""
+    """Copies all results of a step from the GPU at once, since each copy waits for it; float64 holds both types
+    exactly."""
     columns = [tokens_R[:, None], log_prob_R[:, None], *more_RN]
     rows = torch.cat([column.double() for column in columns], dim=1).tolist()
     return Picked([int(row[0]) for row in rows], [row[1] for row in rows]), [row[2:] for row in rows]
 
 
 def log_probs_of(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
-    """Of a token a row, ``float32[R]``; NaN where any of the row's logits is NaN or infinite."""
+    """Log-probability of one token for each row, ``float32[R]``; NaN if any of the row's logits is NaN or infinite."""
     log_prob_RV = logits_RV.float().log_softmax(-1)
     return soundness.poisoned(log_prob_RV.gather(1, tokens_R[:, None])[:, 0], log_prob_RV)
 
 
 class RowByRow:
-    """Greedy decoding and sampling: a row that is over leaves the batch, the others do not notice.
+    """Greedy decoding and sampling: a row that ended leaves the batch, without an effect on the others.
 
-    `choose` picks and takes; who picks for many strategies at once calls `take` (see ``is_plain``).
+    `choose` picks and takes tokens. A caller that picks for many strategies at once calls `take` (see ``is_plain``).
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class RowByRow:
         self.rows_per_prompt = options.num_return
         needs_history = options.repetition_penalty != 1 or options.no_repeat_ngram_size
         self.is_plain = not (options.sample or needs_history or num_top)
-        """Whether each row simply takes the most likely token that is not `ruled_out`."""
+        """Whether each row takes the most likely token that is not in `ruled_out`."""
         self._sampler = Sampler(options, num_prompts) if options.sample else None
         self._filters = filters
         self._suppress_token_ids = tuple(suppress_token_ids)
@@ -103,11 +103,11 @@ class RowByRow:
         self._endings = endings
         self._on_token = on_token
         rows = num_prompts * options.num_return
-        self._running = list(range(rows))  # the numbers, counted from the start, of the rows still in the batch
+        self._running = list(range(rows))  # original numbers of the rows still in the batch
         self._num_taken = 0
         self._texts: list[list[int]] = [[] for _ in range(rows)]
         self.log_probs: list[list[float]] = [[] for _ in range(rows)]
-        """Of each token that a row has taken so far, as the model gives it."""
+        """Log-probability of each token that a row has taken so far, from the model."""
         self.top: list[list[dict[int, float]]] = [[] for _ in range(rows)]
         """At each place of a row the ``num_top`` most likely tokens, best first, with their log-probabilities."""
         self._num_top = num_top
@@ -116,7 +116,7 @@ class RowByRow:
 
     @property
     def ruled_out(self) -> tuple[int, ...]:
-        """Tokens that no row may take next, whatever it has written."""
+        """Tokens that no row may take next, whatever came before."""
         is_early = self._num_taken < self._min_new_tokens
         return (*self._suppress_token_ids, *(self._endings.eos_token_ids if is_early else ()))
 
@@ -141,7 +141,7 @@ class RowByRow:
         return self.take(picked)
 
     def take(self, picked: Picked) -> Choice | None:
-        """Each running row takes its token; None when every answer is over. Raises as `soundness.check`."""
+        """Each running row takes its token; returns None when all answers have ended. Raises as `soundness.check`."""
         soundness.check(picked.log_probs)
         self._num_taken += 1
         for row, log_prob in zip(self._running, picked.log_probs, strict=True):
@@ -159,7 +159,7 @@ class RowByRow:
         return Choice([picked.tokens[place] for place in kept], kept)
 
     def _ends(self, row: int, token: int) -> bool:
-        """Whether a row is over with this token; records and reports it."""
+        """Whether a row ends with this token; records and reports it."""
         text = self._texts[row]
         text.append(token)
         reason = self._endings.reason(text)
@@ -189,11 +189,11 @@ class RowByRow:
 REASONS: tuple[FinishReason | None, ...] = (None, "eos", "stop", "length")
 EOS, STOP, LENGTH = 1, 2, 3
 NAN = 2
-"""In place of whether a prompt is over, 0 or 1: its scores are no numbers."""
+"""Third value of the flag whether a prompt is over (0 or 1): its scores are NaN."""
 
 
 class Ended(NamedTuple):
-    """The best texts of each prompt that are over, best first; a slot with ``reason`` 0 is still free."""
+    """The best ended texts of each prompt, best first; a slot with ``reason`` 0 is free."""
 
     tokens_PKT: Tensor
     score_PK: Tensor
@@ -205,8 +205,8 @@ class Ended(NamedTuple):
 
 
 class BeamSearch:
-    """Beam search as Hugging Face's ``generate`` has had it since version 4.50: the same candidates, the same
-    scores, the same moment to stop, for each prompt by itself."""
+    """Beam search as in Hugging Face's ``generate`` since version 4.50: the same candidates, scores and stopping rule,
+    for each prompt separately."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class BeamSearch:
         self._filters = filters
         self._endings = endings
         self._eos = torch.tensor(sorted(endings.eos_token_ids), dtype=torch.long, device=device)
-        # So many that num_beams of them go on even if each beam's best continuations are all end tokens.
+        # Enough for num_beams to continue even if the best candidates of each beam are all end tokens.
         self._num_candidates = max(2, 1 + len(self._eos)) * options.num_beams
         shape = (num_prompts, options.num_beams)
         self._step = 0
@@ -231,7 +231,7 @@ class BeamSearch:
         self._score_PK[:, 1:] = RULED_OUT  # all beams start equal: only the first one counts
         none_PK = torch.zeros(shape, dtype=torch.long, device=device)
         self._ended = Ended(self._tokens_PKT.clone(), torch.full_like(self._score_PK, RULED_OUT), none_PK, none_PK)
-        self._prompts = list(range(num_prompts))  # the numbers of the prompts still in the batch
+        self._prompts = list(range(num_prompts))  # original numbers of the prompts still in the batch
         self._answers: dict[int, list[Hypothesis]] = {}
 
     def choose(self, logits_RV: Tensor) -> Choice | None:
@@ -255,9 +255,9 @@ class BeamSearch:
         first_row_P1 = torch.arange(0, len(self._prompts) * num_beams, num_beams, device=going_PK.device)[:, None]
         rows_PK = first_row_P1 + _take(beam_PC, going_PK)
 
-        is_nan_P1 = score_PC[:, :1].isnan()  # NaN comes before all numbers
+        is_nan_P1 = score_PC[:, :1].isnan()  # NaN sorts before all numbers
         over_P1 = torch.where(is_nan_P1, NAN, self._is_over_P()[:, None].long())
-        # One row a prompt, of all that is asked of a GPU at this step, which has nothing to do meanwhile.
+        # One row for each prompt with all results of this step, to wait for the GPU only once.
         fetched = torch.cat([over_P1, self._tokens_PKT[:, :, self._step - 1], rows_PK], dim=1).tolist()
         kept = self._drop_prompts_that_are_over([row[0] for row in fetched])
         if not kept:
@@ -266,7 +266,7 @@ class BeamSearch:
         return Choice(tokens, [row for place in kept for row in fetched[place][1 + num_beams :]])
 
     def _reasons(self, tokens_PCT: Tensor) -> Tensor:
-        """Why each candidate is over: an index of ``REASONS``, 0 where it goes on."""
+        """Why each candidate ends: an index of ``REASONS``, 0 if it continues."""
         reason_PC = torch.isin(tokens_PCT[:, :, self._step - 1], self._eos) * EOS
         if self._endings.stop:
             texts = tokens_PCT[:, :, : self._step].tolist()
@@ -277,14 +277,14 @@ class BeamSearch:
         return reason_PC
 
     def _add_ended(self, tokens_PCT: Tensor, score_PC: Tensor, reason_PC: Tensor) -> None:
-        """Merge the candidates that are over into the best ended texts.
+        """Merge candidates that ended into the best ended texts.
 
-        Only the first ``num_beams`` candidates may end; those after them are there to go on if these do.
+        Only the first ``num_beams`` candidates may end; the others exist to continue in their place.
         """
         num_beams = self._options.num_beams
         may_end_C = torch.arange(score_PC.shape[1], device=score_PC.device) < num_beams
         reason_PC = reason_PC * (may_end_C & (score_PC > RULED_OUT))
-        if reason_PC.device.type == "cpu" and not reason_PC.any():  # to ask a GPU costs more than to merge nothing
+        if reason_PC.device.type == "cpu" and not reason_PC.any():  # on a GPU asking costs more than merging nothing
             return
         score_PC = score_PC / (self._step**self._options.length_penalty)
         score_PC = score_PC.masked_fill(reason_PC == 0, RULED_OUT)
@@ -298,7 +298,7 @@ class BeamSearch:
         )
 
     def _drop_prompts_that_are_over(self, over: list[int]) -> list[int]:
-        """The places of the prompts that go on; the answers of the others, for which ``over`` is 1, are noted."""
+        """The places of the prompts that continue; the answers of the others, marked 1 in ``over``, are stored."""
         soundness.check(math.nan if each == NAN else 0.0 for each in over)
         for place, is_over in enumerate(over):
             if is_over:
@@ -312,7 +312,7 @@ class BeamSearch:
         return kept
 
     def _is_over_P(self) -> Tensor:
-        """Prompts whose ended texts are final: all places taken, and no open beam is expected to do better."""
+        """Prompts whose ended texts are final: all slots are full, and no open beam is expected to be better."""
         options = self._options
         if self._step == options.max_new_tokens:
             return torch.ones(len(self._prompts), dtype=torch.bool, device=self._score_PK.device)
@@ -330,7 +330,7 @@ class BeamSearch:
         ended = Ended(*(part[place] for part in self._ended))
         best = []
         for tokens, score, code, length in zip(*(part.tolist() for part in ended), strict=True):
-            if (reason := REASONS[code]) is not None:  # a place is free only where there are too few texts to fill it
+            if (reason := REASONS[code]) is not None:  # a slot is free only if there are too few texts
                 best.append(Hypothesis(self._endings.cut(tokens[:length], reason), score, reason))
         if not best:
             raise soundness.nothing_left()
@@ -341,8 +341,8 @@ class BeamSearch:
 
 
 def _take(values_PK: Tensor, index_PN: Tensor) -> Tensor:
-    """For each prompt, the named entries of its second dimension: ``[P, K, ...] -> [P, N, ...]``."""
-    if len(index_PN) == 1:  # a server's jobs have one prompt, and so many of them that this is felt
+    """For each prompt, the given entries of its second dimension: ``[P, K, ...] -> [P, N, ...]``."""
+    if len(index_PN) == 1:  # a server's jobs have one prompt each, so this case matters
         return values_PK[0].index_select(0, index_PN[0])[None]
     prompts_P1 = torch.arange(len(index_PN), device=index_PN.device)[:, None]
     return values_PK[prompts_P1, index_PN]

@@ -1,7 +1,7 @@
-"""The frozen language models, behind one protocol: several makes, and one way to talk to any.
+"""The frozen language models, with a common protocol.
 
-A prompt is a sequence of vectors, image queries and embedded words alike, so nothing here knows about pictures.
-Prompts of mixed length are right-padded to one tensor with their ``lengths_B``.
+A prompt is a sequence of vectors, query tokens of an image or embedded tokens, so nothing here knows about images.
+Prompts of different lengths are right-padded to one tensor with their ``lengths_B``.
 """
 
 from __future__ import annotations
@@ -24,58 +24,60 @@ Language = OPT | T5 | Decoder
 
 
 class DecoderState(Protocol):
-    """What decoding goes on from; one row a sequence."""
+    """The state of decoding; one row for each sequence."""
 
     def select(self, rows_N: Tensor) -> None:
-        """Keep these rows, in this order; a row named twice is copied (a beam that splits)."""
+        """Keep these rows, in this order; a row that is named twice is copied (a beam that splits)."""
 
     def forget(self) -> None:
-        """Let go of what rows have left behind that are gone: it may be NaN, and must not reach others."""
+        """Clear the memory of removed rows: it may be NaN, which must not spread."""
 
     def join(self, other: Any) -> None:
-        """Take in the rows of another state of the same language model, after those here."""
+        """Append the rows of another state of the same language model."""
 
 
 class Resident(DecoderState, Protocol):
-    """A state that can move into memory which stays where it is, for steps that are recorded
-    (`blip2.generation.replay`); see `blip2.layers.KVCache`. Those of every `Language` are."""
+    """A state that can move into fixed memory, for recorded steps (`blip2.generation.replay`); see
+    `blip2.layers.KVCache`. All states of a `Language` can."""
 
     @property
     def device(self) -> torch.device:
-        """Of its tokens."""
+        """Device of its tokens."""
 
     @property
     def num_bytes(self) -> int:
-        """That a fixed state of its room takes, about."""
+        """Approximate size of a fixed state of its room."""
 
     @property
     def room(self) -> tuple[int, ...]:
-        """Its sizes, rounded up: states of equal room fit into the same fixed one."""
+        """Its sizes, rounded up: states with equal values fit into the same fixed one."""
 
     def fixed(self) -> Any:
-        """An empty state of this one's room, whose memory stays where it is; a step changes nothing else."""
+        """An empty fixed state of this one's room; a step only changes its memory in place."""
 
     def settle(self, home: Any) -> None:
         """Move into the first rows of a fixed state."""
 
     def lives_in(self, home: Any) -> bool:
-        """Whether it has been there since it settled, and no rows were chosen or joined."""
+        """Whether it is still there since it settled, without rows selected or joined."""
 
     def count_step(self) -> None:
-        """A recorded step has appended a token to each row of the fixed state in which this one lives."""
+        """Account for a recorded step, which has appended a token to each row of the fixed state behind this one."""
 
 
 class LanguageModel(Protocol):
-    """What the decoder (`blip2.generation`) needs of a language model; each `Language` is one."""
+    """What decoding (`blip2.generation`) needs from a language model; each `Language` is one."""
 
     def embed(self, tokens_BT: Tensor, /) -> Tensor:
         """``int[B, T]`` token ids to ``float[B, T, D]``."""
 
     def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int, /) -> tuple[Tensor, DecoderState]:
-        """Read prompts; the logits of each row's first new token ``float[B, V]``, and a state with room for more."""
+        """Read prompts; returns the logits of each row's first new token ``float[B, V]``, and a state with space for
+        more."""
 
     def step(self, tokens_B: Tensor, state: Any, /) -> Tensor:
-        """Append one token to every row of a state that `prefill` gave; the logits of the next ``float[B, V]``."""
+        """Append one token to every row of a state from `prefill`; returns the logits of the next one ``float[B,
+        V]``."""
 
 
 def build_language_model(config: LanguageConfig) -> Language:
@@ -86,6 +88,6 @@ def build_language_model(config: LanguageConfig) -> Language:
 
 
 def pad_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts ``float[T_i, D]`` of mixed length to one right-padded ``float[B, T, D]`` and ``lengths_B``."""
+    """Prompts ``float[T_i, D]`` of different lengths to one right-padded ``float[B, T, D]`` and ``lengths_B``."""
     lengths_B = torch.tensor([len(row) for row in rows], device=rows[0].device)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths_B

@@ -1,4 +1,4 @@
-"""What stands between the two products of a feed-forward layer, by the names of `blip2.config`."""
+"""Activation functions of feed-forward layers, by their names in `blip2.config`."""
 
 from __future__ import annotations
 

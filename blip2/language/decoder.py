@@ -1,4 +1,4 @@
-"""Decoder-only language models, of layers of the Llama make or of that of GPT-2.
+"""Decoder-only language models with layers of the Llama or GPT-2 architecture.
 
 B rows, T tokens of this call, S tokens so far, D width, H heads, V vocabulary.
 """
@@ -23,7 +23,7 @@ from blip2.native.program import Planes, Program
 
 
 class Decoder(nn.Module):
-    """See `blip2.language` for what a language model offers; here a prompt is simply the start of the text."""
+    """For the protocol see `blip2.language`; a prompt is the beginning of the text."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class Decoder(nn.Module):
             else nn.LayerNorm(config.hidden_size, config.norm_eps)
         )
         self.output: nn.Module | None = None
-        """Where the table of tokens is the head: that, quantised, beside the table, or None."""
+        """With tied embeddings: their quantised copy as output layer, or None."""
         if not config.is_tied:
             self.output = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers compute in; the tables may be kept in less."""
+        """The dtype of computation; the embeddings may have a lower precision."""
         return self.final_norm.weight.dtype
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         embedded_BTD = self.token_embedding(tokens_BT).to(self.dtype)
         if self.config.embedding_scale == 1:
             return embedded_BTD
-        # Rounded as Gemma was trained: the root of 3072 is 55.5 in bfloat16.
+        # Rounded as in Gemma's training: the root of 3072 is 55.5 in bfloat16.
         return embedded_BTD * float(torch.tensor(self.config.embedding_scale, dtype=self.dtype))
 
     def forward(
@@ -68,11 +68,11 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states ``float[B, T, D]`` after the final norm; each token sees those before it in its row.
+        """Hidden states ``float[B, T, D]`` after the final norm; each token attends to those before it in its row.
 
-        With a cache the tokens continue the cached rows. Rows of mixed length are right-padded by the caller.
-        ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) say otherwise: training packs several
-        texts behind one prefix.
+        With a cache the tokens continue the cached rows. Rows of different lengths are right-padded by the caller.
+        ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) override this: training packs several texts
+        behind one prefix.
         """
         positions_BT, mask = placed(embeddings_BTD, cache, positions_BT, mask)
         keys_BS = None if cache is not None else positions_BT
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         return self.final_norm(x_BTD)
 
     def entered(self, embeddings_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """What the first layer reads."""
+        """The input of the first layer."""
         x_BTD = embeddings_BTD if self.config.input_scale == 1 else embeddings_BTD * self.config.input_scale
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions_BT).to(x_BTD.dtype)
@@ -97,7 +97,8 @@ class Decoder(nn.Module):
     def views(
         self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None, dtype: torch.dtype
     ) -> list[View]:
-        """Of each layer. ``keys_BS``: the positions of what may be seen; None in a cache, where each has its slot."""
+        """The view of each layer. ``keys_BS``: the positions of visible tokens; None with a cache, where each has its
+        slot."""
         far_and_near = self._far_and_near(positions_BT, mask, keys_BS, dtype)
         return [self._view(layer, far_and_near) for layer in range(len(self.blocks))]
 
@@ -108,7 +109,7 @@ class Decoder(nn.Module):
     def _far_and_near(
         self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None, dtype: torch.dtype
     ) -> tuple[View, View]:
-        """Of the layers that see far, and of those that see the last tokens only."""
+        """The views of layers with full attention, and of layers with a sliding window."""
         config = self.config
         if config.positions == "slopes":
             return (View(self._sloping(positions_BT, mask, keys_BS, dtype), None),) * 2
@@ -128,7 +129,8 @@ class Decoder(nn.Module):
         return self.config.rotary is not None and not is_unturned
 
     def _write_step(self, program: Program) -> None:
-        """Planes: mask, cosines and sines of the layers that see far, of the others; each layer's keys and values."""
+        """Planes: mask, cosines and sines of full attention, then of the sliding window; each layer's keys and
+        values."""
         has_bool_mask = self.config.positions != "slopes"
         for layer, block in enumerate(self.blocks):
             mask = 3 * self._is_near(layer)
@@ -138,7 +140,7 @@ class Decoder(nn.Module):
             block.write_step(program, planes)  # type: ignore[operator]
 
     def _windowed(self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None) -> Tensor | None:
-        """The mask of a layer that sees the last tokens only."""
+        """The mask of a layer with a sliding window."""
         window = self.config.window
         assert window is not None
         if (positions_BT.shape[1] if mask is None else mask.shape[-1]) <= window:
@@ -149,7 +151,7 @@ class Decoder(nn.Module):
     def _sloping(
         self, positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """The mask of a layer to which what is far counts less (Press et al., 2022): ``float[B, H, T, S]``."""
+        """The mask with ALiBi slopes (Press et al., 2022): ``float[B, H, T, S]``."""
         distance_B1TS = _distances(positions_BT, mask, keys_BS)
         find = remembered_slopes if type(positions_BT) is Tensor else slopes  # as in `turns`
         slopes_H11 = find(self.config.num_heads, positions_BT.device)[:, None, None]
@@ -169,23 +171,23 @@ class Decoder(nn.Module):
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
-        """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""
+        """Read right-padded prompts; returns the logits of each row's next token ``float[B, V]``, and the state."""
         return prefill(self, prompt_BTD, lengths_B, num_new_tokens)
 
     def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
-        """Append one token to every row; the logits of the next one, ``float[B, V]``."""
+        """Append one token to every row; returns the logits of the next one, ``float[B, V]``."""
         return step(self, tokens_B, cache)
 
 
 def _planes(view: View) -> list[Tensor]:
-    """What a program reads of a view; where heads are not turned, anything."""
+    """What a program reads of a view; a placeholder without rotary positions."""
     assert view.mask is not None
     mask = as_plane(view.mask)
     return [mask, mask, mask] if view.turn is None else [mask, view.turn.cos, view.turn.sin]
 
 
 def _distances(positions_BT: Tensor, mask: Tensor | None, keys_BS: Tensor | None) -> Tensor:
-    """How many tokens before each token another stands: ``int64[B, 1, T, S]``."""
+    """The distance of each token from another in tokens: ``int64[B, 1, T, S]``."""
     if keys_BS is None:
         assert mask is not None
         keys_BS = torch.arange(mask.shape[-1], device=positions_BT.device)[None]
@@ -197,7 +199,7 @@ def _seen(distance_B1TS: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def slopes(num_heads: int, device: torch.device) -> Tensor:
-    """By how much a token counts less to each head for each step that it is farther away: ``float32[H]``."""
+    """ALiBi's slope of each head: ``float32[H]``."""
     power = 2 ** math.floor(math.log2(num_heads))
     first = [2 ** (-8 * number / power) for number in range(1, power + 1)]
     others = [2 ** (-4 * number / power) for number in range(1, 2 * (num_heads - power), 2)]
@@ -205,4 +207,4 @@ def slopes(num_heads: int, device: torch.device) -> Tensor:
         return torch.tensor(first + others, dtype=torch.float32, device=device)
 
 
-remembered_slopes = cache(slopes)  # a GPU's recorded step may not ask for it anew
+remembered_slopes = cache(slopes)  # a recorded GPU step must not compute it

@@ -1,4 +1,4 @@
-"""How every decoder-only language model reads a prompt and goes on: it is simply the start of the text.
+"""Prefill and steps of decoder-only language models, where the prompt is the beginning of the text.
 
 B rows, T tokens of this call, D width, V vocabulary.
 """
@@ -17,7 +17,8 @@ from blip2.layers import KVCache
 
 
 class DecoderOnly(Protocol):
-    """What is asked of one here; called with prompts and a cache, it gives the hidden states after the final norm."""
+    """The interface of a decoder-only model; called with prompts and a cache, it returns the hidden states after the
+    final norm."""
 
     blocks: nn.ModuleList
     __call__: Callable[..., Any]
@@ -66,7 +67,7 @@ def step(model: DecoderOnly, tokens_B: Tensor, cache: KVCache) -> Tensor:
 def placed(
     embeddings_BTD: Tensor, cache: KVCache | None, positions_BT: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Where tokens stand, and what each sees: after those in the cache; without one as is given, or from 0 on."""
+    """Positions of tokens, and their mask: after those in the cache; without one as given, or from 0 on."""
     num_tokens = embeddings_BTD.shape[1]
     if cache is not None:
         positions_BT = cache.positions(num_tokens)

@@ -1,4 +1,4 @@
-"""Why a T5 is never computed in float16, and how that is kept."""
+"""Prevents computation of a T5 in float16."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def never_in_float16(method: Method) -> Method:
-    """A T5's feed-forward layers overflow in float16, and its answers are nonsense: refused as the precision of the
-    weights, and where autocast asks for it the method computes in the weights' own."""
+    """A T5's feed-forward layers overflow in float16, with nonsense as output. Weights in float16 are refused, and
+    under float16 autocast the method computes in the dtype of the weights."""
 
     @wraps(method)
     def wrapper(self: Any, x: Tensor, *arguments: Any) -> Any:
@@ -30,9 +30,9 @@ def never_in_float16(method: Method) -> Method:
 
 @contextmanager
 def own_precision(model: Any, device: torch.device) -> Iterator[bool]:
-    """See `never_in_float16`; whether autocast asked for it, and is off within."""
+    """See `never_in_float16`; yields whether autocast was float16, and disables it inside."""
     if model.dtype == torch.float16:
-        raise OptionError("a T5 overflows in float16; use bfloat16, by model.to(torch.bfloat16), or float32")
+        raise OptionError("a T5 overflows in float16; use bfloat16 (model.to(torch.bfloat16)) or float32")
     if autocast_dtype(device) != torch.float16:
         yield False
         return

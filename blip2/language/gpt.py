@@ -1,7 +1,7 @@
-"""Layers of the make of GPT-2 (Radford et al., 2019): GPT-2, GPT-NeoX and Pythia, BLOOM.
+"""Layers of the GPT-2 architecture (Radford et al., 2019): GPT-2, GPT-NeoX and Pythia, BLOOM.
 
-Pre-norm by mean and variance, biases everywhere, feed-forward layers without a gate. GPT-NeoX computes its two halves
-of the same input; it and BLOOM keep each head's query, key and value side by side.
+Pre-norm LayerNorm, biases everywhere, feed-forward layers without a gate. In GPT-NeoX attention and feed-forward layer
+read the same input; GPT-NeoX and BLOOM interleave query, key and value of each head.
 
 B rows, T tokens of this call, D width, H heads.
 """

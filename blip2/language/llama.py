@@ -1,7 +1,7 @@
-"""Layers of the Llama make (Touvron et al., 2023): Llama, Mistral, Qwen, SmolLM, Gemma, Phi, Granite.
+"""Layers of the Llama architecture (Touvron et al., 2023): Llama, Mistral, Qwen, SmolLM, Gemma, Phi, Granite.
 
-Pre-norm by root mean square, heads of queries that share keys and values (Ainslie et al., 2023), gated feed-forward
-layers. What one family has and another has not is said by `DecoderConfig`.
+Pre-norm RMSNorm, grouped-query attention (Ainslie et al., 2023), gated feed-forward layers. `DecoderConfig` describes
+the differences between families.
 
 B rows, T tokens of this call, D width.
 """

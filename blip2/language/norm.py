@@ -9,8 +9,8 @@ from blip2 import native
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square (in fp32), scale; no mean, no bias. ``offset`` is added to the weights, and the
-    product is made in fp32 then."""
+    """Divides by the root mean square (in fp32) and scales; no mean, no bias. ``offset`` is added to the weights; the
+    product is then in fp32."""
 
     def __init__(self, width: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()

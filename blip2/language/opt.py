@@ -23,7 +23,7 @@ class Block(nn.Module):
     def __init__(self, *, width: int, num_heads: int, intermediate_size: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.dropout = self.attention_dropout = 0.0  # for who trains the language model; here it is frozen
+        self.dropout = self.attention_dropout = 0.0  # for training the language model; here it is frozen
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = Linear(width, 3 * width)
         self.output = Linear(width, width)
@@ -58,12 +58,12 @@ class Block(nn.Module):
 
 
 class OPT(nn.Module):
-    """See `blip2.language` for what a language model offers; here a prompt is simply the start of the text."""
+    """For the protocol see `blip2.language`; a prompt is the beginning of the text."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         self.config = config
-        padding = config.pad_token_id if 0 <= config.pad_token_id < config.vocab_size else None  # learns nothing
+        padding = config.pad_token_id if 0 <= config.pad_token_id < config.vocab_size else None  # not trained
         self.token_embedding = Table(config.vocab_size, config.hidden_size, padding)
         self.position_embedding = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
         self.blocks = nn.ModuleList(
@@ -72,11 +72,11 @@ class OPT(nn.Module):
         )
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.output: nn.Module | None = None
-        """The table of tokens, quantised, beside the table; without it the table itself is the head."""
+        """A quantised copy of the embeddings as output layer; without it the embeddings themselves are used (tied)."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers compute in; the tables may be kept in less."""
+        """The dtype of computation; the embeddings may have a lower precision."""
         return self.final_norm.weight.dtype
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
@@ -91,11 +91,11 @@ class OPT(nn.Module):
         positions_BT: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states ``float[B, T, D]`` after the final norm; each token sees those before it in its row.
+        """Hidden states ``float[B, T, D]`` after the final norm; each token attends to those before it in its row.
 
-        With a cache the tokens continue the cached rows. Rows of mixed length are right-padded by the caller.
-        ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) say otherwise: training packs several
-        texts behind one prefix.
+        With a cache the tokens continue the cached rows. Rows of different lengths are right-padded by the caller.
+        ``positions_BT`` and ``mask`` bool[B, 1, T, T] (without a cache) override this: training packs several texts
+        behind one prefix.
         """
         positions_BT, mask = placed(embeddings_BTD, cache, positions_BT, mask)
         x_BTD = embeddings_BTD + self.position_embedding(positions_BT + POSITION_OFFSET).to(embeddings_BTD.dtype)
@@ -111,15 +111,15 @@ class OPT(nn.Module):
             block.write_step(program, Planes(mask=0, keys=1 + 2 * layer, values=2 + 2 * layer))  # type: ignore[operator]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``float[..., D]`` to ``float[..., V]``; the output table is the input table."""
+        """``float[..., D]`` to ``float[..., V]``; the output layer is tied to the embeddings."""
         if self.output is not None:
             return self.output(hidden)
         return self.token_embedding.scores(hidden.to(self.token_embedding.weight.dtype))
 
     def prefill(self, prompt_BTD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, KVCache]:
-        """Read right-padded prompts; the logits of each row's next token ``float[B, V]``, and the state to go on."""
+        """Read right-padded prompts; returns the logits of each row's next token ``float[B, V]``, and the state."""
         return prefill(self, prompt_BTD, lengths_B, num_new_tokens)
 
     def step(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
-        """Append one token to every row; the logits of the next one, ``float[B, V]``."""
+        """Append one token to every row; returns the logits of the next one, ``float[B, V]``."""
         return step(self, tokens_B, cache)

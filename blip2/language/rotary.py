@@ -1,6 +1,6 @@
-"""Positions that turn queries and keys (Su et al., 2021), and what a layer's attention is told of its tokens.
+"""Rotary position embedding (Su et al., 2021), and the view of the tokens for a layer's attention.
 
-B rows, T tokens of this call, S tokens so far, H heads, R turned numbers of a head.
+B rows, T tokens of this call, S tokens so far, H heads, R rotated dimensions of a head.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from blip2.config import Rotary
 
 
 class Turn(NamedTuple):
-    """Cosine and sine of each token's angles, ``float[B, 1, T, R]``; the sines of the first half are negative."""
+    """Cosine and sine of each token's angles, ``float[B, 1, T, R]``; the sines of the first half are negated."""
 
     cos: Tensor
     sin: Tensor
 
     def __call__(self, x_BHTD: Tensor) -> Tensor:
-        """Number i of a head and number i + R / 2 are a point in the plane, which is turned."""
+        """Dimensions i and i + R / 2 of a head are the coordinates of a point that is rotated."""
         size = self.cos.shape[-1]
         turned, rest = x_BHTD[..., :size], x_BHTD[..., size:]
         turned = turned * self.cos + turned.roll(size // 2, -1) * self.sin
@@ -30,8 +30,8 @@ class Turn(NamedTuple):
 
 
 def frequencies(rotary: Rotary, device: torch.device) -> Tensor:
-    """By how much each next token turns further, in radians: ``float32[R / 2]``."""
-    with torch.inference_mode(False):  # for who trains next
+    """Angle between successive tokens, in radians: ``float32[R / 2]``."""
+    with torch.inference_mode(False):  # usable in later training
         exponents = torch.arange(0, rotary.size, 2, dtype=torch.float32) / rotary.size
         plain = 1 / rotary.base**exponents
         return _stretched(plain, rotary).to(device)
@@ -46,9 +46,9 @@ def _stretched(plain: Tensor, rotary: Rotary) -> Tensor:
         return plain / factor
     if rotary.scaling == "longrope":
         return plain / torch.tensor(rotary.factors)
-    if rotary.scaling == "llama3":  # by how often a number turns within the original length
+    if rotary.scaling == "llama3":  # by the number of rotations within the original length
         share = (length * plain / (2 * math.pi) - rotary.slow) / (rotary.fast - rotary.slow)
-    elif rotary.scaling == "yarn":  # (Peng et al., 2023): by a ramp over the numbers
+    elif rotary.scaling == "yarn":  # (Peng et al., 2023): by a ramp over the dimensions
         places = [
             rotary.size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rotary.base))
             for turns in (rotary.fast, rotary.slow)
@@ -63,8 +63,8 @@ def _stretched(plain: Tensor, rotary: Rotary) -> Tensor:
 
 
 def turns(rotary: Rotary, positions_BT: Tensor, dtype: torch.dtype) -> Turn:
-    """For tokens at these positions."""
-    # Tensors of another kind (without values, or traced) are nobody else's.
+    """The rotation for tokens at these positions."""
+    # Tensors of other types (meta or traced) must not be cached.
     find = remembered_frequencies if type(positions_BT) is Tensor else frequencies
     angles_BTR = positions_BT[..., None].float() * find(rotary, positions_BT.device)
     cos, sin = angles_BTR.cos() * rotary.amplitude, angles_BTR.sin() * rotary.amplitude
@@ -72,8 +72,8 @@ def turns(rotary: Rotary, positions_BT: Tensor, dtype: torch.dtype) -> Turn:
 
 
 class View(NamedTuple):
-    """What a layer's attention needs to know of the tokens: who sees whom (None: all those before), and where they
-    are (None: it is not told)."""
+    """What a layer's attention needs to know of the tokens: the mask (None: causal), and the rotary embedding (None:
+    there is none)."""
 
     mask: Tensor | None
     turn: Turn | None

@@ -1,7 +1,7 @@
-"""When a token goes through a language model's layers by one call of C: see `blip2.native.program`.
+"""Decides when a token passes all layers in one call of C: see `blip2.native.program`.
 
-That is where all products have weights of 8 or 4 bits and lie on the CPU, nobody looks in (attention weights, hooks,
-gradients), and the kernels are there. Everything else goes from layer to layer, and computes the same.
+That needs quantised weights (8 or 4 bits) in all layers, all on the CPU, no observers (attention weights, hooks,
+gradients), and the compiled kernels. Otherwise the layers run one by one, with the same results.
 
 B rows, S slots, D width.
 """
@@ -22,8 +22,8 @@ from blip2.quantized import QuantizedLinear
 def program_for(
     x_BTD: Tensor, cache: KVCache | None, blocks: nn.ModuleList, write: Callable[[Program], None]
 ) -> Program | None:
-    """The program of these layers, if the next tokens can go through it; written by ``write`` at the first of a cache.
-    """
+    """The program of these layers, if the next tokens can use it; ``write`` creates it for the first tokens of a
+    cache."""
     if cache is None or x_BTD.shape[1] != 1 or torch.is_grad_enabled() or not native.can_take(x_BTD):
         return None
     if is_attention_recorded() or autocast_dtype(x_BTD.device) is not None:
@@ -44,12 +44,12 @@ def run(program: Program, x_B1D: Tensor, positions_B1: Tensor, planes: Iterable[
 
 
 def as_plane(mask_BH1S: Tensor) -> Tensor:
-    """A mask as a program reads it: ``[B or 1, H or 1, S, 1]``."""
+    """A mask in the layout of programs: ``[B or 1, H or 1, S, 1]``."""
     return mask_BH1S.transpose(2, 3)
 
 
 def is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a module of a layer computes what a program would."""
+    """Whether a module computes exactly what a program would."""
     if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") or module.training:
         return False
     if isinstance(module, QuantizedLinear):

@@ -1,8 +1,8 @@
-"""T5 (Raffel et al., 2020): an encoder-decoder. Flan-T5 and mT5 are version 1.1, with gated feed-forward layers and an
-output table of their own; the first T5 has neither; UMT5 (Chung et al., 2023) has positions in each layer.
+"""T5 (Raffel et al., 2020): an encoder-decoder. Flan-T5 and mT5 are version 1.1, with gated feed-forward layers and a
+separate output layer; the first T5 has neither; UMT5 (Chung et al., 2023) has position biases in each layer.
 
-Root-mean-square norms without bias, relative positions as a learned bias of the attention scores (no other
-positions, no scaling of the scores).
+RMSNorm without bias, relative positions as a learned bias of the attention scores (no other positions, no scaling of
+the scores).
 
 B rows, P prompt tokens, T new tokens of the decoder, S its tokens so far, D width, H heads, V vocabulary.
 """
@@ -29,7 +29,7 @@ from blip2.native.program import Planes, Program, X
 
 
 class RelativePositionBias(nn.Module):
-    """A bias for each head and each bucket of distances: near ones each their own, far ones share by logarithm."""
+    """A bias for each head and each bucket of distances: exact for near ones, logarithmic for far ones."""
 
     def __init__(self, config: T5Config, *, is_bidirectional: bool) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
-        self.dropout = 0.0  # for who trains the language model; here it is frozen
+        self.dropout = 0.0  # for training the language model; here it is frozen
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.bias: RelativePositionBias | None = None
         if config.has_bias_in_each_layer:
@@ -85,20 +85,20 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The decoder's look at the prompt; otherwise as `SelfAttention`."""
+    """The decoder's attention to the prompt; otherwise as `SelfAttention`."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         inner = config.num_heads * config.head_size
         self.num_heads = config.num_heads
-        self.dropout = 0.0  # for who trains the language model; here it is frozen
+        self.dropout = 0.0  # for training the language model; here it is frozen
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
         self.query = Linear(config.hidden_size, inner, bias=False)
         self.key_value = Linear(config.hidden_size, 2 * inner, bias=False)
         self.output = Linear(inner, config.hidden_size, bias=False)
 
     def keys_values(self, encoded_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        """What there is to look at, ``float[B, H, P, head size]`` twice; the same for every token that is decoded."""
+        """Keys and values of the prompt, ``float[B, H, P, head size]`` each; the same for every decoded token."""
         key, value = split_parts(self.key_value(encoded_BPD), 2, self.num_heads)
         return key, value
 
@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """With one product for the gate and what it lets through; the first T5 has no gate."""
+    """With one fused product for the gate and the gated values; the first T5 has no gate."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class DecoderBlock(nn.Module):
 
 
 class T5(nn.Module):
-    """See `blip2.language` for what a language model offers; here the prompt goes into the encoder."""
+    """For the protocol see `blip2.language`; the prompt is the input of the encoder."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class T5(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers compute in; the tables may be kept in less."""
+        """The dtype of computation; the embeddings may have a lower precision."""
         return self.decoder_norm.weight.dtype
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
@@ -233,7 +233,8 @@ class T5(nn.Module):
 
     @never_in_float16
     def decode(self, embeddings_BTD: Tensor, encoded: Encoded, cache: KVCache | None = None) -> Tensor:
-        """Decoder states ``float[B, T, D]`` after the final norm; each token sees those before it and the prompt.
+        """Decoder states ``float[B, T, D]`` after the final norm; each token attends to those before it and to the
+        prompt.
 
         With a cache the tokens continue the cached rows; without, they are the whole text.
         """
@@ -266,7 +267,8 @@ class T5(nn.Module):
         return self.decoder_norm(x_BTD)
 
     def _write_step(self, program: Program) -> None:
-        """Planes: the prompt's mask, each layer's keys and values, those of the prompt, one bias or each layer's."""
+        """Planes: the prompt's mask, each layer's keys and values, those of the prompt, one bias or one for each
+        layer."""
         first, number = 1, 2 * len(self.decoder)
         for layer, block in enumerate(self.decoder):
             places = [first + 2 * layer, first + number + 2 * layer]
@@ -287,7 +289,7 @@ class T5(nn.Module):
         return self.output(hidden * self.config.hidden_size**-0.5 if self.config.scales_output else hidden)
 
     def prefill(self, prompt_BPD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, T5State]:
-        """Read right-padded prompts; the logits of each row's first token ``float[B, V]``, and the state to go on."""
+        """Read right-padded prompts; returns the logits of each row's first token ``float[B, V]``, and the state."""
         cache = KVCache(
             self.decoder,
             rows=len(prompt_BPD),
@@ -302,7 +304,7 @@ class T5(nn.Module):
         return self.step(start_B, state), state
 
     def step(self, tokens_B: Tensor, state: T5State) -> Tensor:
-        """Append one token to every row; the logits of the next one, ``float[B, V]``."""
+        """Append one token to every row; returns the logits of the next one, ``float[B, V]``."""
         hidden_B1D = self.decode(self.embed(tokens_B[:, None]), state.encoded, state.cache)
         state.cache.advance(1, 1)
         return self.logits(hidden_B1D[:, 0])
@@ -311,7 +313,7 @@ class T5(nn.Module):
 def _biases(
     shared: RelativePositionBias | None, blocks: nn.ModuleList, queries: Tensor, keys_S: Tensor, mask: Tensor
 ) -> Iterator[Tensor]:
-    """Each layer's, by the positions of queries and keys: one for all, or its own."""
+    """Biases of each layer for the positions of queries and keys: shared or separate."""
     if shared is not None:
         yield from [_masked(shared(queries, keys_S), mask)] * len(blocks)
         return

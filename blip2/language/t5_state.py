@@ -1,4 +1,4 @@
-"""What decoding of a T5 goes on from.
+"""The decoding state of a T5.
 
 B rows, P prompt tokens, H heads, D head size.
 """
@@ -15,21 +15,21 @@ from blip2.layers import KVCache, fixed_like, rounded_up, settle
 
 
 class Encoded(NamedTuple):
-    """A prompt as the decoder reads it: each decoder layer's keys and values, and which of them are real."""
+    """An encoded prompt: keys and values of each decoder layer, and the mask of real tokens."""
 
     keys_values: list[tuple[Tensor, Tensor]]
     mask_B11P: Tensor
 
 
 class T5State:
-    """What decoding goes on from: the encoded prompt and the decoder's cache."""
+    """The decoding state: the encoded prompt and the decoder's cache."""
 
     def __init__(self, encoded: Encoded, cache: KVCache) -> None:
         self.encoded = encoded
         self.cache = cache
 
     def select(self, rows_N: Tensor) -> None:
-        """Keep these rows, in this order; a row named twice is copied."""
+        """Keep these rows, in this order; a row that is named twice is copied."""
         keys_values = [
             (key[rows_N.to(key.device)], value[rows_N.to(value.device)]) for key, value in self.encoded.keys_values
         ]
@@ -37,11 +37,11 @@ class T5State:
         self.cache.select(rows_N)
 
     def forget(self) -> None:
-        """Let go of what rows have left behind that are gone."""
+        """Clear the memory of removed rows."""
         self.cache.forget()
 
     def join(self, other: T5State) -> None:
-        """Take in the rows of another state, after those here; the shorter prompts get padding, which is masked."""
+        """Append the rows of another state; shorter prompts are padded and masked."""
         own, their = self.encoded.mask_B11P, other.encoded.mask_B11P
         longest = max(own.shape[-1], their.shape[-1])
         keys_values = [
@@ -98,5 +98,5 @@ class T5State:
 
 
 def _joined(first_BHPD: Tensor, second_BHPD: Tensor, longest: int) -> Tensor:
-    """The rows of both, with room for ``longest`` tokens."""
+    """The rows of both, with space for ``longest`` tokens."""
     return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in (first_BHPD, second_BHPD)])

@@ -1,8 +1,8 @@
-"""C kernels for what decoding on a CPU spends its time in, if they were compiled.
+"""Compiled C kernels for the operations that dominate decoding on a CPU, if they exist.
 
-See ``kernels.c`` for what they compute and `build` for how they come about. Which of the `LEVELS` a processor has is
-found out when they are loaded; the products are the same to the last bit on each. Everything that uses them works
-without, by torch's functions. Only for tensors on the CPU, in fp32 or bf16, without gradients: see `can_take`.
+See ``kernels.c`` for their computation and `build` for the compilation. The instruction set (`LEVELS`) is detected when
+they are loaded; the results are identical on each. Without the kernels, torch's functions are used. Only for tensors on
+the CPU, in fp32 or bf16, without gradients: see `can_take`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from blip2.native.build import LIBRARY, SOURCE, source_crc32
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""What the kernels read and write, by the numbers that they know it by."""
+"""Dtypes that the kernels read and write, with their codes in C."""
 
 LEVELS = ("any", "AVX2", "VNNI")
-"""What processors have that there is code for, by the numbers that ``blip2_prepare`` takes and returns."""
+"""Supported instruction sets, by the numbers that ``blip2_prepare`` takes and returns."""
 
 BYTES_A_THREAD = 4_000_000
-"""To wake another thread costs more than to read fewer bytes."""
+"""Waking another thread costs more than reading fewer bytes."""
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {
@@ -51,29 +51,29 @@ ARGUMENTS = {
 def kernels() -> ctypes.CDLL | None:
     """The loaded library, or None."""
     try:
-        if sys.platform == "darwin":  # where the kernels find OpenMP only if it was loaded for all to see
+        if sys.platform == "darwin":  # there the kernels find OpenMP only if it was loaded globally
             ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libomp.dylib"), ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(LIBRARY))
         for name, arguments in ARGUMENTS.items():
             getattr(library, name).argtypes = arguments
-    except (OSError, AttributeError):  # not compiled, for another processor, without OpenMP in torch, out of date
+    except (OSError, AttributeError):  # not compiled, another processor, torch without OpenMP, or outdated
         return None
     if is_stale(library):
-        warnings.warn(f"{LIBRARY} was compiled of another kernels.c and is not used; compile it again: python "
-                      f"{SOURCE.with_name('build.py')}", stacklevel=2)  # fmt: skip
+        warnings.warn(f"{LIBRARY} was compiled from another kernels.c and is not used; compile it again: python "
+            f"{SOURCE.with_name('build.py')}", stacklevel=2)  # fmt: skip
         return None
     library.blip2_prepare(len(LEVELS) - 1)
     return library
 
 
 def is_stale(library: ctypes.CDLL) -> bool:
-    """Whether a library is of another source than the one beside it. Where there is none, it cannot be."""
+    """Whether a library was compiled from another source than the one beside it; False without a source."""
     return SOURCE.exists() and library.blip2_source() & 0xFFFFFFFF != source_crc32()
 
 
 def can_take(*operands: Tensor) -> bool:
-    """Whether there are kernels for an operation of these tensors, which are all of one type, and no gradient is wanted
-    of any of them. What the kernels read besides, masks and codes, they check themselves."""
+    """Whether kernels exist for an operation on these tensors, which have one dtype, and none needs a gradient. Other
+    operands, masks and codes, are checked by the kernels."""
     dtype = operands[0].dtype
     if dtype not in TYPES or kernels() is None:
         return False
@@ -83,7 +83,7 @@ def can_take(*operands: Tensor) -> bool:
 
 
 def can_attend(query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tensor | None) -> bool:
-    """Whether `attend` computes this: one token a row, numbers of a head side by side, a mask that it reads."""
+    """Whether `attend` supports this: one token for each row, contiguous head dimensions, a supported mask."""
     operands = (query_BHTD, key_BHSD, value_BHSD)
     if query_BHTD.shape[2] != 1 or any(each.stride(3) != 1 for each in operands):
         return False
@@ -93,7 +93,7 @@ def can_attend(query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: T
 
 
 def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scales: Tensor) -> bool:
-    """Fill ``codes`` and ``scales`` from ``float[N, D]``; False if a weight is NaN or infinite, which has no code."""
+    """Fill ``codes`` and ``scales`` from ``float[N, D]``; False if a weight is NaN or infinite."""
     library = kernels()
     assert library is not None
     channels, width = weight_ND.shape
@@ -109,7 +109,7 @@ def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scale
 def linear(
     x: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, *, bits: int, group_size: int, channels: int
 ) -> Tensor:
-    """``float[..., D]`` times quantised weights: ``float[..., N]``, of x's type. ``bias_N`` is fp32."""
+    """``float[..., D]`` times quantised weights: ``float[..., N]``, of x's dtype. ``bias_N`` is fp32."""
     library = kernels()
     assert library is not None
     x = x.contiguous()
@@ -121,16 +121,15 @@ def linear(
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise MemoryError("no memory for the product of a quantised layer")
+        raise MemoryError("out of memory in a quantised layer")
     return out
 
 
 def linear_of_many(
     x: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, *, padded: int, channels: int, has_gelu: bool
 ) -> Tensor | None:
-    """As `linear` with 8 bits, with activations in 8 bits as well, perhaps through a GELU: for so many rows that
-    arithmetic takes the time. None where there is no kernel for it.
-    """
+    """As `linear` with 8 bits, with activations of 8 bits as well, optionally followed by a GELU: for many rows, where
+    arithmetic dominates. None if there is no kernel for it."""
     library = kernels()
     assert library is not None
     x = x.contiguous()
@@ -141,14 +140,14 @@ def linear_of_many(
         None if bias_N is None else bias_N.data_ptr(), channels, has_gelu, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed == 1:
-        raise MemoryError("no memory for the product of a quantised layer")
+        raise MemoryError("out of memory in a quantised layer")
     return None if failed else out
 
 
 def attend(query_BH1D: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The attention of one token a row, heads joined: ``float[B, 1, H * D]``.
+    """The attention of one token for each row, heads joined: ``float[B, 1, H * D]``.
 
-    ``mask`` is bool (True: may attend) or of the query's type and added; ``[B or 1, H or 1, 1, S]``.
+    ``mask`` is bool (True: may attend), or of the query's dtype and added; ``[B or 1, H or 1, 1, S]``.
     """
     library = kernels()
     assert library is not None
@@ -166,12 +165,12 @@ def attend(query_BH1D: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tenso
         rows, heads, length, size, scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise MemoryError("no memory for the attention of a token")
+        raise MemoryError("out of memory in the attention of a token")
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * x / rms(x)`` over the last dimension, of x's type."""
+    """``weight * x / rms(x)`` over the last dimension, of x's dtype."""
     library = kernels()
     assert library is not None
     x = x.contiguous()
@@ -184,9 +183,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def greatest(vectors_NRL: Tensor, query_L: Tensor) -> Tensor | None:
-    """The greatest product of each N's vectors ``float16[N, R, L]`` with ``float32[L]``, summed in float32:
-    ``float32[N]``. None where there is no kernel for it.
-    """
+    """The maximum product of each N's vectors ``float16[N, R, L]`` with ``float32[L]``, summed in float32:
+    ``float32[N]``. None if there is no kernel for it."""
     library = kernels()
     if library is None or not vectors_NRL.is_contiguous():
         return None
@@ -200,7 +198,7 @@ def greatest(vectors_NRL: Tensor, query_L: Tensor) -> Tensor | None:
 
 
 def checksums(rows: Tensor) -> np.ndarray | None:
-    """The CRC-32 of each row's bytes, ``uint32[N]``, of a tensor ``[N, ...]``. None where there is no kernel for it."""
+    """The CRC-32 of each row's bytes, ``uint32[N]``, of a tensor ``[N, ...]``. None if there is no kernel for it."""
     library = kernels()
     if library is None or not rows.is_contiguous():
         return None

@@ -1,9 +1,9 @@
 """One token of every row through all layers of a language model, in one call of ``program.c``.
 
-A model whose layers are quantised writes its step down as a `Program`, once for each answer; each token then takes the
-time in which the weights are read. What it computes is what the layers compute, rounded in the same places.
+A model with quantised layers writes its step as a `Program`, once for each answer; each token then takes only the time
+of reading the weights. The results, including rounding, are those of the layers.
 
-B rows, H heads, S slots, D numbers of a head, W width of a buffer.
+B rows, H heads, S slots, D head size, W width of a buffer.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from blip2.native import TYPES, kernels
 RMS_NORM, LAYER_NORM, LINEAR, ADD, TURN, WRITE, ATTEND, ACTIVATE = range(8)
 FUNCTIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_new": 3}
 X = 0
-"""The first buffer: what goes in, and what comes out."""
+"""The first buffer: input and output."""
 BYTES_A_THREAD = 200_000
-"""Of the weights of a product, on average: with fewer, threads wait for each other longer than they gain."""
+"""Average weight bytes of a product for each thread: with fewer, threads wait for each other longer than they gain."""
 
 
 class Operation(ctypes.Structure):
@@ -48,9 +48,9 @@ class Run(ctypes.Structure):
 
 
 class Planes(NamedTuple):
-    """Which of a step's tensors a layer reads: their places in the list of `Program.run`. ``keys``, ``values``
+    """The tensors of a step that a layer reads, as indices into the list of `Program.run`. ``keys``, ``values``
     ``float[B, H, S or more, D]``; ``mask`` ``bool`` or ``float[B or 1, H or 1, S, 1]``, as in `blip2.layers.attend`;
-    ``cos``, ``sin`` ``float[B or 1, 1, 1, R]``, None if heads are not turned."""
+    ``cos``, ``sin`` ``float[B or 1, 1, 1, R]``, None without rotary positions."""
 
     keys: int
     values: int
@@ -61,8 +61,8 @@ class Planes(NamedTuple):
 
 
 class Program:
-    """Operations on buffers ``float[B, W]``, which have numbers, and on the planes of a step: other tensors, which are
-    given for each token, by their places in a list. Weights are kept, so that they stay where they are."""
+    """Operations on numbered buffers ``float[B, W]``, and on the planes of a step: other tensors that are given for
+    each token, by their index in a list. Weights are referenced, so that their memory stays valid."""
 
     def __init__(self, width: int) -> None:
         """``width``: of `X`."""
@@ -74,7 +74,7 @@ class Program:
         self._ready: Any = None
 
     def buffer(self, name: str, width: int) -> int:
-        """The number of a buffer; layers use the same ones."""
+        """The number of a named buffer; layers share buffers."""
         if name not in self._names:
             self._names[name] = len(self.widths)
             self.widths.append(width)
@@ -82,14 +82,14 @@ class Program:
         return self._names[name]
 
     def norm(self, norm: Any, source: int, target: int, *, first: int = 0, count: int = 1) -> None:
-        """An `RMSNorm` or a LayerNorm of ``count`` heads, each, from a number of the buffer on."""
+        """An `RMSNorm` or LayerNorm of ``count`` heads each, from an offset of the buffer on."""
         bias = getattr(norm, "bias", None)
         kind = LAYER_NORM if isinstance(norm, torch.nn.LayerNorm) else RMS_NORM
         offset = getattr(norm, "offset", 0.0)
         self._add(kind, source, target, (norm.weight, bias), (count, len(norm.weight), first), (norm.eps, offset))
 
     def linear(self, layer: Any, source: int, name: str) -> int:
-        """A `QuantizedLinear`; its result in the buffer of that name, whose number is returned."""
+        """A `QuantizedLinear`; returns the number of the named buffer with its result."""
         target = self.buffer(name, layer.out_features)
         padded = layer.scales.shape[1] * layer.group_size
         sizes = (layer.in_features, padded, layer.group_size, layer.bits, layer.out_features)
@@ -102,14 +102,15 @@ class Program:
         self._add(ADD, source, target, numbers=(factor, 0.0))
 
     def turn(self, source: int, planes: Planes, *, first: int, stride: int, heads: int) -> None:
-        """`blip2.language.rotary.Turn`: of as many numbers of each head as cosines and sines have. Without, nothing."""
+        """`blip2.language.rotary.Turn`: rotates as many dimensions of each head as cosines and sines have; nothing
+        without."""
         if planes.cos is not None and planes.sin is not None:
             self._add(TURN, source, source, sizes=(first, stride, heads, planes.cos, planes.sin))
 
     def write(
         self, source: int, planes: Planes, *, firsts: tuple[int, int], stride: int, heads: int, size: int
     ) -> None:
-        """The keys and the values of each row, which begin at ``firsts``, into the slot of its position."""
+        """Write keys and values of each row, which begin at ``firsts``, into the slot of its position."""
         for first, plane in zip(firsts, (planes.keys, planes.values), strict=True):
             self._add(WRITE, source, source, sizes=(first, stride, heads, size, plane))
 
@@ -117,7 +118,7 @@ class Program:
         self, source: int, name: str, planes: Planes, *, stride: int, heads: int, size: int, sharing: int = 1,
         scale: float | None = None, cap: float | None = None,
     ) -> int:  # fmt: skip
-        """`blip2.layers.attend` of the heads that stand first; ``sharing``: so many have the same keys and values."""
+        """`blip2.layers.attend` of the first heads; ``sharing``: number of query heads that share keys and values."""
         target = self.buffer(name, heads * size)
         kind = 2 if planes.has_bool_mask else 1
         sizes = (0, stride, heads, size, sharing, planes.keys, planes.values, planes.mask, kind)
@@ -125,7 +126,7 @@ class Program:
         return target
 
     def activate(self, function: str, source: int, name: str, *, is_gated: bool) -> int:
-        """A name of `blip2.language.activations`; with a gate, that of the first half times the second half."""
+        """An activation of `blip2.language.activations`; with a gate, that of the first half times the second half."""
         width = self.widths[source] // 2 if is_gated else self.widths[source]
         target = self.buffer(name, width)
         self._add(ACTIVATE, source, target, sizes=(FUNCTIONS[function], width, int(is_gated)))
@@ -144,7 +145,7 @@ class Program:
         self._operations.append(operation)
 
     def run(self, x_BW: Tensor, positions_B: Tensor, planes: Sequence[Tensor]) -> None:
-        """Change ``x_BW`` in place. ``positions_B`` int64: the slots that the tokens take."""
+        """Change ``x_BW`` in place. ``positions_B`` int64: the slots of the tokens."""
         library = kernels()
         assert library is not None and x_BW.is_contiguous() and positions_B.is_contiguous()
         if self._ready is None:
@@ -160,7 +161,7 @@ class Program:
         if self._num_bytes < BYTES_A_THREAD * self._num_products:
             threads = 1
         if library.blip2_run(ctypes.byref(run), threads):
-            raise MemoryError("no memory for a token's way through a quantised language model")
+            raise MemoryError("out of memory in a quantised language model")
 
 
 def _plane(tensor: Tensor) -> tuple[int, ...]:

@@ -1,10 +1,10 @@
-"""Chat templates: the words that a language model's authors put around the turns of a conversation.
+"""Chat templates: the format in which a language model was trained on conversations.
 
 A template is a program (in Jinja) that comes with published files, so it is not trusted: it runs in a process of its
-own, sandboxed and with limits of time and memory (`render`), and never sees what people write. It is asked once for
-each number of turns, with stand-ins for what is said; from then on these are replaced.
+own, sandboxed and with limits of time and memory (`render`), and never gets user text. It is rendered once for each
+number of turns with placeholders, which are replaced afterwards.
 
-The image's vectors stand where the first question begins, within the first turn of the user.
+The image's vectors are inserted before the first question, inside the first turn of the user.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from blip2.installed import install_line
 from blip2.plaintext import NotTextError, read_text
 
 IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Where the image's vectors stand in a text."""
+"""The place of the image's vectors in a text."""
 SAID = "\ue000{}\ue001"
-"""What stands for the question (even numbers) or answer of that number."""
+"""Placeholder of the question (even numbers) or answer of that number."""
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 TIMEOUT_S = 20.0
-"""For the process to start, on a busy machine, too; the template itself has fewer seconds (`render`)."""
+"""Includes the start of the process on a busy machine; the template itself has fewer seconds (`render`)."""
 MOST_TURNS = 256
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """``source``: of the template. ``names``: of the special tokens, as it may ask for them. ``special``: all tokens
-    that stand for no text; who writes one of them would end a turn by it."""
+    """``source``: of the template. ``names``: special tokens that it may use. ``special``: all special tokens, which
+    user text must not contain because they would end a turn."""
 
     source: str
     names: Mapping[str, str]
@@ -45,33 +45,34 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: Path, special: frozenset[str]) -> ChatTemplate:
-        """That of chat_template.jinja, or of tokenizer_config.json. Raises CheckpointError if there is none."""
+        """From chat_template.jinja or tokenizer_config.json. Raises CheckpointError if there is none."""
         names, source = template_in(folder)
         if source is None:
             raise CheckpointError(
                 f"{folder}: there is no {FILE}, and no chat_template in {SETTINGS}; leave {option('chat_template')} "
-                "out, or copy it there from the language model's folder"
+                "out, or copy it from the language model's folder"
             )
         template = cls(source, names, special, str(folder / (FILE if (folder / FILE).exists() else SETTINGS)))
-        template.prompt((), "a")  # what is wrong with it is told now
+        template.prompt((), "a")  # to report its errors now
         return template
 
     def prompt(self, turns: Sequence[tuple[str, str]], question: str) -> str:
         """The text of a conversation up to the model's next answer, with `IMAGE` in it.
 
-        Raises OptionError for words that are special tokens, CheckpointError for a template that cannot be used.
+        Raises OptionError for text with special tokens, CheckpointError for an unusable template.
         """
         said = [*(text for turn in turns for text in turn), question]
         for text in said:
             if token := next((each for each in (*self.special, IMAGE) if each and each in text), None):
-                raise OptionError(f"the text has {token!r} in it, by which the chat template marks turns; leave it out")
+                raise OptionError(f"the text contains {token!r}, with which the chat template marks turns; remove it")
         frame = self._frame(len(said))
         return re.sub("\ue000(\\d+)\ue001", lambda place: said[int(place[1])], frame)
 
     def _frame(self, number: int) -> str:
-        """The text of so many questions and answers, with stand-ins for them."""
+        """The text for a number of questions and answers, with placeholders."""
         if number > MOST_TURNS:
-            raise OptionError(f"the conversation has {number} turns, a chat template is given {MOST_TURNS} at most")
+            raise OptionError(f"the conversation has {number} turns, but at most {MOST_TURNS} are supported with a "
+                "chat template")
         if number not in self._frames:
             stand_ins = [SAID.format(each) for each in range(number)]
             stand_ins[0] = IMAGE + stand_ins[0]
@@ -80,16 +81,16 @@ class ChatTemplate:
             ]
             frame = _rendered(self.source, messages, dict(self.names), self.where)
             if re.findall("\ue000\\d+\ue001", frame) != [SAID.format(each) for each in range(number)]:
-                raise CheckpointError(f"{self.where}: leaves out or repeats what is said; use the model without it")
+                raise CheckpointError(f"{self.where}: drops or repeats texts; use the model without it")
             if frame.count(IMAGE) != 1:
-                raise CheckpointError(f"{self.where}: changes what is said; use the model without it")
+                raise CheckpointError(f"{self.where}: changes texts; use the model without it")
             self._frames[number] = frame
         return self._frames[number]
 
 
 def template_in(folder: Path) -> tuple[dict[str, str], str | None]:
-    """The names of the special tokens that a folder's template may ask for, and the template; none, and None, if it has
-    none. Raises CheckpointError."""
+    """The special tokens that a folder's template may use, and the template; empty and None if there is none. Raises
+    CheckpointError."""
     path = folder / SETTINGS
     try:
         settings = json.loads(_text(path)) if path.exists() else {}
@@ -97,7 +98,7 @@ def template_in(folder: Path) -> tuple[dict[str, str], str | None]:
         raise CheckpointError(f"{path}: is not JSON; fetch the file again") from None
     settings = settings if isinstance(settings, dict) else {}
     found = settings.get("chat_template")
-    if isinstance(found, list):  # several by their names
+    if isinstance(found, list):  # several named ones
         found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}.get("default")
     if (folder / FILE).exists():
         found = _text(folder / FILE)
@@ -109,14 +110,14 @@ def template_in(folder: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _run(order: str) -> tuple[int, str, str]:
-    """The child's exit status, what it wrote, and its complaint."""
+    """The child's exit status, output and error message."""
     command = [sys.executable, str(Path(__file__).with_name("render.py"))]
     done = subprocess.run(command, input=order.encode(), capture_output=True, timeout=TIMEOUT_S, check=False)
     return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
 
 def _rendered(source: str, messages: list[dict[str, str]], names: dict[str, str], where: str) -> str:
-    """Raises CheckpointError for a template that is wrong or takes too much, OptionError if jinja2 is not there."""
+    """Raises CheckpointError for a template that fails or exceeds its limits, OptionError without jinja2."""
     try:
         status, said, complaint = _run(json.dumps({"source": source, "messages": messages, "names": names}))
     except subprocess.TimeoutExpired:
@@ -126,7 +127,7 @@ def _rendered(source: str, messages: list[dict[str, str]], names: dict[str, str]
     if status == 3:
         raise OptionError(f"{option('chat_template')} needs jinja2; {install_line('chat')}")
     if status != 0:
-        reason = " ".join(complaint.split())[-200:] or "it takes too much time or memory"
+        reason = " ".join(complaint.split())[-200:] or "it exceeds its limits of time or memory"
         raise CheckpointError(f"{where}: the template cannot be used ({reason}); use the model without it")
     text: str = json.loads(said)
     return text

@@ -1,7 +1,8 @@
-"""A program of its own: an order as JSON on standard input, the text of a chat template as JSON on standard output.
+"""A separate program: reads a request as JSON from standard input, and writes the rendered chat template as JSON to
+standard output.
 
-A template may loop, or make texts as long as it likes, without the sandbox's noticing; so this process has limits, and
-ends by them. It imports nothing of the package. Exit status: 1 for a template that fails, 3 if there is no jinja2.
+A template may loop or produce very long texts, which the sandbox does not prevent; so this process has limits that end
+it. It imports nothing of the package. Exit status: 1 for a template that fails, 3 without jinja2.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ CPU_S, MEMORY_BYTES, MOST_CHARACTERS = 2, 2**30, 10**6
 
 
 def limit() -> None:
-    """Of processor time and memory, where the system knows such limits; elsewhere the parent's clock is the limit."""
+    """Limits of processor time and memory, if the system supports them; otherwise only the parent's timeout applies."""
     try:
         import resource
     except ImportError:  # Windows
@@ -27,14 +28,14 @@ def limit() -> None:
 
 
 def rendered(source: str, messages: list[dict[str, str]], names: dict[str, str]) -> str:
-    """By the settings that templates of the hub are written for. Raises whatever is wrong."""
+    """Rendered with the settings that templates on the hub are written for. Raises any error of the template."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """Marks what the model writes, for those who train; here it changes nothing."""
+        """Block tag around generated text for training; it has no effect here."""
 
         tags = {"generation"}
 

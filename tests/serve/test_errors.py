@@ -16,7 +16,7 @@ def told(**options: object) -> str:
 
 
 def test_options_are_the_fields_of_a_request() -> None:
-    assert told(num_return=3).startswith("n is 3, but 1 beam(s) hold only that many answers")
+    assert told(num_return=3).startswith("n is 3, but 1 beam(s) give only that many answers")
     assert told(num_return=3).endswith("set num_beams to 3 or more, or give a temperature above 0")
     assert told(sample=True, num_beams=3).endswith("set num_beams to 1, or leave out temperature")
-    assert told(seed=-1).endswith("leave out seed to draw anew each time")
+    assert told(seed=-1).endswith("leave out seed for different samples each time")
