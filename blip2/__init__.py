@@ -1,11 +1,11 @@
-"""BLIP-2 from scratch: pictures into words, questions answered, pictures and sentences matched.
+"""BLIP-2 from scratch: image captioning, visual question answering, image-text matching.
 
     import blip2
 
     blip = blip2.load()
     blip.caption("picture.png")
 
-The names below are imported when they are first used, so that ``import blip2`` costs nothing.
+The names below are imported on first use, so that ``import blip2`` is fast.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from blip2.version import __version__
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # OpenMP's threads wait for one another busily; where another program has one of the processors, two threads took
-    # six times as long as one. Torch's OpenMP reads this when torch is imported: later it has no effect.
+    # OpenMP's threads wait actively for each other. If another program uses one of the processors, two threads took six
+    # times as long as one. Torch's OpenMP reads this variable when torch is imported; setting it later has no effect.
     os.environ.setdefault("GOMP_SPINCOUNT", "200")
 
 __all__ = [
@@ -113,7 +113,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'blip2' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+        raise AttributeError(f"module 'blip2' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -1,7 +1,7 @@
-"""What a BLIP-2 model is made of: frozen dataclasses that mirror the published ``config.json``.
+"""Configuration of a BLIP-2 model: frozen dataclasses that mirror the published ``config.json``.
 
-The field names are the field's own; `checkpoint/` translates them to and from the names in the published
-files. Sizes are from Li et al. 2023 (section 3 and 4) and from the published configurations.
+Field names are the usual technical terms; `checkpoint/` translates them to and from the names in published files. Sizes
+are from Li et al. 2023 (sections 3 and 4) and from the published configurations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionConfig:
     """A vision transformer. The defaults are EVA-CLIP g/14 without its last block.
 
-    The fields from ``num_prefix_tokens`` on are what other families of encoders need (`checkpoint.encoders`).
+    The fields from ``num_prefix_tokens`` on serve other families of encoders (`checkpoint.encoders`).
     """
 
     hidden_size: int = 1408
@@ -32,37 +32,37 @@ class VisionConfig:
     has_patch_bias: bool = True
     has_pre_norm: bool = False
     num_prefix_tokens: int = 1
-    """Learned tokens before the patches: the class token and the registers after it, or none."""
+    """Learned tokens before the patches: a class token followed by registers, or none."""
     keeps_class_token: bool = True
-    """Whether the class token, if there is one, is seen by the Q-Former; registers never are."""
+    """Whether the Q-Former reads the class token, if there is one; it never reads registers."""
     has_gate: bool = False
-    """Whether the feed-forward layer is gated; the gate's weights stand above the others in ``fc1``."""
+    """Whether the feed-forward layer is gated; in ``fc1`` the gate's weights come first."""
     rotary_base: float = 0.0
-    """Of the rotary positions of the patches; 0: there are none, and the positions are learned."""
+    """Base of the rotary position embedding of the patches; 0: learned positions instead."""
     has_final_norm: bool = False
-    """Whether the encoder's own last norm comes before the one that BLIP-2 trains."""
+    """Whether the encoder's own last norm is applied before the one that BLIP-2 trains."""
     has_smooth_resizing: bool = False
-    """Whether the positions are resized with antialiasing, where a picture has another size."""
+    """Whether positions are interpolated with antialiasing for another image size."""
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image, without the tokens before them."""
+        """Patches of one image, without the prefix tokens."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_kept_prefix_tokens(self) -> int:
-        """Tokens that the Q-Former sees beside the patches: the class token, or none."""
+        """Prefix tokens that the Q-Former reads: the class token, or none."""
         return min(int(self.keeps_class_token), self.num_prefix_tokens)
 
     @property
     def num_tokens(self) -> int:
-        """Vectors of one image that the Q-Former sees."""
+        """Feature vectors of one image that the Q-Former reads."""
         return self.num_kept_prefix_tokens + self.num_patches
 
     def __repr__(self) -> str:
-        """Features and indexes are known by it: fields that came later are told where they are not the default."""
-        told = [each for each in fields(self) if each.name in FIRST_FIELDS or getattr(self, each.name) != each.default]
-        return f"VisionConfig({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in told)})"
+        """Kept in features and indexes: fields that were added later appear only if they are not the default."""
+        shown = [each for each in fields(self) if each.name in FIRST_FIELDS or getattr(self, each.name) != each.default]
+        return f"VisionConfig({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in shown)})"
 
 
 FIRST_FIELDS = {
@@ -79,8 +79,8 @@ CLIP_VIT_L = VisionConfig(
 
 @dataclass(frozen=True)
 class ConvolutionalConfig:
-    """An EfficientNet-Lite, of whose last grid each place is a patch, before or behind the head's convolution, which
-    classes are told by (``has_head``). The defaults are Lite0."""
+    """An EfficientNet-Lite. Each place of its last grid counts as a patch, before or after the convolution of the
+    classification head (``has_head``). The defaults are Lite0."""
 
     widths: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
     depths: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
@@ -95,12 +95,12 @@ class ConvolutionalConfig:
     hidden_size = property(lambda self: 1280 if self.has_head else self.widths[-1])
     num_tokens = num_patches = property(lambda self: (-(-self.image_size // 32)) ** 2)
     num_layers = property(lambda self: sum(self.depths))
-    intermediate_size = property(lambda self: 6 * self.widths[0] * 16**2, doc="Numbers of the widest layer, a patch.")
+    intermediate_size = property(lambda self: 6 * self.widths[0] * 16**2, doc="Width of the widest layer of a patch.")
 
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """The Querying Transformer. The defaults are the published one: BERT-base with cross-attention."""
+    """The Querying Transformer. The defaults are those of the published models: BERT-base with cross-attention."""
 
     hidden_size: int = 768
     num_layers: int = 12
@@ -147,13 +147,13 @@ class OPTConfig:
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """Any of these ends an answer."""
+        """Any of these ends the output."""
         return (self.eos_token_id,)
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """An encoder-decoder language model of the make of T5. The defaults are Flan-T5-XL."""
+    """An encoder-decoder language model of the T5 architecture. The defaults are Flan-T5-XL."""
 
     vocab_size: int = 32128
     hidden_size: int = 2048
@@ -166,126 +166,126 @@ class T5Config:
     max_distance: int = 128
     layer_norm_eps: float = 1e-6
     has_gate: bool = True
-    """Whether the feed-forward layers have one; the first T5's have not."""
+    """Whether the feed-forward layers are gated; those of the first T5 are not."""
     activation: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
-    """BLIP-2 was trained with the exact (erf) GELU, although Flan-T5 itself used the tanh form."""
+    """BLIP-2 was trained with the exact (erf) GELU, although Flan-T5 itself uses the tanh approximation."""
     scales_output: bool = False
-    """Whether what the output table reads is divided by the root of the width, as where it is the table of tokens."""
+    """Whether the input of the output layer is divided by the root of the width, as with tied embeddings."""
     has_bias_in_each_layer: bool = False
-    """Whether each layer learns about distances for itself (UMT5); else all of a stack share that."""
+    """Whether each layer has its own relative position bias (UMT5); else all layers of a stack share one."""
     decoder_start_token_id: int = 0
     eos_token_id: int = 1
     pad_token_id: int = 0
     model_type: Literal["t5", "mt5", "umt5"] = "t5"
-    """The name of its kind in config.json."""
+    """``model_type`` in config.json."""
 
     family: Literal["t5"] = field(default="t5", init=False)
     kind: ClassVar[str] = "T5"
     max_position_embeddings: ClassVar[int] = sys.maxsize
-    """Relative positions have no end."""
+    """Relative positions have no limit."""
     has_encoder: ClassVar[bool] = True
     overflows_in_float16: ClassVar[bool] = True
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """Any of these ends an answer."""
+        """Any of these ends the output."""
         return (self.eos_token_id,)
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """How positions turn queries and keys (Su et al., 2021), and how that was stretched to longer texts."""
+    """Rotary position embedding (Su et al., 2021), and its scaling for longer contexts."""
 
     size: int
-    """So many of a head's numbers are turned, the first ones."""
+    """Number of rotated dimensions of a head, the first ones."""
     base: float = 10_000.0
     scaling: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
-    """How many times longer than those that the model was trained with first, which had ``original_length`` tokens."""
+    """Context extension factor relative to the original training, which had ``original_length`` tokens."""
     original_length: int = 0
     slow: float = 1.0
-    """What turns less often within the original length is stretched whole, ..."""
+    """Frequencies with fewer rotations than this over the original length are scaled fully, ..."""
     fast: float = 1.0
-    """... and what turns more often not at all (llama3, yarn)."""
+    """... and those with more rotations than this not at all (llama3, yarn)."""
     is_rounded: bool = True
     """Whether these two are rounded to whole frequencies (yarn)."""
     factors: tuple[float, ...] = ()
-    """By which each frequency is divided (longrope)."""
+    """Divisor of each frequency (longrope)."""
     amplitude: float = 1.0
-    """Of cosine and sine (yarn, longrope)."""
+    """Factor of cosine and sine (yarn, longrope)."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only language model; `checkpoint.decoders` makes one of a published configuration.
+    """A decoder-only language model; `checkpoint.decoders` builds it from a published configuration.
 
-    The defaults are of a plain Llama; what is said of Gemma, Granite and others is theirs alone.
+    The defaults are those of a plain Llama; fields for Gemma, Granite and others apply only to them.
     """
 
     model_type: str
-    """The name of its kind in config.json."""
+    """``model_type`` in config.json."""
     vocab_size: int
     hidden_size: int
     num_layers: int
     num_heads: int
     num_key_value_heads: int
-    """As many heads of queries share one of keys and values as the one number is in the other."""
+    """Each head of keys and values is shared by num_heads / num_key_value_heads heads of queries."""
     head_size: int
     intermediate_size: int
     max_position_embeddings: int
-    """The longest text, in tokens, whose positions do not depend on how long it becomes."""
+    """The largest number of tokens whose positions do not depend on the length."""
     rotary: Rotary | None
     bos_token_id: int
     eos_token_id: int
-    """What an answer ends with."""
+    """Last token of an answer in training."""
     end_token_ids: tuple[int, ...]
-    """Any of these ends an answer."""
+    """Any of these ends the output."""
     pad_token_id: int
     norm_eps: float = 1e-6
     activation: Literal["silu", "gelu", "gelu_new", "relu"] = "silu"
-    """``gelu_new`` is the tanh form."""
+    """``gelu_new`` is the tanh approximation."""
     is_tied: bool = False
-    """Whether the table of tokens is the output table, too."""
+    """Whether input embeddings and output layer share their weights."""
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_feed_forward_bias: bool = False
     has_head_norms: bool = False
-    """Whether each head's query and key are normed (Qwen3, Gemma 3)."""
+    """Whether query and key of each head are normalised (Qwen3, Gemma 3)."""
     has_post_norms: bool = False
-    """Whether what a block's two halves say is normed before it is added (Gemma 2 and 3)."""
+    """Whether the outputs of attention and feed-forward layer are normalised before the sum (Gemma 2 and 3)."""
     norm_offset: float = 0.0
     """Added to the weights of the norms (Gemma: 1)."""
     window: int | None = None
-    """How many tokens a layer with a window sees, the present one among them."""
+    """Size of the sliding attention window in tokens, including the current one."""
     window_layers: tuple[bool, ...] = ()
-    """Which layers have that window; empty: none."""
+    """Layers with the sliding window; empty: none."""
     window_rotary: Rotary | None = None
-    """Of these layers, where it is another (Gemma 3)."""
+    """Rotary embedding of these layers, if different (Gemma 3)."""
     unturned_layers: tuple[bool, ...] = ()
-    """Which layers know of no positions (SmolLM3); empty: none."""
+    """Layers without position embedding (SmolLM3); empty: none."""
     attention_scale: float | None = None
-    """Of the scores; 1/sqrt(head_size) unless given."""
+    """Scale of attention scores; 1/sqrt(head_size) by default."""
     attention_cap: float | None = None
-    """Scores of attention are bent to stay below it (Gemma 2), by a tanh; so are those of tokens by ``logit_cap``."""
+    """Soft cap of attention scores by a tanh (Gemma 2); ``logit_cap`` is the same for the logits."""
     logit_cap: float | None = None
     embedding_scale: float = 1.0
-    """Of embedded tokens (Gemma)."""
+    """Factor of embedded tokens (Gemma)."""
     input_scale: float = 1.0
-    """Of all that is read, image queries too (Granite), as are the next two."""
+    """Factor of all inputs, including the image's query tokens (Granite), as are the next two."""
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     make: Literal["llama", "gpt"] = "llama"
-    """The make of its layers."""
+    """Architecture of the layers."""
     positions: Literal["rotary", "learned", "slopes"] = "rotary"
-    """By ``rotary``, by a table (GPT-2), or by what is far counting less (BLOOM)."""
+    """``rotary``, ``learned`` (GPT-2), or ``slopes`` (ALiBi, BLOOM)."""
     is_interleaved: bool = False
-    """Whether each head's query, key and value are side by side (GPT-NeoX, BLOOM)."""
+    """Whether query, key and value of each head are adjacent (GPT-NeoX, BLOOM)."""
     is_parallel: bool = False
-    """Whether a block's two halves read the same (GPT-NeoX)."""
+    """Whether attention and feed-forward layer read the same input (GPT-NeoX)."""
     has_embedding_norm: bool = False
-    """Whether what is read is normed first (BLOOM)."""
+    """Whether the embedded input is normalised (BLOOM)."""
     published: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """The part of config.json that says all this, which is written again as it is."""
+    """The published language model section of config.json, which is written again unchanged."""
 
     family: Literal["decoder"] = field(default="decoder", init=False)
     has_encoder: ClassVar[bool] = False
@@ -296,7 +296,7 @@ class DecoderConfig:
 
     @property
     def overflows_in_float16(self) -> bool:
-        """The larger Gemmas were trained in bfloat16, with activations beyond what float16 holds."""
+        """The larger Gemmas were trained in bfloat16, with activations that exceed the range of float16."""
         return self.has_post_norms
 
 
@@ -312,23 +312,23 @@ class Blip2Config:
     language: LanguageConfig = field(default_factory=OPTConfig)
     image_token_id: int | None = None
     adapted: str = ""
-    """Which adapters are merged into what sees (`checkpoint.adapters`); "" for none."""
+    """Identifies adapters merged into the image encoder or Q-Former (`checkpoint.adapters`); "" for none."""
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether the Q-Former reads the prompt beside the picture (InstructBLIP, Dai et al. 2023, section 2.3), so
-        that what it sees of a picture is another with each prompt."""
+        """Whether the Q-Former reads the prompt beside the image (InstructBLIP, Dai et al. 2023, section 2.3), so that
+        its output depends on the prompt."""
         return self.qformer.has_text
 
     @property
     def manner(self) -> str:
-        """How it is asked (`text.QUESTION_TEMPLATES`)."""
+        """Key of the question template (`text.QUESTION_TEMPLATES`)."""
         return "instruct" if self.reads_prompt else self.language.family
 
     @property
     def kept_shape(self) -> tuple[int, int]:
-        """Of what is kept of a picture (`encoded.EncodedImage`): the queries after the Q-Former, or where that reads
-        the prompt the patches before it."""
+        """Shape of an `encoded.EncodedImage`: the Q-Former's output, or the patch features if the Q-Former reads the
+        prompt."""
         if self.reads_prompt:
             return self.vision.num_tokens, self.vision.hidden_size
         return self.qformer.num_query_tokens, self.qformer.hidden_size
@@ -344,7 +344,7 @@ class MatcherConfig:
     bos_token_id: int = 30522
     """``[DEC]``, the first token of a caption that the Q-Former itself generates."""
     has_lm_head: bool = True
-    """Whether the learned temperature and the Q-Former's own caption head exist; the published files lack both."""
+    """Whether the temperature and the Q-Former's caption head exist; published files lack both."""
     image_token_id: int | None = None
     adapted: str = ""
     """As in `Blip2Config`."""

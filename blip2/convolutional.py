@@ -1,11 +1,11 @@
-"""The frozen image encoder, where it is a network of convolutions: EfficientNet-Lite.
+"""A frozen convolutional image encoder: EfficientNet-Lite.
 
-Tan and Le 2019 (https://arxiv.org/abs/1905.11946), in the "lite" form that Google published in 2020: without the
-squeeze-and-excitation of the paper, with ReLU6 for SiLU, and a stem and a head that do not grow. Batch norms are
-multiplied into the weights when files are read (`checkpoint.convolutions`), so each convolution has a bias here.
+Tan and Le 2019 (https://arxiv.org/abs/1905.11946), in the "lite" variant that Google published in 2020: without
+squeeze-and-excitation, with ReLU6 instead of SiLU, and with a stem and a head of fixed width. Batch norms are folded
+into the weights when files are read (`checkpoint.convolutions`), so each convolution has a bias here.
 
-What the Q-Former sees are the places of the last grid, a 32nd of the picture's side each, row by row.
-B images, C channels, H, W pixels or places, P patches, D width.
+The Q-Former reads the places of the last grid, each 1/32 of the image's side, row by row. B images, C channels, H, W
+pixels or places, P patches, D width.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from blip2.config import ConvolutionalConfig
 
 STEM_WIDTH = 32
 STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
-"""Kernel, stride of the first block, and how much wider the middle of a block is (Table 1 of the paper)."""
+"""Kernel size, stride of the first block, and expansion factor of the blocks (Table 1 of the paper)."""
 
 
 class Convolution(nn.Conv2d):
-    """One that gives a place for each ``stride`` pixels, with zeros around the picture as TensorFlow puts them: where
-    their number is odd, one more after than before."""
+    """A convolution with an output for each ``stride`` pixels and TensorFlow's "same" zero padding: if the padding is
+    odd, the larger part comes after."""
 
     def __init__(self, num_inputs: int, num_outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         super().__init__(num_inputs, num_outputs, kernel, stride, groups=groups)
@@ -39,7 +39,7 @@ class Convolution(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """Wider, each channel by itself, narrower again; with a way around where nothing changes its shape."""
+    """Expansion, depthwise convolution, projection; with a residual connection if the shape does not change."""
 
     def __init__(self, num_inputs: int, num_outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -56,7 +56,8 @@ class Bottleneck(nn.Module):
 
 
 class ConvolutionalEncoder(nn.Module):
-    """Pixels to patch features, as `vision.VisionTransformer` does it: `features` is frozen, `post_norm` is trained."""
+    """Pixels to patch features, with the interface of `vision.VisionTransformer`: `features` is frozen, `post_norm` is
+    trained."""
 
     def __init__(self, config: ConvolutionalConfig) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class ConvolutionalEncoder(nn.Module):
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def resize(self, size: int) -> None:
-        """Make it one of pictures of ``size`` pixels: convolutions have no positions."""
+        """Change the image size to ``size`` pixels; convolutions have no position embeddings to resize."""
         self.config = replace(self.config, image_size=size)
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class ConvolutionalEncoder(nn.Module):
 
 
 def sizes_of_blocks(config: ConvolutionalConfig) -> Iterator[tuple[int, int, int, int, int]]:
-    """What a `Bottleneck` is made of, for each block of each stage."""
+    """The arguments of `Bottleneck` for each block of each stage."""
     num_inputs = STEM_WIDTH
     for (kernel, stride, expansion), width, depth in zip(STAGES, config.widths, config.depths, strict=True):
         for number in range(depth):

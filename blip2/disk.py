@@ -1,7 +1,7 @@
-"""What is on the disk: written whole and synced before it has its name, and known again by its content.
+"""Atomic, durable files, and recognition of files by their content.
 
-Everything that this package writes comes through here. A file is written beside its place under another name, synced,
-renamed, and its folder synced: after a loss of power there is the earlier file or the new one, whole.
+The package writes all its files with this module. A file is written under another name in the same folder, synced,
+renamed, and its folder synced: after a loss of power either the old or the new file exists, complete.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from filelock import FileLock, Timeout
 PathLike = str | os.PathLike[str]
 MAX_SYNCS = 8
 
-# ---- written whole ----
+# ---- writing ----
 
 
 @contextmanager
 def written(path: PathLike, unfinished: Path | None = None) -> Iterator[Path]:
-    """A name to write under; when the block ends, what was written there takes the place of ``path``, safe on the disk.
+    """A path to write to; at the end of the block that file replaces ``path`` durably.
 
-    If the block raises, nothing of it stays and ``path`` is as it was. ``unfinished``: the name to write under, beside
-    ``path``, for those who are the only writer; by default one that no other has. What a link points to is replaced,
-    not the link; a pipe or a device, which cannot be replaced, is written to. Raises OSError.
+    If the block raises, the file is removed and ``path`` is unchanged. ``unfinished``: the path to write to, beside
+    ``path``, for a single writer; by default a unique one. The target of a link is replaced, not the link. A pipe or a
+    device, which cannot be replaced, is written to directly. Raises OSError.
     """
     place = Path(os.path.realpath(path))
     if place.exists() and not place.is_file() and not place.is_dir():
@@ -42,7 +42,7 @@ def written(path: PathLike, unfinished: Path | None = None) -> Iterator[Path]:
     try:
         yield unfinished
         with suppress(FileNotFoundError):
-            shutil.copymode(place, unfinished)  # what was private stays so
+            shutil.copymode(place, unfinished)  # keep the permissions of a private file
         replace([(unfinished, place)])
     finally:
         with suppress(OSError):
@@ -50,7 +50,7 @@ def written(path: PathLike, unfinished: Path | None = None) -> Iterator[Path]:
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
-    """All or nothing, see `written`. Raises OSError."""
+    """Write all or nothing, see `written`. Raises OSError."""
     with written(path) as unfinished:
         unfinished.write_bytes(content)
 
@@ -61,10 +61,11 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def replace(moves: Sequence[tuple[Path, Path]]) -> None:
-    """Rename each first to its second, in this order; all are on the disk before the first of them. Raises OSError."""
+    """Rename each first path to its second, in this order; all files are synced before the first rename. Raises
+    OSError."""
     if len(moves) == 1:
         sync(moves[0][0])
-    elif moves:  # a disk syncs many at once in the time of one
+    elif moves:  # syncing in parallel takes the time of one
         with ThreadPoolExecutor(min(len(moves), MAX_SYNCS)) as pool:
             for _ in pool.map(sync, [unfinished for unfinished, _ in moves]):
                 pass
@@ -72,23 +73,23 @@ def replace(moves: Sequence[tuple[Path, Path]]) -> None:
         os.replace(unfinished, path)
     for folder in {path.parent for _, path in moves}:
         sync_folder(folder)
-        sync_folder(folder.parent)  # the folder may be new itself
+        sync_folder(folder.parent)  # the folder itself may be new
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """A second name for a file, which is never written to by either; where the system has no such, a copy.
+    """A hard link to a file that is never changed; a copy where hard links are not possible.
 
     Raises OSError.
     """
     try:
         os.link(os.path.realpath(source), path)
-    except OSError:  # another disk, or one without hard links
+    except OSError:  # another disk, or no support for hard links
         shutil.copyfile(source, path)
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file on the disk, whoever wrote it. Raises OSError."""
-    handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))  # to some systems reading is not enough
+    """Sync a file to the disk, whoever wrote it. Raises OSError."""
+    handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))  # some systems require write access
     try:
         os.fsync(handle)
     finally:
@@ -96,7 +97,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename is safe only when the folder itself is on the disk; some systems cannot open a folder for that."""
+    """Sync a folder, which makes renames durable; some systems cannot open folders."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -107,30 +108,30 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within, no other process or thread comes here with this file, which is made with its folder, and stays.
+    """Hold a lock file, which is created with its folder and not removed. No other process or thread can hold it.
 
-    Raises BlockingIOError if one is there already, OSError if the file cannot be made.
+    Raises BlockingIOError if it is held already, OSError if the file cannot be created.
     """
     lock = FileLock(path, timeout=0, thread_local=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise BlockingIOError(f"{path}: another run is at work") from None
+        raise BlockingIOError(f"{path}: another run is in progress") from None
     try:
         yield
     finally:
         lock.release()
 
 
-# ---- read ----
+# ---- reading ----
 
 
 class OpenFile:
-    """A file that stays the one it was when it was opened, also if another takes its place.
+    """A file that stays the same after it was opened, even if its path is replaced.
 
-    Not mapped: to look at what another program has cut off would end the process. ``held``: whether it is kept open;
-    a process may not have as many files open as it likes. Raises OSError.
+    Not memory-mapped: if another program truncates the file, reading a map would kill the process. ``held``: whether it
+    stays open; the number of open files is limited. Raises OSError.
     """
 
     def __init__(self, path: PathLike, held: bool = True) -> None:
@@ -140,7 +141,8 @@ class OpenFile:
             weakref.finalize(self, os.close, self._handle)
 
     def read(self, start: int, into: memoryview) -> None:
-        """Fill ``into`` from there on; by any thread. Raises OSError if it cannot be read, or ends before."""
+        """Fill ``into`` with the bytes from ``start`` on. Thread-safe. Raises OSError if they cannot be read or the
+        file ends before."""
         if self._handle is not None and hasattr(os, "preadv"):
             while len(into) and (count := os.preadv(self._handle, [into], start)):
                 start, into = start + count, into[count:]
@@ -150,24 +152,24 @@ class OpenFile:
                 while len(into) and (count := file.readinto(into) or 0):
                     into = into[count:]
         if len(into):
-            raise OSError("it is shorter than when it was opened, or was written")
+            raise OSError("it is shorter than expected")
 
     def stamp(self) -> Stamp | None:
         return stamp_of(self.path if self._handle is None else self._handle)
 
     def reopened(self) -> BinaryIO:
-        """The same file once more, for others to read."""
+        """The same file, opened again for other readers."""
         return open(self.path if self._handle is None else os.dup(self._handle), "rb")
 
 
-# ---- known again ----
+# ---- recognition ----
 
 
 class Stamp(NamedTuple):
-    """By which a file is known to be as it was, without reading it: bytes, and nanoseconds.
+    """Detects unchanged files without reading them: size in bytes, times in nanoseconds.
 
-    ``mtime_ns``, of the last change of its content, can be set to anything (``cp -p``, ``rsync -t``, ``touch -r``);
-    ``ctime_ns``, of the last change of whatever kind, only the system sets. 0: not known.
+    ``mtime_ns``, the time of the last change of the content, can be set by programs (``cp -p``, ``rsync -t``, ``touch
+    -r``); ``ctime_ns``, the time of the last change of any kind, is set only by the system. 0: unknown.
     """
 
     size: int
@@ -175,22 +177,22 @@ class Stamp(NamedTuple):
     ctime_ns: int = 0
 
     def is_still(self, now: Stamp | None) -> bool:
-        """Whether what is there now is the same beyond doubt; if not, its content decides."""
+        """Whether the file is certainly unchanged; if not, its content decides."""
         return now is not None and self[:2] == now[:2] and self.ctime_ns in (0, now.ctime_ns)
 
 
 def stamp_of(path: PathLike | int) -> Stamp | None:
-    """None if it is not there."""
+    """The stamp of a path; None if it does not exist."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    # On Windows this is the time of its making, which a new content leaves as it was: no harm.
+    # On Windows this is the creation time, which does not change with the content: harmless.
     return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def digest_of(path: PathLike) -> str:
-    """Of a file's content: 32 hexadecimal digits, or "" if it cannot be read."""
+    """Hash of a file's content: 32 hexadecimal digits, or "" if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -199,11 +201,11 @@ def digest_of(path: PathLike) -> str:
 
 
 def digest_of_bytes(content: bytes) -> str:
-    """As `digest_of`, of a file that has this content."""
+    """As `digest_of`, for a file with this content."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def digest_since(path: PathLike, stamp: Stamp | None) -> str:
-    """Of the content that a file had since it was stamped, or "" if it may have changed meanwhile."""
+    """Hash of the content since a stamp was taken, or "" if it may have changed since."""
     digest = digest_of(path)
     return digest if stamp is not None and stamp == stamp_of(path) else ""

@@ -1,4 +1,4 @@
-"""Dropout that follows from a row's number: how a batch is divided, among processes or in time, changes nothing.
+"""Dropout that depends on the row number, so that the division of a batch among processes or parts does not matter.
 
 B rows.
 """
@@ -15,23 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS: ContextVar[_Rows | None] = ContextVar("rows of dropout", default=None)
+_ROWS: ContextVar[_Rows | None] = ContextVar("dropout_rows", default=None)
 
 
 @contextmanager
 def dropout_by_rows(key: Sequence[int], row_B: Tensor) -> Iterator[None]:
-    """Within, `drop` draws for each row of a batch by the row's number ``row_B`` int64[B] and ``key``.
+    """Inside this context, `drop` uses random numbers that follow from the row numbers ``row_B`` int64[B] and ``key``.
 
-    The masks of one number are the same in any batch, if as many calls came before and rows have the same shape: who
-    computes a batch in parts pads their texts to the same width. ``key`` names the seed, the step, the pass.
+    A row has the same masks in any batch, if the same number of calls came before and rows have the same shape; so
+    texts of parts have to be padded to the same width. ``key`` names the seed, the step and the pass.
     """
     with _within(_Rows(key, row_B)):
         yield
 
 
 def replayed_dropout() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What `torch.utils.checkpoint` asks for: within the second, what is computed again, perhaps by another thread,
-    draws what was drawn within the first."""
+    """For `torch.utils.checkpoint`: inside the second context, recomputation, perhaps in another thread, repeats the
+    random numbers of the first."""
     rows = _ROWS.get()
     return nullcontext(), nullcontext() if rows is None else _within(copy(rows))
 
@@ -50,8 +50,8 @@ def is_by_rows() -> bool:
 
 
 def drop(x_BX: Tensor, probability: float, training: bool = True) -> Tensor:
-    """Dropout of ``float[B, ...]``: with torch's own random numbers, or within `dropout_by_rows` with the rows'. What
-    has another number of rows (a T5 reads each text of a picture in one of its own) has torch's."""
+    """Dropout of ``float[B, ...]`` with torch's random numbers, or inside `dropout_by_rows` with those of the rows.
+    Tensors with another number of rows (a T5 reads each text in a row of its own) use torch's."""
     rows = _ROWS.get()
     if rows is None or not training or not probability or len(x_BX) != rows.count:
         return F.dropout(x_BX, probability, training)
@@ -64,11 +64,11 @@ class _Rows:
         self.count = len(row_B)
         self._key, self._count = " ".join(map(str, key)), 0
         self._generator = torch.Generator(row_B.device)
-        self._row_B = _mixed((row_B + 1).to(torch.int32) * -1640531527)  # 2^32 / golden ratio: neighbours lie far apart
+        self._row_B = _mixed((row_B + 1).to(torch.int32) * -1640531527)  # 2^32 / golden ratio: separates neighbours
 
     def draw(self, shape: torch.Size, probability: float) -> Tensor:
-        """Which values stay: bool of this shape, whose first axis is the rows."""
-        # One draw for all rows, of which each makes its own by its number: a draw for each would be a kernel for each.
+        """The mask of kept values: bool of this shape, whose first axis is the rows."""
+        # One call draws for all rows, and the row number is mixed in: a call for each row would be a kernel for each.
         self._generator.manual_seed(random.Random(f"{self._key} {self._count}").getrandbits(62))
         self._count += 1
         common_X = torch.empty(shape[1:], dtype=torch.int32, device=self._row_B.device)
@@ -78,7 +78,7 @@ class _Rows:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Each bit of an int32 depends on all bits of the one before: two rounds of multiplying and folding. In place."""
+    """Mixes the bits of an int32 in place, so that each depends on all: two rounds of multiplication and shifts."""
     for factor in (0x7FEB352D, -0x7B935975):
         x ^= (x >> 16) & 0xFFFF
         x *= factor

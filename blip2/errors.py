@@ -1,40 +1,40 @@
-"""Errors for people: one line that says what was wrong, with which file or value, and what to do."""
+"""User-facing errors: one line that says what is wrong, with which file or value, and what to do."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-# Control characters that were made to switch to another character set and back; nobody writes them.
+# Control characters that mark options within a message; they do not occur in normal text.
 OPEN, CLOSE, IS = "\x0e", "\x0f", "\x1f"
 MARKED = re.compile(rf"{OPEN}([^{IS}{CLOSE}]*)(?:{IS}([^{CLOSE}]*))?{CLOSE}")
 
 Spelling = Callable[[str, str | None], str]
-"""From the name of an option, and the value that it should be set to (if it should), to the words of a front door."""
+"""Formats an option: from its name, and the value to set if any, to the text for an interface."""
 
 
 def option(name: str) -> str:
-    """The name of an option within a message; the command line writes its flag: num_beams, --beams."""
+    """Marks the name of an option in a message; the command line writes its flag: num_beams, --beams."""
     return f"{OPEN}{name}{CLOSE}"
 
 
 def setting(name: str, value: object) -> str:
-    """What to do about an option, within a message: "set num_beams=1", "give --beams 1".
+    """Marks a remedy in a message: "set num_beams=1", "give --beams 1".
 
-    What False or None stands for is no flag at all: "set sample=False", "leave out --sample".
+    False and None correspond to an absent flag: "set sample=False", "leave out --sample".
     """
     return f"{OPEN}{name}{IS}{value!r}{CLOSE}"
 
 
 def in_python(name: str, value: str | None) -> str:
-    """How the interface for Python writes an option."""
+    """How an option is written in Python."""
     return name if value is None else f"set {name}={value}"
 
 
 class Blip2Error(ValueError):
-    """What was given cannot be used; the command line prints this line and no traceback.
+    """Invalid input. The command line prints this line without a traceback.
 
-    The message may hold `option` and `setting`, which are written as in Python unless `told` is asked otherwise.
+    The message may contain `option` and `setting`, which are written as in Python unless `told` gets another spelling.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -42,45 +42,45 @@ class Blip2Error(ValueError):
         super().__init__(self.told(in_python))
 
     def told(self, spelling: Spelling) -> str:
-        """The message, with the options in the words of a front door."""
+        """The message, with its options formatted by ``spelling``."""
         return MARKED.sub(lambda found: spelling(found[1], found[2]), self._message)
 
 
 class ImageError(Blip2Error):
-    """A picture that cannot be read."""
+    """An image that cannot be read."""
 
 
 class ImageFormatError(ImageError):
-    """Bytes that are no picture, or one of a format that is not read."""
+    """Bytes that are not an image, or an unsupported format."""
 
 
 class ImageSizeError(ImageError):
-    """A picture with more pixels than are allowed."""
+    """An image with more pixels than are allowed."""
 
 
 class CheckpointError(Blip2Error):
-    """A model that cannot be found, or whose files do not hold what its configuration promises."""
+    """A model that cannot be found, or whose files do not match its configuration."""
 
 
 class NotFiniteError(Blip2Error):
-    """Numbers that are NaN or infinite where a model computes: damaged weights, or an overflow."""
+    """NaN or infinite values in a model's computation, from damaged weights or an overflow."""
 
 
 class ImageNotFiniteError(ImageError, NotFiniteError):
-    """A picture of which a model computes what is NaN or infinite."""
+    """An image for which a model computes NaN or infinite values."""
 
 
 class RecipeError(Blip2Error):
-    """A training recipe or its data that cannot be carried out."""
+    """A training recipe, or its data, that is invalid."""
 
 
 class OptionError(Blip2Error):
-    """An option outside what it may be, or options that exclude each other."""
+    """An option with an invalid value, or options that exclude each other."""
 
 
 class IndexFileError(Blip2Error):
-    """An index of pictures that cannot be read or written, or that another model made."""
+    """An index of images that cannot be read or written, or that belongs to another model."""
 
 
 class CollectionError(Blip2Error):
-    """A collection of pictures that cannot be read, or an output of it that cannot be written."""
+    """A collection of images that cannot be read, or an output that cannot be written."""

@@ -1,6 +1,6 @@
-"""Where this package was installed from, and the line that installs more of it.
+"""Where the package was installed from, and the command that installs its extras.
 
-It is on no index, so that its name alone is nothing that pip finds: a checkout, a wheel or an address has to be named.
+It is on no package index, so pip cannot find it by name: a checkout, a wheel or a URL has to be given.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 def install_line(extra: str | None = None) -> str:
-    """The command that installs the package with one of its extras, such as "serve", from where it came.
+    """The command that installs the package with an extra, such as "serve", from its origin.
 
-    Where that is gone, it names the packages of the extra instead.
+    If the origin is gone, it names the packages of the extra instead.
     """
     pip = "pip install" if util.find_spec("pip") else "uv pip install"
     wanted = f"[{extra}]" if extra else ""
@@ -36,7 +36,7 @@ def install_line(extra: str | None = None) -> str:
 
 
 def _origin() -> str | None:
-    """A folder or a wheel that is still there, or an address; None if nothing is known (PEP 610)."""
+    """A folder or a wheel that still exists, or a URL; None if unknown (PEP 610)."""
     try:
         told = json.loads(metadata.distribution(NAME).read_text("direct_url.json") or "{}")
         url, repository = str(told["url"]), told.get("vcs_info")
@@ -51,7 +51,7 @@ def _origin() -> str | None:
 
 
 def _packages(extra: str) -> Iterator[str]:
-    """What an extra needs, as the installed package tells; an extra of its own that it names, likewise."""
+    """The packages of an extra, from the metadata of the installed package; extras in it are resolved."""
     try:
         listed = metadata.requires(NAME) or []
     except metadata.PackageNotFoundError:
@@ -68,6 +68,6 @@ def _packages(extra: str) -> Iterator[str]:
 
 
 def _quoted(argument: str) -> str:
-    if sys.platform == "win32":  # its shells know no single quotes
+    if sys.platform == "win32":  # its shells have no single quotes
         return f'"{argument}"' if re.search(r"[\s<>\[;]", argument) else argument
     return shlex.quote(argument)

@@ -1,9 +1,9 @@
-"""Linear layers whose weights lie, on a CPU, in the order in which oneDNN reads them.
+"""Linear layers whose weights on a CPU are in oneDNN's memory layout.
 
-A product of few rows (decoding) takes up to twice as long with plain weights, which are put in order anew each time.
-So the numbers of a large weight are kept in oneDNN's order while the model answers, and in plain order from the
-moment that anybody changes them or takes a view of them until the next answer. To everybody it is one
-`torch.nn.Parameter` that behaves as every other: see `Weight`.
+A product with few rows (decoding) takes up to twice as long with plain weights, which oneDNN reorders each time. So
+large weights are packed in oneDNN's layout while the model generates. They are unpacked when anything changes them or
+takes a view of them, until the next generation. From outside it is one `torch.nn.Parameter` that behaves as usual: see
+`Weight`.
 
 N outputs, D inputs.
 """
@@ -22,10 +22,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 WORTH_IT = 2**20
-"""With fewer weights than this, in fp32, a product of one row takes longer in oneDNN's order than in plain order."""
+"""With fewer weights than this, in fp32, a product with one row is slower with packed weights."""
 
 ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-# What asks a tensor for its memory instead of its numbers.
+# Functions that expose a tensor's memory.
 OF_MEMORY = {
     Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor._typed_storage, Tensor.numpy, Tensor.__array__,
     Tensor.share_memory_, Tensor.is_shared, Tensor.is_pinned, Tensor.__dlpack__, Tensor.__dlpack_device__,
@@ -38,13 +38,13 @@ class _WithWeight(nn.Module):
     weight: Any
 
     def keep(self, weight_ND: Tensor, *, packs: bool = False) -> None:
-        """Take a tensor for the weight, as a `Weight` where that is worth it; ``packs``: in oneDNN's order at once."""
+        """Store a tensor as the weight, as a `Weight` if that is faster; ``packs``: packed at once."""
         self.weight = nn.Parameter(weight_ND, requires_grad=self.weight.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `nn.Module.to` does; elsewhere than on the CPU an ordinary parameter takes a `Weight`'s place."""
+        """`nn.Module.to`; on other devices than the CPU an ordinary parameter replaces a `Weight`."""
         super()._apply(fn, recurse)
-        weight = self._parameters.get("weight")  # there is none where it is computed from others (parametrizations)
+        weight = self._parameters.get("weight")  # absent if it is computed from others (parametrizations)
         if type(weight) is Weight and weight.device.type != "cpu":
             self.weight = nn.Parameter(readable(weight), weight.requires_grad)
             self.weight.grad = weight.grad
@@ -53,12 +53,12 @@ class _WithWeight(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self._parameters.get("weight")
-        if type(weight) is Weight and not keep_vars:  # an ordinary tensor that shares its memory, as all others do
+        if type(weight) is Weight and not keep_vars:  # an ordinary tensor that shares memory, like all others
             destination[prefix + "weight"] = weight.numbers.shared()
 
 
 class Linear(_WithWeight, nn.Linear):
-    """An ``nn.Linear`` of the same parameters, state and results, faster on a CPU where its weight is a `Weight`."""
+    """An ``nn.Linear`` with the same parameters, state and results, faster on a CPU if its weight is a `Weight`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -77,9 +77,9 @@ class Linear(_WithWeight, nn.Linear):
 
 
 class Table(_WithWeight, nn.Embedding):
-    """The embedding of tokens whose table is also the head, as in an OPT.
+    """Token embeddings that are also the output layer (tied), as in OPT.
 
-    On a CPU in bfloat16 the head reads a copy of the table in oneDNN's order, made at the first answer.
+    On a CPU in bfloat16 the output layer uses a packed copy of the table, made at the first generation.
     """
 
     def __init__(self, num_tokens: int, width: int, padding_idx: int | None = None) -> None:
@@ -97,13 +97,13 @@ class Table(_WithWeight, nn.Embedding):
         weight = self.weight
         is_large = weight.dtype == torch.float32 and is_worth_packing(weight.dtype, weight.numel())
         if type(weight) is nn.Parameter and is_large and _suits(hidden, weight) and not _learns(hidden, weight):
-            # For few rows oneDNN, though the table is in plain order, takes half of the time that `F.linear` does.
+            # With few rows oneDNN takes half the time of `F.linear`, even with the plain layout.
             return _product(hidden, weight, None)
         return linear(hidden, weight, None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, by oneDNN where the weight is a `Weight` and no gradient is wanted of it."""
+    """`F.linear`, with oneDNN if the weight is a `Weight` and needs no gradient."""
     if type(weight) is not Weight or not _suits(x, weight) or _learns(weight, bias):
         return F.linear(x, weight, bias)
     packed = weight.numbers.packed()
@@ -113,19 +113,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product may be oneDNN's own: one precision, on the CPU, and no autocast that wants another."""
+    """Whether oneDNN can compute the product: one dtype, on the CPU, and no autocast to another."""
     is_here = x.device.type == "cpu" and weight.device.type == "cpu"
     return x.dtype == weight.dtype and is_here and not torch.is_autocast_enabled("cpu")
 
 
 def _learns(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted of any."""
+    """Whether any tensor needs a gradient."""
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
 def is_worth_packing(dtype: torch.dtype, num_weights: int) -> bool:
-    """Whether this processor multiplies few rows faster with so many weights in oneDNN's order."""
-    if not torch.backends.mkldnn.is_available():  # as torch is built for some processors
+    """Whether packing this many weights makes products with few rows faster on this processor."""
+    if not torch.backends.mkldnn.is_available():  # torch builds for some processors lack it
         return False
     if dtype == torch.bfloat16:
         return num_weights > 0 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -138,12 +138,12 @@ def _can_be_packed(weight_ND: Tensor) -> bool:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """The same as an ordinary tensor without gradient, to be read and not changed."""
+    """An ordinary tensor without gradient, for reading only."""
     return tensor.numbers.read() if isinstance(tensor, Weight) else tensor.detach()
 
 
 class Numbers:
-    """What a weight is, in plain order, in oneDNN's, or (``keeps_plain``) in both."""
+    """The values of a weight: plain, packed, or (``keeps_plain``) both."""
 
     def __init__(self, plain_ND: Tensor | None, packed: Tensor | None = None, *, keeps_plain: bool = False) -> None:
         self._plain = plain_ND
@@ -152,7 +152,7 @@ class Numbers:
         self._lock = threading.RLock()
 
     def read(self) -> Tensor:
-        """In plain order, ``[N, D]``; to be read only, perhaps a copy that is nobody's."""
+        """Plain values ``[N, D]`` for reading only, perhaps a temporary copy."""
         with self._lock:
             plain, packed = self._plain, self._packed
         if plain is not None:
@@ -162,7 +162,7 @@ class Numbers:
             return packed.to_dense()
 
     def shared(self) -> Tensor:
-        """In plain order, ``[N, D]``: the weight's own memory, for views and changes."""
+        """Plain values ``[N, D]`` in the weight's own memory, for views and changes."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._plain is None:
                 assert self._packed is not None
@@ -171,8 +171,8 @@ class Numbers:
             return self._plain.detach()
 
     def packed(self) -> Tensor | None:
-        """In oneDNN's order; None while somebody beside the model, or another process, holds the plain memory, and
-        might change it."""
+        """The packed values; None while anything else, also another process, holds the plain memory and might change
+        it."""
         if self._packed is not None:
             return self._packed
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -196,35 +196,34 @@ class Numbers:
 
 
 def _num_holders(plain: Tensor) -> int:
-    """How many tensors, arrays and storages share a tensor's memory, itself among them."""
+    """Number of tensors, arrays and storages that share a tensor's memory, including itself."""
     storage = plain.untyped_storage()
     count: int = torch._C._storage_Use_Count(storage._cdata)
-    # Less what was just asked for. Whoever else asked has the same object, which the memory itself, this function and
-    # the call that counts refer to.
+    # Minus the references of this call. Other holders share the same object, which is also referenced by the memory
+    # itself, this function and the calling one.
     return count - 1 + sys.getrefcount(storage) - 3
 
 
 class Weight(nn.Parameter):
-    """A `torch.nn.Parameter` ``float[N, D]`` whose numbers may lie in oneDNN's order.
+    """A `torch.nn.Parameter` ``float[N, D]`` whose values may be packed in oneDNN's layout.
 
-    Operations that only read get the numbers in plain order for the moment; those that change them or return a view
-    bring them back into plain order, where they stay until the next product of a model that answers. Copies,
-    pickles and gradients are those of an ordinary parameter.
+    Operations that only read get temporary plain values. Operations that change them or return a view unpack them until
+    the next product in generation. Copies, pickles and gradients are those of an ordinary parameter.
     """
 
     numbers: Numbers
 
     @staticmethod
     def __new__(cls: type[Weight], data: Tensor, requires_grad: bool = True, *, keeps_plain: bool = False) -> Weight:
-        """``keeps_plain``: for a table whose rows are looked up, too; both orders are kept while a model answers."""
+        """``keeps_plain``: for tables whose rows are also looked up; both layouts are kept during generation."""
         plain = readable(data)
-        if not _can_be_packed(plain):  # as when accelerate puts a layer's weights elsewhere
+        if not _can_be_packed(plain):  # such as meta tensors of accelerate
             return nn.Parameter(plain, requires_grad)  # type: ignore[return-value]
         return cls._of(Numbers(plain.contiguous(), keeps_plain=keeps_plain), plain, requires_grad)
 
     @classmethod
     def _of(cls, numbers: Numbers, like: Tensor, requires_grad: bool) -> Weight:
-        """With the shape, type and place of a tensor."""
+        """With the shape, dtype and device of a tensor."""
         with torch.inference_mode(False):
             weight: Weight = Tensor._make_wrapper_subclass(
                 cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=requires_grad
@@ -235,7 +234,7 @@ class Weight(nn.Parameter):
 
     @classmethod
     def packed_at_once(cls, data: Tensor, requires_grad: bool = True) -> Weight:
-        """In oneDNN's order from the start, whoever holds ``data``, which is not kept."""
+        """Packed from the start. ``data`` is not kept, whoever else holds it."""
         with torch.no_grad():
             packed = torch.ops.mkldnn._reorder_linear_weight(data, None)
         return cls._of(Numbers(None, packed), data, requires_grad)
@@ -267,13 +266,13 @@ class Weight(nn.Parameter):
             if func in OF_MEMORY:
                 out = func(weight.numbers.shared(), *args[1:], **kwargs)
                 return weight if func is Tensor.share_memory_ else out
-            if func == _SET_DATA:  # made anew at each use, so not the same object
+            if func == _SET_DATA:  # created at each access, so compared by value
                 return weight._set_data(args[1])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     def _set_data(self, data: Tensor) -> None:
-        """``weight.data = data``, of any type and place, as modules do that know nothing of this class."""
+        """``weight.data = data`` of any dtype and device, as used by modules that do not know this class."""
         if isinstance(data, Weight) and data.numbers is self.numbers:
             return
         plain = data.numbers.shared() if isinstance(data, Weight) else data.detach()
@@ -319,7 +318,7 @@ def _rebuilt(plain_ND: Tensor, requires_grad: bool, keeps_plain: bool) -> nn.Par
     return Weight(plain_ND, requires_grad, keeps_plain=keeps_plain)
 
 
-torch.serialization.add_safe_globals([_rebuilt])  # so that `torch.load` reads parameters as it reads ordinary ones
+torch.serialization.add_safe_globals([_rebuilt])  # so that `torch.load` accepts these parameters
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -328,7 +327,7 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """A product with weights that do not learn; the gradient reaches the input."""
+    """A product with frozen weights; the gradient reaches only the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,12 +1,12 @@
-"""The only place where the parts meet: Figure 1 of the paper.
+"""The complete models, as in Figure 1 of the paper.
 
     pixels_BCHW --image encoder--> patches_BPD --QFormer--> queries_BQD --projection--> prompt_BQD
                                                                 (EncodedImage)
 
-The Q-Former of an InstructBLIP reads the prompt, too, and what is kept of a picture are its patches.
+The Q-Former of an InstructBLIP also reads the prompt; its EncodedImage has the patch features.
 
-B images, C colours, H, W pixels, P patches (class token first), Q queries, T text tokens, D width of whatever
-the tensor belongs to, E width of the space in which images and texts are compared.
+B images, C colours, H, W pixels, P patches (class token first), Q query tokens, T text tokens, D width of the
+respective part, E width of the joint space of images and texts.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from blip2.qformer import Memory, QFormer, QFormerOutput
 from blip2.vision import VisionTransformer
 
 Vision = VisionTransformer | ConvolutionalEncoder
-"""An image encoder: pixels to patch features, of which the last norm is BLIP-2's own."""
+"""An image encoder: pixels to patch features. Its last norm is BLIP-2's own."""
 
 
 def build_image_encoder(config: VisionConfig | ConvolutionalConfig) -> Vision:
-    """An image encoder of that configuration, its weights still to come."""
+    """An image encoder with uninitialised weights."""
     return ConvolutionalEncoder(config) if isinstance(config, ConvolutionalConfig) else VisionTransformer(config)
 
 
@@ -46,12 +46,12 @@ class Blip2(nn.Module):
         self.language: Language = build_language_model(config.language)
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Normalised pixels ``float[B, 3, H, W]`` to what an `EncodedImage` keeps of each, ``float[B, Q, D]``; of an
-        InstructBLIP, whose Q-Former waits for the prompt, patch features ``float[B, 1 + P, D]``."""
+        """Normalised pixels ``float[B, 3, H, W]`` to the content of an `EncodedImage`: ``float[B, Q, D]``, or for an
+        InstructBLIP, whose Q-Former needs the prompt, patch features ``float[B, 1 + P, D]``."""
         return self.kept(self.vision(pixels_BCHW))
 
     def kept(self, patches_BPD: Tensor) -> Tensor:
-        """As `encode`, of patch features ``float[B, 1 + P, D]``."""
+        """As `encode`, from patch features ``float[B, 1 + P, D]``."""
         return patches_BPD if self.config.reads_prompt else self.look(patches_BPD)
 
     def patches(self, pixels_BCHW: Tensor) -> Tensor:
@@ -64,11 +64,12 @@ class Blip2(nn.Module):
         image_bias: Tensor | None = None,
         instruction: Sequence[int] | None = None,
     ) -> Tensor:
-        """Patch features ``float[B, 1 + P, D]`` to queries ``float[B, Q, D]``; ``image_bias``: see `QFormer`.
+        """Patch features ``float[B, 1 + P, D]`` to the Q-Former's output ``float[B, Q, D]``; ``image_bias``: see
+        `QFormer`.
 
-        ``instruction``: the token ids that the Q-Former of an InstructBLIP reads beside them.
+        ``instruction``: token ids that the Q-Former of an InstructBLIP reads as well.
 
-        Each part may have a precision and a device of its own; here and in `prompt` the values are carried over.
+        Each part may have its own dtype and device; here and in `prompt` the tensors are converted.
         """
         patches_BPD = patches_BPD.to(self.qformer.query_tokens)
         text_BT = None
@@ -78,21 +79,22 @@ class Blip2(nn.Module):
         return seen.hidden_BSD[:, : self.config.qformer.num_query_tokens]
 
     def prompt(self, queries_BQD: Tensor) -> Tensor:
-        """Queries ``float[..., Q, D]`` to soft prompts ``float[..., Q, D]`` of the language model's width."""
+        """Q-Former output ``float[..., Q, D]`` to soft prompts ``float[..., Q, D]`` of the language model's width."""
         projected_BQD = self.projection(queries_BQD.to(self.projection.weight))
         return projected_BQD.to(self.language.token_embedding.weight.device, self.language.dtype)
 
     def freeze_pretrained(self) -> None:
-        """What both training stages do: only the Q-Former, the projection and the norm on the patches learn."""
+        """Freeze all but the Q-Former, the projection and the norm of the patch features, as in both training
+        stages."""
         freeze(self.vision)
         self.vision.post_norm.requires_grad_(True)
         freeze(self.language)
 
 
 class QFormerLMHead(nn.Module):
-    """BERT's prediction head, by which the Q-Former itself writes captions in stage 1.
+    """BERT's prediction head, with which the Q-Former generates captions in stage 1.
 
-    The output table is the word table (tied); ``decoder_bias`` is the only thing the decoder adds.
+    The output layer is tied to the word embeddings; ``decoder_bias`` is the only additional parameter.
     """
 
     def __init__(self, width: int, vocab_size: int, eps: float) -> None:
@@ -106,7 +108,7 @@ class QFormerLMHead(nn.Module):
 
 
 class Blip2Matcher(nn.Module):
-    """Image encoder and Querying Transformer with text: compares, matches, and (stage 1) captions."""
+    """Image encoder and Q-Former with text: compares, matches, and (stage 1) captions."""
 
     def __init__(self, config: MatcherConfig) -> None:
         super().__init__()
@@ -129,7 +131,8 @@ class Blip2Matcher(nn.Module):
         return self.vision(pixels_BCHW).to(self.qformer.query_tokens.dtype)
 
     def embed_image(self, patches_BPD: Tensor) -> tuple[Tensor, QFormerOutput]:
-        """The image's unit vectors ``float[B, Q, E]``, one a query, and the pass that they came from."""
+        """The image's unit vectors ``float[B, Q, E]``, one for each query token, and the Q-Former pass that gave
+        them."""
         seen = self.qformer(image_BPD=patches_BPD)
         return F.normalize(self.vision_projection(seen.hidden_BSD), dim=-1), seen
 
@@ -147,10 +150,11 @@ class Blip2Matcher(nn.Module):
         image_bias: Tensor | None = None,
         image_keys: Memory | None = None,
     ) -> Tensor:
-        """Logits ``float[B, 2]`` of pairs: [:, 1] speaks for a match. The mean over the queries (section 3.1).
+        """Logits ``float[B, 2]`` of pairs: [:, 1] is the score of a match. The mean over the query tokens (section
+        3.1).
 
-        ``patches_BPD`` may be of one picture, for many texts. ``image_keys``, instead of it, and ``image_bias``: see
-        `QFormer`.
+        ``patches_BPD`` may be a single image for many texts. ``image_keys`` replace it; for these and ``image_bias``
+        see `QFormer`.
         """
         fused = self.qformer(
             image_BPD=patches_BPD, image_keys=image_keys, text_BT=text_BT, text_mask_BT=text_mask_BT,
@@ -161,30 +165,31 @@ class Blip2Matcher(nn.Module):
     def caption_logits(self, text_BT: Tensor, text_mask_BT: Tensor, seen: QFormerOutput) -> Tensor:
         """Next-token logits ``float[B, T, V]`` of a text that starts with the [DEC] token, given the image pass."""
         written = self.qformer(text_BT=text_BT, text_mask_BT=text_mask_BT, memory=seen.memory)
-        assert self.lm_head is not None and self.qformer.word_embedding is not None, "this file has no caption head"
+        assert self.lm_head is not None and self.qformer.word_embedding is not None, "no caption head"
         return self.lm_head(written.hidden_BSD, self.qformer.word_embedding.weight)
 
     def freeze_pretrained(self) -> None:
-        """Only the Q-Former, its heads and the norm on the patches learn."""
+        """Freeze all but the Q-Former, its heads and the norm of the patch features."""
         freeze(self.vision)
         self.vision.post_norm.requires_grad_(True)
 
 
 def similarity(images_NQE: Tensor, texts_ME: Tensor) -> Tensor:
-    """Cosine of every image with every text ``float[N, M]``: the best of the image's queries (section 3.1)."""
+    """Cosine of every image with every text ``float[N, M]``: the maximum over the image's query tokens (section
+    3.1)."""
     return torch.einsum("nqe,me->nmq", images_NQE, texts_ME).amax(dim=-1)
 
 
 def identity(model: Blip2 | Blip2Matcher) -> str:
-    """Which model it is, by its Q-Former: the same in every precision and on every device, 16 hexadecimal digits.
+    """Identifies a model by its Q-Former, in 16 hexadecimal digits, independent of dtype and device.
 
-    What two models see of a picture can be compared, or read by the other, only if this is equal.
+    Features of two models can be compared or exchanged only if this is equal.
     """
     qformer = model.qformer
-    told = hashlib.sha256(repr((type(model).__name__, model.config.vision, qformer.config)).encode())
-    told.update(model.config.adapted.encode())  # changes of matrices, which are not looked at
-    # Norms and biases tell models apart as well as the matrices do, and are read in a moment.
+    digest = hashlib.sha256(repr((type(model).__name__, model.config.vision, qformer.config)).encode())
+    digest.update(model.config.adapted.encode())  # adapters change matrices, which are not hashed
+    # Norms and biases identify a model as well as its matrices, and are read much faster.
     vectors = [weight for weight in qformer.parameters() if weight.dim() == 1]
     for weight in (qformer.query_tokens, *vectors):
-        told.update(weight.detach().float().cpu().numpy().tobytes())
-    return told.hexdigest()[:16]
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

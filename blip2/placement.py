@@ -1,17 +1,17 @@
-"""Where each piece of a model goes: all of it onto the GPU where it fits, else what does not fit stays on the CPU.
+"""Placement of a model's parts: all on the GPU if they fit; what does not fit stays on the CPU.
 
-A layer on the CPU computes there, with its weights where they are. The other way, weights lent to the GPU for each
-call, reads all of them over the bus for every new token: that is slower than the CPU's own memory, for the few rows
-of an answer. What travels here is one vector a row into a layer and out of it.
+A layer on the CPU is computed there. The alternative, copying weights to the GPU for each call, would read all of
+them over the bus for every new token, which is slower than the CPU's own memory for the few rows of an answer. Here
+only one vector for each row is copied into a layer and out of it.
 
-So the GPU takes what it is worth most to, in this order:
+The GPU gets the parts that profit most, in this order:
 
-1. the Q-Former with its projection or heads, and the image encoder: much arithmetic, the same for every picture;
-2. the language model's tables, norms and head: used for each token, and where its tokens are chosen;
-3. its layers from the first, as many as fit, a decoder's before an encoder's: a decoder's weights are read again for
-   each token, an encoder's once for an answer.
+1. the Q-Former with its projection or heads, and the image encoder: much arithmetic, the same for every image;
+2. the language model's tables, norms and head: used for each token, and the sampler runs there;
+3. as many of its layers as fit, from the first, a decoder's before an encoder's: a decoder's weights are read for each
+   token, an encoder's once for an answer.
 
-`accelerate` moves the activations; only a model that is divided needs it.
+`accelerate` moves the activations; only a divided model needs it.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ LAYERS = ("language.blocks", "language.decoder", "language.encoder")
 ORDER = (REST, VISION, LANGUAGE, *LAYERS)
 
 RESERVED_BYTES, RESERVED_SHARE = 1_000_000_000, 0.1
-"""Of the GPU's free memory, what the weights leave to libraries, activations, and keys and values: on 8 GB about
-1.8 GB, where those of 8 pictures with 5 beams take some 1.4 GB in an OPT-2.7b. Reckoned, not measured."""
+"""GPU memory that is left free for libraries, activations and the key-value cache: on 8 GB about 1.8 GB, where the
+cache of 8 images with 5 beams takes about 1.4 GB in an OPT-2.7b. Calculated, not measured."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What stays together. ``name``: how the names of its weights begin, those of other pieces aside; "" is the rest,
+    """Weights that are placed together. ``name``: the prefix of their names, except for other pieces; "" is the rest,
     the Q-Former and what follows it."""
 
     name: str
@@ -60,14 +60,15 @@ class Piece:
 
     @property
     def layers(self) -> str:
-        """For a layer of the language model, the list that it is in; else ""."""
+        """For a layer of the language model, the list that contains it; else ""."""
         stem = self.name.rpartition(".")[0]
         return stem if stem in LAYERS else ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each piece goes, the worthiest of the GPU first. ``dtype``: what to load in; ``reason``: why, in words."""
+    """The device of each piece, in the order of priority for the GPU. ``dtype``: for loading; ``reason``: explanation
+    as text."""
 
     pieces: tuple[Piece, ...]
     dtype: torch.dtype | None
@@ -75,12 +76,12 @@ class Plan:
 
     @property
     def devices(self) -> dict[str, str]:
-        """The device of each piece, as `checkpoint.load` takes them."""
+        """The device of each piece, for `checkpoint.load`."""
         return {piece.name: piece.device for piece in self.pieces}
 
     @property
     def device(self) -> str:
-        """The one that the precision has to suit: the GPU, if anything is there."""
+        """The device that decides the dtype: the GPU, if any piece is there."""
         return next((piece.device for piece in self.pieces if piece.device != CPU), CPU)
 
     @property
@@ -88,11 +89,11 @@ class Plan:
         return len(set(self.devices.values())) > 1
 
     def num_bytes(self, device: str) -> int:
-        """Of weights on a device."""
+        """Bytes of weights on a device."""
         return sum(piece.num_bytes for piece in self.pieces if piece.device == device)
 
     def lines(self) -> list[str]:
-        """For people: a line for each device with its bytes and its pieces, and the reason."""
+        """The plan as text: a line for each device with its bytes and pieces, and the reason."""
         devices = dict.fromkeys(piece.device for piece in self.pieces)
         rows = [f"{device}: {_size(self.num_bytes(device))}, {self._pieces_on(device)}" for device in devices]
         return [*rows, self.reason]
@@ -120,11 +121,11 @@ def plan(
     free_bytes: int | None = None,
     gpu: str = "cuda:0",
 ) -> Plan:
-    """Where a model of this configuration goes; nothing is loaded, and no GPU need be there.
+    """Plan the placement of a model. Nothing is loaded, and no GPU is needed.
 
-    ``device``: all of it to that one, or "auto": to ``gpu``, of whose memory ``free_bytes`` are free (None: there is
-    no GPU), as far as it fits. ``dtype`` and ``quantize`` as for `checkpoint.load`. A model that is divided computes
-    in a precision that both sides have: bfloat16 in place of float16. Raises OptionError for a dtype that cannot be.
+    ``device``: a device for the whole model, or "auto": as much as fits onto ``gpu``, which has ``free_bytes`` free
+    (None: there is no GPU). ``dtype`` and ``quantize`` as for `checkpoint.load`. A divided model uses a dtype that both
+    devices support: bfloat16 instead of float16. Raises OptionError for an unsupported dtype.
     """
     model = empty_model(config, quantize)
     num_parameters = count_parameters(model)
@@ -139,7 +140,7 @@ def plan(
         return _plan(sizes(device, dtype), {}, device, dtype, reason)
 
     if device != "auto":
-        return whole(device, f"{device}, as asked for")
+        return whole(device, f"{device}, as requested")
     if free_bytes is None:
         return whole(CPU, "there is no GPU")
     room = int(free_bytes * (1 - RESERVED_SHARE)) - RESERVED_BYTES
@@ -151,11 +152,11 @@ def plan(
     on_gpu = _as_many_as_fit(wanted, room)
     if not on_gpu:
         return whole(CPU, f"{is_free}: no part of the model fits")
-    reason = f"{is_free}: the rest stays on the CPU and computes there"
+    reason = f"{is_free}: the rest stays on the CPU, which computes it"
     if common != dtype:
-        reason += ", all in bfloat16, since a CPU does not compute in float16"
+        reason += ", all in bfloat16, since a CPU does not support float16"
     if quantize is None and isinstance(config, Blip2Config):
-        reason += "; quantised (int8, int4) it is smaller"
+        reason += "; quantised (int8, int4) the model is smaller"
     return _plan(wanted, dict.fromkeys(on_gpu, gpu), CPU, common, reason)
 
 
@@ -167,24 +168,24 @@ def plan_for(
     quantize: Quantization | None = None,
     free_bytes: int | None = None,
 ) -> Plan:
-    """The plan for a checkpoint on this machine, or, with ``free_bytes``, for a GPU that has so many free.
+    """Plan the placement of a checkpoint on this machine, or with ``free_bytes`` for a GPU with this much free memory.
 
-    Raises CheckpointError and OptionError as `checkpoint.load`, but for the weights.
+    Raises CheckpointError and OptionError as `checkpoint.load`, except for errors in the weights.
     """
     quantize = quantization_in(folder, quantize)
     gpu = "cuda:0"
     if device == "auto" and free_bytes is None and torch.cuda.is_available():
         gpu = f"cuda:{torch.cuda.current_device()}"
-        # What torch holds and does not use is free for us, too.
+        # Memory that torch has reserved but does not use is free for this model.
         held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free_bytes = torch.cuda.mem_get_info()[0] + held
     return plan(read_config(folder), device=device, dtype=dtype, quantize=quantize, free_bytes=free_bytes, gpu=gpu)
 
 
 def load(folder: Path, plan: Plan, **options: Any) -> Model:
-    """The model in a folder, each piece where the plan has it; ``options`` as for `checkpoint.load`.
+    """Load the model in a folder, with each piece on its planned device; ``options`` as for `checkpoint.load`.
 
-    Raises OptionError, before anything is read, if the model is to be divided and `accelerate` is not installed.
+    Raises OptionError, before anything is read, if the model is divided and `accelerate` is not installed.
     """
     if plan.is_split:
         _hooks()
@@ -193,7 +194,7 @@ def load(folder: Path, plan: Plan, **options: Any) -> Model:
 
 
 def place(model: Model, plan: Plan) -> Model:
-    """Let a model whose weights are where the plan has them fetch its inputs to them; one device needs nothing."""
+    """Make a model whose weights are on their planned devices move its inputs there; not needed for a single device."""
     if not plan.is_split:
         return model
     hooks = _hooks()
@@ -209,7 +210,7 @@ def place(model: Model, plan: Plan) -> Model:
         if piece.layers and piece.device != devices[LANGUAGE]:
             layer = model.get_submodule(piece.name)
             fetch(layer, piece.device, brings_back=True)
-            if piece.layers == "language.decoder":  # called beside the layer, for keys and values that it keeps
+            if piece.layers == "language.decoder":  # called separately, for its cached keys and values
                 fetch(layer.get_submodule("cross_attention.key_value"), piece.device)
     return model
 
@@ -219,14 +220,14 @@ def _hooks() -> Any:
         from accelerate import hooks
     except ImportError:
         raise OptionError(
-            "this model does not fit onto the GPU whole, and accelerate, which would divide it, is not installed; "
+            "this model does not fit onto the GPU as a whole, and accelerate, which divides it, is not installed; "
             f"{install_line('split')}, or {setting('device', 'cpu')}"
         ) from None
     return hooks
 
 
 def _sizes(model: nn.Module, precision: Precision) -> dict[str, int]:
-    """The bytes of each piece's weights, in the order of worth."""
+    """Bytes of each piece's weights, in the order of priority."""
     found: dict[str, int] = {}
     for module_name, module in model.named_modules():
         tensors: Iterable[tuple[str, torch.Tensor]] = chain(
@@ -254,7 +255,8 @@ def _worth(piece: str) -> tuple[int, int]:
 
 
 def _as_many_as_fit(sizes: dict[str, int], room: int) -> list[str]:
-    """The pieces for the GPU: each that still fits, in order of worth, and no layer without its language model."""
+    """The pieces for the GPU: each one that still fits, by priority; layers only if the rest of the language model
+    fits."""
     chosen: list[str] = []
     for name, num_bytes in sizes.items():
         if num_bytes <= room and not (name.startswith(LAYERS) and LANGUAGE not in chosen):

@@ -1,7 +1,7 @@
-"""Text files as people's editors write them: with or without a byte order mark, with any line ends.
+"""Text files of any editor: with or without a byte order mark, with any line endings.
 
-Notepad and PowerShell begin UTF-8 with a mark, and PowerShell's ``>`` writes UTF-16. A mark that is read as text
-becomes a character that nobody sees; so every text file that this package reads is opened here.
+Notepad and PowerShell begin UTF-8 files with a mark, and PowerShell's ``>`` writes UTF-16. A mark that is read as text
+becomes an invisible character, so every text file is opened here.
 """
 
 from __future__ import annotations
@@ -26,50 +26,50 @@ ENCODINGS = (
 
 
 class NotTextError(ValueError):
-    """Bytes that are no text; the message goes on from "the file": "is not UTF-8 text ..."."""
+    """Bytes that are not text; the message continues "the file": "is not UTF-8 text ..."."""
 
 
 def read_text(path: Path) -> str:
-    """The whole file, line ends as ``\\n``. Raises OSError, and `NotTextError` for what is no text."""
+    """The whole file, with line ends as ``\\n``. Raises OSError, and `NotTextError` for bytes that are not text."""
     return "".join(read_lines(path))
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, each with its ``\\n``, read as they are asked for. Raises as `read_text` does."""
+    """The lines of a file, each with its ``\\n``, read on demand. Raises as `read_text` does."""
     with path.open("rb") as file:
         yield from lines_of(file)
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """The text of a file in pieces of `PIECE_CHARS` characters, also where it has no lines. Raises as `read_text`."""
+    """The text of a file in pieces of `PIECE_CHARS` characters, whether it has lines or not. Raises as `read_text`."""
     with path.open("rb") as file:
         yield from lines_of(file, piece_chars=PIECE_CHARS)
 
 
 def lines_of(stream: BinaryIO, encoding: str = "utf-8", piece_chars: int = 0) -> Iterator[str]:
-    """The lines of a stream as they arrive; ``encoding`` is that of a stream without a mark. ``piece_chars``: instead
-    of lines, pieces of so many characters."""
+    """The lines of a stream as they arrive; ``encoding``: of a stream without a mark. ``piece_chars``: yield pieces of
+    this many characters instead of lines."""
     buffered: Any = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(Any, stream))
     start = buffered.peek(LONGEST_MARK)[:LONGEST_MARK]
     encoding = next((name for mark, name in ENCODINGS if start.startswith(mark)), encoding)
     if encoding == "utf-8" and b"\0" in start:
-        raise NotTextError("is not UTF-8 text (it has NUL bytes, as UTF-16 without a mark); save it as UTF-8")
+        raise NotTextError("is not UTF-8 text (it contains NUL bytes, like UTF-16 without a mark); save it as UTF-8")
     text = io.TextIOWrapper(buffered, encoding)
     try:
         if piece_chars:
             yield from iter(lambda: text.read(piece_chars), "")
-        # A file that was joined from several may have a mark at any line's start.
+        # A file that was concatenated may have a mark at the start of any line.
         yield from (line.lstrip(MARK) for line in text)
     except UnicodeError as error:
         reason = " ".join(str(error).split())
         kind = encoding.removesuffix("-sig").upper()
         raise NotTextError(f"is not {kind} text ({reason}); save it as UTF-8") from None
     finally:
-        text.detach()  # whoever opened the stream closes it
+        text.detach()  # the caller closes the stream
         if buffered is not stream:
             buffered.detach()
 
 
 def filled_lines(path: Path) -> list[str]:
-    """The lines that say something, without white space at either end. Raises as `read_text` does."""
+    """The lines that are not blank, without white space at either end. Raises as `read_text` does."""
     return [line.strip() for line in read_lines(path) if line.strip()]

@@ -22,13 +22,13 @@ class Published:
     """A model that its authors published on the Hugging Face hub."""
 
     config: Blip2Config | MatcherConfig
-    """Of the newest revision; an older one may have 50272 rows of vocabulary and no image token."""
+    """That of the newest revision; older ones may have a vocabulary of 50272 and no image token."""
     purpose: str
     licence: str
     size_gb: float
-    """Gigabytes (10**9 bytes) of weights, in fp32 as they are published."""
+    """Gigabytes (10**9 bytes) of weights, published in fp32."""
     revision: str | None
-    """The commit that is fetched unless another is asked for; None where no good one is known: the newest."""
+    """The default commit to download; None: the newest, where no good one is known."""
 
 
 COCO_VISION = VisionConfig(image_size=364)
@@ -36,7 +36,8 @@ OPT_6_7B = OPTConfig(hidden_size=4096, intermediate_size=16384)
 
 
 def _vicuna(width: int, num_layers: int, num_heads: int, intermediate_size: int) -> DecoderConfig:
-    """Of the first Llama's sizes; of its 32,002 tokens the last is the image's, and the rows are filled up to 64."""
+    """The first Llama's sizes; the vocabulary of 32,002 tokens, the last of them for images, is padded to a multiple of
+    64."""
     return DecoderConfig(
         "llama", vocab_size=32064, hidden_size=width, num_layers=num_layers, num_heads=num_heads,
         num_key_value_heads=num_heads, head_size=128, intermediate_size=intermediate_size,
@@ -52,20 +53,20 @@ def _instruct(language: LanguageConfig, image_token_id: int) -> Blip2Config:
 
 FLAN_T5_XXL = T5Config(hidden_size=4096, num_heads=64, intermediate_size=10240)
 
-ANSWERS = "zero-shot captions and questions"
+ANSWERS = "zero-shot captions and answers"
 CAPTIONS = "captions in the style of COCO"
-INSTRUCTED = "instructions, which the Q-Former reads as well"
+INSTRUCTED = "instructions, which the Q-Former also reads"
 MATCHES = "image-text matching and search"
 MIT = "MIT"
-OPT_LICENCE = "MIT; the OPT in it under Meta's own licence, for non-commercial research"
-FLAN_LICENCE = "MIT; the Flan-T5 in it under Apache-2.0"
-VICUNA_LICENCE = "MIT; the Vicuna in it under Meta's licence of the first Llama, for non-commercial research"
+OPT_LICENCE = "MIT; its OPT under Meta's own licence, for non-commercial research"
+FLAN_LICENCE = "MIT; its Flan-T5 under Apache-2.0"
+VICUNA_LICENCE = "MIT; its Vicuna under Meta's licence of the first Llama, for non-commercial research"
 
-# Where each commit was seen: (1) in many places, among them registries of the checksums of its files; (2) in a version
-# of MTEB's table of models; (3) in a public record of the files of that snapshot. The pins of opt-6.7b, opt-6.7b-coco
-# and flan-t5-xxl are of March 2024, before the vocabulary grew and the image token came; either revision is read.
+# Sources of the commits: (1) several places, among them registries of file checksums; (2) a version of MTEB's table of
+# models; (3) a public record of the files of that snapshot. The pins of opt-6.7b, opt-6.7b-coco and flan-t5-xxl are of
+# March 2024, before the vocabulary grew for the image token; both revisions can be read.
 PUBLISHED: dict[str, Published] = {
-    # Before November 2024, and what many programs still ask for: 51572668da0eb669e01a189dc22abe6088589a24
+    # Before November 2024, and still requested by many programs: 51572668da0eb669e01a189dc22abe6088589a24
     "Salesforce/blip2-opt-2.7b": Published(
         Blip2Config(image_token_id=50265),
         ANSWERS, OPT_LICENCE, 15.0, "59a1ef6c1e5117b3f65523d1c6066825bcf315e3",  # (1)

@@ -1,8 +1,8 @@
 """The Querying Transformer (section 3 of the paper; ``Qformer.py`` in the authors' code).
 
-A BERT encoder in which learned queries look at the picture through cross-attention in every second layer.
-Queries and text share the self-attention; each has feed-forward layers of its own. Three uses of the same
-weights, told apart by who may attend to whom (rows attend to columns):
+A BERT encoder in which learned query tokens attend to the image by cross-attention in every second layer. Query
+tokens and text share the self-attention; each has feed-forward layers of its own. The same weights have three uses,
+which differ in the attention mask (rows attend to columns):
 
     image-text contrast        image-text matching        image-grounded generation
           Q Q T T                    Q Q T T                    Q Q T T
@@ -11,10 +11,10 @@ weights, told apart by who may attend to whom (rows attend to columns):
         T . . 1 1                  T 1 1 1 1                  T 1 1 1 .
         T . . 1 1                  T 1 1 1 1                  T 1 1 1 1
 
-In the first, queries and text are two passes. In the third, the queries do not see the text, so their keys and
-values are those of the first (`QFormerOutput.memory`) and only the text is passed through.
+In the first, query tokens and text are two passes. In the third, the query tokens do not attend to the text, so their
+keys and values are those of the first (`QFormerOutput.memory`) and only the text is computed.
 
-B rows, Q queries, T text tokens, S both, P image patches, D width.
+B rows, Q query tokens, T text tokens, S both, P image patches, D width.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Memory = list[tuple[Tensor, Tensor]]
 
 
 class QFormerOutput(NamedTuple):
-    """``hidden_BSD``: queries first, then text. ``memory``: each layer's self-attention keys and values."""
+    """``hidden_BSD``: query tokens first, then text. ``memory``: self-attention keys and values of each layer."""
 
     hidden_BSD: Tensor
     memory: Memory
@@ -80,7 +80,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention over queries and text, cross-attention for the queries only, two feed-forward layers."""
+    """Self-attention over query tokens and text, cross-attention for the query tokens only, two feed-forward layers."""
 
     def __init__(self, config: QFormerConfig, *, has_cross_attention: bool) -> None:
         super().__init__()
@@ -109,20 +109,20 @@ class Layer(nn.Module):
         parts = []
         if num_queries:
             if self.cross_attention is not None:
-                assert image is not None, "queries need a picture to look at"
+                assert image is not None, "query tokens need an image"
                 key, value = image if isinstance(image, tuple) else self.cross_attention.keys_values(image)
-                if len(key) != len(x_BSD):  # one picture for many texts: looked at once
+                if len(key) != len(x_BSD):  # one image for many texts: computed once
                     key, value = (part.expand(len(x_BSD), -1, -1, -1) for part in (key, value))
                 queries_BQD = self.cross_attention(queries_BQD, key, value, image_bias)
             parts.append(self.query_feed_forward(queries_BQD))
         if text_BTD.shape[1]:
-            assert self.text_feed_forward is not None, "this Q-Former was built without its text branch"
+            assert self.text_feed_forward is not None, "this Q-Former has no text branch"
             parts.append(self.text_feed_forward(text_BTD))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], own
 
 
 class QFormer(nn.Module):
-    """The queries, the embeddings of the text branch (if there is one), and the layers."""
+    """The query tokens, the embeddings of the text branch (if there is one), and the layers."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """BERT's initialisation, the queries included: equal queries would stay equal for ever."""
+        """BERT's initialisation, also of the query tokens: equal ones would stay equal in training."""
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 continue
@@ -163,24 +163,24 @@ class QFormer(nn.Module):
     ) -> QFormerOutput:
         """One pass, by what is given:
 
-        - ``image_BPD`` alone: the queries look at the picture;
+        - ``image_BPD`` alone: the query tokens attend to the image;
         - ``text_BT`` alone: the text by itself;
-        - both: queries and text see each other (matching), text padding masked;
-        - ``text_BT`` and ``memory`` of an image pass: the text sees the queries and its own past (generation).
+        - both: query tokens and text attend to each other (matching), text padding masked;
+        - ``text_BT`` and ``memory`` of an image pass: the text attends to the query tokens and its past (generation).
 
-        ``image_BPD`` float[B or 1, P, encoder_hidden_size], in the place of which `image_keys` of it may stand;
-        ``text_BT`` int[B, T] token ids; ``text_mask_BT`` bool[B, T], True for real tokens (all, if not given).
-        ``image_bias`` float[C, B or 1, H, Q, P] is added to the scores of the C layers with cross-attention: its
-        gradient tells where a look would have mattered, and minus infinity hides a patch.
+        ``image_BPD`` float[B or 1, P, encoder_hidden_size], or its `image_keys`; ``text_BT`` int[B, T] token ids;
+        ``text_mask_BT`` bool[B, T], True for real tokens (default: all). ``image_bias`` float[C, B or 1, H, Q, P] is
+        added to the scores of the C layers with cross-attention: its gradient shows the influence of each patch, and
+        minus infinity hides a patch.
         """
         embedded: list[Tensor] = []
-        pictures = image_BPD if image_keys is None else image_keys[0][0]
-        if pictures is not None:
-            rows = len(pictures if text_BT is None else text_BT)
+        images = image_BPD if image_keys is None else image_keys[0][0]
+        if images is not None:
+            rows = len(images if text_BT is None else text_BT)
             embedded.append(self.query_tokens.expand(rows, -1, -1))
         if text_BT is not None:
             embedded.append(self._embed_text(text_BT))
-        num_queries = self.config.num_query_tokens if pictures is not None else 0
+        num_queries = self.config.num_query_tokens if images is not None else 0
         x_BSD = self.embedding_norm(torch.cat(embedded, dim=1) if len(embedded) > 1 else embedded[0])
         x_BSD = drop(x_BSD, self.config.dropout, self.training)
 
@@ -201,17 +201,17 @@ class QFormer(nn.Module):
         return QFormerOutput(x_BSD, own)
 
     def image_keys(self, image_BPD: Tensor) -> Memory:
-        """Keys and values of pictures for each layer with cross-attention, which do not depend on what is asked: for
-        several passes over the same pictures. ``image_BPD`` as in `forward`."""
+        """Cross-attention keys and values of images for each layer, which do not depend on the text, to share them
+        between passes. ``image_BPD`` as in `forward`."""
         looking = (layer.cross_attention for layer in self.layers if isinstance(layer, Layer))
         return [attention.keys_values(image_BPD) for attention in looking if attention is not None]
 
     def _embed_text(self, text_BT: Tensor) -> Tensor:
-        """Words and positions; positions count the text alone, the queries have none."""
+        """Word and position embeddings; positions count only text tokens, since query tokens have none."""
         assert self.word_embedding is not None and self.position_embedding is not None, "no text branch"
         if text_BT.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
-                f"the text has {text_BT.shape[1]} tokens, the Q-Former reads at most "
+                f"the text has {text_BT.shape[1]} tokens, but the Q-Former reads at most "
                 f"{self.config.max_position_embeddings}; shorten it"
             )
         return self.word_embedding(text_BT) + self.position_embedding.weight[: text_BT.shape[1]]
@@ -219,7 +219,7 @@ class QFormer(nn.Module):
     def _mask(
         self, num_queries: int, text_BT: Tensor | None, text_mask_BT: Tensor | None, memory: Memory | None
     ) -> Tensor | None:
-        """The drawings above, as ``bool`` that broadcasts to [B, H, S, S]; None where all may see all."""
+        """The masks above, as ``bool`` that broadcasts to [B, H, S, S]; None if nothing is masked."""
         if text_BT is None or (text_mask_BT is None and memory is None):
             return None
         rows, length = text_BT.shape

@@ -1,10 +1,10 @@
 """A linear layer with weights of 8 or 4 bits.
 
-8 bits: a scale for each output channel. 4 bits: a scale for each group of 64 inputs of a channel. Activations keep
-15 bits (two int8 planes a row, see ``kernels.c``), so that outlier channels do no harm, and a row's result depends on
-that row alone. The C kernels do this at the speed of memory; where they are not, and on a GPU, torch does.
+8 bits: a scale for each output channel. 4 bits: a scale for each group of 64 inputs of a channel. Activations keep 15
+bits (two int8 planes a row, see ``kernels.c``), so that outlier channels do no harm, and the result of a row depends
+only on that row. The C kernels are limited only by memory bandwidth; without them, and on a GPU, torch computes it.
 
-An image encoder, whose rows are many, may have activations of 8 bits, with a scale for each row: half the arithmetic.
+An image encoder, which has many rows, may use activations of 8 bits, with a scale for each row: half the arithmetic.
 
 N output channels (padded to tiles of 32), D inputs (padded to whole groups), G groups.
 """
@@ -27,15 +27,15 @@ BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)
 TILE = 32
 LANES = 8
-LEAST = 4e-37  # as in kernels.c: a row whose numbers are all smaller counts as zeros
+LEAST = 4e-37  # as in kernels.c: rows with smaller values count as zeros
 EXACT_INPUTS = 2**24 // (128 * 127)
-"""Of so many, products of 8 bits by 8 bits have sums that float32 holds exactly, in any order."""
+"""Up to this many inputs, sums of products of 8 by 8 bits are exact in float32, in any order."""
 
 
 class QuantizedLinear(nn.Module):
-    """Stands in for an ``nn.Linear`` of ``in_features`` and ``out_features``.
+    """Replaces an ``nn.Linear`` with ``in_features`` and ``out_features``.
 
-    ``codes`` uint8[bytes] and ``scales`` bfloat16[N / 32, G, 32] are laid out as in ``kernels.c``, in memory and in
+    ``codes`` uint8[bytes] and ``scales`` bfloat16[N / 32, G, 32] have the layout of ``kernels.c``, in memory and in
     checkpoints. ``group_size`` (4 bits only) is one of 32, 64, 128. ``activation_bits``: 15, or 8 (with 8 bits only).
     """
 
@@ -60,7 +60,7 @@ class QuantizedLinear(nn.Module):
         self.bits = bits
         self.activation_bits = activation_bits
         num_tiles = -(-out_features // TILE)
-        # In 8 bits the whole row is one group; the kernels take inputs in fours.
+        # With 8 bits the whole row is one group; the kernels read inputs in fours.
         self.group_size = -(-in_features // 4) * 4 if bits == 8 else group_size
         num_groups = -(-in_features // self.group_size)
         num_bytes = num_tiles * TILE * num_groups * self.group_size * bits // 8
@@ -70,9 +70,9 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def fill(self, weight_ND: Tensor, device: torch.device) -> None:
-        """Take over the weights of ``float[N, D]``, rounded to the nearest codes, on a device.
+        """Quantise the weights ``float[N, D]``, rounded to the nearest codes, and move them to a device.
 
-        Raises NotFiniteError if one is NaN or infinite, which has no code.
+        Raises NotFiniteError if one is NaN or infinite.
         """
         assert weight_ND.shape == (self.out_features, self.in_features)
         codes = torch.empty_like(self.codes, device="cpu")
@@ -85,17 +85,17 @@ class QuantizedLinear(nn.Module):
             codes.copy_(pack(codes_ND, self.bits))
             scales.copy_(scales_NG.unflatten(0, (-1, TILE)).transpose(1, 2))
         if not is_sound:
-            raise NotFiniteError("a weight is NaN or infinite, and cannot be quantised")
+            raise NotFiniteError("a weight is NaN or infinite and cannot be quantised")
         self.codes, self.scales = codes.to(device), scales.to(device)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights as they act: ``float[N, D]``."""
+        """The effective weights: ``float[N, D]``."""
         codes_ND, scales_NG = self._rows()
         weight_ND = codes_ND.unflatten(1, (-1, self.group_size)).to(dtype) * scales_NG[..., None].to(dtype)
         return weight_ND.flatten(1)[: self.out_features, : self.in_features]
 
     def forward(self, x: Tensor, *, has_gelu: bool = False) -> Tensor:
-        """``float[..., D]`` to ``float[..., N]``, then perhaps through a GELU. Gradients reach x, never the weights."""
+        """``float[..., D]`` to ``float[..., N]``, optionally followed by a GELU. Gradients reach x, not the weights."""
         if self.activation_bits == 8 and not (torch.is_grad_enabled() and x.requires_grad):
             return self._rounding_activations(x, has_gelu)
         if native.can_take(x) and self.is_as_made():
@@ -110,7 +110,7 @@ class QuantizedLinear(nn.Module):
         return F.gelu(out) if has_gelu else out
 
     def _rounding_activations(self, x: Tensor, has_gelu: bool) -> Tensor:
-        """As `forward`, with activations in 8 bits: sums of integers, by a kernel or in float32 that holds them."""
+        """As `forward`, with activations of 8 bits: exact integer sums, by a kernel or in float32."""
         if native.can_take(x) and self.is_as_made():
             out = native.linear_of_many(
                 x, self.codes, self.scales, self.bias,
@@ -130,14 +130,14 @@ class QuantizedLinear(nn.Module):
             return (F.gelu(out) if has_gelu else out).to(x.dtype)
 
     def is_as_made(self) -> bool:
-        """Whether codes, scales and bias are what the kernels read: on the CPU, of the types that they came in."""
+        """Whether codes, scales and bias can be read by the kernels: on the CPU, with their original dtypes."""
         scales, bias = self.scales, self.bias
         if bias is not None and (bias.dtype != torch.float32 or (bias.requires_grad and torch.is_grad_enabled())):
             return False
         return self.codes.device.type == scales.device.type == "cpu" and scales.dtype == torch.bfloat16
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `nn.Module.to` does: the layer moves, but scales and bias keep their precision."""
+        """`nn.Module.to`: moves the layer, but keeps the dtypes of scales and bias."""
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
@@ -159,12 +159,12 @@ class QuantizedLinear(nn.Module):
         return F.pad(weight_ND, (0, num_inputs - self.in_features, 0, num_channels - self.out_features))
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """What the codes stand for, before the scales, ``int8[N, D]``, and the scales, ``[N, G]``; with padding."""
+        """The decoded weights before scaling, ``int8[N, D]``, and the scales, ``[N, G]``; with padding."""
         return unpack(self.codes, self.bits, self.scales.shape[0]), self.scales.transpose(1, 2).flatten(0, 1)
 
 
 class _Product(torch.autograd.Function):
-    """The gradient reaches the input; weights in full precision are made again for it, and not kept until then."""
+    """The gradient reaches the input; weights are decoded again for it instead of being kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -178,8 +178,8 @@ class _Product(torch.autograd.Function):
 
 
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``float[..., D]`` to codes from -127 to 127, ``float32[..., D]``, and what they are multiples of,
-    ``float32[..., 1]``, as `kernels.c` does it. A row with a NaN or an infinity is NaN throughout."""
+    """``float[..., D]`` to codes from -127 to 127, ``float32[..., D]``, and their scales, ``float32[..., 1]``, as in
+    `kernels.c`. A row with a NaN or an infinity becomes NaN."""
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > LEAST, torch.full_like(largest, 127) / largest, 0)
@@ -187,10 +187,10 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_to_codes(weight_ND: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Finite ``float[N, D]`` to ``uint8[N, D]`` and ``bfloat16[N, G]``, as `kernels.c` does it, to the last bit."""
+    """Finite ``float[N, D]`` to ``uint8[N, D]`` and ``bfloat16[N, G]``, identical to `kernels.c`."""
     grouped = weight_ND.unflatten(1, (-1, group_size))
     largest = grouped.abs().amax(-1)
-    # A power of two for each group changes no digit, and keeps sums and inverses within the range of a float.
+    # A factor of a power of two for each group is exact, and keeps sums and inverses within the range of float32.
     factor = torch.where(largest > 2.0**46, 2.0**-87, torch.where(largest < 2.0**-46, 2.0**97, 1.0)).float()
     grouped = grouped * factor[..., None]
     scales = (largest / 127 if bits == 8 else _best_scales(grouped) / factor).bfloat16()
@@ -201,7 +201,7 @@ def round_to_codes(weight_ND: Tensor, bits: int, group_size: int) -> tuple[Tenso
 
 
 def _best_scales(grouped: Tensor) -> Tensor:
-    """For each group in 4 bits, of five ways to round it, the scale with the least squared error."""
+    """For each group in 4 bits, the scale with the least squared error of five ways to round it."""
     least, most = grouped.aminmax(dim=-1)
     extreme = torch.where(-least > most, least, most)[..., None]
     best = scales = torch.zeros_like(most)
@@ -216,7 +216,7 @@ def _best_scales(grouped: Tensor) -> Tensor:
 
 
 def _sum(grouped: Tensor) -> Tensor:
-    """Over the last dimension, in the order of ``kernels.c``: eight sums, and then theirs."""
+    """Sum over the last dimension in the order of ``kernels.c``: eight partial sums, then their sum."""
     for size in (LANES, 1):
         first, *others = grouped.split(size, dim=-1)
         grouped = sum(others, start=first)
@@ -233,7 +233,7 @@ def pack(codes_ND: Tensor, bits: int) -> Tensor:
 
 
 def unpack(codes: Tensor, bits: int, num_tiles: int) -> Tensor:
-    """Bytes to what they stand for, ``int8[N, D]``: the codes less 128 or 8."""
+    """Bytes to decoded weights, ``int8[N, D]``: the codes minus 128 or 8."""
     tiles = codes.view(num_tiles, -1, TILE, 4)
     if bits == 8:
         return (tiles ^ 0x80).view(torch.int8).transpose(1, 2).flatten(2).flatten(0, 1)

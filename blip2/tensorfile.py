@@ -1,7 +1,7 @@
-"""Safetensors files: what their header says, and those of ours, which are known to be whole before they are used.
+"""Safetensors files: reading their headers, and writing and verifying files of our own.
 
-Ours carry ``checksum`` in their metadata: a CRC-32 of all else that is in the file. Files that an earlier version wrote
-have none, and are read as they are. Nothing is mapped: a file that another program cuts would end the process.
+Our files have a ``checksum`` in their metadata: a CRC-32 of all other bytes. Files of earlier versions have none and
+are read without it. Nothing is memory-mapped: a map of a file that another program truncates would kill the process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: ``start`` from the file's beginning, in bytes; ``dtype`` by the format's name."""
+    """The place of a tensor: ``start`` in bytes from the beginning of the file; ``dtype`` by the format's name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,20 +48,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, and its tensors by name."""
+    """Metadata and tensors by name."""
 
     about: dict[str, str]
     tensors: dict[str, Entry]
 
 
 def read_header(path: PathLike) -> Header:
-    """Raises OSError, whose text is the reason, for a file that cannot be read or is no whole safetensors file.
+    """Read a header. Raises OSError, whose text is the reason, for a file that is unreadable or incomplete.
 
-    The library checks the file; what it knows of places is not to be had from it, so the header (JSON behind its
-    length, https://github.com/huggingface/safetensors) is read once more.
+    The library validates the file but does not expose the positions of tensors, so the header (JSON after its length,
+    https://github.com/huggingface/safetensors) is parsed again here.
     """
     try:
-        with safe_open(path, framework="pt"):  # whether header and length of the file are sound
+        with safe_open(path, framework="pt"):  # validates the header and the file's length
             pass
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -81,29 +81,29 @@ def read_header(path: PathLike) -> Header:
 def save(
     path: PathLike, tensors: Mapping[str, Tensor], about: Mapping[str, str], unfinished: Path | None = None
 ) -> None:
-    """Write tensors with a checksum: all or nothing, safe on the disk (`disk.written`). Raises OSError."""
+    """Write tensors with a checksum, atomically and durably (`disk.written`). Raises OSError."""
     content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with written(path, unfinished) as place:
         try:
             place.touch()
             mode = place.stat().st_mode
             save_file(content, place, {**about, CHECKSUM: _checksum(content, about)})
-            place.chmod(mode)  # the library writes for the owner alone
+            place.chmod(mode)  # the library gives access to the owner only
         except SafetensorError as error:
             raise OSError(" ".join(str(error).split())) from None
 
 
 def load(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, each in memory of its own, and what is said about them, without the checksum.
+    """The tensors, each in its own memory, and the metadata without the checksum.
 
-    Raises OSError, whose text is the reason, also for what is not what was written.
+    Raises OSError, whose text is the reason, also for a wrong checksum.
     """
     header = read_header(path)
     tensors = {}
     with open(path, "rb", buffering=0) as file:
         for name, entry in header.tensors.items():
             if entry.dtype not in DTYPES:
-                raise OSError(f"{name} is of type {entry.dtype}, which none of ours is")
+                raise OSError(f"{name} has dtype {entry.dtype}, which our files do not use")
             content = torch.empty(entry.num_bytes, dtype=torch.uint8)
             view = memoryview(content.numpy())  # type: ignore[arg-type]
             file.seek(entry.start)
@@ -114,7 +114,7 @@ def load(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[name] = content.view(DTYPES[entry.dtype]).view(entry.shape)
     about = {name: value for name, value in header.about.items() if name != CHECKSUM}
     if CHECKSUM in header.about and header.about[CHECKSUM] != _checksum(tensors, about):
-        raise OSError("its content is not what was written")
+        raise OSError("its checksum is wrong")
     return tensors, about
 
 

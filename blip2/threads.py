@@ -1,7 +1,7 @@
-"""How many threads a model computes with on a CPU: as many as its size is worth.
+"""Number of CPU threads, depending on the size of the model.
 
-Threads that share an operation wait for one another at its end. For a small model that takes longer than the second
-thread saves, and several times as long where another program has one of the processors.
+Threads that share an operation wait for each other at its end. For a small model that costs more than the second thread
+saves, and several times as much if another program uses one of the processors.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 WEIGHTS_A_THREAD = 2**25
-"""Weights that are worth a thread: with a fourth of that, two threads are no faster than one on an idle machine."""
+"""Weights for each thread: with a quarter of that, two threads are no faster than one on an idle machine."""
 
 
 def worth(model: Any) -> int:
-    """How many threads a model's size is worth, at least 1; no limit for what is no ``nn.Module``."""
+    """The number of threads for a model's size, at least 1; no limit if it is not an ``nn.Module``."""
     if not isinstance(model, torch.nn.Module):
         return sys.maxsize
     num_weights = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))
@@ -28,13 +28,13 @@ def worth(model: Any) -> int:
 
 
 def fitting(model: Any) -> AbstractContextManager[None]:
-    """Within, as many threads as the model's size is worth; see `at_most`."""
+    """Inside, as many threads as suit the model's size; see `at_most`."""
     return at_most(worth(model))
 
 
 @contextmanager
 def at_most(number: int) -> Iterator[None]:
-    """Within, torch uses no more threads than that; a number that the user chose by OMP_NUM_THREADS stays."""
+    """Inside, torch uses at most this many threads; a number set by OMP_NUM_THREADS is kept."""
     before = torch.get_num_threads()
     if number >= before or "OMP_NUM_THREADS" in os.environ:
         yield

@@ -1,9 +1,8 @@
-"""The version of this package, and the commit that it is of. Runs alone as well: the build asks it, see pyproject.toml.
+"""The version of the package and its commit. Also runs alone, for the build, see pyproject.toml.
 
-A tag such as ``v1.2.0`` makes the commit that it names version 1.2.0. Those after it are ``1.2.1.dev3+g9e1a752``: three
-commits after 1.2.0, on the way to what comes next. A wheel and an sdist have a file that says what they were built of;
-a checkout asks git; an archive of git's (GitHub's "Download ZIP") has it written below. A tree that knows nothing
-is `UNKNOWN`.
+The tag ``v1.2.0`` makes its commit version 1.2.0. Later commits are ``1.2.1.dev3+g9e1a752``: three commits after 1.2.0,
+before the next version. A wheel and an sdist have a file with these facts; a checkout asks git; a git archive (GitHub's
+"Download ZIP") has them filled in below. Without any of these the version is `UNKNOWN`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BUILT = Path(__file__).with_name("built.json")
-"""What `hatch_build.py` puts into wheels and sdists."""
+"""Written by `hatch_build.py` into wheels and sdists."""
 
 KERNELS = Path(__file__).parent / "native" / "kernels.so"
 
@@ -26,7 +25,7 @@ ARCHIVED = "$Format:%(describe:tags=true,abbrev=12,match=v[0-9]*)|%h$"
 """Filled in by ``git archive``, see .gitattributes."""
 
 FIRST = "0.1.0"
-"""The version on the way where there is no tag yet."""
+"""The coming version if there is no tag yet."""
 
 UNKNOWN = f"{FIRST}.dev0"
 
@@ -39,7 +38,7 @@ class Facts(NamedTuple):
 
 
 def facts() -> Facts:
-    """Of this tree, from the first that knows."""
+    """The facts of this tree, from the first source that has them."""
     try:
         told = json.loads(BUILT.read_text("utf-8"))
         return Facts(told["version"], told["commit"])
@@ -54,7 +53,7 @@ def facts() -> Facts:
 
 
 def told() -> str:
-    """The version, and a line of what a report of a defect needs to say; nothing is imported for it."""
+    """The version, and a line with facts for bug reports; imports nothing."""
     try:
         torch = f"torch {metadata.version('torch')}"
     except metadata.PackageNotFoundError:
@@ -65,7 +64,8 @@ def told() -> str:
 
 
 def of(described: str) -> Facts:
-    """Of what ``git describe --always`` says: v1.2.0, v1.2.0-3-g9e1a752, v1.2.0-3-g9e1a752-dirty, or a commit alone."""
+    """From the output of ``git describe --always``: v1.2.0, v1.2.0-3-g9e1a752, v1.2.0-3-g9e1a752-dirty, or only a
+    commit."""
     found = LONG.fullmatch(described)
     if found is None:
         commit, _, dirty = described.partition("-")
@@ -79,7 +79,7 @@ def of(described: str) -> Facts:
 
 
 def _described() -> str | None:
-    """What git says; None if there is none, or it does not want to, as in a folder of another user."""
+    """The output of git; None without git, or if git refuses, as in a folder of another user."""
     command = ["git", "-C", str(ROOT), "describe", "--tags", "--long", "--dirty", "--always", "--match", "v[0-9]*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)

@@ -1,11 +1,11 @@
 """The frozen image encoder: a vision transformer.
 
-EVA-CLIP g/14 and CLIP L/14 as BLIP-2 uses them (the last block left out, so that what comes out are the
-second-last layer's features; section 3.1 of the paper), and small ones of the same make. By configuration also SigLIP,
-DINOv2, DINOv3 and plain ViT; `checkpoint.encoders` reads their files. What can be multiplied into weights when they are
-read (layer scale), or filled with zeros (biases that a family lacks), is not here.
+EVA-CLIP g/14 and CLIP L/14 as in BLIP-2 (without the last block, so the output is the second-last layer's features;
+section 3.1 of the paper), and small ones of the same architecture. By configuration also SigLIP, DINOv2, DINOv3 and
+plain ViT; `checkpoint.encoders` reads their files. Layer scales are folded into the weights, and missing biases are
+filled with zeros when files are read.
 
-B images, C colours, H, W pixels, P patches and the tokens before them (class, registers), D width, E of a head.
+B images, C colours, H, W pixels, P patches and the tokens before them (class, registers), D width, E head size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from blip2.quantized import QuantizedLinear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's cheap GELU."""
+    """CLIP's fast GELU approximation."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -37,11 +37,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines ``float[P, E]`` of the angle by which each token's queries and keys are turned."""
+"""Cosines and sines ``float[P, E]`` of the rotary position embedding of each token."""
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention with one fused q, k, v product, then the feed-forward layer."""
+    """Pre-norm transformer block: attention with a fused q, k, v product, then the feed-forward layer."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Block(nn.Module):
         return x_BPD + self.fc2(self._widen(self.norm2(x_BPD)))
 
     def _widen(self, x_BPD: Tensor) -> Tensor:
-        """The feed-forward layer's first half, which a quantised layer does in one go."""
+        """The first half of the feed-forward layer, fused in a quantised layer."""
         if self.has_gate:
             gate, wide = self.fc1(x_BPD).chunk(2, dim=-1)
             return self.activation(gate) * wide
@@ -76,8 +76,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Pixels to patch features.
 
-    `features` is the frozen encoder; `post_norm` is the layer norm that BLIP-2 puts on it and trains together
-    with the Q-Former (``ln_vision`` in the authors' code). Calling the module does both.
+    `features` is the frozen encoder; `post_norm` is the layer norm that BLIP-2 adds and trains together with the
+    Q-Former (``ln_vision`` in the authors' code). Calling the module does both.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -95,10 +95,10 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.position_embedding, std=0.02)
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """``float[B, 3, H, W]`` normalised pixels to what the first block reads, ``float[B, P, D]``.
+        """``float[B, 3, H, W]`` normalised pixels to the input of the first block, ``float[B, P, D]``.
 
-        A picture of another size than the model's is met by bicubic interpolation of the position embedding; what is
-        left of its sides after whole patches is not seen.
+        For another image size the position embedding is interpolated (bicubic); pixels beyond whole patches are
+        ignored.
         """
         patches_BDhw = self.patch_embedding(pixels_BCHW.to(self.patch_embedding.weight.dtype))
         x_BPD = torch.cat(
@@ -108,14 +108,14 @@ class VisionTransformer(nn.Module):
         return self.pre_norm(x_BPD + positions_of(self.config, self.position_embedding, height, width))
 
     def rotation(self, pixels_BCHW: Tensor) -> Rotation | None:
-        """What the blocks need to know of the places of patches, for pixels as for `embed`; None if they do not."""
+        """The rotary embedding for the patch grid of the pixels, as in `embed`; None without rotary positions."""
         if not self.config.rotary_base:
             return None
         height, width = (length // self.config.patch_size for length in pixels_BCHW.shape[-2:])
         return rotation_of(self.config, height, width, self.position_embedding)
 
     def finish(self, x_BPD: Tensor) -> Tensor:
-        """What the last block gives, to what BLIP-2 reads of it: ``float[B, P, D]``, without registers."""
+        """The last block's output to that of the encoder: ``float[B, P, D]``, without registers."""
         kept, num_prefix = self.config.num_kept_prefix_tokens, self.config.num_prefix_tokens
         if kept < num_prefix:
             x_BPD = torch.cat([x_BPD[:, :kept], x_BPD[:, num_prefix:]], dim=1)
@@ -123,9 +123,9 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def resize(self, size: int) -> None:
-        """Make it one of pictures of ``size`` pixels, a multiple of the patches' side: the positions are interpolated
-        once (bicubic, ``align_corners`` False, the class token's kept), as ``interpolate_pos_embed`` of
-        ``eva_vit.py`` does it."""
+        """Change the image size to ``size`` pixels, a multiple of the patch size: the positions are interpolated once
+        (bicubic, ``align_corners`` False, that of the class token kept), as in ``interpolate_pos_embed`` of
+        ``eva_vit.py``."""
         side = size // self.config.patch_size
         positions_1PD = positions_of(self.config, self.position_embedding, side, side).clone()
         self.position_embedding = nn.Parameter(positions_1PD, self.position_embedding.requires_grad)
@@ -150,7 +150,7 @@ def positions_of(config: VisionConfig, positions_1PD: Tensor, height: int, width
         return positions_1PD
     prefix_1TD, grid_1PD = positions_1PD.split([config.num_prefix_tokens, side * side], dim=1)
     grid_1Dhw = grid_1PD.transpose(1, 2).unflatten(-1, (side, side))
-    # Bicubic in fp32 whatever the model's precision, as the reference does it.
+    # Bicubic in fp32 whatever the model's dtype, as in the reference.
     grid_1Dhw = F.interpolate(
         grid_1Dhw.float(), (height, width), mode="bicubic", align_corners=False, antialias=config.has_smooth_resizing
     )
@@ -158,7 +158,7 @@ def positions_of(config: VisionConfig, positions_1PD: Tensor, height: int, width
 
 
 def rotation_of(config: VisionConfig, height: int, width: int, like: Tensor) -> Rotation:
-    """For a grid of patches whose centres are from -1 to 1 in both directions; the tokens before them stay."""
+    """For a grid of patches with centres from -1 to 1 in both directions; prefix tokens are not rotated."""
     head_size = config.hidden_size // config.num_heads
     frequencies = config.rotary_base ** -(torch.arange(head_size // 4, device=like.device) * 4 / head_size)
     y_h, x_w = (2 * torch.arange(0.5, length, device=like.device) / length - 1 for length in (height, width))
@@ -169,7 +169,7 @@ def rotation_of(config: VisionConfig, height: int, width: int, like: Tensor) -> 
 
 
 def rotated(x_BHPE: Tensor, rotation: Rotation) -> Tensor:
-    """Queries or keys turned: the first half of a head's numbers and the second are the two sides of a plane."""
+    """Rotated queries or keys: the two halves of a head's dimensions are the coordinates of each plane."""
     cosines_PE, sines_PE = rotation
     first, second = x_BHPE.chunk(2, dim=-1)
     return x_BHPE * cosines_PE + torch.cat([-second, first], dim=-1) * sines_PE

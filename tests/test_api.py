@@ -293,7 +293,7 @@ def test_no_such_device(opt_model, device):
 
 def test_precision(opt_model, pictures):
     assert isinstance(blip2.load(opt_model, dtype="bfloat16").caption(pictures[0]), str)
-    with pytest.raises(OptionError, match="float16 is not for the CPU"):
+    with pytest.raises(OptionError, match="float16 is not supported on a CPU"):
         blip2.load(opt_model, device="cpu", dtype="float16")
     with pytest.raises(OptionError, match="dtype 'half' is not a precision"):
         blip2.load(opt_model, dtype="half")

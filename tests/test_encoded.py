@@ -63,12 +63,12 @@ def test_one_of_an_earlier_version_is_read(tmp_path):
 
 def test_what_is_none(tmp_path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(ImageError, match="no encoded image can be read"):
+    with pytest.raises(ImageError, match="cannot be read as an encoded image"):
         EncodedImage.load(path)
     save_file({"queries": torch.zeros(2, 3)}, path)
-    with pytest.raises(ImageError, match="another safetensors file"):
+    with pytest.raises(ImageError, match="is a safetensors file, but not an encoded image"):
         EncodedImage.load(path)
     EncodedImage(torch.randn(20, 30)).save(path)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ImageError, match="no encoded image can be read"):
+    with pytest.raises(ImageError, match="cannot be read as an encoded image"):
         EncodedImage.load(path)

@@ -46,7 +46,7 @@ def test_the_authors_settings() -> None:
 
 def test_words_are_used_as_they_are() -> None:
     assert question_prompt(" Question: is it  red? Short answer:", "instruct") == "Question: is it red? Short answer:"
-    with pytest.raises(OptionError, match="which are added for you"):
+    with pytest.raises(OptionError, match="which are added automatically"):
         question_prompt("Question: is it red? Short answer:", "t5")
     turns = [("is it red?", "no."), ("where is it?", "left")]
     said = "dialog history: Question: is it red? Answer: no. Question: where is it? Answer: left.\nwhy?"
@@ -187,4 +187,4 @@ def test_whose_questions_may_have_words_around_them(run, folder, opt_model, pict
         options = ["--max-new-tokens", "3", "--model"]
         assert run("ask", pictures[0], words, *options, folder, *more("one")).exit_code == 0
         refused = run("ask", pictures[0], words, *options, opt_model, *more("other"))
-        assert refused.exit_code == 2 and "which are added for you" in refused.stderr
+        assert refused.exit_code == 2 and "which are added automatically" in refused.stderr

@@ -121,8 +121,8 @@ def test_quantised_weights_take_less_room():
     [
         ({}, "cpu", "there is no GPU"),
         ({"free_bytes": GB}, "cpu", "no part of the model fits"),
-        ({"device": "cpu", "free_bytes": 80 * GB}, "cpu", "as asked for"),
-        ({"device": "cuda:1", "free_bytes": GB}, "cuda:1", "as asked for"),
+        ({"device": "cpu", "free_bytes": 80 * GB}, "cpu", "as requested"),
+        ({"device": "cuda:1", "free_bytes": GB}, "cuda:1", "as requested"),
         ({"gpu": "cuda:1", "free_bytes": 80 * GB}, "cuda:1", "cuda:1 has 80.0 GB free"),
     ],
 )
@@ -136,7 +136,7 @@ def test_one_device(options, device, reason):
 def test_both_sides_compute_in_bfloat16(dtype):
     found = plan(OPT_2_7B, free_bytes=8 * GB, dtype=dtype)
     assert found.is_split and found.dtype == torch.bfloat16
-    assert ("a CPU does not compute in float16" in found.reason) == (dtype != torch.bfloat16)
+    assert ("a CPU does not support float16" in found.reason) == (dtype != torch.bfloat16)
 
 
 def test_float32_is_for_both_sides():
@@ -146,7 +146,7 @@ def test_float32_is_for_both_sides():
 
 
 def test_float16_is_not_for_the_cpu_alone():
-    with pytest.raises(OptionError, match="float16 is not for the CPU"):
+    with pytest.raises(OptionError, match="float16 is not supported on a CPU"):
         plan(OPT_2_7B, dtype=torch.float16)
 
 

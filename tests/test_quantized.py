@@ -164,7 +164,7 @@ def test_a_weight_that_is_no_number_has_no_code(
 ) -> None:
     weight = torch.randn(33, 70)
     weight[place] = value
-    with pytest.raises(NotFiniteError, match="a weight is NaN or infinite, and cannot be quantised"):
+    with pytest.raises(NotFiniteError, match="a weight is NaN or infinite and cannot be quantised"):
         quantized(weight.to(dtype), bits)
 
 

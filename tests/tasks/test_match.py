@@ -99,7 +99,7 @@ def test_files_without_a_temperature_give_no_itc_probability(matcher, pictures, 
         ([], ["a dog"], "no picture"),
         ([tiny.picture(1)], [], "no text"),
         ([tiny.picture(1)], ["a dog", " \n"], "one of the texts is empty"),
-        ([tiny.picture(1)], ["dog " * 600], r"has \d+ tokens, 62 are read at most; shorten it"),
+        ([tiny.picture(1)], ["dog " * 600], r"has \d+ tokens, but at most 62 are read; shorten it"),
     ],
 )
 def test_what_cannot_be_compared(matcher, images, texts, words):

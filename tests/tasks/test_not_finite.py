@@ -60,7 +60,7 @@ def test_damage_in_the_language_model(pipe, way):
     spoil((language.final_norm if hasattr(language, "final_norm") else language.decoder_norm).weight)
     with pytest.raises(NotFiniteError, match=r"_norm.weight .in files: language_model") as raised:
         SPOKEN[way](pipe, image)
-    assert "the model is damaged, get it again" in str(raised.value) and "\n" not in str(raised.value)
+    assert "the model is damaged, download it again" in str(raised.value) and "\n" not in str(raised.value)
     assert not isinstance(raised.value, ImageError)  # the picture is as good as others
 
 
@@ -135,7 +135,7 @@ def test_an_encoded_image_that_is_no_numbers(pipe, tmp_path):
     with pytest.raises(ImageNotFiniteError, match="not written"):
         bad.save(tmp_path / "image")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(NotFiniteError, match="an encoded image; encode the picture again"):
+    with pytest.raises(NotFiniteError, match="an encoded image; encode the image again"):
         pipe.caption(bad)
     assert pipe.caption(tiny.picture(1)) == expected
 
