@@ -270,7 +270,7 @@ def change(folder: Path, file: str, **values) -> None:
         ("ViT", {"image_size": [30, 60]}, "image_size is "),
         ("DINOv3", {"num_register_tokens": True}, "num_register_tokens is True"),
         ("DINOv3", {"num_attention_heads": 4}, "heads of 6 dimensions cannot have rotary positions"),
-        ("ViT", {"hidden_size": 26}, r"embeddings.cls_token has shape \[1, 1, 24\], but config.json requires \[1, 1, 26\]"),
+        ("ViT", {"hidden_size": 26}, r"cls_token has shape \[1, 1, 24\], but config.json requires \[1, 1, 26\]"),
         ("ViT", {"num_hidden_layers": 4}, "encoder.layer.3. is missing"),
         ("ViT", {"num_hidden_layers": 2}, "encoder.layer.2.* is unexpected"),
         ("ViT", {"qkv_bias": False}, "bias is unexpected"),

@@ -193,8 +193,8 @@ class Group:
 
     @contextmanager
     def at_once(self, name: str) -> Iterator[Callable[[int], int]]:
-        """Each process at its own pace until all are done, without a time limit. Yields a function that adds to a shared
-        sum and returns it. If a process fails, the next call of it raises `ToldElsewhere` in the others."""
+        """Each process at its own pace until all are done, without a time limit. Yields a function that adds to a
+        shared sum and returns it. If a process fails, the next call of it raises `ToldElsewhere` in the others."""
         name, own = f"{name}/{next(self._turns)}", 0
 
         def add(number: int, to: str = "sum") -> int:

@@ -106,7 +106,10 @@ NORM = "vision_model.post_layernorm.weight"
     [
         (lambda tensors: tensors.pop(NORM), f"{NORM} is missing"),
         (lambda tensors: tensors.update(surprise=torch.zeros(1)), "surprise is unexpected"),
-        (lambda tensors: tensors.update({NORM: torch.zeros(7)}), rf"{NORM} has shape \[7\], but config.json requires \[16\]"),
+        (
+            lambda tensors: tensors.update({NORM: torch.zeros(7)}),
+            rf"{NORM} has shape \[7\], but config.json requires \[16\]",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(folder: Path, change: Callable, message: str) -> None:

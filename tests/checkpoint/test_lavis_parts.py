@@ -228,7 +228,8 @@ def test_the_published_twin_is_found_by_size(
     state = {f"{projection}.weight": random(width, 1), f"{projection}.bias": random(width)}
     if is_instructed:
         state["Qformer.bert.embeddings.word_embeddings.weight"] = random(2, 1)
-    message = "it is not here" if name else "does not have the size of a published model; name a model with its configuration"
+    message = "does not have the size of a published model; name a model with its configuration"
+    message = "it is not here" if name else message
     with pytest.raises(CheckpointError, match=message):
         convert_from_lavis(lavis_file(tmp_path / "a.pth", state), tmp_path / "back")
     assert asked == ([name] if name else [])

@@ -56,7 +56,7 @@ def test_what_cannot_be_converted_is_one_line(run, trained, opt_model, tmp_path)
     (tmp_path / "notes.pth").write_text("hello")
     for source, out, more, words in (
         (tmp_path / "notes.pth", "out", [], "notes.pth: is damaged"),
-        (trained, "out", [], "does not have the size of a published model; name a model with its configuration (--like)"),
+        (trained, "out", [], "does not have the size of a published model; name a model with its config"),
         (trained, "out", ["--like", tmp_path / "nobody"], "no such folder"),
         (opt_model, trained, [], "exists already"),
     ):

@@ -101,7 +101,10 @@ def test_what_nobody_expected(run, monkeypatch, pictures, place):
     [
         (["--stop", ""], "--stop is ''; it may be one text or several, .* leave out --stop to end where"),
         (["--sample", "--temperature", 0], "--temperature is 0.0; .* leave it out, and leave out --sample$"),
-        (["--sample", "--seed", -1], r"--seed is -1; .* from 0 to 2\^63 - 1; leave out --seed for different samples each time$"),
+        (
+            ["--sample", "--seed", -1],
+            r"--seed is -1; .* from 0 to 2\^63 - 1; leave out --seed for different samples each time$",
+        ),
         (["--temperature", 0.5], "--temperature is 0.5, but sampling is off; add --sample$"),
         (["--sample", "--beams", 3], "--sample goes with --beams=1, not 3: .* give --beams 1, or leave out --sample$"),
         (["--beams", 1, "-n", 2], "--num-captions is 2, .* give --beams 2 or more, or add --sample$"),

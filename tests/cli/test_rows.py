@@ -154,7 +154,7 @@ def test_pictures_are_found_wherever_they_were_unpacked(convert, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "values", "options", "problem"),
     [
-        ("karpathy", [CAPTIONS], [], "0.json: images[0]: has no 'sentences'; its fields are id, file_name, domain; check"),
+        ("karpathy", [CAPTIONS], [], "0.json: images[0]: has no 'sentences'; its fields are id, file_name, domain;"),
         ("coco", [{"annotations": []}], [], "has no 'images'; name all files"),
         ("vqav2", [ANNOTATIONS], [], "has no 'questions'; name all files"),
         ("vqav2", [QUESTIONS], [], "gives no rows (it has no 'annotations')"),
@@ -164,7 +164,7 @@ def test_pictures_are_found_wherever_they_were_unpacked(convert, tmp_path):
         ("gqa", [{"1": {"imageId": "a", "question": 3, "answer": "a"}}], [], "'question' has to be a text"),
         ("vg-qa", [[{"qas": [7]}]], [], "0.json [0].qas[0]: has to be an object, not int"),
         ("vg-qa", [[{"qas": 7}]], [], "0.json [0]: 'qas' has to be a list"),
-        ("aokvqa", [[{"image_id": "x", "split": "val"}]], [], "split 'val' and image_id 'x' cannot be the name of an image"),
+        ("aokvqa", [[{"image_id": "x", "split": "val"}]], [], "'val' and image_id 'x' cannot be the name of an image"),
         ("list", [[{"image": "a", "caption": 3}]], [], "'caption' has to be a text, or a list of texts"),
         ("list", [[{"image": "a", "caption": "\ud83d"}]], [], "0.json [0]: 'captions' has unpaired surrogates"),
         ("llava", [[{"image": "a", "conversations": 3}]], [], "a conversation has to be a list of objects"),

@@ -84,7 +84,8 @@ def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_read(place, mo
     monkeypatch.setattr(os, "scandir", refusing)
     found = find_in([top])
     assert names_of(found, top) == ["a.png", "z/c.png"]
-    assert found.problems == [f"{top}/lost+found: this folder cannot be read (Permission denied); check its permissions"]
+    problem = "this folder cannot be read (Permission denied); check its permissions"
+    assert found.problems == [f"{top}/lost+found: {problem}"]
     assert found.unknown == [f"{top}/lost+found"]
     assert find_in([top], exclude=["lost+found"]).is_complete
 

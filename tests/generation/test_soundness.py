@@ -72,7 +72,7 @@ def test_the_cause_is_what_was_read_or_an_overflow(table_language):
     engine = Engine(language, eos_token_ids=[EOS])
     read = language.prompt(1, 2)
     read[0] = math.inf
-    with pytest.raises(NotFiniteError, match="its input has such values, for example an encoded image; encode the image again"):
+    with pytest.raises(NotFiniteError, match="its input has such values, for example an encoded image; encode"):
         engine.generate([read])
     with pytest.raises(NotFiniteError, match="overflow in float16; load the model in bfloat16 or float32"):
         engine.generate([language.prompt(1).half()])

@@ -200,7 +200,7 @@ def test_resuming_gives_the_same_adapter(trained, opt_model, tmp_path):
         (1, {"lora.parts": "qformer", "lora.base": "int8"}, "lora.base: int8 applies to the language model"),
         (2, {"lora.parts": "vision"}, "data.features: needs a frozen image encoder, but this recipe trains it"),
         (2, {"lora.parts": "qformer", "lora.trains_qformer": True}, "would be trained both whole and by adapters"),
-        (2, {"lora.rank": 4, "qformer": "somewhere"}, "qformer: cannot be combined with adapters, which belong to the unchanged model of 'start'"),
+        (2, {"lora.rank": 4, "qformer": "somewhere"}, "qformer: cannot be combined with adapters, which belong to"),
         (2, {"lora.targets": "q_porj"}, "lora.targets: the language of this model has no q_porj; it has fc1, fc2"),
         (2, {"lora.target": "q_proj"}, "did you mean lora.targets?"),
     ],

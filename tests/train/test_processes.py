@@ -82,8 +82,8 @@ def test_one_that_is_killed_ends_all(recipe, tmp_path, rank):
     code, out, lines, err = end(process)
     assert code == 1 and out == "" and "Traceback" not in err
     assert lines == [
-        f"blip2: process {rank} of 3 was killed by signal 9 (Killed), and the others were stopped; start the same command again  "
-        "to resume from the last state"
+        f"blip2: process {rank} of 3 was killed by signal 9 (Killed), and the others were stopped; "
+        "start the same command again to resume from the last state"
     ]
     assert not any(Path(f"/proc/{pid}").exists() for pid in found.values())
 

@@ -79,7 +79,7 @@ def test_bad_pictures_are_passed_over(tmp_path, matching_model):
         ('[data]\nsources = "s"\nimages = "i"', "data.images: belongs to rows"),
         ('data = "https://a.b/c.tar"', "only pictures are read from addresses; download it first"),
         ('data = "pipe:cat s.tar"', "is not read, and no command is run"),
-        ('[data]\nsources = "s"\nfeatures_dtype = "int8"', "data.features_dtype: applies to features on the disk; name a"),
+        ('[data]\nsources = "s"\nfeatures_dtype = "int8"', "data.features_dtype: applies to features on the disk;"),
         ('[data]\nsources = "s"\nfeatures = "f"\nfeatures_dtype = "bf16"', "data.features_dtype: has to be one of"),
         ('data = ["s", "t"]', "optim.batch_size is 4, but there are only 3 rows"),
     ],

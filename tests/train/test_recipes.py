@@ -77,7 +77,7 @@ def test_overrides(tmp_path, monkeypatch):
         ({"evaluation": {"max_rows": 1}}, "evaluation.rows: is missing"),
         ({"optim.steps": 0}, "optim.steps: has to be at least 1"),
         ({"optim.beta1": 1.0}, "optim.beta1: has to be at least 0 and less than 1"),
-        ({"data.mix": {"captions": 0, "questions": 0, "dialogues": 0}}, "data.mix: all kinds of text have the weight 0"),
+        ({"data.mix": {"captions": 0, "questions": 0, "dialogues": 0}}, "data.mix: all kinds of text have the weight"),
         ({"stage": 1, "optim.batch_size": 1}, "a single pair has no negatives"),
         ({"optim.peak_lr": float("nan")}, "optim.peak_lr: has to be a finite number, not nan"),
         ({"optim.clip": 10**400}, "optim.clip: has to be a finite number, not inf"),

@@ -94,7 +94,8 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(opened, tmp_path):
     rows, [told] = opened("a.tar")
     assert [rows[number].captions for number in range(len(rows))] == [("a",)]
     place = f"{tmp_path}/a.tar"
-    assert told.startswith(f"{place}: 1 rows; left out: 1, it has no text of the kind, the first is {place}: 000002; left ")
+    first = f"{place}: 1 rows; left out: 1, it has no text of the kind, the first is {place}: 000002; left "
+    assert told.startswith(first)
     assert "left out: 2, cannot be read, the first is " in told and "has no picture, but txt" in told
     assert "left out: 2, its texts cannot be used, the first is " in told
     with pytest.raises(RecipeError, match=r"no rows to train on \(.*needed are dialogues, see data.sources text"):
