@@ -38,8 +38,8 @@ def install_line(extra: str | None = None) -> str:
 def _origin() -> str | None:
     """A folder or a wheel that still exists, or a URL; None if unknown (PEP 610)."""
     try:
-        told = json.loads(metadata.distribution(NAME).read_text("direct_url.json") or "{}")
-        url, repository = str(told["url"]), told.get("vcs_info")
+        direct = json.loads(metadata.distribution(NAME).read_text("direct_url.json") or "{}")
+        url, repository = str(direct["url"]), direct.get("vcs_info")
     except (metadata.PackageNotFoundError, ValueError, LookupError):
         return None
     if repository:

@@ -121,7 +121,7 @@ def load(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     names = sorted(tensors)
     kinds = [[name, NAMES[tensors[name].dtype], list(tensors[name].shape)] for name in names]
-    told = zlib.crc32(json.dumps([sorted(about.items()), kinds]).encode("ascii"))
+    crc32 = zlib.crc32(json.dumps([sorted(about.items()), kinds]).encode("ascii"))
     for name in names:
-        told = zlib.crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data, told)
-    return f"{told:08x}"
+        crc32 = zlib.crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data, crc32)
+    return f"{crc32:08x}"

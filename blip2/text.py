@@ -279,11 +279,11 @@ def chat_prompt(turns: Sequence[tuple[str, str]], question: str, manner: str = "
     question, in the format of its authors' visual dialog: ``dialog history: Question: q1 Answer: a1.``, a newline,
     ``q2``. Raises OptionError as `question_prompt` does.
     """
-    said = [f"Question: {clean(asked)} Answer: {clean(answer).removesuffix('.')}. " for asked, answer in turns]
+    history = [f"Question: {clean(asked)} Answer: {clean(answer).removesuffix('.')}. " for asked, answer in turns]
     if manner == "instruct":
-        before = f"dialog history: {''.join(said).rstrip()}\n" if turns else ""
+        before = f"dialog history: {''.join(history).rstrip()}\n" if turns else ""
         return before + question_prompt(question, manner)
-    return f"{''.join(said)}Question: {checked_question(question, manner)} Answer:"
+    return f"{''.join(history)}Question: {checked_question(question, manner)} Answer:"
 
 
 def checked_question(question: str, manner: str = "opt") -> str:

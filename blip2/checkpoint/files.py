@@ -73,7 +73,7 @@ def _named_by(index: Path, ending: str) -> list[str]:
 
 def digest_of_folder(folder: Path) -> str:
     """Hash of a model's configuration and of the names and sizes of its weights. Raises OSError."""
-    told = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8)
+    digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8)
     for path in sorted(folder.glob("*.safetensors")):
-        told.update(f"{path.name} {path.stat().st_size}".encode())
-    return told.hexdigest()
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()

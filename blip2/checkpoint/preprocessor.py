@@ -60,17 +60,17 @@ def image_settings(folder: Path, config: Blip2Config | MatcherConfig | None = No
     path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     together = read_json(newer).get("image_processor") if newer.exists() and not path.exists() else None
     where, content = (newer, together) if isinstance(together, dict) else (path, read_json(path))
-    said = {key: value for key, value in content.items() if value is not None}
-    said = KINDS.get(_kind(said), {}) | said
+    fields = {key: value for key, value in content.items() if value is not None}
+    fields = KINDS.get(_kind(fields), {}) | fields
     try:
-        _check_only(said)
-        size, shortest_edge = _sizes(said)
+        _check_only(fields)
+        size, shortest_edge = _sizes(fields)
         settings = ImageSettings(
             size=size,
             shortest_edge=shortest_edge,
-            resample=_filter(said.get("resample", 3)),
-            mean=_three("image_mean", said.get("image_mean", CLIP_MEAN), (0, 1), CLIP_MEAN),
-            std=_three("image_std", said.get("image_std", CLIP_STD), (1e-3, 1), CLIP_STD),
+            resample=_filter(fields.get("resample", 3)),
+            mean=_three("image_mean", fields.get("image_mean", CLIP_MEAN), (0, 1), CLIP_MEAN),
+            std=_three("image_std", fields.get("image_std", CLIP_STD), (1e-3, 1), CLIP_STD),
         )
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -102,25 +102,25 @@ def preprocessor_json(settings: ImageSettings) -> dict[str, Any]:
     }
 
 
-def _kind(said: Mapping[str, Any]) -> str:
+def _kind(fields: Mapping[str, Any]) -> str:
     """CLIPImageProcessorFast, and CLIPFeatureExtractor as it was called earlier, are of the kind CLIP."""
-    name = said.get("image_processor_type", said.get("feature_extractor_type"))
+    name = fields.get("image_processor_type", fields.get("feature_extractor_type"))
     return re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name) if isinstance(name, str) else ""
 
 
-def _sizes(said: Mapping[str, Any]) -> tuple[int, int | None]:
+def _sizes(fields: Mapping[str, Any]) -> tuple[int, int | None]:
     """The side of the square, and the size of the shorter side before a centre crop, if there is one."""
-    is_cropped = said.get("do_center_crop", False)
-    if not isinstance(is_cropped, bool) or (is_cropped and "crop_size" not in said):
+    is_cropped = fields.get("do_center_crop", False)
+    if not isinstance(is_cropped, bool) or (is_cropped and "crop_size" not in fields):
         raise _is_other("do_center_crop", is_cropped, "False")
     if not is_cropped:
-        return _square(said.get("size", 224)), None
-    size, resized = _square(said["crop_size"], "crop_size"), _square(said.get("size", 224))
-    is_by_edge = not isinstance(said.get("size"), dict) or "shortest_edge" in said["size"]
+        return _square(fields.get("size", 224)), None
+    size, resized = _square(fields["crop_size"], "crop_size"), _square(fields.get("size", 224))
+    is_by_edge = not isinstance(fields.get("size"), dict) or "shortest_edge" in fields["size"]
     if size > resized or not (is_by_edge or size == resized):
         raise ValueError(
-            f"crop_size is {reprlib.repr(said['crop_size'])} and size {reprlib.repr(said.get('size'))}; size has to "
-            f"have a shortest_edge of at least crop_size; {AGAIN}"
+            f"crop_size is {reprlib.repr(fields['crop_size'])} and size {reprlib.repr(fields.get('size'))}; size has "
+            f"to have a shortest_edge of at least crop_size; {AGAIN}"
         )
     return size, resized if is_by_edge else None
 

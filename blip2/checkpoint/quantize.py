@@ -52,10 +52,10 @@ class Quantization:
         assert not (self.images and "vision" in self.parts)
 
     def as_json(self) -> dict[str, Any]:
-        told = asdict(self) | {"parts": list(self.parts)}
+        values = asdict(self) | {"parts": list(self.parts)}
         if not self.images:  # so that earlier versions can read the rest
-            del told["images"]
-        return told
+            del values["images"]
+        return values
 
     def bits_of(self, name: str) -> int | None:
         """Bits of a linear layer, by name; None if it is not quantised."""

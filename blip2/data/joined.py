@@ -65,7 +65,7 @@ class Joined:
         self.sizes = tuple(map(len, datasets))
         self._ends = [*accumulate(self.sizes)]
         self._count = min(self._ends[-1], self._ends[-1] if most is None else most)
-        self._said: OrderedDict[int, tuple[Row, int]] = OrderedDict()
+        self._cached: OrderedDict[int, tuple[Row, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -88,8 +88,8 @@ class Joined:
 
     def _remembered(self, number: int) -> tuple[Row, int]:
         with self._lock:
-            said = self._said.get(number)
-        return self._read(number)[1] if said is None else said
+            cached = self._cached.get(number)
+        return self._read(number)[1] if cached is None else cached
 
     def whole(self, number: int) -> Row:
         """The row, with the content of an image inside another file. Raises ImageError."""
@@ -113,12 +113,12 @@ class Joined:
         dataset, within = self._found(number)
         row = self._change(dataset.read(within))
         shown = row.image.encode("utf-8", "surrogateescape") if row.content is None else row.content
-        said = replace(row, content=None), int.from_bytes(hashlib.sha256(shown).digest()[:8], "big") >> 1
+        cached = replace(row, content=None), int.from_bytes(hashlib.sha256(shown).digest()[:8], "big") >> 1
         with self._lock:
-            self._said[number] = said
-            if len(self._said) > REMEMBERED:
-                self._said.popitem(last=False)
-        return row, said
+            self._cached[number] = cached
+            if len(self._cached) > REMEMBERED:
+                self._cached.popitem(last=False)
+        return row, cached
 
 
 def picture_of(row: Row) -> RgbImage:

@@ -42,9 +42,9 @@ class Positions:
     """``left_out``: for each reason the number of rows and the place of the first. Thread-safe, and never read as a
     whole."""
 
-    def __init__(self, path: Path, told: dict[str, Any]) -> None:
-        self.left_out: dict[str, tuple[int, str]] = {name: tuple(what) for name, what in told["left_out"].items()}
-        self._count: int = told["count"]
+    def __init__(self, path: Path, footer: dict[str, Any]) -> None:
+        self.left_out: dict[str, tuple[int, str]] = {name: tuple(what) for name, what in footer["left_out"].items()}
+        self._count: int = footer["count"]
         self._file = disk.OpenFile(path)
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ def kept_positions(
     returns whether they had to be found. If another process is finding them, waits for it. Raises RecipeError."""
     of = json.loads(json.dumps(of))
     try:
-        while (told := _footer(path, of)) is None:
+        while (footer := _footer(path, of)) is None:
             try:
                 with disk.locked(path.with_suffix(".lock")):
                     if _footer(path, of) is None:  # another process may just have finished
@@ -81,7 +81,7 @@ def kept_positions(
                         return Positions(path, _footer(path, of) or {}), True
             except BlockingIOError:
                 time.sleep(WAIT_S)
-        return Positions(path, told), False
+        return Positions(path, footer), False
     except OSError as error:
         raise RecipeError(
             f"{path}: the positions of the rows cannot be written ({error.strerror or error}); free some space, or "
@@ -105,8 +105,8 @@ def _write(path: Path, of: dict[str, Any], found: Iterator[Position | LeftOut]) 
             if count % KEPT_RECORDS == 0:
                 file.write(some)
                 some.clear()
-        told = json.dumps({"of": of, "count": count, "left_out": left_out}).encode()
-        file.write(some + told + len(told).to_bytes(LENGTH_BYTES, "little"))
+        footer = json.dumps({"of": of, "count": count, "left_out": left_out}).encode()
+        file.write(some + footer + len(footer).to_bytes(LENGTH_BYTES, "little"))
 
 
 def _footer(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
@@ -118,8 +118,8 @@ def _footer(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
             if length > min(end, LARGEST_TOLD):
                 return None
             file.seek(end - length)
-            told = json.loads(file.read(length))
-            return told if told["count"] * RECORD.itemsize == end - length and told["of"] == of else None
+            footer = json.loads(file.read(length))
+            return footer if footer["count"] * RECORD.itemsize == end - length and footer["of"] == of else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

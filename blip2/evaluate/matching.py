@@ -78,9 +78,9 @@ def beginning(
     batch_size = options.pop("batch_size", None) or BATCH_SIZE
     judge, rest = model_of(as_matcher, options.pop("model", None) or "miniature-itm", options)
     machines = Machines.of(rest)
-    told = {"task": task, **judge.told, "candidates": candidates}
+    facts = {"task": task, **judge.told, "candidates": candidates}
     where = {"key_column": "row", "image_column": "image", "format": "jsonl", "if_exists": "overwrite"}
-    plan = planned_run(rows, folder / ANSWERS, {**rest, **where}, judge, told, takes_text=False)
+    plan = planned_run(rows, folder / ANSWERS, {**rest, **where}, judge, facts, takes_text=False)
     if task == PAIR:
         return CollectionRun(plan, judge, _Loading(compared, (judge, batch_size)), batch_size, machines), None
     digest = blake2b(f"{judge.told}".encode() + rows.read_bytes(), digest_size=8).hexdigest()

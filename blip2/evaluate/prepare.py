@@ -49,10 +49,10 @@ def prepare(name: str, benchmark: Benchmark, data: Path, folder: Path, first: in
     layout, files = find(benchmark, data)
     data = data.absolute()  # the rows are in another folder
     stamps = [[str(path), stamp.size, stamp.mtime_ns] for path in files if (stamp := disk.stamp_of(path)) is not None]
-    told = {"version": VERSION, "benchmark": name, "first": first, "files": stamps}
+    made = {"version": VERSION, "benchmark": name, "first": first, "files": stamps}
     rows, record = folder / ROWS, folder / PREPARED
     before = made_before(record, name)
-    if before.get("made") == told and rows.exists():
+    if before.get("made") == made and rows.exists():
         return Prepared(rows, tuple(before["notes"]))
     read = Opened(data / UNPACKED / name.removesuffix("-retrieval").removesuffix("-choices"))
     notes: list[str] = []
@@ -80,7 +80,7 @@ def prepare(name: str, benchmark: Benchmark, data: Path, folder: Path, first: in
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in packed(written)).encode("utf-8")
     if not rows.exists() or rows.read_bytes() != text:  # another shard of this evaluation may have them open
         disk.write_bytes(rows, text)
-    disk.write_text(record, json.dumps({"made": told, "notes": notes}, indent=1, ensure_ascii=False) + "\n")
+    disk.write_text(record, json.dumps({"made": made, "notes": notes}, indent=1, ensure_ascii=False) + "\n")
     return Prepared(rows, tuple(notes))
 
 

@@ -93,12 +93,12 @@ def write(
 
 
 def _head(found: Mapping[str, Any], title: str) -> str:
-    told = [f"{found['rows']:,} rows"]
-    told += [f"{found['failed']:,} could not be read and count as wrong"] if found["failed"] else []
-    told += [str(found["model"])] if "model" in found else []
-    told += [f"protocol {found['protocol']}"] if "protocol" in found else []
-    told += [f"rule {found['rule']}"] if "rule" in found else []
-    return f'<header><h1>{title}</h1>\n<p class="dim">{escape("; ".join(told))}</p></header>'
+    items = [f"{found['rows']:,} rows"]
+    items += [f"{found['failed']:,} could not be read and count as wrong"] if found["failed"] else []
+    items += [str(found["model"])] if "model" in found else []
+    items += [f"protocol {found['protocol']}"] if "protocol" in found else []
+    items += [f"rule {found['rule']}"] if "rule" in found else []
+    return f'<header><h1>{title}</h1>\n<p class="dim">{escape("; ".join(items))}</p></header>'
 
 
 def _scores(found: Mapping[str, Any]) -> str:
@@ -116,8 +116,8 @@ def _scores(found: Mapping[str, Any]) -> str:
     notes += [f"differs: {each}" for each in found.get("differences", ())]
     notes += [f"{name}: not computed; {reason}" for name, reason in found.get("not_computed", {}).items()]
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    told = f'\n<ul class="dim">{listed}</ul>' if notes else ""
-    return f'<h2>Scores</h2>\n<div class="wide"><table>{table}</table></div>{told}'
+    items = f'\n<ul class="dim">{listed}</ul>' if notes else ""
+    return f'<h2>Scores</h2>\n<div class="wide"><table>{table}</table></div>{items}'
 
 
 def _types(found: Mapping[str, Any]) -> str:
@@ -183,10 +183,10 @@ class _Shown:
         if theirs is None:
             return
         other = found["against"]
-        told = f"{other['changed']:,} rows changed, {other['better']:,} better, {other['worse']:,} worse"
-        told += f"; the mean was {100 * other['mean']:.2f} %; p = {other['p']:.3g}" if "p" in other else ""
+        items = f"{other['changed']:,} rows changed, {other['better']:,} better, {other['worse']:,} worse"
+        items += f"; the mean was {100 * other['mean']:.2f} %; p = {other['p']:.3g}" if "p" in other else ""
         yield (
-            f"<h2>Compared with {escape(other['folder'])}</h2>\n<p>{told}.</p>"
+            f"<h2>Compared with {escape(other['folder'])}</h2>\n<p>{items}.</p>"
             '<p class="dim">p: probability of a difference at least as large if neither is better.</p>'
         )
         better: list[tuple[float, _Row]] = []
@@ -232,8 +232,8 @@ class _Shown:
         lines.append(f"<p>{label}: <b>{_text(output)}</b></p>" if output is not None
                      else '<p class="wrong">the image could not be read</p>')  # fmt: skip
         lines.append(f'<p class="dim">reference: {self._references(example)}</p>')
-        told = [self._scored(row), f"row {row.number + 1}", example.kind, _name(example.picture)]
-        about = escape(", ".join(filter(None, told)))
+        items = [self._scored(row), f"row {row.number + 1}", example.kind, _name(example.picture)]
+        about = escape(", ".join(filter(None, items)))
         return f"<figure>{self._picture(example.picture)}{''.join(lines)}<small>{about}</small></figure>"
 
     @staticmethod
@@ -246,9 +246,9 @@ class _Shown:
     @staticmethod
     def _references(example: Example) -> str:
         counted = Counter(example.wanted).most_common(MOST_REFERENCES)
-        told = [_text(text) + (f" ({count})" if count > 1 else "") for text, count in counted]
+        items = [_text(text) + (f" ({count})" if count > 1 else "") for text, count in counted]
         more = len(set(example.wanted)) - len(counted)
-        return "; ".join(told) + (f"; and {more} more" if more else "")
+        return "; ".join(items) + (f"; and {more} more" if more else "")
 
     def _picture(self, place: str) -> str:
         if place not in self._pictures:

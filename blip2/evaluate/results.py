@@ -19,7 +19,7 @@ from blip2.evaluate.benchmark import CHOOSE, Benchmark
 from blip2.evaluate.examples import Example
 
 
-def write(benchmark: Benchmark, folder: Path, examples: Sequence[Example], said: Sequence[str | None]) -> Path:
+def write(benchmark: Benchmark, folder: Path, examples: Sequence[Example], outputs: Sequence[str | None]) -> Path:
     """Write the texts by id, with an empty text for an unreadable image, because servers require every id.
 
     Raises CollectionError for an id that the server cannot know, or that occurs twice.
@@ -27,7 +27,7 @@ def write(benchmark: Benchmark, folder: Path, examples: Sequence[Example], said:
     path = folder / benchmark.result
     make, is_number = FORMS[benchmark.server]
     texts: dict[int | str, str] = {}
-    for example, text in zip(examples, said, strict=True):
+    for example, text in zip(examples, outputs, strict=True):
         name = _number(example, path) if is_number else str(example.id)
         if name in texts:
             raise CollectionError(f"{path}: {example.picture} has the id {name}, like another row; fix the data")

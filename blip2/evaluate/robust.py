@@ -158,8 +158,8 @@ class Robustness(Evaluation):
         if against is not None:
             raise OptionError(f"{option('against')} cannot be used with {ROBUSTNESS}, which compares a model with "
                 "itself")
-        said = answers(self.folder, len(self.examples))
-        texts, origins, number = texts_of(said), self.varied.origins, self.varied.number
+        results = answers(self.folder, len(self.examples))
+        texts, origins, number = texts_of(results), self.varied.origins, self.varied.number
         each = self._each(texts)
         counted = [place for place in range(number, len(texts)) if texts[origins[place]] is not None]
         places: dict[str, list[int]] = {}
@@ -178,7 +178,7 @@ class Robustness(Evaluation):
             "differences": [f"{name} changed {count} answers, but must change none; report it with the model and rows"
                             for name, count in wrong.items() if count],
         }  # fmt: skip
-        sure = [row.get("score") if row is not None else None for row in said]
+        sure = [row.get("score") if row is not None else None for row in results]
         ours = Outputs(texts, each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
         before = Outputs([texts[origin] for origin in origins], [each[origin] for origin in origins])
         found["against"] = self._beside_itself([place for place in counted if differs[place]], counted, ours, before)

@@ -54,12 +54,12 @@ class Block(nn.Module):
             program.turn(parts, planes, first=first, stride=stride, heads=heads)
         program.write(parts, planes, firsts=(between, 2 * between), stride=stride, heads=heads, size=size)
         attended = program.attend(parts, "attended", planes, stride=stride, heads=heads, size=size)
-        program.add(program.linear(self.output, attended, "said"), X)
+        program.add(program.linear(self.output, attended, "output"), X)
         if not self.is_parallel:
             program.norm(self.feed_forward_norm, X, normed)
         inner = program.linear(self.fc1, normed, "inner")
         hidden = program.activate(self.activation_name, inner, "hidden", is_gated=False)
-        program.add(program.linear(self.fc2, hidden, "said"), X)
+        program.add(program.linear(self.fc2, hidden, "output"), X)
 
     def _attended(self, x_BTD: Tensor, layer: int, cache: KVCache | None, positions_BT: Tensor, view: View) -> Tensor:
         shape = (self.num_heads, 3, -1) if self.is_interleaved else (3, self.num_heads, -1)

@@ -82,18 +82,18 @@ class Block(nn.Module):
             parts, "attended", planes, stride=size, heads=heads, size=size, sharing=heads // shared,
             scale=self.attention_scale, cap=self.attention_cap,
         )  # fmt: skip
-        said = program.linear(self.output, attended, "said")
+        output = program.linear(self.output, attended, "output")
         if self.attention_post_norm is not None:
-            program.norm(self.attention_post_norm, said, said)
-        program.add(said, X, self.residual_scale)
+            program.norm(self.attention_post_norm, output, output)
+        program.add(output, X, self.residual_scale)
         program.norm(self.feed_forward_norm, X, normed)
         hidden = program.activate(
             self.activation_name, program.linear(self.gate_up, normed, "gate and up"), "hidden", is_gated=True
         )
-        program.linear(self.down, hidden, "said")
+        program.linear(self.down, hidden, "output")
         if self.feed_forward_post_norm is not None:
-            program.norm(self.feed_forward_post_norm, said, said)
-        program.add(said, X, self.residual_scale)
+            program.norm(self.feed_forward_post_norm, output, output)
+        program.add(output, X, self.residual_scale)
 
     def _added(self, x_BTD: Tensor, said_BTD: Tensor, norm: RMSNorm | None) -> Tensor:
         if norm is not None:

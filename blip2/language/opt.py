@@ -51,10 +51,10 @@ class Block(nn.Module):
         parts = program.linear(self.qkv, normed, "heads")
         program.write(parts, planes, firsts=(width, 2 * width), stride=size, heads=heads, size=size)
         attended = program.attend(parts, "attended", planes, stride=size, heads=heads, size=size)
-        program.add(program.linear(self.output, attended, "said"), X)
+        program.add(program.linear(self.output, attended, "output"), X)
         program.norm(self.feed_forward_norm, X, normed)
         hidden = program.activate("relu", program.linear(self.fc1, normed, "inner"), "hidden", is_gated=False)
-        program.add(program.linear(self.fc2, hidden, "said"), X)
+        program.add(program.linear(self.fc2, hidden, "output"), X)
 
 
 class OPT(nn.Module):

@@ -181,15 +181,15 @@ class DecoderBlock(nn.Module):
         parts = program.linear(looking.qkv, normed, "heads")
         program.write(parts, own, firsts=(width, 2 * width), stride=size, heads=heads, size=size)
         attended = program.attend(parts, "attended", own, stride=size, heads=heads, size=size, scale=1.0)
-        program.add(program.linear(looking.output, attended, "said"), X)
+        program.add(program.linear(looking.output, attended, "output"), X)
         program.norm(crossing.norm, X, normed)
         query = program.linear(crossing.query, normed, "query")
         program.attend(query, "attended", encoded, stride=size, heads=heads, size=size, scale=1.0)
-        program.add(program.linear(crossing.output, attended, "said"), X)
+        program.add(program.linear(crossing.output, attended, "output"), X)
         program.norm(feeding.norm, X, normed)
         inner = program.linear(feeding.gate_up if feeding.has_gate else feeding.up, normed, "inner")
         hidden = program.activate(feeding.activation_name, inner, "hidden", is_gated=feeding.has_gate)
-        program.add(program.linear(feeding.down, hidden, "said"), X)
+        program.add(program.linear(feeding.down, hidden, "output"), X)
 
 
 class T5(nn.Module):

@@ -91,14 +91,14 @@ def cider(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) ->
     total = math.log(float(len(references))) if references else 0.0
     found = []
     for caption, own in zip(captions, counted, strict=True):
-        said, norms, length = _weighted(ngrams(caption), pictures_with, total)
+        vectors, norms, length = _weighted(ngrams(caption), pictures_with, total)
         scores = [0.0] * ORDERS
         for reference in own:
             wanted, wanted_norms, wanted_length = _weighted(reference, pictures_with, total)
             closeness = math.exp(-((length - wanted_length) ** 2) / (2 * SIGMA**2))
             for order in range(ORDERS):
                 product = 0.0
-                for gram, weight in said[order].items():
+                for gram, weight in vectors[order].items():
                     other = wanted[order].get(gram, 0.0)
                     product += min(weight, other) * other
                 if norms[order] and wanted_norms[order]:

@@ -107,8 +107,8 @@ def _spice(java: str, folder: Path, captions: Sequence[Tokens], references: Sequ
 
 def _version(java: str) -> int:
     """8, 11, 17; 0 if unknown."""
-    told = subprocess.run([java, "-version"], capture_output=True, encoding="utf-8", check=False).stderr
-    first = told.partition('"')[2].removeprefix("1.").split(".")[0].split('"')[0]
+    output = subprocess.run([java, "-version"], capture_output=True, encoding="utf-8", check=False).stderr
+    first = output.partition('"')[2].removeprefix("1.").split(".")[0].split('"')[0]
     return int(first) if first.isdigit() else 0
 
 

@@ -61,12 +61,12 @@ class ChatTemplate:
 
         Raises OptionError for text with special tokens, CheckpointError for an unusable template.
         """
-        said = [*(text for turn in turns for text in turn), question]
-        for text in said:
+        texts = [*(text for turn in turns for text in turn), question]
+        for text in texts:
             if token := next((each for each in (*self.special, IMAGE) if each and each in text), None):
                 raise OptionError(f"the text contains {token!r}, with which the chat template marks turns; remove it")
-        frame = self._frame(len(said))
-        return re.sub("\ue000(\\d+)\ue001", lambda place: said[int(place[1])], frame)
+        frame = self._frame(len(texts))
+        return re.sub("\ue000(\\d+)\ue001", lambda place: texts[int(place[1])], frame)
 
     def _frame(self, number: int) -> str:
         """The text for a number of questions and answers, with placeholders."""
@@ -119,9 +119,9 @@ def _run(order: str) -> tuple[int, str, str]:
 def _rendered(source: str, messages: list[dict[str, str]], names: dict[str, str], where: str) -> str:
     """Raises CheckpointError for a template that fails or exceeds its limits, OptionError without jinja2."""
     try:
-        status, said, complaint = _run(json.dumps({"source": source, "messages": messages, "names": names}))
+        status, output, complaint = _run(json.dumps({"source": source, "messages": messages, "names": names}))
     except subprocess.TimeoutExpired:
-        status, said, complaint = 1, "", f"it takes longer than {TIMEOUT_S:g} s"
+        status, output, complaint = 1, "", f"it takes longer than {TIMEOUT_S:g} s"
     except OSError as error:
         raise CheckpointError(f"{where}: no process can be started ({error}); use the model without it") from None
     if status == 3:
@@ -129,7 +129,7 @@ def _rendered(source: str, messages: list[dict[str, str]], names: dict[str, str]
     if status != 0:
         reason = " ".join(complaint.split())[-200:] or "it exceeds its limits of time or memory"
         raise CheckpointError(f"{where}: the template cannot be used ({reason}); use the model without it")
-    text: str = json.loads(said)
+    text: str = json.loads(output)
     return text
 
 

@@ -102,11 +102,11 @@ def _in_order(runs: Sequence[Run]) -> list[str]:
 def _legend(runs: Sequence[Run]) -> Iterator[str]:
     for number, run in enumerate(runs):
         y = 10 + number * LINE + LINE / 2
-        told = escape(run.name)
+        label = escape(run.name)
         if any(name in run.trained for name in run.evaluated):
-            told += " (line: training, dots: held-out rows)"
+            label += " (line: training, dots: held-out rows)"
         yield f'<line x1="{LEFT}" x2="{LEFT + 26}" y1="{y}" y2="{y}" stroke="{_colour(number)}" stroke-width="2.5"/>'
-        yield f'<text x="{LEFT + 34}" y="{y + 4}">{told}</text>'
+        yield f'<text x="{LEFT + 34}" y="{y + 4}">{label}</text>'
 
 
 def _panel(name: str, runs: Sequence[Run]) -> Iterator[str]:

@@ -266,16 +266,16 @@ def check_alike(group: Group, step: int, parameters: dict[str, nn.Parameter]) ->
 def group_of_environment() -> Group:
     """The group that the environment describes: a single process unless WORLD_SIZE is set. Raises RecipeError for an
     incomplete environment."""
-    told = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
-    if told["WORLD_SIZE"] in ("", "1"):
+    variables = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if variables["WORLD_SIZE"] in ("", "1"):
         return Group()
     try:
-        group = Group(int(told["RANK"]), int(told["WORLD_SIZE"]))
-        if 0 <= group.rank < group.size and all(told.values()):
+        group = Group(int(variables["RANK"]), int(variables["WORLD_SIZE"]))
+        if 0 <= group.rank < group.size and all(variables.values()):
             return group
     except ValueError:
         pass
-    found = ", ".join(f"{name}={value}" for name, value in told.items())
+    found = ", ".join(f"{name}={value}" for name, value in variables.items())
     raise RecipeError(f"the environment has {found}; start with torchrun or with --devices, or unset WORLD_SIZE")
 
 
@@ -349,6 +349,6 @@ def _should_report(store: Any, error: Exception) -> bool:
     if isinstance(error, ProcessLost) and "has ended" in str(error) and LAUNCHED in os.environ:
         return False
     try:
-        return store.add("told", 1) == 1
+        return store.add("reported", 1) == 1
     except RuntimeError:  # the store belonged to process 0, which has ended
         return LAUNCHED not in os.environ

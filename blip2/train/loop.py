@@ -111,7 +111,7 @@ def train(
     trackers, log_path = None, None
     if group.is_first:
         track, log_path = recipe.track, recipe.out / "log.jsonl"
-        trackers = Trackers(track.to, recipe.out, track.project, first, lambda told: meter.say("train", done, told))
+        trackers = Trackers(track.to, recipe.out, track.project, first, lambda text: meter.say("train", done, text))
     log = Log(log_path, first, trackers)
     with autocast():
         peak = Peak(device, group.size, autocast_dtype(device) or torch.float32)
@@ -180,10 +180,10 @@ def train(
                 )
                 done_here = [sum(map(count, batch)) for count in (task.flops, task.num_tokens)]
                 counts = [torch.tensor(float(n)) for n in (*done_here, len(task.bad_pictures()), task.num_cut())]
-                told = torch.stack([*(share.float() for share in shares.values()), *(n.to(device) for n in counts)])
-                sum_gradients(group, parameters, told)
-                losses = dict(zip(shares, told, strict=False))
-                is_good, norm = math.isfinite(told[: len(losses)].sum().item()), 0.0
+                sums = torch.stack([*(share.float() for share in shares.values()), *(n.to(device) for n in counts)])
+                sum_gradients(group, parameters, sums)
+                losses = dict(zip(shares, sums, strict=False))
+                is_good, norm = math.isfinite(sums[: len(losses)].sum().item()), 0.0
                 if is_good:
                     norm = clip_gradients(group, parameters, optim.clip).item()
                     is_good = math.isfinite(norm)
@@ -207,12 +207,12 @@ def train(
                         f"the loss or its gradient was NaN or infinite in {bad_steps} steps in a row, the last is step "
                         f"{done}: {reason}; {_state(folder, saved)}"
                     )
-                if told[-2].item() != num_bad:
-                    num_bad = told[-2].item()
+                if sums[-2].item() != num_bad:
+                    num_bad = sums[-2].item()
                     for found in group.objects(task.bad_pictures()):
                         meter.bad_pictures(done, found)
-                work = {"flops": told[-4].item(), "tokens": told[-3].item(), "gradient_norm": norm if is_good else 0.0}
-                meter.add(done, losses if is_good else {}, rate, int(told[-1]), work)
+                work = {"flops": sums[-4].item(), "tokens": sums[-3].item(), "gradient_norm": norm if is_good else 0.0}
+                meter.add(done, losses if is_good else {}, rate, int(sums[-1]), work)
                 if done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0 or is_last:
                     check()
                 evaluate()

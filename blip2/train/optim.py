@@ -64,8 +64,8 @@ def clip_gradients(group: Group, parameters: dict[str, nn.Parameter], most: floa
 
 
 @torch.no_grad()
-def sum_gradients(group: Group, parameters: dict[str, nn.Parameter], told: Tensor) -> None:
-    """All-reduce the gradients, and the values ``told`` float[N] with them, in place, in one call.
+def sum_gradients(group: Group, parameters: dict[str, nn.Parameter], scalars: Tensor) -> None:
+    """All-reduce the gradients, and the values ``scalars`` float[N] with them, in place, in one call.
 
     All processes have gradients for the same parameters. Frozen parameters have none and are not sent. Gradients of
     shards are already summed.
@@ -73,7 +73,7 @@ def sum_gradients(group: Group, parameters: dict[str, nn.Parameter], told: Tenso
     if group.size == 1:
         return
     found = [p.grad for p in parameters.values() if p.grad is not None]
-    tensors = [*(gradient for gradient in found if not is_share(gradient)), told]
+    tensors = [*(gradient for gradient in found if not is_share(gradient)), scalars]
     flat = group.sum(torch.cat([tensor.flatten() for tensor in tensors]))
     sums = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(sums, tensors, strict=True)])

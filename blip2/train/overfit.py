@@ -38,11 +38,11 @@ class Verdict:
         return self.last <= max(HALF * self.first, SMALL)
 
     def __str__(self) -> str:
-        told = f"the loss of {self.rows} rows went from {self.first:.3g} to {self.last:.3g} in {self.steps} steps"
+        change = f"the loss of {self.rows} rows went from {self.first:.3g} to {self.last:.3g} in {self.steps} steps"
         if self.is_learnt:
-            return f"memorised: {told}"
+            return f"memorised: {change}"
         return (
-            f"not memorised: {told}; check the texts (--dry-run), raise optim.peak_lr, or train more parts of the "
+            f"not memorised: {change}; check the texts (--dry-run), raise optim.peak_lr, or train more parts of the "
             "model, before you train on more rows"
         )
 

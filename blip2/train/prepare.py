@@ -282,22 +282,22 @@ class _Stage2:
         """The loss, and for each kind of text the share that greedy decoding would reproduce exactly."""
 
         def look(number: int, numbers: np.ndarray) -> tuple[float, int, list[tuple[str, bool]]]:
-            loss, tokens, told = 0.0, 0, []
+            loss, tokens, exact = 0.0, 0, []
             # The same part size as in training.
             for places in parts_of(range(len(numbers)), self.group.size * self.recipe.optim.accumulate):
                 batch = self.batch(held_out, numbers, places, lambda place: row_chance(0, number, place))
                 found = self.losses(held_out, batch)
                 wrong_M = torch.zeros(len(batch.kinds), dtype=torch.long)
                 wrong_M.index_add_(0, batch.texts.targets.text_N, (~found.is_right_N).long().cpu())
-                told += [(kind, wrong == 0) for kind, wrong in zip(batch.kinds, wrong_M.tolist(), strict=True)]
+                exact += [(kind, wrong == 0) for kind, wrong in zip(batch.kinds, wrong_M.tolist(), strict=True)]
                 tokens += len(found.is_right_N)
                 loss += found.lm.item() * len(found.is_right_N)
-            return loss, tokens, told
+            return loss, tokens, exact
 
         right: dict[str, list[bool]] = defaultdict(list)
         looked = _evaluated(look, held_out, self.recipe, self.group)
-        for _, _, told in looked:
-            for kind, is_right in told:
+        for _, _, exact in looked:
+            for kind, is_right in exact:
                 right[kind].append(is_right)
         loss = sum(loss for loss, _, _ in looked) / sum(tokens for _, tokens, _ in looked)
         return {"lm": loss} | {kind: float(np.mean(values)) for kind, values in sorted(right.items())}

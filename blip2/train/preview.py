@@ -79,15 +79,15 @@ class Preview:
             f"{optim.steps / epoch:,.1f} epochs"
         )
         yield "the first batch:"
-        for said in self.texts:
-            yield f"  {Path(said.row.image).name}: {said.kind}: {_quoted(said)}"
+        for text in self.texts:
+            yield f"  {Path(text.row.image).name}: {text.kind}: {_quoted(text)}"
 
     def sheet(self) -> str:
         """The preview as an HTML page, with the images of the first batch."""
         *about, _ = [line for line in self.lines() if not line.startswith("  ")]
         cards: dict[str, list[BatchText]] = {}
-        for said in self.texts:
-            cards.setdefault(said.row.image, []).append(said)
+        for text in self.texts:
+            cards.setdefault(text.row.image, []).append(text)
         title = f"The first batch of {self.recipe.out.name}"
         return sheet(title, about, [(some[0].row, _html(some)) for some in cards.values()])
 
@@ -146,8 +146,8 @@ def _first_batch(materials: Materials, recipe: Recipe) -> list[BatchText]:
 def _html(some: list[BatchText]) -> str:
     """HTML of all texts about one image."""
     return "".join(
-        f'<p><small>{said.kind}</small><br><span class="read">{escape(said.read)}</span> {escape(said.written)}</p>'
-        for said in some
+        f'<p><small>{text.kind}</small><br><span class="read">{escape(text.read)}</span> {escape(text.written)}</p>'
+        for text in some
     )
 
 

@@ -58,7 +58,7 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
     torch.manual_seed(recipe.seed)
     autocast, frozen_dtype = autocast_for(recipe.precision, device)
     with group.in_turn("gathered", is_one_enough=True):
-        materials = gather(recipe, path, lambda told: report(Progress("rows", 0, steps, message=told)))
+        materials = gather(recipe, path, lambda text: report(Progress("rows", 0, steps, message=text)))
 
     def load() -> Blip2 | Blip2Matcher:
         # A sharded model may not fit on one device, so it is built on the CPU first.
@@ -92,8 +92,8 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
                 frozen=materials.start,
                 learnt=("vision_model",) if recipe.vision is not None and recipe.vision.learns else (),
             )
-    told = f"; unreadable images: {number:,}, skipped and listed in log.jsonl" if number else ""
-    report(Progress("done", steps, steps, message=f"wrote {recipe.out}{told}"))
+    note = f"; unreadable images: {number:,}, skipped and listed in log.jsonl" if number else ""
+    report(Progress("done", steps, steps, message=f"wrote {recipe.out}{note}"))
     return recipe.out
 
 

@@ -51,7 +51,7 @@ def of_stage1(model: Blip2Matcher, tokenizer: Tokenizer, held_out: RowSet, max_t
     )
     rows = [held_out.rows[number] for number in numbers]
     written = _written(engine, list(patches_BPD), tokenizer, max_tokens)
-    return [Sample(row, "caption", "", row.captions[0], said) for row, said in zip(rows, written, strict=True)]
+    return [Sample(row, "caption", "", row.captions[0], output) for row, output in zip(rows, written, strict=True)]
 
 
 def of_stage2(
@@ -69,8 +69,8 @@ def of_stage2(
     engine = Engine(model.language, eos_token_ids=model.config.language.end_token_ids)
     written = _written(engine, prompts, tokenizer, max_tokens)
     return [
-        Sample(row, text.kind, tokenizer.decode(text.prompt_ids), tokenizer.decode(text.target_ids), said)
-        for row, text, said in zip(rows, texts, written, strict=True)
+        Sample(row, text.kind, tokenizer.decode(text.prompt_ids), tokenizer.decode(text.target_ids), output)
+        for row, text, output in zip(rows, texts, written, strict=True)
     ]
 
 

@@ -26,11 +26,11 @@ p { margin: .25rem 0; }
 def sheet(title: str, about: Iterable[str], cards: Iterable[tuple[Row, str]]) -> str:
     """HTML of a page. ``about``: lines of text; ``cards``: rows, and HTML to show below their images."""
     body = "\n".join(f"<p>{escape(line)}</p>" for line in about)
-    shown = "\n".join(_card(row, said) for row, said in cards)
+    shown = "\n".join(_card(row, text) for row, text in cards)
     title = escape(title)
     return page(title, STYLE, f"<header><h1>{title}</h1>\n{body}</header>\n<main>\n{shown}\n</main>")
 
 
-def _card(row: Row, said: str) -> str:
+def _card(row: Row, text: str) -> str:
     shown = picture(row.content or row.image, THUMBNAIL_PX)
-    return f"<figure>{shown}{said}<small>{escape(Path(row.image).name)}</small></figure>"
+    return f"<figure>{shown}{text}<small>{escape(Path(row.image).name)}</small></figure>"

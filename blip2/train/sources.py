@@ -163,22 +163,22 @@ def row_of(record: Record, source: SourceRecipe) -> Row:
     """A row from a record. Texts come from the columns that ``source`` names; else from the names of a row's own
     fields; else from the record's caption. Raises ValueError for a text that is not a string."""
     columns = record.columns
-    told: dict[str, Any] = {"image": record.name if isinstance(record.picture, bytes) else str(record.picture)}
+    fields: dict[str, Any] = {"image": record.name if isinstance(record.picture, bytes) else str(record.picture)}
     if source.question is not None:
         answers = columns.get(source.answer or "answer")
-        told |= {"question": columns.get(source.question)}
-        told |= {"answers": answers} if isinstance(answers, list | dict) else {"answer": answers}
+        fields |= {"question": columns.get(source.question)}
+        fields |= {"answers": answers} if isinstance(answers, list | dict) else {"answer": answers}
     if source.text is not None:
         captions = columns.get(source.text, record.text)
     else:
         captions = next((columns[name] for name in OWN[:3] if columns.get(name)), record.text)
         if source.question is None:
-            told |= {name: columns[name] for name in OWN[3:] if columns.get(name)}
+            fields |= {name: columns[name] for name in OWN[3:] if columns.get(name)}
     captions = captions if isinstance(captions, list) else [captions]
-    told["captions"] = [caption for caption in captions if caption]
-    if told.keys() == {"image", "captions"} and not told["captions"]:
-        return Row(told["image"])
-    row = parse_row(told)
+    fields["captions"] = [caption for caption in captions if caption]
+    if fields.keys() == {"image", "captions"} and not fields["captions"]:
+        return Row(fields["image"])
+    row = parse_row(fields)
     content = record.picture if isinstance(record.picture, bytes) else None
     return Row(row.image, row.captions, row.questions, row.dialogues, content)
 

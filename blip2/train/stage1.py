@@ -174,14 +174,14 @@ def backward(
                     mask_BT[wrong_B],
                 )  # fmt: skip
             itm = F.cross_entropy(matching_N2, _is_match(matching_N2), reduction="sum") / (3 * step.batch_size)
-            told = {"itm": itm}
+            terms = {"itm": itm}
             if itg:
                 with dropout_by_rows((step.seed, 3), part.place_B):
-                    told["lm"] = _generation(
+                    terms["lm"] = _generation(
                         model, views.memory, part.text_BT, part.text_mask_BT, label_smoothing, count
                     )
-        torch.autograd.backward([torch.stack([*told.values()]).sum(), views.vectors_BVE], [None, toward_NVE[here]])
-        for name, loss in told.items():
+        torch.autograd.backward([torch.stack([*terms.values()]).sum(), views.vectors_BVE], [None, toward_NVE[here]])
+        for name, loss in terms.items():
             shares[name] += loss.detach()
     if wrong_NPD is not None and wrong_NPD.grad is not None:  # an image is also a negative of other texts
         toward_NPD, start = group.give_back(wrong_NPD.grad, wanted_B), 0

@@ -47,7 +47,7 @@ class TextSource:
     def draw(self, row: Row, count: int, chance: random.Random) -> list[Text]:
         """Draw ``count`` texts of the row, kinds by the recipe's mix; none is repeated before all were drawn."""
         choices = {"caption": row.captions, "question": row.questions, "dialogue": row.dialogues}
-        kinds = [kind for kind, said in choices.items() if said and self._weights[kind] > 0]
+        kinds = [kind for kind, texts in choices.items() if texts and self._weights[kind] > 0]
         drawn = chance.choices(kinds, [self._weights[kind] for kind in kinds], k=count)
         left: dict[str, list[int]] = {kind: [] for kind in kinds}
         texts = []
@@ -69,8 +69,8 @@ class TextSource:
     def can_use(self, row: Row) -> bool:
         """Whether the row has a text of a kind with a weight in the recipe's mix."""
         return any(
-            said and self._weights[kind] > 0
-            for kind, said in (("caption", row.captions), ("question", row.questions), ("dialogue", row.dialogues))
+            texts and self._weights[kind] > 0
+            for kind, texts in (("caption", row.captions), ("question", row.questions), ("dialogue", row.dialogues))
         )
 
     def _caption(self, caption: str, chance: random.Random) -> Text:

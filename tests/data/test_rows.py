@@ -96,7 +96,7 @@ def test_rows_of_other_tools_are_told_what_to_change(tmp_path, line, advice):
 
 @pytest.mark.parametrize(
     ("content", "advice"),
-    [([{"image": "a.png", "caption": "a"}], "this is a JSON array"), ({"images": [], "annotations": []}, "a COCO file")],
+    [([{"image": "a.png", "caption": "a"}], "this is a JSON array"), ({"images": [], "annotations": []}, "COCO file")],
 )
 def test_a_file_that_is_one_value_is_known(tmp_path, content, advice):
     (tmp_path / "rows.json").write_text(json.dumps(content, indent=1))
