@@ -167,10 +167,8 @@ class Group:
 
     @contextmanager
     def in_turn(self, name: str, *, is_one_enough: bool = False) -> Iterator[None]:
-        """One process after the other, or the first and then all others (``is_one_enough``). Without a time limit.
-
-        If a process fails, those after it raise `ToldElsewhere`.
-        """
+        """One process after the other, or the first and then all others (``is_one_enough``). Without a time limit. If a
+        process fails, those after it raise `ToldElsewhere`."""
         if self.size == 1:
             yield
             return
@@ -295,11 +293,9 @@ def end_with_launcher() -> None:
 def joined(
     device: torch.device, *, together: tuple[type[Exception], ...] = (), timeout_s: float = TIMEOUT_S
 ) -> Iterator[Group]:
-    """Connect the processes of the environment: gloo on the CPU, nccl for tensors on a GPU.
-
-    An error is reported by one process, with its rank; the others raise `ToldElsewhere`. ``together``: error types that
-    all processes raise at the same place, and that process 0 reports.
-    """
+    """Connect the processes of the environment: gloo on the CPU, nccl for tensors on a GPU. An error is reported by one
+    process, with its rank; the others raise `ToldElsewhere`. ``together``: error types that all processes raise at the
+    same place, and that process 0 reports."""
     group = group_of_environment()
     if group.size == 1:
         yield group
