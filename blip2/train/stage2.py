@@ -1,13 +1,13 @@
 """Stage 2: the query tokens become prompts of a frozen language model (section 3.2 and Figure 3 of the paper).
 
-    OPT   [queries][</s>][prompt][target]            so do other decoders; the loss is on the target, its end included
-    T5    [queries][prompt][</s>]  ->  [target]      a caption is split: its beginning prompts, its rest is target
+    OPT   [queries][</s>][prompt][target]            other decoders likewise; the loss is on the target and its end
+    T5    [queries][prompt][</s>]  ->  [target]      a caption is split: beginning as prompt, rest as target
 
-Several texts about an image share its query tokens. For a decoder they are packed into one row, each masked from
-to the others and with positions as if it came first after the queries: equal to a row each, and several times
-cheaper.
+Several texts about an image share its query tokens. For a decoder they are packed into one row. Each is masked from
+the others and has the positions right after the query tokens. The result equals that of one row for each text, and is
+several times faster.
 
-B images, Q queries, T text tokens of a row, S queries and text, N target tokens (or T5's rows), D width.
+B images, Q query tokens, T text tokens of a row, S queries and text, N target tokens (or T5's rows), D width.
 """
 
 from __future__ import annotations
