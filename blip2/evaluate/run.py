@@ -139,13 +139,13 @@ def evaluate(
     **options: Any,
 ) -> dict[str, Any]:
     """Ask a model about all rows and compare: ``scores`` with 95 % intervals, ``types`` of questions, and with
-    ``against`` what has changed. See `evaluating` for options and errors.
+    ``against`` the changes. See `evaluating` for options and errors.
 
         evaluate("questions.jsonl", "scores/")
         evaluate("vqav2", "scores/", data="datasets/", model="Salesforce/blip2-opt-2.7b")
 
-    ``rows``: a file of rows, or the name of a benchmark; of that with ``data``, the folder of its files, and the
-    options of `benchmarking`. "robustness" has a file of rows as its ``data``, and the options of `varying`.
+    ``rows``: a file of rows, or the name of a benchmark. A benchmark needs ``data``, the folder of its files, and takes
+    the options of `benchmarking`. "robustness" takes a file of rows as ``data``, and the options of `varying`.
     """
     evaluation = begun(str(rows), None if data is None else Path(data), Path(folder), options)
     evaluation.see()
