@@ -208,7 +208,7 @@ def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
             )
     for module, parts in found.items():
         if not {"first", "second"} <= parts.keys() or ("lengths" in parts) != bool(config.get("use_dora")):
-            raise CheckpointError(f"{folder / WEIGHTS}: {module} has only one of two matrices; the file is incomplete")
+            raise CheckpointError(f"{folder / WEIGHTS}: {module} lacks one of its parts; the file is incomplete")
         first, second, lengths = parts["first"], parts["second"], parts.get("lengths")
         rank = first.shape[0]
         shapes = (len(first.shape), second.shape[1:], lengths.shape if lengths else second.shape[:1])

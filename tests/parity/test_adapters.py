@@ -211,15 +211,15 @@ WRONG = {
     "changed base": ({"init_lora_weights": "pissa"}, None, "init_lora_weights is 'pissa'"),
     "absurd": ({"lora_alpha": "x"}, None, "lora_alpha is 'x'"),
     "half a module": (
-        {}, lambda tensors: dict(list(tensors.items())[1:]), "of .* a half is missing",
+        {}, lambda tensors: dict(list(tensors.items())[1:]), ".* lacks one of its parts",
     ),
     "unknown": ({}, renamed("qformer.encoder", "bert.encoder"), r"there is no bert\.encoder\.layer\.0\..*more of"),
     "another size": (
         {}, lambda tensors: {name: torch.cat([value, value], 1) if "lora_A" in name else value
-                             for name, value in tensors.items()}, "is .*, and .* in .*; the adapter belongs to another",
+                             for name, value in tensors.items()}, "has shape .*, but .* in .*; the adapter belongs to",
     ),
     "a table": ({}, renamed("lora_A.weight", "lora_embedding_A"), "of a kind that is not supported here"),
-    "no DoRA": ({"use_dora": True}, None, "a half is missing"),
+    "no DoRA": ({"use_dora": True}, None, "lacks one of its parts"),
 }  # fmt: skip
 
 
