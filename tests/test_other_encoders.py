@@ -261,7 +261,7 @@ def change(folder: Path, file: str, **values) -> None:
     ("family", "values", "message"),
     [
         ("ViT", {"model_type": "resnet"}, "'resnet', which is not a supported image encoder; supported are blip-2"),
-        ("SigLIP", {"model_type": "siglip2_vision_model"}, "not NaFlex"),
+        ("SigLIP", {"model_type": "siglip2_vision_model"}, "without NaFlex"),
         ("ViT", {"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ("ViT", {"num_channels": 1}, "num_channels is 1"),
         ("ViT", {"hidden_size": "24"}, "hidden_size is '24'"),

@@ -339,7 +339,7 @@ def test_another_program_s_model_in_the_same_folder_is_told_and_harms_no_other(p
         for parameter in theirs.parameters():
             parameter.mul_(2)
     theirs.save_pretrained(second)
-    with pytest.raises(CheckpointError, match="holds two models"):
+    with pytest.raises(CheckpointError, match="has two models"):
         checkpoint.load(second)
     for name, tensor in checkpoint.load(first).state_dict().items():
         assert torch.equal(tensor, before[name])

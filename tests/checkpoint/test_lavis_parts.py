@@ -291,7 +291,7 @@ def test_models_of_different_kinds_are_kept_apart(opt_model: Path, matching_mode
 
 def test_what_exists_is_not_written_over(folder: Path, trained: Path, tmp_path: Path) -> None:
     assert_refused("exists already", tmp_path, convert_to_lavis, folder, trained)
-    assert_refused("holds a model already", tmp_path, convert_from_lavis, trained, folder, like=folder)
+    assert_refused("already has a model", tmp_path, convert_from_lavis, trained, folder, like=folder)
 
 
 def test_a_bias_for_the_keys_has_no_place_in_lavis(opt_model: Path, tmp_path: Path) -> None:

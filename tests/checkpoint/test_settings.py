@@ -61,7 +61,7 @@ def test_written_and_read_is_the_same(tmp_path: Path) -> None:
     [
         ({"text_config": {"model_type": "rwkv"}}, "family 'rwkv'; supported are 'opt', 't5', .*'llama'"),
         ({"text_config": {"word_embed_proj_dim": 512, "hidden_size": 1536}}, "word_embed_proj_dim is 512, hidden_size"),
-        ({"text_config": {"do_layer_norm_before": False}}, "do_layer_norm_before is False in opt; .* builds only True"),
+        ({"text_config": {"do_layer_norm_before": False}}, "do_layer_norm_before is False in opt; .* supported is only True"),
         ({"text_config": {"activation_function": "gelu"}}, "activation_function is 'gelu' in opt"),
         ({"text_config": {"model_type": "t5", "feed_forward_proj": "prelu"}}, "feed_forward_proj is 'prelu' in t5"),
         ({"text_config": FLAN | {"dense_act_fn": "tanh"}}, "dense_act_fn is 'tanh' in t5; .* 'gelu' or 'gelu_new'"),
@@ -94,7 +94,7 @@ def test_what_would_be_built_wrongly_is_refused(tmp_path: Path, content: dict, m
         ("text_config", FLAN | {"layer_norm_epsilon": math.nan}, "layer_norm_epsilon is nan in t5"),
         ("text_config", FLAN | {"d_kv": 0}, "d_kv is 0 in t5"),
         ("vision_config", {"patch_size": 0}, "patch_size is 0 in vision_config"),
-        ("vision_config", {"patch_size": 225}, "patch_size is 225 in vision_config, more than image_size"),
+        ("vision_config", {"patch_size": 225}, "patch_size is 225 in vision_config, more than the image_size"),
         ("vision_config", {"hidden_size": "1408"}, "hidden_size is '1408' in vision_config"),
         ("vision_config", {"layer_norm_eps": -1e-6}, "layer_norm_eps is -1e-06 in vision_config"),
         ("vision_config", {"patch_bias": "no"}, "patch_bias is 'no' in vision_config; .* true or false"),

@@ -35,7 +35,7 @@ def test_a_generative_one(run, opt_model, pictures, tmp_path, arguments):
     model = damaged(opt_model, OPT, tmp_path / "model")
     result = run(*(pictures[0] if each == "PICTURE" else each for each in arguments), "--model", model)
     assert (result.exit_code, result.stdout) == (1, ""), result.output
-    assert f"language.blocks.1.fc2.weight (in files: {OPT}) holds such values" in result.stderr
+    assert f"language.blocks.1.fc2.weight (in files: {OPT}) has such values" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -284,7 +284,7 @@ def test_no_answer_is_made_of_what_is_no_number(any_model, inputs):
     model = Blip2ForConditionalGeneration.from_pretrained(any_model)
     model.model.projection.bias.data[0] = float("nan")
     for options in ({}, {"num_beams": 2}, {"do_sample": True}):
-        with pytest.raises(NotFiniteError, match=r"projection.bias .in files: language_projection.bias. holds such"):
+        with pytest.raises(NotFiniteError, match=r"projection.bias .in files: language_projection.bias. has such"):
             model.generate(**inputs, **options)
     labels = torch.tensor([[5, 6, 7]] * 3)
     assert model(**inputs, labels=labels).loss.isnan()  # as torch has it

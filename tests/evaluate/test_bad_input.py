@@ -70,7 +70,7 @@ def test_folders_that_are_named_from_here(tmp_path, monkeypatch, name):
 def test_several_copies(tmp_path):
     written.gqa(tmp_path / "one")
     written.gqa(tmp_path / "two")
-    assert "could both be meant" in refused("gqa", tmp_path, tmp_path / "out")
+    assert "both match" in refused("gqa", tmp_path, tmp_path / "out")
     assert begun("gqa", tmp_path / "one", tmp_path / "out", {}).num_missing == 24
 
 

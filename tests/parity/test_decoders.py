@@ -235,7 +235,7 @@ def fields(family, **changed):
         (fields("llama", rope_scaling={"rope_type": "spiral"}), "rope_type is 'spiral' in llama; use one of default"),
         (fields("llama", rope_scaling={"rope_type": "linear"}), "factor is None in rope_scaling of llama"),
         (fields("llama", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5 in llama"),
-        (fields("llama", head_dim=7), "head_dim is 7 in llama, of which 7 numbers are turned"),
+        (fields("llama", head_dim=7), "head_dim is 7 in llama, of which 7 dimensions are rotated"),
         (fields("llama", eos_token_id=None), "there is no eos_token_id in llama"),
         (fields("llama", eos_token_id=[2, 32000]), "eos_token_id is 32000 in llama"),
         (fields("mistral", sliding_window=0), "sliding_window is 0 in mistral"),

@@ -54,7 +54,7 @@ def test_matching_and_vectors_of_no_numbers(tiny_models) -> None:
     with serving(lambda: tiny_models) as server:
         found = server.http.post("/match", files={"image": PICTURES[0].read_bytes()}, data={"texts": ["a dog"]})
         assert (found.status_code, found.json()["error"]["code"]) == (500, "not_finite")
-        assert "itm_head.bias holds such values" in found.json()["error"]["message"]
+        assert "itm_head.bias has such values" in found.json()["error"]["message"]
         assert server.http.post("/v1/embeddings", json={"input": "a dog"}).status_code == 200
         matcher.text_projection.bias.data[0] = math.nan
         found = server.http.post("/v1/embeddings", json={"input": "a dog"})

@@ -95,7 +95,7 @@ def test_attention_to_few(is_causal, scored):
 
 def test_an_infinite_temperature(matcher):
     matcher.model.temperature = torch.nn.Parameter(torch.tensor(math.inf))
-    with pytest.raises(NotFiniteError, match=r"temperature .in files: temp. holds such values"):
+    with pytest.raises(NotFiniteError, match=r"temperature .in files: temp. has such values"):
         matcher.match(tiny.picture(1), ["two dogs", "a red car"])
 
 

@@ -196,7 +196,7 @@ def test_room_is_looked_for_before_anything_is_computed(tmp_path, collections, m
     """Of 19 pictures of 5 tokens of 16 numbers; rows that show the same one need it once."""
     path = write(tmp_path / "a.toml", with_features(SEVERAL), matching_model)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=19 * 5 * 16 * 2 - 1))
-    with pytest.raises(RecipeError, match=r"features of 19 pictures take .* set data\.features_dtype = \"int8\", or "):
+    with pytest.raises(RecipeError, match=r"features of 19 images take .* set data\.features_dtype = \"int8\", or "):
         gather(load_recipe(path), path)
     gather(load_recipe(path, {"data.features_dtype": "int8"}), path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=19 * 5 * 16 * 2))

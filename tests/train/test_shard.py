@@ -101,7 +101,7 @@ def test_memory(tmp_path, monkeypatch):
     [
         ({"shard": ["qformer"]}, "shard: names 'qformer'; stage 2 has vision, language"),
         ({"shard": "language", "lora.base": "int8"}, "shard: cannot shard a language model in int8"),
-        ({"shard": "vision", "data.features": "features"}, "shard: names the image encoder, which data.features"),
+        ({"shard": "vision", "data.features": "features"}, "shard: names the image encoder, which with data.features"),
     ],
 )
 def test_what_cannot_be_shared_out(recipe, changes, problem):
