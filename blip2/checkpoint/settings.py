@@ -266,8 +266,8 @@ def _read(section: dict[str, Any], kind: str, fields: Fields) -> dict[str, Any]:
     for theirs, known, default in FIXED[kind]:
         if section.get(theirs, default) not in known:
             raise ValueError(
-                f"{theirs} is {reprlib.repr(section.get(theirs, default))} in {kind}; supported is only "
-                f"{' or '.join(repr(value) for value in known)}"
+                f"{theirs} is {reprlib.repr(section.get(theirs, default))} in {kind}; only "
+                f"{' or '.join(repr(value) for value in known)} is supported"
             )
     values: dict[str, Any] = {}
     names = {name for name, _, _ in FIXED[kind]} | {theirs for _, theirs, _ in fields}

@@ -60,8 +60,8 @@ def test_written_and_read_is_the_same(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"text_config": {"model_type": "rwkv"}}, "family 'rwkv'; supported are 'opt', 't5', .*'llama'"),
-        ({"text_config": {"word_embed_proj_dim": 512, "hidden_size": 1536}}, "word_embed_proj_dim is 512, hidden_size"),
-        ({"text_config": {"do_layer_norm_before": False}}, "do_layer_norm_before is False in opt; .* supported is only True"),
+        ({"text_config": {"word_embed_proj_dim": 512, "hidden_size": 1536}}, "proj_dim is 512, but hidden_size"),
+        ({"text_config": {"do_layer_norm_before": False}}, "is False in opt; only True is supported"),
         ({"text_config": {"activation_function": "gelu"}}, "activation_function is 'gelu' in opt"),
         ({"text_config": {"model_type": "t5", "feed_forward_proj": "prelu"}}, "feed_forward_proj is 'prelu' in t5"),
         ({"text_config": FLAN | {"dense_act_fn": "tanh"}}, "dense_act_fn is 'tanh' in t5; .* 'gelu' or 'gelu_new'"),

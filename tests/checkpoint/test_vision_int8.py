@@ -113,7 +113,7 @@ def test_a_weight_that_is_no_number_is_told_by_its_name(opt_model: Path, tmp_pat
     ("options", "message"),
     [
         ({"vision": "int4"}, "vision is 'int4'; use int8, or leave it out"),
-        ({"vision": "int8", "quantize": "int8", "quantize_vision": True}, "quantize_vision is set together with vision"),
+        ({"vision": "int8", "quantize": "int8", "quantize_vision": True}, "quantize_vision is set together"),
     ],
 )
 def test_what_cannot_be_asked_for(opt_model: Path, options: dict[str, object], message: str) -> None:

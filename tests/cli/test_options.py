@@ -51,7 +51,7 @@ def test_an_image_encoder_in_8_bits(run, pictures, opt_model):
     result = run("caption", pictures[0], "--model", opt_model, "--vision", "int8")
     assert (result.exit_code, result.stderr) == (0, "")
     refused = run("caption", pictures[0], "--model", opt_model, "--vision", "int8", "--quantize-vision")
-    assert refused.stderr.startswith("blip2: --quantize-vision is set together with --vision") and refused.exit_code == 2
+    assert refused.stderr.startswith("blip2: --quantize-vision is set together with") and refused.exit_code == 2
     assert run("caption", pictures[0], "--vision", "int4").exit_code == 2
 
 
