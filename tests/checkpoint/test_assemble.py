@@ -270,7 +270,7 @@ def test_the_command_prints_what_it_wrote(parts, tmp_path):
     assert done.exit_code == 0, done.output
     assert done.output.split() == [str(out / "matching"), str(out / "generative")]
     again = CliRunner().invoke(cli, ["assemble", *map(str, names)])
-    assert again.exit_code == 1 and "is there already" in again.output
+    assert again.exit_code == 1 and "exists already" in again.output
 
 
 def test_parts_that_do_not_go_together_are_refused_and_nothing_is_written(parts, tmp_path):

@@ -88,7 +88,7 @@ def test_how_a_folder_is_quantised(opt_model: Path, tmp_path: Path) -> None:
     model = checkpoint.load(opt_model, quantize=int8)
     checkpoint.save(model, tmp_path, quantization=int8.as_json())
     assert quantization_in(tmp_path) == quantization_in(tmp_path, int8) == int8
-    with pytest.raises(OptionError, match="is quantised to 8 bits already"):
+    with pytest.raises(OptionError, match="is already quantised to 8 bits"):
         quantization_in(tmp_path, int4)
 
 

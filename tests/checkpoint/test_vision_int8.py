@@ -81,7 +81,7 @@ def test_of_a_checkpoint_whose_language_model_is_quantised(any_model: Path, kind
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     other = "int4" if kind == "int8" else "int8"
-    with pytest.raises(OptionError, match=r"quantised to \d bits already"):
+    with pytest.raises(OptionError, match=r"already quantised to \d bits"):
         checkpoint.load(tmp_path, quantize=WITH[other])
 
 

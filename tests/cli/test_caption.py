@@ -121,7 +121,7 @@ def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
         (["--beams", "many"], "'many' is not a valid integer"),
         (["--beam", 3], "No such option"),
         (["--temperature", 0.5], "--temperature is 0.5, but sampling is off; add --sample"),
-        (["--sample", "--beams", 3], "--sample goes with --beams=1"),
+        (["--sample", "--beams", 3], "--sample needs --beams=1"),
         (["-n", 0], "--num-captions is 0"),
         (["--batch-size", 0], "--batch-size=0 is not possible"),
         (["--dtype", "float8"], "'float8' is not one of"),

@@ -106,7 +106,7 @@ def test_what_nobody_expected(run, monkeypatch, pictures, place):
             r"--seed is -1; .* from 0 to 2\^63 - 1; leave out --seed for different samples each time$",
         ),
         (["--temperature", 0.5], "--temperature is 0.5, but sampling is off; add --sample$"),
-        (["--sample", "--beams", 3], "--sample goes with --beams=1, not 3: .* give --beams 1, or leave out --sample$"),
+        (["--sample", "--beams", 3], "--sample needs --beams=1, not 3: .* give --beams 1, or leave out --sample$"),
         (["--beams", 1, "-n", 2], "--num-captions is 2, .* give --beams 2 or more, or add --sample$"),
         (["--beams", 0], "--beams is 0; it may be a whole number, 1 or more; 1 decodes without beams$"),
         (["--batch-size", 0], "--batch-size=0 is not possible; use 1 or more$"),

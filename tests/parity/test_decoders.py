@@ -244,8 +244,8 @@ def fields(family, **changed):
         (fields("gemma", use_bidirectional_attention=True), "only causal language models"),
         (fields("phi3", rope_scaling={"type": "su", "short_factor": [1.0]}), "short_factor is .* a list of 48"),
         (fields("bloom", apply_residual_connection_post_layernorm=True), "in bloom; only False is supported"),
-        (fields("gpt2", n_head=7), "number of heads is 7 in gpt2, and does not divide the width"),
-        ({"model_type": "llama", "vocab_sizd": 3}, "there is vocab_sizd and no vocab_size in llama"),
+        (fields("gpt2", n_head=7), "number of heads is 7 in gpt2, which does not divide the width"),
+        ({"model_type": "llama", "vocab_sizd": 3}, "there is vocab_sizd but no vocab_size in llama"),
     ],
 )
 def test_what_would_be_built_wrongly_is_refused(content, message, tmp_path):

@@ -207,7 +207,7 @@ def test_merged():
         ({"num_beam": 3}, "no option num_beam; did you mean num_beams"),
         ({"colour": 3}, "the options are max_new_tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"sample": True, "num_beams": 3}, "sample goes with num_beams=1"),
+        ({"sample": True, "num_beams": 3}, "sample needs num_beams=1"),
         ({"num_beams": 1, "num_return": 3}, "num_return is 3"),
         ({"num_return": "3"}, "num_return is '3'"),
     ],
