@@ -87,7 +87,7 @@ def test_what_would_be_built_wrongly_is_refused(tmp_path: Path, content: dict, m
         ("text_config", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5 in opt; .* a whole number from 1 to 512"),
         ("text_config", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000 in opt"),
         ("text_config", {"hidden_size": -192}, "hidden_size is -192 in opt"),
-        ("text_config", {"num_attention_heads": 7}, "num_attention_heads is 7 in opt, which does not divide the hidden_size"),
+        ("text_config", {"num_attention_heads": 7}, "is 7 in opt, which does not divide the hidden_size"),
         ("text_config", {"num_attention_heads": True}, "num_attention_heads is True in opt"),
         ("text_config", {"eos_token_id": 10**9}, "eos_token_id is 1000000000 in opt; .* from 0 to 50271"),
         ("text_config", {"eos_token_id": [2, 3]}, r"eos_token_id is \[2, 3\] in opt"),

@@ -34,7 +34,7 @@ def test_what_learns_is_what_a_training_keeps_the_state_of(
     assert found.parts["vision"][0] == (32 if settings.get("lora.trains_qformer", not settings) else 0)
     lines = list(found.lines())
     assert "rows: 8 with 8 images" in lines
-    assert "steps: 6 of 4 pictures, 2.0 an epoch, 3.0 epochs" in lines
+    assert "steps: 6 of 4 images, 2.0 an epoch, 3.0 epochs" in lines
     assert "evaluation: 8 rows, every 3 steps" in lines
     [memory] = [line for line in lines if line.startswith("memory: ")]
     assert f"{found.learning * BYTES_LEARNING / 1e6:.1f} MB more for training" in memory
