@@ -141,7 +141,7 @@ def test_small_files_as_any_editor_saves_them(tmp_path: Path, encoding: str) -> 
         ({"image_std": [0.5, 0.5, math.nan]}, "image_std is nan"),
         ({"do_normalize": False}, "do_normalize is False, but only True is supported"),
         ({"do_center_crop": True}, "do_center_crop is True, but only False is supported"),
-        ({"resample": 0}, "resample is 0, but only 3 is supported"),
+        ({"resample": 0}, "resample is 0, but only 3 or 2 or 1 is supported"),
         ({"rescale_factor": 1}, "rescale_factor is 1, "),
         ({"do_resize": [[]]}, r"do_resize is \[\[\]\]"),
     ],

@@ -264,7 +264,7 @@ def test_what_fails_in_one_process_ends_the_others_at_the_same_place():
     ("stage", "changes", "problem"),
     [
         (1, {"optim.accumulate": 0}, "optim.accumulate: has to be at least 1, not 0"),
-        (1, {"optim.accumulate": 5}, "optim.accumulate: has to be at most optim.batch_size, 4; lower it"),
+        (1, {"optim.accumulate": 5}, "optim.accumulate: has to be at most optim.batch_size, which is 4; lower it"),
         (1, {"optim.itc": "half"}, "optim.itc: has to be one of 'exact', 'lavis', not 'half'"),
         (2, {"optim.itc": "lavis"}, "optim.itc: belongs to stage 1, but this recipe is for stage 2; remove it"),
     ],
