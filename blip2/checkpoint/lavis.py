@@ -293,7 +293,7 @@ def _check(found: Weights, wanted: dict[str, tuple[int, ...]], path: Path) -> No
     for name, shape in wanted.items():
         part = _part_of(name)
         if part and not _names(found, part):
-            raise CheckpointError(f"{path}: does not have all parts; name {FROZEN[part]}")
+            raise CheckpointError(f"{path}: a part is missing; name {FROZEN[part]}")
         if name not in found:
             place = found[_names(found, part)[0]].place if part else path
             raise CheckpointError(f"{place}: {name} is missing; the file is incomplete, or belongs to another model")

@@ -266,7 +266,7 @@ def test_no_network(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_no_space(hub: FakeHub, cache: Path) -> None:
     hub.claimed_sizes[WEIGHTS] = 10**16
-    with pytest.raises(CheckpointError, match=r"no space is left in .*cache .*10000000\.0 GB.*make room, or") as caught:
+    with pytest.raises(CheckpointError, match=r"no space is left in .*cache .*10000000\.0 GB.*free some, or") as caught:
         resolve(NAME)
     one_line(caught)
     assert not hub.asked or WEIGHTS not in {file for file, _ in hub.asked}

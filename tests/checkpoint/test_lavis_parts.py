@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_named(folder: Path, trained: Path, tmp_path: Path)
     state = state_of(trained)
     norm = "Qformer.bert.embeddings.LayerNorm.weight"
     for change, message in (
-        ({norm: random(7)}, r"spoilt\.pth: qformer\.(embeddings\.)?layernorm\.weight is \[7\], not \[16\]"),
+        ({norm: random(7)}, r"spoilt\.pth: qformer\.(embeddings\.)?layernorm\.weight has shape \[7\], not \[16\]"),
         ({norm.replace("embeddings", "encoder.layer.9.output_query"): random(16)}, r"layer\.9\..* does not occur in"),
         ({"ln_vision.weight": random(1408)}, "not"),
     ):
@@ -333,4 +333,4 @@ def test_a_disk_that_is_full_is_one_line(opt_model: Path, tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert_refused("No space left on device.*; make room", tmp_path, convert_to_lavis, opt_model, tmp_path / "a.pth")
+    assert_refused("No space left on device.*; free space", tmp_path, convert_to_lavis, opt_model, tmp_path / "a.pth")
