@@ -263,7 +263,7 @@ def _reason(error: Exception, name: str, revision: str) -> str:
     cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
         return f"the hub denied access ({cause.response.status_code}); run: hf auth login"
-    return f"the download failed ({_first_line(cause)}); check the network and try again: it resumes where it stopped"
+    return f"the download failed ({_first_line(cause)}); check the network and try again; finished parts are kept"
 
 
 def _first_line(error: BaseException) -> str:

@@ -93,5 +93,5 @@ def test_damage_of_a_scalar_and_of_scales(matching_model, opt_model):
     quantized = checkpoint.load(opt_model, quantize="int8")
     quantized.language.blocks[0].fc2.scales[0, 0, 0] = math.nan
     assert checkpoint.damage(quantized).startswith(
-        "language.blocks.0.fc2.scales (in files: language_model.model.decoder.layers.0.fc2.weight.scales) holds"
+        "language.blocks.0.fc2.scales (in files: language_model.model.decoder.layers.0.fc2.weight.scales) has"
     )

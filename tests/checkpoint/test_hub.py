@@ -274,7 +274,7 @@ def test_no_space(hub: FakeHub, cache: Path) -> None:
 
 def test_what_arrived_damaged_is_not_kept(hub: FakeHub, cache: Path) -> None:
     hub.claimed_checksums[WEIGHTS] = "0" * 64
-    with pytest.raises(CheckpointError, match=r"model\.safetensors arrived damaged.*try again") as caught:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was damaged.*try again") as caught:
         resolve(NAME)
     one_line(caught)
     assert not list(cache.rglob("*.part"))
