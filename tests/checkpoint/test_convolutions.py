@@ -224,7 +224,7 @@ def test_what_is_no_such_file_is_told(lite, tmp_path):
     assert "_conv_stem.weight is missing" in told(**{"_conv_stem.weight": None})
     assert "_blocks.3._bn1.running_var is missing" in told(**{"_blocks.3._bn1.running_var": None})
     assert "does not fit" in told(**{"_bn0.bias": torch.zeros(31)})
-    assert "none of EfficientNet-lite0" in told(**{"_blocks.15._project_conv.weight": None})
+    assert "unlike EfficientNet-lite0" in told(**{"_blocks.15._project_conv.weight": None})
     assert "more is unexpected" in told(more=torch.zeros(1))
     assert "_blocks.15._depthwise" not in told(**{"_blocks.2._expand_conv.weight": torch.zeros(144, 23, 1, 1)})
     (tmp_path / "a.pth").write_bytes(b"text")

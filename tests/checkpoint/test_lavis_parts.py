@@ -249,7 +249,7 @@ def test_a_part_that_nobody_has_is_named_with_its_option(generative, prefix: str
     folder, trained, _ = generative
     like = without(folder, prefix)
     assert_refused(
-        f"trained.pth: .* missing .*{option}", tmp_path, convert_from_lavis, trained, tmp_path / "back", like=like
+        f"trained.pth: a part is missing; name .*{option}", tmp_path, convert_from_lavis, trained, tmp_path / "back", like=like
     )
     (like / "model.safetensors").unlink()
     assert_refused("--vision", tmp_path, convert_from_lavis, trained, tmp_path / "back", like=like)
