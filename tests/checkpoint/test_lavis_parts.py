@@ -248,9 +248,8 @@ def assert_refused(message: str, tmp_path: Path, convert: Callable, *arguments: 
 def test_a_part_that_nobody_has_is_named_with_its_option(generative, prefix: str, option: str, tmp_path: Path) -> None:
     folder, trained, _ = generative
     like = without(folder, prefix)
-    assert_refused(
-        f"trained.pth: a part is missing; name .*{option}", tmp_path, convert_from_lavis, trained, tmp_path / "back", like=like
-    )
+    message = f"trained.pth: a part is missing; name .*{option}"
+    assert_refused(message, tmp_path, convert_from_lavis, trained, tmp_path / "back", like=like)
     (like / "model.safetensors").unlink()
     assert_refused("--vision", tmp_path, convert_from_lavis, trained, tmp_path / "back", like=like)
 

@@ -188,7 +188,7 @@ def test_what_is_wrong_is_told_once(tmp_path, collections, matching_model, capfd
     assert "00001.tar: 000007: not a JPEG" in line and "or skip such images" in line
     blocked = tmp_path / "blocked"
     blocked.write_text("")
-    with pytest.raises(RecipeError, match=r"data\.features: .*blocked cannot be written"):
+    with pytest.raises(RecipeError, match=r"data\.features: .*blocked is not writable"):
         train.run(path, overrides={"data.features": "blocked"})
 
 
