@@ -25,11 +25,8 @@ vision=$!
 wait "$vision"
 "$python" -m miniature.pretrain renew --start "$start" --out "$work"
 
-# The two stages, one core each: stage 2 goes on from the Q-Former of the first round's stage 2.
-"$python" -m blip2 train miniature/again1.toml &
-stage1=$!
+"$python" -m blip2 train miniature/again1.toml
 "$python" -m blip2 train miniature/again2.toml
-wait "$stage1"
 "$python" -m miniature.bundle "$work" "$work/again" --round again
 "$python" -m miniature.evaluate --model "$work/again/generative" --count 1000 --drawings
 "$python" -m miniature.retrieval --model "$work/again/matching"
