@@ -145,8 +145,8 @@ def test_formats(format):
         (Image.new("RGB", (0, 5)), "no pixels"),
         (Image.new("F", (5, 5)), "floating-point"),
         (Image.new("I", (5, 5), -1), "outside 0..65535"),
-        (None, "NoneType: not a picture"),
-        ([PHOTO], "list: not a picture"),
+        (None, "NoneType: not an image"),
+        ([PHOTO], "list: not an image"),
     ],
     ids=lambda value: None,
 )

@@ -131,7 +131,7 @@ def test_an_index_keeps_the_patches(blip, pictures, tmp_path) -> None:
 def test_where_it_looks_depends_on_the_question(blip) -> None:
     maps = [blip.explain(tiny.picture(1), question=question, answer="two").heat for question in QUESTIONS]
     assert not torch.equal(*maps)
-    with pytest.raises(ImageError, match="is no picture any more"):
+    with pytest.raises(ImageError, match="is no image any more"):
         blip.explain(blip.encode(tiny.picture(1)), question=QUESTIONS[0])
 
 

@@ -1,6 +1,6 @@
-"""Pictures without alt text in web pages and Markdown: found, described, looked over by a person, and written in place.
+"""Images without alt text in web pages and Markdown: found, described, looked over by a person, and written in place.
 
-    pages -> images (with exact places) -> pictures (a collection) -> report -> (a person) -> edits
+    pages -> images (with exact places) -> images (a collection) -> report -> (a person) -> edits
 
 No page is ever parsed and written anew: an edit is a few characters put in at an exact place, and all other bytes stay.
 """

@@ -1,4 +1,4 @@
-"""From the address of a picture, as a page gives it, to the picture."""
+"""From the address of an image, as a page gives it, to the image."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Change:
 def apply(rows: Iterable[Row]) -> Iterator[Change]:
     """What becomes of each page that rows name; nothing is written before `Change.write`.
 
-    A row is done only if its picture is in the page as it was when the report was made. What is there already is not
+    A row is done only if its image is in the page as it was when the report was made. What is there already is not
     done twice; a text that a person wrote meanwhile stays.
     """
     for file, some in groupby(sorted(rows, key=lambda row: row.file), key=lambda row: row.file):
@@ -105,7 +105,7 @@ def _problem(image: Image | None, row: Row) -> str:
     if _has(image, row):
         return ""
     if row.is_decorative and image.syntax != "html":
-        return "Markdown cannot say that a picture is decorative; write <img src=... alt=\"\">"
+        return "Markdown cannot say that an image is decorative; write <img src=... alt=\"\">"
     if not row.alt and not row.is_decorative:
         return "approved without a text; write one, or approve it as decorative"
     if image.is_hidden or image.alt == "":

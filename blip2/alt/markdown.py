@@ -1,6 +1,6 @@
-"""The pictures of Markdown: ``![](a.png)``, ``![][reference]``, and the HTML in it.
+"""The images of Markdown: ``![](a.png)``, ``![][reference]``, and the HTML in it.
 
-markdown-it-py says what is a picture and what is code, and, since its rules are asked as they go, where each begins in
+markdown-it-py says what is an image and what is code, and, since its rules are asked as they go, where each begins in
 the text of its paragraph; that text stands, line by line, in lines of the page.
 """
 
@@ -150,7 +150,7 @@ def _of_inline(parser: MarkdownIt, placed: _Placed, token: Token, is_mdx: bool) 
 
 
 def _image(parser: MarkdownIt, placed: _Placed, start: int, stop: int, token: Token) -> Image | None:
-    """The picture that is this part of the content; None if its place is not known."""
+    """The image that is this part of the content; None if its place is not known."""
     label = token.content
     blanks = LABEL_BLANKS.match(label)
     written = len(label) if label.strip() or blanks is None else blanks.end()  # never over the end of a line

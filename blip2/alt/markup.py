@@ -1,6 +1,6 @@
-"""The pictures of HTML: ``<img>``, and ``<input type=image>``, whose text says what the button does.
+"""The images of HTML: ``<img>``, and ``<input type=image>``, whose text says what the button does.
 
-Left out: ``<area>`` and ``<svg>``, which have no picture file of their own, and CSS, which has no alt text.
+Left out: ``<area>`` and ``<svg>``, which have no image file of their own, and CSS, which has no alt text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ VOID = frozenset({
     "meta", "param", "source", "track", "wbr",
 })  # fmt: skip
 LAZY = ("data-src", "data-lazy-src", "data-original", "data-lazy", "data-url", "data-srcset", "data-lazy-srcset")
-"""Where pages that load pictures late keep the address, while ``src`` holds a placeholder."""
+"""Where pages that load images late keep the address, while ``src`` holds a placeholder."""
 CANDIDATE = re.compile(r"[ \t\n\f\r,]*(?P<address>[^ \t\n\f\r]*[^ \t\n\f\r,])(?:[ \t\n\f\r]+(?P<size>[\d.]+)[wx])?")
 COMPUTED = re.compile(r"\{\{|\{%|<%|<\?|\$\{|^\{")
 

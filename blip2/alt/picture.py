@@ -1,4 +1,4 @@
-"""A picture as it stands in a page: where, what is said of it, and how a text is put there."""
+"""An image as it stands in a page: where, what is said of it, and how a text is put there."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MARKDOWN_MARKS = re.compile(r"[\\\[\]*_`<&|~$]")
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """``start`` to ``stop``: all of it in the page's text. ``address``: of its picture, as the page gives it, "" if it
+    """``start`` to ``stop``: all of it in the page's text. ``address``: of its image, as the page gives it, "" if it
     has none. ``alt``: what is said of it; None if nothing is, not even that it is decoration.
 
     ``edit_start`` to ``edit_stop``: what a text takes the place of, ``before`` and ``after`` around it; a text is
-    written within ``quote``. ``identity``: the picture's markup without its text, by which it is known again.
+    written within ``quote``. ``identity``: the image's markup without its text, by which it is known again.
     ``wrong``: why it cannot have a text from here, "" if it can.
     """
 

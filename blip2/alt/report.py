@@ -24,10 +24,10 @@ NEEDED = ("file", "alt", "approved", "check")
 
 @dataclass(frozen=True)
 class Row:
-    """A picture of a page. ``file`` as it was named when the report was made, with "/". ``image``: its file, or its
-    address. ``alt``: the text that it is to have, ``old``: the one that it has. ``approved``: yes, or decorative for a
-    picture that nobody needs to be told of; nothing is done without. ``problem``: why there is no text. ``check``: by
-    which the picture is found in the page again."""
+    """An image of a page. ``file`` as it was named when the report was made, with "/". ``image``: its file, or its
+    address. ``alt``: the text that it is to have, ``old``: the one that it has. ``approved``: yes, or decorative for an
+    image that nobody needs to be told of; nothing is done without. ``problem``: why there is no text. ``check``: by
+    which the image is found in the page again."""
 
     file: str
     line: int

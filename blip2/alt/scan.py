@@ -1,4 +1,4 @@
-"""The pictures of a page, whatever it is written in, and what stands around them."""
+"""The images of a page, whatever it is written in, and what stands around them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _named(images: Iterator[Image]) -> Iterator[tuple[str, Image]]:
 
 
 def context_of(page: Page, image: Image) -> str:
-    """The words before and after a picture, with `HERE` in its place."""
+    """The words before and after an image, with `HERE` in its place."""
     before = _words(page.text[max(image.start - AROUND_CHARS, 0) : image.start])
     after = _words(page.text[image.stop : image.stop + AROUND_CHARS])
     if len(before) > CONTEXT_CHARS:

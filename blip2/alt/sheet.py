@@ -1,4 +1,4 @@
-"""The report with its pictures: one page, all in one file, that opens from disk."""
+"""The report with its images: one page, all in one file, that opens from disk."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ mark { padding: 0 .2em; background: var(--line); color: inherit; border-radius: 
 
 
 def sheet(rows: Sequence[Row], pictures: Sequence[str], name: str) -> str:
-    """Each picture once, with what is proposed for it and where it stands. ``pictures``: of each row its path or
+    """Each image once, with what is proposed for it and where it stands. ``pictures``: of each row its path or
     address, "" if it has none; ``name``: of the table in which they are approved."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row, picture in zip(rows, pictures, strict=True):
         groups.setdefault((picture or f"{row.file}:{row.line}", picture, row.alt), []).append(row)
     number = len(rows)
-    title = f"{number:,} picture{'' if number == 1 else 's'} without alt text"
+    title = f"{number:,} image{'' if number == 1 else 's'} without alt text"
     parts = [_card(picture, some) for (_, picture, _), some in groups.items()]
     head = f'{GENERATOR}\n<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
     body = (
@@ -89,7 +89,7 @@ def _shown(picture: str, alt: str) -> str:
     if re.match("https?:", picture, re.IGNORECASE):
         return f'<a href="{escape(picture)}"><img src="{escape(picture)}" {text} referrerpolicy="no-referrer"></a>'
     if not picture:
-        return '<div class="gone">no picture</div>'
+        return '<div class="gone">no image</div>'
     try:
         data = base64.b64encode(thumbnail(picture, THUMBNAIL_PX)).decode()
     except ImageError:

@@ -1,4 +1,4 @@
-"""The report as the output of a collection: written when all pictures are described, over an earlier one."""
+"""The report as the output of a collection: written when all images are described, over an earlier one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip2.errors import CollectionError
 
 
 class Report(Plain):
-    """``path`` of the table; a page of the same name with ".html" shows it with the pictures.
+    """``path`` of the table; a page of the same name with ".html" shows it with the images.
 
     What a person wrote into an earlier report of the same name stays, unless ``restart``. ``approve_all``: all that
     have a text are approved.
@@ -73,7 +73,7 @@ class Report(Plain):
 
 
 def failures(found: Survey, results: Iterable[Result]) -> Sequence[str]:
-    """A line for each picture that could not be described, with the first page that shows it."""
+    """A line for each image that could not be described, with the first page that shows it."""
     wrong = {result.key: result.error_message for result in results if result.status == FAILED}
     first = {finding.key: finding.row for finding in reversed(found.findings)}
     return [f"{first[key].file}:{first[key].line}: {message}" for key, message in wrong.items() if key in first]

@@ -1,4 +1,4 @@
-"""All pictures of some pages that have no text, and the collection of those that a model is to describe."""
+"""All images of some pages that have no text, and the collection of those that a model is to describe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from blip2.image import name_of
 
 @dataclass(frozen=True)
 class Finding:
-    """``row``: as far as it is known without a model. ``key``: of its picture in `Survey.pictures`, "" if it has none
+    """``row``: as far as it is known without a model. ``key``: of its image in `Survey.pictures`, "" if it has none
     that could be described."""
 
     row: Row
@@ -47,7 +47,7 @@ class Survey:
 
 
 def survey(pages: Sequence[tuple[str, str]], *, root: str = "", remote: bool = False, weak: bool = False) -> Survey:
-    """``pages``: each with the folder in which it was found. ``weak``: also pictures whose text says nothing."""
+    """``pages``: each with the folder in which it was found. ``weak``: also images whose text says nothing."""
     found = Survey()
     for path, folder in pages:
         try:
@@ -86,7 +86,7 @@ def _key(picture: str) -> str:
 
 
 class Pictures:
-    """The pictures of a survey as a source of a collection."""
+    """The images of a survey as a source of a collection."""
 
     def __init__(self, pictures: Mapping[str, str]) -> None:
         self._pictures = pictures

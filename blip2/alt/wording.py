@@ -14,7 +14,7 @@ MAX_CHARS = 125
 # A screen reader says "image" itself. A painting or a drawing is another thing than what it shows: that stays.
 OPENING = re.compile(
     r"(?:(?:this|here|there) (?:is|are) |this )?(?:(?:an?|the|some|two|close[- ]?up|stock|color|colou?r|old) )*"
-    r"(?:images?|pictures?|photos?|photographs?|pics?)(?: (?:of|showing|shows|depicting|depicts|with|that shows"
+    r"(?:images?|images?|photos?|photographs?|pics?)(?: (?:of|showing|shows|depicting|depicts|with|that shows"
     r"|containing|contains))\b[ :]*",
     re.IGNORECASE,
 )

@@ -1,4 +1,4 @@
-"""The front door for Python: `load` a model, and ask it about pictures.
+"""The front door for Python: `load` a model, and ask it about images.
 
     blip = load()                                       # the bundled miniature, or a folder, or a hub name
     blip.caption("beach.jpg")                           # 'a woman sitting on the beach with a dog'
@@ -9,7 +9,7 @@
     matcher.match("beach.jpg", ["a dog", "a cat"])      # how well each text fits
     matcher.explain("beach.jpg", "a dog").overlay()     # where it looks; a Pipeline explains answers and words
 
-One picture gives one answer, a list gives a list. Wherever a picture is taken, an encoded one may stand in its
+One image gives one answer, a list gives a list. Wherever an image is taken, an encoded one may stand in its
 place, and the image encoder does not run again.
 """
 

@@ -267,7 +267,7 @@ def asking(
     decoding, machines = merged(ASK, written), Machines.of(rest)
     check_batch_size(batch_size)
     if len(asked) > 1 and any(rest.get(name) for name in ("sidecar", "xmp", "embed")):
-        raise OptionError(f"{len(asked)} questions give several answers a picture; give {option('output')} a table")
+        raise OptionError(f"{len(asked)} questions give several answers an image; give {option('output')} a table")
     plan = planned_run(
         source, output, rest, speaker,
         {"task": "ask", **speaker.told, **({"choices": by} if (by := chosen or choices_column) else asdict(decoding)),
@@ -290,7 +290,7 @@ def matching(
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> CollectionRun:
-    """How well texts fit all pictures of a collection, the best first, with scores: ``top`` of them, as
+    """How well texts fit all images of a collection, the best first, with scores: ``top`` of them, as
     `Matcher.classify` ranks them; ``words``: around each text, such as "a photo of a {}"."""
     judge, rest = model_of(as_matcher, model or "miniature-itm", options)
     if "{}" not in words:
@@ -330,7 +330,7 @@ def planned_run(
 ) -> Plan:
     if options.get("dedupe") and told.get("sample") and told.get("seed") is None:
         raise OptionError(
-            f"{option('dedupe')} gives equal pictures one text, and what is sampled without a seed differs each time; "
+            f"{option('dedupe')} gives equal images one text, and what is sampled without a seed differs each time; "
             f"give {option('seed')}, or leave out {option('dedupe')}"
         )
     check_names(options, [*READING, *OUTPUTS, *WORDING, *GOING, *MACHINES], [*NAMES, *LOADING])

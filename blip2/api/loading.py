@@ -1,4 +1,4 @@
-"""`load`: the front door for Python. A model by its name, ready to be asked about pictures."""
+"""`load`: the front door for Python. A model by its name, ready to be asked about images."""
 
 from __future__ import annotations
 

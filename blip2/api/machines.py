@@ -73,7 +73,7 @@ class Machines:
         if model.loaded is not None:
             raise OptionError(f"{here} loads a model in each worker; give its name, not a model that is loaded")
         if limit is not None:
-            raise OptionError(f"{option('limit')} counts what one model sees; leave out {here} to try a few pictures")
+            raise OptionError(f"{option('limit')} counts what one model sees; leave out {here} to try a few images")
         if self.devices is not None and model.options.get("device", "auto") != "auto":
             raise OptionError(f"{here} and {option('device')} exclude each other; leave out one")
         if "-" in (getattr(source, "paths", None) or ()):

@@ -112,7 +112,7 @@ class Matcher:
             for image in raising(self.each_encoded(listed(images), batch_size=batch_size))
         ]
         if not found:
-            raise OptionError("there is no picture; give at least one to compare with")
+            raise OptionError("there is no image; give at least one to compare with")
         probabilities = [matches.itc_probability for matches in found if matches.itc_probability is not None]
         return Matches(
             torch.cat([matches.itm_logits for matches in found]),

@@ -97,7 +97,7 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"<Pipeline {self.name} on {next(self.speaker.model.parameters()).device}>"
 
-    # ---- pictures to values ----
+    # ---- images to values ----
 
     @overload
     def encode(self, images: Picture, *, batch_size: int = ...) -> EncodedImage: ...

@@ -1,4 +1,4 @@
-"""What models make of a collection's pictures, as `collection.run` wants it: parts for loops of one's own.
+"""What models make of a collection's images, as `collection.run` wants it: parts for loops of one's own.
 
     run(job, captions(blip, "", {"num_beams": 3}, batch_size=16))
 """
@@ -29,14 +29,14 @@ from blip2.tasks.speaker import Answer
 
 Kept = TypeVar("Kept", EncodedImage, ImageFeatures)
 SCORE_DIGITS = 4
-"""Of scores and probabilities. The same picture in another batch may have one that differs by some millionths; of what
+"""Of scores and probabilities. The same image in another batch may have one that differs by some millionths; of what
 is written only those differ then that lie so near to the edge between two numbers of four digits."""
 
 
 def captions(
     blip: Pipeline, prompt: str, given: Mapping[str, Any], batch_size: int, matcher: Matcher | None = None
 ) -> Work:
-    """Each picture described, ``num_return`` times; while the model works on a batch, the next is read.
+    """Each image described, ``num_return`` times; while the model works on a batch, the next is read.
 
     ``given``: options in the place of the model's own (`tasks.defaults.merged`). With a ``matcher`` the captions are
     ordered by how well it finds that they fit, and have its probabilities as scores.
@@ -69,7 +69,7 @@ def answers(
 ) -> Work:
     """The question of each record (`collection.questions`) answered, with ``given`` as of `captions`; with
     ``choices``, these, the likeliest first, with their probabilities as scores; ``choices_column``: those that each
-    record has. ``wording``: as `ask` has it. A picture that several records in a row have is seen once."""
+    record has. ``wording``: as `ask` has it. An image that several records in a row have is seen once."""
     options = merged(blip.speaker.defaults.ask, given)
 
     def answer(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
@@ -90,8 +90,8 @@ def answers(
 
 
 def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, candidates: int, batch_size: int) -> Work:
-    """The ``top`` texts that fit each picture, the best first, with their probabilities as scores; see
-    `Matcher.classify`. ``batch_size``: pictures that are seen at a time; texts are read as many at a time as always, so
+    """The ``top`` texts that fit each image, the best first, with their probabilities as scores; see
+    `Matcher.classify`. ``batch_size``: images that are seen at a time; texts are read as many at a time as always, so
     that one is read in the same company whatever that is."""
 
     def classify(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
@@ -112,13 +112,13 @@ def in_batches(
     *,
     keeps_pictures: bool = False,
 ) -> Work:
-    """Pictures through the eye, then in batches through the task; what is wrong with one stays in its place.
+    """Images through the eye, then in batches through the task; what is wrong with one stays in its place.
 
     ``keeps_pictures``: the task needs `Record.picture`, too.
     """
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
-        batches: deque[list[tuple[Record, bool]]] = deque()  # with whether the picture is that of the record before
+        batches: deque[list[tuple[Record, bool]]] = deque()  # with whether the image is that of the record before
         with closing(eye.see_batches(_pictures(records, batch_size, keeps_pictures, batches))) as seen:
             for first in seen:
                 pairs: list[tuple[Record, Any]] = []

@@ -101,9 +101,9 @@ class Worker:
 
 
 def _check_there(order: Order) -> None:
-    """That the pictures and the journal are those that the run sees, here too."""
+    """That the images and the journal are those that the run sees, here too."""
     journal = order.job.journal
-    remedy = "the pictures and the output have to be where all machines see them, by the same path"
+    remedy = "the images and the output have to be where all machines see them, by the same path"
     where = f"on {socket.gethostname()}; {remedy}"
     try:
         os.chdir(order.folder)

@@ -155,10 +155,10 @@ def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
 
 
 def of_picture(message: str) -> str:
-    """What is wrong with a picture, in the words of the command line; its name, which may be any, stays as it is."""
+    """What is wrong with an image, in the words of the command line; its name, which may be any, stays as it is."""
     message = message.replace("by allow_truncated=True", "by --allow-truncated")
     message = message.replace("raise max_pixels", "raise --max-pixels").replace(", or raise max_bytes", "")
-    if message.endswith("but text; name a picture"):
+    if message.endswith("but text; name an image"):
         message += ", or give a list of names by --files-from"
     return message
 

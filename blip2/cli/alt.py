@@ -1,4 +1,4 @@
-"""``blip2 alt``: alt texts for the pictures of web pages and Markdown, which a person looks over first."""
+"""``blip2 alt``: alt texts for the images of web pages and Markdown, which a person looks over first."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _describe(
     approve_all: bool,
     restart: bool,
 ) -> bool:
-    """Write the report; whether a picture could not be described."""
+    """Write the report; whether an image could not be described."""
     from blip2.alt.sink import Report, failures
     from blip2.alt.survey import Pictures
     from blip2.alt.wording import word
@@ -146,7 +146,7 @@ def _describe(
     with _stoppable(path), journal.held():
         journal.begin(asked, restart=restart)
         describer.agreed(journal)
-        # What failed, a picture that was not there or could not be fetched, is tried again each time.
+        # What failed, an image that was not there or could not be fetched, is tried again each time.
         job = Job(source, [sink], journal, word, asked, retries=True)
         with bar(source.num_records) as advance:
             summary = run(job, work, lambda summary, results: advance(len(results)))
@@ -157,7 +157,7 @@ def _describe(
     earlier = summary.before - summary.failed_before
     before = f" ({earlier:,} of them before)" if earlier else ""
     by_hand = f", {found.num_by_hand:,} left for you to write" if found.num_by_hand else ""
-    tell(f"{_counted(found)}: {described:,} different pictures described{before}, {len(wrong):,} failed{by_hand}")
+    tell(f"{_counted(found)}: {described:,} different images described{before}, {len(wrong):,} failed{by_hand}")
     tell(f"look at {sink.page}, write yes into the column approved of {path}, then: blip2 alt --apply {path}")
     return bool(wrong)
 
@@ -175,7 +175,7 @@ def _stoppable(path: Path) -> Iterator[None]:
 
 def _counted(found: Survey) -> str:
     return (
-        f"{len(found.findings):,} of {found.num_images:,} pictures without alt text in {found.num_pages:,} "
+        f"{len(found.findings):,} of {found.num_images:,} images without alt text in {found.num_pages:,} "
         f"page{'' if found.num_pages == 1 else 's'}"
     )
 

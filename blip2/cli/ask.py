@@ -1,4 +1,4 @@
-"""``blip2 ask``: pictures and questions in, answers out."""
+"""``blip2 ask``: images and questions in, answers out."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def command(
     report.about(pictures)
     seen = pictures.seen_by(blip, batch_size)
     for batch in see(seen, pictures.sources, batch_size):
-        # Each picture with each question, the questions of one picture side by side.
+        # Each image with each question, the questions of one image side by side.
         repeated = [image for image in batch.images for _ in questions]
         rows = answers(blip.speaker, repeated, [*questions] * len(batch.images))
         report.results(batch, map(list, chunks(rows, len(questions))))
@@ -117,15 +117,15 @@ def command(
 def _split(
     arguments: tuple[str, ...], questions: tuple[str, ...], has_list: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Pictures and questions: the last argument is the question, unless -q gave any. ``has_list``: of pictures."""
+    """Images and questions: the last argument is the question, unless -q gave any. ``has_list``: of images."""
     if questions:
         return arguments, questions
     if not arguments:
         raise click.UsageError("Missing argument 'IMAGE... QUESTION'.")
     *images, question = arguments
     if not images and not has_list:
-        missing = "no question" if os.path.exists(question) else "no picture"
-        raise click.UsageError(f"there is {missing}; give the picture first, the question last")
+        missing = "no question" if os.path.exists(question) else "no image"
+        raise click.UsageError(f"there is {missing}; give the image first, the question last")
     if os.path.exists(question):
         raise click.UsageError(
             f"the last argument, {click.format_filename(question)}, is a file; put the question last"

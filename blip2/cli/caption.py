@@ -1,4 +1,4 @@
-"""``blip2 caption``: pictures in, a description of each out."""
+"""``blip2 caption``: images in, a description of each out."""
 
 from __future__ import annotations
 

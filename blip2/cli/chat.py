@@ -1,4 +1,4 @@
-"""``blip2 chat``: a conversation about a picture, on a terminal or through a pipe."""
+"""``blip2 chat``: a conversation about an image, on a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from blip2.tasks.chat import Chat
 
 HELP = """\
-/image FILE   look at another picture (a file or a web address)
+/image FILE   look at another image (a file or a web address)
 /reset        forget what was said
 /help         this list
 /quit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
@@ -58,7 +58,7 @@ def command(image: str | None, **others: Any) -> None:
 
 
 class Conversation:
-    """The picture and the chat about it; `answer` is None where a line was a command."""
+    """The image and the chat about it; `answer` is None where a line was a command."""
 
     def __init__(self, blip: Pipeline, options: dict[str, Any]) -> None:
         self.blip = blip
@@ -67,7 +67,7 @@ class Conversation:
         self._options = options
 
     def look_at(self, image: str) -> None:
-        """Start anew, with this picture. Raises ImageError, and then goes on with the one before."""
+        """Start anew, with this image. Raises ImageError, and then goes on with the one before."""
         self.chat = self.blip.chat(image, **self._options)
 
     def command(self, line: str) -> str | None:
@@ -75,7 +75,7 @@ class Conversation:
         verb, _, rest = line.partition(" ")
         match verb, rest.strip():
             case "/image", "":
-                raise OptionError("which picture? write /image FILE")
+                raise OptionError("which image? write /image FILE")
             case "/image", image:
                 self.look_at(image)
                 return None
@@ -91,9 +91,9 @@ class Conversation:
         raise OptionError(f"there is no command {line!r}; /help lists those that there are")
 
     def about(self) -> Chat:
-        """The chat; OptionError if there is no picture yet."""
+        """The chat; OptionError if there is no image yet."""
         if self.chat is None:
-            raise OptionError("there is no picture yet; name one with /image FILE")
+            raise OptionError("there is no image yet; name one with /image FILE")
         return self.chat
 
 
@@ -115,7 +115,7 @@ def _through_pipe(talk: Conversation) -> None:
 def _on_terminal(talk: Conversation) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and earlier lines in `input`)
-    click.echo("Ask about the picture; /help lists the commands." if talk.chat else "Name a picture with /image FILE.")
+    click.echo("Ask about the image; /help lists the commands." if talk.chat else "Name an image with /image FILE.")
     while not talk.is_over:
         try:
             line = input("> ").strip()

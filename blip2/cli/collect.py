@@ -125,7 +125,7 @@ class Collection:
         self, begin: Callable[..., CollectionRun], arguments: Sequence[str], model: Mapping[str, Any],
         others: dict[str, Any], **asked: Any,
     ) -> int:  # fmt: skip
-        """The whole of it; the exit code. ``begin``: makes the run of the pictures, an output and options. ``others``:
+        """The whole of it; the exit code. ``begin``: makes the run of the images, an output and options. ``others``:
         those of `PICTURES`, which are taken out, and all else for ``begin``."""
         if asked.pop("as_json", False):
             raise click.UsageError("--json is for standard output; name the output *.jsonl, or give --format")
@@ -165,9 +165,9 @@ def _places(arguments: Sequence[str], others: dict[str, Any]) -> tuple[list[str]
     places = [*arguments, *(names_in(files_from, is_null) if files_from is not None else [])]
     if not places:
         raise click.UsageError("Missing argument 'IMAGES...'.")
-    for place in places[:16]:  # an index has no files; pictures and tables are told by their heads
+    for place in places[:16]:  # an index has no files; images and tables are told by their heads
         if place.endswith(".index") and os.path.isfile(place):
-            raise click.UsageError(f"{click.format_filename(place)} is an index of pictures; name the pictures")
+            raise click.UsageError(f"{click.format_filename(place)} is an index of images; name the images")
     return places, is_null
 
 
@@ -179,7 +179,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _list(started: CollectionRun, progress: Progress, is_null: bool) -> int:
-    """Each picture with what would become of it, and how many there are of each kind."""
+    """Each image with what would become of it, and how many there are of each kind."""
     counts: dict[str, int] = {}
     for record, what in started.plan.listed():
         counts[what] = counts.get(what, 0) + 1
@@ -187,6 +187,6 @@ def _list(started: CollectionRun, progress: Progress, is_null: bool) -> int:
         if record.problem:
             progress.problem(of_picture(record.problem))
     sys.stdout.flush()
-    told = ", ".join(f"{number:,} {what}" for what, number in counts.items()) or "no pictures"
+    told = ", ".join(f"{number:,} {what}" for what, number in counts.items()) or "no images"
     progress.tell(f"{told}; nothing was written")
     return progress.exit_code

@@ -104,7 +104,7 @@ def command(
     def begin(places: list[str], output: None, **options: Any) -> CollectionRun:
         started.append(evaluation := beginning(rows, data, folder, options))
         if "dry_run" not in collection.given:
-            evaluation.see(lambda done, total: click.echo(f"blip2: {done:,} of {total:,} pictures seen", err=True))
+            evaluation.see(lambda done, total: click.echo(f"blip2: {done:,} of {total:,} images seen", err=True))
         return evaluation.run
 
     asked = {**given(others), "files_from": None, "is_null": False}

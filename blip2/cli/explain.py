@@ -1,4 +1,4 @@
-"""``blip2 explain``: a picture of where a model looks."""
+"""``blip2 explain``: an image of where a model looks."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _check(
     if question is not None:
         question_prompt(question, manner_of(model))
     if out is None and not as_json:
-        raise click.UsageError("there is no file to write the picture to; give one by -o heat.png, or ask for --json")
+        raise click.UsageError("there is no file to write the image to; give one by -o heat.png, or ask for --json")
     if out is not None and out.suffix.lower() != ARRAY:
         check_writable(out)
     if out is not None and not out.parent.is_dir():

@@ -1,4 +1,4 @@
-"""``blip2 index``: pictures in, a file to search or to ask out."""
+"""``blip2 index``: images in, a file to search or to ask out."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def command(
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """On a terminal a bar for pictures done and in all, with their rate, on standard error."""
+    """On a terminal a bar for images done and in all, with their rate, on standard error."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -100,7 +100,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
         def render(self, task: Task) -> Text:
             return Text("" if task.speed is None else f"{task.speed:.3g} a second")
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), TextColumn("left:"),
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images,"), Rate(""), TextColumn("left:"),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
         task = bar.add_task("", total=None)

@@ -1,4 +1,4 @@
-"""``blip2 match``: pictures and texts in, how well they fit out."""
+"""``blip2 match``: images and texts in, how well they fit out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, see
 
 CANDIDATES = 32
-"""With --top: the texts that are looked at together with a picture."""
+"""With --top: the texts that are looked at together with an image."""
 
 
 @click.command("match")
@@ -109,9 +109,9 @@ def _line(row: dict[str, Any]) -> str:
 def _split(
     arguments: tuple[str, ...], texts: tuple[str, ...], labels: Path | None, has_list: bool
 ) -> tuple[tuple[str, ...], Sequence[str]]:
-    """Pictures and texts: the first argument is the picture and the others are texts, unless options give these.
+    """Images and texts: the first argument is the image and the others are texts, unless options give these.
 
-    ``has_list``: of pictures, so that all arguments are texts, unless options give these.
+    ``has_list``: of images, so that all arguments are texts, unless options give these.
     """
     if labels is not None:
         return arguments, [*texts, *lines_in(labels, "label")]
@@ -122,10 +122,10 @@ def _split(
     images = () if has_list else arguments[:1]
     others = arguments[len(images) :]
     if not others:
-        raise click.UsageError("there is no text; give the picture first, then one text or more")
+        raise click.UsageError("there is no text; give the image first, then one text or more")
     if several := [argument for argument in others if os.path.exists(argument)]:
         raise click.UsageError(
-            f"{click.format_filename(several[0])} is a file, and a text is wanted there; with more than one picture "
+            f"{click.format_filename(several[0])} is a file, and a text is wanted there; with more than one image "
             "give the texts by -t or --labels"
         )
     return images, others

@@ -1,6 +1,6 @@
-"""The pictures that the arguments name: files, addresses, ``-`` for standard input, folders of files, an index.
+"""The images that the arguments name: files, addresses, ``-`` for standard input, folders of files, an index.
 
-How plain text shows their names: a control character or a backslash as an escape, so that a line is a picture; raw
+How plain text shows their names: a control character or a backslash as an escape, so that a line is an image; raw
 with ``-0``, where NUL ends what a newline ends else.
 """
 
@@ -50,7 +50,7 @@ def of_reading(options: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """Which pictures are asked for: the arguments and those of a list, and how folders are looked through."""
+    """Which images are asked for: the arguments and those of a list, and how folders are looked through."""
 
     arguments: list[str]
     recursive: bool
@@ -61,18 +61,18 @@ class Asked:
 
     @classmethod
     def of(cls, arguments: Iterable[str], options: dict[str, Any], metavar: str = "IMAGES...") -> Asked:
-        """Take those of `FOLDERS` and `NULL` out of all options of a verb. UsageError if there is no picture."""
+        """Take those of `FOLDERS` and `NULL` out of all options of a verb. UsageError if there is no image."""
         recursive, exclude = options.pop("recursive"), options.pop("exclude")
         files_from, is_null = options.pop("files_from"), options.pop("is_null")
         found = list(arguments)
         if files_from is not None:
             if files_from == "-" and "-" in found:
-                raise click.UsageError("standard input is either a list of names or a picture; leave out one '-'")
+                raise click.UsageError("standard input is either a list of names or an image; leave out one '-'")
             found += names_in(files_from, is_null)
         elif not found:
             raise click.UsageError(f"Missing argument '{metavar}'.")
         if found.count("-") > 1:
-            raise click.UsageError("standard input holds one picture; give '-' only once")
+            raise click.UsageError("standard input holds one image; give '-' only once")
         return cls(found, recursive, exclude, is_null, files_from is not None)
 
 
@@ -85,7 +85,7 @@ def names_in(file: str, is_null: bool) -> list[str]:
             with open(file, "rb") as stream:
                 content = stream.read()
     except OSError as error:
-        raise OptionError(f"--files-from {file}: cannot be read ({error.strerror}); name a list of pictures") from None
+        raise OptionError(f"--files-from {file}: cannot be read ({error.strerror}); name a list of images") from None
     encoding = next((name for mark, name in ENCODINGS if content.startswith(mark)), None)
     if encoding is not None:  # as Windows writes it; names without a mark may be of any bytes
         how = "surrogateescape" if encoding == "utf-8-sig" else "replace"
@@ -95,7 +95,7 @@ def names_in(file: str, is_null: bool) -> list[str]:
         raise OptionError(f"--files-from {file}: has NUL bytes in it; for a list that they divide add -0")
     found = [os.fsdecode(line) for line in lines if line.strip()]
     if not found:
-        raise OptionError(f"--files-from {file}: names no picture; write one name a line")
+        raise OptionError(f"--files-from {file}: names no image; write one name a line")
     return found
 
 
@@ -125,9 +125,9 @@ class Pictures:
     sources: list[str]
     are_several: bool
     problems: list[str] = field(default_factory=list)
-    """What is wrong with a folder or something in it, a line each; the other pictures are there."""
+    """What is wrong with a folder or something in it, a line each; the other images are there."""
     notes: list[str] = field(default_factory=list)
-    """What was passed over and is no picture."""
+    """What was passed over and is no image."""
     index: Index | None = None
 
     def model(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class Pictures:
 
 
 def changes(index: Index, rows: Iterable[int] | None = None) -> list[str]:
-    """A line for each picture, of these rows or of all, whose file is not what was seen any more."""
+    """A line for each image, of these rows or of all, whose file is not what was seen any more."""
     return [
         f"{shown(path)}: has changed since it was seen; bring the index up to date with blip2 index"
         for path in index.changed(rows)
@@ -153,7 +153,7 @@ def changes(index: Index, rows: Iterable[int] | None = None) -> list[str]:
 
 
 def find_pictures(asked: Asked, *, takes_index: bool = False) -> Pictures:
-    """Folders give the pictures in them, by name, and an index those that it holds; all else is taken as it is."""
+    """Folders give the images in them, by name, and an index those that it holds; all else is taken as it is."""
     from blip2.data.folders import find_in
     from blip2.index import Index, is_index  # imports torch
 
@@ -161,8 +161,8 @@ def find_pictures(asked: Asked, *, takes_index: bool = False) -> Pictures:
     indexes = [argument for argument in arguments if os.path.isfile(argument) and is_index(argument)]
     if indexes:
         if not takes_index or len(arguments) > 1:
-            how = "give it alone" if takes_index else "give pictures, or use blip2 search"
-            raise click.UsageError(f"{click.format_filename(indexes[0])} is an index of pictures; {how}")
+            how = "give it alone" if takes_index else "give images, or use blip2 search"
+            raise click.UsageError(f"{click.format_filename(indexes[0])} is an index of images; {how}")
         index = Index.open(indexes[0])
         index.check_kind("ask")
         return Pictures(index.paths, True, changes(index), index=index)

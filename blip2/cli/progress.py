@@ -81,7 +81,7 @@ class Progress:
         self.exit_code = 1 if failed else self.exit_code
         outputs = plan.request.outputs
         written = [outputs.output, outputs.sidecar and f"*{outputs.sidecar}", outputs.xmp and "*.xmp",
-                   outputs.embed and "the pictures' metadata"]  # fmt: skip
+                   outputs.embed and "the images' metadata"]  # fmt: skip
         for note in summary.notes:
             self.tell(note)
         if self._is_json:
@@ -95,7 +95,7 @@ class Progress:
         counts = [f"{summary.done:,} done", f"{summary.skipped:,} skipped", f"{summary.failed:,} failed"]
         if summary.before:
             counts.append(f"{summary.before:,} in earlier runs" + _of_which_failed(summary))
-        rate = f"; {_rate(summary)} pictures a second" if summary.rate else ""
+        rate = f"; {_rate(summary)} images a second" if summary.rate else ""
         self.tell(f"{', '.join(counts)}{rate}; in {', '.join(name for name in written if name)}")
         for reason, number in summary.reasons.most_common(MOST_TOLD // 2):
             self.tell(f"{number:,} failed: {of_picture(reason)}")
@@ -104,9 +104,9 @@ class Progress:
         if summary.skipped and not summary.done and plan.request.takes_text:
             self.tell("what is skipped has a text already; --if-exists overwrite, append or prepend describes it anew")
         if summary.copies:
-            self.tell(f"{_number(summary.copies, 'copy', 'copies')} of another picture, given its result")
+            self.tell(f"{_number(summary.copies, 'copy', 'copies')} of another image, given its result")
         if summary.repeated and plan.request.takes_text:  # answers and labels are few
-            self.tell(f"{_number(summary.repeated, 'caption is', 'captions are')} the same as that of another picture")
+            self.tell(f"{_number(summary.repeated, 'caption is', 'captions are')} the same as that of another image")
         if summary.is_limited:
             without = "without it and --restart" if plan.request.going.restart else "without it"
             self.tell(f"stopped at --limit; {without}, the same command does the rest")
@@ -134,7 +134,7 @@ class Progress:
         of = "" if summary.total is None else f" of {summary.total:,}"
         left = _seconds_left(summary)
         self.tell(
-            f"{summary.settled:,}{of} pictures, {_rate(summary)} a second"
+            f"{summary.settled:,}{of} images, {_rate(summary)} a second"
             + ("" if left is None else f", {_duration(left)} left")
             + (f", {summary.failed:,} failed" if summary.failed else "")
         )
@@ -191,6 +191,6 @@ def _bar() -> Any:
             failed = task.fields.get("failed", 0)
             return Text(f"{failed:,} failed" if failed else "", style="red")
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), Failed(""),
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images,"), Rate(""), Failed(""),
                TextColumn("time left:"), TimeRemainingColumn())  # fmt: skip
     return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from blip2.tasks.speaker import Answer
 
 MANY = 16
-"""More pictures than this get a progress bar."""
+"""More images than this get a progress bar."""
 
 
 def row_of(answer: Answer) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def row_of(answer: Answer) -> dict[str, Any]:
 
 
 class Batch(NamedTuple):
-    """Pictures that are answered together: what each is called, and what was seen of it (or went wrong)."""
+    """Images that are answered together: what each is called, and what was seen of it (or went wrong)."""
 
     names: list[str]
     seen: list[Any]
@@ -67,9 +67,9 @@ class Report:
         self.exit_code = 0
 
     def results(self, batch: Batch, rows: Iterable[list[dict[str, Any]]]) -> None:
-        """For each picture that could be read its results, each with a "text"; in the order of all pictures.
+        """For each image that could be read its results, each with a "text"; in the order of all images.
 
-        What the batch took is divided among them: ``seconds`` a picture.
+        What the batch took is divided among them: ``seconds`` an image.
         """
         seconds = (time.perf_counter() - batch.started) / len(batch.seen)
         remaining = iter(rows)
@@ -107,7 +107,7 @@ class Report:
     def _failure(self, image: str, error: ImageError) -> None:
         message = of_picture(str(error))
         self.problem(message)
-        if self._as_json:  # so that whoever counts the lines finds one for each picture
+        if self._as_json:  # so that whoever counts the lines finds one for each image
             click.echo(json.dumps({"image": image, "error": message, "model": self._model}))
 
 
@@ -117,7 +117,7 @@ def tell(message: str) -> None:
 
 
 def see(seen: Iterator[Any], names: Sequence[str], batch_size: int) -> Iterator[Batch]:
-    """What a model sees of pictures, batch by batch, with a progress bar if they are many."""
+    """What a model sees of images, batch by batch, with a progress bar if they are many."""
     from blip2.tasks.speaker import chunks  # imports torch
 
     with bar(len(names)) as advance:
@@ -136,7 +136,7 @@ def bar(total: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures, left:"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images, left:"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
         task = progress.add_task("", total=total)
         yield lambda number: progress.advance(task, number)

@@ -19,7 +19,7 @@ from blip2.data.kinds import KINDS
               "then by name. Rows whose image is missing are left out.")  # fmt: skip
 @click.option("--split", metavar="NAME", help="Split to convert, such as train; or several: train,val.")
 @click.option("--by", type=click.Choice(["picture", "text"]), help="One row per image with all its texts, or one "
-              "row per text.  [default: picture for captions, text for questions]")  # fmt: skip
+              "row per text.  [default: image for captions, text for questions]")  # fmt: skip
 @with_options()
 def command(
     kind: str, files: tuple[Path, ...], output: Path, images: Path | None, split: str | None, by: str | None
@@ -52,7 +52,7 @@ def command(
         raise RecipeError(f"{output}: cannot be written ({error.strerror or error}); name another file") from None
     counts = conversion.counts
     texts = ", ".join(f"{count:,} {name}" for name, count in counts.texts.items() if count)
-    click.echo(f"{counts.rows:,} rows about {counts.pictures:,} pictures: {texts}", err=True)
+    click.echo(f"{counts.rows:,} rows about {counts.pictures:,} images: {texts}", err=True)
     for reason, (count, first) in counts.left_out.items():
         click.echo(f"left out: {count:,}, {reason}; the first: {first}", err=True)
     click.echo(output)

@@ -1,4 +1,4 @@
-"""``blip2 search``: a text or a picture in, the nearest pictures of an index out."""
+"""``blip2 search``: a text or an image in, the nearest images of an index out."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def command(
     if (text is not None) + (image is not None) + (threshold is not None) != 1:
         raise click.UsageError("give a TEXT, or --image, or --duplicates")
     if rerank and text is None:
-        raise click.UsageError("--rerank reads pictures together with a text; give a TEXT")
+        raise click.UsageError("--rerank reads images together with a text; give a TEXT")
     if k is not None and threshold is not None:
         raise click.UsageError("--duplicates finds all there are; leave out -k")
     problems: list[str] = []
 
     def tell(message: str) -> None:
-        if message not in problems:  # the same picture may be missed for its score and for the page
+        if message not in problems:  # the same image may be missed for its score and for the page
             problems.append(message)
             click.echo(f"blip2: {of_picture(message)}", err=True)
 

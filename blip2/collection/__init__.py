@@ -1,8 +1,8 @@
-"""Whole collections: pictures from any source, captioned or asked about, into any format, stopped and resumed at will.
+"""Whole collections: images from any source, captioned or asked about, into any format, stopped and resumed at will.
 
     source -> records -> units -> work -> sink
 
-A *record* is a picture with its key, its text and its other columns. A *unit* is what is done or not done: a shard, or
+A *record* is an image with its key, its text and its other columns. A *unit* is what is done or not done: a shard, or
 a run of a folder's files. The *journal* keeps what was done, so that the same command goes on where it was stopped; a
 *sink* writes the results in the format that was asked for, from the journal alone.
 """

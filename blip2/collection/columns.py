@@ -1,4 +1,4 @@
-"""The columns that a source has beside pictures and texts, carried from format to format."""
+"""The columns that a source has beside images and texts, carried from format to format."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Carried:
 
     def __init__(self, results: Iterable[Result], own: Iterable[str] = (), same: Iterable[str] = ()) -> None:
         """``own``: the names of an output's own columns; a column of such a name becomes NAME_original, and an earlier
-        original of it goes. ``same``: those that say the same of the picture as the own ones; they go."""
+        original of it goes. ``same``: those that say the same of the image as the own ones; they go."""
         kinds: dict[str, str] = {}
         for result in results:
             for name, value in result.columns.items():

@@ -1,4 +1,4 @@
-"""Pictures of equal content: the first of them is seen, the others have its result."""
+"""Images of equal content: the first of them is seen, the others have its result."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from blip2.collection.record import Record, Result, sha256_of
 
 @dataclass(slots=True, eq=False)
 class First:
-    """A picture that no earlier one equals, and its result when there is one."""
+    """An image that no earlier one equals, and its result when there is one."""
 
     result: Result | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A record, without its picture, that equals ``first``; ``result``: what is known of the record itself."""
+    """A record, without its image, that equals ``first``; ``result``: what is known of the record itself."""
 
     record: Record
     result: Result
@@ -26,7 +26,7 @@ class Copy:
 
 
 class Copies:
-    """The pictures of one unit by their content, byte by byte, and by what is asked about them.
+    """The images of one unit by their content, byte by byte, and by what is asked about them.
 
     A file is read only if another one has its size. What has an address is known by that.
     """
@@ -37,7 +37,7 @@ class Copies:
         """By size, the file that is the only one so far; None where there were several."""
 
     def first(self, record: Record, new: First) -> First:
-        """Of a picture that was there before, what it was given then; else ``new``."""
+        """Of an image that was there before, what it was given then; else ``new``."""
         picture = record.picture
         if picture is None or picture == "-":
             return new

@@ -29,7 +29,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Some:
-    """Results of a unit whose pictures' outputs are written; those of an earlier worker come once more."""
+    """Results of a unit whose images' outputs are written; those of an earlier worker come once more."""
 
     unit: int
     results: Sequence[Result]
@@ -186,7 +186,7 @@ class _Dispatcher:
 
 
 def _told(unit: Unit) -> str:
-    part = f", pictures {unit.start + 1:,} to {unit.stop:,}" if unit.stop else ""
+    part = f", images {unit.start + 1:,} to {unit.stop:,}" if unit.stop else ""
     return f"{unit.place}{part}" if unit.place else f"unit {unit.number + 1}{part}"
 
 

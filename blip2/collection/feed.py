@@ -16,7 +16,7 @@ Settled = tuple[Unit, "Result | None"]
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A record that the model has, without its picture. ``result``: what is known of it. It is given only because it
+    """A record that the model has, without its image. ``result``: what is known of it. It is given only because it
     belongs to a batch if ``is_known``, or if ``is_left`` to the next run. ``first``: is told its result."""
 
     record: Record
@@ -39,7 +39,7 @@ class _Looked:
 class Feed(Iterator[Record]):
     """The records that need a model, in batches that are the same however often a run was stopped: they begin anew with
     each unit, and of a batch that was left unfinished all records are given once more. So the numbers that a model
-    makes of a picture, which depend in their last digits on its company, are the same.
+    makes of an image, which depend in their last digits on its company, are the same.
 
     ``look``: the result of a record that needs no model; ``begin``: what is known of one that does. ``repeat``: the
     result of a copy, of which the model is given the first alone; None if it is given all. ``limit``: ends after so

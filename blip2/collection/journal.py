@@ -4,9 +4,9 @@
     units/000012.jsonl  a unit that is done: its stamp, then a result a line, in the order of its records
     units/000012.part   a unit that is being done: the results so far; a torn last line is dropped
     lock                held by the run that is at work (lock-3-of-16 by one of several; lock.0 by its first worker)
-    errors.jsonl        the pictures that failed, and why, when a run has ended
+    errors.jsonl        the images that failed, and why, when a run has ended
 
-A line is on its way to the disk before the output of its picture is written, so that what is written can always be
+A line is on its way to the disk before the output of its image is written, so that what is written can always be
 written once more, the same to the last byte.
 """
 
@@ -189,7 +189,7 @@ class Journal:
         write_text(self._path, json.dumps(asked, indent=1, ensure_ascii=False))
 
     def _refuse(self, differences: Iterable[str], *, keeps_texts: bool = False) -> NoReturn:
-        """``keeps_texts``: those that the earlier command wrote beside pictures would be kept by a restart."""
+        """``keeps_texts``: those that the earlier command wrote beside images would be kept by a restart."""
         overwriting = f" and {setting('if_exists', 'overwrite')}" if keeps_texts else ""
         raise CollectionError(
             f"{self.folder.parent}: was begun by another command ({'; '.join(differences)}); give the same again, "
@@ -203,7 +203,7 @@ class Journal:
         return _head(self._done(unit)).get("stamp")
 
     def statuses(self, unit: Unit) -> Counter[str]:
-        """How many of its pictures have which; empty if it is not done."""
+        """How many of its images have which; empty if it is not done."""
         return Counter(_head(self._done(unit)).get("statuses"))
 
     def results(self, unit: Unit) -> Iterator[Result]:
@@ -213,13 +213,13 @@ class Journal:
             yield from map(result_of, file)
 
     def earlier(self, without: Container[str] = ()) -> Iterator[Result]:
-        """All that is known, of whatever unit but these names; a picture may come twice."""
+        """All that is known, of whatever unit but these names; an image may come twice."""
         for path in sorted(self._units.glob("*")):
             if path.stem not in without:
                 yield from sound(path)
 
     def so_far(self, unit: Unit) -> Iterator[Result]:
-        """Of a unit that may not be done; the newest of each picture."""
+        """Of a unit that may not be done; the newest of each image."""
         if not (part := {result.key: result for result in sound(self._part(unit))}):
             return sound(self._done(unit))
         older = {result.key: result for result in sound(self._done(unit))}

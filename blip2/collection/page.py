@@ -32,7 +32,7 @@ def page(title: str, style: str, body: str, *, head: str = "") -> str:
 
 
 def picture(source: Source, size_px: int) -> str:
-    """HTML of a picture within the page, at most ``size_px`` wide and high; of one that cannot be read, why."""
+    """HTML of an image within the page, at most ``size_px`` wide and high; of one that cannot be read, why."""
     try:
         data = base64.b64encode(thumbnail(source, size_px)).decode()
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""A source seen as pictures with questions: one that is asked of all, several, or one that each row has."""
+"""A source seen as images with questions: one that is asked of all, several, or one that each row has."""
 
 from __future__ import annotations
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 SUCCESS, FAILED, SKIPPED = "success", "failed", "skipped"
-"""As img2dataset has them; a picture is skipped that had a text already."""
+"""As img2dataset has them; an image is skipped that had a text already."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A picture of a collection.
+    """An image of a collection.
 
     ``key``: by which it is known in the outputs, unique in its source: the path within the folder, the key in a shard,
     the number of a row. ``picture``: a path, an address, or the bytes of an image file; None if ``problem`` says why
-    there is none. ``name``: what messages call it. ``stamp``: another one, and it is another picture under this key.
+    there is none. ``name``: what messages call it. ``stamp``: another one, and it is another image under this key.
     ``text``: what was said of it before, "" if nothing. ``columns``: all else that its source says of it. ``asked``:
     what is asked about it, where that is not the same for all. ``is_new``: ``text`` is said elsewhere than where the
     new one is written, which writes nothing over.
@@ -64,13 +64,13 @@ def runs_of(number: int, size: int, place: str = "") -> list[Unit]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a record. All of it depends on the picture, the model and the options alone.
+    """What became of a record. All of it depends on the image, the model and the options alone.
 
     ``captions``: those of the model, the best first, before any wording; ``scores`` and ``tokens`` of each. ``text``:
     what the outputs have, a line for each caption; most have the first alone, `line`. ``old``: what was said of the
-    picture before. ``path``: its file, or its address, "" if it has none of its own. ``width``, ``height``: as stored,
+    image before. ``path``: its file, or its address, "" if it has none of its own. ``width``, ``height``: as stored,
     before any turn; 0 if no output wants them, or they are not known; ``sha256`` of the file, "" likewise. ``columns``:
-    all else that its source says of it, as JSON can have it. ``copy_of``: the key of an equal picture, whose captions
+    all else that its source says of it, as JSON can have it. ``copy_of``: the key of an equal image, whose captions
     these are; "" if the model saw this one.
     """
 
@@ -113,7 +113,7 @@ class Source(Protocol):
         """None if that is not known before they are read."""
 
     def stamp(self, unit: Unit) -> str:
-        """Another one, and the unit has to be looked at again. Cheap: no picture is opened."""
+        """Another one, and the unit has to be looked at again. Cheap: no image is opened."""
 
     def records(self, unit: Unit) -> Iterator[Record]:
         """In an order that is always the same."""
@@ -123,7 +123,7 @@ class Source(Protocol):
 
 
 def sha256_of(picture: str | bytes) -> str:
-    """Of a picture's file, as hexadecimal digits; "" if it cannot be read."""
+    """Of an image's file, as hexadecimal digits; "" if it cannot be read."""
     if isinstance(picture, bytes):
         return hashlib.sha256(picture).hexdigest()
     with suppress(OSError), open(picture, "rb") as file:

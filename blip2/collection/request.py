@@ -26,12 +26,12 @@ DONE, FAILED_BEFORE, TO_DO, PROBLEM = "done", "failed before", "to do", "cannot 
 
 @dataclass(frozen=True, kw_only=True)
 class Going:
-    """How a run goes on. ``limit``: it ends after so many pictures that the model has seen. ``shard``: which of how
+    """How a run goes on. ``limit``: it ends after so many images that the model has seen. ``shard``: which of how
     many parts, from 1; None if it does all. ``retry_failed``, ``restart``: what failed, or all, is done anew.
 
     ``dedupe``: of files of equal content the first is seen, and the others are given its captions, each worded for its
     place. That holds within a unit, which is a shard, or a run of 256 files or rows: what is written depends on no
-    order in which units are done, and memory on no number of pictures. Pictures that only look alike are all seen."""
+    order in which units are done, and memory on no number of images. Images that only look alike are all seen."""
 
     limit: int | None = None
     shard: tuple[int, int] | None = None
@@ -55,7 +55,7 @@ GOING, OUTPUTS, WORDING = (tuple(each.name for each in fields(kind) if each.init
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """``places``: what `open_source` is given, with ``reading`` as its keywords. ``told``: what else distinguishes this
-    command from another, by the names of options. ``view``: another way to see the source, such as each picture with
+    command from another, by the names of options. ``view``: another way to see the source, such as each image with
     each of several questions. ``takes_text``: see `View`."""
 
     places: Sequence[str]
@@ -91,7 +91,7 @@ class Request:
 @dataclass(frozen=True)
 class Plan:
     """A request whose source is open, and whose outputs can be written. ``problems``: what is wrong with folders;
-    ``passed_over``: what in them is no picture. ``is_made``: the output is there, as an earlier run wrote it."""
+    ``passed_over``: what in them is no image. ``is_made``: the output is there, as an earlier run wrote it."""
 
     request: Request
     source: View
@@ -141,7 +141,7 @@ class Plan:
             )  # fmt: skip
 
     def listed(self) -> Iterator[tuple[Record, str]]:
-        """Each picture of this part with what a run would do with it. Nothing is written."""
+        """Each image of this part with what a run would do with it. Nothing is written."""
         going = self.request.going
         if not going.restart:
             self.journal.compare(self.asked)
@@ -189,7 +189,7 @@ def _made(output: str, *, is_kept: bool) -> list[str]:
         return []
     raise CollectionError(
         f"{output}: was changed since it was written; keep it under another name, or {setting('restart', True)} to "
-        "replace it (of a metadata.jsonl in the folder of the pictures, what it says is kept then)"
+        "replace it (of a metadata.jsonl in the folder of the images, what it says is kept then)"
     )
 
 
@@ -202,7 +202,7 @@ def _check_apart(output: str, source: View) -> None:
 
 
 def _journal_of(outputs: Outputs, source: View) -> Path:
-    """Beside the output; that of files beside pictures is hidden in the folder of all pictures."""
+    """Beside the output; that of files beside images is hidden in the folder of all images."""
     if outputs.output:
         return beside(outputs.output)
     kinds = [outputs.sidecar.lstrip("."), "xmp" if outputs.xmp else "", "embed" if outputs.embed else ""]
@@ -216,7 +216,7 @@ def _journal_of(outputs: Outputs, source: View) -> Path:
             root = ""
         if not root or not os.access(root, os.W_OK):
             raise CollectionError(
-                f"{root or 'these pictures'}: there is no place for the journal of this run; name the pictures' common "
+                f"{root or 'these pictures'}: there is no place for the journal of this run; name the images' common "
                 f"folder, or give {option('output')}, beside which it lies then"
             )
     return Path(root) / name

@@ -28,12 +28,12 @@ def without_model(job: Job, known: Known, wants: frozenset[str], record: Record)
 
 
 def _blanks_apart(text: str) -> list[list[str]]:
-    """The words of each line: what is read beside a picture has single blanks, whatever was written there."""
+    """The words of each line: what is read beside an image has single blanks, whatever was written there."""
     return [words for line in text.split("\n") if (words := line.split())]
 
 
 def begun(wants: frozenset[str], record: Record) -> Result:
-    """All that is known of a picture before the model sees it."""
+    """All that is known of an image before the model sees it."""
     width, height = (0, 0)
     digest = ""
     if record.picture is not None and "size" in wants:
@@ -58,7 +58,7 @@ def result_of(job: Job, record: Record, begun: Result, outcome: Outcome | ImageE
 
 
 def why_failed(result: Result) -> str:
-    """Why it failed, without the picture's name."""
+    """Why it failed, without the image's name."""
     return result.error_message.removeprefix(f"{name_of(result.name)}: ").removeprefix(f"{result.name}: ")
 
 

@@ -1,6 +1,6 @@
 """A page to look captions over: a file that opens from the disk, with a folder of thumbnails beside it.
 
-The pictures that failed come first, then those whose captions have the worst scores. A browser draws those that are on
+The images that failed come first, then those whose captions have the worst scores. A browser draws those that are on
 the screen, so that thousands cost no more than a few.
 """
 
@@ -37,7 +37,7 @@ STATUSES = {SUCCESS: "done", FAILED: "failed", SKIPPED: "skipped"}
 
 
 def write_review(path: Path, source: Source, journal: Journal) -> None:
-    """The page of what is done so far. A picture that cannot be opened is shown by its name.
+    """The page of what is done so far. An image that cannot be opened is shown by its name.
 
     Raises CollectionError where it cannot be written.
     """
@@ -49,7 +49,7 @@ def write_review(path: Path, source: Source, journal: Journal) -> None:
     worst = heapq.nsmallest(MOST_PICTURES, _results(source, journal), key=_worse)
     root = os.path.abspath(getattr(source, "root", "") or path / "none")
     is_within = Path(root) in Path(os.path.abspath(path)).parents
-    # Hidden in the folder of the pictures: thumbnails are not pictures of the collection.
+    # Hidden in the folder of the images: thumbnails are not images of the collection.
     folder = path.with_name(f"{'.' if is_within else ''}{path.stem}.files")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,5 +126,5 @@ def _page(path: Path, rows: list[dict[str, Any]], counts: Counter[str]) -> str:
         told.append(f"the {len(rows):,} worst are shown")
     data = json.dumps(rows, ensure_ascii=True).replace("<", "\\u003c")
     title = as_text(path.stem)
-    summary = f"{total:,} picture{'' if total == 1 else 's'}: {', '.join(told)}"
+    summary = f"{total:,} image{'' if total == 1 else 's'}: {', '.join(told)}"
     return PAGE.replace("@TITLE@", escape(title)).replace("@SUMMARY@", escape(summary)).replace("@ROWS@", data)

@@ -37,7 +37,7 @@ BODY = """<header>
 <p id="summary" aria-live="polite">@SUMMARY@</p>
 <form onsubmit="return false">
 <input id="words" type="search" placeholder="words of captions or names" aria-label="Show only what has these words">
-<select id="which" aria-label="Which pictures">
+<select id="which" aria-label="Which images">
 <option value="">all</option><option value="failed">failed</option><option value="success">done</option>
 <option value="skipped">skipped</option><option value="times">caption repeated</option>
 </select>
@@ -54,7 +54,7 @@ BODY = """<header>
 <script>
 "use strict";
 const rows = JSON.parse(document.getElementById("rows").textContent);
-const [words, which, order, pictures, more, summary] =
+const [words, which, order, images, more, summary] =
   ["words", "which", "order", "pictures", "more", "summary"].map(id => document.getElementById(id));
 const counts = summary.textContent;
 const PORTION = 120;
@@ -78,7 +78,7 @@ function put(parent, tag, text, name) {
 }
 
 function draw(row) {
-  const figure = put(pictures, "figure", "", row.status);
+  const figure = put(images, "figure", "", row.status);
   const view = put(figure, row.file ? "a" : "div", row.thumb ? "" : "cannot be shown", "view");
   if (row.file) view.href = row.file;
   if (row.thumb) {

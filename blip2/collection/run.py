@@ -22,7 +22,7 @@ from blip2.errors import ImageError
 from blip2.image import name_of
 
 FLUSH_RESULTS, FLUSH_S = 16, 1.0
-"""After so many, but not more often than this, what is written a picture at a time is written: a disk makes hundreds of
+"""After so many, but not more often than this, what is written an image at a time is written: a disk makes hundreds of
 small files safe in the time of a few."""
 MOST_WAITING = 256
 """Results that wait to be written; then the model waits."""
@@ -30,7 +30,7 @@ MOST_WAITING = 256
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the model made of a picture: each text with its score and its number of tokens, the best first."""
+    """What the model made of an image: each text with its score and its number of tokens, the best first."""
 
     captions: Sequence[str]
     scores: Sequence[float]
@@ -45,7 +45,7 @@ for it; so of a collection of any size a few batches are in memory."""
 class Sink(Protocol):
     """A format. All that it writes follows from results, so that after a kill it can be written once more.
 
-    ``wants``: what it has of each picture beside the text, "size" and "sha256". ``notes``: what a person should be told
+    ``wants``: what it has of each image beside the text, "size" and "sha256". ``notes``: what a person should be told
     of what was written, when the run has ended.
     """
 
@@ -56,7 +56,7 @@ class Sink(Protocol):
         """Before the model is loaded: raises CollectionError for what cannot be written, or would be lost."""
 
     def some(self, results: Sequence[Result]) -> None:
-        """Write what is written for each picture, of a few that have captions. Raises OSError."""
+        """Write what is written for each image, of a few that have captions. Raises OSError."""
 
     def unit(self, unit: Unit, results: Sequence[Result]) -> None:
         """Write what is written for a unit. Raises OSError."""
@@ -71,10 +71,10 @@ class Sink(Protocol):
 @dataclass(frozen=True)
 class Job:
     """``asked``: what `Journal.begin` compares. ``word``: from a record and what the model made of it to the text of
-    the outputs. ``skips``: whether a picture that has a text already keeps it. ``retries``: what failed before is
-    done again. ``shard``: which of how many parts of the units, from 0. ``limit``: the run ends after so many pictures
+    the outputs. ``skips``: whether an image that has a text already keeps it. ``retries``: what failed before is
+    done again. ``shard``: which of how many parts of the units, from 0. ``limit``: the run ends after so many images
     that the model has seen, and the next one goes on. ``output``: the file that is written of all units, if any.
-    ``dedupes``: of pictures of a unit whose content is equal, the model sees the first alone."""
+    ``dedupes``: of images of a unit whose content is equal, the model sees the first alone."""
 
     source: Source
     sinks: Sequence[Sink]
@@ -99,7 +99,7 @@ Known = Mapping[tuple[str, str], Result]
 """What was done before, by key and stamp."""
 Tell = Callable[[Sequence[Result]], None]
 Heard = Callable[[Unit, "Sequence[Result] | None"], None]
-"""Is told the results of a unit, a few at a time, when what is written of each picture is written; None: it is done."""
+"""Is told the results of a unit, a few at a time, when what is written of each image is written; None: it is done."""
 
 
 def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: None) -> Summary:
@@ -292,7 +292,7 @@ def _kept(job: Job, settled: Generator[Settled, None, None], known: Known) -> Ge
 
 
 def _written(job: Job, results: Iterator[Result]) -> Iterator[list[Result]]:
-    """The results, a few at a time, when they are in what is written a picture at a time."""
+    """The results, a few at a time, when they are in what is written an image at a time."""
     some: list[Result] = []
     last_s = -FLUSH_S
     for result in chain(results, [None]):

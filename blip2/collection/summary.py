@@ -12,11 +12,11 @@ from blip2.collection.results import why_failed
 
 @dataclass
 class Summary:
-    """Counts of pictures: of this run, and of those before it (``before``, of which ``failed_before``).
+    """Counts of images: of this run, and of those before it (``before``, of which ``failed_before``).
 
-    ``total``: of all that the source has, or this part of it; None if that is not known. ``reasons``: why pictures
-    failed, the pictures' names left out. ``copies``: of this run, that were not seen since an equal one was.
-    ``repeated``: captions of this run that another picture has, too, which is no copy.
+    ``total``: of all that the source has, or this part of it; None if that is not known. ``reasons``: why images
+    failed, the images' names left out. ``copies``: of this run, that were not seen since an equal one was.
+    ``repeated``: captions of this run that another image has, too, which is no copy.
     """
 
     done: int = 0
@@ -41,7 +41,7 @@ class Summary:
 
     @property
     def rate(self) -> float:
-        """Pictures a second, of this run, after its first few, before which a model is loaded; 0 before these."""
+        """Images a second, of this run, after its first few, before which a model is loaded; 0 before these."""
         (number, since_s), (new, until_s) = self._first or (0, 0.0), self._last
         if new == number:  # there are no more than these
             number, since_s = 0, 0.0

@@ -71,7 +71,7 @@ class Wording:
         return "\n".join(self.lines(record, outcome.captions))
 
     def lines(self, record: Record, captions: Sequence[str]) -> list[str]:
-        """Those for a picture, the best caption first, each once; none if no caption is left."""
+        """Those for an image, the best caption first, each once; none if no caption is left."""
         found = dict.fromkeys(
             line for caption in self._chosen(captions) if (line := self._line(record, caption)) is not None
         )
@@ -134,7 +134,7 @@ class Wording:
 
 
 def about(record: Record) -> dict[str, str]:
-    """What a template may say of a picture's place: its ``name`` without suffix, that of its ``folder``, and this
+    """What a template may say of an image's place: its ``name`` without suffix, that of its ``folder``, and this
     without the number of repeats that trainers have before it, "10_sks dog" -> "sks dog"."""
     path = PurePath(record.key)
     if path.parent.name in ("", "..") and PurePath(record.name).name == path.name:  # lies in the source's root

@@ -17,7 +17,7 @@ Names, defaults, shapes and values are those of transformers 5. What differs doe
   text. (``processor.tokenizer`` reads them as tokens.)
 - Padding stands where the model needs it, whatever the tokenizer's files say; ``padding_side`` may be set. What the
   Q-Former of an InstructBLIP reads is padded at its end, where it changes nothing.
-- Pictures are laid on white where they are transparent. Those that are read here (paths, addresses) are also turned
+- Images are laid on white where they are transparent. Those that are read here (paths, addresses) are also turned
   upright by their EXIF and converted to sRGB; PIL images and arrays are taken as they stand, as the reference does.
 - An assistant, or words looked up in the prompt, write what would be written without them.
 

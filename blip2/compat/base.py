@@ -43,7 +43,7 @@ class PreTrained(Named):
     config: Blip2Config
     query_tokens: nn.Parameter
     preprocessor: dict[str, Any] | None = None
-    """How pictures become pixels, as a file says that came with the model and is saved with it."""
+    """How images become pixels, as a file says that came with the model and is saved with it."""
 
     def __init__(self, model: Any) -> None:
         """``model``: one of this package, whose layers are taken over, or a configuration to draw one from: ours,

@@ -1,4 +1,4 @@
-"""InstructBLIP under its Hugging Face names: the Q-Former reads the prompt beside the picture.
+"""InstructBLIP under its Hugging Face names: the Q-Former reads the prompt beside the image.
 
     from blip2 import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
@@ -31,7 +31,7 @@ from blip2.tasks.speaker import num_pairs
 
 
 class InstructBlipForConditionalGeneration(Generates, Generative):
-    """A model that writes, and sees a picture by the question; `from_pretrained` makes one, in evaluation mode."""
+    """A model that writes, and sees an image by the question; `from_pretrained` makes one, in evaluation mode."""
 
     config_class = InstructBlipConfig
     qformer_class = InstructedQFormer

@@ -1,6 +1,6 @@
-"""``BlipImageProcessor``: pictures to ``pixel_values``, step by step, each of which a program may leave out.
+"""``BlipImageProcessor``: images to ``pixel_values``, step by step, each of which a program may leave out.
 
-picture   path, address, bytes, PIL image      image.load_image   upright, on white          uint8[H, W, 3]
+image   path, address, bytes, PIL image      image.load_image   upright, on white          uint8[H, W, 3]
           array or tensor, either layout                          as it is, grey repeated    uint8 or float[H, W, 3]
 resize    to the model's size, by Pillow, on 8 bits
 rescale   times 1/255
@@ -40,7 +40,7 @@ USUAL = (
     ("rescale_factor", 1 / 255),
     ("do_normalize", True),
 )
-# Change nothing here: every picture is RGB, on the CPU, its channels first; the sizes of others do not matter.
+# Change nothing here: every image is RGB, on the CPU, its channels first; the sizes of others do not matter.
 WITHOUT_EFFECT = (
     "do_convert_rgb", "device", "disable_grouping", "default_to_square", "image_seq_length", "use_fast",
     "crop_size", "pad_size",
@@ -65,7 +65,7 @@ def preprocessor_in(folder: Path) -> dict[str, Any] | None:
 
 
 class BlipImageProcessor:
-    """How pictures become pixels; its attributes may be set, and hold from then on."""
+    """How images become pixels; its attributes may be set, and hold from then on."""
 
     model_input_names = ("pixel_values",)
 
@@ -133,12 +133,12 @@ class BlipImageProcessor:
         return_tensors: Literal["pt", "np"] | None = None,
         **steps: Any,
     ) -> BatchFeature:
-        """``pixel_values`` float32[N, 3, height, width] of one picture or several; without ``return_tensors`` a list.
+        """``pixel_values`` float32[N, 3, height, width] of one image or several; without ``return_tensors`` a list.
 
         ``steps`` for this call alone: do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean,
         image_std; ``input_data_format`` says where an array's channels are ("channels_first", "channels_last").
 
-        Raises ImageError for a picture that cannot be read, OptionError for what is not done here.
+        Raises ImageError for an image that cannot be read, OptionError for what is not done here.
         """
         given = {name: value for name, value in self._checked(steps).items() if value is not None}
         chosen = {name: getattr(self, name) for name in STEPS} | given
@@ -148,7 +148,7 @@ class BlipImageProcessor:
         arrays = [self._pixels(picture, chosen, steps.get("input_data_format")) for picture in pictures]
         if return_tensors is not None and len({array.shape for array in arrays}) > 1:
             sizes = sorted({f"{array.shape[2]}x{array.shape[1]}" for array in arrays})
-            raise OptionError(f"the pictures are {', '.join(sizes)}, which make no tensor; leave do_resize=True")
+            raise OptionError(f"the images are {', '.join(sizes)}, which make no tensor; leave do_resize=True")
         if return_tensors is None:
             return BatchFeature(pixel_values=arrays)
         array = np.stack(arrays)
@@ -194,7 +194,7 @@ class BlipImageProcessor:
         check_names("the image processor", steps, ARGUMENTS)
         for name in NOT_DONE:
             if steps.get(name):
-                raise OptionError(f"{name} is {steps[name]!r}; pictures are resized whole here, leave it out")
+                raise OptionError(f"{name} is {steps[name]!r}; images are resized whole here, leave it out")
         where = steps.get("input_data_format")
         if where not in LAYOUTS or steps.get("data_format") not in ("channels_first", None):
             raise OptionError(
@@ -204,14 +204,14 @@ class BlipImageProcessor:
         return {name: value for name, value in steps.items() if name in STEPS}
 
     def _pixels(self, picture: Any, chosen: Mapping[str, Any], layout: str | None) -> np.ndarray:
-        """One picture, step by step, as ``[3, height, width]``."""
+        """One image, step by step, as ``[3, height, width]``."""
         if isinstance(picture, np.ndarray | Tensor):
             array_HWC = _rgb(_channels_last(picture, layout))
         else:
             array_HWC = np.asarray(load_image(picture))
         if chosen["do_rescale"] and not _is_whole(array_HWC) and array_HWC.max() <= 1:
             warnings.warn(
-                "the picture's values are 0 to 1 already, and are scaled once more; pass do_rescale=False", stacklevel=4
+                "the image's values are 0 to 1 already, and are scaled once more; pass do_rescale=False", stacklevel=4
             )
         if chosen["do_resize"]:
             array_HWC = _resized(array_HWC, _size(chosen["size"]), chosen["resample"])
@@ -228,7 +228,7 @@ class BlipImageProcessor:
 
 
 def _flat(images: Any) -> list[Any]:
-    """Several pictures are a list, a tuple, lists of lists, or an array with a dimension more than one picture has."""
+    """Several images are a list, a tuple, lists of lists, or an array with a dimension more than one image has."""
     if isinstance(images, list | tuple):
         return [each for some in images for each in _flat(some)]
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
@@ -241,7 +241,7 @@ def _channels_last(picture: np.ndarray | Tensor, layout: str | None) -> np.ndarr
     array = picture.numpy(force=True) if isinstance(picture, Tensor) else picture
     name = f"{type(picture).__name__} {picture.dtype}{list(picture.shape)}"
     if array.size == 0:
-        raise ImageError(f"{name}: has no pixels; give a picture of at least 1x1")
+        raise ImageError(f"{name}: has no pixels; give an image of at least 1x1")
     if array.dtype == np.bool_ or not np.issubdtype(array.dtype, np.number):
         raise ImageError(f"{name}: no pixels; give whole numbers of 0 to 255, or floats of 0 to 1")
     if array.ndim == 2:
@@ -250,7 +250,7 @@ def _channels_last(picture: np.ndarray | Tensor, layout: str | None) -> np.ndarr
         return np.moveaxis(array, 0, -1)
     if array.ndim == 3 and layout != "channels_first" and array.shape[2] in (1, 3, 4):
         return array
-    raise ImageError(f"{name}: not one picture, which is [H, W], [1 | 3 | 4, H, W] or [H, W, 1 | 3 | 4]")
+    raise ImageError(f"{name}: not one image, which is [H, W], [1 | 3 | 4, H, W] or [H, W, 1 | 3 | 4]")
 
 
 def _rgb(array_HWC: np.ndarray) -> np.ndarray:
@@ -263,7 +263,7 @@ def _rgb(array_HWC: np.ndarray) -> np.ndarray:
     is_float = np.issubdtype(array_HWC.dtype, np.floating)
     white = 1.0 if is_float else 255
     if is_float and not (array_HWC.min() >= 0 and array_HWC.max() <= 1):
-        raise ImageError(f"a picture of floats with transparency holds {_range(array_HWC)}; give values of 0 to 1")
+        raise ImageError(f"an image of floats with transparency holds {_range(array_HWC)}; give values of 0 to 1")
     alpha = array_HWC[..., 3:] / white
     flat = alpha * array_HWC[..., :3] + (1 - alpha) * white
     return (flat if is_float else np.round(flat)).astype(array_HWC.dtype)
@@ -274,7 +274,7 @@ def _resized(array_HWC: np.ndarray, size: Mapping[str, int], resample: Any) -> n
     is_scaled = not _is_whole(array_HWC)
     if not (array_HWC.min() >= 0 and array_HWC.max() <= (1 if is_scaled else 255)):
         raise ImageError(
-            f"the picture's values are {_range(array_HWC)}; give whole numbers of 0 to 255, or floats of 0 to 1, "
+            f"the image's values are {_range(array_HWC)}; give whole numbers of 0 to 255, or floats of 0 to 1, "
             "or pass do_resize=False"
         )
     if is_scaled:
@@ -286,11 +286,11 @@ def _resized(array_HWC: np.ndarray, size: Mapping[str, int], resample: Any) -> n
 
 
 def _middle(array_HWC: np.ndarray, side: int) -> np.ndarray:
-    """The square in the middle of a picture that is as large, or larger."""
+    """The square in the middle of an image that is as large, or larger."""
     height, width = array_HWC.shape[:2]
     if min(height, width) < side:
         raise OptionError(
-            f"size makes the picture {width}x{height}, of which no square of {side} can be cut; leave it out"
+            f"size makes the image {width}x{height}, of which no square of {side} can be cut; leave it out"
         )
     top, left = (height - side) // 2, (width - side) // 2
     return array_HWC[top : top + side, left : left + side]

@@ -1,4 +1,4 @@
-"""Pictures and texts to tensors, and token ids back to text, as ``Blip2Processor`` does it.
+"""Images and texts to tensors, and token ids back to text, as ``Blip2Processor`` does it.
 
 A row of ``input_ids`` is ``[image token] * Q``, then the text with the special tokens of its family; Q is the number
 of queries. Padding stands where the model needs it, whatever the files say: between image and text for an OPT, which
@@ -118,7 +118,7 @@ class Blip2Processor:
         Further options are those of the tokenizer and of the image processor, for this call; they may stand in
         ``text_kwargs``, ``images_kwargs`` and ``common_kwargs`` too.
 
-        Raises ImageError for a picture that cannot be read, OptionError for the rest.
+        Raises ImageError for an image that cannot be read, OptionError for the rest.
         """
         if images is None and text is None:
             raise OptionError("neither images nor text is given; give one of them, or both")

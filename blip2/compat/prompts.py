@@ -41,7 +41,7 @@ def features_of(seen: Seen) -> ModelOutput:
 
 
 class Prompts:
-    """A model's way from pictures and ids to prompts. No image is ever left out, in part or whole."""
+    """A model's way from images and ids to prompts. No image is ever left out, in part or whole."""
 
     config: Blip2Config
     model: Any
@@ -70,7 +70,7 @@ class Prompts:
     def _see(
         self, pixel_values: Tensor, interpolate: bool = False, reads: Mapping[str, Any] = NOTHING, **watching: Any
     ) -> Seen:
-        """``reads``: what the Q-Former is given beside the picture."""
+        """``reads``: what the Q-Former is given beside the image."""
         vision = self.vision_model(pixel_values, interpolate, return_dict=True, **watching)
         qformer = self._look(vision.last_hidden_state, **reads, **watching)
         queries_NQD = qformer.last_hidden_state[:, : self.query_tokens.shape[1]]

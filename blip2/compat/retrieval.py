@@ -60,7 +60,7 @@ class Matching(PreTrained):
         self.embeddings.word_embeddings = embedding
 
     def look(self, patches_NPD: Tensor, **watching: Any) -> ModelOutput:
-        """The queries look at pictures, ``float[N, 1 + P, D]``."""
+        """The queries look at images, ``float[N, 1 + P, D]``."""
         queries_NQD = self.query_tokens.expand(len(patches_NPD), -1, -1)
         output: ModelOutput = self.qformer(
             query_embeds=queries_NQD, encoder_hidden_states=patches_NPD, return_dict=True, **watching

@@ -1,4 +1,4 @@
-"""Any source of a picture -> RGB -> pixels, and pictures to be shown: the one room where Pillow lives.
+"""Any source of an image -> RGB -> pixels, and images to be shown: the one room where Pillow lives.
 
     source   path, URL, bytes, "-", PIL image, array   load_image   ->  RgbImage, upright, opaque, 8 bits
     images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]

@@ -1,7 +1,7 @@
 """The bytes of an image file -> RGB, upright, opaque; and a PIL image -> RGB, opaque.
 
 What strangers and cameras write decides about time and memory, so both are bounded: pixels are counted before they are
-decoded, a large picture is decoded while no other one is, and what is made of its pixels is made strip by strip.
+decoded, a large image is decoded while no other one is, and what is made of its pixels is made strip by strip.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from blip2.image.sources import reason_of
 RgbImage: TypeAlias = Image.Image
 
 MAX_PIXELS = 250_000_000
-"""By default: telephones take pictures of 200 million. Decoded they are 800 MB, and as much again while turned."""
+"""By default: telephones take images of 200 million. Decoded they are 800 MB, and as much again while turned."""
 LARGE_PIXELS = 30_000_000
 STRIP_PIXELS = 4_000_000
 
@@ -48,7 +48,7 @@ JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 SCAN, END_OF_JPEG = b"\xff\xda", b"\xff\xd9"
 
 ORIENTATION_TAG = 0x0112
-TURNS = {  # EXIF orientation -> what makes the picture upright
+TURNS = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -64,17 +64,17 @@ _one_large_picture = threading.Lock()
 def decode(
     stream: BinaryIO, name: str, *, max_pixels: int, formats: tuple[str, ...], allow_truncated: bool | None
 ) -> RgbImage:
-    """The picture in a stream, as people see it. Raises ImageError."""
+    """The image in a stream, as people see it. Raises ImageError."""
     head = stream.read(HEAD_BYTES)
     stream.seek(0)
     if not head:
-        raise ImageError(f"{name}: empty; there is no picture in it, save or download it again")
+        raise ImageError(f"{name}: empty; there is no image in it, save or download it again")
     _check_format(head, name, formats)
     with quiet():
         try:
             return _decode(stream, head, name, max_pixels, allow_truncated)
         except MemoryError:  # Pillow's own, too, where a line is longer than it can count
-            raise ImageSizeError(f"{name}: takes more memory than there is; make the picture smaller") from None
+            raise ImageSizeError(f"{name}: takes more memory than there is; make the image smaller") from None
 
 
 def _decode(stream: BinaryIO, head: bytes, name: str, max_pixels: int, allow_truncated: bool | None) -> RgbImage:
@@ -94,7 +94,7 @@ def _decode(stream: BinaryIO, head: bytes, name: str, max_pixels: int, allow_tru
         except Exception as error:
             raise ImageError(f"{name}: damaged ({reason_of(error)}); save or download it again") from error
         del image, opened  # their pixels go before they are turned, if they are not the result's
-        rgb.info.clear()  # an orientation left behind would turn the picture once more when it is loaded again
+        rgb.info.clear()  # an orientation left behind would turn the image once more when it is loaded again
         return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -125,9 +125,9 @@ def _check_format(head: bytes, name: str, formats: tuple[str, ...]) -> None:
         if not what:
             raise ImageFormatError(f"{refusal}, or damaged; convert it to PNG or JPEG")
         remedy = "" if ";" in what else "; convert it to PNG or JPEG"
-        if what == TEXT:  # such as a page of a site that was saved in the place of its picture
+        if what == TEXT:  # such as a page of a site that was saved in the place of its image
             is_called_picture = name.rstrip("'").lower().endswith(tuple(suffixes()[0]))
-            remedy = "; download it again, or remove it" if is_called_picture else "; name a picture"
+            remedy = "; download it again, or remove it" if is_called_picture else "; name an image"
         raise ImageFormatError(f"{refusal}, but {what}{remedy}")
     if format.name not in formats:
         raise ImageFormatError(f"{refusal}, but {SPOKEN.get(format.name, format.name)}; convert it to PNG or JPEG")
@@ -151,7 +151,7 @@ def _open(stream: BinaryIO, head: bytes, name: str) -> tuple[ImageFile, bytes | 
     except (MemoryError, ImageError):
         raise
     except Image.DecompressionBombError as error:
-        raise ImageSizeError(f"{name}: too many pixels ({reason_of(error)}); make the picture smaller") from None
+        raise ImageSizeError(f"{name}: too many pixels ({reason_of(error)}); make the image smaller") from None
     except Exception as error:  # the codecs raise whatever they stumble over
         raise ImageError(f"{name}: damaged ({reason_of(error)}); save or download it again") from error
     if is_raw:
@@ -180,7 +180,7 @@ def webp_size(head: bytes) -> tuple[int, int] | None:
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
     if not width or not height:
-        raise ImageError(f"{name}: has no pixels ({width}x{height}); give a picture of at least 1x1")
+        raise ImageError(f"{name}: has no pixels ({width}x{height}); give an image of at least 1x1")
     if width * height > max_pixels:
         problem = f"{width}x{height} is more than {max_pixels:,} pixels"
         raise ImageSizeError(f"{name}: {problem}; make it smaller, or raise max_pixels")
@@ -212,7 +212,7 @@ def _num_scans(content: bytes) -> int:
 
 
 def _markers(content: bytes) -> Iterator[bytes]:
-    """Those of the picture, without what only looks like one in its metadata, or in what is appended to it."""
+    """Those of the image, without what only looks like one in its metadata, or in what is appended to it."""
     marker = JPEG_MARKER.search(content, 2)
     while marker is not None and marker[0] != END_OF_JPEG:
         yield marker[0]

@@ -130,7 +130,7 @@ def suffixes() -> tuple[frozenset[str], dict[str, str]]:
     return found, {suffix: needed for format, needed in missing.items() if needed for suffix in format.suffixes}
 
 
-# ---- what is no picture, or none that is read -------------------------------------------------------------
+# ---- what is no image, or none that is read -------------------------------------------------------------
 
 MP4 = {
     b"crx": "a camera's raw file (CR3)", b"qt": "a film (QuickTime)", b"M4A": "a sound (M4A)", b"jp2": "JPEG 2000",
@@ -160,9 +160,9 @@ KNOWN = (  # how files begin, what they are
     (rb"SIMPLE  =", "FITS"),
     (rb"\0+\Z", "only zeros, as a download that broke off leaves it; get it again"),
     (rb"(?i)(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*(<!doctype html|<html|<head|<body)",
-     "a web page, such as a log-in or an error; download the picture itself"),
+     "a web page, such as a log-in or an error; download the image itself"),
     (rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*(<!doctype svg.*?>\s*)?<svg", "an SVG drawing"),
-    (rb"(\xef\xbb\xbf)?\s*<\?xml", "XML, such as an error of a web store; download the picture itself"),
+    (rb"(\xef\xbb\xbf)?\s*<\?xml", "XML, such as an error of a web store; download the image itself"),
     (rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\]}]", "JSON, such as an error of a web service"),
 )  # fmt: skip
 TEXT = "text"

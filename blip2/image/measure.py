@@ -1,4 +1,4 @@
-"""What the head of a file tells of its picture: no pixel is decoded."""
+"""What the head of a file tells of its image: no pixel is decoded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A PNG with what its pixels need and no more, and its colour profile apart.
 
-Pillow unpacks texts and profile while it opens a file, and refuses the picture if they are larger than a limit that
-holds for the whole process. Of all that, only what says how the picture is to be turned is of use here.
+Pillow unpacks texts and profile while it opens a file, and refuses the image if they are larger than a limit that
+holds for the whole process. Of all that, only what says how the image is to be turned is of use here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NEEDED = (b"tRNS", b"eXIf")
 """Beside the critical chunks, whose names begin with a capital; without those of an animation its first frame stays."""
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 TURNING = {b"XML:com.adobe.xmp": b"iTXt", b"Raw profile type exif": b"tEXt"}
-"""Texts that may say how the picture is to be turned, and the chunk in which Pillow takes them unpacked."""
+"""Texts that may say how the image is to be turned, and the chunk in which Pillow takes them unpacked."""
 MAX_UNPACKED = 16 * 2**20
 """Of a text or a profile, in bytes; beyond that it is passed over."""
 
@@ -24,7 +24,7 @@ MAX_UNPACKED = 16 * 2**20
 def essence(stream: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
     """The PNG in ``stream`` as another stream, and its unpacked ICC profile if it has a sound one.
 
-    What is cut or damaged of the pixels stays so, for Pillow to find. Reads no further than the end of the picture.
+    What is cut or damaged of the pixels stays so, for Pillow to find. Reads no further than the end of the image.
     """
     kept = [stream.read(SIGNATURE_BYTES)]
     profile: bytes | None = None

@@ -1,6 +1,6 @@
-"""Without Pillow's warnings and log while a picture is read, in this thread alone.
+"""Without Pillow's warnings and log while an image is read, in this thread alone.
 
-They name no picture and tell nobody what to do: whatever spoils the pixels is an error of its own. The standard
+They name no image and tell nobody what to do: whatever spoils the pixels is an error of its own. The standard
 library's `catch_warnings` would silence (or undo) what other threads do at the same time.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_is_reading: ContextVar[bool] = ContextVar("blip2 reads a picture", default=False)
+_is_reading: ContextVar[bool] = ContextVar("blip2 reads an image", default=False)
 
 
 class _OnlyWhileReading(type):
@@ -21,7 +21,7 @@ class _OnlyWhileReading(type):
 
 
 class _WhileReading(Warning, metaclass=_OnlyWhileReading):
-    """A category of a filter: every warning is of it where a picture is being read, and elsewhere none."""
+    """A category of a filter: every warning is of it where an image is being read, and elsewhere none."""
 
 
 def _is_told(record: logging.LogRecord) -> bool:

@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2020) as the authors' library fine-tunes with it: ``RandomAugment(2, 5, ...)`` of LAVIS.
 
 Two of ten changes are drawn, the same one maybe twice, and each is made as often as not. All have strength 5 of 10, at
-which brightness and sharpness have the factor 1: they are drawn, and leave a picture as it is.
+which brightness and sharpness have the factor 1: they are drawn, and leave an image as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STRENGTH = 5 / 10
 DEGREES = 30 * STRENGTH
 SHEAR = 0.3 * STRENGTH
 SHIFT_PX = 10 * STRENGTH
-"""Of a picture that has the model's size."""
+"""Of an image that has the model's size."""
 GREY = (128, 128, 128)
 """What comes in from outside."""
 

@@ -1,4 +1,4 @@
-"""Any source of a picture -> RGB -> pixels.
+"""Any source of an image -> RGB -> pixels.
 
 What cannot be read is an ImageError: one line with the source, what is wrong, and the remedy.
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 100 * 2**20
 TIMEOUT_S = 20.0
 MOST_BESIDE = 32
-"""Where the square in the middle is taken: the picture is resized whole if it has so many times its pixels at most."""
+"""Where the square in the middle is taken: the image is resized whole if it has so many times its pixels at most."""
 PIXELS_VERSION = 1
 """To be raised when the same file becomes other pixels (colours, orientation, resampling): features of the earlier ones
 are then made anew, and an index of them is refused."""
@@ -35,7 +35,7 @@ are then made anew, and an index of them is refused."""
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Which pictures are read, as `load_image` has it. Raises OptionError for what cannot be."""
+    """Which images are read, as `load_image` has it. Raises OptionError for what cannot be."""
 
     max_pixels: int = MAX_PIXELS
     allow_truncated: bool | None = False
@@ -51,7 +51,7 @@ class Reading:
         return load_image(source, max_pixels=self.max_pixels, allow_truncated=self.allow_truncated)
 
     def pixels(self, source: Source, **look: Any) -> torch.Tensor:
-        """`to_pixels` of one picture, float32[3, size, size], without a copy of an image that is RGB already."""
+        """`to_pixels` of one image, float32[3, size, size], without a copy of an image that is RGB already."""
         return to_pixels([_load(source, self)], **look)[0]
 
 
@@ -67,7 +67,7 @@ def load_image(
     timeout_s: float = TIMEOUT_S,
     formats: tuple[str, ...] = FORMATS,
 ) -> RgbImage:
-    """Read a picture from wherever it is, as people see it.
+    """Read an image from wherever it is, as people see it.
 
     `source` is a path, an http(s) address, a `data:...;base64,` address, "-" (standard input), the bytes
     of an image file, a PIL image, an array uint8[H, W] or uint8[H, W, 1 | 3 | 4] (RGB order), or a tensor
@@ -178,7 +178,7 @@ def squared(
         return image.resize((size, size), kernel)
     width, height = _resized(image.width, image.height, shortest_edge)
     if width * height > MOST_BESIDE * size**2:
-        # A picture of one row would be a hundred million pixels between. Cut first, it rounds a little differently.
+        # An image of one row would be a hundred million pixels between. Cut first, it rounds a little differently.
         return image.resize((size, size), kernel, box)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), kernel).crop((left, top, left + size, top + size))
@@ -192,7 +192,7 @@ def _resized(width: int, height: int, shortest_edge: int) -> tuple[int, int]:
 def seen_box(
     width: int, height: int, size: int, shortest_edge: int | None = None
 ) -> tuple[float, float, float, float] | None:
-    """What of a picture `to_pixels` keeps: left, top, right and bottom in the picture's pixels; None is all of it."""
+    """What of an image `to_pixels` keeps: left, top, right and bottom in the image's pixels; None is all of it."""
     if shortest_edge is None:
         return None
     assert size <= shortest_edge, (size, shortest_edge)

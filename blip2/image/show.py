@@ -1,4 +1,4 @@
-"""Pictures to be shown: maps laid over them, thumbnails, files."""
+"""Images to be shown: maps laid over them, thumbnails, files."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ HEAT_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9),
 
 
 def overlay(picture: RgbImage, heat_HW: np.ndarray) -> RgbImage:
-    """The picture under a map of its size, float32[H, W] of 0 to 1: the picture grows darker to 0, coloured to 1."""
+    """The image under a map of its size, float32[H, W] of 0 to 1: the image grows darker to 0, coloured to 1."""
     levels = Image.fromarray((heat_HW * 255).round().astype(np.uint8))
     stops = np.linspace(0, 1, len(HEAT_COLOURS))
     colours = [np.interp(np.linspace(0, 1, 256), stops, channel).round() for channel in HEAT_COLOURS.T]
@@ -35,12 +35,12 @@ def check_writable(path: str | os.PathLike[str]) -> str:
     """Pillow's name of the format that the file's suffix stands for; OptionError if it is none of `WRITABLE`."""
     format = WRITABLE.get(Path(path).suffix.lower())
     if format is None:
-        raise OptionError(f"{os.fspath(path)}: pictures are written as {' '.join(WRITABLE)}; name the file so")
+        raise OptionError(f"{os.fspath(path)}: images are written as {' '.join(WRITABLE)}; name the file so")
     return format
 
 
 def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
-    """Write a picture in the format of the file's suffix: whole, or not at all.
+    """Write an image in the format of the file's suffix: whole, or not at all.
 
     Raises OptionError as `check_writable` does, ImageError where it cannot be written.
     """
@@ -54,7 +54,7 @@ def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
 
 
 def thumbnail(source: Source, size_px: int) -> bytes:
-    """A small JPEG of a picture, at most ``size_px`` wide and high, in its proportions. Raises ImageError."""
+    """A small JPEG of an image, at most ``size_px`` wide and high, in its proportions. Raises ImageError."""
     image = load_image(source)
     image.thumbnail((size_px, size_px))
     stream = io.BytesIO()

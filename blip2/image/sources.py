@@ -1,4 +1,4 @@
-"""Where pictures come from: files, pipes, standard input, addresses, arrays -> a stream of bytes, or an image."""
+"""Where images come from: files, pipes, standard input, addresses, arrays -> a stream of bytes, or an image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from PIL import Image
 from blip2.errors import ImageError
 
 if TYPE_CHECKING:
-    import torch  # only who has a tensor needs it: the server's processes that decode pictures do without
+    import torch  # only who has a tensor needs it: the server's processes that decode images do without
 
 Encoded: TypeAlias = bytes | bytearray | memoryview  # an image file in memory
 Source: TypeAlias = Union[str, os.PathLike, Encoded, Image.Image, np.ndarray, "torch.Tensor"]
@@ -47,7 +47,7 @@ def stream_of(source: object, name: str, max_bytes: int, timeout_s: float) -> Bi
             return io.BytesIO(_download(source, name, max_bytes, timeout_s))
         case str() | os.PathLike():
             return _open_file(source, name, max_bytes, timeout_s)
-    raise ImageError(f"{name}: not a picture; give a path, address, bytes, PIL image or array")
+    raise ImageError(f"{name}: not an image; give a path, address, bytes, PIL image or array")
 
 
 def name_of(source: object) -> str:
@@ -84,14 +84,14 @@ def _open_file(path: str | os.PathLike, name: str, max_bytes: int, timeout_s: fl
         if stat.S_ISFIFO(mode):
             return io.BytesIO(_from_pipe(path, name, max_bytes, timeout_s))
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a device may never end
-            raise ImageError(f"{name}: a device or socket, no file; name a picture file")
+            raise ImageError(f"{name}: a device or socket, no file; name an image file")
         return open(path, "rb")
     except FileNotFoundError:
         if os.path.islink(path):
             raise ImageError(f"{name}: a link to what is not there; mend or remove it") from None
         raise ImageError(f"{name}: no such file; check the path (seen from {os.getcwd()})") from None
     except IsADirectoryError:
-        raise ImageError(f"{name}: this is a folder; name a picture in it") from None
+        raise ImageError(f"{name}: this is a folder; name an image in it") from None
     except ImageError:
         raise
     except (OSError, ValueError) as error:
@@ -108,12 +108,12 @@ def _from_pipe(path: str | os.PathLike, name: str, max_bytes: int, timeout_s: fl
             chunk = pipe.read(2**16)
             if chunk == b"":
                 if not content:
-                    raise ImageError(f"{name}: a pipe into which nobody writes; name a picture file")
+                    raise ImageError(f"{name}: a pipe into which nobody writes; name an image file")
                 return bytes(content)
             if chunk is not None:
                 content += chunk
             elif not select.select([pipe], [], [], max(deadline_s - time.monotonic(), 0))[0]:
-                raise ImageError(f"{name}: a pipe in which nothing came for {timeout_s:g} s; give the picture as -")
+                raise ImageError(f"{name}: a pipe in which nothing came for {timeout_s:g} s; give the image as -")
     raise ImageError(f"{name}: a pipe of more than {max_bytes:,} bytes; write it to a file first")
 
 
@@ -176,9 +176,9 @@ def from_array(source: np.ndarray | torch.Tensor, name: str) -> Image.Image:
         layout = "[H, W] or [H, W, 1 | 3 | 4]"
         array = source
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
-        raise ImageError(f"{name}: not one picture, which is {layout}; give it in that shape")
+        raise ImageError(f"{name}: not one image, which is {layout}; give it in that shape")
     if array.size == 0:
-        raise ImageError(f"{name}: has no pixels; give a picture of at least 1x1")
+        raise ImageError(f"{name}: has no pixels; give an image of at least 1x1")
     if array.shape[2:] == (1,):
         array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(array))

@@ -1,4 +1,4 @@
-"""The same picture stored otherwise, and parts of it: for how much what a model says depends on that."""
+"""The same image stored otherwise, and parts of it: for how much what a model says depends on that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blip2.image.decode import ORIENTATION_TAG, TURNS, RgbImage
 
 Turn = Image.Transpose
 UNTURNS = {**TURNS, 6: Turn.ROTATE_90, 8: Turn.ROTATE_270}
-"""EXIF orientation -> what makes an upright picture lie as that tag says."""
+"""EXIF orientation -> what makes an upright image lie as that tag says."""
 
 
 def as_jpeg(image: RgbImage, quality: int) -> bytes:
@@ -25,7 +25,7 @@ def cut(image: RgbImage, share: float) -> bytes:
 
 
 def turned(image: RgbImage, orientation: int) -> bytes:
-    """A PNG that lies as the EXIF tag in it says, 2 to 8, so that those who heed the tag see the picture as it is."""
+    """A PNG that lies as the EXIF tag in it says, 2 to 8, so that those who heed the tag see the image as it is."""
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = orientation
     return _saved(image.transpose(UNTURNS[orientation]), "PNG", exif=exif)

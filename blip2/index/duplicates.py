@@ -1,4 +1,4 @@
-"""Pictures that are nearly the same: all pairs above a threshold, without comparing each pair in full."""
+"""Images that are nearly the same: all pairs above a threshold, without comparing each pair in full."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 1024
 """Rows that are compared with as many others at a time."""
 SAMPLE = 1024
 DIRECTIONS = 512
-"""Pairs are first compared along so many directions, those in which a sample of the pictures is largest."""
+"""Pairs are first compared along so many directions, those in which a sample of the images is largest."""
 
 
 def groups(vectors_NL: Rows | Tensor, threshold: float) -> list[tuple[float, list[int]]]:

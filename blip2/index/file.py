@@ -1,11 +1,11 @@
 """The file of an index: plain safetensors that anyone can open, written row after row, read when it is asked for.
 
-    vectors    float16[N, Q, D]   of each picture one vector a query
-    pictures   uint8[bytes]       N lines of JSON: path, size, mtime_ns, ctime_ns and digest (of the picture's content,
+    vectors    float16[N, Q, D]   of each image one vector a query
+    images   uint8[bytes]       N lines of JSON: path, size, mtime_ns, ctime_ns and digest (of the image's content,
                                   both left out where they are not known), crc32 (of its vectors, and the last)
     metadata   format, version, kind, model, identity, checksum (of all that is not vectors)
 
-Rows are sorted by path, so that the same pictures make the same file, whatever the order in which they came.
+Rows are sorted by path, so that the same images make the same file, whatever the order in which they came.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Origin:
 
 
 class Picture(NamedTuple):
-    """A row: the picture's absolute path, the file's stamp when it was seen, the checksum of its vectors, and the
+    """A row: the image's absolute path, the file's stamp when it was seen, the checksum of its vectors, and the
     digest of its content, or "" where that is not known."""
 
     path: str
@@ -99,12 +99,12 @@ class Stored:
         return [self.picture(row) for row in range(len(self))]
 
     def vectors(self, row: int) -> Tensor:
-        """A picture's vectors ``float16[Q, D]``, as they were written. Raises IndexFileError if they are not."""
+        """An image's vectors ``float16[Q, D]``, as they were written. Raises IndexFileError if they are not."""
         return self.rows[np.array([row])][0]
 
 
 def crc32_of(vectors_QD: Tensor) -> int:
-    """The checksum of a picture's vectors."""
+    """The checksum of an image's vectors."""
     return zlib.crc32(vectors_QD.numpy().data)
 
 
@@ -134,11 +134,11 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
             file.read(pictures.start, memoryview(lines))
     except OSError as error:
         raise IndexFileError(
-            f"{path}: is no index of pictures, or cut short ({error}); make it again with blip2 index"
+            f"{path}: is no index of images, or cut short ({error}); make it again with blip2 index"
         ) from None
     about = header.about
     if about.get("format") != FORMAT:
-        raise IndexFileError(f"{path}: is another safetensors file, no index of pictures")
+        raise IndexFileError(f"{path}: is another safetensors file, no index of images")
     if about.get("version") != VERSION:
         raise IndexFileError(
             f"{path}: was written by another version of this program (format {about.get('version')}, here "
@@ -152,7 +152,7 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
     )
     if not is_sound or origin.kind not in KINDS:
         raise IndexFileError(
-            f"{path}: is damaged (its list of pictures is not what was written); delete it, and make it again with "
+            f"{path}: is damaged (its list of images is not what was written); delete it, and make it again with "
             "blip2 index"
         )
     assert vectors is not None
@@ -162,7 +162,7 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
 def write(
     path: Path, origin: Origin, pictures: Sequence[Picture], shape: tuple[int, int], vectors: Iterable[Tensor]
 ) -> None:
-    """Write an index whose pictures have vectors ``float16[shape]``, taken one after the other.
+    """Write an index whose images have vectors ``float16[shape]``, taken one after the other.
 
     Half-written if it fails; `disk.written` makes it safe. Raises OSError.
     """

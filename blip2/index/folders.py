@@ -1,4 +1,4 @@
-"""The picture files that an index stands for, as they are now: of folders, of a list, of rows that name them."""
+"""The image files that an index stands for, as they are now: of folders, of a list, of rows that name them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TABLES = (*TABLE_SUFFIXES, *TAR_SUFFIXES)
 
 
 class Collection:
-    """All picture files that folders, single files and rows give, by absolute path, each with its stamp.
+    """All image files that folders, single files and rows give, by absolute path, each with its stamp.
 
     ``problems``: a line for each place or entry that could not be looked at; what the index knows of them stays.
     ``found``: what the folders hold. ``rows``: how `open_source` reads rows. Raises IndexFileError if there is nothing
@@ -50,13 +50,13 @@ class Collection:
                 self.stamps[path] = stamp
                 self._files.add(path)
         if not named:
-            raise IndexFileError("there is no folder to look for pictures in; name at least one")
+            raise IndexFileError("there is no folder to look for images in; name at least one")
         if not self.stamps:
             told = self.problems[0] if self.problems else self.found.passed_over()
             raise IndexFileError(f"{told}; the index is left as it was")
 
     def covers(self, path: str) -> bool:
-        """Whether a picture of this path would be among them if it existed."""
+        """Whether an image of this path would be among them if it existed."""
         return path in self._files or (path.startswith(self._folders) and not path.startswith(self._unknown))
 
 
@@ -65,11 +65,11 @@ def _named_in(tables: list[str], rows: Mapping[str, Any]) -> tuple[list[str], li
     paths: dict[str, None] = {}
     problems: list[str] = []
     for table in tables:
-        source = open_source([table], key_column="row", **rows)  # a picture may be in several
+        source = open_source([table], key_column="row", **rows)  # an image may be in several
         for record in (record for unit in source.units for record in source.records(unit)):
             if isinstance(record.picture, bytes):
                 raise IndexFileError(
-                    f"{name_of(table)}: holds its pictures, and an index opens pictures by their names later; unpack it"
+                    f"{name_of(table)}: holds its images, and an index opens images by their names later; unpack it"
                 )
             if record.picture is None:
                 problems.append(record.problem)

@@ -1,4 +1,4 @@
-"""`Index`: a file of pictures that were seen, to search and to ask."""
+"""`Index`: a file of images that were seen, to search and to ask."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from blip2.tasks.speaker import chunks
 from blip2.text import clean
 
 DUPLICATE = 0.95
-"""From this similarity on pictures count as nearly the same, unless another is given."""
+"""From this similarity on images count as nearly the same, unless another is given."""
 
 
 class Hit(NamedTuple):
-    """A picture that was found.
+    """An image that was found.
 
     ``cosine`` (-1 to 1): how near it is to what was searched for. ``score``: what the order is by; the cosine, or where
-    the model has read picture and text together, the logit of a match added to it. ``row``: where it is in the index.
+    the model has read image and text together, the logit of a match added to it. ``row``: where it is in the index.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Hit(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Pictures that hang together by pairs that are nearly the same, and how similar the most similar two are."""
+    """Images that hang together by pairs that are nearly the same, and how similar the most similar two are."""
 
     similarity: float
     paths: list[str]
@@ -63,7 +63,7 @@ class Index(Sequence[EncodedImage]):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Index:
-        """Nothing but the list of pictures is read. Raises IndexFileError for what is no index, or not a whole one."""
+        """Nothing but the list of images is read. Raises IndexFileError for what is no index, or not a whole one."""
         return cls(read(path))
 
     @staticmethod
@@ -79,7 +79,7 @@ class Index(Sequence[EncodedImage]):
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_problem: Callable[[str], None] = lambda message: None,
     ) -> Changes:
-        """Make an index of the pictures in folders, or bring it up to date; see `index.update`."""
+        """Make an index of the images in folders, or bring it up to date; see `index.update`."""
         folders = [folders] if isinstance(folders, str | os.PathLike) else folders
         if os.path.isfile(path):
             stored = read(path)
@@ -92,7 +92,7 @@ class Index(Sequence[EncodedImage]):
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"<Index {self._stored.path} to {self.kind}, {len(self):,} pictures by {self.model_name}>"
+        return f"<Index {self._stored.path} to {self.kind}, {len(self):,} images by {self.model_name}>"
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -117,11 +117,11 @@ class Index(Sequence[EncodedImage]):
 
     @cached_property
     def paths(self) -> list[str]:
-        """Where the pictures were, in order."""
+        """Where the images were, in order."""
         return [picture.path for picture in self._stored.pictures()]
 
     def changed(self, rows: Iterable[int] | None = None) -> list[str]:
-        """The paths, of these rows or of all, of pictures whose files hold something else now than what was seen.
+        """The paths, of these rows or of all, of images whose files hold something else now than what was seen.
 
         What the index says of them is of what was there before. Files that are gone are not among them.
         """
@@ -136,7 +136,7 @@ class Index(Sequence[EncodedImage]):
     @overload
     def __getitem__(self, row: slice) -> list[EncodedImage]: ...
     def __getitem__(self, row: int | slice) -> EncodedImage | list[EncodedImage]:
-        """What was seen of a picture, as `Pipeline.encode` gives it, in half precision. Raises IndexFileError."""
+        """What was seen of an image, as `Pipeline.encode` gives it, in half precision. Raises IndexFileError."""
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
         self.check_kind("ask")
@@ -156,7 +156,7 @@ class Index(Sequence[EncodedImage]):
         batch_size: int = BATCH_SIZE,
         on_problem: Callable[[str], None] = lambda message: None,
     ) -> list[Hit]:
-        """The ``k`` pictures nearest to a text, the nearest first; exact. See `search_picture` for a picture.
+        """The ``k`` images nearest to a text, the nearest first; exact. See `search_picture` for an image.
 
         ``rerank``: so many of the nearest are opened, and read together with the text (ITM), which is slow and right;
         they are ordered by the logit of a match plus the cosine, as the authors do. One that cannot be opened any more
@@ -173,7 +173,7 @@ class Index(Sequence[EncodedImage]):
         return hits[:k]
 
     def search_picture(self, matcher: Matcher, picture: Source, k: int = 10) -> list[Hit]:
-        """The ``k`` pictures most like a picture: by the mean cosine of their vectors, each with its like.
+        """The ``k`` images most like an image: by the mean cosine of their vectors, each with its like.
 
         Raises OptionError, ImageError and IndexFileError.
         """
@@ -181,12 +181,12 @@ class Index(Sequence[EncodedImage]):
         self.check_kind("search")
         self.check_model(matcher)
         vectors_QE = matcher.embed_images(picture)
-        # Each of the queries asks the same of every picture, so that the first is compared with the first, and so on.
+        # Each of the queries asks the same of every image, so that the first is compared with the first, and so on.
         whole_NRL = self._stored.rows.viewed(1, vectors_QE.numel())
         return self._hits(*nearest(whole_NRL, vectors_QE.flatten(), k, length=len(vectors_QE) ** 0.5))
 
     def near_duplicates(self, threshold: float = DUPLICATE) -> list[Group]:
-        """Pictures that are nearly the same, in groups; similarity as in `search_picture`. Raises OptionError.
+        """Images that are nearly the same, in groups; similarity as in `search_picture`. Raises OptionError.
 
         Exact: no pair above the threshold is missed. A group hangs together by such pairs; its first and its last
         may be less alike.
@@ -217,7 +217,7 @@ class Index(Sequence[EncodedImage]):
 def check_search(k: int, rerank: int) -> None:
     """Raises OptionError for numbers that mean nothing."""
     if k < 1:
-        raise OptionError(f"{option('k')} is {k}; ask for 1 picture or more")
+        raise OptionError(f"{option('k')} is {k}; ask for 1 image or more")
     if rerank < 0:
         raise OptionError(
             f"{option('rerank')} is {rerank}; give how many of the nearest are to be read again, or 0 for none"

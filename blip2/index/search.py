@@ -1,7 +1,7 @@
 """The nearest of many vectors: exact, at about the speed of reading them once.
 
-N pictures of R vectors of L numbers: for a text R is the number of queries, and the best of them counts (section 3.1 of
-the paper); for a picture, whose queries are compared each with its like, all of them are one long vector and R is 1.
+N images of R vectors of L numbers: for a text R is the number of queries, and the best of them counts (section 3.1 of
+the paper); for an image, whose queries are compared each with its like, all of them are one long vector and R is 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run has done so far: a folder beside the index, held by one run at a time.
 
-Every few hundred pictures become a small index of their own in it, so that a run that is killed loses at most one of
+Every few hundred images become a small index of their own in it, so that a run that is killed loses at most one of
 these; the next run takes them over.
 """
 
@@ -27,7 +27,7 @@ class Unfinished:
         self.folder = index.with_name(f"{index.name}.unfinished")
 
     def shards(self) -> list[Stored]:
-        """What earlier runs left; what cannot be read is left out, and its pictures are encoded again."""
+        """What earlier runs left; what cannot be read is left out, and its images are encoded again."""
         found = []
         for path in self._paths():
             with suppress(IndexFileError):
@@ -39,7 +39,7 @@ class Unfinished:
         return bool(self._paths())
 
     def add(self, origin: Origin, rows: Sequence[tuple[Picture, Tensor]]) -> None:
-        """Keep these pictures with their vectors. Raises IndexFileError if there is no room."""
+        """Keep these images with their vectors. Raises IndexFileError if there is no room."""
         number = 1 + max((int(path.stem) for path in self._paths()), default=0)
         self._write(self.folder / f"{number:08}.part", origin, [picture for picture, _ in rows], rows[0][1].shape,
                     (vectors_QD for _, vectors_QD in rows))  # fmt: skip

@@ -33,7 +33,7 @@ from blip2.tasks.speaker import check_batch_size
 
 SHARD_PICTURES = 256
 SHARD_SECONDS = 30.0
-"""After so many pictures, or so long, what was done is kept: that is what a killed run may lose."""
+"""After so many images, or so long, what was done is kept: that is what a killed run may lose."""
 DEFAULT_MODELS = {"search": "miniature-itm", "ask": "miniature"}
 
 Model = Matcher | Pipeline
@@ -43,7 +43,7 @@ Load = Callable[[str, str], Model]
 
 @dataclass(frozen=True)
 class Changes:
-    """What an update did, in pictures; ``total``: how many the index holds now."""
+    """What an update did, in images; ``total``: how many the index holds now."""
 
     new: int
     changed: int
@@ -57,7 +57,7 @@ class Changes:
 
 
 class Row(NamedTuple):
-    """Where a picture's vectors are: an open file, the row in it, and what that says of the picture."""
+    """Where an image's vectors are: an open file, the row in it, and what that says of the image."""
 
     stored: Stored
     number: int
@@ -80,18 +80,18 @@ def update(
     on_problem: Callable[[str], None] = lambda message: None,
     on_note: Callable[[str], None] = lambda message: None,
 ) -> Changes:
-    """Make the index of the pictures in folders (and single files), or bring it up to date.
+    """Make the index of the images in folders (and single files), or bring it up to date.
 
-    Pictures whose size and times of change are known are not looked at again, and where these differ, but the content
+    Images whose size and times of change are known are not looked at again, and where these differ, but the content
     does not, not encoded again; those of folders that are not named stay as they are. ``kind``: "search" or "ask", by
     default the index's own, or "search". ``load`` gives the model of a name for that kind, and is called only if there
     is work for it; ``model`` is the name, by default the index's own.
     ``recursive`` and ``exclude``: see `data.folders.find_in`; what they leave out of a folder is forgotten, too.
-    ``rows``: places may be files of rows that name pictures (JSON lines, CSV, parquet, COCO), and this how they are
+    ``rows``: places may be files of rows that name images (JSON lines, CSV, parquet, COCO), and this how they are
     read: ``image_column``, ``images`` and ``split`` as `collection.sources.open_source` has them.
-    ``reading``: which pictures are read, as the model's own.
-    ``on_progress``: pictures done and in all. ``on_problem``: a line for each picture or folder that cannot be read,
-    which is left out; what the index knows of a folder stays. ``on_note``: a line that counts what is no picture.
+    ``reading``: which images are read, as the model's own.
+    ``on_progress``: images done and in all. ``on_problem``: a line for each image or folder that cannot be read,
+    which is left out; what the index knows of a folder stays. ``on_note``: a line that counts what is no image.
 
     Raises IndexFileError (the index is then as it was, and what was encoded is kept for the next run) and OptionError.
     """
@@ -133,7 +133,7 @@ def check_model(stored: Stored, model: Model) -> None:
 
 
 def identity_of(model: Model) -> str:
-    """The model's own (`model.identity`); more than that where pictures do not become pixels as they usually do."""
+    """The model's own (`model.identity`); more than that where images do not become pixels as they usually do."""
     identity = model.identity if isinstance(model, Matcher) else model.speaker.identity
     settings: list[object] = [[round(value, 6) for value in values] for values in model.eye.normalization]
     if resizing := {name: value for name, value in model.eye.look.items() if name in ("resample", "shortest_edge")}:
@@ -150,7 +150,7 @@ def kind_of(model: Model) -> str:
 
 
 def current(picture: Picture, now: Stamp | None) -> Picture | None:
-    """The row of a picture if the file is still what was seen; where its stamp does not tell, its content does."""
+    """The row of an image if the file is still what was seen; where its stamp does not tell, its content does."""
     if now is None or picture.stamp.is_still(now):
         return picture if now is not None else None
     is_same = picture.digest and picture.stamp.size == now.size and digest_since(picture.path, now) == picture.digest
@@ -183,7 +183,7 @@ class _Update:
         origin = self.old.origin if self.old is not None else None
         shards = self.unfinished.shards()
         name = _lasting(name or (origin or (shards[-1].origin if shards else None) or _unnamed(self.kind)).model)
-        # No model is loaded for nothing, not even for pictures that are broken and were yesterday.
+        # No model is loaded for nothing, not even for images that are broken and were yesterday.
         if shards or (origin is not None and origin.model != name) or any(map(self._is_readable, self._missing(rows))):
             model = load(name, self.kind)
             if kind_of(model) != self.kind:
@@ -197,7 +197,7 @@ class _Update:
         else:
             unreadable = self._report(self._missing(rows))
         if not rows or origin is None:
-            raise IndexFileError(f"{self.unfinished.index}: none of the pictures can be read; it is left as it was")
+            raise IndexFileError(f"{self.unfinished.index}: none of the images can be read; it is left as it was")
         has_other = any(row.stored is not self.old or row.picture.stamp != before[path] for path, row in rows.items())
         if self.old is None or origin != self.old.origin or rows.keys() != before.keys() or has_other:
             self._merge(origin, rows)
@@ -220,7 +220,7 @@ class _Update:
         return sorted(self.found.stamps.keys() - rows.keys())
 
     def _take_over(self, shards: list[Stored], origin: Origin, rows: dict[str, Row]) -> None:
-        """What a run of the same model left, or this one did, of pictures that are still as they were then."""
+        """What a run of the same model left, or this one did, of images that are still as they were then."""
         for shard in shards:
             if (shard.origin.kind, shard.origin.identity) != (origin.kind, origin.identity):
                 continue
@@ -265,7 +265,7 @@ class _Update:
         return unreadable
 
     def _picture(self, path: str, crc32: int) -> Picture:
-        """The row of a picture that was seen; without a digest if its file was changed meanwhile."""
+        """The row of an image that was seen; without a digest if its file was changed meanwhile."""
         stamp = self.found.stamps[path]
         return Picture(path, stamp, crc32, digest_since(path, stamp))
 
@@ -289,7 +289,7 @@ class _Update:
 
 
 def _vectors(path: str, image: ImageFeatures | EncodedImage | ImageError) -> Tensor:
-    """What is kept of a picture, ``float16[Q, D]``. Raises the ImageError that it is, or one if it overflows."""
+    """What is kept of an image, ``float16[Q, D]``. Raises the ImageError that it is, or one if it overflows."""
     if isinstance(image, ImageError):
         raise image
     if isinstance(image, EncodedImage):

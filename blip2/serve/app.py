@@ -43,7 +43,7 @@ def create_app(
 
     ``keys``: whoever has none of them is sent away; without any, everybody is let in. ``door``: the names that it
     answers under (by default any), web pages of other sites that may use it (none), and the path where a proxy shows
-    it. ``fetcher``: for pictures at web addresses, which by default are refused. ``replica``: its name, if it is one of
+    it. ``fetcher``: for images at web addresses, which by default are refused. ``replica``: its name, if it is one of
     several; answers and metrics carry it. ``app.state.service`` is its `Service`.
     """
     service = Service(load, limits or Limits(), fetcher or Fetcher(), replica)

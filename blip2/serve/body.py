@@ -1,7 +1,7 @@
-"""What a request's body says: the bytes that a stranger sent -> checked fields, and pictures.
+"""What a request's body says: the bytes that a stranger sent -> checked fields, and images.
 
 All of this happens in a process of its own, see `reader`; so nothing here needs torch, and nothing here has to be quick
-whatever the bytes are. What is given back is small but for the pictures.
+whatever the bytes are. What is given back is small but for the images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ AS_INPUT = 'send it as {"image": "data:image/...;base64,..."} in its place'
 
 @dataclass(frozen=True)
 class Body:
-    """``fields``: those of the route's schema but for messages and pictures, see `read`. ``pictures``: each a web
+    """``fields``: those of the route's schema but for messages and images, see `read`. ``pictures``: each a web
     address, or the bytes of an image file."""
 
     fields: dict[str, Any]
@@ -49,7 +49,7 @@ def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
     """What was sent to a route. Raises ApiError, ImageError, OptionError; what was sent is not repeated in them.
 
     In place of ``messages``, /v1/chat/completions has ``history`` (questions with their answers) and ``question``. In
-    the ``input`` of /v1/embeddings None stands for the next picture. Both have ``ignored``: what was passed over.
+    the ``input`` of /v1/embeddings None stands for the next image. Both have ``ignored``: what was passed over.
     """
     given, file = _given(route, content_type, content)
     told = dialect.understood(given, route)
@@ -88,7 +88,7 @@ def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> 
     items = body.input if isinstance(body.input, list) else [body.input]
     images = [item.image for item in items if isinstance(item, EmbeddingImage)]
     if len(images) > limits.max_images:
-        raise ApiError(400, "too_many_images", f"{len(images)} pictures; at most {limits.max_images}")
+        raise ApiError(400, "too_many_images", f"{len(images)} images; at most {limits.max_images}")
     places = [f"input[{place}]" for place in range(len(items))] if isinstance(body.input, list) else ["input"]
     texts = {place: item for place, item in zip(places, items, strict=True) if isinstance(item, str)}
     _check_texts(texts, limits, "input", "read", AS_INPUT)
@@ -150,7 +150,7 @@ def _given(route: str, content_type: str, content: bytes) -> tuple[Any, bytes | 
         return _json(content, route), None
     if kind == "application/x-www-form-urlencoded" and is_plain and not content.startswith(IMAGE_FILES):
         return _form(forms.encoded(content), route)
-    what = "empty" if not content else "a picture by itself" if content.startswith(IMAGE_FILES) else "no JSON"
+    what = "empty" if not content else "an image by itself" if content.startswith(IMAGE_FILES) else "no JSON"
     if content and kind and what == "no JSON":
         what = f"{kind[:60]}, and no JSON"
     raise ApiError(415, "unsupported_media_type", f"the body is {what}; {dialect.what_to_send(route)}")

@@ -1,4 +1,4 @@
-"""What a model keeps of the pictures seen last, found again by their files or by their pixels."""
+"""What a model keeps of the images seen last, found again by their files or by their pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True)
 class Look(Generic[Kept]):
-    """A picture that was read: what the image encoder is given of it, or what is kept of it if it was seen before."""
+    """An image that was read: what the image encoder is given of it, or what is kept of it if it was seen before."""
 
     digest: str
     """Of its decoded pixels."""
@@ -28,7 +28,7 @@ class Look(Generic[Kept]):
 class ImageCache(Generic[Kept]):
     """At most so many entries and bytes; what was not used for longest goes first.
 
-    ``hits`` and ``misses`` count requests: whether the image encoder was spared; ``num_encoded`` its pictures.
+    ``hits`` and ``misses`` count requests: whether the image encoder was spared; ``num_encoded`` its images.
     """
 
     def __init__(self, eye: Eye[Kept], max_entries: int, max_bytes: int) -> None:
@@ -44,7 +44,7 @@ class ImageCache(Generic[Kept]):
         self._lock = threading.Lock()
 
     def known(self, file: str) -> Look[Kept] | None:
-        """What is kept of the picture in a file that was seen before, by the digest of the file."""
+        """What is kept of the image in a file that was seen before, by the digest of the file."""
         with self._lock:
             digest = self._digests.get(file)
         if digest is None or (kept := self.get(digest)) is None:
@@ -52,7 +52,7 @@ class ImageCache(Generic[Kept]):
         return Look(digest, None, kept)
 
     def look(self, file: str, digest: str, pixels_CHW: Tensor) -> Look[Kept]:
-        """A picture that was decoded. ``file`` and ``digest``: of its file, and of its decoded pixels."""
+        """An image that was decoded. ``file`` and ``digest``: of its file, and of its decoded pixels."""
         with self._lock:
             self._digests[file] = digest
             self._digests.move_to_end(file)
@@ -62,9 +62,9 @@ class ImageCache(Generic[Kept]):
         return Look(digest, pixels_CHW if kept is None else None, kept)
 
     def see(self, looks: Sequence[Look[Kept]]) -> list[Kept | Exception]:
-        """What the model keeps of each picture; each is encoded once, those that are new together.
+        """What the model keeps of each image; each is encoded once, those that are new together.
 
-        By the models' thread alone. A picture that cannot be encoded has its error in its place.
+        By the models' thread alone. An image that cannot be encoded has its error in its place.
         """
         found: dict[str, Kept | Exception | None] = {}
         for look in looks:

@@ -24,7 +24,7 @@ PORTION = 8
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt about a picture, and the answers that it may have."""
+    """A prompt about an image, and the answers that it may have."""
 
     look: Look[EncodedImage]
     text: str

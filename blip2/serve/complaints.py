@@ -41,8 +41,8 @@ HINTS = {
     "messages": 'give a list of messages, such as [{"role": "user", "content": "..."}]',
     "role": "say 'user', or 'assistant' for what was answered",
     "type": "say 'text' or 'image_url'",
-    "url": "give data:image/...;base64, and the bytes of the picture in base64",
-    "image": "give data:image/...;base64, and the bytes of the picture in base64",
+    "url": "give data:image/...;base64, and the bytes of the image in base64",
+    "image": "give data:image/...;base64, and the bytes of the image in base64",
     "image_url": 'give {"url": "data:image/...;base64,..."}',
     "input": "give a text, or a list of texts",
     "question": "ask something",
@@ -54,7 +54,7 @@ HINTS = {
 
 
 def of_validation(problems: Sequence[Any], called: Mapping[str, str] | None = None) -> ApiError:
-    """The first problem that pydantic found; what was given is not repeated, it may be a picture.
+    """The first problem that pydantic found; what was given is not repeated, it may be an image.
 
     ``called``: what the caller calls fields that he calls otherwise.
     """

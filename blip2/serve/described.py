@@ -9,7 +9,7 @@ from blip2.serve.schemas import SCHEMAS
 
 
 def body_of(route: str) -> dict[str, Any]:
-    """For FastAPI's ``openapi_extra``: JSON; on the plain routes also a form, whose picture may be a file."""
+    """For FastAPI's ``openapi_extra``: JSON; on the plain routes also a form, whose image may be a file."""
     schema = schema_of(route)
     content = {"application/json": {"schema": schema}}
     if route not in PASSED_OVER:

@@ -120,8 +120,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """What would change an answer, and cannot be done: the values that ask for nothing, and what to do instead."""
 
-ASKED, SHOWN = "what is asked is the text of a message", "a picture is an image_url part of a message"
-LISTED, LOOKED_AT = "texts stand in input", 'a picture stands in input, as {"image": "data:image/...;base64,..."}'
+ASKED, SHOWN = "what is asked is the text of a message", "an image is an image_url part of a message"
+LISTED, LOOKED_AT = "texts stand in input", 'an image stands in input, as {"image": "data:image/...;base64,..."}'
 INSTEAD: dict[str, dict[str, str]] = {
     CHAT: {"prompt": ASKED, "question": ASKED, "text": ASKED, "image": SHOWN, "images": SHOWN},
     EMBEDDINGS: {"prompt": LISTED, "text": LISTED, "texts": LISTED, "image": LOOKED_AT, "images": LOOKED_AT},
@@ -268,6 +268,6 @@ def what_to_send(route: str) -> str:
     if route == EMBEDDINGS:
         return 'send JSON such as {"input": ["a text"]}, with the header Content-Type: application/json'
     return (
-        f"send a form with the picture as a file (curl -F image=@FILE ... {route}), or JSON such as "
+        f"send a form with the image as a file (curl -F image=@FILE ... {route}), or JSON such as "
         '{"image": "data:image/...;base64,..."} with the header Content-Type: application/json'
     )

@@ -1,4 +1,4 @@
-"""Pictures from the web, for those who allow it: only from named hosts, and never from inside the network.
+"""Images from the web, for those who allow it: only from named hosts, and never from inside the network.
 
 A name may be made to point anywhere, so it is resolved once, each of its addresses has to be a public one, and the
 connection goes to an address that was looked at. A redirect is a new address, with all that this asks for.
@@ -80,7 +80,7 @@ class Fetcher:
         if not self.domains:
             raise ApiError(
                 400, "remote_images_disabled",
-                "pictures at web addresses are not fetched by this server; send the picture itself, as a "
+                "images at web addresses are not fetched by this server; send the image itself, as a "
                 "data:image/...;base64, address (or start the server with --allow-images-from)",
                 param="image",
             )  # fmt: skip

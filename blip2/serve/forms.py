@@ -1,4 +1,4 @@
-"""Forms: their fields, and the file that a picture is."""
+"""Forms: their fields, and the file that an image is."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encoded(content: bytes) -> list[Part]:
 def fields_of(
     parts: Iterable[Part], names: Collection[str], lists: Collection[str]
 ) -> tuple[dict[str, Any], bytes | None]:
-    """The fields, and the picture if it came as a file. ``names``: of fields; ``lists``: of those that may come several
+    """The fields, and the image if it came as a file. ``names``: of fields; ``lists``: of those that may come several
     times; one of these alone is a text. Raises ApiError."""
     image: bytes | None = None
     given: dict[str, Any] = {}
@@ -48,7 +48,7 @@ def fields_of(
                 raise ApiError(400, "invalid_value", message, param=name[:40])
             image, value = value, "file"
             if name in given:
-                raise _bad("it has more than one picture")
+                raise _bad("it has more than one image")
         if name not in given:
             given[name] = value
         elif name in lists:

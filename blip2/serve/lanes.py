@@ -17,7 +17,7 @@ from blip2.serve.tickets import Running, Ticket
 from blip2.serve.turns import Turns
 
 PORTION = 8
-"""Prompts that are read, and pictures that are encoded, before others have their turn."""
+"""Prompts that are read, and images that are encoded, before others have their turn."""
 PORTION_CHARACTERS = 8192
 """Of prompts that are read together."""
 QUICK_TOKENS = 64
@@ -77,7 +77,7 @@ class Lane(Share):
         return [*self.coming, *(running.ticket for running in self.running.values())]
 
     def portion(self, num_pictures: int) -> list[Ticket]:
-        """Some of those that are coming: the prompts short enough, and few enough of the pictures new."""
+        """Some of those that are coming: the prompts short enough, and few enough of the images new."""
         some: list[Ticket] = []
         num_new = num_characters = 0
         while self.coming and len(some) < PORTION:

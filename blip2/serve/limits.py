@@ -20,7 +20,7 @@ class Limits:
     """Of all bodies that are being received, or are there and still needed; None: 16 times ``max_body_bytes``. Beyond
     it the oldest that is still coming gives way (503)."""
     max_pixels: int = 250_000_000
-    """Of a picture, from its header. A large one is decoded while no other is; it takes 4 to 9 bytes a pixel."""
+    """Of an image, from its header. A large one is decoded while no other is; it takes 4 to 9 bytes a pixel."""
     max_images: int = 32
     """In one request, those of earlier turns of a conversation included."""
     max_texts: int = 256

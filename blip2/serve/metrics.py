@@ -40,7 +40,7 @@ class Metrics:
         )  # fmt: skip
         self.tokens = Counter("blip2_tokens", "Tokens read and written", ["kind"], **own)
         self.batch_size = Histogram("blip2_batch_size", "Rows of a decoding step", buckets=ROWS, **own)
-        self.image_rejected = Counter("blip2_image_rejected", "Pictures that were refused", ["reason"], **own)
+        self.image_rejected = Counter("blip2_image_rejected", "Images that were refused", ["reason"], **own)
         self.requests_rejected = Counter(
             "blip2_requests_rejected", "Requests and connections refused or ended at the door", ["reason"], **own
         )
@@ -73,9 +73,9 @@ class Metrics:
                 return [
                     CounterMetricFamily(f"blip2_{name}", words, value=sum(getattr(cache, count) for cache in caches))
                     for name, words, count in (
-                        ("image_cache_hits", "Questions about a picture seen already", "hits"),
-                        ("image_cache_misses", "Questions about a picture that is new", "misses"),
-                        ("images_encoded", "Pictures that went through an image encoder", "num_encoded"),
+                        ("image_cache_hits", "Questions about an image seen already", "hits"),
+                        ("image_cache_misses", "Questions about an image that is new", "misses"),
+                        ("images_encoded", "Images that went through an image encoder", "num_encoded"),
                     )
                 ]
 

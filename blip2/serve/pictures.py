@@ -1,4 +1,4 @@
-"""Pictures as clients write them: a data address, plain base64, or the address of a file in the web."""
+"""Images as clients write them: a data address, plain base64, or the address of a file in the web."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def decoded(source: str) -> bytes:
             "of the image file in base64"
         ) from None
     if not content:
-        raise ImageError("the picture is empty; send the bytes of an image file in base64")
+        raise ImageError("the image is empty; send the bytes of an image file in base64")
     return content
 
 
 def check_no_picture(text: str, where: str, remedy: str) -> None:
-    """Raises ApiError for a picture where a text belongs: a model would read its base64 as words."""
+    """Raises ApiError for an image where a text belongs: a model would read its base64 as words."""
     if DATA_ADDRESS.search(text):
-        raise ApiError(400, "image_in_text", f"{where}: there is a picture where a text belongs; {remedy}", param=where)
+        raise ApiError(400, "image_in_text", f"{where}: there is an image where a text belongs; {remedy}", param=where)

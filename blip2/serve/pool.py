@@ -1,8 +1,8 @@
-"""The processes that read requests and pictures, as the server sees them.
+"""The processes that read requests and images, as the server sees them.
 
 A request has a reader to itself, for as long as it is read; requests that wait for one take turns (`Turns`). Whose
 reader uses more than `FAST_S` of a processor leaves the fast lane: it becomes a background process, and another takes
-its place. Those are a few at most: beyond, the one that has taken longest is ended, but for large pictures, which have
+its place. Those are a few at most: beyond, the one that has taken longest is ended, but for large images, which have
 waited for their time. A request that ends in the middle (its time is up, its client is gone) takes its reader with it.
 """
 
@@ -211,13 +211,13 @@ class Pool:
         # Who asks may go away, but what the parent was told has to be heard to its end.
         code = await asyncio.shield(self._later(self._end(reader)))
         if code == -signal.SIGXCPU:
-            message = "to read this takes too much processor time; send a smaller request, or save the picture again"
+            message = "to read this takes too much processor time; send a smaller request, or save the image again"
             return ApiError(400, "too_slow", message, param="image")
         logger.warning("a process that read a request has ended (%s)", code)
         if code in (-signal.SIGKILL, frames.UNKNOWN):
             message = "the process that read the request was killed, maybe for want of memory; send it again"
             return ApiError(503, KILLED, message, headers={"Retry-After": "1"})
-        message = "the picture cannot be decoded: its decoder broke down; save it again"
+        message = "the image cannot be decoded: its decoder broke down; save it again"
         return ApiError(400, "invalid_image", message, param="image")
 
     # ---- their parent ----

@@ -1,4 +1,4 @@
-"""A process that reads what strangers send: requests into fields, pictures into pixels.
+"""A process that reads what strangers send: requests into fields, images into pixels.
 
 It has no torch and no model, bounds for its memory and its processor time, and can be killed at any moment. Readers are
 forked from one parent, `main`, which has imported all that they need and has never read anything itself; so a new one
@@ -39,7 +39,7 @@ SPARE_BYTES = 256 * 2**20
 BYTES_PER_PIXEL = 12
 BYTES_PER_BODY_BYTE = 8
 CPU_S, CPU_S_PER_PIXEL = 4.0, 8e-8
-"""Processor time for one message, and for each pixel that may be decoded; a picture of 12 million takes 0.3 s here."""
+"""Processor time for one message, and for each pixel that may be decoded; an image of 12 million takes 0.3 s here."""
 
 
 class Desk:
@@ -60,7 +60,7 @@ class Desk:
             packed = frames.packed(told, len(found))
             if len(packed) <= MAX_TOLD_BYTES:
                 return packed, found
-            error = ApiError(413, "body_too_large", "beside its pictures the request is too large; send shorter fields")
+            error = ApiError(413, "body_too_large", "beside its images the request is too large; send shorter fields")
         except MemoryError:
             error = ApiError(413, "body_too_large", "to read the request takes more memory than it may; send less")
         except RecursionError:
@@ -75,14 +75,14 @@ class Desk:
         return {"fields": found.fields, "pictures": [_told(picture) for picture in self._pictures]}, b""
 
     def _take(self, asked: dict[str, Any], content: bytes) -> frames.Message:
-        """A picture that was fetched, in the place of its address."""
+        """An image that was fetched, in the place of its address."""
         place = asked["picture"]
         self._pictures += [""] * (place + 1 - len(self._pictures))
         self._pictures[place] = content
         return _told(content), b""
 
     def _pixels(self, asked: dict[str, Any], _: bytes) -> frames.Message:
-        """A picture as the image encoder is given it, float32[3, size, size], and if asked a small one to be shown."""
+        """An image as the image encoder is given it, float32[3, size, size], and if asked a small one to be shown."""
         content = self._pictures[asked["picture"]]
         assert isinstance(content, bytes)
         try:

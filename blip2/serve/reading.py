@@ -1,6 +1,6 @@
-"""A request as the routes get it: its fields, checked, and its pictures as models are given them.
+"""A request as the routes get it: its fields, checked, and its images as models are given them.
 
-All that grows with a request is done by a reader (`pool`). A large picture waits until few others of its kind are being
+All that grows with a request is done by a reader (`pool`). A large image waits until few others of its kind are being
 decoded, and one at a web address is fetched by a thread; both give their reader back meanwhile.
 """
 
@@ -33,7 +33,7 @@ from blip2.serve.turns import Handout
 from blip2.tasks.see import Eye
 
 SMALL_PIXELS, LARGE_PIXELS = 4_000_000, 30_000_000
-"""Of pictures that are decoded at once, and of those above which one is decoded at a time. Between, a few are."""
+"""Of images that are decoded at once, and of those above which one is decoded at a time. Between, a few are."""
 NUM_BETWEEN = min(4, max(2, (os.cpu_count() or 1) // 2))
 MAX_KILLED = 2
 """So often a request is read anew after its reader was killed."""
@@ -52,7 +52,7 @@ class Readings:
         self.lanes: list[tuple[float, Handout[None]]] = [
             (LARGE_PIXELS, Handout([None] * NUM_BETWEEN)), (math.inf, Handout([None])),
         ]  # fmt: skip
-        """Of pictures that are not small: those of at most so many pixels, and the places."""
+        """Of images that are not small: those of at most so many pixels, and the places."""
         self._fetcher = fetcher
         # Not in the loop's own threads: a slow host must not keep anybody from something else.
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="blip2 fetch")
@@ -66,7 +66,7 @@ class Readings:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[Reading]:
-        """The request; within the context its pictures can be looked at. Raises ApiError."""
+        """The request; within the context its images can be looked at. Raises ApiError."""
         content = request.scope.pop(BODY)
         try:
             async with AsyncExitStack() as held:
@@ -130,7 +130,7 @@ class Reading:
         return len(self._pictures)
 
     async def look(self, place: int, cache: ImageCache[Kept]) -> Look[Kept]:
-        """A picture for a model; one that was seen before is not even decoded. Raises ApiError."""
+        """An image for a model; one that was seen before is not even decoded. Raises ApiError."""
         file = await self._file(place)
         if (look := cache.known(file)) is not None:
             return look
@@ -138,14 +138,14 @@ class Reading:
         return cache.look(file, told["digest"], pixels_CHW)
 
     async def shown(self, place: int, eye: Eye[Any], size_px: int) -> tuple[RgbImage, Tensor]:
-        """A picture of at most ``size_px`` wide and high, and what the model is given of it. Raises ApiError."""
+        """An image of at most ``size_px`` wide and high, and what the model is given of it. Raises ApiError."""
         await self._file(place)
         told, pixels_CHW, small = await self._decoded(place, eye, size_px)
         width, height = told["shown"]
         return load_image(np.frombuffer(small, np.uint8).reshape(height, width, 3)), pixels_CHW
 
     async def _file(self, place: int) -> str:
-        """The digest of the picture's file, which the reader has then."""
+        """The digest of the image's file, which the reader has then."""
         if (address := self._pictures[place].get("address")) is not None:
             await self._leave()
             self._fetched = await self._readings.fetch(address)

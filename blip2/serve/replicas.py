@@ -1,9 +1,9 @@
 """The models several times behind one port: Ray Serve starts the replicas, watches them, and deals out the requests.
 
-A replica is a process with everything of its own: models, queue, limits, the pictures that it remembers. The port, the
+A replica is a process with everything of its own: models, queue, limits, the images that it remembers. The port, the
 page, the keys and whatever else guards the door are the front's (`front`), which runs in the process that was started;
 Ray's own proxies are off. A request goes to the less busy of two replicas, unread, so that each may have to encode the
-same picture once. Every answer, and every line of /metrics, names its replica.
+same image once. Every answer, and every line of /metrics, names its replica.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
 SPARE_DESCRIPTORS = 256
-"""For all that is no connection: the models' files, pictures from the web, processes that decode."""
+"""For all that is no connection: the models' files, images from the web, processes that decode."""
 BACKLOG = 2048
 """Connections that wait to be accepted: where there is no room for them, a client tries again after a second."""
 ACCEPTED_PER_TURN = 32

@@ -138,7 +138,7 @@ Address = Annotated[
 
 
 class Source(Body):
-    """A picture as Anthropic's clients send it."""
+    """An image as Anthropic's clients send it."""
 
     data: str | None = None
     url: str | None = None
@@ -185,7 +185,7 @@ class ChatRequest(Decoding):
 
 
 class EmbeddingImage(Body):
-    """An extension: a picture among the texts."""
+    """An extension: an image among the texts."""
 
     image: ImageText
 
@@ -240,7 +240,7 @@ class MatchRequest(Body):
 
 
 class ExplainRequest(Body):
-    """POST /explain: where the picture speaks for ``text`` (by the matching model), or for the answer to ``question``,
+    """POST /explain: where the image speaks for ``text`` (by the matching model), or for the answer to ``question``,
     or for ``word`` of ``caption``, or all of it; what is not given of these is the model's own."""
 
     image: ImageText
@@ -310,5 +310,5 @@ class Explained(BaseModel):
     strongest: tuple[float, float] | None
     """The place that speaks for it most, as shares of width and height; None if none does."""
     heat: str
-    """A map of the picture, at most 512 pixels a side: a grey PNG in a data address, white where it speaks most."""
+    """A map of the image, at most 512 pixels a side: a grey PNG in a data address, white where it speaks most."""
     model: str

@@ -143,13 +143,13 @@ class Service:
     @staticmethod
     def _no_matcher() -> ApiError:
         return ApiError(
-            400, "no_matching_model", "this server has no model that compares pictures with texts; start it with "
+            400, "no_matching_model", "this server has no model that compares images with texts; start it with "
             "--matching-model"
         )  # fmt: skip
 
     @property
     def features(self) -> ImageCache[ImageFeatures]:
-        """What the `matcher` keeps of pictures. Raises ApiError if there is none."""
+        """What the `matcher` keeps of images. Raises ApiError if there is none."""
         if self.worker.features is None:
             raise self._no_matcher()
         return self.worker.features

@@ -51,7 +51,7 @@ class Ticket:
     """Who asks; clients take turns."""
     answers: Future[list[Hypothesis]] = field(default_factory=Future)
     num_prompt_tokens: int = 0
-    """Known when the answers are; the picture's are among them."""
+    """Known when the answers are; the image's are among them."""
     is_cancelled: bool = False
     came_s: float = field(default_factory=time.monotonic)
     num_overtaken: int = 0

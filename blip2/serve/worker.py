@@ -1,7 +1,7 @@
 """The thread that owns the models: whatever computes, computes there, one thing at a time.
 
 Requests wait in a queue where clients take turns, until there are rows free (`lanes`). A turn of the loop is one of
-these: some of those that have rows are taken in, their pictures encoded if no one has asked about them lately, and
+these: some of those that have rows are taken in, their images encoded if no one has asked about them lately, and
 their prompts read together; or every running answer of a lane gets one token more; or a portion is done of something
 else that was asked (`Worker.call`). So a request enters at the next token, leaves with its last, and none holds up
 another for longer than a turn takes.

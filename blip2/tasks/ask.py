@@ -1,4 +1,4 @@
-"""Questions about pictures: answered freely, or by choosing among given answers."""
+"""Questions about images: answered freely, or by choosing among given answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions: what the language model says of a picture when nothing, or only a beginning, is written for it."""
+"""Captions: what the language model says of an image when nothing, or only a beginning, is written for it."""
 
 from __future__ import annotations
 

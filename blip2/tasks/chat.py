@@ -1,4 +1,4 @@
-"""A conversation about one picture: each question is read together with what was said before."""
+"""A conversation about one image: each question is read together with what was said before."""
 
 from __future__ import annotations
 

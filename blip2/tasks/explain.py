@@ -1,9 +1,9 @@
-"""Where a model looks: which parts of a picture speak for a text, an answer, or a word of a caption.
+"""Where a model looks: which parts of an image speak for a text, an answer, or a word of a caption.
 
 A bias of nought on the scores of the Q-Former's cross-attention changes nothing, but its gradient is the attention
 times how much more the looked-at would raise the score than what else is looked at (Grad-CAM on attention, but without
 hooks). Where the model is certain, that gradient is nearly nothing and tells of small doubts ("two" against "three")
-rather than of what was seen. So it is added up along the way from a blank picture to this one, as integrated gradients
+rather than of what was seen. So it is added up along the way from a blank image to this one, as integrated gradients
 do (Sundararajan et al., 2017): over the whole way the score rises from what the model says unseeing.
 
 It is evidence and no proof. `miniature/pointing.py` measures it where the places of things are known.
@@ -42,7 +42,7 @@ from blip2.tasks.speaker import Speaker
 from blip2.text import UNFINISHED, clean, question_prompt
 
 NUM_STEPS = 8
-"""Of the way from a blank picture; half as many point nearly as well (miniature/README.md)."""
+"""Of the way from a blank image; half as many point nearly as well (miniature/README.md)."""
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Patches ``float[S, P, D]`` and a bias ``float[C, S, H, Q, P]`` of the cross-attention to scores ``float[S]``."""
@@ -77,15 +77,15 @@ class Explanation:
         return x, y
 
     def overlay(self) -> RgbImage:
-        """The picture with the heat laid over it, from dark (nothing) to bright."""
+        """The image with the heat laid over it, from dark (nothing) to bright."""
         return overlay(self.picture, self.heat.numpy())
 
 
 @dataclass(frozen=True)
 class Sight:
-    """A picture as it came, and the model's patches of it and of a blank one, ``float[P, D]`` each.
+    """An image as it came, and the model's patches of it and of a blank one, ``float[P, D]`` each.
 
-    ``box``: what of the picture the model sees (`image.seen_box`).
+    ``box``: what of the image the model sees (`image.seen_box`).
     """
 
     picture: RgbImage
@@ -95,9 +95,9 @@ class Sight:
 
 
 def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> Sight:
-    """See a picture; ``encode`` makes patches of pixels. Raises ImageError, also for what is encoded already."""
+    """See an image; ``encode`` makes patches of pixels. Raises ImageError, also for what is encoded already."""
     if isinstance(image, EncodedImage | ImageFeatures):
-        raise ImageError("an encoded image is no picture any more; give the picture itself, to lay the map over it")
+        raise ImageError("an encoded image is no image any more; give the image itself, to lay the map over it")
     picture = eye.reading.load(image)
     return Sight(picture, *eye.with_blank(eye.pixels(picture), encode), eye.box(picture))
 
@@ -106,7 +106,7 @@ def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> S
 
 
 def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
-    """Where the picture speaks for the text, as the matching head reads the two together (ITM)."""
+    """Where the image speaks for the text, as the matching head reads the two together (ITM)."""
     return finished(explaining_match(reader, sight, text, NUM_STEPS))
 
 
@@ -150,7 +150,7 @@ class Words:
 
 
 def explain_words(speaker: Speaker, sight: Sight, words: Words) -> Explanation:
-    """Where the picture speaks for words of the model. Raises OptionError as `Words.check`, and for a missing word.
+    """Where the image speaks for words of the model. Raises OptionError as `Words.check`, and for a missing word.
 
     For an answer to a question, the given one or (None) the model's own; for a caption likewise, or a word of it. Of a
     word that comes several times, the first is explained.
@@ -195,7 +195,7 @@ def find_word(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], wor
 
 
 def evidence(score: Score, sight: Sight, config: QFormerConfig) -> tuple[Tensor, float]:
-    """How much each patch speaks for what is scored, ``float32[P]`` (0 or more), and the score of the picture itself.
+    """How much each patch speaks for what is scored, ``float32[P]`` (0 or more), and the score of the image itself.
 
     What speaks against it, by any head of any layer, is left out: it would hide what another head found there.
     """
@@ -247,7 +247,7 @@ def heat_map(evidence_P: Tensor, height: int, width: int, box: Box | None = None
 def _explaining_tokens(
     speaker: Speaker, sight: Sight, prompt: str, tokens: list[int], explained: slice, at_a_time: int
 ) -> Work:
-    """Where the picture speaks for some of the tokens that follow a prompt, given those before them."""
+    """Where the image speaks for some of the tokens that follow a prompt, given those before them."""
     model = speaker.model
     num_queries = model.config.qformer.num_query_tokens
     text_TD = speaker.prompt(_encoded(speaker, sight), prompt, len(tokens))[num_queries:]

@@ -28,7 +28,7 @@ PORTION_TEXTS, PORTION_TOKENS = 16, 512
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a matching model keeps of a picture, to compare it with any text.
+    """What a matching model keeps of an image, to compare it with any text.
 
     ``patches_PD`` float[1 + P, D]: what the Q-Former looks at, class token first. ``vectors_QE`` float[Q, E]: unit
     vectors, one a query.
@@ -219,7 +219,7 @@ class Reader:
     def _sound(self, values: Tensor) -> Tensor:
         if not is_finite(values):
             raise NotFiniteError(
-                f"what the model makes of a picture and a text is NaN or infinite: {why_not_finite(self.model)}"
+                f"what the model makes of an image and a text is NaN or infinite: {why_not_finite(self.model)}"
             )
         return values
 
@@ -254,4 +254,4 @@ def portions(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 def check_text(text: str) -> None:
     """OptionError for a text without words."""
     if not clean(text):
-        raise OptionError("one of the texts is empty; write what the picture is to be compared with")
+        raise OptionError("one of the texts is empty; write what the image is to be compared with")

@@ -1,4 +1,4 @@
-"""Pictures of any source to what a model keeps of them; decoded by threads ahead of the model."""
+"""Images of any source to what a model keeps of them; decoded by threads ahead of the model."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from blip2.model import Vision
 from blip2.tasks.speaker import check_batch_size, chunks
 
 NUM_THREADS, MOST_THREADS = 4, 16
-"""That read pictures: for a model on a CPU, and at most for one on a GPU, which is faster than a few of them."""
+"""That read images: for a model on a CPU, and at most for one on a GPU, which is faster than a few of them."""
 CACHE_BYTES = 4_000_000  # on two cores, a quarter faster than 16 images at a time
 OnError = Literal["raise", "return"]
 Result = TypeVar("Result")
 Kept = TypeVar("Kept")
-"""What a model keeps of a picture: an `EncodedImage`, or what a matching model compares."""
+"""What a model keeps of an image: an `EncodedImage`, or what a matching model compares."""
 
 
 class Eye(Generic[Kept]):
     """A model's image half with its image settings: side in pixels, mean and deviation of each channel, and how
-    pictures are resized (see `image.to_pixels`).
+    images are resized (see `image.to_pixels`).
 
     ``encode``: pixels float[B, 3, size, size] on the image encoder's device to what is kept of each, of type ``kind``.
     What is kept holds no NaN and nothing infinite; ``damage``, asked only if it would, names weights that are at fault.
-    ``reading``: which pictures are read.
+    ``reading``: which images are read.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Eye(Generic[Kept]):
     ) -> None:
         self.reading = reading
         self.look: dict[str, Any] = {"size": size, "mean": tuple(mean), "std": tuple(std)}
-        """How pictures become pixels, as `image.to_pixels` takes it; what is as usual is left out."""
+        """How images become pixels, as `image.to_pixels` takes it; what is as usual is left out."""
         if resample != "bicubic":
             self.look["resample"] = resample
         if shortest_edge is not None:
@@ -69,7 +69,7 @@ class Eye(Generic[Kept]):
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of each channel, which are part of what makes a model see a picture as it does."""
+        """Mean and deviation of each channel, which are part of what makes a model see an image as it does."""
         return self.look["mean"], self.look["std"]
 
     def see(self, images: Iterable[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
@@ -87,7 +87,7 @@ class Eye(Generic[Kept]):
         self, batches: Iterable[Sequence[Source | Kept]]
     ) -> Generator[Kept | ImageError, None, None]:
         """As `see`, of images that are in batches already: these are read, and encoded, together."""
-        pool = ThreadPoolExecutor(self._num_readers, thread_name_prefix="blip2 pictures")
+        pool = ThreadPoolExecutor(self._num_readers, thread_name_prefix="blip2 images")
         try:
             waiting: deque[tuple[Sequence[Source | Kept], list[Future]]] = deque()
             for batch in batches:
@@ -107,26 +107,26 @@ class Eye(Generic[Kept]):
 
     @torch.no_grad()
     def with_blank(self, pixels_CHW: Tensor, patches_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Patches ``float[1 + P, D]`` of a picture and of one that is all of the mean colour, which shows nothing."""
+        """Patches ``float[1 + P, D]`` of an image and of one that is all of the mean colour, which shows nothing."""
         pixels_2CHW = torch.stack([pixels_CHW, torch.zeros_like(pixels_CHW)])
         patches_PD, blank_PD = patches_of(pixels_2CHW.to(self._vision.patch_embedding.weight.device))
         return patches_PD, blank_PD
 
     def box(self, picture: RgbImage) -> tuple[float, float, float, float] | None:
-        """What of a picture is seen, as `image.seen_box` has it; None is all of it."""
+        """What of an image is seen, as `image.seen_box` has it; None is all of it."""
         return seen_box(*picture.size, self.size, self.look.get("shortest_edge"))
 
     def pixels(self, image: Source) -> Tensor:
-        """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
+        """What the image encoder is given of an image: ``float[3, size, size]`` on the CPU. Raises ImageError."""
         return self.reading.pixels(image, **self.look)
 
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
-        """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.
+        """What is kept of images that `pixels` has read, in order; ``names`` are what errors call them.
 
-        A picture of which the model makes NaN or infinite numbers gives an error in its place. Raises NotFiniteError
+        An image of which the model makes NaN or infinite numbers gives an error in its place. Raises NotFiniteError
         if that is because of the model's weights.
         """
-        return list(self._each_encoded(pixels, names or ["the picture"] * len(pixels)))
+        return list(self._each_encoded(pixels, names or ["the image"] * len(pixels)))
 
     def _each_encoded(self, pixels: Sequence[Tensor], names: Sequence[str]) -> Iterator[Kept | ImageNotFiniteError]:
         """As `encode`, one after the other as they are done: who takes them can keep each, however slow the next is."""
@@ -139,7 +139,7 @@ class Eye(Generic[Kept]):
                 yield kept if is_sound else self._not_finite(name)
 
     def _not_finite(self, name: str) -> ImageNotFiniteError:
-        """What is wrong with a picture of which the model made no numbers. Raises NotFiniteError if it is the model."""
+        """What is wrong with an image of which the model made no numbers. Raises NotFiniteError if it is the model."""
         what = "what the model sees of it is NaN or infinite"
         if (damage := self._damage()) is not None:
             raise NotFiniteError(f"{name}: {what}: {damage}")

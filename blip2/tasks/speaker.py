@@ -59,13 +59,13 @@ class Speaker:
         return defaults_of(self.model.config)
 
     def instruction(self, text: str) -> list[int] | None:
-        """The token ids that the Q-Former reads of a prompt beside the picture; None where it reads none."""
+        """The token ids that the Q-Former reads of a prompt beside the image; None where it reads none."""
         if self.instruction_tokenizer is None:
             return None
         return self.instruction_tokenizer.instruction_ids(text, self.model.config.qformer)
 
     def queries(self, image: EncodedImage, text: str) -> Tensor:
-        """The Q-Former's view of a picture ``float[Q, D]``, before the projection, for a prompt."""
+        """The Q-Former's view of an image ``float[Q, D]``, before the projection, for a prompt."""
         if (instruction := self.instruction(text)) is None:
             return image.queries_QD
         return self.model.look(image.queries_QD[None], instruction=instruction)[0]
@@ -117,13 +117,13 @@ class Speaker:
         if tuple(image.queries_QD.shape) != shape or image.model not in ("", self.identity):
             raise OptionError(
                 f"the encoded image (of {list(image.queries_QD.shape)}) was encoded by another model than this one "
-                f"(which reads {list(shape)}); load that model, or encode the picture again"
+                f"(which reads {list(shape)}); load that model, or encode the image again"
             )
         before, after = self.ids(text)
         room = config.max_position_embeddings - num_queries - num_new_tokens
         if (number := len(before) + len(after)) > room:
             raise OptionError(
-                f"the text has {number} tokens; beside {num_queries} for the picture and {num_new_tokens} new ones "
+                f"the text has {number} tokens; beside {num_queries} for the image and {num_new_tokens} new ones "
                 f"this model has room for {max(room, 0)}; shorten it, or lower {option('max_new_tokens')}"
             )
         words_TD = self.model.language.embed(torch.tensor([*before, *after], device=table_VD.device))
@@ -131,7 +131,7 @@ class Speaker:
         return torch.cat([first_TD, self.model.prompt(self.queries(image, text)).to(words_TD), rest_TD])
 
     def room(self, text: str) -> int:
-        """How many new tokens the model has room for beside the picture and the text; less than 0 if these are too
+        """How many new tokens the model has room for beside the image and the text; less than 0 if these are too
         many."""
         return self.room_beside(sum(map(len, self.ids(text))))
 
@@ -141,7 +141,7 @@ class Speaker:
         return config.language.max_position_embeddings - config.qformer.num_query_tokens - num_tokens
 
     def fits(self, text: str, num_new_tokens: int) -> bool:
-        """Whether the model has room for the picture, the text and as many new tokens."""
+        """Whether the model has room for the image, the text and as many new tokens."""
         return num_new_tokens <= self.room(text)
 
     def answers(

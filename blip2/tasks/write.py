@@ -16,7 +16,7 @@ from blip2.qformer import Memory, QFormerOutput
 
 @dataclass
 class Writing:
-    """What the queries saw of each row's picture, and what was written so far, ``int64[B, T]``."""
+    """What the queries saw of each row's image, and what was written so far, ``int64[B, T]``."""
 
     memory: Memory
     text_BT: Tensor
@@ -43,7 +43,7 @@ class QFormerWriter:
         self._model = model
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        raise NotImplementedError("a picture is its whole prompt")
+        raise NotImplementedError("an image is its whole prompt")
 
     def prefill(self, patches_BPD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, Writing]:
         """The logits of each caption's first word ``float[B, V]``; the text begins with [DEC]."""

@@ -66,7 +66,7 @@ def test_choices(run, opt_model, pictures, blip):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{0}"], "there is no question; give the picture first, the question last"),
+        (["{0}"], "there is no question; give the image first, the question last"),
         (["is it red?"], "there is no picture; give the picture first"),
         (["{0}", "{1}"], "is a file; put the question last"),
         (["{0}", ""], "the question is empty; write one"),

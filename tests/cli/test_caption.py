@@ -108,10 +108,10 @@ def test_folders(run, model, pictures, texts, tmp_path):
 def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
     result = run("caption", tmp_path, pictures[0], *model)
     assert (result.exit_code, result.stdout) == (1, f"{pictures[0]}\t{texts[0]}\n")
-    assert result.stderr == f"blip2: {tmp_path}: there are no pictures in this folder\n"
+    assert result.stderr == f"blip2: {tmp_path}: there are no images in this folder\n"
     (tmp_path / "within").mkdir()
     result = run("caption", tmp_path, pictures[0], *model, "--no-recursive")
-    assert "no pictures in this folder; the folders within it were not looked into" in result.stderr
+    assert "no images in this folder; the folders within it were not looked into" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_pictures_from_a_list(run, model, pictures, texts, odd, tmp_path, monkey
     result = listed("".join(f"{name}\0" for name in odd).encode(), "-0")
     assert result.stdout == "".join(f"{name}\t{texts[0]}\0" for name in odd)
     for content, options, words in (
-        (b"", [], "names no picture"),
-        (b"\n \n", [], "names no picture"),
+        (b"", [], "names no image"),
+        (b"\n \n", [], "names no image"),
         (b"a.png\0b.png\0", [], "for a list that they divide add -0"),
     ):
         result = listed(content, *options)
@@ -240,4 +240,4 @@ def test_closed_standard_input_is_an_empty_one(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(SystemExit, match="2"):
         main(["caption", "--files-from", "-"])
-    assert capsys.readouterr().err == "blip2: --files-from -: names no picture; write one name a line\n"
+    assert capsys.readouterr().err == "blip2: --files-from -: names no image; write one name a line\n"

@@ -47,7 +47,7 @@ def test_commands(run, model, opt_model, pictures):
 @pytest.mark.parametrize(
     ("lines", "code", "words"),
     [
-        ("what?\n", 2, "there is no picture yet; name one with /image FILE"),
+        ("what?\n", 2, "there is no image yet; name one with /image FILE"),
         ("/image\n", 2, "write /image FILE"),
         ("/image nowhere.png\n", 1, "nowhere.png: no such file"),
         ("/dance\n", 2, "there is no command '/dance'; /help lists"),

@@ -1,4 +1,4 @@
-"""Whole collections on the command line, and through Python, with the bundled model on a few pictures."""
+"""Whole collections on the command line, and through Python, with the bundled model on a few images."""
 
 import json
 import os
@@ -73,9 +73,9 @@ def test_captions_that_two_pictures_have_are_counted_and_answers_are_not(run, ph
     content = (photos / "cats.png").read_bytes()
     (photos / "again.png").write_bytes(content)
     pictures = ["photos/cats.png", "photos/again.png", "-o", "out.jsonl", "--format", "jsonl"]
-    assert "1 caption is the same as that of another picture" in run("caption", *pictures).stderr
+    assert "1 caption is the same as that of another image" in run("caption", *pictures).stderr
     answers = run("ask", *pictures, "-q", "is there a cat?", "--restart")
-    assert "2 done" in answers.stderr and "another picture" not in answers.stderr
+    assert "2 done" in answers.stderr and "another image" not in answers.stderr
 
 
 @pytest.mark.parametrize(("flags", "remedy"), [
@@ -208,7 +208,7 @@ def test_questions_for_each_picture(run, photos):
         ("cats.png", asked[1], "two"), ("cats.png", asked[3], "yes"),
         ("flowers.png", asked[1], "two"), ("flowers.png", asked[3], "no"),
     ]  # fmt: skip
-    assert "several answers a picture" in run("ask", "photos", *asked, "--sidecar", ".txt").stderr
+    assert "several answers an image" in run("ask", "photos", *asked, "--sidecar", ".txt").stderr
 
 
 def test_questions_of_rows_and_a_question_that_changes(run, photos):
@@ -259,7 +259,7 @@ def test_equal_files_are_seen_once(run, photos):
     assert "--dedupe was true and is not given" in run(*command).stderr
     found = run("ask", "photos/cats.png", "photos/10_sks dog/again.png", "-q", "how many cats are there?", "-q",
                 "is there a boat?", "-o", "answers.jsonl", "--dedupe")  # fmt: skip
-    assert "2 copies of another picture, given its result" in found.stderr
+    assert "2 copies of another image, given its result" in found.stderr
     assert [row["caption"] for row in rows("answers.jsonl")] == ["four", "no", "four", "no"]
     found = run("caption", "photos", "-o", "other.jsonl", "--dedupe", "--sample", "--beams", "1")
     assert found.exit_code == 2 and "give --seed, or leave out --dedupe" in found.stderr

@@ -78,7 +78,7 @@ def test_what_is_left_out(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(CollectionError, match="there are no pictures in this folder"):
+    with pytest.raises(CollectionError, match="there are no images in this folder"):
         open_source([str(tmp_path)])
     with pytest.raises(CollectionError, match="there is nothing to read"):
         open_source([])
@@ -185,7 +185,7 @@ def test_imagefolder_rules(tmp_path):
     assert len(source.problems) == 5
     assert all(f"metadata.jsonl:{number}: " in line for number, line in enumerate(source.problems, start=2))
     (tmp_path / "d/metadata.csv").write_text("file_name,text\na.jpg,two\n")
-    with pytest.raises(CollectionError, match="both tell of the pictures"):
+    with pytest.raises(CollectionError, match="both tell of the images"):
         open_source([str(tmp_path / "d")])
     assert told(open_source([str(tmp_path / "d")], exclude=["*.jsonl"])) == {"a.jpg": "two"}
     (tmp_path / "d/metadata.csv").write_text("file_name,text\na.jpg,two\na.jpg,three\n")
@@ -237,7 +237,7 @@ def test_files_that_are_nothing(tmp_path):
     for name, content, what in (
         ("a.gz", b"\x1f\x8b123", "is packed, and no tar file"), ("a.jsonl", b"", "is empty"),
         ("a.tar", b"x" * 600, "cannot be read as a tar file"), ("a.parquet", b"PAR1", "cannot be read"),
-        ("a.json", b"hello", "is no json file"), ("b.csv", b"x\n", "is known to hold pictures"),
+        ("a.json", b"hello", "is no json file"), ("b.csv", b"x\n", "is known to hold images"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CollectionError, match=what):

@@ -144,7 +144,7 @@ def test_columns_that_are_named(folder):
     with pytest.raises(CollectionError, match="has no column 'nothing', but 'image', 'photo of it'"):
         open_source([path], image_column="nothing")
     path = json_lines(folder / "rows.jsonl", [{"what": "a.jpg"}])
-    with pytest.raises(CollectionError, match=r"\('what'\) is known to hold pictures; name .* image_column"):
+    with pytest.raises(CollectionError, match=r"\('what'\) is known to hold images; name .* image_column"):
         open_source([path])
 
 
@@ -152,7 +152,7 @@ def test_pictures_elsewhere(folder):
     path = json_lines(folder / "rows.jsonl", [{"image": "a.jpg"}])
     (folder / "elsewhere").mkdir()
     path = shutil.move(path, folder / "elsewhere/rows.jsonl")
-    with pytest.raises(CollectionError, match=r"none of the pictures .*elsewhere/a.jpg.*name their folder with images"):
+    with pytest.raises(CollectionError, match=r"none of the images .*elsewhere/a.jpg.*name their folder with images"):
         open_source([str(path)])
     assert told(open_source([str(path)], images=str(folder))) == {"a.jpg": ""}
 
@@ -196,7 +196,7 @@ def test_several_files(folder):
     source = open_source([str(folder / "?.jsonl")])
     assert [unit.place for unit in source.units] == [first, second]
     assert list(told(source)) == ["a.jpg", "b.jpg"]
-    with pytest.raises(CollectionError, match=r"1.jsonl:1 and .*3.jsonl:1 are of the same picture"):
+    with pytest.raises(CollectionError, match=r"1.jsonl:1 and .*3.jsonl:1 are of the same image"):
         open_source([first, json_lines(folder / "3.jsonl", [{"image": "a.jpg"}])])
 
 
@@ -276,7 +276,7 @@ def test_paths_in_parquet(folder):
 def test_what_img2dataset_tells_of_a_shard_is_not_taken_for_pictures(tmp_path):
     pq.write_table(pa.table({"url": ["http://x/"], "key": ["0"]}), tmp_path / "00000.parquet")
     (tmp_path / "00000.tar").write_bytes(b"")
-    with pytest.raises(CollectionError, match=r"only tells of the pictures in .*00000.tar; name that"):
+    with pytest.raises(CollectionError, match=r"only tells of the images in .*00000.tar; name that"):
         open_source([str(tmp_path / "00000.parquet")])
 
 

@@ -95,19 +95,19 @@ def test_names(tmp_path):
 
 def test_dots_that_merge_pictures_are_told(tmp_path):
     path = tar(tmp_path / "a.tar", {"IMG.1.jpg": jpeg(1), "IMG.2.jpg": jpeg(2)})
-    with pytest.raises(CollectionError, match=r"IMG: has several pictures \(1.jpg, 2.jpg\); name the one"):
+    with pytest.raises(CollectionError, match=r"IMG: has several images \(1.jpg, 2.jpg\); name the one"):
         open_source([str(path)])
     tar(path, {"IMG.1.jpg": jpeg(1), "IMG.2.jpg": jpeg(2), "b.jpg": jpeg(3)})
     found = told(open_source([str(path)]))
     assert found["b"] == ""
-    assert "several pictures" in found["IMG"]
+    assert "several images" in found["IMG"]
     assert records(open_source([str(path)], image_column="jpg"))[1].picture == jpeg(3)
 
 
 def test_fields_are_chosen(tmp_path):
     members = {"a.jpg": jpeg(1), "a.mask.png": jpeg(2, "PNG"), "a.png": jpeg(3, "PNG"), "a.orig.txt": b"x"}
     path = tar(tmp_path / "a.tar", members)
-    with pytest.raises(CollectionError, match="several pictures"):
+    with pytest.raises(CollectionError, match="several images"):
         open_source([str(path)])
     [record] = records(open_source([str(path)], image_column="mask.png", caption_column="orig.txt"))
     assert (record.picture, record.text) == (jpeg(2, "PNG"), "x")

@@ -173,7 +173,7 @@ def test_what_a_processor_does_not_do_says_what_to_do(processor, tmp_path):
         (lambda: processor(tiny.picture(1), "a", do_center_crop=True), "resized whole"),
         (lambda: processor(tiny.picture(1), "a", size={"longest_edge": 5}), "size is"),
         (lambda: processor(text="a", padding=True, text_kwargs={"padding": False}), "padding is given twice"),
-        (lambda: processor(np.zeros((2, 9, 9, 3), np.uint8).tolist()), "not a picture"),
+        (lambda: processor(np.zeros((2, 9, 9, 3), np.uint8).tolist()), "not an image"),
         (lambda: setattr(processor.tokenizer, "padding_side", "middle"), "padding_side is 'middle'"),
         (lambda: Blip2Processor(tiny.picture(1), processor.tokenizer), "give a BlipImageProcessor"),
     ):

@@ -94,8 +94,8 @@ def test_it_is_known_by_its_beginning(made, tmp_path):
     [
         (lambda path, content: path.write_bytes(content[:-1]), "cut short"),
         (lambda path, content: path.write_bytes(content[:30]), "cut short"),
-        (lambda path, content: path.write_bytes(b""), "no index of pictures"),
-        (lambda path, content: path.write_bytes(b"\xff" * 1000), "no index of pictures"),
+        (lambda path, content: path.write_bytes(b""), "no index of images"),
+        (lambda path, content: path.write_bytes(b"\xff" * 1000), "no index of images"),
         (lambda path, content: save_file({"vectors": torch.zeros(3)}, path), "another safetensors file"),
         (lambda path, content: path.write_bytes(content.replace(b'"version": "1"', b'"version": "2"')), "format 2"),
         (lambda path, content: path.write_bytes(content.replace(b"1.png", b"8.png")), "is damaged"),

@@ -130,7 +130,7 @@ def test_a_folder_whose_name_begins_alike_is_another(index, photos, matcher):
 
 def test_hidden_files_links_to_folders_and_other_files_are_passed_over(index, photos, matcher):
     shutil.copy(photos / "picture000.png", photos / ".hidden.png")
-    (photos / "notes.txt").write_text("no picture")
+    (photos / "notes.txt").write_text("no image")
     (photos / "loop").symlink_to(photos, target_is_directory=True)
     assert blip2.Index.update(index, photos, matcher).total == 8
 
@@ -399,7 +399,7 @@ def test_an_empty_folder_forgets_nothing(index, photos, matcher, tmp_path):
     for folder in (photos, photos / "within"):
         for path in folder.glob("*.png"):
             path.unlink()
-    with pytest.raises(IndexFileError, match="there are no pictures in this folder") as error:
+    with pytest.raises(IndexFileError, match="there are no images in this folder") as error:
         update(index, [photos], never)
     assert "left as it was" in told(error)
     with pytest.raises(IndexFileError, match="no such file or folder"):
@@ -412,7 +412,7 @@ def test_an_empty_folder_forgets_nothing(index, photos, matcher, tmp_path):
 def test_nothing_that_can_be_read(index, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
     problems = []
-    with pytest.raises(IndexFileError, match="none of the pictures can be read"):
+    with pytest.raises(IndexFileError, match="none of the images can be read"):
         update(index, [tmp_path], never, on_problem=problems.append)
     assert len(problems) == 1
     assert not index.exists() and not index.with_name("photos.index.unfinished").exists()
@@ -421,7 +421,7 @@ def test_nothing_that_can_be_read(index, tmp_path):
 def test_what_is_there_is_no_index(index, photos):
     for content in (b"", b"garbage" * 100, tiny.CORPUS[0].encode()):
         index.write_bytes(content)
-        with pytest.raises(IndexFileError, match="no index of pictures") as error:
+        with pytest.raises(IndexFileError, match="no index of images") as error:
             update(index, [photos], never)
         assert str(index) in told(error)
         assert index.read_bytes() == content

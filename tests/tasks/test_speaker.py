@@ -116,7 +116,7 @@ def test_batches_are_bounded_and_in_order(speaker):
 
 
 def test_an_image_of_another_model(speaker):
-    with pytest.raises(OptionError, match=r"\[4, 32\].*another model.*\[4, 16\].*encode the picture again"):
+    with pytest.raises(OptionError, match=r"\[4, 32\].*another model.*\[4, 16\].*encode the image again"):
         caption(speaker, [EncodedImage(torch.zeros(4, 32))])
     caption(speaker, [EncodedImage(torch.zeros(4, 16), speaker.identity)])
     with pytest.raises(OptionError, match="another model"):  # of the same shape

@@ -77,7 +77,7 @@ def test_bad_pictures_are_passed_over(tmp_path, matching_model):
         ('[[data]]\nsource = "s"\nwieght = 2', "data.sources.wieght: not a key that a recipe has; did you mean"),
         ("[[data]]\nweight = 2", "data.sources.source: is missing"),
         ('[data]\nsources = "s"\nimages = "i"', "data.images: goes with rows"),
-        ('data = "https://a.b/c.tar"', "only pictures are read from addresses; download it first"),
+        ('data = "https://a.b/c.tar"', "only images are read from addresses; download it first"),
         ('data = "pipe:cat s.tar"', "is not read, and no command is run"),
         ('[data]\nsources = "s"\nfeatures_dtype = "int8"', "data.features_dtype: is of features on the disk; name a"),
         ('[data]\nsources = "s"\nfeatures = "f"\nfeatures_dtype = "bf16"', "data.features_dtype: has to be one of"),

@@ -1,7 +1,7 @@
 """What results are written as; each file of this room is one format, or a few of one kind.
 
-    beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each picture, or in it
-source = View(open_source(...), beside)           what they hold already is the pictures' old text
+    beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each image, or in it
+source = View(open_source(...), beside)           what they hold already is the images' old text
 sinks = open_sinks(outputs, source, beside)       with the table, or the folder of shards, that -o asks for
 """
 
@@ -37,7 +37,7 @@ SUFFIXES = {
 }  # fmt: skip
 FORMATS = tuple(SUFFIXES)
 Name = Literal["full", "stem"]
-"""Of a file beside a picture: a.jpg.txt or a.txt."""
+"""Of a file beside an image: a.jpg.txt or a.txt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Outputs:
     """What is asked for, by the names of the flags.
 
     ``output``: a file, or a folder for a file a unit; ``format``: one of `FORMATS`, by default what its suffix says.
-    ``with_images``: pictures within parquet (by default not) and within shards (by default so). ``replaces``: a file
+    ``with_images``: images within parquet (by default not) and within shards (by default so). ``replaces``: a file
     that is there, and that no run of this command made, may go. ``constants``: columns that are the same for all, such
     as model and revision.
     """
@@ -69,7 +69,7 @@ class Outputs:
 
 
 def open_beside(outputs: Outputs) -> list[Beside]:
-    """What is written beside each picture, or into it. Raises OptionError, CollectionError."""
+    """What is written beside each image, or into it. Raises OptionError, CollectionError."""
     found: list[Beside] = []
     if outputs.sidecar:
         if outputs.xmp and outputs.sidecar.lower().lstrip(".") == "xmp":

@@ -1,4 +1,4 @@
-"""Descriptions within picture files, by exiftool: it changes metadata alone, and no pixel is encoded anew."""
+"""Descriptions within image files, by exiftool: it changes metadata alone, and no pixel is encoded anew."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Embedded(Plain):
         self._old = self._read(pictures)
 
     def old(self, picture: str) -> str:
-        """What was said in a picture when it was checked. Raises CollectionError for one that exiftool refuses."""
+        """What was said in an image when it was checked. Raises CollectionError for one that exiftool refuses."""
         kind = named_format(picture)
         if kind is not None and Path(picture).suffix.lower() not in kind[1]:
             raise CollectionError(
@@ -89,7 +89,7 @@ class Embedded(Plain):
         self.notes += [f"not embedded: {problem}" for problem in problems]
         num_written = sum(line.strip().startswith("1 image files updated") for line in lines)
         if num_written + len(problems) < len(results):
-            raise OSError(f"exiftool wrote into {num_written} of {len(results)} pictures: {' '.join(lines)[-300:]}")
+            raise OSError(f"exiftool wrote into {num_written} of {len(results)} images: {' '.join(lines)[-300:]}")
 
     def _read(self, pictures: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}

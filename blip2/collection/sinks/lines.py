@@ -1,4 +1,4 @@
-"""Formats of a line for each picture: JSON, CSV and TSV, each as the tool that it is for reads it."""
+"""Formats of a line for each image: JSON, CSV and TSV, each as the tool that it is for reads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_GIVEN = {
 
 
 def named(results: Iterable[Result]) -> Iterator[Result]:
-    """The pictures that have a text: of the others, trainers would stop, or learn emptiness."""
+    """The images that have a text: of the others, trainers would stop, or learn emptiness."""
     return (result for result in results if result.line)
 
 
@@ -64,7 +64,7 @@ class Filtered:
 
 
 def below(result: Result, folder: Path) -> str:
-    """A picture's path from the folder of the table. Raises CollectionError where it has none."""
+    """An image's path from the folder of the table. Raises CollectionError where it has none."""
     if not result.path:
         raise CollectionError(
             f"{result.name}: has no file of its own, which this format needs; give --format jsonl or parquet"

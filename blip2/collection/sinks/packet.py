@@ -1,7 +1,7 @@
 """XMP, read and changed: two descriptions are put into a packet, and every other byte of it stays as it is.
 
 A packet may be written in many ways (a property as an attribute or as an element, any prefixes), and it holds what
-other programs know of a picture. So it is never taken apart and written anew: a parser tells where the two are.
+other programs know of an image. So it is never taken apart and written anew: a parser tells where the two are.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Element:
 
 
 def described(content: bytes, name: str) -> str:
-    """What a packet says of its picture, "" if nothing. Raises CollectionError for what is no XMP."""
+    """What a packet says of its image, "" if nothing. Raises CollectionError for what is no XMP."""
     for holder in _holders(_parsed(content, name)):
         if found := _text(holder, DESCRIPTION):
             return found

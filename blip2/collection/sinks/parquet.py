@@ -1,4 +1,4 @@
-"""Parquet: all that is known of each picture, in one file or a file a unit, with the pictures themselves if wanted."""
+"""Parquet: all that is known of each image, in one file or a file a unit, with the images themselves if wanted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from blip2.errors import CollectionError
 GROUP_ROWS, BATCH_ROWS = 4096, 256
 """Of a row group; and of what becomes columns at a time, which take a small part of the memory that rows do."""
 GROUP_BYTES = 64 * 2**20
-"""So much of pictures is in memory, and in one row group; `datasets` wants at most 100 MB."""
+"""So much of images is in memory, and in one row group; `datasets` wants at most 100 MB."""
 DTYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string", "json": "string"}
 OWN = {
     "file_name": "str", "path_bytes": "str", "key": "str", "caption": "str", "captions": "list", "score": "float",
@@ -28,7 +28,7 @@ OWN = {
 
 
 class Parquet(Plain):
-    """``images``: with each picture's bytes, as `datasets` writes them; a picture that has no text is left out then."""
+    """``images``: with each image's bytes, as `datasets` writes them; an image that has no text is left out then."""
 
     wants = frozenset({"size", "sha256"})
 
@@ -65,7 +65,7 @@ class Parquet(Plain):
 
 
 def pictures_of(source: Source, units: Iterable[Unit]) -> Callable[[Result], bytes | None]:
-    """From each result, in the order of the source, to the bytes of its picture; read once more, one at a time."""
+    """From each result, in the order of the source, to the bytes of its image; read once more, one at a time."""
     records: Iterator[Record] = (record for unit in units for record in source.records(unit))
 
     def content(result: Result) -> bytes | None:

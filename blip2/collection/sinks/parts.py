@@ -14,7 +14,7 @@ from blip2.errors import CollectionError
 
 
 class ParquetParts(Plain):
-    """``images``: with each picture's bytes, see `Parquet`."""
+    """``images``: with each image's bytes, see `Parquet`."""
 
     wants = frozenset({"size", "sha256"})
 

@@ -1,4 +1,4 @@
-"""Where outputs go, looked at before the model is loaded: folders, rights, room, and the names of pictures."""
+"""Where outputs go, looked at before the model is loaded: folders, rights, room, and the names of images."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def check_file(path: Path, *, may_replace: bool) -> None:
 
 
 def paths_of(source: Source) -> Sequence[str] | None:
-    """The pictures' files, where they have some; ``source`` is a `View`."""
+    """The images' files, where they have some; ``source`` is a `View`."""
     return getattr(source, "pictures", None)
 
 
 def check_beside(pictures: Sequence[str], target: Callable[[str], Path], remedy: str) -> None:
-    """That a file can be made beside each picture, each its own. Raises CollectionError."""
+    """That a file can be made beside each image, each its own. Raises CollectionError."""
     by_spelling: dict[tuple[str, str], dict[Path, str]] = defaultdict(dict)
     for picture in pictures:
         path = target(picture)

@@ -56,7 +56,7 @@ def fields_of(path: Path) -> tuple[set[str], set[str]]:
 
 
 def picture_field(fields: Mapping[str, object] | set[str]) -> str:
-    """The field that holds the picture of a sample, "" if none does."""
+    """The field that holds the image of a sample, "" if none does."""
     readable, others = suffixes()
     known = {*readable, *others}
     return next((field for field in sorted(fields, key=_dots) if f".{field.rpartition('.')[2].lower()}" in known), "")

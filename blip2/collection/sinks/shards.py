@@ -1,6 +1,6 @@
 """Shards as img2dataset has them: 00000.tar, 00000.parquet, and last 00000_stats.json, one of each for every unit.
 
-Shards of the source are mirrored: each member is copied as it is, the captions beside them. Pictures of other sources
+Shards of the source are mirrored: each member is copied as it is, the captions beside them. Images of other sources
 are packed, and known by numbers: a dot in a name of a tar begins its suffix, so that IMG.1.jpg and IMG.2.jpg would be
 one sample. `datasets` reads no shard whose samples differ in their members; so all get the same.
 """
@@ -36,7 +36,7 @@ SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
 
 class Shards(Plain):
     """``caption_field``: the member that holds the caption; what it held before is in orig.txt (``orig.`` and the
-    field). ``images``: False, and there are only the tables. ``shard_size``: pictures in a unit of what is packed."""
+    field). ``images``: False, and there are only the tables. ``shard_size``: images in a unit of what is packed."""
 
     wants = frozenset({"size", "sha256"})
 
@@ -139,7 +139,7 @@ class Shards(Plain):
             self.notes.append(str(error))
 
     def _packed(self, unit: Unit, results: Mapping[str, Result]) -> Iterator[Sample]:
-        """A sample for each picture that has a caption: itself, the caption, and what is known of it."""
+        """A sample for each image that has a caption: itself, the caption, and what is known of it."""
         assert self._source is not None
         records: Iterator[Record] = iter(self._source.records(unit))
         for key, result in results.items():
@@ -163,7 +163,7 @@ class Shards(Plain):
             })  # fmt: skip
 
     def _picture_fields(self, source: Source) -> Iterator[str]:
-        """How the first picture's member is called, so that all are called: what it is, they see by its bytes."""
+        """How the first image's member is called, so that all are called: what it is, they see by its bytes."""
         for unit in source.units:
             if _is_shard(unit):
                 chosen = str(source.told().get("image_column", ""))

@@ -1,4 +1,4 @@
-"""A text file beside each picture, as trainers of LoRAs read it: UTF-8, one line a caption, never empty."""
+"""A text file beside each image, as trainers of LoRAs read it: UTF-8, one line a caption, never empty."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blip2.errors import CollectionError, OptionError
 from blip2.image import suffixes
 from blip2.plaintext import read_text
 
-REMEDY = "add --sidecar-name full, so that the picture's whole name is in it, or rename one of them"
+REMEDY = "add --sidecar-name full, so that the image's whole name is in it, or rename one of them"
 
 
 class Sidecars(Plain):
@@ -24,7 +24,7 @@ class Sidecars(Plain):
         self._keeps_suffix = keeps_suffix
         readable, others = suffixes()
         if self._suffix.lower() in {*readable, *others}:
-            raise OptionError(f"--sidecar {suffix}: is what pictures are called; give .txt or .caption")
+            raise OptionError(f"--sidecar {suffix}: is what images are called; give .txt or .caption")
         if self._suffix == "." or any(character in "/\\\0" or not character.isprintable() for character in suffix):
             raise OptionError(f"--sidecar {suffix!r}: is no suffix; give .txt or .caption")
 
@@ -39,7 +39,7 @@ class Sidecars(Plain):
         return Path(picture + self._suffix) if self._keeps_suffix else Path(picture).with_suffix(self._suffix)
 
     def old(self, picture: str) -> str:
-        """The lines that a picture has already. Raises OSError, NotTextError."""
+        """The lines that an image has already. Raises OSError, NotTextError."""
         with suppress(FileNotFoundError):
             lines = (" ".join(line.split()) for line in read_text(self.path(picture)).split("\n"))
             return "\n".join(filter(None, lines))

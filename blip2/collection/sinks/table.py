@@ -1,4 +1,4 @@
-"""One file for all pictures: how each format is checked, and written when all results are there."""
+"""One file for all images: how each format is checked, and written when all results are there."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from blip2.image import name_of
 class Format:
     """``write`` is given the open file (UTF-8), all results, and the file's folder; it returns notes for people.
 
-    ``paths``: how pictures are named in it: by their path "below" the file's folder, by that of "any" file, as they
+    ``paths``: how images are named in it: by their path "below" the file's folder, by that of "any" file, as they
     are "named" in the source if they have no file, or not at all (""). ``probe``: is given what is known of the first
-    picture before the model is loaded, and may raise CollectionError.
+    image before the model is loaded, and may raise CollectionError.
     """
 
     write: Callable[[IO[str], Iterable[Result], Path], Iterable[str]]
@@ -46,7 +46,7 @@ class Table(Plain):
         pictures = paths_of(source) or ()
         if self._format.paths in ("below", "any") and paths_of(source) is None:
             raise CollectionError(
-                f"{self._path}: this format names files, and these pictures have none of their own; give --format "
+                f"{self._path}: this format names files, and these images have none of their own; give --format "
                 "jsonl or parquet, or name a folder for shards"
             )
         if self._format.probe is not None and source.units:
@@ -80,7 +80,7 @@ def check_folder_table(path: Path, pictures: Iterable[str]) -> None:
 
 
 def check_picture(picture: str, table: Path, *, is_below: bool = False) -> None:
-    """That a table of this path can name a picture. Raises CollectionError."""
+    """That a table of this path can name an image. Raises CollectionError."""
     if not is_text(picture):
         raise CollectionError(
             f"{name_of(picture)}: a name that is not UTF-8, which {table.name} cannot hold; rename it, or give "
@@ -89,5 +89,5 @@ def check_picture(picture: str, table: Path, *, is_below: bool = False) -> None:
     if is_below and not relative(picture, table.parent):
         raise CollectionError(
             f"{picture}: does not lie in the folder of {table}, as datasets wants it; write the table into the folder "
-            "of the pictures, or give --format jsonl"
+            "of the images, or give --format jsonl"
         )

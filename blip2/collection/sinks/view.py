@@ -1,4 +1,4 @@
-"""A source as outputs see it: where its pictures' files are, and what is said beside them, or in them, already."""
+"""A source as outputs see it: where its images' files are, and what is said beside them, or in them, already."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from blip2.plaintext import NotTextError
 
 
 class Beside(Sink, Protocol):
-    """What is written beside each picture, or into it."""
+    """What is written beside each image, or into it."""
 
     keeps_time: bool
-    """It changes the files of pictures, and leaves their times as they were."""
+    """It changes the files of images, and leaves their times as they were."""
 
     def old(self, picture: str) -> str:
-        """What a picture has already. Raises CollectionError, NotTextError, OSError."""
+        """What an image has already. Raises CollectionError, NotTextError, OSError."""
 
 
 class View:
-    """The same source, with what ``beside`` has of each picture as its old text, before what the source says itself.
+    """The same source, with what ``beside`` has of each image as its old text, before what the source says itself.
 
     All of these are looked at, so that what is damaged is a problem of its record. Where one of them changes the files
-    of pictures (``keeps_time``), a picture is known again by the time of its file alone. ``takes_text``: whether what
+    of images (``keeps_time``), an image is known again by the time of its file alone. ``takes_text``: whether what
     the source says is an old text of what will be written; a caption is none where answers are. ``is_beside_alone``:
-    whether nothing is written elsewhere, so that what the source says is not written over: a picture that has nothing
+    whether nothing is written elsewhere, so that what the source says is not written over: an image that has nothing
     beside it is new then (`Record.is_new`).
     """
 
@@ -71,9 +71,9 @@ class View:
 
     @cached_property
     def pictures(self) -> Sequence[str] | None:
-        """The files of all pictures, and their addresses; None where the source itself holds them.
+        """The files of all images, and their addresses; None where the source itself holds them.
 
-        A table of paths is read for that, a table of pictures is not.
+        A table of paths is read for that, a table of images is not.
         """
         match self.told().get("source"):
             case "files":

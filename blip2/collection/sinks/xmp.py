@@ -16,7 +16,7 @@ from blip2.errors import CollectionError
 ALT_CHARS = 250
 """So many the standard allows an alternative text."""
 REMEDY = (
-    "leave out --xmp-name stem, so that the picture's whole name is in it; or, if both are one photograph, give "
+    "leave out --xmp-name stem, so that the image's whole name is in it; or, if both are one photograph, give "
     "--xmp-shared"
 )
 
@@ -43,7 +43,7 @@ class Xmp(Plain):
         return Path(f"{picture}.xmp") if self._keeps_suffix else Path(picture).with_suffix(".xmp")
 
     def old(self, picture: str) -> str:
-        """What was said of a picture before. Raises CollectionError for a sidecar that cannot be changed, OSError."""
+        """What was said of an image before. Raises CollectionError for a sidecar that cannot be changed, OSError."""
         with suppress(FileNotFoundError):
             path = self.path(picture)
             return described(path.read_bytes(), str(path))

@@ -1,4 +1,4 @@
-"""JSON files of other tools that describe pictures, as rows of ours: one for each picture.
+"""JSON files of other tools that describe images, as rows of ours: one for each image.
 
     COCO            {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
     Karpathy's      {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}
@@ -22,7 +22,7 @@ KOHYA = {"caption", "tags", "image_size"}
 
 def rows_of(value: object, path: str, images: str | None, split: str | None) -> list[object] | None:
     """The rows, each with `FILE`; a text in the place of one says what is wrong with it. None if the value is of no
-    tool that is known. ``images``: the folder of the pictures; ``split``: which part of Karpathy's, or several with
+    tool that is known. ``images``: the folder of the images; ``split``: which part of Karpathy's, or several with
     commas between. Raises CollectionError."""
     if not isinstance(value, Mapping):
         return None
@@ -82,7 +82,7 @@ def _karpathy(images: Sequence[object], path: str, split: str | None) -> Iterato
 
 
 def _kohya(said: Mapping[str, Mapping[str, Any]], folder: str) -> Iterator[object]:
-    """A key is a path, or the name of a picture without its suffix."""
+    """A key is a path, or the name of an image without its suffix."""
     readable, missing = suffixes()
     by_stem: dict[str, list[str]] = defaultdict(list)
     for picture in find_in([folder], recursive=False).pictures:
@@ -96,7 +96,7 @@ def _kohya(said: Mapping[str, Mapping[str, Any]], folder: str) -> Iterator[objec
         elif some:
             yield f"{key!r} may be {' or '.join(some)}; write keys with their suffixes"
         else:
-            yield f"{key!r}: there is no picture of this name in {folder}; name their folder with {option('images')}"
+            yield f"{key!r}: there is no image of this name in {folder}; name their folder with {option('images')}"
 
 
 def refuse_split(split: str | None, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What the columns of rows hold: which has the picture and which the text, by their names, and what is in them."""
+"""What the columns of rows hold: which has the image and which the text, by their names, and what is in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip2.image.sources import stream_of
 
 IMAGE_COLUMNS = ("image", *IMAGES, "jpg", "jpeg", "png", "webp")
 NOT_SAID = ("label", "output")
-"""Texts to be learnt, which are seldom what was said of a picture."""
+"""Texts to be learnt, which are seldom what was said of an image."""
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", *(name for name in CAPTIONS if name not in NOT_SAID))
 
 
@@ -34,7 +34,7 @@ def image_column_of(tables: Sequence[Table], wanted: str | None) -> str:
     if wanted is None:
         raise CollectionError(
             f"{first.path}: none of its columns ({', '.join(map(repr, first.columns)) or 'there are none'}) is known "
-            f"to hold pictures; name the one that does with {option('image_column')}"
+            f"to hold images; name the one that does with {option('image_column')}"
         )
     for table in tables:
         if wanted not in table.columns:
@@ -55,8 +55,8 @@ def _found(columns: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def picture_of(value: object, column: str) -> tuple[str | bytes | None, str]:
-    """The path, address or bytes of a picture, and what is wrong with what is in its place."""
-    if isinstance(value, dict):  # as `datasets` writes pictures; in JSON as base64
+    """The path, address or bytes of an image, and what is wrong with what is in its place."""
+    if isinstance(value, dict):  # as `datasets` writes images; in JSON as base64
         content = value.get("bytes")
         if isinstance(content, str):
             try:
@@ -79,12 +79,12 @@ def picture_of(value: object, column: str) -> tuple[str | bytes | None, str]:
                 return None, f"{name_of(value)}: only http and https addresses are read; download it first"
             return value, ""
         case None | "" | b"" | str():
-            return None, f"there is no picture in {column!r}"
-    return None, f"{column!r} holds no picture, but {type(value).__name__}"
+            return None, f"there is no image in {column!r}"
+    return None, f"{column!r} holds no image, but {type(value).__name__}"
 
 
 def label_of(value: object) -> str | None:
-    """The name that a row gives its picture; None if it has none, or holds it."""
+    """The name that a row gives its image; None if it has none, or holds it."""
     if isinstance(value, dict):
         value = value.get("path")
     if not isinstance(value, str) or not value.strip() or value[:5].lower() == "data:":
@@ -93,7 +93,7 @@ def label_of(value: object) -> str | None:
 
 
 def text_of(value: object) -> tuple[str, str]:
-    """What was said of a picture, the first of several; and what is wrong with it."""
+    """What was said of an image, the first of several; and what is wrong with it."""
     if isinstance(value, list):
         value = value[0] if value else ""
     if isinstance(value, dict):

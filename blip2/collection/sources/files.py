@@ -24,7 +24,7 @@ UNIT_FILES = 256
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What is known of a picture from elsewhere than a file beside it."""
+    """What is known of an image from elsewhere than a file beside it."""
 
     text: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -34,8 +34,8 @@ NOTHING = Said()
 
 
 class Files:
-    """Pictures by their paths, in order. ``root``: that keys begin from; ``text_suffix``: of the files beside them that
-    hold what was said of them before ("" if none do), in the place of the picture's own suffix or, if
+    """Images by their paths, in order. ``root``: that keys begin from; ``text_suffix``: of the files beside them that
+    hold what was said of them before ("" if none do), in the place of the image's own suffix or, if
     ``keeps_suffix``, after it; ``has_json``: whether such files hold their columns; ``said``: of each path, what is
     known of it else.
 
@@ -84,7 +84,7 @@ class Files:
             )  # fmt: skip
 
     def passed_over(self, apart: Collection[str] = ()) -> str:
-        """What was no picture, and is not read, as `Found` tells it."""
+        """What was no image, and is not read, as `Found` tells it."""
         return self.found.passed_over({*apart, self.text_suffix.lower()})
 
     def told(self) -> Mapping[str, Any]:
@@ -95,7 +95,7 @@ class Files:
 
     @cached_property
     def _stamps(self) -> list[str]:
-        """Each unit's, from the names, sizes and times of its files; taken once, so that a picture that changes while
+        """Each unit's, from the names, sizes and times of its files; taken once, so that an image that changes while
         the run is at work is done again by the next."""
         found = []
         for unit in self.units:
@@ -106,7 +106,7 @@ class Files:
         return found
 
     def _beside(self, path: str) -> tuple[str, str]:
-        """What is said of a picture in a file beside it, and what is wrong with that."""
+        """What is said of an image in a file beside it, and what is wrong with that."""
         if not self.text_suffix or path == "-" or _is_address(path):
             return "", ""
         beside = Path(path + self.text_suffix) if self._keeps_suffix else Path(path).with_suffix(self.text_suffix)

@@ -1,6 +1,6 @@
-"""What `datasets` keeps of the pictures in a folder: metadata.jsonl, .csv or .parquet, in it or in folders within.
+"""What `datasets` keeps of the images in a folder: metadata.jsonl, .csv or .parquet, in it or in folders within.
 
-A row names its picture by ``file_name``, from the folder of its own file. Here a folder is all of its pictures, those
+A row names its image by ``file_name``, from the folder of its own file. Here a folder is all of its images, those
 without a row too.
 """
 
@@ -23,9 +23,9 @@ NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class Told:
-    """What metadata files say of the pictures ``paths``, by path: ``said``. ``problems``: a line for each row that
-    cannot be used, or whose picture is not there. Raises CollectionError for files of several formats, of which
-    `datasets` reads none, for those that cannot be read, and for two rows of one picture."""
+    """What metadata files say of the images ``paths``, by path: ``said``. ``problems``: a line for each row that
+    cannot be used, or whose image is not there. Raises CollectionError for files of several formats, of which
+    `datasets` reads none, for those that cannot be read, and for two rows of one image."""
 
     def __init__(self, metadata: Sequence[str], paths: Sequence[str], caption_column: str | None = None) -> None:
         self.said: dict[str, Said] = {}
@@ -37,7 +37,7 @@ class Told:
         if len(by_suffix) > 1:
             first, second = sorted(by_suffix.values())[:2]
             raise CollectionError(
-                f"{first} and {second} both tell of the pictures; keep one format, or leave one out by "
+                f"{first} and {second} both tell of the images; keep one format, or leave one out by "
                 f"{option('exclude')}"
             )
         origins: dict[str, str] = {}
@@ -80,7 +80,7 @@ def metadata_in(folders: Sequence[str], recursive: bool, exclude: Sequence[str])
 
 
 def files_in(folders: Sequence[str], recursive: bool, exclude: Sequence[str]) -> Iterator[str]:
-    """All files in folders, in order; hidden ones and what is excluded are left out, as for pictures."""
+    """All files in folders, in order; hidden ones and what is excluded are left out, as for images."""
     for folder in folders:
 
         def is_wanted(path: str, top: str = folder) -> bool:

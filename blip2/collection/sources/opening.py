@@ -38,7 +38,7 @@ from blip2.installed import install_line
 from blip2.plaintext import ENCODINGS, read_lines
 
 TAKEN = (
-    "a folder, picture files, webdataset shards (.tar), or rows in JSON, JSONL, CSV, TSV or parquet, each also as a "
+    "a folder, image files, webdataset shards (.tar), or rows in JSON, JSONL, CSV, TSV or parquet, each also as a "
     "pattern in quotes"
 )
 PICTURES, SHARDS, ROWS, ANNOTATIONS = "pictures", "shards", "rows", "annotations"
@@ -65,9 +65,9 @@ def open_source(
 ) -> Source:
     """What ``arguments`` name, all of one kind: folders, files, addresses, or patterns such as "shards/{000..099}.tar".
 
-    ``image_column``, ``caption_column``: where rows have picture and text (of shards: the fields), found by looking by
+    ``image_column``, ``caption_column``: where rows have image and text (of shards: the fields), found by looking by
     default; ``key_column``: what rows are known by, "row" for their numbers; ``images``: the folder that paths in rows
-    begin from; ``caption_suffix``: of text files beside pictures (".txt"), in the place of the picture's suffix or
+    begin from; ``caption_suffix``: of text files beside images (".txt"), in the place of the image's suffix or
     after it (``keeps_suffix``); ``exclude``, ``recursive``: as `find_in` has them; ``split``: of Karpathy's files;
     ``without``: metadata that are not read, since they are the output of an earlier run.
 
@@ -118,10 +118,10 @@ def _files(
     walk: Mapping[str, Any],
     without: Sequence[str],
 ) -> Files:
-    """Pictures, with what metadata in their folders, or img2dataset, say of them."""
+    """Images, with what metadata in their folders, or img2dataset, say of them."""
     if not found.pictures:
-        raise CollectionError("; ".join(found.problems) or "there are no pictures")
-    once: dict[str, str] = {}  # a list may name a picture that is in a folder, too
+        raise CollectionError("; ".join(found.problems) or "there are no images")
+    once: dict[str, str] = {}  # a list may name an image that is in a folder, too
     for path in found.pictures:
         once.setdefault(key_of(path, root), path)
     pictures = list(once.values())
@@ -144,7 +144,7 @@ def _files(
 
 
 def _is_downloaded(folder: str) -> bool:
-    """Whether img2dataset wrote it: 00000_stats.json beside the folder 00000, with texts and JSON beside pictures."""
+    """Whether img2dataset wrote it: 00000_stats.json beside the folder 00000, with texts and JSON beside images."""
     found = glob(os.path.join(escape(folder), f"*{STATS}"))
     return any(os.path.isdir(path.removesuffix(STATS)) for path in found)
 
@@ -158,7 +158,7 @@ def places_of(argument: str) -> Iterator[str]:
         yield argument
     elif re.match("https?://", argument, re.IGNORECASE):
         if re.search(r"\.(tar|tgz|parquet|jsonl?|csv|tsv|gz)$", re.split("[?#]", argument)[0], re.IGNORECASE):
-            raise CollectionError(f"{argument}: only pictures are read from addresses; download it first")
+            raise CollectionError(f"{argument}: only images are read from addresses; download it first")
         yield argument
     elif scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:)", argument):
         raise CollectionError(
@@ -171,7 +171,7 @@ def places_of(argument: str) -> Iterator[str]:
     elif argument.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)) or not argument:
         raise CollectionError(f"{name_of(argument)}: no such file; check the path (seen from {os.getcwd()})")
     else:
-        yield argument  # a picture that is not there is the problem of one record
+        yield argument  # an image that is not there is the problem of one record
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -195,7 +195,7 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def _fitting(pattern: str) -> list[str]:
-    """What fits a pattern, in order; beside pictures and beside shards, other files are left out, as in a folder."""
+    """What fits a pattern, in order; beside images and beside shards, other files are left out, as in a folder."""
     found = sorted(glob(pattern, recursive=True))
     if not found:
         raise CollectionError(f"{pattern}: fits no file; check it (seen from {os.getcwd()})")
@@ -207,7 +207,7 @@ def _fitting(pattern: str) -> list[str]:
 
 
 def _others(folders: Sequence[str], walk: Mapping[str, Any]) -> list[str]:
-    """Of folders without pictures: shards, or else parquet files, as `datasets` and img2dataset write them."""
+    """Of folders without images: shards, or else parquet files, as `datasets` and img2dataset write them."""
     return _shards_or_parquet(list(files_in(folders, **walk)))
 
 
@@ -280,7 +280,7 @@ class _Looked:
         table = Parquet(place)
         shard = os.path.splitext(place)[0] + ".tar"
         if not table.holding_bytes and self._image_column is None and os.path.exists(shard):
-            raise CollectionError(f"{place}: only tells of the pictures in {shard}; name that")
+            raise CollectionError(f"{place}: only tells of the images in {shard}; name that")
         return table
 
     def _json(self, place: str) -> str:

@@ -1,4 +1,4 @@
-"""Parquet, read a few rows at a time: never a whole file, and pictures only when their rows are asked for."""
+"""Parquet, read a few rows at a time: never a whole file, and images only when their rows are asked for."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Parquet(Table):
 
 
 def _holds_bytes(kind: Any, name: str, empty: set[str]) -> bool:
-    """As `datasets` writes pictures, struct<bytes, path>, or bare; where it wrote only paths, there are no bytes."""
+    """As `datasets` writes images, struct<bytes, path>, or bare; where it wrote only paths, there are no bytes."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):

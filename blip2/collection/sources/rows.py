@@ -1,7 +1,7 @@
-"""Rows that name a picture each, or hold it: of one file, or of several that have the same columns.
+"""Rows that name an image each, or hold it: of one file, or of several that have the same columns.
 
-A picture is known by the name that its row gives it; where that is no name of its own, by a column for it, or by the
-number of its row. All rows are looked at once when they are opened, without the bytes of pictures.
+An image is known by the name that its row gives it; where that is no name of its own, by a column for it, or by the
+number of its row. All rows are looked at once when they are opened, without the bytes of images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUMBERS = "row"
 class Rows:
     """``image_column`` and ``caption_column`` are found by looking where they are not named; ``key_column`` names each
     row, and "row" numbers them; ``images``: the folder that paths begin from, that of their file by default. Raises
-    CollectionError for what cannot be read, has no picture, or names two rows alike."""
+    CollectionError for what cannot be read, has no image, or names two rows alike."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Rows:
 
     def _look(self, key_column: str | None) -> str | None:
         """Divides the rows into units, and chooses what they are known by: a column, `NUMBERS`, or None for the names
-        of their pictures."""
+        of their images."""
         wanted = key_column or KEY_COLUMN
         own, labels, holds_files, number = _Names(), _Names(), False, 0
         for table in self.tables:
@@ -161,7 +161,7 @@ class Rows:
         if not own.num_missing and not own.repeated():
             return KEY_COLUMN
         if holds_files:
-            self._refuse_repeated(labels, self._label, "are of the same picture")
+            self._refuse_repeated(labels, self._label, "are of the same image")
             return None
         return NUMBERS if labels.num_missing or labels.repeated() else None
 
@@ -196,7 +196,7 @@ class Rows:
                     )
 
     def _refuse_all_absent(self) -> None:
-        """That the folder of the pictures is another one should be known before a model is loaded."""
+        """That the folder of the images is another one should be known before a model is loaded."""
         paths = []
         table = self.tables[0]
         for row in islice(table.looked([self.image_column]), HEAD_ROWS):
@@ -206,7 +206,7 @@ class Rows:
             paths += [picture] if isinstance(picture, str) else []
         if paths:
             raise CollectionError(
-                f"{_names(self.tables)}: none of the pictures of its first rows is there (such as {name_of(paths[0])})"
+                f"{_names(self.tables)}: none of the images of its first rows is there (such as {name_of(paths[0])})"
                 f"; name their folder with {option('images')}"
             )
 

@@ -1,4 +1,4 @@
-"""Shards: tar files in webdataset's layout, read from their first member to their last, one picture in memory.
+"""Shards: tar files in webdataset's layout, read from their first member to their last, one image in memory.
 
 A member's name up to the first dot of its last part is the key of its sample, the rest is its field: ``a.b/c.jpg`` is
 the field ``jpg`` of ``a.b/c``. The members of a sample stand side by side.
@@ -35,7 +35,7 @@ LARGEST_PICTURE, LARGEST_TEXT = 2**30, 2**26
 
 
 class Shards:
-    """``image_field`` and ``text_field``: of the members that hold picture and text, found by looking by default.
+    """``image_field`` and ``text_field``: of the members that hold image and text, found by looking by default.
     Raises CollectionError for what is no tar file; none of them is opened before all are known to be files."""
 
     def __init__(self, paths: Sequence[str], *, image_field: str | None = None, text_field: str | None = None) -> None:
@@ -83,7 +83,7 @@ class Shards:
             yield self._record(unit.place, sample)
 
     def positions(self, unit: Unit) -> Iterator[tuple[int, int, Record]]:
-        """Where each record begins and ends in the shard, for `at`; its picture is not read, and stands as one byte.
+        """Where each record begins and ends in the shard, for `at`; its image is not read, and stands as one byte.
 
         What comes after a damaged place is left out, with a record that has that as its problem. Raises CollectionError
         as `records` does, and for a shard that is packed.
@@ -178,7 +178,7 @@ class Shards:
         return Record(sample.key, picture, name, stamp, text, columns)
 
     def _chosen(self, sample: _Sample) -> tuple[str, str]:
-        """The field of the picture, and what is wrong with it."""
+        """The field of the image, and what is wrong with it."""
         found = [name for name in sample.names if self._is_picture(name)]
         plain = [name for name in found if "." not in name]  # jpg, rather than mask.jpg
         some = plain or found
@@ -186,12 +186,12 @@ class Shards:
             return some[0], ""
         if some:
             return "", (
-                f"has several pictures ({', '.join(some)}); name the one that is meant with {option('image_column')}, "
+                f"has several images ({', '.join(some)}); name the one that is meant with {option('image_column')}, "
                 "or pack the shard again if the dots belong to their names"
             )
         for name in sample.names:
             if needed := self._missing.get(_suffix(name)):
-                return "", f"{name!r} is a picture that {needed} reads"
+                return "", f"{name!r} is an image that {needed} reads"
         what = repr(self._image_field) if self._image_field else "picture"
         return "", f"has no {what}, but {', '.join(sample.names)}"
 
@@ -204,7 +204,7 @@ class Shards:
         return " ".join(said.split()) if isinstance(said, str) and self._text_field is None else ""
 
     def _is_meta(self, sample: _Sample) -> bool:
-        """Such as __meta__.json, which is nothing of a picture."""
+        """Such as __meta__.json, which is nothing of an image."""
         return bool(META.match(sample.key)) and not any(map(self._is_picture, sample.names))
 
     def _is_picture(self, name: str) -> bool:
@@ -241,7 +241,7 @@ class Shards:
                 key, problem = problems[0]
                 raise CollectionError(f"{path}: {key}: {problem}")
         elif len(self.paths) == 1:
-            raise CollectionError(f"{path}: there are no pictures in this tar file")
+            raise CollectionError(f"{path}: there are no images in this tar file")
 
     def _fragmented(self, path: str, key: str) -> CollectionError:
         return CollectionError(

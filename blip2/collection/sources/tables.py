@@ -24,7 +24,7 @@ HEAD_ROWS = 64
 LARGEST_JSON = 2**31
 """Of a file that is one JSON value, which is in memory as a whole."""
 LARGEST_CELL = 2**28
-"""Characters; Python's own limit is smaller than a picture in a data address."""
+"""Characters; Python's own limit is smaller than an image in a data address."""
 SEPARATORS = (",", "\t", ";", "|")
 
 
@@ -51,7 +51,7 @@ class Table(ABC):
         """From that one on. Raises CollectionError where the file cannot be read."""
 
     def looked(self, columns: Sequence[str]) -> Iterator[Row]:
-        """All rows, with these columns at least; the bytes of pictures may be left out."""
+        """All rows, with these columns at least; the bytes of images may be left out."""
         return self.rows()
 
 
