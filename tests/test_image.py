@@ -516,7 +516,7 @@ def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, name):
 
 def test_where_no_picture_can_be_written(tmp_path):
     picture = Image.new("RGB", (3, 2))
-    with pytest.raises(OptionError, match=r"drawn\.gif: pictures are written as \.png"):
+    with pytest.raises(OptionError, match=r"drawn\.gif: images are written as \.png"):
         save_image(picture, tmp_path / "drawn.gif")
     with pytest.raises(ImageError, match=r"drawn\.png: cannot be written \(No such file"):
         save_image(picture, tmp_path / "missing/drawn.png")

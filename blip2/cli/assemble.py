@@ -1,4 +1,4 @@
-"""``blip2 assemble``: pretrained parts, combined to the models that training starts from."""
+"""``blip2 assemble``: combine pretrained parts into the models that training starts from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A page of images that were found: one file, with thumbnails in it."""
+"""An HTML page of search results: a single file with embedded thumbnails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ figcaption span { color: var(--dim); }
 
 
 class Shown(NamedTuple):
-    """An image that was found, with what is told about it, its score first."""
+    """A result: an image and its columns, the score first."""
 
     path: str
     values: dict[str, Any]
@@ -42,10 +42,10 @@ class Shown(NamedTuple):
 
 
 def page(title: str, groups: Sequence[Sequence[Shown]], tell: Callable[[str], None]) -> str:
-    """HTML of images in groups. ``tell`` gets a line for each that cannot be opened; it is shown by its name."""
+    """HTML of images in groups. ``tell`` gets one line for each image that cannot be opened; its name is shown."""
     from blip2.collection.page import page as whole_page  # imports Pillow
 
-    # A name that is no UTF-8, or a text with a lone surrogate, becomes something that can be written.
+    # Replace what cannot be encoded: a name that is not UTF-8, a text with a lone surrogate.
     title = click.format_filename(title)
     number = sum(map(len, groups))
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{number:,} image{'' if number == 1 else 's'}</p>"]

@@ -1,4 +1,4 @@
-"""``blip2 rows``: training rows from the files of well-known data sets."""
+"""``blip2 rows``: convert the files of published data sets to training rows."""
 
 from __future__ import annotations
 

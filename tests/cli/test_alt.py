@@ -65,7 +65,7 @@ def test_the_guide(run, site):
         re.escape(BLOG).replace(re.escape("![](../"), r"!\[[A-Z][a-z, ]*cats?[a-z, ]*\]\(\.\./"),
         (site / "blog/cats.md").read_text(),
     )
-    assert run("alt", "site").stderr == "blip2: 0 of 3 pictures without alt text in 2 pages\n"
+    assert run("alt", "site").stderr == "blip2: 0 of 3 images without alt text in 2 pages\n"
 
 
 def test_reports_and_runs(run, site):
@@ -74,7 +74,7 @@ def test_reports_and_runs(run, site):
     assert result.exit_code == 1  # for the one that is not there
     missing, counted, next_step = result.stderr.splitlines()
     assert missing.startswith("blip2: site/more.md:1: site/gone.png: no such file")
-    assert counted.endswith("5 of 6 pictures without alt text in 3 pages: 2 different pictures described, 1 failed, "
+    assert counted.endswith("5 of 6 images without alt text in 3 pages: 2 different images described, 1 failed, "
                             "1 left for you to write")  # fmt: skip
     assert next_step.endswith("then: blip2 alt --apply alt.csv")
     found = rows()
@@ -95,7 +95,7 @@ def test_reports_and_runs(run, site):
     (site / "img/flowers.png").write_bytes((site / "gone.png").read_bytes())
     os.utime(site / "img/flowers.png", ns=(os.stat(site / "gone.png").st_mtime_ns,) * 2)
     result = run("alt", site)
-    assert result.exit_code == 0 and "3 different pictures described (2 of them before), 0 failed" in result.stderr
+    assert result.exit_code == 0 and "3 different images described (2 of them before), 0 failed" in result.stderr
     found = rows()
     assert (found[1]["alt"], found[1]["approved"]) == ("Sunflowers", "yes") and found[3]["alt"]
     result = run("alt", site, "--restart", "--approve-all")
@@ -112,7 +112,7 @@ def test_reports_and_runs(run, site):
 def test_another_model_or_prompt_is_told(run, site):
     assert run("alt", site, "--beams", 1).exit_code == 0
     result = run("alt", site, "--beams", 2)
-    assert result.exit_code == 1 and "begun by another command" in result.stderr and "--restart" in result.stderr
+    assert result.exit_code == 1 and "started by another command" in result.stderr and "--restart" in result.stderr
     assert run("alt", site, "--beams", 2, "--restart").exit_code == 0
 
 
@@ -162,5 +162,5 @@ def test_a_run_that_is_stopped_goes_on(run, site, monkeypatch):
         patch.setattr(works, "captions", stopped)
         result = run("alt", site)
     assert result.exit_code == 130 and not Path("alt.csv").exists()
-    assert result.stderr.strip() == "blip2: stopped before alt.csv was written; the same command goes on"
+    assert result.stderr.strip() == "blip2: stopped before alt.csv was written; the same command resumes"
     assert run("alt", site).exit_code == 0 and len(rows()) == 2

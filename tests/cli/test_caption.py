@@ -184,7 +184,7 @@ def test_pictures_from_a_list(run, model, pictures, texts, odd, tmp_path, monkey
     for content, options, words in (
         (b"", [], "names no image"),
         (b"\n \n", [], "names no image"),
-        (b"a.png\0b.png\0", [], "for a list that they divide add -0"),
+        (b"a.png\0b.png\0", [], "add -0 if they separate the names"),
     ):
         result = listed(content, *options)
         assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
@@ -196,7 +196,7 @@ def test_lists_that_cannot_be(run, tmp_path):
     for arguments, words in (
         (["--files-from", tmp_path / "missing"], "missing: cannot be read (No such file or directory)"),
         (["--files-from", tmp_path], "cannot be read (Is a directory)"),
-        (["-", "--files-from", "-"], "standard input is either"),
+        (["-", "--files-from", "-"], "standard input cannot be both"),
     ):
         result = run("caption", *arguments, input=b"")
         assert (result.exit_code, result.stdout) == (2, "")
@@ -240,4 +240,4 @@ def test_closed_standard_input_is_an_empty_one(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(SystemExit, match="2"):
         main(["caption", "--files-from", "-"])
-    assert capsys.readouterr().err == "blip2: --files-from -: names no image; write one name a line\n"
+    assert capsys.readouterr().err == "blip2: --files-from -: names no image; write one name per line\n"

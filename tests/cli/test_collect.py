@@ -63,7 +63,7 @@ def test_what_a_run_wrote_is_not_passed_over_nor_done_anew_by_a_restart_alone(ru
     assert "passed over in folders: 1 other file (1 .md)" in run(*command).stderr
     refused = run(*command, "--prefix", "sks, ")
     assert refused.exit_code == 1
-    remedy = "another output, or add --restart and give --if-exists overwrite to do all anew\n"
+    remedy = "another output, or add --restart and give --if-exists overwrite to start again\n"
     assert refused.stderr.endswith(remedy)
     again = run(*command, "--prefix", "sks, ", "--restart", "--if-exists", "overwrite")
     assert "3 done, 0 skipped" in again.stderr and (photos / "cats.txt").read_text().startswith("sks, ")
@@ -79,7 +79,7 @@ def test_captions_that_two_pictures_have_are_counted_and_answers_are_not(run, ph
 
 
 @pytest.mark.parametrize(("flags", "remedy"), [
-    ([], "the same command goes on"), (["--restart"], "the same command without --restart goes on"),
+    ([], "the same command resumes"), (["--restart"], "the same command without --restart resumes"),
 ])  # fmt: skip
 def test_what_goes_on_after_an_interrupt(run, photos, monkeypatch, flags, remedy):
     def interrupted(self, *arguments, **options):
@@ -90,7 +90,7 @@ def test_what_goes_on_after_an_interrupt(run, photos, monkeypatch, flags, remedy
     monkeypatch.undo()
     limited = run("caption", str(photos), "--sidecar", ".txt", "--limit", 1, "--beams", 1, *flags)
     assert f"stopped at --limit; without it{' and --restart' if flags else ''}, the same" in limited.stderr
-    assert found.exit_code == 130 and found.stderr.endswith(f"stopped; what was done is kept, and {remedy}\n")
+    assert found.exit_code == 130 and found.stderr.endswith(f"stopped; finished results are kept, and {remedy}\n")
 
 
 def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypatch, no_model):
@@ -113,7 +113,7 @@ def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypat
 def test_what_is_skipped_says_why(run, photos, no_model):
     (photos / "cats.txt").write_text("by hand")
     found = run("caption", "photos/cats.png", "--sidecar", ".txt")
-    assert "0 done, 1 skipped" in found.stderr and "has a text already; --if-exists overwrite" in found.stderr
+    assert "0 done, 1 skipped" in found.stderr and "already have a text; --if-exists overwrite" in found.stderr
 
 
 def test_a_dry_run_lists_and_writes_nothing(run, photos, no_model):
@@ -131,12 +131,12 @@ def test_a_dry_run_lists_and_writes_nothing(run, photos, no_model):
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["photos", "--prefix", "x"], 2, "--prefix is for results in files"),
+        (["photos", "--prefix", "x"], 2, "--prefix needs results in files"),
         (["photos", "-o", "all.jsonl", "--json"], 2, "--json is for standard output"),
         (["photos", "-o", "all.jsonl", "--beams", "0"], 2, "--beams is 0"),
         (["photos", "-o", "all.jsonl", "--limit", "0"], 2, "--limit is 0"),
         (["photos", "-o", "all.jsonl", "--shard", "4/3"], 2, "--shard is 4/3"),
-        (["photos", "-o", "all.jsonl", "--shard", "2/3", "--restart"], 2, "--restart by one of several parts"),
+        (["photos", "-o", "all.jsonl", "--shard", "2/3", "--restart"], 2, "--restart in one of several parts"),
         (["photos", "-o", "all.jsonl", "--template", "{nobody}"], 2, "--template has {nobody}"),
         (["photos", "-o", "all.jsonl", "--replace", "a"], 2, "give OLD=NEW"),
         (["photos", "-o", "all.json"], 2, "--format coco"),
@@ -144,7 +144,7 @@ def test_a_dry_run_lists_and_writes_nothing(run, photos, no_model):
         (["photos", "-o", "all.jsonl", "--pick", "best"], 2, "--num-captions"),
         (["nowhere.parquet", "-o", "all.jsonl"], 1, "nowhere.parquet: no such file"),
         (["rows.jsonl", "-o", "rows.jsonl", "--if-exists", "overwrite"], 1, "is the source itself"),
-        (["photos", "-o", "mine.jsonl"], 1, "is there already"),
+        (["photos", "-o", "mine.jsonl"], 1, "exists, and was not made by this command"),
         (["-o", "all.jsonl"], 2, "Missing argument"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_loaded_blocks_no_other_command(run, photos):
     assert run(*command, "--dry-run").exit_code == 0
     found = run(*command)
     assert found.exit_code == 0 and "1 done" in found.stderr
-    assert "was begun by another command" in run(*command, "--model", "broken").stderr
+    assert "was started by another command" in run(*command, "--model", "broken").stderr
 
 
 def test_a_disk_that_is_full_is_one_line(run, photos, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_disk_that_is_full_is_one_line(run, photos, monkeypatch):
     monkeypatch.setattr("blip2.collection.sinks.sidecar.write_all", full)
     found = run("caption", "photos", "--sidecar", ".txt")
     assert found.exit_code == 1 and "photos/cats.txt: cannot be written or read (No space left" in found.stderr
-    assert "the same command goes on" in found.stderr and "should not happen" not in found.stderr
+    assert "the same command resumes" in found.stderr and "should not happen" not in found.stderr
 
 
 def test_json_lines_of_events(run, photos):
@@ -296,5 +296,5 @@ def test_ctrl_c_keeps_what_was_done(photos):
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
     told = child.communicate()[1].decode()
-    assert child.returncode == 130 and told.endswith("what was done is kept, and the same command goes on\n")
+    assert child.returncode == 130 and told.endswith("finished results are kept, and the same command resumes\n")
     assert not Path("all.jsonl").exists() and part.read_bytes().endswith(b"}\n")

@@ -58,7 +58,7 @@ def test_pictures_that_rows_name(run, matching, photos, tmp_path):
     lines = [{"file": f"picture{number:03}.png", "n": number} for number in (0, 1, 1, 77)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = run("index", rows, "--image-column", "file", "--images", photos, "-o", index, *matching)
-    assert result.exit_code == 1 and "picture077.png: no such file; mend the row" in result.stderr
+    assert result.exit_code == 1 and "picture077.png: no such file; fix the row" in result.stderr
     assert "2 new, 0 changed, 0 gone; 2 pictures in" in result.stderr
     table.write_text("image,caption\nphotos/picture001.png,x\nphotos/picture002.png,y\n")
     result = run("index", table, photos / "picture003.png", "-o", index, *matching)
@@ -129,7 +129,7 @@ def test_what_is_found_of_a_picture_that_has_changed_is_told(run, photos, tmp_pa
     options = {"search": ["two dogs", "--json"], "ask": ["is it red?", "--choices", "yes,no", "--json"]}[kind]
     result = run(kind, index, *options)
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 8)
-    told = f"blip2: {photos / 'picture001.png'}: has changed since it was seen; bring the index up to date"
+    told = f"blip2: {photos / 'picture001.png'}: has changed since it was encoded; update the index"
     assert [line for line in result.stderr.splitlines() if "picture" in line] == [f"{told} with blip2 index"]
     assert run("index", photos, "-o", index).exit_code == 0
     result = run(kind, index, *options)
@@ -152,7 +152,7 @@ def test_stopped_by_ctrl_c_it_says_how_to_go_on(matching_model, tmp_path):
         run.send_signal(signal.SIGINT)
         _, told = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert told == f"blip2: stopped; what was encoded is kept beside {index}, and the same command goes on\n"
+    assert told == f"blip2: stopped; finished work is kept beside {index}, and the same command resumes\n"
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert again.stderr == f"3,008 new, 0 changed, 0 gone; 3,008 pictures in {index}\n"
 

@@ -68,7 +68,7 @@ def test_a_picture_that_cannot_be_read(run, model, pictures, tmp_path):
     ("arguments", "words", "code"),
     [
         (["IMAGE"], "there is no text", 2),
-        (["IMAGE", "IMAGE", "a dog"], "is a file, and a text is wanted there", 2),
+        (["IMAGE", "IMAGE", "a dog"], "is a file, but a text belongs there", 2),
         (["IMAGE", " "], "one of the texts is empty", 2),
         (["IMAGE", "dog " * 600], "62 are read at most", 2),
         (["IMAGE", "a dog", "--top", "0"], "--top is 0", 2),

@@ -123,13 +123,13 @@ def test_texts(tmp_path):
         "b": f"!{path}: b: the text is not UTF-8",
         "c": f"!{path}: c: 'json' is no object",
         "d": "",
-        "e": f"!{path}: e: has no picture, but txt",
+        "e": f"!{path}: e: has no image, but txt",
     }
 
 
 def test_members_apart_are_an_error_that_names_the_remedy(tmp_path):
     path = tar(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "a.txt": b"one"})
-    with pytest.raises(CollectionError, match=r"'a' do not stand side by side.*--sort=name"):
+    with pytest.raises(CollectionError, match=r"'a' are not adjacent.*--sort=name"):
         open_source([str(path)])
     first = tar(tmp_path / "0.tar", {"a.jpg": jpeg(1)})
     source = open_source([str(first), str(path)])
@@ -167,7 +167,7 @@ def test_what_is_no_file_is_refused_before_anything_is_opened(tmp_path, monkeypa
 
 def test_a_pipe_with_the_name_of_a_shard(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(CollectionError, match="is no file"):
+    with pytest.raises(CollectionError, match="is not a file"):
         open_source([str(tmp_path / "a.tar")])
 
 
@@ -179,7 +179,7 @@ def test_cut_off(tmp_path):
     assert list(told(open_source([str(path)])).items())[:2] == [("0", "t"), ("1", "t")]
     last = records(open_source([str(path)]))[2:]
     assert [record.key for record in last] == ["2", "a.tar"]
-    assert all("get or make it again" in record.problem and record.picture is None for record in last)
+    assert all("download or pack it again" in record.problem and record.picture is None for record in last)
 
 
 def test_joined_tars_are_told(tmp_path):

@@ -214,7 +214,7 @@ def test_parquet_a_unit(tmp_path):
         ({"output": "out"}, OptionError, "webdataset"),
         ({"output": "x.csv", "with_images": True}, OptionError, "parquet"),
         ({"output": "there.csv"}, CollectionError, "--if-exists overwrite"),
-        ({"output": "there.csv/x.csv"}, CollectionError, "no folder"),
+        ({"output": "there.csv/x.csv"}, CollectionError, "not a folder"),
         ({"output": f"{'x' * 260}.csv"}, CollectionError, "264 bytes"),
         ({"output": "elsewhere/metadata.jsonl"}, CollectionError, "--format jsonl"),
         ({"output": "photos/metadata.jsonl"}, CollectionError, "metadata.parquet"),
