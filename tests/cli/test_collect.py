@@ -208,7 +208,7 @@ def test_questions_for_each_picture(run, photos):
         ("cats.png", asked[1], "two"), ("cats.png", asked[3], "yes"),
         ("flowers.png", asked[1], "two"), ("flowers.png", asked[3], "no"),
     ]  # fmt: skip
-    assert "several answers an image" in run("ask", "photos", *asked, "--sidecar", ".txt").stderr
+    assert "several rows per image" in run("ask", "photos", *asked, "--sidecar", ".txt").stderr
 
 
 def test_questions_of_rows_and_a_question_that_changes(run, photos):
@@ -278,7 +278,7 @@ def test_python(photos):
     assert blip2.caption_collection(photos, "all.csv", **options).before == 4
     with pytest.raises(blip2.Blip2Error, match="there is no option prefixx; did you mean prefix"):
         blip2.caption_collection(photos, "other.csv", model=blip, prefixx="a")
-    with pytest.raises(blip2.Blip2Error, match="dtype is for a model that is loaded here"):
+    with pytest.raises(blip2.Blip2Error, match="dtype is for loading a model"):
         blip2.caption_collection(photos, "other.csv", model=blip, dtype="float32")
     blip2.ask_collection(photos, "how many dogs are there?", "answers.jsonl", model=blip)
     assert [row["caption"] for row in rows("answers.jsonl")] == ["two", "two", "two", ""]

@@ -65,7 +65,7 @@ def test_a_model_of_the_other_sort(run, pictures, opt_model, matching_model):
     result = run("explain", pictures[0], "a dog", "--json", "--model", opt_model)
     assert result.exit_code == 1 and "name a matching model" in result.stderr
     result = run("explain", pictures[0], "-w", "dog", "--json", "--model", matching_model)
-    assert result.exit_code == 1 and "name a generative one" in result.stderr
+    assert result.exit_code == 1 and "name a generative model" in result.stderr
 
 
 def test_a_picture_that_cannot_be_read(run, matching, tmp_path):
