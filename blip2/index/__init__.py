@@ -1,4 +1,4 @@
-"""An index of images: seen once, searched by words or by image, asked without the images."""
+"""An index of images: encoded once, searched by text or image, asked without opening the images."""
 
 from blip2.index.file import FORMAT, is_index
 from blip2.index.index import Hit, Index

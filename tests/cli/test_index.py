@@ -72,7 +72,7 @@ def test_rows_and_shards_that_hold_their_pictures(run, matching, photos, tmp_pat
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(photos / "picture000.png", "0.png")
     result = run("index", tmp_path / "a.tar", "-o", tmp_path / "photos.index", *matching)
-    assert result.exit_code == 1 and "a.tar: holds its images, and an index opens images by" in result.stderr
+    assert result.exit_code == 1 and "a.tar: contains the images, but an index needs" in result.stderr
     assert result.stderr.count("\n") == 1 and not (tmp_path / "photos.index").exists()
 
 
@@ -102,7 +102,7 @@ def test_index_that_cannot_be(run, matching, opt_model, photos, searched, tmp_pa
     index = tmp_path / "photos.index"
     (tmp_path / "empty").mkdir()
     for arguments, code, message in (
-        ([photos, "-o", index, "-m", opt_model], 1, "does not compare them with texts"),
+        ([photos, "-o", index, "-m", opt_model], 1, "cannot compare images with texts"),
         ([photos, "-o", index, "--for", "ask", *matching], 1, "is a matching model"),
         ([photos, "-o", index, "--for", "ask", "--batch-size", 0], 2, "--batch-size=0"),
         ([tmp_path / "empty", "-o", index], 1, "there are no images in this folder"),
@@ -250,12 +250,12 @@ def test_search_that_cannot_be(run, searched, asked, opt_model, pictures, tmp_pa
     for arguments, code, message in (
         ([tmp_path / "missing.index", "two dogs"], 1, "no such index"),
         ([tmp_path, "two dogs"], 1, "is a folder"),
-        ([tmp_path / "garbage.index", "two dogs"], 1, "no index of images"),
-        ([pictures[0], "two dogs"], 1, "no index of images"),
+        ([tmp_path / "garbage.index", "two dogs"], 1, "not an index of images"),
+        ([pictures[0], "two dogs"], 1, "not an index of images"),
         ([asked, "two dogs"], 1, "is an index to ask, not to search"),
         ([asked, "--duplicates"], 1, "is an index to ask, not to search"),
         ([searched, "two dogs", "-m", "miniature-itm"], 1, "cannot read its vectors"),
-        ([searched, "two dogs", "-m", opt_model], 1, "does not compare them with texts"),
+        ([searched, "two dogs", "-m", opt_model], 1, "cannot compare images with texts"),
         ([searched, ""], 2, "the text is empty"),
         ([searched, "two dogs " * 300], 2, "tokens"),
         ([searched, "two dogs", "-k", 0], 2, "-k is 0"),
@@ -297,7 +297,7 @@ def test_an_index_that_cannot_be_asked(run, searched, asked, pictures, tmp_path)
     (tmp_path / "garbage.index").write_bytes(b"garbage")
     for arguments, code, message in (
         ([searched, "is it red?"], 1, "is an index to search, not to ask"),
-        ([tmp_path / "garbage.index", "is it red?"], 1, "no index of images"),
+        ([tmp_path / "garbage.index", "is it red?"], 1, "not an index of images"),
         ([asked, pictures[0], "is it red?"], 2, "give it alone"),
         ([asked, "is it red?", "-m", "miniature"], 1, "cannot read its vectors"),
     ):
