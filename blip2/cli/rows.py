@@ -19,7 +19,7 @@ from blip2.data.kinds import KINDS
               "then by name. Rows whose image is missing are left out.")  # fmt: skip
 @click.option("--split", metavar="NAME", help="Split to convert, such as train; or several: train,val.")
 @click.option("--by", type=click.Choice(["picture", "text"]), help="One row per image with all its texts, or one "
-              "row per text.  [default: image for captions, text for questions]")  # fmt: skip
+              "row per text.  [default: picture for captions, text for questions]")  # fmt: skip
 @with_options()
 def command(
     kind: str, files: tuple[Path, ...], output: Path, images: Path | None, split: str | None, by: str | None

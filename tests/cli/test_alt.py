@@ -119,11 +119,11 @@ def test_another_model_or_prompt_is_told(run, site):
 def test_nothing_is_lost(run, site):
     Path("alt.html").write_text("<p>mine")
     result = run("alt", site)
-    assert result.exit_code == 1 and "alt.html: is there and no report of blip2 alt" in result.stderr
+    assert result.exit_code == 1 and "alt.html: exists and is not a report of blip2 alt" in result.stderr
     assert Path("alt.html").read_text() == "<p>mine" and not Path("alt.csv").exists()
     Path("other.csv").write_text("a,b\n1,2\n")
     result = run("alt", site, "--report", "other.csv")
-    assert result.exit_code == 1 and "no report of blip2 alt" in result.stderr
+    assert result.exit_code == 1 and "not a report of blip2 alt" in result.stderr
 
 
 @pytest.mark.parametrize(
