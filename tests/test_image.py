@@ -125,8 +125,8 @@ def test_formats(format):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG"),
         (encoded(PHOTO, "PPM"), "not a JPEG"),  # Pillow can, but nobody asked for it
         (PNG[:20], "damaged"),
-        (PNG[:-40], "damaged or cut short"),
-        (encoded(PHOTO.resize((400, 400)), "JPEG")[:-2000], "cut short"),
+        (PNG[:-40], "damaged or truncated"),
+        (encoded(PHOTO.resize((400, 400)), "JPEG")[:-2000], "truncated"),
         ("file:///etc/hosts", "only http"),
         ("ftp://127.0.0.1/x.png", "only http"),
         ("data:image/png,abc", "base64"),
@@ -399,7 +399,7 @@ def test_an_encoded_address_stays_as_it_is(site):
     [
         ("/missing", "says 404"),
         ("/page", "/page: not a JPEG"),
-        ("/short", "cut short"),
+        ("/short", "truncated"),
         ("/away", "302|ftp"),
         ("/loop", "302"),
         ("/large", "larger than 100,000 bytes"),

@@ -156,7 +156,7 @@ def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
 
 def of_picture(message: str) -> str:
     """The message of an image error with command-line flags for Python parameters. The image's name is not changed."""
-    message = message.replace("by allow_truncated=True", "by --allow-truncated")
+    message = message.replace("with allow_truncated=True", "with --allow-truncated")
     message = message.replace("raise max_pixels", "raise --max-pixels").replace(", or raise max_bytes", "")
     if message.endswith("but text; name an image"):
         message += ", or give a list of names by --files-from"

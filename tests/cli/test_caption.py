@@ -215,7 +215,7 @@ def test_what_is_read_is_said_by_flags(run, model, tmp_path, pictures):
     cut = tmp_path / "allow_truncated=True.png"
     cut.write_bytes(content[: len(content) * 3 // 4])
     result = run("caption", cut, *model)
-    assert result.exit_code == 1 and result.stderr.endswith(", or take what is there by --allow-truncated\n")
+    assert result.exit_code == 1 and result.stderr.endswith(", or read the rest with --allow-truncated\n")
     assert str(cut) in result.stderr
     assert run("caption", cut, "--allow-truncated", *model).exit_code == 0
     result = run("caption", pictures[0], "--max-pixels", 9, *model)
@@ -227,7 +227,7 @@ def test_json_speaks_of_flags_too(run, model, tmp_path, pictures):
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(pictures[0]).read_bytes()[:-40])
     row = json.loads(run("caption", cut, "--json", *model).stdout)
-    assert row["error"].endswith("or take what is there by --allow-truncated")
+    assert row["error"].endswith("or read the rest with --allow-truncated")
 
 
 def test_a_list_in_utf_32(run, model, texts, pictures, tmp_path):

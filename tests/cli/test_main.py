@@ -107,7 +107,7 @@ def test_what_nobody_expected(run, monkeypatch, pictures, place):
         (["--sample", "--beams", 3], "--sample goes with --beams=1, not 3: .* give --beams 1, or leave out --sample$"),
         (["--beams", 1, "-n", 2], "--num-captions is 2, .* give --beams 2 or more, or add --sample$"),
         (["--beams", 0], "--beams is 0; it may be a whole number, 1 or more; 1 searches without beams$"),
-        (["--batch-size", 0], "--batch-size=0 is not possible; use 1 or more$"),
+        (["--batch-size", 0], "--batch-size is 0; use 1 or more$"),
         (["--length-penalty", "nan"], "--length-penalty is nan; it may be any finite number"),
         (["--quantize-vision"], "--quantize-vision is set without --quantize; give --quantize int8, or int4$"),
         (["--device", "abacus"], "--device 'abacus' cannot be used"),

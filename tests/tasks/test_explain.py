@@ -202,7 +202,7 @@ def test_a_word_is_found_by_its_tokens():
         ({"caption": " "}, "the caption is empty"),
         ({"question": " "}, "the question is empty"),
         ({"question": "is it?", "answer": ""}, "the answer is empty"),
-        ({"answer": "two"}, "give the question, too"),
+        ({"answer": "two"}, "needs a question"),
         ({"question": "is it?", "word": "dogs"}, "leave out word and caption"),
     ],
 )

@@ -131,7 +131,7 @@ def test_what_does_not_fit():
     assert len(speaker.prompt(image, fitting, 10)) == 128 - 10
     assert speaker.fits(fitting, 10)
     assert not speaker.fits(fitting + "x", 10)
-    with pytest.raises(OptionError, match=f"has {room + 1} tokens; beside 4 .* and 10 .*room for {room}; shorten it"):
+    with pytest.raises(OptionError, match=f"has {room + 1} tokens; beside 4 .* and 10 .*has {room} left; shorten it"):
         speaker.prompt(image, fitting + "x", 10)
     engine = Engine(speaker.model.language, eos_token_ids=[speaker.model.config.language.eos_token_id])
     [[answer]] = engine.generate([speaker.prompt(image, fitting, 10)], GenerateOptions(max_new_tokens=10))
@@ -180,7 +180,7 @@ def test_probabilities_are_those_of_the_model():
         ([], "no choices"),
         (["yes"], "at least two"),
         (["yes", " "], "empty"),
-        (["yes", "yes "], "'yes' is there more than once"),
+        (["yes", "yes "], "'yes' occurs more than once"),
     ],
 )
 def test_choices_that_are_none(choices, words):
