@@ -60,7 +60,7 @@ def test_bytes_that_are_no_text_stay(pages):
 
 @pytest.mark.parametrize(
     ("content", "name", "words"),
-    [(b"", "a.txt", "no page"), (b"a\0b", "a.md", "NUL"), (codecs.BOM_UTF16_LE + b"abc", "a.html", "encoding")],
+    [(b"", "a.txt", "not a page"), (b"a\0b", "a.md", "NUL"), (codecs.BOM_UTF16_LE + b"abc", "a.html", "encoding")],
 )
 def test_refused(pages, content, name, words):
     with pytest.raises(CollectionError, match=words):

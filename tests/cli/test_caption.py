@@ -108,10 +108,10 @@ def test_folders(run, model, pictures, texts, tmp_path):
 def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
     result = run("caption", tmp_path, pictures[0], *model)
     assert (result.exit_code, result.stdout) == (1, f"{pictures[0]}\t{texts[0]}\n")
-    assert result.stderr == f"blip2: {tmp_path}: there are no images in this folder\n"
+    assert result.stderr == f"blip2: {tmp_path}: there are no pictures in this folder\n"
     (tmp_path / "within").mkdir()
     result = run("caption", tmp_path, pictures[0], *model, "--no-recursive")
-    assert "no images in this folder; the folders within it were not looked into" in result.stderr
+    assert "no pictures in this folder; the folders within it were not looked into" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_index_that_cannot_be(run, matching, opt_model, photos, searched, tmp_pa
         ([photos, "-o", index, "-m", opt_model], 1, "cannot compare images with texts"),
         ([photos, "-o", index, "--for", "ask", *matching], 1, "is a matching model"),
         ([photos, "-o", index, "--for", "ask", "--batch-size", 0], 2, "--batch-size=0"),
-        ([tmp_path / "empty", "-o", index], 1, "there are no images in this folder"),
+        ([tmp_path / "empty", "-o", index], 1, "there are no pictures in this folder"),
         ([tmp_path / "missing", "-o", index], 1, "no such file or folder"),
         ([photos, "-o", tmp_path], 1, "is a folder"),
         ([photos, "-o", tmp_path / "missing" / "photos.index"], 1, "cannot be written"),

@@ -78,7 +78,7 @@ def test_what_is_left_out(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(CollectionError, match="there are no images in this folder"):
+    with pytest.raises(CollectionError, match="there are no pictures in this folder"):
         open_source([str(tmp_path)])
     with pytest.raises(CollectionError, match="there is nothing to read"):
         open_source([])

@@ -103,7 +103,7 @@ def test_places_in_order_and_folders_without_pictures(place, tmp_path):
     top = place("full/a.png", "full/b.png", "empty/notes.txt")
     found = find_in(["x.png", f"{top}/full", f"{top}/empty", "https://example.org/y.png"])
     assert found.pictures == ["x.png", f"{top}/full/a.png", f"{top}/full/b.png", "https://example.org/y.png"]
-    assert found.problems == [f"{top}/empty: there are no images in this folder"]
+    assert found.problems == [f"{top}/empty: there are no pictures in this folder"]
     assert found.unknown == [f"{top}/empty"]
 
 
