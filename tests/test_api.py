@@ -42,7 +42,7 @@ def test_public_names():
         (lambda blip, picture: blip.ask(picture, "is it?", choices="yes"), "the choices are a single text"),
         (lambda blip, picture: blip.caption(picture, prompt=3), "3 is no text"),
         (lambda blip, picture: blip.caption(picture, stop={"and"}), "stop is {'and'}"),
-        (lambda blip, picture: blip.caption(picture, batch_size="3"), "batch_size=3 is not possible"),
+        (lambda blip, picture: blip.caption(picture, batch_size="3"), "batch_size is '3'"),
     ],
 )
 def test_what_is_no_text_is_said(opt_model, pictures, call, problem):

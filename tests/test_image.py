@@ -136,7 +136,7 @@ def test_formats(format):
         (np.zeros((3, 8, 8), np.uint8), r"uint8\[3, 8, 8\].*\[H, W, 1"),
         (np.zeros((8, 8, 2), np.uint8), "shape"),
         (np.zeros(8, np.uint8), "shape"),
-        (np.zeros((1, 8, 8, 3), np.uint8), "one picture"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "one image"),
         (np.zeros((0, 8, 3), np.uint8), "no pixels"),
         (np.zeros((8, 8, 3), np.float32), r"float32\[8, 8, 3\].*uint8"),
         (np.zeros((8, 8, 3), np.int64), "uint8"),
@@ -397,7 +397,7 @@ def test_an_encoded_address_stays_as_it_is(site):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/missing", "says 404"),
+        ("/missing", "answered 404"),
         ("/page", "/page: not a JPEG"),
         ("/short", "truncated"),
         ("/away", "302|ftp"),

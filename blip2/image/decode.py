@@ -69,7 +69,7 @@ def decode(
     head = stream.read(HEAD_BYTES)
     stream.seek(0)
     if not head:
-        raise ImageError(f"{name}: the file is empty; save or download it again")
+        raise ImageError(f"{name}: empty; save or download it again")
     _check_format(head, name, formats)
     with quiet():
         try:

@@ -192,4 +192,4 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
 def check_batch_size(batch_size: int) -> None:
     """Raises OptionError unless it is at least 1."""
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise OptionError(f"{option('batch_size')} is {batch_size}; use 1 or more")
+        raise OptionError(f"{option('batch_size')} is {batch_size!r}; use 1 or more")

@@ -106,7 +106,7 @@ def test_reports_and_runs(run, site):
     assert result.stderr == "blip2: would write 4 alt texts in 3 pages\n"
     assert (site / "index.html").read_bytes() == INDEX.encode()
     assert run("alt", "--apply", "alt.csv").stderr == "blip2: wrote 4 alt texts in 3 pages\n"
-    assert run("alt", "--apply", "alt.csv").stderr == "blip2: wrote 0 alt texts in 0 pages, 4 there already\n"
+    assert run("alt", "--apply", "alt.csv").stderr == "blip2: wrote 0 alt texts in 0 pages, 4 already there\n"
 
 
 def test_another_model_or_prompt_is_told(run, site):

@@ -123,7 +123,7 @@ def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
         (["--temperature", 0.5], "--temperature is 0.5, but nothing is sampled; add --sample"),
         (["--sample", "--beams", 3], "--sample goes with --beams=1"),
         (["-n", 0], "--num-captions is 0"),
-        (["--batch-size", 0], "--batch-size=0 is not possible"),
+        (["--batch-size", 0], "--batch-size is 0; use 1"),
         (["--dtype", "float8"], "'float8' is not one of"),
         (["--stop", ""], "--stop is"),
         (["--dtype", "float16"], "float16 is not for the CPU"),
@@ -207,7 +207,7 @@ def test_a_list_where_a_picture_is_wanted_is_told_so(run, model, tmp_path):
     (tmp_path / "list.txt").write_text("a.png\nb.png\n")
     result = run("caption", tmp_path / "list.txt", *model)
     assert result.exit_code == 1
-    assert result.stderr.endswith("but text; name a picture, or give a list of names by --files-from\n")
+    assert result.stderr.endswith("but text; name an image, or give a list of names by --files-from\n")
 
 
 def test_what_is_read_is_said_by_flags(run, model, tmp_path, pictures):

@@ -197,7 +197,7 @@ def test_shards_of_an_array_of_slurm(run, photos, monkeypatch):
     for name, value in {"ID": 2, "MIN": 1, "MAX": 2, "COUNT": 2}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     found = run("caption", "photos/cats.png", "-o", "all.jsonl")
-    assert "part 2 of 2, by SLURM's array" in found.stderr and not Path("all.jsonl").exists()
+    assert "part 2 of 2, from the SLURM array" in found.stderr and not Path("all.jsonl").exists()
 
 
 def test_questions_for_each_picture(run, photos):
@@ -259,7 +259,7 @@ def test_equal_files_are_seen_once(run, photos):
     assert "--dedupe was true and is not given" in run(*command).stderr
     found = run("ask", "photos/cats.png", "photos/10_sks dog/again.png", "-q", "how many cats are there?", "-q",
                 "is there a boat?", "-o", "answers.jsonl", "--dedupe")  # fmt: skip
-    assert "2 copies of another image, given its result" in found.stderr
+    assert "2 copies of other images, given the same result" in found.stderr
     assert [row["caption"] for row in rows("answers.jsonl")] == ["four", "no", "four", "no"]
     found = run("caption", "photos", "-o", "other.jsonl", "--dedupe", "--sample", "--beams", "1")
     assert found.exit_code == 2 and "give --seed, or leave out --dedupe" in found.stderr

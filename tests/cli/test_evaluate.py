@@ -85,7 +85,7 @@ def test_a_retrieval_shows_its_first_pass(run, tmp_path):
     assert "seen" not in run(*command, "--dry-run").stderr
     result = run(*command)
     assert result.exit_code == 0, result.stderr
-    assert "4 of 4 pictures seen" in result.stderr and "text R@1" in result.stdout
+    assert "4 of 4 images encoded" in result.stderr and "text R@1" in result.stdout
 
 
 def test_the_benchmarks_are_listed(run):

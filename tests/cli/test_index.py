@@ -59,10 +59,10 @@ def test_pictures_that_rows_name(run, matching, photos, tmp_path):
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = run("index", rows, "--image-column", "file", "--images", photos, "-o", index, *matching)
     assert result.exit_code == 1 and "picture077.png: no such file; fix the row" in result.stderr
-    assert "2 new, 0 changed, 0 gone; 2 pictures in" in result.stderr
+    assert "2 new, 0 changed, 0 gone; 2 images in" in result.stderr
     table.write_text("image,caption\nphotos/picture001.png,x\nphotos/picture002.png,y\n")
     result = run("index", table, photos / "picture003.png", "-o", index, *matching)
-    assert result.exit_code == 0 and "2 new, 0 changed, 0 gone; 4 pictures in" in result.stderr
+    assert result.exit_code == 0 and "2 new, 0 changed, 0 gone; 4 images in" in result.stderr
     assert blip2.Index.open(index).paths == [str(photos / f"picture{number:03}.png") for number in range(4)]
     assert "has no column 'nobody'" in run("index", table, "--image-column", "nobody", "-o", index).stderr
     assert "0 new" in run("index", photos, "--exclude", "*[4-7].png", "-o", index, *matching).stderr
@@ -79,7 +79,7 @@ def test_rows_and_shards_that_hold_their_pictures(run, matching, photos, tmp_pat
 def test_index_and_again(run, matching, photos, tmp_path):
     index = tmp_path / "photos.index"
     result = run("index", photos, "-o", index, *matching)
-    told = f"8 new, 0 changed, 0 gone; 8 pictures in {index}\n"
+    told = f"8 new, 0 changed, 0 gone; 8 images in {index}\n"
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", told)
     (photos / "picture000.png").unlink()
     (photos / "broken.png").write_bytes(b"broken")
@@ -87,7 +87,7 @@ def test_index_and_again(run, matching, photos, tmp_path):
     assert result.exit_code == 1
     problem, told = result.stderr.splitlines()
     assert problem.startswith(f"blip2: {photos / 'broken.png'}: ")
-    assert told == f"0 new, 0 changed, 1 gone, 1 could not be read; 7 pictures in {index}"
+    assert told == f"0 new, 0 changed, 1 gone, 1 could not be read; 7 images in {index}"
 
 
 def test_the_bundled_models_are_the_default(run, photos, tmp_path):
@@ -154,7 +154,7 @@ def test_stopped_by_ctrl_c_it_says_how_to_go_on(matching_model, tmp_path):
     assert run.returncode == 130
     assert told == f"blip2: stopped; finished work is kept beside {index}, and the same command resumes\n"
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert again.stderr == f"3,008 new, 0 changed, 0 gone; 3,008 pictures in {index}\n"
+    assert again.stderr == f"3,008 new, 0 changed, 0 gone; 3,008 images in {index}\n"
 
 
 def test_index_takes_pictures_as_the_other_verbs_do(run, matching, photos, tmp_path):
@@ -166,9 +166,9 @@ def test_index_takes_pictures_as_the_other_verbs_do(run, matching, photos, tmp_p
     result = run("index", "--files-from", listed, "--exclude", "*1.png", "-o", index, *matching)
     noted, told = result.stderr.splitlines()
     assert result.exit_code == 0 and noted == "blip2: passed over in folders: 1 other file (1 .txt)"
-    assert told == f"7 new, 0 changed, 0 gone; 7 pictures in {index}"
+    assert told == f"7 new, 0 changed, 0 gone; 7 images in {index}"
     result = run("index", "--no-recursive", photos, "-o", index, *matching)
-    assert result.stderr.endswith(f"1 new, 0 changed, 1 gone; 7 pictures in {index}\n")
+    assert result.stderr.endswith(f"1 new, 0 changed, 1 gone; 7 images in {index}\n")
     result = run("index", photos, "--max-pixels", 1, "-o", tmp_path / "other.index", *matching)
     assert result.exit_code == 1 and result.stderr.count("or raise --max-pixels") == 8
     assert run("index", "-o", index).stderr == "blip2: Missing argument 'PHOTOS...'. (see blip2 index --help)\n"

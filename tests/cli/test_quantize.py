@@ -43,7 +43,7 @@ def test_the_result_stands_alone(run, original, tmp_path, pictures, kind, option
     out = tmp_path / "inner" / "out"
     result = run("quantize", original, out, "--to", kind, *options)
     assert (result.exit_code, result.stdout) == (0, f"{out}\n")
-    assert " became " in result.stderr and result.stderr.count("\n") == 1
+    assert " reduced to " in result.stderr and result.stderr.count("\n") == 1
 
     shutil.rmtree(original)
     loaded = checkpoint.load(out, as_stored=True)
@@ -167,4 +167,4 @@ def test_progress_on_a_terminal(tmp_path):
             shown += part
     os.close(ours)
     assert output == f"{tmp_path / 'out'}\n"
-    assert b"MB/s" in shown and b"left:" in shown and b" became " in shown
+    assert b"MB/s" in shown and b"left:" in shown and b" reduced to " in shown

@@ -112,7 +112,7 @@ def test_links_and_a_folder_that_cannot_be_written(tmp_path):
     try:
         source = open_source([str(tmp_path)])
         assert list(told(source)) == ["a.jpg", "b.jpg"]
-        assert "a broken link" in source.problems[0]
+        assert "a link to what is not there" in source.problems[0]
     finally:
         tmp_path.chmod(0o755)
 
@@ -189,7 +189,7 @@ def test_imagefolder_rules(tmp_path):
         open_source([str(tmp_path / "d")])
     assert told(open_source([str(tmp_path / "d")], exclude=["*.jsonl"])) == {"a.jpg": "two"}
     (tmp_path / "d/metadata.csv").write_text("file_name,text\na.jpg,two\na.jpg,three\n")
-    with pytest.raises(CollectionError, match=r"metadata.csv:2 and .*metadata.csv:3 both tell of"):
+    with pytest.raises(CollectionError, match=r"metadata.csv:2 and .*metadata.csv:3 both describe"):
         open_source([str(tmp_path / "d")], exclude=["*.jsonl"])
     (tmp_path / "d/metadata.csv").write_text("camera,lens\nx,y\n")  # of something else
     assert told(open_source([str(tmp_path / "d")])) == {"a.jpg": "one"}
@@ -237,7 +237,7 @@ def test_files_that_are_nothing(tmp_path):
     for name, content, what in (
         ("a.gz", b"\x1f\x8b123", "is compressed, but not a tar file"), ("a.jsonl", b"", "is empty"),
         ("a.tar", b"x" * 600, "cannot be read as a tar file"), ("a.parquet", b"PAR1", "cannot be read"),
-        ("a.json", b"hello", "is no json file"), ("b.csv", b"x\n", "is known to hold images"),
+        ("a.json", b"hello", "is not a json file"), ("b.csv", b"x\n", "is known to hold images"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CollectionError, match=what):

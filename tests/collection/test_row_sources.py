@@ -49,7 +49,7 @@ def test_a_json_array_is_the_same(folder):
     for name in ("compact.json", "indented.json"):
         path = str(folder / name)
         found = told(open_source([path]))
-        assert found == {"a.jpg": "one", "b.jpg": "two", "row-000000002": f"!{path} [2]: it is no object"}
+        assert found == {"a.jpg": "one", "b.jpg": "two", "row-000000002": f"!{path} [2]: it is not an object"}
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_broken_rows_are_problems_of_their_own(folder):
     found = told(open_source([path]))
     assert found.pop("a.jpg") == ""
     assert all(text.startswith(f"!{path}:") for text in found.values())
-    wanted = ["2: is not JSON", "4: there is no image in 'image'", "5: ", "6: ", "7: 'image' holds", "8: has halves",
-              "9: ", "10: it is no object"]  # fmt: skip
+    wanted = ["2: is not JSON", "4: there is no image in 'image'", "5: ", "6: ", "7: 'image' holds", "8: has lone surrogates",
+              "9: ", "10: it is not an object"]  # fmt: skip
     for text, what in zip(found.values(), wanted, strict=True):
         assert text.startswith(f"!{path}:{what}")
     assert "no such file" in found["no.jpg"]
@@ -103,8 +103,8 @@ def test_short_and_long_rows_of_cells(folder):
     found = told(open_source([path]))
     assert found == {
         "a.jpg": "one",
-        "row-000000001": f"!{path}:3: it has 1 cells, and the first line 2; mend it",
-        "row-000000002": f"!{path}:4: it has 3 cells, and the first line 2; mend it",
+        "row-000000001": f"!{path}:3: it has 1 cells, and the first line has 2; fix it",
+        "row-000000002": f"!{path}:4: it has 3 cells, and the first line has 2; fix it",
     }
     (folder / "rows.csv").write_text('image,caption\na.jpg,one\nb.jpg,"two\nc.jpg,x\n')
     with pytest.raises(CollectionError, match=r"rows.csv:3: cannot be read further .*; fix the quotes"):
@@ -127,11 +127,11 @@ def test_addresses_and_data(folder):
 def test_twins_are_refused_by_name_or_told_apart_by_a_column(folder):
     rows = [{"image": "a.jpg", "id": 7}, {"image": "b.jpg", "id": 7}, {"image": "a.jpg", "id": 9}]
     path = json_lines(folder / "rows.jsonl", rows)
-    with pytest.raises(CollectionError, match=r"rows.jsonl:1 and .*rows.jsonl:3 are of the same picture, a.jpg"):
+    with pytest.raises(CollectionError, match=r"rows.jsonl:1 and .*rows.jsonl:3 are of the same image, a.jpg"):
         open_source([path])
     with pytest.raises(CollectionError, match=r"rows.jsonl:1 and .*rows.jsonl:2 have the same 'id', 7"):
         open_source([path], key_column="id")
-    with pytest.raises(CollectionError, match="nothing in 'no'"):
+    with pytest.raises(CollectionError, match="'no' is empty"):
         open_source([path], key_column="no")
     assert list(told(open_source([path], key_column="row"))) == ["000000000", "000000001", "000000002"]
     rows[1]["id"] = 8

@@ -95,7 +95,7 @@ def test_names(tmp_path):
 
 def test_dots_that_merge_pictures_are_told(tmp_path):
     path = tar(tmp_path / "a.tar", {"IMG.1.jpg": jpeg(1), "IMG.2.jpg": jpeg(2)})
-    with pytest.raises(CollectionError, match=r"IMG: has several images \(1.jpg, 2.jpg\); name the one"):
+    with pytest.raises(CollectionError, match=r"IMG: has several images \(1.jpg, 2.jpg\); name the right one"):
         open_source([str(path)])
     tar(path, {"IMG.1.jpg": jpeg(1), "IMG.2.jpg": jpeg(2), "b.jpg": jpeg(3)})
     found = told(open_source([str(path)]))
@@ -121,7 +121,7 @@ def test_texts(tmp_path):
     assert found == {
         "a": "from json",
         "b": f"!{path}: b: the text is not UTF-8",
-        "c": f"!{path}: c: 'json' is no object",
+        "c": f"!{path}: c: 'json' is not an object",
         "d": "",
         "e": f"!{path}: e: has no image, but txt",
     }
@@ -167,7 +167,7 @@ def test_what_is_no_file_is_refused_before_anything_is_opened(tmp_path, monkeypa
 
 def test_a_pipe_with_the_name_of_a_shard(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(CollectionError, match="is not a file"):
+    with pytest.raises(CollectionError, match="is not a regular file"):
         open_source([str(tmp_path / "a.tar")])
 
 

@@ -156,7 +156,7 @@ def never_seen(record):
 
 def test_coco_twice_or_never(tmp_path):
     both = drawn(tmp_path, "1.jpg", "1.png")
-    with pytest.raises(CollectionError, match=r"1\.jpg and .*1\.png have one number, 1"):
+    with pytest.raises(CollectionError, match=r"1\.jpg and .*1\.png have the same image id 1"):
         captioned(both, Outputs(output=str(tmp_path / "x.json"), format="coco"))
     with pytest.raises(CollectionError, match="no image has a caption"):
         captioned(drawn(tmp_path, "7.jpg"), Outputs(output=str(tmp_path / "y.json"), format="coco"), never_seen)

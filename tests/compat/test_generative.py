@@ -166,7 +166,7 @@ def test_sampling_options_without_sampling_are_passed_over_with_a_warning(model,
         ({"eos_token_id": [5, "6"]}, "eos_token_id is .*a token id or a list"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"num_beams": 2, "num_beam_groups": 2}, "num_beam_groups is for a decoding strategy that is not supported"),
-        ({"generation_config": {"penalty_alpha": 0.6}}, "penalty_alpha asks for"),
+        ({"generation_config": {"penalty_alpha": 0.6}}, "penalty_alpha is for"),
         ({"cache_implementation": "quantized"}, "would change the answers"),
         ({"stop_strings": ["a"]}, "give tokenizer=processor.tokenizer"),
         ({"streamer": io.StringIO()}, r"put\(ids\) and end\(\)"),
@@ -187,7 +187,7 @@ def test_what_would_only_be_faster_or_is_not_read_changes_nothing(model, inputs)
     plain = model.generate(**inputs)
     assert torch.equal(model.generate(**inputs, assistant_model=model, prompt_lookup_num_tokens=2), plain)
     assert torch.equal(model.generate(**inputs, cache_implementation="static", low_memory=True), plain)
-    with pytest.warns(UserWarning, match="encoder_repetition_penalty changes nothing"):
+    with pytest.warns(UserWarning, match="encoder_repetition_penalty has no effect"):
         assert torch.equal(model.generate(**inputs, encoder_repetition_penalty=1.5), plain)
 
 

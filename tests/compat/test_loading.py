@@ -192,7 +192,7 @@ def test_the_usual_arguments(opt_model, options):
         ({"max_memory": {"cpu": "1KB"}}, "max_memory is 0.00 GB for cpu"),
         ({"max_memory": {"cpu": "much"}}, "'much'; give it as \"5GB\""),
         ({"from_tf": True}, "safetensors"),
-        ({"state_dict": {}, "device_map": "auto"}, "device_map is not heeded"),
+        ({"state_dict": {}, "device_map": "auto"}, "device_map has no effect"),
     ],
 )
 def test_what_would_mislead_is_refused(opt_model, options, message):

@@ -69,7 +69,7 @@ def test_what_should_be_a_picture_and_is_none_is_named_and_not_opened(place, mon
     assert names_of(found, top) == ["a.png", "link.png"]
     told = {os.path.basename(problem.split(": ")[0]): problem for problem in found.problems}
     assert told.keys() == {"pipe.png", "gone.png", "self.png", "socket.png"}
-    assert "it was not opened" in told["pipe.png"] and "a broken link" in told["gone.png"]
+    assert "it was not opened" in told["pipe.png"] and "a link to what is not there" in told["gone.png"]
 
 
 def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_read(place, monkeypatch):

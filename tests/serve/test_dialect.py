@@ -121,7 +121,7 @@ def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> 
         (CHAT, {"messages": [{"role": "user", "contnet": "x"}]},
          "messages[0].content: give a text, or a list of parts"),
         (CHAT, {"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role: give 'system', 'developer', 'user'"),
-        (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role is missing; say 'user'"),
+        (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role is missing; give 'user'"),
         (CHAT, {"messages": [{"role": "user", "content": "x", "image": IMAGE}]},
          "messages[0].image: the content holds an image"),
         (CHAT, {**GOOD[CHAT], "stream_options": {"include_usages": True}},
@@ -152,7 +152,7 @@ def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> 
         (EMBEDDINGS, {"input": []}, "input: it is empty; give at least one"),
         (EMBEDDINGS, {"input": ""}, "input: it is empty; write something"),
         (EMBEDDINGS, {"input": [{"image": IMAGE}, " "]}, "input[1]: it is empty; write something"),
-        (EMBEDDINGS, {"input": ["a", "x" * 99_999]}, "input[1] has 99999 characters; at most 2048 tokens are read"),
+        (EMBEDDINGS, {"input": ["a", "x" * 99_999]}, "input[1] has 99999 characters; the limit is 2048 tokens"),
         (EMBEDDINGS, {"input": 5}, "input: give a text, or a list of texts"),
         (EMBEDDINGS, {"input": ["a", None]}, 'input[1]: give a text, or {"image": '),
         (EMBEDDINGS, {"input": [{"img": IMAGE}]}, "input[0].image is missing; give data"),
@@ -161,7 +161,7 @@ def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> 
         ("/ask", {"image": IMAGE, "question": IMAGE},
          "question: an image stands where a text belongs; send it in the field"),
         ("/ask", {**GOOD["/ask"], "choices": "a,,b"}, "choices[1]: it is empty"),
-        ("/ask", {"image": IMAGE}, "question is missing; ask something"),
+        ("/ask", {"image": IMAGE}, "question is missing; give a question"),
         ("/ask", {**GOOD["/ask"], "choices": ["a", 5]}, "choices[1]: give a text"),
         ("/ask", {**GOOD["/ask"], "choices": [IMAGE]}, "choices[0]: an image stands"),
         ("/match", {"image": IMAGE, "labels": []}, "labels: it is empty; give at least one"),
@@ -272,7 +272,7 @@ def test_choices_are_ranked_as_in_python(server, models) -> None:
     for wrong, words in (
         ({"choices": "one"}, "give at least two"), ({"choices": ["a", "a"]}, "more than once"),
         ({"max_new_tokens": 5}, "max_new_tokens has no effect with choices"), ({"choices": ["a"] * 257}, "at most 256"),
-        ({"choices": ["a", "dog " * 600]}, "at most 512 are compared"),
+        ({"choices": ["a", "dog " * 600]}, "the limit is 512"),
     ):  # fmt: skip
         response = server.http.post("/ask", json={**body, **wrong})
         assert response.status_code == 400 and words in response.json()["error"]["message"]

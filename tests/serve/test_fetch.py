@@ -182,7 +182,7 @@ def test_bytes_and_seconds_are_bounded(host) -> None:
     with pytest.raises(ImageError, match=r"took too long|timed out"):
         fetcher(host, timeout_s=0.3).fetch(f"{base}/slow")
     assert time.monotonic() - began_s < 2
-    with pytest.raises(ImageError, match="says 404"):
+    with pytest.raises(ImageError, match="answered 404"):
         fetcher(host).fetch(f"{base}/missing")
 
 
