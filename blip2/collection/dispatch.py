@@ -122,7 +122,7 @@ class _Dispatcher:
         self._idle: list[int] = []
         self._deaths: Counter[int] = Counter()
         self._deaths_without: Counter[int] = Counter()
-        """Results per worker since it got its unit."""
+        """Deaths per worker since it last got a unit."""
         self._told: Counter[int] = Counter()
         """Results received per unit."""
         self._come: Counter[int] = Counter()

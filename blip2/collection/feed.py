@@ -16,8 +16,8 @@ Settled = tuple[Unit, "Result | None"]
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A record in the model, without its image. ``result``: what is known of it. ``is_known``: it is only there to
-    complete a batch; ``is_left``: so that the next run will repeat it. ``first``: receives its result."""
+    """A record in the model, without its image. ``result``: what is known of it. Records with ``is_known`` (the result
+    is complete) or ``is_left`` (left to the next run) only complete a batch. ``first``: receives the result."""
 
     record: Record
     result: Result

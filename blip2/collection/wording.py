@@ -209,7 +209,7 @@ def _pieces(template: str) -> list[tuple[str, str]]:
             if name is not None and (name not in FIELDS or spec or conversion):
                 told = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
                 raise OptionError(
-                    f"{option('template')} has the unknown field {{{told}}}; use {known}, and {{{{ and }}}} "
+                    f"{option('template')} has {{{told}}}, an unknown field; use {known}, and {{{{ and }}}} "
                     "for braces"
                 )
             found.append((text, name or ""))

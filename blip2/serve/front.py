@@ -37,9 +37,9 @@ from blip2.serve.service import Service
 NAME = "front"
 """The label of its own metrics, where those of a replica carry the replica's name."""
 COUNTED_HERE = ("blip2_request_seconds", "blip2_requests_in_house", "blip2_connections", "blip2_body_bytes")
-"""Metrics that replicas count as well; each request is only counted once."""
+"""Metrics that replicas have as well; only these are reported, so that each request is counted once."""
 SHOWN = (*COUNTED_HERE, "blip2_requests_rejected")
-"""Metrics without a meaning here, since they are about models."""
+"""Metrics of the front process; all others are about models, and none are here."""
 WATCH_S = 0.5
 """Seconds between checks whether replicas are running."""
 NUMBERS_S = 2.0

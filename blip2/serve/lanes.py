@@ -19,7 +19,7 @@ from blip2.serve.turns import Turns
 PORTION = 8
 """Prompts prefilled and images encoded in one turn."""
 PORTION_CHARACTERS = 8192
-"""Maximum tokens of prompts prefilled together."""
+"""Maximum characters of prompts prefilled together."""
 QUICK_TOKENS = 64
 """Maximum average tokens of a row in the quick lane: long rows attend to many positions in each step."""
 

@@ -38,7 +38,8 @@ Value = TypeVar("Value")
 PATH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
 PARENT = "from blip2.serve.reader import main; main()"
 NUM_FAST, MAX_SLOW = 3, 8
-"""Readers of the fast lane; one of them is reserved for a client that has none, so that it is served at once."""
+"""Numbers of fast readers, one of them reserved for a client that has none so that it is served at once, and slow
+ones."""
 FAST_S = 0.1
 """Seconds of processor time; waiting does not count."""
 END_S = 0.5

@@ -33,7 +33,7 @@ from blip2.serve.turns import Handout
 from blip2.tasks.see import Eye
 
 SMALL_PIXELS, LARGE_PIXELS = 4_000_000, 30_000_000
-"""Pixels that are decoded at once, and above which images are decoded one at a time. In between, a few at a time."""
+"""Images of up to the first number are decoded without waiting; above the second, one at a time; in between, a few."""
 NUM_BETWEEN = min(4, max(2, (os.cpu_count() or 1) // 2))
 MAX_KILLED = 2
 """How often a request is read again after its reader was killed."""

@@ -27,7 +27,7 @@ LOAD_ERROR = "blip2 was not loaded: "
 DEATH_S = 0.2
 """Seconds between checks whether the model is alive."""
 TIDY_BYTES, TIDY_S = 2**25, 20.0
-"""Bytes of bodies and seconds after which freed memory is returned to the system."""
+"""Bytes of bodies after which freed memory is returned to the system, at most once in this many seconds."""
 
 Create = Callable[[Callable[[], Models], str], FastAPI]
 

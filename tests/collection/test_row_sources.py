@@ -89,8 +89,8 @@ def test_broken_rows_are_problems_of_their_own(folder):
     found = told(open_source([path]))
     assert found.pop("a.jpg") == ""
     assert all(text.startswith(f"!{path}:") for text in found.values())
-    wanted = ["2: is not JSON", "4: there is no image in 'image'", "5: ", "6: ", "7: 'image' holds", "8: has lone surrogates",
-              "9: ", "10: it is not an object"]  # fmt: skip
+    wanted = ["2: is not JSON", "4: there is no image in 'image'", "5: ", "6: ", "7: 'image' holds",
+              "8: has lone surrogates", "9: ", "10: it is not an object"]  # fmt: skip
     for text, what in zip(found.values(), wanted, strict=True):
         assert text.startswith(f"!{path}:{what}")
     assert "no such file" in found["no.jpg"]

@@ -197,7 +197,9 @@ def _json_row(name: str, line: str) -> Row:
         value = parsed(line)
     except ValueError as error:
         return Row(name, {}, str(error))
-    return Row(name, value) if isinstance(value, dict) else Row(name, {}, 'it is no object such as {"image": "a.jpg"}')
+    if isinstance(value, dict):
+        return Row(name, value)
+    return Row(name, {}, 'it is not an object such as {"image": "a.jpg"}')
 
 
 def _columns(table: Table) -> list[str]:
