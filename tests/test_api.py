@@ -266,7 +266,7 @@ def test_options_that_are_none(blip, pictures):
         blip.caption(pictures[0], num_beam=3)
     with pytest.raises(OptionError, match="did you mean max_new_tokens"):
         blip.each_answer(pictures[0], "is it?", max_new_token=3)
-    with pytest.raises(OptionError, match="batch_size=0"):
+    with pytest.raises(OptionError, match="batch_size is 0"):
         blip.caption(pictures[0], batch_size=0)
     with pytest.raises(OptionError, match="the question is empty"):
         blip.each_answer(pictures, ["is it?"] * 7 + [""])

@@ -163,7 +163,7 @@ def adapters_in(texts: Sequence[str]) -> dict[str, float] | None:
 
 def lines_in(path: Path, what: str) -> list[str]:
     """The lines of a text file without empty ones, one ``what`` each. OptionError if there are none."""
-    how = f"give a text file with one {what} a line"
+    how = f"give a text file with one {what} per line"
     try:
         found = filled_lines(path)
     except OSError as error:

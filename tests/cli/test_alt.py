@@ -95,7 +95,7 @@ def test_reports_and_runs(run, site):
     (site / "img/flowers.png").write_bytes((site / "gone.png").read_bytes())
     os.utime(site / "img/flowers.png", ns=(os.stat(site / "gone.png").st_mtime_ns,) * 2)
     result = run("alt", site)
-    assert result.exit_code == 0 and "3 different images described (2 of them before), 0 failed" in result.stderr
+    assert result.exit_code == 0 and "3 different images described (2 of them earlier), 0 failed" in result.stderr
     found = rows()
     assert (found[1]["alt"], found[1]["approved"]) == ("Sunflowers", "yes") and found[3]["alt"]
     result = run("alt", site, "--restart", "--approve-all")
@@ -143,7 +143,7 @@ def test_wrong_use(run, site, arguments, words):
 def test_pages_that_cannot_be_read(run, site):
     result = run("alt", "site/img/cats.png", "none.md", site, "--dry-run")
     assert result.exit_code == 1 and len(result.stdout.splitlines()) == 2
-    assert "cats.png: no page" in result.stderr and "none.md: cannot be read (No such file" in result.stderr
+    assert "cats.png: not a page" in result.stderr and "none.md: cannot be read (No such file" in result.stderr
     assert run("alt", "--apply", "alt.csv").stderr.startswith("blip2: alt.csv: cannot be read (No such file")
 
 

@@ -104,7 +104,7 @@ def test_index_that_cannot_be(run, matching, opt_model, photos, searched, tmp_pa
     for arguments, code, message in (
         ([photos, "-o", index, "-m", opt_model], 1, "cannot compare images with texts"),
         ([photos, "-o", index, "--for", "ask", *matching], 1, "is a matching model"),
-        ([photos, "-o", index, "--for", "ask", "--batch-size", 0], 2, "--batch-size=0"),
+        ([photos, "-o", index, "--for", "ask", "--batch-size", 0], 2, "--batch-size is 0"),
         ([tmp_path / "empty", "-o", index], 1, "there are no pictures in this folder"),
         ([tmp_path / "missing", "-o", index], 1, "no such file or folder"),
         ([photos, "-o", tmp_path], 1, "is a folder"),

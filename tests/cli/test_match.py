@@ -74,7 +74,7 @@ def test_a_picture_that_cannot_be_read(run, model, pictures, tmp_path):
         (["IMAGE", "a dog", "--top", "0"], "--top is 0", 2),
         (["IMAGE", "a dog", "--template", "photo"], "--template is 'photo', without a place", 2),
         (["IMAGE", "--labels", "FOLDER/none.txt"], "none.txt: cannot be read", 2),
-        (["IMAGE", "--labels", "FOLDER/empty.txt"], "empty.txt: has no label in it", 2),
+        (["IMAGE", "--labels", "FOLDER/empty.txt"], "empty.txt: contains no label", 2),
         (["IMAGE", "--labels", "FOLDER/binary.txt"], "not UTF-8", 2),
         (["FOLDER/none.png", "a dog"], "no such file", 1),
         (["IMAGE", "a dog", "-m", "miniature"], "name a matching model", 1),

@@ -111,7 +111,7 @@ def test_batches_are_bounded_and_in_order(speaker):
     assert len(answers) == 37
     expected = [speaker.model.prompt(image.queries_QD) for image in images(37)]
     assert all(row[:4].equal(prompt_QD) for row, prompt_QD in zip(speaker.engine.prompts, expected, strict=True))
-    with pytest.raises(OptionError, match="batch_size=0"):
+    with pytest.raises(OptionError, match="batch_size is 0"):
         caption(speaker, images(1), batch_size=0)
 
 
