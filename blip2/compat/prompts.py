@@ -169,8 +169,8 @@ class Prompts:
         for row, count in enumerate((is_image_BT & is_real_BT).sum(dim=1).tolist()):
             if count != queries:
                 raise OptionError(
-                    f"row {row} of {where} has {count} unmasked image tokens ({token}), the image "
-                    f"needs {queries}; make input_ids with Blip2Processor(images=..., text=...)"
+                    f"row {row} of {where} has {count} image tokens ({token}) unmasked by attention_mask, "
+                    f"but the image needs {queries}; make input_ids with Blip2Processor(images=..., text=...)"
                 )
             if is_image_BT[row].sum() != queries:
                 raise OptionError(f"row {row} of attention_mask masks image tokens ({token}) of {where}; unmask them")

@@ -197,7 +197,7 @@ def test_tokens_are_added(any_model, tmp_path):
     inputs = processor(tiny.picture(1), "a", return_tensors="pt")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     inputs.input_ids[0, -1] = vocabulary
-    with pytest.raises(OptionError, match=f"hold {vocabulary}, this model has {vocabulary} tokens"):
+    with pytest.raises(OptionError, match=f"contain {vocabulary}, this model has {vocabulary} tokens"):
         model.generate(**inputs)
     model.resize_token_embeddings(vocabulary + 2)
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > 3
