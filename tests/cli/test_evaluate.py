@@ -107,6 +107,6 @@ def test_robustness(run, opt_model, rows, tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0] == f"robustness: rows.jsonl: {opt_model}" and lines[1] == "2 rows"
     assert any(line.startswith("changed, EXIF rotation ") and " 0.00 " in line for line in lines)
-    assert lines[-1].startswith("beside the rows as they are: ")
+    assert lines[-1].startswith("compared with the rows as they are: ")
     without = run(*command)
     assert without.exit_code == 2 and "--data" in without.stderr and without.stderr.count("\n") == 1
