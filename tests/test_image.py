@@ -125,8 +125,8 @@ def test_formats(format):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG"),
         (encoded(PHOTO, "PPM"), "not a JPEG"),  # Pillow can, but nobody asked for it
         (PNG[:20], "damaged"),
-        (PNG[:-40], "damaged or cut short"),
-        (encoded(PHOTO.resize((400, 400)), "JPEG")[:-2000], "cut short"),
+        (PNG[:-40], "damaged or truncated"),
+        (encoded(PHOTO.resize((400, 400)), "JPEG")[:-2000], "truncated"),
         ("file:///etc/hosts", "only http"),
         ("ftp://127.0.0.1/x.png", "only http"),
         ("data:image/png,abc", "base64"),
@@ -136,7 +136,7 @@ def test_formats(format):
         (np.zeros((3, 8, 8), np.uint8), r"uint8\[3, 8, 8\].*\[H, W, 1"),
         (np.zeros((8, 8, 2), np.uint8), "shape"),
         (np.zeros(8, np.uint8), "shape"),
-        (np.zeros((1, 8, 8, 3), np.uint8), "one picture"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "one image"),
         (np.zeros((0, 8, 3), np.uint8), "no pixels"),
         (np.zeros((8, 8, 3), np.float32), r"float32\[8, 8, 3\].*uint8"),
         (np.zeros((8, 8, 3), np.int64), "uint8"),
@@ -145,8 +145,8 @@ def test_formats(format):
         (Image.new("RGB", (0, 5)), "no pixels"),
         (Image.new("F", (5, 5)), "floating-point"),
         (Image.new("I", (5, 5), -1), "outside 0..65535"),
-        (None, "NoneType: not a picture"),
-        ([PHOTO], "list: not a picture"),
+        (None, "NoneType: not an image"),
+        ([PHOTO], "list: not an image"),
     ],
     ids=lambda value: None,
 )
@@ -397,9 +397,9 @@ def test_an_encoded_address_stays_as_it_is(site):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/missing", "says 404"),
+        ("/missing", "answered 404"),
         ("/page", "/page: not a JPEG"),
-        ("/short", "cut short"),
+        ("/short", "truncated"),
         ("/away", "302|ftp"),
         ("/loop", "302"),
         ("/large", "larger than 100,000 bytes"),
@@ -516,7 +516,7 @@ def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, name):
 
 def test_where_no_picture_can_be_written(tmp_path):
     picture = Image.new("RGB", (3, 2))
-    with pytest.raises(OptionError, match=r"drawn\.gif: pictures are written as \.png"):
+    with pytest.raises(OptionError, match=r"drawn\.gif: images are written as \.png"):
         save_image(picture, tmp_path / "drawn.gif")
     with pytest.raises(ImageError, match=r"drawn\.png: cannot be written \(No such file"):
         save_image(picture, tmp_path / "missing/drawn.png")

@@ -73,7 +73,7 @@ def test_what_is_kept_of_a_picture_answers_every_question(blip, tmp_path) -> Non
 def test_the_queries_of_another_model_are_refused(blip, opt_model) -> None:
     other = blip2.load(opt_model)
     for asked, seen in ((blip, other.encode(tiny.picture(1))), (other, blip.encode(tiny.picture(1)))):
-        with pytest.raises(OptionError, match="was encoded by another model"):
+        with pytest.raises(OptionError, match="comes from another model"):
             asked.ask(seen, QUESTIONS[0])
 
 
@@ -131,7 +131,7 @@ def test_an_index_keeps_the_patches(blip, pictures, tmp_path) -> None:
 def test_where_it_looks_depends_on_the_question(blip) -> None:
     maps = [blip.explain(tiny.picture(1), question=question, answer="two").heat for question in QUESTIONS]
     assert not torch.equal(*maps)
-    with pytest.raises(ImageError, match="is no picture any more"):
+    with pytest.raises(ImageError, match="has no pixels"):
         blip.explain(blip.encode(tiny.picture(1)), question=QUESTIONS[0])
 
 
@@ -150,7 +150,7 @@ def test_the_command_line(run, blip, folder, pictures) -> None:  # noqa: F811
     told = run("info", folder)
     assert told.exit_code == 0 and "reads the prompt" in told.stdout
     refused = run("match", pictures[0], "a dog", "--model", folder)
-    assert refused.exit_code and "does not compare them with texts" in refused.stderr
+    assert refused.exit_code and "cannot compare images with texts" in refused.stderr
 
 
 def test_the_server(blip, folder, tmp_path) -> None:

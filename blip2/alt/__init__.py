@@ -1,8 +1,8 @@
-"""Pictures without alt text in web pages and Markdown: found, described, looked over by a person, and written in place.
+"""Alt texts for images in web pages and Markdown: find, describe, let a person review, and write in place.
 
-    pages -> images (with exact places) -> pictures (a collection) -> report -> (a person) -> edits
+    pages -> images (with exact offsets) -> images (a collection) -> report -> (review) -> edits
 
-No page is ever parsed and written anew: an edit is a few characters put in at an exact place, and all other bytes stay.
+Pages are never parsed and serialised again: an edit inserts a few characters, and all other bytes stay.
 """
 
 from blip2.alt.apply import Change, apply

@@ -1,4 +1,4 @@
-"""What was approved goes into the pages: the bytes of these attributes, and no others."""
+"""Writes approved texts into the pages: changes the bytes of these attributes, and no others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from blip2.errors import CollectionError
 
 @dataclass
 class Change:
-    """A page and what is new in it. ``done``: a row with the line in which it stands; ``num_before``: how many were
-    there already. ``problems``: why others were not done, a line each. ``text``: the page's new text."""
+    """A changed page. ``done``: rows with their line numbers. ``num_before``: texts that were already there.
+    ``problems``: why other rows were not applied, one line each. ``text``: the page's new text."""
 
     path: str
     page: Page | None = None
@@ -29,27 +29,27 @@ class Change:
     problems: list[str] = field(default_factory=list)
 
     def diff(self) -> str:
-        """As ``diff -u`` shows it; "" if nothing changes."""
+        """The change in the form of ``diff -u``; "" if there is none."""
         if self.page is None:
             return ""
         old, new = (text.replace("\r\n", "\n").split("\n") for text in (self.page.text, self.text))
         return "\n".join(difflib.unified_diff(old, new, self.path, self.path, lineterm="", n=1))
 
     def write(self) -> None:
-        """All or nothing. Raises OSError; CollectionError if another program wrote the page meanwhile."""
+        """Write atomically. Raises OSError; CollectionError if another program has written the page meanwhile."""
         if self.page is None or not self.done:
             return
         with open(self.path, "rb") as file:
             if file.read() != self.page.bytes_of(self.page.text):
-                raise CollectionError("has changed just now; apply the report again")
+                raise CollectionError("has just been changed; apply the report again")
         write_bytes(self.path, self.page.bytes_of(self.text))
 
 
 def apply(rows: Iterable[Row]) -> Iterator[Change]:
-    """What becomes of each page that rows name; nothing is written before `Change.write`.
+    """The change of each page that rows name. Nothing is written before `Change.write`.
 
-    A row is done only if its picture is in the page as it was when the report was made. What is there already is not
-    done twice; a text that a person wrote meanwhile stays.
+    A row is only applied if its image is in the page as when the report was made. Texts that are already there are not
+    written again; a text that a person wrote meanwhile is kept.
     """
     for file, some in groupby(sorted(rows, key=lambda row: row.file), key=lambda row: row.file):
         path = file.replace("/", os.sep)
@@ -64,7 +64,7 @@ def _change(path: str, rows: Sequence[Row]) -> Change:
     try:
         page = read_page(path)
     except FileNotFoundError:
-        change.problems.append(f"{path}: there is no such page; run this in the folder in which the report was made")
+        change.problems.append(f"{path}: no such page; run this in the folder where the report was made")
         return change
     except (CollectionError, OSError) as error:
         change.problems.append(str(error) if isinstance(error, CollectionError) else f"{path}: {error.strerror}")
@@ -78,7 +78,7 @@ def _change(path: str, rows: Sequence[Row]) -> Change:
         elif _has(images[row.check], row):
             change.num_before += 1
         elif row.check in edits:
-            change.problems.append(f"{path}:{row.line}: stands in the report twice; the first was taken")
+            change.problems.append(f"{path}:{row.line}: is in the report twice; the first row was used")
         else:
             edits[row.check] = (images[row.check], row)
     change.page, change.text = page, _edited(page, [*edits.values()])
@@ -86,7 +86,7 @@ def _change(path: str, rows: Sequence[Row]) -> Change:
         change.done = [(page.line_of(image.start), row) for image, row in edits.values()]
     else:
         change.text = page.text
-        change.problems.append(f"{path}: these texts cannot be written so that readers get them; write them yourself")
+        change.problems.append(f"{path}: these texts cannot be written safely; write them yourself")
     return change
 
 
@@ -99,19 +99,19 @@ def _is_approved(row: Row, change: Change) -> bool:
 
 
 def _problem(image: Image | None, row: Row) -> str:
-    """Why a row cannot be done, "" if it can."""
+    """Why a row cannot be applied, "" if it can."""
     if image is None:
-        return "the page has changed here since the report was made; make the report anew"
+        return "the page has changed here since the report was made; make a new report"
     if _has(image, row):
         return ""
     if row.is_decorative and image.syntax != "html":
-        return "Markdown cannot say that a picture is decorative; write <img src=... alt=\"\">"
+        return "Markdown cannot mark an image as decorative; write <img src=... alt=\"\">"
     if not row.alt and not row.is_decorative:
-        return "approved without a text; write one, or approve it as decorative"
+        return "approved without a text; write one, or mark it as decorative"
     if image.is_hidden or image.alt == "":
-        return "was marked as decorative since the report was made; it stays so"
+        return "has been marked as decorative since the report was made; left unchanged"
     if (image.alt or "").split() != row.old.split():
-        return f"has another text since the report was made, {image.alt!r}; it stays"
+        return f"has got another text since the report was made, {image.alt!r}; left unchanged"
     return ""
 
 
@@ -132,7 +132,7 @@ def _edited(page: Page, edits: Sequence[tuple[Image, Row]]) -> str:
 
 
 def _is_as_wanted(change: Change, images: dict[str, Image], edits: dict[str, tuple[Image, Row]]) -> bool:
-    """Whether the new page, read once more, has these texts and is else as it was."""
+    """Whether the new page, parsed again, has these texts and is otherwise unchanged."""
     assert change.page is not None
     page = change.page
     after = dict(images_in(Page(page.path, page.root, page.mark, change.text, page.encoding, page.new_in)))

@@ -1,7 +1,7 @@
-"""The pictures of Markdown: ``![](a.png)``, ``![][reference]``, and the HTML in it.
+"""The images of Markdown: ``![](a.png)``, ``![][reference]``, and the HTML in it.
 
-markdown-it-py says what is a picture and what is code, and, since its rules are asked as they go, where each begins in
-the text of its paragraph; that text stands, line by line, in lines of the page.
+markdown-it-py decides what is an image and what is code. Its rules are wrapped to note where each image begins in the
+text of its paragraph; that text is then located, line by line, in the page.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LABEL_BLANKS = re.compile(r"[^\n]*")
 
 
 def images_of_markdown(text: str, *, is_mdx: bool = False) -> Iterator[Image]:
-    """In order; also those that have a text."""
+    """Images in order, also those that have a text."""
     page = _Page(text)
-    # What is no Markdown is blanked: all lines stay where they are.
+    # Blank out what is not Markdown, so that line numbers stay the same.
     shown = LINE_END.sub("\n", text)
     if (front := FRONT_MATTER.match(shown)) is not None:
         shown = _blanked(front) + shown[front.end() :]
@@ -54,7 +54,7 @@ def _blanked(found: re.Match[str]) -> str:
 @cache
 def _parser(is_mdx: bool) -> MarkdownIt:
     parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    if is_mdx:  # has no indented code, and reads Markdown within elements
+    if is_mdx:  # MDX has no indented code, and has Markdown within elements
         parser.disable(["code", "html_block"])
     for name in ("image", "html_inline"):
         rules = {rule.name: rule.fn for rule in parser.inline.ruler.__rules__}
@@ -63,7 +63,7 @@ def _parser(is_mdx: bool) -> MarkdownIt:
 
 
 def _noting(rule: Callable[[Any, bool], bool]) -> Callable[[Any, bool], bool]:
-    """A rule of markdown-it that notes where its tokens begin and end."""
+    """A rule of markdown-it that records where its tokens begin and end."""
 
     def noted(state: Any, silent: bool) -> bool:
         start, number = state.pos, len(state.tokens)
@@ -77,8 +77,8 @@ def _noting(rule: Callable[[Any, bool], bool]) -> Callable[[Any, bool], bool]:
 
 @dataclass(frozen=True)
 class _Placed:
-    """A token's content, of which each line that begins at one of ``starts`` stands at that of ``places`` in a page;
-    -1 if it could not be found."""
+    """A token's content. Each line, beginning at one of ``starts``, is at the offset ``places`` in the page; -1 if it
+    was not found."""
 
     page: str
     content: str
@@ -90,13 +90,13 @@ class _Placed:
         return -1 if self.places[line] < 0 else self.places[line] + offset - self.starts[line]
 
     def span(self, start: int, stop: int) -> tuple[int, int] | None:
-        """Where a part of the content is in the page; None if it is not there as it is in the content."""
+        """The span of a part of the content in the page; None if the page has different text there."""
         first, last = self.at(start), self.at(max(stop - 1, start)) + (stop > start)
         if first < 0 or last < first:
             return None
         there = LINE_END.sub("\n", self.page[first:last]).replace("\\|", "|")
         here = self.content[start:stop].replace("\\|", "|")
-        # Between the lines of a quote stand its marks.
+        # The marks of a block quote stand between its lines.
         is_same = there == here if "\n" not in here else (
             there.startswith(here.split("\n")[0]) and there.endswith(here.split("\n")[-1])
         )  # fmt: skip
@@ -104,7 +104,7 @@ class _Placed:
 
 
 class _Page:
-    """A page's lines, and how far each has been looked through: cells of a table share one."""
+    """A page's lines, and how far each has been searched: the cells of a table share one."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -125,10 +125,10 @@ class _Page:
         return _Placed(self._text, token.content, starts, places)
 
     def _pieces(self, number: int, line: str) -> list[tuple[int, int]]:
-        """From where in the line of a content to where in the page."""
+        """Pairs of offsets, in the line of the content and in the page."""
         if number < len(self._lines):
             start, text = self._lines[number]
-            # In a table the backslash before a bar is not the content's.
+            # In a table the backslash before a bar is not part of the content.
             for bar in ("|", "\\|"):
                 if (found := text.find(line.replace("|", bar), self._looked[number])) >= 0:
                     self._looked[number] = found + len(line.replace("|", bar))
@@ -150,21 +150,21 @@ def _of_inline(parser: MarkdownIt, placed: _Placed, token: Token, is_mdx: bool) 
 
 
 def _image(parser: MarkdownIt, placed: _Placed, start: int, stop: int, token: Token) -> Image | None:
-    """The picture that is this part of the content; None if its place is not known."""
+    """The image at this part of the content; None if its place is unknown."""
     label = token.content
     blanks = LABEL_BLANKS.match(label)
-    written = len(label) if label.strip() or blanks is None else blanks.end()  # never over the end of a line
+    written = len(label) if label.strip() or blanks is None else blanks.end()  # not across the end of a line
     span, edit = placed.span(start, stop), placed.span(start + 2, start + 2 + written)
     if span is None or edit is None:
         return None
     renderer: Any = parser.renderer
     alt = renderer.renderInlineAsText(token.children, parser.options, {}).strip() or label.strip()
-    address = unquote(str(token.attrs["src"]), errors="surrogateescape")  # markdown-it writes it with percents
+    address = unquote(str(token.attrs["src"]), errors="surrogateescape")  # markdown-it percent-encodes it
     wrong = ""
     if COMPUTED.search(address):
-        wrong = "its address is made by a template; write the text there"
+        wrong = "its address comes from a template; write the text in the template"
     elif not address:
-        wrong = "it has no address that can be read here"
+        wrong = "it has no readable address"
     return Image(
         "markdown", *span, str(token.attrs["src"]), alt or None, *edit, "", "", "",
         f"![{placed.content[start + 2 + len(label) : stop]}", wrong=wrong,
@@ -172,7 +172,7 @@ def _image(parser: MarkdownIt, placed: _Placed, start: int, stop: int, token: To
 
 
 def _of_html(placed: _Placed, content: str, is_jsx: bool, start: int = 0, stop: int | None = None) -> Iterator[Image]:
-    """Those in a part of a token's content, with their places in the page."""
+    """The images of HTML in a part of a token's content, with their places in the page."""
     for image in images_of_html(content[start:stop], is_jsx=is_jsx):
         span = placed.span(start + image.start, start + image.stop)
         edit = placed.span(start + image.edit_start, start + image.edit_stop)

@@ -1,6 +1,6 @@
-"""The pictures of HTML: ``<img>``, and ``<input type=image>``, whose text says what the button does.
+"""The images of HTML: ``<img>``, and ``<input type=image>``, whose text names the action of the button.
 
-Left out: ``<area>`` and ``<svg>``, which have no picture file of their own, and CSS, which has no alt text.
+Left out: ``<area>`` and ``<svg>``, which have no image file, and CSS, which has no alt text.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ VOID = frozenset({
     "meta", "param", "source", "track", "wbr",
 })  # fmt: skip
 LAZY = ("data-src", "data-lazy-src", "data-original", "data-lazy", "data-url", "data-srcset", "data-lazy-srcset")
-"""Where pages that load pictures late keep the address, while ``src`` holds a placeholder."""
+"""Attributes in which lazy-loading pages keep the address, while ``src`` holds a placeholder."""
 CANDIDATE = re.compile(r"[ \t\n\f\r,]*(?P<address>[^ \t\n\f\r]*[^ \t\n\f\r,])(?:[ \t\n\f\r]+(?P<size>[\d.]+)[wx])?")
 COMPUTED = re.compile(r"\{\{|\{%|<%|<\?|\$\{|^\{")
 
 
 def images_of_html(text: str, *, is_xml: bool = False, is_jsx: bool = False) -> Iterator[Image]:
-    """In order. Also those that have a text; see `Image.is_missing`."""
+    """Images in order, also those that have a text; see `Image.is_missing`."""
     base = ""
-    hidden: list[str] = []  # the elements that are open from the outermost hidden one on
+    hidden: list[str] = []  # open elements from the outermost hidden one on
     for tag in tags_of(text, is_xml=is_xml, is_jsx=is_jsx):
         if tag.name == "base" and not base:
             base = tag.value("href").strip()
@@ -49,9 +49,9 @@ def _image(text: str, tag: Tag, base: str, is_within_hidden: bool) -> Image:
         or _hides(tag)
         or [one.lower() for one in role] in (["presentation"], ["none"])
         or bool(tag.value("aria-label").strip() or tag.value("aria-labelledby").strip())
-        or tag.is_computed  # it may have one
+        or tag.is_computed  # it may have an alt text
         or (alt is not None and alt.quote == "{")
-        # Angular, Vue, Alpine and their like bind it under another name.
+        # Angular, Vue, Alpine and others bind it under another name.
         or any(attribute.name in (":alt", "v-bind:alt", "[alt]", "[attr.alt]", "bind:alt", "x-bind:alt", "th:alt")
                for attribute in tag.attributes)
     )  # fmt: skip
@@ -59,11 +59,11 @@ def _image(text: str, tag: Tag, base: str, is_within_hidden: bool) -> Image:
     is_button = tag.name == "input"
     wrong = ""
     if is_button:
-        wrong = "a button: its text has to say what it does; write it yourself"
+        wrong = "a button: its text has to name its action; write it yourself"
     elif COMPUTED.search(address):
-        wrong = "its address is made by a template; write the text there"
+        wrong = "its address comes from a template; write the text in the template"
     elif not address:
-        wrong = "it has no address that can be read here"
+        wrong = "it has no readable address"
     start, stop, before, after, quote = _edit(tag, alt)
     return Image(
         "html", tag.start, tag.stop, address, alt.value if alt is not None else None, start, stop, before, after, quote,
@@ -90,7 +90,7 @@ def _largest(srcset: str) -> str:
 
 
 def _edit(tag: Tag, alt: Attribute | None) -> tuple[int, int, str, str, str]:
-    """From where to where, what comes before and after the text, and within which quotes it is."""
+    """The span to replace, the strings before and after the text, and the quotes around it."""
     if alt is None:
         source = tag.get("src")
         place = source.stop if source is not None and source.has_value else tag.name_stop

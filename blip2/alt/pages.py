@@ -1,4 +1,4 @@
-"""Pages: found in folders, and their bytes as text that goes back to the same bytes."""
+"""Pages: finding them in folders, and lossless conversion between their bytes and text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ HTML, XML = frozenset({".html", ".htm", ".xhtml", ".xht"}), frozenset({".xhtml",
 MARKDOWN, MDX = frozenset({".md", ".markdown", ".mdown", ".mkd", ".mdx"}), frozenset({".mdx"})
 SUFFIXES = HTML | MARKDOWN
 LEFT_OUT = ("node_modules",)
-"""Folders of other people's pages within one's own; not left out where one is named itself."""
+"""Folders of third-party pages, skipped in folders but not if named themselves."""
 
 META_BYTES = 1024
 CHARSET = re.compile(rb"""<meta[^>]*?charset\s*=\s*["']?\s*([^\s"'/>;]+)""", re.IGNORECASE)
 XML_ENCODING = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']+)["']""")
-# What a browser takes these names for.
+# What browsers read for these names.
 WIDER = {
     "ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "gb2312": "gb18030", "gbk": "gb18030",
     "shift_jis": "cp932", "euc_kr": "cp949", "utf-16": "utf-8", "utf-16-le": "utf-8", "utf-16-be": "utf-8",
@@ -34,10 +34,10 @@ MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs
 
 @dataclass(frozen=True)
 class Page:
-    """``path`` as messages have it. ``root``: the folder in which addresses that begin with "/" are, "" if unknown.
+    """``path``: as in messages. ``root``: the folder for addresses that begin with "/", "" if unknown.
 
-    ``mark`` and then ``text`` in ``encoding`` are its bytes. ``new_in``: the encoding for what is added; "ascii" where
-    the page does not say which it has.
+    Its bytes are ``mark`` and then ``text`` in ``encoding``. ``new_in``: the encoding for inserted text; "ascii" if the
+    page does not declare one.
     """
 
     path: str
@@ -52,11 +52,11 @@ class Page:
         return Path(self.path).suffix.lower()
 
     def bytes_of(self, text: str) -> bytes:
-        """The page with this text."""
+        """The bytes of the page with this text."""
         return self.mark + text.encode(self.encoding, _errors(self.encoding))
 
     def line_of(self, place: int) -> int:
-        """From 1 on."""
+        """The line number of an offset, from 1."""
         return bisect_right(self._line_ends, place) + 1
 
     @cached_property
@@ -65,15 +65,15 @@ class Page:
 
 
 def read_page(path: str, root: str = "") -> Page:
-    """Raises CollectionError for what is no page, or none that could be written as it was; OSError."""
+    """Read a page. Raises CollectionError if it is no page or could not be written back unchanged; OSError."""
     if Path(path).suffix.lower() not in SUFFIXES:
-        raise CollectionError(f"{name_of(path)}: no page; give HTML ({_list(HTML)}) or Markdown ({_list(MARKDOWN)})")
+        raise CollectionError(f"{name_of(path)}: not a page; give HTML ({_list(HTML)}) or Markdown ({_list(MARKDOWN)})")
     content = Path(path).read_bytes()
     page = _decoded(path, root, content)
     if page is None or page.bytes_of(page.text) != content:
-        raise CollectionError(f"{name_of(path)}: is not in the encoding that it says it has; save it as UTF-8")
+        raise CollectionError(f"{name_of(path)}: is not in the encoding that it declares; save it as UTF-8")
     if "\0" in page.text:
-        raise CollectionError(f"{name_of(path)}: has NUL bytes, so it is no text; save it as UTF-8")
+        raise CollectionError(f"{name_of(path)}: contains NUL bytes; save it as UTF-8")
     return page
 
 
@@ -85,7 +85,7 @@ def _decoded(path: str, root: str, content: bytes) -> Page | None:
     if not encoding:
         encoding = "utf-8"
         try:
-            # Without a word of its own Markdown is UTF-8; a browser guesses about HTML, from what is there.
+            # Markdown without a declaration is UTF-8; for HTML browsers guess from the content.
             is_told = bool(content.decode("utf-8").strip()) and not content.isascii()
             new_in = "utf-8" if is_told or Path(path).suffix.lower() not in HTML - XML else "ascii"
         except UnicodeDecodeError:
@@ -100,7 +100,7 @@ def _decoded(path: str, root: str, content: bytes) -> Page | None:
 
 
 def _declared(content: bytes) -> str:
-    """The encoding that a page names, as Python calls it; "" if none that is known."""
+    """The declared encoding under Python's name; "" if there is none that is known."""
     head = content[:META_BYTES]
     found = XML_ENCODING.match(head) or CHARSET.search(head)
     if found is None:
@@ -120,14 +120,14 @@ def _errors(encoding: str) -> str:
 
 @dataclass
 class FoundPages:
-    """Each with the folder in which it was found ("" if it was named itself)."""
+    """Each page with the folder in which it was found ("" if it was named itself)."""
 
     pages: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def find_pages(places: Iterable[str], *, recursive: bool = True, exclude: Sequence[str] = ()) -> FoundPages:
-    """Pages by name and in folders, in order; hidden ones, ``exclude`` and `LEFT_OUT` are passed over in folders."""
+    """Pages by name and in folders, in order. Hidden files, ``exclude`` and `LEFT_OUT` are skipped in folders."""
     found = FoundPages()
     for place in places:
         if not os.path.isdir(place):
@@ -146,7 +146,7 @@ def find_pages(places: Iterable[str], *, recursive: bool = True, exclude: Sequen
 
 def _within(top: str, recursive: bool, exclude: Sequence[str], problems: list[str]) -> Iterable[str]:
     def tell(error: OSError) -> None:
-        problems.append(f"{name_of(error.filename)}: this folder cannot be read ({error.strerror}); check its rights")
+        problems.append(f"{name_of(error.filename)}: cannot be read ({error.strerror}); check its permissions")
 
     def is_wanted(folder: str, name: str) -> bool:
         within = os.path.relpath(os.path.join(folder, name), top)

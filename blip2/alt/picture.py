@@ -1,4 +1,4 @@
-"""A picture as it stands in a page: where, what is said of it, and how a text is put there."""
+"""An image in a page: its place, its text, and how a text is inserted."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ NO_TEXT = re.compile(
     re.IGNORECASE,
 )
 FILE_NAME = re.compile(r"\S+\.(?:jpe?g|png|gif|webp|avif|svg|bmp|tiff?|heic)", re.IGNORECASE)
-# Each of these means something else to Markdown, somewhere: emphasis, links, code, tables, formulas, entities.
+# These have a meaning in some Markdown: emphasis, links, code, tables, formulas, entities.
 MARKDOWN_MARKS = re.compile(r"[\\\[\]*_`<&|~$]")
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """``start`` to ``stop``: all of it in the page's text. ``address``: of its picture, as the page gives it, "" if it
-    has none. ``alt``: what is said of it; None if nothing is, not even that it is decoration.
+    """``start`` to ``stop``: its span in the page's text. ``address``: its address as the page gives it, "" if there is
+    none. ``alt``: its text; None if it has none and is not marked as decorative.
 
-    ``edit_start`` to ``edit_stop``: what a text takes the place of, ``before`` and ``after`` around it; a text is
-    written within ``quote``. ``identity``: the picture's markup without its text, by which it is known again.
-    ``wrong``: why it cannot have a text from here, "" if it can.
+    ``edit_start`` to ``edit_stop``: the span that a text replaces, with ``before`` and ``after`` around it and written
+    within ``quote``. ``identity``: the image's markup without its text, by which it is recognised. ``wrong``: why it
+    cannot get a text from here, "" if it can.
     """
 
     syntax: Syntax
@@ -43,13 +43,13 @@ class Image:
     quote: str
     identity: str
     is_hidden: bool = False
-    """Nobody is told of it: decoration, or part of what is hidden from screen readers."""
+    """Screen readers skip it: decorative, or within something hidden."""
     is_button: bool = False
     base: str = ""
-    """What its address is relative to, if the page says that."""
+    """The base of its address, if the page declares one."""
     wrong: str = ""
     is_in_markdown: bool = False
-    """HTML, but within Markdown, where bars divide the cells of a table."""
+    """HTML within Markdown, where bars separate the cells of a table."""
 
     @property
     def is_missing(self) -> bool:
@@ -59,7 +59,7 @@ class Image:
 
     @property
     def is_weak(self) -> bool:
-        """Whether its text says nothing: a file's name, "image"."""
+        """Whether its text is useless: a file name, "image"."""
         alt = (self.alt or "").strip()
         if self.is_hidden or not alt or INSERTION.search(alt):
             return False
@@ -67,12 +67,12 @@ class Image:
         return bool(NO_TEXT.fullmatch(alt) or FILE_NAME.fullmatch(alt)) or alt.lower() == named
 
     def written(self, text: str, encoding: str) -> str:
-        """What takes the place of ``edit_start`` to ``edit_stop``; what ``encoding`` lacks becomes a reference."""
+        """The replacement of ``edit_start`` to ``edit_stop``; characters missing in ``encoding`` become references."""
         if self.syntax == "markdown":
             text = MARKDOWN_MARKS.sub(r"\\\g<0>", text)
         else:
             text = text.replace("&", "&amp;").replace("<", "&lt;")
             text = text.replace('"', "&quot;") if self.quote == '"' else text.replace("'", "&#39;")
             text = text.replace("|", "&#124;") if self.is_in_markdown else text
-        text = text.replace("{", "&#123;").replace("}", "&#125;")  # to templates and MDX these are code
+        text = text.replace("{", "&#123;").replace("}", "&#125;")  # code in templates and MDX
         return self.before + text.encode(encoding, "xmlcharrefreplace").decode(encoding) + self.after

@@ -1,4 +1,4 @@
-"""The report that a person looks over: a table that spreadsheets open, and that is read back however they saved it."""
+"""The report for review: a table that spreadsheets open, read back in whatever form they save it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ YES = frozenset({"yes", "y", "x", "true", "1", "ok"})
 NO = frozenset({"", "no", "n", "false", "0"})
 DECORATIVE = "decorative"
 RISKY = "=+-@\t\r'"
-"""To a spreadsheet a text that begins so is a formula, or marked as none."""
+"""A cell that begins with one of these is a formula to a spreadsheet, or marked as text."""
 MAX_ADDRESS_CHARS = 500
 NEEDED = ("file", "alt", "approved", "check")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A picture of a page. ``file`` as it was named when the report was made, with "/". ``image``: its file, or its
-    address. ``alt``: the text that it is to have, ``old``: the one that it has. ``approved``: yes, or decorative for a
-    picture that nobody needs to be told of; nothing is done without. ``problem``: why there is no text. ``check``: by
-    which the picture is found in the page again."""
+    """An image of a page. ``file``: the page as named when the report was made, with "/". ``image``: its file or URL.
+    ``alt``: the new text. ``old``: the existing one. ``approved``: yes, or decorative for an image that needs no text;
+    rows without it are not applied. ``problem``: why there is no text. ``check``: identifies the image in the page."""
 
     file: str
     line: int
@@ -46,7 +45,7 @@ class Row:
 
     @property
     def is_approved(self) -> bool:
-        """Raises CollectionError for a word that may mean either."""
+        """Raises CollectionError for an unclear word."""
         said = self.approved.strip().lower()
         if said in YES or self.is_decorative:
             return True
@@ -59,7 +58,8 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 def csv_of(rows: Iterable[Row]) -> bytes:
-    """With the mark by which spreadsheets know UTF-8. No cell is a formula, whatever a page says."""
+    """The table with a byte order mark, by which spreadsheets recognise UTF-8. No cell is a formula, whatever a page
+    says."""
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator="\r\n")
     table.writerow(COLUMNS)
@@ -70,8 +70,8 @@ def csv_of(rows: Iterable[Row]) -> bytes:
 
 
 def read_report(path: Path) -> list[Row]:
-    """The rows of a report, with commas, semicolons or tabs, in UTF-8, UTF-16 or what Windows writes; its columns may
-    be in any order, with others among them. Raises CollectionError, OSError."""
+    """The rows of a report, with commas, semicolons or tabs, in UTF-8, UTF-16 or a Windows encoding. Columns may be in
+    any order, and others may be added. Raises CollectionError, OSError."""
     text = _text(path)
     lines = text.splitlines(keepends=True)
     if lines and lines[0].lower().startswith("sep="):
@@ -83,13 +83,13 @@ def read_report(path: Path) -> list[Row]:
             break
     else:
         raise CollectionError(
-            f"{path}: is no report of blip2 alt: its first line does not name the columns {', '.join(NEEDED)}"
+            f"{path}: is not a report of blip2 alt: its first line lacks the columns {', '.join(NEEDED)}"
         )
     csv.field_size_limit(2**24)
     try:
         table = list(csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=delimiter))[1:]
     except csv.Error as error:
-        raise CollectionError(f"{path}: is no table that can be read ({error}); save it as CSV") from None
+        raise CollectionError(f"{path}: cannot be read as a table ({error}); save it as CSV") from None
     return [
         _row({name: _unsafe(cell) for name, cell in zip(names, cells, strict=False)})
         for cells in table
@@ -98,13 +98,13 @@ def read_report(path: Path) -> list[Row]:
 
 
 def check_file(name: str) -> str:
-    """A page's name as a report has it. Raises CollectionError for one that it cannot have."""
+    """A page's name for the report. Raises CollectionError for an impossible one."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        raise CollectionError(f"{name_of(name)}: a name that is not UTF-8: no report can hold it; rename it") from None
+        raise CollectionError(f"{name_of(name)}: its name is not UTF-8, as a report needs it; rename it") from None
     if clean(name) != name and any(not character.isprintable() for character in name):
-        raise CollectionError(f"{name!r}: a name with control characters, which no report can hold; rename it")
+        raise CollectionError(f"{name!r}: the name has control characters, which a report cannot hold; rename it")
     return name
 
 
@@ -114,7 +114,7 @@ def _text(path: Path) -> str:
     try:
         return content.decode(encoding)
     except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")  # as Excel saves "CSV" in the west
+        return content.decode("cp1252", "replace")  # the encoding of Excel's "CSV" in western countries
 
 
 def _row(cells: dict[str, str]) -> Row:

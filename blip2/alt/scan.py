@@ -1,4 +1,4 @@
-"""The pictures of a page, whatever it is written in, and what stands around them."""
+"""The images of a page of any kind, and the text around them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MARKS = re.compile(
 
 
 def images_in(page: Page) -> list[tuple[str, Image]]:
-    """In order, each with a name by which it is known again though other parts of the page change."""
+    """Images in order, each with an identifier that survives changes elsewhere in the page."""
     found = (
         images_of_html(page.text, is_xml=page.suffix in XML)
         if page.suffix in HTML
@@ -42,11 +42,11 @@ def _named(images: Iterator[Image]) -> Iterator[tuple[str, Image]]:
     for image in images:
         digest = hashlib.blake2b(image.identity.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
         seen[digest] += 1
-        yield f"at-{digest}-{seen[digest]}", image  # begins as no number does, so that spreadsheets leave it
+        yield f"at-{digest}-{seen[digest]}", image  # not like a number, so that spreadsheets do not convert it
 
 
 def context_of(page: Page, image: Image) -> str:
-    """The words before and after a picture, with `HERE` in its place."""
+    """The words before and after an image, with `HERE` in its place."""
     before = _words(page.text[max(image.start - AROUND_CHARS, 0) : image.start])
     after = _words(page.text[image.stop : image.stop + AROUND_CHARS])
     if len(before) > CONTEXT_CHARS:

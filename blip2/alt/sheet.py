@@ -1,4 +1,4 @@
-"""The report with its pictures: one page, all in one file, that opens from disk."""
+"""The report with its images: a single HTML file, opened from disk."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ mark { padding: 0 .2em; background: var(--line); color: inherit; border-radius: 
 
 
 def sheet(rows: Sequence[Row], pictures: Sequence[str], name: str) -> str:
-    """Each picture once, with what is proposed for it and where it stands. ``pictures``: of each row its path or
-    address, "" if it has none; ``name``: of the table in which they are approved."""
+    """Each image once, with its proposed text and its places. ``pictures``: the path or URL of each row, "" if there is
+    none. ``name``: the file name of the table in which texts are approved."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row, picture in zip(rows, pictures, strict=True):
         groups.setdefault((picture or f"{row.file}:{row.line}", picture, row.alt), []).append(row)
     number = len(rows)
-    title = f"{number:,} picture{'' if number == 1 else 's'} without alt text"
+    title = f"{number:,} image{'' if number == 1 else 's'} without alt text"
     parts = [_card(picture, some) for (_, picture, _), some in groups.items()]
     head = f'{GENERATOR}\n<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
     body = (
-        f"<header><h1>{title}</h1>\n<p>Mend the texts in {escape(name)}, write yes (or decorative) into its column "
+        f"<header><h1>{title}</h1>\n<p>Edit the texts in {escape(name)}, write yes (or decorative) in the column "
         f"“approved”, and run <code>blip2 alt --apply {escape(name)}</code>.</p></header>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>"
@@ -89,7 +89,7 @@ def _shown(picture: str, alt: str) -> str:
     if re.match("https?:", picture, re.IGNORECASE):
         return f'<a href="{escape(picture)}"><img src="{escape(picture)}" {text} referrerpolicy="no-referrer"></a>'
     if not picture:
-        return '<div class="gone">no picture</div>'
+        return '<div class="gone">no image</div>'
     try:
         data = base64.b64encode(thumbnail(picture, THUMBNAIL_PX)).decode()
     except ImageError:

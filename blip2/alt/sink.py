@@ -1,4 +1,4 @@
-"""The report as the output of a collection: written when all pictures are described, over an earlier one."""
+"""The report as an output of a collection: written when all images are described, keeping earlier edits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from blip2.errors import CollectionError
 
 
 class Report(Plain):
-    """``path`` of the table; a page of the same name with ".html" shows it with the pictures.
+    """``path``: the table; a page of the same name with ".html" shows it with the images.
 
-    What a person wrote into an earlier report of the same name stays, unless ``restart``. ``approve_all``: all that
-    have a text are approved.
+    Edits in an earlier report of the same name are kept, unless ``restart``. ``approve_all``: mark all rows with a text
+    as approved.
     """
 
     def __init__(self, path: Path, found: Survey, *, approve_all: bool = False, restart: bool = False) -> None:
@@ -37,12 +37,12 @@ class Report(Plain):
         check_file(self.page, may_replace=True)
         check_name(self.page)
         if self.page.exists() and GENERATOR.encode() not in self.page.read_bytes()[:4096]:
-            raise CollectionError(f"{self.page}: is there and no report of blip2 alt; give the report another name")
+            raise CollectionError(f"{self.page}: exists and is not a report of blip2 alt; give the report another name")
         if self.path.exists():
             try:
                 earlier = read_report(self.path)
             except OSError as error:
-                raise CollectionError(f"{self.path}: cannot be read ({error.strerror}); check its rights") from None
+                raise CollectionError(f"{self.path}: cannot be read ({error.strerror}); check permissions") from None
             if not self._restart:
                 self._earlier = {(row.file, row.check): row for row in earlier}
 
@@ -73,7 +73,7 @@ class Report(Plain):
 
 
 def failures(found: Survey, results: Iterable[Result]) -> Sequence[str]:
-    """A line for each picture that could not be described, with the first page that shows it."""
+    """A line for each image that could not be described, with the first page that shows it."""
     wrong = {result.key: result.error_message for result in results if result.status == FAILED}
     first = {finding.key: finding.row for finding in reversed(found.findings)}
     return [f"{first[key].file}:{first[key].line}: {message}" for key, message in wrong.items() if key in first]

@@ -1,4 +1,4 @@
-"""All pictures of some pages that have no text, and the collection of those that a model is to describe."""
+"""All images without a text in some pages, and the collection of those to describe."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from blip2.image import name_of
 
 @dataclass(frozen=True)
 class Finding:
-    """``row``: as far as it is known without a model. ``key``: of its picture in `Survey.pictures`, "" if it has none
-    that could be described."""
+    """``row``: what is known without a model. ``key``: of its image in `Survey.pictures`, "" if there is no image to
+    describe."""
 
     row: Row
     key: str
@@ -32,14 +32,14 @@ class Finding:
 
 @dataclass
 class Survey:
-    """``pictures``: each once, by its key: its path or address, or a digest of an address that holds its data."""
+    """``pictures``: each image once, by its key: its path or URL, or a digest of a data URL."""
 
     num_pages: int = 0
     num_images: int = 0
     findings: list[Finding] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    """Pages that could not be read, a line each."""
+    """Pages that could not be read, one line each."""
 
     @property
     def num_by_hand(self) -> int:
@@ -47,7 +47,7 @@ class Survey:
 
 
 def survey(pages: Sequence[tuple[str, str]], *, root: str = "", remote: bool = False, weak: bool = False) -> Survey:
-    """``pages``: each with the folder in which it was found. ``weak``: also pictures whose text says nothing."""
+    """``pages``: each with the folder in which it was found. ``weak``: include images with a useless text."""
     found = Survey()
     for path, folder in pages:
         try:
@@ -56,7 +56,7 @@ def survey(pages: Sequence[tuple[str, str]], *, root: str = "", remote: bool = F
         except CollectionError as error:
             found.problems.append(str(error))
         except OSError as error:
-            found.problems.append(f"{name_of(path)}: cannot be read ({error.strerror}); check the path and its rights")
+            found.problems.append(f"{name_of(path)}: cannot be read ({error.strerror}); check path and permissions")
     return found
 
 
@@ -86,7 +86,7 @@ def _key(picture: str) -> str:
 
 
 class Pictures:
-    """The pictures of a survey as a source of a collection."""
+    """The images of a survey as a source of a collection."""
 
     def __init__(self, pictures: Mapping[str, str]) -> None:
         self._pictures = pictures
@@ -112,7 +112,7 @@ class Pictures:
 
     @cached_property
     def _stamps(self) -> list[str]:
-        """Of each unit, taken once, as those of files are."""
+        """The stamp of each unit, taken once, as for files."""
         found = []
         for unit in self.units:
             digest = hashlib.blake2b(digest_size=16)

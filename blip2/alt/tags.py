@@ -1,7 +1,7 @@
-"""The tags of a page with the exact places of their attributes, as a browser finds them.
+"""The tags of a page with the exact places of their attributes, parsed as in a browser.
 
-What only looks like tags is passed over: comments, scripts and other raw text, CDATA, and the insertions of templates
-(PHP, ``<% %>``, ``{{ }}``, ``{% %}``, ``{# #}``). Places are offsets into the text that is given.
+Skipped: comments, scripts and other raw text, CDATA, and template code (PHP, ``<% %>``, ``{{ }}``, ``{% %}``,
+``{# #}``). Places are offsets into the given text.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from html import unescape
 
 RAW = frozenset({"script", "style", "textarea", "title", "xmp", "iframe", "noembed", "noframes"})
-"""Elements whose content is text and has no tags in it."""
+"""Elements whose content is text without tags."""
 
 BLANK = " \t\n\f\r"
 NO_NAME = BLANK + "/>="
-# The ends of insertions are looked for so far: a lone "{{" in a text hides no more.
+# The end of template code is searched within this many characters, so that a lone "{{" hides no more.
 INSERTION = re.compile(
     r"<\?(?:php\b|=).*?(?:\?>|\Z)|<%.{0,5000}?%>|\{\{(?:(?!\{\{).){0,2000}?\}\}|\{%.{0,2000}?%\}|\{#.{0,2000}?#\}",
     re.DOTALL | re.IGNORECASE,
@@ -24,14 +24,14 @@ INSERTION = re.compile(
 NEXT = re.compile(r"<!--|<!\[CDATA\[|<[!?%]|</?[A-Za-z]|\{[{%#]", re.DOTALL)
 COMMENT = re.compile(r"<!--(?:-?>|.*?(?:--!?>|\Z))", re.DOTALL)
 TAG_NAME = re.compile(r"[^ \t\n\f\r/>]+")
-# In an attribute a name without ";" is none before "=" or a letter: "?a=1&copy=2".
+# In an attribute, an entity without ";" is not one before "=" or a letter: "?a=1&copy=2".
 REFERENCE = re.compile(r"&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[A-Za-z][A-Za-z0-9]*(?:;|(?![A-Za-z0-9=])))")
 
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """``start`` to ``stop``: all of it; ``value_start`` to ``value_stop``: its value as it stands there, without the
-    quotes. ``quote``: " or ', { for an expression of JSX, "" if there is none. ``value``: what it stands for."""
+    """``start`` to ``stop``: its span. ``value_start`` to ``value_stop``: its raw value without quotes. ``quote``: " or
+    ', { for a JSX expression, "" if there is none. ``value``: the decoded value."""
 
     name: str
     start: int
@@ -48,8 +48,8 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """``name`` in small letters, with "/" before it for an end tag. ``name_stop``: where the name ends.
-    ``is_computed``: insertions of a template stand between its attributes, so that nobody knows which it has."""
+    """``name`` in lower case, with "/" before it for an end tag. ``name_stop``: where the name ends. ``is_computed``:
+    template code stands between its attributes, so that they are not known."""
 
     name: str
     start: int
@@ -61,18 +61,18 @@ class Tag:
     """It ends with "/>"."""
 
     def get(self, name: str) -> Attribute | None:
-        """The first of that name, which is the one that counts."""
+        """The first attribute of that name, which browsers use."""
         return next((attribute for attribute in self.attributes if attribute.name == name), None)
 
     def value(self, name: str) -> str:
-        """"" if there is none."""
+        """The value; "" if there is none."""
         return found.value if (found := self.get(name)) is not None else ""
 
 
 def tags_of(text: str, *, is_xml: bool = False, is_jsx: bool = False) -> Iterator[Tag]:
     """The tags in order. ``is_xml``: "/>" ends any element; ``is_jsx``: attributes may be ``{expressions}``."""
     place = 0
-    foreign = 0  # within <svg> or <math>, where "/>" ends an element
+    foreign = 0  # depth within <svg> or <math>, where "/>" ends an element
     while (found := NEXT.search(text, place)) is not None:
         start = found.start()
         if (stop := _passed_over(text, start)) is not None:
@@ -82,7 +82,7 @@ def tags_of(text: str, *, is_xml: bool = False, is_jsx: bool = False) -> Iterato
             place = start + 1
             continue
         if (tag := _tag(text, start, is_jsx)) is None:
-            return  # a browser drops all from a tag on that does not end
+            return  # browsers drop everything from an unclosed tag on
         yield tag
         place = tag.stop
         if tag.name in ("svg", "math") and not tag.is_closed:
@@ -97,7 +97,7 @@ def tags_of(text: str, *, is_xml: bool = False, is_jsx: bool = False) -> Iterato
 
 
 def _passed_over(text: str, start: int) -> int | None:
-    """Where what begins here ends, if it is no tag."""
+    """The end of a comment, template code or the like that begins here; None if it is a tag."""
     if (insertion := _insertion(text, start)) is not None:
         return insertion
     if (found := COMMENT.match(text, start)) is not None:
@@ -110,7 +110,7 @@ def _passed_over(text: str, start: int) -> int | None:
 
 
 def _tag(text: str, start: int, is_jsx: bool) -> Tag | None:
-    """None if it does not end."""
+    """None if it is not closed."""
     is_end = text[start + 1] == "/"
     named = TAG_NAME.match(text, start + 1 + is_end)
     assert named is not None
@@ -136,7 +136,7 @@ def _tag(text: str, start: int, is_jsx: bool) -> Tag | None:
 
 
 def _attribute(text: str, start: int, is_jsx: bool) -> tuple[Attribute | None, bool]:
-    """The attribute that begins here, None if it does not end; and whether a template inserts a part of its name."""
+    """The attribute that begins here, None if it is not closed; and whether template code is part of its name."""
     place, has_insertion = start, False
     while place < len(text) and (text[place] not in NO_NAME or place == start):
         if (insertion := _insertion(text, place)) is not None:
@@ -170,7 +170,7 @@ def _attribute(text: str, start: int, is_jsx: bool) -> tuple[Attribute | None, b
 
 
 def _quoted_end(text: str, start: int, quote: str) -> int | None:
-    """Where a value ends; the quotes within an insertion are a template's own."""
+    """The end of a value; quotes within template code do not count."""
     place = start
     mark = re.compile(rf"{quote}|<[?%]|\{{[{{%#]")
     while (found := mark.search(text, place)) is not None:
@@ -181,7 +181,7 @@ def _quoted_end(text: str, start: int, quote: str) -> int | None:
 
 
 def _insertion(text: str, start: int) -> int | None:
-    """Where what a template inserts here ends, if it does."""
+    """The end of the template code that begins here, if any."""
     found = INSERTION.match(text, start) if text[start] in "<{" else None
     return found.end() if found is not None else None
 
@@ -196,5 +196,5 @@ def _after_braces(text: str, start: int) -> int:
 
 
 def plain(value: str) -> str:
-    """What an attribute's value stands for."""
+    """The decoded value of an attribute."""
     return REFERENCE.sub(lambda found: unescape(found[0]), value)

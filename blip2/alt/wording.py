@@ -1,4 +1,4 @@
-"""From a caption to an alt text: a function of texts alone."""
+"""From a caption to an alt text: a pure function of texts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from blip2.collection.run import Outcome
 from blip2.collection.wording import clean, shortened, tidy, without_repeats
 
 MAX_CHARS = 125
-"""Screen readers read an alt text in one go; authors' guides and linters draw the line here."""
+"""Maximum length: screen readers read an alt text without a pause, and guides and linters have this limit."""
 
-# A screen reader says "image" itself. A painting or a drawing is another thing than what it shows: that stays.
+# Screen readers say "image" themselves. "Painting" and "drawing" are information and stay.
 OPENING = re.compile(
     r"(?:(?:this|here|there) (?:is|are) |this )?(?:(?:an?|the|some|two|close[- ]?up|stock|color|colou?r|old) )*"
     r"(?:images?|pictures?|photos?|photographs?|pics?)(?: (?:of|showing|shows|depicting|depicts|with|that shows"
@@ -34,5 +34,5 @@ def alt_text(caption: str) -> str:
 
 
 def word(record: Record, outcome: Outcome) -> str:
-    """For `Job.word`: of the first caption of which something is left."""
+    """For `Job.word`: from the first caption that is not empty afterwards."""
     return next(filter(None, map(alt_text, outcome.captions)), "")

@@ -1,4 +1,4 @@
-"""The front door for Python: `load` a model, and ask it about pictures.
+"""The Python API: `load` a model, then give it images.
 
     blip = load()                                       # the bundled miniature, or a folder, or a hub name
     blip.caption("beach.jpg")                           # 'a woman sitting on the beach with a dog'
@@ -6,11 +6,11 @@
     blip.ask("beach.jpg", "how many dogs are there?")   # 'one'
 
     matcher = load("miniature-itm")
-    matcher.match("beach.jpg", ["a dog", "a cat"])      # how well each text fits
-    matcher.explain("beach.jpg", "a dog").overlay()     # where it looks; a Pipeline explains answers and words
+    matcher.match("beach.jpg", ["a dog", "a cat"])      # how well each text matches
+    matcher.explain("beach.jpg", "a dog").overlay()     # a heat map; a Pipeline explains answers and words
 
-One picture gives one answer, a list gives a list. Wherever a picture is taken, an encoded one may stand in its
-place, and the image encoder does not run again.
+One image gives one answer, a list gives a list. An encoded image is accepted wherever an image is, and skips the image
+encoder.
 """
 
 from blip2.api.loading import find_device, find_dtype, load

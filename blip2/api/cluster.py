@@ -1,4 +1,4 @@
-"""A cluster of Ray's: one is joined, or started on this machine; what each replica has of it; workers as its actors."""
+"""Ray clusters: connecting, starting one on this machine, the share of each replica, and actors as workers."""
 
 from __future__ import annotations
 
@@ -22,58 +22,58 @@ from blip2.collection.dispatch import Died, Failed, Given, Message, More, Ready
 from blip2.errors import CollectionError, OptionError
 
 OBJECT_STORE_BYTES = 100_000_000
-"""Only what is large goes through it; by default Ray takes a third of the memory."""
+"""Bytes of Ray's object store, only used for large objects; by default Ray takes a third of the memory."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
-"""Ray tells its makers nothing, and keeps its log in files of its own."""
+"""Turns off Ray's usage reports, and keeps its log in files."""
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""A cluster of one machine, whose many ports are open to that machine alone; on other systems that is Ray's default."""
+"""Options for a cluster on one machine whose ports are only open to it; the default on systems other than Linux."""
 
 
 def prepare(address: str | None) -> None:
-    """Before Ray is imported, which reads the environment once."""
+    """Set environment variables. Call it before Ray is imported, which reads them once."""
     os.environ.update(QUIET)
     if address is None:
         os.environ.update(ALONE)
-        if "RAY_AUTH_MODE" not in os.environ:  # a key that ends with us, in place of one in a file
+        if "RAY_AUTH_MODE" not in os.environ:  # a temporary key instead of one in a file
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def connect(ray: Any, address: str | None, *, is_quiet: bool = False) -> None:
-    """To a cluster, or to one that is started on this machine and ends with us. ``is_quiet``: what its processes print
-    is not seen here. Raises OptionError."""
+    """Connect to a cluster, or start one on this machine that ends with this process. ``is_quiet``: hides the output of
+    its processes. Raises OptionError."""
     asked = {"logging_level": "error", "log_to_driver": not is_quiet}
     if address is not None:
-        if "://" in address:  # a client of Ray's, which cannot pass on an answer as it is written
-            raise OptionError(f"--address is {address}; give HOST:PORT, on a machine that belongs to the cluster")
+        if "://" in address:  # Ray Client cannot stream results
+            raise OptionError(f"--address is {address}; give HOST:PORT, on a machine of the cluster")
         host, _, port = address.rpartition(":")
         try:
-            if host and port.isdigit():  # where nobody listens, Ray would try for minutes
+            if host and port.isdigit():  # Ray would retry for minutes if nothing is listening
                 socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             ray.init(address, **asked)
         except (OSError, ValueError) as error:
-            raise OptionError(f"no Ray cluster can be had at {address} ({error}); give HOST:PORT, or auto") from error
+            raise OptionError(f"no Ray cluster at {address} ({error}); give HOST:PORT, or auto") from error
         return
     ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **asked)
 
 
 def shares(nodes: Sequence[dict[str, Any]], replicas: int, device: str) -> dict[str, Any]:
-    """What each replica is given: a GPU, if there are any, and an equal share of the processors.
+    """The resources of each replica: a GPU, if there are any, and an equal share of the processors.
 
-    OptionError if there is not enough of either.
+    Raises OptionError if there are too few.
     """
     found = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = int(sum(resources.get("GPU", 0) for resources in found))
     needs_gpu = device.startswith("cuda") or (device == "auto" and gpus > 0)
     if needs_gpu and gpus < replicas:
-        raise OptionError(f"--replicas is {replicas}, one GPU each, and there are {gpus}; give fewer, or --device cpu")
+        raise OptionError(f"--replicas is {replicas}, one GPU each, but there are {gpus}; give fewer, or --device cpu")
     if ":" in device:
         raise OptionError(f"--device {device} is one GPU, but Ray gives each replica its own; use cuda or auto")
-    # A replica cannot lie on two machines, so the share is one of which the machines together hold enough.
+    # A replica cannot span machines, so the share must fit often enough into the single machines.
     cpus = [resources.get("CPU", 0) for resources in found]
     sizes = [int(each / parts * 1e4) / 1e4 for each in cpus for parts in range(1, replicas + 1)]
     share = max((size for size in sizes if size and sum(each // size for each in cpus) >= replicas), default=0)
     if not share:
-        raise OptionError("the cluster has no processor to give; see: ray status")
+        raise OptionError("the cluster has no free processor; see: ray status")
     return {"num_cpus": share, "num_gpus": int(needs_gpu)}
 
 
@@ -81,28 +81,28 @@ def shares(nodes: Sequence[dict[str, Any]], replicas: int, device: str) -> dict[
 
 
 class Actors:
-    """`dispatch.Workers`, by plain actors of Ray's, each with one call at a time, which gives messages as they come.
+    """`dispatch.Workers` as Ray actors. Each runs one call at a time and streams its messages.
 
-    ``order``: a pickled `worker.Order`. Ray restarts nothing by itself, since a worker has to be told what was done;
-    and nothing is given up for being slow.
+    ``order``: a pickled `worker.Order`. Ray must not restart an actor itself, since a worker has to know what is
+    finished. There is no timeout for slow workers.
     """
 
     def __init__(self, order: bytes, number: int, address: str | None, device: str) -> None:
         self.number = number
         self._undo = ExitStack()
-        if "ray" not in sys.modules:  # else its settings are those of the program that calls us
+        if "ray" not in sys.modules:  # otherwise the calling program has set it up
             prepare(address)
         import ray
 
         self._ray: Any = ray
         if not ray.is_initialized():
-            # In a thread Ray's Python puts no signal handlers; what Ray starts ends with the thread that started it.
+            # In a thread Ray installs no Python signal handlers. Its processes end with the thread that started them.
             aside = self._undo.enter_context(ThreadPoolExecutor(1))
             is_main = threading.current_thread() is threading.main_thread()
             heeded = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM) if is_main}
             self._undo.callback(ray.shutdown)
             aside.submit(connect, ray, address, is_quiet=True).result()
-            for kind, handler in heeded.items():  # Ray's C++ has put one, which aborts
+            for kind, handler in heeded.items():  # Ray's C++ code has installed one that aborts
                 signal.signal(kind, handler)
         try:
             share = shares(ray.nodes(), number, device)
@@ -145,13 +145,13 @@ class Actors:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what Ray tells, which is many."""
+    """The last line of Ray's message, which has many."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return f"Ray: {lines[-1][:300]}" if lines else type(error).__name__
 
 
 class _Actor:
-    """A worker; its errors are messages, so that they come as they are."""
+    """A worker. Its errors are sent as messages, so that they arrive unchanged."""
 
     def __init__(self, number: int, threads: int) -> None:
         self._number = number
@@ -160,13 +160,13 @@ class _Actor:
     def begin(self, order: bytes, version: str) -> Iterator[bytes]:
         try:
             if version != __version__:
-                where = f"{socket.gethostname()} has blip2 {__version__}, and this machine {version}"
-                raise CollectionError(f"{where}; what they write may differ, install the same on both")
+                where = f"{socket.gethostname()} has blip2 {__version__}, and this machine has {version}"
+                raise CollectionError(f"{where}; results may differ, so install the same version on both")
             read = pickle.loads(order)
-            if read.threads is None:  # the user chose
+            if read.threads is None:  # set by the user
                 self._worker = Worker(read, self._number, None)
             else:
-                os.environ.pop("OMP_NUM_THREADS", None)  # Ray's: 1, or its share
+                os.environ.pop("OMP_NUM_THREADS", None)  # set by Ray: 1, or its share
                 self._worker = Worker(replace(read, threads=self._threads), self._number, None)
         except BaseException as error:
             yield pickle.dumps(Failed(sendable(error)))

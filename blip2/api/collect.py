@@ -1,4 +1,4 @@
-"""Whole collections: any source through a model into any format, stopped and resumed at will."""
+"""Whole collections: any source through a model into any format, with resuming."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from blip2.text import question_prompt
 
 LOADING = tuple(LoadOptions.__annotations__)
 SAME_RESULTS = ("device",)
-"""Options of loading that change no result."""
+"""Options of `load` that do not change results."""
 PathLike = str | os.PathLike[str]
 Places = PathLike | Sequence[PathLike]
 
 
 @dataclass(frozen=True)
 class Model:
-    """``name``: of what is loaded when it is needed, with ``options``; or a model that is there, ``loaded``. ``kind``:
-    raises CheckpointError for a model of another kind."""
+    """``name``: the model to load on demand, with ``options``; or a ``loaded`` model. ``kind``: raises CheckpointError
+    for a model of another kind."""
 
     kind: Callable[[Any], Any]
     name: str | None
@@ -51,7 +51,7 @@ class Model:
 
     @cached_property
     def told(self) -> dict[str, Any]:
-        """What is known of it while it is not loaded."""
+        """What is known of the model before it is loaded, for `Journal.begin`."""
         if self.loaded is not None:
             return {"model": self.loaded.name}
         options = {name: value for name, value in self.options.items() if name not in SAME_RESULTS}
@@ -60,19 +60,19 @@ class Model:
 
     @cached_property
     def revision(self) -> str:
-        """The commit that is used of a published model, "" if there is none to tell."""
+        """The commit of a published model; "" if there is none."""
         published = PUBLISHED.get(self.name or "")
         return self.options.get("revision") or (published.revision if published is not None else None) or ""
 
     def agreed(self, journal: Journal | Facts) -> None:
-        """That its files are those of earlier runs, as far as they are here. Raises CollectionError."""
+        """Check that its files, as far as they exist here, are those of earlier runs. Raises CollectionError."""
         if self.loaded is None:
             with suppress(CheckpointError, OSError):
                 folder = checkpoint.resolve(self.name, revision=self.options.get("revision"), local_files_only=True)
                 journal.agree("the model's files", digest_of_folder(folder))
 
     def get(self, journal: Journal | Facts) -> Any:
-        """Raises CheckpointError, and CollectionError if it is another one than that of earlier runs."""
+        """The loaded model. Raises CheckpointError, and CollectionError if earlier runs used another one."""
         found = self.anyhow()
         self.agreed(journal)
         model = found.model if isinstance(found, Matcher) else found.speaker.model
@@ -81,18 +81,18 @@ class Model:
         return found
 
     def anyhow(self) -> Any:
-        """Raises CheckpointError."""
+        """The loaded model, without the check. Raises CheckpointError."""
         return self.loaded or self.kind(load("miniature" if self.name is None else self.name, **self.options))
 
 
 @dataclass(frozen=True)
 class CollectionRun:
-    """A run that is checked and can begin. ``plan``: its source, its outputs, and what it would do."""
+    """A checked run that can start. ``plan``: its source, outputs, and what it would do."""
 
     plan: Plan
     model: Model
     work: Callable[[Callable[[Model], Any]], Work]
-    """Is given what loads models. It can be pickled, for workers."""
+    """Makes the work, given a function that loads models. Can be pickled, for workers."""
     batch_size: int
     machines: Machines = field(default_factory=Machines)
 
@@ -100,21 +100,21 @@ class CollectionRun:
         self.machines.check(self.model, self.plan.source, self.plan.request.going.limit)
 
     def got(self, journal: Journal | Facts, model: Model) -> Any:
-        """The journal is of one model alone."""
+        """The model; the journal checks that it is the same one."""
         return model.get(journal) if model == self.model else model.anyhow()
 
     def run(self, on_results: OnResults = lambda summary, results: None, *, html: PathLike | None = None) -> Summary:
-        """Do what is not done yet, and then write the page of review; a model is loaded only if it is needed.
+        """Process what is not finished, then write the review page. A model is only loaded if it is needed.
 
-        Raises CollectionError, also where there is no room, and CheckpointError; what was done until then is kept.
+        Raises CollectionError, also if the disk is full, and CheckpointError; finished results are kept.
         """
         try:
             return self._run(on_results, html)
         except OSError as error:
             where = error.filename or self.plan.request.outputs.output or self.plan.journal.folder.parent
             raise CollectionError(
-                f"{where}: cannot be written or read ({error.strerror or error}); what was done is kept; mend that, "
-                "and the same command goes on"
+                f"{where}: cannot be written or read ({error.strerror or error}); finished results are kept; fix that, "
+                "and the same command resumes"
             ) from error
 
     def _run(self, on_results: OnResults, html: PathLike | None) -> Summary:
@@ -164,10 +164,10 @@ def caption_collection(
     best. ``on_results`` is called after every few images, from another thread; ``html``: a review page, written at
     the end.
 
-    For loops of your own: `captioning` checks everything without starting, and its ``plan`` lists what it would do;
-    `blip2.collection` has sources, sinks and `run`, and `blip2.api.work` the work of a model on records.
+    For loops of your own: `captioning` checks everything without starting, and its ``plan`` lists what it would do.
+    `blip2.collection` has sources, sinks and `run`; `blip2.api.work` applies models to records.
 
-    An unreadable image is counted in the summary, and the others go on. Raises OptionError and CollectionError
+    An unreadable image is counted in the summary, and the run continues. Raises OptionError and CollectionError
     before the model is loaded, CheckpointError, and CollectionError if the disk is full.
     """
     return captioning(source, output, model=model, **options).run(on_results, html=html)
@@ -218,18 +218,18 @@ def captioning(
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> CollectionRun:
-    """`caption_collection` before it begins: all that can be known to be wrong is told here."""
+    """`caption_collection` without starting it. Everything that can be checked is checked here."""
     speaker, rest = model_of(as_pipeline, model, options)
     written = {name: rest.pop(name) for name in NAMES if name in rest}
     written |= {"num_return": num_captions} if num_captions != 1 else {}
     decoding, machines = merged(CAPTION, written), Machines.of(rest)
     check_batch_size(batch_size)
     if pick not in (None, "best"):
-        raise OptionError(f"{option('pick')} is {pick!r}; it may be 'best'")
+        raise OptionError(f"{option('pick')} is {pick!r}; use 'best'")
     if pick and decoding.num_return < 2:
-        raise OptionError(f"{option('pick')} has nothing to choose from; raise {option('num_return')} above 1")
+        raise OptionError(f"{option('pick')} needs several captions; set {option('num_return')} above 1")
     if matcher is not None and not pick:
-        raise OptionError(f"{option('matcher')} means nothing without {option('pick')}; leave it out")
+        raise OptionError(f"{option('matcher')} needs {option('pick')}; leave it out")
     judge, _ = model_of(as_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
     told = {**speaker.told, "prompt": prompt, **asdict(decoding), "pick": pick or ""}
     told |= {"matcher": judge.told["model"]} if judge is not None else {}
@@ -251,8 +251,8 @@ def asking(
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> CollectionRun:
-    """`ask_collection` before it begins: all that can be known to be wrong is told here. ``choices_column``: where rows
-    have choices of their own. ``wording``: words around each question in the place of the model's own."""
+    """`ask_collection` without starting it. ``choices_column``: the column of each row's own choices. ``wording``: a
+    template around each question, instead of the model's own."""
     speaker, rest = model_of(as_pipeline, model, options)
     asked = [questions] if isinstance(questions, str) else list(questions)
     for question in asked:
@@ -262,12 +262,12 @@ def asking(
     written = {name: rest.pop(name) for name in NAMES if name in rest}
     if (choices is not None or choices_column) and written:
         unused = option(next(iter(written)))
-        raise OptionError(f"{unused} means nothing with choices: no answer is written; leave it out")
+        raise OptionError(f"{unused} has no effect with choices: nothing is generated; leave it out")
     chosen = None if choices is None else check_choices(choices)
     decoding, machines = merged(ASK, written), Machines.of(rest)
     check_batch_size(batch_size)
     if len(asked) > 1 and any(rest.get(name) for name in ("sidecar", "xmp", "embed")):
-        raise OptionError(f"{len(asked)} questions give several answers a picture; give {option('output')} a table")
+        raise OptionError(f"{len(asked)} questions need a table with several rows per image; give {option('output')}")
     plan = planned_run(
         source, output, rest, speaker,
         {"task": "ask", **speaker.told, **({"choices": by} if (by := chosen or choices_column) else asdict(decoding)),
@@ -290,15 +290,15 @@ def matching(
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> CollectionRun:
-    """How well texts fit all pictures of a collection, the best first, with scores: ``top`` of them, as
-    `Matcher.classify` ranks them; ``words``: around each text, such as "a photo of a {}"."""
+    """How well texts match all images of a collection, best first, with scores: ``top`` of them, ranked as in
+    `Matcher.classify`. ``words``: the text around each label, such as "a photo of a {}"."""
     judge, rest = model_of(as_matcher, model or "miniature-itm", options)
     if "{}" not in words:
-        raise OptionError(f"{option('template')} is {words!r}, which has no place for the text; write {{}} there")
+        raise OptionError(f"{option('template')} is {words!r}, without a place for the text; add {{}} there")
     if not texts:
         raise OptionError("there is no text; give at least one to compare with")
     if top is not None and top < 1:
-        raise OptionError(f"{option('top')} is {top}, which leaves nothing to tell; use 1 or more")
+        raise OptionError(f"{option('top')} is {top}, use 1 or more")
     check_batch_size(batch_size)
     number = len(texts) if top is None else top
     nearest = len(texts) if top is None else candidates
@@ -310,7 +310,7 @@ def matching(
 
 
 def made(make: Callable[..., Work], arguments: Sequence[Any], get: Callable[[Model], Any]) -> Work:
-    """Models among the arguments are loaded by ``get``."""
+    """Calls ``make`` with models among the arguments loaded by ``get``."""
     return make(*(get(each) if isinstance(each, Model) else each for each in arguments))
 
 
@@ -320,7 +320,7 @@ def model_of(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any])
     rest = {name: value for name, value in options.items() if name not in LOADING}
     if isinstance(model, Pipeline | Matcher):
         if loading:
-            raise OptionError(f"{option(next(iter(loading)))} is for a model that is loaded here; leave it out")
+            raise OptionError(f"{option(next(iter(loading)))} is for loading a model, which is done here; leave it out")
         return Model(kind, None, {}, model), rest
     return Model(kind, None if model is None else str(model), loading), rest
 
@@ -330,11 +330,11 @@ def planned_run(
 ) -> Plan:
     if options.get("dedupe") and told.get("sample") and told.get("seed") is None:
         raise OptionError(
-            f"{option('dedupe')} gives equal pictures one text, and what is sampled without a seed differs each time; "
+            f"{option('dedupe')} gives equal images the same text, but sampling without a seed differs each time; "
             f"give {option('seed')}, or leave out {option('dedupe')}"
         )
     check_names(options, [*READING, *OUTPUTS, *WORDING, *GOING, *MACHINES], [*NAMES, *LOADING])
-    if not view.get("takes_text", True) and str(output).endswith(".jsonl"):  # scores and questions, too
+    if not view.get("takes_text", True) and str(output).endswith(".jsonl"):  # so that scores and questions are included
         options = {"format": "jsonl", **options}
     places = [source] if isinstance(source, str | os.PathLike) else list(source)
     constants = {"model": model.told["model"], "revision": model.revision}

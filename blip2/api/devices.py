@@ -1,4 +1,4 @@
-"""Workers as processes of this machine, each with its models on a device of its own."""
+"""Workers as processes on this machine, each with its models on a separate device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 from blip2.collection.dispatch import Died, Given, Message
 
 END_S = 5.0
-"""For a process to end whose input has ended."""
+"""Seconds for a process to end after its input has ended."""
 
 
 class Processes:
-    """`dispatch.Workers`. ``order``: a pickled `worker.Order`. They are no children of `multiprocessing`, which would
-    run the program that called us once more in each."""
+    """`dispatch.Workers` as processes. ``order``: a pickled `worker.Order`. Not `multiprocessing`, which would run the
+    calling program again in each process."""
 
     def __init__(self, order: bytes, devices: Sequence[str]) -> None:
         self.number = len(devices)
@@ -31,7 +31,7 @@ class Processes:
 
     def start(self, worker: int) -> None:
         code = f"import sys; sys.path[:] = {sys.path!r}; from blip2.api.worker import main; main()"
-        apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for us alone
+        apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is only for this process
         if sys.platform == "win32":
             apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         process = subprocess.Popen(
@@ -41,13 +41,13 @@ class Processes:
         Thread(target=self._listen, args=(worker, process), daemon=True).start()
 
     def give(self, worker: int, given: Given | None) -> None:
-        with suppress(OSError, ValueError):  # a death is heard of
+        with suppress(OSError, ValueError):  # a dead worker is noticed elsewhere
             self._tell(self._processes[worker], pickle.dumps(given))
 
     def hear(self) -> tuple[int, Message]:
         while True:
             with suppress(Empty):
-                return self._heard.get(timeout=1)  # so that Ctrl-C is heard on every system
+                return self._heard.get(timeout=1)  # so that Ctrl-C works on every system
 
     def close(self) -> None:
         for process in self._processes.values():
@@ -62,12 +62,12 @@ class Processes:
 
     def _listen(self, worker: int, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        with suppress(OSError, ValueError):  # it has died, or was ended, meanwhile
+        with suppress(OSError, ValueError):  # it has died or was ended meanwhile
             self._tell(process, pickle.dumps((worker, self._devices[worker])) + self._order)
         while True:
             try:
                 self._heard.put((worker, pickle.load(process.stdout)))
-            except Exception:  # its end, maybe in the middle of a word
+            except Exception:  # end of output, perhaps in the middle of a message
                 break
         process.stdout.close()
         self._heard.put((worker, Died(_reason(process.wait()))))
@@ -84,7 +84,7 @@ def _reason(code: int) -> str:
         return f"it ended with code {code}"
     with suppress(ValueError):
         name = signal.Signals(-code).name
-        return f"{name}, as when memory is full" if name == "SIGKILL" else name
+        return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
     return f"signal {-code}"
 
 

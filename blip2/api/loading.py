@@ -1,4 +1,4 @@
-"""`load`: the front door for Python. A model by its name, ready to be asked about pictures."""
+"""`load`: a model by name, ready for use."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def load(
     where = device if device == "auto" else str(find_device(device))
     folder = checkpoint.resolve(name, revision=revision)
     adapters = Adapters.of(adapter)
-    # What is wrong with the small files is told before the large ones are read.
+    # Check the small files before reading the large ones.
     config = checkpoint.read_config(folder)
     tokenizer, settings = Tokenizer.from_folder(folder), checkpoint.image_settings(folder, config)
     reads_prompt = isinstance(config, Blip2Config) and config.reads_prompt
     instruction_tokenizer = Tokenizer.from_folder(folder / checkpoint.QFORMER_TOKENIZER) if reads_prompt else None
     if chat_template and not isinstance(config, Blip2Config):
-        raise OptionError(f"{option('chat_template')} is for models that write; {name} compares, leave it out")
+        raise OptionError(f"{option('chat_template')} is for generative models, and {name} is a matching model")
     if chat_template and reads_prompt:
         raise OptionError(
             f"{option('chat_template')} is not for an InstructBLIP such as {name}, whose Q-Former reads the question "
@@ -100,37 +100,37 @@ def load(
 
 
 def as_pipeline(found: Pipeline | Matcher) -> Pipeline:
-    """What `load` gave, if it writes; else CheckpointError."""
+    """What `load` returned, if it is generative; else CheckpointError."""
     if not isinstance(found, Pipeline):
         raise CheckpointError(
-            f"{found.name} is a matching model: it compares images with texts and has no language model to answer "
-            "with; name a generative one here, such as Salesforce/blip2-opt-2.7b, or none for the bundled miniature"
+            f"{found.name} is a matching model, which compares images with texts and generates nothing; "
+            "name a generative model, such as Salesforce/blip2-opt-2.7b, or none for the bundled miniature"
         )
     return found
 
 
 def as_matcher(found: Pipeline | Matcher) -> Matcher:
-    """What `load` gave, if it compares; else CheckpointError."""
+    """What `load` returned, if it is a matching model; else CheckpointError."""
     if not isinstance(found, Matcher):
         raise CheckpointError(
-            f"{found.name} writes about images and does not compare them with texts; name a matching model here, such "
+            f"{found.name} is a generative model, which cannot compare images with texts; name a matching model, such "
             "as Salesforce/blip2-itm-vit-g, or none for the bundled miniature-itm"
         )
     return found
 
 
 def find_device(device: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one. OptionError if it is not there."""
+    """The device of that name; "auto" is the GPU if there is one. OptionError if it cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
         if found.type == "meta":
-            raise RuntimeError("it computes nothing")
+            raise RuntimeError("it does not compute")
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0].partition("Expected one of")[0].rstrip(".") or "there is no such kind"
-        if reason.startswith("Could not run"):  # pages about operators
+        if reason.startswith("Could not run"):  # a long text about operators
             reason = "this torch is not built for it"
         raise OptionError(
             f"{option('device')} {device!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N"
@@ -139,7 +139,7 @@ def find_device(device: str) -> torch.device:
 
 
 def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A precision by its name; OptionError for another name."""
+    """A dtype by its name; OptionError for another name."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -148,12 +148,12 @@ def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def manner_of(model: str | Path | Pipeline | None) -> str:
-    """How it is asked (`text.question_prompt`), as far as that is known before it is loaded: "instruct" of an
-    InstructBLIP that is here, else "opt", whose rules are those of all others."""
+    """The prompt format (`text.question_prompt`), as far as it is known without loading: "instruct" for a local
+    InstructBLIP, else "opt", whose rules apply to all others."""
     if isinstance(model, Pipeline):
         return model.speaker.model.config.manner
     try:
         config = checkpoint.read_config(checkpoint.resolve(model, local_files_only=True))
-    except CheckpointError:  # which is told where it is loaded
+    except CheckpointError:  # reported when the model is loaded
         return "opt"
     return "instruct" if isinstance(config, Blip2Config) and config.reads_prompt else "opt"

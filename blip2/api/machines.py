@@ -1,4 +1,4 @@
-"""On which devices, or by how many machines, a collection is done: by workers of either kind."""
+"""The devices or machines that process a collection, with either kind of worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """``devices``: of this machine, a worker on each ("0,1", "cuda:1", "cpu,cpu"); or ``engine`` "ray" with
+    """``devices``: of this machine, with a worker on each ("0,1", "cuda:1", "cpu,cpu"); or ``engine`` "ray" with
     ``replicas`` workers, on the cluster at ``address`` or on this machine. With neither, there are no workers."""
 
     devices: str | Sequence[str] | None = None
@@ -35,24 +35,24 @@ class Machines:
 
     def __post_init__(self) -> None:
         if self.engine not in (None, "ray"):
-            raise OptionError(f"{option('engine')} is {self.engine!r}; it may be 'ray'")
+            raise OptionError(f"{option('engine')} is {self.engine!r}; use 'ray'")
         for name in ("replicas", "address"):
             if self.engine is None and getattr(self, name) is not None:
-                raise OptionError(f"{option(name)} is for {option('engine')} ray; add that, or leave it out")
+                raise OptionError(f"{option(name)} needs {option('engine')} ray; add that, or leave it out")
         if self.devices is not None and self.engine is not None:
-            raise OptionError(f"{option('devices')} are of this machine alone; leave out {option('engine')} or them")
+            raise OptionError(f"{option('devices')} and {option('engine')} exclude each other; leave out one")
         if self.replicas is not None and self.replicas < 1:
             raise OptionError(f"{option('replicas')} is {self.replicas}; use 1 or more")
         if self.engine is not None and find_spec("ray") is None:
             raise OptionError(f"{option('engine')} ray needs more packages; {install_line('ray')}")
         if self.devices is not None and not self.each_device:
-            raise OptionError(f"{option('devices')} names none; give numbers of GPUs such as 0,1, or cpu,cpu")
+            raise OptionError(f"{option('devices')} is empty; give numbers of GPUs such as 0,1, or cpu,cpu")
         for device in self.each_device:
             _check(device)
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Machines:
-        """Takes its options out of all those of a command."""
+        """Take its options out of the options of a command."""
         return cls(**{each.name: options.pop(each.name) for each in fields(cls) if each.name in options})
 
     def __bool__(self) -> bool:
@@ -66,23 +66,23 @@ class Machines:
         return [f"cuda:{name}" if name.isdecimal() else name for name in names]
 
     def check(self, model: Model, source: Source, limit: int | None) -> None:
-        """What does not go with workers. Raises OptionError."""
+        """Check that the options allow workers. Raises OptionError."""
         if not self:
             return
         here = option("devices" if self.devices is not None else "engine")
         if model.loaded is not None:
-            raise OptionError(f"{here} loads a model in each worker; give its name, not a model that is loaded")
+            raise OptionError(f"{here} loads a model in each worker; give the model's name, not a loaded model")
         if limit is not None:
-            raise OptionError(f"{option('limit')} counts what one model sees; leave out {here} to try a few pictures")
+            raise OptionError(f"{option('limit')} does not work with workers; leave out {here} to try a few images")
         if self.devices is not None and model.options.get("device", "auto") != "auto":
             raise OptionError(f"{here} and {option('device')} exclude each other; leave out one")
         if "-" in (getattr(source, "paths", None) or ()):
-            raise OptionError(f"standard input is not read with {here}; name a file in its place")
+            raise OptionError(f"standard input cannot be used with {here}; give a file instead")
 
     def do(
         self, job: Job, model: Model, work: Callable[[Callable[[Model], Any]], Work]
     ) -> Callable[[Sequence[Unit], Known, Tell], bool]:
-        """For `run_by`."""
+        """The function for `run_by`."""
 
         def doing(units: Sequence[Unit], known: Known, tell: Tell) -> bool:
             number = len(self.each_device) or self.replicas or 1
@@ -108,17 +108,17 @@ MACHINES = tuple(each.name for each in fields(Machines))
 
 
 def _check(device: str) -> None:
-    """That it is there, without any memory of it being taken. Raises OptionError."""
+    """Check that a device exists, without allocating memory on it. Raises OptionError."""
     if device == "cpu":
         return
     if (found := re.fullmatch(r"cuda:(\d{1,3})", device)) is None:
         raise OptionError(f"{option('devices')} {device!r} is no device; give numbers of GPUs such as 0,1, or cpu,cpu")
     if (count := torch.cuda.device_count()) <= int(found[1]):
         there = f"the last one is {count - 1}" if count else "there is no GPU"
-        raise OptionError(f"{option('devices')} has {device}, and {there}; leave it out")
+        raise OptionError(f"{option('devices')} names {device}, but {there}; leave it out")
 
 
 def _witness(source: Source, units: Sequence[Unit]) -> str:
-    """A path of the source that is there; "" if it has none."""
+    """A path of the source that exists; "" if it has none."""
     paths = [units[0].place, *(getattr(source, "paths", None) or ())[:16]]
     return next((path for path in paths if path and os.path.exists(path)), "")

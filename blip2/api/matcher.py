@@ -1,4 +1,4 @@
-"""`Matcher`: a matching model that tells how well images and texts fit each other."""
+"""`Matcher`: a matching model, which scores how well images and texts match."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Matcher:
         self.name = name
         self.model = model.eval()
         self.identity = identity(model)
-        """Of the model that its vectors come from (`model.identity`)."""
+        """Identity of the model that made the vectors (`model.identity`)."""
         self.reader = Reader(model, tokenizer)
         self.eye = Eye(
             model.vision,
@@ -61,13 +61,13 @@ class Matcher:
         patches_BPD = self.model.encode(pixels_BCHW)
         vectors_BQE, _ = self.model.embed_image(patches_BPD)
         rows = zip(patches_BPD, vectors_BQE, strict=True)
-        # A copy each, so that who keeps one image does not keep its batch.
+        # Copies, so that keeping one image does not keep its whole batch.
         return [ImageFeatures(patches_PD.clone(), vectors_QE.clone()) for patches_PD, vectors_QE in rows]
 
     def __repr__(self) -> str:
         return f"<Matcher {self.name} on {self.model.qformer.query_tokens.device}>"
 
-    # ---- images and texts by themselves ----
+    # ---- images and texts separately ----
 
     def encode(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Any:
         """`ImageFeatures` of an image, or a list for a list: encode once, compare often. Raises ImageError."""
@@ -86,12 +86,12 @@ class Matcher:
     def embed_texts(self, texts: str | Sequence[str], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """Unit vectors of texts: ``float32[M, E]``, or ``float32[E]`` for one. Raises OptionError.
 
-        A text that is longer than the model reads (510 tokens in the published ones) is refused, not truncated.
+        A text longer than the model's context (510 tokens in the published models) is refused, not truncated.
         """
         vectors = self.reader.embed_texts(self.reader.ids(listed(texts)), batch_size).float().cpu()
         return vectors if is_list(texts) else vectors[0]
 
-    # ---- images with texts ----
+    # ---- images and texts together ----
 
     def match(
         self,
@@ -100,7 +100,7 @@ class Matcher:
         *,
         batch_size: int = BATCH_SIZE,
     ) -> Matches:
-        """Compare N images with M texts, each with each: see `Matches`. Raises ImageError and OptionError.
+        """Compare N images with M texts, all pairs: see `Matches`. Raises ImageError and OptionError.
 
         The features of an image are freed once it has been compared, so N may be large.
         """
@@ -112,7 +112,7 @@ class Matcher:
             for image in raising(self.each_encoded(listed(images), batch_size=batch_size))
         ]
         if not found:
-            raise OptionError("there is no picture; give at least one to compare with")
+            raise OptionError("there is no image; give at least one to compare with")
         probabilities = [matches.itc_probability for matches in found if matches.itc_probability is not None]
         return Matches(
             torch.cat([matches.itm_logits for matches in found]),
@@ -157,12 +157,12 @@ class Matcher:
     ) -> Generator[list[Match] | ImageError, None, None]:
         """Like `classify`, but a generator that yields as batches finish."""
         if top < 1:
-            raise OptionError(f"{option('top')} is {top}, which leaves nothing to tell; use 1 or more")
+            raise OptionError(f"{option('top')} is {top}, use 1 or more")
         if isinstance(labels, str):
-            raise OptionError(f"the labels are one text, {labels!r}; give a list, such as ['cat', 'dog']")
+            raise OptionError(f"the labels are a single text, {labels!r}; give a list, such as ['cat', 'dog']")
         if not isinstance(template, str) or "{}" not in template:
             raise OptionError(
-                f"{option('template')} is {template!r}, which has no place for the label; write {{}} there"
+                f"{option('template')} is {template!r}, without a place for the label; add {{}} there"
             )
         labels = [] if labels is None else list(labels)
         for label in labels:
@@ -189,8 +189,8 @@ class Matcher:
     ) -> Tensor:
         """The multimodal feature of image-text pairs (N and N, one and N, N and one): ``float32[N, Q, D]``, D = 768.
 
-        It is the output of the query tokens after reading image and text together. A single pair gives ``float32[Q,
-        D]``.
+        It is the output of the query tokens after image and text were processed together. A single pair gives
+        ``float32[Q, D]``.
         """
         seen = self.encode(listed(images), batch_size=batch_size)
         fused = self.reader.embed_pairs(pairs(seen, listed(texts)), batch_size).float().cpu()
@@ -201,7 +201,7 @@ class Matcher:
 
         It is evidence, not proof. Raises ImageError and OptionError.
         """
-        self.reader.ids([text])  # what is wrong with it is told before the work begins
+        self.reader.ids([text])  # checks the text before the work begins
         return explain_match(self.reader, sight(image, self.eye, self.model.encode), text)
 
     # ---- captions ----
@@ -212,11 +212,11 @@ class Matcher:
         """Captions from the Q-Former alone, as trained in stage 1: a text for one image, a list for a list. Options are
         those of `GenerateOptions`.
 
-        Raises OptionError if the files have no head for it (the published ones on the Hugging Face hub have none).
+        Raises OptionError if the files have no caption head (those on the Hugging Face hub have none).
         """
         if self.model.lm_head is None:
             raise OptionError(
-                f"{self.name} cannot write: its files lack the Q-Former's caption head, which only the authors' own "
+                f"{self.name} cannot generate: its files lack the Q-Former's caption head, which only the authors' own "
                 ".pth has (blip2 convert keeps it); for captions load a generative model"
             )
         tokenizer = self.reader.tokenizer
@@ -237,7 +237,7 @@ class Matcher:
                 texts.append(said if chosen.num_return > 1 else said[0])
         return texts if is_list(images) else texts[0]
 
-    # ---- what they share ----
+    # ---- shared by all tasks ----
 
     def each_encoded(
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE

@@ -74,7 +74,7 @@ class Pipeline:
         engine = Engine(
             model.language,
             eos_token_ids=config.language.end_token_ids,
-            # It marks where an image belongs in a prompt, and never is a word of an answer.
+            # The token marks the place of the image in a prompt, and must not be generated.
             suppress_token_ids=[] if config.image_token_id is None else [config.image_token_id],
             decode=tokenizer.decode,
             damage=partial(damage, model),
@@ -90,14 +90,14 @@ class Pipeline:
         )
 
     def _see(self, pixels_BCHW: Tensor) -> list[EncodedImage]:
-        # A copy each, so that who keeps one image does not keep its batch.
+        # Copies, so that keeping one image does not keep its whole batch.
         identity = self.speaker.identity
         return [EncodedImage(queries_QD.clone(), identity) for queries_QD in self.speaker.model.encode(pixels_BCHW)]
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.name} on {next(self.speaker.model.parameters()).device}>"
 
-    # ---- pictures to values ----
+    # ---- encoding ----
 
     @overload
     def encode(self, images: Picture, *, batch_size: int = ...) -> EncodedImage: ...
@@ -126,7 +126,7 @@ class Pipeline:
 
         ``prompt``: text that the caption continues ("a photo of"); it is not repeated in the result. ``on_error``:
         what to do with an unreadable image: "raise" its ImageError, or "return" it in its place. Other options are
-        those of `GenerateOptions`. Raises OptionError for a value that is not possible.
+        those of `GenerateOptions`. Raises OptionError for an invalid value.
         """
         options = {**options, "num_return": num_captions} if num_captions != 1 else options
         found = self.each_caption(images, prompt=prompt, on_error=on_error, batch_size=batch_size, **options)
@@ -176,7 +176,7 @@ class Pipeline:
             texts = [_texts(answers) for answers in found]
         elif options:
             unused = option(next(iter(options)))
-            raise OptionError(f"{unused} means nothing with choices: no answer is written; leave it out")
+            raise OptionError(f"{unused} has no effect with choices: nothing is generated; leave it out")
         else:
             ranked = self.each_ranking(images, questions, choices, on_error=on_error, batch_size=batch_size)
             texts = [row if isinstance(row, ImageError) else row[0].text for row in ranked]
@@ -193,7 +193,7 @@ class Pipeline:
     ) -> Generator[list[Answer] | ImageError, None, None]:
         """Like `ask`, but a generator that yields as batches finish, with scores and tokens."""
         chosen = merged(self.speaker.defaults.ask, options)
-        ask_task.prompts(self.speaker, listed(questions))  # what is wrong with one is told before the work begins
+        ask_task.prompts(self.speaker, listed(questions))  # checks the questions before the work begins
 
         def answer(seen: list[EncodedImage], asked: list[str]) -> list[list[Answer]]:
             return ask_task.ask(self.speaker, seen, asked, options=chosen, batch_size=batch_size)
@@ -234,7 +234,7 @@ class Pipeline:
 
         return self._each(choose, images, questions, on_error, batch_size)
 
-    # ---- where it looks ----
+    # ---- explanations ----
 
     def explain(
         self,
@@ -264,7 +264,7 @@ class Pipeline:
         pieces."""
         return Chat(self.speaker, self.encode(image), merged(self.speaker.defaults.chat, options))
 
-    # ---- what they share ----
+    # ---- shared by all tasks ----
 
     def each_encoded(
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
@@ -280,7 +280,7 @@ class Pipeline:
         on_error: OnError,
         batch_size: int,
     ) -> Generator[Result | ImageError, None, None]:
-        """The task's results for pairs of image and text, in order. What is wrong with the numbers is told at once."""
+        """The task's results for pairs of image and text, in order. Checks their numbers at once."""
         pictures, asked = listed(images), listed(texts)
         number = num_pairs(len(pictures), len(asked))
         seen = self.each_encoded(pictures, on_error=on_error, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""What models make of a collection's pictures, as `collection.run` wants it: parts for loops of one's own.
+"""The work of models on a collection's images, for `collection.run`; also for loops of your own.
 
     run(job, captions(blip, "", {"num_beams": 3}, batch_size=16))
 """
@@ -29,20 +29,20 @@ from blip2.tasks.speaker import Answer
 
 Kept = TypeVar("Kept", EncodedImage, ImageFeatures)
 SCORE_DIGITS = 4
-"""Of scores and probabilities. The same picture in another batch may have one that differs by some millionths; of what
-is written only those differ then that lie so near to the edge between two numbers of four digits."""
+"""Digits of scores and probabilities. In another batch, the score of the same image may differ by a few millionths;
+after rounding only those near the edge between two numbers of four digits differ."""
 
 
 def captions(
     blip: Pipeline, prompt: str, given: Mapping[str, Any], batch_size: int, matcher: Matcher | None = None
 ) -> Work:
-    """Each picture described, ``num_return`` times; while the model works on a batch, the next is read.
+    """Captions of each image, ``num_return`` each. The next batch is read while the model processes one.
 
-    ``given``: options in the place of the model's own (`tasks.defaults.merged`). With a ``matcher`` the captions are
-    ordered by how well it finds that they fit, and have its probabilities as scores.
+    ``given``: options that replace the model's own (`tasks.defaults.merged`). With a ``matcher`` the captions are
+    sorted by its match probabilities, which become their scores.
     """
     options = merged(blip.speaker.defaults.caption, given)
-    begun = "" if blip.speaker.model.config.reads_prompt else prompt  # an instruction is no part of the caption
+    begun = "" if blip.speaker.model.config.reads_prompt else prompt  # an instruction is not part of the caption
 
     def describe(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
         found = caption(blip.speaker, pictures, [prompt], options=options, batch_size=batch_size) if pictures else []
@@ -67,9 +67,9 @@ def answers(
     wording: str = "",
     choices_column: str = "",
 ) -> Work:
-    """The question of each record (`collection.questions`) answered, with ``given`` as of `captions`; with
-    ``choices``, these, the likeliest first, with their probabilities as scores; ``choices_column``: those that each
-    record has. ``wording``: as `ask` has it. A picture that several records in a row have is seen once."""
+    """Answers to the question of each record (`collection.questions`); ``given`` as in `captions`. With ``choices``:
+    the choices, most likely first, with their probabilities as scores. ``choices_column``: the record's own choices.
+    ``wording``: as in `ask`. An image in several consecutive records is encoded once."""
     options = merged(blip.speaker.defaults.ask, given)
 
     def answer(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
@@ -90,9 +90,9 @@ def answers(
 
 
 def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, candidates: int, batch_size: int) -> Work:
-    """The ``top`` texts that fit each picture, the best first, with their probabilities as scores; see
-    `Matcher.classify`. ``batch_size``: pictures that are seen at a time; texts are read as many at a time as always, so
-    that one is read in the same company whatever that is."""
+    """The ``top`` texts for each image, best first, with their probabilities as scores; see `Matcher.classify`.
+    ``batch_size``: number of images per batch; the batches of texts have a fixed size, so that the scores do not depend
+    on it."""
 
     def classify(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
         found = matcher.each_classified(
@@ -112,13 +112,13 @@ def in_batches(
     *,
     keeps_pictures: bool = False,
 ) -> Work:
-    """Pictures through the eye, then in batches through the task; what is wrong with one stays in its place.
+    """Encode images, then run the task on batches; an error stays in its image's place.
 
-    ``keeps_pictures``: the task needs `Record.picture`, too.
+    ``keeps_pictures``: the task also needs `Record.picture`.
     """
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
-        batches: deque[list[tuple[Record, bool]]] = deque()  # with whether the picture is that of the record before
+        batches: deque[list[tuple[Record, bool]]] = deque()  # with whether the record before has the same image
         with closing(eye.see_batches(_pictures(records, batch_size, keeps_pictures, batches))) as seen:
             for first in seen:
                 pairs: list[tuple[Record, Any]] = []
@@ -136,10 +136,10 @@ def in_batches(
 def _pictures(
     records: Iterator[Record], batch_size: int, keeps_pictures: bool, batches: deque[list[tuple[Record, bool]]]
 ) -> Iterator[list[Any]]:
-    """Those of each batch, without those that several records in a row have; ``batches`` has the records then.
+    """The images of each batch without consecutive repetitions; ``batches`` gets the records.
 
-    Where `run` gives the records, it says where a batch ends: a run that goes on has the same batches as before, so
-    that a score is the same to its last digit.
+    If `run` gives the records, it decides where a batch ends: a resumed run has the same batches as before, so that
+    scores are identical to the last digit.
     """
     take = records.batch if isinstance(records, Feed) else lambda size: list(islice(records, size))
     while some := take(batch_size):
@@ -152,7 +152,7 @@ def _pictures(
 
 
 def by_match(matcher: Matcher, features: ImageFeatures, told: Outcome, prompt: str) -> Outcome:
-    """The texts of an outcome ordered by how well they fit; those that fit alike stay in their order."""
+    """The texts of an outcome, sorted by match probability; equal ones keep their order."""
     texts = [f"{prompt} {text}".strip() or "nothing" for text in told.captions]
     ids = matcher.reader.ids(texts)
     matched = matcher.reader.compare([features], ids, matcher.reader.embed_texts(ids))
@@ -171,7 +171,7 @@ def outcome(answers: list[Answer]) -> Outcome:
 
 
 def probable(texts: Sequence[tuple[str, float]]) -> Outcome:
-    """Texts that are given, with their probabilities."""
+    """Given texts with their probabilities."""
     scores = [_rounded(probability) for _, probability in texts]
     return Outcome([text for text, _ in texts], scores, [0] * len(texts))
 

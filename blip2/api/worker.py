@@ -1,4 +1,4 @@
-"""A worker of `collection.dispatch`: has models of its own, and does the units that it is given, as `run` does."""
+"""A worker of `collection.dispatch`: loads its own models and processes units, as `run` does."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 Send = Callable[[Message], None]
 END_S = 4.0
-"""For what the model has said to be written, when nobody listens any more."""
+"""Seconds to write finished outcomes when the main process has gone."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """All that a worker is told at its start, pickled. ``folder``: where paths begin that are not absolute;
-    ``witness``: a path that has to be there; ``threads``: its share of the processors, None if the user chose."""
+    """What a worker gets at its start, pickled. ``folder``: base of relative paths. ``witness``: a path that has to
+    exist. ``threads``: its share of the processors; None if the user set the number."""
 
     job: Job
     known: Known
@@ -45,16 +45,16 @@ class Order:
 
 
 class Facts(dict[str, str]):
-    """In the place of a journal: what is found of a model, for the one that keeps the journal."""
+    """Replaces the journal: collects facts about the model for the process that keeps the journal."""
 
     def agree(self, name: str, value: str) -> None:
         self[name] = value
 
 
 class Worker:
-    """Loads its models at once. ``number``: which of all; ``device``: None for that of the order.
+    """Loads its models at once. ``number``: which worker it is. ``device``: None for that of the order.
 
-    Raises CheckpointError, and CollectionError where the files cannot be seen or another one is at work.
+    Raises CheckpointError, and CollectionError if the files are not visible or another worker is running.
     """
 
     def __init__(self, order: Order, number: int, device: str | None) -> None:
@@ -74,7 +74,7 @@ class Worker:
         self._work = order.work(get)
 
     def do(self, given: Iterator[Given], send: Send) -> None:
-        """Tell of results by ``send``, which two threads call. Raises what ends a run."""
+        """Process units and report results with ``send``, which two threads call. Raises errors that end a run."""
 
         def units() -> Iterator[Unit]:
             for one in given:
@@ -94,29 +94,29 @@ class Worker:
         do(self._job, units(), self._known, self._work, heard)
 
     def _learn(self, unit: Unit) -> None:
-        """What a worker did that died."""
+        """Read the results of a worker that died during this unit."""
         for result in self._job.journal.so_far(unit):
             if not (self._job.retries and result.status == FAILED):
                 self._known[result.key, result.stamp] = result
 
 
 def _check_there(order: Order) -> None:
-    """That the pictures and the journal are those that the run sees, here too."""
+    """Check that the images and the journal of the run are visible here."""
     journal = order.job.journal
-    remedy = "the pictures and the output have to be where all machines see them, by the same path"
+    remedy = "all machines have to see the images and the output under the same path"
     where = f"on {socket.gethostname()}; {remedy}"
     try:
         os.chdir(order.folder)
     except OSError:
-        raise CollectionError(f"{order.folder}: is not there {where}") from None
+        raise CollectionError(f"{order.folder}: does not exist {where}") from None
     for path in (order.witness, journal.folder / "run.json"):
         if path and not os.path.exists(path):
-            raise CollectionError(f"{os.path.abspath(path)}: is not there {where}")
+            raise CollectionError(f"{os.path.abspath(path)}: does not exist {where}")
     journal.compare(order.job.asked)
 
 
 def sendable(error: BaseException) -> BaseException:
-    """The same, or one that says the same, if it cannot be sent to another process."""
+    """The error itself, or one with the same message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -124,15 +124,15 @@ def sendable(error: BaseException) -> BaseException:
     return error
 
 
-# ---- as a process ----
+# ---- worker process ----
 
 
 def main() -> None:
-    """A process that is told by standard input, and tells by standard output; it ends when its input does, which is
-    when the one that gives units ends, however that ends. What the model has said is written then."""
+    """A process that receives messages on standard input and sends them on standard output. It ends when its input
+    does, that is, when the main process ends for any reason. Finished outcomes are written then."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     told = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # redirects what libraries print
     lock = threading.Lock()
     inbox: SimpleQueue[Given | None] = SimpleQueue()
 
@@ -175,4 +175,4 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             send(Failed(sendable(error)))
     finally:
-        os._exit(1)  # and nothing is printed: what went wrong was told, or nobody listens
+        os._exit(1)  # print nothing: the error was sent, or nobody is listening

@@ -1,7 +1,7 @@
-"""The command ``blip2``: one file per subcommand, imported when it is called, so that help is fast.
+"""The command ``blip2``: one file per subcommand, imported only when it is called, so that help is fast.
 
 Exit codes: 0 success; 1 something failed; 2 wrong usage; 130 Ctrl-C.
-Errors are one line on standard error, and never a traceback unless ``--debug`` asks for it.
+Errors are one line on standard error; ``--debug`` shows the traceback as well.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ COMMANDS = {
     "convert": "Convert checkpoints from and to LAVIS .pth files.",
     "doctor": "Check this installation and this machine.",
 }
-"""Each subcommand is the `command` of the file of its name; the text is its line in ``blip2 --help``."""
+"""Each subcommand is `command` in the file of its name. The text is its line in ``blip2 --help``."""
 
 
 COMPLETE = "_BLIP2_COMPLETE"
-"""The variable by which a shell asks what a word may become; click has its name."""
+"""The environment variable through which a shell asks for completions; click derives it from the program name."""
 
 
 class Failure(click.ClickException):
@@ -61,7 +61,7 @@ class Failure(click.ClickException):
 
 
 class Cli(click.Group):
-    """The group of all verbs: finds them by name, and turns what goes wrong into one line."""
+    """The group of all subcommands: imports them by name, and turns exceptions into one-line errors."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -72,7 +72,7 @@ class Cli(click.Group):
         return importlib.import_module(f"blip2.cli.{name}").command
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
-        """The verbs, for a shell: of the table, so that none is imported for it."""
+        """The subcommands, from the table, so that none has to be imported."""
         verbs = [CompletionItem(name, help=words) for name, words in COMMANDS.items() if name.startswith(incomplete)]
         return verbs + super(click.Group, self).shell_complete(context, incomplete)
 
@@ -128,13 +128,13 @@ def _failure(error: Exception, verb: click.Command | None) -> Failure:
         return Failure(of_picture(in_flags(error, verb)), 2 if isinstance(error, OptionError) else 1)
     what = " ".join(str(error).split())
     what = f"{type(error).__name__}: {what}" if what else type(error).__name__
-    return Failure(f"{what} (this should not happen; add --debug to see where)")
+    return Failure(f"{what} (this should not happen; --debug shows the traceback)")
 
 
 def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
-    """An error in the words of the command line: "num_beams is 0" -> "--beams is 0".
+    """The message of an error with command-line flags for option names: "num_beams is 0" -> "--beams is 0".
 
-    The flags are those of the verb: each of its parameters is named as in the interface for Python.
+    The flags are those of the subcommand: each parameter is named as in the Python API.
     """
     flags = {
         parameter.name: max(parameter.opts, key=len)
@@ -155,10 +155,10 @@ def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
 
 
 def of_picture(message: str) -> str:
-    """What is wrong with a picture, in the words of the command line; its name, which may be any, stays as it is."""
-    message = message.replace("by allow_truncated=True", "by --allow-truncated")
+    """The message of an image error with command-line flags for Python parameters. The image's name is not changed."""
+    message = message.replace("with allow_truncated=True", "with --allow-truncated")
     message = message.replace("raise max_pixels", "raise --max-pixels").replace(", or raise max_bytes", "")
-    if message.endswith("but text; name a picture"):
+    if message.endswith("but text; name an image"):
         message += ", or give a list of names by --files-from"
     return message
 
@@ -169,7 +169,7 @@ def _usage(error: click.UsageError) -> str:
 
 
 def debug_option(command: Any) -> Any:
-    """``--debug``, for every verb and for `blip2` itself."""
+    """``--debug``, for every subcommand and for `blip2` itself."""
 
     def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
@@ -181,7 +181,7 @@ def debug_option(command: Any) -> Any:
 
 
 def threads_option(command: Any) -> Any:
-    """``--threads``, for every verb. OpenMP and torch read their number of threads when torch is imported."""
+    """``--threads``, for every subcommand. OpenMP and torch read the number of threads when torch is imported."""
 
     def remember(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
         if value is not None:
@@ -206,7 +206,7 @@ def _tell_version(context: click.Context, parameter: click.Parameter, value: boo
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_tell_version,
-    help="Show the version, what it was built of, and exit.",
+    help="Show the version and the commit it was built from, and exit.",
 )
 @debug_option
 def cli() -> None:
@@ -223,15 +223,15 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """What the command ``blip2`` runs. Always ends the program."""
-    if sys.stdin is None:  # as with <&-, and under some services
+    """Entry point of the command ``blip2``. Always exits the program."""
+    if sys.stdin is None:  # closed by <&- and by some service managers
         sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         cli(arguments)
     except SystemExit as ended:
         code = ended.code
     if code == 130:
-        # Threads may still wait for a download or for standard input; nobody wants their results now.
+        # Threads may still wait for a download or for standard input; their results are no longer needed.
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(130)

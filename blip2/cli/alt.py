@@ -1,4 +1,4 @@
-"""``blip2 alt``: alt texts for the pictures of web pages and Markdown, which a person looks over first."""
+"""``blip2 alt``: alt texts for the images of web pages and Markdown, reviewed by a person before they are written."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _describe(
     approve_all: bool,
     restart: bool,
 ) -> bool:
-    """Write the report; whether a picture could not be described."""
+    """Write the report. True if an image could not be described."""
     from blip2.alt.sink import Report, failures
     from blip2.alt.survey import Pictures
     from blip2.alt.wording import word
@@ -140,13 +140,13 @@ def _describe(
     asked = {"verb": "alt", **describer.told, "prompt": prompt, "options": given(decoding)}
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
-        for first in records:  # no model is loaded where nothing is to be done
+        for first in records:  # load no model if there is nothing to do
             yield from captions(describer.get(journal), prompt, given(decoding), batch_size)(chain([first], records))
 
     with _stoppable(path), journal.held():
         journal.begin(asked, restart=restart)
         describer.agreed(journal)
-        # What failed, a picture that was not there or could not be fetched, is tried again each time.
+        # Images that failed before (missing, not downloadable) are tried again each time.
         job = Job(source, [sink], journal, word, asked, retries=True)
         with bar(source.num_records) as advance:
             summary = run(job, work, lambda summary, results: advance(len(results)))
@@ -155,10 +155,10 @@ def _describe(
         tell(of_picture(line))
     described = source.num_records - len(wrong)
     earlier = summary.before - summary.failed_before
-    before = f" ({earlier:,} of them before)" if earlier else ""
+    before = f" ({earlier:,} of them earlier)" if earlier else ""
     by_hand = f", {found.num_by_hand:,} left for you to write" if found.num_by_hand else ""
-    tell(f"{_counted(found)}: {described:,} different pictures described{before}, {len(wrong):,} failed{by_hand}")
-    tell(f"look at {sink.page}, write yes into the column approved of {path}, then: blip2 alt --apply {path}")
+    tell(f"{_counted(found)}: {described:,} different images described{before}, {len(wrong):,} failed{by_hand}")
+    tell(f"open {sink.page} to review, write yes in the column approved of {path}, then: blip2 alt --apply {path}")
     return bool(wrong)
 
 
@@ -167,15 +167,15 @@ def _stoppable(path: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Failure(f"stopped before {path} was written; the same command goes on", 130) from None
+        raise Failure(f"stopped before {path} was written; the same command resumes", 130) from None
     except OSError as error:
         wrong = f"{error.filename or path}: cannot be written ({error.strerror})"
-        raise Failure(f"{wrong}; mend that, and the same command goes on") from None
+        raise Failure(f"{wrong}; fix that, and the same command resumes") from None
 
 
 def _counted(found: Survey) -> str:
     return (
-        f"{len(found.findings):,} of {found.num_images:,} pictures without alt text in {found.num_pages:,} "
+        f"{len(found.findings):,} of {found.num_images:,} images without alt text in {found.num_pages:,} "
         f"page{'' if found.num_pages == 1 else 's'}"
     )
 
@@ -209,8 +209,8 @@ def _apply(path: Path, dry_run: bool) -> int:
         num_pages, num_problems = num_pages + bool(change.done), num_problems + len(change.problems)
     told = f"{num_done:,} alt text{'' if num_done == 1 else 's'} in {num_pages:,} page{'' if num_pages == 1 else 's'}"
     told = f"would write {told}" if dry_run else f"wrote {told}"
-    told += f", {num_before:,} there already" if num_before else ""
-    tell(told + (f", {num_problems:,} not done" if num_problems else ""))
+    told += f", {num_before:,} already there" if num_before else ""
+    tell(told + (f", {num_problems:,} failed" if num_problems else ""))
     if not (num_done or num_before or num_problems):
-        tell(f"nothing is approved in {path}; write yes into its column approved")
+        tell(f"no row of {path} is approved; write yes in the column approved")
     return int(bool(num_problems))

@@ -1,4 +1,4 @@
-"""``blip2 ask``: pictures and questions in, answers out."""
+"""``blip2 ask``: images and questions in, answers out."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def command(
     collection = Collection(others)
     is_asked = collection.is_asked
     if question_column and not (is_asked and not questions):
-        raise click.UsageError("--question-column is for results in files, and excludes -q; add -o FILE")
+        raise click.UsageError("--question-column needs results in files, without -q; add -o FILE")
     if not question_column:
         arguments, questions = _split(arguments, questions, has_list=others["files_from"] is not None)
     model = of_model(others) | of_reading(others) | of_template(others)
@@ -107,7 +107,7 @@ def command(
     report.about(pictures)
     seen = pictures.seen_by(blip, batch_size)
     for batch in see(seen, pictures.sources, batch_size):
-        # Each picture with each question, the questions of one picture side by side.
+        # All pairs of image and question, grouped by image.
         repeated = [image for image in batch.images for _ in questions]
         rows = answers(blip.speaker, repeated, [*questions] * len(batch.images))
         report.results(batch, map(list, chunks(rows, len(questions))))
@@ -117,15 +117,15 @@ def command(
 def _split(
     arguments: tuple[str, ...], questions: tuple[str, ...], has_list: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Pictures and questions: the last argument is the question, unless -q gave any. ``has_list``: of pictures."""
+    """Images and questions. The last argument is the question, unless -q is given. ``has_list``: of images."""
     if questions:
         return arguments, questions
     if not arguments:
         raise click.UsageError("Missing argument 'IMAGE... QUESTION'.")
     *images, question = arguments
     if not images and not has_list:
-        missing = "no question" if os.path.exists(question) else "no picture"
-        raise click.UsageError(f"there is {missing}; give the picture first, the question last")
+        missing = "no question" if os.path.exists(question) else "no image"
+        raise click.UsageError(f"there is {missing}; give the image first, the question last")
     if os.path.exists(question):
         raise click.UsageError(
             f"the last argument, {click.format_filename(question)}, is a file; put the question last"
@@ -140,7 +140,7 @@ def _answerer(
     batch_size: int,
     model: str | None,
 ) -> Answerer:
-    """What answers pairs of image and question. What is wrong with a request is told before a model is loaded."""
+    """A function that answers pairs of image and question. Checks the options before a model is loaded."""
     from blip2.api.loading import manner_of
     from blip2.tasks.ask import ask, check_choices, rank
     from blip2.tasks.defaults import ASK, merged
@@ -162,7 +162,7 @@ def _answerer(
 
     candidates = check_choices(choices)
     if given_options:
-        raise click.UsageError("--choices compares given answers and writes none; leave out the options of writing")
+        raise click.UsageError("--choices generates nothing; leave out the decoding options")
 
     def choose(speaker: Speaker, images: Sequence[EncodedImage], asked: Sequence[str]) -> list[dict[str, Any]]:
         ranked = rank(speaker, images, asked, candidates, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""``blip2 assemble``: pretrained parts, combined to the models that training starts from."""
+"""``blip2 assemble``: combine pretrained parts into the models that training starts from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from blip2.cli.options import in_bytes, with_options
               help="Layer of the image encoder that the Q-Former reads.")  # fmt: skip
 @click.option("--no-class-token", is_flag=True, help="Leave the class token out of what the Q-Former reads.")
 @click.option("--image-size", type=int, help="Image size in pixels per side.  [default: the image encoder's]")
-@click.option("--whole-picture", is_flag=True, help="Resize the whole picture to the square that is seen, where the "
+@click.option("--whole-picture", is_flag=True, help="Resize the whole image to the square that is seen, where the "
               "image encoder was trained with a crop of its middle.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the new weights.")
 @click.option("--link", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",

@@ -1,4 +1,4 @@
-"""``blip2 caption``: pictures in, a description of each out."""
+"""``blip2 caption``: generate a caption for each image."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def command(
     from blip2.tasks.defaults import CAPTION, merged
     from blip2.tasks.speaker import check_batch_size
 
-    # What is wrong with the options is told before the model is loaded.
+    # Check the options before the model is loaded.
     collection = Collection(others)
     model = of_model(others) | of_reading(others)
     if collection.is_asked:
@@ -73,7 +73,7 @@ def command(
             )
         )  # fmt: skip
     if pick or matcher:
-        raise click.UsageError("--pick and --matcher are for results in files; add -o FILE or --sidecar .txt")
+        raise click.UsageError("--pick and --matcher need results in files; add -o FILE or --sidecar .txt")
     asked = Asked.of(arguments, others)
     merged(CAPTION, given(others))
     check_batch_size(batch_size)

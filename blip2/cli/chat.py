@@ -1,4 +1,4 @@
-"""``blip2 chat``: a conversation about a picture, on a terminal or through a pipe."""
+"""``blip2 chat``: a conversation about an image, on a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from blip2.tasks.chat import Chat
 
 HELP = """\
-/image FILE   look at another picture (a file or a web address)
-/reset        forget what was said
-/help         this list
-/quit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
+/image FILE   switch to another image (a file or a web address)
+/reset        clear the history
+/help         show this list
+/quit         quit (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 @click.command("chat")
@@ -47,7 +47,7 @@ def command(image: str | None, **others: Any) -> None:
     options = given(others)
     merged(CHAT, options)
     if image == "-":
-        raise click.UsageError("standard input is where the questions come from; name a file, or a web address")
+        raise click.UsageError("standard input holds the questions; give the image as a file or a web address")
     talk = Conversation(load_pipeline(**model), options)
     if image is not None:
         talk.look_at(image)
@@ -58,7 +58,7 @@ def command(image: str | None, **others: Any) -> None:
 
 
 class Conversation:
-    """The picture and the chat about it; `answer` is None where a line was a command."""
+    """The image and the chat about it. `answer` is None if a line was a command."""
 
     def __init__(self, blip: Pipeline, options: dict[str, Any]) -> None:
         self.blip = blip
@@ -67,15 +67,15 @@ class Conversation:
         self._options = options
 
     def look_at(self, image: str) -> None:
-        """Start anew, with this picture. Raises ImageError, and then goes on with the one before."""
+        """Start a new chat about this image. Raises ImageError; the current chat is kept then."""
         self.chat = self.blip.chat(image, **self._options)
 
     def command(self, line: str) -> str | None:
-        """Carry out a line that begins with a slash; what is to be said about it, if anything."""
+        """Run a line that begins with a slash. Returns a message to show, or None."""
         verb, _, rest = line.partition(" ")
         match verb, rest.strip():
             case "/image", "":
-                raise OptionError("which picture? write /image FILE")
+                raise OptionError("which image? write /image FILE")
             case "/image", image:
                 self.look_at(image)
                 return None
@@ -88,17 +88,17 @@ class Conversation:
             case (("/quit" | "/exit"), ""):
                 self.is_over = True
                 return None
-        raise OptionError(f"there is no command {line!r}; /help lists those that there are")
+        raise OptionError(f"there is no command {line!r}; /help lists the commands")
 
     def about(self) -> Chat:
-        """The chat; OptionError if there is no picture yet."""
+        """The chat; OptionError if there is no image yet."""
         if self.chat is None:
-            raise OptionError("there is no picture yet; name one with /image FILE")
+            raise OptionError("there is no image yet; name one with /image FILE")
         return self.chat
 
 
 def _through_pipe(talk: Conversation) -> None:
-    """The first error ends it: otherwise questions and answers would no longer stand line by line."""
+    """Stops at the first error: otherwise questions and answers would no longer match line by line."""
     try:
         for line in map(str.strip, lines_of(sys.stdin.buffer, sys.stdin.encoding)):
             if line.startswith("/"):
@@ -109,13 +109,13 @@ def _through_pipe(talk: Conversation) -> None:
             if talk.is_over:
                 return
     except NotTextError as error:
-        raise OptionError(f"what comes through the pipe {error}") from None
+        raise OptionError(f"standard input {error}") from None
 
 
 def _on_terminal(talk: Conversation) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and earlier lines in `input`)
-    click.echo("Ask about the picture; /help lists the commands." if talk.chat else "Name a picture with /image FILE.")
+    click.echo("Ask about the image; /help lists the commands." if talk.chat else "Name an image with /image FILE.")
     while not talk.is_over:
         try:
             line = input("> ").strip()
@@ -136,10 +136,10 @@ def _show_answer(chat: Chat, question: str) -> None:
     forgotten = chat.num_forgotten
     pieces = chat.stream(question)
     if chat.num_forgotten > forgotten:
-        click.echo(f"(the model has room for the last {len(chat.history) - chat.num_forgotten} turns)", err=True)
+        click.echo(f"(the prompt only has room for the last {len(chat.history) - chat.num_forgotten} turns)", err=True)
     try:
         for piece in pieces:
             click.echo(piece, nl=False)
     except KeyboardInterrupt:
-        pieces.close()  # the thread that writes stops at its next token
+        pieces.close()  # the generating thread stops at its next token
     click.echo()

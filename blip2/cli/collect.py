@@ -1,4 +1,4 @@
-"""What the verbs do with whole collections: their options, and a run from its checks to its summary."""
+"""Commands on whole collections: their options, and a run from its checks to its summary."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ UNWORDED = (*OUTPUTS, *SOURCES, *GOING, *MACHINES)
 
 
 def names_of(options: Sequence[Any]) -> list[str]:
-    """The parameters that options make."""
+    """The parameter names of options."""
 
     @click.command()
     def command() -> None: ...
@@ -102,7 +102,7 @@ def names_of(options: Sequence[Any]) -> list[str]:
 
 
 class Collection:
-    """The options of `COLLECTION`, taken out of all those of a verb: only those that were given."""
+    """The options of `COLLECTION` that were given, taken out of all options of a subcommand."""
 
     def __init__(self, options: dict[str, Any], groups: Sequence[Any] = COLLECTION) -> None:
         found = {name: options.pop(name) for name in names_of(groups)}
@@ -112,21 +112,21 @@ class Collection:
 
     @property
     def is_asked(self) -> bool:
-        """Whether results go into files. UsageError for other options without them."""
+        """Whether results go into files. UsageError for collection options without an output."""
         if any(name in self.given for name in ("output", "sidecar", "xmp", "embed")):
             return True
         if self.given:
             name = next(iter(self.given))
             flag = max(next(p.opts for p in click.get_current_context().command.params if p.name == name), key=len)
-            raise click.UsageError(f"{flag} is for results in files; add -o FILE, --sidecar .txt, --xmp or --embed")
+            raise click.UsageError(f"{flag} needs results in files; add -o FILE, --sidecar .txt, --xmp or --embed")
         return False
 
     def run(
         self, begin: Callable[..., CollectionRun], arguments: Sequence[str], model: Mapping[str, Any],
         others: dict[str, Any], **asked: Any,
     ) -> int:  # fmt: skip
-        """The whole of it; the exit code. ``begin``: makes the run of the pictures, an output and options. ``others``:
-        those of `PICTURES`, which are taken out, and all else for ``begin``."""
+        """Carry out the run and return the exit code. ``begin`` makes the run from the images, an output and options.
+        ``others``: the options of `PICTURES` are taken out, the rest goes to ``begin``."""
         if asked.pop("as_json", False):
             raise click.UsageError("--json is for standard output; name the output *.jsonl, or give --format")
         places, is_null = _places(arguments, others)
@@ -141,7 +141,7 @@ class Collection:
                 summary = started.run(progress.update, html=going["html"])
         except KeyboardInterrupt:
             same = "the same command without --restart" if "restart" in self.given else "the same command"
-            raise Failure(f"stopped; what was done is kept, and {same} goes on", 130) from None
+            raise Failure(f"stopped; finished results are kept, and {same} resumes", 130) from None
         return progress.end(summary, going["html"])
 
     def _options(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class Collection:
             found["shard"] = shard_of(found["shard"])
         elif (shard := shard_of_array(os.environ)) is not None:
             found["shard"] = shard
-            click.echo(f"blip2: part {shard[0]} of {shard[1]}, by SLURM's array; --shard 1/1 does all", err=True)
+            click.echo(f"blip2: part {shard[0]} of {shard[1]}, from the SLURM array; --shard 1/1 takes all", err=True)
         return found
 
 
@@ -165,9 +165,9 @@ def _places(arguments: Sequence[str], others: dict[str, Any]) -> tuple[list[str]
     places = [*arguments, *(names_in(files_from, is_null) if files_from is not None else [])]
     if not places:
         raise click.UsageError("Missing argument 'IMAGES...'.")
-    for place in places[:16]:  # an index has no files; pictures and tables are told by their heads
+    for place in places[:16]:  # an index cannot be a source; images and tables are recognised by their content
         if place.endswith(".index") and os.path.isfile(place):
-            raise click.UsageError(f"{click.format_filename(place)} is an index of pictures; name the pictures")
+            raise click.UsageError(f"{click.format_filename(place)} is an index of images; name the images")
     return places, is_null
 
 
@@ -179,7 +179,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _list(started: CollectionRun, progress: Progress, is_null: bool) -> int:
-    """Each picture with what would become of it, and how many there are of each kind."""
+    """Print what would be done with each image, and the count of each kind."""
     counts: dict[str, int] = {}
     for record, what in started.plan.listed():
         counts[what] = counts.get(what, 0) + 1
@@ -187,6 +187,6 @@ def _list(started: CollectionRun, progress: Progress, is_null: bool) -> int:
         if record.problem:
             progress.problem(of_picture(record.problem))
     sys.stdout.flush()
-    told = ", ".join(f"{number:,} {what}" for what, number in counts.items()) or "no pictures"
+    told = ", ".join(f"{number:,} {what}" for what, number in counts.items()) or "no images"
     progress.tell(f"{told}; nothing was written")
     return progress.exit_code

@@ -1,6 +1,6 @@
-"""What a shell is told when Tab is pressed: as click has it, and names of files where click knows nothing.
+"""Shell completion: what click completes, and file names where click has nothing to offer.
 
-Images, models and folders are plain words to click, since they may also be addresses or names on the hub.
+Images, models and folders are plain strings to click, since they may also be URLs or names on the hub.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class _OrFiles(shell_completion.ShellComplete):
 
 
 def use() -> None:
-    """For each shell that click knows, from now on in this process."""
+    """Install the completion for each shell that click supports, in this process."""
     for name in ("bash", "zsh", "fish", "powershell"):
         known: Any = shell_completion.get_completion_class(name)
-        if known is not None:  # PowerShell is not known to every click
+        if known is not None:  # not every version of click supports PowerShell
             shell_completion.add_completion_class(type(known.__name__, (_OrFiles, known), {}), name)

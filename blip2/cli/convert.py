@@ -1,4 +1,4 @@
-"""``blip2 convert``: between the authors' files and folders of the published layout."""
+"""``blip2 convert``: convert between the authors' .pth files and model folders."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def command(
     ):  # fmt: skip
         if value and is_folder != needs_folder:
             wanted = "a folder" if needs_folder else "a .pth file"
-            raise click.UsageError(f"{flag} goes with {wanted}, and {source} is none")
+            raise click.UsageError(f"{flag} needs {wanted} as SOURCE, and {source} is not one")
     from blip2.checkpoint.lavis import convert_from_lavis, convert_to_lavis
 
     with _bar() as progress:

@@ -1,4 +1,4 @@
-"""``blip2 curves``: the losses, scores and rates of trainings, drawn."""
+"""``blip2 curves``: plot the losses, scores and learning rates of training runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(runs: tuple[Path, ...], out: Path) -> None:
     blip2 curves runs/first runs/second -o curves.html
     """
     if out.suffix.lower() not in SUFFIXES:
-        raise click.UsageError(f"{out}: curves are drawn as {' or '.join(SUFFIXES)}; name the file so")
+        raise click.UsageError(f"{out}: curves are written as {' or '.join(SUFFIXES)}; change the file name")
     from blip2.collection.page import page
     from blip2.disk import write_text
     from blip2.train.curves import draw, read_run
@@ -36,7 +36,7 @@ def command(runs: tuple[Path, ...], out: Path) -> None:
     drawing = draw([read_run(path) for path in runs])
     if out.suffix.lower() == ".html":
         style = "body { padding: 1rem; } svg { max-width: 100%; height: auto; }"
-        drawing = page("Curves of training - blip2", style, f"<h1>Curves of training</h1>\n{drawing}")
+        drawing = page("Training curves - blip2", style, f"<h1>Training curves</h1>\n{drawing}")
     try:
         write_text(out, drawing)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""``blip2 doctor``: what this installation and this machine offer, what is wrong, and what to do about it."""
+"""``blip2 doctor``: what this installation and this machine support, what is wrong, and how to fix it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CPU_FEATURES = {
     "bfloat16": "_is_avx512_bf16_supported",
     "AMX": "_is_amx_tile_supported",
 }
-"""Each by the function of torch.cpu that tells; they are private, and any may be gone in another version."""
+"""Each with the function of torch.cpu that detects it. They are private: any may be missing in another version."""
 
 
 @dataclass
 class Finding:
-    """``text`` for people, ``facts`` for programs; a ``problem`` says what to do, a ``hint`` is only worth knowing."""
+    """``text`` for people, ``facts`` for programs. A ``problem`` names a remedy; a ``hint`` is only information."""
 
     text: str
     facts: dict[str, Any] = field(default_factory=dict)
@@ -71,14 +71,14 @@ def command(context: click.Context, /, as_json: bool) -> None:
 
 
 def examine() -> dict[str, Finding]:
-    """Every check by its name, in order; without torch only those that need none."""
+    """Every check by name, in order. Without torch, only the checks that do not need it."""
     checks: dict[str, Callable[[], Finding]] = {"blip2": _package, "torch": _torch}
     try:
         import torch  # noqa: F401
-    except Exception as error:  # a broken installation raises what it likes
+    except Exception as error:  # a broken installation may raise anything
         reason = " ".join(str(error).split())
         missing = Finding(
-            f"cannot be imported: {reason}", problem=f"torch is not usable; install it anew: {_install()}"
+            f"cannot be imported: {reason}", problem=f"torch is not usable; reinstall it: {_install()}"
         )
         checks = {"blip2": _package, "torch": lambda: missing, "Memory": _memory, "Install": _installation}
     else:
@@ -98,7 +98,7 @@ def _show(findings: dict[str, Finding], problems: list[str]) -> None:
                 out.print(labelled("Hint", finding.hint))
         out.print()
         if not problems:
-            out.print("All is well.", style="green")
+            out.print("No problems found.", style="green")
         for problem in problems:
             out.print(labelled("Problem", problem), style="red")
 
@@ -118,12 +118,12 @@ def _torch() -> Finding:
     finding = Finding(f"{torch.__version__}, built for {build}", facts)
     if build == "CPU" and has_nvidia():
         finding.problem = (
-            "there is an NVIDIA GPU, and this torch is built for the CPU alone; put the other in its place: "
+            "there is an NVIDIA GPU, but this torch is built for the CPU only; replace it: "
             "pip uninstall torch, then pip install torch"
         )
     elif build != "CPU" and not torch.cuda.is_available() and not has_nvidia():
         finding.hint = (
-            f"this torch is built for {build}, and there is no GPU; the CPU build is a fraction of its size: "
+            f"this torch is built for {build}, and there is no GPU; the CPU build is much smaller: "
             f"pip uninstall torch, then {CPU_TORCH}"
         )
     return finding
@@ -143,13 +143,13 @@ def _kernels() -> Finding:
     from blip2.native.build import LIBRARY
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is told below
+        warnings.simplefilter("ignore")  # reported below
         library = kernels()
     if library is not None:
         level = LEVELS[library.blip2_prepare(len(LEVELS) - 1)]
-        text = "active, " + ("the code for any processor: slow" if level == LEVELS[0] else f"with {level}")
+        text = "active, " + ("the generic code: slow" if level == LEVELS[0] else f"with {level}")
         return Finding(text, {"active": True, "level": level})
-    why = "compiled, but of another source, or cannot be loaded here" if LIBRARY.exists() else "not compiled"
+    why = "compiled from other source code, or cannot be loaded here" if LIBRARY.exists() else "not compiled"
     finding = Finding(f"{why}; quantised models are slow on the CPU", {"active": False, "level": None})
     if sys.platform == "linux":
         finding.problem = (
@@ -166,7 +166,7 @@ def _threads() -> Finding:
     finding = Finding(f"{number} of {available}", {"threads": number, "available": available})
     if number < available:
         setting = os.environ.get("OMP_NUM_THREADS")
-        hint = f"OMP_NUM_THREADS is {setting}; without it large models would use all processors"
+        hint = f"OMP_NUM_THREADS is {setting}; without it large models would use all cores"
         finding.hint = hint if setting else None
     return finding
 
@@ -204,9 +204,9 @@ def _cache() -> Finding:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     facts = {"folder": str(folder), "free_bytes": free, "published": held}
-    finding = Finding(f"{folder}, {in_bytes(free)} free; published models in it: {', '.join(held) or 'none'}", facts)
+    finding = Finding(f"{folder}, {in_bytes(free)} free; published models: {', '.join(held) or 'none'}", facts)
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        finding.problem = f"{existing} cannot be written; set HF_HOME to a folder of yours"
+        finding.problem = f"{existing} is not writable; set HF_HOME to a folder that is"
     return finding
 
 
@@ -214,8 +214,8 @@ def _network() -> Finding:
     from blip2.checkpoint import hub
 
     if hub.is_offline():
-        return Finding("forbidden by HF_HUB_OFFLINE; only models in the cache are found", {"offline": True})
-    return Finding("allowed, for models that are not in the cache", {"offline": False})
+        return Finding("disabled by HF_HUB_OFFLINE; only models in the cache are found", {"offline": True})
+    return Finding("enabled, for models that are not in the cache", {"offline": False})
 
 
 def _miniature() -> Finding:
@@ -236,7 +236,7 @@ def _installation() -> Finding:
 
 
 def _install() -> str:
-    """On Linux what pip finds of its own accord is built for CUDA; elsewhere it is built for the CPU."""
+    """On Linux pip installs the CUDA build by default; elsewhere the CPU build."""
     if sys.platform == "linux" and not has_nvidia():
         return f"{CPU_TORCH} && {install_line()}"
     if sys.platform == "win32" and has_nvidia():
@@ -254,12 +254,12 @@ def _build() -> str:
 
 
 def has_nvidia() -> bool:
-    """Whether the machine has a GPU of NVIDIA's, whatever torch makes of it."""
+    """Whether the machine has an NVIDIA GPU, whether or not torch can use it."""
     return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
 def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
-    """Bytes of memory in all, and available, as far as a container may have of them; None where it is not known."""
+    """Total and available memory in bytes, within the limit of the container; None if unknown."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
@@ -275,7 +275,7 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
 
 
 def _available_processors() -> int:
-    """Those that this process may use."""
+    """Number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

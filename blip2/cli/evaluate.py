@@ -1,4 +1,4 @@
-"""``blip2 evaluate``: a benchmark, or rows with references in, scores out."""
+"""``blip2 evaluate``: scores of a model on a benchmark, or on rows with references."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def command(
     def begin(places: list[str], output: None, **options: Any) -> CollectionRun:
         started.append(evaluation := beginning(rows, data, folder, options))
         if "dry_run" not in collection.given:
-            evaluation.see(lambda done, total: click.echo(f"blip2: {done:,} of {total:,} pictures seen", err=True))
+            evaluation.see(lambda done, total: click.echo(f"blip2: {done:,} of {total:,} images encoded", err=True))
         return evaluation.run
 
     asked = {**given(others), "files_from": None, "is_null": False}
@@ -114,12 +114,12 @@ def command(
             click.echo(f"blip2: {missing} rows have no answer yet, so there are no scores", err=True)
         else:
             click.echo(table(started[0].scores(against)))
-            click.echo(f"blip2: {folder / 'scores.json'}; to look at: {folder / 'report.html'}", err=True)
+            click.echo(f"blip2: {folder / 'scores.json'}; report: {folder / 'report.html'}", err=True)
     context.exit(code)
 
 
 def table(found: dict[str, Any]) -> str:
-    """Scores as text, a line each; beside them those that were published of this model, or below them of others."""
+    """Scores as text, one per line, with the published scores of this model beside them, or of others below."""
     published = found.get("published", {}).get("scores", {})
     own = published.get(found.get("model"), {})
     lines = [f"{found['rows']} rows" + (f", {found['failed']} could not be read" if found["failed"] else "")]
@@ -140,7 +140,7 @@ def table(found: dict[str, Any]) -> str:
     if other := found.get("against"):
         chance = f", p = {other['p']:.3g}" if "p" in other else ""
         lines.append(
-            f"beside {other['folder']}: {other['changed']} rows changed, {other['better']} better, "
+            f"compared with {other['folder']}: {other['changed']} rows changed, {other['better']} better, "
             f"{other['worse']} worse{chance}"
         )
     return "\n".join(lines)

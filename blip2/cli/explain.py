@@ -1,4 +1,4 @@
-"""``blip2 explain``: a picture of where a model looks."""
+"""``blip2 explain``: a heat map of the image regions that a text comes from."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _check(
     as_json: bool,
     model: str | None,
 ) -> None:
-    """What is wrong with a request is told before a model is loaded."""
+    """Check the options before a model is loaded."""
     from blip2.api.loading import manner_of
     from blip2.image import check_writable
     from blip2.text import question_prompt
@@ -98,19 +98,19 @@ def _check(
     if text is None and not asked:
         raise click.UsageError("there is nothing to explain; give a TEXT, --question, --word or --caption")
     if text is not None and (asked or answer is not None):
-        raise click.UsageError(f"a TEXT is explained by itself; leave it out, or {(asked or ['--answer'])[0]}")
+        raise click.UsageError(f"a TEXT is explained alone; leave out TEXT or {(asked or ['--answer'])[0]}")
     if question is not None and (word is not None or caption is not None):
         raise click.UsageError("--question explains an answer; leave out --word and --caption")
     if answer is not None and question is None:
-        raise click.UsageError("--answer belongs to a --question; give it, too")
+        raise click.UsageError("--answer needs --question; give both")
     if question is not None:
         question_prompt(question, manner_of(model))
     if out is None and not as_json:
-        raise click.UsageError("there is no file to write the picture to; give one by -o heat.png, or ask for --json")
+        raise click.UsageError("there is no output; give a file with -o heat.png, or --json")
     if out is not None and out.suffix.lower() != ARRAY:
         check_writable(out)
     if out is not None and not out.parent.is_dir():
-        raise ImageError(f"{out}: there is no folder {out.parent}; make it, or name another")
+        raise ImageError(f"{out}: there is no folder {out.parent}; create it, or name another")
 
 
 def _write(found: Explanation, out: Path) -> None:
@@ -125,4 +125,4 @@ def _write(found: Explanation, out: Path) -> None:
         with written(out) as unfinished, unfinished.open("wb") as file:
             np.save(file, found.heat.numpy())
     except OSError as error:
-        raise ImageError(f"{out}: cannot be written ({error.strerror}); check the folder and the space on it") from None
+        raise ImageError(f"{out}: cannot be written ({error.strerror}); check the folder and the disk space") from None

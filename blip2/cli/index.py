@@ -1,4 +1,4 @@
-"""``blip2 index``: pictures in, a file to search or to ask out."""
+"""``blip2 index``: encode images into a file that can be searched or asked about."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ def command(
                 on_progress=on_progress, on_problem=problem, on_note=tell,
             )  # fmt: skip
     except KeyboardInterrupt:
-        raise Failure(f"stopped; what was encoded is kept beside {output}, and the same command goes on", 130) from None
-    pictures = "picture" if changes.total == 1 else "pictures"
+        raise Failure(f"stopped; finished work is kept beside {output}, and the same command resumes", 130) from None
+    pictures = "image" if changes.total == 1 else "images"
     click.echo(f"{changes}; {changes.total:,} {pictures} in {click.format_filename(output)}", err=True)
     context.exit(1 if problems else 0)
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """On a terminal a bar for pictures done and in all, with their rate, on standard error."""
+    """A progress bar on standard error if that is a terminal: images done, total, rate."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -98,9 +98,9 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
     class Rate(TextColumn):
         def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{task.speed:.3g} a second")
+            return Text("" if task.speed is None else f"{task.speed:.3g} images/s")
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), TextColumn("left:"),
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images,"), Rate(""), TextColumn("left:"),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
         task = bar.add_task("", total=None)

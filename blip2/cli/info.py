@@ -1,4 +1,4 @@
-"""``blip2 info``: what a model is, and what it would need here. No weight is read, nothing is downloaded."""
+"""``blip2 info``: a model's parts, and what it would need here. Reads no weights and downloads no model."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 TITLES = {"vision": "Image encoder", "qformer": "Q-Former", "language": "Language model"}
 PARTS = {"vision_model": "image encoder", "language_model": "language model"}
-"""By the beginning of a published name; all else is the Q-Former's."""
+"""By prefix of the published tensor name; all others belong to the Q-Former."""
 PURPOSES = {"generative": "captions, questions and chat", "matching": "image-text matching and search"}
 
 
 class Facts(NamedTuple):
-    """All that is told about a model; ``folder`` and ``files`` are None where it is known by name alone."""
+    """Everything reported about a model. ``folder`` and ``files`` are None if the model is not downloaded."""
 
     name: str
     config: Blip2Config | MatcherConfig
@@ -52,7 +52,7 @@ class Facts(NamedTuple):
     device: torch.device
     model: Description
     alternatives: dict[str, int]
-    """What --quantize would make of it: bytes in memory."""
+    """Memory in bytes with each choice of --quantize."""
     adapters: list[Adapter]
 
 
@@ -75,7 +75,7 @@ def command(model: str | None, as_json: bool, with_plan: bool, gpu_memory: float
     blip2 info my-model --device cuda --json
     """
     if gpu_memory is not None and not (with_plan and gpu_memory > 0):
-        raise click.UsageError("--gpu-memory is a number of GB above 0, and goes with --plan")
+        raise click.UsageError("--gpu-memory is a number of GB above 0, and needs --plan")
     if told_as_part(model, options["revision"], as_json):
         return
     facts = _facts(model, **options)
@@ -116,7 +116,7 @@ def _facts(
     published = PUBLISHED.get(name) if name is not None else None
     if folder is not None:
         config, chosen, files = read_config(folder), quantization_in(folder, asked), stored(folder)
-        image_settings(folder, config)  # that the two belong together
+        image_settings(folder, config)  # checks that the two match
     else:
         assert published is not None
         config, chosen, files = published.config, asked, None
@@ -132,19 +132,19 @@ def _facts(
 
 
 def _adapters(names: tuple[str, ...], model: str | None, folder: Path | None) -> list[Adapter]:
-    """Those that are to be merged; that they are of this model is seen by its files."""
+    """The adapters to merge. Checks from their files that they fit this model."""
     from blip2.checkpoint.adapters import Adapters
     from blip2.checkpoint.load import fitted_adapters
 
     if (adapters := Adapters.of(adapters_in(names))) is None:
         return []
     if folder is None:
-        raise CheckpointError(f"{model}: is not here, and an adapter is told beside its model; blip2 pull {model}")
+        raise CheckpointError(f"{model}: is not downloaded, and --adapter needs its files; run blip2 pull {model}")
     return list(fitted_adapters(adapters, folder))
 
 
 def _plan(facts: Facts, dtype: str, gpu_memory: float | None) -> Plan:
-    """Where it would go on this machine, or on one whose GPU has ``gpu_memory`` GB free."""
+    """The placement on this machine, or on one whose GPU has ``gpu_memory`` GB free."""
     import torch
 
     from blip2 import placement
@@ -160,7 +160,7 @@ def _plan(facts: Facts, dtype: str, gpu_memory: float | None) -> Plan:
 
 
 def _device(name: str) -> torch.device:
-    """The device of that name. It need not be there: what another machine would need may be asked."""
+    """The device of that name. It need not exist here: the memory on another machine may be asked for."""
     import torch
 
     from blip2.api import find_device
@@ -228,10 +228,10 @@ def _show_head(facts: Facts, out: Console) -> None:
         dtypes = ", ".join(_name(dtype) for dtype in facts.files.dtypes)
         out.print(labelled("On disk", f"{in_bytes(facts.files.num_bytes)} in {files}: {dtypes}"))
         if shared := facts.files.num_shared_bytes:
-            out.print(labelled("", f"{in_bytes(shared)} of it shared with other models, by hard links"))
+            out.print(labelled("", f"{in_bytes(shared)} of this shared with other models by hard links"))
     elif facts.published is not None:
         size = in_bytes(facts.published.size_gb * 1e9)
-        out.print(labelled("Not here", f"{size} to download (blip2 pull); this is from the package's own table"))
+        out.print(labelled("Not here", f"{size} to download (blip2 pull); these facts are from the built-in table"))
     if facts.published is not None:
         out.print(labelled("Licence", facts.published.licence))
     out.print()
@@ -246,7 +246,7 @@ def _show_architecture(facts: Facts, out: Console) -> None:
         ranks = f" of rank {', '.join(map(str, adapter.ranks))}" if adapter.ranks else ""
         weight = "" if adapter.weight == 1 else f", with weight {adapter.weight:g}"
         out.print(labelled("Adapter", f"{adapter.path}: {adapter.kind}{ranks}{weight}"))
-        out.print(labelled("", f"weights it changes: {changes}; {in_words(adapter.num_parameters)} parameters"))
+        out.print(labelled("", f"changes {changes}; {in_words(adapter.num_parameters)} parameters"))
     out.print()
 
 
@@ -275,7 +275,7 @@ def _show_precision(facts: Facts, out: Console) -> None:
 
 
 def _show_layers(facts: Facts, out: Console) -> None:
-    """The quantised layers by pattern, and what is kept: of a part that has none of them, its name."""
+    """The quantised layers by pattern, and the kept ones: for a part without quantised layers, only its name."""
     from rich.table import Table
 
     from blip2.checkpoint.describe import by_pattern, part_of
@@ -308,7 +308,7 @@ def _show_layers(facts: Facts, out: Console) -> None:
 
 
 def _kept(model: Description) -> dict[tuple[str, torch.dtype], list[str]]:
-    """What is not quantised, by part and precision."""
+    """The weights that are not quantised, by part and precision."""
     from blip2.checkpoint.describe import part_of
 
     groups: dict[tuple[str, torch.dtype], list[str]] = {}
@@ -324,7 +324,7 @@ def _kind(facts: Facts) -> str:
 
 
 def _formats(model: Description, part: str) -> str:
-    """The kinds of weights that a part has, the quantised ones first."""
+    """The formats of a part's weights, the quantised ones first."""
     from blip2.checkpoint.describe import part_of
 
     bits = sorted({bits for name, bits in model.quantized.items() if part_of(name) == part})

@@ -1,4 +1,4 @@
-"""A model that is made from a model: written whole, with what stands beside it, or not at all."""
+"""Write a model made from another model, with its tokenizer and settings: completely, or not at all."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COMPANIONS = (
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template.jinja", *OF_TOKENIZER,
     *(f"qformer_tokenizer/{name}" for name in OF_TOKENIZER),
 )  # fmt: skip
-"""What stands beside the weights and the tokenizer, and is the same whatever the weights are kept in."""
+"""Files beside the weights and the tokenizer that do not depend on the precision of the weights."""
 UNFINISHED = "unfinished"
 
 
 def check_is_new(out: Path) -> None:
-    """CheckpointError if something is there."""
+    """Raise CheckpointError if ``out`` exists."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; choose another name, or delete it")
 
@@ -40,9 +40,9 @@ def write_from(
     doing: str,
     quantization: dict[str, Any] | None = None,
 ) -> None:
-    """Load a model made from that of a folder, and write it; ``load`` is given what is told of the progress.
+    """Load a model made from the one in a folder, and write it. ``load`` gets a callback for progress.
 
-    Into a folder within ``out``, and from there, config.json last: there is a whole model, or none.
+    Files go into a subfolder of ``out`` first and are moved from there, config.json last: no partial model is left.
     """
     from blip2 import checkpoint
 
@@ -55,7 +55,7 @@ def write_from(
                 raise CheckpointError(f"{folder}: has weights that are NaN or infinite: {found}")
             writes()
             checkpoint.save(model, unfinished, tokenizer=folder / "tokenizer.json", quantization=quantization)
-        # Whoever looks for them finds the original's, or none: what `save` knows is a guess beside them.
+        # Copy the original's files, if any: what `save` could write instead would be a guess.
         for name in COMPANIONS:
             (unfinished / name).unlink(missing_ok=True)
             if (folder / name).exists():
@@ -67,18 +67,18 @@ def write_from(
         replace([(unfinished / path, out / path) for path in whole])
     except OSError as error:
         raise CheckpointError(
-            f"{out}: cannot be written ({error.strerror}); make room there, or name another"
+            f"{out}: cannot be written ({error.strerror}); free some space, or name another folder"
         ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         if not was_there:
-            with suppress(OSError):  # there is a model in it, or it never came to be
+            with suppress(OSError):  # it already holds a model, or was never created
                 out.rmdir()
 
 
 @contextmanager
 def _bar(doing: str) -> Iterator[tuple[Callable[[int, int], None] | None, Callable[[], None]]]:
-    """On a terminal a bar for bytes done and in all, on standard error; and what to call when they are written."""
+    """A progress bar in bytes on standard error if that is a terminal, and a function to call when all is written."""
     if not sys.stderr.isatty():
         yield None, lambda: None
         return

@@ -1,4 +1,4 @@
-"""``blip2 match``: pictures and texts in, how well they fit out."""
+"""``blip2 match``: score how well texts match images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, see
 
 CANDIDATES = 32
-"""With --top: the texts that are looked at together with a picture."""
+"""With --top: the number of texts that ITM scores for each image."""
 
 
 @click.command("match")
@@ -100,7 +100,7 @@ def command(
 
 
 def _line(row: dict[str, Any]) -> str:
-    """The numbers and the text: "98.7 %   0.412   99.1 %  two dogs"."""
+    """One line of the table: "98.7 %   0.412   99.1 %  two dogs"."""
     share = row["itc_probability"]
     shown = "-" if share is None else f"{share:.1%}"
     return f"{row['itm_probability']:>7.1%}  {row['itc_cosine']:>6.3f}  {shown:>7}  {row['text']}"
@@ -109,9 +109,9 @@ def _line(row: dict[str, Any]) -> str:
 def _split(
     arguments: tuple[str, ...], texts: tuple[str, ...], labels: Path | None, has_list: bool
 ) -> tuple[tuple[str, ...], Sequence[str]]:
-    """Pictures and texts: the first argument is the picture and the others are texts, unless options give these.
+    """Images and texts: the first argument is the image and the others are texts, unless options give the texts.
 
-    ``has_list``: of pictures, so that all arguments are texts, unless options give these.
+    ``has_list``: --files-from gives images, so that all arguments are texts, unless options give the texts.
     """
     if labels is not None:
         return arguments, [*texts, *lines_in(labels, "label")]
@@ -122,10 +122,10 @@ def _split(
     images = () if has_list else arguments[:1]
     others = arguments[len(images) :]
     if not others:
-        raise click.UsageError("there is no text; give the picture first, then one text or more")
+        raise click.UsageError("there is no text; give the image first, then one text or more")
     if several := [argument for argument in others if os.path.exists(argument)]:
         raise click.UsageError(
-            f"{click.format_filename(several[0])} is a file, and a text is wanted there; with more than one picture "
-            "give the texts by -t or --labels"
+            f"{click.format_filename(several[0])} is a file, but a text belongs there; for more than one image "
+            "give the texts with -t or --labels"
         )
     return images, others

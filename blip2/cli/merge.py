@@ -1,4 +1,4 @@
-"""``blip2 merge``: a model with adapters in its weights, written once, that loads without them."""
+"""``blip2 merge``: write a model with adapters merged into its weights, so that it loads without them."""
 
 from __future__ import annotations
 

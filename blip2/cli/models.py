@@ -1,4 +1,4 @@
-"""``blip2 models``: the published models side by side."""
+"""``blip2 models``: list the published models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS: tuple[tuple[str, int, Any], ...] = (
     ("", 31, "left"), ("size", 6, "right"), ("fetch", 5, "right"), ("bf16", 4, "right"), ("int8", 4, "right"),
     ("int4", 4, "right"), ("px", 3, "right"), ("commit", 7, "left"), ("here", 4, "left"),
 )  # fmt: skip
-"""Heading, width and side of each column: of 80 characters together, and the same in every table."""
+"""Heading, width in characters and alignment of each column: 80 characters in all, the same in every table."""
 
 
 @click.command("models")
@@ -39,7 +39,7 @@ def command(as_json: bool) -> None:
 
 
 def known_models() -> list[dict[str, Any]]:
-    """Each published model as plain values: bytes, pixels, the names of commits and folders."""
+    """Each published model as plain values: sizes in bytes, image size in pixels, commits and folders by name."""
     import torch
 
     from blip2.checkpoint import quantization
@@ -92,9 +92,9 @@ def _show(rows: list[dict[str, Any]]) -> None:
             out.print(f"{purpose[0].upper()}{purpose[1:]}", style="bold")
             out.print(table)
             out.print()
-        out.print("GB to fetch, and GB of memory for the weights in bfloat16, int8 and int4; pixels a side.")
+        out.print("Download in GB; memory of the weights in GB in bfloat16, int8 and int4; image size in pixels.")
         out.print()
-        out.print("Parts that others are made of (blip2 assemble, blip2 info)", style="bold")
+        out.print("Parts that can be combined (blip2 assemble, blip2 info)", style="bold")
         for title, families in parts.items():
             out.print(labelled(title, ", ".join(families)))
         out.print()

@@ -70,7 +70,7 @@ CHAT_TEMPLATE = click.option("--chat-template", is_flag=True, help="Format the p
                              "chat template.")  # fmt: skip
 MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision", "vision", "adapter")
 
-# Ranges are checked where they are known: by GenerateOptions.
+# Ranges are checked by GenerateOptions.
 DECODING = (
     click.option("--beams", "num_beams", type=int, help="Number of beams; 1 is greedy decoding."),
     click.option("--max-new-tokens", type=int, help="Maximum length of the generated text, in tokens."),
@@ -98,7 +98,7 @@ OUTPUT = (
 
 
 def with_options(*groups: tuple[Decorator, ...]) -> Decorator:
-    """Add groups of options to a verb, shown in this order, and --threads and --debug at the end."""
+    """Add groups of options to a subcommand, shown in this order, then --threads and --debug."""
 
     def add(command: Any) -> Any:
         command = threads_option(debug_option(command))
@@ -110,18 +110,18 @@ def with_options(*groups: tuple[Decorator, ...]) -> Decorator:
 
 
 def given(decoding: dict[str, Any]) -> dict[str, Any]:
-    """The decoding options that were given; the task's defaults stand for the others."""
-    # By identity: 0 equals False, and a seed of 0 was given.
+    """The decoding options that were given; the task's defaults apply to the others."""
+    # Compare by identity: 0 equals False, but a seed of 0 was given.
     return {name: value for name, value in decoding.items() if not (value is None or value is False or value == ())}
 
 
 def of_model(options: dict[str, Any]) -> dict[str, Any]:
-    """Take those of `MODEL` out of all options of a verb, for `load_pipeline`."""
+    """Take the options of `MODEL` out of all options of a subcommand, for `load_pipeline`."""
     return {name: options.pop(name) for name in MODEL_NAMES}
 
 
 def of_template(options: dict[str, Any]) -> dict[str, bool]:
-    """Take `CHAT_TEMPLATE` out of all options, for `load_pipeline`; without it nothing, as before there was one."""
+    """Take `CHAT_TEMPLATE` out of all options, for `load_pipeline`. Empty if the flag was not given."""
     return {"chat_template": True} if options.pop("chat_template") else {}
 
 
@@ -146,13 +146,13 @@ def _load(**options: Any) -> Pipeline | Matcher:
 
 
 def of_loading(options: dict[str, Any]) -> dict[str, Any]:
-    """As Python names them: None is the precision that suits the device."""
+    """Options under their Python names. A dtype of None lets the device decide."""
     dtype = None if options["dtype"] == "auto" else options["dtype"]
     return {**options, "dtype": dtype, "adapter": adapters_in(options.get("adapter") or ())}
 
 
 def adapters_in(texts: Sequence[str]) -> dict[str, float] | None:
-    """Names with weights, from NAME or NAME=0.5; None if there are none."""
+    """Adapter names with weights, from NAME or NAME=0.5; None if there are none."""
     found = {}
     for text in texts:
         weighed = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
@@ -162,8 +162,8 @@ def adapters_in(texts: Sequence[str]) -> dict[str, float] | None:
 
 
 def lines_in(path: Path, what: str) -> list[str]:
-    """What a text file holds, one ``what`` a line, without empty lines; OptionError if there is none."""
-    how = f"give a text file with one {what} a line"
+    """The lines of a text file without empty ones, one ``what`` each. OptionError if there are none."""
+    how = f"give a text file with one {what} per line"
     try:
         found = filled_lines(path)
     except OSError as error:
@@ -171,13 +171,13 @@ def lines_in(path: Path, what: str) -> list[str]:
     except NotTextError as error:
         raise OptionError(f"{path}: {error}; {how}") from None
     if not found:
-        raise OptionError(f"{path}: has no {what} in it; {how}")
+        raise OptionError(f"{path}: contains no {what}; {how}")
     return found
 
 
 @contextmanager
 def printing() -> Iterator[Console]:
-    """Tables and lines for standard output: as a terminal shows them, or plain text without colours."""
+    """A console on standard output: with colours on a terminal, plain text elsewhere."""
     from rich.console import Console
 
     if sys.stdout.isatty():
@@ -191,7 +191,7 @@ def printing() -> Iterator[Console]:
 
 
 def labelled(label: str, text: str) -> Table:
-    """A label and a text, whose further lines stand below its first."""
+    """A label and a text whose further lines are aligned with its first."""
     from rich.table import Table
 
     grid = Table.grid()
@@ -202,14 +202,14 @@ def labelled(label: str, text: str) -> Table:
 
 
 def in_bytes(number: float) -> str:
-    """1.97 GB, 48.9 GB; decimal, as disks and downloads are counted."""
+    """1.97 GB, 48.9 GB: decimal units, as for disks and downloads."""
     if number < 1e8:
         return f"{number / 1e6:.1f} MB"
     return f"{number / 1e9:.2f} GB" if number < 1e10 else f"{number / 1e9:.1f} GB"
 
 
 def in_words(number: int) -> str:
-    """Parameters: 3.9 M, 986 M, 12.2 B (billions)."""
+    """Numbers of parameters: 3.9 M, 986 M, 12.2 B (billions)."""
     if number < 999.5e6:
         return f"{number / 1e6:.1f} M" if number < 99.95e6 else f"{number / 1e6:.0f} M"
     return f"{number / 1e9:.1f} B"

@@ -1,4 +1,4 @@
-"""A page of pictures that were found: one file, with thumbnails in it."""
+"""An HTML page of search results: a single file with embedded thumbnails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ figcaption span { color: var(--dim); }
 
 
 class Shown(NamedTuple):
-    """A picture that was found, with what is told about it, its score first."""
+    """A result: an image and its columns, the score first."""
 
     path: str
     values: dict[str, Any]
@@ -42,16 +42,16 @@ class Shown(NamedTuple):
 
 
 def page(title: str, groups: Sequence[Sequence[Shown]], tell: Callable[[str], None]) -> str:
-    """HTML of pictures in groups. ``tell`` gets a line for each that cannot be opened; it is shown by its name."""
+    """HTML of images in groups. ``tell`` gets one line for each image that cannot be opened; its name is shown."""
     from blip2.collection.page import page as whole_page  # imports Pillow
 
-    # A name that is no UTF-8, or a text with a lone surrogate, becomes something that can be written.
+    # Replace what cannot be encoded: a name that is not UTF-8, a text with a lone surrogate.
     title = click.format_filename(title)
     number = sum(map(len, groups))
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{number:,} picture{'' if number == 1 else 's'}</p>"]
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{number:,} image{'' if number == 1 else 's'}</p>"]
     for place, group in enumerate(groups, start=1):
         if len(groups) > 1:
-            parts.append(f"<h2>group {place}, {len(group)} pictures</h2>")
+            parts.append(f"<h2>group {place}, {len(group)} images</h2>")
         parts += ["<section>", *(_figure(shown, tell) for shown in group), "</section>"]
     return whole_page(f"{escape(title)} - blip2 search", STYLE, "\n".join(parts))
 

@@ -1,4 +1,4 @@
-"""What ``blip2 info`` tells of a part by itself: a language model, an image encoder, a BERT."""
+"""What ``blip2 info`` shows for a single part: a language model, an image encoder, a BERT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from blip2.cli.options import in_bytes, in_words, labelled, printing
 
 
 def told_as_part(name: str | None, revision: str | None, as_json: bool) -> bool:
-    """Whether it is no whole model, but a part of one; then all is said."""
+    """Print the report if the name is that of a part of a model, not of a whole one; return whether it was."""
     from blip2.checkpoint.describe import find, stored
 
     folder = find(name, revision)

@@ -1,7 +1,7 @@
-"""The pictures that the arguments name: files, addresses, ``-`` for standard input, folders of files, an index.
+"""The images that the arguments name: files, URLs, ``-`` for standard input, folders of files, an index.
 
-How plain text shows their names: a control character or a backslash as an escape, so that a line is a picture; raw
-with ``-0``, where NUL ends what a newline ends else.
+Plain output escapes control characters and backslashes in names, so that each line is one image. With ``-0``, names are
+not escaped and end with NUL instead of a newline.
 """
 
 from __future__ import annotations
@@ -43,41 +43,41 @@ PICTURES = (*FOLDERS, *NULL, *READING)
 
 
 def of_reading(options: dict[str, Any]) -> dict[str, Any]:
-    """Take those of `READING` that were given out of all options of a verb, for `load`."""
+    """Take the options of `READING` that were given out of all options of a subcommand, for `load`."""
     given = {name: options.pop(name) for name in ("max_pixels", "allow_truncated")}
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Which pictures are asked for: the arguments and those of a list, and how folders are looked through."""
+    """The requested images: arguments and the names of a list, and how folders are searched."""
 
     arguments: list[str]
     recursive: bool
     exclude: tuple[str, ...]
     is_null: bool
     is_listed: bool
-    """Whether some stand in a list, of which nobody knows how many they are."""
+    """Whether some names come from a list, whose length is not known."""
 
     @classmethod
     def of(cls, arguments: Iterable[str], options: dict[str, Any], metavar: str = "IMAGES...") -> Asked:
-        """Take those of `FOLDERS` and `NULL` out of all options of a verb. UsageError if there is no picture."""
+        """Take the options of `FOLDERS` and `NULL` out of all options of a subcommand. UsageError without an image."""
         recursive, exclude = options.pop("recursive"), options.pop("exclude")
         files_from, is_null = options.pop("files_from"), options.pop("is_null")
         found = list(arguments)
         if files_from is not None:
             if files_from == "-" and "-" in found:
-                raise click.UsageError("standard input is either a list of names or a picture; leave out one '-'")
+                raise click.UsageError("standard input cannot be both a list of names and an image; leave out one '-'")
             found += names_in(files_from, is_null)
         elif not found:
             raise click.UsageError(f"Missing argument '{metavar}'.")
         if found.count("-") > 1:
-            raise click.UsageError("standard input holds one picture; give '-' only once")
+            raise click.UsageError("standard input holds one image; give '-' only once")
         return cls(found, recursive, exclude, is_null, files_from is not None)
 
 
 def names_in(file: str, is_null: bool) -> list[str]:
-    """The names that a file lists, one a line (or each before a NUL byte); raises OptionError if it cannot be read."""
+    """The names in a file, one per line (or each before a NUL byte). OptionError if it cannot be read."""
     try:
         if file == "-":
             content = sys.stdin.buffer.read()
@@ -85,17 +85,17 @@ def names_in(file: str, is_null: bool) -> list[str]:
             with open(file, "rb") as stream:
                 content = stream.read()
     except OSError as error:
-        raise OptionError(f"--files-from {file}: cannot be read ({error.strerror}); name a list of pictures") from None
+        raise OptionError(f"--files-from {file}: cannot be read ({error.strerror}); give a list of images") from None
     encoding = next((name for mark, name in ENCODINGS if content.startswith(mark)), None)
-    if encoding is not None:  # as Windows writes it; names without a mark may be of any bytes
+    if encoding is not None:  # a byte order mark, as on Windows; without one, names may be any bytes
         how = "surrogateescape" if encoding == "utf-8-sig" else "replace"
         content = content.decode(encoding, how).encode("utf-8", "surrogateescape")
     lines = content.split(b"\0") if is_null else content.splitlines()
     if not is_null and b"\0" in content:
-        raise OptionError(f"--files-from {file}: has NUL bytes in it; for a list that they divide add -0")
+        raise OptionError(f"--files-from {file}: contains NUL bytes; add -0 if they separate the names")
     found = [os.fsdecode(line) for line in lines if line.strip()]
     if not found:
-        raise OptionError(f"--files-from {file}: names no picture; write one name a line")
+        raise OptionError(f"--files-from {file}: names no image; write one name per line")
     return found
 
 
@@ -103,41 +103,41 @@ NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029" + ("" if os.sep == "\\"
 
 
 def shown(name: str, is_null: bool = False) -> str:
-    """A name in plain output: on one line and without a tab."""
+    """A name for plain output: on one line and without a tab."""
     if is_null:
         return name
     return NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), click.format_filename(name))
 
 
 def echo(columns: Sequence[str], is_null: bool) -> None:
-    """A line of plain output."""
+    """Print a line of plain output."""
     end = "\0" if is_null else "\n"
     click.echo(("\t".join(columns) + end).encode("utf-8", "surrogateescape"), nl=False)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """``sources`` in order; ``are_several``: their names stand beside the results (not for a lone file).
+    """``sources`` in order. ``are_several``: their names are shown beside the results (not for a single file).
 
-    With an ``index`` they are only named: what was seen of them is in there, in the same order.
+    With an ``index``, sources are only names: the features are in the index, in the same order.
     """
 
     sources: list[str]
     are_several: bool
     problems: list[str] = field(default_factory=list)
-    """What is wrong with a folder or something in it, a line each; the other pictures are there."""
+    """What is wrong with a folder or its content, one line each; the other images are still processed."""
     notes: list[str] = field(default_factory=list)
-    """What was passed over and is no picture."""
+    """Files that were skipped because they are not images."""
     index: Index | None = None
 
     def model(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of `MODEL`; if none is named, the model that made the index."""
+        """The options of `MODEL`; if no model is named, the one that made the index."""
         if self.index is None or options["model"] is not None:
             return options
         return options | {"model": self.index.model_name}
 
     def seen_by(self, blip: Pipeline, batch_size: int) -> Iterator[EncodedImage | ImageError]:
-        """What the model sees of them, or what is wrong with one. IndexFileError if another one made the index."""
+        """What the model encoded of each image, or the error. IndexFileError if another model made the index."""
         if self.index is not None:
             self.index.check_model(blip)
         images: Sequence[Any] = self.sources if self.index is None else self.index
@@ -145,15 +145,15 @@ class Pictures:
 
 
 def changes(index: Index, rows: Iterable[int] | None = None) -> list[str]:
-    """A line for each picture, of these rows or of all, whose file is not what was seen any more."""
+    """One line for each image (of these rows, or all) whose file has changed since it was encoded."""
     return [
-        f"{shown(path)}: has changed since it was seen; bring the index up to date with blip2 index"
+        f"{shown(path)}: has changed since it was encoded; update the index with blip2 index"
         for path in index.changed(rows)
     ]
 
 
 def find_pictures(asked: Asked, *, takes_index: bool = False) -> Pictures:
-    """Folders give the pictures in them, by name, and an index those that it holds; all else is taken as it is."""
+    """The images of folders, sorted by name, and those of an index; everything else is taken as it is."""
     from blip2.data.folders import find_in
     from blip2.index import Index, is_index  # imports torch
 
@@ -161,8 +161,8 @@ def find_pictures(asked: Asked, *, takes_index: bool = False) -> Pictures:
     indexes = [argument for argument in arguments if os.path.isfile(argument) and is_index(argument)]
     if indexes:
         if not takes_index or len(arguments) > 1:
-            how = "give it alone" if takes_index else "give pictures, or use blip2 search"
-            raise click.UsageError(f"{click.format_filename(indexes[0])} is an index of pictures; {how}")
+            how = "give it alone" if takes_index else "give images, or use blip2 search"
+            raise click.UsageError(f"{click.format_filename(indexes[0])} is an index of images; {how}")
         index = Index.open(indexes[0])
         index.check_kind("ask")
         return Pictures(index.paths, True, changes(index), index=index)

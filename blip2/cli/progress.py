@@ -1,4 +1,4 @@
-"""How a run over a collection goes: a bar on a terminal, plain lines elsewhere, JSON lines where they are asked for."""
+"""Progress of a run over a collection: a bar on a terminal, plain lines elsewhere, JSON lines with --log-json."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 LINE_S = 30.0
 """Seconds between plain lines."""
 MOST_TOLD = 10
-"""Failures that are told one by one, and reasons in the summary are half as many."""
+"""Number of failures reported one by one. The summary lists half as many reasons."""
 
 
 class Progress:
-    """Tells of a run on standard error; a context in which it is at work. ``exit_code``: 1 if something failed."""
+    """Reports a run on standard error. A context manager around the run. ``exit_code``: 1 if something failed."""
 
     def __init__(self, started: CollectionRun, *, is_json: bool) -> None:
         self._started = started
@@ -40,7 +40,7 @@ class Progress:
         if started.plan.passed_over:
             self.tell(started.plan.passed_over)
 
-    # ---- while it is at work ----
+    # ---- during the run ----
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty() and not self._is_json:
@@ -72,16 +72,16 @@ class Progress:
         else:
             print(f"blip2: {click.format_filename(message)}", file=sys.stderr, flush=True)
 
-    # ---- at its end ----
+    # ---- after the run ----
 
     def end(self, summary: Summary, html: Path | None) -> int:
-        """The summary; the exit code."""
+        """Print the summary and return the exit code."""
         plan = self._started.plan
         failed = summary.failed + summary.failed_before
         self.exit_code = 1 if failed else self.exit_code
         outputs = plan.request.outputs
         written = [outputs.output, outputs.sidecar and f"*{outputs.sidecar}", outputs.xmp and "*.xmp",
-                   outputs.embed and "the pictures' metadata"]  # fmt: skip
+                   outputs.embed and "the images' metadata"]  # fmt: skip
         for note in summary.notes:
             self.tell(note)
         if self._is_json:
@@ -95,28 +95,28 @@ class Progress:
         counts = [f"{summary.done:,} done", f"{summary.skipped:,} skipped", f"{summary.failed:,} failed"]
         if summary.before:
             counts.append(f"{summary.before:,} in earlier runs" + _of_which_failed(summary))
-        rate = f"; {_rate(summary)} pictures a second" if summary.rate else ""
+        rate = f"; {_rate(summary)} images/s" if summary.rate else ""
         self.tell(f"{', '.join(counts)}{rate}; in {', '.join(name for name in written if name)}")
         for reason, number in summary.reasons.most_common(MOST_TOLD // 2):
             self.tell(f"{number:,} failed: {of_picture(reason)}")
         if failed:
-            self.tell(f"what failed is in {plan.journal.errors}; --retry-failed with the same command tries it again")
+            self.tell(f"the failures are listed in {plan.journal.errors}; add --retry-failed to try them again")
         if summary.skipped and not summary.done and plan.request.takes_text:
-            self.tell("what is skipped has a text already; --if-exists overwrite, append or prepend describes it anew")
+            self.tell("skipped images already have a text; --if-exists overwrite, append or prepend changes it")
         if summary.copies:
-            self.tell(f"{_number(summary.copies, 'copy', 'copies')} of another picture, given its result")
+            self.tell(f"{_number(summary.copies, 'copy', 'copies')} of other images, given the same result")
         if summary.repeated and plan.request.takes_text:  # answers and labels are few
-            self.tell(f"{_number(summary.repeated, 'caption is', 'captions are')} the same as that of another picture")
+            self.tell(f"{_number(summary.repeated, 'caption is', 'captions are')} the same as that of another image")
         if summary.is_limited:
             without = "without it and --restart" if plan.request.going.restart else "without it"
-            self.tell(f"stopped at --limit; {without}, the same command does the rest")
+            self.tell(f"stopped at --limit; {without}, the same command processes the rest")
         elif not summary.is_complete:
-            self.tell("other parts are not done; the last one that is completes the output")
+            self.tell("other parts are not finished; the last one to finish completes the output")
         if html:
-            self.tell(f"to look them over: {html}")
+            self.tell(f"review page: {html}")
         return self.exit_code
 
-    # ---- one thing ----
+    # ---- one event ----
 
     def _failure(self, result: Result) -> None:
         self._told += 1
@@ -125,7 +125,7 @@ class Progress:
         elif self._told <= MOST_TOLD:
             self.tell(of_picture(result.error_message))
         elif self._told == MOST_TOLD + 1:
-            self.tell("more failures are only counted from here")
+            self.tell("further failures are only counted")
 
     def _line(self, summary: Summary) -> None:
         if self._is_json:
@@ -134,7 +134,7 @@ class Progress:
         of = "" if summary.total is None else f" of {summary.total:,}"
         left = _seconds_left(summary)
         self.tell(
-            f"{summary.settled:,}{of} pictures, {_rate(summary)} a second"
+            f"{summary.settled:,}{of} images, {_rate(summary)} images/s"
             + ("" if left is None else f", {_duration(left)} left")
             + (f", {summary.failed:,} failed" if summary.failed else "")
         )
@@ -184,13 +184,13 @@ def _bar() -> Any:
 
     class Rate(TextColumn):
         def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{task.speed:.3g} a second")
+            return Text("" if task.speed is None else f"{task.speed:.3g} images/s")
 
     class Failed(TextColumn):
         def render(self, task: Task) -> Text:
             failed = task.fields.get("failed", 0)
             return Text(f"{failed:,} failed" if failed else "", style="red")
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures,"), Rate(""), Failed(""),
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images,"), Rate(""), Failed(""),
                TextColumn("time left:"), TimeRemainingColumn())  # fmt: skip
     return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)

@@ -1,4 +1,4 @@
-"""``blip2 pull``: fetch a model now, to have it later."""
+"""``blip2 pull``: download a model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def command(name: str, revision: str | None) -> None:
     from blip2.errors import CheckpointError
 
     if name in BUNDLED:
-        raise CheckpointError(f"{name} comes with the package; there is nothing to download")
+        raise CheckpointError(f"{name} is bundled with the package; there is nothing to download")
     if os.path.isdir(name) or name.count("/") != 1:
-        raise click.UsageError(f"{name or repr(name)} is no name on the hub, such as Salesforce/blip2-opt-2.7b")
+        raise click.UsageError(f"{name or repr(name)} is not a name on the hub, such as Salesforce/blip2-opt-2.7b")
     try:
         folder = hub.cached(name, revision) if hub.is_offline() else hub.pull(name, revision)
     except KeyboardInterrupt:
-        raise Failure("stopped; what has arrived is kept, and the same command goes on from there", 130) from None
+        raise Failure("stopped; the downloaded data is kept, and the same command resumes", 130) from None
     click.echo(folder)

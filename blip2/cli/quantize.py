@@ -1,4 +1,4 @@
-"""``blip2 quantize``: a model of 8 or 4 bits, written once, that loads without the original."""
+"""``blip2 quantize``: write a model with 8-bit or 4-bit weights, which loads without the original."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def command(model: str, out: Path, kind: str, group_size: str | None, vision: bo
     blip2 caption photo.jpg --model opt-int8
     """
     if kind == "int8" and group_size is not None:
-        raise click.UsageError("--group-size goes with --to int4; in 8 bits each output has one scale")
+        raise click.UsageError("--group-size needs --to int4; in 8 bits each output has one scale")
     check_is_new(out)
     from blip2 import checkpoint
     from blip2.checkpoint.describe import stored
@@ -55,12 +55,12 @@ def command(model: str, out: Path, kind: str, group_size: str | None, vision: bo
         quantization=quantization.as_json(),
     )
     after = stored(out).num_bytes
-    click.echo(f"{in_bytes(before)} became {in_bytes(after)} ({after / before:.0%})", err=True)
+    click.echo(f"{in_bytes(before)} reduced to {in_bytes(after)} ({after / before:.0%})", err=True)
     click.echo(out)
 
 
 def _check(folder: Path, quantization: Quantization) -> None:
-    """What is wrong with the model is told before the work begins."""
+    """Check the model before the work begins."""
     from blip2.checkpoint import image_settings, read_config
     from blip2.checkpoint.describe import describe
     from blip2.checkpoint.quantize import quantization_in
@@ -68,8 +68,8 @@ def _check(folder: Path, quantization: Quantization) -> None:
 
     config = read_config(folder)
     if (found := quantization_in(folder)) is not None:
-        raise CheckpointError(f"{folder}: is quantised to {found.bits} bits already; quantise the original")
+        raise CheckpointError(f"{folder}: is already quantised to {found.bits} bits; quantise the original")
     if not describe(config, quantization=quantization).quantized:
-        raise CheckpointError(f"{folder}: has no language model; --vision quantises its image encoder")
+        raise CheckpointError(f"{folder}: has no language model; add --vision to quantise its image encoder")
     Tokenizer.from_folder(folder)
     image_settings(folder, config)

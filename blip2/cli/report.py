@@ -1,4 +1,4 @@
-"""How results reach the terminal: plain text or JSON on standard output, everything else on standard error."""
+"""Output of results: plain text or JSON on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from blip2.tasks.speaker import Answer
 
 MANY = 16
-"""More pictures than this get a progress bar."""
+"""More images than this get a progress bar."""
 
 
 def row_of(answer: Answer) -> dict[str, Any]:
-    """What is told about an answer."""
+    """An answer as a row of the JSON output."""
     return {"text": answer.text, "score": answer.score, "tokens": len(answer.tokens)}
 
 
 class Batch(NamedTuple):
-    """Pictures that are answered together: what each is called, and what was seen of it (or went wrong)."""
+    """Images that are answered together: their names, and their features or errors."""
 
     names: list[str]
     seen: list[Any]
@@ -42,10 +42,10 @@ class Batch(NamedTuple):
 
 
 class Report:
-    """Prints results as they come, and remembers whether anything failed.
+    """Prints results as they arrive, and records whether anything failed.
 
-    ``shows_image``, ``shows_question``: whether a line of plain text begins with them. ``plain``: a row in one line.
-    ``is_null``: lines end with a NUL byte, and names are raw.
+    ``shows_image``, ``shows_question``: whether a plain line begins with them. ``plain``: formats a row as one line.
+    ``is_null``: lines end with a NUL byte, and names are not escaped.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Report:
         self.exit_code = 0
 
     def results(self, batch: Batch, rows: Iterable[list[dict[str, Any]]]) -> None:
-        """For each picture that could be read its results, each with a "text"; in the order of all pictures.
+        """Print the results of each image, in the order of the images; each row has a "text".
 
-        What the batch took is divided among them: ``seconds`` a picture.
+        The time of the batch is divided among them: ``seconds`` per image.
         """
         seconds = (time.perf_counter() - batch.started) / len(batch.seen)
         remaining = iter(rows)
@@ -81,14 +81,14 @@ class Report:
                 self._result(name, {**row, "seconds": round(seconds, 4)})
 
     def about(self, pictures: Pictures) -> None:
-        """What is wrong with folders, and what was passed over in them."""
+        """Report problems with folders, and what was skipped in them."""
         for problem in pictures.problems:
             self.problem(problem)
         for note in pictures.notes:
             tell(note)
 
     def problem(self, message: str) -> None:
-        """Something that went wrong while the rest goes on."""
+        """Report something that went wrong; the run continues."""
         tell(message)
         self.exit_code = 1
 
@@ -96,7 +96,7 @@ class Report:
         if self._as_json:
             click.echo(json.dumps({"image": image, **row, "model": self._model}))
             return
-        # Whatever a model writes or a person asks: one line, and no tab in it.
+        # Generated texts and questions may contain anything: print one line without tabs.
         columns = [self._plain({**row, "text": " ".join(row["text"].split())})]
         if self._shows_question:
             columns.insert(0, " ".join(row["question"].split()))
@@ -107,17 +107,17 @@ class Report:
     def _failure(self, image: str, error: ImageError) -> None:
         message = of_picture(str(error))
         self.problem(message)
-        if self._as_json:  # so that whoever counts the lines finds one for each picture
+        if self._as_json:  # one line for each image, so that lines can be counted
             click.echo(json.dumps({"image": image, "error": message, "model": self._model}))
 
 
 def tell(message: str) -> None:
-    """A line on standard error."""
-    print(f"blip2: {message}", file=sys.stderr)  # which the progress bar redirects, so that it stays whole
+    """Print a line on standard error."""
+    print(f"blip2: {message}", file=sys.stderr)  # the progress bar redirects this, so that it is not broken
 
 
 def see(seen: Iterator[Any], names: Sequence[str], batch_size: int) -> Iterator[Batch]:
-    """What a model sees of pictures, batch by batch, with a progress bar if they are many."""
+    """The features of images, batch by batch, with a progress bar if there are many."""
     from blip2.tasks.speaker import chunks  # imports torch
 
     with bar(len(names)) as advance:
@@ -129,14 +129,14 @@ def see(seen: Iterator[Any], names: Sequence[str], batch_size: int) -> Iterator[
 
 @contextmanager
 def bar(total: int) -> Iterator[Any]:
-    """A progress bar on standard error, unless the results themselves run over the terminal."""
+    """A progress bar on standard error, unless the results are printed on the terminal."""
     if total <= MANY or not sys.stderr.isatty() or sys.stdout.isatty():
         yield lambda number: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures, left:"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images, left:"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
         task = progress.add_task("", total=total)
         yield lambda number: progress.advance(task, number)

@@ -1,4 +1,4 @@
-"""``blip2 search``: a text or a picture in, the nearest pictures of an index out."""
+"""``blip2 search``: find the images of an index that are nearest to a text or an image."""
 
 from __future__ import annotations
 
@@ -64,24 +64,24 @@ def command(
     if (text is not None) + (image is not None) + (threshold is not None) != 1:
         raise click.UsageError("give a TEXT, or --image, or --duplicates")
     if rerank and text is None:
-        raise click.UsageError("--rerank reads pictures together with a text; give a TEXT")
+        raise click.UsageError("--rerank compares images with a text; give a TEXT")
     if k is not None and threshold is not None:
-        raise click.UsageError("--duplicates finds all there are; leave out -k")
+        raise click.UsageError("--duplicates finds all duplicates; leave out -k")
     problems: list[str] = []
 
     def tell(message: str) -> None:
-        if message not in problems:  # the same picture may be missed for its score and for the page
+        if message not in problems:  # one image may fail twice: for its score and for the page
             problems.append(message)
             click.echo(f"blip2: {of_picture(message)}", err=True)
 
     model = of_model(others) | of_reading(others)
     groups: list[list[Shown]]
     if threshold is not None:
-        title, groups = "nearly the same", _duplicates(index, threshold, tell)
+        title, groups = "near-duplicates", _duplicates(index, threshold, tell)
     elif text is not None:
         title, groups = text, [_by_text(index, model, text, 10 if k is None else k, rerank, tell)]
     else:
-        title, groups = f"like {image}", [_by_picture(index, model, str(image), 10 if k is None else k, tell)]
+        title, groups = f"similar to {image}", [_by_picture(index, model, str(image), 10 if k is None else k, tell)]
     if html is not None:
         _write(html, page(title, groups, tell))
     for picture in (picture for group in groups for picture in group):
@@ -98,7 +98,7 @@ def _by_text(
     from blip2.index import Index
     from blip2.index.index import check_search, check_text
 
-    # What is wrong with a request is told before a model is loaded.
+    # Check the options before a model is loaded.
     check_search(k, rerank)
     check_text(text)
     index = Index.open(path)
@@ -138,7 +138,7 @@ def _duplicates(path: str, threshold: float, tell: Callable[[str], None]) -> lis
 
 
 def _matcher(index: Index, model: dict[str, Any]) -> Matcher:
-    """The model that made the index, unless another is named."""
+    """The model that made the index, unless another one is named."""
     index.check_kind("search")
     return load_matcher(**(model | {"model": model["model"] or index.model_name}))
 
@@ -147,4 +147,4 @@ def _write(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        raise Failure(f"{path}: cannot be written ({error.strerror}); check the folder and the space on it") from None
+        raise Failure(f"{path}: cannot be written ({error.strerror}); check the folder and the disk space") from None

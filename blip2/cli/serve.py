@@ -1,4 +1,4 @@
-"""``blip2 serve``: the models behind HTTP."""
+"""``blip2 serve``: start the HTTP server."""
 
 from __future__ import annotations
 
@@ -143,20 +143,20 @@ def command(
     """
     for flag, value in (("--replicas", replicas), ("--address", address)):
         if engine == "local" and value is not None:
-            raise OptionError(f"{flag} is for several servers behind one port; add --engine ray")
+            raise OptionError(f"{flag} needs --engine ray")
     if replicas is not None and replicas < 1:
         raise OptionError(f"--replicas is {replicas}; use 1 or more")
     if (wrong := next((name for name in domains if not name.strip(".") or set(name) & set("/:@ ,")), None)) is not None:
-        raise OptionError(f"--allow-images-from is {wrong!r}; give a host alone, such as example.org, or .example.org")
+        raise OptionError(f"--allow-images-from is {wrong!r}; give only a host, such as example.org or .example.org")
     for proxy in proxies:
         try:
             ipaddress.ip_network(proxy)
         except ValueError:
-            raise OptionError(f"--trust-proxy is {proxy!r}; give an address, or a network such as 10.0.0.0/8") from None
+            raise OptionError(f"--trust-proxy is {proxy!r}; give an address or a network, such as 10.0.0.0/8") from None
     if uds is not None:
         source = click.get_current_context().get_parameter_source
         if other := next((name for name in ("host", "port") if source(name) is not ParameterSource.DEFAULT), None):
-            raise OptionError(f"--uds is instead of an address; leave out --{other}")
+            raise OptionError(f"--uds replaces the address; leave out --{other}")
     try:
         from blip2.serve.app import create_app
         from blip2.serve.fetch import Fetcher
@@ -190,13 +190,13 @@ def command(
     door = Door(cors_origins=origins, allow_hosts=allowed, root_path=root_path)
     if uds is None and not all_keys and not is_loopback(host):
         click.echo(
-            f"blip2: warning: --host {host} lets in whoever can reach this machine, and there is no key; add "
+            f"blip2: warning: --host {host} accepts anyone who can reach this machine, and no key is set; add "
             "--api-key-file FILE", err=True,
         )  # fmt: skip
 
     def create(load: Callable[[], Models], replica: str | None = None) -> Any:
         fetcher = Fetcher(domains=domains, max_bytes=limits.max_body_bytes)
-        if replica is not None:  # the front of replicas has the door
+        if replica is not None:  # the front process of the replicas checks hosts and keys
             return create_app(load, limits=limits, fetcher=fetcher, replica=replica)
         return create_app(load, limits=limits, keys=all_keys, door=door, fetcher=fetcher)
 
@@ -208,7 +208,7 @@ def command(
         click.echo(f"listening at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops)")
 
     def serve(app: Any, on_open: Callable[[], None] = lambda: None, ends_process: bool = False) -> None:
-        # Its warnings are of requests that are no HTTP, which on the internet are many.
+        # Uvicorn's own warnings are about malformed HTTP, which is frequent on the internet.
         level = "warning" if log_level in ("info", "debug") else "error"
         run(
             app, listener, on_open=on_open, trusted_proxies=proxies, log_level=level, ends_process=ends_process
@@ -232,29 +232,29 @@ def command(
 
 
 def _keys(given: tuple[str, ...], file: Path | None) -> list[str]:
-    """All keys; OptionError for one that is empty or that no client can send, or a file without any."""
+    """All API keys. OptionError for an empty key, one that no client can send, or a file without keys."""
     sources = [("--api-key", list(given))]
     if file is not None:
         sources.append((str(file), _without_comments(lines_in(file, "key"))))
         if not sources[-1][1]:
-            raise OptionError(f"{file}: has no key in it; give a text file with one key a line")
+            raise OptionError(f"{file}: contains no key; give a text file with one key per line")
     if (variable := os.environ.get(KEY_VARIABLE)) is not None:
         lines = lines_of(BytesIO(os.fsencode(variable)))
         sources.append((KEY_VARIABLE, _without_comments(line.strip() for line in lines) or [""]))
     for source, found in sources:
         for place, key in enumerate(found, 1):
             if not key:
-                raise OptionError(f"{source}: an API key is empty; give one of a few dozen random characters")
+                raise OptionError(f"{source}: an API key is empty; use a few dozen random characters")
             if not all("!" <= each <= "~" for each in key):
                 number = f" {place}" if len(found) > 1 else ""
                 raise OptionError(
-                    f"{source}: key{number} has a character that no client can send; use letters, digits and signs of "
-                    "plain ASCII, without spaces"
+                    f"{source}: key{number} contains a character that no client can send; use printable "
+                    "ASCII characters without spaces"
                 )
     return [key for _, found in sources for key in found]
 
 
 def _without_comments(lines: Iterable[str]) -> list[str]:
-    """What a ``#`` at the beginning of a line, or after a space, leaves of each; without empty ones."""
+    """Each line without its comment (``#`` at the beginning or after a space); empty lines are dropped."""
     found = (COMMENT.sub("", line).strip() for line in lines)
     return [line for line in found if line]

@@ -1,4 +1,4 @@
-"""``blip2 train``: carry out a training recipe."""
+"""``blip2 train``: run a training recipe."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def command(
     """
     overrides = dict(_parsed(change) for change in changes)
     if sheet is not None and not is_dry:
-        raise click.UsageError("--sheet shows what --dry-run tells; give both")
+        raise click.UsageError("--sheet needs --dry-run; give both")
     if is_dry and number is not None:
-        raise click.UsageError("--dry-run computes nothing, and --overfit does; take one of them")
+        raise click.UsageError("--dry-run and --overfit exclude each other; give one of them")
     from blip2.train import ToldElsewhere, TrainingStopped, load_recipe, run
     from blip2.train.group import end_with_launcher, group_of_environment
 
@@ -74,7 +74,7 @@ def command(
         return
     if devices > 1:
         if group.size > 1:
-            raise click.UsageError("--devices starts processes, and torchrun has started some already; leave it out")
+            raise click.UsageError("torchrun has already started the processes; leave out --devices")
         load_recipe(recipe, overrides)
         from blip2.train.launch import launch
 
@@ -115,7 +115,7 @@ def _tell(recipe: Path, overrides: dict[str, Any], sheet: Path | None) -> None:
 
 
 def _parsed(change: str) -> tuple[str, Any]:
-    """``optim.steps=100`` as TOML reads it; what is no TOML value is a text, so that names need no quotes."""
+    """``optim.steps=100`` with the value as TOML. What is not TOML is a string, so that names need no quotes."""
     import tomllib
 
     name, equals, value = change.partition("=")
@@ -128,7 +128,7 @@ def _parsed(change: str) -> tuple[str, Any]:
 
 
 def line_of(progress: Progress) -> str:
-    """A report as a line of text, without the phase and the count."""
+    """A progress report as a line of text, without the phase and the step."""
     parts = [f"{name} {value:.4g}" for name, value in {**progress.losses, **progress.scores}.items()]
     if progress.learning_rate:
         parts.append(f"lr {progress.learning_rate:.2e}")
@@ -159,7 +159,7 @@ def time_of(seconds: float) -> str:
 
 @contextmanager
 def _display() -> Iterator[Show]:
-    """A bar with the last losses beside it on a terminal, a line for each report elsewhere."""
+    """On a terminal, a bar with the last losses beside it; elsewhere, one line per report."""
     if not sys.stderr.isatty():
         yield lambda progress: click.echo(
             f"{progress.phase} {progress.step}/{progress.steps}  {line_of(progress)}".rstrip(), err=True
@@ -174,7 +174,7 @@ def _display() -> Iterator[Show]:
         tasks: dict[str, Any] = {}
 
         def show(progress: Progress) -> None:
-            if progress.scores or progress.message:  # worth keeping above the bar
+            if progress.scores or progress.message:  # stays above the bar
                 bars.console.print(
                     f"{progress.phase} {progress.step}: {line_of(progress)}", markup=False, highlight=False
                 )

@@ -1,10 +1,10 @@
-"""Whole collections: pictures from any source, captioned or asked about, into any format, stopped and resumed at will.
+"""Whole collections: caption or question images from any source, write any format, stop and resume at any time.
 
     source -> records -> units -> work -> sink
 
-A *record* is a picture with its key, its text and its other columns. A *unit* is what is done or not done: a shard, or
-a run of a folder's files. The *journal* keeps what was done, so that the same command goes on where it was stopped; a
-*sink* writes the results in the format that was asked for, from the journal alone.
+A *record* is an image with its key, text and other columns. A *unit* is the smallest piece of finished work: a shard,
+or a range of a folder's files. The *journal* stores results, so that the same command resumes. A *sink* writes them in
+the requested format, from the journal alone.
 """
 
 from blip2.collection.journal import Journal

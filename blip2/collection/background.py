@@ -1,4 +1,4 @@
-"""A thread that takes what another makes."""
+"""A background thread that consumes items while the caller produces them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Item = TypeVar("Item")
 
 
 def in_background(items: Generator[Item, None, None], take: Callable[[Iterator[Item]], None], most: int) -> None:
-    """Make items here, and have a thread take them, of which at most so many wait.
+    """Produce items in this thread and consume them in another, through a bounded queue.
 
-    If making them ends by an exception, an interrupt included, the thread takes first what is there. If the thread
-    ends by one, no more are made. Either is raised here.
+    If producing raises (also KeyboardInterrupt), the thread first consumes what is queued. If consuming raises,
+    producing stops. Either exception is raised here.
     """
     queue: Queue[Any] = Queue(most)
     end = object()
@@ -27,7 +27,7 @@ def in_background(items: Generator[Item, None, None], take: Callable[[Iterator[I
             take(waiting)
         except BaseException as error:
             raised.append(error)
-        for _ in waiting:  # so that nobody waits for room
+        for _ in waiting:  # so that the producer does not block on a full queue
             pass
 
     thread = Thread(target=work, name="blip2 writer", daemon=True)

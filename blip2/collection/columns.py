@@ -1,4 +1,4 @@
-"""The columns that a source has beside pictures and texts, carried from format to format."""
+"""The other columns of a source (beside images and texts), carried from format to format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALWAYS_SAME = ("file_name", "path_bytes")
 
 
 def plain(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON can have them: times and the like as text, numbers that are none as None; bytes are left out."""
+    """Columns as JSON values: times and the like as text, non-finite numbers as None; bytes are left out."""
     return {name: _plain(value) for name, value in columns.items() if not isinstance(value, bytes | bytearray)}
 
 
@@ -30,22 +30,22 @@ def _plain(value: Any) -> Any:
             return plain({str(name): inner for name, inner in value.items()})
         case list() | tuple():
             return [_plain(inner) for inner in value if not isinstance(inner, bytes | bytearray)]
-    if hasattr(value, "tolist"):  # of NumPy
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays
         return _plain(value.tolist())
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def as_text(value: str) -> str:
-    """With U+FFFD for what is no Unicode: names that are not UTF-8, and halves of characters."""
+    """The text with U+FFFD for invalid Unicode: names that are not UTF-8, and lone surrogates."""
     return re.sub(r"[\ud800-\udfff]", "\ufffd", value)
 
 
 class Carried:
-    """The columns of all results, each of one kind: int, float, bool or str, and json for all else."""
+    """The columns of all results, each with one type: int, float, bool, str, or json for everything else."""
 
     def __init__(self, results: Iterable[Result], own: Iterable[str] = (), same: Iterable[str] = ()) -> None:
-        """``own``: the names of an output's own columns; a column of such a name becomes NAME_original, and an earlier
-        original of it goes. ``same``: those that say the same of the picture as the own ones; they go."""
+        """``own``: names of the output's own columns; a source column of that name becomes NAME_original, and replaces
+        an earlier NAME_original. ``same``: columns that repeat the content of the output's own; they are dropped."""
         kinds: dict[str, str] = {}
         for result in results:
             for name, value in result.columns.items():
@@ -61,7 +61,7 @@ class Carried:
         self.kinds = {new_name: kinds[name] or "str" for new_name, name in self._sources.items()}
 
     def of(self, result: Result) -> dict[str, Any]:
-        """The same names for every result, None where it has no such column."""
+        """The same names for every result; None if a result has no such column."""
         return {given: _as(self.kinds[given], result.columns.get(source)) for given, source in self._sources.items()}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of equal content: the first of them is seen, the others have its result."""
+"""Images with identical content: only the first is processed, the others get its result."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from blip2.collection.record import Record, Result, sha256_of
 
 @dataclass(slots=True, eq=False)
 class First:
-    """A picture that no earlier one equals, and its result when there is one."""
+    """The first image with this content, and its result once there is one."""
 
     result: Result | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A record, without its picture, that equals ``first``; ``result``: what is known of the record itself."""
+    """A record, without its image, that equals ``first``. ``result``: what is known of this record itself."""
 
     record: Record
     result: Result
@@ -26,18 +26,18 @@ class Copy:
 
 
 class Copies:
-    """The pictures of one unit by their content, byte by byte, and by what is asked about them.
+    """The images of one unit, by their content (byte by byte) and their questions.
 
-    A file is read only if another one has its size. What has an address is known by that.
+    A file is read only if another one has the same size. URLs are compared as text.
     """
 
     def __init__(self) -> None:
         self._by_content: dict[Hashable, First] = {}
         self._alone: dict[Hashable, tuple[str, First] | None] = {}
-        """By size, the file that is the only one so far; None where there were several."""
+        """For each size, the only file of that size so far; None if there were several."""
 
     def first(self, record: Record, new: First) -> First:
-        """Of a picture that was there before, what it was given then; else ``new``."""
+        """The `First` of an earlier equal image; else ``new``."""
         picture = record.picture
         if picture is None or picture == "-":
             return new
@@ -45,13 +45,13 @@ class Copies:
             return self._by_content.setdefault((record.asked, sha256_of(picture)), new)
         try:
             size = os.stat(picture).st_size
-        except (OSError, ValueError):  # an address, or what will be told in its place
+        except (OSError, ValueError):  # a URL, or a problem that is reported elsewhere
             return self._by_content.setdefault((record.asked, picture), new)
         if (record.asked, size) not in self._alone:
             self._alone[record.asked, size] = picture, new
             return new
         if (other := self._alone[record.asked, size]) is not None:
-            if other[0] == picture:  # as of rows that name one file several times
+            if other[0] == picture:  # several rows may name the same file
                 return other[1]
             self._alone[record.asked, size] = None
             self._by_content[record.asked, sha256_of(other[0]) or other[0]] = other[1]

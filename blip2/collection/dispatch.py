@@ -1,7 +1,7 @@
-"""Units given out to workers, which read, decode, ask the model, and write by themselves, as `run` does.
+"""Distribute units to workers, which read, decode, run the model and write by themselves, as `run` does.
 
-Here is the one that gives: it holds the journal's lock, hears what was done, gives the units of a worker that died to
-another, and writes the outputs of all units at the end. What workers are (processes, Ray's actors), `Workers` hides.
+This is the main process. It holds the journal's lock, receives the results, gives the units of a dead worker to another
+one, and writes the outputs of all units at the end. `Workers` hides what a worker is (a process, a Ray actor).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from blip2.collection.run import Job, Tell
 from blip2.errors import CollectionError
 
 MOST_DEATHS = 3
-"""Of workers at the same unit; then it is left, and the others are done."""
+"""Deaths of workers at the same unit, after which the unit is skipped and the others are processed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """It has loaded its models, of which it tells what `Journal.agree` compares."""
+    """The worker has loaded its models. Carries what `Journal.agree` compares."""
 
     facts: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Some:
-    """Results of a unit whose pictures' outputs are written; those of an earlier worker come once more."""
+    """Results of a unit whose images' outputs are written. Those of a dead worker are sent again."""
 
     unit: int
     results: Sequence[Result]
@@ -37,7 +37,7 @@ class Some:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A unit is done; ``notes`` of each sink."""
+    """A unit is finished. ``notes``: those of each sink."""
 
     unit: int
     notes: Sequence[Sequence[str]]
@@ -45,14 +45,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class More:
-    """It could take another unit now. ``is_idle``: it has none, and waits for one; else it wants to be told at once."""
+    """The worker can take another unit. ``is_idle``: it has none and waits; else it wants an immediate answer."""
 
     is_idle: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What ends the run."""
+    """An error that ends the run."""
 
     error: BaseException
 
@@ -67,32 +67,32 @@ Message = Ready | Some | Done | More | Failed | Died
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A unit for a worker. ``again``: another one died of it, or with it, and what it did is in the journal."""
+    """A unit for a worker. ``again``: an earlier worker died during it; its results are in the journal."""
 
     unit: Unit
     again: bool = False
 
 
 class Workers(Protocol):
-    """A worker says `Ready`, then `More` before each unit; after `Died` it may be started again."""
+    """A worker sends `Ready`, then `More` before each unit. After `Died` it may be started again."""
 
     number: int
 
     def start(self, worker: int) -> None: ...
 
     def give(self, worker: int, given: Given | None) -> None:
-        """The answer to `More`; None only if it was not idle."""
+        """The answer to `More`. None only if the worker is not idle."""
 
     def hear(self) -> tuple[int, Message]:
-        """The next word of any of them. Waits for it as long as it takes: a unit may be slow."""
+        """The next message of any worker. Blocks without a limit, since a unit may be slow."""
 
     def close(self) -> None:
-        """End them all, at whatever they are."""
+        """End all workers, whatever they are doing."""
 
 
 def dispatch(job: Job, workers: Workers, units: Sequence[Unit], tell: Tell) -> None:
-    """Have workers do these units. Raises what a worker fails of, and CollectionError if they die again and again; what
-    was done until then is kept."""
+    """Have workers process these units. Raises a worker's error, and CollectionError if workers die repeatedly.
+    Finished results are kept."""
     with closing(workers):
         dispatcher = _Dispatcher(job, workers, units, tell)
         for worker in range(min(workers.number, len(units))):
@@ -103,13 +103,13 @@ def dispatch(job: Job, workers: Workers, units: Sequence[Unit], tell: Tell) -> N
         unit, reason = dispatcher.lost[0]
         of = f"; so did {len(dispatcher.lost) - 1} more" if len(dispatcher.lost) > 1 else ""
         raise CollectionError(
-            f"{_told(unit)}: {MOST_DEATHS} workers died at it ({reason}){of}; all else is done, and the same command "
+            f"{_told(unit)}: {MOST_DEATHS} workers died during it ({reason}){of}; the rest is done; the same command "
             "tries it again"
         )
 
 
 class _Dispatcher:
-    """``left``: the numbers of units that are neither done nor ``lost``."""
+    """``left``: the numbers of units that are neither finished nor ``lost``."""
 
     def __init__(self, job: Job, workers: Workers, units: Sequence[Unit], tell: Tell) -> None:
         self._job = job
@@ -122,11 +122,11 @@ class _Dispatcher:
         self._idle: list[int] = []
         self._deaths: Counter[int] = Counter()
         self._deaths_without: Counter[int] = Counter()
-        """Of each worker, since it had a unit."""
+        """Deaths per worker since it last got a unit."""
         self._told: Counter[int] = Counter()
-        """Of each unit, how many results were told."""
+        """Results received per unit."""
         self._come: Counter[int] = Counter()
-        """And how many came from the worker that has it now."""
+        """Results per unit from the worker that has it now."""
 
     def hear(self, worker: int, message: Message) -> None:
         match message:
@@ -156,7 +156,7 @@ class _Dispatcher:
             self._workers.give(first, self._next(first))
 
     def _next(self, worker: int) -> Given | None:
-        """What has killed a worker is given alone, so that another unit does not stand for it."""
+        """A unit that killed a worker is given out alone, so that no other unit is blamed for it."""
         has = self._given.setdefault(worker, [])
         if not self._waiting or (has and any(self._deaths[unit.number] for unit in (*has, self._waiting[0]))):
             return None
@@ -172,7 +172,7 @@ class _Dispatcher:
         if not units:
             self._deaths_without[worker] += 1
             if self._deaths_without[worker] >= MOST_DEATHS:
-                raise CollectionError(f"a worker died {MOST_DEATHS} times before it had anything to do ({reason})")
+                raise CollectionError(f"a worker died {MOST_DEATHS} times while it started ({reason})")
         for unit in reversed(units):
             self._come[unit.number] = 0
             self._deaths[unit.number] += 1
@@ -186,7 +186,7 @@ class _Dispatcher:
 
 
 def _told(unit: Unit) -> str:
-    part = f", pictures {unit.start + 1:,} to {unit.stop:,}" if unit.stop else ""
+    part = f", images {unit.start + 1:,} to {unit.stop:,}" if unit.stop else ""
     return f"{unit.place}{part}" if unit.place else f"unit {unit.number + 1}{part}"
 
 

@@ -1,4 +1,4 @@
-"""What a model is given of a source's records, and what passes it by."""
+"""The records of a source that need the model, in reproducible batches, and those that do not."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from blip2.collection.journal import Journal
 from blip2.collection.record import SKIPPED, Record, Result, Source, Unit
 
 Settled = tuple[Unit, "Result | None"]
-"""A result; None: the unit has no more."""
+"""A result. None: the unit is finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A record that the model has, without its picture. ``result``: what is known of it. It is given only because it
-    belongs to a batch if ``is_known``, or if ``is_left`` to the next run. ``first``: is told its result."""
+    """A record in the model, without its image. ``result``: what is known of it. Records with ``is_known`` (the result
+    is complete) or ``is_left`` (left to the next run) only complete a batch. ``first``: receives the result."""
 
     record: Record
     result: Result
@@ -28,7 +28,7 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class _Looked:
-    """A record, and what was found of it; ``belongs``: to a batch."""
+    """A record and what was found out about it. ``belongs``: it is part of a batch."""
 
     record: Record
     found: Result | Copy | None
@@ -37,13 +37,13 @@ class _Looked:
 
 
 class Feed(Iterator[Record]):
-    """The records that need a model, in batches that are the same however often a run was stopped: they begin anew with
-    each unit, and of a batch that was left unfinished all records are given once more. So the numbers that a model
-    makes of a picture, which depend in their last digits on its company, are the same.
+    """The records that need a model, in batches that do not depend on interruptions. Batches begin anew with each unit,
+    and an unfinished batch is repeated completely. The last digits of a model's numbers depend on the other images in
+    the batch, so this keeps results identical.
 
-    ``look``: the result of a record that needs no model; ``begin``: what is known of one that does. ``repeat``: the
-    result of a copy, of which the model is given the first alone; None if it is given all. ``limit``: ends after so
-    many records. ``again``: whether batches are those of the run before.
+    ``look``: the result of a record that needs no model. ``begin``: the initial result of one that does. ``repeat``:
+    the result of a copy (then the model only gets the first of equal images); None if it gets all. ``limit``: the
+    number of records to end after. ``again``: whether batches are those of the run before.
     """
 
     def __init__(
@@ -66,30 +66,30 @@ class Feed(Iterator[Record]):
         self._batches = self._all(units)
         self._first: list[Record] = []
         self.cut: set[int] = set()
-        """The number of the unit at which the limit was reached."""
+        """The number of the unit in which the limit was reached."""
 
     def __next__(self) -> Record:
-        if self._first:  # of `begins`, whose batch may be larger
+        if self._first:  # left by `begins`, whose batch may be larger
             return self._first.pop(0)
         if batch := self.batch(1):
             return batch[0]
         raise StopIteration
 
     def batch(self, size: int) -> list[Record]:
-        """The next ones, at most so many, always the same number; none at the end."""
+        """The next records, at most ``size``, always the same number; none at the end."""
         self._size = size
         first, self._first = self._first, []
         return first or next(self._batches, [])
 
     def begins(self, size: int) -> bool:
-        """Whether there is any batch; asked before the first, so that no model is loaded for none."""
+        """Whether there is any batch. Asked first, so that no model is loaded for nothing."""
         self._first = self.batch(size)
         return bool(self._first)
 
-    # ---- by who has the results ----
+    # ---- for the consumer of results ----
 
     def passing_by(self) -> Iterator[Settled]:
-        """What is settled and waits for no model."""
+        """Results that are ready and wait for no model."""
         while self._waiting and not isinstance(self._waiting[0][1], Pending):
             unit, found = self._waiting.popleft()
             if isinstance(found, Copy):
@@ -98,7 +98,7 @@ class Feed(Iterator[Record]):
             yield unit, found  # type: ignore[misc]
 
     def next_pending(self) -> tuple[Unit, Pending]:
-        """What the model's next outcome is of."""
+        """The unit and the record of the model's next outcome."""
         unit, pending = self._waiting.popleft()
         assert isinstance(pending, Pending)
         return unit, pending
@@ -139,7 +139,7 @@ class Feed(Iterator[Record]):
         return _Looked(record, found, found is None or (was_model and (record.key, record.stamp) in begun), first)
 
     def _batch(self, unit: Unit, span: list[_Looked]) -> list[Record]:
-        """Empty where all is known, or nothing is done any more."""
+        """The batch; empty if all results are known, or the limit is reached."""
         if all(looked.found is not None for looked in span):
             self._waiting.extend((unit, looked.found) for looked in span)
             return []

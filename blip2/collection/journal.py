@@ -1,13 +1,12 @@
-"""What a run has done so far, in a hidden folder beside its output: the same command goes on, another one is told so.
+"""The journal: results so far, in a hidden folder beside the output, so that the same command resumes.
 
-    run.json            what was asked for: model, options, source, output
-    units/000012.jsonl  a unit that is done: its stamp, then a result a line, in the order of its records
-    units/000012.part   a unit that is being done: the results so far; a torn last line is dropped
-    lock                held by the run that is at work (lock-3-of-16 by one of several; lock.0 by its first worker)
-    errors.jsonl        the pictures that failed, and why, when a run has ended
+    run.json            the request: model, options, source, output
+    units/000012.jsonl  a finished unit: its stamp, then one result per line, in the order of its records
+    units/000012.part   a unit in progress: the results so far; a torn last line is dropped
+    lock                held by the running command (lock-3-of-16 by one of several; lock.0 by its first worker)
+    errors.jsonl        failed images and reasons, written when a run ends
 
-A line is on its way to the disk before the output of its picture is written, so that what is written can always be
-written once more, the same to the last byte.
+A line is synced before the output of its image is written. So all output can be written again, byte for byte.
 """
 
 from __future__ import annotations
@@ -31,35 +30,35 @@ from blip2.errors import CollectionError, option, setting
 VERSION = 1
 WHOLE = "lock-whole"
 HANDOVER_S = 10.0
-"""For a worker whose run has ended, or that is dead, to be gone before another takes its place."""
+"""Wait for a worker that is ending, before another one takes its place."""
 FOUND = "found"
-"""Within what was asked: what `Journal.agree` keeps."""
+"""The key of the request that holds what `Journal.agree` compares."""
 OUTPUT, UNFINISHED = "output", "unfinished"
 BESIDE = "sidecar", "xmp", "embed"
-"""Options of outputs that are read as old texts, too."""
+"""Output options whose files are also read as existing texts."""
 
 
 class Journal:
-    """The folder of an output. `begin` before anything else; results are added by one thread."""
+    """The folder of an output. Call `begin` first. Results are added by one thread."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._units = folder / "units"
         self._path = folder / "run.json"
         self._own = ""
-        """The lock that is held here."""
+        """The lock held by this process."""
 
-    # ---- who is at work ----
+    # ---- locks ----
 
     @contextmanager
     def held(self, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
-        """Within, no other run works on this (part of the) output. Raises CollectionError."""
+        """While this is held, no other run works on this (part of the) output. Raises CollectionError."""
         name, total = _lock(shard), shard[1]
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.folder / name))
                 self._own = name
-                # Of runs that divide the units in another way, and of workers whose run has ended before them.
+                # Runs that divide the units differently, and workers that outlived their run.
                 for other in self.folder.glob("lock*"):
                     part = other.name.partition(".")[0]
                     is_apart = total > 1 and part != name and part.endswith(f"-of-{total}")
@@ -67,46 +66,47 @@ class Journal:
                         with _patiently(other) if "." in other.name else locked(other):
                             pass
             except BlockingIOError:
-                raise CollectionError(f"{self.folder.parent}: another run is at work on it; wait for its end") from None
+                raise CollectionError(f"{self.folder.parent}: another run is writing it; wait until it ends") from None
             except OSError as error:
                 reason = error.strerror or error
-                raise CollectionError(f"{self.folder}: cannot be written ({reason}); check its rights") from None
+                raise CollectionError(f"{self.folder}: cannot be written ({reason}); check its permissions") from None
             yield
 
     @contextmanager
     def helped(self, shard: tuple[int, int], number: int) -> Iterator[None]:
-        """Within, a worker is at work for a run that holds this part; no other run begins before it has ended. Raises
+        """While this is held, a worker works for a run that holds this part; no other run begins before it ends. Raises
         CollectionError, OSError."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(_patiently(self.folder / f"{_lock(shard)}.{number}"))
             except BlockingIOError:
-                reason = "a worker that was given up is still at work on it; end it"
+                reason = "an abandoned worker is still running; end it"
                 raise CollectionError(f"{self.folder.parent}: {reason}") from None
             yield
 
     @contextmanager
     def assembling(self) -> Iterator[bool]:
-        """Within, no other run writes the outputs of all units; False if one is at it, from the same results."""
+        """While this is held, no other run writes the outputs of all units. False if one does, from the same
+        results."""
         try:
             with locked(self.folder / WHOLE):
                 yield True
         except BlockingIOError:
             yield False
 
-    # ---- what was asked ----
+    # ---- the request ----
 
     def begin(self, asked: Mapping[str, Any], *, restart: bool = False, is_made: bool = False) -> None:
-        """Go on with a run that was asked the same, or begin one. Raises CollectionError for another one, unless that
-        had come to nothing.
+        """Resume the run of the same request, or begin one. Raises CollectionError if another request is recorded,
+        unless it has no results.
 
-        ``is_made``: the output is that of an earlier run, which is remembered after a ``restart``, too.
+        ``is_made``: the output is that of an earlier run; this is remembered after a ``restart``, too.
         """
         before = self.written
         is_new = restart or self._came_to_nothing()
         if restart or (is_new and self._changed(asked)):
             shutil.rmtree(self._units, ignore_errors=True)
-        if is_new:  # also what was found of a model
+        if is_new:  # also drops what `agree` recorded
             self._path.unlink(missing_ok=True)
         self.compare(asked)
         self._units.mkdir(parents=True, exist_ok=True)
@@ -115,15 +115,15 @@ class Journal:
             self._write({"version": VERSION, **asked, **found})
 
     def compare(self, asked: Mapping[str, Any]) -> None:
-        """Raises CollectionError if the run that is there was asked another thing; changes nothing.
+        """Raises CollectionError if the recorded request is another one. Changes nothing.
 
-        ``asked``: names of options, or other words, with values as JSON has them.
+        ``asked``: names of options, or other keys, with JSON values.
         """
         if (changed := self._changed(asked)) and not self._came_to_nothing():
             self._refuse(changed, keeps_texts=asked.get("if_exists") == "skip" and any(map(asked.get, BESIDE)))
 
     def _changed(self, asked: Mapping[str, Any]) -> list[str]:
-        """How this differs from what the run was asked that is there, a text for each difference."""
+        """The differences to the recorded request, one text each."""
         if not (before := self._asked()):
             return []
         wanted = json.loads(json.dumps({"version": VERSION, **asked}))
@@ -134,7 +134,8 @@ class Journal:
         ]
 
     def _came_to_nothing(self) -> bool:
-        """Whether no model has said a word, as where it could not be loaded, and nobody else is at work."""
+        """Whether the recorded run has no results, for example because its model could not be loaded, and is not
+        running."""
         done, parts = self._units.glob("*.jsonl"), self._units.glob("*.part")
         if any(_head(path).get("statuses", {}).get(SUCCESS) for path in done):
             return False
@@ -145,12 +146,12 @@ class Journal:
                 if other.name != self._own:
                     with locked(other):
                         pass
-        except OSError:  # held, or not ours to hold
+        except OSError:  # held by another process, or no permission
             return False
         return True
 
     def agree(self, name: str, value: str) -> None:
-        """As `compare`, for what is known only when a model is there; it is kept if nothing is."""
+        """As `compare`, for a value known only once a model is loaded. Recorded if there is none yet."""
         found = self._asked().get(FOUND, {})
         if found.get(name, value) != value:
             self._refuse([_difference(name, found[name], value)])
@@ -159,14 +160,15 @@ class Journal:
 
     @property
     def written(self) -> str:
-        """The digest of the output's file as it was written, "" if it was not; `UNFINISHED` while it is written."""
+        """The digest of the output file when it was written; "" if it was not, `UNFINISHED` while it is being
+        written."""
         with suppress(CollectionError):
             return str(self._asked().get(FOUND, {}).get(OUTPUT, ""))
         return ""
 
     @contextmanager
     def writing(self, output: str) -> Iterator[None]:
-        """Within, the output of all units is written."""
+        """Marks the output of all units as being written."""
         self._find(OUTPUT, UNFINISHED)
         yield
         if digest := digest_of(output):
@@ -177,63 +179,63 @@ class Journal:
         self._write({**asked, FOUND: {**asked.get(FOUND, {}), name: value}})
 
     def _asked(self) -> dict[str, Any]:
-        """Empty if no run was begun."""
+        """The recorded request; empty if there is none."""
         with suppress(FileNotFoundError, NotADirectoryError):
             with suppress(ValueError):
                 if isinstance(found := json.loads(self._path.read_text("utf-8")), dict):
                     return found
-            raise CollectionError(f"{self._path}: is damaged; {setting('restart', True)} to begin anew")
+            raise CollectionError(f"{self._path}: is damaged; {setting('restart', True)} to start again")
         return {}
 
     def _write(self, asked: Mapping[str, Any]) -> None:
         write_text(self._path, json.dumps(asked, indent=1, ensure_ascii=False))
 
     def _refuse(self, differences: Iterable[str], *, keeps_texts: bool = False) -> NoReturn:
-        """``keeps_texts``: those that the earlier command wrote beside pictures would be kept by a restart."""
+        """``keeps_texts``: a restart would keep texts that the earlier command wrote beside the images."""
         overwriting = f" and {setting('if_exists', 'overwrite')}" if keeps_texts else ""
         raise CollectionError(
-            f"{self.folder.parent}: was begun by another command ({'; '.join(differences)}); give the same again, "
-            f"another output, or {setting('restart', True)}{overwriting} to do all anew"
+            f"{self.folder.parent}: was started by another command ({'; '.join(differences)}); give the same options, "
+            f"another output, or {setting('restart', True)}{overwriting} to start again"
         )
 
     # ---- units ----
 
     def stamp_of(self, unit: Unit) -> str | None:
-        """That of a unit that is done, as it was then; None if it is not done."""
+        """The stamp of a finished unit; None if it is not finished."""
         return _head(self._done(unit)).get("stamp")
 
     def statuses(self, unit: Unit) -> Counter[str]:
-        """How many of its pictures have which; empty if it is not done."""
+        """The number of images per status; empty if the unit is not finished."""
         return Counter(_head(self._done(unit)).get("statuses"))
 
     def results(self, unit: Unit) -> Iterator[Result]:
-        """Of a unit that is done."""
+        """The results of a finished unit."""
         with open(self._done(unit), encoding="utf-8") as file:
             next(file)
             yield from map(result_of, file)
 
     def earlier(self, without: Container[str] = ()) -> Iterator[Result]:
-        """All that is known, of whatever unit but these names; a picture may come twice."""
+        """All known results, of any unit except the named ones. An image may occur twice."""
         for path in sorted(self._units.glob("*")):
             if path.stem not in without:
                 yield from sound(path)
 
     def so_far(self, unit: Unit) -> Iterator[Result]:
-        """Of a unit that may not be done; the newest of each picture."""
+        """The results of a unit that may be unfinished, the newest of each image."""
         if not (part := {result.key: result for result in sound(self._part(unit))}):
             return sound(self._done(unit))
         older = {result.key: result for result in sound(self._done(unit))}
         return iter({**part, **older, **part}.values())
 
     def begun(self, unit: Unit) -> set[tuple[str, str]]:
-        """Keys and stamps of what is there of a unit that was left unfinished."""
+        """Keys and stamps of the results of an unfinished unit."""
         return {(result.key, result.stamp) for result in sound(self._part(unit))}
 
     def part(self, unit: Unit) -> Part:
         return Part(self._part(unit))
 
     def finish(self, unit: Unit, stamp: str, results: Sequence[Result]) -> None:
-        """The unit is done, and its outputs are written."""
+        """Record that the unit is finished and its outputs are written."""
         statuses = Counter(result.status for result in results)
         with (
             written(self._done(unit), self._units / f"{unit.name}.writing") as unfinished,
@@ -245,13 +247,13 @@ class Journal:
             self._part(unit).unlink()
 
     def forget_beyond(self, number: int) -> None:
-        """What is known of units that the source does not have any more."""
+        """Delete results of units that the source no longer has."""
         for path in self._units.iterdir():
             if re.fullmatch(r"\d{6}", path.stem) and int(path.stem) >= number:
                 path.unlink()
 
     def write_errors(self, units: Iterable[Unit]) -> None:
-        """What failed of these, into `errors`, which goes if nothing did."""
+        """Write the failures of these units into `errors`; delete the file if there are none."""
         some = [unit for unit in units if not (statuses := self.statuses(unit)) or statuses[FAILED]]
         failed = [result for unit in some for result in self.so_far(unit) if result.status == FAILED]
         lines = (
@@ -276,7 +278,7 @@ class Journal:
 
 @contextmanager
 def _patiently(path: Path) -> Iterator[None]:
-    """As `locked`, for what another is about to leave."""
+    """As `locked`, but waits for a holder that is about to release the lock."""
     end_s = time.monotonic() + HANDOVER_S
     with ExitStack() as stack:
         while True:
@@ -291,7 +293,7 @@ def _patiently(path: Path) -> Iterator[None]:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """Of a unit that is done; empty if it is not."""
+    """The first line of a finished unit; empty if it is not finished."""
     with suppress(OSError, ValueError, StopIteration), open(path, encoding="utf-8") as file:
         return dict(json.loads(next(file)))
     return {}
@@ -312,12 +314,12 @@ def _short(value: object) -> str:
 
 
 def beside(output: str | os.PathLike[str]) -> Path:
-    """Where the journal of an output lies: hidden within a folder, or beside a file."""
+    """The journal's path for an output: hidden within a folder, or beside a file."""
     path = Path(output)
     return path / ".blip2" if is_folder(output) else path.with_name(f".{path.name}.blip2")
 
 
 def is_folder(output: str | os.PathLike[str]) -> bool:
-    """Whether an output is a folder, which may not be there yet: one without a suffix, or with a "/" at its end."""
+    """Whether an output is a folder (it may not exist): it has no suffix, or ends with "/"."""
     text = os.fspath(output)
     return Path(text).is_dir() or not Path(text).suffix or text.endswith(("/", os.sep))

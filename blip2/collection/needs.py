@@ -1,4 +1,4 @@
-"""Packages that formats need, imported where they are used."""
+"""Optional packages that formats need, imported on use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blip2.installed import install_line
 
 
 def need(module: str, what: str) -> Any:
-    """A module of the extra "data". Raises CollectionError that tells how it is installed."""
+    """A module of the extra "data". Raises CollectionError with the command that installs it."""
     try:
         return import_module(module)
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""What the pages that are opened from disk have in common: each is one file, light or dark as its reader likes it."""
+"""The common part of pages opened from disk. Each is a single file and follows the reader's light or dark mode."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ h1 { margin: 0 0 .25rem; font-size: 1.4rem; overflow-wrap: anywhere; }
 
 
 def page(title: str, style: str, body: str, *, head: str = "") -> str:
-    """HTML of a whole page. ``title``, ``body`` and ``head``, what else stands there: as HTML; ``style``: beside
-    `STYLE`."""
+    """HTML of a whole page. ``title``, ``body`` and ``head`` (further elements of the head) are HTML. ``style`` is
+    appended to `STYLE`."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{head}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -32,7 +32,7 @@ def page(title: str, style: str, body: str, *, head: str = "") -> str:
 
 
 def picture(source: Source, size_px: int) -> str:
-    """HTML of a picture within the page, at most ``size_px`` wide and high; of one that cannot be read, why."""
+    """HTML of an image embedded in the page, at most ``size_px`` wide and high; of an unreadable one, the error."""
     try:
         data = base64.b64encode(thumbnail(source, size_px)).decode()
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""Results as lines of a file, of which the last may be torn."""
+"""Results as lines of a file whose last line may be torn."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import IO
 from blip2.collection.record import Result
 
 NEEDED = ("key", "stamp", "status")
-"""Of a result, also where they are empty: what is not there has no stamp."""
+"""Fields of a result that are stored even if empty: an image that does not exist has no stamp."""
 
 
 class Part:
-    """The results of a unit that is being done."""
+    """The results of a unit in progress."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -24,7 +24,7 @@ class Part:
         self._there: set[tuple[str, str]] = set()
 
     def add(self, result: Result, *, is_new: bool) -> None:
-        """Raises OSError where there is no room. One that is not new is in it once."""
+        """Append a result. Raises OSError if the disk is full. A result that is not new is stored only once."""
         if self._file is None:
             self._there = {(before.key, before.stamp) for before in sound(self._path)}
             self._drop_torn()
@@ -55,7 +55,7 @@ def result_of(line: str) -> Result:
 
 
 def sound(path: Path) -> Iterator[Result]:
-    """The results in a file, of which the last line may be torn; none if it is not there."""
+    """The results in a file whose last line may be torn; none if it does not exist."""
     with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Regular expressions that people give, checked before hours of work: that they are ones, and that they end."""
+"""Checks regular expressions given by users: that they are valid, and that they do not run forever."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blip2.errors import OptionError, option
 
 MAX_S = 5.0
 LENGTH = 240
-"""Of the texts that a pattern is tried on: captions are no longer."""
+"""Length in characters of the texts that a pattern is tried on; captions are not longer."""
 
 TRY = """
 import json, re, sys
@@ -25,19 +25,19 @@ print("end")
 
 
 def check_patterns(patterns: Sequence[str]) -> None:
-    """Raises OptionError for what is no regular expression, and for one that takes too long on a text of its own
-    characters again and again: `(a+)+b` takes years."""
+    """Raises OptionError for an invalid regular expression, and for one that takes too long on a repetition of its own
+    characters: `(a+)+b` would take years."""
     for pattern in patterns:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise OptionError(f"{option('remove')} is {pattern!r}, which is no regular expression: {error}") from None
+            raise OptionError(f"{option('remove')} is {pattern!r}, an invalid regular expression: {error}") from None
         if not pattern:
             raise OptionError(f"{option('remove')} is empty; give a regular expression, or leave it out")
     trials = [(pattern, _texts(pattern)) for pattern in patterns if re.search(r"[*+{]", pattern)]
     if not trials or not sys.executable:
         return
-    # In a process of its own: once a match has begun, nothing else can end it.
+    # In a separate process: a running match cannot be interrupted.
     command = [sys.executable, "-I", "-S", "-c", TRY]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
@@ -47,13 +47,13 @@ def check_patterns(patterns: Sequence[str]) -> None:
             reached = child.communicate()[0].split()
             pattern = trials[int(reached[-1]) if reached and reached[-1].isdigit() else 0][0]
             raise OptionError(
-                f"{option('remove')} is {pattern!r}, which takes too long on some texts; write it without repeats "
+                f"{option('remove')} is {pattern!r}, which takes too long on some texts; rewrite it without repeats "
                 "within repeats, such as (a+)+"
             ) from None
 
 
 def _texts(pattern: str) -> list[str]:
-    """Texts that a pattern matches in many ways, and then does not match."""
+    """Texts that a pattern matches in many ways, but not completely."""
     letters = dict.fromkeys([*"a0 _,.", *(character for character in pattern if character.isalnum())])
     words = dict.fromkeys(re.findall(r"\w+", pattern))
     parts = [*letters, *words, *(f"{word} " for word in [*letters, *words]), *(f" {word}" for word in letters)]

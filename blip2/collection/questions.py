@@ -1,4 +1,4 @@
-"""A source seen as pictures with questions: one that is asked of all, several, or one that each row has."""
+"""A view of a source as images with questions: one question for all, several, or one per row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ QUESTION = "question"
 
 
 class Questions(View):
-    """Each record with each question, in its column "question"; the key of a record that is there several times ends
-    with the number of its question. ``column``: where the records have a question of their own."""
+    """Each record with each question, in its column "question". If a record occurs several times, the number of the
+    question is appended to its key. ``column``: the column that holds the record's own question."""
 
     def __init__(self, view: View, questions: Sequence[str] = (), column: str = "") -> None:
         super().__init__(view)
@@ -36,7 +36,7 @@ class Questions(View):
         return self._view.pictures
 
     def stamp(self, unit: Unit) -> str:
-        if not self._column or self._view.told().get("source") != "files":  # others know their columns again
+        if not self._column or self._view.told().get("source") != "files":  # other stamps cover the columns
             return self._view.stamp(unit)
         digest = hashlib.blake2b(self._view.stamp(unit).encode(), digest_size=16)
         for record in self._view.records(unit):

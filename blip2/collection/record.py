@@ -1,4 +1,4 @@
-"""What goes through a run: records, the units that they come in, and the results."""
+"""The data of a run: records, units of them, and results."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 SUCCESS, FAILED, SKIPPED = "success", "failed", "skipped"
-"""As img2dataset has them; a picture is skipped that had a text already."""
+"""Statuses, named as in img2dataset. Skipped: the image already had a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A picture of a collection.
+    """An image of a collection.
 
-    ``key``: by which it is known in the outputs, unique in its source: the path within the folder, the key in a shard,
-    the number of a row. ``picture``: a path, an address, or the bytes of an image file; None if ``problem`` says why
-    there is none. ``name``: what messages call it. ``stamp``: another one, and it is another picture under this key.
-    ``text``: what was said of it before, "" if nothing. ``columns``: all else that its source says of it. ``asked``:
-    what is asked about it, where that is not the same for all. ``is_new``: ``text`` is said elsewhere than where the
-    new one is written, which writes nothing over.
+    ``key``: identifies it in the outputs and is unique in its source: the path within the folder, the key in a shard,
+    or the row number. ``picture``: a path, a URL, or the bytes of an image file; None if ``problem`` says why there is
+    none. ``name``: used in messages. ``stamp``: if it changes, the image under this key is another one. ``text``: the
+    existing text of the image, "" if none. ``columns``: the other columns of the source. ``asked``: its question, if
+    questions differ. ``is_new``: ``text`` stands somewhere else than the new text will, so that nothing is overwritten.
     """
 
     key: str
@@ -36,14 +35,14 @@ class Record:
 
     @property
     def is_described(self) -> bool:
-        """Whether what would be written is there already, as `Job.skips` has it."""
+        """Whether the text to be written already exists, in the sense of `Job.skips`."""
         return bool(self.text) and not self.is_new
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """``number``: its place in the source. ``place``: the shard's file, or the folder. ``start`` and ``stop``: which of
-    the records there; all of them if ``stop`` is 0."""
+    """``number``: its position in the source. ``place``: the shard's file, or the folder. ``start`` and ``stop``: the
+    range of its records there; all of them if ``stop`` is 0."""
 
     number: int
     place: str
@@ -56,7 +55,7 @@ class Unit:
 
 
 def runs_of(number: int, size: int, place: str = "") -> list[Unit]:
-    """Units of ``size`` records each, the last one shorter, of so many records in one place."""
+    """Units of ``size`` records each (the last may be shorter), for ``number`` records in one place."""
     return [
         Unit(index, place, start, min(start + size, number)) for index, start in enumerate(range(0, number, size))
     ]
@@ -64,14 +63,14 @@ def runs_of(number: int, size: int, place: str = "") -> list[Unit]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a record. All of it depends on the picture, the model and the options alone.
+    """The result of a record. It depends only on the image, the model and the options.
 
-    ``captions``: those of the model, the best first, before any wording; ``scores`` and ``tokens`` of each. ``text``:
-    what the outputs have, a line for each caption; most have the first alone, `line`. ``old``: what was said of the
-    picture before. ``path``: its file, or its address, "" if it has none of its own. ``width``, ``height``: as stored,
-    before any turn; 0 if no output wants them, or they are not known; ``sha256`` of the file, "" likewise. ``columns``:
-    all else that its source says of it, as JSON can have it. ``copy_of``: the key of an equal picture, whose captions
-    these are; "" if the model saw this one.
+    ``captions``: the generated texts, best first, before any wording, with ``scores`` and ``tokens`` of each. ``text``:
+    the text of the outputs, one line per caption; most outputs use only the first, `line`. ``old``: the earlier text.
+    ``path``: its file or URL, "" if it has none of its own. ``width``, ``height``: in pixels as stored, before any
+    rotation; 0 if no output needs them or they are unknown. ``sha256``: of the file, "" likewise. ``columns``: the
+    other columns of the source, as JSON values. ``copy_of``: the key of an equal image whose captions these are; "" if
+    the model processed this one.
     """
 
     key: str
@@ -97,33 +96,33 @@ class Result:
 
     @property
     def line(self) -> str:
-        """"" if there is none."""
+        """The first line; "" if there is none."""
         return next(iter(self.lines), "")
 
 
 class Source(Protocol):
-    """Where records come from. What is wrong with one record is its ``problem``; what is wrong with the source itself
-    is an OptionError when it is opened."""
+    """Where records come from. A problem of one record is its ``problem``; a problem of the source itself is an
+    OptionError when it is opened."""
 
     @property
     def units(self) -> Sequence[Unit]: ...
 
     @property
     def num_records(self) -> int | None:
-        """None if that is not known before they are read."""
+        """The number of records; None if it is unknown before they are read."""
 
     def stamp(self, unit: Unit) -> str:
-        """Another one, and the unit has to be looked at again. Cheap: no picture is opened."""
+        """If it changes, the unit has to be processed again. Cheap: opens no image."""
 
     def records(self, unit: Unit) -> Iterator[Record]:
-        """In an order that is always the same."""
+        """The records, always in the same order."""
 
     def told(self) -> Mapping[str, Any]:
-        """What distinguishes this source from another, for `Journal.begin`."""
+        """The values that distinguish this source from another, for `Journal.begin`."""
 
 
 def sha256_of(picture: str | bytes) -> str:
-    """Of a picture's file, as hexadecimal digits; "" if it cannot be read."""
+    """The SHA-256 of an image file as hexadecimal digits; "" if it cannot be read."""
     if isinstance(picture, bytes):
         return hashlib.sha256(picture).hexdigest()
     with suppress(OSError), open(picture, "rb") as file:

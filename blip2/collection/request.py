@@ -1,4 +1,4 @@
-"""What a command asks of a collection, checked and opened before any model is loaded."""
+"""The request of a command on a collection, checked and opened before any model is loaded."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ DONE, FAILED_BEFORE, TO_DO, PROBLEM = "done", "failed before", "to do", "cannot 
 
 @dataclass(frozen=True, kw_only=True)
 class Going:
-    """How a run goes on. ``limit``: it ends after so many pictures that the model has seen. ``shard``: which of how
-    many parts, from 1; None if it does all. ``retry_failed``, ``restart``: what failed, or all, is done anew.
+    """How a run continues. ``limit``: number of images processed by the model to end after. ``shard``: (I, N) for part
+    I of N, from 1; None for everything. ``retry_failed``, ``restart``: process failed images, or all images, again.
 
-    ``dedupe``: of files of equal content the first is seen, and the others are given its captions, each worded for its
-    place. That holds within a unit, which is a shard, or a run of 256 files or rows: what is written depends on no
-    order in which units are done, and memory on no number of pictures. Pictures that only look alike are all seen."""
+    ``dedupe``: the model only processes the first of several files with equal content; the others get its captions,
+    each worded for its own path. This works within a unit (a shard, or 256 files or rows), so outputs do not depend on
+    the order of units, nor memory on the number of images. Images that only look alike are all processed."""
 
     limit: int | None = None
     shard: tuple[int, int] | None = None
@@ -54,9 +54,9 @@ GOING, OUTPUTS, WORDING = (tuple(each.name for each in fields(kind) if each.init
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """``places``: what `open_source` is given, with ``reading`` as its keywords. ``told``: what else distinguishes this
-    command from another, by the names of options. ``view``: another way to see the source, such as each picture with
-    each of several questions. ``takes_text``: see `View`."""
+    """``places``: the arguments of `open_source`, with ``reading`` as its keywords. ``told``: other options that
+    distinguish this command, by name. ``view``: a view of the source, such as each image with each of several
+    questions. ``takes_text``: see `View`."""
 
     places: Sequence[str]
     reading: Mapping[str, Any] = field(default_factory=dict)
@@ -71,13 +71,13 @@ class Request:
         outputs = self.outputs
         if not (outputs.output or outputs.sidecar or outputs.xmp or outputs.embed):
             raise OptionError(
-                f"nothing says where results go; give {option('output')}, {option('sidecar')}, {option('xmp')} or "
+                f"there is no output; give {option('output')}, {option('sidecar')}, {option('xmp')} or "
                 f"{option('embed')}"
             )
 
     @classmethod
     def of(cls, places: Sequence[str], options: dict[str, Any], **others: Any) -> Request:
-        """Take the options of all its parts out of all those of a command."""
+        """Take the options of all parts out of the options of a command."""
         taken = {
             names: {name: options.pop(name) for name in names if name in options}
             for names in (READING, OUTPUTS, WORDING, GOING)
@@ -90,8 +90,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request whose source is open, and whose outputs can be written. ``problems``: what is wrong with folders;
-    ``passed_over``: what in them is no picture. ``is_made``: the output is there, as an earlier run wrote it."""
+    """A request with an open source and checked outputs. ``problems``: of folders. ``passed_over``: files in them that
+    are not images. ``is_made``: the output exists, as an earlier run wrote it."""
 
     request: Request
     source: View
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """For `Journal.begin`: all that changes results or outputs, and nothing else."""
+        """Everything that changes results or outputs, for `Journal.begin`."""
         outputs = asdict(self.request.outputs)
         for name in ("output", "replaces", "constants", "image_column", "caption_column"):
             outputs.pop(name)  # an output may be moved, with its journal
@@ -127,8 +127,8 @@ class Plan:
         number, total = going.shard or (1, 1)
         if going.restart and total > 1:
             raise OptionError(
-                f"{option('restart')} by one of several parts would undo what the others do; remove "
-                f"{self.journal.folder} before the first of them begins"
+                f"{option('restart')} in one of several parts would delete the results of the others; remove "
+                f"{self.journal.folder} before the first part starts"
             )
         shard = (number - 1, total)
         with self.journal.held(shard):
@@ -141,7 +141,7 @@ class Plan:
             )  # fmt: skip
 
     def listed(self) -> Iterator[tuple[Record, str]]:
-        """Each picture of this part with what a run would do with it. Nothing is written."""
+        """Each image of this part with what a run would do. Writes nothing."""
         going = self.request.going
         if not going.restart:
             self.journal.compare(self.asked)
@@ -164,7 +164,7 @@ class Plan:
 
 
 def planned(request: Request) -> Plan:
-    """Raises OptionError and CollectionError for all that can be known to be wrong before a model is there."""
+    """Raises OptionError and CollectionError for everything that can be checked without a model."""
     by_picture = open_beside(request.outputs)
     made = _made(request.outputs.output, is_kept=request.going.restart)
     opened = open_source(request.places, **request.reading, without=made)
@@ -179,8 +179,8 @@ def planned(request: Request) -> Plan:
 
 
 def _made(output: str, *, is_kept: bool) -> list[str]:
-    """The output itself, if it is a file as an earlier run wrote it. Raises CollectionError if it was changed since,
-    unless what it says is kept."""
+    """The output itself, if it is an unchanged file of an earlier run. Raises CollectionError if it has changed, unless
+    its content is kept."""
     if not output or not os.path.isfile(output) or not (before := Journal(beside(output)).written):
         return []
     if before in (UNFINISHED, digest_of(output)):
@@ -188,13 +188,13 @@ def _made(output: str, *, is_kept: bool) -> list[str]:
     if is_kept:
         return []
     raise CollectionError(
-        f"{output}: was changed since it was written; keep it under another name, or {setting('restart', True)} to "
-        "replace it (of a metadata.jsonl in the folder of the pictures, what it says is kept then)"
+        f"{output}: has changed since it was written; rename it to keep it, or {setting('restart', True)} to "
+        "replace it (the texts of a metadata.jsonl in the folder of the images are kept)"
     )
 
 
 def _check_apart(output: str, source: View) -> None:
-    """That a source of rows or shards is not written over while it is read. Raises CollectionError."""
+    """Check that a source of rows or shards is not overwritten while it is read. Raises CollectionError."""
     if os.path.isfile(output) and source.told().get("source") in ("rows", "shards"):
         for place in dict.fromkeys(unit.place for unit in source.units):
             if os.path.samefile(place, output):
@@ -202,7 +202,7 @@ def _check_apart(output: str, source: View) -> None:
 
 
 def _journal_of(outputs: Outputs, source: View) -> Path:
-    """Beside the output; that of files beside pictures is hidden in the folder of all pictures."""
+    """The journal beside the output. For files beside images, it is hidden in the common folder of all images."""
     if outputs.output:
         return beside(outputs.output)
     kinds = [outputs.sidecar.lstrip("."), "xmp" if outputs.xmp else "", "embed" if outputs.embed else ""]
@@ -216,8 +216,8 @@ def _journal_of(outputs: Outputs, source: View) -> Path:
             root = ""
         if not root or not os.access(root, os.W_OK):
             raise CollectionError(
-                f"{root or 'these pictures'}: there is no place for the journal of this run; name the pictures' common "
-                f"folder, or give {option('output')}, beside which it lies then"
+                f"{root or 'these images'}: there is no place for the journal of this run; name the images' common "
+                f"folder, or give {option('output')} to put it beside"
             )
     return Path(root) / name
 
@@ -225,12 +225,12 @@ def _journal_of(outputs: Outputs, source: View) -> Path:
 def shard_of(text: str) -> tuple[int, int]:
     """ "3/16" -> (3, 16). Raises OptionError."""
     if (found := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())) is None:
-        raise OptionError(f"{option('shard')} is {text!r}; give a number and how many there are, such as 3/16")
+        raise OptionError(f"{option('shard')} is {text!r}; give I/N, such as 3/16")
     return int(found[1]), int(found[2])
 
 
 def shard_of_array(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """By the variables that SLURM sets for a task of an array; None if there are none."""
+    """The shard from SLURM's variables for a task of an array; None without them."""
     try:
         task, first, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT"))
         last, step = int(environment.get("SLURM_ARRAY_TASK_MAX", first + count - 1)), 0
@@ -240,13 +240,13 @@ def shard_of_array(environment: Mapping[str, str]) -> tuple[int, int] | None:
     number, rest = divmod(task - first, max(step, 1))
     if rest or not 0 <= number < count:
         raise OptionError(
-            f"the array's tasks {first} to {last} are {count}, and not at equal steps; give {option('shard')}"
+            f"the array has {count} tasks from {first} to {last}, without an equal step; give {option('shard')}"
         )
     return (number + 1, count) if count > 1 else None
 
 
 def check_names(options: Iterable[str], known: Sequence[str], elsewhere: Sequence[str] = ()) -> None:
-    """Raises OptionError for a name that is no option, with the nearest that is one, here or ``elsewhere``."""
+    """Raises OptionError for an unknown option name, with the nearest known name, here or ``elsewhere``."""
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)

@@ -1,4 +1,4 @@
-"""What becomes of one record: a result, by what was known of it before, or by what the model made of it."""
+"""The result of one record: from what was known before, or from the model's output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def without_model(job: Job, known: Known, wants: frozenset[str], record: Record) -> Result | None:
     if (before := known.get((record.key, record.stamp))) is not None:
-        # The source may say other things by now, and a person may have changed what an earlier run wrote.
+        # The source may have changed, and a person may have edited what an earlier run wrote.
         before = replace(before, columns=plain(record.columns) or before.columns)
         is_changed = job.skips and record.is_described and _blanks_apart(record.text) != _blanks_apart(before.text)
         return replace(before, text=record.text) if is_changed else before
@@ -28,12 +28,12 @@ def without_model(job: Job, known: Known, wants: frozenset[str], record: Record)
 
 
 def _blanks_apart(text: str) -> list[list[str]]:
-    """The words of each line: what is read beside a picture has single blanks, whatever was written there."""
+    """The words of each line: texts read beside an image are compared without regard to blanks."""
     return [words for line in text.split("\n") if (words := line.split())]
 
 
 def begun(wants: frozenset[str], record: Record) -> Result:
-    """All that is known of a picture before the model sees it."""
+    """The result of an image before the model processes it."""
     width, height = (0, 0)
     digest = ""
     if record.picture is not None and "size" in wants:
@@ -51,14 +51,14 @@ def result_of(job: Job, record: Record, begun: Result, outcome: Outcome | ImageE
     if isinstance(outcome, ImageError):
         return failed(begun, str(outcome))
     if not (text := job.word(record, outcome)):
-        return failed(begun, f"{record.name}: there is no caption left of {outcome.captions[0]!r}")
+        return failed(begun, f"{record.name}: the options leave nothing of the caption {outcome.captions[0]!r}")
     return replace(
         begun, status=SUCCESS, text=text, captions=outcome.captions, scores=outcome.scores, tokens=outcome.tokens
     )
 
 
 def why_failed(result: Result) -> str:
-    """Why it failed, without the picture's name."""
+    """The reason of a failure, without the image's name."""
     return result.error_message.removeprefix(f"{name_of(result.name)}: ").removeprefix(f"{result.name}: ")
 
 

@@ -1,7 +1,7 @@
-"""A page to look captions over: a file that opens from the disk, with a folder of thumbnails beside it.
+"""A page for reviewing captions: a file opened from disk, with a folder of thumbnails beside it.
 
-The pictures that failed come first, then those whose captions have the worst scores. A browser draws those that are on
-the screen, so that thousands cost no more than a few.
+Failed images come first, then those with the worst scores. The browser only draws what is on the screen, so that
+thousands of images cost no more than a few.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ STATUSES = {SUCCESS: "done", FAILED: "failed", SKIPPED: "skipped"}
 
 
 def write_review(path: Path, source: Source, journal: Journal) -> None:
-    """The page of what is done so far. A picture that cannot be opened is shown by its name.
+    """Write the page of the results so far. An image that cannot be opened is shown by its name.
 
-    Raises CollectionError where it cannot be written.
+    Raises CollectionError if it cannot be written.
     """
     counts: Counter[str] = Counter()
     captions: Counter[int] = Counter()
@@ -49,7 +49,7 @@ def write_review(path: Path, source: Source, journal: Journal) -> None:
     worst = heapq.nsmallest(MOST_PICTURES, _results(source, journal), key=_worse)
     root = os.path.abspath(getattr(source, "root", "") or path / "none")
     is_within = Path(root) in Path(os.path.abspath(path)).parents
-    # Hidden in the folder of the pictures: thumbnails are not pictures of the collection.
+    # Hidden if it is in the folder of the images: thumbnails are not images of the collection.
     folder = path.with_name(f"{'.' if is_within else ''}{path.stem}.files")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def _row(result: Result, thumb: str, times: int) -> dict[str, Any]:
 
 
 def _thumbnails(wanted: Mapping[str, Result], source: Source, folder: Path) -> dict[str, str]:
-    """The path of each, from the page; those that are there from an earlier page are taken."""
+    """The path of each thumbnail, relative to the page. Thumbnails of an earlier page are reused."""
     found: dict[str, str] = {}
     with ThreadPoolExecutor(4) as pool:
         for unit in source.units:
@@ -106,7 +106,7 @@ def _thumbnails(wanted: Mapping[str, Result], source: Source, folder: Path) -> d
 
 
 def _thumbnail(record: Record, folder: Path) -> str:
-    """Its name, "" if there is none."""
+    """The file name; "" if there is no thumbnail."""
     told = f"{record.key}\0{record.stamp}".encode("utf-8", "surrogatepass")
     name = f"{hashlib.blake2b(told, digest_size=10).hexdigest()}.jpg"
     if not (folder / name).exists():
@@ -126,5 +126,5 @@ def _page(path: Path, rows: list[dict[str, Any]], counts: Counter[str]) -> str:
         told.append(f"the {len(rows):,} worst are shown")
     data = json.dumps(rows, ensure_ascii=True).replace("<", "\\u003c")
     title = as_text(path.stem)
-    summary = f"{total:,} picture{'' if total == 1 else 's'}: {', '.join(told)}"
+    summary = f"{total:,} image{'' if total == 1 else 's'}: {', '.join(told)}"
     return PAGE.replace("@TITLE@", escape(title)).replace("@SUMMARY@", escape(summary)).replace("@ROWS@", data)

@@ -1,4 +1,4 @@
-"""The page of `collection.review`, with places for its title, a line of counts, and the rows as JSON."""
+"""The page of `collection.review`, with placeholders for its title, a line of counts, and the rows as JSON."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ BODY = """<header>
 <h1>@TITLE@</h1>
 <p id="summary" aria-live="polite">@SUMMARY@</p>
 <form onsubmit="return false">
-<input id="words" type="search" placeholder="words of captions or names" aria-label="Show only what has these words">
-<select id="which" aria-label="Which pictures">
+<input id="words" type="search" placeholder="words of captions or names" aria-label="Show only images with these words">
+<select id="which" aria-label="Which images">
 <option value="">all</option><option value="failed">failed</option><option value="success">done</option>
 <option value="skipped">skipped</option><option value="times">caption repeated</option>
 </select>
-<select id="order" aria-label="In which order">
+<select id="order" aria-label="Order">
 <option value="worst">worst score first</option><option value="best">best score first</option>
 <option value="name">by name</option><option value="text">by caption</option>
 </select>
@@ -49,12 +49,12 @@ BODY = """<header>
 </header>
 <main id="pictures"></main>
 <footer><button id="more" type="button">show more</button></footer>
-<noscript><p>This page needs JavaScript, which is in this file; it loads nothing from elsewhere.</p></noscript>
+<noscript><p>This page needs JavaScript. All of it is in this file; nothing is loaded from elsewhere.</p></noscript>
 <script type="application/json" id="rows">@ROWS@</script>
 <script>
 "use strict";
 const rows = JSON.parse(document.getElementById("rows").textContent);
-const [words, which, order, pictures, more, summary] =
+const [words, which, order, images, more, summary] =
   ["words", "which", "order", "pictures", "more", "summary"].map(id => document.getElementById(id));
 const counts = summary.textContent;
 const PORTION = 120;
@@ -78,7 +78,7 @@ function put(parent, tag, text, name) {
 }
 
 function draw(row) {
-  const figure = put(pictures, "figure", "", row.status);
+  const figure = put(images, "figure", "", row.status);
   const view = put(figure, row.file ? "a" : "div", row.thumb ? "" : "cannot be shown", "view");
   if (row.file) view.href = row.file;
   if (row.thumb) {
@@ -95,7 +95,7 @@ function draw(row) {
     const list = put(caption, "ul");
     row.others.forEach(text => put(list, "li", text));
   }
-  if (row.times) put(caption, "small", `${row.times} pictures have this caption`, "times");
+  if (row.times) put(caption, "small", `${row.times} images have this caption`, "times");
   const status = row.status === "success" ? (row.score === null ? "" : `score ${row.score}`) : row.status;
   put(caption, "small", [status, row.name].filter(Boolean).join(", "));
 }
@@ -113,7 +113,7 @@ function show() {
     && wanted.every(word => row.said.includes(word)));
   shown.sort(compare[order.value]);
   summary.textContent = shown.length === rows.length ? counts : `${shown.length} of ${counts}`;
-  pictures.replaceChildren();
+  images.replaceChildren();
   number = 0;
   extend();
 }

@@ -1,4 +1,4 @@
-"""The way of a collection: its records through the model, in units, into the journal and the sinks."""
+"""The run over a collection: records through the model, in units, into the journal and the sinks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from blip2.errors import ImageError
 from blip2.image import name_of
 
 FLUSH_RESULTS, FLUSH_S = 16, 1.0
-"""After so many, but not more often than this, what is written a picture at a time is written: a disk makes hundreds of
-small files safe in the time of a few."""
+"""Number of results and seconds after which per-image outputs are written. Syncing hundreds of small files together
+takes a disk as long as a few."""
 MOST_WAITING = 256
-"""Results that wait to be written; then the model waits."""
+"""Results waiting to be written. If there are more, the model waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the model made of a picture: each text with its score and its number of tokens, the best first."""
+    """The model's output for an image: texts with score and number of tokens, best first."""
 
     captions: Sequence[str]
     scores: Sequence[float]
@@ -38,43 +38,43 @@ class Outcome:
 
 
 Work = Callable[[Iterator[Record]], Iterator["Outcome | ImageError"]]
-"""What becomes of each record, in order. It reads ahead of what it gives, and asks for a record only when there is room
-for it; so of a collection of any size a few batches are in memory."""
+"""Maps records to outcomes, in order. It reads ahead, and asks for a record only if there is room for it; so memory
+holds a few batches, whatever the size of the collection."""
 
 
 class Sink(Protocol):
-    """A format. All that it writes follows from results, so that after a kill it can be written once more.
+    """An output format. Its content follows from the results alone, so that it can be written again after a kill.
 
-    ``wants``: what it has of each picture beside the text, "size" and "sha256". ``notes``: what a person should be told
-    of what was written, when the run has ended.
+    ``wants``: what it needs of each image beside the text, "size" and "sha256". ``notes``: messages for the user about
+    the output, shown when the run ends.
     """
 
     wants: frozenset[str]
     notes: list[str]
 
     def check(self, source: Source) -> None:
-        """Before the model is loaded: raises CollectionError for what cannot be written, or would be lost."""
+        """Called before the model is loaded. Raises CollectionError for what cannot be written, or would be lost."""
 
     def some(self, results: Sequence[Result]) -> None:
-        """Write what is written for each picture, of a few that have captions. Raises OSError."""
+        """Write per-image outputs for a few results with captions. Raises OSError."""
 
     def unit(self, unit: Unit, results: Sequence[Result]) -> None:
-        """Write what is written for a unit. Raises OSError."""
+        """Write the output of a unit. Raises OSError."""
 
     def whole(self, results: Iterable[Result]) -> None:
-        """Write what is written of all units, when all are done; ``results`` may be gone through more than once.
+        """Write the output of all units, when all are finished. ``results`` may be iterated more than once.
 
-        Raises OSError, and CollectionError for what this format cannot hold.
+        Raises OSError, and CollectionError if this format cannot hold a result.
         """
 
 
 @dataclass(frozen=True)
 class Job:
-    """``asked``: what `Journal.begin` compares. ``word``: from a record and what the model made of it to the text of
-    the outputs. ``skips``: whether a picture that has a text already keeps it. ``retries``: what failed before is
-    done again. ``shard``: which of how many parts of the units, from 0. ``limit``: the run ends after so many pictures
-    that the model has seen, and the next one goes on. ``output``: the file that is written of all units, if any.
-    ``dedupes``: of pictures of a unit whose content is equal, the model sees the first alone."""
+    """``asked``: what `Journal.begin` compares. ``word``: makes the text of the outputs from a record and the model's
+    outcome. ``skips``: whether images that have a text keep it. ``retries``: process failed images again. ``shard``:
+    part and number of parts, from 0. ``limit``: number of images processed by the model to end after; the next run
+    continues. ``output``: the file written from all units, if any. ``dedupes``: of equal images in a unit, the model
+    only processes the first."""
 
     source: Source
     sinks: Sequence[Sink]
@@ -90,20 +90,20 @@ class Job:
 
     @property
     def units(self) -> list[Unit]:
-        """Of this shard."""
+        """The units of this shard."""
         number, total = self.shard
         return [unit for unit in self.source.units if unit.number % total == number]
 
 
 Known = Mapping[tuple[str, str], Result]
-"""What was done before, by key and stamp."""
+"""Earlier results, by key and stamp."""
 Tell = Callable[[Sequence[Result]], None]
 Heard = Callable[[Unit, "Sequence[Result] | None"], None]
-"""Is told the results of a unit, a few at a time, when what is written of each picture is written; None: it is done."""
+"""Receives the results of a unit, a few at a time, once per-image outputs are written. None: the unit is finished."""
 
 
 def run(job: Job, work: Work, on_results: OnResults = lambda summary, results: None) -> Summary:
-    """Do what is not done yet. Raises CollectionError, OSError; what was done until then is kept."""
+    """Process what is not finished. Raises CollectionError, OSError; finished results are kept."""
 
     def doing(units: Sequence[Unit], known: Known, tell: Tell) -> bool:
         return do(job, units, known, work, lambda unit, results: None if results is None else tell(results))
@@ -116,8 +116,8 @@ def run_by(
     doing: Callable[[Sequence[Unit], Known, Tell], bool],
     on_results: OnResults = lambda summary, results: None,
 ) -> Summary:
-    """As `run`, with another way of doing units: it is told which, and what is known of them; it tells of results as
-    they come, each once, and whether it was ended by a limit."""
+    """As `run`, with another function for processing units. It gets the units and their known results. It reports each
+    result once, and whether a limit ended it."""
     summary = Summary(total=_total(job))
     started = time.monotonic()
     todo = [unit for unit in job.units if not _is_done(job, unit, summary)]
@@ -138,9 +138,9 @@ def run_by(
 
 
 def do(job: Job, units: Iterable[Unit], known: Known, work: Work, heard: Heard) -> bool:
-    """Do these units, of which ``known`` is done; whether a limit ended it. Raises CollectionError, OSError.
+    """Process these units except for ``known`` results. True if a limit ended it. Raises CollectionError, OSError.
 
-    What the model says is in the journal at once. A thread of its own writes outputs, and calls ``heard``, so that the
+    The model's outputs go to the journal at once. A separate thread writes outputs and calls ``heard``, so that the
     model does not wait for the disk.
     """
     cut: set[int] = set()
@@ -163,7 +163,7 @@ def do(job: Job, units: Iterable[Unit], known: Known, work: Work, heard: Heard) 
 
 
 def assemble(job: Job, summary: Summary) -> None:
-    """Write the outputs of all units, if all of them are done, whoever did them; with a limit, of what there is."""
+    """Write the outputs of all units, if all are finished, by whichever run; with a limit, of the results so far."""
     units = job.source.units
     summary.is_complete = all(job.journal.stamp_of(unit) == job.source.stamp(unit) for unit in units)
     if not (summary.is_complete or (summary.is_limited and job.shard[1] == 1)):
@@ -180,7 +180,7 @@ def assemble(job: Job, summary: Summary) -> None:
 
 @dataclass(frozen=True)
 class _All:
-    """The results of all units, as far as they are done."""
+    """The results of all finished units."""
 
     journal: Journal
     units: Sequence[Unit]
@@ -190,7 +190,7 @@ class _All:
 
 
 def _total(job: Job) -> int | None:
-    """Records of this shard, if that is known before they are read."""
+    """Records of this shard, if the number is known before they are read."""
     if (total := job.source.num_records) is None or job.shard[1] == 1:
         return total
     everything, own = (sum(unit.stop - unit.start for unit in units) for units in (job.source.units, job.units))
@@ -209,7 +209,7 @@ def _is_done(job: Job, unit: Unit, summary: Summary) -> bool:
 
 
 def _known(job: Job) -> Known:
-    """What was done of units that are not done, or not as they are now, by key and stamp."""
+    """Results of units that are unfinished or have changed, by key and stamp."""
     done = {unit.name for unit in job.source.units if job.journal.stamp_of(unit) == job.source.stamp(unit)}
     if job.retries:
         done -= {unit.name for unit in job.units}
@@ -223,9 +223,9 @@ def _known(job: Job) -> Known:
 def _settled(
     job: Job, units: Iterable[Unit], known: Known, work: Work, cut: set[int]
 ) -> Generator[Settled, None, None]:
-    """The result of each record, in order. What needs no model passes by those that do, and waits behind them.
+    """The result of each record, in order. Results that need no model are queued behind those that do.
 
-    It ends within a unit where a limit is reached, or before it; ``cut`` is told its number.
+    Ends within or before a unit in which the limit is reached; its number is added to ``cut``.
     """
     wants = frozenset[str]().union(*(sink.wants for sink in job.sinks))
 
@@ -252,7 +252,7 @@ def _settled(
 
 
 def _repeated(job: Job, copy: Copy) -> Result:
-    """What the first one's result says of a copy, in the words that are the copy's."""
+    """The result of a copy from that of the first image, worded for the copy."""
     first = copy.first.result
     assert first is not None
     known = replace(copy.result, copy_of=first.key)
@@ -262,7 +262,7 @@ def _repeated(job: Job, copy: Copy) -> Result:
 
 
 def _by_unit(settled: Iterator[Settled], cut: set[int]) -> Iterator[tuple[Unit, Iterator[Result]]]:
-    """The results of each unit, while they come; ``cut`` is told the number of a unit that is left unfinished."""
+    """The results of each unit, as they arrive. The number of an unfinished unit is added to ``cut``."""
 
     def until_end(unit: Unit, first: Result | None) -> Iterator[Result]:
         result = first
@@ -278,7 +278,7 @@ def _by_unit(settled: Iterator[Settled], cut: set[int]) -> Iterator[tuple[Unit, 
 
 
 def _kept(job: Job, settled: Generator[Settled, None, None], known: Known) -> Generator[Settled, None, None]:
-    """The same, when they are in the journal."""
+    """The same results, once they are in the journal."""
     part: Part | None = None
     with closing(settled), ExitStack() as stack:
         for unit, result in settled:
@@ -292,7 +292,7 @@ def _kept(job: Job, settled: Generator[Settled, None, None], known: Known) -> Ge
 
 
 def _written(job: Job, results: Iterator[Result]) -> Iterator[list[Result]]:
-    """The results, a few at a time, when they are in what is written a picture at a time."""
+    """The results, a few at a time, once their per-image outputs are written."""
     some: list[Result] = []
     last_s = -FLUSH_S
     for result in chain(results, [None]):

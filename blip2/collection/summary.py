@@ -1,4 +1,4 @@
-"""What a run did, counted while it is at work."""
+"""Counts of a run, updated while it is running."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from blip2.collection.results import why_failed
 
 @dataclass
 class Summary:
-    """Counts of pictures: of this run, and of those before it (``before``, of which ``failed_before``).
+    """Counts of images: of this run, and of earlier ones (``before``, of which ``failed_before``).
 
-    ``total``: of all that the source has, or this part of it; None if that is not known. ``reasons``: why pictures
-    failed, the pictures' names left out. ``copies``: of this run, that were not seen since an equal one was.
-    ``repeated``: captions of this run that another picture has, too, which is no copy.
+    ``total``: of the whole source, or this part of it; None if unknown. ``reasons``: why images failed, without their
+    names. ``copies``: images of this run that were not processed, since an equal one was. ``repeated``: captions of
+    this run that another image, which is not a copy, has as well.
     """
 
     done: int = 0
@@ -30,25 +30,25 @@ class Summary:
     seconds: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
     is_complete: bool = False
-    """Whether all units are done, those of other shards included, so that the output is whole."""
+    """Whether all units are finished, also those of other shards, so that the output is complete."""
     is_limited: bool = False
     """Whether it ended because `Job.limit` was reached."""
     notes: list[str] = field(default_factory=list)
-    """What the formats have to tell of what they wrote."""
+    """Notes of the output formats."""
     _first: tuple[int, float] | None = None
     _last: tuple[int, float] = (0, 0.0)
     _said: set[int] = field(default_factory=set, repr=False)
 
     @property
     def rate(self) -> float:
-        """Pictures a second, of this run, after its first few, before which a model is loaded; 0 before these."""
+        """Images per second of this run, without its first few, which include loading the model; 0 before these."""
         (number, since_s), (new, until_s) = self._first or (0, 0.0), self._last
-        if new == number:  # there are no more than these
+        if new == number:  # there are no others
             number, since_s = 0, 0.0
         return (new - number) / (until_s - since_s) if until_s > since_s else 0.0
 
     def clock(self, seconds: float) -> None:
-        """So long it takes by now."""
+        """Record the elapsed seconds."""
         self.seconds = seconds
         if new := self.done + self.failed:
             self._last = (new, seconds)
@@ -56,7 +56,7 @@ class Summary:
 
     @property
     def settled(self) -> int:
-        """Of this run and of those before it."""
+        """Images of this run and of earlier ones."""
         return self.done + self.skipped + self.failed + self.before
 
     def count(self, result: Result, *, is_new: bool) -> None:
@@ -77,4 +77,4 @@ class Summary:
 
 
 OnResults = Callable[[Summary, Sequence[Result]], None]
-"""Is called after every few results of this run, with these, by another thread than the model's."""
+"""Called after every few results of this run, with these results, by another thread than the model's."""

@@ -1,4 +1,4 @@
-"""From what a model says to the lines that outputs have: a function of texts alone."""
+"""From generated captions to the lines of the outputs: a pure function of texts."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ EDGES = " ,;"
 
 @dataclass(frozen=True, kw_only=True)
 class Wording:
-    """How captions are worded. Raises OptionError at once for what cannot be.
+    """How captions are worded. Raises OptionError at once for invalid options.
 
-    A caption goes through these, in this order: repeated words at its end are cut (``dedupe_words``), each of
-    ``replace`` (old, new) and of ``remove`` (regular expressions) is applied, and of several captions those without
-    ``forbid_words`` come first; from the others these words are removed (whole words, of any case). Then come
-    ``template``, ``prefix`` and ``suffix`` (as they are, no blank is added), and ``max_chars``, for which the caption
-    is cut, at a word where it has one, and nothing else. ``if_exists`` "append" and "prepend" put the line after or
-    before what was said before, with ``separator``; not if it is there already.
+    Steps, in this order: repeated words at the end are cut (``dedupe_words``); each of ``replace`` (old, new) and
+    ``remove`` (regular expressions) is applied; of several captions those without ``forbid_words`` come first, and the
+    words are removed from the others (whole words, any case); ``template``, ``prefix`` and ``suffix`` are added
+    unchanged, without blanks; the caption alone is cut to ``max_chars``, at a word boundary if there is one.
+    ``if_exists`` "append" and "prepend" put the line after or before the existing text, with ``separator``, unless it
+    is already there.
 
-    A line has no line breaks or control characters, and is composed (NFC). Where no caption is left, no line is.
+    A line has no line breaks or control characters, and is in NFC. If no caption is left, there is no line.
     """
 
     prefix: str = ""
@@ -47,14 +47,14 @@ class Wording:
     if_exists: IfExists = "skip"
     separator: str = ", "
     pieces: Sequence[tuple[str, str]] = field(init=False, repr=False, compare=False)
-    """The template: a text as it is, and the field that follows it, "" at the end."""
+    """The template as pairs of a literal text and the field that follows it ("" at the end)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pieces", _pieces(self.template))
         check_patterns(self.remove)
         if self.if_exists not in get_args(IfExists):
             known = ", ".join(get_args(IfExists))
-            raise OptionError(f"{option('if_exists')} is {self.if_exists!r}; it may be {known}")
+            raise OptionError(f"{option('if_exists')} is {self.if_exists!r}; use {known}")
         if any(not old for old, _ in self.replace):
             raise OptionError(f"{option('replace')} has an empty text to replace; give OLD=NEW")
         if any(not word.strip() for word in self.forbid_words):
@@ -62,7 +62,7 @@ class Wording:
         fixed = len(self.prefix + self.suffix) + sum(len(text) for text, _ in self.pieces)
         if self.max_chars is not None and self.max_chars <= fixed:
             raise OptionError(
-                f"{option('max_chars')} is {self.max_chars}, which leaves no room for a caption beside the {fixed} "
+                f"{option('max_chars')} is {self.max_chars}, which leaves no space for a caption beside the {fixed} "
                 "characters of prefix, suffix and template; raise it, or shorten these"
             )
 
@@ -71,7 +71,7 @@ class Wording:
         return "\n".join(self.lines(record, outcome.captions))
 
     def lines(self, record: Record, captions: Sequence[str]) -> list[str]:
-        """Those for a picture, the best caption first, each once; none if no caption is left."""
+        """The lines of an image, best caption first, without duplicates; empty if no caption is left."""
         found = dict.fromkeys(
             line for caption in self._chosen(captions) if (line := self._line(record, caption)) is not None
         )
@@ -81,7 +81,7 @@ class Wording:
         return [*dict.fromkeys(self._joined(old, [*found]))]
 
     def _chosen(self, captions: Sequence[str]) -> list[str]:
-        """What is left of the captions; those that have no forbidden words first."""
+        """The captions after editing; those without forbidden words first."""
         texts = [self._mended(caption) for caption in captions]
         sound = [text for text in texts if not self._forbidden.search(text)] if self.forbid_words else texts
         others = [tidy(self._forbidden.sub(" ", text)) for text in texts if text not in sound]
@@ -103,7 +103,7 @@ class Wording:
         return re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in words), re.IGNORECASE)
 
     def _line(self, record: Record, caption: str) -> str | None:
-        """None if there is no room for a caption."""
+        """The line; None if there is no space for a caption."""
         values = {**about(record), "old": " ".join(clean(record.text).split())}
         line = self._filled(values, caption)
         if self.max_chars is None or len(line) <= self.max_chars:
@@ -127,19 +127,19 @@ class Wording:
             for line in new:
                 for before in old:
                     if separator + line + separator in separator + before + separator:
-                        yield before  # of an earlier run
+                        yield before  # written by an earlier run
                     else:
                         both = (before, line) if self.if_exists == "append" else (line, before)
                         yield clean(separator.join(both))
 
 
 def about(record: Record) -> dict[str, str]:
-    """What a template may say of a picture's place: its ``name`` without suffix, that of its ``folder``, and this
-    without the number of repeats that trainers have before it, "10_sks dog" -> "sks dog"."""
+    """The template fields of an image's path: ``name`` without suffix, ``folder``, and ``concept``: the folder without
+    the number of repeats that trainers put before it, "10_sks dog" -> "sks dog"."""
     path = PurePath(record.key)
-    if path.parent.name in ("", "..") and PurePath(record.name).name == path.name:  # lies in the source's root
+    if path.parent.name in ("", "..") and PurePath(record.name).name == path.name:  # is in the source's root
         path = PurePath(os.path.abspath(record.name))
-    # The key of a shard has no suffix, but it may have dots in its folders.
+    # The key of a shard has no suffix, but its folders may contain dots.
     name = path.stem if re.fullmatch(r"\.[A-Za-z]\w{1,4}", path.suffix) else path.name
     folder = path.parent.name
     found = {"name": name, "folder": folder, "concept": re.sub(r"^\d+_(?=.)", "", folder)}
@@ -147,7 +147,7 @@ def about(record: Record) -> dict[str, str]:
 
 
 def clean(text: str) -> str:
-    """Composed (NFC), on one line: control characters and line breaks as blanks, what is no Unicode as U+FFFD."""
+    """The text in NFC on one line: control characters and line breaks become blanks, invalid Unicode becomes U+FFFD."""
     text = "".join(_CLEAN.get(unicodedata.category(character), character) for character in text)
     return unicodedata.normalize("NFC", text.replace("\ufeff", ""))
 
@@ -163,9 +163,9 @@ def tidy(text: str) -> str:
 
 
 def without_repeats(text: str) -> str:
-    """A text whose end goes round in circles, once round: "a dog a dog a dog" -> "a dog".
+    """The text with a repeated end reduced to one repetition: "a dog a dog a dog" -> "a dog".
 
-    A circle of one word is one if it goes round three times ("Bora Bora" is none), others if twice.
+    A single word counts as repeated from three times on ("Bora Bora" does not), longer phrases from two.
     """
     words = text.split()
     while (end := _first_round(words)) is not None:
@@ -182,13 +182,13 @@ def _first_round(words: list[str]) -> int | None:
         length = len(said) - start
         if length >= period * (3 if period == 1 else 2):
             rest = length % period
-            # "a man and a man and a man": what joins the rounds is not needed after the last.
+            # "a man and a man and a man": the word that joins the repetitions is dropped after the last.
             return start + (rest if rest * 2 > period else period)
     return None
 
 
 def shortened(text: str, max_chars: int) -> str:
-    """At most so many characters, cut before a word; where the first word is longer already, within it."""
+    """At most ``max_chars`` characters, cut before a word; within the first word if that is longer."""
     if len(text) <= max_chars:
         return text
     kept = text[: max(max_chars, 0) + 1]
@@ -196,7 +196,7 @@ def shortened(text: str, max_chars: int) -> str:
     if at_word:
         return at_word
     end = max(max_chars, 0)
-    while end > 0 and unicodedata.combining(text[end]):  # an accent belongs to what is before it
+    while end > 0 and unicodedata.combining(text[end]):  # an accent belongs to the character before it
         end -= 1
     return text[:end]
 
@@ -209,7 +209,7 @@ def _pieces(template: str) -> list[tuple[str, str]]:
             if name is not None and (name not in FIELDS or spec or conversion):
                 told = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
                 raise OptionError(
-                    f"{option('template')} has {{{told}}}, which is not known; it may have {known}, and {{{{ and }}}} "
+                    f"{option('template')} has {{{told}}}, an unknown field; use {known}, and {{{{ and }}}} "
                     "for braces"
                 )
             found.append((text, name or ""))
@@ -217,8 +217,8 @@ def _pieces(template: str) -> list[tuple[str, str]]:
         raise
     except ValueError as error:
         raise OptionError(
-            f"{option('template')} is {template!r}: {error}; it may have {known}, and {{{{ and }}}} for braces"
+            f"{option('template')} is {template!r}: {error}; use {known}, and {{{{ and }}}} for braces"
         ) from None
     if "caption" not in [name for _, name in found]:
-        raise OptionError(f"{option('template')} is {template!r}, without {{caption}}; say where the caption goes")
+        raise OptionError(f"{option('template')} is {template!r}, without {{caption}}; add it where the caption goes")
     return found

@@ -1,4 +1,4 @@
-"""The names that Hugging Face's users know, over the same models: change the import line, keep the program.
+"""Hugging Face's class names over the same models: change the import line, keep the program.
 
     from blip2 import Blip2Processor, Blip2ForConditionalGeneration
 
@@ -7,23 +7,23 @@
     inputs = processor(image, "Question: how many dogs are there? Answer:", return_tensors="pt")
     processor.decode(model.generate(**inputs)[0], skip_special_tokens=True)
 
-Names, defaults, shapes and values are those of transformers 5. What differs does so on purpose:
+Names, defaults, shapes and values are those of transformers 5. Intended differences:
 
-- An image that would be ignored is an error: too few image tokens, none at all, masked ones, numbers that do not pair.
-- One image goes with many texts, one text with many images.
-- Padding never changes an answer, whichever side it stands on.
-- ``generation_config.json`` of the model's folder is heeded; the reference reads it and then asks the language model's.
-- Special tokens are those that the model's layout has; "<image>" or "</s>" within a text that the processor is given is
-  text. (``processor.tokenizer`` reads them as tokens.)
-- Padding stands where the model needs it, whatever the tokenizer's files say; ``padding_side`` may be set. What the
-  Q-Former of an InstructBLIP reads is padded at its end, where it changes nothing.
-- Pictures are laid on white where they are transparent. Those that are read here (paths, addresses) are also turned
-  upright by their EXIF and converted to sRGB; PIL images and arrays are taken as they stand, as the reference does.
-- An assistant, or words looked up in the prompt, write what would be written without them.
+- An image that would be ignored is an error: too few image tokens, none, masked ones, numbers that do not pair up.
+- One image can be used with many texts, and one text with many images.
+- Padding never changes an answer, on either side.
+- ``generation_config.json`` of the model's folder is used; the reference reads it, but uses the language model's.
+- Special tokens are those of the model's layout; "<image>" or "</s>" within a text for the processor is text.
+  (``processor.tokenizer`` parses them as tokens.)
+- Padding is put where the model needs it, whatever the tokenizer's files say; ``padding_side`` may be set. Input of an
+  InstructBLIP's Q-Former is padded at the end, where it changes nothing.
+- Transparency is put on white. Images read here (paths, URLs) are also rotated upright by their EXIF and converted to
+  sRGB; PIL images and arrays are used as they are, as in the reference.
+- Assisted generation and prompt lookup give the same text as generation without them.
 
-``generate`` counts and changes scores as the reference does (``repetition_penalty`` sees an OPT's prompt, the image's
-tokens among it), and draws the same samples from the same ``torch.manual_seed``. Refused are other ways of decoding
-(contrastive, grouped or constrained beams, guidance, watermarks), quantised caches, and prompts of the decoder.
+``generate`` counts tokens and changes scores as the reference does (``repetition_penalty`` includes an OPT's prompt
+with the image's tokens), and draws the same samples from the same ``torch.manual_seed``. Not supported: other decoding
+strategies (contrastive, grouped or constrained beams, guidance, watermarks), quantised caches, decoder prompts.
 """
 
 from blip2.compat.config import (

@@ -1,6 +1,6 @@
-"""What both drop-in models share: loading, saving, moving, and the small methods that programs call.
+"""Base of both drop-in models: loading, saving, moving, and small methods that programs call.
 
-The layers hang under Hugging Face's names (see `names`); ``self.model`` is the model of this package that computes.
+The layers have Hugging Face's names (see `names`). ``self.model`` is this package's model, which computes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blip2.errors import CheckpointError, OptionError
 from blip2.model import Blip2, Blip2Matcher
 from blip2.quantized import QuantizedLinear
 
-# What .to(dtype) casts; the Q-Former, its queries and the heads stay in float32, as the loader has it.
+# Parts cast by .to(dtype). The Q-Former, its query tokens and the heads stay in float32, as in the loader.
 CAST = ("vision_model", "language_model")
 
 
@@ -43,11 +43,11 @@ class PreTrained(Named):
     config: Blip2Config
     query_tokens: nn.Parameter
     preprocessor: dict[str, Any] | None = None
-    """How pictures become pixels, as a file says that came with the model and is saved with it."""
+    """Preprocessing settings from a file of the model, saved with it."""
 
     def __init__(self, model: Any) -> None:
-        """``model``: one of this package, whose layers are taken over, or a configuration to draw one from: ours,
-        transformers', or a dictionary."""
+        """``model``: one of this package, whose layers are reused, or a configuration (ours, transformers', or a
+        dictionary) for a model with random weights."""
         super().__init__()
         config = None
         if not isinstance(model, nn.Module):
@@ -63,15 +63,15 @@ class PreTrained(Named):
         self.train(model.training)
 
     def _parts(self) -> dict[str, Any]:
-        """What stands at the paths that can be called."""
+        """Callable modules by path."""
         raise NotImplementedError
 
     @classmethod
     def from_pretrained(cls, name: str | Path | None, *args: Any, **options: Any) -> Any:
-        """The model in a folder or of that name on the hub, in evaluation mode; see `loading.load_model`.
+        """The model in a folder or on the hub, in evaluation mode; see `loading.load_model`.
 
-        ``output_loading_info=True`` gives it with a report, whose lists of keys are empty: a key that is missing or
-        unexpected is a CheckpointError that names it.
+        ``output_loading_info=True`` also returns a report whose lists of keys are empty: a missing or unexpected key is
+        a CheckpointError that names it.
         """
         wants_report = options.pop("output_loading_info", False)
         config = options.pop("config", None)
@@ -92,9 +92,9 @@ class PreTrained(Named):
     @classmethod
     def _check_kind(cls, loaded: Any, name: Any) -> None:
         if isinstance(loaded, Blip2) and cls.is_matching:
-            raise CheckpointError(f"{name} writes about images; load it with Blip2ForConditionalGeneration")
+            raise CheckpointError(f"{name} is a generative model; load it with Blip2ForConditionalGeneration")
         if isinstance(loaded, Blip2Matcher) and not cls.is_matching:
-            raise CheckpointError(f"{name} compares images with texts; load it with Blip2ForImageTextRetrieval")
+            raise CheckpointError(f"{name} is a matching model; load it with Blip2ForImageTextRetrieval")
         asked, reads_prompt = cls.config_class is InstructBlipConfig, loaded.config.qformer.has_text
         if isinstance(loaded, Blip2) and asked != reads_prompt:
             what = "an InstructBLIP, whose Q-Former reads the prompt" if reads_prompt else "a BLIP-2"
@@ -113,12 +113,12 @@ class PreTrained(Named):
     def _from_state(cls, name: Any, config: Any, state: Any, options: Mapping[str, Any]) -> Any:
         if config is None:
             if name is None:
-                raise OptionError("there is neither a name nor a config; give the folder of a model, or a config")
+                raise OptionError("neither a name nor a config is given; give the folder of a model, or a config")
             config = cls.config_class.from_pretrained(name)
         if state is None:
-            raise OptionError("there is neither a name nor a state_dict; give the folder of a model")
+            raise OptionError("neither a name nor a state_dict is given; give the folder of a model")
         if options:
-            raise OptionError(f"with a state_dict {', '.join(sorted(options))} is not heeded; leave it out")
+            raise OptionError(f"with a state_dict, {', '.join(sorted(options))} has no effect; leave it out")
         model = cls(config)
         model.load_state_dict(state)
         return model.eval()
@@ -130,19 +130,19 @@ class PreTrained(Named):
     _from_config = from_config
 
     def set_config(self, config: Any) -> None:
-        """Heed another configuration from now on. OptionError where the model is of another architecture."""
+        """Use another configuration from now on. OptionError if the model has another architecture."""
         config = public(config)
         here, there = (content_of(built(each, is_matching=self.is_matching)) for each in (self.config, config))
         if wrong := list(_differences(here, there)):
             raise OptionError(
-                f"config asks for {', '.join(wrong)}; the sizes of a model are those of its weights, leave config out "
+                f"config has {', '.join(wrong)}; a model's sizes are those of its weights, leave config out "
                 "or change other settings"
             )
         self.config = config
         self.point_parts_to_config()
 
     def point_parts_to_config(self) -> None:
-        """Each part heeds its own part of the configuration."""
+        """Let each part use its own part of the configuration."""
         for name, part in self.named_modules():
             if isinstance(part, Part):
                 part.config = _part_config(self.config, name)
@@ -152,14 +152,14 @@ class PreTrained(Named):
         save(self, Path(folder), options)
 
     def load_adapter(self, name: str | Path, adapter_name: str | None = None, *, weight: float = 1.0) -> None:
-        """Merge a LoRA or DoRA that `peft` saved, by its folder or its name on the hub, into the weights.
+        """Merge a LoRA or DoRA in the format of `peft`, by its folder or hub name, into the weights.
 
-        It stays in them: another is added to it, and one of the ``weight`` -1 takes a LoRA away again.
-        ``adapter_name`` is taken and changes nothing. See `merging.merge`.
+        The merge is permanent: another adapter is added to it, and a LoRA with ``weight`` -1 is subtracted.
+        ``adapter_name`` has no effect. See `merging.merge`.
         """
         merge(self, name, weight)
 
-    # ---- what it is -------------------------------------------------------------------------------------
+    # ---- properties -------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -167,12 +167,12 @@ class PreTrained(Named):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the image encoder (and the language model); the Q-Former is in float32."""
+        """The dtype of the image encoder (and the language model); the Q-Former is in float32."""
         dtype: torch.dtype = self.model.vision.position_embedding.dtype
         return dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many weights there are, a table that is the head too counted once."""
+        """Number of weights; a tied table is counted once."""
         left_out: set[int] = set()
         if exclude_embeddings:
             tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
@@ -200,7 +200,7 @@ class PreTrained(Named):
     ) -> Self:
         """Move the model, and cast image encoder and language model, as ``from_pretrained(dtype=...)`` would.
 
-        Raises OptionError for a device that is not there, float16 on a CPU or of a T5, and a quantised model's dtype.
+        Raises OptionError for a missing device, float16 on a CPU or for a T5, and a dtype for a quantised model.
         """
         if isinstance(device, Tensor):
             return self.to(device.device, device.dtype)
@@ -217,11 +217,11 @@ class PreTrained(Named):
 
     def _check_dtype(self, dtype: torch.dtype, place: torch.device) -> None:
         if self.is_quantized:
-            raise OptionError(f"a quantised model has a precision of its own; load it unquantised for {dtype}")
+            raise OptionError(f"a quantised model cannot be cast; load it unquantised for {dtype}")
         if not dtype.is_floating_point:
-            raise OptionError(f"{dtype} is no precision for a model; use float32, bfloat16 or float16")
+            raise OptionError(f"{dtype} is not supported; use float32, bfloat16 or float16")
         if dtype == torch.float16 and place.type == "cpu":
-            raise OptionError("float16 is not computed on a CPU; use bfloat16, or move the model to a GPU first")
+            raise OptionError("float16 is not supported on a CPU; use bfloat16, or move the model to a GPU first")
 
     def half(self) -> Self:
         return self.to(torch.float16)
@@ -249,9 +249,9 @@ class PreTrained(Named):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **how: Any
     ) -> None:
-        """Keep the layers' inputs alone in training and compute the rest again: less memory, more time.
+        """Only keep the layers' inputs in training, and compute the rest again: less memory, more time.
 
-        How it is done (the arguments) changes no value; here it is done for each layer.
+        The arguments change no value; checkpointing is per layer.
         """
         for part in self._called():
             part.gradient_checkpointing = True
@@ -261,7 +261,7 @@ class PreTrained(Named):
             part.gradient_checkpointing = False
 
     def enable_input_require_grads(self) -> None:
-        """Let gradients flow from the embedded words on, which adapters in frozen layers need with checkpointing."""
+        """Make the embedded tokens require gradients, which adapters in frozen layers need with checkpointing."""
         embedding = self.get_input_embeddings()
         assert embedding is not None
         self._input_hook = embedding.register_forward_hook(_let_gradients_through)
@@ -279,8 +279,8 @@ class PreTrained(Named):
         return None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The weights under the reference's names. A table that has several names is there under each, in memory of
-        its own but for the first, since safetensors writes no two names of one memory."""
+        """The weights under the reference's names. A tied table is listed under each of its names, each in separate
+        memory, since safetensors does not save shared memory."""
         state = super().state_dict(*args, **kwargs)
         seen: set[int] = set()
         for name, tensor in state.items():
@@ -292,19 +292,19 @@ class PreTrained(Named):
         return state
 
     def tie_weights(self, **options: Any) -> None:
-        """What is one table is one here from the start."""
+        """Does nothing: tied tables are always a single table here."""
 
     def can_generate(self) -> bool:
         return hasattr(self, "generate")
 
     def push_to_hub(self, *args: Any, **options: Any) -> None:
-        raise OptionError("nothing is uploaded from here; use save_pretrained, and then: hf upload NAME FOLDER")
+        raise OptionError("uploading is not supported; use save_pretrained, and then: hf upload NAME FOLDER")
 
 
 def drawn(config: Blip2Config, *, is_matching: bool) -> Blip2 | Blip2Matcher:
-    """A model of random weights, each layer's drawn as the reference draws them, but for the queries.
+    """A model with random weights, drawn as in the reference, except for the query tokens.
 
-    Zero queries, as in the reference, would all stay equal.
+    Zero query tokens, as in the reference, would all stay equal.
     """
     made = built(config, is_matching=is_matching)
     model: Blip2 | Blip2Matcher = Blip2(made) if isinstance(made, Generative) else Blip2Matcher(made)
@@ -324,7 +324,7 @@ def _part_config(config: Blip2Config, name: str) -> Any:
 
 
 def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
-    """Sizes that are not the same; token ids and the like may differ."""
+    """Sizes that differ; token ids and the like may differ."""
     for name, value in here.items():
         other = there.get(name)
         if isinstance(value, dict) and isinstance(other, dict):

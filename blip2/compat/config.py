@@ -1,11 +1,11 @@
-"""``Blip2Config`` and its parts: the published ``config.json`` as an object, with Hugging Face's attributes.
+"""``Blip2Config`` and its parts: the published ``config.json`` as an object with Hugging Face's attributes.
 
     config = model.config
     config.text_config.vocab_size, config.num_query_tokens, config.to_dict()
     model = Blip2ForConditionalGeneration(Blip2Config(vision_config={...}, text_config={...}))
 
-Attributes can be set. Token ids and what an output contains are heeded from then on; sizes say how a model is built,
-and are read once. Transformers' own config objects, and dictionaries, are taken wherever one of these is.
+Attributes can be set. Token ids and output options take effect at once; sizes are only read when a model is built.
+Transformers' config objects and dictionaries are accepted wherever these are.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ WHOLE: dict[str, Any] = {
 
 
 class Config:
-    """Named values; every one can be read and set as an attribute."""
+    """Named values, each of which can be read and set as an attribute."""
 
     model_type: ClassVar[str] = ""
     defaults: ClassVar[dict[str, Any]] = {}
@@ -88,7 +88,7 @@ class Config:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Any:
-        """Of the model in a folder or of that name on the hub; what is no place is an attribute to set."""
+        """The config in a model's folder or on the hub; options that do not name a place are attributes to set."""
         places = {key: options.pop(key) for key in ("revision", "local_files_only") if key in options}
         content = read_json(resolve(name, **places) / "config.json")
         kinds = {"vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
@@ -108,7 +108,7 @@ class Config:
         self.dtype = value
 
     def get_text_config(self, decoder: bool = False, encoder: bool = False) -> Config:
-        """The part that is about text; of a part, itself."""
+        """The part for the text model; for a part, itself."""
         return self
 
     def update(self, values: Mapping[str, Any]) -> None:
@@ -116,7 +116,7 @@ class Config:
             setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, those of the parts as dictionaries; a copy."""
+        """Plain values as a copy, with parts as dictionaries."""
         content = {name: _plain(value) for name, value in vars(self).items()}
         return {"model_type": self.model_type, **content}
 
@@ -190,7 +190,7 @@ class T5Config(Config):
 
 
 class DecoderConfig(Config):
-    """Of another decoder. What is not set is what its kind has, and stays unsaid in files: there null is not absent."""
+    """Of another decoder. Unset values are the defaults of its family and are left out of files, since null differs."""
 
     defaults = {"use_cache": True}
 
@@ -208,7 +208,7 @@ TEXT: dict[str, type[Config]] = {"opt": OPTConfig, "t5": T5Config, **dict.fromke
 
 
 class Blip2Config(Config):
-    """Image encoder, Querying Transformer and language model; ``image_token_id`` is ``image_token_index``."""
+    """Image encoder, Q-Former and language model; ``image_token_id`` is an alias of ``image_token_index``."""
 
     model_type = "blip-2"
     defaults = WHOLE
@@ -251,7 +251,7 @@ class Blip2Config(Config):
         text: Config = self.text_config
         return text
 
-    # The same in this package's words, which raise CheckpointError for what it does not build.
+    # The same as this package's configurations; they raise CheckpointError for what cannot be built.
 
     @property
     def language(self) -> LanguageConfig:
@@ -271,7 +271,7 @@ class Blip2Config(Config):
 
 
 class InstructBlipConfig(Blip2Config):
-    """The same of a model whose Q-Former reads the prompt."""
+    """The config of a model whose Q-Former reads the prompt."""
 
     model_type = "instructblip"
     defaults = {key: value for key, value in WHOLE.items() if key != "image_text_hidden_size"}
@@ -280,7 +280,7 @@ class InstructBlipConfig(Blip2Config):
 
 
 def public(config: Any) -> Blip2Config:
-    """A configuration of any make: ours or this package's own, transformers', a dictionary."""
+    """Converts any configuration: ours, this package's internal one, transformers', or a dictionary."""
     if isinstance(config, Blip2Config):
         return config
     content = content_of(config)
@@ -289,7 +289,7 @@ def public(config: Any) -> Blip2Config:
 
 
 def built(config: Any, *, is_matching: bool) -> Generative | MatcherConfig:
-    """What this package builds a model from. Raises CheckpointError for what it does not build."""
+    """The configuration from which this package builds a model. Raises CheckpointError if it cannot be built."""
     content = public(config).to_dict()
     content["architectures"] = ["Blip2ForImageTextRetrieval" if is_matching else "Blip2ForConditionalGeneration"]
     if is_matching:
@@ -303,13 +303,13 @@ def built(config: Any, *, is_matching: bool) -> Generative | MatcherConfig:
 
 
 def check_transformer(config: Generative | MatcherConfig, name: object) -> None:
-    """The drop-in names have a vision transformer's parts. Raises CheckpointError for another image encoder."""
+    """The drop-in classes only support vision transformers. Raises CheckpointError for another image encoder."""
     if not isinstance(config.vision, VisionConfig):
-        raise CheckpointError(f"{name}: sees by convolutions, which transformers does not know; take blip2.load")
+        raise CheckpointError(f"{name}: has a convolutional image encoder, unknown to transformers; use blip2.load")
 
 
 def content_of(config: Any) -> dict[str, Any]:
-    """The values of a config: none, a dictionary, or an object with ``to_dict``."""
+    """The values of a config: None, a dictionary, or an object with ``to_dict``."""
     if config is None:
         return {}
     if isinstance(config, Generative | MatcherConfig):

@@ -1,4 +1,4 @@
-"""A decoder of the Llama make as ``language_model``, behind the reference's arguments and outputs.
+"""A decoder of the Llama kind as ``language_model``, with the reference's arguments and outputs.
 
 B rows, T tokens of this call, S tokens so far, D width.
 """
@@ -33,10 +33,10 @@ class DecoderBody(LanguagePart):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """``last_hidden_state`` float[B, T, D]. ``attention_mask`` [B, S] is of the tokens so far and these.
+        """``last_hidden_state`` float[B, T, D]. ``attention_mask`` [B, S] covers earlier tokens and these.
 
-        Positions are those of the real tokens, counted, unless ``position_ids`` [B, T] say otherwise: padding changes
-        nothing, wherever it stands. (In the reference padding between image and text has positions, too.)
+        Positions count the real tokens, unless ``position_ids`` [B, T] are given: padding changes nothing, wherever it
+        is. (In the reference, padding between image and text has positions, too.)
         """
         core = cast("Decoder", self.core)
         x_BTD = self.embedded(input_ids, inputs_embeds)
@@ -75,14 +75,14 @@ class DecoderModel(OPTModel):
     """The layers and the head."""
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """The logits ``float[..., V]``, scaled and bent as the family has it."""
+        """The logits ``float[..., V]``, scaled and soft-capped as the family needs."""
         return cast("Decoder", self.core).logits(hidden)
 
     def get_decoder(self) -> nn.Module:
         return cast("nn.Module", self.model)
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
-        """Put another table in; a head that is the table follows."""
+        """Replace the token table; a tied head follows."""
         core, body = cast("Decoder", self.core), cast("Any", self.model)
         is_tied = isinstance(core.token_embedding, Table) and core.output is None
         body.embed_tokens = embedding

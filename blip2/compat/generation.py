@@ -1,4 +1,4 @@
-"""``generate``: Hugging Face's way into decoding."""
+"""``generate`` with Hugging Face's arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blip2.generation import Engine
 from blip2.model import Blip2
 
 
-# What ``generate`` gives with ``return_dict_in_generate``, by the names that programs ask for.
+# Results of ``generate`` with ``return_dict_in_generate``, under the names that programs check.
 class GenerateDecoderOnlyOutput(ModelOutput): ...
 
 
@@ -40,7 +40,7 @@ OUTPUTS_OF: dict[tuple[bool, bool], type[ModelOutput]] = {
     (False, True): GenerateBeamDecoderOnlyOutput,
     (True, True): GenerateBeamEncoderDecoderOutput,
 }
-"""By whether the language model has an encoder, and whether there are beams."""
+"""By whether the language model has an encoder, and whether beams are used."""
 
 
 class Writer(Protocol):
@@ -68,7 +68,7 @@ class Writer(Protocol):
 
 
 class Generates:
-    """What a model needs to have ``generate``: its parts, and `_prompt`."""
+    """Adds ``generate`` to a model that has these parts and `_prompt`."""
 
     @torch.no_grad()
     def generate(
@@ -82,11 +82,11 @@ class Generates:
         generation_config: Any = None,
         **options: Any,
     ) -> Tensor | ModelOutput:
-        """Go on from images and prompts: ``int64[B * num_return_sequences, ...]``, filled with padding.
+        """Generate after images and prompts: ``int64[B * num_return_sequences, ...]``, padded.
 
-        A decoder's rows are the prompt's ids and the new ones, a T5's the start token and the new ones; the end token
-        is there where the model wrote it. Without ``input_ids`` the prompt is the image and the token that begins a
-        text, or ``inputs_embeds`` float[M, T, D], in which the image goes where its token's vector stands. N images go
+        For a decoder, rows are the prompt's ids and the new ones; for a T5, the start token and the new ones. The end
+        token is included where it was generated. Without ``input_ids`` the prompt is the image and the BOS token, or
+        ``inputs_embeds`` float[M, T, D], in which the image replaces the vectors of its token. N images can be paired
         with N prompts, with one, or one with many.
 
         Options (default): max_new_tokens (20) or max_length, which counts the prompt's ids too, min_new_tokens (0) or
@@ -97,17 +97,17 @@ class Generates:
         renormalize_logits, max_time (seconds), stop_strings (with ``tokenizer``), eos_token_id (one or several) and
         pad_token_id (the model's); or these in a ``generation_config``, a dictionary or an object with to_dict().
 
-        ``logits_processor`` and ``stopping_criteria`` are callables of (ids int[R, T], scores float[R, V]), and of
-        (ids, the scores so far or None); the ids are the prompt's and the new ones. ``streamer``: its ``put`` is given
-        the prompt's ids and then each token, its ``end`` is called at last.
+        ``logits_processor`` and ``stopping_criteria`` are callables with (ids int[R, T], scores float[R, V]), and with
+        (ids, the scores so far or None); ids are those of the prompt and the new ones. ``streamer``: its ``put`` gets
+        the prompt's ids and then each token; its ``end`` is called at the end.
 
-        With ``return_dict_in_generate``: ``sequences``, and as far as they are asked for ``scores`` and ``logits``
-        (of each step, float[R, V]); with beams also ``sequences_scores`` and ``beam_indices``. Attentions and
-        hidden states (``output_attentions``, ``output_hidden_states``) are those of each step, as the language model
-        reads all once more.
+        With ``return_dict_in_generate``: ``sequences``, and if requested ``scores`` and ``logits`` (of each step,
+        float[R, V]); with beams also ``sequences_scores`` and ``beam_indices``. Attentions and hidden states
+        (``output_attentions``, ``output_hidden_states``) are those of each step, computed by a second pass of the
+        language model.
 
-        Raises OptionError for an image that would be ignored, numbers that do not pair, options that are not possible;
-        TypeError for an option that does not exist.
+        Raises OptionError for an image that would be ignored, numbers that do not pair up, and invalid options;
+        TypeError for an unknown option.
         """
         prompt = self._prompt(pixel_values, input_ids, attention_mask, interpolate_pos_encoding, inputs_embeds)
         language = self.model.language.config
@@ -161,10 +161,10 @@ class Generates:
         beam_indices: Tensor | None = None,
         normalize_logits: bool = False,
     ) -> Tensor:
-        """The score of each new token, float[rows, new tokens], from what ``generate`` gave with ``output_scores``.
+        """The score of each new token, float[rows, new tokens], from the result of ``generate`` with ``output_scores``.
 
-        With beams ``beam_indices`` belong to it; after the end of such a row the score is 0. ``normalize_logits``:
-        make log-probabilities of scores that are logits.
+        With beams, give ``beam_indices``; after the end of a row the score is 0. ``normalize_logits``: turn logits into
+        log-probabilities.
         """
         scores_NRV = torch.stack(scores)
         if normalize_logits:
@@ -179,7 +179,7 @@ class Generates:
 
 
 def _by_the_engine(engine: Engine, prompt: Prompt, before_BT: Tensor, how: Decoding) -> Tensor:
-    """What no option watches: each row leaves the batch as soon as it is over."""
+    """Decoding that nothing watches: each row leaves the batch when it is finished."""
     (end,) = how.eos_token_ids
     answers = [
         torch.tensor([*answer.tokens, *[end] * (answer.finish_reason == "eos")], device=before_BT.device)
@@ -191,19 +191,19 @@ def _by_the_engine(engine: Engine, prompt: Prompt, before_BT: Tensor, how: Decod
 
 
 def _known(tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """Those that can be written; a program gives an end token of -1 for none."""
+    """The token ids that exist; programs give an end token of -1 for none."""
     return [token for token in tokens if 0 <= token < vocab_size]
 
 
 def _watched(asked: Mapping[str, Any], how: Decoding, prompt: Prompt, before_BT: Tensor, vocab_size: int) -> Way:
-    """The same as the options have it, with all that looks on."""
+    """Decoding with everything that watches it."""
     options, length = how.options, before_BT.shape[1]
     returns_dict = bool(asked.get("return_dict_in_generate"))
     streamer = asked.get("streamer")
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise OptionError(f"streamer is {streamer!r}; give an object with put(ids) and end()")
     if streamer is not None and options.num_beams > 1:
-        raise OptionError(f"a streamer follows one text, not num_beams={options.num_beams}; set num_beams=1")
+        raise OptionError(f"a streamer needs num_beams=1, not {options.num_beams}; set num_beams=1")
     criteria = own("stopping_criteria", asked.get("stopping_criteria"))
     longest = longest_of(criteria)
     copies = max(options.num_beams, options.num_return)
@@ -247,7 +247,7 @@ STATES = {
 
 
 def _output(written: Written, has_encoder: bool, states: Mapping[str, Any]) -> ModelOutput:
-    """What was written by the names that the reference has for it."""
+    """The result under the reference's names."""
     has_beams = written.beam_indices is not None
     values: dict[str, Any] = {"sequences": written.sequences}
     if has_beams:

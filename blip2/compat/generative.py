@@ -1,6 +1,6 @@
-"""``Blip2ForConditionalGeneration``: the generative model behind Hugging Face's arguments and outputs.
+"""``Blip2ForConditionalGeneration``: the generative model with Hugging Face's arguments and outputs.
 
-N images, M rows of ids, B rows after they are paired, Q queries, T tokens of ``input_ids``, S of the language model's
+N images, M rows of ids, B rows after pairing, Q query tokens, T tokens of ``input_ids``, S of the language model's
 input, D its width, V its vocabulary.
 """
 
@@ -38,13 +38,13 @@ NAMES: dict[str, dict[str, type[Part]]] = {
     "decoder": {"language_model": DecoderModel, "language_model.model": DecoderBody},
     "t5": {"language_model": T5Model, "language_model.encoder": T5Encoder, "language_model.decoder": T5Decoder},
 }
-"""What is called of a language model, by its family."""
+"""Callable parts of a language model, by family."""
 
 
 class Generative(Prompts, PreTrained):
     """Image encoder, Q-Former, projection and language model; see the classes below."""
 
-    loss_type = "ForConditionalGeneration"  # by which Trainer knows how labels are counted
+    loss_type = "ForConditionalGeneration"  # tells Trainer how labels are counted
     _no_split_modules = ("Block", "Layer", "EncoderBlock", "DecoderBlock")
 
     vision_model: VisionModel
@@ -58,10 +58,10 @@ class Generative(Prompts, PreTrained):
         super().__init__(model)
         self.generation_config: Any = GenerationConfig(generation_config or {})
         self._prepare()
-        self.language_model.__dict__["writer"] = self  # so that it, too, can be asked to generate
+        self.language_model.__dict__["writer"] = self  # so that language_model has generate, too
 
     def _prepare(self) -> None:
-        """What only who trains the language model needs: its dropout."""
+        """Prepare for training the language model: its dropout."""
         text, language = self.config.text_config, self.model.language
         dropout = getattr(text, "dropout_rate" if language.config.has_encoder else "dropout", 0.0)
         for module in language.modules():
@@ -69,7 +69,7 @@ class Generative(Prompts, PreTrained):
                 module.dropout = dropout
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = text.attention_dropout
-        if isinstance(language, Decoder):  # what pads learns nothing from being looked up
+        if isinstance(language, Decoder):  # the padding token's row gets no gradient
             pad, table = text.pad_token_id, language.token_embedding
             table.padding_idx = pad if pad is not None and 0 <= pad < table.num_embeddings else None
 
@@ -91,12 +91,12 @@ class Generative(Prompts, PreTrained):
         return model
 
     def generation_settings(self) -> dict[str, Any]:
-        """What generation_config.json is to hold."""
+        """The content of generation_config.json."""
         settings = self.generation_config
         return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
 
     def sync(self) -> None:
-        """Take over what was changed from outside and is known here by other names: token ids, a head of its own."""
+        """Take over outside changes that have other names here: token ids, a replaced head."""
         model, text = cast("Blip2", self.model), self.config.text_config
         language = model.language
         names = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
@@ -116,13 +116,13 @@ class Generative(Prompts, PreTrained):
 
     @property
     def device(self) -> torch.device:
-        """Where ids are looked up."""
+        """The device of the token table."""
         device: torch.device = self.model.language.token_embedding.weight.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the language model; the Q-Former is in float32."""
+        """The dtype of the language model; the Q-Former is in float32."""
         dtype: torch.dtype = self.model.language.token_embedding.weight.dtype
         return dtype
 
@@ -147,16 +147,16 @@ class Generative(Prompts, PreTrained):
         return self.language_model.get_decoder()
 
     def write_on(self, vectors_BSD: Tensor, is_real_BS: Tensor, ids_BT: Tensor, **options: Any) -> Any:
-        """What `LanguagePart.generate` asks for."""
+        """See `LanguagePart.generate`."""
         self.sync()
         return Words(self, Prompt(vectors_BSD, is_real_BS, ids_BT)).generate(cast("Any", None), **options)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Give the table of tokens (and the head) so many rows. New ones are the mean of those that are there.
+        """Resize the token table (and the head). New rows are the mean of the existing ones.
 
-        Raises OptionError for a quantised table, and for fewer tokens than one.
+        Raises OptionError for a quantised table, and for a size below 1.
         """
         old = cast("nn.Embedding", self.get_input_embeddings())
         number = old.num_embeddings if new_num_tokens is None else new_num_tokens
@@ -167,7 +167,7 @@ class Generative(Prompts, PreTrained):
         if number == old.num_embeddings:
             return old
         if self.is_quantized:
-            raise OptionError("a quantised model keeps its table of tokens; resize it unquantised, then quantise")
+            raise OptionError("a quantised token table cannot be resized; resize it unquantised, then quantise")
         head, language = cast("Any", self.get_output_embeddings()), self.model.language
         is_tied = head.weight is old.weight
         put_weight(old, _resized(old.weight, number))
@@ -200,7 +200,7 @@ class Generative(Prompts, PreTrained):
             if name not in ("decoder_input_ids", "decoder_attention_mask", "labels"):
                 raise TypeError(f"get_text_features has no argument {name!r}")
             if value is not None:
-                raise OptionError(f"get_text_features does not look at {name}; leave it out")
+                raise OptionError(f"get_text_features does not use {name}; leave it out")
         part = self.get_encoder() if self.model.language.config.has_encoder else self.language_model.get_decoder()
         seen = part(
             input_ids=input_ids,
@@ -218,17 +218,17 @@ class Generative(Prompts, PreTrained):
         return returned(output, return_dict, self.config)
 
     def get_qformer_features(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """The queries after the Q-Former, ``float[N, Q, D]``."""
+        """The query tokens after the Q-Former, ``float[N, Q, D]``."""
         patches_NPD = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True).last_hidden_state
         return cast("Tensor", self._look(patches_NPD).last_hidden_state)
 
     def _write(
         self, seen: Seen, prompt: Prompt, labels: Tensor | None, number: Any, decoder: dict[str, Any], **options: Any
     ) -> PartsOutput:
-        """What the language model says to a prompt, with what was seen on the way."""
+        """The language model's output for a prompt, with the outputs of the other parts."""
         if not self.model.language.config.has_encoder:
             if any(value is not None for value in decoder.values()):
-                raise OptionError("decoder_input_ids are for a T5, whose decoder is apart; leave them out")
+                raise OptionError("decoder_input_ids are only for a T5; leave them out")
             outputs = self.language_model(
                 inputs_embeds=prompt.embeddings_BSD, attention_mask=prompt.is_real_BS, return_dict=True, **options
             )
@@ -238,7 +238,7 @@ class Generative(Prompts, PreTrained):
                 loss = next_token_loss(logits, labels, number)
         else:
             if options.pop("logits_to_keep", 0):
-                raise OptionError("logits_to_keep is for a decoder; a T5 gives the logits of what its decoder reads")
+                raise OptionError("logits_to_keep is for a decoder; a T5 returns the logits of decoder_input_ids")
             embeddings_BSD, is_real_BS = right_padded(prompt)
             outputs = self.language_model(
                 inputs_embeds=embeddings_BSD,
@@ -259,7 +259,7 @@ class Generative(Prompts, PreTrained):
 
 
 class Words(Generates):
-    """A language model by itself as `Generates` needs it: the prompt is there already."""
+    """A language model alone, as `Generates` needs it: the prompt is already computed."""
 
     def __init__(self, whole: Generative, prompt: Prompt) -> None:
         self.model = whole.model
@@ -274,7 +274,7 @@ class Words(Generates):
 
 
 class Blip2ForConditionalGeneration(Generates, Generative):
-    """A model that writes; `from_pretrained` makes one, in evaluation mode."""
+    """A generative model; `from_pretrained` returns one in evaluation mode."""
 
     def get_image_features(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, return_dict: bool | None = None
@@ -300,15 +300,15 @@ class Blip2ForConditionalGeneration(Generates, Generative):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> Any:
-        """``logits`` of every token, and with ``labels`` the ``loss`` (labels of -100 do not count).
+        """``logits`` of every token, and with ``labels`` the ``loss`` (labels of -100 are ignored).
 
-        OPT: logits float[B, S, V] of the prompt, with labels of their last tokens only. T5: float[B, T', V] of
-        ``decoder_input_ids`` int[B, T'], which by default are the labels one place later.
+        OPT: logits float[B, S, V] of the prompt, with labels only of its last tokens. T5: float[B, T', V] of
+        ``decoder_input_ids`` int[B, T'], by default the labels shifted by one.
 
-        ``inputs_embeds`` float[M, S, D] stands for the ids' vectors; without ids the image token's own vector says
-        where the image goes. ``output_attentions`` and ``output_hidden_states`` are of the language model
-        (``language_model_outputs``). ``use_cache`` keeps its ``past_key_values``, by default without labels.
-        ``num_items_in_batch``: of all labels that one step of training adds up, as `Trainer` counts them.
+        ``inputs_embeds`` float[M, S, D] replaces the ids; the image token's own vector then marks the place of the
+        image. ``output_attentions`` and ``output_hidden_states`` are for the language model
+        (``language_model_outputs``). ``use_cache`` returns ``past_key_values``, by default only without labels.
+        ``num_items_in_batch``: labels of a whole training step, as counted by `Trainer`.
         """
         for name in others:
             raise TypeError(f"the model has no argument {name!r}")
@@ -330,7 +330,7 @@ class Blip2ForConditionalGeneration(Generates, Generative):
 
 
 def _changed(config: LanguageConfig, **values: Any) -> Any:
-    """The configuration with other values; a decoder's is saved as it was published."""
+    """The configuration with changed values; a decoder's is saved as it was published."""
     if isinstance(config, DecoderConfig):
         told = {name: value for name, value in values.items() if name != "end_token_ids"}
         if ends := values.get("end_token_ids"):

@@ -1,11 +1,11 @@
-"""InstructBLIP under its Hugging Face names: the Q-Former reads the prompt beside the picture.
+"""InstructBLIP under its Hugging Face names: the Q-Former reads the prompt beside the image.
 
     from blip2 import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
     inputs = processor(images=image, text="What is unusual about this image?", return_tensors="pt")
     model.generate(**inputs, num_beams=5, max_new_tokens=256, repetition_penalty=1.5)
 
-N images, M rows of the Q-Former's ids, B rows after they are paired, P patches, Q queries, T tokens, D width.
+N images, M rows of the Q-Former's ids, B rows after pairing, P patches, Q query tokens, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from blip2.tasks.speaker import num_pairs
 
 
 class InstructBlipForConditionalGeneration(Generates, Generative):
-    """A model that writes, and sees a picture by the question; `from_pretrained` makes one, in evaluation mode."""
+    """A generative model that encodes an image depending on the prompt; `from_pretrained` returns one in evaluation
+    mode."""
 
     config_class = InstructBlipConfig
     qformer_class = InstructedQFormer
@@ -40,7 +41,7 @@ class InstructBlipForConditionalGeneration(Generates, Generative):
         ids_MT = given.pop("input_ids")
         if ids_MT is None:
             raise OptionError(
-                "qformer_input_ids are not given, and this model's Q-Former reads the prompt; make them with "
+                "qformer_input_ids are missing, and this model's Q-Former reads the prompt; make them with "
                 "InstructBlipProcessor(images=..., text=...)"
             )
         ids_MT = ids_MT.to(patches_NPD.device)
@@ -48,12 +49,12 @@ class InstructBlipForConditionalGeneration(Generates, Generative):
         mask_MT = torch.ones_like(ids_MT) if mask_MT is None else mask_MT.to(ids_MT.device)
         if mask_MT.shape != ids_MT.shape:
             raise OptionError(
-                f"qformer_attention_mask is {list(mask_MT.shape)}, qformer_input_ids are {list(ids_MT.shape)}; pass on "
-                "both as the processor made them"
+                f"qformer_attention_mask is {list(mask_MT.shape)}, qformer_input_ids are {list(ids_MT.shape)}; pass "
+                "both as the processor returned them"
             )
         if ids_MT.numel() and int(ids_MT.max()) >= (size := self.config.qformer_config.vocab_size):
             raise OptionError(
-                f"qformer_input_ids hold {int(ids_MT.max())}, this Q-Former has {size} tokens; use its own processor"
+                f"qformer_input_ids contain {int(ids_MT.max())}, this Q-Former has {size} tokens; use its processor"
             )
         number = num_pairs(len(patches_NPD), len(ids_MT))
         queries_BQD = self.query_tokens.expand(number, -1, -1)
@@ -98,8 +99,8 @@ class InstructBlipForConditionalGeneration(Generates, Generative):
         interpolate_pos_encoding: bool = False,
         **options: Any,
     ) -> Any:
-        """As `Blip2ForConditionalGeneration.generate`; ``qformer_input_ids`` int[M, T] and ``qformer_attention_mask``
-        are what the Q-Former reads. Raises OptionError without them."""
+        """As `Blip2ForConditionalGeneration.generate`. ``qformer_input_ids`` int[M, T] and ``qformer_attention_mask``
+        are the Q-Former's input. Raises OptionError without them."""
         with torch.no_grad():
             self.sync()
             seen = self._read(pixel_values, interpolate_pos_encoding, qformer_input_ids, qformer_attention_mask)
@@ -125,7 +126,7 @@ class InstructBlipForConditionalGeneration(Generates, Generative):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As `Blip2ForConditionalGeneration`, with what the Q-Former reads."""
+        """As `Blip2ForConditionalGeneration`, with the Q-Former's input."""
         self.sync()
         seen = self._read(pixel_values, interpolate_pos_encoding, qformer_input_ids, qformer_attention_mask)
         prompt = self._joined(seen, input_ids, attention_mask, inputs_embeds)
@@ -145,7 +146,7 @@ class InstructBlipForConditionalGeneration(Generates, Generative):
 
 
 class InstructBlipProcessor(Blip2Processor):
-    """The two tokenizers and the image settings of one model; `from_pretrained` makes one."""
+    """Both tokenizers and the image settings of a model; `from_pretrained` returns one."""
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class InstructBlipProcessor(Blip2Processor):
         return {f"{QFORMER_TOKENIZER}/{name}": content for name, content in its.items()} | super().files()
 
     def _rows(self, texts: list[str], has_image_tokens: bool, options: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """The texts for the Q-Former, too."""
+        """The columns of the texts, with those for the Q-Former."""
         read = self.qformer_tokenizer.columns(texts, reads_tokens=False, options=options)
         columns = {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask") if name in read}
         return columns | super()._rows(texts, has_image_tokens, options)

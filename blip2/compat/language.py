@@ -1,4 +1,4 @@
-"""What all families of ``language_model`` share: ``past_key_values``, losses, masks.
+"""Shared by all families of ``language_model``: ``past_key_values``, losses, masks.
 
 B rows, T tokens of this call, S tokens so far, D width, V vocabulary.
 """
@@ -20,7 +20,7 @@ NOT_A_LABEL = -100
 
 
 class Past:
-    """``past_key_values``: the keys and values of the tokens so far. It grows when it is passed on."""
+    """``past_key_values``: keys and values of earlier tokens. It grows when it is passed again."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
@@ -50,7 +50,7 @@ class Past:
 
 
 def loss_of(logits_BTV: Tensor, labels_BT: Tensor, number: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy, its mean over the labels, or its sum over ``number``."""
+    """Cross-entropy: the mean over the labels, or the sum divided by ``number``."""
     logits = logits_BTV.flatten(0, 1).float()
     labels = labels_BT.to(logits.device).flatten()
     if number is None:
@@ -60,7 +60,7 @@ def loss_of(logits_BTV: Tensor, labels_BT: Tensor, number: Tensor | int | None =
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, number: Tensor | int | None = None) -> Tensor:
-    """Each token's logits are about the label of the token after it."""
+    """The loss in which each token's logits predict the label of the next token."""
     return loss_of(logits_BTV[:, :-1], labels_BT[:, 1:], number)
 
 
@@ -71,7 +71,7 @@ class LanguagePart(Part):
 
     def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, name: str = "inputs_embeds") -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise OptionError(f"give either token ids or {name}, not both and not none")
+            raise OptionError(f"give either token ids or {name}, not both or neither")
         core = cast("Language", self.core)
         if input_ids is None:
             assert inputs_embeds is not None
@@ -79,7 +79,7 @@ class LanguagePart(Part):
         return core.embed(input_ids.to(self.device))
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """The logits ``float[..., V]``, by the head as it is called outside."""
+        """The logits ``float[..., V]`` from the head as programs see it."""
         head = self.lm_head
         weight = getattr(head, "weight", None)
         if isinstance(head, nn.Linear) and isinstance(weight, Tensor):
@@ -93,12 +93,12 @@ class LanguagePart(Part):
         inputs_embeds: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Go on from a text, int[B, T] or its vectors float[B, S, D]; options and result as for the whole model.
+        """Generate after a text, int[B, T], or vectors float[B, S, D]; options and result as for the whole model.
 
-        Of vectors nothing comes back but the new tokens (and a T5's start token).
+        For vectors, only the new tokens are returned (and a T5's start token).
         """
         if "writer" not in self.__dict__:
-            raise OptionError("a part of a language model writes nothing; ask model.language_model")
+            raise OptionError("a part of a language model cannot generate; use model.language_model")
         vectors_BSD = self.embedded(input_ids, inputs_embeds)
         ids_BT = vectors_BSD.new_empty(len(vectors_BSD), 0, dtype=torch.long) if input_ids is None else input_ids
         is_real_BS = checked_mask(attention_mask, tuple(vectors_BSD.shape[:2]), vectors_BSD.device)
@@ -114,17 +114,17 @@ class LanguagePart(Part):
         return cast("nn.Module", self.embed_tokens)
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
-        raise OptionError("the parts of a language model share its table; set it on language_model")
+        raise OptionError("the parts of a language model share one token table; set it on language_model")
 
     def get_encoder(self) -> nn.Module:
-        raise OptionError(f"{type(self).__name__} has no encoder; only a T5, as a whole, has one")
+        raise OptionError(f"{type(self).__name__} has no encoder; only a whole T5 has one")
 
     def get_decoder(self) -> nn.Module:
         return self
 
 
 def causal_mask(is_real_BS: Tensor, num_tokens: int) -> Tensor:
-    """``bool[B, 1, T, S]`` for the last T tokens: each sees the real ones up to its own; one that would see none sees
+    """``bool[B, 1, T, S]`` for the last T tokens: each attends to real tokens up to itself; one without any attends to
     itself."""
     length = is_real_BS.shape[1]
     own_SS = torch.eye(length, dtype=torch.bool, device=is_real_BS.device)
@@ -134,7 +134,7 @@ def causal_mask(is_real_BS: Tensor, num_tokens: int) -> Tensor:
 
 
 def checked_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Which tokens are real, ``bool[B, S]``; all, if nothing is said."""
+    """Which tokens are real, ``bool[B, S]``; all, without a mask."""
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
     if tuple(mask.shape) != shape:

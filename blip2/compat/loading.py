@@ -1,4 +1,4 @@
-"""What ``from_pretrained`` is told, in this package's words: the model's place, device, precision, quantisation."""
+"""The arguments of ``from_pretrained``: device, dtype and quantisation of the model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from blip2.model import Blip2, Blip2Matcher
 
 Device = str | int | torch.device
 
-# What changes nothing here: weights are always streamed, no code comes with them, there is one way to make pixels, and
-# nothing is put on the disk again. A weight that does not fit is always an error that names it.
+# No effect here: weights are always streamed, no remote code is run, there is one way of preprocessing, and nothing is
+# offloaded to disk. A weight of the wrong shape is always an error that names it.
 WITHOUT_EFFECT = (
     "low_cpu_mem_usage", "trust_remote_code", "use_fast", "use_safetensors", "weights_only", "resume_download",
     "offload_folder", "offload_state_dict", "offload_buffers", "ignore_mismatched_sizes", "_fast_init", "mirror",
@@ -35,14 +35,14 @@ MODEL = (
     "attn_implementation", "adapter",
 )  # fmt: skip
 REFUSED = {
-    "variant": "the files have one name each here; for a smaller precision give dtype",
+    "variant": "variants of files are not supported; for another precision give dtype",
     "proxies": "set the environment variable HTTPS_PROXY",
     "gguf_file": "weights are read from safetensors",
     "from_tf": "weights are read from safetensors",
     "from_flax": "weights are read from safetensors",
-    "tp_plan": 'the model is on one device, or divided by device_map="auto"',
-    "device_mesh": 'the model is on one device, or divided by device_map="auto"',
-    "key_mapping": "the weights have the published names",
+    "tp_plan": 'the model is on one device, or split with device_map="auto"',
+    "device_mesh": 'the model is on one device, or split with device_map="auto"',
+    "key_mapping": "weights need the published names",
 }
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,7 +50,7 @@ DIVIDED = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_names(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """TypeError for an argument that does not exist, with those that do."""
+    """TypeError for an unknown argument, with the known ones."""
     known = sorted(known)
     for name in given:
         if name not in known:
@@ -58,15 +58,15 @@ def check_names(where: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def find_folder(name: str | Path, options: Mapping[str, Any], known: Iterable[str] = ()) -> Path:
-    """The folder of a model by its path or name. Raises CheckpointError where there is none.
+    """The folder of a model by its path or name. Raises CheckpointError if there is none.
 
-    For a repository of the hub: ``revision``, ``local_files_only``, ``cache_dir`` (in place of the usual cache),
+    For a repository on the hub: ``revision``, ``local_files_only``, ``cache_dir`` (instead of the default cache),
     ``token`` (or ``use_auth_token``), ``force_download``. For these and folders: ``subfolder``.
     """
     check_names("from_pretrained", options, (*known, *PLACE, *WITHOUT_EFFECT, *REFUSED))
     for refused, reason in REFUSED.items():
         if options.get(refused) not in (None, False):
-            raise OptionError(f"{refused} is {options[refused]!r}, which is not heeded: {reason}")
+            raise OptionError(f"{refused} is {options[refused]!r}, which is not supported: {reason}")
     place = elsewhere.Place(
         options.get("cache_dir"),
         options.get("token") if options.get("token") is not None else options.get("use_auth_token"),
@@ -84,27 +84,27 @@ def find_folder(name: str | Path, options: Mapping[str, Any], known: Iterable[st
 
 
 def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Blip2Matcher, Path]:
-    """The model that ``from_pretrained(name, **options)`` asks for, and the folder that it came from.
+    """The model for ``from_pretrained(name, **options)``, and its folder.
 
-    - ``dtype`` (or ``torch_dtype``): a torch.dtype, its name, or "auto": what config.json says. None: what suits a CPU
-      (bfloat16 for a large model where it computes in that, else float32); on a GPU "auto". A CPU does not compute in
-      float16: there it gives bfloat16, and a warning.
-    - ``device_map``: None is the CPU, "auto" ("balanced", "sequential") the GPU if there is one, with what does not fit
-      on the CPU, else a device, or a dictionary that puts everything on one.
-    - ``max_memory``: bytes, or "10GB", by device; of a GPU it says how much of it to use.
-    - ``load_in_8bit``, ``load_in_4bit``, or a ``quantization_config`` that says so.
-    - ``adapter``: a LoRA or DoRA of `peft`, its folder or its name on the hub, several, or each with its weight;
-      merged as the weights are read, before they are quantised.
-    - where the files are: see `find_folder`. Of a folder with .bin files alone, the tensors in them are read.
+    - ``dtype`` (or ``torch_dtype``): a torch.dtype, its name, or "auto": that of config.json. None: what suits a CPU
+      (bfloat16 for a large model if the CPU computes in it, else float32); on a GPU "auto". A CPU cannot compute in
+      float16: there it means bfloat16, with a warning.
+    - ``device_map``: None is the CPU; "auto" ("balanced", "sequential") the GPU if there is one, with the rest on the
+      CPU; else a device, or a dictionary with a single device.
+    - ``max_memory``: bytes, or "10GB", by device; for a GPU, the part of its memory to use.
+    - ``load_in_8bit``, ``load_in_4bit``, or a ``quantization_config`` with them.
+    - ``adapter``: a LoRA or DoRA in the format of `peft` (folder or hub name), several, or each with its weight;
+      merged as the weights are read, before quantisation.
+    - the location of the files: see `find_folder`. If a folder only has .bin files, these are read.
 
-    The Q-Former stays in float32 throughout, and a T5 in float16 is computed in bfloat16 (see `checkpoint.load`).
-    Raises TypeError for another argument, OptionError for what cannot be had, CheckpointError for the files.
+    The Q-Former always stays in float32, and a T5 in float16 is computed in bfloat16 (see `checkpoint.load`). Raises
+    TypeError for an unknown argument, OptionError for an impossible one, CheckpointError for the files.
     """
     folder = find_folder(name, options, MODEL)
     check_transformer(checkpoint.read_config(folder), folder)
     attention = options.get("attn_implementation")
     if attention is not None and attention not in ATTENTION:
-        raise OptionError(f"attn_implementation is {attention!r}; it may be one of {', '.join(ATTENTION)}")
+        raise OptionError(f"attn_implementation is {attention!r}; use {', '.join(ATTENTION)}")
     device = _device(options.get("device_map"))
     quantize = _quantize(options)
     dtype = _dtype(options, folder, device, quantize)
@@ -116,8 +116,8 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
     for place, limit in limits.items():
         if (needed := plan.num_bytes(place)) > limit:
             raise OptionError(
-                f"max_memory is {limit / 1e9:.2f} GB for {place}, where the model takes {needed / 1e9:.2f} GB; raise "
-                "it, or take a smaller model (load_in_8bit=True, load_in_4bit=True)"
+                f"max_memory is {limit / 1e9:.2f} GB for {place}, but the model needs {needed / 1e9:.2f} GB; raise "
+                "it, or use a smaller model (load_in_8bit=True, load_in_4bit=True)"
             )
     adapters = Adapters.of(options.get("adapter"))
     model = placement.load(folder, plan, quantize=chosen, pickles=True, prepare=unfuse, adapters=adapters)
@@ -125,7 +125,7 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
 
 
 def _limits(max_memory: Mapping[Any, Any] | None) -> dict[str, int]:
-    """Bytes by the name of the device."""
+    """Bytes by device name."""
     return {
         f"cuda:{device}" if isinstance(device, int) else str(device): size_bytes(size)
         for device, size in (max_memory or {}).items()
@@ -133,7 +133,7 @@ def _limits(max_memory: Mapping[Any, Any] | None) -> dict[str, int]:
 
 
 def _free_bytes(limits: Mapping[str, int]) -> int:
-    """What a GPU may be said to have free, so that the weights on it keep within the limit."""
+    """The free memory of a GPU to assume, so that the weights on it stay within the limit."""
     gpu = torch.cuda.current_device()
     free: int = torch.cuda.mem_get_info()[0]
     limit = limits.get(f"cuda:{gpu}")
@@ -143,7 +143,7 @@ def _free_bytes(limits: Mapping[str, int]) -> int:
 
 
 def size_bytes(size: int | str) -> int:
-    """5000, "5GB" or "5GiB" in bytes. OptionError for what is no size."""
+    """5000, "5GB" or "5GiB" in bytes. OptionError for an invalid size."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", str(size).upper())
     if not found:
         raise OptionError(f'size is {size!r}; give it as "5GB", or as a number of bytes')
@@ -151,27 +151,27 @@ def size_bytes(size: int | str) -> int:
 
 
 def named_device(device: Device) -> torch.device:
-    """A device by its name, or a GPU by its number; OptionError if it is not there."""
+    """A device by its name, or a GPU by its number; OptionError if it does not exist."""
     return find_device(f"cuda:{device}" if isinstance(device, int) else str(device))
 
 
 def device_and_dtype(
     device: Device | torch.dtype | None, dtype: torch.dtype | None
 ) -> tuple[torch.device | None, torch.dtype | None]:
-    """What ``.to(device, dtype)`` asks for, where a precision may also stand alone in the first place."""
+    """The arguments of ``.to(device, dtype)``; a dtype may also be the first argument."""
     if isinstance(device, torch.dtype):
         return None, device
     return (None if device is None else named_device(device)), dtype
 
 
 def _device(device_map: Device | Mapping[str, Device] | None) -> torch.device:
-    """Where the model goes; the whole of it to one device."""
+    """The device of the model; the whole model goes to one device."""
     if device_map is None:
         return torch.device("cpu")
     if isinstance(device_map, Mapping):
         if len({str(device) for device in device_map.values()}) != 1:
             raise OptionError(
-                f"device_map is {dict(device_map)}, which divides the model; it goes to one device here: "
+                f"device_map is {dict(device_map)}, which splits the model; only one device is supported: "
                 'give "auto", a device such as "cuda:0", or {"": "cuda:0"}'
             )
         return named_device(next(iter(device_map.values())))
@@ -179,7 +179,7 @@ def _device(device_map: Device | Mapping[str, Device] | None) -> torch.device:
 
 
 def _quantize(options: Mapping[str, Any]) -> str | None:
-    """The loader's word for the flags, or for a ``quantization_config``, which may be a dictionary or any object."""
+    """The quantisation from the flags, or from a ``quantization_config``, which may be a dictionary or any object."""
     config = options.get("quantization_config") or {}
     asked = set()
     for flag, kind in (("load_in_8bit", "int8"), ("load_in_4bit", "int4")):
@@ -190,13 +190,13 @@ def _quantize(options: Mapping[str, Any]) -> str | None:
         raise OptionError("both load_in_8bit and load_in_4bit are set; choose one")
     if config and not asked:
         raise OptionError(
-            f"quantization_config is {config}, which asks for neither load_in_8bit nor load_in_4bit; set one of them"
+            f"quantization_config is {config}, without load_in_8bit or load_in_4bit; set one of them"
         )
     return asked.pop() if asked else None
 
 
 def _dtype(options: Mapping[str, Any], folder: Path, device: torch.device, quantize: str | None) -> torch.dtype | None:
-    """The precision to load in; None leaves it to the loader."""
+    """The dtype to load in; None leaves it to the loader."""
     asked = options.get("dtype")
     if asked is None:
         asked = options.get("torch_dtype")
@@ -210,8 +210,8 @@ def _dtype(options: Mapping[str, Any], folder: Path, device: torch.device, quant
     dtype = find_dtype(asked)
     if dtype == torch.float16 and device.type == "cpu":
         warnings.warn(
-            "float16 is not computed on a CPU: the model is loaded in bfloat16, and stays so wherever it is moved; "
-            'for float16 load it onto the GPU at once, with device_map="auto"',
+            "float16 is not supported on a CPU: the model is loaded in bfloat16, and keeps it wherever it is moved; "
+            'for float16 load it directly onto the GPU, with device_map="auto"',
             stacklevel=4,
         )
         return torch.bfloat16

@@ -1,8 +1,8 @@
-"""Decoding as Hugging Face's ``generate`` goes about it: all rows together, whichever are over.
+"""Decoding as in Hugging Face's ``generate``: all rows stay together, even finished ones.
 
-The engine of this package lets a row leave as soon as it is over. Here a row that is over takes padding until the last
-one is, since what watches the decoding (scores, processors, criteria, a streamer) is promised all rows at every step,
-and samples are drawn for all rows at once: with torch's random numbers as the reference draws them.
+In this package's engine a row leaves when it is finished. Here a finished row is padded until the last one is finished,
+since scores, processors, criteria and streamers get all rows at every step, and samples are drawn for all rows at once,
+with torch's random numbers as in the reference.
 
 P prompts, K beams, C candidates, R rows, T ids so far (the prompt's first), V vocabulary.
 """
@@ -24,16 +24,16 @@ from blip2.language import LanguageModel, pad_rows
 
 Scores = tuple[Tensor, ...]
 Criterion = Callable[[Tensor, Scores | None], Tensor]
-"""Ids ``int[R, T]`` and the scores of each step, if they are kept, to ``bool[R]``: which rows are over."""
-FAR_BELOW = -1e9  # less than any log-probability; what is ruled out altogether has -inf
+"""Ids ``int[R, T]`` and each step's scores, if kept, to ``bool[R]``: which rows are finished."""
+FAR_BELOW = -1e9  # less than any log-probability; forbidden tokens have -inf
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the rows are written, in either way of decoding."""
+    """Settings of both decoding strategies."""
 
     filters: Sequence[Filter]
-    """They see the prompt's ids too."""
+    """They also see the prompt's ids."""
     criteria: Sequence[Criterion]
     max_new_tokens: int
     num_ends: int
@@ -57,22 +57,22 @@ class Way:
 
 
 class Written(NamedTuple):
-    """What decoding gives: ids ``int[B * num_return, T]`` with the prompt's, and what was asked to be kept."""
+    """The result: ids ``int[B * num_return, T]`` with the prompt's, and what was requested to be kept."""
 
     sequences: Tensor
     scores: Scores | None
     """Of each step ``float[R, V]``, after the filters: logits, or with beams log-probabilities."""
     logits: Scores | None
-    """Of each step ``float[R, V]``, as the model gives them."""
+    """Of each step ``float[R, V]``, as computed by the model."""
     ids: Scores | None
-    """What each step read, ``int[R, T]``."""
+    """The input ids of each step, ``int[R, T]``."""
     sequences_scores: Tensor | None = None
     beam_indices: Tensor | None = None
-    """With beams: which row of ``scores`` each new token was chosen in; -1 after the end."""
+    """With beams: the row of ``scores`` in which each new token was chosen; -1 after the end."""
 
 
 def write(language: LanguageModel, prompts: Sequence[Tensor], ids_BT: Tensor, way: Way) -> Written:
-    """Go on from prompts ``float[T_i, D]``, whose ids are ``int[B, T]``."""
+    """Generate after prompts ``float[T_i, D]``, whose ids are ``int[B, T]``."""
     copies = way.num_beams if way.num_beams > 1 else way.num_return
     strategy = Beams(ids_BT, way) if way.num_beams > 1 else Rows(ids_BT.repeat_interleave(copies, dim=0), way)
     if way.streamer is not None:
@@ -122,7 +122,7 @@ class Rows:
 
 
 class Beams:
-    """Beam search; `generation.BeamSearch` gives the same sequences where nothing watches."""
+    """Beam search; `generation.BeamSearch` gives the same sequences if nothing watches."""
 
     def __init__(self, ids_PT: Tensor, way: Way) -> None:
         prompts, self._start = ids_PT.shape
@@ -135,7 +135,7 @@ class Beams:
         rows_PKT = torch.full((*shape, way.max_new_tokens), -1, dtype=torch.int32, device=device)
         score_PK = torch.full(shape, FAR_BELOW, dtype=torch.float32, device=device)
         self._going = Texts(ids_PKT, rows_PKT, score_PK.clone(), torch.zeros(shape, dtype=torch.bool, device=device))
-        self._going.score[:, 0] = 0  # all beams start equal: only the first one counts
+        self._going.score[:, 0] = 0  # all beams start equal, so only the first one counts
         self._ended = Texts(ids_PKT.clone(), rows_PKT.clone(), score_PK, self._going.is_over)
         self._may_improve_P1 = torch.ones(prompts, 1, dtype=torch.bool, device=device)
         self._kept = Kept(way)
@@ -151,7 +151,7 @@ class Beams:
         candidates = self._candidates(scores_RV)
         self._length += 1
 
-        # Those that are over may not go on; only the first K may end, the others are there to go on if these do.
+        # Finished candidates do not continue. Only the first K may end; the others replace those that do.
         score_PC = candidates.score + candidates.is_over * FAR_BELOW
         self._going = candidates._replace(score=score_PC).select(score_PC.topk(way.num_beams).indices)
         self._add_ended(candidates)
@@ -164,7 +164,7 @@ class Beams:
         return Choice(self._going.ids[:, :, last].flatten().tolist(), rows_R.tolist())
 
     def _candidates(self, scores_RV: Tensor) -> Texts:
-        """The best continuations of each prompt, or drawn ones: so many that K go on even if K end."""
+        """The best (or sampled) continuations of each prompt: enough that K continue even if K end."""
         way = self._way
         vocabulary = scores_RV.shape[1]
         total_PN = (scores_RV.unflatten(0, (-1, way.num_beams)) + self._going.score[:, :, None]).flatten(1)
@@ -182,7 +182,7 @@ class Beams:
         return chosen._replace(score=total_PN.gather(1, which_PC), is_over=is_over_PC)
 
     def _add_ended(self, candidates: Texts) -> None:
-        """Merge the candidates that are over into the best ended texts, where these may still change."""
+        """Merge finished candidates into the best finished texts, where these may still change."""
         way = self._way
         place_C = torch.arange(candidates.score.shape[1], device=candidates.score.device)
         is_over_PC = candidates.is_over & (place_C < way.num_beams)
@@ -196,7 +196,7 @@ class Beams:
         self._ended = both.select(both.score.topk(way.num_beams).indices)
 
     def _is_hopeful_P1(self) -> Tensor:
-        """Whether the best open beam is expected to do better than the worst ended text."""
+        """Whether the best open beam may still become better than the worst finished text."""
         way = self._way
         length = self._length - self._start
         if way.early_stopping == "never" and way.length_penalty > 0:
@@ -219,18 +219,18 @@ class Beams:
 
 
 def check(logits_RV: Tensor, scores_RN: Tensor) -> None:
-    """Raises NotFiniteError for logits that are no numbers, OptionError for such scores, or with no token left."""
+    """Raises NotFiniteError for non-finite logits, OptionError for NaN scores or if no token is left."""
     if not logits_RV.isfinite().all():
         raise NotFiniteError("the scores of the next token are NaN or infinite")
     best_R = scores_RN.amax(-1)
     if best_R.isnan().any():
-        raise OptionError("a logits_processor makes NaN of the scores, by which no token can be chosen; mend it")
+        raise OptionError("a logits_processor returns NaN scores, from which no token can be chosen; fix it")
     if best_R.isneginf().any():
         raise nothing_left()
 
 
 class Texts(NamedTuple):
-    """Some texts of each prompt: ids, the row that each new token was chosen in, score, and whether they are over."""
+    """Texts of each prompt: ids, the row in which each new token was chosen, score, and whether they are finished."""
 
     ids: Tensor
     rows: Tensor
@@ -238,13 +238,13 @@ class Texts(NamedTuple):
     is_over: Tensor
 
     def select(self, index_PN: Tensor) -> Texts:
-        """Those of each prompt by their numbers."""
+        """The texts of each prompt with these indices."""
         prompts_P1 = torch.arange(len(index_PN), device=index_PN.device)[:, None]
         return Texts(*(part[prompts_P1, index_PN] for part in self))
 
 
 class Kept:
-    """Scores, logits and ids of each step, as far as they are wanted."""
+    """Scores, logits and ids of each step, as requested."""
 
     def __init__(self, way: Way) -> None:
         self.scores: Scores | None = () if way.keeps_scores else None

@@ -1,4 +1,4 @@
-"""``load_adapter``: an adapter of `peft` merged into the weights of a model that is loaded."""
+"""``load_adapter``: merge an adapter of `peft` into the weights of a loaded model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from blip2.linear import readable
 
 @torch.no_grad()
 def merge(model: Any, name: str | Path, weight: float) -> None:
-    """Add an adapter, so many times, to the model's weights, each computed in float32 and cast to what it was.
+    """Add ``weight`` times an adapter to the model's weights, each computed in float32 and cast back to its dtype.
 
-    Raises CheckpointError for what is no adapter, or of another model; OptionError for a quantised model.
+    Raises CheckpointError if it is not an adapter or belongs to another model; OptionError for a quantised model.
     """
     if model.is_quantized:
         raise OptionError(
-            "the model is quantised, and an adapter is merged before that; from_pretrained(name, adapter=..., "
+            "the model is quantised, and an adapter has to be merged before; from_pretrained(name, adapter=..., "
             "load_in_8bit=True)"
         )
     owners: dict[str, tuple[nn.Module, str]] = {}
@@ -32,7 +32,7 @@ def merge(model: Any, name: str | Path, weight: float) -> None:
             owners[f"{path}.{last}" if path else last] = (module, last)
     weights = {full: getattr(module, last) for full, (module, last) in owners.items()}
     embedded = {id(module.weight) for module, _ in owners.values() if isinstance(module, nn.Embedding)}
-    tables = {full for full, weight in weights.items() if id(weight) in embedded}  # a head that is the table, too
+    tables = {full for full, weight in weights.items() if id(weight) in embedded}  # also a tied head
     shapes = {full: tuple(weight.shape) for full, weight in weights.items()}
     adapters = Adapters.of({name: weight})
     assert adapters is not None

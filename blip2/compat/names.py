@@ -1,9 +1,9 @@
-"""A model's layers under the names that Hugging Face's users know.
+"""A model's layers under Hugging Face's names.
 
-The layers that compute are those of `blip2.model`; here the same objects hang in a second tree, whose paths are the
+The computing layers are those of `blip2.model`. The same objects are also in a second tree whose paths are the
 published names: ``vision_model.encoder.layers.0.self_attn.qkv`` is ``vision.blocks.0.qkv``. So ``named_parameters``,
-``state_dict``, freezing by name and LoRA's target modules are as in the reference, and nothing is held twice. What is
-one product here and several there (q, k, v) is taken apart into its layers (`Fused`).
+``state_dict``, freezing by name and LoRA's target modules work as in the reference, without a second copy. A product
+that is one layer here and several there (q, k, v) is split into these (`Fused`).
 
 The tree is made from the tables of `blip2.checkpoint.keys`.
 """
@@ -32,7 +32,7 @@ HOOKS = (
 )  # fmt: skip
 
 
-# The order in which the reference registers layers: optimisers count parameters, adapters draw numbers in it.
+# The reference's order of registering layers: optimisers number parameters, and adapters draw numbers, in this order.
 ORDERS = (
     ("vision_model", "embeddings", "qformer", "vision_projection", "text_projection", "itm_head"),
     ("embeddings", "pre_layernorm", "encoder", "post_layernorm"),
@@ -53,9 +53,9 @@ ORDERS = (
 
 
 class Named(nn.Module):
-    """A place in the tree. ``core``: the module of ours that computes what this one stands for, if there is one.
+    """A node of the tree. ``core``: our module that computes what this one stands for, if there is one.
 
-    What is set here under a name is set in ``core``'s layers too, so that a layer that is replaced (LoRA) is used.
+    Assigning here also assigns in ``core``'s layers, so that a replaced layer (LoRA) is used.
     """
 
     core: nn.Module | None
@@ -63,7 +63,7 @@ class Named(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Beside the registered modules: each is registered once, under its public name.
+        # Kept outside the registered modules: each is registered once, under its public name.
         self.__dict__["core"] = None
         self.__dict__["places"] = {}
 
@@ -72,11 +72,11 @@ class Named(nn.Module):
         if owner is not None:
             setattr(owner, attribute, value)
         elif isinstance(value, nn.Module) and name in self.__dict__.get("_modules", {}):
-            raise OptionError(f"{name} is made of layers that belong together; replace the layers in it")
+            raise OptionError(f"{name} cannot be replaced as a whole; replace the layers in it")
         super().__setattr__(name, value)
 
     def put(self, name: str, owner: nn.Module, attribute: str) -> None:
-        """Show a layer or a parameter of ``owner`` under a name."""
+        """Expose a layer or a parameter of ``owner`` under a name."""
         value = getattr(owner, attribute)
         if isinstance(value, nn.Parameter):
             self.register_parameter(name, value)
@@ -86,7 +86,7 @@ class Named(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise OptionError(
-            f"{type(self).__name__} is a place in the tree of names and is not called; call the model, one of its "
+            f"{type(self).__name__} only holds layers and cannot be called; call the model, one of its "
             "parts (vision_model, qformer, language_model), or a layer"
         )
 
@@ -97,19 +97,19 @@ class Named(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        for name, (owner, attribute) in self.places.items():  # a parameter that was replaced, not moved
+        for name, (owner, attribute) in self.places.items():  # a parameter may have been replaced, not moved in place
             if name in self._parameters:
                 setattr(owner, attribute, self._parameters[name])
         return self
 
 
 def _hook(name: str) -> Callable[..., Any]:
-    """Hooks belong to the module that is called."""
+    """Hooks are registered on the module that is called."""
 
     def register(self: Named, *args: Any, **kwargs: Any) -> Any:
         is_called = type(self).forward is not Named.forward
         if not is_called and self.core is None:
-            raise OptionError(f"{type(self).__name__} is never called, so it takes no hook; hook the layers in it")
+            raise OptionError(f"{type(self).__name__} is never called, so hooks have no effect; hook the layers in it")
         target = nn.Module if is_called else type(self.core)
         return getattr(target, name)(self if is_called else self.core, *args, **kwargs)
 
@@ -122,19 +122,19 @@ for _name in HOOKS:
 
 
 class Layers(nn.ModuleList):
-    """Several places by their numbers."""
+    """Nodes by their numbers."""
 
     def __setitem__(self, index: int, module: nn.Module) -> None:
-        raise OptionError("a model's layers cannot be exchanged; replace the linear layers in them")
+        raise OptionError("a model's layers cannot be replaced; replace the linear layers in them")
 
 
 class Fused(nn.Module):
-    """Several linear layers of one input in the place of one product; what they give stands side by side."""
+    """Several linear layers with the same input instead of one product; their outputs are concatenated."""
 
     @classmethod
     def of(cls, whole: Any, rows: Mapping[str, int]) -> Fused:
-        """Take a layer apart, into layers of so many rows. Each has memory of its own: what is saved or sent by its
-        storage is the part."""
+        """Split a layer into layers with so many rows. Each has separate memory, so that saving or sending its storage
+        only covers the part."""
         parts = cls()
         sizes = list(rows.values())
         biases: list[Any] = [None] * len(rows)
@@ -153,15 +153,15 @@ class Fused(nn.Module):
 
 
 def unfuse(model: Blip2 | Blip2Matcher) -> None:
-    """Take apart what is one layer here and several in the reference; quantised layers stay as they are.
+    """Split layers that are one here and several in the reference; quantised layers are kept.
 
-    Raises OptionError for a language model whose parts have no names here.
+    Raises OptionError for a language model without names here.
     """
     config = model.config.language if isinstance(model, Blip2) else None
     if config is not None and config.model_type not in TEXT:
         raise OptionError(
-            f"the language model is a {config.model_type}, and these names are for an OPT, a T5, or what is made like "
-            "a Llama; use blip2.load, which takes it"
+            f"the language model is a {config.model_type}, and these classes only support an OPT, a T5, and "
+            "decoders of the Llama kind; use blip2.load"
         )
     for ours, theirs in table(model.config).items():
         name, _, last = ours.rpartition(".")
@@ -174,16 +174,16 @@ def unfuse(model: Blip2 | Blip2Matcher) -> None:
 
 
 class _Entry(NamedTuple):
-    """Where something is: ``attribute`` of the module ``owner`` of ours."""
+    """A place: ``attribute`` of our module ``owner``."""
 
     owner: str
     attribute: str
 
 
 def name_layers(root: Named, model: Blip2 | Blip2Matcher, parts: Mapping[str, Callable[[], Named]]) -> None:
-    """Hang all layers of a model under ``root``. ``parts``: what stands at a path, for those that can be called."""
-    entries: dict[str, _Entry] = {}  # public path to ours
-    stems: dict[str, set[str]] = {}  # a module of ours to the public paths of all that is in it
+    """Put all layers of a model under ``root``. ``parts``: the modules at paths that can be called."""
+    entries: dict[str, _Entry] = {}  # public path -> our place
+    stems: dict[str, set[str]] = {}  # our module -> the public paths of its content
     for ours, theirs in _pairs(model):
         owner, _, attribute = ours.rpartition(".")
         is_layer = owner and not any(True for _ in model.get_submodule(owner).children())
@@ -230,25 +230,25 @@ def name_layers(root: Named, model: Blip2 | Blip2Matcher, parts: Mapping[str, Ca
 
 
 def _share_parameters(made: Named) -> None:
-    """Let a place and the module that computes hold their own parameters in one dictionary, so that they stay the same
-    where they are exchanged in the dictionary itself, as `torch.func.functional_call` does."""
+    """Let a node and the computing module share the dictionary of parameters, so that they stay the same when these are
+    exchanged in the dictionary itself, as in `torch.func.functional_call`."""
     for owner, attribute in made.places.values():
         if made.places.get(attribute) == (owner, attribute) and made._parameters.keys() == owner._parameters.keys():
             made.__dict__["_parameters"] = owner._parameters
 
 
 def _pairs(model: Blip2 | Blip2Matcher) -> Iterator[tuple[str, str]]:
-    """Our names and the public ones, one weight a row."""
+    """Our names with the public ones, one weight each."""
     for ours, theirs in in_parts(model, table(model.config)).items():
         names = published_names(theirs)
-        if len(names) > 1:  # quantised, and so in one piece
+        if len(names) > 1:  # quantised, so not split
             stem, last = names[0].rsplit(".", 2)[0], names[0].rsplit(".", 1)[1]
             theirs = f"{stem}.{'_'.join(name.split('.')[-2] for name in names)}.{last}"
         yield ours, theirs
 
 
 def _cores(stems: Mapping[str, set[str]]) -> dict[str, str]:
-    """Public paths that hold just what one module of ours holds."""
+    """Public paths whose content is exactly that of one of our modules."""
     inside_of = Counter(".".join(words[:end]) for words in _words(stems) for end in range(1, len(words)))
     found = {}
     for module, inside in stems.items():
@@ -259,7 +259,7 @@ def _cores(stems: Mapping[str, set[str]]) -> dict[str, str]:
             length += 1
         path = ".".join(first[:length])
         if path and inside_of[path] == len(inside):
-            found[path] = module  # of several, one in the other, the innermost, which is the one that is called
+            found[path] = module  # of several nested ones the innermost, which is the one that is called
     return found
 
 
@@ -268,7 +268,7 @@ def _words(stems: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def _name_twins(place: Callable[[str], Named], model: Blip2) -> None:
-    """What is one table here has several names in the reference."""
+    """Give a tied table all the names that it has in the reference."""
     language = model.language
     top = place("language_model")
     if language.config.has_encoder:
@@ -277,7 +277,7 @@ def _name_twins(place: Callable[[str], Named], model: Blip2) -> None:
         return
     if language.output is None:
         top.add_module("lm_head", tied_head(language))
-        top.places["lm_head"] = (language, "output")  # once it is replaced
+        top.places["lm_head"] = (language, "output")  # for the case that it is replaced
     elif "lm_head" not in top._modules:
         top.put("lm_head", language, "output")
 
@@ -285,7 +285,7 @@ def _name_twins(place: Callable[[str], Named], model: Blip2) -> None:
 def layer(
     weight_ND: Tensor, bias_N: Tensor | None = None, *, requires_grad: bool = True, packs: bool = False
 ) -> Linear:
-    """A linear layer of these weights, which are not copied where they can stay in plain order."""
+    """A linear layer with these weights, without a copy if their memory order allows it."""
     made = Linear.__new__(Linear)
     nn.Module.__init__(made)
     made.out_features, made.in_features = weight_ND.shape
@@ -296,14 +296,14 @@ def layer(
 
 
 def tied_head(language: OPT | Decoder) -> Linear:
-    """The table of tokens as a linear layer."""
+    """The token table as a linear layer."""
     head = layer(language.token_embedding.weight.detach())
     head.weight = language.token_embedding.weight
     return head
 
 
 def put_weight(module: Any, weight: Tensor, name: str = "weight") -> None:
-    """Other numbers for a layer, which keeps them in its own order."""
+    """Replace the weights of a layer, in the layer's own memory order."""
     if name == "weight" and hasattr(module, "keep"):
         module.keep(weight)
     else:

@@ -1,4 +1,4 @@
-"""An OPT as ``language_model``, behind the reference's arguments and outputs.
+"""An OPT as ``language_model``, with the reference's arguments and outputs.
 
 B rows, T tokens of this call, S tokens so far, D width, V vocabulary.
 """
@@ -33,13 +33,13 @@ class OPTDecoder(LanguagePart):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """``last_hidden_state`` float[B, T, D]. ``attention_mask`` [B, S] is of the tokens so far and these."""
+        """``last_hidden_state`` float[B, T, D]. ``attention_mask`` [B, S] covers earlier tokens and these."""
         core = cast("OPT", self.core)
         x_BTD = self.embedded(input_ids, inputs_embeds)
         num_rows, num_tokens = x_BTD.shape[:2]
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
         is_real_BS = checked_mask(attention_mask, (num_rows, num_past + num_tokens), x_BTD.device)
-        if position_ids is None:  # real tokens are counted; padding has a row of the table for itself
+        if position_ids is None:  # count real tokens; padding has its own row of the table
             position_ids = (is_real_BS.long().cumsum(dim=1) * is_real_BS.long() - 1)[:, num_past:]
         is_plain = not num_past and bool(is_real_BS.all())
         mask = None if is_plain else causal_mask(is_real_BS, num_tokens)
@@ -64,7 +64,7 @@ class OPTDecoder(LanguagePart):
 
 
 class OPTBody(LanguagePart):
-    """What stands around the decoder in the reference, and adds nothing."""
+    """The reference's wrapper of the decoder, which adds nothing."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return cast("OPTDecoder", self.decoder)(*args, **kwargs)
@@ -88,9 +88,9 @@ class OPTModel(LanguagePart):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """``logits`` float[B, T, V], and with ``labels`` int[B, T] the ``loss``, each token's label the one after it.
+        """``logits`` float[B, T, V], and with ``labels`` int[B, T] the ``loss``, each token predicting the next label.
 
-        ``logits_to_keep``: of so many last tokens, or of these.
+        ``logits_to_keep``: the number of last tokens with logits, or their indices.
         """
         seen = self.get_decoder()(
             input_ids=input_ids,
@@ -115,7 +115,7 @@ class OPTModel(LanguagePart):
         return returned(output, return_dict, self.config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `nn.Module.to` does; the head stays the table of tokens."""
+        """As in `nn.Module.to`; the head stays tied to the token table."""
         table = self.get_input_embeddings()
         is_tied = getattr(self.lm_head, "weight", None) is table.weight
         super()._apply(fn, recurse)
@@ -127,7 +127,7 @@ class OPTModel(LanguagePart):
         return cast("LanguagePart", self.get_decoder()).get_input_embeddings()
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
-        """Put another table in; the head, which is the table, follows."""
+        """Replace the token table; the tied head follows."""
         decoder = cast("Any", self.model).decoder
         decoder.embed_tokens = embedding
         core = cast("OPT", self.core)

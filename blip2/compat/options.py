@@ -1,6 +1,6 @@
-"""The arguments of Hugging Face's ``generate`` in this package's words.
+"""The arguments of Hugging Face's ``generate`` converted to this package's.
 
-Later sources go before earlier ones: Hugging Face's defaults, ``generation_config.json`` of the model's folder, a
+Precedence, lowest first: Hugging Face's defaults, ``generation_config.json`` of the model's folder, a
 ``generation_config`` given to the call, the call's own arguments.
 """
 
@@ -20,9 +20,9 @@ from blip2.generation import GenerateOptions
 from blip2.generation.options import SAMPLING as SAMPLING_ONLY
 
 NEW_TOKENS = 20
-"""What Hugging Face's ``generate`` writes unless told otherwise."""
+"""Default number of new tokens in Hugging Face's ``generate``."""
 
-# Their name, ours, their default.
+# Their name, our name, their default.
 SHARED: tuple[tuple[str, str, Any], ...] = (
     ("num_beams", "num_beams", 1),
     ("length_penalty", "length_penalty", 1.0),
@@ -39,10 +39,10 @@ SAMPLING: tuple[tuple[str, str, Any], ...] = (
     ("min_p", "min_p", 0.0),
     ("typical_p", "typical_p", 1.0),
 )
-# Two names for one thing: new tokens, or the prompt's tokens and the new ones. The first goes before the second.
+# Two names for one limit: new tokens, or the prompt's and new tokens. The first takes precedence.
 LENGTHS = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
 TOKENS = ("eos_token_id", "pad_token_id")
-# What the engine of this package does in another way or not at all: with one of these, all rows go in `lockstep`.
+# Options that this package's engine handles differently or not at all: with one of these, decoding uses `lockstep`.
 WATCHED: dict[str, Any] = {
     "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "renormalize_logits": False, "remove_invalid_values": False, "return_dict_in_generate": False,
@@ -52,12 +52,11 @@ WATCHED: dict[str, Any] = {
     )),
 }  # fmt: skip
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-# Arguments of a call, which no configuration holds.
+# Arguments of a call that no configuration holds.
 HANDED = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer")
 KNOWN = (*(row[0] for row in (*SHARED, *SAMPLING)), *LENGTHS[0], *LENGTHS[1], *TOKENS, *WATCHED, *OUTPUTS)
-# Change nothing: the cache is always used and holds what it is given, the first tokens are the model's own, and what a
-# draft of an assistant or of the prompt's words would speed up is written as without it. `Seq2SeqTrainer` hands
-# over the labels, too.
+# No effect: the cache is always used and holds what it is given, the first tokens are the model's own, and assisted
+# generation and prompt lookup only speed up the same text. `Seq2SeqTrainer` passes the labels, too.
 WITHOUT_EFFECT = (
     "use_cache", "bos_token_id", "transformers_version", "synced_gpus", "cache_config", "low_memory", "compile_config",
     "disable_compile", "assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "max_matching_ngram_size",
@@ -65,7 +64,7 @@ WITHOUT_EFFECT = (
     "labels",
 )  # fmt: skip
 CACHES = ("dynamic", "dynamic_full", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")
-# Other ways of decoding, which are not done here: what switches them off is taken, the rest refused.
+# Other decoding strategies, which are not supported: neutral values are accepted, others refused.
 NOT_DONE = (
     "num_beam_groups", "diversity_penalty", "penalty_alpha", "dola_layers", "constraints", "force_words_ids",
     "guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask", "watermarking_config", "token_healing",
@@ -75,9 +74,9 @@ CHECKED = ("cache_implementation", "decoder_start_token_id")
 
 
 class GenerationConfig(dict[str, Any]):
-    """What a model's ``generation_config`` holds: a dictionary whose entries are attributes, too, as programs set them.
+    """A model's ``generation_config``: a dictionary whose entries are also attributes, as programs set them.
 
-    What is unset is None, but for ``max_length``: `Seq2SeqTrainer` pads to it, and to the reference's 20 by default.
+    Unset values are None, except ``max_length``: `Seq2SeqTrainer` pads to it, by default to the reference's 20.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +88,7 @@ class GenerationConfig(dict[str, Any]):
         self[name] = value
 
     def update(self, *others: Any, defaults_only: bool = False, **values: Any) -> None:
-        """As of any dictionary; ``defaults_only``: only what is unset so far."""
+        """As for any dictionary; ``defaults_only``: only set what is unset."""
         for name, value in dict(*others, **values).items():
             if not defaults_only or self.get(name) is None:
                 self[name] = value
@@ -103,20 +102,20 @@ class GenerationConfig(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode, which tokens end an answer, and which fills the rows that end early."""
+    """How to decode, which tokens end an answer, and which token pads rows that end early."""
 
     options: GenerateOptions
-    """With beams never ``sample``, whatever is asked: the engine draws no beams."""
+    """Never ``sample`` with beams: the engine does not sample beams."""
     eos_token_ids: tuple[int, ...]
     fill_token_id: int
 
 
 def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """What the sources say together, the last one first. None means that nothing is said."""
+    """The sources combined, the last one first. None means unset."""
     together: dict[str, Any] = {}
     for source in sources:
         said = {name: value for name, value in source.items() if value is not None}
-        for pair in LENGTHS:  # a length in one source replaces the other name's in an earlier one
+        for pair in LENGTHS:  # a length in one source replaces the other name in an earlier one
             if any(name in said for name in pair):
                 for name in pair:
                     together.pop(name, None)
@@ -127,8 +126,8 @@ def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
 def from_config(config: Any) -> dict[str, Any]:
     """The arguments in a ``generation_config``: a dictionary, or an object with ``to_dict``.
 
-    Such a thing names every setting there is. Those that are not known here and change nothing are passed over;
-    one that would is a TypeError that names it.
+    Such objects name every setting. Unknown ones with a neutral value are ignored; another value is a TypeError that
+    names it.
     """
     content = config if isinstance(config, Mapping) else config.to_dict()
     said = {name: value for name, value in content.items() if not _is_neutral(name, value)}
@@ -136,52 +135,52 @@ def from_config(config: Any) -> dict[str, Any]:
 
 
 def heeded(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the arguments changes something.
+    """The arguments that have an effect.
 
-    Raises TypeError for a name that does not exist, OptionError for what is not done here.
+    Raises TypeError for an unknown name, OptionError for what is not supported.
     """
     check_names(where, given, (*KNOWN, *HANDED, *WITHOUT_EFFECT, *NOT_DONE, *CHECKED))
     for name in NOT_DONE:
         if name in given and not _is_neutral(name, given[name]):
-            raise OptionError(f"{name} asks for a way of decoding that is not done here; leave it out")
+            raise OptionError(f"{name} is for a decoding strategy that is not supported; leave it out")
     if given.get("cache_implementation") not in (None, *CACHES):
         raise OptionError(
-            f"cache_implementation is {given['cache_implementation']!r}, which would change the answers; the cache is "
-            "kept as it is computed here, leave it out"
+            f"cache_implementation is {given['cache_implementation']!r}, which would change the answers; the cache has "
+            "the model's precision here, leave it out"
         )
     for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
         if not _is_neutral(name, given.get(name)):
-            warnings.warn(f"{name} changes nothing: what is read is an image's vectors, not ids", stacklevel=4)
+            warnings.warn(f"{name} has no effect: the input is an image's vectors, not ids", stacklevel=4)
     return {name: value for name, value in given.items() if name in (*KNOWN, *HANDED, "decoder_start_token_id")}
 
 
 def decoding(asked: Mapping[str, Any], *, prompt_length: int, room: int | None) -> Decoding:
-    """What was asked for, complete.
+    """The complete decoding options.
 
-    ``prompt_length``: the tokens that ``max_length`` and ``min_length`` count beside the new ones. ``room``: what fits
-    after the prompt; the default length keeps within it. Raises OptionError for what is not possible.
+    ``prompt_length``: tokens that ``max_length`` and ``min_length`` include beside the new ones. ``room``: tokens left
+    in the context after the prompt; limits the default length. Raises OptionError for invalid options.
     """
     chosen = {ours: asked.get(theirs, default) for theirs, ours, default in SHARED}
     if chosen["sample"]:
         chosen |= {ours: asked.get(theirs, default) for theirs, ours, default in SAMPLING}
     elif unused := [theirs for theirs, _, neutral in SAMPLING if asked.get(theirs, neutral) not in (neutral, 0)]:
-        warnings.warn(f"{', '.join(unused)} changes nothing without do_sample=True", stacklevel=4)
+        warnings.warn(f"{', '.join(unused)} has no effect without do_sample=True", stacklevel=4)
     chosen["max_new_tokens"] = _most(asked, prompt_length, room)
     chosen["min_new_tokens"] = _least(asked, prompt_length)
     try:
-        if chosen["sample"] and chosen["num_beams"] != 1:  # the engine's beams are not drawn
+        if chosen["sample"] and chosen["num_beams"] != 1:  # the engine does not sample beams
             GenerateOptions(**chosen | {"num_beams": 1})
             chosen = {name: value for name, value in chosen.items() if name not in SAMPLING_ONLY} | {"sample": False}
         options = GenerateOptions(**chosen)
     except OptionError as error:
         raise OptionError(_in_their_words(str(error))) from None
     ends, pad = _tokens("eos_token_id", asked), _tokens("pad_token_id", asked)[0]
-    # Beam search in transformers takes a pad token of 0, which T5 has, for none, and fills with the end token.
+    # Beam search in transformers treats a pad token of 0, which T5 has, as unset, and pads with the end token.
     return Decoding(options, ends, pad or ends[0] if options.num_beams > 1 else pad)
 
 
 def is_watched(asked: Mapping[str, Any], how: Decoding) -> bool:
-    """Whether the rows have to go in lockstep, as the reference has it; else the engine gives the same, sooner."""
+    """Whether rows have to stay in lockstep, as in the reference; otherwise the engine gives the same, faster."""
     handed = [asked.get(name) for name in HANDED if name != "tokenizer"]
     is_handed = any(each is not None and not (isinstance(each, list | tuple) and not each) for each in handed)
     return (
@@ -202,8 +201,8 @@ def _most(asked: Mapping[str, Any], prompt_length: int, room: int | None) -> Any
         return NEW_TOKENS if room is None else max(1, min(NEW_TOKENS, room))
     if asked["max_length"] <= prompt_length:
         raise OptionError(
-            f"max_length is {asked['max_length']}, which counts the prompt too, and that has {prompt_length} tokens, "
-            "the image's among them; give max_new_tokens instead"
+            f"max_length is {asked['max_length']}, which includes the prompt of {prompt_length} tokens, "
+            "with those of the image; give max_new_tokens instead"
         )
     return asked["max_length"] - prompt_length
 
@@ -226,7 +225,7 @@ def _tokens(name: str, asked: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether a setting says nothing: unset, switched off, or of a way of decoding that nothing else asks for."""
+    """Whether a setting has no effect: unset, off, or for a strategy that nothing else requests."""
     is_off = value is not True and value in (None, 0, 1, [], {})
     return value is None or (name not in KNOWN and (is_off or name.startswith("_") or "assistant" in name))
 

@@ -1,6 +1,6 @@
-"""The reference's other classes: the model without ``generate``, its parts by themselves, vectors to compare.
+"""The reference's other classes: the model without ``generate``, single parts, and embeddings to compare.
 
-N images, M texts, P patches, Q queries, T tokens, D width, E width of the space in which images and texts are compared.
+N images, M texts, P patches, Q query tokens, T tokens, D width, E width of the embedding space of images and texts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Blip2Model(Generative):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """What the image encoder sees, ``last_hidden_state`` float[N, 1 + P, D] and ``pooler_output``."""
+        """The image encoder's output, ``last_hidden_state`` float[N, 1 + P, D] and ``pooler_output``."""
         return self.vision_model(
             pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, return_dict
         )
@@ -58,7 +58,7 @@ class Blip2Model(Generative):
         return_dict: bool | None = None,
         use_cache: bool | None = None,
     ) -> Any:
-        """As `Blip2ForConditionalGeneration`; what is to be shown beside is shown of all parts."""
+        """As `Blip2ForConditionalGeneration`; requested attentions and states are those of all parts."""
         self.sync()
         watching: dict[str, Any] = {
             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states
@@ -72,24 +72,25 @@ class Blip2Model(Generative):
 
 
 class _Alone(Part):
-    """A part of a model by itself."""
+    """A single part of a model."""
 
     name: ClassVar[str]
 
     @classmethod
     def whole(cls, config: Any) -> Blip2Config:
-        """The least model with this part in it."""
+        """The smallest model with this part."""
         raise NotImplementedError
 
     def __init__(self, config: Any) -> None:
-        """Of random weights, from a configuration of the part."""
+        """A part with random weights, from its configuration."""
         model = Matching(drawn(self.whole(config), is_matching=True))
         part = getattr(model, self.name)
         self.__dict__.update(part.__dict__)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Any:
-        """This part of the model in a folder or of that name; ``dtype``, and where the files are (`find_folder`)."""
+        """This part of the model in a folder or on the hub; ``dtype``, and the location of the files
+        (`find_folder`)."""
         folder = find_folder(name, options, ("dtype", "torch_dtype"))
         config = getattr(Blip2Config.from_pretrained(folder), f"{cls.name.removesuffix('_model')}_config")
         model = cls(config)
@@ -101,7 +102,7 @@ class _Alone(Part):
 
 
 class Blip2VisionModel(_Alone, VisionModel):
-    """The image encoder by itself."""
+    """The image encoder alone."""
 
     name = "vision_model"
 
@@ -111,7 +112,7 @@ class Blip2VisionModel(_Alone, VisionModel):
 
 
 class Blip2QFormerModel(_Alone, QFormerModel):
-    """The Q-Former by itself."""
+    """The Q-Former alone."""
 
     name = "qformer"
 
@@ -152,7 +153,7 @@ class Blip2VisionModelWithProjection(Matching):
 
 
 class Blip2TextModelWithProjection(Matching):
-    """Texts to the vectors that are compared with images: of a text, the first token's counts."""
+    """Texts to the vectors that are compared with images; the vector of a text is its first token's."""
 
     unused = ("vision_model", "vision_projection", "itm_head")
 

@@ -1,7 +1,7 @@
-"""The parts of a model that can be called by themselves: ``vision_model``, ``qformer``, ``embeddings``.
+"""Parts of a model that can be called alone: ``vision_model``, ``qformer``, ``embeddings``.
 
-Arguments, outputs and values are the reference's. B images or rows, P patches, Q queries, S of the Q-Former's input,
-T tokens, D width.
+Arguments, outputs and values are the reference's. B images or rows, P patches, Q query tokens, S of the Q-Former's
+input, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blip2.vision import VisionTransformer
 
 
 class Part(Named):
-    """A part: a module of ours behind the reference's arguments and outputs. ``config``: of this part."""
+    """A part: one of our modules with the reference's arguments and outputs. ``config``: of this part."""
 
     def __init__(self, core: nn.Module, config: Any) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class Part(Named):
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
     def run(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        """A layer's output; with gradient checkpointing it is computed again when gradients are."""
+        """A layer's output; with gradient checkpointing it is computed again in the backward pass."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False, **kwargs)
         return layer(*args, **kwargs)
 
 
 class Watched:
-    """What a pass is to show beside its result: every state between layers, every attention."""
+    """Collects the requested hidden states and attentions of a pass."""
 
     def __init__(self, config: Config, output_attentions: bool | None, output_hidden_states: bool | None) -> None:
         self.wants_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -59,7 +59,7 @@ class Watched:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """Around the layers."""
+        """A context around the layers."""
         if not self.wants_attentions:
             yield
             return
@@ -72,13 +72,13 @@ class Watched:
             self._states.append(hidden)
 
     def states(self, last: Tensor | None = None) -> tuple[Tensor, ...] | None:
-        """All of them; ``last`` stands in for the last one, where that is normed."""
+        """All of them; ``last`` replaces the last one, if that is normalised."""
         if self._states is None:
             return None
         return tuple(self._states if last is None else [*self._states[:-1], last])
 
     def attentions(self, choose: Callable[[int], bool] = lambda place: True) -> tuple[Tensor, ...] | None:
-        """Those whose place in the order of computing is chosen."""
+        """The attentions whose index, in the order of computation, is chosen."""
         if self._attentions is None:
             return None
         return tuple(weights for place, weights in enumerate(self._attentions) if choose(place))
@@ -102,7 +102,7 @@ class VisionModel(Part):
             raise OptionError(f"pixel_values are {list(pixel_values.shape)}; give them as [images, 3, {size}, {size}]")
         if tuple(pixel_values.shape[2:]) != (size, size) and not interpolate_pos_encoding:
             raise OptionError(
-                f"pixel_values are {list(pixel_values.shape)}, this model sees {size}x{size}; use its own processor, "
+                f"pixel_values are {list(pixel_values.shape)}, this model takes {size}x{size}; use its own processor, "
                 "or pass interpolate_pos_encoding=True"
             )
         watched = Watched(self.config, output_attentions, output_hidden_states)
@@ -127,7 +127,7 @@ class VisionModel(Part):
 
 
 class QFormerModel(Part):
-    """``qformer``: queries, and text beside them, look at patch features."""
+    """``qformer``: query tokens, optionally with text, attend to patch features."""
 
     def forward(
         self,
@@ -140,15 +140,16 @@ class QFormerModel(Part):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """``float[B, S, D]``, of which the first ``query_length`` (all) are queries, to ``last_hidden_state``.
+        """``float[B, S, D]``, of which the first ``query_length`` (default all) are query tokens, to
+        ``last_hidden_state``.
 
-        ``attention_mask`` [B, S] and ``encoder_attention_mask`` [B, P]: 1 for what may be seen. Raises OptionError
-        for queries without ``encoder_hidden_states`` float[B, P, D] to look at.
+        ``attention_mask`` [B, S] and ``encoder_attention_mask`` [B, P]: 1 for what may be attended to. Raises
+        OptionError for query tokens without ``encoder_hidden_states`` float[B, P, D].
         """
         core = cast("QFormer", self.core)
         num_queries = query_embeds.shape[1] if query_length is None else query_length
         if num_queries and encoder_hidden_states is None:
-            raise OptionError("encoder_hidden_states are not given; the queries look at the vision model's output")
+            raise OptionError("encoder_hidden_states are missing; give the vision model's output")
         dtype = core.embedding_norm.weight.dtype
         image_BPD = None if encoder_hidden_states is None else encoder_hidden_states.to(query_embeds.device, dtype)
         mask = None if attention_mask is None else seen_by_all(attention_mask)
@@ -179,17 +180,17 @@ class QFormerModel(Part):
             last_hidden_state=x_BSD,
             pooler_output=x_BSD[:, 0],
             hidden_states=watched.states(),
-            attentions=watched.attentions(),  # the reference's are all of them, too
+            attentions=watched.attentions(),  # all of them, as in the reference
             cross_attentions=watched.attentions(lambda place: is_cross[place]),
         )
         return returned(output, return_dict, self.config)
 
     def get_input_embeddings(self) -> None:
-        """There are none: what it reads are vectors."""
+        """There are none: its input is vectors."""
 
 
 class InstructedQFormer(QFormerModel):
-    """``qformer`` of an InstructBLIP: its text goes in as ids."""
+    """``qformer`` of an InstructBLIP: its text is given as ids."""
 
     def forward(  # type: ignore[override]
         self,
@@ -203,7 +204,7 @@ class InstructedQFormer(QFormerModel):
     ) -> Any:
         """``int[B, T]`` after ``query_embeds`` float[B, Q, D], or one of the two; ``attention_mask`` [B, Q + T]."""
         if input_ids is None and query_embeds is None:
-            raise OptionError("neither input_ids nor query_embeds are given; give one of them, or both")
+            raise OptionError("neither input_ids nor query_embeds are given; give one or both")
         core = cast("QFormer", self.core)
         return super().forward(
             embedded(core, input_ids, position_ids, query_embeds),
@@ -219,7 +220,7 @@ class InstructedQFormer(QFormerModel):
 
 
 class TextEmbeddings(Part):
-    """``embeddings``: words and their places, after the queries."""
+    """``embeddings``: token and position embeddings, after the query tokens."""
 
     def forward(
         self,
@@ -234,13 +235,13 @@ class TextEmbeddings(Part):
 def embedded(
     core: QFormer, input_ids: Tensor | None, position_ids: Tensor | None, query_embeds: Tensor | None
 ) -> Tensor:
-    """Queries ``float[B, Q, D]`` and the text after them, or one of the two, ``float[B, Q + T, D]``."""
+    """Query tokens ``float[B, Q, D]`` with the text after them, or one of the two, ``float[B, Q + T, D]``."""
     if input_ids is None:
         assert query_embeds is not None, "neither text nor queries"
         return query_embeds
     assert core.word_embedding is not None and core.position_embedding is not None, "no text branch"
     if (length := input_ids.shape[1]) > (most := core.config.max_position_embeddings):
-        raise OptionError(f"the text has {length} tokens, the Q-Former reads at most {most}; shorten it")
+        raise OptionError(f"the text has {length} tokens, the Q-Former takes at most {most}; shorten it")
     if position_ids is None:
         position_ids = torch.arange(length, device=input_ids.device)[None]
     text_BTD = core.word_embedding(input_ids) + core.position_embedding(position_ids)
@@ -248,7 +249,8 @@ def embedded(
 
 
 def seen_by_all(mask: Tensor) -> Tensor:
-    """``[B, S]``, 1 for what may be seen, to ``bool[B, 1, 1, S]``; what broadcasts to [B, H, T, S] already stays."""
+    """``[B, S]``, 1 for what may be attended to, to ``bool[B, 1, 1, S]``; unchanged if it broadcasts to [B, H, T,
+    S]."""
     if mask.dim() == 3:
         return mask.bool()[:, None]
     return mask.bool()[:, None, None] if mask.dim() == 2 else mask.bool()

@@ -1,10 +1,10 @@
-"""``BlipImageProcessor``: pictures to ``pixel_values``, step by step, each of which a program may leave out.
+"""``BlipImageProcessor``: images to ``pixel_values``, in steps, each of which may be left out.
 
-picture   path, address, bytes, PIL image      image.load_image   upright, on white          uint8[H, W, 3]
-          array or tensor, either layout                          as it is, grey repeated    uint8 or float[H, W, 3]
+image     path, URL, bytes, PIL image        image.load_image   upright, on white          uint8[H, W, 3]
+          array or tensor, either layout                        as it is, grey repeated    uint8 or float[H, W, 3]
 resize    to the model's size, by Pillow, on 8 bits
 rescale   times 1/255
-normalize minus the mean, by the deviation
+normalize minus the mean, divided by the standard deviation
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from blip2.disk import write_text
 from blip2.errors import CheckpointError, ImageError, OptionError
 from blip2.image import Source, load_image
 
-BICUBIC = 3  # Pillow's number for it
-LARGEST = 2**14  # pixels of a side; no image encoder sees more
+BICUBIC = 3  # Pillow's number
+LARGEST = 2**14  # pixels of a side; more than any image encoder
 STEPS = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 USUAL = (
     ("do_resize", True),
@@ -40,12 +40,12 @@ USUAL = (
     ("rescale_factor", 1 / 255),
     ("do_normalize", True),
 )
-# Change nothing here: every picture is RGB, on the CPU, its channels first; the sizes of others do not matter.
+# No effect: images are always RGB, on the CPU, channels first; padding sizes do not matter.
 WITHOUT_EFFECT = (
     "do_convert_rgb", "device", "disable_grouping", "default_to_square", "image_seq_length", "use_fast",
     "crop_size", "pad_size",
 )  # fmt: skip
-# What a BLIP-2 is not made for; what switches it off is taken.
+# Not supported; values that switch it off are accepted.
 NOT_DONE = ("do_center_crop", "do_pad")
 ARGUMENTS = (*STEPS, *WITHOUT_EFFECT, *NOT_DONE, "input_data_format", "data_format")
 LAYOUTS = ("channels_first", "channels_last", None)
@@ -56,7 +56,7 @@ def _files(folder: Path) -> tuple[Path, Path]:
 
 
 def preprocessor_in(folder: Path) -> dict[str, Any] | None:
-    """What the files of a model say of its image processor; None if they say nothing."""
+    """The image processor settings in a model's files; None if there are none."""
     path, newer = _files(folder)
     if path.exists():
         return read_json(path)
@@ -65,7 +65,7 @@ def preprocessor_in(folder: Path) -> dict[str, Any] | None:
 
 
 class BlipImageProcessor:
-    """How pictures become pixels; its attributes may be set, and hold from then on."""
+    """The preprocessing of images; its attributes may be set at any time."""
 
     model_input_names = ("pixel_values",)
 
@@ -73,7 +73,7 @@ class BlipImageProcessor:
         settings = settings or ImageSettings(size=384)
         self.do_resize = True
         square = {"height": settings.size, "width": settings.size}
-        self.do_center_crop = settings.shortest_edge is not None  # of the encoder's family; not to be set
+        self.do_center_crop = settings.shortest_edge is not None  # decided by the image encoder's family; cannot be set
         self.crop_size = square if self.do_center_crop else None
         self.size: Any = {"shortest_edge": settings.shortest_edge} if self.do_center_crop else square
         self.resample = next(number for number, name in FILTERS.items() if name == settings.resample)
@@ -91,13 +91,14 @@ class BlipImageProcessor:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> BlipImageProcessor:
-        """That of a model's folder or name on the hub; steps may be given beside ``revision`` and the like."""
+        """The image processor of a model's folder or on the hub; steps may be given beside ``revision`` and the
+        like."""
         steps = {each: options.pop(each) for each in ARGUMENTS if each in options and each != "use_fast"}
         return cls.from_folder(find_folder(name, options), **steps)
 
     @classmethod
     def from_folder(cls, folder: Path, **steps: Any) -> BlipImageProcessor:
-        """That of the model in a folder. Raises CheckpointError for a file that is missing or makes no sense."""
+        """The image processor of the model in a folder. Raises CheckpointError for a missing or invalid file."""
         content = preprocessor_in(folder)
         size = content.get("size") if isinstance(content, dict) else None
         if isinstance(content, dict) and content.get("do_center_crop"):
@@ -106,14 +107,14 @@ class BlipImageProcessor:
         if not isinstance(content, dict) or (is_square and all(content.get(key, each) == each for key, each in USUAL)):
             return cls(checkpoint.image_settings(folder), **steps)
         try:
-            return cls.from_dict(content, **steps)  # saved by a program that had set it so
+            return cls.from_dict(content, **steps)  # saved with changed settings
         except OptionError as error:
             path = next(path for path in _files(folder) if path.exists())
             raise CheckpointError(f"{path}: {error}") from None
 
     @classmethod
     def of(cls, image_processor: Any) -> BlipImageProcessor:
-        """One of these, or one of transformers, made into one."""
+        """Convert an image processor of this class or of transformers."""
         if isinstance(image_processor, cls):
             return image_processor
         if not hasattr(image_processor, "image_mean"):
@@ -122,7 +123,7 @@ class BlipImageProcessor:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], **steps: Any) -> BlipImageProcessor:
-        """Of what a ``preprocessor_config.json`` holds; ``steps`` go before it."""
+        """From the content of ``preprocessor_config.json``; ``steps`` take precedence."""
         held = {name: content[name] for name in (*STEPS, *NOT_DONE) if content.get(name) is not None}
         return cls(**held | steps)
 
@@ -133,12 +134,12 @@ class BlipImageProcessor:
         return_tensors: Literal["pt", "np"] | None = None,
         **steps: Any,
     ) -> BatchFeature:
-        """``pixel_values`` float32[N, 3, height, width] of one picture or several; without ``return_tensors`` a list.
+        """``pixel_values`` float32[N, 3, height, width] of one or more images; without ``return_tensors`` a list.
 
-        ``steps`` for this call alone: do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean,
-        image_std; ``input_data_format`` says where an array's channels are ("channels_first", "channels_last").
+        ``steps`` for this call: do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean,
+        image_std. ``input_data_format`` says where an array's channels are ("channels_first", "channels_last").
 
-        Raises ImageError for a picture that cannot be read, OptionError for what is not done here.
+        Raises ImageError for an unreadable image, OptionError for an unsupported option.
         """
         given = {name: value for name, value in self._checked(steps).items() if value is not None}
         chosen = {name: getattr(self, name) for name in STEPS} | given
@@ -148,7 +149,7 @@ class BlipImageProcessor:
         arrays = [self._pixels(picture, chosen, steps.get("input_data_format")) for picture in pictures]
         if return_tensors is not None and len({array.shape for array in arrays}) > 1:
             sizes = sorted({f"{array.shape[2]}x{array.shape[1]}" for array in arrays})
-            raise OptionError(f"the pictures are {', '.join(sizes)}, which make no tensor; leave do_resize=True")
+            raise OptionError(f"the images are {', '.join(sizes)}, which cannot be stacked; leave do_resize=True")
         if return_tensors is None:
             return BatchFeature(pixel_values=arrays)
         array = np.stack(arrays)
@@ -157,7 +158,7 @@ class BlipImageProcessor:
     preprocess = __call__
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``preprocessor_config.json`` holds."""
+        """The content of ``preprocessor_config.json``."""
         values = {name: getattr(self, name) for name in ("do_convert_rgb", *STEPS)}
         if self.do_center_crop:
             values |= {"do_center_crop": True, "crop_size": self.crop_size}
@@ -177,41 +178,41 @@ class BlipImageProcessor:
         return f"BlipImageProcessor {self.to_json_string()}"
 
     def _check(self) -> None:
-        """OptionError for a setting that makes no sense."""
+        """OptionError for an invalid setting."""
         for name in ("do_resize", "do_rescale", "do_normalize"):
             if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} is {getattr(self, name)!r}; it may be True or False")
+                raise OptionError(f"{name} is {getattr(self, name)!r}; use True or False")
         if self.resample is not None and self.resample not in range(6):
             raise OptionError(f"resample is {self.resample!r}; give Pillow's number of a filter, such as 3, bicubic")
         if not isinstance(self.rescale_factor, int | float) or not math.isfinite(self.rescale_factor):
             raise OptionError(f"rescale_factor is {self.rescale_factor!r}; give a number, such as 1 / 255")
         _per_channel("image_mean", self.image_mean, np.float64)
         if not (_per_channel("image_std", self.image_std, np.float64) > 0).all():
-            raise OptionError(f"image_std is {self.image_std!r}; a deviation is above 0")
+            raise OptionError(f"image_std is {self.image_std!r}; a standard deviation is above 0")
 
     def _checked(self, steps: Mapping[str, Any]) -> dict[str, Any]:
-        """The steps that are heeded."""
+        """The steps that have an effect."""
         check_names("the image processor", steps, ARGUMENTS)
         for name in NOT_DONE:
             if steps.get(name):
-                raise OptionError(f"{name} is {steps[name]!r}; pictures are resized whole here, leave it out")
+                raise OptionError(f"{name} is {steps[name]!r}; images are always resized as a whole, leave it out")
         where = steps.get("input_data_format")
         if where not in LAYOUTS or steps.get("data_format") not in ("channels_first", None):
             raise OptionError(
-                f"input_data_format is {where!r}, data_format {steps.get('data_format')!r}; the former may be "
+                f"input_data_format is {where!r}, data_format {steps.get('data_format')!r}; the former has to be "
                 "'channels_first' or 'channels_last', pixel_values are always 'channels_first'"
             )
         return {name: value for name, value in steps.items() if name in STEPS}
 
     def _pixels(self, picture: Any, chosen: Mapping[str, Any], layout: str | None) -> np.ndarray:
-        """One picture, step by step, as ``[3, height, width]``."""
+        """One image, step by step, as ``[3, height, width]``."""
         if isinstance(picture, np.ndarray | Tensor):
             array_HWC = _rgb(_channels_last(picture, layout))
         else:
             array_HWC = np.asarray(load_image(picture))
         if chosen["do_rescale"] and not _is_whole(array_HWC) and array_HWC.max() <= 1:
             warnings.warn(
-                "the picture's values are 0 to 1 already, and are scaled once more; pass do_rescale=False", stacklevel=4
+                "the image's values are already 0 to 1, and are scaled again; pass do_rescale=False", stacklevel=4
             )
         if chosen["do_resize"]:
             array_HWC = _resized(array_HWC, _size(chosen["size"]), chosen["resample"])
@@ -228,7 +229,7 @@ class BlipImageProcessor:
 
 
 def _flat(images: Any) -> list[Any]:
-    """Several pictures are a list, a tuple, lists of lists, or an array with a dimension more than one picture has."""
+    """A flat list of images, from a list, a tuple, nested lists, or an array with one more dimension than an image."""
     if isinstance(images, list | tuple):
         return [each for some in images for each in _flat(some)]
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
@@ -237,24 +238,24 @@ def _flat(images: Any) -> list[Any]:
 
 
 def _channels_last(picture: np.ndarray | Tensor, layout: str | None) -> np.ndarray:
-    """An array or tensor as ``[H, W, 1 | 3 | 4]``; where both ends might be channels, the first is."""
+    """An array or tensor as ``[H, W, 1 | 3 | 4]``; if both ends could be channels, the first one is."""
     array = picture.numpy(force=True) if isinstance(picture, Tensor) else picture
     name = f"{type(picture).__name__} {picture.dtype}{list(picture.shape)}"
     if array.size == 0:
-        raise ImageError(f"{name}: has no pixels; give a picture of at least 1x1")
+        raise ImageError(f"{name}: has no pixels; give an image of at least 1x1")
     if array.dtype == np.bool_ or not np.issubdtype(array.dtype, np.number):
-        raise ImageError(f"{name}: no pixels; give whole numbers of 0 to 255, or floats of 0 to 1")
+        raise ImageError(f"{name}: not pixels; give integers of 0 to 255, or floats of 0 to 1")
     if array.ndim == 2:
         return array[:, :, None]
     if array.ndim == 3 and layout != "channels_last" and array.shape[0] in (1, 3, 4):
         return np.moveaxis(array, 0, -1)
     if array.ndim == 3 and layout != "channels_first" and array.shape[2] in (1, 3, 4):
         return array
-    raise ImageError(f"{name}: not one picture, which is [H, W], [1 | 3 | 4, H, W] or [H, W, 1 | 3 | 4]")
+    raise ImageError(f"{name}: not one image, which is [H, W], [1 | 3 | 4, H, W] or [H, W, 1 | 3 | 4]")
 
 
 def _rgb(array_HWC: np.ndarray) -> np.ndarray:
-    """Grey repeated, transparency laid on white."""
+    """Grey is repeated, transparency is put on white."""
     channels = array_HWC.shape[-1]
     if channels == 1:
         return np.repeat(array_HWC, 3, axis=-1)
@@ -263,18 +264,18 @@ def _rgb(array_HWC: np.ndarray) -> np.ndarray:
     is_float = np.issubdtype(array_HWC.dtype, np.floating)
     white = 1.0 if is_float else 255
     if is_float and not (array_HWC.min() >= 0 and array_HWC.max() <= 1):
-        raise ImageError(f"a picture of floats with transparency holds {_range(array_HWC)}; give values of 0 to 1")
+        raise ImageError(f"an image of floats with transparency holds {_range(array_HWC)}; give values of 0 to 1")
     alpha = array_HWC[..., 3:] / white
     flat = alpha * array_HWC[..., :3] + (1 - alpha) * white
     return (flat if is_float else np.round(flat)).astype(array_HWC.dtype)
 
 
 def _resized(array_HWC: np.ndarray, size: Mapping[str, int], resample: Any) -> np.ndarray:
-    """By Pillow, which knows 8 bits; floats of 0 to 1 go there and come back."""
+    """With Pillow, on 8 bits; floats of 0 to 1 are converted and back."""
     is_scaled = not _is_whole(array_HWC)
     if not (array_HWC.min() >= 0 and array_HWC.max() <= (1 if is_scaled else 255)):
         raise ImageError(
-            f"the picture's values are {_range(array_HWC)}; give whole numbers of 0 to 255, or floats of 0 to 1, "
+            f"the image's values are {_range(array_HWC)}; give integers of 0 to 255, or floats of 0 to 1, "
             "or pass do_resize=False"
         )
     if is_scaled:
@@ -286,18 +287,18 @@ def _resized(array_HWC: np.ndarray, size: Mapping[str, int], resample: Any) -> n
 
 
 def _middle(array_HWC: np.ndarray, side: int) -> np.ndarray:
-    """The square in the middle of a picture that is as large, or larger."""
+    """The square in the middle of an image that is at least as large."""
     height, width = array_HWC.shape[:2]
     if min(height, width) < side:
         raise OptionError(
-            f"size makes the picture {width}x{height}, of which no square of {side} can be cut; leave it out"
+            f"size makes the image {width}x{height}, too small for a crop of {side}; leave it out"
         )
     top, left = (height - side) // 2, (width - side) // 2
     return array_HWC[top : top + side, left : left + side]
 
 
 def _target(shape: Sequence[int], size: Mapping[str, int]) -> tuple[int, int]:
-    """Height and width that ``size`` asks for."""
+    """Height and width for ``size``."""
     if "shortest_edge" not in size:
         return size["height"], size["width"]
     height, width = shape
@@ -330,7 +331,7 @@ def _per_channel(name: str, values: Any, dtype: Any) -> np.ndarray:
 
 
 def _is_whole(array: np.ndarray) -> bool:
-    """Whole numbers, be they floats."""
+    """Whether all values are integers, also as floats."""
     if np.issubdtype(array.dtype, np.integer):
         return True
     return bool(np.isfinite(array).all()) and np.allclose(array, array.astype(int))

@@ -1,8 +1,8 @@
-"""Pictures and texts to tensors, and token ids back to text, as ``Blip2Processor`` does it.
+"""``Blip2Processor``: images and texts to tensors, and token ids back to text.
 
-A row of ``input_ids`` is ``[image token] * Q``, then the text with the special tokens of its family; Q is the number
-of queries. Padding stands where the model needs it, whatever the files say: between image and text for an OPT, which
-goes on from its last token, else at the end.
+A row of ``input_ids`` is ``[image token] * Q``, then the text with the special tokens of its family; Q is the number of
+query tokens. Padding is put where the model needs it, whatever the files say: between image and text for an OPT, which
+continues from its last token, else at the end.
 
     OPT          image ... image  pad  pad  </s>  a  photo
     T5           image ... image  a  photo  </s>  pad  pad
@@ -36,10 +36,10 @@ NESTED = ("text_kwargs", "images_kwargs", "common_kwargs")
 
 
 class Blip2Processor:
-    """The tokenizer and the image settings of one model; `from_pretrained` makes one.
+    """The tokenizer and image settings of a model; `from_pretrained` returns one.
 
-    ``num_query_tokens`` is None for an old revision that has no image token: then the rows are text alone, and the
-    model puts the image before them.
+    ``num_query_tokens`` is None for an old revision without an image token: then rows are text only, and the model puts
+    the image before them.
     """
 
     chat_template = None
@@ -63,10 +63,10 @@ class Blip2Processor:
     def from_pretrained(cls, name: str | Path, **options: Any) -> Blip2Processor:
         """The processor of a model, by its folder or its name on the hub; ``revision``, ``local_files_only``.
 
-        How many image tokens there are, and which, is told by config.json; a folder that holds a processor alone
-        tells it by processor_config.json and its tokenizer. Steps of the image processor and settings of the tokenizer
-        (``do_rescale``, ``padding_side``, ``pad_token``, ...) may be given too. Raises CheckpointError for files that
-        are missing.
+        The number and id of image tokens come from config.json; in a folder with only a processor, from
+        processor_config.json and its tokenizer. Steps of the image processor and settings of the tokenizer
+        (``do_rescale``, ``padding_side``, ``pad_token``, ...) may be given too. Raises CheckpointError for missing
+        files.
         """
         steps = {each: options.pop(each) for each in pixels.STEPS if each in options}
         settings = {each: options.pop(each) for each in SETTABLE if each in options}
@@ -95,7 +95,7 @@ class Blip2Processor:
 
     @classmethod
     def _others(cls, folder: Path) -> dict[str, Any]:
-        """What else it is made of."""
+        """Further components."""
         return {}
 
     def __call__(
@@ -106,24 +106,24 @@ class Blip2Processor:
         return_tensors: Literal["pt", "np"] | None = None,
         **options: Any,
     ) -> BatchFeature:
-        """What `generate` and the models take.
+        """The input of `generate` and of the models.
 
-        ``images``: one or a list of whatever `image.load_image` reads, or an array or tensor of several, of whole
-        numbers or floats, channels first or last. ``text``: one or a list. Either may be left out. Returns
-        ``pixel_values`` float32[N, 3, size, size], and ``input_ids`` and ``attention_mask`` int64[M, T]; without
-        ``return_tensors`` lists.
+        ``images``: one image or a list, each as for `image.load_image`, or an array or tensor of several, integers or
+        floats, channels first or last. ``text``: one or a list. Either may be left out. Returns ``pixel_values``
+        float32[N, 3, size, size], and ``input_ids`` and ``attention_mask`` int64[M, T]; lists without
+        ``return_tensors``.
 
-        ``padding``: True to the longest text, "max_length" to that length. ``max_length`` counts the image tokens
-        where there are any; without ``padding`` it alone makes what is longer be cut, as ``truncation=True`` does.
-        Further options are those of the tokenizer and of the image processor, for this call; they may stand in
-        ``text_kwargs``, ``images_kwargs`` and ``common_kwargs`` too.
+        ``padding``: True to the longest text, "max_length" to that length. ``max_length`` includes the image tokens, if
+        any; without ``padding`` it truncates longer texts, as ``truncation=True`` does. Further options are those of
+        the tokenizer and the image processor, for this call; they may also be in ``text_kwargs``, ``images_kwargs`` and
+        ``common_kwargs``.
 
-        Raises ImageError for a picture that cannot be read, OptionError for the rest.
+        Raises ImageError for an unreadable image, OptionError for everything else.
         """
         if images is None and text is None:
             raise OptionError("neither images nor text is given; give one of them, or both")
         if _are_texts(images) and text is not None and not _are_texts(text):
-            warnings.warn("text stands before images; write processor(images=..., text=...)", stacklevel=2)
+            warnings.warn("text is given before images; write processor(images=..., text=...)", stacklevel=2)
             images, text = text, images
         of_text, of_images, in_common = _sorted(options)
         return_tensors = in_common.get("return_tensors", return_tensors)
@@ -147,7 +147,7 @@ class Blip2Processor:
     def post_process_image_text_to_text(
         self, generated_outputs: TokenIds, skip_special_tokens: bool = True, **options: Any
     ) -> Any:
-        """The texts of what ``generate`` gave."""
+        """The texts of the result of ``generate``."""
         return self.decode(generated_outputs, skip_special_tokens, **options)
 
     @property
@@ -156,14 +156,14 @@ class Blip2Processor:
 
     @property
     def image_token_id(self) -> int | None:
-        """Which token stands for a query; None where there is none."""
+        """The token that stands for a query token; None if there is none."""
         if self.num_query_tokens is None or self._image_token_id is not None:
             return None if self.num_query_tokens is None else self._image_token_id
         return self.tokenizer.find(IMAGE_TOKEN)
 
     @property
     def image_token(self) -> str | None:
-        """The name of the token that stands for a query; None where there is none."""
+        """The name of the token that stands for a query token; None if there is none."""
         return None if self.image_token_id is None else IMAGE_TOKEN
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,20 +181,20 @@ class Blip2Processor:
         return f"{type(self).__name__}:\n- image_processor: {self.image_processor}\n- tokenizer: {self.tokenizer}\n"
 
     def apply_chat_template(self, *_: Any, **__: Any) -> NoReturn:
-        """A BLIP-2 has no template of a conversation; OptionError, with the wording that it knows."""
+        """Raises OptionError with the known prompt format, since a BLIP-2 has no chat template."""
         raise OptionError(
-            "this processor has no chat template, as none of a BLIP-2 has; write the text yourself, such as "
+            "this processor has no chat template, as for every BLIP-2; write the prompt yourself, such as "
             '"Question: how many dogs are there? Answer:"'
         )
 
     def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
-        """Nothing is published from here; OptionError that says how."""
+        """Raises OptionError with the way to upload."""
         raise OptionError(
-            "nothing is published from here; save_pretrained(folder), and upload the folder with `hf upload`"
+            "uploading is not supported; use save_pretrained(folder), then `hf upload`"
         )
 
     def save_pretrained(self, folder: str | Path, push_to_hub: bool = False) -> None:
-        """Write what `from_pretrained` reads: the files as they came, and what was set since."""
+        """Write the files for `from_pretrained`: the original ones with changed settings."""
         if push_to_hub:
             self.push_to_hub()
         folder = Path(folder)
@@ -204,7 +204,7 @@ class Blip2Processor:
             write_bytes(folder / name, content)
 
     def files(self) -> dict[str, bytes]:
-        """What `save_pretrained` writes: content by name."""
+        """The files of `save_pretrained`: content by name."""
         told = {name: json.loads(self._files.get(name, b"{}")) for name in FILES}
         told["preprocessor_config.json"] |= self.image_processor.to_dict()
         told["processor_config.json"] |= {
@@ -234,11 +234,11 @@ class Blip2Processor:
 
 
 BlipProcessor = Blip2Processor
-"""The name that the model card uses; for a BLIP-2 model the same processor."""
+"""The name in the model card; the same processor for a BLIP-2 model."""
 
 
 def _are_texts(given: Any) -> bool:
-    """One text, or several; a path is one too."""
+    """Whether it is one text or several; a path is one, too."""
     return isinstance(given, str) or (
         isinstance(given, list | tuple) and bool(given) and all(isinstance(each, str) for each in given)
     )

@@ -1,6 +1,6 @@
-"""What a language model is given to read: an image's vectors, and words, in one row.
+"""The input of a language model: an image's vectors and tokens, in one row.
 
-N images, M rows of ids, B rows after they are paired, Q queries, T tokens of ``input_ids``, S of the language model's
+N images, M rows of ids, B rows after pairing, Q query tokens, T tokens of ``input_ids``, S of the language model's
 input, D its width.
 """
 
@@ -21,7 +21,7 @@ NOTHING: Mapping[str, Any] = {}
 
 
 class Seen(NamedTuple):
-    """What the model saw on the way to soft prompts ``float[N, Q, D]``."""
+    """Outputs of the parts that lead to the soft prompts ``float[N, Q, D]``."""
 
     prompts_NQD: Tensor
     vision: ModelOutput
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 
 def features_of(seen: Seen) -> ModelOutput:
-    """What ``get_image_features`` gives."""
+    """The result of ``get_image_features``."""
     return ModelOutput(
         last_hidden_state=seen.vision.last_hidden_state,
         pooler_output=seen.prompts_NQD,
@@ -41,7 +41,7 @@ def features_of(seen: Seen) -> ModelOutput:
 
 
 class Prompts:
-    """A model's way from pictures and ids to prompts. No image is ever left out, in part or whole."""
+    """Makes prompts from images and ids. No image is ever ignored, in part or whole."""
 
     config: Blip2Config
     model: Any
@@ -70,7 +70,7 @@ class Prompts:
     def _see(
         self, pixel_values: Tensor, interpolate: bool = False, reads: Mapping[str, Any] = NOTHING, **watching: Any
     ) -> Seen:
-        """``reads``: what the Q-Former is given beside the picture."""
+        """``reads``: the Q-Former's text input."""
         vision = self.vision_model(pixel_values, interpolate, return_dict=True, **watching)
         qformer = self._look(vision.last_hidden_state, **reads, **watching)
         queries_NQD = qformer.last_hidden_state[:, : self.query_tokens.shape[1]]
@@ -87,7 +87,7 @@ class Prompts:
         interpolate: bool,
         inputs_embeds: Tensor | None = None,
     ) -> Prompt:
-        """Images in the places of their tokens, or before the text of a model that has no such token."""
+        """Images in the places of their tokens, or before the text if the model has no image token."""
         self.sync()
         return self._joined(self._see(pixel_values, interpolate), input_ids, attention_mask, inputs_embeds)
 
@@ -100,7 +100,7 @@ class Prompts:
         images = len(seen.prompts_NQD)
         ids_MT = self._begin(images) if input_ids is None else input_ids.to(self.device)
         if input_ids is None and attention_mask is None:
-            attention_mask = torch.ones_like(ids_MT)  # some begin a text with the token that pads
+            attention_mask = torch.ones_like(ids_MT)  # some tokenizers begin a text with the padding token
         is_real_MT = self._is_real(ids_MT, attention_mask)
         number = num_pairs(images, len(ids_MT))
         images_BQD = seen.prompts_NQD.expand(number, -1, -1)
@@ -117,7 +117,7 @@ class Prompts:
         return Prompt(words_BTD.masked_scatter(is_image_BT[:, :, None], images_BQD), is_real_BT, ids_BT)
 
     def _joined_with_vectors(self, seen: Seen, attention_mask: Tensor | None, inputs_embeds: Tensor) -> Prompt:
-        """Words as vectors; the image goes where the image token's own vector stands. There are no ids."""
+        """Tokens given as vectors; the image replaces the image token's vectors. There are no ids."""
         vectors_MSD = inputs_embeds.to(seen.prompts_NQD)
         number = num_pairs(len(seen.prompts_NQD), len(vectors_MSD))
         vectors_BSD = vectors_MSD.expand(number, -1, -1)
@@ -130,7 +130,7 @@ class Prompts:
         return Prompt(joined_BSD, is_real_BS, torch.empty(number, 0, dtype=torch.long, device=self.device))
 
     def _begin(self, rows: int) -> Tensor:
-        """The ids of a prompt without words."""
+        """The ids of a prompt without text."""
         config, text = self.config, self.config.text_config
         image = [] if config.image_token_id is None else [config.image_token_id] * self.query_tokens.shape[1]
         language = self.model.language.config
@@ -139,29 +139,29 @@ class Prompts:
         return torch.tensor([[*image, begin]] * rows, device=self.device)
 
     def _is_real(self, ids_MT: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """``bool[M, T]``: which ids are no padding."""
+        """``bool[M, T]``: which ids are not padding."""
         if attention_mask is None:
             if (ids_MT == (pad := self.model.language.config.pad_token_id)).any():
                 raise OptionError(
-                    f"input_ids hold the padding token {pad}, but there is no attention_mask to say that it is "
-                    "padding; pass on the processor's"
+                    f"input_ids contain the padding token {pad}, but there is no attention_mask to mark it as "
+                    "padding; pass the processor's"
                 )
             return torch.ones_like(ids_MT, dtype=torch.bool)
         if attention_mask.shape != ids_MT.shape:
             raise OptionError(
-                f"attention_mask is {list(attention_mask.shape)}, input_ids are {list(ids_MT.shape)}; pass on both as "
-                "the processor made them"
+                f"attention_mask is {list(attention_mask.shape)}, input_ids are {list(ids_MT.shape)}; pass both as "
+                "the processor returned them"
             )
         return attention_mask.to(self.device).bool()
 
     def _check(self, words_BT: Tensor, is_image_BT: Tensor, is_real_BT: Tensor) -> None:
-        """No image is ignored, in part or whole, and every word is one that the model has."""
+        """Check that no image is ignored, in part or whole, and that every token exists."""
         if self.config.image_token_id is not None:
             self._check_images(is_image_BT, is_real_BT, "input_ids")
         vocabulary = self.model.language.config.vocab_size
         if words_BT.numel() and int(words_BT.max()) >= vocabulary:
             raise OptionError(
-                f"input_ids hold {int(words_BT.max())}, this model has {vocabulary} tokens; use its own processor"
+                f"input_ids contain {int(words_BT.max())}, this model has {vocabulary} tokens; use its own processor"
             )
 
     def _check_images(self, is_image_BT: Tensor, is_real_BT: Tensor, where: str) -> None:
@@ -169,17 +169,17 @@ class Prompts:
         for row, count in enumerate((is_image_BT & is_real_BT).sum(dim=1).tolist()):
             if count != queries:
                 raise OptionError(
-                    f"row {row} of {where} has {count} image tokens ({token}) that attention_mask shows, the image "
-                    f"needs {queries}; make input_ids with Blip2Processor(images=..., text=...)"
+                    f"row {row} of {where} has {count} image tokens ({token}) unmasked by attention_mask, "
+                    f"but the image needs {queries}; make input_ids with Blip2Processor(images=..., text=...)"
                 )
             if is_image_BT[row].sum() != queries:
-                raise OptionError(f"row {row} of attention_mask hides image tokens ({token}) of {where}; show them")
+                raise OptionError(f"row {row} of attention_mask masks image tokens ({token}) of {where}; unmask them")
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """``bool[B, S, 1]``: where the image's vectors go; by the ids, or where the image token is embedded."""
+        """``bool[B, S, 1]``: the places of the image's vectors, by ids, or by the image token's embedding."""
         token = self.config.image_token_id
         if token is None:
-            raise OptionError("this model has no image token; its image goes before the text")
+            raise OptionError("this model has no image token; its image is put before the text")
         if input_ids is not None:
             return (input_ids == token)[..., None].to(inputs_embeds.device)
         vector_D = self.model.language.embed(torch.tensor(token, device=self.device))
@@ -187,7 +187,7 @@ class Prompts:
 
 
 def right_padded(prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """The rows with their real tokens first; in what order padding stands is no matter."""
+    """The rows with their real tokens first, wherever the padding was."""
     is_real_BS = prompt.is_real_BS
     order_BS = is_real_BS.long().argsort(dim=1, descending=True, stable=True)
     embeddings_BSD = prompt.embeddings_BSD.gather(1, order_BS[..., None].expand_as(prompt.embeddings_BSD))

@@ -1,4 +1,4 @@
-"""What processors and models give back: named values, by key and by attribute."""
+"""Results of processors and models: named values, by key and by attribute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from blip2.compat.loading import Device, device_and_dtype
 
 
 class Record(dict[str, Any]):
-    """A dictionary whose entries are attributes too: ``record.logits`` is ``record["logits"]``."""
+    """A dictionary whose entries are also attributes: ``record.logits`` is ``record["logits"]``."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -21,7 +21,7 @@ class Record(dict[str, Any]):
 
 
 class BatchFeature(Record):
-    """What a processor made: ``input_ids``, ``attention_mask``, ``pixel_values``, as far as they were asked for."""
+    """The result of a processor: ``input_ids``, ``attention_mask``, ``pixel_values``, as requested."""
 
     def to(
         self,
@@ -30,9 +30,9 @@ class BatchFeature(Record):
         *,
         non_blocking: bool = False,
     ) -> BatchFeature:
-        """Move all tensors to ``device`` and cast the floating ones to ``dtype``, in place; either may stand alone.
+        """Move all tensors to ``device`` and cast floating-point ones to ``dtype``, in place; either may be left out.
 
-        Raises OptionError for a device that is not there.
+        Raises OptionError for a device that does not exist.
         """
         place, asked = device_and_dtype(device, dtype)
         for name, value in self.items():
@@ -43,9 +43,9 @@ class BatchFeature(Record):
 
 
 class ModelOutput(Record):
-    """What a model computed, in order. What was not asked for is None as an attribute, and no key.
+    """The result of a model, in order. What was not requested is None as an attribute, and not a key.
 
-    ``output[0]`` is the first value there is, as Hugging Face has it.
+    ``output[0]`` is the first value that is present, as in Hugging Face.
     """
 
     def __init__(self, *values: Any, **named: Any) -> None:
@@ -68,20 +68,20 @@ class ModelOutput(Record):
 
 
 class PartsOutput(ModelOutput):
-    """Of a model of several parts: in its tuple the parts' outputs are tuples too."""
+    """The result of a model of several parts: in its tuple the parts' results are also tuples."""
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 def returned(output: ModelOutput, return_dict: bool | None, config: Any) -> Any:
-    """An output as it was asked for: by name, or with ``return_dict=False`` (there or in the config) as a tuple."""
+    """The output as requested: by name, or with ``return_dict=False`` (as an argument or in the config) as a tuple."""
     by_name = config.return_dict if return_dict is None else return_dict
     return output if by_name else output.to_tuple()
 
 
 class Prompt(NamedTuple):
-    """What the language model reads, row by row, and the ids that the rows are made of."""
+    """The language model's input, row by row, and the ids of the rows."""
 
     embeddings_BSD: Tensor
     is_real_BS: Tensor

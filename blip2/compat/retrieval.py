@@ -1,6 +1,6 @@
-"""``Blip2ForImageTextRetrieval``: the matching model behind Hugging Face's arguments and outputs.
+"""``Blip2ForImageTextRetrieval``: the matching model with Hugging Face's arguments and outputs.
 
-N images, M texts, B pairs, P patches, Q queries, T tokens, E width of the space in which images and texts are compared.
+N images, M texts, B pairs, P patches, Q query tokens, T tokens, E width of the embedding space of images and texts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Matching(PreTrained):
 
     is_matching = True
     unused: ClassVar[tuple[str, ...]] = ()
-    """Parts that a class does not show."""
+    """Parts that a class does not expose."""
 
     vision_model: VisionModel
     qformer: QFormerModel
@@ -48,7 +48,7 @@ class Matching(PreTrained):
         }
 
     def sync(self) -> None:
-        """Take over what was changed in the configuration."""
+        """Take over changes in the configuration."""
 
     def generation_settings(self) -> None:
         """A matching model has none."""
@@ -60,7 +60,7 @@ class Matching(PreTrained):
         self.embeddings.word_embeddings = embedding
 
     def look(self, patches_NPD: Tensor, **watching: Any) -> ModelOutput:
-        """The queries look at pictures, ``float[N, 1 + P, D]``."""
+        """The query tokens attend to images, ``float[N, 1 + P, D]``."""
         queries_NQD = self.query_tokens.expand(len(patches_NPD), -1, -1)
         output: ModelOutput = self.qformer(
             query_embeds=queries_NQD, encoder_hidden_states=patches_NPD, return_dict=True, **watching
@@ -68,7 +68,7 @@ class Matching(PreTrained):
         return output
 
     def read(self, ids_MT: Tensor, is_real_MT: Tensor, position_ids: Tensor | None = None, **watching: Any) -> Any:
-        """Texts by themselves, ``int[M, T]``."""
+        """Texts alone, ``int[M, T]``."""
         return self.qformer(
             query_embeds=self.embeddings(input_ids=ids_MT, position_ids=position_ids),
             query_length=0,
@@ -79,7 +79,7 @@ class Matching(PreTrained):
 
 
 class Blip2ForImageTextRetrieval(Matching):
-    """A model that compares images with texts; `from_pretrained` makes one, in evaluation mode."""
+    """A matching model; `from_pretrained` returns one in evaluation mode."""
 
     def forward(
         self,
@@ -91,21 +91,20 @@ class Blip2ForImageTextRetrieval(Matching):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """How well images ``float[N, 3, H, W]`` and texts ``int[M, T]`` fit each other.
+        """How well images ``float[N, 3, H, W]`` and texts ``int[M, T]`` match.
 
-        By default every image with every text, by the cosine of their vectors: ``logits_per_image`` float[N, M],
-        ``logits_per_text`` its transpose, ``image_embeds`` float[N, Q, E], ``text_embeds`` float[M, E]. No temperature
-        is applied.
+        By default, the cosine of every image with every text: ``logits_per_image`` float[N, M], ``logits_per_text`` its
+        transpose, ``image_embeds`` float[N, Q, E], ``text_embeds`` float[M, E]. No temperature is applied.
 
-        ``use_image_text_matching_head``: pair by pair, N images with N texts, with one, or one with many, by the
+        ``use_image_text_matching_head``: pair by pair (N images with N texts, with one, or one with many), with the
         matching head: ``logits_per_image`` float[B, 2], whose softmax [:, 1] is the probability of a match;
         ``text_embeds`` float[B, Q + T, D] are the Q-Former's states, ``image_embeds`` float[N, 1 + P, D] the patches.
 
-        ``text_model_output`` and ``vision_model_output`` are the Q-Former's and the image encoder's.
-        ``output_attentions`` and ``output_hidden_states`` are of the image encoder.
+        ``text_model_output`` and ``vision_model_output`` are those of the Q-Former and the image encoder.
+        ``output_attentions`` and ``output_hidden_states`` are for the image encoder.
 
-        Image tokens before the text are passed over, and a text without them is read whole. Raises OptionError for
-        image tokens in another number than the model's, and for numbers that do not pair.
+        Image tokens before the text are skipped, and a text without them is read completely. Raises OptionError for a
+        wrong number of image tokens, and for numbers that do not pair up.
         """
         ids_MT, is_real_MT = self._words(input_ids, attention_mask)
         vision = self.vision_model(
@@ -141,7 +140,7 @@ class Blip2ForImageTextRetrieval(Matching):
         return returned(output, return_dict, self.config)
 
     def _fused(self, patches_NPD: Tensor, ids_MT: Tensor, is_real_MT: Tensor) -> ModelOutput:
-        """Queries and texts see each other, pair by pair."""
+        """Query tokens and texts attend to each other, pair by pair."""
         number = num_pairs(len(patches_NPD), len(ids_MT))
         ids_BT, is_real_BT = ids_MT.expand(number, -1), is_real_MT.expand(number, -1)
         queries_BQD = self.query_tokens.expand(number, -1, -1)
@@ -155,13 +154,13 @@ class Blip2ForImageTextRetrieval(Matching):
         return output
 
     def _words(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The texts alone, right-padded, and ``bool[M, T]``: which ids are no padding. T is as the ids have it."""
+        """The texts alone, right-padded, and ``bool[M, T]``: which ids are not padding. T is that of the ids."""
         ids_MT = input_ids.to(self.device)
         is_real_MT = torch.ones_like(ids_MT) if attention_mask is None else attention_mask.to(self.device)
         if is_real_MT.shape != ids_MT.shape:
             raise OptionError(
-                f"attention_mask is {list(is_real_MT.shape)}, input_ids are {list(ids_MT.shape)}; pass on both as the "
-                "processor made them"
+                f"attention_mask is {list(is_real_MT.shape)}, input_ids are {list(ids_MT.shape)}; pass both as the "
+                "processor returned them"
             )
         queries, token, vocabulary = (
             self.query_tokens.shape[1], self.config.image_token_id, self.embeddings.word_embeddings.num_embeddings
@@ -170,17 +169,17 @@ class Blip2ForImageTextRetrieval(Matching):
         for row, count in enumerate(is_image_MT.sum(dim=1).tolist()):
             if count not in (0, queries):
                 raise OptionError(
-                    f"row {row} of input_ids has {count} image tokens ({token}), which are 0 or {queries}; make "
+                    f"row {row} of input_ids has {count} image tokens ({token}) instead of 0 or {queries}; make "
                     "input_ids with Blip2Processor"
                 )
         is_word_MT = is_real_MT.bool() & ~is_image_MT
         rows = [row_T[is_word_T] for row_T, is_word_T in zip(ids_MT, is_word_MT, strict=True)]
         for row, words_T in enumerate(rows):
             if not len(words_T):
-                raise OptionError(f"row {row} of input_ids has no text; give each image something to compare with")
+                raise OptionError(f"row {row} of input_ids has no text; give each image a text")
             if (largest := int(words_T.max())) >= vocabulary:
                 raise OptionError(
-                    f"input_ids hold {largest}, this model has {vocabulary} tokens; use its own processor"
+                    f"input_ids contain {largest}, this model has {vocabulary} tokens; use its own processor"
                 )
         longest = ids_MT.shape[1] - (queries if is_image_MT.any() else 0)
         lengths_M1 = torch.tensor([[len(words_T)] for words_T in rows], device=self.device)
@@ -189,6 +188,6 @@ class Blip2ForImageTextRetrieval(Matching):
 
 
 def _dtype(layer: nn.Module, like: Tensor) -> torch.dtype:
-    """What a layer computes in."""
+    """The dtype in which a layer computes."""
     weight = getattr(layer, "weight", like)
     return cast("torch.dtype", weight.dtype)

@@ -1,4 +1,4 @@
-"""Rows of ids: where the special tokens of a family stand, where padding goes, and how lists become tensors."""
+"""Rows of ids: special tokens, padding, and the conversion of lists to tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRUNCATIONS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the special tokens of a family stand, where its padding goes, and what they are called."""
+    """The places of a family's special tokens and padding, and the tokens' names."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -41,7 +41,7 @@ class Layout:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Layout:
-        """The family that a tokenizer belongs to, by its special tokens."""
+        """The layout of a tokenizer, recognised by its special tokens."""
         if tokenizer.find("[CLS]") is not None:
             names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
             return cls((tokenizer.token_id("[CLS]"),), (tokenizer.token_id("[SEP]"),), False, names)
@@ -51,13 +51,13 @@ class Layout:
             return cls((), (1,), False, names)
         if (end, pad) == (2, 1):
             return cls((2,), (), True, names | {"bos": "</s>", "unk": "</s>"})
-        if end == 2 and tokenizer.find("[PAD]") is not None:  # of a Vicuna
+        if end == 2 and tokenizer.find("[PAD]") is not None:  # Vicuna
             return cls((2,), (), True, names | {"bos": "</s>", "pad": "[PAD]", "unk": "</s>"})
         return cls(*tokenizer.around(), True, {})
 
 
 class Row(NamedTuple):
-    """A text: its ids, for each whether it stands for no text, and the characters that it stands for."""
+    """A text: its ids, a mask of special tokens, and the characters of each token."""
 
     ids: list[int]
     is_special: list[int]
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 def filled(rows: Sequence[Sequence[Any]], width: int, fill: Any, side: str) -> list[list[Any]]:
-    """Rows of at least ``width``, filled up on one side."""
+    """Rows padded on one side to at least ``width``."""
     more = [[fill] * (width - len(row)) for row in rows]
     return [[*some, *row] if side == "left" else [*row, *some] for row, some in zip(rows, more, strict=True)]
 
@@ -81,23 +81,23 @@ def texts_of(text: Any) -> list[str]:
 
 
 def tensors(made: BatchFeature, return_tensors: str | None) -> BatchFeature:
-    """Lists as they are, or of whole numbers made into tensors or arrays."""
+    """Lists unchanged, or lists of integers converted to tensors or arrays."""
     if return_tensors not in ("pt", "np", None):
-        raise OptionError(f"return_tensors is {return_tensors!r}; it may be 'pt', 'np' or None")
+        raise OptionError(f"return_tensors is {return_tensors!r}; use 'pt', 'np' or None")
     for name, rows in made.items() if return_tensors is not None else ():
         if not isinstance(rows, list):
             continue
         lengths = {len(row) for row in rows if isinstance(row, list)}
         if len(lengths) > 1:
             raise OptionError(
-                f"the {name} have {min(lengths)} to {max(lengths)} tokens, which make no tensor; pass padding=True"
+                f"the {name} have {min(lengths)} to {max(lengths)} tokens, which cannot be stacked; pass padding=True"
             )
         made[name] = torch.tensor(rows) if return_tensors == "pt" else np.array(rows)
     return made
 
 
 def plain(ids: Any) -> Any:
-    """Lists and whole numbers, of whatever holds them."""
+    """Lists and integers, from any container."""
     if isinstance(ids, Tensor | np.ndarray | np.integer):
         return ids.tolist()
     return [plain(each) for each in ids] if isinstance(ids, list | tuple) else ids
@@ -105,16 +105,16 @@ def plain(ids: Any) -> Any:
 
 def chosen(name: str, table: Mapping[Any, Any], options: Mapping[str, Any]) -> Any:
     value = options.get(name)
-    value = getattr(value, "value", value)  # of an enumeration
+    value = getattr(value, "value", value)  # an enumeration
     if not isinstance(value, bool | str | None) or value not in table:
         words = ", ".join(repr(each) for each in table if each is not None)
-        raise OptionError(f"{name} is {value!r}; it may be one of {words}")
+        raise OptionError(f"{name} is {value!r}; use {words}")
     return table[value]
 
 
 def checked_side(side: Any) -> str:
     if side not in ("left", "right"):
-        raise OptionError(f"padding_side is {side!r}; it may be 'left' or 'right'")
+        raise OptionError(f"padding_side is {side!r}; use 'left' or 'right'")
     return str(side)
 
 

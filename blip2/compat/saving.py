@@ -1,4 +1,4 @@
-"""``save_pretrained``: what its arguments say, and the settings that this package's own files do not know."""
+"""``save_pretrained``: its arguments, and settings that this package's own files do not have."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 HEEDED = ("max_shard_size", "is_main_process")
 REFUSED = {
-    "push_to_hub": "nothing is uploaded from here; save it, and then: hf upload NAME FOLDER",
-    "variant": "the files have one name each; save to another folder",
-    "state_dict": "the model's own weights are saved; load_state_dict puts others in",
+    "push_to_hub": "uploading is not supported; save it, and then: hf upload NAME FOLDER",
+    "variant": "variants of files are not supported; save to another folder",
+    "state_dict": "the model's own weights are saved; use load_state_dict for others",
 }
 
 
 def save(model: Any, folder: Path, options: Mapping[str, Any]) -> None:
-    """Write a model in the published layout, with the configuration as it stands.
+    """Write a model in the published layout, with the current configuration.
 
-    - ``max_shard_size``: how large a file of weights may be, "5GB" (the default) or a number of bytes.
-    - ``is_main_process=False`` writes nothing, as the other processes of a training should.
-    - ``safe_serialization=False``, ``push_to_hub``, ``variant``, ``state_dict``: refused.
+    - ``max_shard_size``: maximum size of a file of weights, "5GB" (the default) or a number of bytes.
+    - ``is_main_process=False`` writes nothing, for the other processes of a training.
+    - ``safe_serialization=False``, ``push_to_hub``, ``variant``, ``state_dict``: not supported.
 
-    Raises OptionError for these, TypeError for an argument that does not exist.
+    Raises OptionError for these, TypeError for an unknown argument.
     """
     check_names("save_pretrained", options, (*HEEDED, *WITHOUT_EFFECT, *REFUSED, "safe_serialization"))
     for name, reason in REFUSED.items():
         if options.get(name) not in (None, False):
             raise OptionError(f"{name}: {reason}")
     if options.get("safe_serialization") is False:
-        raise OptionError("safe_serialization is False, which asks for a pickle; weights are saved as safetensors")
+        raise OptionError("safe_serialization=False would write a pickle; weights are always saved as safetensors")
     if not options.get("is_main_process", True):
         return
     model.sync()

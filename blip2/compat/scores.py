@@ -1,8 +1,7 @@
-"""What the options of Hugging Face's ``generate`` do to the scores, and when they end a row.
+"""Filters and stopping criteria for the options of Hugging Face's ``generate``.
 
-Filters and criteria carry the name of the reference's class, since one of that class that a program hands over stands
-in its place. Filters see the prompt's ids before the new ones: for an OPT those of the image too, for a T5 the start
-token.
+Filters and criteria have the name of the reference's class, since an instance of that class given by a program replaces
+ours. Filters get the prompt's ids before the new ones: for an OPT including the image's, for a T5 the start token.
 
 R rows, T ids so far, V vocabulary.
 """
@@ -24,14 +23,14 @@ from blip2.generation.filters import RULED_OUT, Filter
 
 
 class Prompted(NamedTuple):
-    """What the filters need to know of the prompts and of the ends."""
+    """What filters need to know of the prompts and of the end tokens."""
 
     length: int
-    """Of the prompts' ids, with their padding."""
+    """The prompts' ids, with padding."""
     skipped_R1: Tensor
-    """How many of them come before the first that is no padding, ``int[R, 1]``."""
+    """Number of padding ids before the first real one, ``int[R, 1]``."""
     eos_token_ids: Tensor
-    """Those that can be written, of ``num_ends``."""
+    """The end tokens that exist, out of ``num_ends``."""
     num_ends: int
     vocab_size: int
     max_new_tokens: int
@@ -40,7 +39,7 @@ class Prompted(NamedTuple):
 
 
 def build_filters(asked: Mapping[str, Any], prompted: Prompted, custom: Sequence[Any]) -> list[Filter]:
-    """The filters that the options ask for, in the reference's order, the program's own after those of the options."""
+    """The filters of the options in the reference's order, followed by the program's own."""
     built = [*_own_last(list(_processors(asked, prompted)), custom), *_warpers(asked, prompted)]
     if asked.get("renormalize_logits"):
         built.append(lambda ids_RT, scores_RV: scores_RV.log_softmax(-1))
@@ -50,7 +49,7 @@ def build_filters(asked: Mapping[str, Any], prompted: Prompted, custom: Sequence
 def build_criteria(
     asked: Mapping[str, Any], prompted: Prompted, tokenizer: Any, custom: Sequence[Any]
 ) -> list[Criterion]:
-    """What ends a row: its length, time, stop strings, end tokens, and the program's own criteria."""
+    """Criteria that end a row: length, time, stop strings, end tokens, and the program's own."""
     longest = prompted.length + prompted.max_new_tokens
     named: list[tuple[str, Criterion]] = [("MaxLengthCriteria", partial(_is_long, longest=longest))]
     if (seconds := asked.get("max_time")) is not None:
@@ -58,7 +57,7 @@ def build_criteria(
     if stop := asked.get("stop_strings"):
         if tokenizer is None:
             raise OptionError(
-                "stop_strings need a tokenizer to read what is written; give tokenizer=processor.tokenizer"
+                "stop_strings need a tokenizer to decode the text; give tokenizer=processor.tokenizer"
             )
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         named.append(("StopStringCriteria", partial(_says, stops=stops, tokenizer=tokenizer)))
@@ -67,21 +66,21 @@ def build_criteria(
 
 
 def own(name: str, given: Any) -> list[Any]:
-    """The processors or criteria that a program hands over: a list of callables, or one alone."""
+    """The processors or criteria of a program: a list of callables, or one alone."""
     given = [] if given is None else [given] if callable(given) and not isinstance(given, list) else list(given)
     for each in given:
         if not callable(each):
-            raise OptionError(f"{name} holds {each!r}; each is to be called with input_ids and scores")
+            raise OptionError(f"{name} holds {each!r}; each has to be callable with input_ids and scores")
     return given
 
 
 def longest_of(criteria: Sequence[Any]) -> int | None:
-    """What a program's own criterion of length says: ids of the prompt and new ones."""
+    """The maximum length in a program's own criterion: ids of the prompt and new ones."""
     return next((each.max_length for each in criteria if type(each).__name__ == "MaxLengthCriteria"), None)
 
 
 def _own_last(named: Sequence[tuple[str, Any]], custom: Sequence[Any]) -> list[Any]:
-    """The built ones, each replaced by one of its class that was handed over; then the rest of those."""
+    """The built ones, each replaced by one of its class given by the program; then the rest of those."""
     of_class = {type(each).__name__: each for each in reversed(custom)}
     built = [of_class.get(name, each) for name, each in named]
     return [*built, *(each for each in custom if not any(each is used for used in built))]
@@ -91,7 +90,7 @@ def _own_last(named: Sequence[tuple[str, Any]], custom: Sequence[Any]) -> list[A
 
 
 def _processors(asked: Mapping[str, Any], prompted: Prompted) -> Iterator[tuple[str, Filter]]:
-    """Each filter of the options by the reference's name, but those of sampling."""
+    """Each filter of the options under the reference's name, except those for sampling."""
     ends = prompted.eos_token_ids
 
     def ids(name: str) -> Tensor:
@@ -140,7 +139,7 @@ def _processors(asked: Mapping[str, Any], prompted: Prompted) -> Iterator[tuple[
 
 
 def _warpers(asked: Mapping[str, Any], prompted: Prompted) -> Iterator[Filter]:
-    """What sampling adds. Beams keep one token more than there are end tokens, so that one of them goes on."""
+    """The filters for sampling. Beams keep one more token than there are end tokens, so that one of them continues."""
     if not asked.get("do_sample"):
         return
     least = prompted.num_ends + 1 if prompted.num_beams > 1 else 1
@@ -177,19 +176,20 @@ def sequence_bias(ids_RT: Tensor, scores_RV: Tensor, *, biases: Mapping[tuple[in
 
 
 def forced(ids_RT: Tensor, scores_RV: Tensor, *, at: int, token_ids: Tensor) -> Tensor:
-    """Nothing but these tokens where there are ``at`` ids."""
+    """Only allow these tokens at the position ``at``."""
     if ids_RT.shape[1] != at:
         return scores_RV
     return torch.full_like(scores_RV, RULED_OUT).index_fill(1, token_ids, 0)
 
 
 def suppressed_at(ids_RT: Tensor, scores_RV: Tensor, *, at: int, token_ids: Tensor) -> Tensor:
-    """None of these tokens where there are ``at`` ids."""
+    """Forbid these tokens at the position ``at``."""
     return filters.suppress(ids_RT, scores_RV, token_ids=token_ids) if ids_RT.shape[1] == at else scores_RV
 
 
 def rising_ends(ids_RT: Tensor, scores_RV: Tensor, *, start: int, factor: float, eos_token_ids: Tensor) -> Tensor:
-    """End tokens gain from ``start`` ids on, by the power of ``factor``; those that are ruled out stay so."""
+    """Raise the scores of end tokens from position ``start`` on, by powers of ``factor``; forbidden ones stay
+    forbidden."""
     if (steps := ids_RT.shape[1] - start) <= 0:
         return scores_RV
     ends_RE = scores_RV[:, eos_token_ids]
@@ -198,7 +198,7 @@ def rising_ends(ids_RT: Tensor, scores_RV: Tensor, *, start: int, factor: float,
 
 
 def _known(ids_RT: Tensor, scores_RV: Tensor, *, then: Filter, skipped_R1: Tensor | None = None) -> Tensor:
-    """A filter that looks ids up in the scores; those that have none there, and those skipped, count for nothing."""
+    """A filter that looks up ids in the scores; ids that do not exist there, and skipped ones, are ignored."""
     vocabulary = scores_RV.shape[1]
     ids_RT = ids_RT.clamp(max=vocabulary)
     if skipped_R1 is not None:
@@ -209,7 +209,7 @@ def _known(ids_RT: Tensor, scores_RV: Tensor, *, then: Filter, skipped_R1: Tenso
 def _allowed(
     ids_RT: Tensor, scores_RV: Tensor, *, allowed: Callable[[int, Tensor], Sequence[int]], num_beams: int
 ) -> Tensor:
-    """Only the tokens that a function of the prompt's number and its ids allows."""
+    """Only allow the tokens that a function of the prompt's number and its ids returns."""
     mask_RV = torch.full_like(scores_RV, RULED_OUT)
     for row, ids_T in enumerate(ids_RT):
         tokens = allowed(row // num_beams, ids_T)

@@ -1,7 +1,7 @@
-"""Attentions and hidden states of each step of ``generate``, by its language model reading once more what it wrote.
+"""Attentions and hidden states of each step of ``generate``, computed by a second pass over the generated text.
 
-What writes keeps nothing of them; a second reading, step by step and without what was kept of the earlier ones, takes
-the longer, and only who asks for it pays.
+Generation itself does not keep them. The second pass runs step by step without earlier results, so it takes longer, but
+only when it is requested.
 
 B prompts, R rows, S vectors of a prompt, T new tokens, H heads, D width.
 """
@@ -29,10 +29,10 @@ def states_of(
     attentions: bool,
     hidden_states: bool,
 ) -> dict[str, Any]:
-    """By the reference's names what each step saw: of a tuple of steps one of layers, ``[R, H, 1, S + T]`` or
-    ``[R, 1, D]`` each; a decoder's first step holds the whole prompt.
+    """Each step's states under the reference's names: a tuple of steps of tuples of layers, ``[R, H, 1, S + T]`` or
+    ``[R, 1, D]`` each; a decoder's first step covers the whole prompt.
 
-    ``part``: the model's ``language_model``. ``ids``: what each step read, ``int[R, ...]``, the prompt's first.
+    ``part``: the model's ``language_model``. ``ids``: the input of each step, ``int[R, ...]``, the prompt's first.
     """
     watching = {
         "output_attentions": attentions, "output_hidden_states": hidden_states, "return_dict": True, "use_cache": False
@@ -91,5 +91,5 @@ def _of_decoder(
 
 
 def _last(layers: Layers | None, dim: int) -> Layers | None:
-    """Of each layer the last token alone."""
+    """The last token of each layer."""
     return None if layers is None else tuple(layer.narrow(dim, layer.shape[dim] - 1, 1) for layer in layers)

@@ -1,4 +1,4 @@
-"""A T5 as ``language_model``, behind the reference's arguments and outputs.
+"""A T5 as ``language_model``, with the reference's arguments and outputs.
 
 B rows, T tokens of this call, S tokens so far, P tokens of the encoder's prompt, D width, V vocabulary.
 """
@@ -74,7 +74,7 @@ class T5Decoder(T5Encoder):
         """``last_hidden_state`` float[B, T, D], given the encoder's ``encoder_hidden_states`` float[B, P, D]."""
         core = cast("T5", self.core)
         if encoder_hidden_states is None:
-            raise OptionError("encoder_hidden_states are not given; a T5's decoder reads the encoder's output")
+            raise OptionError("encoder_hidden_states are missing; a T5's decoder needs the encoder's output")
         x_BTD = self.embedded(input_ids, inputs_embeds)
         num_rows, num_tokens = x_BTD.shape[:2]
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -134,8 +134,8 @@ class T5Model(LanguagePart):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """``logits`` float[B, T, V] of what the decoder reads, by default ``labels`` int[B, T] one place later, and
-        with these the ``loss``. ``encoder_outputs``: of an earlier call, in place of a prompt.
+        """``logits`` float[B, T, V] of the decoder's input, by default ``labels`` int[B, T] shifted by one, and with
+        labels the ``loss``. ``encoder_outputs``: of an earlier call, instead of a prompt.
         """
         watching = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         if encoder_outputs is None:
@@ -180,7 +180,7 @@ class T5Model(LanguagePart):
         return returned(output, return_dict, self.config)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """What the decoder reads to write the labels: the start token, then all but the last."""
+        """The decoder's input for the labels: the start token, then all but the last."""
         start_B1 = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted_BT = torch.cat([start_B1, labels[:, :-1]], dim=1)
         return shifted_BT.masked_fill(shifted_BT == NOT_A_LABEL, self.config.pad_token_id)
@@ -189,7 +189,7 @@ class T5Model(LanguagePart):
         return cast("nn.Module", self.shared)
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
-        """Put another table in, which encoder and decoder share."""
+        """Replace the token table, which encoder and decoder share."""
         self.shared = embedding
         for stack in (self.encoder, self.decoder):
             cast("Any", stack).embed_tokens = embedding

@@ -1,6 +1,6 @@
 """``processor.tokenizer``: texts to ids and back, with Hugging Face's arguments.
 
-A text's ids stand between the special tokens of its family, and padding where the model needs it, whatever the files
+A text's ids are between the special tokens of its family, and padding is where the model needs it, whatever the files
 say; ``padding_side`` may be set.
 
     OPT          pad  pad  </s>  a  photo
@@ -44,19 +44,19 @@ from blip2.text import Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 COLUMNS = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask", "return_offsets_mapping")
-# Of two texts in one row, of words that come apart, of rows that are cut into several: no model here reads them.
+# For pairs of texts, pre-split words, and rows split into several: no model here uses them.
 NOT_DONE = ("text_pair", "text_pair_target", "is_split_into_words", "return_overflowing_tokens")
 ARGUMENTS = (
     "add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", *COLUMNS,
     "return_length", "split_special_tokens", "stride", "verbose", "clean_up_tokenization_spaces", *NOT_DONE,
 )  # fmt: skip
-# What a tidied text has for what a tokenizer sets apart.
+# Replacements of clean_up_tokenization_spaces.
 TIDY = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
         (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
 
 
 class Blip2Tokenizer(Vocabulary):
-    """The tokenizer of one model; `from_pretrained` makes one."""
+    """The tokenizer of a model; `from_pretrained` returns one."""
 
     model_input_names = ("input_ids", "attention_mask")
     is_fast = True
@@ -77,7 +77,8 @@ class Blip2Tokenizer(Vocabulary):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Blip2Tokenizer:
-        """That of a model's folder or name on the hub; ``padding_side`` and tokens may be given beside the usual."""
+        """The tokenizer of a model's folder or on the hub; ``padding_side`` and tokens may be given beside the usual
+        options."""
         settings = {each: options.pop(each) for each in SETTABLE if each in options}
         made = cls.from_folder(find_folder(name, options))
         for each, value in settings.items():
@@ -86,19 +87,19 @@ class Blip2Tokenizer(Vocabulary):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Blip2Tokenizer:
-        """The tokenizer in a folder. Raises CheckpointError for files that are missing or damaged."""
+        """The tokenizer in a folder. Raises CheckpointError for missing or damaged files."""
         if (folder / "tokenizer_config.json").exists():
-            read_json(folder / "tokenizer_config.json")  # says what is wrong with it
+            read_json(folder / "tokenizer_config.json")  # raises the error, if it is damaged
         files = {file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()}
         return cls(Tokenizer.from_folder(folder), files=files, name=str(folder))
 
     @classmethod
     def of(cls, tokenizer: Any) -> Blip2Tokenizer:
-        """One of these, or one of transformers, made into one."""
+        """Convert a tokenizer of this class or of transformers."""
         if isinstance(tokenizer, cls):
             return tokenizer
         if not hasattr(tokenizer, "backend_tokenizer"):
-            raise OptionError(f"tokenizer is a {type(tokenizer).__name__}; give one of a Blip2Processor")
+            raise OptionError(f"tokenizer is a {type(tokenizer).__name__}; give that of a Blip2Processor")
         made = cls(Tokenizer.from_json(tokenizer.backend_tokenizer.to_str()), name=tokenizer.name_or_path)
         made.model_max_length = tokenizer.model_max_length
         made.truncation_side = tokenizer.truncation_side
@@ -115,11 +116,11 @@ class Blip2Tokenizer(Vocabulary):
         return_tensors: str | None = None,
         **options: Any,
     ) -> BatchFeature:
-        """``input_ids`` and ``attention_mask`` of one text or several, as lists or with ``return_tensors`` int64[M, T].
+        """``input_ids`` and ``attention_mask`` of one or more texts, as lists or with ``return_tensors`` int64[M, T].
 
         Unlike in the processor's ``text``, "</s>" or "<image>" in a text is the token of that name, unless
         ``split_special_tokens`` is set. ``text_target``: labels, alone or beside ``text``.
-        Raises OptionError for what makes no tensor or is not done here.
+        Raises OptionError for lists that cannot be stacked, and for unsupported options.
         """
         if text is None and text_target is None:
             raise OptionError("neither text nor text_target is given; give a text, or a list of texts")
@@ -145,21 +146,20 @@ class Blip2Tokenizer(Vocabulary):
     def columns(
         self, texts: list[str], *, reads_tokens: bool, options: Mapping[str, Any], num_before: int = 0
     ) -> dict[str, list[Any]]:
-        """The columns that the options ask for; ``max_length`` counts ``num_before`` tokens that are to stand before
-        each row."""
+        """The columns for the options; ``max_length`` includes ``num_before`` tokens that will precede each row."""
         check_names("the tokenizer", options, ARGUMENTS)
         for name in NOT_DONE:
             if options.get(name):
-                raise OptionError(f"{name} is {options[name]!r}; a row is one text as it is written, leave it out")
+                raise OptionError(f"{name} is {options[name]!r}; only single texts are supported, leave it out")
         padding, is_cut = chosen("padding", PADDINGS, options), chosen("truncation", TRUNCATIONS, options)
         longest, adds_special = options.get("max_length"), options.get("add_special_tokens", True)
         is_cut = is_cut if is_cut is not None else longest is not None and padding is None
         special = (len(self._layout.before) + len(self._layout.after)) * bool(adds_special)
         room = longest - num_before if longest is not None else self.model_max_length
         if room < special:
-            image = f"{num_before} tokens stand for the image and " if num_before else ""
+            image = f"{num_before} image tokens and " if num_before else ""
             raise OptionError(
-                f"max_length is {longest}, which leaves no room for text: {image}{special} mark the text; raise it"
+                f"max_length is {longest}, which leaves no text: it needs {image}{special} special tokens; raise it"
             )
         rows = [self._row(text, reads_tokens, adds_special, room - special if is_cut else None) for text in texts]
         if padding == "max_length" and longest is None:
@@ -218,15 +218,16 @@ class Blip2Tokenizer(Vocabulary):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchFeature:
-        """Rows that are ids already, made equally long: a dictionary of lists, or a list of dictionaries.
+        """Pad rows of ids to equal length: a dictionary of lists, or a list of dictionaries.
 
-        ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``special_tokens_mask`` are filled; the rest stays.
+        ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``special_tokens_mask`` are padded; the rest is
+        unchanged.
         """
         if not isinstance(encoded_inputs, Mapping):
             of_rows = list(encoded_inputs)
             encoded_inputs = {key: [row[key] for row in of_rows] for key in (of_rows[0] if of_rows else ())}
         if "input_ids" not in encoded_inputs:
-            raise OptionError(f"pad is given {', '.join(encoded_inputs) or 'nothing'}; it fills up input_ids")
+            raise OptionError(f"pad got {', '.join(encoded_inputs) or 'nothing'}; give input_ids")
         first = encoded_inputs["input_ids"]
         first = first[0] if isinstance(first, list | tuple) and first else first
         if return_tensors is None:
@@ -260,8 +261,8 @@ class Blip2Tokenizer(Vocabulary):
     ) -> Any:
         """The text of token ids ``int[T]``, or the texts of ``int[B, T]``.
 
-        White space stays as the model wrote it; ``clean_up_tokenization_spaces`` takes it away before full stops and
-        the like, but not of a byte-pair encoding, whose spaces are the text's own.
+        White space is kept; ``clean_up_tokenization_spaces`` removes it before full stops and the like, except for
+        byte-pair encodings, whose spaces are part of the text.
         """
         ids: Any = plain(token_ids)
         ids = [ids] if isinstance(ids, int) else ids
@@ -290,7 +291,7 @@ class Blip2Tokenizer(Vocabulary):
 
     @property
     def padding_side(self) -> str:
-        """ "left" or "right"; at first where the model needs it."""
+        """ "left" or "right"; initially where the model needs it."""
         return self._padding_side
 
     @padding_side.setter
@@ -309,7 +310,7 @@ class Blip2Tokenizer(Vocabulary):
             write_bytes(Path(folder) / name, content)
 
     def files(self) -> dict[str, bytes]:
-        """Content by name, as they came, with what was set since."""
+        """Content by name, as it was, with changed settings."""
         files = {"tokenizer.json": self._tokenizer.to_json().encode(), **self._files}
         told = json.loads(files.get("tokenizer_config.json", b"{}"))
         was = Blip2Tokenizer(self._tokenizer, files=self._files)

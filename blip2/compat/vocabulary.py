@@ -1,4 +1,4 @@
-"""The vocabulary of a ``processor.tokenizer``: tokens by their names and ids, and what the special ones are for."""
+"""The vocabulary of ``processor.tokenizer``: tokens by names and ids, and the roles of special tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def special_token(name: str) -> property:
 
     def put(tokenizer: Any, token: Any) -> None:
         if token is not None and tokenizer.find(str(token)) is None:
-            raise OptionError(f"there is no token {str(token)!r}; add it first, with add_special_tokens")
+            raise OptionError(f"unknown token {str(token)!r}; add it first with add_special_tokens")
         tokenizer._names[name] = None if token is None else str(token)
 
     return property(get, put)
@@ -59,7 +59,7 @@ class Vocabulary:
     mask_token_id = special_token_id("mask")
 
     def __init__(self, tokenizer: Tokenizer, names: Mapping[str, Any]) -> None:
-        """``names``: of the special tokens, by what they are for; those that the vocabulary lacks are None."""
+        """``names``: of the special tokens, by role; None for those that the vocabulary lacks."""
         self._tokenizer = tokenizer
         self._names: dict[str, str | None] = {}
         for purpose in SPECIAL:
@@ -68,7 +68,7 @@ class Vocabulary:
             self._names[purpose] = token if isinstance(token, str) and tokenizer.find(token) is not None else None
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """The id of a token by its name, or of several; for one that there is not the unknown token's."""
+        """The id of a token by its name, or of several; the unknown token's for an unknown name."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         found = self._tokenizer.find(tokens)
@@ -94,7 +94,7 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Of the trained vocabulary; ``len()`` counts what was added too."""
+        """The size of the trained vocabulary; ``len()`` includes added tokens."""
         return len(self._tokenizer.vocabulary(with_added=False))
 
     def __len__(self) -> int:
@@ -113,15 +113,15 @@ class Vocabulary:
         return [self._tokenizer.token_id(token) for token in self.all_special_tokens]
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """Add tokens to the vocabulary; how many were added. For the model's vectors of them call its
-        ``resize_token_embeddings(len(tokenizer))``; without, it refuses ids that it does not have."""
+        """Add tokens to the vocabulary and return how many were new. Then call the model's
+        ``resize_token_embeddings(len(tokenizer))``, otherwise it refuses their ids."""
         is_one = isinstance(new_tokens, str) or hasattr(new_tokens, "content")
         added = self._tokenizer.add([new_tokens] if is_one else list(new_tokens), special=special_tokens)
         self._changed()
         return added
 
     def add_special_tokens(self, special_tokens_dict: Mapping[str, Any]) -> int:
-        """Say which tokens pad, end, ...: ``{"pad_token": "[PAD]"}``; those that there are not are added."""
+        """Set the roles of tokens: ``{"pad_token": "[PAD]"}``; unknown tokens are added."""
         number = 0
         for name, value in special_tokens_dict.items():
             number += self.add_tokens(value, special_tokens=True)
@@ -134,4 +134,4 @@ class Vocabulary:
         return self._tokenizer.find(token)
 
     def _changed(self) -> None:
-        """The vocabulary is no longer that of the files."""
+        """Record that the vocabulary differs from the files."""

@@ -1,7 +1,7 @@
-"""What training does to a picture so that it is never the same twice: a part of it, mirrored as often as not.
+"""Training augmentation: random resized crop and horizontal flip.
 
-As the paper trains (section 3.4, random resized crop and horizontal flip) with the authors' numbers: half of the
-picture at least, its sides between 3:4 and 4:3. What is cut out is resized afterwards as every picture is.
+As in the paper (section 3.4) with the authors' numbers: the crop has at least half of the area, and its sides are
+between 3:4 and 4:3. It is resized afterwards like every image.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ TRIES = 10
 
 
 def augmented(image: RgbImage, chance: random.Random) -> RgbImage:
-    """Another picture for each state of ``chance``, and the same one for the same."""
+    """The augmented image; deterministic for a state of ``chance``."""
     cut = image.crop(_box(image.width, image.height, chance))
     return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else cut
 
 
 def _box(width: int, height: int, chance: random.Random) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom. Where ten tries find none, as in pictures that are very long: the middle."""
+    """Left, top, right and bottom. If ten tries fail, as for very long images: the middle."""
     for _ in range(TRIES):
         area = width * height * chance.uniform(LEAST_AREA, 1)
         ratio = math.exp(chance.uniform(*map(math.log, RATIOS)))

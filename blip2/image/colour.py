@@ -1,7 +1,7 @@
-"""Colours of a file's ICC profile (Adobe RGB, Display P3, a printer's CMYK, ...) -> sRGB, which the models have seen.
+"""Colours of a file's ICC profile (Adobe RGB, Display P3, a printer's CMYK, ...) -> sRGB, as in the training images.
 
-By perceptual intent: a profile made of tables, as those of printers are, then keeps the steps between colours that
-sRGB does not have, as photographers' programs do. For a profile made of primaries all intents are the same.
+With perceptual intent: table-based profiles, such as printers', then keep the steps between colours outside sRGB, as
+photo software does. For profiles made of primaries all intents are the same.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from PIL import Image, ImageCms
 
 MAX_PROFILE_BYTES = 4 * 2**20
 SAME_LEVELS = 3
-"""A profile that changes no colour by more levels of 255 is a kind of sRGB, and the pixels stay as they are."""
+"""A profile that changes no colour by more levels (of 255) counts as sRGB, and the pixels stay unchanged."""
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour space of a profile -> mode of the pixels that it speaks of."""
+"""Colour space of a profile -> mode of its pixels."""
 
 ToRgb = Callable[[Image.Image], Image.Image]
 """Pixels without transparency -> a new RGB image."""
 
 
 def to_srgb(mode: str, profile: bytes | None) -> ToRgb:
-    """How pixels of ``mode`` with a profile become sRGB. One that is broken, or is for other pixels, counts as sRGB."""
-    if mode == "LAB":  # a colour space that needs no profile, and that Pillow cannot leave without
+    """A function from pixels of ``mode`` with a profile to sRGB. A broken or unsuitable profile counts as sRGB."""
+    if mode == "LAB":  # needs no embedded profile, but Pillow can only convert it with one
         return _transform(None) or plain
     if not isinstance(profile, bytes) or not 128 < len(profile) <= MAX_PROFILE_BYTES:
         return plain
@@ -42,7 +42,7 @@ def plain(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=8)
 def _transform(profile: bytes | None) -> ToRgb | None:
-    """None where the profile is broken, or is a kind of sRGB. ``profile`` None: of CIE L*a*b*."""
+    """None if the profile is broken or a kind of sRGB. ``profile`` None: CIE L*a*b*."""
     try:
         source = ImageCms.createProfile("LAB") if profile is None else ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = "LAB" if profile is None else MODES[profile[16:20].strip().decode("ascii")]

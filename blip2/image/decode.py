@@ -1,7 +1,7 @@
 """The bytes of an image file -> RGB, upright, opaque; and a PIL image -> RGB, opaque.
 
-What strangers and cameras write decides about time and memory, so both are bounded: pixels are counted before they are
-decoded, a large picture is decoded while no other one is, and what is made of its pixels is made strip by strip.
+Files are untrusted, so time and memory are bounded: pixels are counted before decoding, large images are decoded one at
+a time, and conversions work strip by strip.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ from blip2.image.sources import reason_of
 RgbImage: TypeAlias = Image.Image
 
 MAX_PIXELS = 250_000_000
-"""By default: telephones take pictures of 200 million. Decoded they are 800 MB, and as much again while turned."""
+"""Default limit: telephones take images of 200 million pixels. Decoded they take 800 MB, and twice that while
+rotated."""
 LARGE_PIXELS = 30_000_000
 STRIP_PIXELS = 4_000_000
 
-MAX_SCANS = 100  # of a JPEG; encoders write ten or so
-MAX_SEGMENTS = 2000  # before its first scan; Pillow joins them one by one, which takes the square of their number
+MAX_SCANS = 100  # of a JPEG; encoders write about ten
+MAX_SEGMENTS = 2000  # before the first scan; Pillow joins them in quadratic time
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 SCAN, END_OF_JPEG = b"\xff\xda", b"\xff\xd9"
 
 ORIENTATION_TAG = 0x0112
-TURNS = {  # EXIF orientation -> what makes the picture upright
+TURNS = {  # EXIF orientation -> operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -64,21 +65,21 @@ _one_large_picture = threading.Lock()
 def decode(
     stream: BinaryIO, name: str, *, max_pixels: int, formats: tuple[str, ...], allow_truncated: bool | None
 ) -> RgbImage:
-    """The picture in a stream, as people see it. Raises ImageError."""
+    """Decode the image in a stream, upright. Raises ImageError."""
     head = stream.read(HEAD_BYTES)
     stream.seek(0)
     if not head:
-        raise ImageError(f"{name}: empty; there is no picture in it, save or download it again")
+        raise ImageError(f"{name}: empty; save or download it again")
     _check_format(head, name, formats)
     with quiet():
         try:
             return _decode(stream, head, name, max_pixels, allow_truncated)
-        except MemoryError:  # Pillow's own, too, where a line is longer than it can count
-            raise ImageSizeError(f"{name}: takes more memory than there is; make the picture smaller") from None
+        except MemoryError:  # Pillow raises it too, for a line that is too long
+            raise ImageSizeError(f"{name}: needs more memory than there is; make the image smaller") from None
 
 
 def _decode(stream: BinaryIO, head: bytes, name: str, max_pixels: int, allow_truncated: bool | None) -> RgbImage:
-    if (size := webp_size(head)) is not None:  # Pillow takes memory for its pixels as soon as it is opened
+    if (size := webp_size(head)) is not None:  # Pillow allocates its pixels on opening
         _check_size(size, name, max_pixels)
     opened, profile = _open(stream, head, name)
     _check_size(opened.size, name, max_pixels)
@@ -87,19 +88,19 @@ def _decode(stream: BinaryIO, head: bytes, name: str, max_pixels: int, allow_tru
         image = _load(opened, stream, name, allow_truncated)
         try:
             rgb = _flatten(image, name, profile)
-            # Only now: a TIFF turns itself while it loads, and then forgets its tag.
+            # Only now: Pillow rotates a TIFF while loading and removes the tag.
             turn = TURNS.get(_orientation(image))
         except (MemoryError, ImageError):
             raise
         except Exception as error:
             raise ImageError(f"{name}: damaged ({reason_of(error)}); save or download it again") from error
-        del image, opened  # their pixels go before they are turned, if they are not the result's
-        rgb.info.clear()  # an orientation left behind would turn the picture once more when it is loaded again
+        del image, opened  # frees their pixels before the rotation, unless the result shares them
+        rgb.info.clear()  # a remaining orientation would rotate the image again on loading
         return rgb if turn is None else rgb.transpose(turn)
 
 
 def from_image(image: Image.Image, name: str, max_pixels: int) -> RgbImage:
-    """A PIL image as it stands: not turned, and of the colours that its numbers are in sRGB. May share its pixels."""
+    """A PIL image as it is: not rotated, its numbers taken as sRGB. May share its pixels."""
     _check_size(image.size, name, max_pixels)
     with quiet():
         try:
@@ -108,13 +109,13 @@ def from_image(image: Image.Image, name: str, max_pixels: int) -> RgbImage:
         except (MemoryError, ImageError):
             raise
         except Exception as error:
-            problem = f"damaged or cut short ({reason_of(error)})"
+            problem = f"damaged or truncated ({reason_of(error)})"
             raise ImageError(f"{name}: {problem}; save or download it again") from error
     rgb.info.clear()
     return rgb
 
 
-# ---- what it is ---------------------------------------------------------------------------------------
+# ---- format ---------------------------------------------------------------------------------------
 
 
 def _check_format(head: bytes, name: str, formats: tuple[str, ...]) -> None:
@@ -125,9 +126,9 @@ def _check_format(head: bytes, name: str, formats: tuple[str, ...]) -> None:
         if not what:
             raise ImageFormatError(f"{refusal}, or damaged; convert it to PNG or JPEG")
         remedy = "" if ";" in what else "; convert it to PNG or JPEG"
-        if what == TEXT:  # such as a page of a site that was saved in the place of its picture
+        if what == TEXT:  # such as a web page saved instead of its image
             is_called_picture = name.rstrip("'").lower().endswith(tuple(suffixes()[0]))
-            remedy = "; download it again, or remove it" if is_called_picture else "; name a picture"
+            remedy = "; download it again, or remove it" if is_called_picture else "; name an image"
         raise ImageFormatError(f"{refusal}, but {what}{remedy}")
     if format.name not in formats:
         raise ImageFormatError(f"{refusal}, but {SPOKEN.get(format.name, format.name)}; convert it to PNG or JPEG")
@@ -137,7 +138,7 @@ def _check_format(head: bytes, name: str, formats: tuple[str, ...]) -> None:
 
 
 def _open(stream: BinaryIO, head: bytes, name: str) -> tuple[ImageFile, bytes | None]:
-    """What Pillow makes of the header, and the colour profile that is embedded."""
+    """Pillow's image after reading the header, and the embedded colour profile."""
     format = format_of(head)
     assert format is not None
     try:
@@ -151,18 +152,18 @@ def _open(stream: BinaryIO, head: bytes, name: str) -> tuple[ImageFile, bytes | 
     except (MemoryError, ImageError):
         raise
     except Image.DecompressionBombError as error:
-        raise ImageSizeError(f"{name}: too many pixels ({reason_of(error)}); make the picture smaller") from None
-    except Exception as error:  # the codecs raise whatever they stumble over
+        raise ImageSizeError(f"{name}: too many pixels ({reason_of(error)}); make the image smaller") from None
+    except Exception as error:  # codecs raise all kinds of exceptions
         raise ImageError(f"{name}: damaged ({reason_of(error)}); save or download it again") from error
     if is_raw:
-        raise ImageFormatError(f"{name}: a camera's raw file, of which only a preview could be read; save it as JPEG")
+        raise ImageFormatError(f"{name}: a camera's raw file, of which only the preview is readable; save it as JPEG")
     if format.name == "JPEG":
         _check_scans(stream, name)
     return image, image.info.get("icc_profile")
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:
-    """Width and height that a WebP says it has; None for another format, and for none that can be."""
+    """Width and height in the header of a WebP; None for another format, and for impossible values."""
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return None
     match head[12:16]:
@@ -180,7 +181,7 @@ def webp_size(head: bytes) -> tuple[int, int] | None:
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
     if not width or not height:
-        raise ImageError(f"{name}: has no pixels ({width}x{height}); give a picture of at least 1x1")
+        raise ImageError(f"{name}: has no pixels ({width}x{height}); give an image of at least 1x1")
     if width * height > max_pixels:
         problem = f"{width}x{height} is more than {max_pixels:,} pixels"
         raise ImageSizeError(f"{name}: {problem}; make it smaller, or raise max_pixels")
@@ -193,7 +194,8 @@ def _check_segments(stream: IO[bytes], name: str) -> None:
 
 
 def _check_scans(stream: IO[bytes], name: str) -> None:
-    """A JPEG may go over all of its pixels again with every 70 bytes, so that a small file takes hours to decode."""
+    """Limit the scans: a JPEG can rewrite all of its pixels every 70 bytes, so a small file could take hours to
+    decode."""
     content = _whole(stream)
     if content.count(SCAN) > MAX_SCANS and _num_scans(content) > MAX_SCANS:
         raise ImageError(f"{name}: a JPEG of more than {MAX_SCANS} scans; save it again")
@@ -212,7 +214,7 @@ def _num_scans(content: bytes) -> int:
 
 
 def _markers(content: bytes) -> Iterator[bytes]:
-    """Those of the picture, without what only looks like one in its metadata, or in what is appended to it."""
+    """The markers of the image, without false ones in its metadata or appended data."""
     marker = JPEG_MARKER.search(content, 2)
     while marker is not None and marker[0] != END_OF_JPEG:
         yield marker[0]
@@ -220,11 +222,11 @@ def _markers(content: bytes) -> Iterator[bytes]:
         marker = JPEG_MARKER.search(content, marker.end() + length)
 
 
-# ---- its pixels ---------------------------------------------------------------------------------------
+# ---- pixels ---------------------------------------------------------------------------------------
 
 
 def _load(image: ImageFile, stream: BinaryIO, name: str, allow_truncated: bool | None) -> ImageFile:
-    """The image with its pixels; those that are missing at the end are grey (JPEG) or black if that is allowed."""
+    """The image with its pixels. If allowed, missing pixels at the end are grey (JPEG) or black."""
     try:
         image.load()
         return image
@@ -235,20 +237,20 @@ def _load(image: ImageFile, stream: BinaryIO, name: str, allow_truncated: bool |
         is_cut = "truncated" in reason
         if not (is_cut and allow_truncated):
             is_offered = is_cut and allow_truncated is not None
-            remedy = ", or take what is there by allow_truncated=True" if is_offered else ""
-            raise ImageError(f"{name}: damaged or cut short ({reason}); save or download it again{remedy}") from error
+            remedy = ", or read the rest with allow_truncated=True" if is_offered else ""
+            raise ImageError(f"{name}: damaged or truncated ({reason}); save or download it again{remedy}") from error
     try:
-        if image.format in ("JPEG", "MPO"):  # its decoder gives out the last rows when it sees the end
+        if image.format in ("JPEG", "MPO"):  # its decoder returns the last rows at the end marker
             stream.seek(0)
             image = _reopened(io.BytesIO(stream.read() + END_OF_JPEG))
         else:
-            image.tile = []  # as if all had been read: what was decoded so far is there
+            image.tile = []  # pretend that all was read: keep the decoded part
         image.load()
         return image
     except MemoryError:
         raise
     except Exception as error:
-        raise ImageError(f"{name}: too little of it is there ({reason_of(error)}); download it again") from error
+        raise ImageError(f"{name}: too little of the file is there ({reason_of(error)}); download it again") from error
 
 
 def _reopened(stream: BinaryIO) -> ImageFile:
@@ -260,12 +262,12 @@ def _reopened(stream: BinaryIO) -> ImageFile:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # broken metadata beside sound pixels
+    except Exception:  # broken metadata, but intact pixels
         return 1
 
 
 def _flatten(image: Image.Image, name: str, profile: bytes | None) -> RgbImage:
-    """Any mode, decoded -> RGB of the colours of sRGB, transparency on white. May share its pixels with ``image``."""
+    """A decoded image of any mode -> sRGB, transparency on white. May share its pixels with ``image``."""
     if image.mode == "F":
         raise ImageError(f"{name}: floating-point pixels have no known range; scale them to 8 bits first")
     convert = to_srgb("L" if image.mode.startswith("I") else image.mode, profile)
@@ -289,7 +291,7 @@ def _flatten(image: Image.Image, name: str, profile: bytes | None) -> RgbImage:
 
 
 def _in_strips(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """What ``change`` makes of an image, some rows at a time where it is large: it has to work pixel by pixel."""
+    """``change`` applied to an image, in strips of rows if it is large. ``change`` has to work pixel by pixel."""
     width, height = image.size
     rows = max(1, STRIP_PIXELS // width)
     if rows >= height:
@@ -302,7 +304,7 @@ def _in_strips(image: Image.Image, change: Callable[[Image.Image], Image.Image])
 
 
 def _to_8_bits(image: Image.Image, name: str, black: int, white: int) -> Image.Image:
-    """Grey of 12, 16 or 32 bits (modes I;16, I) -> L, or LA where one value is declared transparent."""
+    """Grey of 12, 16 or 32 bits (modes I;16, I) -> L, or LA if one value is declared transparent."""
     values_HW = np.asarray(image).astype(np.int32)
     most = max(black, white)
     if values_HW.min() < 0 or values_HW.max() > most:

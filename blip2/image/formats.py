@@ -1,4 +1,4 @@
-"""Which formats are read, by which names their files go, and what a file is that is none of them."""
+"""The readable formats and their file suffixes, and the recognition of other files."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 HEAD_BYTES = 1024
-"""So much of a file tells what it is."""
+"""Bytes of a file that are enough to recognise its format."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format that is read. `read` opens a stream of it without looking at Pillow's own limit of pixels."""
+    """A readable format. `read` opens a stream of it without Pillow's own limit on pixels."""
 
     name: str
-    """Pillow's."""
+    """Pillow's name of the format."""
     suffixes: tuple[str, ...]
     is_begun: Callable[[bytes], bool]
-    """Whether a file begins so; it is given `HEAD_BYTES` of it."""
+    """Whether a file begins like this format; gets `HEAD_BYTES` of it."""
     read: Callable[[IO[bytes]], ImageFile]
     missing: Callable[[], str] = str
-    """What to install for it; empty if all is there."""
+    """What has to be installed for it; empty if nothing is missing."""
 
 
 def _begins(*marks: bytes) -> Callable[[bytes], bool]:
@@ -44,7 +44,7 @@ def _begins(*marks: bytes) -> Callable[[bytes], bool]:
 
 
 def _is_bitmap(head: bytes) -> bool:
-    """BMP, or its content alone, as .dib files may have it: the size of a header that there is, and one plane."""
+    """Whether it is a BMP, or a .dib without the BMP header: a known header size, and one plane."""
     size = int.from_bytes(head[:4], "little")
     plane = head[8:10] if size == 12 else head[12:14]
     return head.startswith(b"BM") or (size in (12, 40, 52, 56, 64, 108, 124) and plane == b"\1\0")
@@ -57,7 +57,7 @@ def _read_bitmap(stream: IO[bytes]) -> ImageFile:
 
 
 def _brands(head: bytes) -> list[bytes]:
-    """What a file of the family of MP4 says it is, the first most of all: HEIC, AVIF and films are told apart by it."""
+    """The brands of a file in the MP4 family, the main one first; they distinguish HEIC, AVIF and videos."""
     if head[4:8] != b"ftyp":
         return []
     length = min(int.from_bytes(head[:4], "big"), len(head))
@@ -70,13 +70,13 @@ def _is_avif(head: bytes) -> bool:
 
 def _is_heic(head: bytes) -> bool:
     first, *others = _brands(head) or [b""]
-    if first in (b"mif1", b"mif2", b"msf1"):  # any coding: the others tell
+    if first in (b"mif1", b"mif2", b"msf1"):  # any codec: the compatible brands decide
         return not {b"avif", b"avis"} & {*others}
     return first in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 
 
 def _read_heic(stream: IO[bytes]) -> ImageFile:
-    """By what the program has registered with Pillow, or else by pillow-heif, without registering it."""
+    """Uses a HEIF plugin registered with Pillow, or else pillow-heif without registering it."""
     if "HEIF" in Image.OPEN:
         return Image.OPEN["HEIF"][0](stream, "")
     from pillow_heif import HeifImageFile
@@ -105,37 +105,37 @@ TABLE = (
     Format("AVIF", (".avif", ".avifs"), _is_avif, AvifImagePlugin.AvifImageFile, _missing_avif),
     Format("HEIF", (".heic", ".heif", ".heics", ".heifs", ".hif"), _is_heic, _read_heic, _missing_heic),
 )  # fmt: skip
-"""Rasters only: Pillow would also run PostScript and open whole documents."""
+"""Only raster formats: Pillow would also run PostScript and open whole documents."""
 
 FORMATS = tuple(format.name for format in TABLE)
 SPOKEN = {"WEBP": "WebP", "HEIF": "HEIC"}
-"""Formats whose name people write otherwise."""
+"""Formats with another name in messages."""
 
 
 def format_of(head: bytes) -> Format | None:
-    """The format of a file that begins so."""
+    """The format of a file that begins like this."""
     return next((format for format in TABLE if format.is_begun(head)), None)
 
 
 def readable(names: tuple[str, ...]) -> str:
-    """JPEG, PNG or WebP."""
+    """The names as text: JPEG, PNG or WebP."""
     spoken = [SPOKEN.get(name, name) for name in names]
     return " or ".join(filter(None, [", ".join(spoken[:-1]), spoken[-1]]))
 
 
 def suffixes() -> tuple[frozenset[str], dict[str, str]]:
-    """The suffixes of what can be read here; and of what cannot, with what has to be installed for it."""
+    """The suffixes that can be read; and those that need something installed, with the command."""
     missing = {format: format.missing() for format in TABLE}
     found = frozenset(suffix for format in TABLE if not missing[format] for suffix in format.suffixes)
     return found, {suffix: needed for format, needed in missing.items() if needed for suffix in format.suffixes}
 
 
-# ---- what is no picture, or none that is read -------------------------------------------------------------
+# ---- other files -------------------------------------------------------------
 
 MP4 = {
-    b"crx": "a camera's raw file (CR3)", b"qt": "a film (QuickTime)", b"M4A": "a sound (M4A)", b"jp2": "JPEG 2000",
+    b"crx": "a camera's raw file (CR3)", b"qt": "a video (QuickTime)", b"M4A": "audio (M4A)", b"jp2": "JPEG 2000",
 }  # fmt: skip
-KNOWN = (  # how files begin, what they are
+KNOWN = (  # beginning of the file, what it is
     (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
     (rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", "JPEG 2000"),
     (rb"II\xbc", "JPEG XR"),
@@ -149,20 +149,20 @@ KNOWN = (  # how files begin, what they are
     (rb"icns", "an icon (ICNS)"),
     (rb"v/1\x01", "OpenEXR"),
     (rb"#\?(RADIANCE|RGBE)", "Radiance HDR"),
-    (rb"\x1a\x45\xdf\xa3", "a film (Matroska or WebM)"),
-    (rb"RIFF....AVI ", "a film (AVI)"),
-    (rb"RIFF....WAVE|ID3|\xff[\xf2\xf3\xfb]|fLaC|OggS", "a sound"),
-    (rb"\0\0\x01[\xb3\xba]|FLV\x01|G.{187}G", "a film"),
+    (rb"\x1a\x45\xdf\xa3", "a video (Matroska or WebM)"),
+    (rb"RIFF....AVI ", "a video (AVI)"),
+    (rb"RIFF....WAVE|ID3|\xff[\xf2\xf3\xfb]|fLaC|OggS", "audio"),
+    (rb"\0\0\x01[\xb3\xba]|FLV\x01|G.{187}G", "a video"),
     (rb"version https://git-lfs\.github\.com", "a Git LFS pointer; git lfs pull gets the file itself"),
     (rb"[./]*(\.git)?/annex/objects/", "a git-annex pointer; git annex get gets the file itself"),
     (rb"PK\x03\x04|Rar!|7z\xbc\xaf|\x1f\x8b|BZh|\xfd7zXZ|.{257}ustar", "an archive; unpack it"),
-    (rb"\0\x05\x16[\0\x07]", "what macOS keeps beside a file, without the file itself"),
+    (rb"\0\x05\x16[\0\x07]", "macOS metadata without the file itself"),
     (rb"SIMPLE  =", "FITS"),
-    (rb"\0+\Z", "only zeros, as a download that broke off leaves it; get it again"),
+    (rb"\0+\Z", "only zeros, as after an interrupted download; download it again"),
     (rb"(?i)(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*(<!doctype html|<html|<head|<body)",
-     "a web page, such as a log-in or an error; download the picture itself"),
+     "a web page, such as a login or an error page; download the image itself"),
     (rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*(<!doctype svg.*?>\s*)?<svg", "an SVG drawing"),
-    (rb"(\xef\xbb\xbf)?\s*<\?xml", "XML, such as an error of a web store; download the picture itself"),
+    (rb"(\xef\xbb\xbf)?\s*<\?xml", "XML, such as an error of cloud storage; download the image itself"),
     (rb"(\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\]}]", "JSON, such as an error of a web service"),
 )  # fmt: skip
 TEXT = "text"
@@ -170,10 +170,9 @@ CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 def foreign(head: bytes) -> str:
-    """What a file is that begins so and is none of `TABLE`, with a remedy if there is a better one than to convert it;
-    empty if it cannot be told."""
+    """What an unreadable file is, with a remedy if there is a better one than converting it; empty if it is unknown."""
     if head[4:8] == b"ftyp":
-        return MP4.get(head[8:12].strip(), "a film (MP4)")
+        return MP4.get(head[8:12].strip(), "a video (MP4)")
     for pattern, what in KNOWN:
         if re.match(pattern, head, re.DOTALL):
             return what
@@ -184,7 +183,7 @@ def _is_text(head: bytes) -> bool:
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        return error.start > len(head) - 4 and len(head) >= HEAD_BYTES  # a character that the end cuts
+        return error.start > len(head) - 4 and len(head) >= HEAD_BYTES  # a character is cut off at the end of the head
     return True
 
 
@@ -193,7 +192,7 @@ MIN_IS_WHITE = 0
 
 
 def grey_range(image: Image.Image) -> tuple[int, int]:
-    """Which values of grey of more than 8 bits are black and white; Pillow leaves those of a TIFF as they are."""
+    """The values of black and white in grey of more than 8 bits. Pillow does not scale those of a TIFF."""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     most = 4095 if tags.get(BITS) == (12,) else 65535
     return (most, 0) if tags.get(PHOTOMETRIC) == MIN_IS_WHITE else (0, most)

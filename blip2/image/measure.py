@@ -1,4 +1,4 @@
-"""What the head of a file tells of its picture: no pixel is decoded."""
+"""Facts from the head of an image file, without decoding pixels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from blip2.image.quiet import quiet
 
 
 def stored_size(source: str | bytes) -> tuple[int, int] | None:
-    """Width and height as a file (a path, or its bytes) has them, before any turn; None where they cannot be read."""
-    with suppress(Exception), quiet():  # the codecs raise whatever they stumble over; who decodes it tells what
+    """Width and height as stored in a file (a path, or its bytes), before any rotation; None if they cannot be read."""
+    with suppress(Exception), quiet():  # codecs raise all kinds of exceptions; decoding reports them
         if isinstance(source, str) and not os.path.isfile(source):
             return None
         with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as stream:
@@ -25,7 +25,7 @@ def stored_size(source: str | bytes) -> tuple[int, int] | None:
 
 
 def named_format(source: str) -> tuple[str, tuple[str, ...]] | None:
-    """What a file is by its content, as people call it, and the suffixes that its like have; None if it is unknown."""
+    """The common name of a file's format by its content, and the suffixes of that format; None if it is unknown."""
     with suppress(OSError), open(source, "rb") as stream:
         if (format := format_of(stream.read(HEAD_BYTES))) is not None:
             return SPOKEN.get(format.name, format.name), format.suffixes

@@ -1,7 +1,7 @@
-"""A PNG with what its pixels need and no more, and its colour profile apart.
+"""Reduces a PNG to the chunks that its pixels need, and extracts its colour profile.
 
-Pillow unpacks texts and profile while it opens a file, and refuses the picture if they are larger than a limit that
-holds for the whole process. Of all that, only what says how the picture is to be turned is of use here.
+Pillow unpacks texts and the profile on opening, and refuses the image if they exceed a limit for the whole process.
+Only the orientation among them is needed here.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import IO
 
 SIGNATURE_BYTES = 8
 NEEDED = (b"tRNS", b"eXIf")
-"""Beside the critical chunks, whose names begin with a capital; without those of an animation its first frame stays."""
+"""Kept beside the critical chunks, whose names begin with a capital. Without animation chunks the first frame
+remains."""
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 TURNING = {b"XML:com.adobe.xmp": b"iTXt", b"Raw profile type exif": b"tEXt"}
-"""Texts that may say how the picture is to be turned, and the chunk in which Pillow takes them unpacked."""
+"""Texts that may hold an orientation, and the chunk type in which Pillow reads them uncompressed."""
 MAX_UNPACKED = 16 * 2**20
-"""Of a text or a profile, in bytes; beyond that it is passed over."""
+"""Maximum bytes of an unpacked text or profile; a larger one is skipped."""
 
 
 def essence(stream: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
-    """The PNG in ``stream`` as another stream, and its unpacked ICC profile if it has a sound one.
+    """The PNG in ``stream`` as another stream, and its unpacked ICC profile if it has a valid one.
 
-    What is cut or damaged of the pixels stays so, for Pillow to find. Reads no further than the end of the picture.
+    Damage to the pixels is kept, for Pillow to find. Reads no further than the end of the image.
     """
     kept = [stream.read(SIGNATURE_BYTES)]
     profile: bytes | None = None
-    unpacked: set[bytes] = set()  # each once: a file may hold a thousand that unpack to as many times its size
+    unpacked: set[bytes] = set()  # each kind once: a file may hold a thousand that unpack to a huge size
     while len(header := stream.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         body = stream.read(length + 4)
@@ -50,7 +51,7 @@ def essence(stream: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
 
 
 def _turning(kind: bytes, data: bytes) -> bytes:
-    """A chunk of `TURNING` again, unpacked; nothing if it cannot be."""
+    """A chunk of `TURNING`, unpacked; empty if that is not possible."""
     keyword, _, rest = data.partition(b"\0")
     text: bytes | None = rest
     if kind == b"zTXt":
@@ -66,7 +67,7 @@ def _turning(kind: bytes, data: bytes) -> bytes:
 
 
 def _unpacked(data: bytes) -> bytes | None:
-    """None for what is no zlib stream, or too large."""
+    """The unpacked data; None if it is not a zlib stream, or is too large."""
     unpacker = zlib.decompressobj()
     try:
         found = unpacker.decompress(data, MAX_UNPACKED)

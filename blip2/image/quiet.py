@@ -1,7 +1,7 @@
-"""Without Pillow's warnings and log while a picture is read, in this thread alone.
+"""Suppresses Pillow's warnings and log messages while an image is read, only in this thread.
 
-They name no picture and tell nobody what to do: whatever spoils the pixels is an error of its own. The standard
-library's `catch_warnings` would silence (or undo) what other threads do at the same time.
+They name no image and no remedy, and anything that damages the pixels is an error anyway. The standard library's
+`catch_warnings` would also affect other threads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_is_reading: ContextVar[bool] = ContextVar("blip2 reads a picture", default=False)
+_is_reading: ContextVar[bool] = ContextVar("blip2 reads an image", default=False)
 
 
 class _OnlyWhileReading(type):
@@ -21,7 +21,7 @@ class _OnlyWhileReading(type):
 
 
 class _WhileReading(Warning, metaclass=_OnlyWhileReading):
-    """A category of a filter: every warning is of it where a picture is being read, and elsewhere none."""
+    """A warning category that matches every warning while an image is read in this thread, and else none."""
 
 
 def _is_told(record: logging.LogRecord) -> bool:
@@ -30,11 +30,11 @@ def _is_told(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warning is shown, nor made an error, by what this thread does within."""
+    """Within it, warnings of this thread are neither shown nor raised."""
     first = warnings.filters[0] if warnings.filters else None
-    if first is None or first[2] is not _WhileReading:  # others may have been put before it
+    if first is None or first[2] is not _WhileReading:  # another filter may have been inserted before it
         warnings.simplefilter("ignore", _WhileReading)
-    logging.getLogger("PIL.TiffImagePlugin").addFilter(_is_told)  # the one that logs what its error says again
+    logging.getLogger("PIL.TiffImagePlugin").addFilter(_is_told)  # the only logger that repeats its error's message
     before = _is_reading.set(True)
     try:
         yield

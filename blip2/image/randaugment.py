@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al. 2020) as the authors' library fine-tunes with it: ``RandomAugment(2, 5, ...)`` of LAVIS.
+"""RandAugment (Cubuk et al. 2020) as in the authors' fine-tuning: ``RandomAugment(2, 5, ...)`` of LAVIS.
 
-Two of ten changes are drawn, the same one maybe twice, and each is made as often as not. All have strength 5 of 10, at
-which brightness and sharpness have the factor 1: they are drawn, and leave a picture as it is.
+Two of ten operations are drawn, with replacement, and each is applied with probability 1/2. All have strength 5 of 10,
+where brightness and sharpness have factor 1: they can be drawn, but change nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ STRENGTH = 5 / 10
 DEGREES = 30 * STRENGTH
 SHEAR = 0.3 * STRENGTH
 SHIFT_PX = 10 * STRENGTH
-"""Of a picture that has the model's size."""
+"""Maximum shift in pixels, for an image of the model's size."""
 GREY = (128, 128, 128)
-"""What comes in from outside."""
+"""Colour of pixels from outside the image."""
 
 Change = Callable[[RgbImage, random.Random], RgbImage]
 
 
 def randaugmented(image: RgbImage, chance: random.Random) -> RgbImage:
-    """Of the same size; for the same state of ``chance`` the same."""
+    """An image of the same size; deterministic for a state of ``chance``."""
     for change in chance.choices(CHANGES, k=NUM_CHANGES):
         if chance.random() < 0.5:
             image = change(image, chance)
@@ -38,7 +38,7 @@ def _same(image: RgbImage, chance: random.Random) -> RgbImage:
 
 
 def _stretched(image: RgbImage, chance: random.Random) -> RgbImage:
-    """Each channel from 0 to 255."""
+    """Stretch each channel to 0 to 255."""
     return ImageOps.autocontrast(image)
 
 
@@ -67,7 +67,7 @@ def _shifted_down(image: RgbImage, chance: random.Random) -> RgbImage:
 
 
 def _moved(image: RgbImage, where: tuple[float, ...]) -> RgbImage:
-    """``where`` (a, b, c, d, e, f): at x, y there is what was at a x + b y + c, d x + e y + f."""
+    """``where`` (a, b, c, d, e, f): the pixel at x, y comes from a x + b y + c, d x + e y + f."""
     return image.transform(image.size, Image.Transform.AFFINE, where, Image.Resampling.BILINEAR, fillcolor=GREY)
 
 

@@ -1,6 +1,6 @@
-"""Any source of a picture -> RGB -> pixels.
+"""Any image source -> RGB -> pixels.
 
-What cannot be read is an ImageError: one line with the source, what is wrong, and the remedy.
+An image that cannot be read is an ImageError: one line with the source, the problem and the remedy.
 
     source   path, URL, bytes, "-", PIL image, array   load_image   ->  RgbImage, upright, opaque, 8 bits
     images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 MAX_BYTES = 100 * 2**20
 TIMEOUT_S = 20.0
 MOST_BESIDE = 32
-"""Where the square in the middle is taken: the picture is resized whole if it has so many times its pixels at most."""
+"""An image is resized before its middle is cut out, unless it would get more than this many times the final pixels."""
 PIXELS_VERSION = 1
-"""To be raised when the same file becomes other pixels (colours, orientation, resampling): features of the earlier ones
-are then made anew, and an index of them is refused."""
+"""Increase this when the same file gives other pixels (colours, orientation, resampling): kept features are then
+computed again, and an index of them is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Which pictures are read, as `load_image` has it. Raises OptionError for what cannot be."""
+    """Limits for reading images, as in `load_image`. Raises OptionError for invalid values."""
 
     max_pixels: int = MAX_PIXELS
     allow_truncated: bool | None = False
@@ -43,7 +43,7 @@ class Reading:
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
             raise OptionError(
-                f"{option('max_pixels')} is {self.max_pixels}; it may be 1 or more, and is {MAX_PIXELS:,} by default"
+                f"{option('max_pixels')} is {self.max_pixels}; use 1 or more ({MAX_PIXELS:,} by default)"
             )
 
     def load(self, source: Source) -> RgbImage:
@@ -51,7 +51,7 @@ class Reading:
         return load_image(source, max_pixels=self.max_pixels, allow_truncated=self.allow_truncated)
 
     def pixels(self, source: Source, **look: Any) -> torch.Tensor:
-        """`to_pixels` of one picture, float32[3, size, size], without a copy of an image that is RGB already."""
+        """`to_pixels` of one image, float32[3, size, size], without copying an image that is already RGB."""
         return to_pixels([_load(source, self)], **look)[0]
 
 
@@ -67,29 +67,27 @@ def load_image(
     timeout_s: float = TIMEOUT_S,
     formats: tuple[str, ...] = FORMATS,
 ) -> RgbImage:
-    """Read a picture from wherever it is, as people see it.
+    """Read an image from any source, upright and in sRGB.
 
-    `source` is a path, an http(s) address, a `data:...;base64,` address, "-" (standard input), the bytes
-    of an image file, a PIL image, an array uint8[H, W] or uint8[H, W, 1 | 3 | 4] (RGB order), or a tensor
+    `source` is a path, an http(s) URL, a `data:...;base64,` URL, "-" (standard input), the bytes of an image file, a
+    PIL image, an array uint8[H, W] or uint8[H, W, 1 | 3 | 4] (RGB order), or a tensor
     uint8[H, W] or uint8[1 | 3 | 4, H, W].
 
-    The result is RGB. What is in a file is turned upright (all eight EXIF orientations), and its colours are
-    converted to sRGB by the ICC profile that is embedded; a profile that is broken, or not of these pixels,
-    counts as sRGB. A PIL image or an array is taken as it stands, as the reference takes it: not turned, and
-    without a look at a profile.
+    The result is RGB. Files are rotated upright (all eight EXIF orientations), and their colours are converted to sRGB
+    by the embedded ICC profile; a broken or unsuitable profile counts as sRGB. A PIL image or an array is used as it
+    is, like in the reference: not rotated, its profile ignored.
 
-    Transparency is laid on white, an animation gives its first frame, and 16-bit grey is scaled to 8 bits
+    Transparency is put on white, an animation gives its first frame, and 16-bit grey is scaled to 8 bits
     (v / 257, rounded), integers of 32 bits likewise where they fit 16. Floating-point pixels have no known
     range and are refused.
 
-    `max_pixels` is checked from the header, before anything is decoded; by default it lets pass what
-    telephones take. `allow_truncated` takes a file that lacks its end, if some of its pixels are there; the
-    others are grey or black (None: as False, where the error shall not tell of that option). `max_bytes` and
-    `timeout_s` bound a download, or a pipe (seconds, the whole of it); only `formats` are read (Pillow's
-    names). HEIC needs pillow-heif.
+    `max_pixels` is checked from the header, before decoding; the default admits images of telephones.
+    `allow_truncated` accepts a file without its end, if some of its pixels are there; the others are grey or black
+    (None: as False, but the error does not mention that option). `max_bytes` and `timeout_s` (seconds, in total) bound
+    a download or a pipe; only `formats` are read (Pillow's names). HEIC needs pillow-heif.
 
-    Raises ImageError, one line that names the source, for anything that cannot be read. Warnings of Pillow do
-    not appear.
+    Raises ImageError, one line that names the source, for anything that cannot be read. Pillow's warnings are
+    suppressed.
     """
     image = _load(
         source, Reading(max_pixels=max_pixels, allow_truncated=allow_truncated), max_bytes, timeout_s, formats
@@ -105,7 +103,7 @@ def _load(
     timeout_s: float = TIMEOUT_S,
     formats: tuple[str, ...] = FORMATS,
 ) -> RgbImage:
-    """As `load_image`, but it may share its pixels with a PIL image that is given."""
+    """As `load_image`, but the result may share its pixels with a given PIL image."""
     name = name_of(source)
     if isinstance(source, np.ndarray) or is_tensor(source):
         source = from_array(source, name)
@@ -130,12 +128,12 @@ def to_pixels(
     resample: str = "bicubic",
     shortest_edge: int | None = None,
 ) -> torch.Tensor:
-    """RGB images of any sizes -> float32[B, 3, size, size], as the published processors make them.
+    """RGB images of any sizes -> float32[B, 3, size, size], as in the published processors.
 
-    Every image is resized straight to a square, without crop and without keeping its proportions, by
-    Pillow's filter `resample` ("bicubic", "bilinear", "lanczos", ...); values / 255, then (x - mean) / std
-    per channel. With `shortest_edge` it keeps its proportions: its shorter side becomes so many pixels, and
-    of that the square in the middle is taken. Raises OptionError for an unknown filter.
+    Every image is resized directly to a square, without cropping or keeping its proportions, with Pillow's filter
+    `resample` ("bicubic", "bilinear", "lanczos", ...); values / 255, then (x - mean) / std per channel. With
+    `shortest_edge` the shorter side is resized to that many pixels, keeping the proportions, and the middle square is
+    cut out. Raises OptionError for an unknown filter.
     """
     import torch
 
@@ -153,12 +151,12 @@ def to_array(
     resample: str = "bicubic",
     shortest_edge: int | None = None,
 ) -> np.ndarray:
-    """`to_pixels`, where there is no torch."""
+    """`to_pixels` without torch."""
     bytes_BHWC = np.empty((len(images), size, size, 3), np.uint8)
     for row_HWC, image in zip(bytes_BHWC, images, strict=True):
         assert image.mode == "RGB", f"to_pixels takes what load_image gives, not mode {image.mode}"
         row_HWC[:] = np.asarray(squared(image, size=size, resample=resample, shortest_edge=shortest_edge))
-    # A byte has 256 values, so the arithmetic is done once per value and then looked up.
+    # A byte has 256 values, so compute each once and look it up.
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
     tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
     return np.stack([table[bytes_BHWC[..., c]] for c, table in enumerate(tables)], axis=1)
@@ -167,7 +165,7 @@ def to_array(
 def squared(
     image: RgbImage, *, size: int, resample: str = "bicubic", shortest_edge: int | None = None
 ) -> RgbImage:
-    """The square that `to_pixels` makes of it, which it leaves as it is. Raises OptionError for an unknown filter."""
+    """The square that `to_pixels` makes of an image. Raises OptionError for an unknown filter."""
     try:
         kernel = Image.Resampling[resample.upper()]
     except KeyError:
@@ -178,7 +176,7 @@ def squared(
         return image.resize((size, size), kernel)
     width, height = _resized(image.width, image.height, shortest_edge)
     if width * height > MOST_BESIDE * size**2:
-        # A picture of one row would be a hundred million pixels between. Cut first, it rounds a little differently.
+        # Resizing an image of one row would give a hundred million pixels. Cutting first rounds a little differently.
         return image.resize((size, size), kernel, box)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), kernel).crop((left, top, left + size, top + size))
@@ -192,7 +190,7 @@ def _resized(width: int, height: int, shortest_edge: int) -> tuple[int, int]:
 def seen_box(
     width: int, height: int, size: int, shortest_edge: int | None = None
 ) -> tuple[float, float, float, float] | None:
-    """What of a picture `to_pixels` keeps: left, top, right and bottom in the picture's pixels; None is all of it."""
+    """The part of an image that `to_pixels` keeps: left, top, right and bottom in its pixels; None is all of it."""
     if shortest_edge is None:
         return None
     assert size <= shortest_edge, (size, shortest_edge)
@@ -203,9 +201,9 @@ def seen_box(
 
 
 def pixels_digest(image: RgbImage) -> str:
-    """Of the pixels that people see, whatever file they came in."""
+    """Digest of the decoded pixels, independent of the file format."""
     found = hashlib.sha256(f"{image.width}x{image.height}:".encode())
     rows = max(1, STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):  # not all of them once more in memory
+    for top in range(0, image.height, rows):  # avoids a second copy in memory
         found.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     return found.hexdigest()

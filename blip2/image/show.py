@@ -1,4 +1,4 @@
-"""Pictures to be shown: maps laid over them, thumbnails, files."""
+"""Images for display: heat map overlays, thumbnails, files."""
 
 import base64
 import io
@@ -16,12 +16,12 @@ from blip2.image.sources import Source, reason_of
 
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix -> format
 
-# Heat of 0, 1/4, ..., 1: brighter with each step, so that it can be read without its colours.
+# Heat of 0, 1/4, ..., 1: brighter with each step, so that it is readable in greyscale.
 HEAT_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 
 
 def overlay(picture: RgbImage, heat_HW: np.ndarray) -> RgbImage:
-    """The picture under a map of its size, float32[H, W] of 0 to 1: the picture grows darker to 0, coloured to 1."""
+    """The image under a map of its size, float32[H, W] of 0 to 1: dark at 0, coloured at 1."""
     levels = Image.fromarray((heat_HW * 255).round().astype(np.uint8))
     stops = np.linspace(0, 1, len(HEAT_COLOURS))
     colours = [np.interp(np.linspace(0, 1, 256), stops, channel).round() for channel in HEAT_COLOURS.T]
@@ -32,17 +32,17 @@ def overlay(picture: RgbImage, heat_HW: np.ndarray) -> RgbImage:
 
 
 def check_writable(path: str | os.PathLike[str]) -> str:
-    """Pillow's name of the format that the file's suffix stands for; OptionError if it is none of `WRITABLE`."""
+    """Pillow's format name for the file's suffix; OptionError if it is not in `WRITABLE`."""
     format = WRITABLE.get(Path(path).suffix.lower())
     if format is None:
-        raise OptionError(f"{os.fspath(path)}: pictures are written as {' '.join(WRITABLE)}; name the file so")
+        raise OptionError(f"{os.fspath(path)}: images are written as {' '.join(WRITABLE)}; change the file name")
     return format
 
 
 def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
-    """Write a picture in the format of the file's suffix: whole, or not at all.
+    """Write an image in the format of the file's suffix, atomically.
 
-    Raises OptionError as `check_writable` does, ImageError where it cannot be written.
+    Raises OptionError as `check_writable`, ImageError if it cannot be written.
     """
     path, format = Path(path), check_writable(path)
     try:
@@ -50,11 +50,11 @@ def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
             picture.save(unfinished, format)
     except OSError as error:
         reason = error.strerror or reason_of(error)
-        raise ImageError(f"{path}: cannot be written ({reason}); check the folder and the space on it") from None
+        raise ImageError(f"{path}: cannot be written ({reason}); check the folder and the disk space") from None
 
 
 def thumbnail(source: Source, size_px: int) -> bytes:
-    """A small JPEG of a picture, at most ``size_px`` wide and high, in its proportions. Raises ImageError."""
+    """A small JPEG of an image, at most ``size_px`` wide and high, with its proportions. Raises ImageError."""
     image = load_image(source)
     image.thumbnail((size_px, size_px))
     stream = io.BytesIO()
@@ -63,14 +63,14 @@ def thumbnail(source: Source, size_px: int) -> bytes:
 
 
 def shrunk(picture: RgbImage, size_px: int) -> RgbImage:
-    """A copy of at most ``size_px`` wide and high, in its proportions."""
+    """A copy of at most ``size_px`` wide and high, with its proportions."""
     small = picture.copy()
     small.thumbnail((size_px, size_px))
     return small
 
 
 def grey_address(values_HW: np.ndarray) -> str:
-    """A map float32[H, W] of 0 to 1 as a grey PNG in a data address, for web pages: black 0, white 1."""
+    """A map float32[H, W] of 0 to 1 as a grey PNG in a data URL, for web pages: black 0, white 1."""
     stream = io.BytesIO()
     Image.fromarray((values_HW * 255).round().astype(np.uint8)).save(stream, "PNG")
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

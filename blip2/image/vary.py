@@ -1,4 +1,4 @@
-"""The same picture stored otherwise, and parts of it: for how much what a model says depends on that."""
+"""Variants of an image: compressed, cropped or rotated, to measure how much a model's output depends on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blip2.image.decode import ORIENTATION_TAG, TURNS, RgbImage
 
 Turn = Image.Transpose
 UNTURNS = {**TURNS, 6: Turn.ROTATE_90, 8: Turn.ROTATE_270}
-"""EXIF orientation -> what makes an upright picture lie as that tag says."""
+"""EXIF orientation -> the operation that rotates an upright image as the tag says."""
 
 
 def as_jpeg(image: RgbImage, quality: int) -> bytes:
@@ -19,13 +19,13 @@ def as_jpeg(image: RgbImage, quality: int) -> bytes:
 
 
 def cut(image: RgbImage, share: float) -> bytes:
-    """A PNG of the middle, of ``share`` of its width and of its height, 0 to 1."""
+    """A PNG of the middle, with ``share`` (0 to 1) of the width and height."""
     left, top = (round(side * (1 - share) / 2) for side in image.size)
     return _saved(image.crop((left, top, max(image.width - left, left + 1), max(image.height - top, top + 1))), "PNG")
 
 
 def turned(image: RgbImage, orientation: int) -> bytes:
-    """A PNG that lies as the EXIF tag in it says, 2 to 8, so that those who heed the tag see the picture as it is."""
+    """A PNG stored rotated, with its EXIF orientation, 2 to 8: programs that read the tag see the image upright."""
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = orientation
     return _saved(image.transpose(UNTURNS[orientation]), "PNG", exif=exif)

@@ -1,4 +1,4 @@
-"""An index of pictures: seen once, searched by words or by picture, asked without the pictures."""
+"""An index of images: encoded once, searched by text or image, asked without opening the images."""
 
 from blip2.index.file import FORMAT, is_index
 from blip2.index.index import Hit, Index

@@ -1,4 +1,4 @@
-"""Pictures that are nearly the same: all pairs above a threshold, without comparing each pair in full."""
+"""Near-duplicates: all pairs above a threshold, without comparing every pair in full."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from blip2.index.rows import Rows, each
 
 BLOCK = 1024
-"""Rows that are compared with as many others at a time."""
+"""Rows per block; blocks are compared with blocks."""
 SAMPLE = 1024
 DIRECTIONS = 512
-"""Pairs are first compared along so many directions, those in which a sample of the pictures is largest."""
+"""Number of directions for the first comparison: the principal ones of a sample of the images."""
 
 
 def groups(vectors_NL: Rows | Tensor, threshold: float) -> list[tuple[float, list[int]]]:
-    """Rows that hang together by pairs whose cosine is ``threshold`` or more, each group with its greatest cosine.
+    """Rows connected by pairs with a cosine of at least ``threshold``: each group with its greatest cosine.
 
-    ``vectors_NL`` float16. Exact: a pair counts by its cosine in double precision, rounded to float32. The groups with
-    the greatest come first.
+    ``vectors_NL`` float16. Exact: a pair counts by its cosine in double precision, rounded to float32. Sorted by the
+    greatest cosine, descending.
     """
     best_N = torch.full((len(vectors_NL),), -torch.inf, dtype=torch.float32)
     group_N = torch.arange(len(vectors_NL))
@@ -37,7 +37,7 @@ def groups(vectors_NL: Rows | Tensor, threshold: float) -> list[tuple[float, lis
 
 
 def _joined(group_N: Tensor, first_B: Tensor, second_B: Tensor) -> Tensor:
-    """The group of each row, called by its lowest row, after these pairs were joined."""
+    """The group of each row, identified by its lowest row, after joining these pairs."""
     while True:
         one_B, other_B = group_N[first_B], group_N[second_B]
         if torch.equal(one_B, other_B):
@@ -50,12 +50,12 @@ def _joined(group_N: Tensor, first_B: Tensor, second_B: Tensor) -> Tensor:
 def _pairs(vectors_NL: Rows | Tensor, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every pair of rows above the threshold once, in portions: the two rows, and their cosine in float32.
 
-    Let W be some orthonormal directions, and a' what they leave of a. Then <a, b> is <Wa, Wb> + <a', b'>, and by
-    Cauchy-Schwarz at most <Wa, Wb> + |a'| |b'|: one product of the projections with the length of the rest behind them.
-    Only pairs for which that reaches the threshold are compared in full.
+    Let W be orthonormal directions, and a' the rest of a. Then <a, b> = <Wa, Wb> + <a', b'>, which by Cauchy-Schwarz is
+    at most <Wa, Wb> + |a'| |b'|: one product of the projections extended by the length of the rest. Only pairs for
+    which this bound reaches the threshold are compared in full.
     """
     projected_NW, length_N = _projected(vectors_NL)
-    # Higham, 2002, section 3.1: how far a float32 sum of L products may be off, doubled for terms of second order.
+    # Higham, 2002, section 3.1: the error of a float32 sum of L products, doubled for second-order terms.
     slack = 2 * vectors_NL.shape[1] * 2**-24
     starts = range(0, len(vectors_NL), BLOCK)
     for start in starts:
@@ -71,11 +71,11 @@ def _pairs(vectors_NL: Rows | Tensor, threshold: float) -> Iterator[tuple[Tensor
 def _compared(
     vectors_NL: Rows | Tensor, length_N: Tensor, first_P: Tensor, second_P: Tensor, threshold: float, slack: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the pairs that are above the threshold, compared in full: at worst, that is a block with a block."""
+    """The pairs that are above the threshold, compared in full: at most a block with a block."""
     (rows_F, at_P), (others_S, other_at_P) = (side.unique(return_inverse=True) for side in (first_P, second_P))
     cosine_P = (vectors_NL[rows_F].float() @ vectors_NL[others_S].float().T)[at_P, other_at_P]
     cosine_P /= length_N[first_P] * length_N[second_P]
-    # Where float32 cannot tell on which side of the threshold a pair is, double precision does.
+    # Double precision decides where float32 cannot tell on which side of the threshold a pair is.
     for some in ((cosine_P - threshold).abs() < slack).nonzero()[:, 0].split(256):
         one_PL, two_PL = vectors_NL[first_P[some]].double(), vectors_NL[second_P[some]].double()
         cosine_P[some] = F.cosine_similarity(one_PL, two_PL).float()
@@ -84,16 +84,16 @@ def _compared(
 
 
 def _projected(vectors_NL: Rows | Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row, made 1 long, the part along the directions and the length of the rest; and how long it was."""
+    """Of each normalised row, the projection on the directions and the length of the rest; and the row's length."""
     number = len(vectors_NL)
     sample_SL = vectors_NL[torch.linspace(0, number - 1, min(SAMPLE, number)).round().long()].float()
-    _, vectors_SS = torch.linalg.eigh(sample_SL @ sample_SL.T)  # the greatest last
+    _, vectors_SS = torch.linalg.eigh(sample_SL @ sample_SL.T)  # the largest eigenvalue last
     directions_LW, _ = torch.linalg.qr(sample_SL.T @ vectors_SS[:, -DIRECTIONS:])
 
     def along(some_BL: Tensor) -> tuple[Tensor, Tensor]:
         length_B1 = some_BL.float().norm(dim=1, keepdim=True)
         unit_BW = some_BL.float() @ directions_LW / length_B1
-        # A little more than is left, since what is left over of 1 is not exact where it is little.
+        # Round up a little, since the difference to 1 is inexact where it is small.
         rest_B1 = (1 - unit_BW.square().sum(dim=1, keepdim=True)).clamp(min=0).add(1e-6).sqrt()
         return torch.cat([unit_BW, rest_B1], dim=1), length_B1[:, 0]
 

@@ -1,11 +1,11 @@
-"""The file of an index: plain safetensors that anyone can open, written row after row, read when it is asked for.
+"""The index file: plain safetensors that any program can open, written row by row, read on demand.
 
-    vectors    float16[N, Q, D]   of each picture one vector a query
-    pictures   uint8[bytes]       N lines of JSON: path, size, mtime_ns, ctime_ns and digest (of the picture's content,
-                                  both left out where they are not known), crc32 (of its vectors, and the last)
-    metadata   format, version, kind, model, identity, checksum (of all that is not vectors)
+    vectors    float16[N, Q, D]   one vector per image and query token
+    pictures   uint8[bytes]       N lines of JSON: path, size, mtime_ns, ctime_ns and digest (of the image's content,
+                                  both left out if unknown), crc32 (of its vectors, always last)
+    metadata   format, version, kind, model, identity, checksum (of everything except the vectors)
 
-Rows are sorted by path, so that the same pictures make the same file, whatever the order in which they came.
+Rows are sorted by path, so that the same images make the same file, whatever their order.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ FORMAT = "blip2 index"
 VERSION = "1"
 KINDS = ("search", "ask")
 ALIGNMENT = 64
-"""The vectors begin at a multiple of so many bytes, as the fastest instructions like them."""
+"""Alignment of the vectors in bytes, for fast vector instructions."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the vectors are, and of which model: ``identity`` is `model.identity`, ``model`` the name it loads by.
+    """What the vectors are: ``identity`` is the `model.identity` of the model that made them, ``model`` its name for
+    `load`.
 
-    ``kind``: "search", unit vectors of a matching model; "ask", what a language model reads.
+    ``kind``: "search", unit vectors of a matching model; "ask", input of a language model.
     """
 
     kind: str
@@ -52,8 +53,8 @@ class Origin:
 
 
 class Picture(NamedTuple):
-    """A row: the picture's absolute path, the file's stamp when it was seen, the checksum of its vectors, and the
-    digest of its content, or "" where that is not known."""
+    """A row: the image's absolute path, the file's stamp when it was encoded, the checksum of its vectors, and the
+    digest of its content, or "" if unknown."""
 
     path: str
     stamp: Stamp
@@ -63,12 +64,12 @@ class Picture(NamedTuple):
     def line(self) -> bytes:
         row = {"path": self.path} | self.stamp._asdict() | {"digest": self.digest, "crc32": self.crc32}
         row = {name: value for name, value in row.items() if value or name not in ("ctime_ns", "digest")}
-        # In ASCII even a name that is no UTF-8 comes back as it was: its odd bytes are escaped.
+        # ASCII escapes preserve even names that are not UTF-8.
         return json.dumps(row).encode("ascii") + b"\n"
 
 
 class Stored:
-    """An index file that is open. ``rows``: its vectors, read when they are asked for, and known to be whole."""
+    """An open index file. ``rows``: its vectors, read on demand and checked."""
 
     def __init__(self, file: OpenFile, origin: Origin, shape: tuple[int, ...], start: int, lines: bytes) -> None:
         self.path = file.path
@@ -86,7 +87,8 @@ class Stored:
 
     @property
     def vectors_NQD(self) -> Tensor:
-        """Mapped: what is not looked at is not read. Nothing of it is checked. Raises IndexFileError if it was cut."""
+        """Memory-mapped, so only accessed parts are read. Not checked. Raises IndexFileError if the file is
+        truncated."""
         return self.rows.mapped()
 
     def picture(self, row: int) -> Picture:
@@ -99,17 +101,17 @@ class Stored:
         return [self.picture(row) for row in range(len(self))]
 
     def vectors(self, row: int) -> Tensor:
-        """A picture's vectors ``float16[Q, D]``, as they were written. Raises IndexFileError if they are not."""
+        """An image's vectors ``float16[Q, D]``. Raises IndexFileError if they do not match their checksum."""
         return self.rows[np.array([row])][0]
 
 
 def crc32_of(vectors_QD: Tensor) -> int:
-    """The checksum of a picture's vectors."""
+    """The checksum of an image's vectors."""
     return zlib.crc32(vectors_QD.numpy().data)
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says of itself that it is an index, or is called like one."""
+    """Whether a file has the header of an index, or its suffix."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -119,10 +121,10 @@ def is_index(path: str | os.PathLike[str]) -> bool:
 
 
 def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
-    """Open an index. Raises IndexFileError for anything that is not a whole one. ``held``: see `OpenFile`."""
+    """Open an index. Raises IndexFileError if it is not a complete index. ``held``: see `OpenFile`."""
     path = Path(path)
     if not path.exists():
-        raise IndexFileError(f"{path}: there is no such index; make one with blip2 index PHOTOS -o {path}")
+        raise IndexFileError(f"{path}: no such index; make one with blip2 index PHOTOS -o {path}")
     if path.is_dir():
         raise IndexFileError(f"{path}: is a folder; name the file of an index, such as {path / 'photos.index'}")
     try:
@@ -134,14 +136,14 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
             file.read(pictures.start, memoryview(lines))
     except OSError as error:
         raise IndexFileError(
-            f"{path}: is no index of pictures, or cut short ({error}); make it again with blip2 index"
+            f"{path}: is not an index of images, or is truncated ({error}); make it again with blip2 index"
         ) from None
     about = header.about
     if about.get("format") != FORMAT:
-        raise IndexFileError(f"{path}: is another safetensors file, no index of pictures")
+        raise IndexFileError(f"{path}: is a safetensors file, but not an index of images")
     if about.get("version") != VERSION:
         raise IndexFileError(
-            f"{path}: was written by another version of this program (format {about.get('version')}, here "
+            f"{path}: was written by another version of blip2 (format {about.get('version')}, here "
             f"{VERSION}); make it again with blip2 index"
         )
     origin = Origin(*(about.get(name, "") for name in ("kind", "model", "identity")))
@@ -152,7 +154,7 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
     )
     if not is_sound or origin.kind not in KINDS:
         raise IndexFileError(
-            f"{path}: is damaged (its list of pictures is not what was written); delete it, and make it again with "
+            f"{path}: is damaged (its list of images does not match its checksum); delete it, and make it again with "
             "blip2 index"
         )
     assert vectors is not None
@@ -162,14 +164,14 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
 def write(
     path: Path, origin: Origin, pictures: Sequence[Picture], shape: tuple[int, int], vectors: Iterable[Tensor]
 ) -> None:
-    """Write an index whose pictures have vectors ``float16[shape]``, taken one after the other.
+    """Write an index whose images have vectors ``float16[shape]``, taken one by one.
 
-    Half-written if it fails; `disk.written` makes it safe. Raises OSError.
+    Leaves a partial file if it fails; use it within `disk.written`. Raises OSError.
     """
     lines = b"".join(picture.line() for picture in pictures)
     full_shape = (len(pictures), *shape)
     num_bytes = 2 * len(pictures) * shape[0] * shape[1]
-    # Written here and not by the library, which wants all vectors in memory.
+    # Not written by the library, which needs all vectors in memory.
     header = json.dumps(
         {
             "__metadata__": {**origin.about(), "checksum": _checksum(origin, full_shape, lines)},
@@ -186,6 +188,6 @@ def write(
 
 
 def _checksum(origin: Origin, shape: Sequence[int], lines: bytes) -> str:
-    """Of all that is in the file besides the vectors."""
+    """The checksum of everything in the file except the vectors."""
     told = json.dumps([origin.about(), list(shape)]).encode("ascii")
     return f"{zlib.crc32(lines, zlib.crc32(told)):08x}"

@@ -1,4 +1,4 @@
-"""The picture files that an index stands for, as they are now: of folders, of a list, of rows that name them."""
+"""The current image files of an index: from folders, from a list, and named in rows."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TABLES = (*TABLE_SUFFIXES, *TAR_SUFFIXES)
 
 
 class Collection:
-    """All picture files that folders, single files and rows give, by absolute path, each with its stamp.
+    """All image files of folders, single files and rows, by absolute path, each with its stamp.
 
-    ``problems``: a line for each place or entry that could not be looked at; what the index knows of them stays.
-    ``found``: what the folders hold. ``rows``: how `open_source` reads rows. Raises IndexFileError if there is nothing
-    at all: it may be a drive that is not there today, and everything would be forgotten.
+    ``problems``: a line for each place or entry that cannot be read; its images stay in the index. ``found``: the
+    content of the folders. ``rows``: how `open_source` reads rows. Raises IndexFileError if there is nothing at all: a
+    drive may not be mounted, and the index would be emptied.
     """
 
     def __init__(
@@ -50,26 +50,27 @@ class Collection:
                 self.stamps[path] = stamp
                 self._files.add(path)
         if not named:
-            raise IndexFileError("there is no folder to look for pictures in; name at least one")
+            raise IndexFileError("there are no images to index; name at least one folder")
         if not self.stamps:
             told = self.problems[0] if self.problems else self.found.passed_over()
-            raise IndexFileError(f"{told}; the index is left as it was")
+            raise IndexFileError(f"{told}; the index is unchanged")
 
     def covers(self, path: str) -> bool:
-        """Whether a picture of this path would be among them if it existed."""
+        """Whether an image with this path would be included if it existed."""
         return path in self._files or (path.startswith(self._folders) and not path.startswith(self._unknown))
 
 
 def _named_in(tables: list[str], rows: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The files that rows name, each once, and what is wrong with others. Raises IndexFileError, CollectionError."""
+    """The files named in rows, without repetitions, and the problems of others. Raises IndexFileError,
+    CollectionError."""
     paths: dict[str, None] = {}
     problems: list[str] = []
     for table in tables:
-        source = open_source([table], key_column="row", **rows)  # a picture may be in several
+        source = open_source([table], key_column="row", **rows)  # an image may be in several rows
         for record in (record for unit in source.units for record in source.records(unit)):
             if isinstance(record.picture, bytes):
                 raise IndexFileError(
-                    f"{name_of(table)}: holds its pictures, and an index opens pictures by their names later; unpack it"
+                    f"{name_of(table)}: contains the images, but an index needs image files to open later; unpack it"
                 )
             if record.picture is None:
                 problems.append(record.problem)

@@ -1,4 +1,4 @@
-"""`Index`: a file of pictures that were seen, to search and to ask."""
+"""`Index`: a file of encoded images, to search and to ask."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from blip2.tasks.speaker import chunks
 from blip2.text import clean
 
 DUPLICATE = 0.95
-"""From this similarity on pictures count as nearly the same, unless another is given."""
+"""Default similarity from which images count as near-duplicates."""
 
 
 class Hit(NamedTuple):
-    """A picture that was found.
+    """A search result.
 
-    ``cosine`` (-1 to 1): how near it is to what was searched for. ``score``: what the order is by; the cosine, or where
-    the model has read picture and text together, the logit of a match added to it. ``row``: where it is in the index.
+    ``cosine`` (-1 to 1): similarity to the query. ``score``: the sort key; the cosine, or after reranking the match
+    logit plus the cosine. ``row``: the image's row in the index.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Hit(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Pictures that hang together by pairs that are nearly the same, and how similar the most similar two are."""
+    """Images connected by near-duplicate pairs, and the similarity of the most similar pair."""
 
     similarity: float
     paths: list[str]
@@ -52,8 +52,8 @@ class Group(NamedTuple):
 class Index(Sequence[EncodedImage]):
     """Encoded images in one file: N of them, each with Q vectors of D numbers.
 
-    An index to search (``kind`` "search") is made by a `Matcher`, one to ask ("ask") by a `Pipeline`. The latter is
-    a sequence of `EncodedImage`: ``index[:]`` can be given to `Pipeline.ask` instead of images.
+    An index to search (``kind`` "search") is made by a `Matcher`, one to ask ("ask") by a `Pipeline`. The latter is a
+    sequence of `EncodedImage`: ``index[:]`` can be given to `Pipeline.ask` instead of images.
     """
 
     def __init__(self, stored: Stored) -> None:
@@ -63,7 +63,7 @@ class Index(Sequence[EncodedImage]):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Index:
-        """Nothing but the list of pictures is read. Raises IndexFileError for what is no index, or not a whole one."""
+        """Open an index; only reads the list of images. Raises IndexFileError if it is not a complete index."""
         return cls(read(path))
 
     @staticmethod
@@ -79,7 +79,7 @@ class Index(Sequence[EncodedImage]):
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_problem: Callable[[str], None] = lambda message: None,
     ) -> Changes:
-        """Make an index of the pictures in folders, or bring it up to date; see `index.update`."""
+        """Make an index of the images in folders, or update it; see `index.update`."""
         folders = [folders] if isinstance(folders, str | os.PathLike) else folders
         if os.path.isfile(path):
             stored = read(path)
@@ -92,7 +92,7 @@ class Index(Sequence[EncodedImage]):
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"<Index {self._stored.path} to {self.kind}, {len(self):,} pictures by {self.model_name}>"
+        return f"<Index {self._stored.path} to {self.kind}, {len(self):,} images by {self.model_name}>"
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -103,48 +103,48 @@ class Index(Sequence[EncodedImage]):
 
     @property
     def model_name(self) -> str:
-        """What the model that made it is called, for `load`."""
+        """The name of the model that made it, for `load`."""
         return self._stored.origin.model
 
     @property
     def vectors(self) -> Tensor:
-        """``float16[N, Q, D]``, mapped: what is not looked at is not read. Not to be written to.
+        """``float16[N, Q, D]``, memory-mapped, so only accessed parts are read. Read-only.
 
-        Unlike all else here these numbers are not checked. Raises IndexFileError if the file was cut; one that is cut
-        later, while they are looked at, ends the process.
+        Unlike everything else here, these numbers are not checked. Raises IndexFileError if the file is truncated; if
+        it is truncated later, during access, the process crashes.
         """
         return self._stored.vectors_NQD
 
     @cached_property
     def paths(self) -> list[str]:
-        """Where the pictures were, in order."""
+        """The paths of the images, in order."""
         return [picture.path for picture in self._stored.pictures()]
 
     def changed(self, rows: Iterable[int] | None = None) -> list[str]:
-        """The paths, of these rows or of all, of pictures whose files hold something else now than what was seen.
+        """The paths of images (of these rows, or all) whose file content has changed since they were encoded.
 
-        What the index says of them is of what was there before. Files that are gone are not among them.
+        The index still describes the earlier content. Files that are gone are not included.
         """
         pictures = map(self._stored.picture, range(len(self)) if rows is None else rows)
         stamped = ((picture, stamp_of(picture.path)) for picture in pictures)
         return [picture.path for picture, now in stamped if now is not None and current(picture, now) is None]
 
-    # ---- to be asked ----
+    # ---- asking ----
 
     @overload
     def __getitem__(self, row: int) -> EncodedImage: ...
     @overload
     def __getitem__(self, row: slice) -> list[EncodedImage]: ...
     def __getitem__(self, row: int | slice) -> EncodedImage | list[EncodedImage]:
-        """What was seen of a picture, as `Pipeline.encode` gives it, in half precision. Raises IndexFileError."""
+        """The encoded image of a row, as from `Pipeline.encode`, in half precision. Raises IndexFileError."""
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
         self.check_kind("ask")
         number = range(len(self))[row]
-        identity = self._stored.origin.identity.partition("-")[0]  # the model's own, see `update.identity_of`
+        identity = self._stored.origin.identity.partition("-")[0]  # without the suffix of `update.identity_of`
         return EncodedImage(self._stored.vectors(number), identity)
 
-    # ---- to be searched ----
+    # ---- searching ----
 
     def search(
         self,
@@ -156,11 +156,11 @@ class Index(Sequence[EncodedImage]):
         batch_size: int = BATCH_SIZE,
         on_problem: Callable[[str], None] = lambda message: None,
     ) -> list[Hit]:
-        """The ``k`` pictures nearest to a text, the nearest first; exact. See `search_picture` for a picture.
+        """The ``k`` images most similar to a text, best first; exact. See `search_picture` for an image.
 
-        ``rerank``: so many of the nearest are opened, and read together with the text (ITM), which is slow and right;
-        they are ordered by the logit of a match plus the cosine, as the authors do. One that cannot be opened any more
-        is told to ``on_problem`` and comes after them. Raises OptionError and IndexFileError.
+        ``rerank``: number of best images to open and score together with the text (ITM), which is slower and more
+        accurate; they are sorted by match logit plus cosine, as in the paper. Images that can no longer be opened are
+        reported to ``on_problem`` and come after them. Raises OptionError and IndexFileError.
         """
         check_search(k, rerank)
         self.check_kind("search")
@@ -173,7 +173,7 @@ class Index(Sequence[EncodedImage]):
         return hits[:k]
 
     def search_picture(self, matcher: Matcher, picture: Source, k: int = 10) -> list[Hit]:
-        """The ``k`` pictures most like a picture: by the mean cosine of their vectors, each with its like.
+        """The ``k`` images most similar to an image, by the mean cosine of corresponding vectors.
 
         Raises OptionError, ImageError and IndexFileError.
         """
@@ -181,15 +181,15 @@ class Index(Sequence[EncodedImage]):
         self.check_kind("search")
         self.check_model(matcher)
         vectors_QE = matcher.embed_images(picture)
-        # Each of the queries asks the same of every picture, so that the first is compared with the first, and so on.
+        # Each query token asks the same of every image, so the first vector is compared with the first, and so on.
         whole_NRL = self._stored.rows.viewed(1, vectors_QE.numel())
         return self._hits(*nearest(whole_NRL, vectors_QE.flatten(), k, length=len(vectors_QE) ** 0.5))
 
     def near_duplicates(self, threshold: float = DUPLICATE) -> list[Group]:
-        """Pictures that are nearly the same, in groups; similarity as in `search_picture`. Raises OptionError.
+        """Groups of near-duplicates; similarity as in `search_picture`. Raises OptionError.
 
-        Exact: no pair above the threshold is missed. A group hangs together by such pairs; its first and its last
-        may be less alike.
+        Exact: no pair above the threshold is missed. A group is connected by such pairs; not all of its pairs need be
+        above the threshold.
         """
         if not 0 < threshold <= 1:
             raise OptionError(
@@ -206,7 +206,7 @@ class Index(Sequence[EncodedImage]):
         return self._stored.picture(row).path
 
     def check_kind(self, kind: str) -> None:
-        """Raises IndexFileError if it is for something else."""
+        """Raises IndexFileError if the index is of another kind."""
         check_kind(self._stored, kind)
 
     def check_model(self, model: Matcher | Pipeline) -> None:
@@ -215,25 +215,25 @@ class Index(Sequence[EncodedImage]):
 
 
 def check_search(k: int, rerank: int) -> None:
-    """Raises OptionError for numbers that mean nothing."""
+    """Raises OptionError for invalid numbers."""
     if k < 1:
-        raise OptionError(f"{option('k')} is {k}; ask for 1 picture or more")
+        raise OptionError(f"{option('k')} is {k}; use 1 or more")
     if rerank < 0:
         raise OptionError(
-            f"{option('rerank')} is {rerank}; give how many of the nearest are to be read again, or 0 for none"
+            f"{option('rerank')} is {rerank}; give the number of best images to rerank, or 0 for none"
         )
 
 
 def check_text(text: str) -> None:
-    """Raises OptionError if there is nothing in it."""
+    """Raises OptionError for an empty text."""
     if not clean(text):
-        raise OptionError("the text is empty; write what is to be found")
+        raise OptionError("the text is empty; describe what to find")
 
 
 def _reranked(
     matcher: Matcher, text: str, hits: list[Hit], batch_size: int, on_problem: Callable[[str], None]
 ) -> list[Hit]:
-    """Read together with the text and ordered anew (section 4.4 of the paper); what cannot be read comes last."""
+    """Score images together with the text and sort them again (section 4.4 of the paper); unreadable ones come last."""
     reader = matcher.reader
     ids = reader.ids([text])
     text_1E = reader.embed_texts(ids)

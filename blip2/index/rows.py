@@ -1,4 +1,4 @@
-"""The vectors of an open index: read when they are asked for, and known to be what was written."""
+"""The vectors of an open index, read on demand and checked."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class Rows:
-    """``float16[N, ...]`` in a file: ``rows[numbers]`` as of a tensor, and `each`.
+    """``float16[N, ...]`` in a file: ``rows[numbers]`` as for a tensor, and `each`.
 
-    Each row is compared with its checksum when it is first read, and again if the file was changed since. Raises
-    IndexFileError for one that is not what was written, or that cannot be read.
+    Each row is compared with its checksum when it is first read, and again if the file has changed since. Raises
+    IndexFileError for a row that does not match, or cannot be read.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Rows:
         return self.shape[0]
 
     def viewed(self, *shape: int) -> Rows:
-        """The same rows, each of another shape."""
+        """The same rows, each with another shape."""
         other = object.__new__(Rows)
-        other.__dict__ |= self.__dict__  # what is known of them, too
+        other.__dict__ |= self.__dict__  # shares the record of checked rows
         other.shape = (len(self), *shape)
         return other
 
@@ -55,10 +55,10 @@ class Rows:
         return found
 
     def each(self, portion: Callable[[Tensor], T], size: int) -> Iterator[T]:
-        """What ``portion`` makes of every ``size`` rows, in order; by as many threads as torch may use.
+        """The results of ``portion`` for every ``size`` rows, in order, with as many threads as torch may use.
 
-        Each thread has one piece of memory, so that what it has read is still near when it is worked on; ``portion``
-        must not keep it.
+        Each thread has one buffer, so that the data is still in its cache when it is processed; ``portion`` must not
+        keep a reference to it.
         """
         self._look_for_changes()
         own = threading.local()
@@ -74,7 +74,7 @@ class Rows:
             yield from pool.map(work, range(0, len(self), size))
 
     def _read(self, first: int, into: Tensor) -> None:
-        """Rows from ``first`` on, checked."""
+        """Read rows from ``first`` on, checked."""
         content = memoryview(into.view(-1).numpy()).cast("B")  # type: ignore[arg-type]
         self._fill(first * self._row_bytes, content)
         last = first + len(into)
@@ -86,8 +86,8 @@ class Rows:
             found_B = np.array([zlib.crc32(content[at : at + size]) for at in range(0, len(content), size)], np.uint32)
         if (wrong := np.flatnonzero(found_B != self._crc32_N[first:last])).size:
             raise IndexFileError(
-                f"{self._file.path}: is damaged (what it holds of {self._name(first + int(wrong[0]))} is not what was "
-                "written); delete it, and make it again with blip2 index"
+                f"{self._file.path}: is damaged (the vectors of {self._name(first + int(wrong[0]))} do not match their "
+                "checksum); delete it, and make it again with blip2 index"
             )
         self._is_known_N[first:last] = True
 
@@ -97,7 +97,7 @@ class Rows:
         except OSError as error:
             raise IndexFileError(
                 f"{self._file.path}: cannot be read ({error.strerror or error}); if another program changed it, open "
-                "it anew, or make it again with blip2 index"
+                "it again, or make it again with blip2 index"
             ) from None
 
     def _look_for_changes(self) -> None:
@@ -106,13 +106,13 @@ class Rows:
             self._stamp = stamp
 
     def mapped(self) -> Tensor:
-        """``float16[N, ...]``, mapped and not checked. Raises IndexFileError if the file is shorter than that."""
+        """``float16[N, ...]``, memory-mapped and not checked. Raises IndexFileError if the file is too short."""
         self._fill(len(self) * self._row_bytes - 1, memoryview(bytearray(1)))
         with self._file.reopened() as file:
-            # A private copy of what would be written to, which nobody does: torch wants no array that cannot be.
+            # Copy-on-write, although nobody writes: torch does not accept read-only arrays.
             return torch.from_numpy(np.memmap(file, np.float16, "c", self._start, self.shape))
 
 
 def each(rows: Rows | Tensor, portion: Callable[[Tensor], T], size: int) -> Iterator[T]:
-    """As `Rows.each`, of vectors in memory too."""
+    """As `Rows.each`, also for vectors in memory."""
     return rows.each(portion, size) if isinstance(rows, Rows) else map(portion, rows.split(size))

@@ -1,7 +1,7 @@
-"""What a run has done so far: a folder beside the index, held by one run at a time.
+"""Results of an unfinished run: a folder beside the index, locked by one run at a time.
 
-Every few hundred pictures become a small index of their own in it, so that a run that is killed loses at most one of
-these; the next run takes them over.
+Every few hundred images become a small index in this folder, so that a killed run loses at most one of these. The next
+run takes them over.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from blip2.index.file import Origin, Picture, Stored, read, write
 
 
 class Unfinished:
-    """The folder ``photos.index.unfinished``; `held` makes it."""
+    """The folder ``photos.index.unfinished``; `held` creates it."""
 
     def __init__(self, index: Path) -> None:
         self.index = index
         self.folder = index.with_name(f"{index.name}.unfinished")
 
     def shards(self) -> list[Stored]:
-        """What earlier runs left; what cannot be read is left out, and its pictures are encoded again."""
+        """Small indexes left by earlier runs; unreadable ones are skipped, and their images are encoded again."""
         found = []
         for path in self._paths():
             with suppress(IndexFileError):
@@ -39,7 +39,7 @@ class Unfinished:
         return bool(self._paths())
 
     def add(self, origin: Origin, rows: Sequence[tuple[Picture, Tensor]]) -> None:
-        """Keep these pictures with their vectors. Raises IndexFileError if there is no room."""
+        """Store these images with their vectors. Raises IndexFileError if the disk is full."""
         number = 1 + max((int(path.stem) for path in self._paths()), default=0)
         self._write(self.folder / f"{number:08}.part", origin, [picture for picture, _ in rows], rows[0][1].shape,
                     (vectors_QD for _, vectors_QD in rows))  # fmt: skip
@@ -47,7 +47,7 @@ class Unfinished:
     def replace(
         self, origin: Origin, pictures: Sequence[Picture], shape: Sequence[int], vectors: Iterable[Tensor]
     ) -> None:
-        """Put these rows in the place of the index, all or nothing."""
+        """Replace the index by these rows, atomically."""
         self._write(self.index, origin, pictures, shape, vectors)
 
     def _paths(self) -> list[Path]:
@@ -62,14 +62,14 @@ class Unfinished:
                 write(unnamed, origin, pictures, (shape[0], shape[1]), vectors)
         except OSError as error:
             raise IndexFileError(
-                f"{path}: cannot be written ({error.strerror}); make room there, and run the same again: what was "
-                "encoded before is kept"
+                f"{path}: cannot be written ({error.strerror}); free some space, and repeat the command: finished "
+                "work is kept"
             ) from None
 
 
 @contextmanager
 def held(index: Path) -> Iterator[Unfinished]:
-    """The folder, for this run alone; it goes when nothing unfinished is in it. Raises IndexFileError."""
+    """Lock the folder for this run; it is removed when it is empty. Raises IndexFileError."""
     unfinished = Unfinished(index)
     folder = unfinished.folder
     lock = FileLock(folder / "lock", timeout=0)
@@ -77,10 +77,10 @@ def held(index: Path) -> Iterator[Unfinished]:
         folder.mkdir(exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise IndexFileError(f"{index}: another run is at work on it; wait for its end") from None
+        raise IndexFileError(f"{index}: another run is writing it; wait until it ends") from None
     except OSError as error:
         raise IndexFileError(
-            f"{index}: cannot be written ({error.strerror}); check that its folder exists, and your rights there"
+            f"{index}: cannot be written ({error.strerror}); check that its folder exists, and its permissions"
         ) from None
     finished = False
     try:

@@ -1,4 +1,4 @@
-"""Bringing an index up to date with folders: encode what is new or changed, forget what is gone, lose nothing."""
+"""Updating an index from folders: encode new and changed images, remove deleted ones, lose no work."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from blip2.tasks.speaker import check_batch_size
 
 SHARD_PICTURES = 256
 SHARD_SECONDS = 30.0
-"""After so many pictures, or so long, what was done is kept: that is what a killed run may lose."""
+"""Number of images and seconds after which results are stored; a killed run loses at most that."""
 DEFAULT_MODELS = {"search": "miniature-itm", "ask": "miniature"}
 
 Model = Matcher | Pipeline
 Load = Callable[[str, str], Model]
-"""A model by its name, for a kind of index."""
+"""Loads a model by name, for a kind of index."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What an update did, in pictures; ``total``: how many the index holds now."""
+    """What an update did, as numbers of images; ``total``: images in the index now."""
 
     new: int
     changed: int
@@ -57,7 +57,7 @@ class Changes:
 
 
 class Row(NamedTuple):
-    """Where a picture's vectors are: an open file, the row in it, and what that says of the picture."""
+    """Where an image's vectors are: an open file, the row in it, and the row's record of the image."""
 
     stored: Stored
     number: int
@@ -80,25 +80,23 @@ def update(
     on_problem: Callable[[str], None] = lambda message: None,
     on_note: Callable[[str], None] = lambda message: None,
 ) -> Changes:
-    """Make the index of the pictures in folders (and single files), or bring it up to date.
+    """Make the index of the images in folders (and single files), or update it.
 
-    Pictures whose size and times of change are known are not looked at again, and where these differ, but the content
-    does not, not encoded again; those of folders that are not named stay as they are. ``kind``: "search" or "ask", by
-    default the index's own, or "search". ``load`` gives the model of a name for that kind, and is called only if there
-    is work for it; ``model`` is the name, by default the index's own.
-    ``recursive`` and ``exclude``: see `data.folders.find_in`; what they leave out of a folder is forgotten, too.
-    ``rows``: places may be files of rows that name pictures (JSON lines, CSV, parquet, COCO), and this how they are
-    read: ``image_column``, ``images`` and ``split`` as `collection.sources.open_source` has them.
-    ``reading``: which pictures are read, as the model's own.
-    ``on_progress``: pictures done and in all. ``on_problem``: a line for each picture or folder that cannot be read,
-    which is left out; what the index knows of a folder stays. ``on_note``: a line that counts what is no picture.
-
-    Raises IndexFileError (the index is then as it was, and what was encoded is kept for the next run) and OptionError.
+    An image with unchanged size and times is not read again; if these differ, but the content does not, it is not
+    encoded again. Images of folders that are not named are kept. ``kind``: "search" or "ask", by default the index's
+    own, or "search". ``load`` returns the model of a name for that kind, and is only called if it is needed; ``model``
+    is the name, by default the index's own. ``recursive`` and ``exclude``: see `data.folders.find_in`; images that they
+    leave out are removed from the index. ``rows``: places may be files of rows that name images (JSON lines, CSV,
+    parquet, COCO); these options say how they are read: ``image_column``, ``images`` and ``split`` as in
+    `collection.sources.open_source`. ``reading``: limits for reading images, as for the model. ``on_progress``: images
+    done and total. ``on_problem``: a line for each image or folder that cannot be read and is skipped; images of such a
+    folder stay in the index. ``on_note``: a line that counts files that are not images. Raises IndexFileError (the
+    index is then unchanged, and finished work is kept for the next run) and OptionError.
     """
     path = Path(os.path.realpath(path))
     check_batch_size(batch_size)
     if kind not in (None, *KINDS):
-        raise OptionError(f"{option('kind')} is {kind!r}; an index is for {' or '.join(KINDS)}")
+        raise OptionError(f"{option('kind')} is {kind!r}; use {' or '.join(KINDS)}")
     if path.is_dir():
         raise IndexFileError(f"{path}: is a folder; name a file, such as {path / 'photos.index'}")
     found = Collection(places, recursive=recursive, exclude=exclude, rows=rows)
@@ -114,43 +112,43 @@ def update(
 
 
 def check_kind(stored: Stored | None, kind: str) -> None:
-    """Raises IndexFileError if the index is for something else."""
+    """Raises IndexFileError if the index is of another kind."""
     if stored is not None and stored.origin.kind != kind:
         other = stored.origin.kind
         raise IndexFileError(
-            f"{stored.path}: is an index to {other}, not to {kind}; make another file with blip2 index --for {kind}"
+            f"{stored.path}: is an index to {other}, not to {kind}; make another one with blip2 index --for {kind}"
         )
 
 
 def check_model(stored: Stored, model: Model) -> None:
-    """Raises IndexFileError if the vectors are another model's."""
+    """Raises IndexFileError if the vectors are of another model."""
     if stored.origin.identity != identity_of(model):
         raise IndexFileError(
-            f"{stored.path}: was made by {stored.origin.model} (identity {stored.origin.identity}), and the model here "
+            f"{stored.path}: was made by {stored.origin.model} (identity {stored.origin.identity}), but the model here "
             f"is {model.name} (identity {identity_of(model)}), which cannot read its vectors; use that model, or make "
             "a new index with this one"
         )
 
 
 def identity_of(model: Model) -> str:
-    """The model's own (`model.identity`); more than that where pictures do not become pixels as they usually do."""
+    """The `model.identity`, with a suffix if images are preprocessed in another than the usual way."""
     identity = model.identity if isinstance(model, Matcher) else model.speaker.identity
     settings: list[object] = [[round(value, 6) for value in values] for values in model.eye.normalization]
     if resizing := {name: value for name, value in model.eye.look.items() if name in ("resample", "shortest_edge")}:
         settings.append(resizing)
-    if PIXELS_VERSION > 1:  # the first is that of files which do not say it
+    if PIXELS_VERSION > 1:  # 1 is the version of files without one
         settings.append(PIXELS_VERSION)
     is_usual = settings == [[round(value, 6) for value in values] for values in (CLIP_MEAN, CLIP_STD)]
     return identity if is_usual else f"{identity}-{crc32(json.dumps(settings).encode()):08x}"
 
 
 def kind_of(model: Model) -> str:
-    """What an index by this model is for."""
+    """The kind of index that this model makes."""
     return "search" if isinstance(model, Matcher) else "ask"
 
 
 def current(picture: Picture, now: Stamp | None) -> Picture | None:
-    """The row of a picture if the file is still what was seen; where its stamp does not tell, its content does."""
+    """The row of an image if its file is unchanged; if its stamp has changed, the content decides."""
     if now is None or picture.stamp.is_still(now):
         return picture if now is not None else None
     is_same = picture.digest and picture.stamp.size == now.size and digest_since(picture.path, now) == picture.digest
@@ -183,11 +181,11 @@ class _Update:
         origin = self.old.origin if self.old is not None else None
         shards = self.unfinished.shards()
         name = _lasting(name or (origin or (shards[-1].origin if shards else None) or _unnamed(self.kind)).model)
-        # No model is loaded for nothing, not even for pictures that are broken and were yesterday.
+        # Do not load a model for nothing, not even for images that were unreadable before and still are.
         if shards or (origin is not None and origin.model != name) or any(map(self._is_readable, self._missing(rows))):
             model = load(name, self.kind)
             if kind_of(model) != self.kind:
-                raise OptionError(f"{name} is no model to make an index for {self.kind} with; name another")
+                raise OptionError(f"{name} cannot make an index for {self.kind}; name another model")
             if self.old is not None:
                 check_model(self.old, model)
             origin = Origin(self.kind, name, identity_of(model))
@@ -197,7 +195,7 @@ class _Update:
         else:
             unreadable = self._report(self._missing(rows))
         if not rows or origin is None:
-            raise IndexFileError(f"{self.unfinished.index}: none of the pictures can be read; it is left as it was")
+            raise IndexFileError(f"{self.unfinished.index}: none of the images can be read; the index is unchanged")
         has_other = any(row.stored is not self.old or row.picture.stamp != before[path] for path, row in rows.items())
         if self.old is None or origin != self.old.origin or rows.keys() != before.keys() or has_other:
             self._merge(origin, rows)
@@ -220,7 +218,7 @@ class _Update:
         return sorted(self.found.stamps.keys() - rows.keys())
 
     def _take_over(self, shards: list[Stored], origin: Origin, rows: dict[str, Row]) -> None:
-        """What a run of the same model left, or this one did, of pictures that are still as they were then."""
+        """Take over results of the same model, by an earlier run or this one, for images that are unchanged."""
         for shard in shards:
             if (shard.origin.kind, shard.origin.identity) != (origin.kind, origin.identity):
                 continue
@@ -232,7 +230,7 @@ class _Update:
                     rows[picture.path] = Row(shard, number, known)
 
     def _encode(self, paths: list[str], model: Model, origin: Origin) -> list[str]:
-        """Into the unfinished folder; the paths of what cannot be read come back."""
+        """Encode into the unfinished folder; returns the paths of unreadable images."""
         unreadable: list[str] = []
         done: list[tuple[Future[Picture], Tensor]] = []
         kept_at = time.monotonic()
@@ -258,14 +256,14 @@ class _Update:
                         kept_at = time.monotonic()
                     self.on_progress(number, len(paths))
             except BaseException:
-                with suppress(IndexFileError):  # what went wrong first is what is told
+                with suppress(IndexFileError):  # report the first error
                     keep()
                 raise
             keep()
         return unreadable
 
     def _picture(self, path: str, crc32: int) -> Picture:
-        """The row of a picture that was seen; without a digest if its file was changed meanwhile."""
+        """The row of an encoded image; without a digest if its file has changed meanwhile."""
         stamp = self.found.stamps[path]
         return Picture(path, stamp, crc32, digest_since(path, stamp))
 
@@ -289,16 +287,16 @@ class _Update:
 
 
 def _vectors(path: str, image: ImageFeatures | EncodedImage | ImageError) -> Tensor:
-    """What is kept of a picture, ``float16[Q, D]``. Raises the ImageError that it is, or one if it overflows."""
+    """The vectors to store, ``float16[Q, D]``. Raises the image's ImageError, or one if the values overflow."""
     if isinstance(image, ImageError):
         raise image
     if isinstance(image, EncodedImage):
         vectors_QD = image.queries_QD.float().cpu()
-    else:  # of length 1 also where the model computed them in half precision: the search counts on it
+    else:  # normalise also after half precision, since the search relies on length 1
         vectors_QD = F.normalize(image.vectors_QE.float().cpu(), dim=-1)
     half_QD = vectors_QD.to(torch.float16).contiguous()
     if not half_QD.isfinite().all():
-        raise ImageError(f"{path}: what the model sees of it is not finite; load the model in another precision")
+        raise ImageError(f"{path}: its features are not finite; load the model in another precision")
     return half_QD
 
 
@@ -307,5 +305,5 @@ def _unnamed(kind: str) -> Origin:
 
 
 def _lasting(name: str) -> str:
-    """A folder's name as it is understood from anywhere."""
+    """A folder's name as an absolute path."""
     return os.path.abspath(name) if name not in BUNDLED and os.path.isdir(name) else name

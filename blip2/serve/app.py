@@ -1,4 +1,4 @@
-"""The application: its routes, its doorman, and its models, which are loaded once the port is open."""
+"""The application: its routes, its doorman, and its models, which are loaded after the port is opened."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def create_app(
     fetcher: Fetcher | None = None,
     replica: str | None = None,
 ) -> FastAPI:
-    """An ASGI application. ``load`` is called in a thread when it starts.
+    """An ASGI application. ``load`` is called in a thread on start-up.
 
-    ``keys``: whoever has none of them is sent away; without any, everybody is let in. ``door``: the names that it
-    answers under (by default any), web pages of other sites that may use it (none), and the path where a proxy shows
-    it. ``fetcher``: for pictures at web addresses, which by default are refused. ``replica``: its name, if it is one of
-    several; answers and metrics carry it. ``app.state.service`` is its `Service`.
+    ``keys``: accepted API keys; without any, no key is needed. ``door``: allowed host names (default: any), allowed
+    origins of web pages (default: none), and the path prefix of a proxy. ``fetcher``: downloads images at URLs, which
+    are refused by default. ``replica``: the name of this replica, if there are several; answers and metrics carry it.
+    ``app.state.service`` is the `Service`.
     """
     service = Service(load, limits or Limits(), fetcher or Fetcher(), replica)
     routers = [openai.router(service), plain.router(service)]
@@ -52,7 +52,7 @@ def create_app(
 
 
 class Answering(Protocol):
-    """What an application needs of the `Service` behind it."""
+    """What the application needs of the `Service` behind it."""
 
     limits: Limits
     metrics: Metrics
@@ -80,7 +80,7 @@ def application(
     door: Door | None = None,
     replica: str | None = None,
 ) -> FastAPI:
-    """The routes that need a model, the page, what operators ask, and all that stands before them."""
+    """The routes that need a model, the web page, the endpoints for operators, and all middleware."""
     door = door or Door()
 
     @asynccontextmanager
@@ -96,7 +96,7 @@ def application(
         docs_url=None,
         redoc_url=None,
         servers=[{"url": door.root_path}] if door.root_path else None,
-        redirect_slashes=False,  # behind a proxy it would send clients, and their keys, to the wrong scheme and host
+        redirect_slashes=False,  # behind a proxy, redirects would name the wrong scheme and host
     )
     app.state.service = service
     add_handlers(app)
@@ -106,14 +106,14 @@ def application(
 
     @app.get("/health")
     async def health() -> Response:
-        """Whether the server is there at all, also while the model is loading; 503 if it has to be started anew."""
+        """Liveness: 200 also while the model is loading; 503 if the server has to be restarted."""
         if service.death is not None and (refusal := service.refusal()) is not None:
             return refusal.response()
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether it can answer; 503 while the model is loading, and if it is gone."""
+        """Readiness: 503 while the model is loading, and after it has failed."""
         refusal = service.refusal()
         return JSONResponse({"status": "ready"}) if refusal is None else refusal.response()
 
@@ -139,12 +139,12 @@ def application(
 
 
 def routes_of(app: FastAPI) -> Routes:
-    """All that an application answers to."""
+    """All routes of an application."""
     return Routes({**app.openapi()["paths"], **static.PATHS, "/openapi.json": ["get"]})
 
 
 def guarded(app: ASGIApp, /, *, door: Door, routes: Routes, keys: Sequence[str], **of_doorman: Any) -> ASGIApp:
-    """An application behind all that a request has to pass, from the outside in: its line in the log, the names and
-    pages that are let in, the `Doorman` with the keys and the queue, and the answer to what nobody expected."""
+    """An application within its middleware, from the outside in: access log, allowed hosts and origins, the `Doorman`
+    with keys and queue, and the handler of unexpected errors."""
     doorman = Doorman(Failures(app), keys=keys, routes=routes.fixed, **of_doorman)
     return RequestLog(Gate(doorman, door=door, routes=routes, has_keys=bool(keys)), routes=routes)

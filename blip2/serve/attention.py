@@ -1,4 +1,4 @@
-"""Routes whose work ends when nobody waits for it any more: the client has hung up, or the time is up."""
+"""Routes whose work is cancelled when the client disconnects or the deadline passes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from blip2.serve.errors import ApiError
 from blip2.serve.places import too_late
 
 BODY = "blip2.body"
-"""Where the scope has the bytes of the body, for whoever takes them out."""
+"""Scope key of the body's bytes, for the function that takes them."""
 
 
 class Attended(APIRoute):
-    """A route that is cancelled; an answer that is sent piece by piece sees to that by itself."""
+    """A route that can be cancelled. A streamed answer handles this itself."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -36,7 +36,7 @@ class Attended(APIRoute):
 
 
 async def attend(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What the work gives. Raises ApiError if it is given up."""
+    """The result of the work. Raises ApiError if it is cancelled."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hang_up(request))
     try:
@@ -45,13 +45,13 @@ async def attend(request: Request, work: Coroutine[Any, Any, Response]) -> Respo
         if task.done():
             return task.result()
         if gone.done():
-            raise ApiError(499, "client_closed_request", "the client hung up")
+            raise ApiError(499, "client_closed_request", "the client disconnected")
         raise too_late()
     finally:
         gone.cancel()
         if not task.done():
             task.cancel()
-            await asyncio.wait((task,), timeout=1)  # it gives back what it holds
+            await asyncio.wait((task,), timeout=1)  # let it release its resources
 
 
 async def _hang_up(request: Request) -> None:

@@ -1,4 +1,4 @@
-"""The bodies of requests, from the first byte until nobody needs them: each is bounded, and all of them together."""
+"""Request bodies, from the first byte until they are no longer needed. Each is bounded, and so is their sum."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from blip2.serve.turns import Turns
 
 GRACE_S = 5.0
 MIN_BYTES_PER_S = 1024
-"""So much a body has to bring on average, from `GRACE_S` after its head on; a telephone in a poor network brings ten
-times that."""
+"""Minimum average rate of a body in bytes per second, from `GRACE_S` after its head on. A telephone in a poor network
+sends ten times that."""
 PIECE_BYTES = 2**18
 PIECES_PER_TURN = 2
-"""That are taken from all large bodies in one turn of the event loop; what else has come stays with the system."""
+"""Pieces of all large bodies received in one turn of the event loop; the rest stays in the kernel's buffers."""
 SOON = {"Retry-After": "1"}
 
 
 class Body:
-    """The bytes of one request. They count from the moment they are received until `let_go`."""
+    """The bytes of one request. They count from when they are received until `let_go`."""
 
     def __init__(self, bodies: Bodies, client: str) -> None:
         self.client = client
@@ -34,13 +34,14 @@ class Body:
         self._refusal: ApiError | None = None
 
     async def receive(self, scope: Scope, receive: Receive, limits: Limits) -> bool:
-        """False: the client has hung up. Raises ApiError if it is too large, too slow, or has to give way."""
+        """Receive the body. False: the client disconnected. Raises ApiError if it is too large, too slow, or is
+        dropped."""
         limit = limits.max_body_bytes
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
             raise _too_large(limit)
         began_s = asyncio.get_running_loop().time()
-        grace_s = GRACE_S * random.uniform(1, 1.2)  # those that stall together do not end together
+        grace_s = GRACE_S * random.uniform(1, 1.2)  # requests that stalled together should not end together
         num_bytes = 0
         try:
             async with asyncio.timeout(None) as self._timer:
@@ -67,14 +68,14 @@ class Body:
                 raise self._refusal from None
             words = f"did not arrive within {limits.body_s:g} s"
             if slow_s < limits.body_s:
-                words = f"came too slowly, at less than {MIN_BYTES_PER_S} bytes a second"
+                words = f"arrived too slowly, at less than {MIN_BYTES_PER_S} bytes per second"
             raise ApiError(408, "body_timeout", f"the request {words}; send it again", headers=SOON) from None
         finally:
             self._timer = self._refusal = None
         return True
 
     def _keep(self, piece: bytes) -> None:
-        """In parts of middling size: a single one that grows is copied again and again."""
+        """Store a piece, in parts of medium size: a single growing buffer would be copied again and again."""
         if self._pieces and len(self._pieces[-1]) < PIECE_BYTES:
             self._pieces[-1] += piece
         else:
@@ -85,14 +86,14 @@ class Body:
         return self._timer is not None
 
     def give_way(self, refusal: ApiError) -> None:
-        """It is being received, and ends at once."""
+        """Stop receiving this body at once."""
         if self._timer is not None and not self._timer.expired():
             self._refusal = refusal
             self._timer.reschedule(0)
         self.let_go()
 
     def replay(self, receive: Receive) -> Receive:
-        """The body once more, which is not kept here after that; then, what the client does (hang up)."""
+        """Replays the body once, without keeping it; then passes on what the client does (disconnect)."""
         is_given = False
 
         async def replayed() -> Message:
@@ -107,13 +108,13 @@ class Body:
         return replayed
 
     def let_go(self) -> None:
-        """The bytes are not needed any more, and do not count from now on. May be called again."""
+        """The bytes are no longer needed, and no longer count. May be called again."""
         self._pieces.clear()
         self._bodies.remove(self)
 
 
 class Bodies:
-    """All bodies of a server, oldest first."""
+    """All bodies in the server, oldest first."""
 
     def __init__(self, limits: Limits) -> None:
         self.num_bytes = 0
@@ -125,9 +126,9 @@ class Bodies:
         self._is_turning = False
 
     async def turn(self, client: str) -> None:
-        """Until it is this client's turn to have one more piece of a body received: see `PIECES_PER_TURN`.
+        """Wait for this client's turn to have another piece received: see `PIECES_PER_TURN`.
 
-        Whoever sends more than that is held back by TCP.
+        TCP's flow control slows down clients that send more.
         """
         loop = asyncio.get_running_loop()
         coming = loop.create_future()
@@ -158,13 +159,14 @@ class Bodies:
         return body
 
     def add(self, body: Body, num_bytes: int) -> None:
-        """So many more bytes have come. If there are too many, the oldest body that is still coming gives way.
+        """Count ``num_bytes`` more. If there are too many in all, the oldest body that is still being received is
+        dropped.
 
-        What stalls is older than what flows. A client with several bodies that hold more than a client's share gives
-        way by itself. Raises ApiError if this body is the oldest, or if all others are there already.
+        Stalled bodies are older than flowing ones. A client with several bodies beyond its share loses one of its own.
+        Raises ApiError if this body is the oldest, or if all others are complete.
         """
         if body not in self._bodies:
-            return  # it has given way
+            return  # it was dropped
         while self._num_bytes_of[body.client] + num_bytes > share_of(self._max_bytes):
             own = [each for each in self._bodies if each.client == body.client]
             if len(own) == 1:
@@ -180,7 +182,7 @@ class Bodies:
             self._count(body, -body.num_bytes)
 
     def end_all(self, refusal: ApiError) -> None:
-        """Whatever is being received ends with this."""
+        """End everything that is being received with this error."""
         for body in [body for body in self._bodies if body.is_coming]:
             body.give_way(refusal)
 
@@ -188,7 +190,7 @@ class Bodies:
         coming = [each for each in bodies if each is newcomer or (each.is_coming and each.num_bytes)]
         if coming == [newcomer]:
             raise ApiError(
-                429, "bodies_full", "what others have sent is being read; try again in a moment", headers=SOON
+                429, "bodies_full", "the server is reading other large requests; try again in a moment", headers=SOON
             )
         if coming[0] is newcomer:
             raise _gave_way()
@@ -204,9 +206,9 @@ class Bodies:
 
 def _gave_way() -> ApiError:
     return ApiError(
-        503, "body_gave_way", "too much is sent at a time, and this request took longest; send it again", headers=SOON
+        503, "body_gave_way", "too much data is arriving, and this request took longest; send it again", headers=SOON
     )
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, "body_too_large", f"the request is larger than {limit:,} bytes; send less at a time")
+    return ApiError(413, "body_too_large", f"the request is larger than {limit:,} bytes; send less at once")

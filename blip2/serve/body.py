@@ -1,7 +1,7 @@
-"""What a request's body says: the bytes that a stranger sent -> checked fields, and pictures.
+"""Parsing of request bodies: untrusted bytes to checked fields and images.
 
-All of this happens in a process of its own, see `reader`; so nothing here needs torch, and nothing here has to be quick
-whatever the bytes are. What is given back is small but for the pictures.
+This runs in a separate process, see `reader`. So it needs no torch, and slow input does not block the server. The
+result is small except for the images.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from blip2.serve.schemas import SCHEMAS, ChatRequest, Decoding, EmbeddingImage, 
 from blip2.text import clean
 
 TEXTS = ("prompt", "question", "text", "answer", "word", "caption")
-"""Fields of the plain routes that are texts."""
+"""Text fields of the plain routes."""
 LISTS = {"texts": "compared", "choices": "compared"}
-"""Fields of the plain routes that are lists of texts, and what is done with these."""
+"""Fields of the plain routes that are lists of texts, and the verb for messages about them."""
 MAX_VALUES = 500_000
-"""Brackets and commas of a JSON body: each value takes a hundred bytes of memory, and two of the body."""
+"""Maximum brackets and commas of a JSON body: each value takes 100 bytes of memory, but two bytes of the body."""
 CHARACTERS_PER_TOKEN = 16
-"""Of a text, no more are even looked at."""
+"""Maximum characters of a text per token; longer texts are refused unread."""
 CHARACTERS_PER_TEXT = 1024
-"""On average, where many are sent."""
+"""Maximum average characters per text, where many are sent."""
 IMAGE_FILES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-"""How files begin that somebody might send as they are."""
+"""First bytes of image files, to recognise an image sent as the whole body."""
 AS_IMAGE = "send it in the field 'image'"
-AS_INPUT = 'send it as {"image": "data:image/...;base64,..."} in its place'
+AS_INPUT = 'send it as {"image": "data:image/...;base64,..."} instead'
 
 
 @dataclass(frozen=True)
 class Body:
-    """``fields``: those of the route's schema but for messages and pictures, see `read`. ``pictures``: each a web
-    address, or the bytes of an image file."""
+    """``fields``: those of the route's schema except messages and images, see `read`. ``pictures``: each a URL, or the
+    bytes of an image file."""
 
     fields: dict[str, Any]
     pictures: list[Picture]
 
 
 def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
-    """What was sent to a route. Raises ApiError, ImageError, OptionError; what was sent is not repeated in them.
+    """Parse the body for a route. Raises ApiError, ImageError, OptionError; their messages do not repeat the content.
 
-    In place of ``messages``, /v1/chat/completions has ``history`` (questions with their answers) and ``question``. In
-    the ``input`` of /v1/embeddings None stands for the next picture. Both have ``ignored``: what was passed over.
+    Instead of ``messages``, /v1/chat/completions has ``history`` (questions with answers) and ``question``. In
+    ``input`` of /v1/embeddings, None stands for the next image. Both have ``ignored``: fields that were ignored.
     """
     given, file = _given(route, content_type, content)
     told = dialect.understood(given, route)
@@ -88,7 +88,7 @@ def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> 
     items = body.input if isinstance(body.input, list) else [body.input]
     images = [item.image for item in items if isinstance(item, EmbeddingImage)]
     if len(images) > limits.max_images:
-        raise ApiError(400, "too_many_images", f"{len(images)} pictures; at most {limits.max_images}")
+        raise ApiError(400, "too_many_images", f"{len(images)} images; at most {limits.max_images}")
     places = [f"input[{place}]" for place in range(len(items))] if isinstance(body.input, list) else ["input"]
     texts = {place: item for place, item in zip(places, items, strict=True) if isinstance(item, str)}
     _check_texts(texts, limits, "input", "read", AS_INPUT)
@@ -99,15 +99,15 @@ def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> 
 
 
 def checked_text(text: str, limits: Limits, where: str | None = None) -> str:
-    """The text, if it is short enough to be worth reading at all."""
+    """The text, if it is short enough to be parsed at all."""
     if len(text) > CHARACTERS_PER_TOKEN * limits.max_prompt_tokens:
         raise too_long(f"{len(text)} characters", limits, where)
     return text
 
 
 def too_long(size: str, limits: Limits, where: str | None = None) -> ApiError:
-    """``where``: the field, if the text stands in one."""
-    message = f"{where or 'the text'} has {size}; at most {limits.max_prompt_tokens} tokens are read; shorten it"
+    """``where``: the name of the text's field, if any."""
+    message = f"{where or 'the text'} has {size}; the limit is {limits.max_prompt_tokens} tokens; shorten it"
     return ApiError(400, "prompt_too_long", message, param=where)
 
 
@@ -119,7 +119,7 @@ def _check_text(text: str, where: str, as_picture: str, limits: Limits) -> None:
 
 
 def _check_texts(texts: dict[str, str], limits: Limits, field: str, done: str, as_picture: str) -> None:
-    """``texts``: by their places."""
+    """``texts``: by their field paths."""
     if len(texts) > limits.max_texts:
         message = f"{len(texts)} texts; at most {limits.max_texts} are {done}"
         raise ApiError(400, "too_many_texts", message, param=field)
@@ -127,18 +127,18 @@ def _check_texts(texts: dict[str, str], limits: Limits, field: str, done: str, a
         _check_text(text, where, as_picture, limits)
     length, most = sum(map(len, texts.values())), CHARACTERS_PER_TEXT * limits.max_texts
     if length > most:
-        message = f"the texts have {length:,} characters in all; at most {most:,} are {done} at a time; send fewer"
+        message = f"the texts have {length:,} characters in all; at most {most:,} are {done} per request; send fewer"
         raise ApiError(400, "prompt_too_long", message, param=field)
 
 
-# ---- from bytes to fields -----------------------------------------------------------------------------
+# ---- bytes to fields -----------------------------------------------------------------------------
 
 
 def _given(route: str, content_type: str, content: bytes) -> tuple[Any, bytes | None]:
-    """The fields, not checked yet, and the file of a form.
+    """The unchecked fields, and the file of a form.
 
-    What is said to be JSON is read as JSON; so is what looks like it, since many do not say it (curl's -d says that it
-    is a form).
+    The body is parsed as JSON if the Content-Type says so, or if it looks like JSON, since many clients send another
+    type (curl -d claims a form).
     """
     kind = content_type.partition(";")[0].strip().lower()
     is_plain = not route.startswith("/v1/")
@@ -150,9 +150,9 @@ def _given(route: str, content_type: str, content: bytes) -> tuple[Any, bytes | 
         return _json(content, route), None
     if kind == "application/x-www-form-urlencoded" and is_plain and not content.startswith(IMAGE_FILES):
         return _form(forms.encoded(content), route)
-    what = "empty" if not content else "a picture by itself" if content.startswith(IMAGE_FILES) else "no JSON"
-    if content and kind and what == "no JSON":
-        what = f"{kind[:60]}, and no JSON"
+    what = "empty" if not content else "an image by itself" if content.startswith(IMAGE_FILES) else "not JSON"
+    if content and kind and what == "not JSON":
+        what = f"{kind[:60]}, not JSON"
     raise ApiError(415, "unsupported_media_type", f"the body is {what}; {dialect.what_to_send(route)}")
 
 
@@ -163,7 +163,7 @@ def _form(parts: Any, route: str) -> tuple[Any, bytes | None]:
 
 def _json(content: bytes, route: str) -> Any:
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise ApiError(400, "too_many_values", f"the JSON has more than {MAX_VALUES:,} values; send less at a time")
+        raise ApiError(400, "too_many_values", f"the JSON has more than {MAX_VALUES:,} values; send fewer")
     if not content.strip():
         raise ApiError(400, "invalid_json", f"the body is empty; {dialect.what_to_send(route)}")
     try:
@@ -172,18 +172,18 @@ def _json(content: bytes, route: str) -> Any:
         reason = "it is not UTF-8"
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-    raise ApiError(400, "invalid_json", f"the body is no valid JSON: {reason}")
+    raise ApiError(400, "invalid_json", f"the body is not valid JSON: {reason}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; which of two fields of one name was meant is anybody's guess."""
+    """A JSON object. Raises ValueError for a repeated name, since either value could be meant."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{name[:40]!r} is there twice; send it once")
+            raise ValueError(f"{name[:40]!r} occurs twice; send it once")
         found[name] = value
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,4 +1,4 @@
-"""What a model keeps of the pictures seen last, found again by their files or by their pixels."""
+"""What a model keeps of recent images, looked up by file or by pixels."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True)
 class Look(Generic[Kept]):
-    """A picture that was read: what the image encoder is given of it, or what is kept of it if it was seen before."""
+    """A parsed image: the image encoder's input, or what is kept of it from an earlier request."""
 
     digest: str
-    """Of its decoded pixels."""
+    """Digest of its decoded pixels."""
     pixels_CHW: Tensor | None
     kept: Kept | None = None
 
 
 class ImageCache(Generic[Kept]):
-    """At most so many entries and bytes; what was not used for longest goes first.
+    """A least-recently-used cache with a maximum number of entries and bytes.
 
-    ``hits`` and ``misses`` count requests: whether the image encoder was spared; ``num_encoded`` its pictures.
+    ``hits`` and ``misses`` count requests: whether the image encoder was needed. ``num_encoded`` counts its images.
     """
 
     def __init__(self, eye: Eye[Kept], max_entries: int, max_bytes: int) -> None:
@@ -40,11 +40,11 @@ class ImageCache(Generic[Kept]):
         self.num_encoded = 0
         self.eye = eye
         self._entries: OrderedDict[str, Kept] = OrderedDict()
-        self._digests: OrderedDict[str, str] = OrderedDict()  # of the pixels, by the digest of the file
+        self._digests: OrderedDict[str, str] = OrderedDict()  # digest of the file -> digest of the pixels
         self._lock = threading.Lock()
 
     def known(self, file: str) -> Look[Kept] | None:
-        """What is kept of the picture in a file that was seen before, by the digest of the file."""
+        """What is kept of an earlier image, by the digest of its file."""
         with self._lock:
             digest = self._digests.get(file)
         if digest is None or (kept := self.get(digest)) is None:
@@ -52,7 +52,7 @@ class ImageCache(Generic[Kept]):
         return Look(digest, None, kept)
 
     def look(self, file: str, digest: str, pixels_CHW: Tensor) -> Look[Kept]:
-        """A picture that was decoded. ``file`` and ``digest``: of its file, and of its decoded pixels."""
+        """A decoded image. ``file``: digest of its file. ``digest``: digest of its decoded pixels."""
         with self._lock:
             self._digests[file] = digest
             self._digests.move_to_end(file)
@@ -62,9 +62,9 @@ class ImageCache(Generic[Kept]):
         return Look(digest, pixels_CHW if kept is None else None, kept)
 
     def see(self, looks: Sequence[Look[Kept]]) -> list[Kept | Exception]:
-        """What the model keeps of each picture; each is encoded once, those that are new together.
+        """What the model keeps of each image. Each image is encoded once, the new ones as a batch.
 
-        By the models' thread alone. A picture that cannot be encoded has its error in its place.
+        Only called in the models' thread. An image that cannot be encoded is replaced by its error.
         """
         found: dict[str, Kept | Exception | None] = {}
         for look in looks:
@@ -83,7 +83,7 @@ class ImageCache(Generic[Kept]):
         return [kept for look in looks if (kept := found[look.digest]) is not None]
 
     def _encode_all(self, looks: Sequence[Look[Kept]]) -> Sequence[Kept | Exception]:
-        """Together if it can be, else each by itself, to find the one at fault."""
+        """Encode as a batch; if that fails, one by one, to find the faulty image."""
         if not looks:
             return []
         try:
@@ -104,7 +104,7 @@ class ImageCache(Generic[Kept]):
             return kept
 
     def put(self, digest: str, kept: Kept) -> None:
-        """What is larger than the whole cache is not kept."""
+        """An entry larger than the whole cache is not kept."""
         size = num_bytes(kept)
         if size > self.max_bytes or self.max_entries < 1:
             return
@@ -119,6 +119,6 @@ class ImageCache(Generic[Kept]):
 
 
 def num_bytes(kept: Any) -> int:
-    """Of the tensors of a dataclass."""
+    """Bytes of the tensors of a dataclass."""
     values = (getattr(kept, field.name) for field in fields(kept))
     return sum(value.nbytes for value in values if isinstance(value, Tensor))

@@ -1,4 +1,4 @@
-"""/ask with ``choices``: which of the given answers is the likeliest."""
+"""/ask with ``choices``: the most likely of the given answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from blip2.tasks.speaker import Speaker, chunks
 from blip2.text import LONG_TEXT
 
 PORTION = 8
-"""Choices that are compared between two steps of what else is running."""
+"""Number of choices compared between two steps of other work."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt about a picture, and the answers that it may have."""
+    """A prompt about an image, and the possible answers."""
 
     look: Look[EncodedImage]
     text: str
@@ -33,7 +33,7 @@ class Question:
 
 
 async def choosing(service: Service, reading: Reading, body: AskRequest, text: str) -> Question:
-    """What is asked. Raises ApiError and OptionError."""
+    """The question of a request. Raises ApiError and OptionError."""
     choices = checked(body)
     speaker, limits = service.pipeline.speaker, service.limits
     await service.read_text(reading.client, text, lambda: check_prompt(speaker, text, limits))
@@ -68,12 +68,12 @@ async def chosen(service: Service, asked: Question) -> Answered:
 
 
 def checked(body: AskRequest) -> list[str]:
-    """The choices. Raises ApiError for what decides how answers are written: none is."""
+    """The choices. Raises ApiError for decoding options, which have no effect here."""
     assert body.choices is not None
     for name in Decoding.model_fields:
         if name != "called" and getattr(body, name) is not None:
             name = body.called.get(name, name)
-            message = f"{name} means nothing with choices: no answer is written; leave it out"
+            message = f"{name} has no effect with choices: nothing is generated; leave it out"
             raise ApiError(400, "invalid_value", message, param=name)
     return check_choices(body.choices)
 
@@ -81,6 +81,6 @@ def checked(body: AskRequest) -> list[str]:
 def _checked(speaker: Speaker, choice: str, limits: Limits) -> str:
     number = len(speaker.tokenizer.encode(choice))
     if number > limits.max_new_tokens:
-        message = f"a choice has {number} tokens; at most {limits.max_new_tokens} are compared; shorten it"
+        message = f"a choice has {number} tokens; the limit is {limits.max_new_tokens}; shorten it"
         raise ApiError(400, "prompt_too_long", message, param="choices")
     return choice

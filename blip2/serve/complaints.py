@@ -1,4 +1,4 @@
-"""What is wrong with the fields of a request, in words of JSON and by the names that the caller has used."""
+"""Messages for invalid fields of a request, in JSON terms and with the caller's field names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "string_type": lambda of: "give a text",
     "string_too_short": lambda of: "it is empty; write something, or leave it out",
     "string_too_long": lambda of: f"it has more than {of['max_length']:,} characters; shorten it",
-    "string_unicode": lambda of: "it holds halves of characters; give a text of whole ones",
+    "string_unicode": lambda of: "it contains lone surrogates; give valid Unicode",
     "list_type": lambda of: "give a list",
     "too_short": lambda of: "it is empty; give at least one",
     "too_long": lambda of: f"it has more than {of['max_length']:,} items; give fewer",
@@ -34,29 +34,29 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "model_attributes_type": lambda of: "give an object, {...}",
     "dict_type": lambda of: "give an object, {...}",
 }
-"""By pydantic's types of errors, whose own words are those of Python. Messages of ours need none."""
+"""Messages by pydantic's error type, replacing its Python terms. Our own error types need none."""
 OURS = ("kind", "number_type", "token_ids")
 
 HINTS = {
     "messages": 'give a list of messages, such as [{"role": "user", "content": "..."}]',
-    "role": "say 'user', or 'assistant' for what was answered",
+    "role": "give 'user', or 'assistant' for an answer",
     "type": "say 'text' or 'image_url'",
-    "url": "give data:image/...;base64, and the bytes of the picture in base64",
-    "image": "give data:image/...;base64, and the bytes of the picture in base64",
+    "url": "give data:image/...;base64, then the image file in base64",
+    "image": "give data:image/...;base64, then the image file in base64",
     "image_url": 'give {"url": "data:image/...;base64,..."}',
     "input": "give a text, or a list of texts",
-    "question": "ask something",
+    "question": "give a question",
     "texts": "give a list of texts",
     "choices": "give a list of texts",
     "early_stopping": "give true, false or 'never'",
 }
-"""What fields have to hold, where one is missing or of another kind."""
+"""What a field has to contain, for messages about missing fields and wrong types."""
 
 
 def of_validation(problems: Sequence[Any], called: Mapping[str, str] | None = None) -> ApiError:
-    """The first problem that pydantic found; what was given is not repeated, it may be a picture.
+    """The message for pydantic's first problem. The value is not repeated, since it may be an image.
 
-    ``called``: what the caller calls fields that he calls otherwise.
+    ``called``: the caller's names of fields that he calls differently.
     """
     first = problems[0]
     kind, of = first["type"], first.get("ctx", {})

@@ -1,4 +1,4 @@
-"""A connection that nobody can hold, or fill, by sending or reading almost nothing: what uvicorn itself leaves open."""
+"""A connection that cannot be blocked or filled by slow clients: the limits that uvicorn lacks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from blip2.serve.errors import ApiError
 from blip2.serve.house import STATE, House, Lane, Standing, origin_of
 
 MAX_HEAD_BYTES = 2**16
-"""Received without a request, or a part of its body, coming of it: a head, trailers, the frames of chunks."""
+"""Maximum bytes received without starting a request or part of a body: heads, trailers, chunk headers."""
 FRAME_BYTES = 16
-"""Of frames for each byte of a body: chunks of a single byte take less."""
+"""Maximum framing bytes per byte of a body; chunks of a single byte need less."""
 MAX_HEADERS = 200
-"""Of a request, trailers included: each takes far more memory than bytes on the line."""
+"""Maximum headers of a request, trailers included: each takes far more memory than bytes on the wire."""
 MAX_PIPELINED = 8
-"""Requests sent on one connection before the first of them is answered."""
+"""Maximum requests pipelined on one connection before the first is answered."""
 WATCHED = ("/health", "/ready")
 MIN_READ_BYTES = 4096
-"""So many bytes of a waiting answer have to be taken in ``stall_s``."""
+"""Bytes of a pending answer that the client has to read within ``stall_s``."""
 
 
 class Connection(HttpToolsProtocol):
-    """The head of a request has ``head_s`` seconds, an answer that nobody reads ``stall_s``.
+    """A request's head has to arrive within ``head_s`` seconds, and an answer has to be read within ``stall_s``.
 
-    When there are too many connections, one that does nothing gives way, see `House`.
+    If there are too many connections, an idle one is closed, see `House`.
     """
 
     head_s = 10.0
@@ -42,7 +42,7 @@ class Connection(HttpToolsProtocol):
     _num_unread = 0
     _unanswered: tuple[RequestResponseCycle, ...] = ()
 
-    # ---- what comes ----
+    # ---- receiving ----
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -73,7 +73,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._refuse(400, "too_many_requests_at_once", "wait for answers before you send more requests")
+            self._refuse(400, "too_many_requests_at_once", "wait for answers before sending more requests")
             raise httptools.HttpParserError("too many requests at once")
         self._num_fruitless = 0
         _cancel(self._head_timer)
@@ -92,13 +92,13 @@ class Connection(HttpToolsProtocol):
         self._house.starts.add(self.loop, begin, Lane.AHEAD if cycle in self._unanswered else lane)
 
     def on_body(self, body: bytes) -> None:
-        if not self.cycle.response_complete:  # else nobody needs it any more
+        if not self.cycle.response_complete:  # else it is not needed any more
             self._num_fruitless = max(self._num_fruitless - FRAME_BYTES * len(body), 0)
         super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
-        if not self.transport.is_closing():  # else it has heard already what was wrong
-            self._refuse(400, "bad_request", "this is no HTTP request; send HTTP/1.1")
+        if not self.transport.is_closing():  # else the error was sent already
+            self._refuse(400, "bad_request", "this is not an HTTP request; send HTTP/1.1")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._house.leave(self)
@@ -107,10 +107,10 @@ class Connection(HttpToolsProtocol):
         _cancel(self._stall_timer)
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        for cycle in self._unanswered:  # uvicorn tells the last of several only, so that others would be written on
+        for cycle in self._unanswered:  # uvicorn only tells the last of several, so the others would go on
             cycle.disconnected = not cycle.response_complete
             cycle.message_event.set()
-        # Nothing is left that refers to itself, and would stay until Python looks for such things.
+        # Break reference cycles, which would stay until the garbage collector runs.
         for cycle, _ in self.pipeline:
             cycle.on_response = lambda: None
         self.pipeline.clear()
@@ -121,14 +121,14 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_s, self._end, "head_timeout")
 
-    # ---- its place in the house ----
+    # ---- its state, for `House` ----
 
     @property
     def standing(self) -> Standing:
         waiting = [cycle for cycle in self._unanswered if not cycle.response_complete]
         if self.flow.write_paused or (not waiting and self.transport.get_write_buffer_size()):
             return Standing.UNREAD
-        if waiting:  # they are answered one after the other
+        if waiting:  # they are answered in order
             return Standing.WORK if self._is_begun and not waiting[0].more_body else Standing.BODY
         return Standing.IDLE if self._head_timer is None else Standing.SILENT
 
@@ -140,9 +140,9 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """An answer to what is no request that anybody could answer; then nothing more is heard."""
+        """Answer something that is not a valid request, then close the connection."""
         self._house.refuse(code)
-        if any(not cycle.response_complete for cycle in self._unanswered):  # nothing may be written into an answer
+        if any(not cycle.response_complete for cycle in self._unanswered):  # do not write into an answer
             self.transport.close()
             return
         body = json.dumps(ApiError(status, code, message).body).encode()
@@ -150,7 +150,7 @@ class Connection(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
 
-    # ---- what goes ----
+    # ---- sending ----
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -173,7 +173,7 @@ class Connection(HttpToolsProtocol):
         self._expect_reading()
 
     def _expect_reading(self) -> None:
-        """What waits to be read has to become less, else the connection would stay for ever, closed or not."""
+        """The send buffer has to shrink within ``stall_s``, else the connection would stay open for ever."""
         if self._stall_timer is None and not self._is_lost:
             self._num_unread = self.transport.get_write_buffer_size()
             self._stall_timer = self.loop.call_later(self.stall_s, self._check_reading)

@@ -1,4 +1,4 @@
-"""From the fields of a request to the options of its task."""
+"""Decoding options from the fields of a request."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from blip2.tasks.defaults import merged
 from blip2.tasks.speaker import Speaker
 
 GREEDY_BELOW = 0.01
-"""A temperature that leaves nothing to chance."""
+"""Temperatures below this are greedy decoding."""
 SAME = ("num_beams", "length_penalty", "early_stopping", "repetition_penalty", "no_repeat_ngram_size", "seed")
-"""Fields that are called as the options are; for the others see `options_of`."""
+"""Fields with the same name as the option; for the others see `options_of`."""
 
 
 def options_of(
     body: Decoding, defaults: GenerateOptions, limits: Limits, *, is_followed: bool = False
 ) -> GenerateOptions:
-    """The task's own way of decoding, unless the request asks for another.
+    """The task's default decoding, changed by the fields of the request.
 
-    - ``temperature`` or ``top_p`` 0 is greedy decoding, whatever else is said about chance; above it, or with any
-      other field that only chance heeds, tokens are drawn.
-    - ``is_followed``: each token is wanted by itself, which a search with beams cannot give; then greedy decoding
-      stands in for the search, unless ``num_beams`` asks for one.
-    - ``n``: so many samples, or the n best of the search.
-    - No answer is longer than the limit, whatever is asked for.
+    - ``temperature`` or ``top_p`` 0 is greedy decoding, whatever the other sampling fields say; above 0, or with any
+      other sampling field, tokens are sampled.
+    - ``is_followed``: the client wants each token as it is generated, which beam search cannot give. Then greedy
+      decoding replaces beam search, unless ``num_beams`` asks for it.
+    - ``n``: number of samples, or of best beams.
+    - No answer is longer than the server's limit.
 
     Raises ApiError.
     """
@@ -52,7 +52,7 @@ def options_of(
     try:
         options = merged(defaults, given)
     except OptionError as error:
-        # What decides that something is drawn is the first of these that was given.
+        # The first of these that was given decides that tokens are sampled.
         drawing = "sample" if body.sample else next((name for name in chance if name != "sample"), "temperature")
         called = body.called | {"temperature": body.called.get(drawing, drawing)}
         raise ApiError(400, "invalid_value", error.told(partial(in_fields, called=called))) from None
@@ -63,7 +63,7 @@ def options_of(
     for name, number in (("n", options.num_return), ("num_beams", options.num_beams)):
         if number > limits.max_rows:
             name = body.called.get(name, name)
-            message = f"{name} is {number}; this server writes at most {limits.max_rows} answers or beams side by side"
+            message = f"{name} is {number}; this server runs at most {limits.max_rows} answers or beams at once"
             raise ApiError(400, "too_many_answers", message, param=name)
     return options
 
@@ -73,11 +73,11 @@ def _is_greedy(body: Decoding) -> bool:
 
 
 def _chance(body: Decoding) -> dict[str, Any]:
-    """The options that decide how tokens are drawn; none if none is drawn."""
+    """The sampling options; none if tokens are not sampled."""
     if _is_greedy(body):
         if body.sample:
             name = "top_p" if body.top_p == 0 else "temperature"
-            message = f"{body.called.get('sample', 'sample')} is true, but with {name} 0 nothing is drawn by chance; "
+            message = f"{body.called.get('sample', 'sample')} is true, but {name} 0 is greedy decoding; "
             raise ApiError(400, "invalid_value", f"{message}leave out one of them", param=name)
         return {}
     filters = {
@@ -89,18 +89,18 @@ def _chance(body: Decoding) -> dict[str, Any]:
     asked = {name: value for name, value in {"temperature": body.temperature, **filters}.items() if value is not None}
     if body.sample is False and asked:
         name = body.called.get(next(iter(asked)), next(iter(asked)))
-        message = f"{name} decides what is drawn by chance, and {body.called.get('sample', 'sample')} is false; "
+        message = f"{name} is for sampling, but {body.called.get('sample', 'sample')} is false; "
         raise ApiError(400, "invalid_value", f"{message}leave out one of them", param=name)
     return {"sample": True, **asked} if asked or body.sample else {}
 
 
 def fitting(speaker: Speaker, text: str, options: GenerateOptions, limits: Limits) -> GenerateOptions:
-    """The options, with no more new tokens than the model has room for beside the prompt.
+    """The options with at most as many new tokens as the model's context has left after the prompt.
 
-    Programs ask for thousands, whatever the model. A prompt that leaves no room at all is told where it is read.
-    Raises ApiError for one of more tokens than are read anywhere.
+    Programs ask for thousands of tokens, whatever the model. A prompt that leaves no room is refused elsewhere. Raises
+    ApiError for a prompt with more tokens than the server's limit.
     """
-    # Most prompts are so short that nobody has to count: a token has a character at least, and two or so are added.
+    # Most prompts are so short that counting is unnecessary: a token has at least one character, plus about two tokens.
     at_most = len(text) + 4 if text.isascii() else sys.maxsize
     if at_most <= limits.max_prompt_tokens and speaker.room_beside(at_most) >= options.max_new_tokens:
         return options
@@ -110,7 +110,7 @@ def fitting(speaker: Speaker, text: str, options: GenerateOptions, limits: Limit
 
 
 def check_prompt(speaker: Speaker, text: str, limits: Limits) -> None:
-    """Raises ApiError for a prompt of more tokens than are read."""
+    """Raises ApiError for a prompt with more tokens than the server's limit."""
     number = len(speaker.tokenizer.encode(text))
     if number > limits.max_prompt_tokens:
         raise too_long(f"{number} tokens", limits)

@@ -1,4 +1,4 @@
-"""What the routes take, as /openapi.json tells it: every name of every field."""
+"""The request schemas of /openapi.json, with every accepted name of every field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from blip2.serve.schemas import SCHEMAS
 
 
 def body_of(route: str) -> dict[str, Any]:
-    """For FastAPI's ``openapi_extra``: JSON; on the plain routes also a form, whose picture may be a file."""
+    """For FastAPI's ``openapi_extra``: JSON; on the plain routes also a form, in which the image may be a file."""
     schema = schema_of(route)
     content = {"application/json": {"schema": schema}}
     if route not in PASSED_OVER:
@@ -20,7 +20,7 @@ def body_of(route: str) -> dict[str, Any]:
 
 
 def schema_of(route: str) -> dict[str, Any]:
-    """The JSON schema of what a route takes. It refers to nothing outside of itself."""
+    """The JSON schema of a route's request, without references outside it."""
     whole = SCHEMAS[route].model_json_schema()
     found = _inlined(whole, whole.pop("$defs", {}))
     properties = found["properties"]
@@ -38,7 +38,7 @@ def schema_of(route: str) -> dict[str, Any]:
 
 
 def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
-    """With what it refers to in the place of the references; none of ours contains itself."""
+    """The schema with references replaced by their content; no schema of ours contains itself."""
     if isinstance(schema, list):
         return [_inlined(each, parts) for each in schema]
     if not isinstance(schema, dict):

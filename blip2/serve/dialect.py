@@ -1,6 +1,6 @@
-"""The names that fields have elsewhere: in Python, on the command line, at OpenAI and in servers that speak like it.
+"""Field names of other APIs: Python, the command line, OpenAI, and servers with OpenAI-compatible APIs.
 
-Whatever is sent is either done, or known to change nothing, or refused; what nobody knows is told in a header.
+Every field is either used, or known to have no effect, or refused. Unknown fields are reported in a header.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "typical_p": ("typ_p",),
     "texts": ("text", "labels"),
 }
-"""Other names: of the command line and of Python (here and in transformers), of vLLM, of llama.cpp and Ollama."""
+"""Aliases: of the command line and Python (ours and transformers), vLLM, llama.cpp and Ollama."""
 
 OFF: dict[str, tuple[Any, ...]] = {
     "max_tokens": (-2, -1, 0),
@@ -39,10 +39,10 @@ OFF: dict[str, tuple[Any, ...]] = {
     "top_k": (-1, 0),
     "dimensions": (-1, 0),
 }
-"""Values that stand for "not given" in vLLM, llama.cpp, Ollama, LM Studio or Open WebUI; null does so everywhere."""
+"""Values that mean "not given" in vLLM, llama.cpp, Ollama, LM Studio or Open WebUI; null does so everywhere."""
 
 LISTS = ("stop", "texts", "choices")
-"""Fields that a form may give several times."""
+"""Fields that a form may repeat."""
 
 OPENAI = """user store metadata service_tier parallel_tool_calls reasoning_effort prediction safety_identifier
 prompt_cache_key prompt_cache_retention prompt_cache_options verbosity web_search_options audio moderation"""
@@ -53,43 +53,43 @@ LLAMA_CPP = """cache_prompt id_slot slot_id n_probs n_keep samplers timings_per_
 reasoning_format reasoning_budget post_sampling_probs t_max_predict_ms dynatemp_exponent xtc_threshold dry_base
 dry_allowed_length dry_penalty_last_n dry_sequence_breakers mirostat_tau mirostat_eta repeat_last_n penalize_nl min_keep
 backend_sampling"""
-"""Numbers of methods among them, which are off unless one of `REFUSED` asks for the method."""
+"""Includes parameters of methods that are off, unless a field in `REFUSED` turns the method on."""
 PROGRAMS = """keep_alive ttl num_ctx num_thread num_gpu num_keep num_batch think thinking enable_thinking reasoning
 draft_model chat_id session_id message_id model_item provider route transforms models plugins usage include_usage
 timeout drop_params"""
-"""Of Ollama, LM Studio, Open WebUI, OpenRouter and LiteLLM."""
+"""Fields of Ollama, LM Studio, Open WebUI, OpenRouter and LiteLLM."""
 OF_EMBEDDINGS = """user priority request_id add_special_tokens input_type task truncate truncation
 truncate_prompt_tokens keep_alive timeout drop_params embed_dtype endianness"""
 PASSED_OVER = {
     CHAT: frozenset(f"{OPENAI} {VLLM} {LLAMA_CPP} {PROGRAMS}".split()),
     EMBEDDINGS: frozenset(OF_EMBEDDINGS.split()),
 }
-"""What others send and what changes no answer of ours."""
+"""Fields that other clients send and that change no answer here."""
 
-PLAIN_TEXT = "this model writes plain text only"
+PLAIN_TEXT = "this model generates plain text only"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": (([],), "this model calls no tools"),
-    "functions": (([],), "this model calls no functions"),
-    "tool_choice": (("none", "auto"), "this model calls no tools"),
-    "function_call": (("none", "auto"), "this model calls no functions"),
+    "tools": (([],), "this model does not call tools"),
+    "functions": (([],), "this model does not call functions"),
+    "tool_choice": (("none", "auto"), "this model does not call tools"),
+    "function_call": (("none", "auto"), "this model does not call functions"),
     "response_format": (({"type": "text"}, "text", {}), PLAIN_TEXT),
     "modalities": ((["text"], []), PLAIN_TEXT),
     "frequency_penalty": ((0,), "use repetition_penalty"),
     "presence_penalty": ((0,), "use repetition_penalty"),
-    "logit_bias": (({}, []), "single tokens cannot be favoured"),
-    "best_of": ((1,), "use n, and num_beams to search among more"),
+    "logit_bias": (({}, []), "tokens cannot be biased"),
+    "best_of": ((1,), "use n with num_beams"),
     "use_beam_search": ((False,), "use num_beams"),
     "ignore_eos": ((False,), "use min_new_tokens"),
     "stop_token_ids": (([],), "use stop, with texts"),
-    "bad_words": (([],), "single words cannot be forbidden"),
-    "allowed_token_ids": (([],), "single tokens cannot be favoured"),
-    "logits_processors": (([],), "single tokens cannot be favoured"),
-    "include_stop_str_in_output": ((False,), "an answer ends before its stop"),
+    "bad_words": (([],), "words cannot be forbidden"),
+    "allowed_token_ids": (([],), "tokens cannot be restricted"),
+    "logits_processors": (([],), "logits cannot be processed"),
+    "include_stop_str_in_output": ((False,), "an answer ends before its stop text"),
     "echo": ((False,), "the question is not repeated"),
-    "continue_final_message": ((False,), "the last message is the user's"),
-    "truncate_prompt_tokens": ((-1,), "turns that do not fit are left out whole"),
-    "prompt_logprobs": ((0, False), "only answers have logprobs"),
-    "chat_template": (("",), "the model has one way to be asked"),
+    "continue_final_message": ((False,), "the last message has to be a user message"),
+    "truncate_prompt_tokens": ((-1,), "turns that do not fit are dropped as a whole"),
+    "prompt_logprobs": ((0, False), "only generated tokens have logprobs"),
+    "chat_template": (("",), "the model has a fixed prompt format"),
     "guided_choice": (([],), "use choices of /ask"),
     "guided_json": (({}, ""), PLAIN_TEXT),
     "guided_regex": (("",), PLAIN_TEXT),
@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "json_schema": (({}, ""), PLAIN_TEXT),
     "grammar": (("",), PLAIN_TEXT),
     "format": (("",), PLAIN_TEXT),
-    "suffix": (("",), "answers are written from their beginning"),
+    "suffix": (("",), "answers are generated from left to right"),
     "mirostat": ((0,), "use temperature and top_p"),
     "tfs_z": ((0, 1), "use top_p"),
     "top_a": ((0,), "use min_p"),
@@ -108,38 +108,38 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dry_multiplier": ((0,), "use no_repeat_ngram_size"),
     "smoothing_factor": ((0,), "use temperature"),
     "penalty_alpha": ((0,), "use top_k"),
-    "guidance_scale": ((0, 1), "the question is all that guides it"),
-    "negative_prompt": (("",), "the question is all that guides it"),
-    "max_length": ((-1, 0), "use max_tokens, which counts the answer alone"),
-    "min_length": ((0,), "use min_new_tokens, which counts the answer alone"),
-    "system": (("",), "this model follows no system prompt"),
-    "system_prompt": (("",), "this model follows no system prompt"),
-    "instructions": (("",), "this model follows no system prompt"),
-    "extra_body": (({},), "put its fields beside model and messages"),
-    "options": (({},), "put its fields beside model and messages"),
+    "guidance_scale": ((0, 1), "only the question guides the answer"),
+    "negative_prompt": (("",), "only the question guides the answer"),
+    "max_length": ((-1, 0), "use max_tokens, which counts only the answer"),
+    "min_length": ((0,), "use min_new_tokens, which counts only the answer"),
+    "system": (("",), "this model does not follow a system prompt"),
+    "system_prompt": (("",), "this model does not follow a system prompt"),
+    "instructions": (("",), "this model does not follow a system prompt"),
+    "extra_body": (({},), "put its fields at the top level"),
+    "options": (({},), "put its fields at the top level"),
 }
-"""What would change an answer, and cannot be done: the values that ask for nothing, and what to do instead."""
+"""Fields that would change an answer but are not supported: the values that have no effect, and what to do instead."""
 
-ASKED, SHOWN = "what is asked is the text of a message", "a picture is an image_url part of a message"
-LISTED, LOOKED_AT = "texts stand in input", 'a picture stands in input, as {"image": "data:image/...;base64,..."}'
+ASKED, SHOWN = "put the question into a message", "put the image into an image_url part of a message"
+LISTED, LOOKED_AT = "put texts into input", 'put the image into input, as {"image": "data:image/...;base64,..."}'
 INSTEAD: dict[str, dict[str, str]] = {
     CHAT: {"prompt": ASKED, "question": ASKED, "text": ASKED, "image": SHOWN, "images": SHOWN},
     EMBEDDINGS: {"prompt": LISTED, "text": LISTED, "texts": LISTED, "image": LOOKED_AT, "images": LOOKED_AT},
 }
-"""What stands for fields of other routes."""
+"""Replacements for fields of other routes."""
 
 STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
 NEAR = 0.7
-"""So like a known name (see `difflib`) is one that is misspelt."""
+"""Similarity (see `difflib`) from which an unknown name is taken for a misspelt known one."""
 SHORTENED = 4
-"""Of so many letters is the beginning of a name that stands for it."""
+"""Length from which a prefix is taken for the name."""
 MAX_FIELDS, MAX_TOLD = 300, 8
 
 
 @dataclass
 class Understood:
-    """``fields``: by the names of the route's schema. ``called``: what the caller calls those that he calls otherwise.
-    ``ignored``: what nobody knows."""
+    """``fields``: by the schema's names. ``called``: the caller's names of fields that he calls differently.
+    ``ignored``: unknown fields."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     called: dict[str, str] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class Understood:
 
 
 def names_of(route: str) -> dict[str, str]:
-    """Every name that a route knows -> the one of its schema."""
+    """Every accepted name of a route -> the name in its schema."""
     own = [name for name in SCHEMAS[route].model_fields if name != "called"]
     others = {other: name for name in own for other in ALIASES.get(name, ())}
     return {**others, **{name: name for name in own}}
@@ -157,14 +157,14 @@ NAMES = {route: names_of(route) for route in SCHEMAS}
 
 
 def understood(given: Any, route: str) -> Understood:
-    """What the fields of a request are called here. Raises ApiError for what is not known, or not done."""
+    """The fields of a request under the schema's names. Raises ApiError for unknown and unsupported fields."""
     if not isinstance(given, dict):
         kind = "list" if isinstance(given, list) else "text" if isinstance(given, str) else "single value"
         raise ApiError(400, "invalid_value", f"the body is a {kind}; {what_to_send(route)}")
     if len(given) > MAX_FIELDS:
-        raise ApiError(400, "too_many_values", f"the body has {len(given):,} fields; at most {MAX_FIELDS} are read")
+        raise ApiError(400, "too_many_values", f"the body has {len(given):,} fields; at most {MAX_FIELDS} are allowed")
     found = Understood()
-    if given.get("tool_choice") == "none":  # whatever tools there are, none is asked for
+    if given.get("tool_choice") == "none":  # tools are listed, but none may be called
         given = {name: value for name, value in given.items() if name not in ("tools", "tool_choice")}
     for name, value in given.items():
         if (own := NAMES[route].get(name)) is None:
@@ -172,7 +172,7 @@ def understood(given: Any, route: str) -> Understood:
         elif not _is_off(own, value):
             if own in found.fields and found.fields[own] != value:
                 before = found.called.get(own, own)
-                message = f"{before} and {name} mean the same, and have different values; send one of them"
+                message = f"{before} and {name} mean the same, but have different values; send one of them"
                 raise ApiError(400, "invalid_value", message, param=name)
             found.fields[own] = value
             if name != own:
@@ -189,13 +189,13 @@ def _is_off(name: str, value: Any) -> bool:
     if value is None:
         return True
     off = OFF.get(name, ())
-    if isinstance(value, str) and value:  # a form has nothing but texts
+    if isinstance(value, str) and value:  # all values of a form are texts
         return any(isinstance(each, int) and value.strip() in (str(each), f"{each}.0") for each in off)
     return not isinstance(value, bool) and value in off
 
 
 def _unknown(name: str, value: Any, route: str, ignored: list[str]) -> None:
-    """Raises ApiError, unless it may be passed over."""
+    """Raises ApiError, unless the field may be ignored."""
     known = NAMES[route]
     is_plain = route not in PASSED_OVER
     if not is_plain and name in PASSED_OVER[route]:
@@ -206,7 +206,7 @@ def _unknown(name: str, value: Any, route: str, ignored: list[str]) -> None:
             return
         raise ApiError(400, "unsupported_parameter", f"{name} is not supported: {remedy}", param=name)
     shown = repr(name[:40])
-    begin = f"there is no field {shown} at {route}; "
+    begin = f"{route} has no field {shown}; "
     if (where := _where(name, route)) is not None:
         raise ApiError(400, "unknown_field", begin + where, param=name[:40])
     candidates = [*known, *(REFUSED if route == CHAT else ()), *(() if is_plain else _of_plain_routes())]
@@ -222,7 +222,7 @@ def _unknown(name: str, value: Any, route: str, ignored: list[str]) -> None:
 
 
 def _where(name: str, route: str) -> str | None:
-    """What stands for a field of another route, or which routes have it."""
+    """What to use instead of a field of another route, or which routes have it."""
     if name in (instead := INSTEAD.get(route, {})):
         return instead[name]
     routes = [other for other, names in NAMES.items() if name in names]
@@ -234,7 +234,7 @@ def _of_plain_routes() -> list[str]:
 
 
 def nearest(name: str, known: list[str], cutoff: float) -> str | None:
-    """The known name that one is like; capitals and underscores count for little."""
+    """The most similar known name; case and underscores matter little."""
 
     def plain(name: str) -> str:
         return re.sub("[^a-z0-9]", "", name.lower())
@@ -249,16 +249,16 @@ def nearest(name: str, known: list[str], cutoff: float) -> str | None:
 
 
 def where_else(path: str) -> str:
-    """For those who ask at a path that is not there."""
-    begin = f"there is nothing at {path[:60]!r}; "
+    """The message for an unknown path."""
+    begin = f"there is no route {path[:60]!r}; "
     if path.rstrip("/").endswith(("/responses", "/completions", "/messages", "/generate", "/api/chat")):
-        return f"{begin}this server speaks OpenAI's chat completions, at {CHAT}"
+        return f"{begin}this server offers OpenAI's chat completions at {CHAT}"
     near = difflib.get_close_matches(path[:60], SCHEMAS, n=1, cutoff=NEAR)
-    return begin + (f"did you mean {near[0]}?" if near else "/openapi.json tells what there is")
+    return begin + (f"did you mean {near[0]}?" if near else "/openapi.json lists the routes")
 
 
 def what_to_send(route: str) -> str:
-    """For those who have sent something else."""
+    """The message for a body of another kind."""
     if route == CHAT:
         return (
             'send JSON such as {"messages": [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, '
@@ -268,6 +268,6 @@ def what_to_send(route: str) -> str:
     if route == EMBEDDINGS:
         return 'send JSON such as {"input": ["a text"]}, with the header Content-Type: application/json'
     return (
-        f"send a form with the picture as a file (curl -F image=@FILE ... {route}), or JSON such as "
+        f"send a form with the image as a file (curl -F image=@FILE ... {route}), or JSON such as "
         '{"image": "data:image/...;base64,..."} with the header Content-Type: application/json'
     )

@@ -1,4 +1,4 @@
-"""Who comes in: the key, the size of what they carry, a place in the queue. Before anything of it is understood."""
+"""Admission: checks the key, receives the body within limits, and takes a place in the queue, before any parsing."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ from blip2.serve.places import Places
 from blip2.serve.tidy import Tidy
 
 OPEN_PATHS = ("/", "/health", "/ready")
-"""The page and what load balancers ask; these need no key."""
+"""The page and the endpoints of load balancers, which need no key."""
 OPEN_FOLDER = "/page/"
-"""The page's own files; it is the page that asks for the key."""
+"""The page's own files; the page asks for the key itself."""
 END = "blip2.end_s"
-"""Where the scope has the moment (monotonic) at which the answer has to be there."""
+"""Scope key of the deadline (monotonic)."""
 CLIENT = "blip2.client"
-"""Where the scope has who asks, for turns between clients: a short digest of the key, else `house.origin_of` the
-address."""
+"""Scope key of the client, for fair turns: a short digest of the API key, else `house.origin_of` the address."""
 LET_GO = "blip2.let_go"
-"""Where the scope has what a route calls (without arguments) when it needs the body no longer."""
+"""Scope key of the function that a route calls when it no longer needs the body."""
 REFUSED = "blip2.refused"
-"""Where the scope has the `ApiError` of a request that was refused before it came here; it is sent away from here."""
+"""Scope key of the `ApiError` of a request that was refused earlier; the doorman sends it."""
 ANSWERED = "blip2.answered"
-"""Where the scope has the response to a request that needs nobody behind the `Gate`; likewise."""
+"""Scope key of the response to a request that needs nothing behind the `Gate`; the doorman sends it."""
 LINGER_S, SILENCE_S = 5.0, 0.5
-"""So long is the rest of a refused request still taken, as long as it keeps coming."""
+"""Seconds for which the rest of a refused request is still received, while it keeps arriving."""
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -49,8 +48,8 @@ HEADERS = (
 class Doorman:
     """ASGI middleware around the whole application.
 
-    ``refusal``: why nothing can be answered at present, if so. ``routes``: the paths that /metrics tells apart.
-    ``replica``: sent with each answer. ``places``, ``bodies``: to be given where somebody else has to know of them.
+    ``refusal``: why nothing can be answered at present, or None. ``routes``: the paths that /metrics distinguishes.
+    ``replica``: sent with each answer. ``places``, ``bodies``: given if others need to share them.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Doorman:
         self._headers = HEADERS if replica is None else (*HEADERS, (b"x-blip2-replica", replica.encode()))
         self._places = Places(limits) if places is None else places
         self._bodies = Bodies(limits) if bodies is None else bodies
-        self._salt = secrets.token_bytes(16)  # a name that is written down must not help to guess the key
+        self._salt = secrets.token_bytes(16)  # client names in the log must not help to guess the key
         self._tidy = Tidy()
         metrics.in_house.set_function(lambda: len(self._places))
 
@@ -84,7 +83,7 @@ class Doorman:
             await self._app(scope, receive, send)
             return
         began_s = time.monotonic()
-        status = 499  # hung up before there was an answer
+        status = 499  # disconnected before the answer
         is_events = is_whole = False
 
         async def noted_send(message: Message) -> None:
@@ -97,20 +96,20 @@ class Doorman:
             await send(message)
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        lingers = scope["method"] != "POST" and self._has_body(scope)  # which no route reads
+        lingers = scope["method"] != "POST" and self._has_body(scope)  # no route reads it
         answer = _unfinished(noted_send) if lingers else noted_send
         try:
             await self._let_in(scope, receive, answer)
         except ApiError as error:
             self._metrics.refuse(error.code)
             response = error.response()
-            if is_events and not is_whole:  # the status was sent long ago
+            if is_events and not is_whole:  # the status was already sent
                 event = f"data: {json.dumps(error.body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
                 await noted_send({"type": "http.response.body", "body": event, "more_body": False})
             elif status != 499:
-                pass  # half of an answer is there: the connection ends, and nobody takes it for a whole one
+                pass  # a partial answer was sent: closing the connection marks it as incomplete
             elif scope["method"] == "POST" and END not in scope and error.code != "stopping":
-                response.headers["connection"] = "close"  # what was to come of the request is not waited for
+                response.headers["connection"] = "close"  # the rest of the request is not waited for
                 lingers = True
                 await response(scope, receive, _unfinished(noted_send))
             else:
@@ -134,21 +133,21 @@ class Doorman:
         key = self._key(scope) if self._keys else None
         if self._keys and not is_open and key is None:
             raise ApiError(
-                401, "invalid_api_key", "this server asks for a key: send the header 'Authorization: Bearer KEY'",
+                401, "invalid_api_key", "this server needs a key: send the header 'Authorization: Bearer KEY'",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-        client = scope.setdefault(CLIENT, self._client(scope, key))  # or as the front of replicas says
+        client = scope.setdefault(CLIENT, self._client(scope, key))  # or set by the front process of replicas
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         if (refusal := self._refusal()) is not None:
             raise refusal
-        self._places.check(client)  # before anything is read of it
+        self._places.check(client)  # before its body is read
         body = self._bodies.begin(client)
         try:
             if not await body.receive(scope, receive, self._limits):
-                return  # nobody is there any more
-            scope.setdefault(END, time.monotonic() + self._limits.deadline_s)  # or as the front of replicas says
+                return  # the client disconnected
+            scope.setdefault(END, time.monotonic() + self._limits.deadline_s)  # or set by the front process
             scope[LET_GO] = body.let_go
             async with self._places.taken(client, scope[END]):
                 await self._app(scope, body.replay(receive), send)
@@ -164,26 +163,25 @@ class Doorman:
         return self._key(scope) is not None
 
     def _key(self, scope: Scope) -> bytes | None:
-        """The key that was sent, if it is one of ours."""
+        """The key of the request, if it is a valid one."""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         given = values[0].strip() if values else b""
         scheme, _, key = given.partition(b" ")
         key = key.strip() if scheme.lower() == b"bearer" else b""
-        # All are compared, in a time that does not tell how far any of them agrees.
+        # Compare with all keys in constant time, so that timing reveals nothing.
         return key if sum([hmac.compare_digest(key, known) for known in self._keys]) > 0 else None
 
     def _has_body(self, scope: Scope) -> bool:
-        """One that may be as large as it says."""
+        """Whether the request has a body that may be as large as it claims."""
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length", b"").strip()[:19]
         is_bounded = declared.isdigit() and 0 < int(declared) <= self._limits.max_body_bytes
         return b"transfer-encoding" in headers or is_bounded
 
     async def _discard(self, receive: Receive, client: str) -> None:
-        """The rest of a request that is answered already, for a while.
+        """Receive and drop the rest of a request that is already answered, for a limited time.
 
-        To close a connection on which something is unread is to reset it, and a client that is still sending would
-        never see the answer.
+        Closing a connection with unread data resets it, and a client that is still sending would never see the answer.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
@@ -196,7 +194,7 @@ class Doorman:
 
 
 def _unfinished(send: Send) -> Send:
-    """Sends all of a response, and leaves the connection open."""
+    """Sends the whole response but leaves the connection open."""
 
     async def send_on(message: Message) -> None:
         await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)

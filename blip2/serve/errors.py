@@ -1,4 +1,4 @@
-"""What goes wrong, told in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 
 
 FIELDS = {"num_return": "n", "sample": "temperature", "max_new_tokens": "max_tokens"}
-"""What an option of the interface for Python is called in a request; most have the same name."""
+"""Field names for options of the Python API; most are the same."""
 
 
 def in_fields(name: str, value: str | None, called: Mapping[str, str] = {}) -> str:
-    """How a request writes an option, see `Blip2Error.told`. ``called``: what it calls fields otherwise."""
+    """An option in a message as a field of the request, see `Blip2Error.told`. ``called``: the caller's own names."""
     field = FIELDS.get(name, name)
     field = called.get(field, field)
     if value is None:
@@ -33,7 +33,7 @@ def in_fields(name: str, value: str | None, called: Mapping[str, str] = {}) -> s
 
 
 class ApiError(Exception):
-    """An answer that is an error: HTTP status, a code for programs, one line for people."""
+    """An error response: HTTP status, a code for programs, one line for people."""
 
     def __init__(
         self, status: int, code: str, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
@@ -48,29 +48,29 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        # What a client sent may hold halves of characters, which no answer can carry.
+        # What a client sent may contain lone surrogates, which a response cannot encode.
         message, param = (text and text.encode("utf-8", "replace").decode() for text in (self.message, self.param))
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        from starlette.responses import JSONResponse  # not for the processes that only read requests
+        from starlette.responses import JSONResponse  # the reader processes do not need it
 
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def still_loading(start_s: float) -> ApiError:
-    """What is answered while the model is being loaded, with the seconds since ``start_s`` (monotonic)."""
+    """The answer while the model is loading, with the seconds since ``start_s`` (monotonic)."""
     seconds = f"{time.monotonic() - start_s:.0f}"
     headers = {"Retry-After": "2", "X-Blip2-Loading-Seconds": seconds}
-    return ApiError(503, "loading", f"the model is being loaded, {seconds} s so far; try again", headers=headers)
+    return ApiError(503, "loading", f"the model is loading ({seconds} s so far); try again", headers=headers)
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of any error; what should not happen is logged here, and not told."""
+    """The response for any error. Unexpected errors are logged here, and not shown to the client."""
     match error:
         case ApiError():
             return error
-        case NotFiniteError():  # the model's fault, and whoever runs the server has to know
+        case NotFiniteError():  # a defect of the model, which the operator has to know
             logger.error("a request failed: %s", error)
             return ApiError(500, "not_finite", str(error))
         case ImageSizeError():
@@ -82,4 +82,4 @@ def as_api_error(error: BaseException) -> ApiError:
         case Blip2Error() if not isinstance(error, CheckpointError):
             return ApiError(400, "invalid_value", error.told(in_fields))
     logger.error("a request failed", exc_info=error)
-    return ApiError(500, "internal_error", "something went wrong in the server; its log says what")
+    return ApiError(500, "internal_error", "internal error; see the server's log")

@@ -1,7 +1,7 @@
-"""Pictures from the web, for those who allow it: only from named hosts, and never from inside the network.
+"""Downloads of images, if enabled: only from named hosts, and never from private networks.
 
-A name may be made to point anywhere, so it is resolved once, each of its addresses has to be a public one, and the
-connection goes to an address that was looked at. A redirect is a new address, with all that this asks for.
+A name can resolve to any address, so it is resolved once, each of its addresses has to be public, and the connection
+goes to a checked address. A redirect is checked like a new URL.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from blip2.serve.errors import ApiError
 
 MAX_REDIRECTS = 5
 MAX_LOOKUPS = 32
-"""Names that are looked up at the same time, those included that nobody waits for any more."""
+"""Maximum concurrent name lookups, including abandoned ones."""
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
-# What the standard library's tables take for public, in some versions: addresses with another one inside, which need
-# not be public (NAT64, 6to4, Teredo), and those that are set aside for protocols and sites.
+# Addresses that some versions of the standard library take for public: those that contain another address, which may be
+# private (NAT64, 6to4, Teredo), and those reserved for protocols and sites.
 NOT_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
@@ -46,7 +46,7 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open internet; IPv4 inside IPv6 is looked at as IPv4."""
+    """Whether an address is public; IPv4 inside IPv6 is checked as IPv4."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:  # with a scope, "fe80::1%eth0"
@@ -60,7 +60,7 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetcher:
-    """Fetches from ``domains``: a name stands for itself, ".name" for all below it, "*" for any.
+    """Downloads from ``domains``: an exact name, ".name" for all subdomains, "*" for any.
 
     ``ports``, ``resolve`` and ``is_allowed`` are for tests, which have no internet.
     """
@@ -76,12 +76,12 @@ class Fetcher:
     )
 
     def fetch(self, url: str) -> bytes:
-        """What is there. Raises ApiError for what is not allowed, ImageError for what does not come."""
+        """The content at a URL. Raises ApiError if it is not allowed, ImageError if the download fails."""
         if not self.domains:
             raise ApiError(
                 400, "remote_images_disabled",
-                "pictures at web addresses are not fetched by this server; send the picture itself, as a "
-                "data:image/...;base64, address (or start the server with --allow-images-from)",
+                "this server does not download images from URLs; send the image itself as a "
+                "data:image/...;base64, URL (or start the server with --allow-images-from)",
                 param="image",
             )  # fmt: skip
         end_s = time.monotonic() + self.timeout_s
@@ -89,12 +89,12 @@ class Fetcher:
             status, location, content = self._get(url, end_s)
             if status not in REDIRECTS:
                 if status != 200:
-                    raise ImageError(f"{_short(url)}: the server says {status}; check the address")
+                    raise ImageError(f"{_short(url)}: the host answered {status}; check the URL")
                 return content
             if not location:
-                raise ImageError(f"{_short(url)}: leads nowhere ({status} without an address)")
+                raise ImageError(f"{_short(url)}: redirects without a target ({status})")
             url = urljoin(url, location)
-        raise ImageError(f"more than {MAX_REDIRECTS} redirects; give the address where they end")
+        raise ImageError(f"more than {MAX_REDIRECTS} redirects; give the final URL")
 
     def _get(self, url: str, end_s: float) -> tuple[int, str | None, bytes]:
         parts, host, port = self._checked(url)
@@ -103,7 +103,7 @@ class Fetcher:
             raise _refused(url, "its host is not on the public internet")
         connection = _Pinned(addresses[0], host, port, is_secure=parts.scheme == "https", end_s=end_s)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        # A host that sends one byte now and then would outlast any timeout of the socket.
+        # A host that sends a byte now and then would outlast any timeout of the socket.
         alarm = threading.Timer(max(end_s - time.monotonic(), 0), connection.abort)
         alarm.start()
         try:
@@ -119,26 +119,26 @@ class Fetcher:
             return response.status, response.getheader("Location"), bytes(content)
         except ssl.SSLCertVerificationError as error:
             raise ImageError(
-                f"{_short(url)}: its host cannot prove to be {host} ({error.verify_message}); check the address"
+                f"{_short(url)}: the certificate for {host} is not valid ({error.verify_message}); check the URL"
             ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ImageError(f"{_short(url)}: cannot be fetched ({reason}); check the address") from None
+            raise ImageError(f"{_short(url)}: download failed ({reason}); check the URL") from None
         finally:
             alarm.cancel()
             connection.close()
 
     def _addresses(self, url: str, host: str, port: int, end_s: float) -> Sequence[str]:
-        """All addresses of a host, in a thread of its own: a name server that does not answer is waited for no longer
-        than a host, though the system's resolver cannot be stopped. So many are left behind at most."""
+        """All addresses of a host, looked up in a separate thread with a timeout, since the system's resolver cannot be
+        interrupted. The number of abandoned lookups is limited."""
         if not self.lookups.acquire(blocking=False):
-            raise ImageError(f"{_short(url)}: too many names are being looked up; try again later")
+            raise ImageError(f"{_short(url)}: too many name lookups are running; try again later")
         found: Future[Sequence[str]] = Future()
 
         def look_up() -> None:
             try:
                 found.set_result(self.resolve(host, port))
-            except BaseException as error:  # handed to whoever waits
+            except BaseException as error:  # raised by the waiting thread
                 found.set_exception(error)
             finally:
                 self.lookups.release()
@@ -147,41 +147,42 @@ class Fetcher:
         try:
             return found.result(max(end_s - time.monotonic(), 0))
         except TimeoutError:
-            raise ImageError(f"{_short(url)}: to look up its host took too long; check the address") from None
+            raise ImageError(f"{_short(url)}: looking up the host took too long; check the URL") from None
         except (OSError, UnicodeError):
-            raise ImageError(f"{_short(url)}: there is no host of that name; check the address") from None
+            raise ImageError(f"{_short(url)}: there is no such host; check the URL") from None
 
     def _checked(self, url: str) -> tuple[SplitResult, str, int]:
         """Scheme, host and port, all of them allowed."""
-        if not re.fullmatch(r"[!-\[\]-~]+", url):  # no white space, no backslash, nothing that parsers read differently
-            raise _refused(url, "it has characters that addresses do not have")
+        if not re.fullmatch(r"[!-\[\]-~]+", url):  # no white space, no backslash, nothing that parsers disagree on
+            raise _refused(url, "it contains characters that are not allowed in URLs")
         try:
             parts = urlsplit(url)
             host = (parts.hostname or "").rstrip(".")
             port = parts.port or PORTS.get(parts.scheme, 0)
         except ValueError:
-            raise _refused(url, "it is no address") from None
+            raise _refused(url, "it is not a URL") from None
         if parts.scheme not in PORTS or not host:
-            raise _refused(url, "only http and https addresses are fetched")
+            raise _refused(url, "only http and https URLs are allowed")
         if parts.username is not None or parts.password is not None:
-            raise _refused(url, "it has a user name in it")
+            raise _refused(url, "it contains a user name")
         if port not in self.ports:
             raise _refused(url, f"port {port} is not one of {', '.join(map(str, self.ports))}")
         if not any(
             domain == "*" or (host.endswith(domain) if domain.startswith(".") else host == domain)
             for domain in map(str.lower, self.domains)
         ):
-            raise _refused(url, "its host is not among those that this server fetches from")
+            raise _refused(url, "its host is not in --allow-images-from")
         return parts, host, port
 
 
 class _Pinned(http.client.HTTPConnection):
-    """Speaks to one address, as if it had found it by the host's name; all of it until ``end_s`` (monotonic)."""
+    """Connects to a given address instead of resolving the host's name. Everything has to end by ``end_s``
+    (monotonic)."""
 
     def __init__(self, address: str, host: str, port: int, *, is_secure: bool, end_s: float) -> None:
         super().__init__(host, port)
         if is_secure:
-            self.default_port = PORTS["https"]  # so that the Host header is without the port
+            self.default_port = PORTS["https"]  # so that the Host header omits the port
         self._address = address
         self._raw: socket.socket | None = None
         self._is_secure = is_secure
@@ -194,21 +195,21 @@ class _Pinned(http.client.HTTPConnection):
         self._raw = socket.create_connection((self._address, self.port), timeout=left_s)
         self.sock = self._raw
         if self._is_secure:
-            # The plain socket is of no use once it is wrapped, so `abort` has to know the other before it is spoken to.
+            # The plain socket is useless once it is wrapped, so `abort` has to get the TLS socket before the handshake.
             self.sock = self._raw = ssl.create_default_context().wrap_socket(
                 self._raw, server_hostname=self.host, do_handshake_on_connect=False
             )
             self.sock.do_handshake()
 
     def abort(self) -> None:
-        """End whatever is being waited for, from another thread."""
+        """End any blocking call, from another thread."""
         if self._raw is not None:
             with suppress(OSError):
-                socket.socket.shutdown(self._raw, socket.SHUT_RDWR)  # below TLS, which another thread is reading
+                socket.socket.shutdown(self._raw, socket.SHUT_RDWR)  # below TLS: another thread is reading
 
 
 def _refused(url: str, reason: str) -> ApiError:
-    return ApiError(400, "image_address_refused", f"{_short(url)}: is not fetched: {reason}", param="image")
+    return ApiError(400, "image_address_refused", f"{_short(url)}: is not downloaded: {reason}", param="image")
 
 
 def _short(url: str) -> str:

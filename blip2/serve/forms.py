@@ -1,4 +1,4 @@
-"""Forms: their fields, and the file that a picture is."""
+"""Parsing of forms: their fields, and the file of an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from blip2.serve.errors import ApiError
 
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of each form that is not one
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs a warning for each invalid form
 
 MAX_FORM_FIELDS, MAX_FORM_TEXT_BYTES = 400, 2**20
 
@@ -21,49 +21,49 @@ Part = tuple[str, str | bytes]
 
 
 def encoded(content: bytes) -> list[Part]:
-    """Of application/x-www-form-urlencoded. Raises ApiError."""
+    """The parts of application/x-www-form-urlencoded. Raises ApiError."""
     if content.count(b"&") >= MAX_FORM_FIELDS:
         raise _bad(f"it has more than {MAX_FORM_FIELDS} fields")
     try:
         found = parse_qsl(content.decode("utf-8"), keep_blank_values=True, errors="strict")
     except ValueError:
         raise _bad("a text in it is not UTF-8") from None
-    # Base64 has plus signs, which who writes such a form by hand does not encode, and it has no spaces.
+    # Hand-made forms often contain the plus signs of base64 unescaped; they decode to spaces, which base64 has not.
     return [(name, value.replace(" ", "+") if name == "image" else value) for name, value in found]
 
 
 def fields_of(
     parts: Iterable[Part], names: Collection[str], lists: Collection[str]
 ) -> tuple[dict[str, Any], bytes | None]:
-    """The fields, and the picture if it came as a file. ``names``: of fields; ``lists``: of those that may come several
-    times; one of these alone is a text. Raises ApiError."""
+    """The fields, and the image if it came as a file. ``names``: known fields. ``lists``: fields that may be repeated;
+    a single one is a text. Raises ApiError."""
     image: bytes | None = None
     given: dict[str, Any] = {}
     for name, value in parts:
         if isinstance(value, bytes):
             if name != "image":
-                message = f"the file is called {name[:40]!r}; call it 'image'"
+                message = f"the file's field is {name[:40]!r}; name it 'image'"
                 if name in names:
-                    message = f"{name} came as a file; send it as a text (curl: -F '{name}=<FILE')"
+                    message = f"{name} was sent as a file; send it as a text (curl: -F '{name}=<FILE')"
                 raise ApiError(400, "invalid_value", message, param=name[:40])
             image, value = value, "file"
             if name in given:
-                raise _bad("it has more than one picture")
+                raise _bad("it has more than one image")
         if name not in given:
             given[name] = value
         elif name in lists:
             given[name] = [*given[name], value] if isinstance(given[name], list) else [given[name], value]
         else:
-            raise _bad(f"{name[:40]!r} is there more than once; send it once")
+            raise _bad(f"{name[:40]!r} occurs more than once; send it once")
     return given, image
 
 
 def parts_of(content: bytes, content_type: str) -> Iterator[Part]:
-    """Of multipart/form-data. Raises ApiError."""
+    """The parts of multipart/form-data. Raises ApiError."""
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if not boundary:
-        raise _bad("its Content-Type names no boundary; leave that header to the client, which knows it")
+        raise _bad("its Content-Type names no boundary; let the client set that header")
     parts: list[tuple[dict[bytes, bytes], bytearray]] = []
     header: list[bytearray] = []
     is_whole = False
@@ -93,7 +93,7 @@ def parts_of(content: bytes, content_type: str) -> Iterator[Part]:
     try:
         MultipartParser(boundary, callbacks).write(content)
     except FormParserError:
-        raise _bad("its parts do not stand where its Content-Type says; leave that header to the client") from None
+        raise _bad("its parts do not match the boundary in its Content-Type; let the client set that header") from None
     if not is_whole:
         raise _bad("its end is missing; send all of it")
     for headers, data in parts:

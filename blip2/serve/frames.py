@@ -1,6 +1,6 @@
-"""Messages between the server and its readers: a little JSON, and bytes.
+"""Messages between the server and its reader processes: a short JSON and a byte payload.
 
-No pickle: whoever has taken over a reader, by a fault in a decoder, can send it wrong numbers and nothing else.
+No pickle: if a decoder bug lets someone take over a reader, it can only send wrong numbers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import struct
 from typing import Any
 
 HEAD = struct.Struct("<IQ")
-"""The lengths of the JSON and of the bytes."""
+"""Header: the lengths of the JSON and of the payload."""
 COMMAND = struct.Struct("<ci")
-"""To the parent of the readers: what to do, and a process id."""
+"""Command to the parent of the readers: an action and a process id."""
 UNKNOWN = 1000
-"""Its answer where a process is not its own."""
+"""Its answer: a process id, a status or an error number."""
 MAX_JSON_BYTES = 2**26
 MAX_PAYLOAD_BYTES = 2**32
 
@@ -22,13 +22,13 @@ Message = tuple[dict[str, Any], bytes]
 
 
 def packed(told: dict[str, Any], num_payload_bytes: int) -> bytes:
-    """What goes before the payload."""
+    """The header and the JSON, sent before the payload."""
     content = json.dumps(told, separators=(",", ":")).encode()
     return HEAD.pack(len(content), num_payload_bytes) + content
 
 
 def lengths(head: bytes | bytearray) -> tuple[int, int]:
-    """Raises ValueError for what no reader of ours sends."""
+    """The lengths in a header. Raises ValueError for sizes that no valid reader sends."""
     found: tuple[int, int] = HEAD.unpack(head)
     if found[0] > MAX_JSON_BYTES or found[1] > MAX_PAYLOAD_BYTES:
         raise ValueError(f"a message of {found[0]:,} and {found[1]:,} bytes")

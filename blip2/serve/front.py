@@ -1,7 +1,7 @@
-"""The front of several replicas: who comes in, what needs no model, and the way of a request to a replica and back.
+"""The front process of several replicas: admission, routes without a model, and forwarding to a replica.
 
-It is the application of one server (`application`), with the same doorman, and holds no model: once a request is let in
-and its body is there, it goes to a replica as it is, unread, and what the replica sends is sent on at once.
+It runs the application of a single server (`application`) with the same doorman, but without a model. An admitted
+request with its complete body is forwarded to a replica unparsed, and the replica's answer is streamed back.
 """
 
 from __future__ import annotations
@@ -35,47 +35,48 @@ from blip2.serve.replica import Tidy
 from blip2.serve.service import Service
 
 NAME = "front"
-"""What its numbers are labelled with, where a replica's carry the replica's name."""
+"""The label of its own metrics, where those of a replica carry the replica's name."""
 COUNTED_HERE = ("blip2_request_seconds", "blip2_requests_in_house", "blip2_connections", "blip2_body_bytes")
-"""Each request passes this door and its replica's, and is counted once."""
+"""Metrics that replicas have as well; only these are reported, so that each request is counted once."""
 SHOWN = (*COUNTED_HERE, "blip2_requests_rejected")
-"""The other numbers are of models, and none are here."""
+"""Metrics of the front process; all others are about models, and none are here."""
 WATCH_S = 0.5
-"""So often is it looked whether replicas are running."""
+"""Seconds between checks whether replicas are running."""
 NUMBERS_S = 2.0
-"""So long are the replicas' numbers waited for."""
+"""Seconds to wait for the replicas' metrics."""
 GRACE_S = 2.0
-"""A replica says itself that the time is up; one that does not even do that is given up."""
+"""Seconds after the deadline at which a replica that does not report it is given up."""
 CARRIED = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "client")
-"""What a replica is told of a request, besides its headers and what our own middleware has put into its scope."""
+"""Scope entries sent to a replica beside the headers and those of our own middleware."""
 
 
 class ReplicaDied(Exception):
-    """The replica that was answering is gone."""
+    """The replica that was answering has died."""
 
 
 class Replicas(Protocol):
-    """Where the models are. `start`, `num_running` are called in a thread, the others on the event loop."""
+    """The replicas. `start` and `num_running` are called in a thread, the others on the event loop."""
 
     def start(self, stopped: threading.Event) -> bool:
-        """Whether all have loaded; False: ``stopped`` was set before. Raises what kept a model from being loaded."""
+        """True once all have loaded. False: ``stopped`` was set before. Raises the error that kept a model from
+        loading."""
 
     def num_running(self) -> int: ...
 
     def answer(self, scope: Scope, left_s: float, body: list[bytes]) -> AsyncGenerator[list[Message], None]:
-        """The messages of one answer, as they come. Closed early, it ends the work. Raises ReplicaDied.
+        """The messages of one answer, as they arrive. Closing it early cancels the work. Raises ReplicaDied.
 
-        ``body``: one, which is taken out of the list, so that it is not held longer than needed.
+        ``body``: a list of one item, which is removed from it, so that its memory is released early.
         """
 
     async def families(self) -> list[list[Metric]]:
-        """The numbers of each that answers."""
+        """The metrics of each replica that answers."""
 
 
 class Front:
-    """What `application` needs of a `Service`, where the models are elsewhere.
+    """The counterpart of `Service` for `application`, with the models in replicas.
 
-    ``on_open`` is called, in a thread, once every replica has loaded.
+    ``on_open`` is called in a thread once every replica has loaded.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Front:
         self.metrics.body_bytes.set_function(lambda: self.bodies.num_bytes)
         self.death = None
         self.end_s: float | None = None
-        """When everything has to be over (monotonic), once the process is asked to end."""
+        """The time (monotonic) by which everything has to end, once the process was asked to stop."""
         self.load_error: BaseException | None = None
         self.is_stopping = False
         self.tidy = Tidy()
@@ -110,14 +111,14 @@ class Front:
                 return
             self._num_running = self.replicas.num_running()
             self._on_open()
-        except BaseException as error:  # told by /ready, and by whoever runs the server
+        except BaseException as error:  # reported by /ready and by `run`
             self.load_error = error
             return
         while not self._stopped.wait(WATCH_S):
             self.tidy.look()
             try:
                 self._num_running = self.replicas.num_running()
-            except Exception:  # who watches them is being started anew itself
+            except Exception:  # Ray's controller itself is restarting
                 self._num_running = 0
 
     async def stop(self) -> None:
@@ -126,31 +127,31 @@ class Front:
         await asyncio.to_thread(self._watching.join)
 
     def end_requests(self) -> None:
-        """Whoever still waits for an answer is told now that there will be none."""
+        """End all waiting requests with an error."""
         self.is_stopping = True
         stopping = ApiError(503, "stopping", "the server is stopping; send it again", headers={"Retry-After": "2"})
         self.bodies.end_all(stopping)
         self.places.end_all(stopping)
 
     def refusal(self) -> ApiError | None:
-        """Why nothing can be answered at present; None: it can."""
+        """Why nothing can be answered at present, or None."""
         if self.load_error is not None:
-            return ApiError(503, "model_failed", "the model cannot be loaded; the server says why where it was started")
+            return ApiError(503, "model_failed", "the model cannot be loaded; see the server's output")
         if self.is_stopping:
             return ApiError(503, "stopping", "the server is stopping")
         if self._num_running is None:
             return still_loading(self._start_s)
         if not self._num_running:
             return ApiError(
-                503, "no_replica", "no replica is running; one is being started, try again",
+                503, "no_replica", "no replica is running; one is starting, try again",
                 headers={"Retry-After": "2"},
             )  # fmt: skip
         return None
 
     async def numbers(self) -> bytes:
-        """For /metrics: of all replicas that answer, and of this door."""
+        """The text for /metrics: of all replicas that answer, and of this process."""
         families = [family for family in self.metrics.families() if family.name in SHOWN]
-        with suppress(Exception):  # one that hangs, or dies just now; Ray will tell
+        with suppress(Exception):  # a replica that hangs or is dying; Ray will report it
             async with asyncio.timeout(NUMBERS_S):
                 for of_one in await self.replicas.families():
                     families += [family for family in of_one if family.name not in COUNTED_HERE]
@@ -158,8 +159,8 @@ class Front:
 
 
 def create_front(front: Front, *, keys: Sequence[str] = (), door: Door | None = None) -> FastAPI:
-    """The application of one server, whose requests for a model go to the replicas."""
-    # The routes are for the description, and to tell what there is; none of them is run here.
+    """The application of a single server, which forwards requests for a model to the replicas."""
+    # The routes are only needed for /openapi.json and 404 messages; none of them runs here.
     routers = [openai.router(cast(Service, front)), plain.router(cast(Service, front))]
     app = application(front, routers, keys=keys, door=door)
     app.user_middleware.append(Middleware(_Forward, front=front, routers=routers))  # the innermost
@@ -167,7 +168,7 @@ def create_front(front: Front, *, keys: Sequence[str] = (), door: Door | None = 
 
 
 class _Forward:
-    """ASGI middleware: what needs a model is answered by a replica."""
+    """ASGI middleware: forwards requests that need a model to a replica."""
 
     def __init__(self, app: ASGIApp, *, front: Front, routers: Sequence[APIRouter]) -> None:
         self._app = app
@@ -187,7 +188,7 @@ class _Forward:
 
 
 class _Passage:
-    """One request, on its way to a replica and back."""
+    """One request, forwarded to a replica, and its answer."""
 
     def __init__(self, front: Front, scope: Scope, receive: Receive, send: Send) -> None:
         self._front = front
@@ -212,7 +213,7 @@ class _Passage:
             leaving.cancel()
             await asyncio.wait((passing, leaving))
         if error is not None and not self._is_complete:
-            raise error  # the doorman knows how far the answer has come
+            raise error  # the doorman knows how much of the answer was sent
 
     async def _pass_on(self, left_s: float, body: list[bytes]) -> None:
         answer = self._front.replicas.answer(_carried(self._scope), left_s, body)
@@ -227,7 +228,7 @@ class _Passage:
 
     async def _pass_on_one(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            # The replica's doorman has put these as ours will.
+            # Headers set by the replica's doorman, which ours sets again.
             headers = [header for header in message["headers"] if header not in HEADERS]
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body":
@@ -236,7 +237,7 @@ class _Passage:
 
 
 def _error_of(passing: asyncio.Future[None]) -> ApiError | None:
-    if passing.cancelled():  # not by us: Ray tells so of a replica that is ended
+    if passing.cancelled():  # not by us: Ray's sign that the replica has ended
         return _died()
     error = passing.exception()
     return None if error is None else _died() if isinstance(error, ReplicaDied) else as_api_error(error)
@@ -244,13 +245,13 @@ def _error_of(passing: asyncio.Future[None]) -> ApiError | None:
 
 def _died() -> ApiError:
     return ApiError(
-        503, "replica_died", "the replica that was to answer has died; send the request again",
+        503, "replica_died", "the replica died; send the request again",
         headers={"Retry-After": "1"},
     )  # fmt: skip
 
 
 def _carried(scope: Scope) -> dict[str, Any]:
-    """Of a request's scope what can travel; not the key, which has been looked at. Its name in the log is ours."""
+    """The entries of a request's scope that can be sent, without the API key. The request id is kept."""
     ours = {key: value for key, value in scope.items() if key.startswith("blip2.") and isinstance(value, (str, bytes))}
     headers = [each for each in scope["headers"] if each[0] not in (b"authorization", b"x-request-id")]
     headers.append((b"x-request-id", current_id.get().encode()))
@@ -258,7 +259,7 @@ def _carried(scope: Scope) -> dict[str, Any]:
 
 
 async def _whole(receive: Receive) -> list[bytes] | None:
-    """The body, which the doorman has read already; None: nobody is there any more."""
+    """The body, which the doorman has received already; None: the client disconnected."""
     parts: list[bytes] = []
     is_over = False
     while not is_over:

@@ -1,4 +1,4 @@
-"""The outermost answers: HEAD and OPTIONS on every route, other sites' pages (CORS), a path prefix of a proxy's."""
+"""The outermost middleware: HEAD and OPTIONS on every route, CORS, and a proxy's path prefix."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ EXPOSED = b", ".join(
         b"x-blip2-loading-seconds", b"retry-after",
     )
 )  # fmt: skip
-"""What a page of an allowed origin may read beside the body."""
+"""Response headers that a page of an allowed origin may read."""
 PREFLIGHT_S = b"600"
-"""So long a browser need not ask again."""
+"""Seconds for which a browser may cache a preflight answer."""
 HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,2000}")
 POLICY = b"cross-origin-resource-policy"
 
 
 class Gate:
-    """ASGI middleware around the `Doorman`, which says what is refused here."""
+    """ASGI middleware around the `Doorman`, which sends the refusals decided here."""
 
     def __init__(self, app: ASGIApp, *, door: Door, routes: Routes, has_keys: bool) -> None:
         self._app = app
@@ -51,7 +51,7 @@ class Gate:
         elif scope["method"] == "OPTIONS":
             await self._app({**scope, ANSWERED: self._options(scope, origin is not None)}, receive, send)
         elif is_folder_missing and scope["method"] in ("GET", "HEAD"):
-            # Without the slash the page's own addresses would lie beside the prefix, not below it.
+            # Without the slash the page's relative URLs would resolve beside the prefix, not below it.
             moved = Response(status_code=308, headers={"Location": f"{self._root_path}/"})
             await self._app({**scope, ANSWERED: moved}, receive, send)
         elif scope["method"] == "HEAD":
@@ -60,18 +60,18 @@ class Gate:
             await self._app(scope, receive, send)
 
     def _take_off_root_path(self, scope: Scope) -> bool:
-        """Changes the scope's path; whether it was the prefix alone."""
+        """Removes the prefix from the scope's path. True if the path was only the prefix."""
         path, prefix = scope["path"], self._root_path
         if not prefix:
             return False
         if path != prefix and not path.startswith(f"{prefix}/"):
-            return False  # the proxy took it off
+            return False  # the proxy removed it
         scope["path"] = path[len(prefix) :] or "/"
         if (raw := scope.get("raw_path")) is not None:
             scope["raw_path"] = raw.removeprefix(prefix.encode()) or b"/"
         return bool(path == prefix)
 
-    # ---- pages of other sites ----
+    # ---- CORS ----
 
     def _allowed_origin(self, scope: Scope) -> bytes | None:
         if not self._has_origins:
@@ -97,12 +97,12 @@ class Gate:
         return send_on
 
     def _options(self, scope: Scope, is_allowed: bool) -> Response:
-        """What may be done at a path, for anybody: a browser sends no key when it asks for its page."""
+        """The allowed methods of a path, without a key: browsers send none with a preflight."""
         asked = {name: value for name, value in scope["headers"] if name.startswith(b"access-control-request-")}
         is_preflight = b"access-control-request-method" in asked
         allowed = self._routes.allowed(scope["path"])
         if scope["path"] == "*" or (is_preflight and is_allowed):
-            # A path that is none is told by the request itself, which a page can read.
+            # An unknown path is reported by the request itself, whose answer a page can read.
             allowed = allowed or "GET, HEAD, OPTIONS, POST"
         if allowed is None:
             return ApiError(404, "not_found", "Not Found").response()
@@ -121,8 +121,8 @@ class Gate:
 
 
 def _name_client(scope: Scope) -> None:
-    """At a Unix socket there is no address but what the proxy adds: the last of X-Forwarded-For, which no client of
-    its can write."""
+    """On a Unix socket there is no client address except the last entry of X-Forwarded-For, which the proxy adds and no
+    client can forge."""
     if scope.get("client") is None:
         given = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
         address = given[-1].decode("latin-1").rpartition(",")[2].strip() if given else ""

@@ -1,4 +1,4 @@
-"""What FastAPI does with an error: every answer has the shape of `ApiError`."""
+"""FastAPI's error handlers: every error response has the form of `ApiError`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
         response = as_api_error(error).response()
-        response.headers["connection"] = "close"  # uvicorn hangs up once it hears of the error; say so before
+        response.headers["connection"] = "close"  # uvicorn closes the connection after this error; announce it
         return response
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:

@@ -1,8 +1,8 @@
-"""Whom the server answers: under which names (the header Host), and which web pages of other sites (Origin).
+"""Which requests are accepted: by host name (header Host), and by the site of the web page (Origin).
 
-A page in somebody's browser can reach a server that strangers cannot: on the same machine, in the same network. Two
-ways are closed here. A name that its owner makes point at 127.0.0.1 (DNS rebinding) gives itself away by the Host,
-which is that name. A form, or a fetch that needs no permission, gives itself away by Sec-Fetch-Site or Origin.
+A page in a user's browser can reach servers that others cannot: on the same machine or network. Two attacks are blocked
+here. DNS rebinding (a name made to resolve to 127.0.0.1) shows in the Host header, which has that name. A form, or a
+fetch without preflight, shows in Sec-Fetch-Site or Origin.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from blip2.serve.errors import ApiError
 
 ANY = "*"
 LOCAL = ("localhost", ".localhost")
-"""Names that browsers never look up. These are always let in, and addresses, and names without a dot, such as
+"""Names that browsers never look up. They are always accepted, as are addresses and names without a dot, such as
 ``my-server``: nobody can own one of these on the internet."""
 NETWORK = (
     ".local", ".localdomain", ".internal", ".intranet", ".private", ".lan", ".home", ".home.arpa", ".corp", ".svc",
     ".cluster.local", ".test",
 )  # fmt: skip
-"""What only a network itself gives names below: nobody outside can own one, either."""
+"""Suffixes that only local networks use; nobody outside can own such a name, either."""
 HOST = re.compile(r"(\[[0-9a-f:.]+(?:%[\w.~-]+)?\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?)(?::(\d{0,5}))?", re.ASCII)
 MAX_HOST = 300
-"""Characters of a Host that are looked at; a name of the internet has 253 at most."""
+"""Maximum length of a Host that is parsed; an internet name has at most 253 characters."""
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/@?#\\,]+", re.ASCII)
 OWN_SITE = (b"same-origin", b"none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Door:
-    """What stands between a network and the application; values as the command line takes them.
+    """The access options of the server, as the command line takes them.
 
-    Raises OptionError for what is no origin, no name of a host, or no path.
+    Raises OptionError for an invalid origin, host name or path.
     """
 
     cors_origins: tuple[str, ...] = ()
     """Origins (``https://example.org``) whose pages may use the server from a browser; ``*`` is any."""
     allow_hosts: tuple[str, ...] = (ANY,)
-    """Names that the server answers under, besides those that are always let in (`LOCAL`): ``example.org``, or
-    ``.example.org`` with all below it. What is to be the default depends on the address, see `default_hosts`."""
+    """Host names that are accepted besides `LOCAL`: ``example.org``, or ``.example.org`` for all subdomains. For the
+    default see `default_hosts`."""
     root_path: str = ""
-    """The path under which a proxy shows the server, such as ``/blip2``, whether the proxy takes it off or not."""
+    """The path prefix under which a proxy publishes the server, such as ``/blip2``, whether the proxy removes it or
+    not."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cors_origins", tuple(map(_origin, self.cors_origins)))
@@ -55,10 +56,10 @@ class Door:
 
 
 def default_hosts(address: str | None, has_keys: bool) -> tuple[str, ...]:
-    """`Door.allow_hosts` where nobody named any. ``address``: what is listened at; None is a Unix socket.
+    """The default of `Door.allow_hosts`. ``address``: the listening address; None is a Unix socket.
 
-    On this machine alone: no others. In a network: the names that a network has, and with keys any, since a page that
-    came by a name of its own has no key. Behind a Unix socket stands a proxy, which knows the names.
+    Only this machine: no others. In a network: the suffixes of local networks, and with keys any name, since a page
+    that uses DNS rebinding has no key. Behind a Unix socket: any, since the proxy checks names.
     """
     if address is None:
         return (ANY,)
@@ -68,7 +69,7 @@ def default_hosts(address: str | None, has_keys: bool) -> tuple[str, ...]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches what listens at an address, or at a name."""
+    """Whether a listening address or name is only reachable from this machine."""
     try:
         found = {str(each[4][0]) for each in socket.getaddrinfo(address, None)}
     except (OSError, UnicodeError):
@@ -77,7 +78,7 @@ def is_loopback(address: str) -> bool:
 
 
 class Hosts:
-    """Decides about a request by its headers alone."""
+    """Checks a request by its headers alone."""
 
     def __init__(self, door: Door, *, has_keys: bool) -> None:
         names = (*LOCAL, *door.allow_hosts)
@@ -92,25 +93,25 @@ class Hosts:
         return ANY in self._origins or (len(origin) <= MAX_HOST and _without_port(_text(origin)) in self._origins)
 
     def refusal(self, scope: Scope) -> ApiError | None:
-        """Why a request is not answered, if so: an odd Host, one of another name, or a page of another site."""
+        """Why a request is refused, or None: a malformed Host, an unknown name, or a page of another site."""
         given = [value for name, value in scope["headers"] if name == b"host"]
-        if given or scope.get("http_version") != "1.0":  # the checks of old load balancers name no host; no browser
+        if given or scope.get("http_version") != "1.0":  # health checks of old load balancers send no Host; browsers do
             if len(given) != 1 or (host := _parsed(given[0])) is None:
                 return ApiError(400, "invalid_host", "send one header Host, with the name or address of this server")
             if not self._is_ours(host):
                 return ApiError(
-                    421, "unknown_host", f"this server does not answer under the name {host!r}; whoever runs it may "
-                    f"allow that: --allow-host {host}",
+                    421, "unknown_host", f"this server does not accept the host name {host!r}; its operator can "
+                    f"allow it with --allow-host {host}",
                 )  # fmt: skip
         if self._has_keys or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            return None  # what asks only is kept from other pages by their browser, and a key by those who have it
+            return None  # browsers hide answers from other pages, and pages have no key
         return self._stranger(scope, given[0] if given else b"")
 
     def _is_ours(self, host: str) -> bool:
         return (
             self._any
             or host in self._names
-            or "." not in host  # an IPv6 address, too
+            or "." not in host  # IPv6 addresses, too
             or host.endswith(self._suffixes)
             or is_address(host)
         )
@@ -121,21 +122,21 @@ class Hosts:
         if len(origins) == 1 and self.allows_origin(origins[0]):
             return None
         if all(site in OWN_SITE for site in sites):
-            if sites or not origins:  # a browser's word on it, which no page can change; or no browser
+            if sites or not origins:  # set by the browser, pages cannot change it; or no browser
                 return None
             if len(origins) == 1 and b"://" in origins[0] and _authority(origins[0]) == _authority(host):
                 return None
         origin = _text(origins[0])[:100] if origins else ""
         whose, named = (f" ({origin})", origin) if ORIGIN.fullmatch(origin) else ("", "ORIGIN")
         return ApiError(
-            403, "cross_site", f"a page of another site{whose} may not use this server; whoever runs it may allow "
-            f"that: --cors-origin {named}. If it is the server's own page, a reverse proxy has to pass on the header "
+            403, "cross_site", f"a page of another site{whose} may not use this server; its operator can allow "
+            f"it with --cors-origin {named}. If it is the server's own page, a reverse proxy has to pass on the header "
             "Host",
         )  # fmt: skip
 
 
 def _parsed(value: bytes) -> str | None:
-    """The name or address in a Host, in lower case; None for what is neither."""
+    """The name or address in a Host header, in lower case; None if it is neither."""
     found = HOST.fullmatch(_text(value)) if len(value) <= MAX_HOST else None
     if found is None or int(found[2] or 0) > 0xFFFF:
         return None
@@ -143,7 +144,7 @@ def _parsed(value: bytes) -> str | None:
 
 
 def is_address(host: str) -> bool:
-    """IPv4 as `inet_aton` reads it, or IPv6."""
+    """Whether a host is an IPv4 address as `inet_aton` reads it, or an IPv6 address."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -151,7 +152,7 @@ def is_address(host: str) -> bool:
     else:
         return True
     try:
-        socket.inet_aton(host)  # 127.1 and 0x7f000001 are numbers that somebody wrote, and no names
+        socket.inet_aton(host)  # also accepts 127.1 and 0x7f000001, which are not names
     except OSError:
         return False
     return True
@@ -162,7 +163,7 @@ def _text(value: bytes) -> str:
 
 
 def _without_port(origin: str) -> str:
-    """An origin as browsers write it, without the port that its scheme has anyway."""
+    """An origin as browsers write it, without the default port of its scheme."""
     for scheme, port in (("http://", ":80"), ("https://", ":443")):
         if origin.startswith(scheme):
             return origin.removesuffix(port)
@@ -170,13 +171,13 @@ def _without_port(origin: str) -> str:
 
 
 def _authority(value: bytes) -> str:
-    """Host and port of an origin or of a header Host. A proxy may speak http to us and https to the browser, so both
-    usual ports count as none."""
+    """Host and port of an origin or a Host header. A proxy may use http to us and https to the browser, so both default
+    ports are dropped."""
     return _text(value).rpartition("://")[2].removesuffix(":80").removesuffix(":443")
 
 
 def _ascii(name: str) -> str:
-    """A name as browsers send it."""
+    """A name in the form that browsers send."""
     try:
         return name if name.isascii() else name.encode("idna").decode()
     except UnicodeError:
@@ -202,8 +203,8 @@ def _host(given: str) -> str:
     found = HOST.fullmatch(name.removeprefix("."))
     if found is None or ":" in name.partition("]")[2] or (found[2] is not None and "]" not in name):
         raise OptionError(
-            f"--allow-host is {given!r}; give a name alone, such as blip2.example.org, or .example.org for all below "
-            "it, or * for any"
+            f"--allow-host is {given!r}; give only a name, such as blip2.example.org, or .example.org for all "
+            "subdomains, or * for any"
         )
     return name.strip("[]")
 

@@ -1,4 +1,4 @@
-"""All connections of a server. When there are too many, one that does nothing gives way to the newcomer."""
+"""All connections of a server. If there are too many, an idle one is closed for a new one."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 STATE = "blip2.house"
-"""Where the state of the application's lifespan has the house, so that each connection finds it."""
+"""Key of the `House` in the application's lifespan state, where each connection finds it."""
 MAX_CONNECTIONS = 1024
 STARTS_PER_TURN = 2
-"""Requests that are begun in one turn of the event loop, so that no turn takes long, however many have come: uvloop
-accepts one connection a turn."""
+"""Requests started in one turn of the event loop, so that no turn takes long, however many have arrived. uvloop accepts
+one connection per turn."""
 YOUNG_S = 1.0
-"""So long a connection that says nothing yet is taken for one whose request is on its way."""
+"""Seconds for which a silent new connection is assumed to have a request on its way."""
 LOCAL = "local"
-"""The origin of whoever comes without an address: through a Unix socket."""
+"""The origin of connections without an address, through a Unix socket."""
 
 
 class Standing(IntEnum):
-    """What a connection does at present. Those that do least come first, and give way first; work never does."""
+    """The state of a connection. The first ones are closed first; a working one is never closed."""
 
     SILENT = 0
-    """No whole head of a request has come, or not the next one's, which has begun."""
+    """The head of a request is incomplete (the first, or the next one, which has begun)."""
     IDLE = 1
-    """All that came is answered."""
+    """Idle: everything received is answered."""
     BODY = 2
-    """A head is there, its body is not, or nobody has looked at it yet."""
+    """The head is complete, the body is not, or the request is not yet started."""
     UNREAD = 3
-    """An answer waits to be read."""
+    """An answer is waiting to be read by the client."""
     WORK = 4
-    """A whole request is being answered."""
+    """A complete request is being answered."""
 
 
 class Guest(Protocol):
-    """A connection, as the house sees it."""
+    """A connection, as `House` needs it."""
 
     @property
     def standing(self) -> Standing: ...
@@ -48,14 +48,14 @@ class Guest(Protocol):
 
     @property
     def since_s(self) -> float:
-        """When it came, or was answered last; of the event loop's clock."""
+        """The time of its arrival or its last answer, on the event loop's clock."""
         ...
 
     def give_way(self) -> None: ...
 
 
 class House:
-    """``max_connections``: beyond it one gives way. ``on_refusal`` is told why a connection was ended."""
+    """``max_connections``: beyond it one is closed. ``on_refusal`` gets the reason why a connection was closed."""
 
     def __init__(
         self, max_connections: int = MAX_CONNECTIONS, on_refusal: Callable[[str], Any] = lambda reason: None
@@ -65,19 +65,19 @@ class House:
         self.starts = Starts()
         self._guests: dict[Guest, None] = {}
         self._next: list[tuple[Standing, float, Guest]] = []
-        """Those that give way next, the first of them last, as far as they still do what they did."""
+        """Connections to close next, the first one last, if their state is unchanged by then."""
 
     def __len__(self) -> int:
         return len(self._guests)
 
     def enter(self, guest: Guest) -> None:
-        """A newcomer is always let in."""
+        """Adds a connection. New connections are always accepted."""
         now_s = guest.since_s
         if len(self._guests) < self.max_connections:
             self._next.clear()
         while len(self._guests) >= self.max_connections and (least := self._least(now_s)) is not None:
             if _is_young(least, now_s) and len(self._guests) < self.max_connections * 5 // 4:
-                break  # everybody is at work, or has just come
+                break  # all connections are working or have just arrived
             del self._guests[least]
             self.refuse("connection_gave_way")
             least.give_way()
@@ -90,9 +90,9 @@ class House:
         return Counter(guest.standing for guest in self._guests)
 
     def _least(self, now_s: float) -> Guest | None:
-        """Of the origin that has most connections at which nothing is worked: the one that does least, for longest.
+        """The connection to close: of the origin with most connections, the longest in the lowest state.
 
-        So a crowd from one address costs nobody else a connection. None if all are being worked for.
+        So many connections from one address cost nobody else a connection. None if all are working.
         """
         while True:
             while self._next:
@@ -110,7 +110,7 @@ class House:
                 (-crowd[guest.origin], Standing.BODY if _is_young(guest, now_s) else standing, since_s, place)
                 for place, (standing, since_s, guest) in enumerate(found)
             )
-            # To look at all of them takes milliseconds, and there may be hundreds of newcomers at a time.
+            # Scanning all connections takes milliseconds, and hundreds of new ones may arrive at once.
             self._next = [found[place] for *_, place in ranked[: max(self.max_connections // 32, 1)]][::-1]
 
 
@@ -119,18 +119,18 @@ def _is_young(guest: Guest, now_s: float) -> bool:
 
 
 class Lane(IntEnum):
-    """Which requests are begun first, when many wait for that."""
+    """The order in which waiting requests are started."""
 
     EXPRESS = 0
-    """Of those who watch the server."""
+    """Requests of monitoring."""
     FRESH = 1
-    """It came when its connection had no other."""
+    """The only request of its connection."""
     AHEAD = 2
-    """It was sent before an earlier one was answered."""
+    """A pipelined request, sent before an earlier one was answered."""
 
 
 class Starts:
-    """Begins the work on requests, a few in each turn of the event loop."""
+    """Starts requests, a few in each turn of the event loop."""
 
     def __init__(self) -> None:
         self._waiting: dict[Lane, deque[Callable[[], None]]] = {lane: deque() for lane in Lane}
@@ -162,7 +162,7 @@ class Starts:
 
 @lru_cache(1024)
 def origin_of(host: str | None) -> str:
-    """Whose connections are counted together: an IPv4 address, the /64 of an IPv6 address, else `LOCAL`."""
+    """The group in which connections are counted: an IPv4 address, the /64 of an IPv6 address, else `LOCAL`."""
     try:
         address = ipaddress.ip_address((host or "").partition("%")[0])
     except ValueError:

@@ -1,8 +1,8 @@
-"""Two batches, so that who asks little is not slowed down by who asks much.
+"""Two running batches, so that small requests are not slowed down by large ones.
 
-A step of a batch takes the longer the more rows it has: one with 64 beams six times as long as one with a single answer
-(the miniature on a CPU). So what is large by itself, or by what else its client has running, is written in a lane of
-its own, and the two lanes and the other work of the models' thread have shares of its time (`Share`).
+A decoding step takes longer the more rows the batch has: with 64 beams six times as long as with one answer (the
+miniature on a CPU). So requests that are large, by themselves or with others of the same client, run in a separate
+batch (a lane). The lanes and the other work of the models' thread share its time by weight (`Share`).
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from blip2.serve.tickets import Running, Ticket
 from blip2.serve.turns import Turns
 
 PORTION = 8
-"""Prompts that are read, and pictures that are encoded, before others have their turn."""
+"""Prompts prefilled and images encoded in one turn."""
 PORTION_CHARACTERS = 8192
-"""Of prompts that are read together."""
+"""Maximum characters of prompts prefilled together."""
 QUICK_TOKENS = 64
-"""Of a row, on average, that is quickly written: those of long ones have much to look back at in each step."""
+"""Maximum average tokens of a row in the quick lane: long rows attend to many positions in each step."""
 
 
 @dataclass(eq=False)
 class Share:
-    """Of the thread's time, by weight, among those that have something to do."""
+    """A weighted share of the thread's time."""
 
     weight: float
     spent_s: float = 0.0
-    """By its weight; the one that has spent least is the next."""
+    """Time spent, divided by the weight. The share with the least is next."""
 
 
 def next_of(shares: Iterable[Share], busy: Sequence[Share]) -> Share:
-    """Whose turn it is. Who has nothing to do saves up nothing."""
+    """The share whose turn it is. Idle time is not saved up."""
     chosen = min(busy, key=lambda each: each.spent_s)
     for share in shares:
         if share not in busy:
@@ -44,22 +44,22 @@ def next_of(shares: Iterable[Share], busy: Sequence[Share]) -> Share:
 
 @dataclass(eq=False)
 class Lane(Share):
-    """A batch: the answers that are running in it, and the tickets that have a place but are not running yet."""
+    """A batch: its running answers, and the tickets that have rows but are not running yet."""
 
     language: LanguageModel = field(kw_only=True)
     batch: Batch = field(init=False)
     running: dict[Job, Running] = field(default_factory=dict)
     coming: deque[Ticket] = field(default_factory=deque)
     fresh: list[Ticket] = field(default_factory=list)
-    """Those of the running ones that have no token yet."""
+    """Running tickets without a token yet."""
     may_admit: bool = True
-    """Whether its next portion is to admit; it is not after one that did, if others have something to do."""
+    """Whether its next turn admits tickets; it does not right after doing so, if others have work."""
 
     def __post_init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Nothing is running in it any more."""
+        """Forget everything that was running."""
         self.batch = Batch(self.language)
         self.running.clear()
         self.fresh.clear()
@@ -77,7 +77,7 @@ class Lane(Share):
         return [*self.coming, *(running.ticket for running in self.running.values())]
 
     def portion(self, num_pictures: int) -> list[Ticket]:
-        """Some of those that are coming: the prompts short enough, and few enough of the pictures new."""
+        """Some of the coming tickets: with prompts short enough, and few enough new images."""
         some: list[Ticket] = []
         num_new = num_characters = 0
         while self.coming and len(some) < PORTION:
@@ -91,17 +91,17 @@ class Lane(Share):
 
 
 class Lanes:
-    """``quick`` is for those who have little running, ``bulk`` for searches with many beams and for all that a client
-    asks beyond that, until it has nothing there any more.
+    """``quick`` is for clients with few running rows. ``bulk`` is for searches with many beams, and for everything that
+    a client requests beyond that, until it has nothing left there.
 
-    ``bulk`` has ``max_rows``, ``quick`` what is free of these and a quarter as many of its own, so that a search that
-    fills ``bulk`` leaves room for others.
+    ``bulk`` has ``max_rows``. ``quick`` has what these leave free, and a quarter as many of its own, so that a search
+    that fills ``bulk`` leaves space for others.
     """
 
     def __init__(self, language: LanguageModel, max_rows: int) -> None:
         self.max_rows = max_rows
         self._num_spare = max_rows // 4
-        self._num_quick = max_rows // 8  # of one client
+        self._num_quick = max_rows // 8  # per client
         self.quick, self.bulk = Lane(2, language=language), Lane(1, language=language)
         self.each = (self.quick, self.bulk)
 
@@ -114,13 +114,13 @@ class Lanes:
         return [*self.quick.tickets, *self.bulk.tickets]
 
     def allot(self, waiting: Turns[Ticket]) -> None:
-        """Gives those who wait the rows that are free, in turn.
+        """Gives free rows to waiting tickets, in turn.
 
-        Who needs more than are free is overtaken, until that was done by as many rows as there are; from then on rows
-        are kept free for him.
+        A ticket that needs more rows than are free is overtaken, until as many rows as exist have overtaken it; from
+        then on rows are reserved for it.
         """
         quick, bulk = self.quick, self.bulk
-        rows, tokens = Counter[str](), Counter[str]()  # of what is not large by itself
+        rows, tokens = Counter[str](), Counter[str]()  # of requests that are not large by themselves
         busy = {ticket.client for ticket in bulk.tickets if self._is_narrow(ticket)}
         for ticket in filter(self._is_narrow, self.tickets):
             rows[ticket.client] += ticket.num_rows

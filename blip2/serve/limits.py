@@ -1,4 +1,4 @@
-"""What a stranger may ask for, and how much; each limit is enforced before the work that it guards."""
+"""Limits on requests; each is enforced before the work that it limits."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ class Limits:
     """Counts are 1 or more, times in seconds."""
 
     max_body_bytes: int = 20 * 2**20
-    """Of a request, counted while it is read."""
+    """Bytes of a request, counted while it arrives."""
     body_s: float = 30.0
-    """A body that has not arrived after that time is given up (408); one that hardly comes, before."""
+    """Time for a body to arrive (408); one that arrives too slowly is ended earlier."""
     max_flight_bytes: int | None = None
-    """Of all bodies that are being received, or are there and still needed; None: 16 times ``max_body_bytes``. Beyond
-    it the oldest that is still coming gives way (503)."""
+    """Bytes of all bodies that are arriving or still needed; None: 16 times ``max_body_bytes``. Beyond it the oldest
+    one that is still arriving is dropped (503)."""
     max_pixels: int = 250_000_000
-    """Of a picture, from its header. A large one is decoded while no other is; it takes 4 to 9 bytes a pixel."""
+    """Pixels of an image, from its header. Large images are decoded one at a time; that takes 4 to 9 bytes per
+    pixel."""
     max_images: int = 32
-    """In one request, those of earlier turns of a conversation included."""
+    """Images of a request, including those of earlier turns."""
     max_texts: int = 256
-    """In one request: to match, or to embed."""
+    """Texts of a request, to match or to embed."""
     max_prompt_tokens: int = 2048
-    """Of text; a model that reads less says so itself. Of 16 characters a token, no more are even looked at."""
+    """Tokens of a text; a model with a shorter context refuses earlier. Longer than 16 characters per token: unread."""
     max_new_tokens: int = 512
-    """That a request gets; one that asks for more gets these."""
+    """Maximum tokens to generate; a request for more gets this many."""
     max_queue: int = 128
-    """Requests whose body is there, those at work included; the next one is sent away (429). One client has three
-    quarters of these places at most, and of ``max_flight_bytes``."""
+    """Requests with a complete body, running ones included; the next one is refused (429). One client has at most three
+    quarters of these places, and of ``max_flight_bytes``."""
     max_connections: int = 1024
-    """At the next one, a connection that does nothing is closed; see `blip2.serve.house`. Fewer where the system does
-    not give so many descriptors."""
+    """With one more, an idle connection is closed; see `blip2.serve.house`. Fewer if the system does not grant as many
+    file descriptors."""
     max_rows: int = 64
-    """Answers that are written at a time; a search with 5 beams, as the tasks have it, is 5. A quarter as many are
-    written beside a search that takes them all, of those who ask for little (`lanes`)."""
+    """Rows of the running batch; the tasks' default of 5 beams takes 5. A quarter as many run beside a search that
+    takes them all, for small requests (`lanes`)."""
     deadline_s: float = 120.0
-    """From the last byte of the request to the last of the answer (504)."""
+    """Time from the last byte of the request to the last of the answer (504)."""
     shutdown_s: float = 30.0
-    """How long a stop signal waits for what is running."""
+    """Time to finish running requests after a stop signal."""
     cache_entries: int = 4096
-    """Encoded images that are remembered."""
+    """Encoded images in the cache."""
     cache_bytes: int = 512 * 2**20
-    """What these may take, of each of the two models."""
+    """Bytes of the cache, for each of the two models."""
     system_prompt: Literal["refuse", "ignore"] = "refuse"
-    """What is done with a system message, which the model cannot follow."""
+    """What to do with a system message, which the model cannot follow."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,5 +70,5 @@ class Limits:
 
 
 def share_of(number: int) -> int:
-    """How many of so many one client may have: three quarters, so that something is left for others; of one, one."""
+    """How many of ``number`` one client may have: three quarters, so that some are left for others; of one, one."""
     return number - number // 4

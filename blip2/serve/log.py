@@ -1,6 +1,6 @@
-"""The server's log: one line a request, which says what was asked and how it ended, and never what was said.
+"""The server's log: one line per request with its route and status, never its content.
 
-Each request has a name, its ``x-request-id``; every line that its work writes begins with it.
+Each request has an id, its ``x-request-id``; every line that it causes begins with it.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.routes import Routes
 
 ID = "blip2.id"
-"""Where the scope has the request's name."""
+"""Scope key of the request id."""
 GIVEN_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-"""A client's own name for its request that is kept: it can stand in a header and in a line."""
+"""A client's own request id is kept if it matches: it is safe in a header and in a line."""
 METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
 POLLED = ("/health", "/ready", "/metrics")
-"""Asked every few seconds by machines; told at debug while all is well, or the model is being loaded."""
+"""Routes polled by machines; logged at debug while all is well, or the model is loading."""
 CAPACITY = 2000
-"""Lines that wait to be written; further ones are dropped, and their number told."""
+"""Lines waiting to be written; further ones are dropped, and their number is logged."""
 MAX_LINE = 2000
 PAUSE_S = 0.05
-"""For further lines to come: each time that this thread runs, it takes Python's lock from the model's."""
+"""Seconds to wait for further lines: each run of this thread takes the GIL from the model's thread."""
 
 logger = logging.getLogger("blip2.serve.requests")
 current_id: ContextVar[str] = ContextVar("the request's name", default="-")
 
 
 class RequestLog:
-    """ASGI middleware, the outermost: gives each request its name, and writes its line when it is over."""
+    """ASGI middleware, the outermost: gives each request its id, and logs its line when it is finished."""
 
     def __init__(self, app: ASGIApp, *, routes: Routes) -> None:
         self._app = app
@@ -54,7 +54,7 @@ class RequestLog:
         began_s = time.monotonic()
         name = scope[ID] = _name(scope)
         current_id.set(name)
-        status, num_in, num_out = 499, 0, 0  # hung up before there was an answer
+        status, num_in, num_out = 499, 0, 0  # disconnected before the answer
         header = (b"x-request-id", name.encode())
 
         async def counted_receive() -> Message:
@@ -91,7 +91,7 @@ def _level(route: str, status: int) -> int:
 
 
 class Failures:
-    """ASGI middleware, the innermost: what no handler expected becomes an answer, and lines in the log."""
+    """ASGI middleware, the innermost: turns unexpected errors into an answer and log lines."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -112,7 +112,7 @@ class Failures:
             if has_begun or scope["type"] != "http":
                 raise
             response = as_api_error(error).response()
-            response.headers["connection"] = "close"  # whatever is wrong, the next request begins anew
+            response.headers["connection"] = "close"  # the next request should use a new connection
             await response(scope, receive, send)
 
 
@@ -123,12 +123,12 @@ def _name(scope: Scope) -> str:
     return secrets.token_hex(8)
 
 
-# ---- where lines go ----
+# ---- output ----
 
 
 class Lines(logging.Formatter):
-    """Time, level, the request's name, words. Whatever a message holds, it is one line, and a traceback is indented:
-    no client can write a line of its own."""
+    """Time, level, request id, message. Every message becomes one line, and tracebacks are indented, so that no client
+    can forge a line."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -149,8 +149,8 @@ def _plain(text: str) -> str:
 
 
 class Aside(logging.Handler):
-    """Writes in a thread of its own, so that a pipe that nobody reads does not stop the server; what cannot be
-    written meanwhile is dropped."""
+    """Writes in a separate thread, so that a pipe that nobody reads does not block the server. Lines that cannot be
+    written in time are dropped."""
 
     def __init__(self, stream: TextIO | None) -> None:
         super().__init__()
@@ -182,11 +182,12 @@ class Aside(logging.Handler):
             dropped, self._num_dropped = self._num_dropped, 0
             if dropped:
                 lines.insert(0, f"({dropped} lines are missing here: they could not be written in time)")
-            with suppress(OSError, ValueError):  # closed, or the disk is full: the server goes on
+            with suppress(OSError, ValueError):  # closed, or the disk is full: keep serving
                 self._write_out("".join(f"{line}\n" for line in lines if line is not None))
 
     def stop(self) -> None:
-        """Write what is there, for a second at most. Not `close`, which anybody's `logging.config` calls."""
+        """Write the remaining lines, for at most a second. Not named `close`, which `logging.config` calls at any
+        time."""
         self._is_stopping.set()
         with suppress(queue.Full):
             self._lines.put_nowait(None)
@@ -194,8 +195,8 @@ class Aside(logging.Handler):
 
 
 def _writing(stream: TextIO | None) -> Callable[[str], object]:
-    """Past Python's own buffer where there is a file: a thread that waits there keeps the process from ending."""
-    if stream is None:  # standard error was closed before we began
+    """Bypasses Python's buffer if there is a file: a thread blocked in it would keep the process from ending."""
+    if stream is None:  # standard error was closed at the start
         return len
     try:
         number = stream.fileno()
@@ -212,7 +213,7 @@ def _writing(stream: TextIO | None) -> Callable[[str], object]:
 
 @contextmanager
 def logging_at(level: str, stream: TextIO | None = None) -> Iterator[None]:
-    """The server's lines of ``level`` (``info``, ``warning``, ...) and above, and uvicorn's from warnings on, go to
+    """Log the server's messages of ``level`` (``info``, ``warning``, ...) and above, and uvicorn's warnings, to
     ``stream`` (standard error)."""
     handler = Aside(stream or sys.stderr)
     handler.setLevel(level.upper())

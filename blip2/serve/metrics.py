@@ -1,4 +1,4 @@
-"""What an operator sees at /metrics, in Prometheus' format."""
+"""The metrics at /metrics, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """All numbers of one server, in a registry of its own, so that two servers in one process do not mix.
+    """All metrics of one server, in a separate registry, so that two servers in one process do not mix.
 
-    ``replica``: a label of every number, where several servers answer at one address.
+    ``replica``: a label of every metric, if several servers answer at one address.
     """
 
     def __init__(self, replica: str | None = None) -> None:
         self.registry = CollectorRegistry()
         self._replica = replica
         own: dict[str, Any] = {"registry": self.registry}
-        self.running = Gauge("blip2_requests_running", "Requests whose answers are being written", **own)
-        self.waiting = Gauge("blip2_requests_waiting", "Requests that wait for a place in the batch", **own)
-        self.rows = Gauge("blip2_rows", "Answers in the running batch; each beam counts", **own)
-        self.in_house = Gauge("blip2_requests_in_house", "Requests that have come and are not answered yet", **own)
+        self.running = Gauge("blip2_requests_running", "Requests whose answers are being generated", **own)
+        self.waiting = Gauge("blip2_requests_waiting", "Requests waiting for rows in the batch", **own)
+        self.rows = Gauge("blip2_rows", "Rows of the running batch; each beam is one", **own)
+        self.in_house = Gauge("blip2_requests_in_house", "Requests received and not yet answered", **own)
         self.request_seconds = Histogram(
-            "blip2_request_seconds", "From the request's first byte to the answer's last",
+            "blip2_request_seconds", "Time from the request's first byte to the answer's last",
             ["route", "status"], buckets=SECONDS, **own,
         )  # fmt: skip
         self.first_token_seconds = Histogram(
-            "blip2_time_to_first_token_seconds", "From a request's entering the queue to its first token",
+            "blip2_time_to_first_token_seconds", "Time from entering the queue to the first token",
             buckets=SECONDS, **own,
         )  # fmt: skip
-        self.tokens = Counter("blip2_tokens", "Tokens read and written", ["kind"], **own)
-        self.batch_size = Histogram("blip2_batch_size", "Rows of a decoding step", buckets=ROWS, **own)
-        self.image_rejected = Counter("blip2_image_rejected", "Pictures that were refused", ["reason"], **own)
+        self.tokens = Counter("blip2_tokens", "Tokens of prompts and of generated texts", ["kind"], **own)
+        self.batch_size = Histogram("blip2_batch_size", "Rows per decoding step", buckets=ROWS, **own)
+        self.image_rejected = Counter("blip2_image_rejected", "Images that were refused", ["reason"], **own)
         self.requests_rejected = Counter(
-            "blip2_requests_rejected", "Requests and connections refused or ended at the door", ["reason"], **own
+            "blip2_requests_rejected", "Requests and connections refused or closed", ["reason"], **own
         )
         self.body_bytes = Gauge(
-            "blip2_body_bytes", "Bytes of requests that are being received or are still needed", **own
+            "blip2_body_bytes", "Bytes of request bodies in memory", **own
         )
 
     def refuse(self, reason: str) -> None:
-        """Whoever turns somebody away, tells here why: in one of a few words."""
+        """Count a refused request or connection, by a reason of a few words."""
         self.requests_rejected.labels(reason).inc()
 
     def follow_connections(self, count: Callable[[], Mapping[Standing, int]]) -> None:
-        """Show how many connections do what."""
+        """Report the number of connections by state."""
 
         class FromHouse(Collector):
             def collect(self) -> list[GaugeMetricFamily]:
-                family = GaugeMetricFamily("blip2_connections", "Connections, by what they do", labels=["state"])
+                family = GaugeMetricFamily("blip2_connections", "Connections, by state", labels=["state"])
                 found = count()
                 for standing in Standing:
                     family.add_metric([standing.name.lower()], found.get(standing, 0))
@@ -66,16 +66,16 @@ class Metrics:
         self.registry.register(FromHouse())
 
     def follow_caches(self, caches: Sequence[ImageCache[Any]]) -> None:
-        """Show what the caches count themselves."""
+        """Report the counters of the caches."""
 
         class FromCaches(Collector):
             def collect(self) -> list[CounterMetricFamily]:
                 return [
                     CounterMetricFamily(f"blip2_{name}", words, value=sum(getattr(cache, count) for cache in caches))
                     for name, words, count in (
-                        ("image_cache_hits", "Questions about a picture seen already", "hits"),
-                        ("image_cache_misses", "Questions about a picture that is new", "misses"),
-                        ("images_encoded", "Pictures that went through an image encoder", "num_encoded"),
+                        ("image_cache_hits", "Requests about a cached image", "hits"),
+                        ("image_cache_misses", "Requests about a new image", "misses"),
+                        ("images_encoded", "Images encoded", "num_encoded"),
                     )
                 ]
 
@@ -95,7 +95,7 @@ class Metrics:
 
 
 def text_of(families: Iterable[Metric]) -> bytes:
-    """In Prometheus' format, where each name stands once, with the samples of all servers."""
+    """Prometheus' format, in which each name occurs once, with the samples of all servers."""
     found: dict[str, Metric] = {}
     for family in families:
         if family.name in found:

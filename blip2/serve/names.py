@@ -1,4 +1,4 @@
-"""What the models are called by those who ask for one."""
+"""The model names that clients use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from blip2.serve.service import Service
 
 
 class Names:
-    """The served names; ``blip2`` is another name for either model."""
+    """The served names; ``blip2`` is an alias of either model."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -33,15 +33,15 @@ class Names:
         return served_name(name)
 
     def unknown(self, name: str, fitting: str | None = None) -> ApiError:
-        """``fitting``: the one model that does what was asked, if it is not asked what there is."""
+        """``fitting``: the only model that supports the request; None if the models themselves are requested."""
         known = fitting or ", ".join(each["id"] for each in self.all())
-        there = "it is done by" if fitting else "there are"
-        message = f"the model {name[:100]!r} does not do that here; {there} {known}"
+        there = "use" if fitting else "the models are"
+        message = f"model {name[:100]!r} is not available here; {there} {known}"
         return ApiError(404, "model_not_found", message, param="model")
 
 
 def served_name(name: str) -> str:
-    """A folder's name without the way to it, which is nobody's business; a hub's name whole."""
+    """The last part of a folder's path, since the rest is private; a hub name as a whole."""
     return name.rstrip("/").rsplit("/", 1)[-1] if name.startswith(("/", ".", "~")) else name
 
 

@@ -1,4 +1,4 @@
-"""``/v1``: what OpenAI's clients speak."""
+"""``/v1``: OpenAI's API."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from blip2.tasks.speaker import Speaker
 from blip2.text import LONG_TEXT
 
 MAX_LOG_PROBS = 100_000
-"""Of one answer, a hundred bytes each."""
+"""Maximum log-probabilities in one answer, about a hundred bytes each."""
 
 
 def router(service: Service) -> APIRouter:
@@ -78,7 +78,7 @@ def router(service: Service) -> APIRouter:
             return await service.rendered(ticket.client, reply.whole(answers, ticket.num_prompt_tokens), headers)
         has_usage = bool((reading.fields["stream_options"] or {}).get("include_usage"))
         if options.num_beams > 1 or options.num_return > 1:
-            # Which is best is known only when all are there, so each comes in one piece.
+            # The best one is only known when all are finished, so each is sent as a whole.
             answers = await service.answers(ticket)
             events = reply.chunks_of(answers, ticket.num_prompt_tokens, has_usage)
             return EventStream(events, headers)
@@ -88,7 +88,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/embeddings", openapi_extra=body_of("/v1/embeddings"))
     async def embeddings(request: Request) -> Response:
-        """The unit vector of each text. Extension: of an image, its vectors one after the other (see ``shape``); the
+        """The unit vector of each text. Extension: for an image, all its vectors (see ``shape``); the
         cosine of image and text is the maximum over them."""
         matcher, cache = service.matcher, service.features
         async with service.readings.read(request) as reading:
@@ -136,17 +136,18 @@ def router(service: Service) -> APIRouter:
 
 
 def ignored(fields: dict[str, Any]) -> dict[str, str]:
-    """The header that tells what was passed over."""
+    """The header that reports ignored fields."""
     return {"X-Blip2-Ignored": ", ".join(fields["ignored"])} if fields["ignored"] else {}
 
 
 def prompt_of(
     speaker: Speaker, history: Sequence[tuple[str, str]], question: str, options: GenerateOptions, limits: Limits
 ) -> tuple[str, GenerateOptions, int]:
-    """The words that the language model is given, the options with the tokens that it has room for beside them, and
-    how many of the oldest turns are left out.
+    """The text of the prompt, the options with the number of tokens that the context has left, and the number of oldest
+    turns that are dropped.
 
-    Turns make room for an answer as chats have it, and not for the thousands of tokens that programs allow for.
+    Turns are dropped to leave space for an answer of a chat's length, not for the thousands of tokens that programs
+    set.
     """
     [text], num_forgotten = caption.prompts(speaker, [""]), 0
     if history:
@@ -159,10 +160,10 @@ def prompt_of(
 
 def check_log_probs(body: ChatRequest, options: GenerateOptions) -> None:
     if body.top_logprobs and not body.logprobs:
-        raise ApiError(400, "invalid_value", "top_logprobs come with logprobs; set it true", param="top_logprobs")
+        raise ApiError(400, "invalid_value", "top_logprobs needs logprobs; set it to true", param="top_logprobs")
     if body.logprobs and options.num_beams > 1:
         raise ApiError(
-            400, "invalid_value", "logprobs go with one token at a time, not with a search; leave out num_beams "
+            400, "invalid_value", "logprobs are not available with beam search; leave out num_beams "
             "and n, or logprobs",
             param="logprobs",
         )  # fmt: skip
@@ -170,7 +171,7 @@ def check_log_probs(body: ChatRequest, options: GenerateOptions) -> None:
     if body.logprobs and number > MAX_LOG_PROBS:
         raise ApiError(
             400, "too_many_logprobs", f"the answer may have {number:,} log-probabilities (n times max_tokens times 1 + "
-            f"top_logprobs); at most {MAX_LOG_PROBS:,} are told; ask for fewer",
+            f"top_logprobs); the limit is {MAX_LOG_PROBS:,}; request fewer",
             param="top_logprobs",
         )  # fmt: skip
 

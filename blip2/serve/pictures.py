@@ -1,4 +1,4 @@
-"""Pictures as clients write them: a data address, plain base64, or the address of a file in the web."""
+"""Images in requests: a data URL, plain base64, or the URL of an image file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ WHITE_SPACE = b" \t\r\n\f\v"
 DATA_ADDRESS = re.compile(r"data:[\w/+.-]{0,100};base64,", re.IGNORECASE)
 
 Picture = str | bytes
-"""A web address, or the bytes of an image file."""
+"""A URL, or the bytes of an image file."""
 
 
 def picture(source: str, where: str = "") -> Picture:
-    """``where``: the field that it stands in, if a request may have several. Raises ImageError."""
+    """``where``: the field that holds it, if a request may have several. Raises ImageError."""
     if source[:8].lower().startswith(("http:", "https:")):
         return source
     try:
@@ -27,24 +27,24 @@ def picture(source: str, where: str = "") -> Picture:
 
 
 def decoded(source: str) -> bytes:
-    """The bytes in a data address or in plain base64. Raises ImageError; a path or another address is neither."""
+    """The bytes of a data URL or of plain base64. Raises ImageError for anything else, such as a path."""
     header, comma, payload = source.partition(",") if source[:5].lower() == "data:" else ("", "", source)
     if header and not (comma and header.lower().endswith(";base64")):
-        raise ImageError("data address: does not begin with 'data:image/...;base64,'; encode it so")
+        raise ImageError("data URL: does not begin with 'data:image/...;base64,'")
     try:
         packed = unquote_to_bytes(payload) if "%" in payload else payload.encode("ascii")
         content = base64.b64decode(packed.translate(None, WHITE_SPACE), validate=True)
     except ValueError:
         raise ImageError(
-            f"the {'data' if header else 'picture'} is not valid base64; send data:image/...;base64, and the bytes "
-            "of the image file in base64"
+            f"the {'data' if header else 'image'} is not valid base64; send data:image/...;base64, and the "
+            "image file in base64"
         ) from None
     if not content:
-        raise ImageError("the picture is empty; send the bytes of an image file in base64")
+        raise ImageError("the image is empty; send an image file in base64")
     return content
 
 
 def check_no_picture(text: str, where: str, remedy: str) -> None:
-    """Raises ApiError for a picture where a text belongs: a model would read its base64 as words."""
+    """Raises ApiError for an image where a text belongs: a model would read its base64 as text."""
     if DATA_ADDRESS.search(text):
-        raise ApiError(400, "image_in_text", f"{where}: there is a picture where a text belongs; {remedy}", param=where)
+        raise ApiError(400, "image_in_text", f"{where}: an image stands where a text belongs; {remedy}", param=where)

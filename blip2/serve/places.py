@@ -1,4 +1,4 @@
-"""The places of the queue: how many requests are in work, whose they are, and how all of them can be ended."""
+"""The queue's places: the number of requests in progress, per client, and how to end all of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits, share_of
 
 SPARE_S = 1.0
-"""So long after the deadline a request is ended from outside; its route knows better what to say, and says it first."""
+"""Seconds after the deadline at which a request is ended from here; its route normally answers first."""
 SOON = {"Retry-After": "1"}
 
 
 class Places:
-    """``max_queue`` of them. One client has three quarters at most, so that there always is one for another."""
+    """``max_queue`` places. One client gets at most three quarters, so that others always find one."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -29,22 +29,22 @@ class Places:
         return self._taken.total()
 
     def check(self, client: str) -> None:
-        """Raises ApiError if there is none for that client."""
+        """Raises ApiError if there is no place for that client."""
         if len(self) >= self._limits.max_queue:
             raise ApiError(
-                429, "queue_full", f"{len(self)} requests are in work already; try again in a moment", headers=SOON
+                429, "queue_full", f"{len(self)} requests are already in progress; try again in a moment", headers=SOON
             )
         if self._taken[client] >= share_of(self._limits.max_queue):
             raise ApiError(
-                429, "client_queue_full", f"{self._taken[client]} of your requests are in work already, and the other "
-                "places are kept for others; try again in a moment", headers=SOON,
+                429, "client_queue_full", f"{self._taken[client]} of your requests are in progress already; the other "
+                "places are reserved for others; try again in a moment", headers=SOON,
             )  # fmt: skip
 
     @asynccontextmanager
     async def taken(self, client: str, end_s: float) -> AsyncGenerator[None, None]:
-        """One place, as long as a request is in work; what is in work then is cancelled a little after ``end_s``.
+        """A place for the duration of a request. Work within is cancelled a little after ``end_s``.
 
-        Raises ApiError if there is none, when the time is up, and at `end_all`.
+        Raises ApiError if there is no place, at the deadline, and at `end_all`.
         """
         self.check(client)
         self._taken[client] += 1
@@ -64,7 +64,7 @@ class Places:
                 del self._taken[client]
 
     def end_all(self, error: ApiError) -> None:
-        """Whatever is in work ends with this."""
+        """End all requests in progress with this error."""
         self._end = error
         for timer in self._timers:
             if not timer.expired():
@@ -72,4 +72,4 @@ class Places:
 
 
 def too_late() -> ApiError:
-    return ApiError(504, "deadline", "there was no answer in time (--deadline of the server); try again later")
+    return ApiError(504, "deadline", "the deadline (--deadline of the server) has passed; try again later")

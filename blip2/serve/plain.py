@@ -1,4 +1,4 @@
-"""``/caption``, ``/ask``, ``/match``, ``/explain``: one thing each, as a form with a file or as JSON."""
+"""``/caption``, ``/ask``, ``/match``, ``/explain``: one task each, for forms with a file or JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from blip2.tasks.match import Matches
 from blip2.text import LONG_TEXT
 
 MAP_PX = 512
-"""The longer side of the map that /explain gives."""
+"""The longer side of the map that /explain returns, in pixels."""
 
 
 def router(service: Service) -> APIRouter:
@@ -122,7 +122,7 @@ def router(service: Service) -> APIRouter:
             words = Words(**given)
             words.check()
             if text is not None and given:
-                raise ApiError(400, "invalid_value", f"a text is explained by itself; leave out {next(iter(given))}")
+                raise ApiError(400, "invalid_value", f"a text is explained alone; leave out {next(iter(given))}")
             model = service.pipeline if text is None else service.matcher
             given_text = " ".join(reading.fields.get(name) or "" for name in TEXTS)
             await service.read_text(reading.client, given_text, lambda: check(text, words))
@@ -155,7 +155,7 @@ def router(service: Service) -> APIRouter:
         return response
 
     def check(text: str | None, words: Words) -> None:
-        """Whether what is to be explained is short enough. Raises ApiError and OptionError."""
+        """Check that the texts to explain are short enough. Raises ApiError and OptionError."""
         if text is not None:
             service.matcher.reader.ids([text])
             return
@@ -164,7 +164,7 @@ def router(service: Service) -> APIRouter:
         for name, said in (("answer", words.answer), ("caption", words.caption)):
             number = len(speaker.tokenizer.encode(said or ""))
             if number > most:
-                message = f"the {name} has {number} tokens; at most {most} are explained; shorten it"
+                message = f"the {name} has {number} tokens; the limit is {most}; shorten it"
                 raise ApiError(400, "prompt_too_long", message, param=name)
 
     return routes

@@ -1,9 +1,9 @@
-"""The processes that read requests and pictures, as the server sees them.
+"""The pool of reader processes, which parse requests and decode images.
 
-A request has a reader to itself, for as long as it is read; requests that wait for one take turns (`Turns`). Whose
-reader uses more than `FAST_S` of a processor leaves the fast lane: it becomes a background process, and another takes
-its place. Those are a few at most: beyond, the one that has taken longest is ended, but for large pictures, which have
-waited for their time. A request that ends in the middle (its time is up, its client is gone) takes its reader with it.
+A request has a reader of its own while it is parsed; waiting requests take turns (`Turns`). A request whose reader uses
+more than `FAST_S` of processor time leaves the fast lane: its reader gets background priority, and a new one replaces
+it. There are only a few slow readers: with one more, the longest-running one is ended, except for large images, which
+have waited for their turn. A request that ends early (deadline, disconnect) ends its reader.
 """
 
 from __future__ import annotations
@@ -38,28 +38,29 @@ Value = TypeVar("Value")
 PATH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
 PARENT = "from blip2.serve.reader import main; main()"
 NUM_FAST, MAX_SLOW = 3, 8
-"""One of the fast ones is kept for a client who has none, so that it is there at once."""
+"""Numbers of fast readers, one of them reserved for a client that has none so that it is served at once, and slow
+ones."""
 FAST_S = 0.1
-"""Of processor time: who only waits, for the machine or for something else, is not slow."""
+"""Seconds of processor time; waiting does not count."""
 END_S = 0.5
-"""So long the parent has to end."""
+"""Seconds for the parent to end."""
 BACKGROUND = 10
-"""How nice a slow reader is to the others: a tenth of a processor where the model wants all of them."""
+"""Nice value of a slow reader: it gets a tenth of a processor if the model wants all of them."""
 WORN_BYTES = 3 * 2**20
-"""A reader that holds so much more memory than a new one is replaced, as is one that was slow."""
+"""Bytes of memory beyond those of a new reader, from which one is replaced, as is one that was slow."""
 PAGE_BYTES = mmap.PAGESIZE
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1048576",  # what is large goes back to the system when it is freed (glibc)
+    "MALLOC_MMAP_THRESHOLD_": "1048576",  # glibc: large blocks return to the system when freed
     "MALLOC_TRIM_THRESHOLD_": "1048576",
 }
 KILLED = "reader_killed"
-"""The code of an error that says nothing about the request: whoever asked may ask another reader."""
+"""The code of an error that says nothing about the request, which another reader may retry."""
 
 
 class Pool:
-    """``start`` before anything else, in the event loop that uses it; ``close`` may be called from anywhere, once."""
+    """Call ``start`` first, in the event loop that uses the pool. ``close`` may be called from any thread, once."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -81,10 +82,10 @@ class Pool:
         self._fill()
 
     def close(self) -> None:
-        """Ends all readers at once, whatever they do."""
+        """End all readers at once, whatever they do."""
         self._is_closed = True
         if self._control is not None:
-            self._control.close()  # the parent ends its readers, and itself
+            self._control.close()  # the parent ends its readers and itself
         for reader in self._readers:
             with suppress(ProcessLookupError):
                 os.kill(reader.process, signal.SIGKILL)
@@ -92,15 +93,15 @@ class Pool:
         if self.parent is not None:
             try:
                 self.parent.wait(END_S)
-            except subprocess.TimeoutExpired:  # it is beginning still, and has no readers
+            except subprocess.TimeoutExpired:  # it is still starting, and has no readers
                 self.parent.kill()
                 self.parent.wait()
 
     @asynccontextmanager
     async def reader(self, client: str, size: float) -> AsyncIterator[Reader]:
-        """A reader of one's own. ``size``: of a client's requests the smaller are read first."""
+        """A reader for one request. ``size``: smaller requests of a client are read first."""
         while (reader := await self._fast.take(client, size)).has_ended:
-            self._end_soon(reader)  # it was killed while it had nothing to do
+            self._end_soon(reader)  # it was killed while it was idle
         reader.client, reader.began_s = client, processor_s(reader.process)
         self._watch(reader, FAST_S)
         try:
@@ -109,7 +110,7 @@ class Pool:
             reader.watch.cancel()
             self._give_back(reader)
 
-    # ---- which ----
+    # ---- lanes ----
 
     def _give_back(self, reader: Reader) -> None:
         if reader in self._readers:
@@ -130,7 +131,8 @@ class Pool:
             self.demote(reader)
 
     def demote(self, reader: Reader, *, is_expected: bool = False) -> None:
-        """It leaves the fast lane. ``is_expected``: it has waited for its time, and nobody ends it for others."""
+        """Move a reader out of the fast lane. ``is_expected``: its request has waited for this, so others cannot end
+        it."""
         if reader not in self._readers:
             return
         reader.is_slow, reader.is_expected = True, is_expected
@@ -141,16 +143,16 @@ class Pool:
             number = Counter(each.client for each in slow)
             longest = max(slow, key=lambda each: (number[each.client], processor_s(each.process) - each.began_s))
             longest.refusal = ApiError(
-                503, "busy", "the server is reading too many requests that take long; try again in a moment",
+                503, "busy", "the server is reading too many slow requests; try again in a moment",
                 headers={"Retry-After": "2"},
             )  # fmt: skip
             self._end_soon(longest)
         self._fill()
 
-    # ---- their lives ----
+    # ---- starting and ending ----
 
     def _fill(self) -> None:
-        """As many readers in the fast lane as there are to be."""
+        """Start readers until the fast lane is full."""
         num_fast = sum(not reader.is_slow for reader in self._readers) + self._num_coming
         for _ in range(NUM_FAST - num_fast):
             self._num_coming += 1
@@ -179,7 +181,7 @@ class Pool:
             self._readers.add(reader)
         except OSError as error:
             if not self._is_closed:
-                logger.error("no process to read requests can be started: %s", error)
+                logger.error("cannot start a process that reads requests: %s", error)
                 await asyncio.sleep(1)
                 asyncio.get_running_loop().call_soon(self._fill)
             return
@@ -202,45 +204,45 @@ class Pool:
         except OSError:
             return frames.UNKNOWN
         finally:
-            reader.close()  # only now: whoever waits for its answer is woken by its end
+            reader.close()  # only now: closing wakes whoever waits for its answer
 
     async def _why_ended(self, reader: Reader) -> ApiError:
-        """Why a reader has ended by itself, for the client whose request it was."""
+        """Why a reader has ended by itself, for the client of its request."""
         self._readers.discard(reader)
         self._fill()
-        # Who asks may go away, but what the parent was told has to be heard to its end.
+        # The client may disconnect, but the parent's answer has to be received completely.
         code = await asyncio.shield(self._later(self._end(reader)))
         if code == -signal.SIGXCPU:
-            message = "to read this takes too much processor time; send a smaller request, or save the picture again"
+            message = "reading this takes too much processor time; send a smaller request, or save the image again"
             return ApiError(400, "too_slow", message, param="image")
-        logger.warning("a process that read a request has ended (%s)", code)
+        logger.warning("a process that was reading a request has ended (%s)", code)
         if code in (-signal.SIGKILL, frames.UNKNOWN):
-            message = "the process that read the request was killed, maybe for want of memory; send it again"
+            message = "the process reading the request was killed, perhaps for lack of memory; send it again"
             return ApiError(503, KILLED, message, headers={"Retry-After": "1"})
-        message = "the picture cannot be decoded: its decoder broke down; save it again"
+        message = "the image cannot be decoded: its decoder crashed; save it again"
         return ApiError(400, "invalid_image", message, param="image")
 
-    # ---- their parent ----
+    # ---- the parent of the readers ----
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             limits = json.dumps(asdict(self._limits))
-            path = json.dumps([os.path.abspath(folder) for folder in sys.path])  # what the server has, and no more
+            path = json.dumps([os.path.abspath(folder) for folder in sys.path])  # the same path as in the server
             self.parent = subprocess.Popen(
                 [sys.executable, "-P", "-c", PATH + PARENT, str(theirs.fileno()), limits, path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | ENVIRONMENT,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the server alone
+                start_new_session=True,  # Ctrl-C in the terminal is only for the server
             )
         ours.setblocking(False)
         self._control = ours
 
     async def _tell(self, command: bytes, process: int, descriptors: list[int] = []) -> int:  # noqa: B006
-        """What the parent answers. If it is gone, another is started, and all readers with it.
+        """The parent's answer to a command. If the parent has died, another one is started, and all readers with it.
 
-        Is not to be cancelled: the answer would be taken for that to the next command.
+        Must not be cancelled: the answer would be taken for that to the next command.
         """
         loop = asyncio.get_running_loop()
         async with self._speaking:
@@ -253,7 +255,7 @@ class Pool:
                         await loop.sock_sendall(self._control, frames.COMMAND.pack(command, process))
                     answer = await loop.sock_recv(self._control, 4)
                     if len(answer) < 4:
-                        raise ConnectionError("the parent of the readers has ended")
+                        raise ConnectionError("the parent of the readers has died")
                     return int(struct.unpack("<i", answer)[0])
                 except OSError:
                     if attempt or self._is_closed:
@@ -262,7 +264,7 @@ class Pool:
         raise AssertionError
 
     def _relaunch(self) -> None:
-        logger.error("the parent of the processes that read requests has ended; another is started")
+        logger.error("the parent of the processes that read requests has died; starting another")
         if self._control is not None:
             self._control.close()
         for reader in self._readers:
@@ -271,28 +273,28 @@ class Pool:
 
     @staticmethod
     def _kill_orphan(reader: Reader) -> None:
-        """Its parent has ended, and nobody else would end it."""
+        """Kill a reader whose parent has died, since nobody else would."""
         with suppress(ProcessLookupError):
             os.kill(reader.process, signal.SIGKILL)
 
 
 def put_back(process: int) -> None:
-    """A process, with its threads, works when others do not."""
+    """Give a process and its threads background priority."""
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{process}/task") if sys.platform == "linux" else [process]:
             os.setpriority(os.PRIO_PROCESS, int(thread), BACKGROUND)
 
 
 def processor_s(process: int) -> float:
-    """The processor time that another process has used. Where the system does not tell, the time that has passed."""
+    """The processor time of another process in seconds. Where the system does not report it, the elapsed time."""
     try:
-        return time.clock_gettime(~process << 3 | 2)  # how Linux numbers the clocks of processes
+        return time.clock_gettime(~process << 3 | 2)  # Linux's number for the clock of a process
     except (OSError, OverflowError):
         return time.monotonic()
 
 
 def memory_of(process: int) -> int:
-    """The bytes that another process has to itself or from its parent. Where the system does not tell, 0."""
+    """The private and inherited memory of another process in bytes. Where the system does not report it, 0."""
     try:
         with open(f"/proc/{process}/statm") as sizes:
             _, resident, of_files, *_ = map(int, sizes.read().split())

@@ -1,12 +1,12 @@
-"""A process that reads what strangers send: requests into fields, pictures into pixels.
+"""A process that parses untrusted data: requests to fields, images to pixels.
 
-It has no torch and no model, bounds for its memory and its processor time, and can be killed at any moment. Readers are
-forked from one parent, `main`, which has imported all that they need and has never read anything itself; so a new one
-costs some milliseconds. See `pool` for the other side.
+It has no torch and no model, limits on memory and processor time, and can be killed at any moment. Readers are forked
+from a parent, `main`, which has imported everything they need and never parses anything itself, so a new one takes
+milliseconds. See `pool` for the other side.
 
-The parent is told, in five bytes each: "F" and a socket, to fork a reader that answers there (its process id comes
-back, or the number of an error, negative); "E" and a process id, to end that reader (its wait status comes back). When
-its own socket is closed, it ends all of them and itself.
+The parent gets commands of five bytes: "F" with a socket: fork a reader that answers there (the reply is its process
+id, or a negative error number); "E" with a process id: end that reader (the reply is its wait status). When the
+parent's socket is closed, it ends all of them and itself.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.limits import Limits
 
 MAX_TOLD_BYTES, MAX_DEPTH, MAX_MESSAGE = 2**22, 50, 1000
-"""Of JSON, which the server parses while nobody else is answered; and characters of an error."""
+"""Maximum bytes of JSON in an answer, which the server parses in its event loop; and characters of an error."""
 SPARE_BYTES = 256 * 2**20
-"""Of memory, for what is small."""
+"""Bytes of memory for small data."""
 BYTES_PER_PIXEL = 12
 BYTES_PER_BODY_BYTE = 8
 CPU_S, CPU_S_PER_PIXEL = 4.0, 8e-8
-"""Processor time for one message, and for each pixel that may be decoded; a picture of 12 million takes 0.3 s here."""
+"""Seconds of processor time per message, and per pixel to decode; an image of 12 million pixels takes 0.3 s here."""
 
 
 class Desk:
-    """What one request is about, from its first message to the next request's."""
+    """The state of one request, from its first message to the next request's."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -53,16 +53,16 @@ class Desk:
         }  # fmt: skip
 
     def answer(self, asked: dict[str, Any], payload: bytes) -> tuple[bytes, bytes]:
-        """What is to be sent: the JSON as `frames` packs it, and the bytes after it."""
+        """The reply: the JSON as packed by `frames`, and the payload."""
         try:
             told, found = self._do[asked["do"]](asked, payload)
             _check_depth(told, MAX_DEPTH)
             packed = frames.packed(told, len(found))
             if len(packed) <= MAX_TOLD_BYTES:
                 return packed, found
-            error = ApiError(413, "body_too_large", "beside its pictures the request is too large; send shorter fields")
+            error = ApiError(413, "body_too_large", "too large even without its images; send shorter fields")
         except MemoryError:
-            error = ApiError(413, "body_too_large", "to read the request takes more memory than it may; send less")
+            error = ApiError(413, "body_too_large", "reading the request takes too much memory; send less")
         except RecursionError:
             error = ApiError(400, "too_many_values", "the JSON is nested too deeply; send less")
         except Exception as problem:
@@ -75,14 +75,14 @@ class Desk:
         return {"fields": found.fields, "pictures": [_told(picture) for picture in self._pictures]}, b""
 
     def _take(self, asked: dict[str, Any], content: bytes) -> frames.Message:
-        """A picture that was fetched, in the place of its address."""
+        """Store a downloaded image in place of its URL."""
         place = asked["picture"]
         self._pictures += [""] * (place + 1 - len(self._pictures))
         self._pictures[place] = content
         return _told(content), b""
 
     def _pixels(self, asked: dict[str, Any], _: bytes) -> frames.Message:
-        """A picture as the image encoder is given it, float32[3, size, size], and if asked a small one to be shown."""
+        """The image encoder's input for an image, float32[3, size, size], and on request a small image to show."""
         content = self._pictures[asked["picture"]]
         assert isinstance(content, bytes)
         try:
@@ -100,7 +100,7 @@ class Desk:
 
 
 def _check_depth(value: Any, left: int) -> None:
-    """Raises RecursionError for lists in lists, or dictionaries, that are deeper."""
+    """Raises RecursionError for lists or dictionaries nested more deeply."""
     if not left:
         raise RecursionError
     if isinstance(value, (list, tuple, dict)):
@@ -113,7 +113,7 @@ def _told(picture: str | bytes) -> dict[str, str]:
 
 
 def work(connection: socket.socket, limits: Limits) -> None:
-    """Answers until the connection is closed."""
+    """Answer messages until the connection is closed."""
     desk = Desk(limits)
     with connection, connection.makefile("rb", buffering=2**16) as stream:
         while head := stream.read(frames.HEAD.size):
@@ -126,7 +126,7 @@ def work(connection: socket.socket, limits: Limits) -> None:
 
 
 def _bound(num_bytes: int, num_pixels: int) -> None:
-    """Memory and processor time for the next message."""
+    """Set the limits on memory and processor time for the next message."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = used.ru_utime + used.ru_stime + CPU_S + CPU_S_PER_PIXEL * num_pixels
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
@@ -134,7 +134,7 @@ def _bound(num_bytes: int, num_pixels: int) -> None:
     try:
         with open("/proc/self/statm") as sizes:
             now = int(sizes.read().split()[0]) * resource.getpagesize()
-    except OSError:  # no Linux: there the bound of the memory would not be kept anyway
+    except OSError:  # not Linux, where the memory limit would not work anyway
         return
     size = now + SPARE_BYTES + BYTES_PER_BODY_BYTE * num_bytes + BYTES_PER_PIXEL * num_pixels
     _, most = resource.getrlimit(resource.RLIMIT_AS)
@@ -142,17 +142,17 @@ def _bound(num_bytes: int, num_pixels: int) -> None:
 
 
 def main() -> None:
-    """The parent. Its arguments: the descriptor of its socket, and the limits as JSON."""
+    """The parent process. Its arguments: the descriptor of its socket, and the limits as JSON."""
     control = socket.socket(fileno=int(sys.argv[1]))
     limits = Limits(**json.loads(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
-    with suppress(AttributeError, OSError):  # a reader that is woken does not push aside the server that woke it
+        signal.signal(number, signal.SIG_IGN)  # the server ends us by closing the socket
+    with suppress(AttributeError, OSError):  # waking readers should not preempt the server
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     gc.collect()
-    gc.freeze()  # what readers share with their parent is not looked through, which would make copies of its pages
+    gc.freeze()  # garbage collection would copy the pages shared with the parent
     readers: set[int] = set()
-    with suppress(ConnectionError):  # the server has ended
+    with suppress(ConnectionError):  # the server has exited
         while len((told := socket.recv_fds(control, frames.COMMAND.size, 1))[0]) == frames.COMMAND.size:
             command, process = frames.COMMAND.unpack(told[0])
             if command == b"F":
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def _forked(control: socket.socket, descriptor: int, limits: Limits) -> int:
-    """The process id of a reader that answers at a socket, or the number of an error, negative."""
+    """The process id of a new reader that answers on a socket, or a negative error number."""
     try:
         process = os.fork()
     except OSError as error:
@@ -177,8 +177,8 @@ def _forked(control: socket.socket, descriptor: int, limits: Limits) -> int:
         code = 1
         try:
             with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-                file.write("1000")  # if memory runs out, a reader is to go, and not the model
-            with suppress(ConnectionError):  # the server has ended
+                file.write("1000")  # if memory runs out, the kernel should kill a reader, not the model
+            with suppress(ConnectionError):  # the server has exited
                 work(socket.socket(fileno=descriptor), limits)
             code = 0
         except BaseException:
@@ -190,6 +190,6 @@ def _forked(control: socket.socket, descriptor: int, limits: Limits) -> int:
 
 
 def _end(process: int) -> int:
-    """Kills a reader, and returns how it has ended (see `os.waitstatus_to_exitcode`): by itself, maybe, before that."""
+    """Kill a reader and return how it ended (see `os.waitstatus_to_exitcode`); it may have ended by itself before."""
     os.kill(process, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

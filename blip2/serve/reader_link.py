@@ -1,4 +1,4 @@
-"""The server's end of the connection to a process that reads requests (`reader`)."""
+"""The server's end of the connection to a reader process (`reader`)."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ MAX_ANSWER_BYTES = 2**26
 
 
 class Reader(asyncio.Protocol):
-    """One process, and the connection to it. A message is answered before the next one is sent."""
+    """One process and the connection to it. Each message is answered before the next is sent."""
 
     def __init__(self, process: int, why_ended: Callable[[Reader], Awaitable[ApiError]]) -> None:
         self.process = process
         self.is_expected = False
-        """Whether it was known that this takes long."""
+        """Whether its request was expected to take long."""
         self.is_slow = False
         self.is_asked = False
-        """Whether it owes an answer, so that it can be used no further if that is not waited for."""
+        """Whether an answer is pending, so that the reader cannot be reused if that is not awaited."""
         self.is_worn = False
-        """Whether it is better replaced after this request."""
+        """Whether to replace the reader after this request."""
         self.new_bytes = 0
-        """The memory that it held when it was new."""
+        """Its memory in bytes when it was new."""
         self.has_ended = False
         self.began_s = 0.0
-        """On its own clock, see `processor_s`."""
+        """Processor time at the start of the request, see `processor_s`."""
         self.client = ""
         self.watch: asyncio.TimerHandle
         self.refusal: ApiError | None = None
-        """Why it was ended, if we did it."""
+        """Why we ended it, if we did."""
         self._why_ended = why_ended
         self._received = bytearray()
         self._change: asyncio.Future[None] | None = None
-        """Of what is waited for: bytes, or room for them, or its end."""
+        """Wakes the waiting coroutine: bytes have arrived, the buffer is free, or the reader has ended."""
         self._num_wanted = 0
         self._is_full = False
 
     async def ask(self, asked: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytearray]:
-        """Its answer. Raises ApiError for what it says is wrong with the request, and if it ends: for its time, its
-        memory, a fault in a decoder, or because it was killed."""
+        """Its answer. Raises ApiError for a problem with the request, and if the reader ends: by its time or memory
+        limit, a decoder crash, or because it was killed."""
         self.is_asked = True
         try:
             await self._send(frames.packed(asked, len(payload)), payload)
@@ -65,13 +65,13 @@ class Reader(asyncio.Protocol):
             return
         self._transport.write(head)
         pieces = memoryview(payload)
-        for start in range(0, len(payload), PIECE_BYTES):  # what does not go at once is copied
+        for start in range(0, len(payload), PIECE_BYTES):  # asyncio copies what cannot be sent at once
             self._transport.write(pieces[start : start + PIECE_BYTES])
             while self._is_full:
                 await self._changed()
 
     async def _take(self, number: int) -> bytearray:
-        """The next bytes."""
+        """The next ``number`` bytes."""
         self._num_wanted = number
         while len(self._received) < number:
             await self._changed()
@@ -92,14 +92,14 @@ class Reader(asyncio.Protocol):
     def close(self) -> None:
         self._transport.abort()
 
-    # ---- for the event loop ----
+    # ---- called by the event loop ----
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        if len(self._received) > MAX_ANSWER_BYTES:  # whoever has taken it over
+        if len(self._received) > MAX_ANSWER_BYTES:  # a compromised reader
             self._transport.abort()
         if len(self._received) >= self._num_wanted:
             self._tell()

@@ -1,7 +1,7 @@
-"""A request as the routes get it: its fields, checked, and its pictures as models are given them.
+"""A request for the routes: its checked fields, and its images as input of a model.
 
-All that grows with a request is done by a reader (`pool`). A large picture waits until few others of its kind are being
-decoded, and one at a web address is fetched by a thread; both give their reader back meanwhile.
+A reader process (`pool`) does everything whose cost grows with the request. A large image waits until few others are
+being decoded, and an image at a URL is downloaded by a thread; both return their reader meanwhile.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from blip2.serve.turns import Handout
 from blip2.tasks.see import Eye
 
 SMALL_PIXELS, LARGE_PIXELS = 4_000_000, 30_000_000
-"""Of pictures that are decoded at once, and of those above which one is decoded at a time. Between, a few are."""
+"""Images of up to the first number are decoded without waiting; above the second, one at a time; in between, a few."""
 NUM_BETWEEN = min(4, max(2, (os.cpu_count() or 1) // 2))
 MAX_KILLED = 2
-"""So often a request is read anew after its reader was killed."""
+"""How often a request is read again after its reader was killed."""
 NUM_FETCHERS = 8
 
 Kept = TypeVar("Kept")
 
 
 class Readings:
-    """Reads requests. ``start`` in the event loop; ``close`` ends what is being read."""
+    """Reads requests. Call ``start`` in the event loop. ``close`` ends everything being read."""
 
     def __init__(self, limits: Limits, metrics: Metrics, fetcher: Fetcher) -> None:
         self.limits = limits
@@ -52,9 +52,9 @@ class Readings:
         self.lanes: list[tuple[float, Handout[None]]] = [
             (LARGE_PIXELS, Handout([None] * NUM_BETWEEN)), (math.inf, Handout([None])),
         ]  # fmt: skip
-        """Of pictures that are not small: those of at most so many pixels, and the places."""
+        """For images that are not small: the maximum pixels, and the places to decode them."""
         self._fetcher = fetcher
-        # Not in the loop's own threads: a slow host must not keep anybody from something else.
+        # Not in the event loop's default threads, which a slow host would block for others.
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="blip2 fetch")
 
     def start(self) -> None:
@@ -66,7 +66,7 @@ class Readings:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[Reading]:
-        """The request; within the context its pictures can be looked at. Raises ApiError."""
+        """The request; its images are available within the context. Raises ApiError."""
         content = request.scope.pop(BODY)
         try:
             async with AsyncExitStack() as held:
@@ -85,7 +85,7 @@ class Readings:
             request.scope.get(LET_GO, lambda: None)()
 
     async def fetch(self, address: str) -> bytes:
-        """Raises ApiError."""
+        """Download an image. Raises ApiError."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetcher.fetch, address)
         except Exception as error:
@@ -112,17 +112,17 @@ class Reading:
         self._num_killed = 0
 
     async def begin(self) -> None:
-        """Raises ApiError for what is wrong with the request."""
+        """Parse the request. Raises ApiError if it is invalid."""
         if self._packing.strip().lower() not in ("", "identity"):
             message = (
-                f"the body is packed ({self._packing[:40]}); send it as it is, without the header Content-Encoding"
+                f"the body is compressed ({self._packing[:40]}); send it uncompressed, without Content-Encoding"
             )
             raise ApiError(415, "unsupported_encoding", message, headers={"Accept-Encoding": "identity"})
         told = await self._read_anew()
         self.fields, self._pictures = told["fields"], told["pictures"]
 
     def forget(self) -> None:
-        """Nothing is to be read of it any more: its bytes are let go."""
+        """Release the bytes; nothing more is read from the request."""
         self._content = self._fetched = b""
 
     @property
@@ -130,7 +130,7 @@ class Reading:
         return len(self._pictures)
 
     async def look(self, place: int, cache: ImageCache[Kept]) -> Look[Kept]:
-        """A picture for a model; one that was seen before is not even decoded. Raises ApiError."""
+        """An image for a model. An image in the cache is not even decoded. Raises ApiError."""
         file = await self._file(place)
         if (look := cache.known(file)) is not None:
             return look
@@ -138,14 +138,14 @@ class Reading:
         return cache.look(file, told["digest"], pixels_CHW)
 
     async def shown(self, place: int, eye: Eye[Any], size_px: int) -> tuple[RgbImage, Tensor]:
-        """A picture of at most ``size_px`` wide and high, and what the model is given of it. Raises ApiError."""
+        """An image with sides of at most ``size_px``, and the model's input of it. Raises ApiError."""
         await self._file(place)
         told, pixels_CHW, small = await self._decoded(place, eye, size_px)
         width, height = told["shown"]
         return load_image(np.frombuffer(small, np.uint8).reshape(height, width, 3)), pixels_CHW
 
     async def _file(self, place: int) -> str:
-        """The digest of the picture's file, which the reader has then."""
+        """The digest of the image's file, which the reader holds afterwards."""
         if (address := self._pictures[place].get("address")) is not None:
             await self._leave()
             self._fetched = await self._readings.fetch(address)
@@ -179,17 +179,17 @@ class Reading:
         pixels_CHW = torch.frombuffer(content, dtype=torch.float32, count=number)
         return told, pixels_CHW.view(3, eye.size, eye.size), content[4 * number :]
 
-    # ---- with a reader, and without ----
+    # ---- using readers ----
 
     async def _read_anew(self) -> dict[str, Any]:
-        """By another reader than before, if it was left."""
+        """Parse the request in another reader, if the earlier one was returned."""
         size = len(self._content)
         self._reader = await self._held.enter_async_context(self._readings.pool.reader(self.client, size))
         told, _ = await self._ask({"do": "read", "route": self._route, "type": self._kind}, self._content)
         return told
 
     async def _ask(self, asked: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytearray]:
-        """The reader's answer; if it is killed, that of another one."""
+        """The reader's answer; if the reader is killed, that of another one."""
         while True:
             assert self._reader is not None
             try:

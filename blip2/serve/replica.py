@@ -1,6 +1,6 @@
-"""One of several replicas, as Ray Serve makes it: an application that gets requests, and gives answers, by calls.
+"""One replica in Ray Serve: an application that gets requests and returns answers through calls.
 
-It lives as behind any server (its queue and limits are its own), but for the door: who may come in was asked before.
+It is a complete server with its own queue and limits, except that the front process checks keys and hosts.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from blip2.serve.tidy import share_one_arena
 
 LOAD_ERROR = "blip2 was not loaded: "
 DEATH_S = 0.2
-"""So often a replica looks whether its model is still alive."""
+"""Seconds between checks whether the model is alive."""
 TIDY_BYTES, TIDY_S = 2**25, 20.0
-"""After so many bytes of bodies, but only so often, is freed memory given back."""
+"""Bytes of bodies after which freed memory is returned to the system, at most once in this many seconds."""
 
 Create = Callable[[Callable[[], Models], str], FastAPI]
 
 
 class Tidy:
-    """Gives freed memory back to the system: the C library would keep what the pieces of large bodies leave behind."""
+    """Returns freed memory to the system: the C library would keep the pieces of large bodies."""
 
     def __init__(self) -> None:
         self._num_bytes = 0
@@ -43,21 +43,21 @@ class Tidy:
         self._num_bytes += num_bytes
 
     def look(self) -> None:
-        """To be called now and then, in a thread."""
+        """Call this now and then, in a thread."""
         if self._num_bytes >= TIDY_BYTES and time.monotonic() - self._last_s > TIDY_S:
             self._num_bytes, self._last_s = 0, time.monotonic()
             give_back_memory()
 
 
 def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
-    """The class that Ray makes its replicas of."""
+    """The class of which Ray makes replicas."""
 
     class Replica:
         app: FastAPI
 
         def __init__(self) -> None:
             share_one_arena()
-            # Models first, so that nobody is sent here before they are there, and their error ends the start.
+            # Load first, so that no request arrives earlier, and an error ends the start.
             try:
                 models = load()
             except Exception as error:
@@ -74,7 +74,7 @@ def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
                 watch.cancel()
 
         def __del__(self) -> Coroutine[Any, Any, Any] | None:
-            """Ray calls it when a replica is to end, and awaits what it gives."""
+            """Called and awaited by Ray when a replica is to end."""
             living, self._living = getattr(self, "_living", None), None
             if living is None:
                 return None
@@ -82,7 +82,8 @@ def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
             return asyncio.wait((living,))
 
         async def check_health(self) -> None:
-            """Ray asks before the first request and then every few seconds; an error, and it starts a new replica."""
+            """Called by Ray before the first request and then every few seconds; an error makes it start a new
+            replica."""
             service = self.app.state.service
             while (refusal := service.refusal()) is not None and refusal.code == "loading":
                 await asyncio.sleep(0.01)
@@ -90,30 +91,31 @@ def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
                 raise RuntimeError(refusal.message)
 
         async def _die_with_the_model(self) -> None:
-            """Ray asks several times before it believes that a replica is ill; meanwhile requests would come here."""
+            """End the process, since Ray needs several failed health checks, during which requests would arrive
+            here."""
             while (refusal := self.app.state.service.refusal()) is None or refusal.code in ("loading", "stopping"):
                 await asyncio.sleep(DEATH_S)
                 await asyncio.to_thread(self._tidy.look)
             os._exit(1)
 
         async def answer(self, scope: Scope, left_s: float, *body: bytes) -> AsyncGenerator[bytes, None]:
-            """Lists of ASGI messages, pickled: those that the application has sent since the last."""
+            """Lists of pickled ASGI messages: those that the application has sent since the last list."""
             scope[END] = time.monotonic() + left_s
             self._tidy.note(sum(map(len, body)))
             async for messages in messages_of(self.app, scope, [b"".join(body)]):
                 yield pickle.dumps(messages)
 
         async def families(self) -> bytes:
-            """Its numbers, pickled."""
+            """Its metrics, pickled."""
             return pickle.dumps(self.app.state.service.metrics.families())
 
     return Replica
 
 
 async def messages_of(app: Any, scope: Scope, body: list[bytes]) -> AsyncGenerator[list[Message], None]:
-    """What an application says to a request. Closed early, it is told that the client has hung up.
+    """An application's messages for a request. Closing it early is a disconnect for the application.
 
-    ``body``: is emptied when the application takes it.
+    ``body``: emptied when the application takes it.
     """
     gone = asyncio.Event()
     said: asyncio.Queue[Message | None] = asyncio.Queue()
@@ -137,16 +139,16 @@ async def messages_of(app: Any, scope: Scope, body: list[bytes]) -> AsyncGenerat
                 yield found
     finally:
         gone.set()
-        _at_work.add(running)  # to its end, as behind any server: it is told, and not stopped
+        _at_work.add(running)  # runs to its end: it is notified, not cancelled
         running.add_done_callback(_at_work.discard)
-        running.add_done_callback(lambda done: done.cancelled() or done.exception())  # told in the log already
+        running.add_done_callback(lambda done: done.cancelled() or done.exception())  # already logged
 
 
 _at_work: set[asyncio.Future[None]] = set()
 
 
 def load_error(message: str) -> Exception:
-    """What a replica could not do, out of Ray's account of it, which holds tracebacks of several processes."""
+    """The error of a replica, extracted from Ray's message, which holds tracebacks of several processes."""
     if (found := re.search(rf"{LOAD_ERROR}(\[.*\])", message)) is None:
         return RuntimeError(message.strip().rsplit("\n", 1)[-1])
     name, words = json.loads(found[1])

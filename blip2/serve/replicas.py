@@ -1,9 +1,9 @@
-"""The models several times behind one port: Ray Serve starts the replicas, watches them, and deals out the requests.
+"""Several replicas behind one port: Ray Serve starts them, watches them, and distributes requests.
 
-A replica is a process with everything of its own: models, queue, limits, the pictures that it remembers. The port, the
-page, the keys and whatever else guards the door are the front's (`front`), which runs in the process that was started;
-Ray's own proxies are off. A request goes to the less busy of two replicas, unread, so that each may have to encode the
-same picture once. Every answer, and every line of /metrics, names its replica.
+A replica is a process with its own models, queue, limits and image cache. The port, the page, the keys and the other
+access checks belong to the front process (`front`), which is the one that was started; Ray's proxies are off. A request
+goes unparsed to the less busy of two random replicas, so each may have to encode the same image once. Every answer and
+every line of /metrics names its replica.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from blip2.serve.service import Models
 NAME = "blip2"
 DEPLOYMENT = "replica"
 SPARE_REQUESTS = 64
-"""What a replica is given beyond its queue: its doorman turns them away in our words."""
+"""Requests that a replica gets beyond its queue; its doorman refuses them with our messages."""
 HEALTH_S = 10
-"""A replica that three times says nothing for so long is ended, and another is started."""
+"""Seconds without an answer after which, three times in a row, a replica is ended and replaced."""
 END_S = 5
-"""For a replica to end, once the front has waited for the last answers."""
+"""Seconds for a replica to end, after the front process has waited for the last answers."""
 SHUTDOWN_SPARE_S = 10
-"""For Ray to end the replicas beyond that."""
+"""Further seconds for Ray to end the replicas."""
 PIECE_BYTES = 90_000
-"""A body travels in such pieces. Larger ones Ray would put into the object store, which is small and goes to disk."""
+"""Size of the pieces of a body. Ray would put larger ones into its object store, which is small and goes to disk."""
 DIRECT = {"RAY_task_rpc_inlined_bytes_limit": str(2**28)}
-"""So much of a request is sent along with the call, whatever its pieces; by default 10 MB."""
+"""Bytes of a request sent with the call, whatever its pieces; 10 MB by default."""
 
 
 def run_replicas(
@@ -56,32 +56,32 @@ def run_replicas(
     device: str,
     on_open: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, and then finish what is running (`Limits.shutdown_s`).
+    """Serve until SIGTERM or SIGINT, then finish running requests (`Limits.shutdown_s`).
 
-    ``load`` and ``create`` (models and a replica's name into an application) are called in each replica,
-    ``run_front`` here: it serves, from now on, until the stop. ``address``: a cluster of Ray's, to which this machine
-    belongs; None starts one on this machine, which ends with us. ``on_open`` is called when every replica has loaded.
-    Raises what kept the model from being loaded, ImportError without Ray.
+    ``load`` and ``create`` (from models and a replica's name to an application) are called in each replica.
+    ``run_front`` is called here and serves until the stop. ``address``: a Ray cluster that this machine belongs to;
+    None starts one on this machine, which ends with this process. ``on_open`` is called when every replica has loaded.
+    Raises the error that kept the model from loading, ImportError without Ray.
     """
     with ExitStack() as undo:
         os.environ.update(DIRECT)
-        prepare(address)  # before Ray is imported, which reads the environment once
+        prepare(address)  # Ray reads the environment when it is imported
         import ray
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         stopped = threading.Event()
         _heed_signals(stopped, undo)
-        # In a thread Ray's Python puts no signal handlers; and what Ray starts ends with the thread that started it.
+        # In a thread Ray installs no Python signal handlers. Processes of Ray end with the thread that started them.
         aside = undo.enter_context(ThreadPoolExecutor(1))
         undo.callback(ray.shutdown)
         aside.submit(connect, ray, address).result()
-        _heed_signals(stopped, undo)  # once more: Ray's C++ has put one, which aborts
+        _heed_signals(stopped, undo)  # again: Ray's C++ code has installed one that aborts
         if stopped.is_set():
             return
         before = serve.status()
         if NAME in before.applications:
-            raise OptionError(f"the cluster at {address} runs blip2 serve already; stop that first")
+            raise OptionError(f"the cluster at {address} already runs blip2 serve; stop that first")
         is_ours = address is not None and not (before.applications or before.proxies)
         undo.callback(_finish, serve, is_ours=is_ours)
         deployment = serve.deployment(
@@ -89,7 +89,7 @@ def run_replicas(
             num_replicas=replicas,
             ray_actor_options=shares(ray.nodes(), replicas, device),
             max_ongoing_requests=limits.max_queue + SPARE_REQUESTS,
-            max_queued_requests=-1,  # the front's doorman counts them
+            max_queued_requests=-1,  # the front process counts them
             max_constructor_retry_count=1,
             health_check_period_s=1,
             health_check_timeout_s=HEALTH_S,
@@ -114,7 +114,7 @@ def _logging() -> dict[str, Any]:
 
 
 class RayReplicas:
-    """`front.Replicas`, by Ray Serve."""
+    """`front.Replicas` with Ray Serve."""
 
     def __init__(self, serve: Any, application: Any) -> None:
         self._serve = serve
@@ -139,7 +139,7 @@ class RayReplicas:
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import RayServeException
 
-        response = self._answer.remote(scope, left_s, *_pieces(body.pop()))  # and not kept here, too
+        response = self._answer.remote(scope, left_s, *_pieces(body.pop()))  # without keeping a copy here
         is_over = False
         try:
             async for pickled in response:
@@ -163,7 +163,7 @@ class RayReplicas:
 
 
 def _started(serve: Any, application: Any, stopped: threading.Event) -> bool:
-    """Whether all replicas have loaded; False: a stop signal came first. Raises what went wrong."""
+    """True once all replicas have loaded. False: a stop signal came first. Raises what went wrong."""
     serve.run_many([serve.RunTarget(application, name=NAME, route_prefix=None)], wait_for_applications_running=False)
     while not stopped.wait(0.1):
         status = serve.status().applications[NAME]
@@ -176,7 +176,7 @@ def _started(serve: Any, application: Any, stopped: threading.Event) -> bool:
 
 
 def _finish(serve: Any, *, is_ours: bool) -> None:
-    """End the replicas, and a cluster's Serve if nobody else uses it; that of this machine goes with its cluster."""
+    """End the replicas, and a cluster's Serve if nobody else uses it; that of this machine ends with its cluster."""
     serve.delete(NAME, _blocking=False)
     end_s = time.monotonic() + END_S + SHUTDOWN_SPARE_S
     while NAME in serve.status().applications and time.monotonic() < end_s:

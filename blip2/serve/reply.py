@@ -1,6 +1,6 @@
-"""Answers to /v1/chat/completions: whole, or as the sequence of events that clients expect.
+"""Responses of /v1/chat/completions: as a whole, or as a stream of events.
 
-Events: the role; pieces of content; an empty one with the reason why it ends; the usage, if it was asked for; [DONE].
+Events: the role; pieces of content; an empty one with the finish_reason; the usage, if requested; [DONE].
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from blip2.serve.tickets import Piece
 from blip2.text import Tokenizer
 
 PLACES = 16
-"""Of log-probabilities, each with up to twenty others, in a piece."""
+"""Log-probabilities per piece of the response, each with up to twenty alternatives."""
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 class Reply:
-    """Builds one response, whole or in chunks."""
+    """Builds one response, as a whole or in chunks."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, has_log_probs: bool) -> None:
         self._tokenizer = tokenizer
@@ -34,7 +34,7 @@ class Reply:
         self._shared = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Sequence[Hypothesis], num_prompt_tokens: int) -> Iterator[bytes]:
-        """The response, in pieces that are quickly made."""
+        """The response, in pieces that are each quick to make."""
         yield f"{packed({**self._shared, 'object': 'chat.completion'})[:-1]},".encode()
         yield b'"choices":['
         for index, answer in enumerate(answers):
@@ -62,7 +62,7 @@ class Reply:
     async def chunks(
         self, pieces: AsyncGenerator[Piece | Hypothesis, None], num_prompt_tokens: int, has_usage: bool
     ) -> AsyncGenerator[str, None]:
-        """The events of an answer that is being written."""
+        """The events of an answer that is being generated."""
         yield self._chunk(0, {"role": "assistant", "content": ""}, has_usage=has_usage)
         try:
             async for piece in pieces:
@@ -73,7 +73,7 @@ class Reply:
                     yield self._chunk(0, {}, finish_reason=FINISH[piece.finish_reason], has_usage=has_usage)
                     if has_usage:
                         yield self._usage_chunk(num_prompt_tokens, len(piece.tokens))
-        except Exception as error:  # the status was sent long ago: an event has to tell
+        except Exception as error:  # the status was already sent, so an event reports the error
             yield _event(as_api_error(error).body)
             return
         finally:
@@ -83,7 +83,7 @@ class Reply:
     async def chunks_of(
         self, answers: Sequence[Hypothesis], num_prompt_tokens: int, has_usage: bool
     ) -> AsyncGenerator[str, None]:
-        """The same events for answers that are all there."""
+        """The same events for finished answers."""
         for index, answer in enumerate(answers):
             log_probs = self._log_probs(answer)
             content = self._tokenizer.decode(answer.tokens)
@@ -143,7 +143,7 @@ def _usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
 
 
 def packed(content: Any) -> str:
-    """As JSON, as short as it can be."""
+    """The shortest JSON of a value."""
     return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -152,7 +152,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 class EventStream(StreamingResponse):
-    """``on_end`` is called however it ends: also if the client hangs up before the first event."""
+    """``on_end`` is called however it ends, also if the client disconnects before the first event."""
 
     def __init__(
         self, events: AsyncGenerator[str, None], headers: dict[str, str], on_end: Callable[[], None] = lambda: None

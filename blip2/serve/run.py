@@ -1,4 +1,4 @@
-"""Runs an application until a stop signal; what is being answered then is finished, but not for ever."""
+"""Runs an application until a stop signal, then finishes running requests, within a time limit."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
 SPARE_DESCRIPTORS = 256
-"""For all that is no connection: the models' files, pictures from the web, processes that decode."""
+"""File descriptors for other uses than connections: model files, downloads, reader processes."""
 BACKLOG = 2048
-"""Connections that wait to be accepted: where there is no room for them, a client tries again after a second."""
+"""Connections waiting to be accepted; beyond it, a client retries after a second."""
 ACCEPTED_PER_TURN = 32
-"""By asyncio. Each has a descriptor for some turns before it is looked at; those are among the spare ones."""
+"""Connections that asyncio accepts per turn. Each has a descriptor for some turns before it is counted."""
 END_S, FORCED_END_S = 0.5, 1.5
-"""After the time for a stop: for whoever waits to hear of it; and until the process ends, whatever still runs."""
+"""Seconds after the shutdown timeout: for clients to get the error; and until the process exits, whatever runs."""
 MANY_CONNECTIONS = 100
-"""When so many have come and gone, the memory that they took goes back to the system."""
+"""Number of closed connections after which their memory is returned to the system."""
 DEATH_S = 2.0
-"""So long a server without a model answers those who are still asking."""
+"""Seconds for which a server without a model still answers."""
 EX_DEAD_MODEL = 70
-"""The exit code when the model's thread has died: whoever watches the process may start it anew."""
+"""Exit code when the model's thread has died; a process manager may restart the server."""
 EX_FORCED = 1
-"""The exit code when something kept the process from ending in time."""
+"""Exit code when something kept the process from ending in time."""
 LOOPBACK = ("127.0.0.1", "::1")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """An open port; 0 is any free one. Raises OptionError if it cannot be had."""
+    """A listening socket; port 0 is any free one. Raises OptionError if it cannot be opened."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # TCP by name: else asyncio does not switch off Nagle's algorithm, and every answer waits 40 ms.
+        # Name TCP: otherwise asyncio leaves Nagle's algorithm on, and every answer is 40 ms late.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
@@ -62,9 +62,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def affordable(max_connections: int) -> tuple[int, int]:
-    """How many connections there can be, of so many wanted, and how many are accepted in one turn.
+    """How many connections are possible, at most ``max_connections``, and how many are accepted per turn.
 
-    The limit of descriptors is raised as far as needed and allowed. If it stays too low, half of them are spare.
+    The limit on descriptors is raised as far as needed and allowed. If it stays too low, half of them are kept spare.
     """
     needed = max_connections + SPARE_DESCRIPTORS
     if resource is None:
@@ -91,14 +91,14 @@ def run(
     trusted_proxies: Sequence[str] = (),
     ends_process: bool = False,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, and then finish what is running (`Limits.shutdown_s`).
+    """Serve until SIGTERM or SIGINT, then finish running requests (`Limits.shutdown_s`).
 
-    A second SIGINT ends the process at once. ``on_open`` is called once connections are taken. ``trusted_proxies``:
-    addresses and networks, besides this machine's own, whose X-Forwarded-For is believed. What is logged goes where
-    `logging` was told to send it. ``ends_process``: the process is to end when this is over, and is made to if
-    something holds it up after a stop signal.
+    A second SIGINT ends the process at once. ``on_open`` is called once connections are accepted. ``trusted_proxies``:
+    addresses and networks, besides this machine's own, whose X-Forwarded-For is trusted. Log messages go where
+    `logging` is configured to send them. ``ends_process``: the process should exit afterwards, and is forced to if
+    something blocks it after a stop signal.
 
-    Raises what kept the model from being loaded; SystemExit if the model's thread has died.
+    Raises the error that kept the model from loading; SystemExit if the model's thread has died.
     """
     service: Service = app.state.service
     service.house.max_connections, num_accepted = affordable(service.limits.max_connections)
@@ -114,30 +114,30 @@ def run(
         backlog=num_accepted,
     )
     server = Server(config, service)
-    # The event loop that uvicorn would choose: uvloop where it is installed.
+    # The event loop that uvicorn would choose: uvloop if it is installed.
     with _quiet_signals():
         try:
             with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
                 runner.run(_serve(server, listener, service, on_open))
         finally:
-            if not ends_process or service.load_error is not None:  # which is yet to be told
+            if not ends_process or service.load_error is not None:  # not yet reported
                 server.may_outlive.set()
     if ends_process and service.load_error is None:
         signal.signal(signal.SIGINT, lambda *_: _end_process("stopped at once", 128 + signal.SIGINT))
     if service.load_error is not None:
         raise service.load_error
     if service.death is not None:
-        sys.stderr.write(f"blip2: {_of_death(service)}; start the server anew\n")
+        sys.stderr.write(f"blip2: {_of_death(service)}; restart the server\n")
         raise SystemExit(EX_DEAD_MODEL)
 
 
 class Server(uvicorn.Server):
-    """Ends in time, whatever runs."""
+    """Ends in time, whatever is running."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.may_outlive = threading.Event()
-        """The process may go on: it is not made to end."""
+        """The process may continue and is not forced to exit."""
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -147,19 +147,19 @@ class Server(uvicorn.Server):
         self.end(self._service.limits.shutdown_s, EX_FORCED)
 
     def end(self, within_s: float, code: int) -> None:
-        """Stop, and finish what is running for so long at most."""
+        """Stop, and finish running requests within the time given."""
         self.should_exit = True
         if self._service.end_s is not None:
             return
         self._service.end_s = time.monotonic() + within_s
-        # uvicorn would cancel without a word; this is for what does not even end then.
+        # uvicorn would cancel silently; this is for what does not end even then.
         self.config.timeout_graceful_shutdown = within_s + END_S  # type: ignore[assignment]
         threading.Thread(target=self._watch, args=(within_s, code), name="blip2 end", daemon=True).start()
 
     def _watch(self, within_s: float, code: int) -> None:
         if not self.may_outlive.wait(within_s + FORCED_END_S):
             death = "" if self._service.death is None else f"{_of_death(self._service)}; "
-            _end_process(f"{death}something did not end within {within_s:g} s and was left undone", code)
+            _end_process(f"{death}something did not end within {within_s:g} s and was aborted", code)
 
 
 def _of_death(service: Service) -> str:
@@ -191,7 +191,7 @@ async def _serve(server: Server, listener: socket.socket, service: Service, on_o
             await asyncio.to_thread(give_back_memory)
         if service.load_error is not None:
             server.end(DEATH_S, EX_FORCED)
-        if service.death is not None:  # those who wait have been told, and are being answered
+        if service.death is not None:  # waiting requests are being answered with an error
             server.end(DEATH_S, EX_DEAD_MODEL)
         if service.end_s is not None and time.monotonic() >= service.end_s:
             service.end_requests()
@@ -201,7 +201,7 @@ async def _serve(server: Server, listener: socket.socket, service: Service, on_o
 
 @contextmanager
 def _quiet_signals() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more when it is done; a server that ended well exits with 0."""
+    """uvicorn raises the stop signal again when it is finished; a server that ended normally should exit with 0."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

@@ -1,4 +1,4 @@
-"""What clients send, once its fields have the names that they have here; see `dialect` for all other names."""
+"""Request schemas, with the names used here; see `dialect` for all other names."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 BRANCH = "~"
-"""Begins the names of a union's branches, which no message tells."""
+"""Prefix of the names of a union's branches, which messages leave out."""
 
 
 MAX_SPLIT = 100_000
-"""Of texts between commas no more are looked at: they are too many anyway."""
+"""Maximum texts in a comma-separated value; more are too many anyway."""
 
 
 def _no_bool(value: Any) -> Any:
-    """For Python true is 1, and 1 token is not what anybody meant by it."""
+    """Rejects booleans: for Python true is 1, and nobody means 1 token by it."""
     if isinstance(value, bool):
         raise PydanticCustomError("number_type", "give a number, not true or false")
     return value
@@ -28,30 +28,30 @@ def _listed(value: Any) -> Any:
 
 
 def _split(value: Any) -> Any:
-    """As the command line has it: a,b,c."""
+    """Splits a,b,c as on the command line."""
     return value.split(",", MAX_SPLIT) if isinstance(value, str) else value
 
 
 def _no_tokens(value: Any) -> Any:
-    """Numbers in the place of texts: what LangChain sends by default."""
+    """Rejects token ids in place of texts, which LangChain sends by default."""
     first = value[0] if isinstance(value, list) and value else None
     first = first[0] if isinstance(first, list) and first else first
     if isinstance(first, int) and not isinstance(first, bool):
         raise PydanticCustomError(
-            "token_ids", "these are token ids, of another model's tokenizer; send the texts themselves (LangChain: "
+            "token_ids", "these are token ids of another model's tokenizer; send the texts instead (LangChain: "
             "OpenAIEmbeddings(check_embedding_ctx_length=False))"
         )  # fmt: skip
     return value
 
 
 def _kind(value: Any) -> str | None:
-    """The branch of a union, by the kind of JSON."""
+    """The branch of a union, by the JSON type."""
     kinds = ((str, "text"), (list, "list"), (dict | BaseModel, "object"))
     return next((BRANCH + name for kind, name in kinds if isinstance(value, kind)), None)
 
 
 def _kinds(remedy: str) -> Discriminator:
-    """A union of which one branch alone is tried, so that what is wrong is told of that one."""
+    """A union of which only the branch of that JSON type is tried, so that errors are about that branch."""
     return Discriminator(_kind, custom_error_type="kind", custom_error_message=remedy)
 
 
@@ -62,12 +62,12 @@ Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(max_length=100_000)]
 ImageText = Annotated[
-    str, Field(min_length=1, description="data:image/...;base64,..., or plain base64; or a web address, if the server "
-               "fetches any")
+    str, Field(min_length=1, description="data:image/...;base64,..., or plain base64; or a URL, if the server "
+               "downloads any")
 ]  # fmt: skip
 
 FIRST_ERROR = Field(fail_fast=True)
-"""For lists: a body has room for millions of items, and to tell what is wrong with each of them takes gigabytes."""
+"""Lists stop at the first error: a body may hold millions of items, and errors for all of them take gigabytes."""
 
 StopText = Annotated[str, Field(min_length=1, max_length=100)]
 Stop = Annotated[
@@ -82,10 +82,10 @@ class Body(BaseModel):
 
 
 class Decoding(Body):
-    """How answers are written. What is not given, or null, is as the model's own task has it."""
+    """Decoding options. Missing fields and null mean the default of the model's task."""
 
     called: SkipJsonSchema[dict[str, str]] = {}
-    """What the caller calls the fields that he calls otherwise."""
+    """The caller's names of fields that he calls differently."""
     max_tokens: Count | None = Field(None, description="Maximum tokens; never above the server's limit, and "
                                      "finish_reason is 'length' where it ends it. -2, -1, 0: not given")  # fmt: skip
     min_new_tokens: Annotated[Whole, Field(ge=0)] | None = Field(None, description="Minimum tokens. -1: not given")
@@ -138,14 +138,14 @@ Address = Annotated[
 
 
 class Source(Body):
-    """A picture as Anthropic's clients send it."""
+    """An image in the form of Anthropic's clients."""
 
     data: str | None = None
     url: str | None = None
 
 
 class Part(Body):
-    """``type`` is text, or image_url; other clients' names for these are understood, too."""
+    """``type`` is text or image_url; names of other clients are accepted, too."""
 
     type: str
     text: str | None = None
@@ -163,10 +163,10 @@ Content = Annotated[
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
-    images: Annotated[list[str], FIRST_ERROR] | None = Field(None, description="As Ollama has it: base64")
+    images: Annotated[list[str], FIRST_ERROR] | None = Field(None, description="Base64, as Ollama's clients send it")
     image: SkipJsonSchema[Any] = None
     image_url: SkipJsonSchema[Any] = None
-    """Known only to be refused."""
+    """Only accepted to be refused with a clear message."""
 
 
 class StreamOptions(Body):
@@ -185,7 +185,7 @@ class ChatRequest(Decoding):
 
 
 class EmbeddingImage(Body):
-    """An extension: a picture among the texts."""
+    """An extension: an image among the texts."""
 
     image: ImageText
 
@@ -227,8 +227,8 @@ class AskRequest(Decoding):
     image: ImageText
     question: Text
     choices: Annotated[list[Text], FIRST_ERROR, BeforeValidator(_split)] | None = Field(
-        None, description="Choose the most likely of these answers: a list, or one text with commas in between. "
-        "Options of decoding are refused beside it"
+        None, description="Choose the most likely of these answers: a list, or one comma-separated text. "
+        "Excludes decoding options"
     )  # fmt: skip
 
 
@@ -240,8 +240,8 @@ class MatchRequest(Body):
 
 
 class ExplainRequest(Body):
-    """POST /explain: where the picture speaks for ``text`` (by the matching model), or for the answer to ``question``,
-    or for ``word`` of ``caption``, or all of it; what is not given of these is the model's own."""
+    """POST /explain: the image regions that support ``text`` (matching model), the answer to ``question``, or ``word``
+    of ``caption`` or all of it; a missing answer or caption is generated."""
 
     image: ImageText
     text: Text | None = None
@@ -273,10 +273,10 @@ class Chosen(BaseModel):
 
 
 class Answered(BaseModel):
-    """What /caption and /ask give: the best answer, and all of them if more were asked for, the best first.
+    """The response of /caption and /ask: the best answer, and all answers if several were requested, best first.
 
-    ``finish_reason``: "eos", "stop" (a stop text) or "length" (the most tokens it may have), or "choice" if the answer
-    was one of the choices; these are told in ``choices`` then, the likeliest first.
+    ``finish_reason``: "eos", "stop" (a stop text), "length" (the maximum number of tokens), or "choice" if the answer
+    is one of the choices; then ``choices`` lists them, most likely first.
     """
 
     text: str
@@ -287,7 +287,7 @@ class Answered(BaseModel):
 
 
 class MatchedText(BaseModel):
-    """Each number is from 0 to 1 but for the cosine, which is from -1; see `Matches`."""
+    """Each number is from 0 to 1, except the cosine, which is from -1; see `Matches`."""
 
     text: str
     itm_probability: float
@@ -296,19 +296,19 @@ class MatchedText(BaseModel):
 
 
 class Matched(BaseModel):
-    """What /match gives: the texts in the order in which they were given."""
+    """The response of /match: the texts in the order of the request."""
 
     results: list[MatchedText]
     model: str
 
 
 class Explained(BaseModel):
-    """What /explain gives; see `Explanation`."""
+    """The response of /explain; see `Explanation`."""
 
     text: str
     score: float
     strongest: tuple[float, float] | None
-    """The place that speaks for it most, as shares of width and height; None if none does."""
+    """The strongest point, as fractions of width and height; None if there is none."""
     heat: str
-    """A map of the picture, at most 512 pixels a side: a grey PNG in a data address, white where it speaks most."""
+    """The map, at most 512 pixels per side: a grey PNG as a data URL, white where the map is strongest."""
     model: str

@@ -1,4 +1,4 @@
-"""Between the event loop and the models' thread: loading, waiting, deadlines, clients that hang up."""
+"""Between the event loop and the models' thread: loading, waiting, deadlines, disconnects."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from blip2.text import LONG_TEXT
 logger = logging.getLogger("blip2.serve")
 
 NUM_ASIDE = 2
-"""Threads for what is neither the models' nor the event loop's work."""
+"""Threads for work of neither the models nor the event loop."""
 AT_ONCE_S, ASIDE_S = 0.002, 0.02
-"""How long such work may keep the event loop, and a thread before the client is looked after."""
+"""Seconds that such work may block the event loop, and a thread before it checks for a disconnect."""
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Models:
-    """What is served: a generative model, and a matching one if there is to be."""
+    """The served models: a generative model, and optionally a matching model."""
 
     pipeline: Pipeline
     matcher: Matcher | None = None
 
 
 class Service:
-    """What all routes share. ``load`` runs in a thread, once the port is open."""
+    """The state shared by all routes. ``load`` runs in a thread after the port is opened."""
 
     def __init__(
         self, load: Callable[[], Models], limits: Limits, fetcher: Fetcher, replica: str | None = None
@@ -66,17 +66,17 @@ class Service:
         self.load_error: BaseException | None = None
         self.is_stopping = False
         self.end_s: float | None = None
-        """When everything has to be over (monotonic), once the process is asked to end."""
+        """The time (monotonic) by which everything has to end, once the process was asked to stop."""
         self._aside: Handout[None] = Handout([None] * NUM_ASIDE)
         self._post = Post()
         self._load = load
         self._start_s = time.monotonic()
         self._worker: Worker | None = None
 
-    # ---- coming and going ----
+    # ---- start and stop ----
 
     def start(self) -> None:
-        """In the event loop that is going to answer."""
+        """Call this in the event loop that answers requests."""
         self.readings.start()
         threading.Thread(target=self._load_models, name="blip2 loading", daemon=True).start()
 
@@ -84,8 +84,8 @@ class Service:
         try:
             models = self._load()
             self._worker = Worker(models.pipeline, models.matcher, self.limits, self.metrics)
-        except BaseException as error:  # told by /ready, and by whoever runs the server
-            if self.is_stopping:  # a process that ends takes from it what it needs
+        except BaseException as error:  # reported by /ready and by `run`
+            if self.is_stopping:  # errors during the shutdown do not matter
                 return
             self.load_error = error
             logger.error("the model cannot be loaded: %s", error)
@@ -98,7 +98,7 @@ class Service:
         self.readings.close()
 
     def end_requests(self) -> None:
-        """Whoever still waits for an answer is told now that there will be none."""
+        """End all waiting requests with an error."""
         self.is_stopping = True
         stopping = ApiError(503, "stopping", "the server is stopping; send it again", headers={"Retry-After": "2"})
         self.bodies.end_all(stopping)
@@ -106,17 +106,17 @@ class Service:
 
     @property
     def death(self) -> BaseException | None:
-        """What ended the models' thread, if it has ended by itself."""
+        """The error that ended the models' thread, if any."""
         return None if self._worker is None else self._worker.death
 
     def refusal(self) -> ApiError | None:
-        """Why nothing can be answered at present; None: it can."""
+        """Why nothing can be answered at present, or None."""
         if self.load_error is not None:
-            return ApiError(503, "model_failed", "the model cannot be loaded; the server says why where it was started")
+            return ApiError(503, "model_failed", "the model cannot be loaded; see the server's output")
         if self._worker is None:
             return still_loading(self._start_s)
         if self.death is not None:
-            return ApiError(503, "model_stopped", "the model has stopped; the server has to be started anew")
+            return ApiError(503, "model_stopped", "the model has stopped; the server has to be restarted")
         if self.is_stopping or not self._worker.is_alive:
             return ApiError(503, "stopping", "the server is stopping")
         return None
@@ -134,7 +134,7 @@ class Service:
 
     @property
     def matcher(self) -> Matcher:
-        """Raises ApiError if there is none."""
+        """The matching model. Raises ApiError if there is none."""
         matcher = self.worker.matcher
         if matcher is None:
             raise self._no_matcher()
@@ -143,25 +143,25 @@ class Service:
     @staticmethod
     def _no_matcher() -> ApiError:
         return ApiError(
-            400, "no_matching_model", "this server has no model that compares pictures with texts; start it with "
+            400, "no_matching_model", "this server has no matching model; start it with "
             "--matching-model"
         )  # fmt: skip
 
     @property
     def features(self) -> ImageCache[ImageFeatures]:
-        """What the `matcher` keeps of pictures. Raises ApiError if there is none."""
+        """The cache of the `matcher`. Raises ApiError if there is none."""
         if self.worker.features is None:
             raise self._no_matcher()
         return self.worker.features
 
     async def numbers(self) -> bytes:
-        """For /metrics."""
+        """The text for /metrics."""
         return self.metrics.text()
 
-    # ---- answers ----
+    # ---- work ----
 
     async def answers(self, ticket: Ticket) -> list[Hypothesis]:
-        """The answers to one prompt. If nobody waits for them any more, they are not written."""
+        """The answers to one prompt. They are cancelled if nobody waits for them any more."""
         worker = self.worker
         try:
             worker.submit(ticket)
@@ -172,22 +172,22 @@ class Service:
             worker.cancel(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody wants its answers any more; also after the end."""
+        """Cancel a ticket. May also be called after its end."""
         if self._worker is not None:
             self._worker.cancel(ticket)
 
     async def compute(self, client: str, steps: Steps[Value]) -> Value:
-        """What work in portions returns on the models' thread. It ends with the next one if nobody waits any more."""
+        """The result of work in portions on the models' thread. It stops after a portion if nobody waits any more."""
         try:
             return await asyncio.wrap_future(self.worker.call(client, steps))
         except WorkerError as error:
             raise ApiError(503, "model_stopped", str(error)) from error
 
     async def aside(self, client: str, items: Iterator[Value], *, is_small: bool = True) -> list[Value]:
-        """All of an iterator: to read texts, or to write answers. What takes longer than a moment is done in a thread.
+        """All items of an iterator, for parsing texts or encoding answers. Work of more than a moment runs in a thread.
 
-        Clients take turns for one, and whoever is gone leaves it soon. Each item has to be quick, or let other threads
-        run meanwhile; one by one they may take a moment each if it ``is_small``.
+        Clients take turns for a thread, and a client that disconnects leaves it soon. Each item has to be quick, or
+        release the GIL meanwhile. Small work (``is_small``) is first tried on the event loop for a moment.
         """
         found: list[Value] = []
         if is_small and _go_on(items, found, AT_ONCE_S):
@@ -198,19 +198,19 @@ class Service:
         return found
 
     async def read_text(self, client: str, text: str, function: Callable[[], Value]) -> Value:
-        """What is made of a text, in a thread if it is long."""
+        """The function's result for a text, in a thread if the text is long."""
         [found] = await self.aside(client, (function() for _ in (text,)), is_small=len(text) <= LONG_TEXT)
         return found
 
     async def rendered(self, client: str, pieces: Iterator[bytes], headers: dict[str, str] | None = None) -> Response:
-        """An answer in JSON, made of pieces."""
+        """A JSON response made of pieces."""
         return Response(b"".join(await self.aside(client, pieces)), headers=headers, media_type="application/json")
 
     async def stream(self, request: Request, ticket: Ticket) -> tuple[AsyncGenerator[Piece | Hypothesis, None], Ticket]:
-        """The only answer in pieces, and then whole; and the ticket that it runs under.
+        """The only answer in pieces, then as a whole; and its ticket.
 
-        The first piece is waited for here, so that what goes wrong until then still is an error of its own; what goes
-        wrong later is raised by the generator.
+        Waits for the first piece, so that earlier errors still become an error response. Later errors are raised by the
+        generator.
         """
         loop = asyncio.get_running_loop()
         heard: asyncio.Queue[Piece | None] = asyncio.Queue()
@@ -242,7 +242,7 @@ class Service:
                 heard.put_nowait(None)
 
             left_s = max(request.scope[END] - time.monotonic(), 0)
-            timer = loop.call_later(left_s, give_up)  # one timer, and not one a piece
+            timer = loop.call_later(left_s, give_up)  # one timer, not one per piece
             try:
                 piece = first
                 while piece is not None:
@@ -261,8 +261,8 @@ class Service:
 
 
 class Post:
-    """Brings pieces from the models' thread to the event loop: those of all streams of one step together, since to wake
-    the loop costs more than to bring a piece."""
+    """Passes pieces from the models' thread to the event loop, those of all streams of one step together, since waking
+    the loop costs more than passing a piece."""
 
     def __init__(self) -> None:
         self._sent: deque[tuple[asyncio.Queue[Piece | None], Piece | None]] = deque()
@@ -275,14 +275,14 @@ class Post:
             loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        self._is_called = False  # before it is looked whether there is more
+        self._is_called = False  # before checking for more
         while self._sent:
             to, piece = self._sent.popleft()
             to.put_nowait(piece)
 
 
 def _go_on(items: Iterator[Value], found: list[Value], seconds: float) -> bool:
-    """Take items for a while; whether those were all."""
+    """Take items for ``seconds``. True if those were all."""
     end_s = time.perf_counter() + seconds
     for item in items:
         found.append(item)

@@ -1,4 +1,4 @@
-"""When memory is lacking: a fault of the moment, which with less to do may not come again."""
+"""Out-of-memory errors: temporary, and less likely with less to do."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from blip2.serve.errors import ApiError
 
 WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""In the errors of PyTorch's that have no class of their own."""
+"""Texts of PyTorch's errors that have no class of their own."""
 
 
 def told_shortage(error: BaseException) -> ApiError | None:
-    """What those who waited are told, if an error means that memory was lacking, on whatever device; else None.
+    """The error for waiting clients if the memory of any device ran out; else None.
 
-    The error itself is better not kept: its frames hold what took the memory.
+    The original error should not be kept: its frames hold the memory.
     """
     is_one = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)

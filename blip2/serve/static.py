@@ -1,4 +1,4 @@
-"""The page at ``/`` and its files: read once, told apart by their content, and allowed to speak to nobody but us."""
+"""The web page at ``/`` and its files: read once, with ETags of their content and a strict content security policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from blip2.serve.errors import ApiError
 
 PAGE = Path(__file__).parent / "page"
-# Not by `mimetypes`, which asks the machine: a module of the wrong type is one that no browser runs.
+# Not from `mimetypes`, which depends on the machine: browsers do not run a module with a wrong type.
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -25,7 +25,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
     )
 )  # fmt: skip
-"""The page runs what this server gives it and speaks to this server, and to nobody else."""
+"""The page may only run and contact this server."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class File:
 
 
 def files_of(folder: Path) -> dict[str, File]:
-    """What may be asked for, by name: what has a type of ours, and nothing else."""
+    """The files that can be requested, by name: those with a type listed above."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in TYPES:
@@ -43,7 +43,7 @@ def files_of(folder: Path) -> dict[str, File]:
             headers = {
                 "Content-Type": TYPES[path.suffix],
                 "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-                "Cache-Control": "no-cache",  # keep it, but ask whether it is still this one
+                "Cache-Control": "no-cache",  # may be cached, but has to be revalidated
                 "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"',
             }
             found[path.name] = File(content, headers)
@@ -51,7 +51,7 @@ def files_of(folder: Path) -> dict[str, File]:
 
 
 PATHS = {"/": ["get"], "/page/{name}": ["get"]}
-"""These are for browsers, and stand in no description of the interface."""
+"""For browsers, so not in /openapi.json."""
 
 
 def router() -> APIRouter:
@@ -65,7 +65,7 @@ def router() -> APIRouter:
     @routes.get("/page/{name}")
     async def page_file(request: Request, name: str) -> Response:
         if name not in files:
-            raise ApiError(404, "not_found", "the page has no such file")
+            raise ApiError(404, "not_found", "there is no such file")
         return _answer(request, files[name])
 
     return routes

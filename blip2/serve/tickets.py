@@ -1,4 +1,4 @@
-"""What the models' thread is asked for: prompts to answer, and other work that is done portion by portion."""
+"""Tasks for the models' thread: prompts to answer, and other work in portions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from blip2.text import TextStream
 Value = TypeVar("Value")
 
 Steps = Generator[None, None, Value]
-"""Work in portions: between two of them others have their turn. What it returns is its result."""
+"""Work in portions: between two of them other work runs. Its return value is the result."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of an answer that is being written, and the tokens that make it."""
+    """A piece of an answer that is being generated, and its tokens."""
 
     text: str
     tokens: list[int]
@@ -33,29 +33,29 @@ class Piece:
 
 
 OnPiece = Callable[[Piece], None]
-"""Called by the model's thread."""
+"""Called in the models' thread."""
 
 
 @dataclass(eq=False)
 class Ticket:
-    """One prompt on its way: what is asked, and where the answers go."""
+    """A prompt with its image and options, and where its answers go."""
 
     look: Look[EncodedImage]
     text: str
     options: GenerateOptions
     on_piece: OnPiece | None = None
-    """Called with each piece of the only answer; no beams then, and ``num_return`` 1."""
+    """Called with each piece of the only answer; then there are no beams, and ``num_return`` is 1."""
     num_top: int = 0
-    """So many of the most likely tokens are told at each place."""
+    """Number of most likely tokens to report at each position."""
     client: str = ""
-    """Who asks; clients take turns."""
+    """The client; clients take turns."""
     answers: Future[list[Hypothesis]] = field(default_factory=Future)
     num_prompt_tokens: int = 0
-    """Known when the answers are; the picture's are among them."""
+    """Number of prompt tokens, image included; known when the answers are."""
     is_cancelled: bool = False
     came_s: float = field(default_factory=time.monotonic)
     num_overtaken: int = 0
-    """Rows that were given to others since it could have had its turn."""
+    """Rows given to other tickets since it could have had its turn."""
 
     @property
     def num_rows(self) -> int:
@@ -63,13 +63,13 @@ class Ticket:
 
     @property
     def num_tokens(self) -> int:
-        """At most, of all rows."""
+        """Maximum tokens of all rows."""
         return self.num_rows * self.options.max_new_tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Call(Generic[Value]):
-    """Work of another kind. Whoever cancels ``result`` ends it after the portion that is being done."""
+    """Work of another kind. Cancelling ``result`` ends it after the current portion."""
 
     steps: Steps[Value]
     client: str
@@ -84,7 +84,7 @@ class Running:
 
 
 def begun(ticket: Ticket, image: EncodedImage, speaker: Speaker) -> Running:
-    """The job that answers a ticket, for a batch. Raises as `Speaker.prompt` and `Engine.job` do."""
+    """The job for a ticket, to add to a batch. Raises as `Speaker.prompt` and `Engine.job` do."""
     prompt_TD = speaker.prompt(image, ticket.text, ticket.options.max_new_tokens)
     ticket.num_prompt_tokens = len(prompt_TD)
     if ticket.on_piece is None:
@@ -114,6 +114,6 @@ def begun(ticket: Ticket, image: EncodedImage, speaker: Speaker) -> Running:
             tell(piece)
 
     job = speaker.engine.job([prompt_TD], ticket.options, on_token=on_token, num_top=ticket.num_top)
-    assert isinstance(job.strategy, RowByRow)  # a search cannot be followed
+    assert isinstance(job.strategy, RowByRow)  # beam search cannot be streamed
     strategy: RowByRow = job.strategy
     return Running(ticket, job, finish_text)

@@ -1,4 +1,4 @@
-"""Memory that requests have left free goes back to the system."""
+"""Returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ M_ARENA_MAX = -8
 
 
 def share_one_arena() -> None:
-    """For a process that serves: all its threads take memory from one place. Call it before threads begin.
+    """Make all threads of the server share one malloc arena. Call it before threads start.
 
-    By default glibc gives each thread an arena, and of these, but for the first, it never returns the end to the
-    system, which is as large as the largest request of that thread.
+    By default glibc gives each thread an arena. Except for the first, it never returns their ends to the system, which
+    are as large as the largest request of that thread.
     """
-    with suppress(AttributeError):  # another C library
+    with suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 class Tidy:
-    """Once nobody has asked anything for `IDLE_S`. The C library would keep what large bodies have taken."""
+    """Trims the heap after `IDLE_S` without requests. The C library would keep the memory of large bodies."""
 
     def __init__(self) -> None:
         self._timer: asyncio.TimerHandle | None = None
         self._last_s = 0.0
 
     def note(self) -> None:
-        """A request is over. In the event loop."""
+        """Note that a request has ended. Called in the event loop."""
         loop = asyncio.get_running_loop()
         self._last_s = loop.time()
         if self._timer is None:

@@ -1,4 +1,4 @@
-"""A queue in which clients take turns, so that one who asks much does not hold up the others."""
+"""A queue in which clients take turns, so that a client with many requests does not hold up the others."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Item = TypeVar("Item")
 
 
 class Turns(Generic[Item]):
-    """The clients go round; of what one client has waiting, the smallest goes first, and of equals the first to come.
+    """Clients are served round-robin; within a client the smallest item first, and among equals the oldest.
 
-    An item is in it once at most, and has to be hashable.
+    An item can only be in it once, and has to be hashable.
     """
 
     def __init__(self) -> None:
@@ -38,31 +38,31 @@ class Turns(Generic[Item]):
         return self._client_of[item]
 
     def in_turn(self) -> Iterator[Item]:
-        """All that wait, in the order in which `pop` would give them."""
+        """All waiting items, in the order of `pop`."""
         rounds = zip_longest(*(sorted(entries) for entries in self._waiting.values()))
         return (entry[2] for entry in chain.from_iterable(rounds) if entry is not None)
 
     def peek(self) -> Item:
-        """What `pop` would give. Raises IndexError if nothing waits."""
+        """The item that `pop` would return. Raises IndexError if there is none."""
         if not self._client_of:
-            raise IndexError("nothing waits")
+            raise IndexError("the queue is empty")
         return next(iter(self._waiting.values()))[0][2]
 
     def pop(self) -> Item:
-        """The next item; the client's next one has to wait for the other clients."""
+        """The next item; the client's next one waits for the other clients."""
         item = self.peek()
         self.take(item)
         return item
 
     def take(self, item: Item) -> None:
-        """As `pop`, but of an item that is not the next: it is taken before its turn."""
+        """Like `pop`, for an item that is not the next."""
         client = self._client_of[item]
         self.remove(item)
         if client in self._waiting:
             self._waiting.move_to_end(client)
 
     def remove(self, item: Item) -> None:
-        """Takes back what waits no longer; nothing happens if it is not there."""
+        """Remove an item; does nothing if it is not in the queue."""
         client = self._client_of.pop(item, None)
         if client is None:
             return
@@ -77,7 +77,7 @@ class Turns(Generic[Item]):
 
 
 class Handout(Generic[Item]):
-    """Things that are there a few times, and those who wait for one in turn. In one event loop."""
+    """A limited number of things, lent to waiting clients in turn. For one event loop."""
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
         self._free = list(items)
@@ -113,7 +113,7 @@ class Handout(Generic[Item]):
             self.offer(item)
 
     def offer(self, item: Item) -> None:
-        """To whose turn it is, or to who comes next."""
+        """Give the thing to the next client, or keep it free."""
         while len(self._waiting):
             coming = self._waiting.pop()
             if not coming.done():
@@ -122,7 +122,7 @@ class Handout(Generic[Item]):
         self._free.append(item)
 
     def withdraw(self, item: Item) -> None:
-        """What is not to be taken any more, if nobody has it."""
+        """Remove a thing, if it is not lent."""
         if item in self._free:
             self._free.remove(item)
 
@@ -134,7 +134,7 @@ class Handout(Generic[Item]):
 
 
 class Spared(Handout[Item]):
-    """A `Handout` whose last free thing is for a client who has none. Things have to be hashable."""
+    """A `Handout` whose last free thing is reserved for a client that has none. Things have to be hashable."""
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
         super().__init__(items)
@@ -150,11 +150,11 @@ class Spared(Handout[Item]):
         self.forget(item)
 
     def forget(self, item: Item) -> None:
-        """It does not count as the client's any more, who may still have it."""
+        """No longer count the thing as the client's, although it may still have it."""
         client = self._client_of.pop(item, None)
         if client is not None:
             self._number_of[client] -= 1
-            self._number_of += Counter()  # only who has some is kept
+            self._number_of += Counter()  # drop zero counts
         for coming in self._waiting.in_turn() if self._free and len(self._waiting) else ():
             client = self._waiting.client_of(coming)
             if self._may_take(client):

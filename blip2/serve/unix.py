@@ -1,4 +1,4 @@
-"""A server at a Unix socket: a file that programs of this machine, such as a reverse proxy, connect to."""
+"""Listening on a Unix socket: a file to which programs on this machine connect, such as a reverse proxy."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from blip2.errors import OptionError
 
 MODE = 0o660
-"""Its owner and its group may connect. The group of a file is its folder's where that has the setgid bit."""
+"""Owner and group may connect. The file gets the folder's group if the folder has the setgid bit."""
 
 
 @contextmanager
 def listen_at(path: Path) -> Iterator[socket.socket]:
-    """A listening socket, whose file is gone afterwards. What a dead server left there is replaced.
+    """A listening socket, whose file is removed afterwards. The socket of a dead server is replaced.
 
-    Raises OptionError if something else is there: a server that still answers, or a file that is no socket.
+    Raises OptionError if something else is there: a running server, or a file that is not a socket.
     """
     if not hasattr(socket, "AF_UNIX"):
         raise OptionError("--uds: this system has no Unix sockets; use --host and --port")
@@ -32,7 +32,7 @@ def listen_at(path: Path) -> Iterator[socket.socket]:
         listener.bind(str(unfinished))
         unfinished.chmod(MODE)
         listener.listen(socket.SOMAXCONN)
-        unfinished.rename(path)  # in one step: nobody finds a socket at which nobody listens, or of another mode
+        unfinished.rename(path)  # atomic: clients never find a socket without a listener or with other permissions
     except (OSError, ValueError) as error:
         listener.close()
         with suppress(OSError):
@@ -44,7 +44,7 @@ def listen_at(path: Path) -> Iterator[socket.socket]:
         yield listener
     finally:
         with suppress(OSError):
-            if os.path.samestat(path.stat(), own):  # not another server's, that took its place
+            if os.path.samestat(path.stat(), own):  # not the socket of another server that replaced ours
                 path.unlink()
         listener.close()
 
@@ -54,15 +54,15 @@ def _check_free(path: Path) -> None:
         mode = path.lstat().st_mode
         if not stat.S_ISSOCK(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "file"
-            raise OptionError(f"--uds {path}: there is a {kind} already, which is no socket; choose another name")
+            raise OptionError(f"--uds {path}: a {kind} already exists there; choose another name")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as guest:
         guest.settimeout(1)
         try:
             guest.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
-            return  # nothing is there, or its server is dead
-        except OSError as error:  # a name too long is said here: renaming would make it, and nobody could connect
+            return  # there is no file, or its server is dead
+        except OSError as error:  # too long a name fails here: renaming would work, but not connecting
             raise OptionError(
                 f"--uds {path} cannot be opened ({error.strerror or error}); choose another file"
             ) from None
-    raise OptionError(f"--uds {path}: a server listens there already; stop it, or choose another file")
+    raise OptionError(f"--uds {path}: another server is listening there; stop it, or choose another file")

@@ -1,10 +1,9 @@
-"""The thread that owns the models: whatever computes, computes there, one thing at a time.
+"""The thread that owns the models: all computation happens there, one step at a time.
 
-Requests wait in a queue where clients take turns, until there are rows free (`lanes`). A turn of the loop is one of
-these: some of those that have rows are taken in, their pictures encoded if no one has asked about them lately, and
-their prompts read together; or every running answer of a lane gets one token more; or a portion is done of something
-else that was asked (`Worker.call`). So a request enters at the next token, leaves with its last, and none holds up
-another for longer than a turn takes.
+Requests wait in a queue with turns for clients, until rows are free (`lanes`). A turn of the loop is one of these:
+admit some requests that have rows, encode their images unless cached, and prefill their prompts as a batch; or generate
+one more token for every running answer of a lane; or run a portion of other work (`Worker.call`). So a request enters
+at the next token, leaves with its last, and none delays another for longer than a turn.
 """
 
 from __future__ import annotations
@@ -37,20 +36,20 @@ from blip2.tasks.match import ImageFeatures
 logger = logging.getLogger("blip2.serve")
 
 MAX_FAILURES = 3
-"""So many steps that fail one after the other are the end: the device is gone, and waiting would not help."""
+"""Consecutive failed steps after which the thread ends: the device is lost, and waiting would not help."""
 
 IDLE_S = 1.0
-"""After so long with nothing to do, the memory that the work has left free goes back to the system."""
+"""Idle seconds after which freed memory is returned to the system."""
 
 Value = TypeVar("Value")
 
 
 class WorkerError(RuntimeError):
-    """The model's thread is gone, or going."""
+    """The models' thread has ended, or is ending."""
 
 
 class Worker:
-    """See the module. ``matcher`` may be missing; `call` runs anything else on the models' thread."""
+    """See the module. ``matcher`` may be None. `call` runs other work on the models' thread."""
 
     def __init__(self, pipeline: Pipeline, matcher: Matcher | None, limits: Limits, metrics: Metrics) -> None:
         self.pipeline = pipeline
@@ -67,8 +66,8 @@ class Worker:
         self._lanes = Lanes(pipeline.speaker.engine.language, limits.max_rows)
         self._calling = Share(1)
         self._shares = (*self._lanes.each, self._calling)
-        self._coming: list[Ticket] = []  # being taken in
-        self._is_changed = False  # those who wait, or the rows that are free
+        self._coming: list[Ticket] = []  # being admitted
+        self._is_changed = False  # waiting tickets or free rows have changed
         self._num_failures = 0
         self._wake = threading.Condition()
         self._is_closing = False
@@ -83,7 +82,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="blip2 model", daemon=True)
         self._thread.start()
 
-    # ---- for other threads ----
+    # ---- called by other threads ----
 
     @property
     def is_alive(self) -> bool:
@@ -91,13 +90,13 @@ class Worker:
 
     @property
     def death(self) -> BaseException | None:
-        """What the thread has ended of, if it was not closed."""
+        """The error that ended the thread, if it was not closed."""
         return self._death
 
     def submit(self, ticket: Ticket) -> None:
-        """Raises OptionError for more rows than there are, WorkerError if nobody works any more."""
+        """Raises OptionError for more rows than there are, WorkerError if the thread has ended."""
         if ticket.num_rows > self.max_rows:
-            raise OptionError(f"{ticket.num_rows} beams or answers at a time are too many; at most {self.max_rows}")
+            raise OptionError(f"{ticket.num_rows} beams or answers at once are too many; at most {self.max_rows}")
         with self._wake:
             self._check()
             self._waiting.push(ticket.client, ticket)
@@ -105,7 +104,7 @@ class Worker:
             self._wake.notify()
 
     def call(self, client: str, steps: Steps[Value]) -> Future[Value]:
-        """Do something in portions, in turn with everything else. If the future is cancelled, it goes no further."""
+        """Run work in portions, in turn with everything else. Cancelling the future stops it."""
         call = Call(steps, client)
         with self._wake:
             self._check()
@@ -115,14 +114,14 @@ class Worker:
         return call.result
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody wants the answers any more: its rows are free at the next step. Also after the end."""
+        """Cancel a ticket: its rows are free at the next step. May also be called after its end."""
         with self._wake:
             ticket.is_cancelled = True
             self._is_changed = True
             self._wake.notify()
 
     def close(self, timeout_s: float) -> None:
-        """Finish what waits and runs, for so long at most."""
+        """Finish waiting and running work, within ``timeout_s``."""
         with self._wake:
             self._is_closing = True
             self._wake.notify()
@@ -133,7 +132,7 @@ class Worker:
 
     def _check(self) -> None:
         if self._death is not None:
-            raise WorkerError("the model's thread has ended; the server has to be started anew") from self._death
+            raise WorkerError("the model's thread has ended; the server has to be restarted") from self._death
         if self._is_closing:
             raise WorkerError("the server is stopping")
 
@@ -144,7 +143,7 @@ class Worker:
             with threads.fitting(self.pipeline.speaker.model):
                 while self._turn():
                     pass
-        except BaseException as error:  # whatever it is, those who wait have to be told
+        except BaseException as error:  # any error has to be reported to waiting clients
             logger.critical("the model's thread has ended", exc_info=error)
             with self._wake:
                 self._death = error
@@ -156,10 +155,10 @@ class Worker:
                     lane.coming.clear()
                     lane.clear()
             for future in futures:
-                _settle(future, error=WorkerError("the model's thread has ended; start the server anew"))
+                _settle(future, error=WorkerError("the model's thread has ended; restart the server"))
 
     def _turn(self) -> bool:
-        """The next portion of what there is to do; False: it is over."""
+        """Run the next portion of work. False: closed, and nothing is left."""
         with self._wake:
             idle_s: float | None = IDLE_S
             while not (self._has_work() or self._is_closing):
@@ -183,7 +182,7 @@ class Worker:
             self._coming = share.portion(min(PORTION, self.pipeline.eye.images_at_a_time))
             self._admit(share, [ticket for ticket in self._coming if not ticket.is_cancelled])
             self._coming = []
-            share.may_admit = len(busy) == 1  # together they are read and written in less time
+            share.may_admit = len(busy) == 1  # admitting together is faster
         else:
             self._step(share)
             share.may_admit = True
@@ -194,7 +193,7 @@ class Worker:
         return bool(len(self._waiting) or len(self._calls) or self._lanes.is_busy)
 
     def _rearrange(self) -> None:
-        """Whoever is gone makes room, and is followed by those whose turn it is."""
+        """Free the rows of finished and cancelled tickets, and give them to waiting ones."""
         for lane in self._lanes.each:
             for running in [running for running in lane.running.values() if running.ticket.is_cancelled]:
                 lane.batch.drop(running.job)
@@ -211,7 +210,7 @@ class Worker:
             call.steps.close()
 
     def _carry_on(self) -> None:
-        """A portion of a call: of the client whose turn it is the one that has begun."""
+        """Run a portion of a call: the one in progress of the client whose turn it is."""
         with self._wake:
             call = self._calls.pop()
             self._calls.push(call.client, call, -1)
@@ -244,7 +243,7 @@ class Worker:
             self._metrics.tokens.labels("prompt").inc(some.ticket.num_prompt_tokens)
 
     def _added(self, lane: Lane, coming: list[Running]) -> Iterable[Running]:
-        """Those that the batch has taken in; together if it can be, else each by itself, to find the one at fault."""
+        """The tickets that the batch has admitted; as a group, or else one by one, to find the faulty one."""
         try:
             lane.batch.add([some.job for some in coming])
         except Exception as error:
@@ -289,7 +288,7 @@ class Worker:
 
 
 def _settle(future: Future[Any], result: Any = None, *, error: BaseException | None = None) -> None:
-    """Whoever waited may have gone away meanwhile."""
+    """The waiting client may have disconnected meanwhile."""
     with suppress(InvalidStateError):
         if error is None:
             future.set_result(result)

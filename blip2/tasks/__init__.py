@@ -1,1 +1,1 @@
-"""What can be asked of a model, one file a task: images and text in, text (or numbers) out."""
+"""The tasks of a model, one file each: images and text in, text (or numbers) out."""

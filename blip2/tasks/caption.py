@@ -1,4 +1,4 @@
-"""Captions: what the language model says of a picture when nothing, or only a beginning, is written for it."""
+"""Captions: the text that the language model generates for an image alone, or after a prompt."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def caption(
     options: GenerateOptions | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[list[Answer]]:
-    """Describe each image, ``options.num_return`` times, the best first.
+    """Caption each image, ``options.num_return`` times, best first.
 
-    A prompt is the beginning that the caption goes on from ("a photo of"); it is not part of what comes back.
-    One prompt for all images or one for each; to an InstructBLIP it is an instruction (`text.caption_prompt`). Without
-    ``options`` those of the model's authors are taken. Raises OptionError for numbers that do not pair up.
+    The caption continues the prompt ("a photo of"), which is not part of the result. One prompt for all images or one
+    for each; for an InstructBLIP it is an instruction (`text.caption_prompt`). Without ``options`` those of the
+    model's authors apply. Raises OptionError for numbers that do not pair up.
     """
     return speaker.answers(images, prompts(speaker, texts), options or speaker.defaults.caption, batch_size)
 
 
 def prompts(speaker: Speaker, texts: Sequence[str]) -> list[str]:
-    """What the captions go on from, as the model expects it."""
+    """The prompts in the form that the model expects."""
     return [caption_prompt(text, speaker.model.config.manner) for text in texts]

@@ -1,4 +1,4 @@
-"""A conversation about one picture: each question is read together with what was said before."""
+"""A conversation about one image: each question is put into the prompt with the earlier turns."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from blip2.text import TextStream, chat_prompt
 class Chat:
     """A conversation about one image, which is encoded once.
 
-    ``history``: (question, answer) pairs, oldest first; the caller may edit it. When a conversation grows longer
-    than the model can read, the oldest turns are left out of the prompt; ``num_forgotten`` counts them, and they
-    stay in ``history``.
+    ``history``: (question, answer) pairs, oldest first; the caller may edit it. When a conversation exceeds the model's
+    context, the oldest turns are dropped from the prompt. ``num_forgotten`` counts them; they stay in ``history``.
     """
 
     def __init__(self, speaker: Speaker, image: EncodedImage, options: GenerateOptions | None = None) -> None:
@@ -40,16 +39,17 @@ class Chat:
         return best.text
 
     def stream(self, question: str) -> Generator[str, None, None]:
-        """Yield the same answer in pieces, as it is generated (with beams, which decide at the end: in one piece).
+        """Yield the same answer in pieces, as it is generated (with beam search, which decides at the end: in one
+        piece).
 
-        Raises as `say` does, at once. If the caller stops listening, generation stops, and the history has the
-        answer up to there.
+        Raises as `say` does, at once. If the caller stops iterating, generation stops, and the history has the answer
+        so far.
         """
         prompt = self.prompt(question)
         return self._listen(question, prompt)
 
     def prompt(self, question: str) -> str:
-        """The prompt for a question: as many of the last turns as fit, then the question."""
+        """The prompt for a question: as many of the latest turns as fit, then the question."""
         prompt, self.num_forgotten = prompt_that_fits(
             self._speaker, self.history, question, self.options.max_new_tokens
         )
@@ -71,7 +71,7 @@ class Chat:
 def prompt_that_fits(
     speaker: Speaker, history: Sequence[tuple[str, str]], question: str, num_new_tokens: int
 ) -> tuple[str, int]:
-    """As many of the last turns as the model has room for, then the question; and how many turns are left out.
+    """The prompt with as many of the latest turns as fit, then the question; and the number of dropped turns.
 
     Raises OptionError if the question is empty.
     """
@@ -79,30 +79,30 @@ def prompt_that_fits(
     def fits(first: int) -> bool:
         return speaker.fits(_prompt(speaker, history[first:], question), num_new_tokens)
 
-    # The shorter, the sooner it fits, so a thousand turns are not read a thousand times.
+    # Fewer turns fit whenever more do, so bisect instead of trying every number of turns.
     first = bisect_left(range(len(history)), True, key=fits)
     return _prompt(speaker, history[first:], question), first
 
 
 def _prompt(speaker: Speaker, turns: Sequence[tuple[str, str]], question: str) -> str:
-    """A question in the words of a conversation, which begins with the first."""
+    """The prompt of a conversation that begins with the first of these turns."""
     if speaker.template is not None:
         return speaker.question(question, turns)
     return chat_prompt(turns, question, speaker.model.config.manner)
 
 
 class _Stopped(Exception):
-    """Nobody listens any more."""
+    """The consumer has stopped iterating."""
 
 
 def stream(speaker: Speaker, image: EncodedImage, prompt: str, options: GenerateOptions) -> Generator[str, None, None]:
-    """Go on from an image and a text, in pieces of text; joined, they are the text of the answer.
+    """Generate text after an image and a prompt, in pieces; joined, they are the answer.
 
-    Decoding runs in a thread of its own and stops at the next token when the iterator is closed.
+    Decoding runs in a separate thread and stops at the next token when the iterator is closed.
     """
     vectors_TD = speaker.prompt(image, prompt, options.max_new_tokens)
     if options.num_beams > 1 or options.num_return > 1:
-        # The best is known only when all are there.
+        # The best one is only known when all are finished.
         [[best, *_]] = speaker.engine.generate([vectors_TD], options)
         yield speaker.answer(best).text
         return
@@ -122,7 +122,7 @@ def stream(speaker: Speaker, image: EncodedImage, prompt: str, options: Generate
             pieces.put(None)
         except _Stopped:
             pass
-        except Exception as error:  # handed to whoever listens
+        except Exception as error:  # raised in the consumer
             pieces.put(error)
 
     thread = threading.Thread(target=decode, name="blip2 answer", daemon=True)

@@ -1,4 +1,4 @@
-"""How each task decodes unless told otherwise: the settings of the paper (section 4 and its appendix)."""
+"""Default decoding options of each task: the settings of the paper (section 4 and its appendix)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from blip2.generation import GenerateOptions
 CAPTION = GenerateOptions(num_beams=5, max_new_tokens=30, min_new_tokens=1, length_penalty=1.0)
 ASK = GenerateOptions(num_beams=5, max_new_tokens=10, min_new_tokens=1, length_penalty=-1.0)
 CHAT = GenerateOptions(num_beams=1, max_new_tokens=40, min_new_tokens=1)
-"""Greedy, since only then an answer can be shown while it is written."""
+"""Greedy, since only then an answer can be streamed."""
 
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a model decodes for each task."""
+    """A model's default decoding options for each task."""
 
     caption: GenerateOptions = CAPTION
     ask: GenerateOptions = ASK
@@ -30,26 +30,26 @@ class Defaults:
 INSTRUCTED = GenerateOptions(
     num_beams=5, max_new_tokens=256, min_new_tokens=1, length_penalty=1.0, repetition_penalty=1.5
 )  # fmt: skip
-"""Of ``generate`` in the authors' code of InstructBLIP: what is to be said, and how long, is told by the prompt."""
+"""From ``generate`` in the authors' InstructBLIP code: the prompt decides the task and the length."""
 INSTRUCT = Defaults(INSTRUCTED, INSTRUCTED, replace(INSTRUCTED, num_beams=1))
 
 
 def defaults_of(config: Blip2Config) -> Defaults:
-    """Those of its authors."""
+    """The defaults of the model's authors."""
     return INSTRUCT if config.reads_prompt else Defaults()
 
 
 BATCH_SIZE = 16
-"""Prompts that are decoded together; it bounds the memory, and does not change any answer."""
+"""Prompts decoded together; bounds the memory and does not change answers."""
 
 NAMES = tuple(field.name for field in fields(GenerateOptions))
 
 
 def merged(defaults: GenerateOptions, given: Mapping[str, Any]) -> GenerateOptions:
-    """The task's defaults with what the caller gave in their place.
+    """The task's defaults, overridden by the given options.
 
-    Sampling without a number of beams takes none, and more results than beams take as many beams as results.
-    Raises OptionError for a name that is no option, with the nearest that is one.
+    Sampling without a number of beams uses none, and more results than beams use as many beams as results. Raises
+    OptionError for an unknown option, with the nearest known name.
     """
     for name in given:
         if name not in NAMES:

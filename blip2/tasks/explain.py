@@ -1,15 +1,15 @@
-"""Where a model looks: which parts of a picture speak for a text, an answer, or a word of a caption.
+"""Heat maps: which parts of an image support a text, an answer, or a word of a caption.
 
-A bias of nought on the scores of the Q-Former's cross-attention changes nothing, but its gradient is the attention
-times how much more the looked-at would raise the score than what else is looked at (Grad-CAM on attention, but without
-hooks). Where the model is certain, that gradient is nearly nothing and tells of small doubts ("two" against "three")
-rather than of what was seen. So it is added up along the way from a blank picture to this one, as integrated gradients
-do (Sundararajan et al., 2017): over the whole way the score rises from what the model says unseeing.
+A zero bias on the scores of the Q-Former's cross-attention changes nothing, but its gradient is the attention times how
+much more the attended patch would raise the score than the others (Grad-CAM on attention, without hooks). Where the
+model is certain, that gradient almost vanishes and reflects small doubts ("two" against "three") rather than what was
+seen. So it is summed along the path from a blank image to this one, as in integrated gradients (Sundararajan et al.,
+2017): over the whole path the score rises from that of the model without the image.
 
-It is evidence and no proof. `miniature/pointing.py` measures it where the places of things are known.
+It is evidence, not proof. `miniature/pointing.py` measures it where the places of objects are known.
 
-S steps of the way, P patches with the class token first, D width, C layers with cross-attention, H heads, Q queries,
-T tokens of a text.
+S steps of the path, P patches with the class token first, D width, C layers with cross-attention, H heads, Q query
+tokens, T tokens of a text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from blip2.tasks.speaker import Speaker
 from blip2.text import UNFINISHED, clean, question_prompt
 
 NUM_STEPS = 8
-"""Of the way from a blank picture; half as many point nearly as well (miniature/README.md)."""
+"""Steps of the path from a blank image; half as many are almost as good (miniature/README.md)."""
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Patches ``float[S, P, D]`` and a bias ``float[C, S, H, Q, P]`` of the cross-attention to scores ``float[S]``."""
@@ -50,7 +50,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 Box = tuple[float, float, float, float]
 Work = Generator[None, None, "Explanation"]
-"""An explanation that is worked out in portions, for who has other work between them; it is what is returned."""
+"""An explanation computed in portions, so that other work can run in between; the return value is the result."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Explanation:
     """A heat map of the image regions that support a text.
 
     ``heat`` float32[H, W], of the image's own size, 0 to 1: how much each pixel supports the text, relative to the
-    strongest (1); all 0 if none does. ``text``: the text that is explained: the given text, the answer, the word, or
-    the caption. ``score``: from a `Matcher` the probability that text and image match (0 to 1); from a `Pipeline`
-    the log-probability of the text's tokens.
+    strongest (1); all 0 if none does. ``text``: the explained text: the given text, the answer, the word, or the
+    caption. ``score``: from a `Matcher` the probability that text and image match (0 to 1); from a `Pipeline` the
+    log-probability of the text's tokens.
     """
 
     heat: Tensor
@@ -70,22 +70,22 @@ class Explanation:
 
     @property
     def strongest(self) -> tuple[int, int] | None:
-        """The place that speaks for it most, x and y in pixels from the top left; None if none does."""
+        """The strongest point, x and y in pixels from the top left; None if there is none."""
         if not self.heat.any():
             return None
         y, x = divmod(int(self.heat.argmax()), self.heat.shape[1])
         return x, y
 
     def overlay(self) -> RgbImage:
-        """The picture with the heat laid over it, from dark (nothing) to bright."""
+        """The image with the heat map over it, from dark (no support) to bright."""
         return overlay(self.picture, self.heat.numpy())
 
 
 @dataclass(frozen=True)
 class Sight:
-    """A picture as it came, and the model's patches of it and of a blank one, ``float[P, D]`` each.
+    """The original image, and the model's patches of it and of a blank one, ``float[P, D]`` each.
 
-    ``box``: what of the picture the model sees (`image.seen_box`).
+    ``box``: the part of the image that the model gets (`image.seen_box`).
     """
 
     picture: RgbImage
@@ -95,23 +95,23 @@ class Sight:
 
 
 def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> Sight:
-    """See a picture; ``encode`` makes patches of pixels. Raises ImageError, also for what is encoded already."""
+    """Encode an image. ``encode`` makes patches from pixels. Raises ImageError, also for an encoded image."""
     if isinstance(image, EncodedImage | ImageFeatures):
-        raise ImageError("an encoded image is no picture any more; give the picture itself, to lay the map over it")
+        raise ImageError("an encoded image has no pixels to lay the map over; give the image itself")
     picture = eye.reading.load(image)
     return Sight(picture, *eye.with_blank(eye.pixels(picture), encode), eye.box(picture))
 
 
-# ---- what is explained --------------------------------------------------------------------------------
+# ---- what to explain --------------------------------------------------------------------------------
 
 
 def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
-    """Where the picture speaks for the text, as the matching head reads the two together (ITM)."""
+    """Where the image supports the text, by the matching head (ITM)."""
     return finished(explaining_match(reader, sight, text, NUM_STEPS))
 
 
 def explaining_match(reader: Reader, sight: Sight, text: str, at_a_time: int = 1) -> Work:
-    """As `explain_match`, ``at_a_time`` of the steps of the way in a portion."""
+    """As `explain_match`, with ``at_a_time`` steps of the path per portion."""
     [ids] = reader.ids([text])
     model = reader.model
 
@@ -128,10 +128,10 @@ def explaining_match(reader: Reader, sight: Sight, text: str, at_a_time: int = 1
 
 @dataclass(frozen=True)
 class Words:
-    """What of a generative model's words is explained.
+    """The generated text to explain.
 
-    With ``question``: the ``answer`` to it, by default the model's own. Without: a ``word`` of the ``caption``, or all
-    of it; by default the model's own.
+    With ``question``: the ``answer`` to it, by default the generated one. Without: a ``word`` of the ``caption``, or
+    the whole caption; by default the generated one.
     """
 
     question: str | None = None
@@ -140,31 +140,31 @@ class Words:
     caption: str | None = None
 
     def check(self) -> None:
-        """Raises OptionError for what does not go together."""
+        """Raises OptionError for options that exclude each other."""
         if self.question is None and self.answer is not None:
-            raise OptionError("an answer without a question says nothing; give the question, too")
+            raise OptionError("an answer needs a question; give both")
         if self.question is not None and not (self.word is self.caption is None):
-            raise OptionError("a question has an answer, which is explained as a whole; leave out word and caption")
+            raise OptionError("with a question, the whole answer is explained; leave out word and caption")
         if self.question is not None:
             question_prompt(self.question, "opt")
 
 
 def explain_words(speaker: Speaker, sight: Sight, words: Words) -> Explanation:
-    """Where the picture speaks for words of the model. Raises OptionError as `Words.check`, and for a missing word.
+    """Where the image supports a generated text. Raises OptionError as `Words.check`, and for a missing word.
 
-    For an answer to a question, the given one or (None) the model's own; for a caption likewise, or a word of it. Of a
-    word that comes several times, the first is explained.
+    For an answer to a question, the given one or (None) the generated one; likewise for a caption, or a word of it. If
+    a word occurs several times, the first is explained.
     """
     return finished(explaining_words(speaker, sight, words, NUM_STEPS))
 
 
 def explaining_words(speaker: Speaker, sight: Sight, words: Words, at_a_time: int = 1) -> Work:
-    """As `explain_words`: its portions are tokens of the model's own words, and ``at_a_time`` steps of the way."""
+    """As `explain_words`, in portions: tokens to generate, and ``at_a_time`` steps of the path."""
     words.check()
     if words.question is not None:
         if speaker.template is not None:
             raise OptionError(
-                f"answers within a chat template are not explained; load the model without {option('chat_template')}"
+                f"answers in a chat template cannot be explained; load the model without {option('chat_template')}"
             )
         prompt = question_prompt(words.question, speaker.model.config.manner)
         tokens = yield from _tokens(speaker, sight, prompt, words.answer, speaker.defaults.ask, "answer")
@@ -176,28 +176,28 @@ def explaining_words(speaker: Speaker, sight: Sight, words: Words, at_a_time: in
 
 
 def find_word(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], word: str) -> slice:
-    """The tokens that write the word, in any case of letters. OptionError if the text has no such word."""
+    """The tokens of a word, ignoring case. OptionError if the text does not contain it."""
     text = decode(tokens)
     wanted = clean(word)
     if not wanted:
         raise OptionError("the word is empty; give a word of the caption")
     found = re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE)
     if found is None:
-        raise OptionError(f"the word {wanted!r} is not in the caption {text!r}; give one that is, or another caption")
-    # A character may take several tokens; before its last it shows as unfinished.
+        raise OptionError(f"the word {wanted!r} is not in the caption {text!r}; give another word or caption")
+    # A character may take several tokens; until the last it decodes as incomplete.
     ends = [len(decode(tokens[:number])) for number in range(1, len(tokens) + 1)]
     starts = [len(decode(tokens[:number]).rstrip(UNFINISHED)) for number in range(len(tokens))]
     inside = [number for number in range(len(tokens)) if starts[number] < found.end() and ends[number] > found.start()]
     return slice(inside[0], inside[-1] + 1)
 
 
-# ---- where the evidence is ----------------------------------------------------------------------------
+# ---- evidence ----------------------------------------------------------------------------
 
 
 def evidence(score: Score, sight: Sight, config: QFormerConfig) -> tuple[Tensor, float]:
-    """How much each patch speaks for what is scored, ``float32[P]`` (0 or more), and the score of the picture itself.
+    """How much each patch supports the score, ``float32[P]`` (0 or more), and the score of the image itself.
 
-    What speaks against it, by any head of any layer, is left out: it would hide what another head found there.
+    Negative evidence of any head in any layer is ignored: it would hide what another head found there.
     """
     return finished(gathering(score, sight, config, NUM_STEPS))
 
@@ -205,7 +205,7 @@ def evidence(score: Score, sight: Sight, config: QFormerConfig) -> tuple[Tensor,
 def gathering(
     score: Score, sight: Sight, config: QFormerConfig, at_a_time: int, num_threads: int = sys.maxsize
 ) -> Generator[None, None, tuple[Tensor, float]]:
-    """As `evidence`, ``at_a_time`` of the steps of the way in a portion, with ``num_threads`` at most."""
+    """As `evidence`, with ``at_a_time`` steps of the path per portion, and at most ``num_threads`` threads."""
     patches_PD = sight.patches_PD
     num_layers = len(range(0, config.num_layers, config.cross_attention_frequency))
     along_CHP = torch.zeros(())
@@ -218,7 +218,7 @@ def gathering(
         with torch.inference_mode(False), torch.enable_grad(), threads.at_most(num_threads):
             image_bias = torch.zeros(shape, device=patches_PD.device, dtype=patches_PD.dtype, requires_grad=True)
             score_S = score(way_SPD.clone(), image_bias)
-            # Not `backward`, which would leave gradients on the model.
+            # Not `backward`, which would store gradients in the model.
             [gradient] = torch.autograd.grad(score_S.sum(), image_bias)
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         along_CHP = along_CHP + gradient.sum(dim=(1, 3)) / NUM_STEPS
@@ -228,10 +228,10 @@ def gathering(
 
 
 def heat_map(evidence_P: Tensor, height: int, width: int, box: Box | None = None) -> Tensor:
-    """Evidence of the patches (with or without a class token first) to ``float32[H, W]``, 0 to 1; 0 out of the box."""
+    """Evidence of the patches (with or without a class token first) to ``float32[H, W]``, 0 to 1; 0 outside the box."""
     side = math.isqrt(len(evidence_P))
     grid = evidence_P[-side * side :].unflatten(0, (1, 1, side, side)).float().cpu()
-    # Mirrored at the border: continued there, a patch would be strongest at its outer edge, where nothing may be.
+    # Reflect at the border: otherwise a patch would be strongest at its outer edge.
     left, top, right, bottom = box or (0, 0, width, height)
     y_H, x_W = (
         (torch.arange(length) + 0.5 - start) * side / (end - start) - 0.5
@@ -247,12 +247,12 @@ def heat_map(evidence_P: Tensor, height: int, width: int, box: Box | None = None
 def _explaining_tokens(
     speaker: Speaker, sight: Sight, prompt: str, tokens: list[int], explained: slice, at_a_time: int
 ) -> Work:
-    """Where the picture speaks for some of the tokens that follow a prompt, given those before them."""
+    """Where the image supports some of the tokens after a prompt, given those before them."""
     model = speaker.model
     num_queries = model.config.qformer.num_query_tokens
     text_TD = speaker.prompt(_encoded(speaker, sight), prompt, len(tokens))[num_queries:]
     instruction = speaker.instruction(prompt)
-    read = tokens[: explained.stop]  # what comes later has no part in it
+    read = tokens[: explained.stop]  # later tokens have no influence
 
     def log_probability(patches_SPD: Tensor, image_bias: Tensor) -> Tensor:
         queries_SQD = model.prompt(model.look(patches_SPD, image_bias, instruction))
@@ -266,7 +266,8 @@ def _explaining_tokens(
 
 
 def _log_probabilities(model: Blip2, prompt_SED: Tensor, tokens: list[int]) -> Tensor:
-    """Of each token after prompts ``float[S, E, D]`` and the tokens before it, ``float[S, T]``; differentiable."""
+    """The log-probability of each token, given prompts ``float[S, E, D]`` and earlier tokens, ``float[S, T]``;
+    differentiable."""
     language = model.language
     rows, length, _ = prompt_SED.shape
     tokens_ST = torch.tensor([tokens] * rows, device=prompt_SED.device)
@@ -283,7 +284,7 @@ def _log_probabilities(model: Blip2, prompt_SED: Tensor, tokens: list[int]) -> T
 
 
 def _check(model: Blip2 | Blip2Matcher, evidence_P: Tensor, score: float) -> None:
-    """Raises NotFiniteError where there is a NaN or an infinite number."""
+    """Raises NotFiniteError for NaN or infinite values."""
     if not (is_finite(evidence_P) and math.isfinite(score)):
         raise NotFiniteError(f"the score or the evidence for it is NaN or infinite: {why_not_finite(model)}")
 
@@ -301,13 +302,13 @@ def _encoded(speaker: Speaker, sight: Sight) -> EncodedImage:
 def _tokens(
     speaker: Speaker, sight: Sight, prompt: str, given: str | None, options: GenerateOptions, what: str
 ) -> Generator[None, None, list[int]]:
-    """A text as the model would write it, without its end; or (None) what the model itself goes on with."""
+    """The tokens of a text as the model would generate it, without its end; for None those that the model generates."""
     if given is not None:
         if not clean(given):
-            raise OptionError(f"the {what} is empty; write one, or leave it out to explain the model's own")
+            raise OptionError(f"the {what} is empty; write one, or leave it out to explain the generated one")
         return speaker.tokenizer.answer_ids(clean(given), speaker.model.config.language)[:-1]
     prompt_TD = speaker.prompt(_encoded(speaker, sight), prompt, options.max_new_tokens)
     [[own, *_]] = yield from speaker.engine.generating([prompt_TD], options)
     if not speaker.tokenizer.decode(own.tokens):
-        raise OptionError(f"the model's own {what} has no words to explain; give the {what}")
+        raise OptionError(f"the generated {what} is empty; give the {what}")
     return own.tokens

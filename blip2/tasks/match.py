@@ -1,6 +1,6 @@
-"""Images and texts compared: by their vectors, which is fast (ITC), and read together, which is right (ITM).
+"""Comparing images with texts: by their vectors, which is fast (ITC), or processed together, which is accurate (ITM).
 
-Section 3.1 of the paper. N images, M texts, B pairs, P patches, Q queries, T tokens, D and E widths.
+Section 3.1 of the paper. N images, M texts, B pairs, P patches, Q query tokens, T tokens, D and E widths.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from blip2.tasks.speaker import chunks
 from blip2.text import Tokenizer, clean
 
 PORTION_TEXTS, PORTION_TOKENS = 16, 512
-"""Of texts that are read at a time where other work is to have its turn; a long one is read by itself."""
+"""Texts per portion, where other work runs in between; a long text is processed alone."""
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a matching model keeps of a picture, to compare it with any text.
+    """What a matching model keeps of an image, to compare it with any text.
 
-    ``patches_PD`` float[1 + P, D]: what the Q-Former looks at, class token first. ``vectors_QE`` float[Q, E]: unit
-    vectors, one a query.
+    ``patches_PD`` float[1 + P, D]: input of the Q-Former, class token first. ``vectors_QE`` float[Q, E]: one unit
+    vector per query token.
     """
 
     patches_PD: Tensor
@@ -59,7 +59,7 @@ class Matches:
 
     @property
     def score(self) -> Tensor:
-        """What the authors rank by: the logit of a match and the cosine, added (``compute_sim_matrix``)."""
+        """The authors' ranking score: the match logit plus the cosine (``compute_sim_matrix``)."""
         return self.itm_logits[..., 1] + self.itc_cosine
 
 
@@ -75,18 +75,18 @@ class Match:
 
 @dataclass(frozen=True)
 class Reader:
-    """A matching model and its tokenizer: reads texts, alone or with an image.
+    """A matching model and its tokenizer: processes texts, alone or with an image.
 
-    All methods but `itm_logits` and `cosines` raise NotFiniteError where the model's numbers are NaN or infinite.
+    All methods but `itm_logits` and `cosines` raise NotFiniteError if the model's numbers are NaN or infinite.
     """
 
     model: Blip2Matcher
     tokenizer: Tokenizer
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """``[CLS] ids [SEP]`` of each text, whole. Raises OptionError for an empty text, and one that is too long."""
+        """``[CLS] ids [SEP]`` of each text, not truncated. Raises OptionError for an empty or too long text."""
         if isinstance(texts, str):
-            raise OptionError(f"the texts are one text, {texts!r}; give a list")
+            raise OptionError(f"the texts are a single text, {texts!r}; give a list")
         if not texts:
             raise OptionError("there is no text; give at least one to compare with")
         for text in texts:
@@ -121,7 +121,7 @@ class Reader:
 
     @torch.no_grad()
     def embed_pairs(self, pairs: Sequence[tuple[ImageFeatures, str]], batch_size: int = BATCH_SIZE) -> Tensor:
-        """The queries after they have seen the image and read the text: the multimodal feature, ``float[B, Q, D]``."""
+        """The query tokens after attending to image and text: the multimodal feature, ``float[B, Q, D]``."""
         ids = self.ids([text for _, text in pairs])
         found = []
         for some in chunks(list(zip(pairs, ids, strict=True)), batch_size):
@@ -135,11 +135,11 @@ class Reader:
     def compare(
         self, images: Sequence[ImageFeatures], ids: list[list[int]], texts_ME: Tensor, batch_size: int = BATCH_SIZE
     ) -> Matches:
-        """All that there is to know of N images and M texts, given by `ids` and `embed_texts`."""
+        """All numbers of N images and M texts, given by `ids` and `embed_texts`."""
         return self._matches(images, texts_ME, self.itm_logits(images, ids, batch_size))
 
     def comparing(self, image: ImageFeatures, ids: list[list[int]]) -> Generator[None, None, Matches]:
-        """As `compare` of one image, for who has other work between portions of the texts: what it returns are the
+        """As `compare` for one image, in portions of the texts, so that other work can run in between. Returns the
         matches."""
         vectors, logits, order = [], [], []
         for some in portions(ids):
@@ -152,7 +152,7 @@ class Reader:
         return self._matches([image], torch.cat(vectors)[back], torch.cat(logits, dim=1)[:, back])
 
     def embedding_texts(self, ids: list[list[int]]) -> Generator[None, None, Tensor]:
-        """As `embed_texts`, in portions as `comparing`."""
+        """As `embed_texts`, in portions as in `comparing`."""
         vectors, order = [], []
         for some in portions(ids):
             vectors.append(self.embed_texts([ids[number] for number in some], len(some)))
@@ -180,10 +180,10 @@ class Reader:
         candidates: int,
         batch_size: int = BATCH_SIZE,
     ) -> list[Match]:
-        """The ``top`` texts for an image, the best first by `Matches.score`.
+        """The ``top`` texts for an image, best first by `Matches.score`.
 
-        Only the ``candidates`` nearest by cosine (or ``top``, if that is more) are read together with the image; the
-        authors' ranking goes the same way (section 4.4 of the paper). ``itc_probability`` is that among all texts.
+        Only the ``candidates`` texts with the highest cosine (or ``top``, if that is more) are processed together with
+        the image, as in the authors' ranking (section 4.4 of the paper). ``itc_probability`` is that among all texts.
         """
         cosine_M = self.cosines([image], texts_ME)[0]
         probability = self.itc_probability(cosine_M[None])
@@ -205,33 +205,33 @@ class Reader:
         ]
 
     def cosines(self, images: Sequence[ImageFeatures], texts_ME: Tensor) -> Tensor:
-        """``float32[N, M]``, the nearest of each image's vectors."""
-        with without_autocast(texts_ME.device):  # differences of neighbours are small
+        """``float32[N, M]``, for the most similar of each image's vectors."""
+        with without_autocast(texts_ME.device):  # differences between good matches are small
             return similarity(torch.stack([image.vectors_QE for image in images]).float(), texts_ME.float())
 
     def itc_probability(self, cosine_NM: Tensor) -> Tensor | None:
-        """The share of each text among all M by the learned temperature; None if there is none."""
+        """The probability of each text among all M with the learned temperature; None if there is none."""
         temperature = self.model.temperature
         if temperature is None:
             return None
-        return (cosine_NM / self._sound(temperature.detach())).softmax(dim=1)  # by infinity all would be alike
+        return (cosine_NM / self._sound(temperature.detach())).softmax(dim=1)  # if it were infinite, all would be equal
 
     def _sound(self, values: Tensor) -> Tensor:
         if not is_finite(values):
             raise NotFiniteError(
-                f"what the model makes of a picture and a text is NaN or infinite: {why_not_finite(self.model)}"
+                f"the model's numbers for an image and a text are NaN or infinite: {why_not_finite(self.model)}"
             )
         return values
 
     def _scattered(self, ids: list[list[int]], batch_size: int, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What ``read`` makes of each text, in order; texts of like length together, so that little is padded."""
+        """``read`` applied to each text, in order; texts of similar length share a batch, so that padding is small."""
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         found = [read(*self._padded([ids[number] for number in some])) for some in chunks(order, batch_size)]
         back = torch.tensor(order, device=found[0].device).argsort()
         return torch.cat(found)[back]
 
     def _padded(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids ``int64[M, T]``, right-padded, and which are real, ``bool[M, T]``."""
+        """Token ids ``int64[M, T]``, right-padded, and their mask, ``bool[M, T]``."""
         device = self.model.qformer.query_tokens.device
         rows = [torch.tensor(row, device=device) for row in ids]
         lengths_M1 = torch.tensor([[len(row)] for row in ids], device=device)
@@ -240,7 +240,7 @@ class Reader:
 
 
 def portions(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The numbers of texts, the short ones first, in runs of as many as are read at a time."""
+    """The indices of texts, short ones first, in portions."""
     some: list[int] = []
     for number in sorted(range(len(ids)), key=lambda number: len(ids[number])):
         if some and (len(some) == PORTION_TEXTS or (len(some) + 1) * len(ids[number]) > PORTION_TOKENS):
@@ -252,6 +252,6 @@ def portions(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 def check_text(text: str) -> None:
-    """OptionError for a text without words."""
+    """OptionError for an empty text."""
     if not clean(text):
-        raise OptionError("one of the texts is empty; write what the picture is to be compared with")
+        raise OptionError("one of the texts is empty; write one, or remove it")

@@ -1,4 +1,4 @@
-"""Pictures of any source to what a model keeps of them; decoded by threads ahead of the model."""
+"""Images of any source to what a model keeps of them; decoded by threads ahead of the model."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from blip2.model import Vision
 from blip2.tasks.speaker import check_batch_size, chunks
 
 NUM_THREADS, MOST_THREADS = 4, 16
-"""That read pictures: for a model on a CPU, and at most for one on a GPU, which is faster than a few of them."""
-CACHE_BYTES = 4_000_000  # on two cores, a quarter faster than 16 images at a time
+"""Threads that read images: for a model on a CPU, and at most for one on a GPU, which is faster than a few threads."""
+CACHE_BYTES = 4_000_000  # on two cores a quarter faster than batches of 16 images
 OnError = Literal["raise", "return"]
 Result = TypeVar("Result")
 Kept = TypeVar("Kept")
-"""What a model keeps of a picture: an `EncodedImage`, or what a matching model compares."""
+"""What a model keeps of an image: an `EncodedImage`, or `ImageFeatures`."""
 
 
 class Eye(Generic[Kept]):
-    """A model's image half with its image settings: side in pixels, mean and deviation of each channel, and how
-    pictures are resized (see `image.to_pixels`).
+    """The image half of a model with its image settings: size in pixels, mean and standard deviation per channel, and
+    the way of resizing (see `image.to_pixels`).
 
-    ``encode``: pixels float[B, 3, size, size] on the image encoder's device to what is kept of each, of type ``kind``.
-    What is kept holds no NaN and nothing infinite; ``damage``, asked only if it would, names weights that are at fault.
-    ``reading``: which pictures are read.
+    ``encode``: pixels float[B, 3, size, size] on the image encoder's device to what is kept of each, of type ``kind``,
+    without NaN or infinite values. ``damage``: names faulty weights, only called if there are such values. ``reading``:
+    limits for reading images.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Eye(Generic[Kept]):
     ) -> None:
         self.reading = reading
         self.look: dict[str, Any] = {"size": size, "mean": tuple(mean), "std": tuple(std)}
-        """How pictures become pixels, as `image.to_pixels` takes it; what is as usual is left out."""
+        """Options of `image.to_pixels` that differ from the defaults."""
         if resample != "bicubic":
             self.look["resample"] = resample
         if shortest_edge is not None:
@@ -69,14 +69,14 @@ class Eye(Generic[Kept]):
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of each channel, which are part of what makes a model see a picture as it does."""
+        """Mean and standard deviation per channel, as a part of the preprocessing's identity."""
         return self.look["mean"], self.look["std"]
 
     def see(self, images: Iterable[Source | Kept], batch_size: int) -> Generator[Kept | ImageError, None, None]:
-        """Each image encoded, in order; what cannot be read gives its ImageError in its place.
+        """Each image encoded, in order; an unreadable one gives its ImageError in its place.
 
-        An image that is encoded already passes through. While the model works on a batch, the next one is read;
-        of those beyond nothing is in memory.
+        Encoded images pass through. While the model processes a batch, the next one is read; nothing beyond that is in
+        memory.
         """
         if isinstance(images, Sequence) and len(images) == 1:
             yield from self._encode(images, [lambda: self._pixels(images[0])])
@@ -86,8 +86,8 @@ class Eye(Generic[Kept]):
     def see_batches(
         self, batches: Iterable[Sequence[Source | Kept]]
     ) -> Generator[Kept | ImageError, None, None]:
-        """As `see`, of images that are in batches already: these are read, and encoded, together."""
-        pool = ThreadPoolExecutor(self._num_readers, thread_name_prefix="blip2 pictures")
+        """As `see`, for given batches, which are read and encoded as they are."""
+        pool = ThreadPoolExecutor(self._num_readers, thread_name_prefix="blip2 images")
         try:
             waiting: deque[tuple[Sequence[Source | Kept], list[Future]]] = deque()
             for batch in batches:
@@ -107,29 +107,29 @@ class Eye(Generic[Kept]):
 
     @torch.no_grad()
     def with_blank(self, pixels_CHW: Tensor, patches_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Patches ``float[1 + P, D]`` of a picture and of one that is all of the mean colour, which shows nothing."""
+        """Patches ``float[1 + P, D]`` of an image and of a blank one in the mean colour."""
         pixels_2CHW = torch.stack([pixels_CHW, torch.zeros_like(pixels_CHW)])
         patches_PD, blank_PD = patches_of(pixels_2CHW.to(self._vision.patch_embedding.weight.device))
         return patches_PD, blank_PD
 
     def box(self, picture: RgbImage) -> tuple[float, float, float, float] | None:
-        """What of a picture is seen, as `image.seen_box` has it; None is all of it."""
+        """The part of an image that the model gets, as in `image.seen_box`; None is all of it."""
         return seen_box(*picture.size, self.size, self.look.get("shortest_edge"))
 
     def pixels(self, image: Source) -> Tensor:
-        """What the image encoder is given of a picture: ``float[3, size, size]`` on the CPU. Raises ImageError."""
+        """The image encoder's input for an image: ``float[3, size, size]`` on the CPU. Raises ImageError."""
         return self.reading.pixels(image, **self.look)
 
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str] = ()) -> list[Kept | ImageNotFiniteError]:
-        """What is kept of pictures that `pixels` has read, in order; ``names`` are what errors call them.
+        """What is kept of images read by `pixels`, in order. ``names``: for error messages.
 
-        A picture of which the model makes NaN or infinite numbers gives an error in its place. Raises NotFiniteError
-        if that is because of the model's weights.
+        An image for which the model computes NaN or infinite numbers gives an error in its place. Raises NotFiniteError
+        if the model's weights are the cause.
         """
-        return list(self._each_encoded(pixels, names or ["the picture"] * len(pixels)))
+        return list(self._each_encoded(pixels, names or ["the image"] * len(pixels)))
 
     def _each_encoded(self, pixels: Sequence[Tensor], names: Sequence[str]) -> Iterator[Kept | ImageNotFiniteError]:
-        """As `encode`, one after the other as they are done: who takes them can keep each, however slow the next is."""
+        """As `encode`, yielding one by one, so that the caller can keep each however slow the next is."""
         device = self._vision.patch_embedding.weight.device
         at_a_time = self.images_at_a_time
         for some, called in zip(chunks(pixels, at_a_time), chunks(names, at_a_time), strict=True):
@@ -139,14 +139,14 @@ class Eye(Generic[Kept]):
                 yield kept if is_sound else self._not_finite(name)
 
     def _not_finite(self, name: str) -> ImageNotFiniteError:
-        """What is wrong with a picture of which the model made no numbers. Raises NotFiniteError if it is the model."""
-        what = "what the model sees of it is NaN or infinite"
+        """The error for an image with non-finite features. Raises NotFiniteError if the model is the cause."""
+        what = "its features are NaN or infinite"
         if (damage := self._damage()) is not None:
             raise NotFiniteError(f"{name}: {what}: {damage}")
         return ImageNotFiniteError(f"{name}: {what}: {overflow(self._vision.patch_embedding.weight.dtype)}")
 
     def _pixels(self, image: Source | Kept) -> Tensor | Kept | ImageError:
-        """Pixels ``float[3, size, size]``, an image that is encoded already, or what is wrong with it."""
+        """Pixels ``float[3, size, size]``, an encoded image, or the error."""
         if isinstance(image, self._kind):
             return image
         try:
@@ -156,7 +156,7 @@ class Eye(Generic[Kept]):
 
     @property
     def images_at_a_time(self) -> int:
-        """All of a batch on a GPU; on a CPU so many that what a layer computes stays in its cache."""
+        """The whole batch on a GPU; on a CPU as many as keep a layer's activations in the cache."""
         config, device = self._vision.config, self._vision.patch_embedding.weight.device
         layer_bytes = (config.num_patches + 1) * config.intermediate_size * self._vision.patch_embedding.weight.itemsize
         return sys.maxsize if device.type != "cpu" else max(1, CACHE_BYTES // layer_bytes)
@@ -175,14 +175,14 @@ class Eye(Generic[Kept]):
 
 
 def are_finite(seen: Sequence[Any]) -> list[bool]:
-    """Of dataclasses of tensors, whether each is without NaN and infinity. Waits for a GPU, once."""
+    """Whether each of some dataclasses of tensors has only finite values. Waits for a GPU once."""
     each = [[value for value in vars(kept).values() if isinstance(value, Tensor)] for kept in seen]
     if not each:
         return []
     return torch.stack([torch.stack([value.isfinite().all() for value in values]).all() for values in each]).tolist()
 
 
-# ---- streams of images: each closes what it reads from, so that no thread goes on after an error ----------
+# ---- streams of images: each closes its source, so that no thread continues after an error ----------
 
 Seen = Generator[Kept | ImageError, None, None]
 
@@ -203,10 +203,10 @@ def in_batches(
 def checked(
     see: Callable[[Sequence[Any], int], Seen[Kept]], images: Sequence[Any], on_error: OnError, batch_size: int
 ) -> Seen[Kept]:
-    """The images, and what cannot be read as ``on_error`` says. OptionError at once for what is no such choice."""
+    """The images, with errors handled as ``on_error`` says. OptionError at once for an invalid value."""
     check_batch_size(batch_size)
     if on_error not in ("raise", "return"):
-        raise OptionError(f"on_error is {on_error!r}; it may be 'raise' or 'return'")
+        raise OptionError(f"on_error is {on_error!r}; use 'raise' or 'return'")
     seen = see(images, batch_size)
     return seen if on_error == "return" else raising(seen)
 
@@ -221,6 +221,6 @@ def raising(seen: Seen[Kept]) -> Generator[Kept, None, None]:
 
 
 def repeated(seen: Seen[Kept], number: int) -> Seen[Kept]:
-    """The one image there is, so many times."""
+    """The only image, ``number`` times."""
     with closing(seen):
         yield from repeat(next(seen), number)

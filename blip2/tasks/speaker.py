@@ -1,4 +1,4 @@
-"""What every task that answers in words shares: from soft prompts and text to answers, in order, in batches."""
+"""Shared by all tasks that generate text: from soft prompts and text to answers, in order, in batches."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Answer:
-    """New text only, never the prompt.
+    """Only new text, without the prompt.
 
-    ``score``: the engine's, comparable among the answers to one prompt. ``tokens``: the new ids.
-    ``finish_reason``: why it ends there, as the engine tells.
+    ``score``: the engine's, comparable among the answers to one prompt. ``tokens``: the new ids. ``finish_reason``: the
+    engine's reason for the end.
     """
 
     text: str
@@ -44,37 +44,37 @@ class Speaker:
     tokenizer: Tokenizer
     engine: Engine
     instruction_tokenizer: Tokenizer | None = None
-    """Of the Q-Former, where that reads the prompt (InstructBLIP)."""
+    """The Q-Former's tokenizer, if it reads the prompt (InstructBLIP)."""
     template: ChatTemplate | None = None
-    """By which questions are worded; None for the wording of BLIP-2 itself."""
+    """Formats questions; None for BLIP-2's own format."""
 
     @cached_property
     def identity(self) -> str:
-        """Whose encoded images it reads (`model.identity`)."""
+        """The model whose encoded images it accepts (`model.identity`)."""
         return identity(self.model)
 
     @property
     def defaults(self) -> Defaults:
-        """How it decodes unless told otherwise."""
+        """Its default decoding options."""
         return defaults_of(self.model.config)
 
     def instruction(self, text: str) -> list[int] | None:
-        """The token ids that the Q-Former reads of a prompt beside the picture; None where it reads none."""
+        """The prompt's token ids for the Q-Former; None if the Q-Former reads no prompt."""
         if self.instruction_tokenizer is None:
             return None
         return self.instruction_tokenizer.instruction_ids(text, self.model.config.qformer)
 
     def queries(self, image: EncodedImage, text: str) -> Tensor:
-        """The Q-Former's view of a picture ``float[Q, D]``, before the projection, for a prompt."""
+        """The Q-Former's output for an image and a prompt, ``float[Q, D]``, before the projection."""
         if (instruction := self.instruction(text)) is None:
             return image.queries_QD
         return self.model.look(image.queries_QD[None], instruction=instruction)[0]
 
     def question(self, question: str, turns: Sequence[tuple[str, str]] = ()) -> str:
-        """A question, after earlier turns (question, answer), in the words that the model is asked in.
+        """The prompt for a question, after earlier turns (question, answer).
 
-        With a chat template the text has `template.IMAGE` where the image's vectors go; else they go before it.
-        Raises OptionError as `text.question_prompt` does.
+        With a chat template the text contains `template.IMAGE` at the place of the image's vectors; else they come
+        first. Raises OptionError as `text.question_prompt` does.
         """
         manner = self.model.config.manner
         if self.template is None:
@@ -84,11 +84,11 @@ class Speaker:
 
     @cached_property
     def _reading(self) -> Tokenizer:
-        """For a template's words, in which the names of special tokens are these."""
+        """The tokenizer for a template's text, which parses names of special tokens."""
         return self.tokenizer.reading_tokens()
 
     def ids(self, text: str) -> tuple[list[int], list[int]]:
-        """What the language model reads before the image, and after it."""
+        """The token ids before the image, and after it."""
         config = self.model.config.language
         if self.template is None or IMAGE not in text:
             return [], self.tokenizer.prompt_ids(text, config)
@@ -97,7 +97,7 @@ class Speaker:
         return first, [*second, config.eos_token_id] if config.has_encoder else second
 
     def answer_ids(self, answer: str) -> list[int]:
-        """An answer as the model would write it, its end included (`Tokenizer.answer_ids`)."""
+        """The token ids of an answer as the model would generate it, with its end (`Tokenizer.answer_ids`)."""
         config = self.model.config.language
         if self.template is None:
             return self.tokenizer.answer_ids(answer, config)
@@ -105,43 +105,42 @@ class Speaker:
 
     @torch.no_grad()
     def prompt(self, image: EncodedImage, text: str, num_new_tokens: int) -> Tensor:
-        """What the language model reads, ``float[Q + T, D]``: the image's vectors, then the text's, or where a chat
-        template has them within the text.
+        """The language model's input, ``float[Q + T, D]``: the image's vectors, then the text's, or at the place that a
+        chat template gives them.
 
-        Raises OptionError if the image was encoded for another model, or if the prompt and
-        ``num_new_tokens`` more do not fit.
+        Raises OptionError if the image was encoded by another model, or if the prompt and ``num_new_tokens`` more do
+        not fit.
         """
         config = self.model.config.language
         table_VD = self.model.language.token_embedding.weight
         shape, num_queries = self.model.config.kept_shape, self.model.config.qformer.num_query_tokens
         if tuple(image.queries_QD.shape) != shape or image.model not in ("", self.identity):
             raise OptionError(
-                f"the encoded image (of {list(image.queries_QD.shape)}) was encoded by another model than this one "
-                f"(which reads {list(shape)}); load that model, or encode the picture again"
+                f"the encoded image (of {list(image.queries_QD.shape)}) comes from another model than this one "
+                f"(which reads {list(shape)}); load that model, or encode the image again"
             )
         before, after = self.ids(text)
         room = config.max_position_embeddings - num_queries - num_new_tokens
         if (number := len(before) + len(after)) > room:
             raise OptionError(
-                f"the text has {number} tokens; beside {num_queries} for the picture and {num_new_tokens} new ones "
-                f"this model has room for {max(room, 0)}; shorten it, or lower {option('max_new_tokens')}"
+                f"the text has {number} tokens; beside {num_queries} for the image and {num_new_tokens} new ones "
+                f"the context has {max(room, 0)} left; shorten it, or lower {option('max_new_tokens')}"
             )
         words_TD = self.model.language.embed(torch.tensor([*before, *after], device=table_VD.device))
         first_TD, rest_TD = words_TD.split([len(before), len(after)])
         return torch.cat([first_TD, self.model.prompt(self.queries(image, text)).to(words_TD), rest_TD])
 
     def room(self, text: str) -> int:
-        """How many new tokens the model has room for beside the picture and the text; less than 0 if these are too
-        many."""
+        """How many new tokens fit after the image and the text; negative if these are too long."""
         return self.room_beside(sum(map(len, self.ids(text))))
 
     def room_beside(self, num_tokens: int) -> int:
-        """As `room`, beside a text of so many tokens."""
+        """As `room`, for a text of ``num_tokens`` tokens."""
         config = self.model.config
         return config.language.max_position_embeddings - config.qformer.num_query_tokens - num_tokens
 
     def fits(self, text: str, num_new_tokens: int) -> bool:
-        """Whether the model has room for the picture, the text and as many new tokens."""
+        """Whether the image, the text and ``num_new_tokens`` new tokens fit."""
         return num_new_tokens <= self.room(text)
 
     def answers(
@@ -151,7 +150,7 @@ class Speaker:
         options: GenerateOptions,
         batch_size: int = BATCH_SIZE,
     ) -> list[list[Answer]]:
-        """Go on from each pair of image and text: ``options.num_return`` answers each, the best first."""
+        """Continue each pair of image and text: ``options.num_return`` answers each, best first."""
         check_batch_size(batch_size)
         found: list[list[Answer]] = []
         for batch in chunks(pairs(images, texts), batch_size):
@@ -161,7 +160,7 @@ class Speaker:
         return found
 
     def answer(self, hypothesis: Hypothesis) -> Answer:
-        """Tokens to text."""
+        """The answer from generated tokens."""
         text = self.tokenizer.decode(hypothesis.tokens)
         return Answer(text, hypothesis.score, list(hypothesis.tokens), hypothesis.finish_reason)
 
@@ -170,20 +169,20 @@ def num_pairs(num_images: int, num_texts: int) -> int:
     """N and N, 1 and N, or N and 1 make N pairs; anything else is an OptionError."""
     if num_images != num_texts and 1 not in (num_images, num_texts):
         raise OptionError(
-            f"{num_images} images and {num_texts} texts do not pair up; give as many of the one as of the other, "
-            "or a single one of either"
+            f"{num_images} images and {num_texts} texts do not pair up; give as many images as texts, "
+            "or a single image or text"
         )
     return num_texts if num_images == 1 else num_images
 
 
 def pairs(images: Sequence[Item], texts: Sequence[str]) -> list[tuple[Item, str]]:
-    """Image and text by position; a single one of either goes with all of the other."""
+    """Image and text by position; a single one of either is paired with all of the other."""
     number = num_pairs(len(images), len(texts))
     return [(images[index if len(images) > 1 else 0], texts[index if len(texts) > 1 else 0]) for index in range(number)]
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
-    """The items in runs of ``size``, the last one shorter; what is no sequence is asked for a run when it is due."""
+    """The items in chunks of ``size``, the last one shorter; an iterator is only read chunk by chunk."""
     if isinstance(items, Sequence):
         return (items[start : start + size] for start in range(0, len(items), size))
     remaining = iter(items)
@@ -191,6 +190,6 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """At least 1, else an OptionError."""
+    """Raises OptionError unless it is at least 1."""
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise OptionError(f"{option('batch_size')}={batch_size} is not possible; use 1 or more")
+        raise OptionError(f"{option('batch_size')} is {batch_size!r}; use 1 or more")

@@ -1,6 +1,6 @@
-"""Captions by the Q-Former alone: what stage 1 taught it to write (ITG), without any language model.
+"""Captions from the Q-Former alone, as trained in stage 1 (ITG), without a language model.
 
-B rows, P patches, Q queries, T tokens, D width, V vocabulary.
+B rows, P patches, Q query tokens, T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blip2.qformer import Memory, QFormerOutput
 
 @dataclass
 class Writing:
-    """What the queries saw of each row's picture, and what was written so far, ``int64[B, T]``."""
+    """Each row's query tokens after seeing the image, and its text so far, ``int64[B, T]``."""
 
     memory: Memory
     text_BT: Tensor
@@ -27,33 +27,33 @@ class Writing:
         self.text_BT = self.text_BT[rows_N]
 
     def forget(self) -> None:
-        """Of rows that are gone nothing is kept."""
+        """Frees finished rows."""
 
     def join(self, other: Writing) -> None:
-        raise NotImplementedError("captions of the Q-Former are written together from the start")
+        raise NotImplementedError("captions of the Q-Former start together")
 
 
 class QFormerWriter:
-    """A matching model as the decoder wants a language model (`language.LanguageModel`): its prompts are patches.
+    """A matching model with the interface of a language model (`language.LanguageModel`); its prompts are patches.
 
-    The text is read again from its beginning for each token; captions are short.
+    The text is processed again from its beginning for each token; captions are short.
     """
 
     def __init__(self, model: Blip2Matcher) -> None:
         self._model = model
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        raise NotImplementedError("a picture is its whole prompt")
+        raise NotImplementedError("the prompt is an image only")
 
     def prefill(self, patches_BPD: Tensor, lengths_B: Tensor, num_new_tokens: int) -> tuple[Tensor, Writing]:
-        """The logits of each caption's first word ``float[B, V]``; the text begins with [DEC]."""
+        """The logits of each caption's first token ``float[B, V]``; the text begins with [DEC]."""
         seen = self._model.qformer(image_BPD=patches_BPD)
         start_B1 = torch.full((len(patches_BPD), 1), self._model.config.bos_token_id, device=patches_BPD.device)
         state = Writing(seen.memory, start_B1)
         return self._logits(state), state
 
     def step(self, tokens_B: Tensor, state: Writing) -> Tensor:
-        """One more token for each row; the logits of the next ``float[B, V]``."""
+        """One more token for each row; the logits of the next, ``float[B, V]``."""
         state.text_BT = torch.cat([state.text_BT, tokens_B[:, None]], dim=1)
         return self._logits(state)
 

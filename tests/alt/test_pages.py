@@ -60,7 +60,7 @@ def test_bytes_that_are_no_text_stay(pages):
 
 @pytest.mark.parametrize(
     ("content", "name", "words"),
-    [(b"", "a.txt", "no page"), (b"a\0b", "a.md", "NUL"), (codecs.BOM_UTF16_LE + b"abc", "a.html", "encoding")],
+    [(b"", "a.txt", "not a page"), (b"a\0b", "a.md", "NUL"), (codecs.BOM_UTF16_LE + b"abc", "a.html", "encoding")],
 )
 def test_refused(pages, content, name, words):
     with pytest.raises(CollectionError, match=words):
@@ -121,7 +121,7 @@ def test_where_pictures_are(tmp_path, monkeypatch, source, expected):
     assert picture_of(page, image, root="root", remote=True) == (expected, "")
     picture, problem = picture_of(page, image)
     if expected.startswith("http"):
-        assert (picture, problem) == ("", f"{expected}: is on the web; add --remote to fetch it")
+        assert (picture, problem) == ("", f"{expected}: is on the web; add --remote to download it")
     elif expected.startswith("root/"):
         assert picture == "" and "--root" in problem
         assert picture_of(read_page("page/index.html", "top"), image)[0] == expected.replace("root", "top")

@@ -68,7 +68,7 @@ def test_columns_in_another_order(tmp_path):
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "<html>"])
 def test_no_report(tmp_path, content):
     (tmp_path / "alt.csv").write_text(content)
-    with pytest.raises(CollectionError, match="no report of blip2 alt"):
+    with pytest.raises(CollectionError, match="not a report of blip2 alt"):
         read_report(tmp_path / "alt.csv")
 
 
@@ -94,15 +94,15 @@ def test_decorative(pages):
     assert pages.filled("<img src=a><img alt=' ' src=b>", "", approved="Decorative") == (
         b"<img src=a alt=\"\"><img alt='' src=b>", []
     )  # fmt: skip
-    assert "Markdown cannot say" in pages.filled("![](a)", "", "page.md", approved="decorative")[1][0]
+    assert "Markdown cannot mark" in pages.filled("![](a)", "", "page.md", approved="decorative")[1][0]
 
 
 @pytest.mark.parametrize(
     ("now", "words"),
     [
         ("<p><img src=b>", "the page has changed here"),
-        ("<p><img src=a alt='A dog'>", "has another text since the report was made, 'A dog'; it stays"),
-        ("<p><img src=a alt=''>", "was marked as decorative"),
+        ("<p><img src=a alt='A dog'>", "has got another text since the report was made, 'A dog'; left unchanged"),
+        ("<p><img src=a alt=''>", "has been marked as decorative"),
         ("<p><img width=2 src=a>", "the page has changed here"),
         ("", "the page has changed here"),
     ],
@@ -129,11 +129,11 @@ def test_problems_are_told(pages):
     (row,) = pages.rows(pages.page("<img src=a>"), "A cat")
     for wrong, words in (
         ({"approved": "maybe"}, "approved is 'maybe'; write yes, decorative, or nothing"),
-        ({"alt": ""}, "approved without a text; write one, or approve it as decorative"),
+        ({"alt": ""}, "approved without a text; write one, or mark it as decorative"),
     ):
         assert problems_of([replace(row, **wrong)]) == [words]
-    assert problems_of([replace(row, file="none.md")])[0].startswith("there is no such page")
-    assert problems_of([row, replace(row, alt="A dog")]) == ["stands in the report twice; the first was taken"]
+    assert problems_of([replace(row, file="none.md")])[0].startswith("no such page")
+    assert problems_of([row, replace(row, alt="A dog")]) == ["is in the report twice; the first row was used"]
     assert (pages.folder / "page.html").read_text() == '<img src=a alt="A cat">'
 
 
@@ -150,7 +150,7 @@ def test_rights_stay_and_links_stay(pages):
 def test_a_page_that_another_program_writes(pages):
     (change,) = apply(pages.rows(pages.page("<img src=a>"), "A cat"))
     pages.page("<img src=a>!")
-    with pytest.raises(CollectionError, match="has changed just now"):
+    with pytest.raises(CollectionError, match="has just been changed"):
         change.write()
     assert (pages.folder / "page.html").read_text() == "<img src=a>!"
 

@@ -292,7 +292,7 @@ def test_a_linked_model_is_told_quantised_and_merged_whole(parts, tmp_path):
     assembled(parts, tmp_path / "first")
     _, model = assembled(parts, tmp_path / "second", link=tmp_path / "first")
     told = CliRunner().invoke(cli, ["info", str(model)])
-    assert "shared with other models, by hard links" in told.output
+    assert "shared with other models by hard links" in told.output
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     done = CliRunner().invoke(cli, ["quantize", str(model), str(tmp_path / "int8"), "--to", "int8"])
     assert done.exit_code == 0, done.output

@@ -250,7 +250,7 @@ def test_a_config_that_cannot_be_is_told(folder, tmp_path, name, value):
 
 
 def test_other_layouts_have_no_word_for_it(folder, tmp_path):
-    with pytest.raises(CheckpointError, match="sees by convolutions"):
+    with pytest.raises(CheckpointError, match="has a convolutional image encoder"):
         Blip2ForConditionalGeneration.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="its image encoder is convolutional"):
         convert_to_lavis(folder, tmp_path / "a.pth")

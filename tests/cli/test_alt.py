@@ -65,7 +65,7 @@ def test_the_guide(run, site):
         re.escape(BLOG).replace(re.escape("![](../"), r"!\[[A-Z][a-z, ]*cats?[a-z, ]*\]\(\.\./"),
         (site / "blog/cats.md").read_text(),
     )
-    assert run("alt", "site").stderr == "blip2: 0 of 3 pictures without alt text in 2 pages\n"
+    assert run("alt", "site").stderr == "blip2: 0 of 3 images without alt text in 2 pages\n"
 
 
 def test_reports_and_runs(run, site):
@@ -74,7 +74,7 @@ def test_reports_and_runs(run, site):
     assert result.exit_code == 1  # for the one that is not there
     missing, counted, next_step = result.stderr.splitlines()
     assert missing.startswith("blip2: site/more.md:1: site/gone.png: no such file")
-    assert counted.endswith("5 of 6 pictures without alt text in 3 pages: 2 different pictures described, 1 failed, "
+    assert counted.endswith("5 of 6 images without alt text in 3 pages: 2 different images described, 1 failed, "
                             "1 left for you to write")  # fmt: skip
     assert next_step.endswith("then: blip2 alt --apply alt.csv")
     found = rows()
@@ -95,7 +95,7 @@ def test_reports_and_runs(run, site):
     (site / "img/flowers.png").write_bytes((site / "gone.png").read_bytes())
     os.utime(site / "img/flowers.png", ns=(os.stat(site / "gone.png").st_mtime_ns,) * 2)
     result = run("alt", site)
-    assert result.exit_code == 0 and "3 different pictures described (2 of them before), 0 failed" in result.stderr
+    assert result.exit_code == 0 and "3 different images described (2 of them earlier), 0 failed" in result.stderr
     found = rows()
     assert (found[1]["alt"], found[1]["approved"]) == ("Sunflowers", "yes") and found[3]["alt"]
     result = run("alt", site, "--restart", "--approve-all")
@@ -106,24 +106,24 @@ def test_reports_and_runs(run, site):
     assert result.stderr == "blip2: would write 4 alt texts in 3 pages\n"
     assert (site / "index.html").read_bytes() == INDEX.encode()
     assert run("alt", "--apply", "alt.csv").stderr == "blip2: wrote 4 alt texts in 3 pages\n"
-    assert run("alt", "--apply", "alt.csv").stderr == "blip2: wrote 0 alt texts in 0 pages, 4 there already\n"
+    assert run("alt", "--apply", "alt.csv").stderr == "blip2: wrote 0 alt texts in 0 pages, 4 already there\n"
 
 
 def test_another_model_or_prompt_is_told(run, site):
     assert run("alt", site, "--beams", 1).exit_code == 0
     result = run("alt", site, "--beams", 2)
-    assert result.exit_code == 1 and "begun by another command" in result.stderr and "--restart" in result.stderr
+    assert result.exit_code == 1 and "started by another command" in result.stderr and "--restart" in result.stderr
     assert run("alt", site, "--beams", 2, "--restart").exit_code == 0
 
 
 def test_nothing_is_lost(run, site):
     Path("alt.html").write_text("<p>mine")
     result = run("alt", site)
-    assert result.exit_code == 1 and "alt.html: is there and no report of blip2 alt" in result.stderr
+    assert result.exit_code == 1 and "alt.html: exists and is not a report of blip2 alt" in result.stderr
     assert Path("alt.html").read_text() == "<p>mine" and not Path("alt.csv").exists()
     Path("other.csv").write_text("a,b\n1,2\n")
     result = run("alt", site, "--report", "other.csv")
-    assert result.exit_code == 1 and "no report of blip2 alt" in result.stderr
+    assert result.exit_code == 1 and "not a report of blip2 alt" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_wrong_use(run, site, arguments, words):
 def test_pages_that_cannot_be_read(run, site):
     result = run("alt", "site/img/cats.png", "none.md", site, "--dry-run")
     assert result.exit_code == 1 and len(result.stdout.splitlines()) == 2
-    assert "cats.png: no page" in result.stderr and "none.md: cannot be read (No such file" in result.stderr
+    assert "cats.png: not a page" in result.stderr and "none.md: cannot be read (No such file" in result.stderr
     assert run("alt", "--apply", "alt.csv").stderr.startswith("blip2: alt.csv: cannot be read (No such file")
 
 
@@ -162,5 +162,5 @@ def test_a_run_that_is_stopped_goes_on(run, site, monkeypatch):
         patch.setattr(works, "captions", stopped)
         result = run("alt", site)
     assert result.exit_code == 130 and not Path("alt.csv").exists()
-    assert result.stderr.strip() == "blip2: stopped before alt.csv was written; the same command goes on"
+    assert result.stderr.strip() == "blip2: stopped before alt.csv was written; the same command resumes"
     assert run("alt", site).exit_code == 0 and len(rows()) == 2

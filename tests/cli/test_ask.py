@@ -66,15 +66,15 @@ def test_choices(run, opt_model, pictures, blip):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{0}"], "there is no question; give the picture first, the question last"),
-        (["is it red?"], "there is no picture; give the picture first"),
+        (["{0}"], "there is no question; give the image first, the question last"),
+        (["is it red?"], "there is no image; give the image first"),
         (["{0}", "{1}"], "is a file; put the question last"),
         (["{0}", ""], "the question is empty; write one"),
         (["{0}", "-q", " "], "the question is empty"),
         (["{0}", "Question: is it? Answer:"], "give the question alone"),
         (["{0}", "is it?", "--choices", "yes"], "give at least two"),
         (["{0}", "is it?", "--choices", "yes,"], "one of the choices is empty"),
-        (["{0}", "is it?", "--choices", "yes,no", "--beams", "3"], "leave out the options of writing"),
+        (["{0}", "is it?", "--choices", "yes,no", "--beams", "3"], "leave out the decoding options"),
         (["{0}", "is it?", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         ([], "Missing argument"),
     ],

@@ -123,7 +123,7 @@ def test_a_folder_without_pictures(run, model, pictures, texts, tmp_path):
         (["--temperature", 0.5], "--temperature is 0.5, but sampling is off; add --sample"),
         (["--sample", "--beams", 3], "--sample needs --beams=1"),
         (["-n", 0], "--num-captions is 0"),
-        (["--batch-size", 0], "--batch-size=0 is not possible"),
+        (["--batch-size", 0], "--batch-size is 0; use 1"),
         (["--dtype", "float8"], "'float8' is not one of"),
         (["--stop", ""], "--stop is"),
         (["--dtype", "float16"], "float16 is not supported on a CPU"),
@@ -182,9 +182,9 @@ def test_pictures_from_a_list(run, model, pictures, texts, odd, tmp_path, monkey
     result = listed("".join(f"{name}\0" for name in odd).encode(), "-0")
     assert result.stdout == "".join(f"{name}\t{texts[0]}\0" for name in odd)
     for content, options, words in (
-        (b"", [], "names no picture"),
-        (b"\n \n", [], "names no picture"),
-        (b"a.png\0b.png\0", [], "for a list that they divide add -0"),
+        (b"", [], "names no image"),
+        (b"\n \n", [], "names no image"),
+        (b"a.png\0b.png\0", [], "add -0 if they separate the names"),
     ):
         result = listed(content, *options)
         assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
@@ -196,7 +196,7 @@ def test_lists_that_cannot_be(run, tmp_path):
     for arguments, words in (
         (["--files-from", tmp_path / "missing"], "missing: cannot be read (No such file or directory)"),
         (["--files-from", tmp_path], "cannot be read (Is a directory)"),
-        (["-", "--files-from", "-"], "standard input is either"),
+        (["-", "--files-from", "-"], "standard input cannot be both"),
     ):
         result = run("caption", *arguments, input=b"")
         assert (result.exit_code, result.stdout) == (2, "")
@@ -207,7 +207,7 @@ def test_a_list_where_a_picture_is_wanted_is_told_so(run, model, tmp_path):
     (tmp_path / "list.txt").write_text("a.png\nb.png\n")
     result = run("caption", tmp_path / "list.txt", *model)
     assert result.exit_code == 1
-    assert result.stderr.endswith("but text; name a picture, or give a list of names by --files-from\n")
+    assert result.stderr.endswith("but text; name an image, or give a list of names by --files-from\n")
 
 
 def test_what_is_read_is_said_by_flags(run, model, tmp_path, pictures):
@@ -215,7 +215,7 @@ def test_what_is_read_is_said_by_flags(run, model, tmp_path, pictures):
     cut = tmp_path / "allow_truncated=True.png"
     cut.write_bytes(content[: len(content) * 3 // 4])
     result = run("caption", cut, *model)
-    assert result.exit_code == 1 and result.stderr.endswith(", or take what is there by --allow-truncated\n")
+    assert result.exit_code == 1 and result.stderr.endswith(", or read the rest with --allow-truncated\n")
     assert str(cut) in result.stderr
     assert run("caption", cut, "--allow-truncated", *model).exit_code == 0
     result = run("caption", pictures[0], "--max-pixels", 9, *model)
@@ -227,7 +227,7 @@ def test_json_speaks_of_flags_too(run, model, tmp_path, pictures):
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(pictures[0]).read_bytes()[:-40])
     row = json.loads(run("caption", cut, "--json", *model).stdout)
-    assert row["error"].endswith("or take what is there by --allow-truncated")
+    assert row["error"].endswith("or read the rest with --allow-truncated")
 
 
 def test_a_list_in_utf_32(run, model, texts, pictures, tmp_path):
@@ -240,4 +240,4 @@ def test_closed_standard_input_is_an_empty_one(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(SystemExit, match="2"):
         main(["caption", "--files-from", "-"])
-    assert capsys.readouterr().err == "blip2: --files-from -: names no picture; write one name a line\n"
+    assert capsys.readouterr().err == "blip2: --files-from -: names no image; write one name per line\n"

@@ -33,7 +33,7 @@ def test_questions_with_a_byte_order_mark(run, model, opt_model, pictures):
         result = run("chat", pictures[0], *model, input="what is there?\r\nand where?".encode(encoding))
         assert result.stdout == answers(opt_model, pictures[0], "what is there?", "and where?")
     result = run("chat", pictures[0], *model, input=b"\xe9?\n")
-    assert result.exit_code == 2 and "what comes through the pipe is not UTF-8 text" in result.stderr
+    assert result.exit_code == 2 and "standard input is not UTF-8 text" in result.stderr
 
 
 def test_commands(run, model, opt_model, pictures):
@@ -47,7 +47,7 @@ def test_commands(run, model, opt_model, pictures):
 @pytest.mark.parametrize(
     ("lines", "code", "words"),
     [
-        ("what?\n", 2, "there is no picture yet; name one with /image FILE"),
+        ("what?\n", 2, "there is no image yet; name one with /image FILE"),
         ("/image\n", 2, "write /image FILE"),
         ("/image nowhere.png\n", 1, "nowhere.png: no such file"),
         ("/dance\n", 2, "there is no command '/dance'; /help lists"),
@@ -62,7 +62,7 @@ def test_errors_end_a_pipe(run, model, lines, code, words):
 def test_the_picture_does_not_come_from_where_the_questions_come_from(run):
     result = run("chat", "-", input="")
     assert result.exit_code == 2
-    assert "standard input is where the questions come from" in result.stderr
+    assert "standard input holds the questions" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

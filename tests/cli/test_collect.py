@@ -1,4 +1,4 @@
-"""Whole collections on the command line, and through Python, with the bundled model on a few pictures."""
+"""Whole collections on the command line, and through Python, with the bundled model on a few images."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_what_a_run_wrote_is_not_passed_over_nor_done_anew_by_a_restart_alone(ru
     assert "passed over in folders: 1 other file (1 .md)" in run(*command).stderr
     refused = run(*command, "--prefix", "sks, ")
     assert refused.exit_code == 1
-    remedy = "another output, or add --restart and give --if-exists overwrite to do all anew\n"
+    remedy = "another output, or add --restart and give --if-exists overwrite to start again\n"
     assert refused.stderr.endswith(remedy)
     again = run(*command, "--prefix", "sks, ", "--restart", "--if-exists", "overwrite")
     assert "3 done, 0 skipped" in again.stderr and (photos / "cats.txt").read_text().startswith("sks, ")
@@ -73,13 +73,13 @@ def test_captions_that_two_pictures_have_are_counted_and_answers_are_not(run, ph
     content = (photos / "cats.png").read_bytes()
     (photos / "again.png").write_bytes(content)
     pictures = ["photos/cats.png", "photos/again.png", "-o", "out.jsonl", "--format", "jsonl"]
-    assert "1 caption is the same as that of another picture" in run("caption", *pictures).stderr
+    assert "1 caption is the same as that of another image" in run("caption", *pictures).stderr
     answers = run("ask", *pictures, "-q", "is there a cat?", "--restart")
-    assert "2 done" in answers.stderr and "another picture" not in answers.stderr
+    assert "2 done" in answers.stderr and "another image" not in answers.stderr
 
 
 @pytest.mark.parametrize(("flags", "remedy"), [
-    ([], "the same command goes on"), (["--restart"], "the same command without --restart goes on"),
+    ([], "the same command resumes"), (["--restart"], "the same command without --restart resumes"),
 ])  # fmt: skip
 def test_what_goes_on_after_an_interrupt(run, photos, monkeypatch, flags, remedy):
     def interrupted(self, *arguments, **options):
@@ -90,7 +90,7 @@ def test_what_goes_on_after_an_interrupt(run, photos, monkeypatch, flags, remedy
     monkeypatch.undo()
     limited = run("caption", str(photos), "--sidecar", ".txt", "--limit", 1, "--beams", 1, *flags)
     assert f"stopped at --limit; without it{' and --restart' if flags else ''}, the same" in limited.stderr
-    assert found.exit_code == 130 and found.stderr.endswith(f"stopped; what was done is kept, and {remedy}\n")
+    assert found.exit_code == 130 and found.stderr.endswith(f"stopped; finished results are kept, and {remedy}\n")
 
 
 def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypatch, no_model):
@@ -113,7 +113,7 @@ def test_the_same_command_loads_no_model_when_all_is_done(run, photos, monkeypat
 def test_what_is_skipped_says_why(run, photos, no_model):
     (photos / "cats.txt").write_text("by hand")
     found = run("caption", "photos/cats.png", "--sidecar", ".txt")
-    assert "0 done, 1 skipped" in found.stderr and "has a text already; --if-exists overwrite" in found.stderr
+    assert "0 done, 1 skipped" in found.stderr and "already have a text; --if-exists overwrite" in found.stderr
 
 
 def test_a_dry_run_lists_and_writes_nothing(run, photos, no_model):
@@ -131,12 +131,12 @@ def test_a_dry_run_lists_and_writes_nothing(run, photos, no_model):
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["photos", "--prefix", "x"], 2, "--prefix is for results in files"),
+        (["photos", "--prefix", "x"], 2, "--prefix needs results in files"),
         (["photos", "-o", "all.jsonl", "--json"], 2, "--json is for standard output"),
         (["photos", "-o", "all.jsonl", "--beams", "0"], 2, "--beams is 0"),
         (["photos", "-o", "all.jsonl", "--limit", "0"], 2, "--limit is 0"),
         (["photos", "-o", "all.jsonl", "--shard", "4/3"], 2, "--shard is 4/3"),
-        (["photos", "-o", "all.jsonl", "--shard", "2/3", "--restart"], 2, "--restart by one of several parts"),
+        (["photos", "-o", "all.jsonl", "--shard", "2/3", "--restart"], 2, "--restart in one of several parts"),
         (["photos", "-o", "all.jsonl", "--template", "{nobody}"], 2, "--template has {nobody}"),
         (["photos", "-o", "all.jsonl", "--replace", "a"], 2, "give OLD=NEW"),
         (["photos", "-o", "all.json"], 2, "--format coco"),
@@ -144,7 +144,7 @@ def test_a_dry_run_lists_and_writes_nothing(run, photos, no_model):
         (["photos", "-o", "all.jsonl", "--pick", "best"], 2, "--num-captions"),
         (["nowhere.parquet", "-o", "all.jsonl"], 1, "nowhere.parquet: no such file"),
         (["rows.jsonl", "-o", "rows.jsonl", "--if-exists", "overwrite"], 1, "is the source itself"),
-        (["photos", "-o", "mine.jsonl"], 1, "is there already"),
+        (["photos", "-o", "mine.jsonl"], 1, "exists, and was not made by this command"),
         (["-o", "all.jsonl"], 2, "Missing argument"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_loaded_blocks_no_other_command(run, photos):
     assert run(*command, "--dry-run").exit_code == 0
     found = run(*command)
     assert found.exit_code == 0 and "1 done" in found.stderr
-    assert "was begun by another command" in run(*command, "--model", "broken").stderr
+    assert "was started by another command" in run(*command, "--model", "broken").stderr
 
 
 def test_a_disk_that_is_full_is_one_line(run, photos, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_disk_that_is_full_is_one_line(run, photos, monkeypatch):
     monkeypatch.setattr("blip2.collection.sinks.sidecar.write_all", full)
     found = run("caption", "photos", "--sidecar", ".txt")
     assert found.exit_code == 1 and "photos/cats.txt: cannot be written or read (No space left" in found.stderr
-    assert "the same command goes on" in found.stderr and "should not happen" not in found.stderr
+    assert "the same command resumes" in found.stderr and "should not happen" not in found.stderr
 
 
 def test_json_lines_of_events(run, photos):
@@ -197,7 +197,7 @@ def test_shards_of_an_array_of_slurm(run, photos, monkeypatch):
     for name, value in {"ID": 2, "MIN": 1, "MAX": 2, "COUNT": 2}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     found = run("caption", "photos/cats.png", "-o", "all.jsonl")
-    assert "part 2 of 2, by SLURM's array" in found.stderr and not Path("all.jsonl").exists()
+    assert "part 2 of 2, from the SLURM array" in found.stderr and not Path("all.jsonl").exists()
 
 
 def test_questions_for_each_picture(run, photos):
@@ -208,7 +208,7 @@ def test_questions_for_each_picture(run, photos):
         ("cats.png", asked[1], "two"), ("cats.png", asked[3], "yes"),
         ("flowers.png", asked[1], "two"), ("flowers.png", asked[3], "no"),
     ]  # fmt: skip
-    assert "several answers a picture" in run("ask", "photos", *asked, "--sidecar", ".txt").stderr
+    assert "several rows per image" in run("ask", "photos", *asked, "--sidecar", ".txt").stderr
 
 
 def test_questions_of_rows_and_a_question_that_changes(run, photos):
@@ -259,7 +259,7 @@ def test_equal_files_are_seen_once(run, photos):
     assert "--dedupe was true and is not given" in run(*command).stderr
     found = run("ask", "photos/cats.png", "photos/10_sks dog/again.png", "-q", "how many cats are there?", "-q",
                 "is there a boat?", "-o", "answers.jsonl", "--dedupe")  # fmt: skip
-    assert "2 copies of another picture, given its result" in found.stderr
+    assert "2 copies of other images, given the same result" in found.stderr
     assert [row["caption"] for row in rows("answers.jsonl")] == ["four", "no", "four", "no"]
     found = run("caption", "photos", "-o", "other.jsonl", "--dedupe", "--sample", "--beams", "1")
     assert found.exit_code == 2 and "give --seed, or leave out --dedupe" in found.stderr
@@ -278,7 +278,7 @@ def test_python(photos):
     assert blip2.caption_collection(photos, "all.csv", **options).before == 4
     with pytest.raises(blip2.Blip2Error, match="there is no option prefixx; did you mean prefix"):
         blip2.caption_collection(photos, "other.csv", model=blip, prefixx="a")
-    with pytest.raises(blip2.Blip2Error, match="dtype is for a model that is loaded here"):
+    with pytest.raises(blip2.Blip2Error, match="dtype is for loading a model"):
         blip2.caption_collection(photos, "other.csv", model=blip, dtype="float32")
     blip2.ask_collection(photos, "how many dogs are there?", "answers.jsonl", model=blip)
     assert [row["caption"] for row in rows("answers.jsonl")] == ["two", "two", "two", ""]
@@ -296,5 +296,5 @@ def test_ctrl_c_keeps_what_was_done(photos):
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
     told = child.communicate()[1].decode()
-    assert child.returncode == 130 and told.endswith("what was done is kept, and the same command goes on\n")
+    assert child.returncode == 130 and told.endswith("finished results are kept, and the same command resumes\n")
     assert not Path("all.jsonl").exists() and part.read_bytes().endswith(b"}\n")

@@ -71,7 +71,7 @@ def test_options_of_the_other_direction_are_refused(run, flag, trained, opt_mode
     source = trained if flag == "--all" else opt_model
     result = run("convert", source, tmp_path / "out", flag, *([] if flag == "--all" else ["x"]))
     assert result.exit_code == 2
-    assert f"{flag} goes with" in result.stderr and result.stderr.count("\n") == 1
+    assert f"{flag} needs" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_no_such_source(run, tmp_path):

@@ -43,7 +43,7 @@ def told(run):
         assert len(problems) == findings["problems"]
         assert as_json.exit_code == as_text.exit_code == (1 if problems else 0)
         assert as_text.stdout.count("\nProblem") == len(problems)
-        assert ("All is well." in as_text.stdout) == (not problems)
+        assert ("No problems found." in as_text.stdout) == (not problems)
         assert as_json.stderr == as_text.stderr == ""
         return findings
 
@@ -64,7 +64,7 @@ def test_kernels_on_a_lesser_processor(told, monkeypatch):
     monkeypatch.setattr(native.kernels, "blip2_prepare", lambda self, most: 1)
     assert told()["kernels"]["level"] == "AVX2"
     monkeypatch.setattr(native.kernels, "blip2_prepare", lambda self, most: 0)
-    assert told()["kernels"]["text"] == "active, the code for any processor: slow"
+    assert told()["kernels"]["text"] == "active, the generic code: slow"
 
 
 def test_no_kernels(told, monkeypatch):
@@ -119,13 +119,13 @@ def test_torch_that_cannot_be_imported(told, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     findings = told()
     assert findings["problems"] == 1
-    assert f"install it anew: {CPU_LINE}" in findings["torch"]["problem"]
+    assert f"reinstall it: {CPU_LINE}" in findings["torch"]["problem"]
 
 
 def test_a_cache_that_cannot_be_written(told, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    assert told()["cache"]["problem"] == f"{tmp_path / 'file'} cannot be written; set HF_HOME to a folder of yours"
+    assert told()["cache"]["problem"] == f"{tmp_path / 'file'} is not writable; set HF_HOME to a folder that is"
 
 
 def test_functions_of_torch_that_are_gone(told, monkeypatch):

@@ -85,7 +85,7 @@ def test_a_retrieval_shows_its_first_pass(run, tmp_path):
     assert "seen" not in run(*command, "--dry-run").stderr
     result = run(*command)
     assert result.exit_code == 0, result.stderr
-    assert "4 of 4 pictures seen" in result.stderr and "text R@1" in result.stdout
+    assert "4 of 4 images encoded" in result.stderr and "text R@1" in result.stdout
 
 
 def test_the_benchmarks_are_listed(run):
@@ -107,6 +107,6 @@ def test_robustness(run, opt_model, rows, tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0] == f"robustness: rows.jsonl: {opt_model}" and lines[1] == "2 rows"
     assert any(line.startswith("changed, EXIF rotation ") and " 0.00 " in line for line in lines)
-    assert lines[-1].startswith("beside the rows as they are: ")
+    assert lines[-1].startswith("compared with the rows as they are: ")
     without = run(*command)
     assert without.exit_code == 2 and "--data" in without.stderr and without.stderr.count("\n") == 1

@@ -65,7 +65,7 @@ def test_a_model_of_the_other_sort(run, pictures, opt_model, matching_model):
     result = run("explain", pictures[0], "a dog", "--json", "--model", opt_model)
     assert result.exit_code == 1 and "name a matching model" in result.stderr
     result = run("explain", pictures[0], "-w", "dog", "--json", "--model", matching_model)
-    assert result.exit_code == 1 and "name a generative one" in result.stderr
+    assert result.exit_code == 1 and "name a generative model" in result.stderr
 
 
 def test_a_picture_that_cannot_be_read(run, matching, tmp_path):
@@ -78,14 +78,14 @@ def test_a_picture_that_cannot_be_read(run, matching, tmp_path):
     ("arguments", "code", "words"),
     [
         (["{0}"], 2, "there is nothing to explain"),
-        (["{0}", "a dog"], 2, "give one by -o heat.png"),
+        (["{0}", "a dog"], 2, "give a file with -o heat.png"),
         (["{0}", " ", "--json"], 2, "texts is empty"),
-        (["{0}", "a dog", "-q", "is it?", "--json"], 2, "leave it out, or --question"),
-        (["{0}", "a dog", "-a", "two", "--json"], 2, "leave it out, or --answer"),
+        (["{0}", "a dog", "-q", "is it?", "--json"], 2, "leave out TEXT or --question"),
+        (["{0}", "a dog", "-a", "two", "--json"], 2, "leave out TEXT or --answer"),
         (["{0}", "-q", "is it?", "-w", "dog", "--json"], 2, "leave out --word and --caption"),
-        (["{0}", "-w", "dog", "-a", "two", "--json"], 2, "--answer belongs to a --question"),
+        (["{0}", "-w", "dog", "-a", "two", "--json"], 2, "--answer needs --question"),
         (["{0}", "-q", "", "--json"], 2, "the question is empty"),
-        (["{0}", "a dog", "-o", "heat.gif"], 2, "heat.gif: pictures are written as .png"),
+        (["{0}", "a dog", "-o", "heat.gif"], 2, "heat.gif: images are written as .png"),
         (["{0}", "a dog", "-o", "/no/such/folder/heat.png"], 1, "there is no folder /no/such/folder"),
         ([], 2, "Missing argument"),
     ],

@@ -58,11 +58,11 @@ def test_pictures_that_rows_name(run, matching, photos, tmp_path):
     lines = [{"file": f"picture{number:03}.png", "n": number} for number in (0, 1, 1, 77)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = run("index", rows, "--image-column", "file", "--images", photos, "-o", index, *matching)
-    assert result.exit_code == 1 and "picture077.png: no such file; mend the row" in result.stderr
-    assert "2 new, 0 changed, 0 gone; 2 pictures in" in result.stderr
+    assert result.exit_code == 1 and "picture077.png: no such file; fix the row" in result.stderr
+    assert "2 new, 0 changed, 0 gone; 2 images in" in result.stderr
     table.write_text("image,caption\nphotos/picture001.png,x\nphotos/picture002.png,y\n")
     result = run("index", table, photos / "picture003.png", "-o", index, *matching)
-    assert result.exit_code == 0 and "2 new, 0 changed, 0 gone; 4 pictures in" in result.stderr
+    assert result.exit_code == 0 and "2 new, 0 changed, 0 gone; 4 images in" in result.stderr
     assert blip2.Index.open(index).paths == [str(photos / f"picture{number:03}.png") for number in range(4)]
     assert "has no column 'nobody'" in run("index", table, "--image-column", "nobody", "-o", index).stderr
     assert "0 new" in run("index", photos, "--exclude", "*[4-7].png", "-o", index, *matching).stderr
@@ -72,14 +72,14 @@ def test_rows_and_shards_that_hold_their_pictures(run, matching, photos, tmp_pat
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(photos / "picture000.png", "0.png")
     result = run("index", tmp_path / "a.tar", "-o", tmp_path / "photos.index", *matching)
-    assert result.exit_code == 1 and "a.tar: holds its pictures, and an index opens pictures by" in result.stderr
+    assert result.exit_code == 1 and "a.tar: contains the images, but an index needs" in result.stderr
     assert result.stderr.count("\n") == 1 and not (tmp_path / "photos.index").exists()
 
 
 def test_index_and_again(run, matching, photos, tmp_path):
     index = tmp_path / "photos.index"
     result = run("index", photos, "-o", index, *matching)
-    told = f"8 new, 0 changed, 0 gone; 8 pictures in {index}\n"
+    told = f"8 new, 0 changed, 0 gone; 8 images in {index}\n"
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", told)
     (photos / "picture000.png").unlink()
     (photos / "broken.png").write_bytes(b"broken")
@@ -87,7 +87,7 @@ def test_index_and_again(run, matching, photos, tmp_path):
     assert result.exit_code == 1
     problem, told = result.stderr.splitlines()
     assert problem.startswith(f"blip2: {photos / 'broken.png'}: ")
-    assert told == f"0 new, 0 changed, 1 gone, 1 could not be read; 7 pictures in {index}"
+    assert told == f"0 new, 0 changed, 1 gone, 1 could not be read; 7 images in {index}"
 
 
 def test_the_bundled_models_are_the_default(run, photos, tmp_path):
@@ -102,9 +102,9 @@ def test_index_that_cannot_be(run, matching, opt_model, photos, searched, tmp_pa
     index = tmp_path / "photos.index"
     (tmp_path / "empty").mkdir()
     for arguments, code, message in (
-        ([photos, "-o", index, "-m", opt_model], 1, "does not compare them with texts"),
+        ([photos, "-o", index, "-m", opt_model], 1, "cannot compare images with texts"),
         ([photos, "-o", index, "--for", "ask", *matching], 1, "is a matching model"),
-        ([photos, "-o", index, "--for", "ask", "--batch-size", 0], 2, "--batch-size=0"),
+        ([photos, "-o", index, "--for", "ask", "--batch-size", 0], 2, "--batch-size is 0"),
         ([tmp_path / "empty", "-o", index], 1, "there are no images in this folder"),
         ([tmp_path / "missing", "-o", index], 1, "no such file or folder"),
         ([photos, "-o", tmp_path], 1, "is a folder"),
@@ -129,7 +129,7 @@ def test_what_is_found_of_a_picture_that_has_changed_is_told(run, photos, tmp_pa
     options = {"search": ["two dogs", "--json"], "ask": ["is it red?", "--choices", "yes,no", "--json"]}[kind]
     result = run(kind, index, *options)
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 8)
-    told = f"blip2: {photos / 'picture001.png'}: has changed since it was seen; bring the index up to date"
+    told = f"blip2: {photos / 'picture001.png'}: has changed since it was encoded; update the index"
     assert [line for line in result.stderr.splitlines() if "picture" in line] == [f"{told} with blip2 index"]
     assert run("index", photos, "-o", index).exit_code == 0
     result = run(kind, index, *options)
@@ -152,9 +152,9 @@ def test_stopped_by_ctrl_c_it_says_how_to_go_on(matching_model, tmp_path):
         run.send_signal(signal.SIGINT)
         _, told = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert told == f"blip2: stopped; what was encoded is kept beside {index}, and the same command goes on\n"
+    assert told == f"blip2: stopped; finished work is kept beside {index}, and the same command resumes\n"
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert again.stderr == f"3,008 new, 0 changed, 0 gone; 3,008 pictures in {index}\n"
+    assert again.stderr == f"3,008 new, 0 changed, 0 gone; 3,008 images in {index}\n"
 
 
 def test_index_takes_pictures_as_the_other_verbs_do(run, matching, photos, tmp_path):
@@ -166,9 +166,9 @@ def test_index_takes_pictures_as_the_other_verbs_do(run, matching, photos, tmp_p
     result = run("index", "--files-from", listed, "--exclude", "*1.png", "-o", index, *matching)
     noted, told = result.stderr.splitlines()
     assert result.exit_code == 0 and noted == "blip2: passed over in folders: 1 other file (1 .txt)"
-    assert told == f"7 new, 0 changed, 0 gone; 7 pictures in {index}"
+    assert told == f"7 new, 0 changed, 0 gone; 7 images in {index}"
     result = run("index", "--no-recursive", photos, "-o", index, *matching)
-    assert result.stderr.endswith(f"1 new, 0 changed, 1 gone; 7 pictures in {index}\n")
+    assert result.stderr.endswith(f"1 new, 0 changed, 1 gone; 7 images in {index}\n")
     result = run("index", photos, "--max-pixels", 1, "-o", tmp_path / "other.index", *matching)
     assert result.exit_code == 1 and result.stderr.count("or raise --max-pixels") == 8
     assert run("index", "-o", index).stderr == "blip2: Missing argument 'PHOTOS...'. (see blip2 index --help)\n"
@@ -250,12 +250,12 @@ def test_search_that_cannot_be(run, searched, asked, opt_model, pictures, tmp_pa
     for arguments, code, message in (
         ([tmp_path / "missing.index", "two dogs"], 1, "no such index"),
         ([tmp_path, "two dogs"], 1, "is a folder"),
-        ([tmp_path / "garbage.index", "two dogs"], 1, "no index of pictures"),
-        ([pictures[0], "two dogs"], 1, "no index of pictures"),
+        ([tmp_path / "garbage.index", "two dogs"], 1, "not an index of images"),
+        ([pictures[0], "two dogs"], 1, "not an index of images"),
         ([asked, "two dogs"], 1, "is an index to ask, not to search"),
         ([asked, "--duplicates"], 1, "is an index to ask, not to search"),
         ([searched, "two dogs", "-m", "miniature-itm"], 1, "cannot read its vectors"),
-        ([searched, "two dogs", "-m", opt_model], 1, "does not compare them with texts"),
+        ([searched, "two dogs", "-m", opt_model], 1, "cannot compare images with texts"),
         ([searched, ""], 2, "the text is empty"),
         ([searched, "two dogs " * 300], 2, "tokens"),
         ([searched, "two dogs", "-k", 0], 2, "-k is 0"),
@@ -297,7 +297,7 @@ def test_an_index_that_cannot_be_asked(run, searched, asked, pictures, tmp_path)
     (tmp_path / "garbage.index").write_bytes(b"garbage")
     for arguments, code, message in (
         ([searched, "is it red?"], 1, "is an index to search, not to ask"),
-        ([tmp_path / "garbage.index", "is it red?"], 1, "no index of pictures"),
+        ([tmp_path / "garbage.index", "is it red?"], 1, "not an index of images"),
         ([asked, pictures[0], "is it red?"], 2, "give it alone"),
         ([asked, "is it red?", "-m", "miniature"], 1, "cannot read its vectors"),
     ):

@@ -68,16 +68,16 @@ def test_a_picture_that_cannot_be_read(run, model, pictures, tmp_path):
     ("arguments", "words", "code"),
     [
         (["IMAGE"], "there is no text", 2),
-        (["IMAGE", "IMAGE", "a dog"], "is a file, and a text is wanted there", 2),
+        (["IMAGE", "IMAGE", "a dog"], "is a file, but a text belongs there", 2),
         (["IMAGE", " "], "one of the texts is empty", 2),
         (["IMAGE", "dog " * 600], "62 are read at most", 2),
         (["IMAGE", "a dog", "--top", "0"], "--top is 0", 2),
-        (["IMAGE", "a dog", "--template", "photo"], "--template is 'photo', which has no place", 2),
+        (["IMAGE", "a dog", "--template", "photo"], "--template is 'photo', without a place", 2),
         (["IMAGE", "--labels", "FOLDER/none.txt"], "none.txt: cannot be read", 2),
-        (["IMAGE", "--labels", "FOLDER/empty.txt"], "empty.txt: has no label in it", 2),
+        (["IMAGE", "--labels", "FOLDER/empty.txt"], "empty.txt: contains no label", 2),
         (["IMAGE", "--labels", "FOLDER/binary.txt"], "not UTF-8", 2),
         (["FOLDER/none.png", "a dog"], "no such file", 1),
-        (["IMAGE", "a dog", "-m", "miniature"], "name a matching model here", 1),
+        (["IMAGE", "a dog", "-m", "miniature"], "name a matching model", 1),
     ],
 )
 def test_what_cannot_be_compared(run, model, pictures, tmp_path, arguments, words, code):

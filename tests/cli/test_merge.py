@@ -58,14 +58,14 @@ def test_heads_that_share_keys(tmp_path):
 def test_it_is_told_beside_the_model(run, opt_model, matching_model, adapter, tmp_path):
     told = " ".join(run("info", opt_model, "--adapter", f"{adapter}=0.5").output.split())
     assert "LoRA of rank 2, with weight 0.5" in told
-    assert "weights it changes: 3 in the Q-Former, 1 in the image encoder" in told
+    assert "changes 3 in the Q-Former, 1 in the image encoder" in told
     content = json.loads(run("info", opt_model, "--adapter", adapter, "--json").output)
     [found] = content["adapters"]
     change = load_file(adapter / "adapter_model.safetensors")
     assert found["parameters"] == sum(tensor.numel() for tensor in change.values())
     assert found["changes"] == sorted(f"{module}.weight" for module in MODULES)
     assert "the adapter belongs to another model" in run("info", matching_model, "--adapter", adapter).output
-    assert "is not here" in run("info", "Salesforce/blip2-opt-2.7b", "--adapter", adapter).output
+    assert "is not downloaded" in run("info", "Salesforce/blip2-opt-2.7b", "--adapter", adapter).output
 
 
 @pytest.fixture

@@ -61,9 +61,9 @@ def test_without_a_network_what_is_there_will_do(run, asked, opt_model, monkeypa
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("miniature", 1, "miniature comes with the package; there is nothing to download"),
-        ("opt", 2, "opt is no name on the hub, such as Salesforce/blip2-opt-2.7b"),
-        ("tests/cli", 2, "tests/cli is no name on the hub"),
+        ("miniature", 1, "miniature is bundled with the package; there is nothing to download"),
+        ("opt", 2, "opt is not a name on the hub, such as Salesforce/blip2-opt-2.7b"),
+        ("tests/cli", 2, "tests/cli is not a name on the hub"),
     ],
 )
 def test_names_of_nothing_on_the_hub(run, asked, monkeypatch, name, code, words):
@@ -98,7 +98,7 @@ def test_ctrl_c_keeps_what_has_arrived(opt_model, tmp_path):
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
         assert (process.returncode, output) == (130, "")
-        assert errors.endswith("blip2: stopped; what has arrived is kept, and the same command goes on from there\n")
+        assert errors.endswith("blip2: stopped; the downloaded data is kept, and the same command resumes\n")
         fake.cut_after.clear()
         output, errors = start().communicate(timeout=60)
     starts = [asked for file, asked in fake.asked if file == WEIGHTS]

@@ -43,7 +43,7 @@ def test_the_result_stands_alone(run, original, tmp_path, pictures, kind, option
     out = tmp_path / "inner" / "out"
     result = run("quantize", original, out, "--to", kind, *options)
     assert (result.exit_code, result.stdout) == (0, f"{out}\n")
-    assert " became " in result.stderr and result.stderr.count("\n") == 1
+    assert " reduced to " in result.stderr and result.stderr.count("\n") == 1
 
     shutil.rmtree(original)
     loaded = checkpoint.load(out, as_stored=True)
@@ -82,7 +82,7 @@ def test_the_miniature(run, tmp_path):
 def test_matching_models(run, matching_model, tmp_path):
     result = run("quantize", matching_model, tmp_path / "out", "--to", "int8")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "has no language model; --vision quantises its image encoder" in result.stderr
+    assert "has no language model; add --vision to quantise its image encoder" in result.stderr
     assert run("quantize", matching_model, tmp_path / "out", "--to", "int8", "--vision").exit_code == 0
     shown = run("info", tmp_path / "out").stdout
     assert "vision.blocks.*.qkv" in shown and "int8" in shown
@@ -138,7 +138,7 @@ def test_the_source_is_checked_first(run, opt_model, tmp_path, monkeypatch):
 
     source = tmp_path / "source"
     assert run("quantize", opt_model, source, "--to", "int8").exit_code == 0
-    assert told(source) == (1, f"blip2: {source}: is quantised to 8 bits already; quantise the original\n")
+    assert told(source) == (1, f"blip2: {source}: is already quantised to 8 bits; quantise the original\n")
     (source / "config.json").unlink()
     assert told(source)[1].endswith("there is no config.json; is it the folder of a model?\n")
     shutil.copy(opt_model / "config.json", source)
@@ -147,7 +147,7 @@ def test_the_source_is_checked_first(run, opt_model, tmp_path, monkeypatch):
     assert told("/no/such/model")[0] == 1
     assert told(opt_model, "--group-size", 48)[0] == 2
     result = run("quantize", opt_model, tmp_path / "out", "--to", "int8", "--group-size", 32)
-    assert result.exit_code == 2 and "--group-size goes with --to int4" in result.stderr
+    assert result.exit_code == 2 and "--group-size needs --to int4" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -167,4 +167,4 @@ def test_progress_on_a_terminal(tmp_path):
             shown += part
     os.close(ours)
     assert output == f"{tmp_path / 'out'}\n"
-    assert b"MB/s" in shown and b"left:" in shown and b" became " in shown
+    assert b"MB/s" in shown and b"left:" in shown and b" reduced to " in shown

@@ -114,7 +114,7 @@ def test_restval_is_of_train_and_what_is_left_out_is_counted(convert):
     rows, told = convert("karpathy", [KARPATHY], "--split", "train")
     assert [row["image"] for row in rows] == [f"train2014/{COCO}", "val2014/b.jpg"]
     first, *left_out = told.splitlines()
-    assert first == "2 rows about 2 pictures: 3 captions"
+    assert first == "2 rows about 2 images: 3 captions"
     assert left_out[0].startswith("left out: 1, its caption is empty; the first: ")
     assert left_out[0].endswith("0.json: images[1].sentences[1]")
     assert left_out[1].startswith("left out: 1, it belongs to another split") and left_out[1].endswith("images[2]")
@@ -122,7 +122,7 @@ def test_restval_is_of_train_and_what_is_left_out_is_counted(convert):
     _, told = convert("llava", [LLAVA])
     assert "left out: 1, it has no image" in told and "its speakers do not alternate" in told
     _, told = convert("vqav2", [QUESTIONS, ANNOTATIONS])
-    assert "2 rows about 1 pictures: 2 questions" in told and "left out: 1, it is not among the questions" in told
+    assert "2 rows about 1 images: 2 questions" in told and "left out: 1, it is not among the questions" in told
 
 
 def test_rows_by_picture_and_by_text(convert):

@@ -49,14 +49,14 @@ def test_a_port_that_is_taken(run) -> None:
         (["--max-rows", "0"], "--max-rows is 0; use 1 or more"),
         (["--deadline", "-1"], "--deadline is -1"),
         (["--api-key", ""], "an API key is empty"),
-        (["--api-key", "schlüssel"], "--api-key: key has a character that no client can send"),
-        (["--uds", "a.sock", "--port", "8000"], "--uds is instead of an address; leave out --port"),
+        (["--api-key", "schlüssel"], "--api-key: key contains a character that no client can send"),
+        (["--uds", "a.sock", "--port", "8000"], "--uds replaces the address; leave out --port"),
         (["--trust-proxy", "proxy.example"], "--trust-proxy is 'proxy.example'; give an address"),
-        (["--allow-host", "http://a.org"], "--allow-host is 'http://a.org'; give a name alone"),
+        (["--allow-host", "http://a.org"], "--allow-host is 'http://a.org'; give only a name"),
         (["--cors-origin", "a.org"], "--cors-origin is 'a.org'; give a scheme and a host"),
         (["--root-path", "blip2"], "--root-path is 'blip2'; give a path such as /blip2"),
-        (["--replicas", "2"], "--replicas is for several servers behind one port; add --engine ray"),
-        (["--address", "auto"], "--address is for several servers"),
+        (["--replicas", "2"], "--replicas needs --engine ray"),
+        (["--address", "auto"], "--address needs --engine ray"),
         (["--engine", "ray", "--replicas", "0"], "--replicas is 0; use 1 or more"),
         (["--engine", "ray", "--max-rows", "0"], "--max-rows is 0"),
     ],
@@ -100,13 +100,13 @@ def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) 
     assert _keys((), file) == ["one", "two"]
     for text in ("\n", "# none yet\n"):
         file.write_text(text)
-        with pytest.raises(OptionError, match="has no key"):
+        with pytest.raises(OptionError, match="contains no key"):
             _keys((), file)
     file.write_bytes("# of the team\r\none\r\n\r\n  two\t# Anna's\r\nthr#ee\r\n#four".encode("utf-8-sig"))
     assert _keys((), file) == ["one", "two", "thr#ee"]
     for key in ("a b", "é", "a\u200bb", "a\x00b"):
         file.write_text(f"good\n{key}\n", "utf-8")
-        with pytest.raises(OptionError, match="keys: key 2 has a character that no client can send") as error:
+        with pytest.raises(OptionError, match="keys: key 2 contains a character that no client can send") as error:
             _keys((), file)
         assert key not in str(error.value)
     monkeypatch.setenv("BLIP2_API_KEY", "\ufefffive\n# comment\nsix\n")
@@ -120,7 +120,7 @@ def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch) 
 def test_what_is_no_host_is_refused(run, domain):
     result = run("serve", "--allow-images-from", domain)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"blip2: --allow-images-from is {domain!r}; give a host alone")
+    assert result.stderr.startswith(f"blip2: --allow-images-from is {domain!r}; give only a host")
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_a_server_for_everybody_without_a_key_is_warned_of(run, monkeypatch, arg
     monkeypatch.delenv("BLIP2_API_KEY", raising=False)
     monkeypatch.setattr("blip2.serve.run.run", lambda app, listener, **options: None)
     done = run("serve", "--port", "0", *arguments)
-    assert done.exit_code == 0 and ("there is no key; add --api-key-file FILE" in done.stderr) is is_warned
+    assert done.exit_code == 0 and ("no key is set; add --api-key-file FILE" in done.stderr) is is_warned

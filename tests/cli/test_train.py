@@ -101,7 +101,7 @@ def test_several_devices(run, calls, recipe, monkeypatch):
     assert given == [(["train", str(recipe), "--set=out=a b"], 4)] and calls == []
     as_one_of_several(monkeypatch, rank=0)
     result = run("train", recipe, "--devices", 4)
-    assert result.exit_code == 2 and "torchrun has started some already" in result.stderr
+    assert result.exit_code == 2 and "torchrun has already started the processes" in result.stderr
 
 
 def test_one_of_several_is_silent_but_the_first(run, calls, recipe, monkeypatch):

@@ -59,7 +59,7 @@ def test_coco_without_annotations(folder):
 
 def test_coco_whose_pictures_are_elsewhere(folder):
     path = write(folder / "captions.json", {"images": IMAGES, "annotations": CAPTIONS})
-    with pytest.raises(CollectionError, match=r"none of the pictures.*name their folder with images"):
+    with pytest.raises(CollectionError, match=r"none of the images.*name their folder with images"):
         open_source([path])
 
 
@@ -70,7 +70,7 @@ def test_coco_with_twins_and_rubbish(folder):
     path = write(folder / "val/a.json", {"images": [IMAGES[0], 3, {"file_name": "b.jpg"}], "annotations": [3, {}]})
     found = told(open_source([path]))
     assert found.pop("a.jpg") == ""
-    assert [text.split("]: ")[1] for text in found.values()] == ["an image has to have 'id' and 'file_name'"] * 2
+    assert [text.split("]: ")[1] for text in found.values()] == ["an image needs 'id' and 'file_name'"] * 2
 
 
 KARPATHY = {
@@ -125,8 +125,8 @@ def test_kohya(folder):
     assert list(found.items())[:4] == [
         ("a.jpg", "a cat"), ("b.jpg", ""), (str(folder / "val/c.jpg"), "two dogs"), ("d.e.png", "dots")
     ]  # fmt: skip
-    assert "twice.jpg or twice.png; write keys with their suffixes" in twice or "twice.png or twice.jpg" in twice
-    assert "'absent': there is no picture of this name" in absent
+    assert "twice.jpg or twice.png; write keys with suffixes" in twice or "twice.png or twice.jpg" in twice
+    assert "'absent': there is no image of this name" in absent
     first = records(open_source([path], images=str(folder / "val")))[0]
     assert first.columns == {"caption": "a cat", "tags": "cat, 1animal", "image_size": [8, 6]}
 

@@ -178,6 +178,6 @@ def test_what_is_equal(tmp_path, monkeypatch):
 
 def test_what_is_sampled_needs_a_seed(photos):
     options = {"output": str(photos.parent / "all.jsonl"), "dedupe": True, "sample": True, "num_beams": 1}
-    with pytest.raises(OptionError, match="is sampled without a seed differs each time; give seed, or leave out"):
+    with pytest.raises(OptionError, match="sampling without a seed differs each time; give seed, or leave out"):
         captioning(photos, **options)
     assert captioning(photos, seed=3, **options)

@@ -130,7 +130,7 @@ def test_two_actors_of_which_one_is_killed(places, monkeypatch):
 def test_a_picture_that_kills_is_left_when_all_else_is_done(tmp_path):
     source, options = folder(tmp_path)
     (tmp_path / "notes.deadly").touch()
-    with pytest.raises(CollectionError, match=r"3 workers died at it \(it ended with code 9\); all else is done"):
+    with pytest.raises(CollectionError, match=r"3 workers died during it \(it ended with code 9\); the rest is done"):
         begin(tmp_path, source, options, BOTH).run()
     left = {name for name in NAMES if not (source / name).with_suffix(".txt").exists()}
     assert "1_set/13.png" in left and len(left) <= 16
@@ -180,13 +180,13 @@ def test_what_goes_wrong_in_a_worker_is_told_once(tmp_path, capfd):
         ({"devices": "tpu"}, "numbers of GPUs such as 0,1, or cpu,cpu"),
         ({"devices": "0,99"}, "there is no GPU|the last one is"),
         ({"devices": ""}, "numbers of GPUs"),
-        ({"devices": []}, "names none"),
-        ({"devices": "cpu", "engine": "ray"}, "of this machine alone"),
+        ({"devices": []}, "is empty"),
+        ({"devices": "cpu", "engine": "ray"}, "exclude each other"),
         ({"replicas": 2}, "add that, or leave it out"),
         ({"address": "auto"}, "add that, or leave it out"),
-        ({"engine": "spark"}, "may be 'ray'"),
+        ({"engine": "spark"}, "use 'ray'"),
         ({"engine": "ray", "replicas": 0}, "use 1 or more"),
-        ({"devices": "cpu", "limit": 3}, "counts what one model sees"),
+        ({"devices": "cpu", "limit": 3}, "does not work with workers"),
         ({"devices": "cpu", "device": "cuda"}, "exclude each other"),
     ],
 )
@@ -266,14 +266,14 @@ def test_the_unit_of_one_that_died_goes_to_one_that_waits(job):
 def test_a_unit_that_kills_is_left_when_all_else_is_done(job):
     told = [(0, More(True)), (0, Died("no memory"))] * 3 + [(0, More(True)), (0, done(1))]
     workers = Scripted(*told)
-    with pytest.raises(CollectionError, match=r"pictures 1 to 16: 3 workers died at it \(no memory\); all else is"):
+    with pytest.raises(CollectionError, match=r"images 1 to 16: 3 workers died during it \(no memory\); the rest is"):
         dispatch(job, workers, job.units[:2], lambda results: None)
     assert workers.done[-3:] == [("start", 0), (0, (1, False)), "close"]
 
 
 def test_workers_that_die_before_they_begin_end_the_run(job):
     workers = Scripted(*[(0, Died("no memory"))] * 5)
-    with pytest.raises(CollectionError, match=r"3 times before it had anything to do \(no memory\)"):
+    with pytest.raises(CollectionError, match=r"3 times while it started \(no memory\)"):
         dispatch(job, workers, job.units, lambda results: None)
     assert workers.done[-1] == "close"
 

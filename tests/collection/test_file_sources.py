@@ -25,7 +25,7 @@ def test_a_folder_with_sidecars(tmp_path):
     (tmp_path / "b/2.jpg.txt").write_text("whole name")
     found = told(open_source([str(tmp_path)], caption_suffix=".txt"))
     assert found.pop("4.jpg").startswith(f"!{tmp_path}/4.txt: cannot be read (is not UTF-16 text")
-    assert found.pop("5.jpg").startswith(f"!{tmp_path}/5.txt: cannot be read (Is a directory); mend or remove it")
+    assert found.pop("5.jpg").startswith(f"!{tmp_path}/5.txt: cannot be read (Is a directory); fix or remove it")
     assert found == {"1.jpg": "one line", "3.jpg": "", "a.b.png": "dots", "b/2.jpg": ""}
     found = told(open_source([str(tmp_path)], caption_suffix=".txt", keeps_suffix=True))
     assert found["b/2.jpg"] == "whole name"
@@ -64,7 +64,7 @@ def test_patterns(tmp_path):
     everything = ["x/a.jpg", "x/b.png", "y/[1].jpg", "y/deep/c.jpg"]
     assert [*told(open_source([f"{tmp_path}/*"]))] == everything  # folders that fit are looked into
     assert [*told(open_source([f"{tmp_path}/y/*"]))] == ["[1].jpg", "deep/c.jpg"]
-    with pytest.raises(CollectionError, match="fits no file"):
+    with pytest.raises(CollectionError, match="matches no file"):
         keys("*.gif")
 
 
@@ -167,8 +167,8 @@ def test_imagefolder_metadata_at_any_depth(tmp_path, suffix):
     source = open_source([str(tmp_path)])
     assert told(source) == {"a.jpg": "None", "sub/b.jpg": "None"}
     assert [line.split(": ")[1] for line in source.problems] == [
-        f"{tmp_path}/no-a.jpg is not there; bring it back, or remove the row",
-        f"{tmp_path}/sub/no-b.jpg is not there; bring it back, or remove the row",
+        f"{tmp_path}/no-a.jpg is missing; restore it, or remove the row",
+        f"{tmp_path}/sub/no-b.jpg is missing; restore it, or remove the row",
     ]
     assert open_source([str(tmp_path)], exclude=["b.jpg", "metadata.*"]).problems == []
     assert len(open_source([str(tmp_path)], exclude=["b.jpg"]).problems) == 2
@@ -185,11 +185,11 @@ def test_imagefolder_rules(tmp_path):
     assert len(source.problems) == 5
     assert all(f"metadata.jsonl:{number}: " in line for number, line in enumerate(source.problems, start=2))
     (tmp_path / "d/metadata.csv").write_text("file_name,text\na.jpg,two\n")
-    with pytest.raises(CollectionError, match="both tell of the pictures"):
+    with pytest.raises(CollectionError, match="both describe the images"):
         open_source([str(tmp_path / "d")])
     assert told(open_source([str(tmp_path / "d")], exclude=["*.jsonl"])) == {"a.jpg": "two"}
     (tmp_path / "d/metadata.csv").write_text("file_name,text\na.jpg,two\na.jpg,three\n")
-    with pytest.raises(CollectionError, match=r"metadata.csv:2 and .*metadata.csv:3 both tell of"):
+    with pytest.raises(CollectionError, match=r"metadata.csv:2 and .*metadata.csv:3 both describe"):
         open_source([str(tmp_path / "d")], exclude=["*.jsonl"])
     (tmp_path / "d/metadata.csv").write_text("camera,lens\nx,y\n")  # of something else
     assert told(open_source([str(tmp_path / "d")])) == {"a.jpg": "one"}
@@ -235,9 +235,9 @@ def test_other_processes_get_the_same(tmp_path):
 
 def test_files_that_are_nothing(tmp_path):
     for name, content, what in (
-        ("a.gz", b"\x1f\x8b123", "is packed, and no tar file"), ("a.jsonl", b"", "is empty"),
+        ("a.gz", b"\x1f\x8b123", "is compressed, but not a tar file"), ("a.jsonl", b"", "is empty"),
         ("a.tar", b"x" * 600, "cannot be read as a tar file"), ("a.parquet", b"PAR1", "cannot be read"),
-        ("a.json", b"hello", "is no json file"), ("b.csv", b"x\n", "is known to hold pictures"),
+        ("a.json", b"hello", "is not a json file"), ("b.csv", b"x\n", "is known to hold images"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CollectionError, match=what):

@@ -219,7 +219,7 @@ def test_a_start_that_came_to_nothing_blocks_no_other_command(photos, undisturbe
         do(photos, Model(stops_at=0), prefix="sks, ")
     do(photos, Model())
     assert written(photos) == undisturbed
-    with pytest.raises(CollectionError, match="begun by another command"):
+    with pytest.raises(CollectionError, match="started by another command"):
         do(photos, Model(), prefix="sks, ")
 
 
@@ -246,7 +246,7 @@ def test_what_it_found_of_a_model_is_forgotten(tmp_path):
 
 def test_a_part_that_is_at_work_has_come_to_something(photos):
     request = Request.of([str(photos)], {"sidecar": ".txt", "shard": (1, 2)})
-    with planned(request).begun(), pytest.raises(CollectionError, match="begun by another command"):
+    with planned(request).begun(), pytest.raises(CollectionError, match="started by another command"):
         do(photos, Model(), output="", shard=(2, 2), prefix="sks, ")
     do(photos, Model(), output="", shard=(2, 2), prefix="sks, ")
 
@@ -256,7 +256,7 @@ def test_what_a_person_put_in_the_place_of_an_output_after_a_failed_start(photos
         do(photos, Model(stops_at=0), output=str(photos.parent / "all.jsonl"))
     (photos.parent / "all.jsonl").write_text("mine")
     for restart in (False, True):
-        with pytest.raises(CollectionError, match="is there already, and no run of this command made it"):
+        with pytest.raises(CollectionError, match="exists, and was not made by this command"):
             do(photos, Model(), output=str(photos.parent / "all.jsonl"), restart=restart)
     assert (photos.parent / "all.jsonl").read_text() == "mine"
 
@@ -265,7 +265,7 @@ def test_an_output_that_a_person_changed_is_kept(photos):
     do(photos, Model())
     table = photos / "metadata.jsonl"
     table.write_text(table.read_text().replace("a 00.png", "my own words"))
-    with pytest.raises(CollectionError, match="was changed since it was written"):
+    with pytest.raises(CollectionError, match="has changed since it was written"):
         do(photos, Model())
     assert "my own words" in table.read_text()
     model = Model()
@@ -297,7 +297,7 @@ def test_two_runs_on_one_output_notice_each_other(photos):
     try:
         assert begun.wait(20)
         for shard in (None, (1, 2)):
-            with pytest.raises(CollectionError, match="another run is at work"):
+            with pytest.raises(CollectionError, match="another run is writing"):
                 do(photos, Model(), shard=shard)
     finally:
         end.set()

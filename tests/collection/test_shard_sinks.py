@@ -183,7 +183,7 @@ def test_a_folder_is_packed(tmp_path, monkeypatch):
     [
         (["other/00003.tar"], "out", "00003.tar"),
         ([], "in", "the source itself"),
-        ([], "d/a.jpg/out", "no folder"),
+        ([], "d/a.jpg/out", "not a folder"),
     ],
 )
 def test_told_before(tmp_path, shard, others, output, told):

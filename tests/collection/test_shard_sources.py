@@ -95,19 +95,19 @@ def test_names(tmp_path):
 
 def test_dots_that_merge_pictures_are_told(tmp_path):
     path = tar(tmp_path / "a.tar", {"IMG.1.jpg": jpeg(1), "IMG.2.jpg": jpeg(2)})
-    with pytest.raises(CollectionError, match=r"IMG: has several pictures \(1.jpg, 2.jpg\); name the one"):
+    with pytest.raises(CollectionError, match=r"IMG: has several images \(1.jpg, 2.jpg\); name the right one"):
         open_source([str(path)])
     tar(path, {"IMG.1.jpg": jpeg(1), "IMG.2.jpg": jpeg(2), "b.jpg": jpeg(3)})
     found = told(open_source([str(path)]))
     assert found["b"] == ""
-    assert "several pictures" in found["IMG"]
+    assert "several images" in found["IMG"]
     assert records(open_source([str(path)], image_column="jpg"))[1].picture == jpeg(3)
 
 
 def test_fields_are_chosen(tmp_path):
     members = {"a.jpg": jpeg(1), "a.mask.png": jpeg(2, "PNG"), "a.png": jpeg(3, "PNG"), "a.orig.txt": b"x"}
     path = tar(tmp_path / "a.tar", members)
-    with pytest.raises(CollectionError, match="several pictures"):
+    with pytest.raises(CollectionError, match="several images"):
         open_source([str(path)])
     [record] = records(open_source([str(path)], image_column="mask.png", caption_column="orig.txt"))
     assert (record.picture, record.text) == (jpeg(2, "PNG"), "x")
@@ -121,15 +121,15 @@ def test_texts(tmp_path):
     assert found == {
         "a": "from json",
         "b": f"!{path}: b: the text is not UTF-8",
-        "c": f"!{path}: c: 'json' is no object",
+        "c": f"!{path}: c: 'json' is not an object",
         "d": "",
-        "e": f"!{path}: e: has no picture, but txt",
+        "e": f"!{path}: e: has no image, but txt",
     }
 
 
 def test_members_apart_are_an_error_that_names_the_remedy(tmp_path):
     path = tar(tmp_path / "a.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "a.txt": b"one"})
-    with pytest.raises(CollectionError, match=r"'a' do not stand side by side.*--sort=name"):
+    with pytest.raises(CollectionError, match=r"'a' are not adjacent.*--sort=name"):
         open_source([str(path)])
     first = tar(tmp_path / "0.tar", {"a.jpg": jpeg(1)})
     source = open_source([str(first), str(path)])
@@ -167,7 +167,7 @@ def test_what_is_no_file_is_refused_before_anything_is_opened(tmp_path, monkeypa
 
 def test_a_pipe_with_the_name_of_a_shard(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(CollectionError, match="is no file"):
+    with pytest.raises(CollectionError, match="is not a regular file"):
         open_source([str(tmp_path / "a.tar")])
 
 
@@ -179,7 +179,7 @@ def test_cut_off(tmp_path):
     assert list(told(open_source([str(path)])).items())[:2] == [("0", "t"), ("1", "t")]
     last = records(open_source([str(path)]))[2:]
     assert [record.key for record in last] == ["2", "a.tar"]
-    assert all("get or make it again" in record.problem and record.picture is None for record in last)
+    assert all("download or pack it again" in record.problem and record.picture is None for record in last)
 
 
 def test_joined_tars_are_told(tmp_path):

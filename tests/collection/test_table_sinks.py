@@ -156,9 +156,9 @@ def never_seen(record):
 
 def test_coco_twice_or_never(tmp_path):
     both = drawn(tmp_path, "1.jpg", "1.png")
-    with pytest.raises(CollectionError, match=r"1\.jpg and .*1\.png have one number, 1"):
+    with pytest.raises(CollectionError, match=r"1\.jpg and .*1\.png have the same image id 1"):
         captioned(both, Outputs(output=str(tmp_path / "x.json"), format="coco"))
-    with pytest.raises(CollectionError, match="no picture has a caption"):
+    with pytest.raises(CollectionError, match="no image has a caption"):
         captioned(drawn(tmp_path, "7.jpg"), Outputs(output=str(tmp_path / "y.json"), format="coco"), never_seen)
 
 
@@ -214,7 +214,7 @@ def test_parquet_a_unit(tmp_path):
         ({"output": "out"}, OptionError, "webdataset"),
         ({"output": "x.csv", "with_images": True}, OptionError, "parquet"),
         ({"output": "there.csv"}, CollectionError, "--if-exists overwrite"),
-        ({"output": "there.csv/x.csv"}, CollectionError, "no folder"),
+        ({"output": "there.csv/x.csv"}, CollectionError, "not a folder"),
         ({"output": f"{'x' * 260}.csv"}, CollectionError, "264 bytes"),
         ({"output": "elsewhere/metadata.jsonl"}, CollectionError, "--format jsonl"),
         ({"output": "photos/metadata.jsonl"}, CollectionError, "metadata.parquet"),

@@ -37,7 +37,7 @@ PROGRAMS = {"cpu": CPU, "gpu": GPU, "gpu, float16": HALF, "gpu, int8": INT8}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.filterwarnings("ignore:float16 is not computed on a CPU")
+@pytest.mark.filterwarnings("ignore:float16 is not supported on a CPU")
 def test_program(program, any_model, pictures, monkeypatch, capsys):
     code = PROGRAMS[program].replace("from transformers", "from blip2")
     code = code.replace("Salesforce/blip2-flan-t5-xxl", str(any_model))

@@ -98,7 +98,7 @@ def test_the_precision_that_the_file_names(asked, opt_model, tmp_path, monkeypat
 
 
 def test_float16_on_a_cpu_is_bfloat16_and_says_so(opt_model):
-    with pytest.warns(UserWarning, match="float16 is not computed on a CPU"):
+    with pytest.warns(UserWarning, match="float16 is not supported on a CPU"):
         model = Blip2ForConditionalGeneration.from_pretrained(opt_model, torch_dtype=torch.float16)
     assert model.dtype == torch.bfloat16
     pixels = torch.rand(1, 3, 32, 32).half()
@@ -188,11 +188,11 @@ def test_the_usual_arguments(opt_model, options):
     [
         ({"variant": "fp16"}, "give dtype"),
         ({"proxies": {"https": "x"}}, "HTTPS_PROXY"),
-        ({"attn_implementation": "fast"}, "'fast'; it may be one of eager"),
+        ({"attn_implementation": "fast"}, "'fast'; use eager"),
         ({"max_memory": {"cpu": "1KB"}}, "max_memory is 0.00 GB for cpu"),
         ({"max_memory": {"cpu": "much"}}, "'much'; give it as \"5GB\""),
         ({"from_tf": True}, "safetensors"),
-        ({"state_dict": {}, "device_map": "auto"}, "device_map is not heeded"),
+        ({"state_dict": {}, "device_map": "auto"}, "device_map has no effect"),
     ],
 )
 def test_what_would_mislead_is_refused(opt_model, options, message):
@@ -277,7 +277,7 @@ def test_elsewhere_than_in_the_usual_cache(opt_model, tmp_path, monkeypatch):
         ({"safe_serialization": False}, "saved as safetensors"),
         ({"push_to_hub": True}, "hf upload"),
         ({"max_shard_size": "large"}, "'large'; give it as"),
-        ({"variant": "fp16"}, "one name each"),
+        ({"variant": "fp16"}, "variants of files"),
     ],
 )
 def test_how_a_model_is_saved(opt_model, tmp_path, options, message):

@@ -184,11 +184,11 @@ def test_hooks_are_where_the_values_pass(model, inputs):
     attention = attention_of(model)[0]
     with pytest.raises(OptionError, match="hook the layers in it"):
         model.vision_model.encoder.register_forward_hook(print)
-    with pytest.raises(OptionError, match="is not called"):
+    with pytest.raises(OptionError, match="cannot be called"):
         attention(seen[0])
     with pytest.raises(OptionError, match="replace the layers in it"):
         model.vision_model.encoder = nn.Identity()
-    with pytest.raises(OptionError, match="cannot be exchanged"):
+    with pytest.raises(OptionError, match="cannot be replaced"):
         model.vision_model.encoder.layers[0] = nn.Identity()
 
 

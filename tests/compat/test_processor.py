@@ -165,15 +165,15 @@ def test_values_of_0_to_1_that_are_scaled_once_more_are_told(processor):
 
 def test_what_a_processor_does_not_do_says_what_to_do(processor, tmp_path):
     for call, words in (
-        (lambda: processor.apply_chat_template([{"role": "user", "content": "hi"}]), "write the text yourself"),
+        (lambda: processor.apply_chat_template([{"role": "user", "content": "hi"}]), "write the prompt yourself"),
         (lambda: processor.push_to_hub("me/model"), "hf upload"),
         (lambda: processor.save_pretrained(tmp_path, push_to_hub=True), "hf upload"),
         (lambda: setattr(processor.tokenizer, "pad_token", "[PAD2]"), "add it first"),
         (lambda: processor.tokenizer("a", text_pair="b"), "text_pair is 'b'"),
-        (lambda: processor(tiny.picture(1), "a", do_center_crop=True), "resized whole"),
+        (lambda: processor(tiny.picture(1), "a", do_center_crop=True), "resized as a whole"),
         (lambda: processor(tiny.picture(1), "a", size={"longest_edge": 5}), "size is"),
         (lambda: processor(text="a", padding=True, text_kwargs={"padding": False}), "padding is given twice"),
-        (lambda: processor(np.zeros((2, 9, 9, 3), np.uint8).tolist()), "not a picture"),
+        (lambda: processor(np.zeros((2, 9, 9, 3), np.uint8).tolist()), "not an image"),
         (lambda: setattr(processor.tokenizer, "padding_side", "middle"), "padding_side is 'middle'"),
         (lambda: Blip2Processor(tiny.picture(1), processor.tokenizer), "give a BlipImageProcessor"),
     ):
@@ -197,7 +197,7 @@ def test_tokens_are_added(any_model, tmp_path):
     inputs = processor(tiny.picture(1), "a", return_tensors="pt")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     inputs.input_ids[0, -1] = vocabulary
-    with pytest.raises(OptionError, match=f"hold {vocabulary}, this model has {vocabulary} tokens"):
+    with pytest.raises(OptionError, match=f"contain {vocabulary}, this model has {vocabulary} tokens"):
         model.generate(**inputs)
     model.resize_token_embeddings(vocabulary + 2)
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > 3
@@ -245,7 +245,7 @@ def test_what_is_saved_is_read_again(processor, any_model, tmp_path):
         ({"text": "a", "return_tensors": "tf"}, "return_tensors is 'tf'"),
         ({"text": "a", "padding": "left"}, "padding is 'left'"),
         ({"text": "a", "padding": "max_length"}, "no max_length"),
-        ({"images": tiny.picture(1), "text": "a", "max_length": QUERIES}, "no room for text"),
+        ({"images": tiny.picture(1), "text": "a", "max_length": QUERIES}, "leaves no text"),
     ],
 )
 def test_what_is_refused(processor, arguments, message):

@@ -87,7 +87,7 @@ def test_what_would_cut_a_text_or_leave_out_an_image(model, newer, inputs):
         model(inputs.pixel_values, inputs.input_ids, inputs.attention_mask[:1])
     with pytest.raises(OptionError, match="has no text"):
         model(inputs.pixel_values, inputs.input_ids, torch.zeros_like(inputs.input_ids))
-    with pytest.raises(OptionError, match="hold 500"):
+    with pytest.raises(OptionError, match="contain 500"):
         model(inputs.pixel_values, torch.full_like(inputs.input_ids, 500))
 
 

@@ -149,7 +149,7 @@ def test_options_that_do_not_fit(tmp_path):
     assert "needs a matching model" in refused("coco-retrieval", tmp_path, out, model="miniature")
     assert "no such folder" in refused("vqav2", tmp_path, out, model=str(tmp_path / "gone"))
     assert "no option num_beam" in refused("vqav2", tmp_path, out, num_beam=2)
-    assert "means nothing with choices" in _choices(tmp_path)
+    assert "has no effect with choices" in _choices(tmp_path)
 
 
 def _choices(folder):

@@ -114,8 +114,8 @@ def test_heic_that_a_program_has_registered_is_read_by_that(monkeypatch):
         (b"%PDF-1.7", "PDF"),
         (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "camera's raw"),
         (b"FUJIFILMCCD-RAW 0201", "camera's raw"),
-        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "film"),
-        (b"\x1a\x45\xdf\xa3\x9f", "film"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "video"),
+        (b"\x1a\x45\xdf\xa3\x9f", "video"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html><head>", "web page"),
         (b"\n<HTML>", "web page"),
@@ -157,10 +157,10 @@ def test_a_pipe_is_read_and_waited_for_only_where_somebody_writes(tmp_path):
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     started = time.monotonic()
-    with pytest.raises(ImageError, match=r"pipe\.png: a pipe into which nobody writes"):
+    with pytest.raises(ImageError, match=r"pipe\.png: a pipe without a writer"):
         load_image(pipe)
     held = os.open(pipe, os.O_RDWR)
-    with pytest.raises(ImageError, match=r"nothing came for 0\.1 s"):
+    with pytest.raises(ImageError, match=r"without data for 0\.1 s"):
         load_image(pipe, timeout_s=0.1)
     assert time.monotonic() - started < 5
 
@@ -182,7 +182,7 @@ def test_devices_and_links_to_nothing(tmp_path):
     with pytest.raises(ImageError, match="/dev/zero: a device"):
         load_image("/dev/zero")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(ImageError, match=r"gone\.png: a link to what is not there"):
+    with pytest.raises(ImageError, match=r"gone\.png: a broken link"):
         load_image(tmp_path / "gone.png")
 
 
@@ -251,7 +251,7 @@ def test_a_thousand_packed_texts_are_not_unpacked_a_thousand_times(monkeypatch):
 def test_pictures_of_telephones_pass():
     """200 megapixels, of which only the header is there: it is not the number of pixels that is complained about."""
     header = struct.pack(">IIBBBBB", 16320, 12240, 8, 2, 0, 0, 0)
-    with pytest.raises(ImageError, match="damaged or cut short"):
+    with pytest.raises(ImageError, match="damaged or truncated"):
         load_image(PNG[:8] + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
 
 
@@ -362,7 +362,7 @@ def test_a_line_longer_than_memory_is_an_error_of_this_picture():
 
     header = struct.pack(">IIBBBBB", 200_000_000, 1, 8, 2, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    with pytest.raises(ImageError, match="takes more memory than there is"):
+    with pytest.raises(ImageError, match="needs more memory than there is"):
         load_image(content)
 
 

@@ -92,11 +92,11 @@ def test_it_is_known_by_its_beginning(made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path, content: path.write_bytes(content[:-1]), "cut short"),
-        (lambda path, content: path.write_bytes(content[:30]), "cut short"),
-        (lambda path, content: path.write_bytes(b""), "no index of pictures"),
-        (lambda path, content: path.write_bytes(b"\xff" * 1000), "no index of pictures"),
-        (lambda path, content: save_file({"vectors": torch.zeros(3)}, path), "another safetensors file"),
+        (lambda path, content: path.write_bytes(content[:-1]), "truncated"),
+        (lambda path, content: path.write_bytes(content[:30]), "truncated"),
+        (lambda path, content: path.write_bytes(b""), "not an index of images"),
+        (lambda path, content: path.write_bytes(b"\xff" * 1000), "not an index of images"),
+        (lambda path, content: save_file({"vectors": torch.zeros(3)}, path), "a safetensors file, but not"),
         (lambda path, content: path.write_bytes(content.replace(b'"version": "1"', b'"version": "2"')), "format 2"),
         (lambda path, content: path.write_bytes(content.replace(b"1.png", b"8.png")), "is damaged"),
         (lambda path, content: path.write_bytes(content.replace(b"some/model", b"same/model")), "is damaged"),

@@ -130,7 +130,7 @@ def test_a_folder_whose_name_begins_alike_is_another(index, photos, matcher):
 
 def test_hidden_files_links_to_folders_and_other_files_are_passed_over(index, photos, matcher):
     shutil.copy(photos / "picture000.png", photos / ".hidden.png")
-    (photos / "notes.txt").write_text("no picture")
+    (photos / "notes.txt").write_text("no image")
     (photos / "loop").symlink_to(photos, target_is_directory=True)
     assert blip2.Index.update(index, photos, matcher).total == 8
 
@@ -182,7 +182,7 @@ def test_one_place_that_is_not_there_does_not_stop_the_others(index, photos, mat
     assert found == Changes(3, 0, 0, 0, 6)
     assert [problem.split(": ")[1] for problem in problems] == ["no such file or folder; check the path"] * 2
     assert notes == ["passed over in folders: 1 other file (1 .txt)"]
-    with pytest.raises(IndexFileError, match=r"no such file or folder.*the index is left as it was"):
+    with pytest.raises(IndexFileError, match=r"no such file or folder.*the index is unchanged"):
         blip2.Index.update(index, [photos / "within"], matcher)
 
 
@@ -386,7 +386,7 @@ def test_another_kind(index, photos, matcher, blip):
     blip2.Index.update(index, photos, matcher)
     with pytest.raises(IndexFileError, match="is an index to search, not to ask"):
         blip2.Index.update(index, photos, blip)
-    with pytest.raises(OptionError, match="no model to make an index for ask"):
+    with pytest.raises(OptionError, match="cannot make an index for ask"):
         update(index.with_name("other.index"), [photos], lambda name, kind: matcher, kind="ask")
     with pytest.raises(OptionError, match="kind is 'find'"):
         update(index, [photos], never, kind="find")
@@ -401,7 +401,7 @@ def test_an_empty_folder_forgets_nothing(index, photos, matcher, tmp_path):
             path.unlink()
     with pytest.raises(IndexFileError, match="there are no pictures in this folder") as error:
         update(index, [photos], never)
-    assert "left as it was" in told(error)
+    assert "unchanged" in told(error)
     with pytest.raises(IndexFileError, match="no such file or folder"):
         update(index, [photos / "missing"], never)
     with pytest.raises(IndexFileError, match="name at least one"):
@@ -412,7 +412,7 @@ def test_an_empty_folder_forgets_nothing(index, photos, matcher, tmp_path):
 def test_nothing_that_can_be_read(index, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
     problems = []
-    with pytest.raises(IndexFileError, match="none of the pictures can be read"):
+    with pytest.raises(IndexFileError, match="none of the images can be read"):
         update(index, [tmp_path], never, on_problem=problems.append)
     assert len(problems) == 1
     assert not index.exists() and not index.with_name("photos.index.unfinished").exists()
@@ -421,7 +421,7 @@ def test_nothing_that_can_be_read(index, tmp_path):
 def test_what_is_there_is_no_index(index, photos):
     for content in (b"", b"garbage" * 100, tiny.CORPUS[0].encode()):
         index.write_bytes(content)
-        with pytest.raises(IndexFileError, match="no index of pictures") as error:
+        with pytest.raises(IndexFileError, match="not an index of images") as error:
             update(index, [photos], never)
         assert str(index) in told(error)
         assert index.read_bytes() == content
@@ -450,7 +450,7 @@ def test_a_full_disk(index, photos, matcher, small_shards):
             blip2.Index.update(index, photos, matcher)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "make room" in told(error)
+    assert "free some space" in told(error)
     assert index.read_bytes() == before
     counts = []
     assert blip2.Index.update(index, photos, matcher, on_progress=lambda *call: counts.append(call)).total == 8
@@ -458,7 +458,7 @@ def test_a_full_disk(index, photos, matcher, small_shards):
 
 
 def test_two_at_once(index, photos, matcher):
-    with held(index), pytest.raises(IndexFileError, match="another run is at work") as error:
+    with held(index), pytest.raises(IndexFileError, match="another run is writing") as error:
         blip2.Index.update(index, photos, matcher)
     assert str(index) in told(error)
     assert blip2.Index.update(index, photos, matcher).total == 8

@@ -194,9 +194,9 @@ def test_gradients_reach_the_text_branch(published):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qformer_input_ids": None}, "qformer_input_ids are not given"),
+        ({"qformer_input_ids": None}, "qformer_input_ids are missing"),
         ({"qformer_attention_mask": torch.ones(1, 2)}, r"qformer_attention_mask is \[1, 2\]"),
-        ({"qformer_input_ids": torch.tensor([[999]]), "qformer_attention_mask": None}, "hold 999, this Q-Former has"),
+        ({"qformer_input_ids": torch.tensor([[999]]), "qformer_attention_mask": None}, "contain 999, this Q-Former"),
         ({"qformer_input_ids": torch.ones(3, 5).long(), "qformer_attention_mask": None}, "do not pair up"),
     ],
 )

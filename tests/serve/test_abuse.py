@@ -392,7 +392,7 @@ MALFORMED: dict[str, Callable[[random.Random], Send]] = {
     "broken base64": broken_base64,
     "cut PNG": lambda chance: with_picture(chance, cut(chance, PICTURES[2].read_bytes()), 400, 415),
     "cut JPEG": lambda chance: with_picture(chance, cut(chance, encoded("JPEG", quality=80)), 400, 415),
-    "no picture": lambda chance: with_picture(chance, chance.randbytes(chance.randint(1, 500)), 415, 400),
+    "no image": lambda chance: with_picture(chance, chance.randbytes(chance.randint(1, 500)), 415, 400),
     "bomb": bomb,
     "absurd size": lambda chance: with_picture(
         chance, png(*chance.choice([(0, 0), (0, 5), (10**5, 10**5), (2**31 - 1, 1), (1, 50_000_001)])), 400, 413, 415

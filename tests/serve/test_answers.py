@@ -133,7 +133,7 @@ def test_only_a_text_that_could_have_been_asked_for_is_explained(tiny_models, fi
         asked = {"image": data_url(PICTURES[0])} | ({"question": "is it red?"} if field == "answer" else {})
         told = server.http.post("/explain", json={**asked, field: "a b c d e f g h i j"})
         assert told.status_code == 400 and told.json()["error"]["param"] == field
-        assert "at most 8 are explained" in told.json()["error"]["message"]
+        assert "the limit is 8" in told.json()["error"]["message"]
         told = server.http.post("/explain", json={**asked, "question": "is it red? " * 20})
         assert told.status_code == 400 and told.json()["error"]["code"] == "prompt_too_long"
 

@@ -101,7 +101,7 @@ def test_logprobs_are_those_of_the_model(client, models) -> None:
     streamed = [entry for chunk in stream if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
     assert [entry.token for entry in streamed] == [entry.token for entry in content]
     assert np.allclose([entry.logprob for entry in streamed], [entry.logprob for entry in content], atol=1e-4)
-    with pytest.raises(openai.BadRequestError, match="logprobs go with one token at a time"):
+    with pytest.raises(openai.BadRequestError, match="logprobs are not available with beam search"):
         client.chat.completions.create(
             model="miniature", messages=[user("", PICTURES[0])], logprobs=True, extra_body={"num_beams": 3}
         )

@@ -149,9 +149,9 @@ def test_pictures_as_other_programs_send_them() -> None:
 def test_a_picture_that_is_sent_with_each_turn_is_one_picture() -> None:
     turns = [said("user", A, "what?"), said("assistant", "a dog")] * 50
     assert len(read([*turns, said("user", A, "sure?")], Limits(max_images=1)).history) == 50
-    with pytest.raises(ApiError, match="more than 2,000 pictures"):
+    with pytest.raises(ApiError, match="more than 2,000 images"):
         read([said("user", *[A] * 2001)], Limits())
-    with pytest.raises(ApiError, match="more than 1 pictures"):
+    with pytest.raises(ApiError, match="more than 1 images"):
         read([*turns, said("user", B)], Limits(max_images=1))
 
 

@@ -77,15 +77,15 @@ def test_values_that_mean_that_nothing_was_said(route, name) -> None:
         (CHAT, "maxTokens", "did you mean 'max_tokens'?"), (CHAT, "topp", "did you mean 'top_p'?"),
         (CHAT, "responseFormat", "did you mean 'response_format'?"), (CHAT, "messges", "did you mean 'messages'?"),
         (CHAT, "choices", "/ask has it"), (CHAT, "choice", "did you mean 'choices'? (/ask has it)"),
-        (CHAT, "question", "what is asked is the text of a message"), (CHAT, "image", "an image_url part of a message"),
-        (CHAT, "input", f"{EMBEDDINGS} has it"), (EMBEDDINGS, "texts", "texts stand in input"),
+        (CHAT, "question", "put the question into a message"), (CHAT, "image", "an image_url part of a message"),
+        (CHAT, "input", f"{EMBEDDINGS} has it"), (EMBEDDINGS, "texts", "put texts into input"),
         (EMBEDDINGS, "dimension", "did you mean 'dimensions'?"), (EMBEDDINGS, "image", 'as {"image": "data:image'),
     ],
 )  # fmt: skip
 def test_a_field_that_nobody_knows_is_refused_with_the_nearest(route, name, words) -> None:
     error = told(route, {**GOOD[route], name: 1})
     assert (error.status, error.code, error.param) == (400, "unknown_field", name)
-    assert error.message == f"there is no field {name!r} at {route}; {words}" or words in error.message
+    assert error.message == f"{route} has no field {name!r}; {words}" or words in error.message
 
 
 def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> None:
@@ -114,16 +114,16 @@ def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> 
         (CHAT, messages([{"type": "text"}]), "messages[0].content[0].text: give a text"),
         (CHAT, messages([{"type": "text", "text": 5}]), "messages[0].content[0].text: give a text"),
         (CHAT, messages([{"type": "video_url"}]),
-         "messages[0].content[0].type: there are no parts of this type, 'video_url'"),
+         "messages[0].content[0].type: unknown part type 'video_url'"),
         (CHAT, messages(["x"]), "messages[0].content[0]: give an object, {...}"),
         (CHAT, messages(5), "messages[0].content: give a text, or a list of parts"),
         (CHAT, messages(None), "messages[0].content: give a text, or a list of parts"),
         (CHAT, {"messages": [{"role": "user", "contnet": "x"}]},
          "messages[0].content: give a text, or a list of parts"),
         (CHAT, {"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role: give 'system', 'developer', 'user'"),
-        (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role is missing; say 'user'"),
+        (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role is missing; give 'user'"),
         (CHAT, {"messages": [{"role": "user", "content": "x", "image": IMAGE}]},
-         "messages[0].image: a picture stands in"),
+         "messages[0].image: the content holds an image"),
         (CHAT, {**GOOD[CHAT], "stream_options": {"include_usages": True}},
          "there is no field 'include_usages' of stream_options; did you mean 'include_usage'?"),
         (CHAT, {**GOOD[CHAT], **{f"x{number}": 1 for number in range(400)}}, "the body has 401 fields; at most 300"),
@@ -132,9 +132,9 @@ def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> 
         (CHAT, {}, "messages is missing; give a list of messages"),
         (CHAT, [], "the body is a list; send JSON such as"),
         (CHAT, messages(f"what is this? {IMAGE}"),
-         "messages[0].content: there is a picture where a text belongs; send it as"),
+         "messages[0].content: an image stands where a text belongs; send it as"),
         (CHAT, messages([{"type": "text", "text": f"![]({IMAGE})"}]),
-         "messages[0].content[0].text: there is a picture"),
+         "messages[0].content[0].text: an image stands"),
         (CHAT, {**GOOD[CHAT], "stop": [""]}, "stop[0]: it is empty"),
         (CHAT, {**GOOD[CHAT], "stop": 5}, "stop: give a text, or a list of texts"),
         (CHAT, {**GOOD[CHAT], "stream": "x"}, "stream: give true or false"),
@@ -147,23 +147,23 @@ def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> 
         (CHAT, {**GOOD[CHAT], "early_stopping": "soon"}, "early_stopping: give true, false or 'never'"),
         (CHAT, {**GOOD[CHAT], "model": 5}, "model: give a text"),
         (EMBEDDINGS, {"input": [[2028, 374]]},
-         "input: these are token ids, of another model's tokenizer; send the texts"),
+         "input: these are token ids of another model's tokenizer; send the texts"),
         (EMBEDDINGS, {"input": [2028, 374]}, "input: these are token ids"),
         (EMBEDDINGS, {"input": []}, "input: it is empty; give at least one"),
         (EMBEDDINGS, {"input": ""}, "input: it is empty; write something"),
         (EMBEDDINGS, {"input": [{"image": IMAGE}, " "]}, "input[1]: it is empty; write something"),
-        (EMBEDDINGS, {"input": ["a", "x" * 99_999]}, "input[1] has 99999 characters; at most 2048 tokens are read"),
+        (EMBEDDINGS, {"input": ["a", "x" * 99_999]}, "input[1] has 99999 characters; the limit is 2048 tokens"),
         (EMBEDDINGS, {"input": 5}, "input: give a text, or a list of texts"),
         (EMBEDDINGS, {"input": ["a", None]}, 'input[1]: give a text, or {"image": '),
         (EMBEDDINGS, {"input": [{"img": IMAGE}]}, "input[0].image is missing; give data"),
-        (EMBEDDINGS, {"input": ["a", IMAGE]}, "input[1]: there is a picture where a text belongs; send it as"),
+        (EMBEDDINGS, {"input": ["a", IMAGE]}, "input[1]: an image stands where a text belongs; send it as"),
         (EMBEDDINGS, {"input": "a", "encoding_format": "hex"}, "encoding_format: give 'float' or 'base64'"),
         ("/ask", {"image": IMAGE, "question": IMAGE},
-         "question: there is a picture where a text belongs; send it in the field"),
+         "question: an image stands where a text belongs; send it in the field"),
         ("/ask", {**GOOD["/ask"], "choices": "a,,b"}, "choices[1]: it is empty"),
-        ("/ask", {"image": IMAGE}, "question is missing; ask something"),
+        ("/ask", {"image": IMAGE}, "question is missing; give a question"),
         ("/ask", {**GOOD["/ask"], "choices": ["a", 5]}, "choices[1]: give a text"),
-        ("/ask", {**GOOD["/ask"], "choices": [IMAGE]}, "choices[0]: there is a picture"),
+        ("/ask", {**GOOD["/ask"], "choices": [IMAGE]}, "choices[0]: an image stands"),
         ("/match", {"image": IMAGE, "labels": []}, "labels: it is empty; give at least one"),
         ("/match", {"image": IMAGE}, "texts is missing; give a list of texts"),
         ("/caption", {"image": 5}, "image: give data:image/...;base64"),
@@ -193,16 +193,16 @@ def test_json_is_read_whatever_it_is_called(kind) -> None:
 @pytest.mark.parametrize(
     ("route", "content", "kind", "words"),
     [
-        (CHAT, b"a=b", URLENCODED, "and no JSON; send JSON such as"), (CHAT, b"", "", "the body is empty; send JSON"),
+        (CHAT, b"a=b", URLENCODED, "not JSON; send JSON such as"), (CHAT, b"", "", "the body is empty; send JSON"),
         (CHAT, b"", "application/json", "the body is empty; send JSON"),
         (CHAT, b"--x", "multipart/form-data; boundary=x", "send JSON such as"),
-        (CHAT, b'{"n": 1, "n": 2}', "", "'n' is there twice"), (CHAT, b'{"n": NaN}', "", "NaN is no number of JSON"),
-        (CHAT, b'{"user": "\xe4"}', "", "it is not UTF-8"), (CHAT, b'{"n": 1', "", "the body is no valid JSON"),
-        ("/caption", b"\x89PNG\r\n\x1a\n", URLENCODED, "the body is a picture by itself; send a form"),
+        (CHAT, b'{"n": 1, "n": 2}', "", "'n' occurs twice"), (CHAT, b'{"n": NaN}', "", "NaN is not a JSON number"),
+        (CHAT, b'{"user": "\xe4"}', "", "it is not UTF-8"), (CHAT, b'{"n": 1', "", "the body is not valid JSON"),
+        ("/caption", b"\x89PNG\r\n\x1a\n", URLENCODED, "the body is an image by itself; send a form"),
         ("/caption", b"\xff\xd8\xff", "image/jpeg", "curl -F image=@FILE"),
         ("/caption", b"x", "text/html", "send a form"),
-        ("/caption", b"", "multipart/form-data", "leave that header to the client"),
-        ("/ask", GOOD_FORM + b"&question=x", URLENCODED, "'question' is there more than once"),
+        ("/caption", b"", "multipart/form-data", "let the client set that header"),
+        ("/ask", GOOD_FORM + b"&question=x", URLENCODED, "'question' occurs more than once"),
         ("/ask", GOOD_FORM + b"&qestion=x", URLENCODED, "did you mean 'question'?"),
     ],
 )  # fmt: skip
@@ -249,7 +249,7 @@ def test_options_mean_on_the_server_what_they_mean_in_python(server, models) -> 
          "text; set beams to 1, or leave out do_sample"),
         ({"top_k": 5, "num_beams": 3}, "top_k goes with num_beams=1, not 3: beam search looks for the most likely "
          "text; set num_beams to 1, or leave out top_k"),
-        ({"num_captions": 65}, "num_captions is 65; this server writes at most 64 answers or beams side by side"),
+        ({"num_captions": 65}, "num_captions is 65; this server runs at most 64 answers or beams at once"),
     ):  # fmt: skip
         response = server.http.post("/caption", files=files, data=wrong)
         assert (response.status_code, response.json()["error"]["message"]) == (400, words)
@@ -270,9 +270,9 @@ def test_choices_are_ranked_as_in_python(server, models) -> None:
     body = {"image": data_url(PICTURES[0]), "question": question, "choices": choices}
     assert server.http.post("/ask", json=body).json()["text"] == found["text"]
     for wrong, words in (
-        ({"choices": "one"}, "give at least two"), ({"choices": ["a", "a"]}, "there more than once"),
-        ({"max_new_tokens": 5}, "max_new_tokens means nothing with choices"), ({"choices": ["a"] * 257}, "at most 256"),
-        ({"choices": ["a", "dog " * 600]}, "at most 512 are compared"),
+        ({"choices": "one"}, "give at least two"), ({"choices": ["a", "a"]}, "more than once"),
+        ({"max_new_tokens": 5}, "max_new_tokens has no effect with choices"), ({"choices": ["a"] * 257}, "at most 256"),
+        ({"choices": ["a", "dog " * 600]}, "the limit is 512"),
     ):  # fmt: skip
         response = server.http.post("/ask", json={**body, **wrong})
         assert response.status_code == 400 and words in response.json()["error"]["message"]
@@ -307,10 +307,10 @@ def test_what_is_passed_over_is_told_in_a_header(server, models) -> None:
 
 def test_who_asks_at_another_path_is_told_where(server) -> None:
     for path, words in (
-        ("/v1/responses", "speaks OpenAI's chat completions, at /v1/chat/completions"),
+        ("/v1/responses", "offers OpenAI's chat completions at /v1/chat/completions"),
         ("/v1/completions", "at /v1/chat/completions"),
         ("/chat/completions", "at /v1/chat/completions"), ("/v1/embedding", "did you mean /v1/embeddings?"),
-        ("/captions", "did you mean /caption?"), ("/xyz", "/openapi.json tells what there is"),
+        ("/captions", "did you mean /caption?"), ("/xyz", "/openapi.json lists the routes"),
     ):  # fmt: skip
         response = server.http.post(path, json={})
         assert response.status_code == 404 and words in response.json()["error"]["message"]
@@ -321,7 +321,7 @@ def test_a_packed_body_is_refused_with_what_to_send(server) -> None:
     for path in (CHAT, "/caption"):
         response = server.http.post(path, content=b"\x1f\x8b\x08", headers=headers)
         assert response.status_code == 415 and response.headers["accept-encoding"] == "identity"
-        assert "without the header Content-Encoding" in response.json()["error"]["message"]
+        assert "without Content-Encoding" in response.json()["error"]["message"]
 
 
 def test_the_interface_is_described_with_all_its_names(server) -> None:

@@ -61,7 +61,7 @@ def test_a_large_picture_gives_a_small_map(server) -> None:
     ("asked", "words"),
     [
         ({"text": "four cats", "question": "how many?"}, "leave out question"),
-        ({"answer": "two"}, "give the question, too"),
+        ({"answer": "two"}, "needs a question"),
         ({"question": "how many?", "word": "cats"}, "leave out word and caption"),
         ({"word": "boat", "caption": "four cats"}, "not in the caption"),
         ({"text": " "}, "empty"),

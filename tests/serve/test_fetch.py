@@ -65,7 +65,7 @@ def test_ways_to_write_this_machine_are_refused(url, monkeypatch) -> None:
     with pytest.raises((ApiError, ImageError)) as refused:
         Fetcher(domains=("*",)).fetch(url)
     if isinstance(refused.value, ImageError):  # the resolver did not take it for an address
-        assert "there is no host of that name" in str(refused.value)
+        assert "there is no such host" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_bytes_and_seconds_are_bounded(host) -> None:
     with pytest.raises(ImageError, match=r"took too long|timed out"):
         fetcher(host, timeout_s=0.3).fetch(f"{base}/slow")
     assert time.monotonic() - began_s < 2
-    with pytest.raises(ImageError, match="says 404"):
+    with pytest.raises(ImageError, match="answered 404"):
         fetcher(host).fetch(f"{base}/missing")
 
 
@@ -200,7 +200,7 @@ def test_a_name_server_that_does_not_answer_is_given_up(host, monkeypatch) -> No
         with pytest.raises(ImageError, match="took too long"):
             slow.fetch("http://slow.example/cat.png")
     # Its threads cannot be stopped, so there is an end to them.
-    with pytest.raises(ImageError, match="too many names"):
+    with pytest.raises(ImageError, match="too many name lookups"):
         slow.fetch("http://slow.example/cat.png")
     assert len(asked) == MAX_LOOKUPS
     answers.set()
@@ -263,7 +263,7 @@ def test_a_secure_host_is_known_by_its_name_though_it_is_called_by_its_address(s
 def test_a_host_that_cannot_prove_its_name_is_not_listened_to(secure) -> None:
     port, called = secure("other")
     Handler.heard.clear()
-    with pytest.raises(ImageError, match=r"cannot prove to be pictures\.example \(Hostname mismatch"):
+    with pytest.raises(ImageError, match=r"certificate for pictures\.example is not valid \(Hostname mismatch"):
         fetcher(port).fetch(f"https://pictures.example:{port}/cat.png")
     assert called == ["pictures.example"] and Handler.heard == []
 
@@ -272,7 +272,7 @@ def test_a_host_that_nobody_vouches_for_is_not_listened_to(secure, monkeypatch) 
     port, _ = secure("pictures")
     monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "other.pem"))
     Handler.heard.clear()
-    with pytest.raises(ImageError, match=r"cannot prove to be pictures\.example \(.*local issuer"):
+    with pytest.raises(ImageError, match=r"certificate for pictures\.example is not valid \(.*local issuer"):
         fetcher(port).fetch(f"https://pictures.example:{port}/cat.png")
     assert Handler.heard == []
 
@@ -286,7 +286,7 @@ def test_the_seconds_of_a_secure_host_are_bounded(secure, host) -> None:
     assert Handler.sent == [("slow", False)]
     with socket.create_server(("127.0.0.1", 0)) as silent:  # never says hello
         silent_port = silent.getsockname()[1]
-        with pytest.raises(ImageError, match="cannot be fetched"):
+        with pytest.raises(ImageError, match="download failed"):
             fetcher(silent_port, timeout_s=0.3).fetch(f"https://pictures.example:{silent_port}/")
 
 

@@ -22,7 +22,7 @@ from tests.serve.conftest import eventually
 
 def ticket(client: str, num_beams: int = 1, tokens: int = 20) -> Ticket:
     options = GenerateOptions(num_beams=num_beams, max_new_tokens=tokens, min_new_tokens=tokens)
-    return Ticket(Look("a picture", None), "", options, client=client)
+    return Ticket(Look("an image", None), "", options, client=client)
 
 
 class House:

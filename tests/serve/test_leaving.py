@@ -202,7 +202,7 @@ def test_a_dead_model_ends_the_process_with_a_code(tiny_models, monkeypatch, cap
     assert ended.value.code == EX_DEAD_MODEL
     assert found == [500] * (MAX_FAILURES - 1) + [503]
     said = capsys.readouterr().err
-    assert said.endswith("blip2: the model has stopped (RuntimeError: the device is gone); start the server anew\n")
+    assert said.endswith("blip2: the model has stopped (RuntimeError: the device is gone); restart the server\n")
 
 
 def test_who_is_still_waiting_at_the_end_is_told(tiny_models) -> None:
@@ -264,7 +264,7 @@ def test_what_hangs_does_not_hold_up_the_end() -> None:
         processes[0].send_signal(signal.SIGTERM)
         processes[1].send_signal(signal.SIGINT)
         assert processes[0].wait(20) == EX_FORCED
-        assert processes[0].stderr.read() == "blip2: something did not end within 0.5 s and was left undone\n"
+        assert processes[0].stderr.read() == "blip2: something did not end within 0.5 s and was aborted\n"
         processes[1].send_signal(signal.SIGINT)
         assert processes[1].wait(20) == 128 + signal.SIGINT
         assert processes[1].stderr.read() == "blip2: stopped at once\n"

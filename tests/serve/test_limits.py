@@ -144,7 +144,7 @@ def test_pictures_and_texts_of_a_request_are_counted(narrow) -> None:
 def test_tokens_are_counted(narrow) -> None:
     picture = png(8, 8)  # damaged: it would be refused if it were looked at first
     refused(narrow.chat(user("what " * 200, picture)), 400, "prompt_too_long")
-    refused(narrow.chat(user("what is on the picture " * 9, PICTURES[0])), 400, "prompt_too_long")
+    refused(narrow.chat(user("what is on the image " * 9, PICTURES[0])), 400, "prompt_too_long")
     refused(narrow.chat(user("", picture), num_beams=7), 400, "too_many_answers")
     refused(narrow.chat(user("", picture), n=7, temperature=1), 400, "too_many_answers")
 

@@ -71,7 +71,7 @@ def proxied(server: str, prefix: str, takes_off: bool) -> Iterator[str]:
 def test_a_dropped_picture_is_captioned_and_asked_about(opened, server) -> None:
     page = opened.go(server)
     expect(page.locator("#models")).to_have_text("miniature answers, miniature-itm compares")
-    expect(page.get_by_text("knows nothing of photographs")).to_be_visible()
+    expect(page.get_by_text("does not know photographs")).to_be_visible()
     drop_file(page, PICTURES[0])
     expect(page.locator("#caption")).to_have_text("a boat and two dogs")
     expect(page.locator("#image")).to_have_attribute("alt", "Your image: a boat and two dogs")
@@ -372,7 +372,7 @@ def test_each_refusal_is_one_sentence_that_is_announced(opened, server) -> None:
     )
     for status, code, sentence in (
         (429, "queue_full", "The server is busy and refused this 8 times; try again in a moment."),
-        (503, "out_of_memory", "The server cannot do this now; try again in a moment."),
+        (503, "out_of_memory", "The server is not available; try again in a moment."),
         (413, "image_too_large", "This image is too large for this server; give a smaller one."),
         (415, "format", "This file is not an image that the server can read; give a PNG, JPEG, WebP or GIF."),
         (400, "invalid_image", "The server cannot read this image; the file may be damaged."),
@@ -396,7 +396,7 @@ def test_a_server_that_comes_back_is_found_without_a_reload(opened, models) -> N
     opened.allowed = re.compile("Failed to load resource|ERR_")
     with serving(lambda: models, keys=["secret"]) as server:
         page = opened.go(server)
-        page.get_by_label("This server asks for a key").fill("secret")
+        page.get_by_label("This server needs a key").fill("secret")
         page.keyboard.press("Enter")
         expect(page.locator("#models")).to_contain_text("compares")
     page.get_by_role("button", name=SAMPLE).click()
@@ -410,7 +410,7 @@ def test_a_server_that_comes_back_is_found_without_a_reload(opened, models) -> N
         return models
 
     with serving(load, waits=False, port=int(server.url.rpartition(":")[2]), keys=["secret"]):
-        expect(page.locator("#models")).to_have_text("The model is being loaded…")
+        expect(page.locator("#models")).to_have_text("The model is loading…")
         may_load.set()
         expect(page.locator("#models")).to_have_text("miniature answers, miniature-itm compares")
         expect(page.get_by_role("alert")).to_be_hidden()
@@ -451,12 +451,12 @@ def test_a_server_that_is_still_loading(opened, models) -> None:
 
     with serving(load, waits=False) as server:
         page = opened.go(server)
-        expect(page.locator("#models")).to_have_text("The model is being loaded…")
+        expect(page.locator("#models")).to_have_text("The model is loading…")
         expect(page.locator("#elapsed")).to_have_text(re.compile(r"^\([2-9] s so far\)$"))
         assert page.locator("#models").get_attribute("role") == "status"  # announced; the time is not
         show(page, "loading")
         page.get_by_role("button", name=SAMPLE).click()
-        expect(page.locator("#caption")).to_have_text("The model is being loaded…")
+        expect(page.locator("#caption")).to_have_text("The model is loading…")
         may_load.set()
         expect(page.locator("#models")).to_contain_text("compares")
         expect(page.locator("#caption")).to_have_text("a boat and two dogs")
@@ -466,7 +466,7 @@ def test_a_key_is_asked_for_only_where_it_is_needed(opened, models) -> None:
     opened.allowed = REFUSED
     with serving(lambda: models, keys=["secret"]) as server:
         page = opened.go(server)
-        field = page.get_by_label("This server asks for a key")
+        field = page.get_by_label("This server needs a key")
         expect(field).to_be_focused()
         expect(page.locator("#models")).to_have_text("A key is needed")
         expect(page.get_by_role("button", name="Drop images here")).to_be_hidden()  # not before the key is given

@@ -186,7 +186,7 @@ def test_memory_is_bounded() -> None:
 
 def test_a_decoder_that_breaks_down_costs_its_request_alone() -> None:
     async def use(pool: Pool) -> None:
-        with pytest.raises(ApiError, match="broke down"):
+        with pytest.raises(ApiError, match="crashed"):
             async with pool.reader("me", 0) as reader:
                 await reader.ask(READ, body())
                 os.kill(reader.process, signal.SIGSEGV)

@@ -54,10 +54,10 @@ def test_each_has_an_equal_share(nodes, replicas, device, cpus, gpus) -> None:
 @pytest.mark.parametrize(
     ("nodes", "device", "words"),
     [
-        ([node(8, 1)], "auto", "one GPU each, and there are 1"),
+        ([node(8, 1)], "auto", "one GPU each, but there are 1"),
         ([node(8)], "cuda", "there are 0"),
         ([node(8, 2)], "cuda:1", "use cuda or auto"),
-        ([node(0)], "cpu", "no processor"),
+        ([node(0)], "cpu", "no free processor"),
     ],
 )
 def test_what_cannot_be_shared(nodes, device, words) -> None:
@@ -68,8 +68,8 @@ def test_what_cannot_be_shared(nodes, device, words) -> None:
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("127.0.0.1:1", "no Ray cluster can be had at 127.0.0.1:1"),
-        ("ray://host:10001", "a machine that belongs to the cluster"),
+        ("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1"),
+        ("ray://host:10001", "a machine of the cluster"),
     ],
 )
 def test_a_cluster_that_cannot_be_had(address, words) -> None:

@@ -30,7 +30,7 @@ def test_a_server_answers_there_and_leaves_nothing_behind(models, tmp_path) -> N
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://any.example") as client:
             eventually(lambda: client.get("/ready").status_code == 200)
             assert client.get("/v1/models").json()["data"][0]["id"] == "miniature"
-        with pytest.raises(OptionError, match="a server listens there already"), listen_at(path):
+        with pytest.raises(OptionError, match="another server is listening there"), listen_at(path):
             pass
         server.should_exit = True
         thread.join(20)
@@ -41,7 +41,7 @@ def test_where_it_cannot_be(tmp_path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("mine")
     for path, words in (
-        (file, "file already, which is no socket"),
+        (file, "file already exists there"),
         (tmp_path, "folder already"),
         (tmp_path / "none" / "a.sock", "cannot be opened"),
         (tmp_path / ("a" * 200), "too long"),

@@ -202,7 +202,7 @@ def test_a_word_is_found_by_its_tokens():
         ({"caption": " "}, "the caption is empty"),
         ({"question": " "}, "the question is empty"),
         ({"question": "is it?", "answer": ""}, "the answer is empty"),
-        ({"answer": "two"}, "give the question, too"),
+        ({"answer": "two"}, "needs a question"),
         ({"question": "is it?", "word": "dogs"}, "leave out word and caption"),
     ],
 )
@@ -214,9 +214,9 @@ def test_what_cannot_be_explained(blip, arguments, words):
 def test_pictures_that_cannot_be_explained(blip, matcher):
     with pytest.raises(ImageError, match=r"nothing\.png: no such file"):
         blip.explain("nothing.png")
-    with pytest.raises(ImageError, match="give the picture itself"):
+    with pytest.raises(ImageError, match="give the image itself"):
         blip.explain(blip.encode(wide(1)))
-    with pytest.raises(ImageError, match="give the picture itself"):
+    with pytest.raises(ImageError, match="give the image itself"):
         matcher.explain(matcher.encode(wide(1)), "a dog")
     with pytest.raises(OptionError, match="texts is empty"):
         matcher.explain(wide(1), " ")

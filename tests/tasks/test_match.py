@@ -96,7 +96,7 @@ def test_files_without_a_temperature_give_no_itc_probability(matcher, pictures, 
     ("images", "texts", "words"),
     [
         (["nothing.png"], ["a dog"], "no such file"),
-        ([], ["a dog"], "no picture"),
+        ([], ["a dog"], "no image"),
         ([tiny.picture(1)], [], "no text"),
         ([tiny.picture(1)], ["a dog", " \n"], "one of the texts is empty"),
         ([tiny.picture(1)], ["dog " * 600], r"has \d+ tokens, but at most 62 are read; shorten it"),

@@ -157,7 +157,7 @@ def test_a_picture_that_overflows_is_one_that_cannot_be_read(request, folder, pi
     model.eye._encode_pixels = encode
     first, second, third = model.each_encoded(pictures[:3], on_error="return")
     assert isinstance(second, ImageNotFiniteError)
-    assert str(second).startswith(f"{pictures[1]}: what the model sees of it is NaN or infinite: numbers overflow")
+    assert str(second).startswith(f"{pictures[1]}: its features are NaN or infinite: numbers overflow")
     for seen, wanted in ((first, expected[0]), (third, expected[2])):
         torch.testing.assert_close(next(iter(vars(seen).values())), next(iter(vars(wanted).values())))
     with pytest.raises(ImageNotFiniteError):

@@ -111,12 +111,12 @@ def test_batches_are_bounded_and_in_order(speaker):
     assert len(answers) == 37
     expected = [speaker.model.prompt(image.queries_QD) for image in images(37)]
     assert all(row[:4].equal(prompt_QD) for row, prompt_QD in zip(speaker.engine.prompts, expected, strict=True))
-    with pytest.raises(OptionError, match="batch_size=0"):
+    with pytest.raises(OptionError, match="batch_size is 0"):
         caption(speaker, images(1), batch_size=0)
 
 
 def test_an_image_of_another_model(speaker):
-    with pytest.raises(OptionError, match=r"\[4, 32\].*another model.*\[4, 16\].*encode the picture again"):
+    with pytest.raises(OptionError, match=r"\[4, 32\].*another model.*\[4, 16\].*encode the image again"):
         caption(speaker, [EncodedImage(torch.zeros(4, 32))])
     caption(speaker, [EncodedImage(torch.zeros(4, 16), speaker.identity)])
     with pytest.raises(OptionError, match="another model"):  # of the same shape
@@ -131,7 +131,7 @@ def test_what_does_not_fit():
     assert len(speaker.prompt(image, fitting, 10)) == 128 - 10
     assert speaker.fits(fitting, 10)
     assert not speaker.fits(fitting + "x", 10)
-    with pytest.raises(OptionError, match=f"has {room + 1} tokens; beside 4 .* and 10 .*room for {room}; shorten it"):
+    with pytest.raises(OptionError, match=f"has {room + 1} tokens; beside 4 .* and 10 .*has {room} left; shorten it"):
         speaker.prompt(image, fitting + "x", 10)
     engine = Engine(speaker.model.language, eos_token_ids=[speaker.model.config.language.eos_token_id])
     [[answer]] = engine.generate([speaker.prompt(image, fitting, 10)], GenerateOptions(max_new_tokens=10))
@@ -180,7 +180,7 @@ def test_probabilities_are_those_of_the_model():
         ([], "no choices"),
         (["yes"], "at least two"),
         (["yes", " "], "empty"),
-        (["yes", "yes "], "'yes' is there more than once"),
+        (["yes", "yes "], "'yes' occurs more than once"),
     ],
 )
 def test_choices_that_are_none(choices, words):

@@ -189,7 +189,7 @@ def test_bad_pictures_are_passed_over_counted_and_named(
     out = train.run(path, report=seen.append)
     named = [line for line in log(out) if "bad_picture" in line]
     assert {line["bad_picture"] for line in named} == broken and len(named) == 2
-    assert all("damaged or cut short" in line["problem"] or "no such file" in line["problem"] for line in named)
+    assert all("damaged or truncated" in line["problem"] or "no such file" in line["problem"] for line in named)
     assert [line for line in log(out) if "bad_pictures" in line][-1]["bad_pictures"] == 2
     assert seen[-1].message.endswith("; unreadable images: 2, skipped and listed in log.jsonl")
     assert sum(progress.message.startswith("skipped: ") for progress in seen) == 2

@@ -96,7 +96,7 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(opened, tmp_path):
     place = f"{tmp_path}/a.tar"
     first = f"{place}: 1 rows; left out: 1, it has no text of the kind, the first is {place}: 000002; left "
     assert told.startswith(first)
-    assert "left out: 2, cannot be read, the first is " in told and "has no picture, but txt" in told
+    assert "left out: 2, cannot be read, the first is " in told and "has no image, but txt" in told
     assert "left out: 2, its texts cannot be used, the first is " in told
     with pytest.raises(RecipeError, match=r"no rows to train on \(.*needed are dialogues, see data.sources text"):
         opened("a.tar", kinds=["dialogues"])
@@ -110,7 +110,7 @@ def test_a_damaged_shard_loses_what_comes_after(opened, tmp_path):
         content[archive.getmembers()[4].offset] ^= 0xFF
     path.write_bytes(content)
     rows, [told] = opened("s")
-    assert len(rows) == 1 and "left out: 2, cannot be read, the first is " in told and "get or make it again" in told
+    assert len(rows) == 1 and "left out: 2, cannot be read, the first is " in told and "download or pack it again" in told
 
 
 def test_what_changes_while_it_is_read_is_a_bad_picture(opened, tmp_path):
@@ -161,7 +161,7 @@ def test_packed_shards_are_to_be_unpacked(opened, tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    with pytest.raises(RecipeError, match="is packed, and cannot be read from its middle; unpack it"):
+    with pytest.raises(RecipeError, match="is compressed, so its middle cannot be read; decompress it"):
         opened("s.tar.gz")
 
 
@@ -217,7 +217,7 @@ def test_samples_whose_members_do_not_stand_side_by_side(opened, tmp_path):
     shards(tmp_path / "s", [2])
     members = sample(1, txt="a") + sample(2, txt="b")
     tar(tmp_path / "s" / "00001.tar", dict(members[i] for i in (0, 2, 1, 3)))
-    with pytest.raises(RecipeError, match=r"00001\.tar: the members of '000001' do not stand side by side"):
+    with pytest.raises(RecipeError, match=r"00001\.tar: the members of '000001' are not adjacent"):
         opened("s")
 
 

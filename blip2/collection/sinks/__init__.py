@@ -1,8 +1,8 @@
-"""What results are written as; each file of this room is one format, or a few of one kind.
+"""Output formats. Each file of this room is one format, or a few of one kind.
 
-    beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each picture, or in it
-source = View(open_source(...), beside)           what they hold already is the pictures' old text
-sinks = open_sinks(outputs, source, beside)       with the table, or the folder of shards, that -o asks for
+    beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each image, or in it
+    source = View(open_source(...), beside)           their existing content is the images' old text
+    sinks = open_sinks(outputs, source, beside)       and the table or folder of shards given by -o
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ SUFFIXES = {
 }  # fmt: skip
 FORMATS = tuple(SUFFIXES)
 Name = Literal["full", "stem"]
-"""Of a file beside a picture: a.jpg.txt or a.txt."""
+"""Names of a file beside an image: a.jpg.txt or a.txt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What is asked for, by the names of the flags.
+    """The requested outputs, by the names of the flags.
 
-    ``output``: a file, or a folder for a file a unit; ``format``: one of `FORMATS`, by default what its suffix says.
-    ``with_images``: pictures within parquet (by default not) and within shards (by default so). ``replaces``: a file
-    that is there, and that no run of this command made, may go. ``constants``: columns that are the same for all, such
-    as model and revision.
+    ``output``: a file, or a folder with one file per unit. ``format``: one of `FORMATS`, by default from the suffix.
+    ``with_images``: embed images in parquet (default: no) and in shards (default: yes). ``replaces``: an existing file
+    that no run of this command made may be replaced. ``constants``: columns with the same value everywhere, such as
+    model and revision.
     """
 
     output: str = ""
@@ -69,7 +69,7 @@ class Outputs:
 
 
 def open_beside(outputs: Outputs) -> list[Beside]:
-    """What is written beside each picture, or into it. Raises OptionError, CollectionError."""
+    """The outputs beside each image, or in it. Raises OptionError, CollectionError."""
     found: list[Beside] = []
     if outputs.sidecar:
         if outputs.xmp and outputs.sidecar.lower().lstrip(".") == "xmp":
@@ -83,9 +83,9 @@ def open_beside(outputs: Outputs) -> list[Beside]:
 
 
 def open_sinks(outputs: Outputs, source: View, beside: Sequence[Beside] = ()) -> list[Sink]:
-    """All that is asked for, checked: before the model is loaded, and before `Journal.begin`.
+    """All requested outputs, checked before the model is loaded and before `Journal.begin`.
 
-    Raises OptionError and CollectionError that say what goes.
+    Raises OptionError and CollectionError with a working alternative.
     """
     sinks: list[Sink] = [*beside]
     if outputs.output:
@@ -101,15 +101,15 @@ def _output(outputs: Outputs, source: View) -> Sink:
     suffix = "" if is_folder(outputs.output) else path.suffix.lower()
     format = outputs.format or _by_suffix(path, suffix, source)
     if format not in SUFFIXES:
-        raise OptionError(f"--format {format}: is not known; it may be {', '.join(FORMATS)}")
+        raise OptionError(f"--format {format}: unknown format; use {', '.join(FORMATS)}")
     if suffix not in SUFFIXES[format]:
         wanted = " or ".join(f"a file *{known}" if known else "a folder" for known in SUFFIXES[format])
-        raise OptionError(f"{path}: --format {format} is {wanted}; name the output so")
+        raise OptionError(f"{path}: --format {format} writes {wanted}; change the output")
     if outputs.with_images is not None and format not in ("parquet", "webdataset"):
-        raise OptionError(f"--with-images and --no-images: --format {format} never has them; parquet and webdataset do")
+        raise OptionError(f"--with-images and --no-images: --format {format} has no images; parquet and webdataset do")
     if path.name.lower() == "metadata.csv":
         raise OptionError(
-            f"{path}: datasets reads a caption such as None or NA in it as missing; name it metadata.jsonl"
+            f"{path}: datasets reads captions such as None or NA in a CSV as missing; name it metadata.jsonl"
         )
     images, constants = outputs.with_images, outputs.constants
     replaces = outputs.replaces or bool(Journal(journal_beside(outputs.output)).written)
@@ -152,4 +152,4 @@ def _by_suffix(path: Path, suffix: str, source: View) -> str:
             if any(Path(place).suffix in (".parquet", ".pq") for place in places):
                 return "parquet"
             raise OptionError(f"{path}: is a folder; add --format webdataset or parquet, or name a file")
-    raise OptionError(f"{path}: no format is known by {suffix}; name it *.jsonl, *.json, *.csv, *.tsv or *.parquet")
+    raise OptionError(f"{path}: unknown suffix {suffix}; name it *.jsonl, *.json, *.csv, *.tsv or *.parquet")

@@ -1,4 +1,4 @@
-"""Formats of one JSON document: COCO's results and data sets, and kohya's metadata. Written a picture at a time."""
+"""Formats of one JSON document: COCO results and data sets, and kohya's metadata. Written image by image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REMEDY = "give --format coco-dataset, which numbers them"
 
 
 def image_id(result: Result) -> int | None:
-    """COCO's number of a picture: its source's, or the digits that its name ends with, as COCO's own have them."""
+    """The COCO id of an image: the source's, or the digits at the end of the file name, as in COCO's own names."""
     for column in ("image_id", "cocoid", "id"):
         if re.fullmatch(r"\d{1,18}", str(result.columns.get(column, ""))):
             return int(result.columns[column])
@@ -28,9 +28,9 @@ def image_id(result: Result) -> int | None:
 
 
 def numbered(result: Result) -> int:
-    """Raises CollectionError for a picture without a number."""
+    """A result with an image id. Raises CollectionError for an image without one."""
     if (number := image_id(result)) is None:
-        raise CollectionError(f"{result.name}: has no number, which COCO's results need; {REMEDY}")
+        raise CollectionError(f"{result.name}: has no image id, which COCO results need; {REMEDY}")
     return number
 
 
@@ -41,13 +41,13 @@ def _coco(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[st
         for result in named(results):
             number = numbered(result)
             if number in owners:
-                raise CollectionError(f"{owners[number]} and {result.name} have one number, {number}; {REMEDY}")
+                raise CollectionError(f"{owners[number]} and {result.name} have the same image id {number}; {REMEDY}")
             owners[number] = result.name
             yield json.dumps({"image_id": number, "caption": result.line}, ensure_ascii=False)
 
     write_joined(file, "[", entries(), "]\n")
     if not owners:
-        raise CollectionError("no picture has a caption, and COCO's tools read no empty list; nothing was written")
+        raise CollectionError("no image has a caption, and COCO's tools reject an empty list; nothing was written")
     return ()
 
 
@@ -75,7 +75,7 @@ def _coco_dataset(file: IO[str], results: Iterable[Result], folder: Path) -> Ite
 
 
 def _kohya(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
-    """Keys are whole paths: by a name without its suffix, today's trainer finds no picture."""
+    """Keys are whole paths: current trainers find no image by a name without its suffix."""
 
     def entry(result: Result) -> str:
         key = json.dumps(whole_path(result))

@@ -1,4 +1,4 @@
-"""Descriptions within picture files, by exiftool: it changes metadata alone, and no pixel is encoded anew."""
+"""Descriptions inside image files, written by exiftool: only metadata change, no pixel is encoded again."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ CHUNK = 512
 
 
 class Embedded(Plain):
-    """The description where the Metadata Working Group has it (EXIF and XMP; IPTC, if a file has some), and the
-    alternative text. A file keeps its time, not its size. exiftool runs once for a unit."""
+    """Writes the description as the Metadata Working Group prescribes (EXIF and XMP; IPTC if the file has some), and
+    the alternative text. Files keep their modification time, not their size. exiftool runs once per unit."""
 
     keeps_time = True
 
@@ -38,36 +38,36 @@ class Embedded(Plain):
         found = shutil.which("exiftool")
         if found is None:
             line = INSTALL.get(sys.platform, INSTALL_ELSEWHERE)
-            raise CollectionError(f"--embed needs exiftool, which is not on the PATH: {line}; or give --xmp")
+            raise CollectionError(f"--embed needs exiftool, which is not on the PATH: {line}; or use --xmp")
         self._exiftool = found
         self._old: dict[str, str] = {}
 
     def check(self, source: Source) -> None:
         pictures = paths_of(source)
         if pictures is None or any(map(is_address, pictures)):
-            raise CollectionError("--embed writes into files; for rows, shards and addresses give an output by -o")
+            raise CollectionError("--embed writes into image files; for rows, shards and URLs give an output with -o")
         for picture in pictures:
             if "\n" in picture or "\r" in picture:
-                raise CollectionError(f"{picture!r}: exiftool cannot be told a name with a line break; rename it")
+                raise CollectionError(f"{picture!r}: exiftool cannot take a name with a line break; rename it")
             if Path(picture).suffix.lower() not in WRITABLE:
-                raise CollectionError(f"{picture}: exiftool writes into no such file; convert it, or give --xmp")
+                raise CollectionError(f"{picture}: exiftool cannot write this file type; convert it, or use --xmp")
         for folder in dict.fromkeys(Path(picture).parent for picture in pictures):
             check_folder(folder)
         self._old = self._read(pictures)
 
     def old(self, picture: str) -> str:
-        """What was said in a picture when it was checked. Raises CollectionError for one that exiftool refuses."""
+        """The text in an image file at the time of the check. Raises CollectionError for one that exiftool refuses."""
         kind = named_format(picture)
         if kind is not None and Path(picture).suffix.lower() not in kind[1]:
             raise CollectionError(
-                f"{picture}: is {kind[0]} by its content, and exiftool writes into no file whose suffix says something "
-                f"else; rename it to {kind[1][0]}"
+                f"{picture}: contains {kind[0]}, and exiftool refuses a file with another suffix; "
+                f"rename it to {kind[1][0]}"
             )
         return self._old.get(picture, "")
 
     def unit(self, unit: object, results: Sequence[Result]) -> None:
         wanted = [result for result in results if result.status == SUCCESS]
-        for result in wanted:  # of a run that was killed
+        for result in wanted:  # left by a run that was killed
             Path(result.path + TEMPORARY).unlink(missing_ok=True)
         for start in range(0, len(wanted), CHUNK):
             self._write(wanted[start : start + CHUNK])
@@ -89,29 +89,29 @@ class Embedded(Plain):
         self.notes += [f"not embedded: {problem}" for problem in problems]
         num_written = sum(line.strip().startswith("1 image files updated") for line in lines)
         if num_written + len(problems) < len(results):
-            raise OSError(f"exiftool wrote into {num_written} of {len(results)} pictures: {' '.join(lines)[-300:]}")
+            raise OSError(f"exiftool wrote to {num_written} of {len(results)} images: {' '.join(lines)[-300:]}")
 
     def _read(self, pictures: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
         for start in range(0, len(pictures), CHUNK):
             some = {os.path.abspath(picture): picture for picture in pictures[start : start + CHUNK]}
             told = self._run([["-j", "-fast", "-MWG:Description", *some]], [])
-            # Names that are no UTF-8 come back as they went.
+            # Names that are not UTF-8 are returned unchanged.
             text = told.decode("utf-8", "surrogateescape")
             if "[" not in text:
                 continue
             try:
                 rows = json.loads(text[text.index("[") : text.rindex("]") + 1])
             except ValueError:
-                problem = f"exiftool said what is not understood: {text[:200]!r}"
-                raise CollectionError(f"{problem}; try another version of it") from None
+                problem = f"exiftool gave unexpected output: {text[:200]!r}"
+                raise CollectionError(f"{problem}; try another version") from None
             for row in rows:
                 if (picture := some.get(row["SourceFile"])) is not None and "Description" in row:
                     found[picture] = " ".join(str(row["Description"]).split())
         return found
 
     def _run(self, commands: Iterable[Sequence[str]], common: Sequence[str]) -> bytes:
-        """What exiftool says; its arguments go in by a pipe, so that there may be many, of any bytes."""
+        """The output of exiftool. Arguments go through a pipe, so that there may be many, with any bytes."""
         lines = [line for command in commands for line in [*command, "-execute"]]
         command = [self._exiftool, "-charset", "filename=UTF8", "-@", "-", "-common_args", "-use", "MWG", *common]
         content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""Formats of a line for each picture: JSON, CSV and TSV, each as the tool that it is for reads it."""
+"""Formats with one line per image: JSON, CSV and TSV, each as its tool reads it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ NOT_GIVEN = {
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
 }  # fmt: skip
-"""Texts that pandas reads from a CSV as no text at all, quoted or not, unless it is told keep_default_na=False."""
+"""Texts that pandas reads from a CSV as missing, quoted or not, without keep_default_na=False."""
 
 
 def named(results: Iterable[Result]) -> Iterator[Result]:
-    """The pictures that have a text: of the others, trainers would stop, or learn emptiness."""
+    """The results that have a text. On the others, trainers would stop or learn empty captions."""
     return (result for result in results if result.line)
 
 
 SAME_MEANING = (
     "key", "caption", "captions", "caption_original", "status", "width", "height", "sha256", "error_message",
 )  # fmt: skip
-"""Columns of a source that the row of `everything` has anew; they are img2dataset's, and those of an earlier run."""
+"""Columns of a source that `everything` writes again: those of img2dataset, and of an earlier run."""
 
 
 def rows(
     results: Iterable[Result], own: Callable[[Result], dict[str, Any]], same: Iterable[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Each result's own row, and what its source says of it; the same keys for all."""
+    """Each result's own row with its source columns; the same keys for all."""
     carried: Carried | None = None
     for result in results:
         row = own(result)
@@ -54,7 +54,7 @@ def json_lines(file: IO[str], found: Iterable[Mapping[str, Any]]) -> Iterator[st
 
 
 class Filtered:
-    """Results of which some are left out, each time that they are gone through."""
+    """Results without some of them; can be iterated repeatedly."""
 
     def __init__(self, results: Iterable[Result]) -> None:
         self._results = results
@@ -64,7 +64,7 @@ class Filtered:
 
 
 def below(result: Result, folder: Path) -> str:
-    """A picture's path from the folder of the table. Raises CollectionError where it has none."""
+    """An image's path relative to the folder of the table. Raises CollectionError if it has none."""
     if not result.path:
         raise CollectionError(
             f"{result.name}: has no file of its own, which this format needs; give --format jsonl or parquet"
@@ -74,7 +74,7 @@ def below(result: Result, folder: Path) -> str:
 
 
 def whole_path(result: Result) -> str:
-    """Raises CollectionError where it has none."""
+    """An image's absolute path. Raises CollectionError if it has none."""
     if not result.path:
         raise CollectionError(
             f"{result.name}: has no file of its own, which this format needs; give --format jsonl or parquet"
@@ -91,11 +91,12 @@ def _image_folder(file: IO[str], results: Iterable[Result], folder: Path) -> Ite
     )
 
 
-# ---- all that is known ----
+# ---- all values ----
 
 
 def everything(constants: Mapping[str, str], result: Result, folder: Path) -> dict[str, Any]:
-    """The row of JSON lines and of parquet; ``file_name`` from the folder of the table, else whole."""
+    """The row for JSON lines and parquet. ``file_name`` is relative to the folder of the table if possible, else
+    absolute."""
     name = relative(result.path, folder) or (absolute(result.path) if result.path else result.key)
     return {
         "file_name": as_text(name),
@@ -117,7 +118,7 @@ def everything(constants: Mapping[str, str], result: Result, folder: Path) -> di
 
 
 def path_bytes(name: str) -> str:
-    """The bytes of a name that is no Unicode, in base64, since text cannot hold them; "" of all others."""
+    """The bytes of a name that is not valid Unicode, in base64, since text cannot hold them; else ""."""
     if is_text(name):
         return ""
     with suppress(UnicodeEncodeError):
@@ -133,7 +134,7 @@ def json_format(constants: Mapping[str, str]) -> Format:
     return Format(partial(_json, constants), paths="", wants=frozenset({"size", "sha256"}))
 
 
-# ---- rows of trainers ----
+# ---- rows for trainers ----
 
 
 def _train(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
@@ -170,7 +171,7 @@ def _musubi(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[
 
 
 def size_and_tags(result: Result) -> dict[str, Any]:
-    """What kohya's metadata has beside a caption, as far as it is known."""
+    """The known values that kohya's metadata has beside the caption."""
     found: dict[str, Any] = {}
     if result.width and result.height:
         found["image_size"] = [result.width, result.height]
@@ -183,7 +184,7 @@ def size_and_tags(result: Result) -> dict[str, Any]:
 
 
 def csv_format(image_column: str, caption_column: str, *, marks: bool = False) -> Format:
-    """``marks``: begin with a byte order mark, without which Excel reads no UTF-8."""
+    """``marks``: start with a byte order mark, without which Excel does not read UTF-8."""
     names = (image_column, caption_column)
     return Format(partial(_csv, names), paths="named", encoding="utf-8-sig" if marks else "utf-8")
 
@@ -222,8 +223,8 @@ def write_csv(
         writer.writerow([path, text, *carried.of(result).values()])
     if num_lost:
         yield (
-            f"captions such as None or NA ({num_lost} here) are read as missing by pandas and datasets, unless they "
-            "are told keep_default_na=False; JSON lines and parquet have no such texts"
+            f"pandas and datasets read captions such as None or NA ({num_lost} here) as missing, without "
+            "keep_default_na=False; JSON lines and parquet keep them"
         )
 
 

@@ -1,7 +1,7 @@
-"""XMP, read and changed: two descriptions are put into a packet, and every other byte of it stays as it is.
+"""Reads and changes XMP: inserts two descriptions into a packet and keeps every other byte.
 
-A packet may be written in many ways (a property as an attribute or as an element, any prefixes), and it holds what
-other programs know of a picture. So it is never taken apart and written anew: a parser tells where the two are.
+A packet can be written in many ways (a property as an attribute or an element, any prefixes), and holds what other
+programs know of an image. So it is never parsed and serialised again: a parser only locates the two properties.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NEW = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 @dataclass
 class Element:
-    """``start`` to ``inner`` is its start tag, ``end`` is after its end tag; bytes of the packet."""
+    """``start`` to ``inner`` is its start tag, ``end`` is after its end tag: byte offsets in the packet."""
 
     name: str
     attributes: Mapping[str, str]
@@ -50,7 +50,7 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def all(self) -> Iterator[Element]:
-        """In the order of the packet."""
+        """This element and its descendants, in the order of the packet."""
         waiting = [self]
         while waiting:
             element = waiting.pop()
@@ -59,7 +59,7 @@ class Element:
 
 
 def described(content: bytes, name: str) -> str:
-    """What a packet says of its picture, "" if nothing. Raises CollectionError for what is no XMP."""
+    """The description in a packet, "" if there is none. Raises CollectionError if it is not XMP."""
     for holder in _holders(_parsed(content, name)):
         if found := _text(holder, DESCRIPTION):
             return found
@@ -67,9 +67,9 @@ def described(content: bytes, name: str) -> str:
 
 
 def with_texts(content: bytes | None, texts: Mapping[Property, str], name: str) -> bytes:
-    """A packet with these properties, in the language "x-default"; None: a new one. Others are as they were.
+    """A packet with these properties, in the language "x-default"; None: a new one. Other properties are unchanged.
 
-    Raises CollectionError for what is no XMP.
+    Raises CollectionError if it is not XMP.
     """
     content = NEW.encode("utf-8") if content is None else content
     for wanted, text in texts.items():
@@ -77,23 +77,23 @@ def with_texts(content: bytes | None, texts: Mapping[Property, str], name: str) 
     return content
 
 
-# ---- read ----
+# ---- reading ----
 
 
 def _parsed(content: bytes, name: str) -> Element:
-    """The tree, with the place of each element. No entities and no foreign files: defusedxml looks at it first."""
+    """The tree, with the position of each element. defusedxml refuses entities and external files first."""
     defused: Any = need("defusedxml.ElementTree", "XMP")
     try:
         content.decode("utf-8")
         defused.fromstring(content, forbid_dtd=True)
     except UnicodeDecodeError:
-        raise CollectionError(f"{name}: is not UTF-8, as XMP sidecars are; save it anew, or remove it") from None
+        raise CollectionError(f"{name}: is not UTF-8, as XMP sidecars have to be; convert or remove it") from None
     except (ValueError, SyntaxError) as error:  # defusedxml's and ElementTree's
         reason = " ".join(str(error).split())
-        raise CollectionError(f"{name}: is damaged or no XMP ({reason}); mend or remove it") from None
+        raise CollectionError(f"{name}: is damaged or not XMP ({reason}); fix or remove it") from None
     root = _Reader(content).root
     if not any(element.name == f"{{{RDF}}}RDF" for element in root.all()):
-        raise CollectionError(f"{name}: is no XMP (it has no rdf:RDF); mend or remove it")
+        raise CollectionError(f"{name}: is not XMP (it has no rdf:RDF); fix or remove it")
     return root
 
 
@@ -142,14 +142,14 @@ class _Reader:
 
 
 def _end_of_tag(content: bytes, start: int) -> int:
-    """Behind its ">"; a value in quotes may have one, too."""
+    """The offset after the tag's ">"; quoted values may contain ">", too."""
     found = re.compile(rb"""<(?:[^>"']|"[^"]*"|'[^']*')*>""").match(content, start)
     assert found is not None, "the parser has found a tag here"
     return found.end()
 
 
 def _holders(root: Element) -> list[Element]:
-    """What properties are of: the descriptions right within rdf:RDF."""
+    """The elements that hold properties: the descriptions directly within rdf:RDF."""
     return [
         child
         for element in root.all()
@@ -178,7 +178,7 @@ def _is_item(element: Element) -> bool:
     return element.name == f"{{{RDF}}}li"
 
 
-# ---- changed ----
+# ---- changing ----
 
 
 def _with_text(content: bytes, wanted: Property, text: str, name: str) -> bytes:
@@ -202,7 +202,7 @@ def _with_text(content: bytes, wanted: Property, text: str, name: str) -> bytes:
 
 
 def _replaced(content: bytes, element: Element, wanted: Property, text: str) -> bytes:
-    """The default language's text; those of others stay."""
+    """Replaces the text of the default language; those of other languages stay."""
     alternatives = next((child for child in element.children if child.name == f"{{{RDF}}}Alt"), None)
     if alternatives is None:
         return _spliced(content, element.start, element.end, _property(wanted, text, element.prefixes))
@@ -225,7 +225,7 @@ def _without_attribute(content: bytes, holder: Element, wanted: Property) -> byt
 
 
 def _inserted(content: bytes, holder: Element, new: str) -> bytes:
-    """As its last child."""
+    """Inserts the new element as the last child."""
     if holder.inner != holder.end:
         return _spliced(content, holder.outer, holder.outer, f"{new}\n")
     tag = re.match(rb"<([^\s/>]+)", content[holder.start : holder.inner])
@@ -251,5 +251,5 @@ def _item(text: str, prefixes: Mapping[str, str]) -> str:
 
 
 def _valid(text: str) -> str:
-    """Without what XML cannot have."""
+    """The text without characters that XML does not allow."""
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)

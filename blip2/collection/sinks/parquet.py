@@ -1,4 +1,4 @@
-"""Parquet: all that is known of each picture, in one file or a file a unit, with the pictures themselves if wanted."""
+"""Parquet: all known values of each image, in one file or one per unit, with the images themselves if requested."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from blip2.collection.sinks.table import check_folder_table
 from blip2.errors import CollectionError
 
 GROUP_ROWS, BATCH_ROWS = 4096, 256
-"""Of a row group; and of what becomes columns at a time, which take a small part of the memory that rows do."""
+"""Rows per row group, and per conversion to columns, which takes little memory compared with rows."""
 GROUP_BYTES = 64 * 2**20
-"""So much of pictures is in memory, and in one row group; `datasets` wants at most 100 MB."""
+"""Bytes of images in memory and in a row group; `datasets` wants at most 100 MB."""
 DTYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string", "json": "string"}
 OWN = {
     "file_name": "str", "path_bytes": "str", "key": "str", "caption": "str", "captions": "list", "score": "float",
@@ -28,7 +28,7 @@ OWN = {
 
 
 class Parquet(Plain):
-    """``images``: with each picture's bytes, as `datasets` writes them; a picture that has no text is left out then."""
+    """``images``: embed each image's bytes, as `datasets` does; images without a text are left out then."""
 
     wants = frozenset({"size", "sha256"})
 
@@ -42,7 +42,7 @@ class Parquet(Plain):
         self._images = images
         self._may_replace = may_replace
         self._source: Source | None = None
-        self._is_folder_table = path.name == "metadata.parquet"  # of an ImageFolder
+        self._is_folder_table = path.name == "metadata.parquet"  # the table of an ImageFolder
 
     def check(self, source: Source) -> None:
         check_file(self._path, may_replace=self._may_replace)
@@ -65,18 +65,18 @@ class Parquet(Plain):
 
 
 def pictures_of(source: Source, units: Iterable[Unit]) -> Callable[[Result], bytes | None]:
-    """From each result, in the order of the source, to the bytes of its picture; read once more, one at a time."""
+    """A function from each result, in the order of the source, to the bytes of its image, read again one at a time."""
     records: Iterator[Record] = (record for unit in units for record in source.records(unit))
 
     def content(result: Result) -> bytes | None:
         record = next((record for record in records if record.key == result.key), None)
         if record is None:
-            raise CollectionError(f"{result.name}: is not in the source any more; give the same command again")
+            raise CollectionError(f"{result.name}: is no longer in the source; repeat the command")
         if isinstance(record.picture, str):
             try:
                 return Path(record.picture).read_bytes()
             except OSError as error:
-                raise CollectionError(f"{record.name}: cannot be read any more ({error.strerror})") from None
+                raise CollectionError(f"{record.name}: can no longer be read ({error.strerror})") from None
         return record.picture
 
     return content
@@ -89,7 +89,7 @@ def write_parquet(
     constants: Mapping[str, str],
     pictures: Callable[[Result], bytes | None] | None = None,
 ) -> None:
-    """All of them in one file, the same to the last byte each time. Raises OSError."""
+    """Write all results into one file, always the same bytes. Raises OSError."""
     arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
     if pictures is not None:
         results = Filtered(results)

@@ -1,4 +1,4 @@
-"""A parquet for each unit, as soon as it is done: 00000.parquet, 00001.parquet, ..."""
+"""One parquet file per unit, written as soon as the unit is finished: 00000.parquet, 00001.parquet, ..."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blip2.errors import CollectionError
 
 
 class ParquetParts(Plain):
-    """``images``: with each picture's bytes, see `Parquet`."""
+    """``images``: embed each image's bytes, see `Parquet`."""
 
     wants = frozenset({"size", "sha256"})
 
@@ -28,13 +28,13 @@ class ParquetParts(Plain):
 
     def check(self, source: Source) -> None:
         if self._folder.exists() and not self._folder.is_dir():
-            raise CollectionError(f"{self._folder}: is a file; a parquet a unit is written into a folder, name one")
+            raise CollectionError(f"{self._folder}: is a file; one parquet per unit needs a folder")
         check_folder(self._folder)
         self._source = source
         for unit in source.units:
             target = self._path(unit)
             if Path(unit.place).is_file() and target.exists() and target.samefile(unit.place):
-                raise CollectionError(f"{unit.place}: is the source itself; give another folder by -o")
+                raise CollectionError(f"{unit.place}: is the source itself; give another folder with -o")
 
     def unit(self, unit: object, results: Sequence[Result]) -> None:
         assert isinstance(unit, Unit) and self._source is not None, "check comes first"

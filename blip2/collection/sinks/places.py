@@ -1,4 +1,4 @@
-"""Where outputs go, looked at before the model is loaded: folders, rights, room, and the names of pictures."""
+"""Output locations, checked before the model is loaded: folders, permissions, disk space, and image names."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MAX_NAME_BYTES = 255 - len("..part")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """`disk.written`, always under the same name: a run that was killed leaves a file, and the next one writes it anew
-    and moves it to its place, so that nothing of it stays. Only one run at a time writes an output. Raises OSError."""
+    """Like `disk.written`, but with a fixed temporary name: a killed run leaves one file, which the next run
+    overwrites, so that nothing is left over. Only one run at a time writes an output. Raises OSError."""
     with written(path, _unfinished(Path(os.path.realpath(path)))) as unfinished:
         yield unfinished
 
 
 def write_all(contents: Iterable[tuple[Path, bytes]]) -> None:
-    """Many small files, likewise, in this order: all are safe on the disk before the first has its name.
+    """Write many small files likewise, in this order: all are synced before the first is renamed.
 
-    Each has its name with all of its content, or not at all. Raises OSError.
+    Each file appears with its whole content, or not at all. Raises OSError.
     """
     moves: dict[Path, Path] = {}
     try:
@@ -40,7 +40,7 @@ def write_all(contents: Iterable[tuple[Path, bytes]]) -> None:
             moves[unfinished] = place
             unfinished.write_bytes(content)
             with suppress(FileNotFoundError):
-                shutil.copymode(place, unfinished)  # what was private stays so
+                shutil.copymode(place, unfinished)  # keep the permissions
         replace([*moves.items()])
     finally:
         for unfinished in moves:
@@ -53,7 +53,7 @@ def _unfinished(place: Path) -> Path:
 
 
 class Plain:
-    """What sinks do where they do nothing."""
+    """A sink whose methods do nothing; the base of the others."""
 
     wants: frozenset[str] = frozenset()
     keeps_time = False
@@ -71,53 +71,53 @@ class Plain:
 
 
 def check_folder(folder: Path) -> None:
-    """That a file can be made there, or in the folder that it would be made in. Raises CollectionError."""
+    """Check that a file can be created in the folder, or the folder itself. Raises CollectionError."""
     place = Path(os.path.abspath(folder))
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise CollectionError(f"{place}: is no folder, so nothing can be written into {folder}; give another output")
+        raise CollectionError(f"{place}: is not a folder, so {folder} cannot be created; give another output")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise CollectionError(f"{place}: cannot be written; change its rights, or give an output elsewhere by -o")
+        raise CollectionError(f"{place}: is not writable; change its permissions, or give another output with -o")
     if shutil.disk_usage(place).free < MIN_FREE_BYTES:
-        raise CollectionError(f"{place}: the disk is full; make room, or give an output elsewhere by -o")
+        raise CollectionError(f"{place}: the disk is full; free some space, or give another output with -o")
 
 
 def check_name(path: Path) -> None:
-    """That a file, and what lies beside it while it is made, can have such a name. Raises CollectionError."""
-    if len(os.fsencode(path.name)) > MAX_NAME_BYTES - 1:  # the journal's has a letter more
-        raise CollectionError(f"{path}: a name of {len(os.fsencode(path.name))} bytes is too long; give a shorter one")
+    """Check that this name and the longer temporary one beside it are possible. Raises CollectionError."""
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES - 1:  # the journal's name is one character longer
+        raise CollectionError(f"{path}: a name of {len(os.fsencode(path.name))} bytes is too long; shorten it")
 
 
 def check_file(path: Path, *, may_replace: bool) -> None:
-    """That a file of this name can be made, and no other is lost by it. Raises CollectionError."""
+    """Check that this file can be created and replaces no other. Raises CollectionError."""
     if path.is_dir():
         raise CollectionError(f"{path}: is a folder; name a file")
     if path.exists() and not may_replace:
         raise CollectionError(
-            f"{path}: is there already, and no run of this command made it; give another output, or replace it by "
+            f"{path}: exists, and was not made by this command; give another output, or replace it with "
             "--if-exists overwrite"
         )
     check_folder(path.parent)
 
 
 def paths_of(source: Source) -> Sequence[str] | None:
-    """The pictures' files, where they have some; ``source`` is a `View`."""
+    """The images' files, if they have some; ``source`` is a `View`."""
     return getattr(source, "pictures", None)
 
 
 def check_beside(pictures: Sequence[str], target: Callable[[str], Path], remedy: str) -> None:
-    """That a file can be made beside each picture, each its own. Raises CollectionError."""
+    """Check that a separate file can be created beside each image. Raises CollectionError."""
     by_spelling: dict[tuple[str, str], dict[Path, str]] = defaultdict(dict)
     for picture in pictures:
         path = target(picture)
         if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-            raise CollectionError(f"{path}: a name of more than {MAX_NAME_BYTES} bytes; give {picture} a shorter one")
+            raise CollectionError(f"{path}: the name is longer than {MAX_NAME_BYTES} bytes; rename {picture}")
         spelled = by_spelling[str(path.parent), _folded(path.name)]
-        # One file under two paths is no collision, nor are spellings that this file system tells apart.
+        # The same file under two paths is no collision, nor are spellings that this file system distinguishes.
         for other_path, other in spelled.items():
             if other != picture and (other_path == path or _is_blind(other) or _is_blind(picture)):
-                raise CollectionError(f"{path}: would be that of {other} and of {picture}; {remedy}")
+                raise CollectionError(f"{path}: would belong to both {other} and {picture}; {remedy}")
         spelled[path] = picture
     for folder in dict.fromkeys(Path(picture).parent for picture in pictures):
         check_folder(folder)
@@ -128,7 +128,7 @@ def _folded(name: str) -> str:
 
 
 def _is_blind(picture: str) -> bool:
-    """Whether its file system takes other spellings of a name (case, composition) for the same."""
+    """Whether its file system treats other spellings of a name (case, composition) as the same file."""
     folder, name = os.path.split(picture)
     others = {name.swapcase(), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))} - {name}
     for other in (os.path.join(folder, other) for other in others):
@@ -142,7 +142,7 @@ def is_address(path: str) -> bool:
 
 
 def is_text(path: str) -> bool:
-    """Whether a name is Unicode, as formats of text need it."""
+    """Whether a name is valid Unicode, as text formats need."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -151,10 +151,10 @@ def is_text(path: str) -> bool:
 
 
 def relative(path: str, folder: Path) -> str:
-    """A file's path from a folder, with "/"; "" if it does not lie in it."""
+    """A file's path relative to a folder, with "/"; "" if it is not in the folder."""
     if not path or is_address(path):
         return ""
-    # Not resolved: what people put into a folder by a link lies there.
+    # Not resolved: a file that is linked into a folder is in it.
     found = os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
     return "" if found.split(os.sep)[0] in (os.pardir, "") or os.path.isabs(found) else found.replace(os.sep, "/")
 

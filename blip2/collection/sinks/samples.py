@@ -1,4 +1,4 @@
-"""Samples of a tar of webdataset: read member by member, and written so that the same content is the same bytes."""
+"""Samples of a webdataset tar: read member by member, and written so that the same content gives the same bytes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from blip2.errors import CollectionError
 from blip2.image import suffixes
 
 IN_PLACE_OF_NOTHING = {"json": b"{}", "txt": b"", "text": b"", "caption": b""}
-"""What a member holds that other samples have and this one has not; there are none for arrays and the like."""
+"""Content of a member that this sample lacks and others have. There is none for arrays and the like."""
 
 
 class Sample(NamedTuple):
-    """``members``: each field's bytes, by its name without the key."""
+    """``members``: the bytes of each field, by its name without the key."""
 
     key: str
     members: dict[str, bytes]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and field, as webdataset, datasets and Ray split it: at the first dot of its last part."""
+    """A member's key and field, split as in webdataset, datasets and Ray: at the first dot of the file name."""
     folder, slash, last = name.rpartition("/")
     stem, _, field = last.partition(".")
     return folder + slash + stem, field
 
 
 def samples(path: Path) -> Iterator[Sample]:
-    """Those of a shard, in order. Raises CollectionError for what is no whole tar, OSError."""
+    """The samples of a shard, in order. Raises CollectionError if it is no complete tar, OSError."""
     with _opened(path) as shard:
         key, members = "", dict[str, bytes]()
         for member, found, field in _members(shard):
@@ -46,7 +46,7 @@ def samples(path: Path) -> Iterator[Sample]:
 
 
 def fields_of(path: Path) -> tuple[set[str], set[str]]:
-    """The fields that any sample of a shard has, and those that all have, up to a damage; no content is read."""
+    """The fields that any sample of a shard has, and those that all have, up to the first damage. Reads no content."""
     by_key: dict[str, set[str]] = {}
     with suppress(CollectionError), _opened(path) as shard:
         for _, key, field in _members(shard):
@@ -56,7 +56,7 @@ def fields_of(path: Path) -> tuple[set[str], set[str]]:
 
 
 def picture_field(fields: Mapping[str, object] | set[str]) -> str:
-    """The field that holds the picture of a sample, "" if none does."""
+    """The field that holds the image of a sample; "" if there is none."""
     readable, others = suffixes()
     known = {*readable, *others}
     return next((field for field in sorted(fields, key=_dots) if f".{field.rpartition('.')[2].lower()}" in known), "")
@@ -67,7 +67,7 @@ def _dots(field: str) -> tuple[int, str]:
 
 
 def write_samples(path: Path, found: Iterable[Sample]) -> None:
-    """Names in order, no times, no owners; long names and any script (PAX). Raises OSError."""
+    """Write samples: sorted names, no times, no owners; long and non-ASCII names (PAX). Raises OSError."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as shard:
         for sample in found:
             for field in sorted(sample.members):
@@ -84,7 +84,7 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
         with tarfile.open(path) as shard:
             yield shard
     except tarfile.TarError as error:
-        raise CollectionError(f"{path}: is damaged or no tar ({error}); download or make it again") from None
+        raise CollectionError(f"{path}: is damaged or not a tar file ({error}); download or pack it again") from None
 
 
 def _members(shard: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
@@ -94,9 +94,9 @@ def _members(shard: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str
         is_meta = member.name.startswith("__") and member.name.partition("/")[0].endswith("__")
         if member.isfile() and not is_hidden and not is_meta:
             yield member, key, field.lower()
-    # To the standard library, a header that is cut off is an end like any other.
+    # The standard library takes a truncated header for the end of the file.
     assert shard.fileobj is not None
     shard.fileobj.seek(shard.offset)
     rest = shard.fileobj.read(tarfile.BLOCKSIZE)
     if len(rest) not in (0, tarfile.BLOCKSIZE) or any(rest):
-        raise tarfile.ReadError("it is cut short")
+        raise tarfile.ReadError("it is truncated")

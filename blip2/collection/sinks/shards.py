@@ -1,8 +1,8 @@
-"""Shards as img2dataset has them: 00000.tar, 00000.parquet, and last 00000_stats.json, one of each for every unit.
+"""Shards in img2dataset's layout: 00000.tar, 00000.parquet, and last 00000_stats.json, for every unit.
 
-Shards of the source are mirrored: each member is copied as it is, the captions beside them. Pictures of other sources
-are packed, and known by numbers: a dot in a name of a tar begins its suffix, so that IMG.1.jpg and IMG.2.jpg would be
-one sample. `datasets` reads no shard whose samples differ in their members; so all get the same.
+Source shards are mirrored: members are copied unchanged, with the captions beside them. Images of other sources are
+packed under numbers as keys: a dot in a tar name begins the field, so that IMG.1.jpg and IMG.2.jpg would be one sample.
+`datasets` rejects shards whose samples have different members, so all samples get the same.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SHARD = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
 
 
 class Shards(Plain):
-    """``caption_field``: the member that holds the caption; what it held before is in orig.txt (``orig.`` and the
-    field). ``images``: False, and there are only the tables. ``shard_size``: pictures in a unit of what is packed."""
+    """``caption_field``: the member that holds the caption; its earlier content goes to orig.txt (``orig.`` and the
+    field). ``images``: if False, only write the tables. ``shard_size``: images per unit, where images are packed."""
 
     wants = frozenset({"size", "sha256"})
 
@@ -61,7 +61,7 @@ class Shards(Plain):
 
     def check(self, source: Source) -> None:
         if self._folder.exists() and not self._folder.is_dir():
-            raise CollectionError(f"{self._folder}: is a file; shards are written into a folder, name one")
+            raise CollectionError(f"{self._folder}: is a file; shards need a folder")
         check_folder(self._folder)
         self._source = source
         owners: dict[str, str] = {}
@@ -69,13 +69,13 @@ class Shards(Plain):
             name = self._name(unit)
             if name in owners:
                 raise CollectionError(
-                    f"{owners[name]} and {unit.place} would both be {self._folder / name}.tar; give them one after the "
-                    "other, each an output of its own, or rename one"
+                    f"{owners[name]} and {unit.place} would both become {self._folder / name}.tar; process them "
+                    "separately, each with its own output, or rename one"
                 )
             owners[name] = unit.place
             target = self._folder / f"{name}.tar"
             if _is_shard(unit) and target.exists() and target.samefile(unit.place):
-                raise CollectionError(f"{unit.place}: is the source itself; give another folder by -o")
+                raise CollectionError(f"{unit.place}: is the source itself; give another folder with -o")
         self._picture_field = next(self._picture_fields(source), "jpg")
 
     def unit(self, unit: object, results: Sequence[Result]) -> None:
@@ -97,7 +97,7 @@ class Shards(Plain):
         write_all([(self._folder / f"{name}_stats.json", f"{json.dumps(stats, indent=4)}\n".encode("ascii"))])
 
     def _name(self, unit: Unit) -> str:
-        """As the source's shard, or the unit's number."""
+        """The name of the source's shard, or the unit's number."""
         return SHARD.sub("", Path(unit.place).name) if _is_shard(unit) else f"{unit.number:05}"
 
     def _write_tar(self, unit: Unit, name: str, results: Mapping[str, Result]) -> None:
@@ -106,7 +106,7 @@ class Shards(Plain):
             write_samples(unfinished, found)
 
     def _copied(self, unit: Unit, results: Mapping[str, Result]) -> Iterator[Sample]:
-        """The samples of a shard that have a caption, with it."""
+        """The samples of a source shard that have a caption, with the caption."""
         assert self._source is not None
         path, own = Path(unit.place), self._caption_field
         chosen = str(self._source.told().get("image_column", ""))
@@ -127,19 +127,19 @@ class Shards(Plain):
             picture = chosen if chosen in sample.members else picture_field(sample.members)
             if picture:
                 members[self._picture_field] = members.pop(picture)
-            is_kept = result.status == SKIPPED and before.strip()  # else it was said in another field
+            is_kept = result.status == SKIPPED and before.strip()  # else the text came from another field
             members[own] = before if is_kept else result.line.encode("utf-8")
             yield Sample(sample.key, members)
 
     def _sound(self, path: Path) -> Iterator[Sample]:
-        """The samples before the first damage, which is told of the records behind it, too."""
+        """The samples before the first damage. The records behind it report the damage, too."""
         try:
             yield from samples(path)
         except CollectionError as error:
             self.notes.append(str(error))
 
     def _packed(self, unit: Unit, results: Mapping[str, Result]) -> Iterator[Sample]:
-        """A sample for each picture that has a caption: itself, the caption, and what is known of it."""
+        """A sample for each image that has a caption: the image, the caption, and its metadata."""
         assert self._source is not None
         records: Iterator[Record] = iter(self._source.records(unit))
         for key, result in results.items():
@@ -147,7 +147,7 @@ class Shards(Plain):
             if not result.line:
                 continue
             if record is None or record.picture is None:
-                raise CollectionError(f"{result.name}: is not in the source any more; give the same command again")
+                raise CollectionError(f"{result.name}: is no longer in the source; repeat the command")
             picture = Path(record.picture).read_bytes() if isinstance(record.picture, str) else record.picture
             told: dict[str, Any] = {
                 "key": key,
@@ -163,7 +163,7 @@ class Shards(Plain):
             })  # fmt: skip
 
     def _picture_fields(self, source: Source) -> Iterator[str]:
-        """How the first picture's member is called, so that all are called: what it is, they see by its bytes."""
+        """The field name of the first image, used for all: readers detect the image format from the bytes."""
         for unit in source.units:
             if _is_shard(unit):
                 chosen = str(source.told().get("image_column", ""))
@@ -185,8 +185,8 @@ def _suffix(record: Record) -> str:
 
 
 def _stats(unit: Unit, results: Sequence[Result]) -> dict[str, Any]:
-    """As img2dataset's, which sums them up; those of the source's download are kept. No time is told: a run that was
-    stopped and resumed writes the same."""
+    """Statistics in img2dataset's form, which sums them; those of the source's download are kept. Contains no time, so
+    that an interrupted and resumed run writes the same."""
     before: dict[str, Any] = {}
     if _is_shard(unit):
         path = Path(unit.place)

@@ -1,4 +1,4 @@
-"""A text file beside each picture, as trainers of LoRAs read it: UTF-8, one line a caption, never empty."""
+"""A text file beside each image, as LoRA trainers read it: UTF-8, one line per caption, never empty."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from blip2.errors import CollectionError, OptionError
 from blip2.image import suffixes
 from blip2.plaintext import read_text
 
-REMEDY = "add --sidecar-name full, so that the picture's whole name is in it, or rename one of them"
+REMEDY = "add --sidecar-name full, which uses the image's full name, or rename one of them"
 
 
 class Sidecars(Plain):
-    """``suffix``: ".txt", ".caption". ``keeps_suffix``: a.jpg.txt in the place of a.txt."""
+    """``suffix``: ".txt", ".caption". ``keeps_suffix``: a.jpg.txt instead of a.txt."""
 
     def __init__(self, suffix: str, *, keeps_suffix: bool = False) -> None:
         super().__init__()
@@ -24,22 +24,22 @@ class Sidecars(Plain):
         self._keeps_suffix = keeps_suffix
         readable, others = suffixes()
         if self._suffix.lower() in {*readable, *others}:
-            raise OptionError(f"--sidecar {suffix}: is what pictures are called; give .txt or .caption")
+            raise OptionError(f"--sidecar {suffix}: is a suffix of images; give .txt or .caption")
         if self._suffix == "." or any(character in "/\\\0" or not character.isprintable() for character in suffix):
-            raise OptionError(f"--sidecar {suffix!r}: is no suffix; give .txt or .caption")
+            raise OptionError(f"--sidecar {suffix!r}: is not a suffix; give .txt or .caption")
 
     def check(self, source: Source) -> None:
         if (pictures := paths_of(source)) is None:
-            raise CollectionError("--sidecar writes beside files; for rows and shards give an output by -o")
+            raise CollectionError("--sidecar writes beside image files; for rows and shards give an output with -o")
         if addresses := [picture for picture in pictures if is_address(picture)]:
-            raise CollectionError(f"{addresses[0]}: --sidecar writes beside files; give an output by -o")
+            raise CollectionError(f"{addresses[0]}: --sidecar writes beside image files; give an output with -o")
         check_beside(pictures, self.path, REMEDY)
 
     def path(self, picture: str) -> Path:
         return Path(picture + self._suffix) if self._keeps_suffix else Path(picture).with_suffix(self._suffix)
 
     def old(self, picture: str) -> str:
-        """The lines that a picture has already. Raises OSError, NotTextError."""
+        """The lines of an existing sidecar. Raises OSError, NotTextError."""
         with suppress(FileNotFoundError):
             lines = (" ".join(line.split()) for line in read_text(self.path(picture)).split("\n"))
             return "\n".join(filter(None, lines))

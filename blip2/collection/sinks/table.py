@@ -1,4 +1,4 @@
-"""One file for all pictures: how each format is checked, and written when all results are there."""
+"""One file for all images: its check, and its writing once all results are there."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from blip2.image import name_of
 
 @dataclass(frozen=True)
 class Format:
-    """``write`` is given the open file (UTF-8), all results, and the file's folder; it returns notes for people.
+    """``write`` gets the open file (UTF-8), all results, and the file's folder; it returns notes for the user.
 
-    ``paths``: how pictures are named in it: by their path "below" the file's folder, by that of "any" file, as they
-    are "named" in the source if they have no file, or not at all (""). ``probe``: is given what is known of the first
-    picture before the model is loaded, and may raise CollectionError.
+    ``paths``: how images are named in it: by their path "below" the file's folder, by the path of "any" file, as
+    "named" in the source if they have no file, or not at all (""). ``probe``: checks what is known of the first image
+    before the model is loaded, and may raise CollectionError.
     """
 
     write: Callable[[IO[str], Iterable[Result], Path], Iterable[str]]
@@ -32,7 +32,7 @@ class Format:
 
 
 class Table(Plain):
-    """``may_replace``: whether a file that is there is an output of the same command, or may go."""
+    """``may_replace``: whether an existing file is an output of the same command, or may be replaced."""
 
     def __init__(self, path: Path, format: Format, *, may_replace: bool = False) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class Table(Plain):
         pictures = paths_of(source) or ()
         if self._format.paths in ("below", "any") and paths_of(source) is None:
             raise CollectionError(
-                f"{self._path}: this format names files, and these pictures have none of their own; give --format "
-                "jsonl or parquet, or name a folder for shards"
+                f"{self._path}: this format names image files, and these images have none; give --format "
+                "jsonl or parquet, or a folder for shards"
             )
         if self._format.probe is not None and source.units:
             for record in islice(source.records(source.units[0]), 1):
@@ -68,26 +68,26 @@ class Table(Plain):
 
 
 def check_folder_table(path: Path, pictures: Iterable[str]) -> None:
-    """That `datasets` will read a table of an ImageFolder. Raises CollectionError."""
+    """Check that `datasets` will read a table of an ImageFolder. Raises CollectionError."""
     for suffix in (".csv", ".jsonl", ".parquet"):
         other = path.with_name(f"metadata{suffix}")
         if path.stem == "metadata" and other != path and other.exists():
             raise CollectionError(
-                f"{other}: datasets reads no folder with this and with {path.name}; remove it, or name the output so"
+                f"{other}: datasets cannot read a folder with both this and {path.name}; remove it, or use its name"
             )
     for picture in pictures:
         check_picture(picture, path, is_below=True)
 
 
 def check_picture(picture: str, table: Path, *, is_below: bool = False) -> None:
-    """That a table of this path can name a picture. Raises CollectionError."""
+    """Check that a table with this path can name the image. Raises CollectionError."""
     if not is_text(picture):
         raise CollectionError(
-            f"{name_of(picture)}: a name that is not UTF-8, which {table.name} cannot hold; rename it, or give "
+            f"{name_of(picture)}: the name is not UTF-8, which {table.name} cannot hold; rename it, or give "
             "--format jsonl"
         )
     if is_below and not relative(picture, table.parent):
         raise CollectionError(
-            f"{picture}: does not lie in the folder of {table}, as datasets wants it; write the table into the folder "
-            "of the pictures, or give --format jsonl"
+            f"{picture}: is not in the folder of {table}, as datasets needs it; write the table into the folder "
+            "of the images, or give --format jsonl"
         )

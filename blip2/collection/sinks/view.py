@@ -1,4 +1,4 @@
-"""A source as outputs see it: where its pictures' files are, and what is said beside them, or in them, already."""
+"""A source as outputs see it: the paths of its images, and existing texts beside or in them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from blip2.plaintext import NotTextError
 
 
 class Beside(Sink, Protocol):
-    """What is written beside each picture, or into it."""
+    """An output beside each image, or in it."""
 
     keeps_time: bool
-    """It changes the files of pictures, and leaves their times as they were."""
+    """Whether it changes image files and keeps their modification times."""
 
     def old(self, picture: str) -> str:
-        """What a picture has already. Raises CollectionError, NotTextError, OSError."""
+        """The existing text of an image. Raises CollectionError, NotTextError, OSError."""
 
 
 class View:
-    """The same source, with what ``beside`` has of each picture as its old text, before what the source says itself.
+    """The same source. Texts in ``beside`` come before those of the source itself as old texts.
 
-    All of these are looked at, so that what is damaged is a problem of its record. Where one of them changes the files
-    of pictures (``keeps_time``), a picture is known again by the time of its file alone. ``takes_text``: whether what
-    the source says is an old text of what will be written; a caption is none where answers are. ``is_beside_alone``:
-    whether nothing is written elsewhere, so that what the source says is not written over: a picture that has nothing
-    beside it is new then (`Record.is_new`).
+    All of ``beside`` are read, so that a damaged one is a problem of its record. If one of them changes image files
+    (``keeps_time``), an image is recognised by the modification time alone. ``takes_text``: whether the source's texts
+    are old versions of the new text; a caption is not if answers are written. ``is_beside_alone``: whether nothing is
+    written elsewhere, so that the source's texts are not overwritten: an image without a file beside it is then new
+    (`Record.is_new`).
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class View:
         self._by_time = any(one.keeps_time for one in beside)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # before it is made, as when it is unpickled
+        if name.startswith("_"):  # before __init__, as in unpickling
             raise AttributeError(name)
         return getattr(self._source, name)
 
@@ -71,9 +71,9 @@ class View:
 
     @cached_property
     def pictures(self) -> Sequence[str] | None:
-        """The files of all pictures, and their addresses; None where the source itself holds them.
+        """The paths or URLs of all images; None if the source itself holds the images.
 
-        A table of paths is read for that, a table of pictures is not.
+        For this, a table of paths is read; a table of images is not.
         """
         match self.told().get("source"):
             case "files":
@@ -90,7 +90,7 @@ class View:
 
     @cached_property
     def _times(self) -> list[str]:
-        """Of each unit, taken once."""
+        """The times of each unit, taken once."""
         found = []
         for unit in self.units:
             digest = hashlib.blake2b(digest_size=16)
@@ -128,10 +128,10 @@ class View:
             return replace(record, problem=str(error))
         except (OSError, NotTextError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            problem = f"{record.name}: what is said of it already cannot be read ({reason}); mend or remove that file"
+            problem = f"{record.name}: its existing text cannot be read ({reason}); fix or remove that file"
             return replace(record, problem=problem)
 
 
 def _time(path: str) -> str:
     found = stamp_of(path)
-    return "" if found is None else str(found.mtime_ns // 10**9)  # exiftool keeps no more of it
+    return "" if found is None else str(found.mtime_ns // 10**9)  # exiftool keeps whole seconds

@@ -1,4 +1,4 @@
-"""XMP sidecars, as Immich, digiKam, darktable and Lightroom read them: a.jpg.xmp, or a.xmp."""
+"""XMP sidecars as Immich, digiKam, darktable and Lightroom read them: a.jpg.xmp, or a.xmp."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from blip2.collection.wording import shortened
 from blip2.errors import CollectionError
 
 ALT_CHARS = 250
-"""So many the standard allows an alternative text."""
+"""Maximum length of an alternative text in the standard, in characters."""
 REMEDY = (
-    "leave out --xmp-name stem, so that the picture's whole name is in it; or, if both are one photograph, give "
+    "leave out --xmp-name stem, which uses the image's full name; or, if both are one photograph, give "
     "--xmp-shared"
 )
 
 
 class Xmp(Plain):
-    """The description and the alternative text; what else is in a sidecar stays as it is, and the file as it was before
-    is kept as a.jpg.xmp_original. ``keeps_suffix``: a.jpg.xmp, else a.xmp. ``shares``: raw and JPEG may have one."""
+    """Writes the description and the alternative text. Everything else in a sidecar is kept, and the earlier file is
+    saved as a.jpg.xmp_original. ``keeps_suffix``: a.jpg.xmp, else a.xmp. ``shares``: raw file and JPEG may share
+    one."""
 
     def __init__(self, *, keeps_suffix: bool = True, shares: bool = False) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Xmp(Plain):
     def check(self, source: Source) -> None:
         pictures = paths_of(source)
         if pictures is None or any(map(is_address, pictures)):
-            raise CollectionError("--xmp writes beside files; for rows, shards and addresses give an output by -o")
+            raise CollectionError("--xmp writes beside image files; for rows, shards and URLs give an output with -o")
         if self._shares:
             pictures = [*{self.path(picture): picture for picture in pictures}.values()]
         check_beside(pictures, self.path, REMEDY)
@@ -43,7 +44,7 @@ class Xmp(Plain):
         return Path(f"{picture}.xmp") if self._keeps_suffix else Path(picture).with_suffix(".xmp")
 
     def old(self, picture: str) -> str:
-        """What was said of a picture before. Raises CollectionError for a sidecar that cannot be changed, OSError."""
+        """The existing text of an image. Raises CollectionError for a sidecar that cannot be changed, OSError."""
         with suppress(FileNotFoundError):
             path = self.path(picture)
             return described(path.read_bytes(), str(path))
@@ -53,7 +54,7 @@ class Xmp(Plain):
         write_all(change for result in results for change in self._changes(result))
 
     def _changes(self, result: Result) -> Iterator[tuple[Path, bytes]]:
-        """The files to write, in this order."""
+        """The files to write, in order."""
         path = self.path(result.path)
         before = path.read_bytes() if path.exists() else None
         content = packet(before, result.line, str(path))
@@ -70,5 +71,5 @@ def packet(before: bytes | None, line: str, name: str) -> bytes:
 
 
 def _is_ours(content: bytes, name: str) -> bool:
-    """Whether it holds nothing but what an earlier run wrote."""
+    """Whether it only holds what an earlier run wrote."""
     return packet(None, described(content, name), name) == content

@@ -1,4 +1,4 @@
-"""Where records come from: `open_source` looks at what was named; each kind of source has a file of its own."""
+"""Sources of records. `open_source` detects the kind of what is named; each kind of source has its own file."""
 
 from blip2.collection.sources.files import Files
 from blip2.collection.sources.opening import open_source

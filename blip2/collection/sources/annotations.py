@@ -1,4 +1,4 @@
-"""JSON files of other tools that describe pictures, as rows of ours: one for each picture.
+"""JSON annotation files of other tools, converted to our rows: one per image.
 
     COCO            {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
     Karpathy's      {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}
@@ -21,9 +21,9 @@ KOHYA = {"caption", "tags", "image_size"}
 
 
 def rows_of(value: object, path: str, images: str | None, split: str | None) -> list[object] | None:
-    """The rows, each with `FILE`; a text in the place of one says what is wrong with it. None if the value is of no
-    tool that is known. ``images``: the folder of the pictures; ``split``: which part of Karpathy's, or several with
-    commas between. Raises CollectionError."""
+    """The rows, each with `FILE`; a text instead of a row says what is wrong with it. None if the value is of no known
+    tool. ``images``: the folder of the images. ``split``: a split of a Karpathy file, or several separated by commas.
+    Raises CollectionError."""
     if not isinstance(value, Mapping):
         return None
     listed = value.get("images")
@@ -40,7 +40,7 @@ def rows_of(value: object, path: str, images: str | None, split: str | None) -> 
 
 
 def _coco(images: Sequence[object], annotations: object, path: str) -> Iterator[object]:
-    """``image_id`` stays of the type it is."""
+    """``image_id`` keeps its type."""
     captions: dict[object, list[str]] = defaultdict(list)
     for said in annotations if isinstance(annotations, list) else []:
         if isinstance(said, dict) and isinstance(said.get("caption"), str) and _is_id(said.get("image_id")):
@@ -48,17 +48,17 @@ def _coco(images: Sequence[object], annotations: object, path: str) -> Iterator[
     seen: set[object] = set()
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get(FILE), str) or not _is_id(image.get("id")):
-            yield f"an image has to have 'id' and {FILE!r}"
+            yield f"an image needs 'id' and {FILE!r}"
             continue
         if image["id"] in seen:
-            raise CollectionError(f"{path}: two images have the id {image['id']!r}; give each one of its own")
+            raise CollectionError(f"{path}: two images have the id {image['id']!r}; ids have to be unique")
         seen.add(image["id"])
         rest = {name: value for name, value in image.items() if name not in (FILE, "id")}
         yield {FILE: image[FILE], "image_id": image["id"], **rest, CAPTIONS: captions.get(image["id"], [])}
 
 
 def _karpathy(images: Sequence[object], path: str, split: str | None) -> Iterator[object]:
-    """``image_id``: COCO's, or the running one of the file."""
+    """``image_id``: COCO's, or the running number in the file."""
     wanted = split.split(",") if split else None
     found = Counter(str(image.get("split", "")) for image in images if isinstance(image, dict))
     for name in wanted or ():
@@ -67,7 +67,7 @@ def _karpathy(images: Sequence[object], path: str, split: str | None) -> Iterato
             raise CollectionError(f"{path}: has no split {name!r}, but {known}")
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
-            yield "an image has to have 'filename'"
+            yield "an image needs 'filename'"
             continue
         if wanted and str(image.get("split", "")) not in wanted:
             continue
@@ -82,7 +82,7 @@ def _karpathy(images: Sequence[object], path: str, split: str | None) -> Iterato
 
 
 def _kohya(said: Mapping[str, Mapping[str, Any]], folder: str) -> Iterator[object]:
-    """A key is a path, or the name of a picture without its suffix."""
+    """A key is a path, or the name of an image without its suffix."""
     readable, missing = suffixes()
     by_stem: dict[str, list[str]] = defaultdict(list)
     for picture in find_in([folder], recursive=False).pictures:
@@ -94,14 +94,14 @@ def _kohya(said: Mapping[str, Mapping[str, Any]], folder: str) -> Iterator[objec
         elif len(some := by_stem.get(key, [])) == 1:
             yield {**columns, FILE: some[0]}
         elif some:
-            yield f"{key!r} may be {' or '.join(some)}; write keys with their suffixes"
+            yield f"{key!r} could be {' or '.join(some)}; write keys with suffixes"
         else:
-            yield f"{key!r}: there is no picture of this name in {folder}; name their folder with {option('images')}"
+            yield f"{key!r}: there is no image of this name in {folder}; name their folder with {option('images')}"
 
 
 def refuse_split(split: str | None, path: str) -> None:
     if split:
-        raise CollectionError(f"{path}: has no splits; leave out {option('split')}, which is for Karpathy's files")
+        raise CollectionError(f"{path}: has no splits; leave out {option('split')}, which is for Karpathy files")
 
 
 def _is_id(value: object) -> bool:

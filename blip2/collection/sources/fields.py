@@ -1,4 +1,4 @@
-"""What the columns of rows hold: which has the picture and which the text, by their names, and what is in them."""
+"""The columns of rows: which one holds the image and which one the text, and how their values are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip2.image.sources import stream_of
 
 IMAGE_COLUMNS = ("image", *IMAGES, "jpg", "jpeg", "png", "webp")
 NOT_SAID = ("label", "output")
-"""Texts to be learnt, which are seldom what was said of a picture."""
+"""Columns with texts to learn, which are seldom captions of the image."""
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", *(name for name in CAPTIONS if name not in NOT_SAID))
 
 
@@ -33,8 +33,8 @@ def image_column_of(tables: Sequence[Table], wanted: str | None) -> str:
         raise CollectionError(f"{broken.name}: {broken.problem}")
     if wanted is None:
         raise CollectionError(
-            f"{first.path}: none of its columns ({', '.join(map(repr, first.columns)) or 'there are none'}) is known "
-            f"to hold pictures; name the one that does with {option('image_column')}"
+            f"{first.path}: no column ({', '.join(map(repr, first.columns)) or 'there are none'}) is known "
+            f"to hold images; name the one that does with {option('image_column')}"
         )
     for table in tables:
         if wanted not in table.columns:
@@ -55,8 +55,8 @@ def _found(columns: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def picture_of(value: object, column: str) -> tuple[str | bytes | None, str]:
-    """The path, address or bytes of a picture, and what is wrong with what is in its place."""
-    if isinstance(value, dict):  # as `datasets` writes pictures; in JSON as base64
+    """The path, URL or bytes of an image, and the problem if there is none."""
+    if isinstance(value, dict):  # images as `datasets` writes them; in JSON as base64
         content = value.get("bytes")
         if isinstance(content, str):
             try:
@@ -74,17 +74,17 @@ def picture_of(value: object, column: str) -> tuple[str | bytes | None, str]:
                 return None, str(error)
         case str() if value and not value.isspace():
             if "\0" in value or not _is_name(value):
-                return None, f"{value!r} is no name of a file"
+                return None, f"{value!r} is not a file name"
             if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value) and not is_address(value):
-                return None, f"{name_of(value)}: only http and https addresses are read; download it first"
+                return None, f"{name_of(value)}: only http and https URLs are read; download it first"
             return value, ""
         case None | "" | b"" | str():
-            return None, f"there is no picture in {column!r}"
-    return None, f"{column!r} holds no picture, but {type(value).__name__}"
+            return None, f"there is no image in {column!r}"
+    return None, f"{column!r} holds {type(value).__name__}, not an image"
 
 
 def label_of(value: object) -> str | None:
-    """The name that a row gives its picture; None if it has none, or holds it."""
+    """The name that a row gives its image; None if it has none, or holds the image itself."""
     if isinstance(value, dict):
         value = value.get("path")
     if not isinstance(value, str) or not value.strip() or value[:5].lower() == "data:":
@@ -93,7 +93,7 @@ def label_of(value: object) -> str | None:
 
 
 def text_of(value: object) -> tuple[str, str]:
-    """What was said of a picture, the first of several; and what is wrong with it."""
+    """The caption of an image, the first of several; and the problem if it cannot be read."""
     if isinstance(value, list):
         value = value[0] if value else ""
     if isinstance(value, dict):
@@ -103,7 +103,7 @@ def text_of(value: object) -> tuple[str, str]:
     try:
         value.encode()
     except UnicodeEncodeError:
-        return "", f"its text has halves of characters, {value!r}; write it as Unicode"
+        return "", f"its text has lone surrogates, {value!r}; write it as Unicode"
     return " ".join(value.split()), ""
 
 

@@ -1,4 +1,4 @@
-"""Folders and lists of files: a unit is a run of files, its stamp that of all of them."""
+"""Folders and lists of files. A unit is a range of files; its stamp covers all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNIT_FILES = 256
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What is known of a picture from elsewhere than a file beside it."""
+    """What is known of an image from another place than a file beside it."""
 
     text: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -34,12 +34,12 @@ NOTHING = Said()
 
 
 class Files:
-    """Pictures by their paths, in order. ``root``: that keys begin from; ``text_suffix``: of the files beside them that
-    hold what was said of them before ("" if none do), in the place of the picture's own suffix or, if
-    ``keeps_suffix``, after it; ``has_json``: whether such files hold their columns; ``said``: of each path, what is
-    known of it else.
+    """Images by their paths, in order. ``root``: keys are relative to it. ``text_suffix``: suffix of the files beside
+    images that hold their existing texts ("" for none); it replaces the image's suffix or, with ``keeps_suffix``,
+    follows it. ``has_json``: whether JSON files beside images hold their columns. ``said``: what else is known, by
+    path.
 
-    ``problems``: a line for each thing that could not be looked at. ``found``: all that is in the folders.
+    ``problems``: a line for each file or folder that cannot be read. ``found``: everything in the folders.
     """
 
     problems: Sequence[str] = ()
@@ -84,7 +84,7 @@ class Files:
             )  # fmt: skip
 
     def passed_over(self, apart: Collection[str] = ()) -> str:
-        """What was no picture, and is not read, as `Found` tells it."""
+        """The files that are not images and not read, as `Found` lists them."""
         return self.found.passed_over({*apart, self.text_suffix.lower()})
 
     def told(self) -> Mapping[str, Any]:
@@ -95,8 +95,8 @@ class Files:
 
     @cached_property
     def _stamps(self) -> list[str]:
-        """Each unit's, from the names, sizes and times of its files; taken once, so that a picture that changes while
-        the run is at work is done again by the next."""
+        """Each unit's stamp, from the names, sizes and times of its files. Taken once, so that an image that changes
+        during a run is processed again by the next."""
         found = []
         for unit in self.units:
             digest = hashlib.blake2b(digest_size=16)
@@ -106,7 +106,7 @@ class Files:
         return found
 
     def _beside(self, path: str) -> tuple[str, str]:
-        """What is said of a picture in a file beside it, and what is wrong with that."""
+        """The text in a file beside an image, and the problem if it cannot be read."""
         if not self.text_suffix or path == "-" or _is_address(path):
             return "", ""
         beside = Path(path + self.text_suffix) if self._keeps_suffix else Path(path).with_suffix(self.text_suffix)
@@ -116,7 +116,7 @@ class Files:
             return "", ""
         except (OSError, NotTextError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            return "", f"{name_of(beside)}: cannot be read ({reason}); mend or remove it"
+            return "", f"{name_of(beside)}: cannot be read ({reason}); fix or remove it"
 
     def _columns(self, path: str) -> tuple[Mapping[str, Any], str]:
         beside = Path(path).with_suffix(".json")
@@ -126,11 +126,11 @@ class Files:
             value = read_json(str(beside))
         except CollectionError as error:
             return {}, str(error)
-        return (value, "") if isinstance(value, dict) else ({}, f"{name_of(beside)}: is no object; mend or remove it")
+        return (value, "") if isinstance(value, dict) else ({}, f"{name_of(beside)}: is no object; fix or remove it")
 
 
 def key_of(path: str, root: str) -> str:
-    """The path from ``root`` on, with / between folders whatever the system has there; without a root, all of it."""
+    """The path relative to ``root``, with / between folders on every system; without a root, the whole path."""
     if not root or _is_address(path):
         return path
     within = os.path.join(root, "")

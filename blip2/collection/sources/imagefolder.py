@@ -1,7 +1,7 @@
-"""What `datasets` keeps of the pictures in a folder: metadata.jsonl, .csv or .parquet, in it or in folders within.
+"""The metadata of an ImageFolder of `datasets`: metadata.jsonl, .csv or .parquet, in the folder or its subfolders.
 
-A row names its picture by ``file_name``, from the folder of its own file. Here a folder is all of its pictures, those
-without a row too.
+A row names its image in ``file_name``, relative to the folder of the metadata file. Here a folder means all its images,
+also those without a row.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class Told:
-    """What metadata files say of the pictures ``paths``, by path: ``said``. ``problems``: a line for each row that
-    cannot be used, or whose picture is not there. Raises CollectionError for files of several formats, of which
-    `datasets` reads none, for those that cannot be read, and for two rows of one picture."""
+    """The metadata of the images ``paths``, by path: ``said``. ``problems``: a line for each row that cannot be used,
+    or whose image is missing. Raises CollectionError for metadata files of several formats (which `datasets` rejects),
+    for unreadable ones, and for two rows of one image."""
 
     def __init__(self, metadata: Sequence[str], paths: Sequence[str], caption_column: str | None = None) -> None:
         self.said: dict[str, Said] = {}
@@ -37,7 +37,7 @@ class Told:
         if len(by_suffix) > 1:
             first, second = sorted(by_suffix.values())[:2]
             raise CollectionError(
-                f"{first} and {second} both tell of the pictures; keep one format, or leave one out by "
+                f"{first} and {second} both describe the images; keep one format, or leave one out with "
                 f"{option('exclude')}"
             )
         origins: dict[str, str] = {}
@@ -52,13 +52,13 @@ class Told:
             self.problems.append(f"{row.name}: {reason}")
             return
         wanted = os.path.join(os.path.dirname(table.path), str(name))
-        path = self._path(wanted) or self._path(wanted.replace("\\", "/"))  # as Windows writes it
+        path = self._path(wanted) or self._path(wanted.replace("\\", "/"))  # a path written on Windows
         if path is None:
-            if not os.path.lexists(wanted):  # else it was left out
-                self.problems.append(f"{row.name}: {name_of(wanted)} is not there; bring it back, or remove the row")
+            if not os.path.lexists(wanted):  # otherwise it was excluded
+                self.problems.append(f"{row.name}: {name_of(wanted)} is missing; restore it, or remove the row")
             return
         if path in origins:
-            raise CollectionError(f"{origins[path]} and {row.name} both tell of {path}; keep one of them")
+            raise CollectionError(f"{origins[path]} and {row.name} both describe {path}; keep one of them")
         origins[path] = row.name
         text, problem = text_of(row.values.get(column)) if column else ("", "")
         if problem:
@@ -66,7 +66,7 @@ class Told:
         self.said[path] = Said(text, {key: value for key, value in row.values.items() if key != FILE})
 
     def _path(self, wanted: str) -> str | None:
-        """As the folder has it: macOS writes accents apart from their letters."""
+        """The path as the folder spells it: macOS stores accents as separate characters."""
         return self._there.get(os.path.normpath(wanted)) or self._composed.get(_composed(wanted))
 
 
@@ -80,7 +80,7 @@ def metadata_in(folders: Sequence[str], recursive: bool, exclude: Sequence[str])
 
 
 def files_in(folders: Sequence[str], recursive: bool, exclude: Sequence[str]) -> Iterator[str]:
-    """All files in folders, in order; hidden ones and what is excluded are left out, as for pictures."""
+    """All files in folders, in order, without hidden and excluded ones, as for images."""
     for folder in folders:
 
         def is_wanted(path: str, top: str = folder) -> bool:
@@ -99,13 +99,13 @@ def _table(path: str) -> Table:
             return Cells(path, ",")
         return Parquet(path) if path.endswith(".parquet") else JsonLines(path)
     except CollectionError as error:
-        raise CollectionError(f"{error}; or leave it out by {option('exclude')}") from None
+        raise CollectionError(f"{error}; or leave it out with {option('exclude')}") from None
 
 
 def _wrong(name: object) -> str:
-    """As `datasets` refuses it too."""
+    """Why a name cannot be used; `datasets` refuses the same names."""
     if not isinstance(name, str) or not name.strip():
         return f"there is no {FILE!r}"
     if os.path.isabs(name) or "://" in name or ".." in name.replace("\\", "/").split("/") or "\0" in name:
-        return f"{FILE!r} is {name!r}, and has to be a path within the folder"
+        return f"{FILE!r} is {name!r}, but has to be a path within the folder"
     return ""

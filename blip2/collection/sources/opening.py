@@ -1,4 +1,4 @@
-"""From what was named on a command line to a source: by what is there, not by its suffix alone."""
+"""From command-line arguments to a source, by the content of files, not only by their suffix."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from blip2.installed import install_line
 from blip2.plaintext import ENCODINGS, read_lines
 
 TAKEN = (
-    "a folder, picture files, webdataset shards (.tar), or rows in JSON, JSONL, CSV, TSV or parquet, each also as a "
-    "pattern in quotes"
+    "a folder, image files, webdataset shards (.tar), or rows in JSON, JSONL, CSV, TSV or parquet, each also as a "
+    "quoted pattern"
 )
 PICTURES, SHARDS, ROWS, ANNOTATIONS = "pictures", "shards", "rows", "annotations"
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 TABLE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".pq")
 HEAD_BYTES = 512
 STATS = "_stats.json"
-"""What img2dataset writes beside each of its shards."""
+"""Suffixes of the files that img2dataset writes beside each shard."""
 
 
 def open_source(
@@ -63,19 +63,19 @@ def open_source(
     split: str | None = None,
     without: Sequence[str] = (),
 ) -> Source:
-    """What ``arguments`` name, all of one kind: folders, files, addresses, or patterns such as "shards/{000..099}.tar".
+    """Open ``arguments``, all of one kind: folders, files, URLs, or patterns such as "shards/{000..099}.tar".
 
-    ``image_column``, ``caption_column``: where rows have picture and text (of shards: the fields), found by looking by
-    default; ``key_column``: what rows are known by, "row" for their numbers; ``images``: the folder that paths in rows
-    begin from; ``caption_suffix``: of text files beside pictures (".txt"), in the place of the picture's suffix or
-    after it (``keeps_suffix``); ``exclude``, ``recursive``: as `find_in` has them; ``split``: of Karpathy's files;
-    ``without``: metadata that are not read, since they are the output of an earlier run.
+    ``image_column``, ``caption_column``: the columns of image and text in rows (in shards: the fields), detected by
+    default. ``key_column``: the column that identifies a row, "row" for row numbers. ``images``: base folder of paths
+    in rows. ``caption_suffix``: suffix of text files beside images (".txt"), which replaces the image's suffix or
+    follows it (``keeps_suffix``). ``exclude``, ``recursive``: as in `find_in`. ``split``: of Karpathy files.
+    ``without``: metadata files that are not read, since an earlier run wrote them.
 
-    Raises CollectionError for what cannot be read, with what can.
+    Raises CollectionError for what cannot be read; the message says what can.
     """
     places = list(dict.fromkeys(place for argument in arguments for place in places_of(argument)))
     if caption_suffix and not re.fullmatch(r"\.?[^./\\\0][^/\\\0]*", caption_suffix):
-        raise OptionError(f"{option('caption_suffix')} is {caption_suffix!r}; it is the end of a name, such as .txt")
+        raise OptionError(f"{option('caption_suffix')} is {caption_suffix!r}; give a suffix, such as .txt")
     if not places:
         raise CollectionError(f"there is nothing to read; name {TAKEN}")
     folders = [place for place in places if os.path.isdir(place)]
@@ -85,12 +85,12 @@ def open_source(
         places = [place for place in places if place not in folders] + others
         folders = []
     looked = _Looked(image_column, images, split)
-    kinds: dict[str, str] = {}  # each with the first that is of it
+    kinds: dict[str, str] = {}  # each with its first argument
     for place in places:
         kinds.setdefault(looked.kind(place), place)
     if len(kinds) > 1:
         told = " and ".join(f"{name_of(place)} ({kind})" for kind, place in kinds.items())
-        raise CollectionError(f"{told} cannot be read together; name things of one kind")
+        raise CollectionError(f"{told} cannot be read together; name only one kind")
     [kind] = kinds
     if kind != ANNOTATIONS:
         refuse_split(split, places[0])
@@ -118,10 +118,10 @@ def _files(
     walk: Mapping[str, Any],
     without: Sequence[str],
 ) -> Files:
-    """Pictures, with what metadata in their folders, or img2dataset, say of them."""
+    """Images with their metadata: of an ImageFolder, or of img2dataset."""
     if not found.pictures:
-        raise CollectionError("; ".join(found.problems) or "there are no pictures")
-    once: dict[str, str] = {}  # a list may name a picture that is in a folder, too
+        raise CollectionError("; ".join(found.problems) or "there are no images")
+    once: dict[str, str] = {}  # a list may name an image that is also in a folder
     for path in found.pictures:
         once.setdefault(key_of(path, root), path)
     pictures = list(once.values())
@@ -144,42 +144,43 @@ def _files(
 
 
 def _is_downloaded(folder: str) -> bool:
-    """Whether img2dataset wrote it: 00000_stats.json beside the folder 00000, with texts and JSON beside pictures."""
+    """Whether img2dataset wrote the folder: 00000_stats.json beside the folder 00000, with texts and JSON beside
+    images."""
     found = glob(os.path.join(escape(folder), f"*{STATS}"))
     return any(os.path.isdir(path.removesuffix(STATS)) for path in found)
 
 
-# ---- places ----
+# ---- arguments ----
 
 
 def places_of(argument: str) -> Iterator[str]:
-    """What an argument stands for."""
+    """The paths and URLs that an argument stands for."""
     if argument == "-" or re.match("data:", argument, re.IGNORECASE) or os.path.lexists(argument):
         yield argument
     elif re.match("https?://", argument, re.IGNORECASE):
         if re.search(r"\.(tar|tgz|parquet|jsonl?|csv|tsv|gz)$", re.split("[?#]", argument)[0], re.IGNORECASE):
-            raise CollectionError(f"{argument}: only pictures are read from addresses; download it first")
+            raise CollectionError(f"{argument}: only images can be read from URLs; download it first")
         yield argument
     elif scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:)", argument):
         raise CollectionError(
-            f"{name_of(argument)}: {scheme[0]}: is not read, and no command is run; name files on this machine"
+            f"{name_of(argument)}: {scheme[0]}: is not supported, and no command is run; name files on this machine"
         )
     elif re.search(r"\{.*(,|\.\.).*\}", argument):
         yield from _braces(argument)
     elif has_magic(argument):
         yield from _fitting(argument)
     elif argument.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)) or not argument:
-        raise CollectionError(f"{name_of(argument)}: no such file; check the path (seen from {os.getcwd()})")
+        raise CollectionError(f"{name_of(argument)}: no such file; check the path (in {os.getcwd()})")
     else:
-        yield argument  # a picture that is not there is the problem of one record
+        yield argument  # a missing image is a problem of one record
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """As webdataset and shells expand them. Raises CollectionError for files that are not there."""
+    """Expand braces as webdataset and shells do. Raises CollectionError for missing files."""
     try:
         import braceexpand
     except ImportError:
-        raise CollectionError(f"{pattern}: to expand braces, {install_line('data')}") from None
+        raise CollectionError(f"{pattern}: braces need a package: {install_line('data')}") from None
     try:
         expanded = list(braceexpand.braceexpand(pattern))
     except ValueError as error:
@@ -188,17 +189,18 @@ def _braces(pattern: str) -> Iterator[str]:
     if absent:
         more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
         raise CollectionError(
-            f"{pattern}: {absent[0]}{more} of {len(expanded):,} files are not there; check the numbers"
+            f"{pattern}: {absent[0]}{more} of {len(expanded):,} files are missing; check the numbers"
         )
     for path in expanded:
         yield from _fitting(path) if has_magic(path) and not os.path.lexists(path) else [path]
 
 
 def _fitting(pattern: str) -> list[str]:
-    """What fits a pattern, in order; beside pictures and beside shards, other files are left out, as in a folder."""
+    """The files that match a pattern, in order. Files that are neither images nor shards are left out, as in a
+    folder."""
     found = sorted(glob(pattern, recursive=True))
     if not found:
-        raise CollectionError(f"{pattern}: fits no file; check it (seen from {os.getcwd()})")
+        raise CollectionError(f"{pattern}: matches no file; check it (in {os.getcwd()})")
     files, folders = [path for path in found if not os.path.isdir(path)], [*filter(os.path.isdir, found)]
     readable, _ = suffixes()
     if pictures := [path for path in files if os.path.splitext(path)[1].lower() in readable]:
@@ -207,7 +209,7 @@ def _fitting(pattern: str) -> list[str]:
 
 
 def _others(folders: Sequence[str], walk: Mapping[str, Any]) -> list[str]:
-    """Of folders without pictures: shards, or else parquet files, as `datasets` and img2dataset write them."""
+    """The shards of folders without images, or else their parquet files, as `datasets` and img2dataset write them."""
     return _shards_or_parquet(list(files_in(folders, **walk)))
 
 
@@ -219,7 +221,7 @@ def _shards_or_parquet(names: Sequence[str]) -> list[str]:
 
 
 def _root(folders: Sequence[str], places: Sequence[str]) -> str:
-    """What keys begin from: the folder, or that which all have in common; "" for a list of files."""
+    """What keys are relative to: the folder, or the common parent folder; "" for a list of files."""
     if not folders:
         return ""
     if len(places) == 1:
@@ -227,15 +229,15 @@ def _root(folders: Sequence[str], places: Sequence[str]) -> str:
     files = [os.path.dirname(os.path.abspath(place)) for place in places if place not in folders]
     try:
         return os.path.commonpath([*map(os.path.abspath, folders), *files])
-    except ValueError:  # on several drives
+    except ValueError:  # on several drives of Windows
         return ""
 
 
-# ---- what is in a file ----
+# ---- contents of files ----
 
 
 class _Looked:
-    """``tables``: of the files that hold rows."""
+    """``tables``: the opened files of rows."""
 
     def __init__(self, image_column: str | None, images: str | None, split: str | None) -> None:
         self.tables: dict[str, Table] = {}
@@ -245,13 +247,13 @@ class _Looked:
         self._readable, self._missing = suffixes()
 
     def kind(self, place: str) -> str:
-        """Raises CollectionError for what is of none, or cannot be read."""
+        """The kind of a file. Raises CollectionError for an unknown kind, or if it cannot be read."""
         suffix = os.path.splitext(place)[1].lower()
         if place == "-" or os.path.isdir(place) or suffix in self._readable or suffix in self._missing:
             return PICTURES
         if not os.path.isfile(place):
             if place.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)):
-                raise CollectionError(f"{name_of(place)}: is no file; write what it gives to one first")
+                raise CollectionError(f"{name_of(place)}: is not a regular file; save its output to a file first")
             return PICTURES
         if not (head := _head(place)):
             raise CollectionError(f"{name_of(place)}: is empty; check it")
@@ -263,7 +265,7 @@ class _Looked:
         if head.startswith(tuple(PACKED)):
             if is_tar(place):
                 return SHARDS
-            raise CollectionError(f"{place}: is packed, and no tar file; unpack it first")
+            raise CollectionError(f"{place}: is compressed, but not a tar file; decompress it first")
         if _text(head).lstrip().startswith(("{", "[")):
             return self._json(place)
         separator = separator_of(place, lambda name: name == self._image_column or is_known_image(name))
@@ -273,14 +275,14 @@ class _Looked:
             self.tables[place] = Cells(place, separator)
             return ROWS
         if suffix in TABLE_SUFFIXES:
-            raise CollectionError(f"{place}: is no {suffix.lstrip('.')} file; name {TAKEN}")
-        return PICTURES  # what else it is, is told in its place
+            raise CollectionError(f"{place}: is not a {suffix.lstrip('.')} file; name {TAKEN}")
+        return PICTURES  # any other content is reported for its record
 
     def _parquet(self, place: str) -> Table:
         table = Parquet(place)
         shard = os.path.splitext(place)[0] + ".tar"
         if not table.holding_bytes and self._image_column is None and os.path.exists(shard):
-            raise CollectionError(f"{place}: only tells of the pictures in {shard}; name that")
+            raise CollectionError(f"{place}: only describes the images in {shard}; name that file")
         return table
 
     def _json(self, place: str) -> str:
@@ -291,14 +293,14 @@ class _Looked:
             self.tables[place] = JsonRows(place, rows)
             return ANNOTATIONS
         elif is_whole:
-            raise CollectionError(f"{place}: is JSON of no tool that is known here; name {TAKEN}")
+            raise CollectionError(f"{place}: is JSON of an unknown tool; name {TAKEN}")
         else:
             self.tables[place] = JsonLines(place)
         return ROWS
 
 
 def _json_value(place: str) -> tuple[object, bool]:
-    """What a file is, and whether as a whole it is one value over several lines. Raises CollectionError."""
+    """The file's JSON value, and whether the file is a single value over several lines. Raises CollectionError."""
     with reading(place):
         lines = list(islice((line for line in read_lines(Path(place)) if line.strip()), HEAD_ROWS))
     rows = list(map(_parsed, lines))
@@ -309,7 +311,7 @@ def _json_value(place: str) -> tuple[object, bool]:
     except CollectionError:
         if lines[0].lstrip().startswith("[") or not any(isinstance(row, dict) for row in rows):
             raise
-    return None, False  # rows, of which the first is broken
+    return None, False  # rows with a broken first row
 
 
 def _parsed(line: str) -> object:

@@ -1,4 +1,4 @@
-"""Parquet, read a few rows at a time: never a whole file, and pictures only when their rows are asked for."""
+"""Parquet, read a few rows at a time: never a whole file, and images only if their rows are requested."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from blip2.installed import install_line
 BATCH_ROWS = 16
 LOOKED_ROWS = 4096
 OPENED = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
-"""Without a buffer of its own, pyarrow reads each row group as a whole; only some files have checksums."""
+"""Size of pyarrow's read buffer in bytes: without one it reads each row group as a whole. Few files have checksums."""
 
 
 class Parquet(Table):
-    """``schema``: the types of its columns, a pyarrow.Schema. Raises CollectionError for what is none."""
+    """``schema``: the types of its columns, a pyarrow.Schema. Raises CollectionError if it is not parquet."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -33,7 +33,7 @@ class Parquet(Table):
         self.stamp = "" if found is None else f"{found.size}-{found.mtime_ns}"
 
     def rows(self, start: int = 0) -> Iterator[Row]:
-        group, before = 0, 0  # that the first row is in, and the rows before it
+        group, before = 0, 0  # the row group of the first row, and the rows before it
         while group < len(self._group_rows) and before + self._group_rows[group] <= start:
             before += self._group_rows[group]
             group += 1
@@ -68,7 +68,8 @@ class Parquet(Table):
 
 
 def _holds_bytes(kind: Any, name: str, empty: set[str]) -> bool:
-    """As `datasets` writes pictures, struct<bytes, path>, or bare; where it wrote only paths, there are no bytes."""
+    """Whether a column holds images as `datasets` writes them (struct<bytes, path>), or plain bytes. Where `datasets`
+    only wrote paths, there are no bytes."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
@@ -84,7 +85,7 @@ def _holds_bytes(kind: Any, name: str, empty: set[str]) -> bool:
 
 
 def _empty_columns(metadata: Any) -> set[str]:
-    """The columns, also those within others, that have nothing in any row."""
+    """The columns, also nested ones, that are empty in every row."""
     counts: dict[str, int] = {}
     for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
         for column in (group.column(number) for number in range(group.num_columns)):
@@ -102,12 +103,12 @@ def _has_field(kind: Any, name: str) -> bool:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """The pyarrow.parquet.ParquetFile. What goes wrong within is a CollectionError that names the file."""
+    """The pyarrow.parquet.ParquetFile. Errors within are CollectionErrors that name the file."""
     try:
         import pyarrow as pa
         import pyarrow.parquet
     except ImportError:
-        raise CollectionError(f"{path}: to read parquet, {install_line('data')}") from None
+        raise CollectionError(f"{path}: parquet needs a package: {install_line('data')}") from None
     try:
         with pyarrow.parquet.ParquetFile(path, **OPENED) as file:
             yield file

@@ -1,7 +1,7 @@
-"""Rows that name a picture each, or hold it: of one file, or of several that have the same columns.
+"""Rows that name or hold an image each: from one file, or from several with the same columns.
 
-A picture is known by the name that its row gives it; where that is no name of its own, by a column for it, or by the
-number of its row. All rows are looked at once when they are opened, without the bytes of pictures.
+The key of an image is the name in its row; if that is not unique, the value of a key column, or the row number. All
+rows are read once on opening, without the bytes of images.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from blip2.image import name_of
 UNIT_ROWS = 256
 KEY_COLUMN = "key"
 NUMBERS = "row"
-"""In the place of a column for the keys: rows are numbered."""
+"""Value of ``key_column`` that numbers the rows."""
 
 
 class Rows:
-    """``image_column`` and ``caption_column`` are found by looking where they are not named; ``key_column`` names each
-    row, and "row" numbers them; ``images``: the folder that paths begin from, that of their file by default. Raises
-    CollectionError for what cannot be read, has no picture, or names two rows alike."""
+    """``image_column`` and ``caption_column`` are detected if not named. ``key_column`` holds the key of each row;
+    "row" numbers them. ``images``: base folder of paths, by default that of their file. Raises CollectionError for
+    files that cannot be read, have no image, or have duplicate keys."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Rows:
         return self._stamps[unit.number]
 
     def records(self, unit: Unit) -> Iterator[Record]:
-        """Each unit goes on where that before it ended, so that a file is read once."""
+        """Each unit continues where the one before it ended, so that a file is read once."""
         table = self._table[unit.place]
         rows = self._ahead.pop((unit.place, unit.start), None) or table.rows(unit.start)
         for number, row in enumerate(islice(rows, unit.stop - unit.start), start=self._first[unit.place] + unit.start):
@@ -94,7 +94,7 @@ class Rows:
         reason = row.problem or problem or wrong_text
         stamp = _stamp(picture)
         if isinstance(picture, str) and not reason and not is_address(picture):
-            reason = "" if stamp else f"{name_of(picture)}: no such file; mend the row, or the path"
+            reason = "" if stamp else f"{name_of(picture)}: no such file; fix the row, or the path"
         name = picture if isinstance(picture, str) else row.name
         columns = {name: value for name, value in row.values.items() if name != self.image_column}
         if reason:
@@ -102,7 +102,7 @@ class Rows:
         return Record(self._key(row, number), picture, name, stamp, text, columns, reason)
 
     def _picture(self, value: object, table: Table) -> tuple[str | bytes | None, str]:
-        """With the path made whole; and what is wrong with it."""
+        """The image with its full path, and the problem if there is none."""
         picture, problem = picture_of(value, self.image_column)
         return (self._path(picture, table) if isinstance(picture, str) else picture), problem
 
@@ -110,7 +110,7 @@ class Rows:
         if is_address(name):
             return name
         path = os.path.join(self._images if self._images is not None else os.path.dirname(table.path), name)
-        if "\\" in name and not os.path.lexists(path):  # as Windows writes it
+        if "\\" in name and not os.path.lexists(path):  # a path written on Windows
             return path.replace("\\", "/")
         return path
 
@@ -126,8 +126,7 @@ class Rows:
     # ---- all of them ----
 
     def _look(self, key_column: str | None) -> str | None:
-        """Divides the rows into units, and chooses what they are known by: a column, `NUMBERS`, or None for the names
-        of their pictures."""
+        """Divides the rows into units, and chooses the keys: a column, `NUMBERS`, or None for the names of images."""
         wanted = key_column or KEY_COLUMN
         own, labels, holds_files, number = _Names(), _Names(), False, 0
         for table in self.tables:
@@ -161,7 +160,7 @@ class Rows:
         if not own.num_missing and not own.repeated():
             return KEY_COLUMN
         if holds_files:
-            self._refuse_repeated(labels, self._label, "are of the same picture")
+            self._refuse_repeated(labels, self._label, "are of the same image")
             return None
         return NUMBERS if labels.num_missing or labels.repeated() else None
 
@@ -181,8 +180,8 @@ class Rows:
                     continue
                 if name in seen:
                     raise CollectionError(
-                        f"{seen[name]} and {row.name} {what}, {name_of(name)}; keep one of them, or "
-                        f"name a column that tells rows apart with {option('key_column')} ({NUMBERS!r} numbers them)"
+                        f"{seen[name]} and {row.name} {what}, {name_of(name)}; remove one of them, or "
+                        f"name a unique column with {option('key_column')} ({NUMBERS!r} numbers the rows)"
                     )
                 seen[name] = row.name
 
@@ -191,12 +190,12 @@ class Rows:
             for row in table.looked(table.columns):
                 if not row.problem and _own_key(row, column) is None:
                     raise CollectionError(
-                        f"{row.name}: there is nothing in {column!r}, which {option('key_column')} names; fill it, or "
+                        f"{row.name}: {column!r} is empty, which {option('key_column')} names; fill it, or "
                         f"give {NUMBERS!r} to number the rows"
                     )
 
     def _refuse_all_absent(self) -> None:
-        """That the folder of the pictures is another one should be known before a model is loaded."""
+        """Detects a wrong image folder before a model is loaded."""
         paths = []
         table = self.tables[0]
         for row in islice(table.looked([self.image_column]), HEAD_ROWS):
@@ -206,13 +205,13 @@ class Rows:
             paths += [picture] if isinstance(picture, str) else []
         if paths:
             raise CollectionError(
-                f"{_names(self.tables)}: none of the pictures of its first rows is there (such as {name_of(paths[0])})"
+                f"{_names(self.tables)}: none of the images of its first rows exists (such as {name_of(paths[0])})"
                 f"; name their folder with {option('images')}"
             )
 
 
 class _Names:
-    """Which of very many names come twice, in 8 bytes each."""
+    """Finds repeated names among very many, with 8 bytes each."""
 
     def __init__(self) -> None:
         self._hashes = array("q")
@@ -225,7 +224,7 @@ class _Names:
             self._hashes.append(hash(name))
 
     def repeated(self) -> set[int]:
-        """Their hashes."""
+        """The hashes of repeated names."""
         ordered = np.sort(np.frombuffer(self._hashes, np.int64)) if self._hashes else np.empty(0, np.int64)
         return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
 

@@ -1,7 +1,7 @@
-"""Shards: tar files in webdataset's layout, read from their first member to their last, one picture in memory.
+"""Shards: tar files in webdataset's layout, read from the first member to the last with one image in memory.
 
-A member's name up to the first dot of its last part is the key of its sample, the rest is its field: ``a.b/c.jpg`` is
-the field ``jpg`` of ``a.b/c``. The members of a sample stand side by side.
+A member's name up to the first dot of its last part is the key of its sample, the rest is the field: ``a.b/c.jpg`` is
+the field ``jpg`` of ``a.b/c``. The members of a sample are adjacent.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ META = re.compile(r"__[^/]*__($|/)")
 TEXT_FIELDS = ("txt", "text", "caption")
 JSON_FIELD, JSON_CAPTION = "json", "caption"
 HEAD_MEMBERS = 1000
-"""So many of the first shard are looked at before a run if it is packed; all if it is not."""
+"""Number of members of the first shard that are checked before a run if it is compressed; all if it is not."""
 LARGEST_PICTURE, LARGEST_TEXT = 2**30, 2**26
-"""Bytes; a member that claims more is a damaged one."""
+"""Maximum bytes of a member; a larger one is damaged."""
 
 
 class Shards:
-    """``image_field`` and ``text_field``: of the members that hold picture and text, found by looking by default.
-    Raises CollectionError for what is no tar file; none of them is opened before all are known to be files."""
+    """``image_field`` and ``text_field``: the members that hold image and text, detected by default. Raises
+    CollectionError for a file that is not a tar file. No file is opened before all are known to be files."""
 
     def __init__(self, paths: Sequence[str], *, image_field: str | None = None, text_field: str | None = None) -> None:
         for path in paths:
@@ -52,14 +52,14 @@ class Shards:
 
     @property
     def num_records(self) -> int | None:
-        """As img2dataset told beside each shard; else they have to be read."""
+        """The number that img2dataset stored beside each shard; None if that is missing."""
         return _told_by_img2dataset(self.paths)
 
     def stamp(self, unit: Unit) -> str:
         return self._stamps[unit.number]
 
     def records(self, unit: Unit) -> Iterator[Record]:
-        """Raises CollectionError for a shard in which the members of a sample do not stand side by side."""
+        """Raises CollectionError for a shard in which the members of a sample are not adjacent."""
         sample: _Sample | None = None
         seen: set[str] = set()
         try:
@@ -74,22 +74,23 @@ class Shards:
                 self._take(sample, member, name)
         except Damage as damage:
             if sample is not None:
-                message = f"{unit.place}: {sample.key}: the shard is damaged here ({damage}); get or make it again"
+                message = f"{unit.place}: {sample.key}: the shard is damaged here ({damage}); download or pack it again"
                 yield Record(sample.key, None, f"{unit.place}: {sample.key}", self.stamp(unit), problem=message)
-            message = f"{unit.place}: cannot be read further ({damage}); get or make it again"
+            message = f"{unit.place}: cannot be read further ({damage}); download or pack it again"
             yield Record(os.path.basename(unit.place), None, unit.place, self.stamp(unit), problem=message)
             return
         if sample is not None and not self._is_meta(sample):
             yield self._record(unit.place, sample)
 
     def positions(self, unit: Unit) -> Iterator[tuple[int, int, Record]]:
-        """Where each record begins and ends in the shard, for `at`; its picture is not read, and stands as one byte.
+        """The start and end of each record in the shard in bytes, for `at`. Its image is not read and is a single byte
+        here.
 
-        What comes after a damaged place is left out, with a record that has that as its problem. Raises CollectionError
-        as `records` does, and for a shard that is packed.
+        Data after a damaged place is left out; a record has that as its problem. Raises CollectionError as `records`
+        does, and for a compressed shard.
         """
         if tarball.is_packed(unit.place):
-            raise CollectionError(f"{unit.place}: is packed, and cannot be read from its middle; unpack it (gunzip)")
+            raise CollectionError(f"{unit.place}: is compressed, so its middle cannot be read; decompress it (gunzip)")
         sample, start, stop = _Sample(""), 0, 0
         seen: set[str] = set()
         try:
@@ -106,15 +107,15 @@ class Shards:
                 self._take(sample, member, parts[2].lower(), has_pictures=False)
                 stop = member.stop
         except Damage as damage:
-            for name in (f"{unit.place}: {sample.key}", unit.place):  # the sample may be cut off; what follows is lost
-                message = f"{name}: cannot be read further ({damage}); get or make it again"
+            for name in (f"{unit.place}: {sample.key}", unit.place):  # this sample and what follows
+                message = f"{name}: cannot be read further ({damage}); download or pack it again"
                 yield start, stop, Record(sample.key, None, name, self.stamp(unit), problem=message)
             return
         if sample.names and not self._is_meta(sample):
             yield start, stop, self._record(unit.place, sample)
 
     def at(self, path: str, content: bytes) -> Record:
-        """The record that a shard has in the place that `positions` told, of which this is what is there."""
+        """The record at a position from `positions`; ``content``: the bytes there."""
         sample = _Sample("")
         try:
             for member in tarball.members_of(content):
@@ -122,7 +123,7 @@ class Shards:
                     sample.key = parts[1]
                     self._take(sample, member, parts[2].lower())
         except Damage as damage:
-            sample.problems.append(f"the shard is damaged here ({damage}); get or make it again")
+            sample.problems.append(f"the shard is damaged here ({damage}); download or pack it again")
         return self._record(path, sample)
 
     def told(self) -> Mapping[str, Any]:
@@ -136,7 +137,7 @@ class Shards:
     # ---- one sample ----
 
     def _take(self, sample: _Sample, member: Member, name: str, has_pictures: bool = True) -> None:
-        """Read of a member what a record has of it; the others are passed over."""
+        """Read what a record needs of a member; others are skipped."""
         if name in sample.names:
             sample.problems.append(f"has two members {name!r}; pack the shard again without one of them")
         sample.names.append(name)
@@ -146,7 +147,7 @@ class Shards:
         if not member.is_file:
             sample.problems.append(f"{name!r} is a link; pack the shard again with --dereference --hard-dereference")
         elif member.size > (LARGEST_PICTURE if is_picture else LARGEST_TEXT):
-            sample.problems.append(f"{name!r} has {member.size:,} bytes, which is too large")
+            sample.problems.append(f"{name!r} is too large ({member.size:,} bytes)")
         elif is_picture:
             sample.pictures[name] = member.read() if has_pictures else b"\0"[: member.size]
         else:
@@ -160,7 +161,7 @@ class Shards:
                 columns = parsed(sample.texts[JSON_FIELD].decode("utf-8-sig"))
                 if not isinstance(columns, dict):
                     columns = {}
-                    raise ValueError("is no object")
+                    raise ValueError("is not an object")
         except ValueError as error:
             problems.append(f"{JSON_FIELD!r} {_text_error(error)}")
         try:
@@ -178,7 +179,7 @@ class Shards:
         return Record(sample.key, picture, name, stamp, text, columns)
 
     def _chosen(self, sample: _Sample) -> tuple[str, str]:
-        """The field of the picture, and what is wrong with it."""
+        """The field of the image, and the problem if there is none."""
         found = [name for name in sample.names if self._is_picture(name)]
         plain = [name for name in found if "." not in name]  # jpg, rather than mask.jpg
         some = plain or found
@@ -186,17 +187,17 @@ class Shards:
             return some[0], ""
         if some:
             return "", (
-                f"has several pictures ({', '.join(some)}); name the one that is meant with {option('image_column')}, "
-                "or pack the shard again if the dots belong to their names"
+                f"has several images ({', '.join(some)}); name the right one with {option('image_column')}, "
+                "or pack the shard again if the dots are part of their names"
             )
         for name in sample.names:
             if needed := self._missing.get(_suffix(name)):
-                return "", f"{name!r} is a picture that {needed} reads"
-        what = repr(self._image_field) if self._image_field else "picture"
+                return "", f"{name!r} is an image that needs {needed}"
+        what = repr(self._image_field) if self._image_field else "image"
         return "", f"has no {what}, but {', '.join(sample.names)}"
 
     def _text(self, sample: _Sample, columns: Mapping[str, Any]) -> str:
-        """On one line. Raises ValueError for what is no UTF-8."""
+        """The text on one line. Raises ValueError if it is not UTF-8."""
         for name in self._texts():
             if name in sample.texts:
                 return " ".join(sample.texts[name].decode("utf-8-sig").split())
@@ -204,7 +205,7 @@ class Shards:
         return " ".join(said.split()) if isinstance(said, str) and self._text_field is None else ""
 
     def _is_meta(self, sample: _Sample) -> bool:
-        """Such as __meta__.json, which is nothing of a picture."""
+        """Whether it is a member such as __meta__.json, which does not describe an image."""
         return bool(META.match(sample.key)) and not any(map(self._is_picture, sample.names))
 
     def _is_picture(self, name: str) -> bool:
@@ -216,13 +217,13 @@ class Shards:
     # ---- a shard ----
 
     def _members(self, path: str, most: int = 0) -> Iterator[tuple[Member, str, str]]:
-        """Each with its sample's key and its field; ``most``: only a look at names. Raises Damage."""
+        """Each member with its sample's key and its field. ``most``: only read that many names. Raises Damage."""
         for member in tarball.names(path, most) if most else tarball.members(path):
             if not META.match(member.name) and (parts := KEY.match(member.name)):
                 yield member, parts[1], parts[2].lower()
 
     def _check_first(self) -> None:
-        """What would be wrong with all samples should be known before a model is loaded."""
+        """Detects problems of all samples before a model is loaded."""
         path = self.paths[0]
         samples: dict[str, _Sample] = {}
         last = ""
@@ -241,11 +242,11 @@ class Shards:
                 key, problem = problems[0]
                 raise CollectionError(f"{path}: {key}: {problem}")
         elif len(self.paths) == 1:
-            raise CollectionError(f"{path}: there are no pictures in this tar file")
+            raise CollectionError(f"{path}: there are no images in this tar file")
 
     def _fragmented(self, path: str, key: str) -> CollectionError:
         return CollectionError(
-            f"{path}: the members of {key!r} do not stand side by side; pack it again in order of names "
+            f"{path}: the members of {key!r} are not adjacent; pack it again in order of names "
             "(tar --sort=name)"
         )
 
@@ -269,9 +270,9 @@ def _check_file(path: str) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CollectionError(f"{path}: cannot be read ({reason}); shards are files on this machine") from None
+        raise CollectionError(f"{path}: cannot be read ({reason}); shards have to be files on this machine") from None
     if not stat.S_ISREG(mode):
-        raise CollectionError(f"{path}: is no file; shards are files on this machine")
+        raise CollectionError(f"{path}: is not a file; shards have to be files on this machine")
 
 
 def _told_by_img2dataset(paths: Sequence[str]) -> int | None:

@@ -1,7 +1,7 @@
-"""Files of rows, a reader for each format: a JSON object a line, a JSON array, cells between separators.
+"""Files of rows, with a reader for each format: JSON lines, a JSON array, or delimited cells.
 
-A row that is broken is a `Row` with a problem, and the rows after it are read; where a file cannot be read further it
-is a CollectionError.
+A broken row is a `Row` with a problem, and the following rows are read. A file that cannot be read further is a
+CollectionError.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from blip2.errors import CollectionError
 from blip2.plaintext import NotTextError, read_lines, read_text
 
 HEAD_ROWS = 64
-"""So many are looked at to find out what the columns hold."""
+"""Number of rows that are read to find out what the columns hold."""
 LARGEST_JSON = 2**31
-"""Of a file that is one JSON value, which is in memory as a whole."""
+"""Maximum bytes of a file that is one JSON value, which is held in memory as a whole."""
 LARGEST_CELL = 2**28
-"""Characters; Python's own limit is smaller than a picture in a data address."""
+"""Characters per cell. Python's own limit is smaller than an image in a data URL."""
 SEPARATORS = (",", "\t", ";", "|")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``name``: what messages call it, with its file. ``problem``: why it has no values."""
+    """``name``: used in messages, includes the file. ``problem``: why it has no values."""
 
     name: str
     values: Mapping[str, Any]
@@ -38,8 +38,8 @@ class Row:
 
 
 class Table(ABC):
-    """Rows of one file. ``columns``: their names, as far as the first rows tell. ``holding_bytes``: those that hold
-    files, not names of files. ``stamp``: of what `looked` leaves out."""
+    """Rows of one file. ``columns``: their names, from the first rows. ``holding_bytes``: columns that hold file
+    contents, not file names. ``stamp``: covers what `looked` leaves out."""
 
     path: str
     columns: Sequence[str]
@@ -48,16 +48,16 @@ class Table(ABC):
 
     @abstractmethod
     def rows(self, start: int = 0) -> Iterator[Row]:
-        """From that one on. Raises CollectionError where the file cannot be read."""
+        """The rows from number ``start`` on. Raises CollectionError where the file cannot be read."""
 
     def looked(self, columns: Sequence[str]) -> Iterator[Row]:
-        """All rows, with these columns at least; the bytes of pictures may be left out."""
+        """All rows, with at least these columns; the bytes of images may be left out."""
         return self.rows()
 
 
 class JsonRows(Table):
-    """Objects that are in memory, of a JSON array or of another tool's annotations; a text in the place of an object
-    is what is wrong with it."""
+    """Objects in memory, from a JSON array or another tool's annotations; a text instead of an object is the problem of
+    that row."""
 
     def __init__(self, path: str, values: Sequence[object]) -> None:
         self.path = path
@@ -70,11 +70,11 @@ class JsonRows(Table):
             if isinstance(value, dict):
                 yield Row(name, value)
             else:
-                yield Row(name, {}, value if isinstance(value, str) else "it is no object")
+                yield Row(name, {}, value if isinstance(value, str) else "it is not an object")
 
 
 class JsonLines(Table):
-    """An object a line; empty lines are passed over."""
+    """One object per line; empty lines are skipped."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -91,7 +91,7 @@ class JsonLines(Table):
 
 
 class Cells(Table):
-    """Lines of cells, of which the first names the columns. Every cell is a text as it stands: "None" and "007" too."""
+    """Lines of cells; the first line names the columns. Cells are texts, unchanged: also "None" and "007"."""
 
     def __init__(self, path: str, separator: str) -> None:
         self.path = path
@@ -99,7 +99,7 @@ class Cells(Table):
         with reading(path):
             self.columns = next((cells for _, cells in self._cells()), [])
         if repeated := {name for name in self.columns if self.columns.count(name) > 1}:
-            raise CollectionError(f"{path}: several columns are named {min(repeated)!r}; give each a name of its own")
+            raise CollectionError(f"{path}: several columns are named {min(repeated)!r}; names have to be unique")
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         return islice(self._rows(), start, None)
@@ -111,10 +111,10 @@ class Cells(Table):
                 if len(cells) == wanted:
                     yield Row(name, dict(zip(self.columns, cells, strict=True)))
                 else:
-                    yield Row(name, {}, f"it has {len(cells)} cells, and the first line {wanted}; mend it")
+                    yield Row(name, {}, f"it has {len(cells)} cells, and the first line has {wanted}; fix it")
 
     def _cells(self) -> Iterator[tuple[int, list[str]]]:
-        """Each with the number of its first line."""
+        """The cells of each row, with the number of its first line."""
         csv.field_size_limit(max(csv.field_size_limit(), LARGEST_CELL))
         reader = csv.reader(read_lines(Path(self.path)), delimiter=self._separator, strict=True)
         line = 1
@@ -124,12 +124,12 @@ class Cells(Table):
                     yield line, cells
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise CollectionError(f"{self.path}:{line}: cannot be read further ({error}); mend its quotes") from None
+            raise CollectionError(f"{self.path}:{line}: cannot be read further ({error}); fix the quotes") from None
 
 
 def separator_of(path: str, is_known: Callable[[str], bool]) -> str | None:
-    """What stands between the cells, so that one of the first line is a name for which ``is_known``; None if nothing
-    does. Raises CollectionError."""
+    """The separator with which some cell of the first line is a name for which ``is_known`` is true; None if there is
+    none. Raises CollectionError."""
     with reading(path):
         try:
             first = next((line for line in read_lines(Path(path)) if line.strip()), "")
@@ -146,44 +146,44 @@ def separator_of(path: str, is_known: Callable[[str], bool]) -> str | None:
 
 
 def commonest_separator(path: str) -> str:
-    """Of the first line. Raises CollectionError."""
+    """The most frequent separator in the first line. Raises CollectionError."""
     with reading(path):
         first = next(read_lines(Path(path)), "")
     return max(SEPARATORS, key=first.count)
 
 
 def read_json(path: str) -> object:
-    """A file that is one value. Raises CollectionError."""
+    """The value of a file that is one JSON value. Raises CollectionError."""
     with reading(path):
         if Path(path).stat().st_size > LARGEST_JSON:
-            raise CollectionError(f"{path}: is too large to be read at once; write an object a line (jq -c '.[]' FILE)")
+            raise CollectionError(f"{path}: is too large to read at once; write one object per line (jq -c '.[]' FILE)")
         try:
             return parsed(read_text(Path(path)))
         except NotTextError:
             raise
         except ValueError as error:
-            raise CollectionError(f"{path}: {error}; mend or remove it") from None
+            raise CollectionError(f"{path}: {error}; fix or remove it") from None
 
 
 def parsed(text: str) -> Any:
-    """A JSON value. Raises ValueError that says what is wrong with it."""
+    """A JSON value. Raises ValueError with the problem."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
     except RecursionError:
-        raise ValueError("is not JSON that can be read (too deep)") from None
+        raise ValueError("is JSON that is nested too deeply") from None
     if "\\u" in text:
-        try:  # names of files that are no UTF-8 are written so
+        try:  # file names that are not UTF-8 look like this
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
-            raise ValueError("has halves of characters (\\ud800 and the like); write it as Unicode") from None
+            raise ValueError("has lone surrogates (such as \\ud800); write it as Unicode") from None
     return value
 
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """What can go wrong within is a CollectionError that names the file."""
+    """Errors within are CollectionErrors that name the file."""
     try:
         yield
     except OSError as error:
@@ -197,9 +197,11 @@ def _json_row(name: str, line: str) -> Row:
         value = parsed(line)
     except ValueError as error:
         return Row(name, {}, str(error))
-    return Row(name, value) if isinstance(value, dict) else Row(name, {}, 'it is no object, as {"image": "a.jpg"} is')
+    if isinstance(value, dict):
+        return Row(name, value)
+    return Row(name, {}, 'it is not an object such as {"image": "a.jpg"}')
 
 
 def _columns(table: Table) -> list[str]:
-    """Those of the first rows."""
+    """The columns of the first rows."""
     return list(dict.fromkeys(name for row in islice(table.rows(), HEAD_ROWS) for name in row.values))

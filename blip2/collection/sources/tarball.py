@@ -1,6 +1,6 @@
-"""The members of a tar file in their order, plain or packed by gzip, bzip2 or xz.
+"""The members of a tar file in order, plain or compressed with gzip, bzip2 or xz.
 
-Python's tarfile takes a damaged header for the end of the file, and so would lose what comes after it without a word.
+Python's tarfile takes a damaged header for the end of the file, and would silently lose everything after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 PIECE_BYTES = 2**16
 MAGIC = slice(257, 262)
-"""Where "ustar" stands."""
+"""Offset of "ustar" in a header."""
 PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
 
@@ -27,8 +27,8 @@ class Damage(Exception):
 
 
 class Member:
-    """``read`` gives its bytes as long as the next member is not asked for. Raises Damage. ``start`` and ``stop``:
-    where it lies in its file, with its header and what fills its last block."""
+    """``read`` returns its bytes until the next member is requested; raises Damage. ``start`` and ``stop``: its byte
+    range in the file, with header and padding."""
 
     def __init__(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
         self._tar = tar
@@ -46,12 +46,12 @@ class Member:
         except ERRORS as error:
             raise Damage(_reason(error)) from None
         if len(content) != self.size:
-            raise Damage("it ends too early")
+            raise Damage("it is truncated")
         return content
 
 
 def is_tar(path: str) -> bool:
-    """Whether it begins as one, also if it is packed. Opens the file."""
+    """Whether a file begins like a tar file, also a compressed one. Opens the file."""
     try:
         next(members(path), None)
     except Damage:
@@ -60,9 +60,9 @@ def is_tar(path: str) -> bool:
 
 
 def members(path: str) -> Iterator[Member]:
-    """Files and links; folders and devices are passed over. Raises Damage where there is no more to be read."""
+    """Files and links; folders and devices are skipped. Raises Damage where the file cannot be read further."""
     try:
-        # tarfile itself would not look at the checksum of what gzip packed.
+        # tarfile does not check the checksum of gzip data.
         with _opened(path) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as tar:
             yield from _members(tar)
             _check_end(tar)
@@ -73,7 +73,8 @@ def members(path: str) -> Iterator[Member]:
 
 
 def names(path: str, most: int) -> Iterator[Member]:
-    """As `members`, but what is in a plain file is not read, only skipped; of a packed one only the first ``most``."""
+    """Like `members`, but the contents of a plain tar are skipped, not read. Of a compressed one, only the first
+    ``most``."""
     try:
         with _opened(path) as stream:
             is_plain = isinstance(stream, io.BufferedReader)
@@ -97,7 +98,7 @@ def members_of(content: bytes) -> Iterator[Member]:
 
 
 def is_packed(path: str) -> bool:
-    """Raises OSError."""
+    """Whether the file is compressed. Raises OSError."""
     with _opened(path) as stream:
         return not isinstance(stream, io.BufferedReader)
 
@@ -124,15 +125,15 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error) or "there is no end mark") from None
+            raise tarfile.ReadError(str(error) or "there is no end marker") from None
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """After the end mark there is nothing but zeros, or else it is none."""
+    """Check that only zeros follow the end marker."""
     stream: Any = tar.fileobj
     while piece := stream.read(PIECE_BYTES):
         if piece.strip(b"\0"):
-            raise Damage("there is more after its end mark, as in tar files that were joined, or a damaged one")
+            raise Damage("there is data after its end marker: tar files were joined, or it is damaged")
 
 
 def _reason(error: BaseException) -> str:

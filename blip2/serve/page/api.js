@@ -1,25 +1,25 @@
 /**
- * Speaking to the server: with the key if it asks for one, waiting where it says so, and its errors as sentences.
+ * Requests to the server: with the key if one is needed, retries when the server asks to wait, and errors as sentences.
  *
  * Paths are relative to the page, so that it works wherever a proxy shows it.
  */
 
 const BUSY_TRIES = 8;
 const KEY = "blip2-key";
-const LOADING = "The model is being loaded…";
+const LOADING = "The model is loading…";
 const AWAY_S = 2;
 
 let key = "";
 try {
   key = sessionStorage.getItem(KEY) ?? "";
 } catch {
-  // A browser that keeps nothing: the key lasts until the page is left.
+  // No session storage: the key lasts until the page is closed.
 }
 let whenGone = () => {};
-let askForKey = () => Promise.reject(new Refusal("This server asks for a key."));
+let askForKey = () => Promise.reject(new Refusal("This server needs a key."));
 let keyAsked = null;
 
-/** Something that was not done, with a sentence for people. */
+/** A failed action, with a sentence for the user. */
 export class Refusal extends Error {
   constructor(message, { status = 0, code = "", canRetry = false } = {}) {
     super(message);
@@ -29,20 +29,20 @@ export class Refusal extends Error {
 
 export const isAbort = (error) => error?.name === "AbortError";
 
-/** `ask` shows a field and gives what was typed; called when the server says 401. */
+/** `ask` shows a field and resolves to what was typed; called on a 401 response. */
 export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
-/** `heard` is called when nobody answers any more. */
+/** `heard` is called when the server no longer answers. */
 export function onGone(heard) {
   whenGone = heard;
 }
 
 /**
- * A response that is good. `json` or `form` is sent. `onWait` is told why it takes longer, in a sentence, and for how
- * long it has if the server says so ("12 s"); and "" when that is over.
- * Throws a Refusal, or an AbortError if `signal` says so.
+ * A successful response. Sends `json` or `form`. `onWait` gets a sentence when it takes longer, and for how long so far
+ * if the server reports it ("12 s"); and "" when the wait is over.
+ * Throws a Refusal, or an AbortError on `signal`.
  */
 export async function request(path, { json, form, signal, onWait = () => {} } = {}) {
   for (let tries = 1; ; tries++) {
@@ -71,7 +71,7 @@ export async function request(path, { json, form, signal, onWait = () => {} } = 
       await untilReady(onWait, { signal });
     } else if (isForNow(response) && tries < BUSY_TRIES) {
       const seconds = secondsOf(response);
-      onWait(`${response.status === 429 ? "The server is busy" : "The server cannot do this now"}; trying again in ${seconds} s…`);
+      onWait(`${response.status === 429 ? "The server is busy" : "The server is not available"}; trying again in ${seconds} s…`);
       await sleep(seconds, signal);
     } else {
       throw refusal(response.status, told);
@@ -79,7 +79,7 @@ export async function request(path, { json, form, signal, onWait = () => {} } = 
   }
 }
 
-/** Comes back when the server can answer; `isPatient`: even if it has to come back itself. */
+/** Resolves when the server can answer. `isPatient`: also waits for a server that is down. */
 export async function untilReady(onWait, { signal, isPatient = false } = {}) {
   for (;;) {
     let response = null;
@@ -104,15 +104,15 @@ export async function untilReady(onWait, { signal, isPatient = false } = {}) {
   }
 }
 
-/** The pieces of text of a streamed answer, as they come. */
+/** The pieces of text of a streamed answer, as they arrive. */
 export async function* pieces(response) {
   let rest = "";
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
     const { value, done } = await reader.read().catch(async (error) => {
-      throw isAbort(error) ? error : Object.assign(await gone(false), { message: "The answer broke off because the server cannot be reached." });
+      throw isAbort(error) ? error : Object.assign(await gone(false), { message: "The answer was interrupted because the server cannot be reached." });
     });
-    if (done) throw new Refusal("The answer broke off; ask again.", { canRetry: true });
+    if (done) throw new Refusal("The answer was interrupted; ask again.", { canRetry: true });
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
@@ -139,23 +139,23 @@ function refusal(status, { code = "", message = "" }) {
     413: "This image is too large for this server; give a smaller one.",
     415: "This file is not an image that the server can read; give a PNG, JPEG, WebP or GIF.",
     429: `The server is busy and refused this ${BUSY_TRIES} times; try again in a moment.`,
-    503: "The server cannot do this now; try again in a moment.",
+    503: "The server is not available; try again in a moment.",
     504: "The answer took longer than this server allows; try again later.",
   };
   const byCode = {
     invalid_image: "The server cannot read this image; the file may be damaged.",
-    model_failed: "The model could not be loaded; the log of the server says why.",
+    model_failed: "The model could not be loaded; see the server's log.",
     model_stopped: "The model has stopped; the server has to be restarted.",
   };
   const sentence = byCode[code] ?? byStatus[status] ?? `The server refused this: ${message || `error ${status}`}`;
   return new Refusal(sentence, { status, code, canRetry: status === 429 || status >= 500 });
 }
 
-/** Why there was no response at all. A server that refuses a large body may hang up before it is through. */
+/** Why there was no response. A server that refuses a large body may close the connection before it is sent. */
 async function gone(hadBody) {
   const isThere = await fetch("health").then((response) => response.ok, () => false);
   if (!isThere) return away();
-  const message = hadBody ? "The connection broke while sending; the image may be too large for this server." : "The connection broke; try again.";
+  const message = hadBody ? "The connection was lost while sending; the image may be too large for this server." : "The connection was lost; try again.";
   return new Refusal(message, { canRetry: true });
 }
 
@@ -164,13 +164,13 @@ function away() {
   return new Refusal("The server cannot be reached; check that it is running.", { code: "gone", canRetry: true });
 }
 
-/** It is stopping, or a proxy speaks in its place. */
+/** The server is stopping, or a proxy answers for it. */
 const isAway = (response, told) => told.code === "stopping" || (!told.code && [502, 503, 504].includes(response.status));
 
-/** Refused, but with the time after which it may be taken. */
+/** Refused, with a time after which to retry. */
 const isForNow = (response) => response.status === 429 || (response.status === 503 && response.headers.has("Retry-After"));
 
-/** For how long the model has been loading, or "". */
+/** How long the model has been loading, or "". */
 function elapsed(response) {
   const seconds = response.headers.get("X-Blip2-Loading-Seconds");
   return seconds ? `${seconds} s` : "";
@@ -179,13 +179,13 @@ function elapsed(response) {
 async function newKey(wasWrong) {
   keyAsked ??= (async () => {
     let given = await askForKey(wasWrong);
-    while (!/^[!-~]+$/.test(given)) given = await askForKey(true); // no header can carry it
+    while (!/^[!-~]+$/.test(given)) given = await askForKey(true); // not possible in a header
     return given;
   })().finally(() => (keyAsked = null));
   key = await keyAsked;
 }
 
-/** For this tab, once the server has taken it. */
+/** Keep the key for this tab, once the server has accepted it. */
 function keep(taken) {
   try {
     if (taken) sessionStorage.setItem(KEY, taken);

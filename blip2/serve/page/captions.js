@@ -1,4 +1,4 @@
-/** Captions for all images of the strip, a few at a time: POST /caption for each. */
+/** Captions for all images of the strip, a few at a time, with POST /caption. */
 
 import { isAbort, request } from "./api.js";
 import { formOf } from "./image.js";
@@ -8,8 +8,8 @@ const AT_ONCE = 3;
 export const isPending = ({ state }) => state === "waiting" || state === "running";
 
 /**
- * An image has a `state`: "waiting", "running", "done" with its `caption` and `model`, "failed" with the `problem` in a
- * sentence and `canRetry`, or "stopped". `wait` says why it takes longer.
+ * An image has a `state`: "waiting", "running", "done" with `caption` and `model`, "failed" with `problem` (a
+ * sentence) and `canRetry`, or "stopped". `wait` says why it takes longer.
  */
 export class Captions {
   /** `onChange(image)` is called when its state changes. */
@@ -25,12 +25,12 @@ export class Captions {
     this.#fill();
   }
 
-  /** The image that people look at comes before those that wait. */
+  /** Caption the image that is shown before the others. */
   prefer(image) {
     if (this.queue.includes(image)) this.queue = [image, ...this.queue.filter((each) => each !== image)];
   }
 
-  /** It is wanted no more. */
+  /** Forget an image that was removed. */
   drop(image) {
     this.queue = this.queue.filter((each) => each !== image);
     this.running.get(image)?.abort();

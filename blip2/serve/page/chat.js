@@ -1,4 +1,4 @@
-/** Questions and answers about an image, streamed; the earlier ones are sent along. Each image has its own. */
+/** Questions and streamed answers about an image; earlier turns are sent along. Each image has its own chat. */
 
 import { Refusal, isAbort, pieces, request } from "./api.js";
 import { $, button, make, speak } from "./dom.js";
@@ -21,7 +21,7 @@ export class Chat {
     $("copy-all").append(copyButton("Copy conversation as Markdown", () => markdownOf(this.image), { class: "plain" }));
   }
 
-  /** What is being answered about the image that is shown. An answer about another one goes on meanwhile. */
+  /** The answer in progress about the shown image. Answers about other images continue meanwhile. */
   get running() {
     return this.image?.running;
   }
@@ -34,7 +34,7 @@ export class Chat {
     this.#busy(Boolean(image.running), true);
   }
 
-  /** What was said about an image in an earlier session: `{question, text}`, each. */
+  /** The turns of an earlier session, each `{question, text}`. */
   restore(image, said) {
     image.turns = said.map(({ question, text }) => made(question, text));
   }
@@ -51,7 +51,7 @@ export class Chat {
     await this.#answer(this.image, turn);
   }
 
-  /** The last question once more; if it was answered, with some chance in the answer. */
+  /** Ask the last question again; if it was answered, with sampling. */
   async askAgain(turn) {
     const options = turn.text ? { temperature: 0.7, seed: Math.floor(Math.random() * 2 ** 31) } : {};
     turn.answer.textContent = turn.text = "";
@@ -82,7 +82,7 @@ export class Chat {
         turn.text = (turn.text + piece).trimStart();
         turn.answer.textContent = turn.text;
       }
-      if (!turn.text) words = "The model wrote no answer.";
+      if (!turn.text) words = "The model generated no answer.";
     } catch (error) {
       words = isAbort(error) ? "Stopped." : error instanceof Refusal ? error.message : `This page failed: ${error}`;
     }
@@ -99,7 +99,7 @@ export class Chat {
     if (turn.text) this.onAnswer(image);
   }
 
-  /** What can be done with an answer; only the last can be asked for again, as those after it depend on it. */
+  /** The buttons of an answer; only the last can be asked again, as later ones depend on it. */
   #offer(image, turn) {
     const about = { class: "plain" };
     const offered = [];
@@ -135,7 +135,7 @@ function made(question, text = "") {
   return turn;
 }
 
-/** As the server wants it: the image with the first question, then answers and questions by turns. */
+/** The messages for the server: the image with the first question, then alternating answers and questions. */
 async function messagesOf(image, turn) {
   const url = await dataUrl(image.file);
   const said = image.turns.filter((each) => each !== turn && each.text);

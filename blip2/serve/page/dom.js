@@ -1,4 +1,4 @@
-/** Finding and making elements. Whatever people, models or servers wrote goes in as text, never as HTML. */
+/** Finding and making elements. Texts of people, models and servers are inserted as text, never as HTML. */
 
 export const $ = (id) => document.getElementById(id);
 
@@ -17,27 +17,27 @@ export function button(text, onClick, attributes = {}) {
   return made;
 }
 
-/** For those who listen: once, when it is whole. */
+/** For screen readers: announces a finished text once. */
 export function speak(text) {
   $("spoken").textContent = text;
 }
 
 let again = null;
 
-/** What went wrong, in one sentence; `retry`, where it may go better next time. */
+/** Shows an error in one sentence; `retry`: what to do again, if that may help. */
 export function notice(text, retry = null) {
   again = retry;
   $("notice-again").hidden = retry === null;
   $("notice").hidden = false;
-  $("notice-text").textContent = text; // after it is shown: then it is announced
+  $("notice-text").textContent = text; // only announced if it is set after it is shown
 }
 
 export function closeNotice() {
   $("notice").hidden = true;
-  $("notice-text").textContent = ""; // the same words may come again, and are announced again
+  $("notice-text").textContent = ""; // so that the same text is announced again
 }
 
-/** What the notice offers to do again, if it is there and offers something. */
+/** The action that the notice offers to retry, if any. */
 export function tryAgain() {
   if ($("notice").hidden || !again) return;
   closeNotice();

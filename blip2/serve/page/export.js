@@ -1,4 +1,4 @@
-/** What people take with them: captions as CSV or JSON, a conversation as Markdown. */
+/** Exports: captions as CSV or JSON, a conversation as Markdown. */
 
 import { button, make, speak } from "./dom.js";
 
@@ -11,7 +11,7 @@ export function csvOf(images) {
   return [["file_name", "text"], ...rows].map((row) => `${row.map(quoted).join(",")}\r\n`).join("");
 }
 
-/** All images, with model and conversation; `text` is null and `error` says why where there is no caption. */
+/** All images, with model and conversation; without a caption, `text` is null and `error` says why. */
 export function jsonOf(images) {
   const rows = images.map((image) => ({
     file_name: image.name,
@@ -23,7 +23,7 @@ export function jsonOf(images) {
   return `${JSON.stringify(rows, null, 2)}\n`;
 }
 
-/** The caption, and all that was asked and answered. Nothing in it acts as Markdown by accident. */
+/** The caption, questions and answers as Markdown. Their text is escaped. */
 export function markdownOf(image) {
   const plain = (text) => text.replace(/[\\`*_[\]<>#|~&]/g, "\\$&").replace(/^(\s*)([-+=]|\d+[.)])/gm, "$1\\$2");
   const parts = [`**Image:** ${plain(image.name)}`];
@@ -38,7 +38,7 @@ export function download(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
-/** A button that copies what `text()` gives, and says so. */
+/** A button that copies what `text()` returns, and confirms it. */
 export function copyButton(words, text, attributes) {
   return button(
     words,
@@ -52,7 +52,7 @@ export function copyButton(words, text, attributes) {
   );
 }
 
-/** Whether it was allowed. At plain http:// on another machine there is no clipboard but by the old way. */
+/** Whether copying was allowed. Plain http:// to another machine only has the old clipboard API. */
 export async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -1,7 +1,7 @@
 /**
- * The last images with their captions and answers, in this browser (IndexedDB) and nowhere else.
+ * The last images with captions and answers, only in this browser (IndexedDB).
  *
- * Where the browser refuses to store anything, the page works without it and says so.
+ * If the browser refuses to store anything, the page works without it and says so.
  */
 
 import { $, button, make, speak } from "./dom.js";
@@ -10,14 +10,14 @@ const MAX_ENTRIES = 50;
 const MAX_BYTES_KEPT = 64 * 2 ** 20;
 const OFF = "blip2-history-off";
 const STORE = "images";
-/** One for each address of a server: several may share a host behind a proxy. */
+/** One database per server path: several servers may share a host behind a proxy. */
 const NAME = `blip2 ${location.pathname}`;
 
 export class History {
-  /** `onOpen(entry)`: an entry is wanted back, as `entryOf` made it. */
+  /** `onOpen(entry)`: an entry is opened again, as `entryOf` made it. */
   constructor(onOpen) {
     this.onOpen = onOpen;
-    this.done = Promise.resolve(); // one after the other: of two changes to an image the later one counts
+    this.done = Promise.resolve(); // in order: of two changes to an image the later one counts
     $("history-keep").checked = stored(OFF) !== "yes";
     $("history-keep").addEventListener("change", ({ target }) => store(OFF, target.checked ? null : "yes"));
     $("history-clear").addEventListener("click", () => {
@@ -32,7 +32,7 @@ export class History {
     this.#change((images) => images.put(entry));
   }
 
-  /** Does something to the images, drops what is too much, and shows the rest. */
+  /** Changes the images, drops the oldest beyond the limit, and shows the rest. */
   #change(act, words = "") {
     this.done = this.done.then(async () => {
       try {
@@ -71,7 +71,7 @@ export class History {
     $("history-clear").hidden = !entries.length;
     $("history").hidden = false;
     const lost = document.activeElement === document.body || !document.activeElement.checkVisibility();
-    if (hadFocus && lost) $("history").firstElementChild.focus(); // what had it is gone
+    if (hadFocus && lost) $("history").firstElementChild.focus(); // the focused element is gone
   }
 }
 
@@ -80,7 +80,7 @@ const entryOf = ({ id, file, name, thumbnail, note, caption, model, description,
   return { id, at: Date.now(), file, name, thumbnail, note, caption, model, description, said };
 };
 
-/** The store of a new transaction. Throws where the browser refuses. */
+/** The store of a new transaction. Throws if the browser refuses. */
 async function opened() {
   const asked = indexedDB.open(NAME, 1);
   asked.onupgradeneeded = () => asked.result.createObjectStore(STORE, { keyPath: "id" });
@@ -103,7 +103,7 @@ const finished = (transaction) =>
     transaction.addEventListener("abort", () => reject(transaction.error));
   });
 
-/** A setting of this browser; null where there is none, or no place for it. */
+/** A setting of this browser; null if it is not set or cannot be stored. */
 export function stored(name) {
   try {
     return localStorage.getItem(name);
@@ -117,6 +117,6 @@ export function store(name, value) {
     if (value === null) localStorage.removeItem(name);
     else localStorage.setItem(name, value);
   } catch {
-    // It lasts until the page is left.
+    // It lasts until the page is closed.
   }
 }

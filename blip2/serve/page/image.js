@@ -1,4 +1,4 @@
-/** A file that people give -> an image that the server takes. */
+/** Files from the user -> images that the server accepts. */
 
 import { Refusal } from "./api.js";
 
@@ -8,9 +8,9 @@ const MAX_SIDE = 2048;
 const THUMBNAIL_SIDE = 176;
 
 /**
- * `{file, url, name, ratio, thumbnail, note}`: what is sent, what is shown, its name, its width over its height, a small
- * JPEG of it (data:), and what people should know of the difference between what is shown and sent.
- * Throws a Refusal for what the browser cannot open.
+ * `{file, url, name, ratio, thumbnail, note}`: what is sent, what is shown, the name, width / height, a small JPEG
+ * (data:), and a note if the sent image differs from the shown one.
+ * Throws a Refusal if the browser cannot open it.
  */
 export async function readImage(file) {
   const name = file.name || "pasted image";
@@ -30,12 +30,12 @@ export async function readImage(file) {
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
   if (!blob) {
     URL.revokeObjectURL(url);
-    throw new Refusal(`${name} is too large to be drawn here; give a smaller one.`);
+    throw new Refusal(`${name} is too large to open here; give a smaller one.`);
   }
   return { file: blob, url, name, ratio, thumbnail, note: `Sent as a JPEG of ${canvas.width} × ${canvas.height} pixels.` };
 }
 
-/** A canvas with the image on white, no larger than needed: for what is very large, or of a kind that the server does not read. */
+/** A canvas with the image on white, no larger than needed: for very large images, and formats the server does not read. */
 function drawn(image, maxSide) {
   const [width, height] = [image.naturalWidth || maxSide, image.naturalHeight || maxSide];
   const scale = Math.min(1, maxSide / Math.max(width, height));
@@ -58,7 +58,7 @@ export function dataUrl(blob) {
   });
 }
 
-/** A form with the image and fields; a list becomes a field that is given several times. */
+/** A form with the image and fields; a list becomes a repeated field. */
 export function formOf(image, fields = {}) {
   const form = new FormData();
   form.append("image", image.file, "image");

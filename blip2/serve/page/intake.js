@@ -1,8 +1,8 @@
-/** The ways by which files come in: choosing, the camera, pasting, dropping. */
+/** Sources of files: file chooser, camera, clipboard, drag and drop. */
 
 import { $, notice } from "./dom.js";
 
-/** `take(files)` is given what comes, always at least one. */
+/** `take(files)` gets the files, always at least one. */
 export function receive(take) {
   for (const [press, field] of [["drop", "file"], ["another", "file"], ["camera", "camera-file"]]) {
     $(press).addEventListener("click", () => $(field).click());
@@ -21,7 +21,7 @@ export function receive(take) {
     take(files);
   });
 
-  let depth = 0; // of elements entered: leaving a child is not leaving the window
+  let depth = 0; // number of elements entered: leaving a child is not leaving the window
   const dragging = (step) => {
     depth = step ? Math.max(depth + step, 0) : 0;
     document.body.classList.toggle("dragging", depth > 0);

@@ -1,4 +1,4 @@
-/** The keyboard: single keys while nobody types, and a dialog that lists them. */
+/** Keyboard shortcuts: single keys outside text fields, and a dialog that lists them. */
 
 import { $, make } from "./dom.js";
 import { store, stored } from "./history.js";
@@ -6,7 +6,7 @@ import { store, stored } from "./history.js";
 const OFF = "blip2-keys-off";
 const TYPED = "input:not([type=checkbox], [type=range]), textarea, select, [contenteditable]";
 
-/** `keys`: `[key, what it does, act]`, in the order in which they are listed. `act` is null where others handle the key. */
+/** `keys`: `[key, description, act]`, in the order of the list. `act` is null if other code handles the key. */
 export function listen(keys) {
   const rows = keys.map(([key, words]) => [make("dt", {}, make("kbd", { text: key })), make("dd", { text: words })]);
   $("keys-list").replaceChildren(...rows.flat());
@@ -14,7 +14,7 @@ export function listen(keys) {
   $("keys-on").addEventListener("change", ({ target }) => store(OFF, target.checked ? null : "yes"));
   $("keys-open").addEventListener("click", () => $("keys").showModal());
   $("keys-close").addEventListener("click", () => $("keys").close());
-  $("keys").addEventListener("click", ({ target }) => target === $("keys") && $("keys").close()); // beside it
+  $("keys").addEventListener("click", ({ target }) => target === $("keys") && $("keys").close()); // a click outside the dialog
 
   document.addEventListener("keydown", (event) => {
     if (event.defaultPrevented || event.isComposing || event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;

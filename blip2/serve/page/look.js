@@ -1,8 +1,8 @@
 /**
- * Where the model looks: the image dims except there.
+ * Where the model looks: the image is dimmed elsewhere.
  *
- * POST /explain takes the image and `text`, or `question` and `answer`, or `caption` and perhaps `word`; it gives
- * `heat`, 0 to 1, as rows of numbers of any size or as the address (data:) of a grey image.
+ * POST /explain takes the image and `text`, or `question` and `answer`, or `caption` and optionally `word`; it returns
+ * `heat`, 0 to 1, as rows of numbers of any size or as a grey image in a data: URL.
  */
 
 import { isAbort, request } from "./api.js";
@@ -33,7 +33,7 @@ export class Look {
     this.heat = null;
   }
 
-  /** `caption`: the words of it are offered one by one. */
+  /** `caption`: its words are offered as buttons. */
   async show(fields, what, caption = "") {
     this.running?.abort();
     const running = (this.running = new AbortController());

@@ -1,4 +1,4 @@
-/** How well several texts match an image. */
+/** Scores how well several texts match an image. */
 
 import { isAbort, request } from "./api.js";
 import { $, button, make, notice, speak } from "./dom.js";

@@ -1,4 +1,4 @@
-/** The page: who answers, how images come in, and what happens then. */
+/** The page: the models, adding images, and the actions on them. */
 
 import { Refusal, onGone, onKeyNeeded, request, untilReady } from "./api.js";
 import { Captions, isPending } from "./captions.js";
@@ -50,17 +50,17 @@ const history = new History(async ({ said, id, file, name, ...about }) => {
   $("see-title").scrollIntoView({ block: "nearest" });
 });
 
-// ---- who answers ----
+// ---- models ----
 
-/** `elapsed` is seen, not announced: it changes all the time. */
+/** `elapsed` is shown but not announced, since it changes all the time. */
 function tell(text, elapsed = "", isTrouble = false) {
   if ($("models").textContent !== text) $("models").textContent = text;
   $("elapsed").textContent = elapsed && `(${elapsed} so far)`;
   $("models").classList.toggle("trouble", isTrouble);
-  $("models").classList.toggle("writing", text.endsWith("…")); // something is going on
+  $("models").classList.toggle("writing", text.endsWith("…")); // in progress
 }
 
-/** Whether there is somebody. The first thing that is asked needs the key, so that people are asked for it first. */
+/** Waits until a model answers. Asks for the key first, if one is needed. */
 async function meet() {
   try {
     const { data } = await (await request("v1/models", { onWait: tell })).json();
@@ -90,7 +90,7 @@ async function meet() {
 
 let watching = null;
 
-/** The server has gone. When it is back, all is as before, and what the notice offers to try again is tried. */
+/** The server is down. When it is back, the page continues, and the notice's retry is run. */
 onGone(() => {
   watching ??= (async () => {
     tell("The server cannot be reached; trying again…", "", true);
@@ -140,9 +140,9 @@ onKeyNeeded((wasWrong) => {
   });
 });
 
-// ---- images come in ----
+// ---- adding images ----
 
-/** All that can be opened are added; the first of them is shown. `about`: what is known of them beforehand. */
+/** Add all files that can be opened, and show the first. `about`: what is already known of them. */
 async function take(files, about = {}) {
   if ($("main").hidden) {
     $("key").focus();
@@ -166,7 +166,7 @@ async function take(files, about = {}) {
   if (files.length > room) notice(`At most ${MAX_IMAGES} images fit here; ${files.length - room} were not added.`);
 }
 
-/** One more image: with a caption of its own soon, if it has none, and with a conversation of its own. */
+/** Add an image: it gets a caption, unless it has one, and its own conversation. */
 function add(image, isShown) {
   Object.assign(image, { id: newId(), turns: [], running: null, results: null, ...image });
   if (image.said) chat.restore(image, image.said);
@@ -180,7 +180,7 @@ function add(image, isShown) {
   tellProgress();
 }
 
-/** Not a UUID: browsers make these only over https. */
+/** Not a UUID: browsers only make these over https. */
 const newId = () => `${Date.now()}-${Math.random().toString(36).slice(2)}`;
 
 function show(image) {
@@ -204,15 +204,15 @@ function show(image) {
 
 function showCaption(image) {
   const isWaited = isPending(image);
-  const text = image.caption || (isWaited ? image.wait : image.state === "done" ? "The model wrote no caption." : "");
-  if ($("caption").textContent !== text) $("caption").textContent = text; // it is announced
+  const text = image.caption || (isWaited ? image.wait : image.state === "done" ? "The model generated no caption." : "");
+  if ($("caption").textContent !== text) $("caption").textContent = text; // a change is announced
   $("caption").classList.toggle("writing", isWaited);
   $("image").alt = image.description ?? `Your image: ${image.caption || image.name}`;
   $("look-caption").hidden = !(chat.look && image.caption);
   if (image.state === "failed") notice(image.problem, image.canRetry ? retry : null);
 }
 
-/** All captions that failed for a reason that may have passed. */
+/** Retry all captions that failed for a temporary reason. */
 function retry() {
   strip.images.filter((image) => image.state === "failed" && image.canRetry).forEach((image) => captions.add(image));
 }
@@ -228,7 +228,7 @@ function tellProgress() {
   $("save-csv").hidden = $("save-json").hidden = !done;
   $("captions-go").hidden = pending || done === images.length;
   const next = [$("captions-stop"), $("captions-go"), strip.shown?.button].find((each) => each && !each.hidden);
-  if (hadFocus && next !== document.activeElement) next?.focus(); // the button that had it is hidden
+  if (hadFocus && next !== document.activeElement) next?.focus(); // the focused button is hidden
   if ($("many").dataset.isPending === "true" && !pending && images.length > 1) speak(`${text} are ready.`);
   $("many").dataset.isPending = String(pending);
 }
@@ -264,7 +264,7 @@ for (const sample of document.querySelectorAll("[data-sample]")) {
   sample.addEventListener("click", open);
 }
 
-// ---- with it ----
+// ---- actions on an image ----
 
 $("look-caption").addEventListener("click", () => {
   const { caption } = strip.shown;
@@ -292,7 +292,7 @@ for (const tab of tabs) {
   });
 }
 
-/** Of two tabs: the second exists only where there is a matching model. */
+/** The second tab only exists if there is a matching model. */
 function go(tab, field) {
   if ($("work").hidden || tab.hidden) return;
   choose(tab);
@@ -307,11 +307,11 @@ listen([
   ["/", "ask a question", () => go($("tab-ask"), "question")],
   ["m", "compare texts", () => go($("tab-match"), "texts")],
   ["c", "copy the conversation as Markdown", () => !$("work").hidden && !$("copy-all").hidden && $("copy-all").firstElementChild.click()],
-  ["Esc", "stop the answer; if there is none, leave the field", () => {
+  ["Esc", "stop the answer, or leave the field", () => {
     if (chat.running || match.running) for (const each of [chat, match]) each.stop();
     else document.activeElement.blur();
   }],
-  ["← →", "in the strip or the tabs: the one before, the next", null],
+  ["← →", "in the strip or the tabs: previous, next", null],
   ["Delete", "in the strip: remove the image", null],
   ["Ctrl Enter", "in the texts: compare", null],
 ]);

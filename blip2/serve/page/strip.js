@@ -1,11 +1,11 @@
-/** The images on the page, in a strip. One of them is shown; arrow keys go from one to the next. */
+/** The strip of images. One of them is shown; arrow keys move to the next. */
 
 import { $, make } from "./dom.js";
 
 const STATES = { waiting: "waiting for its caption", running: "being captioned", failed: "no caption", stopped: "no caption" };
 
 export class Strip {
-  /** `onShow(image)`: another image is shown, or null if there is none; `onRemove(image)`: it is gone. */
+  /** `onShow(image)`: another image is shown, or null if there is none. `onRemove(image)`: it was removed. */
   constructor({ onShow, onRemove }) {
     Object.assign(this, { onShow, onRemove, images: [], shown: null });
     $("strip").addEventListener("keydown", (event) => {
@@ -31,7 +31,7 @@ export class Strip {
     $("many").hidden = this.images.length < 2;
   }
 
-  /** Its caption has come, or will not come. */
+  /** Update an image whose caption has arrived or failed. */
   update(image) {
     image.img.alt = `${image.name}: ${image.caption || STATES[image.state] || "no caption"}`;
     image.button.title = image.img.alt;
@@ -51,13 +51,13 @@ export class Strip {
     this.onShow(image);
   }
 
-  /** The next image, or the one before it (-1); round and round. */
+  /** Move to the next image, or the previous one (-1), cyclically. */
   step(by) {
     const { length } = this.images;
     if (length > 1) this.show(this.images[(this.images.indexOf(this.shown) + by + length) % length]);
   }
 
-  /** The one after it is shown then, or the last. */
+  /** Remove an image; the one after it is shown then, or the last. */
   remove(image) {
     const place = this.images.indexOf(image);
     this.images.splice(place, 1);
@@ -68,7 +68,7 @@ export class Strip {
     if (image === this.shown) this.show(this.images[place] ?? this.images.at(-1) ?? null);
   }
 
-  /** Puts the keyboard on the image that is shown, where there is a strip. */
+  /** Focus the shown image, if there is a strip. */
   focus() {
     (this.images.length > 1 ? this.shown.button : $(this.shown ? "another" : "drop")).focus();
   }
