@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A second round after make.sh, from the weights of the first (the bundled ones, or those of START): the image encoder
-# sees crowds and strangers, the language model reads questions as people also type them, and both stages are trained
-# once more between the two. Two hours on two cores; started again, it resumes. Needs what make.sh needs.
+# sees crowds and strangers, the language model reads questions as people also type them, and stage 2 is trained once
+# more between the two. Two hours on two cores; started again, it resumes. Needs what make.sh needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -23,10 +23,8 @@ vision=$!
 "$python" -m miniature.pretrain language --start "$start/generative" --out "$work/language-second.pt" \
   --steps 1600 --documents 40000 --threads 1
 wait "$vision"
-"$python" -m miniature.pretrain renew --start "$start" --out "$work"
+"$python" -m miniature.pretrain renew --start "$start/generative" --out "$work"
 
-"$python" -m blip2 train miniature/again1.toml
 "$python" -m blip2 train miniature/again2.toml
-"$python" -m miniature.bundle "$work" "$work/again" --round again
-"$python" -m miniature.evaluate --model "$work/again/generative" --count 1000 --drawings
-"$python" -m miniature.retrieval --model "$work/again/matching"
+"$python" -m miniature.bundle "$work" blip2/miniature --round again
+"$python" -m miniature.evaluate --count 1000 --drawings --markdown miniature/results.md

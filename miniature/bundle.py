@@ -13,12 +13,13 @@ import torch
 
 from blip2 import checkpoint
 
-ROUNDS = {"first": ("stage1", "stage2"), "again": ("again1", "again2")}
+ROUNDS = {"first": {"stage1": "matching", "stage2": "generative"}, "again": {"again2": "generative"}}
+"""The trained folders of ``WORK``, and their names in the package."""
 
 
 def bundle(work: Path, out: Path, made: str = "first") -> None:
-    """What stage 2 made to ``out/generative`` and what stage 1 made to ``out/matching``, in float16."""
-    for folder, name in zip(ROUNDS[made], ("matching", "generative"), strict=True):
+    """Write the checkpoints of a round to ``out``, in float16."""
+    for folder, name in ROUNDS[made].items():
         source = work / folder
         checkpoint.save(
             checkpoint.load(source),

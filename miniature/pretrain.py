@@ -15,15 +15,15 @@ Nothing of that kind exists for the miniature world, so both are made here from 
     python -m miniature.pretrain assemble --out DIR    (the folder of vision.pt, language.pt and tokenizer.json)
     python -m miniature.pretrain vision   --data CROWD --test DIR --start CHECKPOINT --out vision-third.pt
     python -m miniature.pretrain language --start CHECKPOINT --out language-second.pt
-    python -m miniature.pretrain renew    --start CHECKPOINTS --out DIR    (the folder of both)
+    python -m miniature.pretrain renew    --start CHECKPOINT --out DIR    (the folder of both)
 
 `make.sh` and `again.sh` give the numbers of steps. Passes over the images after the first leave the counts of the
 class token out. The second pass over the texts has half of the questions as people also type them: in other
 words, without the question mark, with a capital letter.
 
 `assemble` puts both into two checkpoints of the published layout, generative and matching, with Q-Formers that
-know nothing yet: what the two training stages start from. `renew` gives what the stages made the image encoder of the
-third pass and the language model of the second: what their second round starts from (`again.sh`).
+know nothing yet: what the two training stages start from. `renew` puts the image encoder of the third pass and
+the language model of the second into a checkpoint: what stage 2 continues from in the second round (`again.sh`).
 
 The others only know training scenes: pairs of kinds that are kept for the test occur in neither. They print their
 accuracy on pairs that they have never seen, write a checkpoint now and then, and go on from it when started again.
@@ -77,16 +77,13 @@ def assemble(folder: Path) -> None:
 
 
 def renew(start: Path, folder: Path) -> None:
-    """What both stages made, between the renewed parts: ``renewed-generative`` and ``renewed-matching``."""
+    """A generative checkpoint between the renewed parts: ``renewed-generative``."""
     encoder = DenseHeads()
     encoder.load_state_dict(torch.load(folder / "vision-third.pt", weights_only=True)["model"])
-    language = torch.load(folder / "language-second.pt", weights_only=True)["model"]
-    for name in ("generative", "matching"):
-        model = checkpoint.load(start / name)
-        model.vision = encoder.encoder
-        if isinstance(model, Blip2):
-            model.language.load_state_dict(language)
-        checkpoint.save(model, folder / f"renewed-{name}", tokenizer=start / name / "tokenizer.json")
+    model = checkpoint.load(start)
+    model.vision = encoder.encoder
+    model.language.load_state_dict(torch.load(folder / "language-second.pt", weights_only=True)["model"])
+    checkpoint.save(model, folder / "renewed-generative", tokenizer=start / "tokenizer.json")
 
 
 def read_again(start: Path, out: Path, steps: int, batch_size: int, documents: int) -> None:
@@ -104,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vision", "language", "assemble", "renew"))
     parser.add_argument("--data", type=Path, nargs="+", help="training pictures, written by miniature.world")
-    parser.add_argument("--start", type=Path, help="the pass before, or a checkpoint; renew: the folder of both")
+    parser.add_argument("--start", type=Path, help="the pass before, or a checkpoint")
     parser.add_argument("--test", type=Path, help="test pictures, written by miniature.world")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
