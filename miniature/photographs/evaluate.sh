@@ -38,6 +38,9 @@ done
 blip2 match "$work/photographs" --labels "$work/photographs/labels.txt" --top 5 --json --model photographs-itm \
   > "$out/matches.jsonl"
 echo "== photographs, match --labels" && score labels "$out/matches.jsonl"
+blip2 match "$work"/large-stamps/images/* --labels "$work/photographs/labels.txt" --top 5 --json \
+  --model photographs-itm > "$out/large-stamps.jsonl"
+echo "== large unseen cut-outs, match --labels" && score labels "$out/large-stamps.jsonl" "$work/large-stamps/rows.jsonl"
 echo "== photographs, the frozen features alone"
 "$python" -m miniature.photographs.probe --packages "$work/packages" --work "$work"
 echo "== wrong answers" && score wrong "$out/stamps.jsonl" "$out/stamps"
