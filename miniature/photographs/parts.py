@@ -35,7 +35,7 @@ from miniature.pretrain import QFORMER
 
 VOCAB_SIZE, MATCHING_VOCAB_SIZE = 1536, 1000
 LAYER = "last"
-DROPOUT = 0.05
+DROPOUT = 0.1
 VALUE_SCALE = 0.7
 """About the deviation that values of directions by chance (0.02 for each of 1280 channels) have."""
 
@@ -126,7 +126,7 @@ def start_generative(packages: Path, folder: Path) -> None:
     language = OPT(replace(LANGUAGE, vocab_size=VOCAB_SIZE))
     language.load_state_dict(torch.load(folder / "language.pt", weights_only=True)["model"])
     path = folder / "tokenizer.json"
-    qformer = replace(QFORMER, encoder_hidden_size=vision.config.hidden_size, dropout=DROPOUT)
+    qformer = replace(QFORMER, encoder_hidden_size=vision.config.hidden_size)
     image_token = Tokenizer.from_file(str(path)).token_to_id("<image>")
     model = Blip2(Blip2Config(vision.config, qformer, language.config, image_token_id=image_token))
     model.vision, model.language = vision, language
