@@ -80,13 +80,17 @@ CLIP_VIT_L = VisionConfig(
 @dataclass(frozen=True)
 class ConvolutionalConfig:
     """An EfficientNet-Lite. Each place of its last grid counts as a patch, before or after the convolution of the
-    classification head (``has_head``). The defaults are Lite0."""
+    classification head (``has_head``). The defaults are Lite0.
+
+    Convolutional features do not encode where they are, and a Q-Former does not know the order of its patches: with
+    ``has_positions`` a position is added to each patch (`convolutional.positions`)."""
 
     widths: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
     depths: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
     """Channels and blocks of each stage (`convolutional.STAGES`)."""
     image_size: int = 224
     has_head: bool = True
+    has_positions: bool = False
     layer_norm_eps: float = 1e-6
     keeps_class_token: ClassVar[bool] = False
     patch_size: ClassVar[int] = 32

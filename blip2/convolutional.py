@@ -10,9 +10,11 @@ pixels or places, P patches, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +23,8 @@ from blip2.config import ConvolutionalConfig
 STEM_WIDTH = 32
 STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
 """Kernel size, stride of the first block, and expansion factor of the blocks (Table 1 of the paper)."""
+POSITION_SCALE = 0.5
+"""The features of Lite0 have a standard deviation of about 0.9 on photographs."""
 
 
 class Convolution(nn.Conv2d):
@@ -78,11 +82,33 @@ class ConvolutionalEncoder(nn.Module):
             x_BCHW = block(x_BCHW)
         if self.head is not None:
             x_BCHW = F.relu6(self.head(x_BCHW))
-        return x_BCHW.flatten(2).transpose(1, 2).contiguous()
+        patches_BPD = x_BCHW.flatten(2).transpose(1, 2).contiguous()
+        if not self.config.has_positions:
+            return patches_BPD
+        height, width = x_BCHW.shape[-2:]
+        return patches_BPD + positions(height, width, patches_BPD.shape[-1]).to(patches_BPD)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """``float[B, 3, H, W]`` to ``float[B, P, D]``, normalised."""
         return self.post_norm(self.features(pixels_BCHW))
+
+
+def positions(height: int, width: int, size: int) -> Tensor:
+    """The position of each of height x width places, ``float32[P, size]``: sines and cosines of the row in half of the
+    channels, of the column in the others, times `POSITION_SCALE`.
+
+    Their frequencies go from a quarter of a turn over the whole side to half a turn from place to place, so that both
+    halves of the grid and neighbouring places are easy to distinguish.
+    """
+    axes = []
+    for length in (height, width):
+        place_N1 = (torch.arange(length)[:, None] + 0.5) / length
+        frequency_F = math.pi / 2 * (2 * max(2, length)) ** torch.linspace(0, 1, size // 4)
+        axes.append(torch.cat([(place_N1 * frequency_F).sin(), (place_N1 * frequency_F).cos()], dim=1))
+    rows_HD, columns_WD = axes
+    shape = height, width, rows_HD.shape[1]
+    both_HWD = torch.cat([rows_HD[:, None].expand(shape), columns_WD[None].expand(shape)], dim=-1)
+    return POSITION_SCALE * both_HWD.flatten(0, 1)
 
 
 def sizes_of_blocks(config: ConvolutionalConfig) -> Iterator[tuple[int, int, int, int, int]]:

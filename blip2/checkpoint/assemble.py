@@ -106,6 +106,8 @@ def assemble(
     another assembled or trained model (or the folder of two) whose files with identical frozen parts are shared by hard
     links. Raises CheckpointError for invalid parts, and OptionError if there is nothing to write or share.
     """
+    if isinstance(vision, LiteEncoder):  # else the Q-Former could not tell left from right
+        vision = replace(vision, config=replace(vision.config, has_positions=True))
     shared = [] if link is None else models_in(link)
     if link is not None:
         _check_disk(link, out)

@@ -38,6 +38,11 @@ done
 blip2 match "$work/photographs" --labels "$work/photographs/labels.txt" --top 5 --json --model photographs-itm \
   > "$out/matches.jsonl"
 echo "== photographs, match --labels" && score labels "$out/matches.jsonl"
+for split in large-stamps familiar; do
+  blip2 match "$work/$split"/images/* --labels "$work/photographs/labels.txt" --top 5 --json \
+    --model photographs-itm > "$out/$split-labels.jsonl"
+  echo "== $split, match --labels" && score labels "$out/$split-labels.jsonl" "$work/$split/rows.jsonl"
+done
 echo "== photographs, the frozen features alone"
 "$python" -m miniature.photographs.probe --packages "$work/packages" --work "$work"
 echo "== wrong answers" && score wrong "$out/stamps.jsonl" "$out/stamps"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the second miniature from nothing but packages of Debian and PyPI: `make photographs`. Hours on two cores;
-# stopped and started again, it goes on where it was. Run from the repository's root, inside its environment.
+# Makes the second miniature from nothing but packages of Debian and PyPI: `make photographs`. About an hour on one
+# core; stopped and started again, it goes on where it was. Run from the repository's root, inside its environment.
 # Needs apt-get and dpkg-deb; libtcmalloc-minimal4, if there, makes training up to twice as fast.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -12,10 +12,10 @@ allocator=$(ls /usr/lib/*/libtcmalloc_minimal.so.4 2>/dev/null | head -n 1 || tr
 if [ -n "$allocator" ]; then export LD_PRELOAD=$allocator; fi
 
 "$python" -m miniature.photographs.packages --out "$work/packages"
-for scenes in "train train 10000 1" "familiar familiar 600 2" "pairs pairs 600 2" "stamps stamps 600 2"; do
-  read -r name split count seed <<<"$scenes"
-  [ -f "$work/$name/rows.jsonl" ] || "$python" -m miniature.photographs.world --packages "$work/packages" \
-    --split "$split" --count "$count" --seed "$seed" --out "$work/$name"
+for scenes in "train 3000 1" "large 5000 1" "familiar 300 2" "pairs 300 2" "stamps 300 2" "large-stamps 300 2"; do
+  read -r split count seed <<<"$scenes"
+  [ -f "$work/$split/rows.jsonl" ] || "$python" -m miniature.photographs.world --packages "$work/packages" \
+    --split "$split" --count "$count" --seed "$seed" --out "$work/$split"
 done
 [ -f "$work/photographs/labels.txt" ] || "$python" -m miniature.photographs.things --packages "$work/packages" \
   --out "$work/photographs"

@@ -21,10 +21,13 @@ import torch
 from tokenizers import Tokenizer
 
 from blip2 import checkpoint
-from blip2.checkpoint import load_encoder
+from blip2.checkpoint import ImageSettings, load_encoder
+from blip2.checkpoint.convolutions import lite_file
+from blip2.checkpoint.pickled import unpickled
 from blip2.config import Blip2Config, MatcherConfig
 from blip2.language.opt import OPT
-from blip2.model import Blip2, Blip2Matcher
+from blip2.model import Blip2, Blip2Matcher, Vision
+from blip2.qformer import QFormer
 from miniature.language import LANGUAGE, make_matching_tokenizer, new_language_model, train_language
 from miniature.photographs.packages import ENCODER
 from miniature.photographs.world import PACKAGES, make_scene
@@ -32,6 +35,16 @@ from miniature.pretrain import QFORMER
 
 VOCAB_SIZE, MATCHING_VOCAB_SIZE = 1536, 1000
 LAYER = "last"
+DROPOUT = 0.1
+VALUE_SCALE = 0.7
+"""About the deviation that values of directions by chance (0.02 for each of 1280 channels) have."""
+
+
+def image_encoder(packages: Path) -> tuple[Vision, ImageSettings]:
+    """EfficientNet-Lite0 with the place of each patch: its features do not tell left from right."""
+    vision, settings = load_encoder(packages / ENCODER, layer=LAYER, whole_picture=True)
+    vision.config = replace(vision.config, has_positions=True)
+    return vision, settings
 
 
 def from_miniature(tokenizer: Tokenizer) -> OPT:
@@ -73,16 +86,35 @@ def begin_from_miniature(model: Blip2Matcher, words: Tokenizer) -> None:
             own[name][places] = tensor[from_places]
 
 
+@torch.no_grad()
+def look_for_classes(qformer: QFormer, packages: Path) -> None:
+    """Cross-attention begins to read what the image encoder's own classes are told by: the values of its layers, from
+    the first to the last, are the principal directions of the published classifier, each layer the next ones. A
+    direction by chance would mix them with what no class differs in."""
+    file = lite_file(packages / ENCODER)
+    assert file is not None
+    weight_CD = unpickled(file)["_fc.weight"].float()
+    directions_DD = torch.linalg.svd(weight_CD - weight_CD.mean(dim=0)).Vh
+    first = 0
+    for layer in qformer.layers:
+        if (attention := layer.cross_attention) is not None:
+            width = len(attention.value.weight)
+            attention.value.weight.copy_(directions_DD[first : first + width] * VALUE_SCALE)
+            first += width
+
+
 def start_matching(packages: Path, folder: Path) -> None:
     """``start-matching`` in ``folder``, with a Q-Former that has seen emoji alone."""
-    vision, settings = load_encoder(packages / ENCODER, layer=LAYER, whole_picture=True)
+    vision, settings = image_encoder(packages)
     words = make_matching_tokenizer(vocab_size=MATCHING_VOCAB_SIZE, make_scene=make_scene)
     qformer = replace(
-        QFORMER, encoder_hidden_size=vision.config.hidden_size, vocab_size=words.get_vocab_size(), has_text=True
-    )
+        QFORMER, encoder_hidden_size=vision.config.hidden_size, vocab_size=words.get_vocab_size(), has_text=True,
+        dropout=DROPOUT,
+    )  # fmt: skip
     config = MatcherConfig(vision.config, qformer, projection_size=128, bos_token_id=words.token_to_id("[DEC]"))
     model = Blip2Matcher(config)
     begin_from_miniature(model, words)
+    look_for_classes(model.qformer, packages)
     model.vision = vision
     checkpoint.save(model, folder / "start-matching", tokenizer=words.to_str(), settings=settings)
 
@@ -90,7 +122,7 @@ def start_matching(packages: Path, folder: Path) -> None:
 def start_generative(packages: Path, folder: Path) -> None:
     """``start-generative`` in ``folder``, with the language model of language.pt and a Q-Former that knows nothing: the
     recipes of stage 2 name another one to begin from."""
-    vision, settings = load_encoder(packages / ENCODER, layer=LAYER, whole_picture=True)
+    vision, settings = image_encoder(packages)
     language = OPT(replace(LANGUAGE, vocab_size=VOCAB_SIZE))
     language.load_state_dict(torch.load(folder / "language.pt", weights_only=True)["model"])
     path = folder / "tokenizer.json"
@@ -106,7 +138,7 @@ def main() -> None:
     parser.add_argument("part", choices=("matching", "language", "generative"))
     parser.add_argument("--packages", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--documents", type=int, default=12_000)
     options = parser.parse_args()

@@ -4,13 +4,13 @@
     blip2 evaluate ROWS.jsonl -o ANSWERS --model photographs
     python -m miniature.photographs.score scenes ROWS.jsonl ANSWERS [NAME=ANSWERS ...]
     python -m miniature.photographs.score photographs say.jsonl ANSWERS
-    python -m miniature.photographs.score labels matches.jsonl
+    python -m miniature.photographs.score labels matches.jsonl [SPLIT/rows.jsonl]
     python -m miniature.photographs.score wrong ROWS.jsonl ANSWERS         (twenty, drawn by a seed)
 
 ``rows``: one question of each type about each scene, or its captions; with ``--shuffle`` each about the picture of
 the next scene. ``scenes``: right to the letter, lists and captions in any order. *Blind*: the most frequent right
 answer to the same wording. ``photographs``: whether what is said names the kind (and no other). ``labels``: of
-`blip2 match --labels --top 5 --json`.
+`blip2 match --labels --top 5 --json`, about the photographs, or the scenes of one kind of a split.
 """
 
 from __future__ import annotations
@@ -147,9 +147,19 @@ def wrong_table(rows: list[dict[str, Any]], answers: list[str], count: int = 20,
     return "\n".join(lines)
 
 
-def labels_table(matches: list[dict[str, Any]]) -> str:
+def kind_of_photographs() -> dict[str, str]:
+    """The kind in each photograph, by the name of its file."""
+    return {f"{name.replace('/', '-')}.png": kind for name, kind in shown().items()}
+
+
+def kind_of_scenes(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The kind in each scene that shows one alone, by the name of its file."""
+    kinds_of = {Path(row["image"]).name: {thing["kind"] for thing in row["objects"]} for row in rows}
+    return {name: next(iter(found)) for name, found in kinds_of.items() if len(found) == 1}
+
+
+def labels_table(matches: list[dict[str, Any]], kind_of: dict[str, str]) -> str:
     """``matches``: JSON lines of `blip2 match`, a line each picture with its best texts in order."""
-    kind_of = {f"{name.replace('/', '-')}.png": kind for name, kind in shown().items()}
     ranked: dict[str, list[str]] = defaultdict(list)
     for row in matches:
         ranked[Path(row["image"]).name].append(row["text"])
@@ -190,7 +200,8 @@ def main() -> None:
         rows = read(options.file)
         print(wrong_table(rows, said(Path(options.answers[0]), len(rows))))
     else:
-        print(labels_table(read(options.file)))
+        kind_of = kind_of_scenes(read(Path(options.answers[0]))) if options.answers else kind_of_photographs()
+        print(labels_table(read(options.file), kind_of))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
     python -m miniature.photographs.world --packages DIR --split train --count 16000 --seed 1 --out DIR
     python -m miniature.photographs.world --packages DIR --split stamps --sheet sheet.jpg
 
-Splits: ``train``; ``familiar``, new scenes of the same kind; ``pairs``, each with two kinds that meet in no training
-scene; ``stamps``, each thing in a cut-out that no training shows. Everything follows from (seed, split, index).
+Splits: ``train``; ``large``, also for training, one large thing each, as photographs have it; ``familiar``, new scenes
+like those of ``train``; ``pairs``, each with two kinds that meet in no training scene; ``stamps`` and
+``large-stamps``, each thing in a cut-out that no training shows. Everything follows from (seed, split, index).
 
 A scene shows one to three kinds, at most six things, of which one may hide up to a quarter of another; or one thing
-that fills the picture. Light, colour, blur and JPEG are by chance. The pictures come from packages that
+that fills the picture. Light, colour, blur and JPEG are by chance. One large thing may reach over the edge, and its
+proportions and colours are by chance, too: there are few cut-outs of a kind. The pictures come from packages that
 `miniature.photographs.packages` fetches; of these, none is in the repository.
 """
 
@@ -33,7 +35,8 @@ from miniature.photographs.stamps import held_out, kinds, stamps
 from miniature.texts import Kind
 from miniature.world import ANYWHERE, Job, Region, choose_regions, clear_half, make_rng, write_split
 
-SPLITS = ("train", "familiar", "pairs", "stamps")
+SPLITS = ("train", "large", "familiar", "pairs", "stamps", "large-stamps")
+LARGE, UNSEEN = ("large", "large-stamps"), ("stamps", "large-stamps")
 PACKAGES = "BLIP2_PHOTOGRAPHS"
 """The environment variable that names the folder of the fetched packages."""
 MOST_THINGS = 6
@@ -47,11 +50,17 @@ SCATTERED = 0.5
 BACKDROP_PX = 1200
 PLAIN = 0.15
 """Of the scenes, so many are before a plain wall."""
+LARGE_FRACTIONS = (0.7, 1.4)
+"""How much of the width or height, whichever it would fill first, one large thing takes up."""
+AT_LEAST_VISIBLE = 0.6
+STRETCH, HUE = 0.25, 14
+"""Of one large thing: the largest logarithm of a factor for each side, and the largest turn of its hue, of 256."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing; ``box`` (x0, y0, x1, y1, in pixels) is what its turned cut-out covers. ``light``: 1 is as it came."""
+    """One thing; ``box`` (x0, y0, x1, y1, in pixels) is what its turned cut-out covers of the picture, ``whole`` (of
+    one large thing) what it covers with what is beyond the edge. ``light``: 1 is as it came."""
 
     kind: str
     stamp: str
@@ -59,6 +68,7 @@ class Thing:
     angle: int
     flip: bool
     light: float
+    whole: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,9 @@ def has_held_out_pair(names: list[str]) -> bool:
 
 
 def _choose_kinds(rng: random.Random, split: str) -> list[str]:
-    pool = list(held_out() if split == "stamps" else stamps())
+    pool = list(held_out() if split in UNSEEN else stamps())
+    if split in LARGE:  # the more cut-outs there are, the more there is to learn
+        return rng.choices(pool, [len(stamps()[kind]) ** 0.5 for kind in pool])
     weights = (0, 65, 35) if split == "pairs" else (55, 30, 15)
     number = rng.choices((1, 2, 3), weights)[0]
     while has_held_out_pair(names := rng.sample(pool, number)) != (split == "pairs"):
@@ -118,7 +130,7 @@ def _choose_counts(rng: random.Random, number: int) -> list[int]:
 
 def _stamp(rng: random.Random, split: str, kind: str) -> Path:
     apart = held_out().get(kind, [])
-    return rng.choice(apart if split == "stamps" else [file for file in stamps()[kind] if file not in apart])
+    return rng.choice(apart if split in UNSEEN else [file for file in stamps()[kind] if file not in apart])
 
 
 @functools.cache
@@ -159,7 +171,25 @@ def make_scene(seed: int, split: str = "train", index: int = 0) -> Scene:
     short, ratio = rng.randint(*SHORT_SIDE_PX), rng.uniform(1, LONGEST)
     size = (round(short * ratio), short) if rng.random() < 0.7 else (short, round(short * ratio))
     backdrop = -1 if rng.random() < PLAIN else rng.randrange(len(BACKGROUNDS))
-    return Scene(*size, backdrop, rng.getrandbits(32), _choose_things(rng, split, size))
+    choose = _one_large_thing if split in LARGE else _choose_things
+    return Scene(*size, backdrop, rng.getrandbits(32), choose(rng, split, size))
+
+
+def _one_large_thing(rng: random.Random, split: str, size: tuple[int, int]) -> tuple[Thing, ...]:
+    [kind] = _choose_kinds(rng, split)
+    stamp, angle, flip = str(_stamp(rng, split, kind)), rng.choice(ANGLES), rng.random() < 0.5
+    shape = [side * math.exp(rng.uniform(-STRETCH, STRETCH)) for side in cut_out(stamp, angle, flip).size]
+    scale = rng.uniform(*LARGE_FRACTIONS) * min(whole / side for whole, side in zip(size, shape, strict=True))
+    spans = []
+    for whole, side in zip(size, shape, strict=True):
+        extent = max(1, int(side * scale))
+        over = int((1 - AT_LEAST_VISIBLE) ** 0.5 * extent / 2) if rng.random() < 0.4 else 0
+        low, high = sorted((0, whole - extent))
+        start = rng.randint(low - over, high + over)
+        spans.append((start, start + extent))
+    (x0, x1), (y0, y1) = spans
+    box = (max(0, x0), max(0, y0), min(size[0], x1), min(size[1], y1))
+    return (Thing(kind, stamp, box, angle, flip, rng.uniform(0.7, 1.3), (x0, y0, x1, y1)),)
 
 
 def _choose_things(rng: random.Random, split: str, size: tuple[int, int]) -> tuple[Thing, ...]:
@@ -225,15 +255,26 @@ def render(scene: Scene) -> Image.Image:
     rng = make_rng(scene.look_seed, "look")
     image = _behind(scene, rng)
     for thing in scene.objects:
-        x0, y0, x1, y1 = thing.box
+        x0, y0, x1, y1 = thing.whole or thing.box
         drawn = cut_out(thing.stamp, thing.angle, thing.flip).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
         lit = ImageEnhance.Brightness(drawn.convert("RGB")).enhance(thing.light)
+        lit = _tinted(lit, rng) if thing.whole else lit
         image.paste(lit, (x0, y0), drawn.getchannel("A"))
     for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = kind(image).enhance(math.exp(rng.uniform(-0.3, 0.3)))
     if rng.random() < 0.4:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
     return image
+
+
+def _tinted(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Other colours and contrast, by chance."""
+    turn = rng.randint(-HUE, HUE) if rng.random() < 0.5 else 0
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point(lambda level: (level + turn) % 256)
+    image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    image = ImageEnhance.Color(image).enhance(rng.uniform(0.4, 1.5))
+    return ImageEnhance.Contrast(image).enhance(rng.uniform(0.7, 1.3))
 
 
 def _behind(scene: Scene, rng: random.Random) -> Image.Image:

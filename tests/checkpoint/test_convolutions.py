@@ -23,7 +23,7 @@ from blip2.checkpoint.lavis import convert_to_lavis
 from blip2.cli import cli
 from blip2.compat import Blip2ForConditionalGeneration
 from blip2.config import ConvolutionalConfig
-from blip2.convolutional import STAGES, Convolution, sizes_of_blocks
+from blip2.convolutional import POSITION_SCALE, STAGES, Convolution, positions, sizes_of_blocks
 from blip2.errors import CheckpointError, OptionError
 from blip2.model import Blip2
 from blip2.train.flops import of_vision
@@ -154,6 +154,46 @@ def test_sizes_of_a_layer_and_its_picture():
         assert Convolution(1, 1, 5, 2)(torch.zeros(1, 1, length, 9)).shape[2] == -(-length // 2)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 7), (3, 5), (9, 9)])
+def test_each_place_has_a_position_of_its_own(height, width):
+    """From which halves are read by a sum, and neighbours differ as clearly as the halves do."""
+    found_PD = positions(height, width, 320)
+    assert found_PD.shape == (height * width, 320) and found_PD.dtype == torch.float32
+    assert found_PD.abs().max() <= POSITION_SCALE
+    if height * width > 1:
+        distance_PP = torch.cdist(found_PD, found_PD) + 1e9 * torch.eye(height * width)
+        assert distance_PP.min() > 0.3 * found_PD.norm(dim=1).mean()
+    design_PD = torch.cat([found_PD, torch.ones(len(found_PD), 1)], dim=1).double()
+    places_P2 = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
+    solved_D2 = torch.linalg.pinv(design_PD) @ places_P2
+    assert (design_PD @ solved_D2 - places_P2).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_positions_are_added_to_what_is_seen_and_kept_in_the_config(lite, tmp_path):
+    plain, settings = checkpoint.load_encoder(lite)
+    pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    before_BPD = plain.features(pixels)
+    like = tiny.generative("opt")
+    plain.config = replace(plain.config, has_positions=True)
+    assert torch.equal(plain.features(pixels), before_BPD + positions(2, 3, 320))
+    qformer = replace(tiny.QFORMER, encoder_hidden_size=320)
+    model = Blip2(replace(like.config, vision=plain.config, qformer=qformer))
+    model.language, model.projection, model.vision = like.language, like.projection, plain
+    model.qformer.reset_parameters(std=0.3)
+    checkpoint.save(model.eval(), tmp_path, tokenizer=tiny.opt_tokenizer().to_str(), settings=settings)
+    again = checkpoint.load(tmp_path, dtype=torch.float32)
+    assert again.config.vision.has_positions
+    assert torch.equal(again.vision.features(pixels), plain.features(pixels))
+    patches_BPD = again.vision(pixels)
+    bare_BPD = plain.post_norm(before_BPD)
+    order = torch.randperm(bare_BPD.shape[1], generator=torch.Generator().manual_seed(0))
+    # The reason: without them a Q-Former sees the same wherever things are.
+    assert torch.allclose(again.look(bare_BPD), again.look(bare_BPD[:, order]), atol=1e-4)
+    moved_BPD = again.vision.post_norm(before_BPD[:, order] + positions(2, 3, 320))
+    assert not torch.allclose(again.look(patches_BPD), again.look(moved_BPD), atol=1e-2)
+
+
 def test_a_model_written_and_read_sees_the_same(lite, folder):
     vision, _ = checkpoint.load_encoder(lite, whole_picture=True)
     again, settings = checkpoint.load_encoder(folder)
@@ -207,7 +247,8 @@ def test_assemble_reads_a_file_or_the_folder_of_the_package(lite, tmp_path):
                                        "last", "--whole-picture", "--image-size", "160", "-o", str(out)])  # fmt: skip
         assert ran.exit_code == 0, ran.output
         config = checkpoint.read_config(out / "matching")
-        assert config.vision == ConvolutionalConfig(image_size=160) and config.qformer.encoder_hidden_size == 1280
+        assert config.vision == ConvolutionalConfig(image_size=160, has_positions=True)
+        assert config.qformer.encoder_hidden_size == 1280
         assert checkpoint.load(out / "matching").vision.config == config.vision
 
 
@@ -239,7 +280,7 @@ def test_what_is_no_such_file_is_told(lite, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("widths", [1, 2]), ("widths", "many"), ("depths", [1, 1, 1, 1, 1, 1, 0]), ("depths", [1] * 6 + ["1"]),
-     ("has_head", 1), ("image_size", 0)],
+     ("has_head", 1), ("has_positions", "yes"), ("image_size", 0)],
 )  # fmt: skip
 def test_a_config_that_cannot_be_is_told(folder, tmp_path, name, value):
     content = json.loads((folder / "config.json").read_text())

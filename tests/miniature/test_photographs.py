@@ -17,6 +17,7 @@ from blip2 import checkpoint
 from blip2.config import ConvolutionalConfig, MatcherConfig
 from blip2.errors import CheckpointError
 from blip2.model import Blip2Matcher
+from blip2.qformer import QFormer
 from miniature import texts
 from miniature.language import make_matching_tokenizer, make_tokenizer
 from miniature.photographs import parts, score, things, world
@@ -68,12 +69,29 @@ def test_scenes_are_what_their_split_says(packages, split):
         assert scene == world.make_scene(3, split, index)
         assert 1 <= len(scene.objects) <= world.MOST_THINGS and max(scene.counts().values()) <= 4
         assert world.has_held_out_pair(list(scene.counts())) == (split == "pairs")
-        assert {thing.stamp in apart for thing in scene.objects} == {split == "stamps"}
+        assert {thing.stamp in apart for thing in scene.objects} == {split in world.UNSEEN}
         for thing in scene.objects:
             x0, y0, x1, y1 = thing.box
             assert 0 <= x0 < x1 <= scene.width and 0 <= y0 < y1 <= scene.height
         for one, other in zip(scene.objects, scene.objects[1:], strict=False):
             assert world._shared(one.box, other.box) <= world.HIDDEN
+
+
+@pytest.mark.parametrize("split", world.LARGE)
+def test_one_large_thing_is_most_of_it_in_the_picture_and_no_two_look_alike(packages, split):
+    looks = set()
+    for index in range(60):
+        scene = world.make_scene(3, split, index)
+        [thing] = scene.objects
+        x0, y0, x1, y1 = thing.whole
+        width, height = thing.box[2] - thing.box[0], thing.box[3] - thing.box[1]
+        assert thing.box == (max(0, x0), max(0, y0), min(scene.width, x1), min(scene.height, y1))
+        assert width > 0.5 * min(x1 - x0, scene.width) and height > 0.5 * min(y1 - y0, scene.height)
+        assert max(width / scene.width, height / scene.height) > 0.4
+        looks.add(((x1 - x0) / (y1 - y0), thing.stamp))
+        if index < 5:
+            assert world.render(scene).tobytes() == world.render(scene).tobytes()
+    assert len(looks) == 60
 
 
 def test_a_picture_shows_the_things_at_their_places(packages):
@@ -135,8 +153,17 @@ def test_photographs_are_right_by_the_kind_alone():
 def test_labels_are_ranked_as_they_come():
     matches = [{"image": f"some/{name.replace('/', '-')}.png", "text": text}
                for name, kind in things.shown().items() for text in ("a badger", texts.with_article(kind))]  # fmt: skip
-    table = score.labels_table(matches)
+    table = score.labels_table(matches, score.kind_of_photographs())
     assert "among the best 1 | 0 of 72" in table and "among the best 5 | 72 of 72" in table
+
+
+def test_labels_of_scenes_of_one_kind_are_ranked_alike():
+    rows = [{"image": f"images/00/{name}.jpg", "objects": [{"kind": kind} for kind in kinds]}
+            for name, kinds in (("a", ["fox", "fox"]), ("b", ["fox", "key"]), ("c", ["key"]))]  # fmt: skip
+    kind_of = score.kind_of_scenes(rows)
+    assert kind_of == {"a.jpg": "fox", "c.jpg": "key"}
+    matches = [{"image": f"images/00/{name}.jpg", "text": "a fox"} for name in "abc"]
+    assert "among the best 1 | 1 of 2" in score.labels_table(matches, kind_of)
 
 
 def test_the_photographs_of_the_test_are_listed_once_each():
@@ -202,6 +229,24 @@ def test_the_parts_begin_from_the_miniature_word_by_word(packages):
     kept = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
     matrices = [name for name in kept if name.startswith("qformer.layers.") and model.get_parameter(name).dim() > 1]
     assert matrices and all(".cross_attention." in name for name in matrices)
+
+
+def test_cross_attention_begins_from_what_classes_are_told_by(packages, tmp_path):
+    chance = torch.Generator().manual_seed(0)
+    classes = torch.randn(1000, 1280, generator=chance) * torch.linspace(2, 0.01, 1280)
+    (packages / parts.ENCODER).mkdir(parents=True, exist_ok=True)
+    file = packages / parts.ENCODER / "lite.pth"
+    torch.save({"_fc.weight": classes}, file)
+    qformer = QFormer(replace(QFORMER, encoder_hidden_size=1280))
+    keys = [layer.cross_attention.key.weight.clone() for layer in qformer.layers if layer.cross_attention]
+    parts.look_for_classes(qformer, packages)
+    file.unlink()
+    looking = [layer.cross_attention for layer in qformer.layers if layer.cross_attention]
+    read = torch.cat([attention.value.weight for attention in looking]) / parts.VALUE_SCALE
+    assert torch.allclose(read @ read.T, torch.eye(len(read)), atol=1e-4)
+    told = ((classes - classes.mean(0)) @ read.T).square().sum(0)
+    assert told.diff().max() < 1e-2 * told[0] and told[0] > 5 * told[-1]
+    assert all(torch.equal(attention.key.weight, key) for attention, key in zip(looking, keys, strict=True))
 
 
 def test_the_language_model_keeps_what_it_knew(packages):
