@@ -36,11 +36,11 @@ def test_public_names():
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
-        (lambda blip, picture: blip.ask(picture, None), "None is no text"),
-        (lambda blip, picture: blip.ask(picture, b"is it?"), "b'is it\\?' is no text"),
-        (lambda blip, picture: blip.ask(picture, "how many?", choices=[1, 2]), "1 is no text"),
+        (lambda blip, picture: blip.ask(picture, None), "None is not a text"),
+        (lambda blip, picture: blip.ask(picture, b"is it?"), "b'is it\\?' is not a text"),
+        (lambda blip, picture: blip.ask(picture, "how many?", choices=[1, 2]), "1 is not a text"),
         (lambda blip, picture: blip.ask(picture, "is it?", choices="yes"), "the choices are a single text"),
-        (lambda blip, picture: blip.caption(picture, prompt=3), "3 is no text"),
+        (lambda blip, picture: blip.caption(picture, prompt=3), "3 is not a text"),
         (lambda blip, picture: blip.caption(picture, stop={"and"}), "stop is {'and'}"),
         (lambda blip, picture: blip.caption(picture, batch_size="3"), "batch_size is '3'"),
     ],
@@ -50,7 +50,7 @@ def test_what_is_no_text_is_said(opt_model, pictures, call, problem):
         call(blip2.load(opt_model), pictures[0])
 
 
-@pytest.mark.parametrize(("labels", "problem"), [("cat", "a single text"), ([3], "3 is no text"), (None, "no text")])
+@pytest.mark.parametrize(("labels", "problem"), [("cat", "a single text"), ([3], "3 is not a text"), (None, "no text")])
 def test_labels_are_a_list(matching_model, pictures, labels, problem):
     with pytest.raises(OptionError, match=problem):
         blip2.load(matching_model).classify(pictures[0], labels)

@@ -92,7 +92,7 @@ def test_ticks_are_round(least, most, expected):
         (["empty", "-o", "c.svg"], 1, "has no line of numbers yet"),
         (["nothing", "-o", "c.svg"], 1, "it has no log.jsonl; name the 'out' folder of a training"),
         (["gone", "-o", "c.svg"], 1, "gone: No such file or directory; name the 'out' folder of a training"),
-        (["good", "-o", "c.png"], 2, "c.png: curves are drawn as .svg or .html"),
+        (["good", "-o", "c.png"], 2, "c.png: curves are written as .svg or .html"),
         (["good", "-o", "empty/log.jsonl/c.svg"], 1, "cannot be written"),
         ([], 2, "Missing argument"),
     ],

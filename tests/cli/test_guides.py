@@ -192,7 +192,7 @@ def test_fine_tuning(follow):
         Path(f"examples/recipes/data/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     before, heart, trained, answer = follow("fine-tuning.md", {"photo.jpg": "cats.png"})
     assert "image encoder: 2.8" in before.stdout and "Question: is there a cats? Answer:" in before.stdout
-    assert "learnt" in heart.stdout and trained.stdout.strip().endswith("runs/vqa")
+    assert "memorised" in heart.stdout and trained.stdout.strip().endswith("runs/vqa")
     assert answer.stdout.strip()
 
 
@@ -207,7 +207,7 @@ def test_an_evaluation(follow):
     assert "aokvqa-choices" in names.stdout and "12 rows" in first.stdout and "24 rows" in whole.stdout
     assert "differs: the rule is lmms-eval, not official" in again.stdout and "24 in earlier runs" in again.stderr
     assert "num_beams is 3, not 5" in captions.stdout and "image R@10" in found.stdout and "group" in pairs.stdout
-    assert "beside vqa" in int4.stdout and "quantize is int4" in int4.stdout and "accuracy" in mine.stdout
+    assert "compared with vqa" in int4.stdout and "quantize is int4" in int4.stdout and "accuracy" in mine.stdout
     assert "accuracy" in worded.stdout and Path("vqa/report.html").exists()
     assert [each.stdout.splitlines()[0] for each in firm] == ["robustness: questions.jsonl: miniature"] * 2
     assert Path("evaluations/robustness-miniature/report.html").exists() and Path("firm/pictures").is_dir()

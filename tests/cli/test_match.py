@@ -70,7 +70,7 @@ def test_a_picture_that_cannot_be_read(run, model, pictures, tmp_path):
         (["IMAGE"], "there is no text", 2),
         (["IMAGE", "IMAGE", "a dog"], "is a file, but a text belongs there", 2),
         (["IMAGE", " "], "one of the texts is empty", 2),
-        (["IMAGE", "dog " * 600], "62 are read at most", 2),
+        (["IMAGE", "dog " * 600], "at most 62 are read", 2),
         (["IMAGE", "a dog", "--top", "0"], "--top is 0", 2),
         (["IMAGE", "a dog", "--template", "photo"], "--template is 'photo', without a place", 2),
         (["IMAGE", "--labels", "FOLDER/none.txt"], "none.txt: cannot be read", 2),

@@ -92,7 +92,7 @@ def test_spellings_that_a_file_system_takes_for_one(tmp_path, one, other, monkey
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     paths = drawn(tmp_path / "photos", "a.jpg")
     monkeypatch.setattr("os.access", lambda place, mode: Path(place) != tmp_path / "photos")  # as root may write all
-    with pytest.raises(CollectionError, match="photos: cannot be written"):
+    with pytest.raises(CollectionError, match="photos: is not writable"):
         captioned(paths, Outputs(sidecar=".txt"), lambda record: 1 / 0)
 
 

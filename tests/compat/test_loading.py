@@ -253,7 +253,7 @@ def test_a_checkpoint_of_bin_files(opt_model, tmp_path, files):
         assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())
     torch.save({"language_projection.weight": CheckpointError}, tmp_path / "pytorch_model.bin")
     (tmp_path / "pytorch_model.bin.index.json").unlink(missing_ok=True)
-    with pytest.raises(CheckpointError, match="is not opened"):
+    with pytest.raises(CheckpointError, match="was not opened"):
         Blip2ForConditionalGeneration.from_pretrained(tmp_path)
 
 

@@ -173,7 +173,7 @@ def test_confidence_that_is_not_kept(tmp_path, pipeline):
     changed(tmp_path / "out", tmp_path / "unsure", lambda _, row: row.pop("score"))
     (tmp_path / "unsure" / ANSWERS).replace(tmp_path / "out" / ANSWERS)
     evaluation.scores()
-    assert "is not kept" in Page(tmp_path / "out" / REPORT).parts["Confident mistakes"]
+    assert "was not kept" in Page(tmp_path / "out" / REPORT).parts["Confident mistakes"]
 
 
 def test_few_of_many_rows_and_those_of_different_pictures(tmp_path, pipeline):

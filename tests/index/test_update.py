@@ -399,7 +399,7 @@ def test_an_empty_folder_forgets_nothing(index, photos, matcher, tmp_path):
     for folder in (photos, photos / "within"):
         for path in folder.glob("*.png"):
             path.unlink()
-    with pytest.raises(IndexFileError, match="there are no pictures in this folder") as error:
+    with pytest.raises(IndexFileError, match="there are no images in this folder") as error:
         update(index, [photos], never)
     assert "unchanged" in told(error)
     with pytest.raises(IndexFileError, match="no such file or folder"):

@@ -244,10 +244,10 @@ def test_options_mean_on_the_server_what_they_mean_in_python(server, models) -> 
     asked = server.chat(user("", picture), **drawn, max_new_tokens=3).json()["choices"][0]["message"]["content"]
     assert asked == blip.caption(picture, **drawn, max_new_tokens=3)
     for wrong, words in (
-        ({"min_tokens": 9, "max_new_tokens": 5}, "min_tokens is 9, max_new_tokens only 5; raise the latter"),
+        ({"min_tokens": 9, "max_new_tokens": 5}, "min_tokens is 9, but max_new_tokens only 5; raise the latter"),
         ({"do_sample": True, "beams": 3}, "do_sample needs beams=1, not 3: beam search looks for the most likely "
          "text; set beams to 1, or leave out do_sample"),
-        ({"top_k": 5, "num_beams": 3}, "top_k goes with num_beams=1, not 3: beam search looks for the most likely "
+        ({"top_k": 5, "num_beams": 3}, "top_k needs num_beams=1, not 3: beam search looks for the most likely "
          "text; set num_beams to 1, or leave out top_k"),
         ({"num_captions": 65}, "num_captions is 65; this server runs at most 64 answers or beams at once"),
     ):  # fmt: skip

@@ -31,7 +31,7 @@ def test_an_answer_of_no_numbers_is_an_error_of_its_own(tiny_models) -> None:
             if picture == PICTURES[1]:
                 error = response.json()["error"]
                 assert (error["code"], error["type"]) == ("not_finite", "server_error")
-                assert "is NaN or infinite: numbers overflow" in error["message"]
+                assert "NaN or infinite: numbers overflow" in error["message"]
 
         # An encoded image that is NaN all the same, as a language model that overflows would make of any.
         cache = server.service.worker.images

@@ -185,7 +185,7 @@ def test_json_lines_are_not_in_memory_and_say_the_same(opened, tmp_path, rows):
     assert len(found) == len(expected) and f"{rows}:10: " in told and "its image does not exist" in told
     with rows.open("a") as file:
         file.write("{\n")
-    with pytest.raises(RecipeError, match=r"rows\.jsonl:11: not JSON"):
+    with pytest.raises(RecipeError, match=r"rows\.jsonl:11: is not JSON"):
         opened(rows)
 
 
