@@ -15,8 +15,8 @@ import blip2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAID = {
-    "cats.png": "four cats, two dogs and a flower",
-    "flowers.png": "two flowers and two dogs",
+    "cats.png": "a flower, two dogs and four cats",
+    "flowers.png": "two dogs and two fish",
     "picture.png": "a boat and two dogs",
 }
 
