@@ -79,11 +79,8 @@ CLIP_VIT_L = VisionConfig(
 
 @dataclass(frozen=True)
 class ConvolutionalConfig:
-    """An EfficientNet-Lite. Each place of its last grid counts as a patch, before or after the convolution of the
-    classification head (``has_head``). The defaults are Lite0.
-
-    Convolutional features do not encode where they are, and a Q-Former does not know the order of its patches: with
-    ``has_positions`` a position is added to each patch (`convolutional.positions`)."""
+    """An EfficientNet-Lite, by default Lite0. The places of its last grid are the patches, before or after the head's
+    convolution (``has_head``). ``has_positions`` adds positions to them, which such features lack."""
 
     widths: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
     depths: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
@@ -95,7 +92,6 @@ class ConvolutionalConfig:
     keeps_class_token: ClassVar[bool] = False
     patch_size: ClassVar[int] = 32
     rotary_base: ClassVar[float] = 0.0
-
     hidden_size = property(lambda self: 1280 if self.has_head else self.widths[-1])
     num_tokens = num_patches = property(lambda self: (-(-self.image_size // 32)) ** 2)
     num_layers = property(lambda self: sum(self.depths))
