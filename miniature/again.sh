@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A second round after make.sh, from the weights of the first (the bundled ones, or those of START): the image encoder
+# A second round, from the weights that make.sh left in blip2/miniature (or others of that kind, START): the image encoder
 # sees crowds and strangers, the language model reads questions as people also type them, and stage 2 is trained once
 # more between the two. Two hours on two cores; started again, it resumes. Needs what make.sh needs.
 set -euo pipefail

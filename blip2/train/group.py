@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from blip2.errors import Blip2Error, RecipeError
 
 LAUNCHED = "BLIP2_LAUNCHED"
-"""Time limit for a collective operation; the first preparation may take longer."""
+"""Set in the environment of the processes that `blip2.train.launch` has started."""
 TIMEOUT_S = 600.0
 """Time limit for a collective operation; the first preparation may take longer."""
 PATIENCE = timedelta(days=30)

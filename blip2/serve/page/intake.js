@@ -58,11 +58,8 @@ async function imagesIn(folder) {
   for (let some; (some = await new Promise((done) => reader.readEntries(done, () => done([])))).length; ) entries.push(...some);
   entries.sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
   const found = [];
-  for (const entry of entries) {
-    if (entry.isDirectory) found.push(...(await imagesIn(entry)));
-    else if ((await fileOf(entry)).type.startsWith("image/")) found.push(await fileOf(entry));
-  }
-  return found;
+  for (const entry of entries) found.push(...(entry.isDirectory ? await imagesIn(entry) : [await fileOf(entry)]));
+  return found.filter((file) => file.type.startsWith("image/"));
 }
 
 /** An empty file if it cannot be read, so that a notice names it. */
