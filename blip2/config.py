@@ -80,7 +80,8 @@ CLIP_VIT_L = VisionConfig(
 @dataclass(frozen=True)
 class ConvolutionalConfig:
     """An EfficientNet-Lite, by default Lite0. The places of its last grid are the patches, before or after the head's
-    convolution (``has_head``). ``has_positions`` adds positions to them, which such features lack."""
+    convolution (``has_head``). ``has_positions`` adds positions to them, which such features lack; with
+    ``keeps_class_token`` their mean, which the classifier was trained on, comes first."""
 
     widths: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
     depths: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
@@ -88,12 +89,13 @@ class ConvolutionalConfig:
     image_size: int = 224
     has_head: bool = True
     has_positions: bool = False
+    keeps_class_token: bool = False
     layer_norm_eps: float = 1e-6
-    keeps_class_token: ClassVar[bool] = False
     patch_size: ClassVar[int] = 32
     rotary_base: ClassVar[float] = 0.0
     hidden_size = property(lambda self: 1280 if self.has_head else self.widths[-1])
-    num_tokens = num_patches = property(lambda self: (-(-self.image_size // 32)) ** 2)
+    num_patches = property(lambda self: (-(-self.image_size // 32)) ** 2)
+    num_tokens = property(lambda self: self.keeps_class_token + self.num_patches)
     num_layers = property(lambda self: sum(self.depths))
     intermediate_size = property(lambda self: 6 * self.widths[0] * 16**2, doc="Width of the widest layer of a patch.")
 

@@ -37,9 +37,11 @@ class Convolution(nn.Conv2d):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         [kernel, _], [stride, _] = self.kernel_size, self.stride
         height, width = (max(0, kernel - (length % stride or stride)) for length in x_BCHW.shape[-2:])
-        if height or width:
+        padding = height // 2, width // 2
+        if height % 2 or width % 2:  # else without a copy
             x_BCHW = F.pad(x_BCHW, (width // 2, width - width // 2, height // 2, height - height // 2))
-        return super().forward(x_BCHW)
+            padding = 0, 0
+        return F.conv2d(x_BCHW, self.weight, self.bias, self.stride, padding, groups=self.groups)
 
 
 class Bottleneck(nn.Module):
@@ -54,8 +56,8 @@ class Bottleneck(nn.Module):
         self.has_shortcut = stride == 1 and num_inputs == num_outputs
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        wide_BCHW = x_BCHW if self.expand is None else F.relu6(self.expand(x_BCHW))
-        out_BCHW = self.project(F.relu6(self.depthwise(wide_BCHW)))
+        wide_BCHW = x_BCHW if self.expand is None else F.relu6(self.expand(x_BCHW), inplace=True)
+        out_BCHW = self.project(F.relu6(self.depthwise(wide_BCHW), inplace=True))
         return x_BCHW + out_BCHW if self.has_shortcut else out_BCHW
 
 
@@ -77,16 +79,18 @@ class ConvolutionalEncoder(nn.Module):
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """``float[B, 3, H, W]`` normalised pixels of any size to ``float[B, P, D]``, before the layer norm."""
-        x_BCHW = F.relu6(self.patch_embedding(pixels_BCHW.to(self.patch_embedding.weight.dtype)))
+        x_BCHW = pixels_BCHW.to(self.patch_embedding.weight.dtype, memory_format=torch.channels_last)
+        x_BCHW = F.relu6(self.patch_embedding(x_BCHW), inplace=True)
         for block in self.blocks:
             x_BCHW = block(x_BCHW)
         if self.head is not None:
-            x_BCHW = F.relu6(self.head(x_BCHW))
+            x_BCHW = F.relu6(self.head(x_BCHW), inplace=True)
         patches_BPD = x_BCHW.flatten(2).transpose(1, 2).contiguous()
-        if not self.config.has_positions:
-            return patches_BPD
-        height, width = x_BCHW.shape[-2:]
-        return patches_BPD + positions(height, width, patches_BPD.shape[-1]).to(patches_BPD)
+        mean_B1D = patches_BPD.mean(dim=1, keepdim=True)
+        if self.config.has_positions:
+            height, width = x_BCHW.shape[-2:]
+            patches_BPD = patches_BPD + positions(height, width, patches_BPD.shape[-1]).to(patches_BPD)
+        return torch.cat([mean_B1D, patches_BPD], dim=1) if self.config.keeps_class_token else patches_BPD
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """``float[B, 3, H, W]`` to ``float[B, P, D]``, normalised."""
