@@ -80,8 +80,7 @@ CLIP_VIT_L = VisionConfig(
 @dataclass(frozen=True)
 class ConvolutionalConfig:
     """An EfficientNet-Lite, by default Lite0. The places of its last grid are the patches, before or after the head's
-    convolution (``has_head``). ``has_positions`` adds positions to them, which such features lack; with
-    ``keeps_class_token`` their mean, which the classifier was trained on, comes first."""
+    convolution (``has_head``); ``has_positions`` adds positions, ``keeps_class_token`` puts their mean before them."""
 
     widths: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
     depths: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
@@ -206,9 +205,8 @@ class Rotary:
     """Context extension factor relative to the original training, which had ``original_length`` tokens."""
     original_length: int = 0
     slow: float = 1.0
-    """Frequencies with fewer rotations than this over the original length are scaled fully, ..."""
     fast: float = 1.0
-    """... and those with more rotations than this not at all (llama3, yarn)."""
+    """Frequencies with fewer than ``slow`` rotations over that length are scaled, above ``fast`` not (llama3, yarn)."""
     is_rounded: bool = True
     """Whether these two are rounded to whole frequencies (yarn)."""
     factors: tuple[float, ...] = ()

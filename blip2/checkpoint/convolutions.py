@@ -122,7 +122,7 @@ def open_lite(file: Path, *, has_head: bool) -> LiteEncoder:
         config = _grown(width, depth, size)
         if (config.widths, config.depths) == (tuple(widths), tuple(depths)):
             settings = ImageSettings(size, MEAN, STD, "bicubic", size + BORDER_PX)
-            return LiteEncoder(file, replace(config, has_head=has_head), settings)
+            return LiteEncoder(file, replace(config, has_head=has_head, keeps_class_token=True), settings)
     raise CheckpointError(
         f"{file}: has stages of {widths} channels and {depths} blocks, unlike EfficientNet-{', '.join(KINDS)}"
     )

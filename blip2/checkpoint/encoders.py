@@ -191,7 +191,7 @@ def open_encoder(
 def _open(folder: Path, layer: Layer, class_token: bool, image_size: int | None) -> Encoder | LiteEncoder:
     if (file := lite_file(folder)) is not None:
         _check_layer(layer)
-        return _lite_of_size(open_lite(file, has_head=layer == "last"), image_size)
+        return _lite_with(open_lite(file, has_head=layer == "last"), class_token, image_size)
     path = folder / "config.json"
     content = read_json(path)
     kind = content.get("model_type")
@@ -208,7 +208,7 @@ def _open(folder: Path, layer: Layer, class_token: bool, image_size: int | None)
             raise ValueError(f"vision_config is not a JSON object; {AGAIN}")
         if section.get("model_type") == CONVOLUTIONAL:
             lite = LiteEncoder(folder, parse_convolutional(section), image_settings(folder))
-            return _lite_of_size(lite, image_size)
+            return _lite_with(lite, class_token, image_size)
         published = family.defaults | {key: value for key, value in section.items() if value is not None}
         trained = parse_vision(published) if family is BLIP2 else _config(family, published)
         published.setdefault("num_hidden_layers", trained.num_layers)
@@ -291,10 +291,12 @@ def _check_layer(layer: str) -> None:
         raise OptionError(f"{option('layer')} is {layer!r}; use {' or '.join(get_args(Layer))}")
 
 
-def _lite_of_size(encoder: LiteEncoder, image_size: int | None) -> LiteEncoder:
+def _lite_with(encoder: LiteEncoder, class_token: bool, image_size: int | None) -> LiteEncoder:
     """Convolutions have no position embeddings, so any size works."""
     settings = encoder.settings if image_size is None else _of_size(encoder.settings, image_size)
-    return replace(encoder, settings=settings, config=replace(encoder.config, image_size=settings.size))
+    keeps_class_token = class_token and encoder.config.keeps_class_token
+    config = replace(encoder.config, image_size=settings.size, keeps_class_token=keeps_class_token)
+    return replace(encoder, settings=settings, config=config)
 
 
 def _of_size(settings: ImageSettings, size: int) -> ImageSettings:

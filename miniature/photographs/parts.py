@@ -41,7 +41,7 @@ VALUE_SCALE = 0.7
 
 
 def image_encoder(packages: Path) -> tuple[Vision, ImageSettings]:
-    """EfficientNet-Lite0 with the place of each patch: its features do not tell left from right."""
+    """EfficientNet-Lite0 with the position of each patch, which its features lack, and their mean as a class token."""
     vision, settings = load_encoder(packages / ENCODER, layer=LAYER, whole_picture=True)
     vision.config = replace(vision.config, has_positions=True)
     return vision, settings

