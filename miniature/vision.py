@@ -21,7 +21,7 @@ from blip2.image import load_image, to_pixels
 from blip2.vision import VisionTransformer
 from miniature import texts, world
 from miniature.glyphs import STRANGERS
-from miniature.schedule import train
+from miniature.schedule import autocast, train
 
 VISION = VisionConfig(hidden_size=192, num_layers=6, num_heads=3, intermediate_size=768, image_size=112)
 KINDS = list(texts.KINDS)
@@ -158,7 +158,7 @@ def teach_heads(model: DenseHeads, batches: Iterator[tuple[Tensor, Tensor, Tenso
     optimizer = torch.optim.AdamW([*model.patch.parameters(), *model.scene.parameters()], lr=3e-3)
     model.encoder.requires_grad_(False)
     for _ in range(steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = sum(vision_losses(model, next(batches), counts_weight=0.0).values())
         optimizer.zero_grad()
         loss.backward()
