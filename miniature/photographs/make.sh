@@ -12,7 +12,7 @@ allocator=$(ls /usr/lib/*/libtcmalloc_minimal.so.4 2>/dev/null | head -n 1 || tr
 if [ -n "$allocator" ]; then export LD_PRELOAD=$allocator; fi
 
 "$python" -m miniature.photographs.packages --out "$work/packages"
-for scenes in "train 3000 1" "large 5000 1" "familiar 300 2" "pairs 300 2" "stamps 300 2" "large-stamps 300 2"; do
+for scenes in "train 8000 1" "large 24000 1" "familiar 300 2" "pairs 300 2" "stamps 300 2" "large-stamps 300 2"; do
   read -r split count seed <<<"$scenes"
   [ -f "$work/$split/rows.jsonl" ] || "$python" -m miniature.photographs.world --packages "$work/packages" \
     --split "$split" --count "$count" --seed "$seed" --out "$work/$split"

@@ -2,11 +2,11 @@
 
     python -m miniature.photographs.probe --packages DIR --work WORK
 
-The probe is a softmax over the kinds on the mean of a picture's patches, trained on the scenes of one kind in
-WORK/train and WORK/large with the features that stage 1 has kept in WORK/features: the same pictures, the same
-features, as the Q-Former had. The classes are the 1,000 of ImageNet that the encoder was trained on; `CLASSES` says by
-hand which of them are which kind. Last, whether a patch tells its place: how much of the variance of its row and column
-a linear fit explains, learnt from 300 scenes, in 100 others.
+The probe is a softmax over the kinds on the class token, which is the mean of an image's patches, trained on the scenes
+of one kind in WORK/train and WORK/large with the features that stage 1 has kept in WORK/features: the same images, the
+same features, as the Q-Former had. The classes are the 1,000 of ImageNet that the encoder was trained on; which of them
+are which kind is in `CLASSES`, by hand. Last, whether a patch tells its place: how much of the variance of its row and
+column a linear fit explains, learnt from 300 scenes, in 100 others.
 """
 
 from __future__ import annotations
@@ -95,10 +95,9 @@ def main() -> None:
     vision, settings = load_encoder(file, layer="last", whole_picture=True)
     look = {"size": settings.size, "mean": settings.mean, "std": settings.std, "resample": settings.resample}
 
-
     @torch.no_grad()
     def seen(files: list[Path]) -> torch.Tensor:
-        return torch.cat([vision.features(to_pixels([load_image(file)], **look)).mean(1) for file in files])
+        return torch.cat([vision.features(to_pixels([load_image(file)], **look))[:, 0] for file in files])
 
     photographs_NE = seen([options.work / "photographs" / name for name in kind_of])
     unseen_NE = seen([options.work / "large-stamps" / row["image"] for row in unseen])
@@ -109,7 +108,7 @@ def main() -> None:
     stored = torch.from_file(str(kept), size=shape[0] * shape[1] * shape[2], dtype=torch.float16).view(shape)
     place_PE = positions(SIDE, SIDE, shape[2])
     single = [number for number, row in enumerate(rows) if len({thing["kind"] for thing in row["objects"]}) == 1]
-    trained_NE = torch.stack([stored[number].float().mean(0) for number in single]) - place_PE.mean(0)
+    trained_NE = torch.stack([stored[number, 0].float() for number in single])
     labels_N = torch.tensor([names.index(rows[number]["objects"][0]["kind"]) for number in single])
     print(f"probe: {len(single)} scenes of one kind, {len(names)} kinds\n\n{HEADER}")
     told = probe(trained_NE, labels_N, len(names))
@@ -137,7 +136,7 @@ def main() -> None:
         print(share_line(f"own classes, best {top}, of kinds that have one", sum(right.values()), len(right)),
               f"<!-- {by_kind(right, known)} -->")  # fmt: skip
 
-    some_NPE = stored[:: len(stored) // 400][:400].float()
+    some_NPE = stored[:: len(stored) // 400][:400, 1:].float()
     for name, seen_NPE in (("without positions", some_NPE - place_PE), ("with positions", some_NPE)):
         row, column = explained(F.layer_norm(seen_NPE, seen_NPE.shape[-1:]))
         print(f"place of a patch, {name}: {row:.2f} of the row's variance, {column:.2f} of the column's")
