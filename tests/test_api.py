@@ -272,6 +272,16 @@ def test_options_that_are_none(blip, pictures):
         blip.each_answer(pictures, ["is it?"] * 7 + [""])
 
 
+def test_loading_reports_the_bytes_of_weights(any_model):
+    heard = []
+    blip2.load(any_model, progress=lambda *sizes: heard.append(sizes))
+    done, totals = zip(*heard, strict=True)
+    [total] = set(totals)
+    assert list(done) == sorted(set(done)) and 0 < done[0] < total == done[-1]
+    on_disk = sum(path.stat().st_size for path in any_model.glob("*.safetensors"))
+    assert 0.9 * on_disk < total <= on_disk
+
+
 def test_no_such_model(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         blip2.load(tmp_path / "nowhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
@@ -34,6 +35,7 @@ class LoadOptions(TypedDict, total=False):
     revision: str | None
     max_pixels: int
     allow_truncated: bool
+    progress: Callable[[int, int], None] | None
 
 
 @overload
@@ -53,6 +55,7 @@ def load(
     revision: str | None = None,
     max_pixels: int = MAX_PIXELS,
     allow_truncated: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Pipeline | Matcher:
     """Load a model: a `Pipeline` (captions, questions, chat) or a `Matcher` (image-text matching).
 
@@ -65,7 +68,8 @@ def load(
     ``adapter``: a LoRA or DoRA in the format of `peft` (folder or name on the hub), a list of them, or a dictionary
     with their weights; they are merged while the weights are read. ``chat_template``: format questions with the
     language model's own chat template instead of BLIP-2's; it runs in a sandbox (`blip2.template`). ``max_pixels``
-    and ``allow_truncated``: which images are accepted, see `image.load_image`.
+    and ``allow_truncated``: which images are accepted, see `image.load_image`. ``progress`` is called with the bytes of
+    weights that are loaded, and with their total.
 
     Raises CheckpointError if the model does not exist or is incomplete, OptionError for an unavailable device or
     precision.
@@ -89,7 +93,7 @@ def load(
         )
     template = ChatTemplate.from_folder(folder, tokenizer.special_names()) if chat_template else None
     plan = placement.plan_for(folder, device=where, dtype=find_dtype(dtype), quantize=chosen)
-    model = placement.load(folder, plan, quantize=chosen, adapters=adapters)
+    model = placement.load(folder, plan, quantize=chosen, adapters=adapters, progress=progress)
     called = str(name) if name is not None else "miniature"
     if isinstance(model, Blip2):
         return Pipeline(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2.cli.progress import bytes_bar
 from blip2.disk import replace
 from blip2.errors import CheckpointError
 
@@ -49,7 +49,7 @@ def write_from(
     was_there = out.exists()
     unfinished = out / UNFINISHED
     try:
-        with _bar(doing) as (progress, writes):
+        with bytes_bar(doing) as (progress, writes):
             model = load(progress)
             if (found := checkpoint.damage(model)) is not None:
                 raise CheckpointError(f"{folder}: has weights that are NaN or infinite: {found}")
@@ -74,24 +74,3 @@ def write_from(
         if not was_there:
             with suppress(OSError):  # it already holds a model, or was never created
                 out.rmdir()
-
-
-@contextmanager
-def _bar(doing: str) -> Iterator[tuple[Callable[[int, int], None] | None, Callable[[], None]]]:
-    """A progress bar in bytes on standard error if that is a terminal, and a function to call when all is written."""
-    if not sys.stderr.isatty():
-        yield None, lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left:"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
-        task = bar.add_task(doing, total=None)
-        yield (
-            lambda done, total: bar.update(task, completed=done, total=total),
-            lambda: bar.update(task, description="writing"),
-        )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli import debug_option, threads_option
+from blip2.cli.progress import bytes_bar
 from blip2.errors import OptionError
 from blip2.plaintext import NotTextError, filled_lines
 
@@ -68,6 +69,8 @@ INDEX_MODEL = (
 )  # fmt: skip
 CHAT_TEMPLATE = click.option("--chat-template", is_flag=True, help="Format the prompt with the language model's own "
                              "chat template.")  # fmt: skip
+LARGE_BYTES = 2**30
+"""Models of fewer bytes are loaded without a progress bar."""
 MODEL_NAMES = ("model", "revision", "device", "dtype", "quantize", "quantize_vision", "vision", "adapter")
 
 # Ranges are checked by GenerateOptions.
@@ -139,10 +142,12 @@ def load_matcher(**options: Any) -> Matcher:
     return as_matcher(_load(**(options | {"model": options["model"] or "miniature-itm"})))
 
 
-def _load(**options: Any) -> Pipeline | Matcher:
+def _load(*, progress: Callable[[int, int], None] | None = None, **options: Any) -> Pipeline | Matcher:
+    """``progress``: as for `blip2.load`; without it, large models have a bar."""
     from blip2.api import load  # imports torch
 
-    return load(options.pop("model"), **of_loading(options))
+    with bytes_bar("loading the model", from_bytes=LARGE_BYTES, stays=False) as (bar, _):
+        return load(options.pop("model"), **of_loading(options), progress=progress or bar)
 
 
 def of_loading(options: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,36 @@ LINE_S = 30.0
 """Seconds between plain lines."""
 MOST_TOLD = 10
 """Number of failures reported one by one. The summary lists half as many reasons."""
+
+
+@contextmanager
+def bytes_bar(
+    doing: str, *, from_bytes: int = 0, stays: bool = True
+) -> Iterator[tuple[Callable[[int, int], None] | None, Callable[[], None]]]:
+    """A progress bar on standard error if that is a terminal: a function to call with bytes done and in total, and one
+    to call when only writing is left. ``from_bytes``: a smaller total has no bar. ``stays``: when it is finished."""
+    if not sys.stderr.isatty():
+        yield None, lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left:"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, transient=not stays)
+    task = bar.add_task(doing, total=None)
+
+    def update(done: int, total: int) -> None:
+        if total >= from_bytes:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+
+    try:
+        yield update, lambda: bar.update(task, description="writing")
+    finally:
+        bar.stop()
 
 
 class Progress:

@@ -163,6 +163,7 @@ def command(
         from blip2.serve.front import create_front
         from blip2.serve.hosts import Door, default_hosts, is_loopback
         from blip2.serve.limits import Limits
+        from blip2.serve.loading import Loading
         from blip2.serve.log import logging_at
         from blip2.serve.replicas import run_replicas
         from blip2.serve.run import listen, run
@@ -178,12 +179,15 @@ def command(
         **{field.name: others[field.name] for field in fields(Limits) if others.get(field.name) is not None}
     )
 
+    loading = Loading()
+
     def load() -> Models:
+        pipeline = load_pipeline(**model, **template, progress=loading.note)
         if matching_model is None and model["model"] is not None:
-            return Models(load_pipeline(**model, **template))
+            return Models(pipeline)
         matching = model | {"model": matching_model, "revision": None, "quantize": None, "quantize_vision": False}
         matching["adapter"] = ()
-        return Models(load_pipeline(**model, **template), load_matcher(**matching))
+        return Models(pipeline, load_matcher(**matching, progress=loading.note))
 
     all_keys = _keys(keys, api_key_file)
     allowed = hosts or default_hosts(host if uds is None else None, bool(all_keys))
@@ -198,7 +202,7 @@ def command(
         fetcher = Fetcher(domains=domains, max_bytes=limits.max_body_bytes)
         if replica is not None:  # the front process of the replicas checks hosts and keys
             return create_app(load, limits=limits, fetcher=fetcher, replica=replica)
-        return create_app(load, limits=limits, keys=all_keys, door=door, fetcher=fetcher)
+        return create_app(load, limits=limits, keys=all_keys, door=door, fetcher=fetcher, loading=loading)
 
     def on_open() -> None:
         if uds is not None:

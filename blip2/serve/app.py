@@ -23,6 +23,7 @@ from blip2.serve.handlers import add_handlers
 from blip2.serve.hosts import Door
 from blip2.serve.house import STATE, House
 from blip2.serve.limits import Limits
+from blip2.serve.loading import Loading
 from blip2.serve.log import Failures, RequestLog
 from blip2.serve.metrics import Metrics
 from blip2.serve.places import Places
@@ -38,15 +39,16 @@ def create_app(
     door: Door | None = None,
     fetcher: Fetcher | None = None,
     replica: str | None = None,
+    loading: Loading | None = None,
 ) -> FastAPI:
-    """An ASGI application. ``load`` is called in a thread on start-up.
+    """An ASGI application. ``load`` is called in a thread on start-up; requests are told what it notes in ``loading``.
 
     ``keys``: accepted API keys; without any, no key is needed. ``door``: allowed host names (default: any), allowed
     origins of web pages (default: none), and the path prefix of a proxy. ``fetcher``: downloads images at URLs, which
     are refused by default. ``replica``: the name of this replica, if there are several; answers and metrics carry it.
     ``app.state.service`` is the `Service`.
     """
-    service = Service(load, limits or Limits(), fetcher or Fetcher(), replica)
+    service = Service(load, limits or Limits(), fetcher or Fetcher(), replica, loading)
     routers = [openai.router(service), plain.router(service)]
     return application(service, routers, keys=keys, door=door, replica=replica)
 

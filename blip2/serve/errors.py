@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +55,6 @@ class ApiError(Exception):
         from starlette.responses import JSONResponse  # the reader processes do not need it
 
         return JSONResponse(self.body, self.status, self.headers)
-
-
-def still_loading(start_s: float) -> ApiError:
-    """The answer while the model is loading, with the seconds since ``start_s`` (monotonic)."""
-    seconds = f"{time.monotonic() - start_s:.0f}"
-    headers = {"Retry-After": "2", "X-Blip2-Loading-Seconds": seconds}
-    return ApiError(503, "loading", f"the model is loading ({seconds} s so far); try again", headers=headers)
 
 
 def as_api_error(error: BaseException) -> ApiError:

@@ -24,10 +24,11 @@ from blip2.serve import openai, plain
 from blip2.serve.app import application
 from blip2.serve.bodies import Bodies
 from blip2.serve.doorman import END, HEADERS
-from blip2.serve.errors import ApiError, as_api_error, still_loading
+from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.hosts import Door
 from blip2.serve.house import House
 from blip2.serve.limits import Limits
+from blip2.serve.loading import Loading
 from blip2.serve.log import current_id
 from blip2.serve.metrics import Metrics, text_of
 from blip2.serve.places import Places, too_late
@@ -98,7 +99,7 @@ class Front:
         self.tidy = Tidy()
         self._on_open = on_open
         self._num_running: int | None = None
-        self._start_s = time.monotonic()
+        self._loading = Loading()
         self._stopped = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="blip2 replicas", daemon=True)
 
@@ -140,7 +141,7 @@ class Front:
         if self.is_stopping:
             return ApiError(503, "stopping", "the server is stopping")
         if self._num_running is None:
-            return still_loading(self._start_s)
+            return self._loading.refusal()
         if not self._num_running:
             return ApiError(
                 503, "no_replica", "no replica is running; one is starting, try again",

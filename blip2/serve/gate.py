@@ -15,7 +15,7 @@ from blip2.serve.routes import Routes
 EXPOSED = b", ".join(
     (
         b"x-request-id", b"x-blip2-replica", b"x-blip2-forgotten-turns", b"x-blip2-ignored",
-        b"x-blip2-loading-seconds", b"retry-after",
+        b"x-blip2-loading-seconds", b"x-blip2-loading-percent", b"retry-after",
     )
 )  # fmt: skip
 """Response headers that a page of an allowed origin may read."""

@@ -18,10 +18,11 @@ from blip2.generation import Hypothesis
 from blip2.serve.bodies import Bodies
 from blip2.serve.cache import ImageCache
 from blip2.serve.doorman import END
-from blip2.serve.errors import ApiError, still_loading
+from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
 from blip2.serve.house import House
 from blip2.serve.limits import Limits
+from blip2.serve.loading import Loading
 from blip2.serve.metrics import Metrics
 from blip2.serve.places import Places, too_late
 from blip2.serve.reading import Readings
@@ -50,10 +51,16 @@ class Models:
 
 
 class Service:
-    """The state shared by all routes. ``load`` runs in a thread after the port is opened."""
+    """The state shared by all routes. ``load`` runs in a thread after the port is opened, and notes in ``loading`` how
+    far it is."""
 
     def __init__(
-        self, load: Callable[[], Models], limits: Limits, fetcher: Fetcher, replica: str | None = None
+        self,
+        load: Callable[[], Models],
+        limits: Limits,
+        fetcher: Fetcher,
+        replica: str | None = None,
+        loading: Loading | None = None,
     ) -> None:
         self.limits = limits
         self.metrics = Metrics(replica)
@@ -70,7 +77,7 @@ class Service:
         self._aside: Handout[None] = Handout([None] * NUM_ASIDE)
         self._post = Post()
         self._load = load
-        self._start_s = time.monotonic()
+        self._loading = loading or Loading()
         self._worker: Worker | None = None
 
     # ---- start and stop ----
@@ -114,7 +121,7 @@ class Service:
         if self.load_error is not None:
             return ApiError(503, "model_failed", "the model cannot be loaded; see the server's output")
         if self._worker is None:
-            return still_loading(self._start_s)
+            return self._loading.refusal()
         if self.death is not None:
             return ApiError(503, "model_stopped", "the model has stopped; the server has to be restarted")
         if self.is_stopping or not self._worker.is_alive:

@@ -1,8 +1,11 @@
 """What the verbs have in common: the options that name a model reach its loading; numbers as people read them."""
 
+import io
+import sys
+
 import pytest
 
-from blip2.cli.options import in_bytes, in_words
+from blip2.cli.options import in_bytes, in_words, load_pipeline
 from blip2.errors import CheckpointError
 
 
@@ -32,13 +35,29 @@ def test_the_options_of_a_model_reach_its_loading(run, monkeypatch, verb):
     run(*verb)
     nothing = {
         "device": "auto", "dtype": None, "quantize": None, "quantize_vision": False, "vision": None, "revision": None,
-        "adapter": None,
+        "adapter": None, "progress": None,
     }  # fmt: skip
     everything = {
         "device": "cuda:1", "dtype": "bfloat16", "quantize": "int4", "quantize_vision": True, "vision": "int8",
-        "revision": "v2", "adapter": None,
+        "revision": "v2", "adapter": None, "progress": None,
     }  # fmt: skip
     assert given == [("a/b", everything), (None, nothing)]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "smallest", "is_shown"), [(Terminal, 0, True), (Terminal, 2**30, False),
+                                                              (io.StringIO, 0, False)])  # fmt: skip
+def test_a_large_model_shows_its_progress_on_a_terminal(any_model, monkeypatch, stream, smallest, is_shown):
+    monkeypatch.setattr("blip2.cli.options.LARGE_BYTES", smallest)
+    monkeypatch.setattr("sys.stderr", stream())
+    monkeypatch.setenv("TERM", "xterm")
+    options = {"device": "auto", "dtype": "auto", "quantize": None, "quantize_vision": False, "vision": None}
+    load_pipeline(model=str(any_model), revision=None, adapter=(), **options)
+    assert ("loading the model" in sys.stderr.getvalue()) is is_shown
 
 
 def test_quantising_nothing(run, pictures, opt_model):

@@ -23,6 +23,7 @@ from blip2.errors import CheckpointError
 from blip2.generation import Batch
 from blip2.serve.app import create_app
 from blip2.serve.limits import Limits
+from blip2.serve.loading import Loading
 from blip2.serve.run import EX_DEAD_MODEL, EX_FORCED, listen, run
 from blip2.serve.service import Models
 from blip2.serve.worker import MAX_FAILURES
@@ -229,17 +230,22 @@ def test_who_is_still_waiting_at_the_end_is_told(tiny_models) -> None:
 
 
 def test_while_the_model_loads_the_port_is_open_and_not_ready(models) -> None:
-    may_load = threading.Event()
+    may_load, loading = threading.Event(), Loading()
 
     def load():
         may_load.wait(20)
         return models
 
-    with serving(load, waits=False) as server:
+    with serving(load, waits=False, loading=loading) as server:
         assert server.http.get("/health").json() == {"status": "ok"}
         for response in (server.http.get("/ready"), server.chat(user("", PICTURES[0])), server.http.get("/v1/models")):
             assert (response.status_code, response.json()["error"]["code"]) == (503, "loading")
             assert response.headers["retry-after"] and int(response.headers["x-blip2-loading-seconds"]) >= 0
+            assert "x-blip2-loading-percent" not in response.headers
+        loading.note(2 * 2**30, 5 * 2**30)
+        response = server.http.get("/ready")
+        assert response.headers["x-blip2-loading-percent"] == "40"
+        assert " s so far, 40 %)" in response.json()["error"]["message"]
         may_load.set()
         eventually(lambda: server.http.get("/ready").status_code == 200)
 

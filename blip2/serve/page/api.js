@@ -170,10 +170,11 @@ const isAway = (response, told) => told.code === "stopping" || (!told.code && [5
 /** Refused, with a time after which to retry. */
 const isForNow = (response) => response.status === 429 || (response.status === 503 && response.headers.has("Retry-After"));
 
-/** How long the model has been loading, or "". */
+/** How long the model has been loading and how much of it is there, as far as the server knows, or "". */
 function elapsed(response) {
   const seconds = response.headers.get("X-Blip2-Loading-Seconds");
-  return seconds ? `${seconds} s` : "";
+  const percent = response.headers.get("X-Blip2-Loading-Percent");
+  return [seconds && `${seconds} s`, percent && `${percent} %`].filter(Boolean).join(", ");
 }
 
 async function newKey(wasWrong) {
