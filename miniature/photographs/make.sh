@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the second miniature from nothing but packages of Debian and PyPI: `make photographs`. About an hour on one
+# Makes the second miniature from nothing but packages of Debian and PyPI: `make photographs`. About two hours on one
 # core; stopped and started again, it goes on where it was. Run from the repository's root, inside its environment.
 # Needs apt-get and dpkg-deb; libtcmalloc-minimal4, if there, makes training up to twice as fast.
 set -euo pipefail
