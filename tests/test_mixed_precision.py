@@ -45,7 +45,7 @@ def model(any_model) -> Blip2:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_decoding_under_autocast(any_model, dtype, quantize, packs, monkeypatch):
     if packs:
-        monkeypatch.setattr(linear, "WORTH_IT", 0)
+        monkeypatch.setattr(linear, "MIN_PACKED_WEIGHTS", 0)
     model = checkpoint.load(any_model, dtype=torch.float32, quantize=quantize)
     expected = scores(model)
     with torch.autocast("cpu", dtype):

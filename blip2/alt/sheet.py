@@ -63,15 +63,15 @@ def _card(picture: str, rows: Sequence[Row]) -> str:
         words = f'<p class="text">{escape(row.alt)}</p>'
     else:
         words = '<p class="text dim">no text</p>'
-    told = [] if row.score is None else [f"score {row.score:.2f}"]
-    told += [f"approved: {row.approved}"] if row.approved else []
-    told.append(row.image)
+    notes = [] if row.score is None else [f"score {row.score:.2f}"]
+    notes += [f"approved: {row.approved}"] if row.approved else []
+    notes.append(row.image)
     problem = f'<p class="wrong">{escape(row.problem)}</p>' if row.problem else ""
     places = [_place(one) for one in rows[:MAX_PLACES]]
     if len(rows) > MAX_PLACES:
         places.append(f"<li>and {len(rows) - MAX_PLACES:,} more places</li>")
     return (
-        f'<article><div>{_shown(picture, row.alt)}</div>\n<div>{words}<p class="dim">{escape(" · ".join(told))}</p>'
+        f'<article><div>{_shown(picture, row.alt)}</div>\n<div>{words}<p class="dim">{escape(" · ".join(notes))}</p>'
         f"{problem}<ul>{''.join(places)}</ul></div></article>"
     )
 

@@ -107,7 +107,7 @@ class Pictures:
         for key in self._keys[unit.start : unit.stop]:
             yield Record(key, self._pictures[key], name_of(self._pictures[key]), _stamp(key))
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         return {"source": "pages"}
 
     @cached_property

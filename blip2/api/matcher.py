@@ -17,9 +17,9 @@ from blip2.generation import Engine
 from blip2.image import DEFAULT_READING, Reading, Source
 from blip2.model import Blip2Matcher, identity
 from blip2.tasks.defaults import BATCH_SIZE, CAPTION, merged
-from blip2.tasks.explain import Explanation, explain_match, sight
+from blip2.tasks.explain import Explanation, explain_match, image_patches
 from blip2.tasks.match import ImageFeatures, Match, Matches, Reader, check_text
-from blip2.tasks.see import Eye, OnError, Seen, checked, raising
+from blip2.tasks.see import ImageFrontend, OnError, Seen, checked, raising
 from blip2.tasks.speaker import pairs
 from blip2.tasks.write import QFormerWriter
 from blip2.text import Tokenizer, clean
@@ -48,7 +48,7 @@ class Matcher:
         self.identity = identity(model)
         """Identity of the model that made the vectors (`model.identity`)."""
         self.reader = Reader(model, tokenizer)
-        self.eye = Eye(
+        self.frontend = ImageFrontend(
             model.vision,
             self._see,
             ImageFeatures,
@@ -202,7 +202,7 @@ class Matcher:
         It is evidence, not proof. Raises ImageError and OptionError.
         """
         self.reader.ids([text])  # checks the text before the work begins
-        return explain_match(self.reader, sight(image, self.eye, self.model.encode), text)
+        return explain_match(self.reader, image_patches(image, self.frontend, self.model.encode), text)
 
     # ---- captions ----
 
@@ -233,8 +233,8 @@ class Matcher:
         for start in range(0, len(seen), batch_size):
             prompts = [image.patches_PD for image in seen[start : start + batch_size]]
             for answers in engine.generate(prompts, chosen):
-                said = [tokenizer.decode(answer.tokens) for answer in answers]
-                texts.append(said if chosen.num_return > 1 else said[0])
+                captions = [tokenizer.decode(answer.tokens) for answer in answers]
+                texts.append(captions if chosen.num_return > 1 else captions[0])
         return texts if is_list(images) else texts[0]
 
     # ---- shared by all tasks ----
@@ -243,4 +243,4 @@ class Matcher:
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[ImageFeatures]:
         """Like `encode`, but a generator that yields as batches finish; ``on_error="return"``: errors in place."""
-        return checked(self.eye.see, images, on_error, batch_size)
+        return checked(self.frontend.see, images, on_error, batch_size)

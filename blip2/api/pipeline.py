@@ -20,8 +20,8 @@ from blip2.tasks import caption as caption_task
 from blip2.tasks.ask import Choice
 from blip2.tasks.chat import Chat
 from blip2.tasks.defaults import BATCH_SIZE, merged
-from blip2.tasks.explain import Explanation, Words, explain_words, sight
-from blip2.tasks.see import Eye, OnError, Result, Seen, checked, in_batches, repeated
+from blip2.tasks.explain import Explanation, Words, explain_words, image_patches
+from blip2.tasks.see import ImageFrontend, OnError, Result, Seen, checked, in_batches, repeated
 from blip2.tasks.speaker import Answer, Speaker, num_pairs
 from blip2.template import ChatTemplate
 from blip2.text import Tokenizer
@@ -80,7 +80,7 @@ class Pipeline:
             damage=partial(damage, model),
         )
         self.speaker = Speaker(model.eval(), tokenizer, engine, instruction_tokenizer, template)
-        self.eye = Eye(
+        self.frontend = ImageFrontend(
             model.vision,
             self._see,
             EncodedImage,
@@ -255,7 +255,7 @@ class Pipeline:
         """
         words = Words(question, answer, word, caption)
         words.check()
-        return explain_words(self.speaker, sight(image, self.eye, self.speaker.model.patches), words)
+        return explain_words(self.speaker, image_patches(image, self.frontend, self.speaker.model.patches), words)
 
     # ---- conversation ----
 
@@ -270,7 +270,7 @@ class Pipeline:
         self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[EncodedImage]:
         """Like `encode`, but a generator that yields as batches finish."""
-        return checked(self.eye.see, images, on_error, batch_size)
+        return checked(self.frontend.see, images, on_error, batch_size)
 
     def _each(
         self,

@@ -24,7 +24,7 @@ from blip2.tasks.ask import ask, rank, rank_each
 from blip2.tasks.caption import caption
 from blip2.tasks.defaults import BATCH_SIZE, merged
 from blip2.tasks.match import ImageFeatures
-from blip2.tasks.see import Eye
+from blip2.tasks.see import ImageFrontend
 from blip2.tasks.speaker import Answer
 
 Kept = TypeVar("Kept", EncodedImage, ImageFeatures)
@@ -50,13 +50,13 @@ def captions(
         if matcher is None:
             return outcomes
         pictures_again: list[Any] = [record.picture for record in records]
-        seen = matcher.eye.see(pictures_again, batch_size)
+        seen = matcher.frontend.see(pictures_again, batch_size)
         return [
-            by_match(matcher, features, told, begun) if isinstance(features, ImageFeatures) else told
-            for features, told in zip(seen, outcomes, strict=True)
+            by_match(matcher, features, of_image, begun) if isinstance(features, ImageFeatures) else of_image
+            for features, of_image in zip(seen, outcomes, strict=True)
         ]
 
-    return in_batches(blip.eye, describe, batch_size, keeps_pictures=matcher is not None)
+    return in_batches(blip.frontend, describe, batch_size, keeps_pictures=matcher is not None)
 
 
 def answers(
@@ -86,7 +86,7 @@ def answers(
             ranked = rank(blip.speaker, pictures, asked, choices, batch_size=batch_size)
         return [probable([(choice.text, choice.probability) for choice in row]) for row in ranked]
 
-    return in_batches(blip.eye, answer, batch_size)
+    return in_batches(blip.frontend, answer, batch_size)
 
 
 def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, candidates: int, batch_size: int) -> Work:
@@ -102,11 +102,11 @@ def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, can
         rows: list[Any] = [*found]
         return [probable([(match.text, match.itm_probability) for match in row]) for row in rows]
 
-    return in_batches(matcher.eye, classify, batch_size)
+    return in_batches(matcher.frontend, classify, batch_size)
 
 
 def in_batches(
-    eye: Eye[Kept],
+    frontend: ImageFrontend[Kept],
     task: Callable[[Sequence[Kept], Sequence[Record]], Sequence[Outcome]],
     batch_size: int,
     *,
@@ -119,7 +119,7 @@ def in_batches(
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
         batches: deque[list[tuple[Record, bool]]] = deque()  # with whether the record before has the same image
-        with closing(eye.see_batches(_pictures(records, batch_size, keeps_pictures, batches))) as seen:
+        with closing(frontend.see_batches(_pictures(records, batch_size, keeps_pictures, batches))) as seen:
             for first in seen:
                 pairs: list[tuple[Record, Any]] = []
                 for record, is_same in batches.popleft():
@@ -151,14 +151,14 @@ def _pictures(
         yield [record.picture for record, is_same in zip(some, are_same, strict=True) if not is_same]
 
 
-def by_match(matcher: Matcher, features: ImageFeatures, told: Outcome, prompt: str) -> Outcome:
+def by_match(matcher: Matcher, features: ImageFeatures, outcome: Outcome, prompt: str) -> Outcome:
     """The texts of an outcome, sorted by match probability; equal ones keep their order."""
-    texts = [f"{prompt} {text}".strip() or "nothing" for text in told.captions]
+    texts = [f"{prompt} {text}".strip() or "nothing" for text in outcome.captions]
     ids = matcher.reader.ids(texts)
     matched = matcher.reader.compare([features], ids, matcher.reader.embed_texts(ids))
     scores = [_rounded(score) for score in matched.itm_probability[0].tolist()]
     order = sorted(range(len(texts)), key=lambda place: -scores[place])
-    captions, tokens = [told.captions[place] for place in order], [told.tokens[place] for place in order]
+    captions, tokens = [outcome.captions[place] for place in order], [outcome.tokens[place] for place in order]
     return Outcome(captions, [scores[place] for place in order], tokens)
 
 

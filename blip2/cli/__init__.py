@@ -151,7 +151,7 @@ def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
             return f"leave out {flag}"
         return f"add {flag}" if value == "True" else f"give {flag} {value.strip(chr(39))}"
 
-    return error.told(spelled)
+    return error.message_with(spelled)
 
 
 def of_picture(message: str) -> str:
@@ -195,17 +195,17 @@ def threads_option(command: Any) -> Any:
     )(command)
 
 
-def _tell_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        from blip2.version import told
+        from blip2.version import report
 
-        click.echo(told())
+        click.echo(report())
         context.exit()
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_tell_version,
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
     help="Show the version and the commit it was built from, and exit.",
 )
 @debug_option

@@ -137,7 +137,7 @@ def _describe(
     journal = Journal(beside(path))
     loading = of_loading(model)
     describer = Model(as_pipeline, loading.pop("model", None), loading)
-    asked = {"verb": "alt", **describer.told, "prompt": prompt, "options": given(decoding)}
+    asked = {"verb": "alt", **describer.description, "prompt": prompt, "options": given(decoding)}
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
         for first in records:  # load no model if there is nothing to do
@@ -207,10 +207,11 @@ def _apply(path: Path, dry_run: bool) -> int:
             tell(problem)
         num_done, num_before = num_done + len(change.done), num_before + change.num_before
         num_pages, num_problems = num_pages + bool(change.done), num_problems + len(change.problems)
-    told = f"{num_done:,} alt text{'' if num_done == 1 else 's'} in {num_pages:,} page{'' if num_pages == 1 else 's'}"
-    told = f"would write {told}" if dry_run else f"wrote {told}"
-    told += f", {num_before:,} already there" if num_before else ""
-    tell(told + (f", {num_problems:,} failed" if num_problems else ""))
+    pages = f"{num_pages:,} page{'' if num_pages == 1 else 's'}"
+    message = f"{num_done:,} alt text{'' if num_done == 1 else 's'} in {pages}"
+    message = f"would write {message}" if dry_run else f"wrote {message}"
+    message += f", {num_before:,} already there" if num_before else ""
+    tell(message + (f", {num_problems:,} failed" if num_problems else ""))
     if not (num_done or num_before or num_problems):
         tell(f"no row of {path} is approved; write yes in the column approved")
     return int(bool(num_problems))

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from blip2.cli.collect import UNWORDED, Collection
+from blip2.cli.collect import COLLECTION_WITHOUT_WORDS, Collection
 from blip2.cli.options import MODEL, OUTPUT, lines_in, load_matcher, of_model, with_options
 from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, see
@@ -27,7 +27,7 @@ CANDIDATES = 32
               help="File with one text per line; all arguments are images then.")  # fmt: skip
 @click.option("--template", default="{}", metavar="TEXT", help='Pattern around each text, such as "a photo of a {}".')
 @click.option("--top", type=int, metavar="K", help="Print only the K best texts.")
-@with_options(OUTPUT, UNWORDED, PICTURES, MODEL)
+@with_options(OUTPUT, COLLECTION_WITHOUT_WORDS, PICTURES, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -65,7 +65,7 @@ def command(
     blip2 match photos/ --labels animals.txt --top 3 -o labels.jsonl
     """
     images, compared = _split(arguments, texts, labels, has_list=others["files_from"] is not None)
-    collection = Collection(others, UNWORDED)
+    collection = Collection(others, COLLECTION_WITHOUT_WORDS)
     model = of_model(others) | of_reading(others)
     if collection.is_asked:
         from blip2.api.collect import matching

@@ -168,7 +168,7 @@ def find_pictures(asked: Asked, *, takes_index: bool = False) -> Pictures:
         return Pictures(index.paths, True, changes(index), index=index)
     found = find_in(arguments, recursive=asked.recursive, exclude=asked.exclude)
     problems, notes = list(found.problems), list[str]()
-    if passed_over := found.passed_over():
-        (problems if found.missing else notes).append(passed_over)
+    if skipped_files := found.skipped_files():
+        (problems if found.missing else notes).append(skipped_files)
     are_several = asked.is_listed or found.pictures != arguments[:1]
     return Pictures(found.pictures, are_several, problems, notes)

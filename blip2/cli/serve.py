@@ -168,7 +168,7 @@ def command(
         from blip2.serve.replicas import run_replicas
         from blip2.serve.run import listen, run
         from blip2.serve.service import Models
-        from blip2.serve.tidy import share_one_arena
+        from blip2.serve.trimmer import share_one_arena
         from blip2.serve.unix import listen_at
     except ImportError as error:
         raise Failure(f"serving needs more packages ({error}); {install_line('serve')}") from error

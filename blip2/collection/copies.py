@@ -33,7 +33,7 @@ class Copies:
 
     def __init__(self) -> None:
         self._by_content: dict[Hashable, First] = {}
-        self._alone: dict[Hashable, tuple[str, First] | None] = {}
+        self._only_of_size: dict[Hashable, tuple[str, First] | None] = {}
         """For each size, the only file of that size so far; None if there were several."""
 
     def first(self, record: Record, new: First) -> First:
@@ -47,12 +47,12 @@ class Copies:
             size = os.stat(picture).st_size
         except (OSError, ValueError):  # a URL, or a problem that is reported elsewhere
             return self._by_content.setdefault((record.asked, picture), new)
-        if (record.asked, size) not in self._alone:
-            self._alone[record.asked, size] = picture, new
+        if (record.asked, size) not in self._only_of_size:
+            self._only_of_size[record.asked, size] = picture, new
             return new
-        if (other := self._alone[record.asked, size]) is not None:
+        if (other := self._only_of_size[record.asked, size]) is not None:
             if other[0] == picture:  # several rows may name the same file
                 return other[1]
-            self._alone[record.asked, size] = None
+            self._only_of_size[record.asked, size] = None
             self._by_content[record.asked, sha256_of(other[0]) or other[0]] = other[1]
         return self._by_content.setdefault((record.asked, sha256_of(picture) or picture), new)

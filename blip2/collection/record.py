@@ -117,7 +117,7 @@ class Source(Protocol):
     def records(self, unit: Unit) -> Iterator[Record]:
         """The records, always in the same order."""
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         """The values that distinguish this source from another, for `Journal.begin`."""
 
 

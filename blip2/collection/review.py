@@ -107,8 +107,8 @@ def _thumbnails(wanted: Mapping[str, Result], source: Source, folder: Path) -> d
 
 def _thumbnail(record: Record, folder: Path) -> str:
     """The file name; "" if there is no thumbnail."""
-    told = f"{record.key}\0{record.stamp}".encode("utf-8", "surrogatepass")
-    name = f"{hashlib.blake2b(told, digest_size=10).hexdigest()}.jpg"
+    identity = f"{record.key}\0{record.stamp}".encode("utf-8", "surrogatepass")
+    name = f"{hashlib.blake2b(identity, digest_size=10).hexdigest()}.jpg"
     if not (folder / name).exists():
         if record.picture is None or record.picture == "-":
             return ""
@@ -121,10 +121,10 @@ def _thumbnail(record: Record, folder: Path) -> str:
 
 def _page(path: Path, rows: list[dict[str, Any]], counts: Counter[str]) -> str:
     total = counts.total()
-    told = [f"{count:,} {STATUSES[status]}" for status, count in counts.most_common()]
+    parts = [f"{count:,} {STATUSES[status]}" for status, count in counts.most_common()]
     if total > len(rows):
-        told.append(f"the {len(rows):,} worst are shown")
+        parts.append(f"the {len(rows):,} worst are shown")
     data = json.dumps(rows, ensure_ascii=True).replace("<", "\\u003c")
     title = as_text(path.stem)
-    summary = f"{total:,} image{'' if total == 1 else 's'}: {', '.join(told)}"
+    summary = f"{total:,} image{'' if total == 1 else 's'}: {', '.join(parts)}"
     return PAGE.replace("@TITLE@", escape(title)).replace("@SUMMARY@", escape(summary)).replace("@ROWS@", data)

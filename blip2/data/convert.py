@@ -210,7 +210,7 @@ class Conversion:
     def _texts(self, record: Mapping[str, Any], place: str) -> Iterator[Texts]:
         kind, counts = self.kind, self.counts
         if kind.talk:
-            yield from self._talk(_first(record, kind.talk, place), place)
+            yield from self._conversation(_first(record, kind.talk, place), place)
         elif kind.caption and (not kind.question or kind.question[0] not in record):
             captions = _first(record, kind.caption, place)
             captions = captions if isinstance(captions, list) else [captions]
@@ -229,15 +229,15 @@ class Conversion:
                 return
             given = _answers(_first(record, kind.answer, place), kind.answer[0], place)
             answers = Counter(given)
-            beside = {"given": given} if self._keep else {}
+            given_answers = {"given": given} if self._keep else {}
             if not question.strip() or not answers:
                 counts.leave_out("its question or its answer is empty", place)
             elif len(answers) == 1:
-                yield {"question": question.strip(), "answer": next(iter(answers)), **beside}
+                yield {"question": question.strip(), "answer": next(iter(answers)), **given_answers}
             else:
-                yield {"question": question.strip(), "answers": dict(answers.most_common()), **beside}
+                yield {"question": question.strip(), "answers": dict(answers.most_common()), **given_answers}
 
-    def _talk(self, turns: object, place: str) -> Iterator[Texts]:
+    def _conversation(self, turns: object, place: str) -> Iterator[Texts]:
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise RecipeError(f"{place}: a conversation has to be a list of objects")
         spoken = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]

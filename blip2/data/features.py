@@ -46,7 +46,7 @@ class Workers(Protocol):
         """Until all are done. Yields a function that adds to a sum over all processes and returns it."""
 
 
-class Alone:
+class SingleProcess:
     """A single process."""
 
     is_first = True
@@ -90,7 +90,7 @@ def frozen_features(
     other images, if they are damaged or cannot be written, if another run is computing them, or if the features do not
     fit into half precision.
     """
-    workers = workers or Alone()
+    workers = workers or SingleProcess()
     name = name if dtype == "fp16" else f"{name}-{dtype}"
     shape = len(pictures), vision.config.num_tokens, vision.config.hidden_size
     header = {

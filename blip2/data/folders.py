@@ -41,7 +41,7 @@ class Found:
         """Whether `pictures` has all images in the folders."""
         return not (self.problems or self.missing)
 
-    def passed_over(self, apart: Collection[str] = ()) -> str:
+    def skipped_files(self, apart: Collection[str] = ()) -> str:
         """One line about skipped entries, or "". ``apart``: suffixes not to mention."""
         parts = [f"{_number(count, 'image')} ({needed} reads them)" for needed, count in self.missing.items()]
         others = Counter({suffix: count for suffix, count in self.others.items() if suffix not in apart})
@@ -51,7 +51,7 @@ class Found:
             parts.append(f"{_number(others.total(), 'other file')} ({', '.join(kinds)})")
         if self.links:
             parts.append(_number(self.links, "linked folder"))
-        return f"passed over in folders: {', '.join(parts)}" if parts else ""
+        return f"skipped in folders: {', '.join(parts)}" if parts else ""
 
 
 def find_in(places: Iterable[str], *, recursive: bool = True, exclude: Iterable[str] = ()) -> Found:

@@ -96,10 +96,10 @@ class Evaluation:
         ours = Outputs(texts, scored.each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
         theirs = None
         if against is not None:
-            found["against"], theirs = self._beside(against, ours)
+            found["against"], theirs = self._comparison(against, ours)
         return found, self.examples, ours, theirs
 
-    def _beside(self, against: Path, ours: Outputs) -> tuple[dict[str, Any], Outputs]:
+    def _comparison(self, against: Path, ours: Outputs) -> tuple[dict[str, Any], Outputs]:
         others = outputs(against, len(self.examples))
         theirs = Outputs(others, compared(self.examples, others, self.rule, java=False).each)
         both = [(a, b, example.picture) for a, b, example in zip(ours.each, theirs.each, self.examples, strict=True)

@@ -78,12 +78,12 @@ def beginning(
     batch_size = options.pop("batch_size", None) or BATCH_SIZE
     judge, rest = model_of(as_matcher, options.pop("model", None) or "miniature-itm", options)
     machines = Machines.of(rest)
-    facts = {"task": task, **judge.told, "candidates": candidates}
+    facts = {"task": task, **judge.description, "candidates": candidates}
     where = {"key_column": "row", "image_column": "image", "format": "jsonl", "if_exists": "overwrite"}
     plan = planned_run(rows, folder / ANSWERS, {**rest, **where}, judge, facts, takes_text=False)
     if task == PAIR:
         return CollectionRun(plan, judge, _Loading(compared, (judge, batch_size)), batch_size, machines), None
-    digest = blake2b(f"{judge.told}".encode() + rows.read_bytes(), digest_size=8).hexdigest()
+    digest = blake2b(f"{judge.description}".encode() + rows.read_bytes(), digest_size=8).hexdigest()
     texts = tuple(clean_caption(text) for example in examples for text in example.wanted)
     pictures = tuple(os.path.join(rows.parent, example.picture) for example in examples)
     nearest = Nearest(pictures, texts, folder / f"cosines-{digest}.npy", candidates)
@@ -108,7 +108,7 @@ def see(run: CollectionRun, nearest: Nearest, on_progress: Callable[[int, int], 
     """Compute the cosines unless they exist; resumes an interrupted run. Raises CollectionError, OSError."""
     if nearest.cosines.exists():
         return
-    matcher: Matcher = run.model.anyhow()
+    matcher: Matcher = run.model.load_unchecked()
     reader = matcher.reader
     texts_ME = reader.embed_texts(_ids(matcher, nearest.texts), run.batch_size)
     pictures = nearest.pictures
@@ -163,7 +163,7 @@ def reranked(matcher: Matcher, nearest: Nearest, batch_size: int) -> Work:
         scores = logits_C2[:, 1].numpy() + cosines_NM[number, own]
         return _outcome([str(text) for text in own], scores.tolist())
 
-    return in_batches(matcher.eye, read, batch_size)
+    return in_batches(matcher.frontend, read, batch_size)
 
 
 def compared(matcher: Matcher, batch_size: int) -> Work:
@@ -178,7 +178,7 @@ def compared(matcher: Matcher, batch_size: int) -> Work:
         names = [f"{way} {number}" for way in (ITM, ITC) for number in range(len(texts))]
         return _outcome(names, [*found.score[0].tolist(), *found.itc_cosine[0].tolist()])
 
-    return in_batches(matcher.eye, read, batch_size)
+    return in_batches(matcher.frontend, read, batch_size)
 
 
 def _outcome(names: Sequence[str], scores: Sequence[float]) -> Outcome:

@@ -182,24 +182,24 @@ def packed(rows: Iterable[dict[str, Any]], size: int = BATCH_SIZE) -> Iterator[d
     by_number: dict[int, deque[list[dict[str, Any]]]] = defaultdict(deque)
     for some in of_picture.values():
         by_number[len(some)].append(some)
-    room = size
+    left = size
     while by_number:
         there = {number: len(some) for number, some in by_number.items()}
-        numbers = _filling(room, there) if max(there) <= size or room < size else None
+        numbers = _filling(left, there) if max(there) <= size or left < size else None
         for number in numbers or [max(there)]:
             yield from by_number[number].popleft()
             if not by_number[number]:
                 del by_number[number]
-            room = (room - number) % size or size
+            left = (left - number) % size or size
 
 
-def _filling(room: int, there: Mapping[int, int]) -> list[int] | None:
-    """Numbers that add up to ``room``, large ones first, from those available with these counts; None if impossible."""
-    if room == 0:
+def _filling(left: int, there: Mapping[int, int]) -> list[int] | None:
+    """Numbers that add up to ``size``, large ones first, from those available with these counts; None if impossible."""
+    if left == 0:
         return []
     for number in sorted(there, reverse=True):
-        if number <= room and there[number]:
+        if number <= left and there[number]:
             fewer = {other: count - (other == number) for other, count in there.items() if other <= number}
-            if (rest := _filling(room - number, fewer)) is not None:
+            if (rest := _filling(left - number, fewer)) is not None:
                 return [number, *rest]
     return None

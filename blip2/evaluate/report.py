@@ -83,7 +83,8 @@ def write(
     whose folder has their images. ``theirs``: outputs of the other model. Raises OSError."""
     title = escape(str(found.get("title") or rows.name))
     shown = _Shown(rows.parent, examples, ours)
-    body = "\n".join([_head(found, title), _scores(found), _types(found), *shown.parts(), *shown.beside(found, theirs)])
+    parts = [*shown.parts(), *shown.compared(found, theirs)]
+    body = "\n".join([_head(found, title), _scores(found), _types(found), *parts])
     path = folder / REPORT
     disk.write_text(path, page(f"{title} - blip2 evaluate", STYLE, body))
     return path
@@ -178,7 +179,7 @@ class _Shown:
             "own answer.",
                          self._chosen(sure), why)  # fmt: skip
 
-    def beside(self, found: Mapping[str, Any], theirs: Outputs | None) -> Iterator[str]:
+    def compared(self, found: Mapping[str, Any], theirs: Outputs | None) -> Iterator[str]:
         """Rows whose output differs from the other model's, and whether it is better."""
         if theirs is None:
             return

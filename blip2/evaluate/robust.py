@@ -181,7 +181,7 @@ class Robustness(Evaluation):
         sure = [row.get("score") if row is not None else None for row in results]
         ours = Outputs(texts, each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
         before = Outputs([texts[origin] for origin in origins], [each[origin] for origin in origins])
-        found["against"] = self._beside_itself([place for place in counted if differs[place]], counted, ours, before)
+        found["against"] = self._against_original([place for place in counted if differs[place]], counted, ours, before)
         disk.write_text(self.folder / SCORES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         write(self.folder, self.rows, found, self.examples, ours, before)
         return found
@@ -198,7 +198,7 @@ class Robustness(Evaluation):
                 each[place] = score
         return each
 
-    def _beside_itself(
+    def _against_original(
         self, changed: Sequence[int], counted: Sequence[int], ours: Outputs, before: Outputs
     ) -> dict[str, Any]:
         pairs = [(now, was, self.examples[self.varied.origins[place]].picture) for place in counted

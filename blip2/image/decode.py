@@ -143,7 +143,7 @@ def _open(stream: BinaryIO, head: bytes, name: str) -> tuple[ImageFile, bytes | 
     assert format is not None
     try:
         if format.name == "PNG":
-            pixels, profile = png.essence(stream)
+            pixels, profile = png.strip_png(stream)
             return format.read(pixels), profile
         if format.name == "JPEG":
             _check_segments(stream, name)

@@ -189,5 +189,5 @@ def write(
 
 def _checksum(origin: Origin, shape: Sequence[int], lines: bytes) -> str:
     """The checksum of everything in the file except the vectors."""
-    told = json.dumps([origin.about(), list(shape)]).encode("ascii")
-    return f"{zlib.crc32(lines, zlib.crc32(told)):08x}"
+    origin_json = json.dumps([origin.about(), list(shape)]).encode("ascii")
+    return f"{zlib.crc32(lines, zlib.crc32(origin_json)):08x}"

@@ -52,8 +52,8 @@ class Collection:
         if not named:
             raise IndexFileError("there are no images to index; name at least one folder")
         if not self.stamps:
-            told = self.problems[0] if self.problems else self.found.passed_over()
-            raise IndexFileError(f"{told}; the index is unchanged")
+            reason = self.problems[0] if self.problems else self.found.skipped_files()
+            raise IndexFileError(f"{reason}; the index is unchanged")
 
     def covers(self, path: str) -> bool:
         """Whether an image with this path would be included if it existed."""

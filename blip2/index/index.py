@@ -87,7 +87,7 @@ class Index(Sequence[EncodedImage]):
             check_model(stored, model)
         return update(
             path, folders, lambda name, kind: model, kind=kind_of(model), model=model.name, batch_size=batch_size,
-            recursive=recursive, exclude=exclude, rows=rows, reading=model.eye.reading, on_progress=on_progress,
+            recursive=recursive, exclude=exclude, rows=rows, reading=model.frontend.reading, on_progress=on_progress,
             on_problem=on_problem,
         )  # fmt: skip
 

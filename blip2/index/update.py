@@ -52,8 +52,8 @@ class Changes:
     total: int
 
     def __str__(self) -> str:
-        told = f"{self.new:,} new, {self.changed:,} changed, {self.gone:,} gone"
-        return f"{told}, {self.unreadable:,} could not be read" if self.unreadable else told
+        text = f"{self.new:,} new, {self.changed:,} changed, {self.gone:,} gone"
+        return f"{text}, {self.unreadable:,} could not be read" if self.unreadable else text
 
 
 class Row(NamedTuple):
@@ -102,8 +102,8 @@ def update(
     found = Collection(places, recursive=recursive, exclude=exclude, rows=rows)
     for problem in found.problems:
         on_problem(problem)
-    if passed_over := found.found.passed_over():
-        (on_problem if found.found.missing else on_note)(passed_over)
+    if skipped_files := found.found.skipped_files():
+        (on_problem if found.found.missing else on_note)(skipped_files)
     with held(path) as unfinished:
         old = read(path) if path.exists() else None
         kind = kind or (old.origin.kind if old else "search")
@@ -133,8 +133,9 @@ def check_model(stored: Stored, model: Model) -> None:
 def identity_of(model: Model) -> str:
     """The `model.identity`, with a suffix if images are preprocessed in another than the usual way."""
     identity = model.identity if isinstance(model, Matcher) else model.speaker.identity
-    settings: list[object] = [[round(value, 6) for value in values] for values in model.eye.normalization]
-    if resizing := {name: value for name, value in model.eye.look.items() if name in ("resample", "shortest_edge")}:
+    settings: list[object] = [[round(value, 6) for value in values] for values in model.frontend.normalization]
+    options = model.frontend.look
+    if resizing := {name: value for name, value in options.items() if name in ("resample", "shortest_edge")}:
         settings.append(resizing)
     if PIXELS_VERSION > 1:  # 1 is the version of files without one
         settings.append(PIXELS_VERSION)

@@ -49,7 +49,7 @@ class Resident(DecoderState, Protocol):
         """Approximate size of a fixed state of its room."""
 
     @property
-    def room(self) -> tuple[int, ...]:
+    def fixed_sizes(self) -> tuple[int, ...]:
         """Its sizes, rounded up: states with equal values fit into the same fixed one."""
 
     def fixed(self) -> Any:
@@ -58,7 +58,7 @@ class Resident(DecoderState, Protocol):
     def settle(self, home: Any) -> None:
         """Move into the first rows of a fixed state."""
 
-    def lives_in(self, home: Any) -> bool:
+    def is_view_of(self, home: Any) -> bool:
         """Whether it is still there since it settled, without rows selected or joined."""
 
     def count_step(self) -> None:

@@ -52,25 +52,25 @@ def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
     ``input`` of /v1/embeddings, None stands for the next image. Both have ``ignored``: fields that were ignored.
     """
     given, file = _given(route, content_type, content)
-    told = dialect.understood(given, route)
+    parsed = dialect.parse_fields(given, route)
     del given
     try:
-        body = SCHEMAS[route].model_validate(told.fields)
+        body = SCHEMAS[route].model_validate(parsed.fields)
     except ValidationError as error:
-        raise of_validation(error.errors(include_url=False, include_input=False), told.called) from None
+        raise of_validation(error.errors(include_url=False, include_input=False), parsed.called) from None
     if isinstance(body, Decoding):
-        body.called = told.called
+        body.called = parsed.called
     match body:
         case ChatRequest():
-            return _chat(body, told.ignored, limits)
+            return _chat(body, parsed.ignored, limits)
         case EmbeddingsRequest():
-            return _embeddings(body, told.ignored, limits)
+            return _embeddings(body, parsed.ignored, limits)
     fields = body.model_dump(exclude={"image"})
     for name in TEXTS:
         if fields.get(name):
             _check_text(fields[name], name, AS_IMAGE, limits)
     for name, done in LISTS.items():
-        name_there = told.called.get(name, name)
+        name_there = parsed.called.get(name, name)
         texts = {f"{name_there}[{place}]": text for place, text in enumerate(fields.get(name) or [])}
         _check_texts(texts, limits, name_there, done, AS_IMAGE)
     return Body(fields, [picture(body.image) if file is None else file])  # type: ignore[attr-defined]
@@ -78,10 +78,10 @@ def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
 
 def _chat(body: ChatRequest, ignored: list[str], limits: Limits) -> Body:
     asked = conversation.read(body.messages, limits)
-    checked_text(asked.question + "".join(f"{question} {said}" for question, said in asked.history), limits)
+    checked_text(asked.question + "".join(f"{question} {answer}" for question, answer in asked.history), limits)
     fields = body.model_dump(exclude={"messages"})
-    told = {"history": asked.history, "question": asked.question, "ignored": asked.ignored + ignored}
-    return Body({**fields, **told}, [asked.image])
+    extra = {"history": asked.history, "question": asked.question, "ignored": asked.ignored + ignored}
+    return Body({**fields, **extra}, [asked.image])
 
 
 def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> Body:
@@ -93,9 +93,9 @@ def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> 
     texts = {place: item for place, item in zip(places, items, strict=True) if isinstance(item, str)}
     _check_texts(texts, limits, "input", "read", AS_INPUT)
     fields = body.model_dump(exclude={"input"})
-    told = {"input": [item if isinstance(item, str) else None for item in items], "ignored": ignored}
+    extra = {"input": [item if isinstance(item, str) else None for item in items], "ignored": ignored}
     of_images = (f"{place}.image" for place, item in zip(places, items, strict=True) if not isinstance(item, str))
-    return Body({**fields, **told}, list(map(picture, images, of_images)))
+    return Body({**fields, **extra}, list(map(picture, images, of_images)))
 
 
 def checked_text(text: str, limits: Limits, where: str | None = None) -> str:
@@ -153,7 +153,7 @@ def _given(route: str, content_type: str, content: bytes) -> tuple[Any, bytes | 
     what = "empty" if not content else "an image by itself" if content.startswith(IMAGE_FILES) else "not JSON"
     if content and kind and what == "not JSON":
         what = f"{kind[:60]}, not JSON"
-    raise ApiError(415, "unsupported_media_type", f"the body is {what}; {dialect.what_to_send(route)}")
+    raise ApiError(415, "unsupported_media_type", f"the body is {what}; {dialect.hint_for_body(route)}")
 
 
 def _form(parts: Any, route: str) -> tuple[Any, bytes | None]:
@@ -165,7 +165,7 @@ def _json(content: bytes, route: str) -> Any:
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ApiError(400, "too_many_values", f"the JSON has more than {MAX_VALUES:,} values; send fewer")
     if not content.strip():
-        raise ApiError(400, "invalid_json", f"the body is empty; {dialect.what_to_send(route)}")
+        raise ApiError(400, "invalid_json", f"the body is empty; {dialect.hint_for_body(route)}")
     try:
         return json.loads(content, object_pairs_hook=_once, parse_constant=_no_constant)
     except UnicodeDecodeError:

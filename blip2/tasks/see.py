@@ -30,7 +30,7 @@ Kept = TypeVar("Kept")
 """What a model keeps of an image: an `EncodedImage`, or `ImageFeatures`."""
 
 
-class Eye(Generic[Kept]):
+class ImageFrontend(Generic[Kept]):
     """The image half of a model with its image settings: size in pixels, mean and standard deviation per channel, and
     the way of resizing (see `image.to_pixels`).
 
@@ -62,7 +62,7 @@ class Eye(Generic[Kept]):
             self.look["shortest_edge"] = shortest_edge
         self._vision = vision
         self._damage = damage
-        self._num_threads = threads.worth(vision)
+        self._num_threads = threads.num_useful(vision)
         self._encode_pixels = encode
         self._kind = kind
         self.size = size

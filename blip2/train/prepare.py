@@ -78,7 +78,7 @@ def prepare(
 
 
 T = TypeVar("T", bound=tuple)
-Looked = TypeVar("Looked")
+Examined = TypeVar("Examined")
 Chance = Callable[[int], random.Random]
 """The random generator of a row of the global batch."""
 
@@ -102,8 +102,8 @@ def _batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def _evaluated(
-    look: Callable[[int, np.ndarray], Looked], held_out: RowSet, recipe: Recipe, group: Group
-) -> list[Looked]:
+    look: Callable[[int, np.ndarray], Examined], held_out: RowSet, recipe: Recipe, group: Group
+) -> list[Examined]:
     """The results of ``look`` for each batch of held-out rows, in order. The processes take turns.
 
     A process without a batch of its own repeats another's: with sharded weights all processes have to take part.

@@ -135,8 +135,8 @@ def backward(
     only = view(parts[0]) if len(parts) == 1 else None
     with torch.no_grad():
         found_NVE = only.vectors_BVE if only else torch.cat([view(part).vectors_BVE for part in parts])
-    told_BX = group.gather(torch.cat([_told(part) for part in parts]), step.batch_size)
-    picture_B, text_BT, mask_BT = told_BX[:, 0], told_BX[:, 1:].clamp(min=0), told_BX[:, 1:] >= 0
+    pairs_BX = group.gather(torch.cat([_packed(part) for part in parts]), step.batch_size)
+    picture_B, text_BT, mask_BT = pairs_BX[:, 0], pairs_BX[:, 1:].clamp(min=0), pairs_BX[:, 1:] >= 0
     equal_NB = _equal(text_BT, mask_BT, picture_B, own)
 
     vectors_BVE = group.gather(found_NVE, step.batch_size).requires_grad_()
@@ -184,7 +184,7 @@ def backward(
         for name, loss in terms.items():
             shares[name] += loss.detach()
     if wrong_NPD is not None and wrong_NPD.grad is not None:  # an image is also a negative of other texts
-        toward_NPD, start = group.give_back(wrong_NPD.grad, wanted_B), 0
+        toward_NPD, start = group.return_rows(wrong_NPD.grad, wanted_B), 0
         for part in parts:
             assert part.features_BPD.grad is not None
             part.features_BPD.grad += toward_NPD[start : (start := start + len(part.place_B))]
@@ -220,7 +220,7 @@ def _of_one_width(parts: Sequence[Part], width: int) -> list[Part]:
     return [wider(part) for part in parts]
 
 
-def _told(part: Part) -> Tensor:
+def _packed(part: Part) -> Tensor:
     """What other processes need of the pairs, in one tensor: image numbers, then texts padded with -1."""
     return torch.cat([part.picture_B[:, None], part.text_BT.masked_fill(~part.text_mask_BT, -1)], dim=1)
 

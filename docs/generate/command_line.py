@@ -13,7 +13,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     "Output files": collect.OUTPUTS,
     "Reading rows": collect.SOURCES,
     "Wording of captions": collect.WORDS,
-    "Resuming and dividing the work": collect.GOING,
+    "Resuming and dividing the work": collect.RUN_OPTIONS,
     "Several devices or machines": collect.MACHINES,
     "Finding and reading images": pictures.PICTURES,
     "Decoding": options.DECODING,

@@ -47,12 +47,12 @@ def by_miniature(notes: str, source: str, options: dict[str, Any], batch_size: i
 
     in_batches = work.in_batches
 
-    def noted(eye: Any, task: Callable, *others: Any, **named: Any) -> Any:
+    def noted(frontend: Any, task: Callable, *others: Any, **named: Any) -> Any:
         def noting(pictures: Sequence[Any], records: Sequence[Record]) -> Any:
             note(notes, records)
             return task(pictures, records)
 
-        return in_batches(eye, noting, *others, **named)
+        return in_batches(frontend, noting, *others, **named)
 
     work.in_batches = noted
     captioning(source, num_beams=1, max_new_tokens=12, batch_size=batch_size, **options).run(told)
@@ -64,7 +64,7 @@ class Memory:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def told(self, summary: Summary, results: Sequence[Result]) -> None:
+    def description(self, summary: Summary, results: Sequence[Result]) -> None:
         if not self.lines and summary.settled >= MEASURED_AT:
             self.note(summary.settled)
 
@@ -77,7 +77,7 @@ class Memory:
 def main(notes: str, source: str, options: str, batch_size: str = "8", model: str = "names") -> None:
     memory = Memory()
     begin = by_miniature if model == "miniature" else by_names
-    begin(notes, source, json.loads(options), int(batch_size), memory.told)
+    begin(notes, source, json.loads(options), int(batch_size), memory.description)
     memory.note("all")
     with open(f"{notes}.memory", "w", encoding="ascii") as file:
         file.writelines(memory.lines)

@@ -73,7 +73,7 @@ def test_what_is_left_out(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     source = open_source([str(tmp_path)], exclude=["thumbs"])
     assert list(told(source)) == ["a.jpg", "b/a.jpg"]
-    assert "1 .txt" in source.passed_over()
+    assert "1 .txt" in source.skipped_files()
     assert list(told(open_source([str(tmp_path)], recursive=False))) == ["a.jpg"]
 
 

@@ -13,7 +13,7 @@ import torch
 from blip2 import disk
 from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.data import Pictures, Row, frozen_features
-from blip2.data.features import Alone, fingerprint
+from blip2.data.features import SingleProcess, fingerprint
 from blip2.errors import ImageError, RecipeError
 from blip2.vision import VisionTransformer
 from tests import tiny
@@ -98,7 +98,7 @@ def test_features_of_which_less_was_told_once_serve_on(vision, shown, tmp_path):
 
 
 def test_a_folder_that_only_the_first_process_sees_is_refused(vision, shown, tmp_path):
-    class Second(Alone):
+    class Second(SingleProcess):
         is_first = False
 
     with pytest.raises(RecipeError, match=r"rows\.json: this process cannot see what the first process wrote there"):

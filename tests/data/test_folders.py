@@ -33,7 +33,7 @@ def test_all_suffixes_and_all_folders_within(place):
     top = place(*names)
     found = find_in([top])
     assert names_of(found, top) == sorted(names)
-    assert found.is_complete and found.passed_over() == ""
+    assert found.is_complete and found.skipped_files() == ""
     assert names_of(find_in([top], recursive=False), top) == sorted(set(names) - {"within/deep/i.webp"})
 
 
@@ -43,15 +43,15 @@ def test_what_is_no_picture_is_counted_in_one_line(place):
     found = find_in([top])
     assert names_of(found, top) == ["a.png"]
     assert found.is_complete
-    told = found.passed_over()
-    assert told.startswith("passed over in folders: 5 other files (2 .txt, ") and told.endswith("), 1 linked folder")
+    told = found.skipped_files()
+    assert told.startswith("skipped in folders: 5 other files (2 .txt, ") and told.endswith("), 1 linked folder")
     assert "1 without a suffix" in told and "\n" not in told
 
 
 def test_pictures_that_this_installation_cannot_read_are_counted_with_the_remedy(place, monkeypatch):
     monkeypatch.setattr(folders, "suffixes", lambda: (frozenset({".png"}), {".heic": "pip install pillow-heif"}))
     found = find_in([place("a.png", "b.heic", "within/c.HEIC")])
-    assert found.passed_over() == "passed over in folders: 2 images (pip install pillow-heif reads them)"
+    assert found.skipped_files() == "skipped in folders: 2 images (pip install pillow-heif reads them)"
     assert not found.is_complete
     assert find_in([place() + "/within"]).problems == []  # there are pictures in it
 

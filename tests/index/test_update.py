@@ -181,7 +181,7 @@ def test_one_place_that_is_not_there_does_not_stop_the_others(index, photos, mat
     found = update(index, places, lambda *_: matcher, on_problem=problems.append, on_note=notes.append)
     assert found == Changes(3, 0, 0, 0, 6)
     assert [problem.split(": ")[1] for problem in problems] == ["no such file or folder; check the path"] * 2
-    assert notes == ["passed over in folders: 1 other file (1 .txt)"]
+    assert notes == ["skipped in folders: 1 other file (1 .txt)"]
     with pytest.raises(IndexFileError, match=r"no such file or folder.*the index is unchanged"):
         blip2.Index.update(index, [photos / "within"], matcher)
 
@@ -272,8 +272,8 @@ def test_what_was_done_is_kept_by_time_too(index, photos, matcher, monkeypatch):
     monkeypatch.setattr("blip2.tasks.see.CACHE_BYTES", 1)  # the pictures of a batch one after the other
     kept, add = [], Unfinished.add
     monkeypatch.setattr(Unfinished, "add", lambda *arguments: kept.append(len(arguments[2])) or add(*arguments))
-    encode, encoded = matcher.eye._encode_pixels, []
-    monkeypatch.setattr(matcher.eye, "_encode_pixels", lambda pixels: encoded.append(pixels) or encode(pixels))
+    encode, encoded = matcher.frontend._encode_pixels, []
+    monkeypatch.setattr(matcher.frontend, "_encode_pixels", lambda pixels: encoded.append(pixels) or encode(pixels))
 
     def check(done, total):
         assert len(encoded) == done  # none ahead of those that were handed over

@@ -145,8 +145,8 @@ def test_a_picture_that_overflows_is_one_that_cannot_be_read(request, folder, pi
     """The others are; and nothing is wrong with the model."""
     model = blip2.load(request.getfixturevalue(folder))
     expected = model.encode(pictures[:3])
-    plain = model.eye._encode_pixels
-    overflows = model.eye.pixels(pictures[1])
+    plain = model.frontend._encode_pixels
+    overflows = model.frontend.pixels(pictures[1])
 
     def encode(pixels_BCHW):
         for pixels_CHW, kept in zip(pixels_BCHW, plain(pixels_BCHW), strict=True):
@@ -154,7 +154,7 @@ def test_a_picture_that_overflows_is_one_that_cannot_be_read(request, folder, pi
                 next(iter(vars(kept).values()))[0, 0] = math.inf
             yield kept
 
-    model.eye._encode_pixels = encode
+    model.frontend._encode_pixels = encode
     first, second, third = model.each_encoded(pictures[:3], on_error="return")
     assert isinstance(second, ImageNotFiniteError)
     assert str(second).startswith(f"{pictures[1]}: its features are NaN or infinite: numbers overflow")

@@ -73,7 +73,7 @@ class Embedded(Plain):
             self._write(wanted[start : start + CHUNK])
 
     def _write(self, results: Sequence[Result]) -> None:
-        told = self._run(
+        output = self._run(
             [
                 [
                     f"-MWG:Description={result.line}",
@@ -84,7 +84,7 @@ class Embedded(Plain):
             ],
             ["-P", "-overwrite_original"],
         )
-        lines = told.decode("utf-8", "replace").splitlines()
+        lines = output.decode("utf-8", "replace").splitlines()
         problems = [line for line in lines if line.startswith("Error")]
         self.notes += [f"not embedded: {problem}" for problem in problems]
         num_written = sum(line.strip().startswith("1 image files updated") for line in lines)
@@ -95,9 +95,9 @@ class Embedded(Plain):
         found: dict[str, str] = {}
         for start in range(0, len(pictures), CHUNK):
             some = {os.path.abspath(picture): picture for picture in pictures[start : start + CHUNK]}
-            told = self._run([["-j", "-fast", "-MWG:Description", *some]], [])
+            output = self._run([["-j", "-fast", "-MWG:Description", *some]], [])
             # Names that are not UTF-8 are returned unchanged.
-            text = told.decode("utf-8", "surrogateescape")
+            text = output.decode("utf-8", "surrogateescape")
             if "[" not in text:
                 continue
             try:

@@ -139,9 +139,9 @@ def json_format(constants: Mapping[str, str]) -> Format:
 
 def _train(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
     def row(result: Result) -> dict[str, Any]:
-        said = {"captions": result.lines} if len(result.lines) > 1 else {"caption": result.line}
+        captions = {"captions": result.lines} if len(result.lines) > 1 else {"caption": result.line}
         number = {name: value for name, value in result.columns.items() if name == "image_id"}
-        return {"image": relative(result.path, folder) or whole_path(result), **said, **number}
+        return {"image": relative(result.path, folder) or whole_path(result), **captions, **number}
 
     return json_lines(file, map(row, named(results)))
 

@@ -134,5 +134,5 @@ def _schema(arrow: Any, kinds: Mapping[str, str], *, images: bool) -> Any:
         value = {"dtype": DTYPES.get(kind, "string"), "_type": "Value"}
         features[name] = {"feature": value, "_type": "List"} if kind == "list" else value
     picture = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
-    told = {"huggingface": json.dumps({"info": {"features": features}})}
-    return arrow.schema([("image", picture), *fields], metadata=told)
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return arrow.schema([("image", picture), *fields], metadata=metadata)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from blip2.errors import CollectionError
 from blip2.image import suffixes
 
-IN_PLACE_OF_NOTHING = {"json": b"{}", "txt": b"", "text": b"", "caption": b""}
+EMPTY_MEMBERS = {"json": b"{}", "txt": b"", "text": b"", "caption": b""}
 """Content of a member that this sample lacks and others have. There is none for arrays and the like."""
 
 

@@ -21,7 +21,7 @@ from blip2.collection.sinks.lines import everything
 from blip2.collection.sinks.parquet import write_parquet
 from blip2.collection.sinks.places import Plain, check_folder, replacing, write_all
 from blip2.collection.sinks.samples import (
-    IN_PLACE_OF_NOTHING,
+    EMPTY_MEMBERS,
     Sample,
     fields_of,
     picture_field,
@@ -109,10 +109,10 @@ class Shards(Plain):
         """The samples of a source shard that have a caption, with the caption."""
         assert self._source is not None
         path, own = Path(unit.place), self._caption_field
-        chosen = str(self._source.told().get("image_column", ""))
+        chosen = str(self._source.description().get("image_column", ""))
         any_has, all_have = fields_of(path)
-        filled = {field: IN_PLACE_OF_NOTHING[kind] for field in any_has - all_have
-                  if (kind := field.lower().rpartition(".")[2]) in IN_PLACE_OF_NOTHING}  # fmt: skip
+        filled = {field: EMPTY_MEMBERS[kind] for field in any_has - all_have
+                  if (kind := field.lower().rpartition(".")[2]) in EMPTY_MEMBERS}  # fmt: skip
         if rare := sorted(any_has - all_have - {*filled, own} - {field for field in any_has if picture_field({field})}):
             self.notes.append(
                 f"{path.name}: some samples only have {', '.join(rare)}; webdataset reads them, datasets does not"
@@ -149,24 +149,24 @@ class Shards(Plain):
             if record is None or record.picture is None:
                 raise CollectionError(f"{result.name}: is no longer in the source; repeat the command")
             picture = Path(record.picture).read_bytes() if isinstance(record.picture, str) else record.picture
-            told: dict[str, Any] = {
+            content: dict[str, Any] = {
                 "key": key,
                 "name": result.key,
                 "caption": result.line,
                 "caption_original": result.old,
             }
-            told = {**result.columns, **told, "width": result.width, "height": result.height}
+            content = {**result.columns, **content, "width": result.width, "height": result.height}
             yield Sample(key, {
                 self._picture_field: picture,
                 self._caption_field: result.line.encode("utf-8"),
-                "json": json.dumps(told).encode("ascii"),
+                "json": json.dumps(content).encode("ascii"),
             })  # fmt: skip
 
     def _picture_fields(self, source: Source) -> Iterator[str]:
         """The field name of the first image, used for all: readers detect the image format from the bytes."""
         for unit in source.units:
             if _is_shard(unit):
-                chosen = str(source.told().get("image_column", ""))
+                chosen = str(source.description().get("image_column", ""))
                 name = chosen or next((picture_field(found.members) for found in self._sound(Path(unit.place))), "")
             else:
                 name = next((_suffix(record) for record in source.records(unit)), "")

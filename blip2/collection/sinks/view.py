@@ -16,7 +16,7 @@ from blip2.errors import CollectionError
 from blip2.plaintext import NotTextError
 
 
-class Beside(Sink, Protocol):
+class PerImageOutput(Sink, Protocol):
     """An output beside each image, or in it."""
 
     keeps_time: bool
@@ -31,17 +31,22 @@ class View:
 
     All of ``beside`` are read, so that a damaged one is a problem of its record. If one of them changes image files
     (``keeps_time``), an image is recognised by the modification time alone. ``takes_text``: whether the source's texts
-    are old versions of the new text; a caption is not if answers are written. ``is_beside_alone``: whether nothing is
+    are old versions of the new text; a caption is not if answers are written. ``only_per_image``: whether nothing is
     written elsewhere, so that the source's texts are not overwritten: an image without a file beside it is then new
     (`Record.is_new`).
     """
 
     def __init__(
-        self, source: Source, beside: Sequence[Beside] = (), *, takes_text: bool = True, is_beside_alone: bool = False
+        self,
+        source: Source,
+        beside: Sequence[PerImageOutput] = (),
+        *,
+        takes_text: bool = True,
+        only_per_image: bool = False,
     ) -> None:
         self._source = source
         self._takes_text = takes_text
-        self._is_beside_alone = is_beside_alone
+        self._only_per_image = only_per_image
         self._beside = beside
         self._by_time = any(one.keeps_time for one in beside)
 
@@ -63,8 +68,8 @@ class View:
             return self._times[unit.number]
         return self._source.stamp(unit)
 
-    def told(self) -> Mapping[str, Any]:
-        return self._source.told()
+    def description(self) -> Mapping[str, Any]:
+        return self._source.description()
 
     def records(self, unit: Unit) -> Iterator[Record]:
         return map(self._seen, self._source.records(unit))
@@ -75,7 +80,7 @@ class View:
 
         For this, a table of paths is read; a table of images is not.
         """
-        match self.told().get("source"):
+        match self.description().get("source"):
             case "files":
                 return getattr(self._source, "paths", None)
             case "shards":
@@ -101,7 +106,7 @@ class View:
 
     @property
     def _is_files(self) -> bool:
-        return self.told().get("source") == "files"
+        return self.description().get("source") == "files"
 
     def _all_paths(self) -> list[str]:
         return [
@@ -122,7 +127,7 @@ class View:
         try:
             old = [*filter(None, [one.old(path) for one in self._beside])]
             return replace(
-                record, text=next(iter(old), record.text), is_new=self._is_beside_alone and not old
+                record, text=next(iter(old), record.text), is_new=self._only_per_image and not old
             )  # fmt: skip
         except CollectionError as error:
             return replace(record, problem=str(error))

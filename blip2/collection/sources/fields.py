@@ -14,9 +14,9 @@ from blip2.image import name_of
 from blip2.image.sources import stream_of
 
 IMAGE_COLUMNS = ("image", *IMAGES, "jpg", "jpeg", "png", "webp")
-NOT_SAID = ("label", "output")
+TARGET_COLUMNS = ("label", "output")
 """Columns with texts to learn, which are seldom captions of the image."""
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", *(name for name in CAPTIONS if name not in NOT_SAID))
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", *(name for name in CAPTIONS if name not in TARGET_COLUMNS))
 
 
 def is_known_image(name: str) -> bool:

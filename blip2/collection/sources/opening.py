@@ -14,7 +14,7 @@ from blip2.collection.record import Source
 from blip2.collection.sources.annotations import CAPTIONS, FILE, refuse_split, rows_of
 from blip2.collection.sources.fields import is_known_image
 from blip2.collection.sources.files import Files, key_of
-from blip2.collection.sources.imagefolder import NAMES, Told, files_in, metadata_in
+from blip2.collection.sources.imagefolder import NAMES, FolderMetadata, files_in, metadata_in
 from blip2.collection.sources.parquet import Parquet
 from blip2.collection.sources.rows import Rows
 from blip2.collection.sources.shards import Shards
@@ -84,13 +84,13 @@ def open_source(
     if folders and not found.pictures and (others := _others(folders, walk)):
         places = [place for place in places if place not in folders] + others
         folders = []
-    looked = _Looked(image_column, images, split)
+    looked = _FileKinds(image_column, images, split)
     kinds: dict[str, str] = {}  # each with its first argument
     for place in places:
         kinds.setdefault(looked.kind(place), place)
     if len(kinds) > 1:
-        told = " and ".join(f"{name_of(place)} ({kind})" for kind, place in kinds.items())
-        raise CollectionError(f"{told} cannot be read together; name only one kind")
+        names = " and ".join(f"{name_of(place)} ({kind})" for kind, place in kinds.items())
+        raise CollectionError(f"{names} cannot be read together; name only one kind")
     [kind] = kinds
     if kind != ANNOTATIONS:
         refuse_split(split, places[0])
@@ -128,7 +128,8 @@ def _files(
     has_metadata = any(found.others[os.path.splitext(name)[1]] for name in NAMES)
     left_out = {*map(os.path.abspath, without)}
     metadata = metadata_in(folders, **walk) if has_metadata else []
-    told = Told([path for path in metadata if os.path.abspath(path) not in left_out], pictures, caption_column)
+    metadata = [path for path in metadata if os.path.abspath(path) not in left_out]
+    from_tables = FolderMetadata(metadata, pictures, caption_column)
     is_downloaded = any(map(_is_downloaded, folders))
     source = Files(
         pictures,
@@ -136,9 +137,9 @@ def _files(
         text_suffix=text_suffix or (".txt" if is_downloaded else ""),
         keeps_suffix=keeps_suffix,
         has_json=is_downloaded,
-        said=told.said,
+        metadata=from_tables.by_path,
     )
-    source.problems = [*found.problems, *told.problems]
+    source.problems = [*found.problems, *from_tables.problems]
     source.found = found
     return source
 
@@ -236,7 +237,7 @@ def _root(folders: Sequence[str], places: Sequence[str]) -> str:
 # ---- contents of files ----
 
 
-class _Looked:
+class _FileKinds:
     """``tables``: the opened files of rows."""
 
     def __init__(self, image_column: str | None, images: str | None, split: str | None) -> None:

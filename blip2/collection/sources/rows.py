@@ -77,7 +77,7 @@ class Rows:
         """For other processes, which read from the start."""
         return {**self.__dict__, "_ahead": {}}
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         return {
             "source": "rows",
             "files": [os.path.abspath(table.path) for table in self.tables],

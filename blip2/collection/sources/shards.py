@@ -53,7 +53,7 @@ class Shards:
     @property
     def num_records(self) -> int | None:
         """The number that img2dataset stored beside each shard; None if that is missing."""
-        return _told_by_img2dataset(self.paths)
+        return _count_of_img2dataset(self.paths)
 
     def stamp(self, unit: Unit) -> str:
         return self._stamps[unit.number]
@@ -126,7 +126,7 @@ class Shards:
             sample.problems.append(f"the shard is damaged here ({damage}); download or pack it again")
         return self._record(path, sample)
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         return {
             "source": "shards",
             "root": self._root,
@@ -201,8 +201,8 @@ class Shards:
         for name in self._texts():
             if name in sample.texts:
                 return " ".join(sample.texts[name].decode("utf-8-sig").split())
-        said = columns.get(JSON_CAPTION)
-        return " ".join(said.split()) if isinstance(said, str) and self._text_field is None else ""
+        from_json = columns.get(JSON_CAPTION)
+        return " ".join(from_json.split()) if isinstance(from_json, str) and self._text_field is None else ""
 
     def _is_meta(self, sample: _Sample) -> bool:
         """Whether it is a member such as __meta__.json, which does not describe an image."""
@@ -275,12 +275,12 @@ def _check_file(path: str) -> None:
         raise CollectionError(f"{path}: is not a file; shards have to be files on this machine")
 
 
-def _told_by_img2dataset(paths: Sequence[str]) -> int | None:
+def _count_of_img2dataset(paths: Sequence[str]) -> int | None:
     total = 0
     for path in paths:
         try:
-            told = json.loads(Path(f"{os.path.splitext(path)[0]}_stats.json").read_bytes())
-            total += int(told["successes"])
+            stats = json.loads(Path(f"{os.path.splitext(path)[0]}_stats.json").read_bytes())
+            total += int(stats["successes"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
     return total
