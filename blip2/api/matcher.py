@@ -24,7 +24,7 @@ from blip2.tasks.speaker import pairs
 from blip2.tasks.write import QFormerWriter
 from blip2.text import Tokenizer, clean
 
-Picture = Source | ImageFeatures
+Encodable = Source | ImageFeatures
 
 
 class Matcher:
@@ -69,12 +69,12 @@ class Matcher:
 
     # ---- images and texts separately ----
 
-    def encode(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Any:
+    def encode(self, images: Encodable | Sequence[Encodable], *, batch_size: int = BATCH_SIZE) -> Any:
         """`ImageFeatures` of an image, or a list for a list: encode once, compare often. Raises ImageError."""
         seen = list(self.each_encoded(listed(images), batch_size=batch_size))
         return seen if is_list(images) else seen[0]
 
-    def embed_images(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Tensor:
+    def embed_images(self, images: Encodable | Sequence[Encodable], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """Unit vectors of images, one per query token: ``float32[N, Q, E]``, [N, 32, 256] in the published models.
 
         A single image gives ``float32[Q, E]``. The cosine of image and text is the maximum over the Q vectors.
@@ -95,7 +95,7 @@ class Matcher:
 
     def match(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         texts: str | Sequence[str],
         *,
         batch_size: int = BATCH_SIZE,
@@ -122,7 +122,7 @@ class Matcher:
 
     def classify(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         labels: Sequence[str],
         *,
         top: int = 5,
@@ -146,7 +146,7 @@ class Matcher:
 
     def each_classified(
         self,
-        images: Sequence[Picture],
+        images: Sequence[Encodable],
         labels: Sequence[str],
         *,
         top: int = 5,
@@ -182,7 +182,7 @@ class Matcher:
 
     def embed_pairs(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         texts: str | Sequence[str],
         *,
         batch_size: int = BATCH_SIZE,
@@ -207,7 +207,7 @@ class Matcher:
     # ---- captions ----
 
     def caption(
-        self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE, **options: Unpack[Options]
+        self, images: Encodable | Sequence[Encodable], *, batch_size: int = BATCH_SIZE, **options: Unpack[Options]
     ) -> Any:
         """Captions from the Q-Former alone, as trained in stage 1: a text for one image, a list for a list. Options are
         those of `GenerateOptions`.
@@ -240,7 +240,7 @@ class Matcher:
     # ---- shared by all tasks ----
 
     def each_encoded(
-        self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
+        self, images: Sequence[Encodable], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[ImageFeatures]:
         """Like `encode`, but a generator that yields as batches finish; ``on_error="return"``: errors in place."""
         return checked(self.frontend.see, images, on_error, batch_size)

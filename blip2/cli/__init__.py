@@ -125,7 +125,7 @@ class Cli(click.Group):
 
 def _failure(error: Exception, verb: click.Command | None) -> Failure:
     if isinstance(error, Blip2Error):
-        return Failure(of_picture(in_flags(error, verb)), 2 if isinstance(error, OptionError) else 1)
+        return Failure(of_image(in_flags(error, verb)), 2 if isinstance(error, OptionError) else 1)
     what = " ".join(str(error).split())
     what = f"{type(error).__name__}: {what}" if what else type(error).__name__
     return Failure(f"{what} (this should not happen; --debug shows the traceback)")
@@ -154,7 +154,7 @@ def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
     return error.message_with(spelled)
 
 
-def of_picture(message: str) -> str:
+def of_image(message: str) -> str:
     """The message of an image error with command-line flags for Python parameters. The image's name is not changed."""
     message = message.replace("with allow_truncated=True", "with --allow-truncated")
     message = message.replace("raise max_pixels", "raise --max-pixels").replace(", or raise max_bytes", "")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import Failure, of_picture
+from blip2.cli import Failure, of_image
+from blip2.cli.images import READING, echo, of_reading, shown
 from blip2.cli.options import DECODING, MODEL, given, of_loading, of_model, with_options
-from blip2.cli.pictures import READING, echo, of_reading, shown
 from blip2.cli.report import bar, tell
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _describe(
 ) -> bool:
     """Write the report. True if an image could not be described."""
     from blip2.alt.sink import Report, failures
-    from blip2.alt.survey import Pictures
+    from blip2.alt.survey import PageImages
     from blip2.alt.wording import word
     from blip2.api.collect import Model
     from blip2.api.loading import as_pipeline
@@ -132,7 +132,7 @@ def _describe(
 
     prompt = decoding.pop("prompt")
     merged(CAPTION, given(decoding))
-    source, sink = Pictures(found.pictures), Report(path, found, approve_all=approve_all, restart=restart)
+    source, sink = PageImages(found.images), Report(path, found, approve_all=approve_all, restart=restart)
     sink.check(source)
     journal = Journal(beside(path))
     loading = of_loading(model)
@@ -152,7 +152,7 @@ def _describe(
             summary = run(job, work, lambda summary, results: advance(len(results)))
         wrong = failures(found, (result for unit in source.units for result in journal.results(unit)))
     for line in wrong:
-        tell(of_picture(line))
+        tell(of_image(line))
     described = source.num_records - len(wrong)
     earlier = summary.before - summary.failed_before
     before = f" ({earlier:,} of them earlier)" if earlier else ""

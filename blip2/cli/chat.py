@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import in_flags, of_picture
+from blip2.cli import in_flags, of_image
+from blip2.cli.images import READING, of_reading
 from blip2.cli.options import CHAT_TEMPLATE, DECODING, MODEL, given, load_pipeline, of_model, of_template, with_options
-from blip2.cli.pictures import READING, of_reading
 from blip2.errors import Blip2Error, OptionError
 from blip2.plaintext import NotTextError, lines_of
 
@@ -130,7 +130,7 @@ def _on_terminal(conversation: Conversation) -> None:
             elif line:
                 _show_answer(conversation.about(), line)
         except Blip2Error as error:
-            click.echo(of_picture(in_flags(error, click.get_current_context().command)), err=True)
+            click.echo(of_image(in_flags(error, click.get_current_context().command)), err=True)
 
 
 def _show_answer(chat: Chat, question: str) -> None:

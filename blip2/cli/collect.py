@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import Failure, of_picture
+from blip2.cli import Failure, of_image
+from blip2.cli.images import echo, names_in, shown
 from blip2.cli.options import given, lines_in, of_loading
-from blip2.cli.pictures import echo, names_in, shown
 from blip2.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Collection:
         others: dict[str, Any], **asked: Any,
     ) -> int:  # fmt: skip
         """Carry out the run and return the exit code. ``begin`` makes the run from the images, an output and options.
-        ``others``: the options of `PICTURES` are taken out, the rest goes to ``begin``."""
+        ``others``: the options of `IMAGE_OPTIONS` are taken out, the rest goes to ``begin``."""
         if asked.pop("as_json", False):
             raise click.UsageError("--json is for standard output; name the output *.jsonl, or give --format")
         places, is_null = _places(arguments, others)
@@ -185,7 +185,7 @@ def _list(started: CollectionRun, progress: Progress, is_null: bool) -> int:
         counts[what] = counts.get(what, 0) + 1
         echo([what, shown(record.key, is_null)], is_null)
         if record.problem:
-            progress.problem(of_picture(record.problem))
+            progress.problem(of_image(record.problem))
     sys.stdout.flush()
     line = ", ".join(f"{number:,} {what}" for what, number in counts.items()) or "no images"
     progress.tell(f"{line}; nothing was written")

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from blip2.cli.collect import COLLECTION_WITHOUT_WORDS, Collection
+from blip2.cli.images import IMAGE_OPTIONS, Asked, find_images, of_reading
 from blip2.cli.options import MODEL, OUTPUT, lines_in, load_matcher, of_model, with_options
-from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, see
 
 CANDIDATES = 32
@@ -27,7 +27,7 @@ CANDIDATES = 32
               help="File with one text per line; all arguments are images then.")  # fmt: skip
 @click.option("--template", default="{}", metavar="TEXT", help='Pattern around each text, such as "a photo of a {}".')
 @click.option("--top", type=int, metavar="K", help="Print only the K best texts.")
-@with_options(OUTPUT, COLLECTION_WITHOUT_WORDS, PICTURES, MODEL)
+@with_options(OUTPUT, COLLECTION_WITHOUT_WORDS, IMAGE_OPTIONS, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -77,7 +77,7 @@ def command(
             )
         )  # fmt: skip
     asked = Asked.of(images, others)
-    pictures = find_pictures(asked)
+    pictures = find_images(asked)
     matcher = load_matcher(**model)
     found = matcher.each_classified(
         pictures.sources,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import of_picture
+from blip2.cli import of_image
 
 if TYPE_CHECKING:
     from blip2.api.collect import CollectionRun
@@ -66,7 +66,7 @@ class Progress:
         self._bar: Any = None
         self.exit_code = 0
         for problem in started.plan.problems:
-            self.problem(of_picture(problem))
+            self.problem(of_image(problem))
         if started.plan.skipped_files:
             self.tell(started.plan.skipped_files)
 
@@ -128,7 +128,7 @@ class Progress:
         rate = f"; {_rate(summary)} images/s" if summary.rate else ""
         self.tell(f"{', '.join(counts)}{rate}; in {', '.join(name for name in written if name)}")
         for reason, number in summary.reasons.most_common(MAX_MESSAGES // 2):
-            self.tell(f"{number:,} failed: {of_picture(reason)}")
+            self.tell(f"{number:,} failed: {of_image(reason)}")
         if failed:
             self.tell(f"the failures are listed in {plan.journal.errors}; add --retry-failed to try them again")
         if summary.skipped and not summary.done and plan.request.takes_text:
@@ -153,7 +153,7 @@ class Progress:
         if self._is_json:
             self._event("failed", key=result.key, name=result.name, error_message=result.error_message)
         elif self._num_shown <= MAX_MESSAGES:
-            self.tell(of_picture(result.error_message))
+            self.tell(of_image(result.error_message))
         elif self._num_shown == MAX_MESSAGES + 1:
             self.tell("further failures are only counted")
 

@@ -134,7 +134,7 @@ class Feed(Iterator[Record]):
         if self._repeat is not None and (found is None or was_model):
             first = copies.first(record, new)
         if first is not new:
-            found = found or Copy(replace(record, picture=None), self._begin(record), first)
+            found = found or Copy(replace(record, image=None), self._begin(record), first)
             return _Examined(record, found, False, first)
         return _Examined(record, found, found is None or (was_model and (record.key, record.stamp) in begun), first)
 
@@ -153,7 +153,7 @@ class Feed(Iterator[Record]):
             if examined.belongs:
                 assert not isinstance(found, Copy)
                 result = found or self._begin(record)
-                without = replace(record, picture=None)
+                without = replace(record, image=None)
                 pending = Pending(without, result, examined.first, found is not None, bool(self.cut))
                 self._waiting.append((unit, pending))
             elif not self.cut:

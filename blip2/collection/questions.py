@@ -32,8 +32,8 @@ class Questions(View):
         return None if number is None else number * max(len(self._questions), 1)
 
     @property
-    def pictures(self) -> Sequence[str] | None:
-        return self._view.pictures
+    def images(self) -> Sequence[str] | None:
+        return self._view.images
 
     def stamp(self, unit: Unit) -> str:
         if not self._column or self._view.description().get("source") != "files":  # other stamps cover the columns

@@ -24,7 +24,7 @@ class Record:
     """
 
     key: str
-    picture: str | bytes | None
+    image: str | bytes | None
     name: str
     stamp: str
     text: str = ""
@@ -121,10 +121,10 @@ class Source(Protocol):
         """The values that distinguish this source from another, for `Journal.begin`."""
 
 
-def sha256_of(picture: str | bytes) -> str:
+def sha256_of(image: str | bytes) -> str:
     """The SHA-256 of an image file as hexadecimal digits; "" if it cannot be read."""
-    if isinstance(picture, bytes):
-        return hashlib.sha256(picture).hexdigest()
-    with suppress(OSError), open(picture, "rb") as file:
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    with suppress(OSError), open(image, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
     return ""

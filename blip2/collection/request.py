@@ -167,17 +167,17 @@ class Plan:
 
 def planned(request: Request) -> Plan:
     """Raises OptionError and CollectionError for everything that can be checked without a model."""
-    by_picture = open_beside(request.outputs)
+    by_image = open_beside(request.outputs)
     made = _made(request.outputs.output, is_kept=request.run_options.restart)
     opened = open_source(request.places, **request.reading, without=made)
-    view = View(opened, by_picture, takes_text=request.takes_text, only_per_image=not request.outputs.output)
+    view = View(opened, by_image, takes_text=request.takes_text, only_per_image=not request.outputs.output)
     source = request.view(view)
     _check_apart(request.outputs.output, source)
     folder = _journal_of(request.outputs, source)
     outputs = request.outputs
     if request.run_options.restart and Journal(folder).written:
         outputs = replace(outputs, replaces=True)
-    return Plan(request, source, open_sinks(outputs, source, by_picture), Journal(folder), bool(made))
+    return Plan(request, source, open_sinks(outputs, source, by_image), Journal(folder), bool(made))
 
 
 def _made(output: str, *, is_kept: bool) -> list[str]:
@@ -211,7 +211,7 @@ def _journal_of(outputs: Outputs, source: View) -> Path:
     name = f".{'-'.join(filter(None, kinds))}.blip2"
     root = getattr(source, "root", "")
     if not root:
-        folders = {os.path.dirname(os.path.abspath(path)) for path in source.pictures or ()}
+        folders = {os.path.dirname(os.path.abspath(path)) for path in source.images or ()}
         try:
             root = os.path.commonpath(folders)
         except ValueError:

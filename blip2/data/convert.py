@@ -20,7 +20,7 @@ from blip2.data.sample import parse_row
 from blip2.data.stream import MEMBER, Element, elements
 from blip2.errors import OptionError, RecipeError, option
 
-PICTURE, TEXT = "picture", "text"
+IMAGE, TEXT = "picture", "text"
 KEY = "#"
 """Key for the name of an item, if the file is one object with named items."""
 ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
@@ -37,11 +37,11 @@ class Counts:
     texts: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     splits: Counter[str] = field(default_factory=Counter)
-    _pictures: array[int] = field(default_factory=lambda: array("q"))
+    _images: array[int] = field(default_factory=lambda: array("q"))
 
     @property
-    def pictures(self) -> int:
-        return len(np.unique(np.frombuffer(self._pictures, np.int64))) if self._pictures else 0
+    def images(self) -> int:
+        return len(np.unique(np.frombuffer(self._images, np.int64))) if self._images else 0
 
     def leave_out(self, reason: str, place: str, count: int = 1) -> None:
         before, first = self.left_out.get(reason, (0, place))
@@ -49,7 +49,7 @@ class Counts:
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows += 1
-        self._pictures.append(hash(row["image"]))
+        self._images.append(hash(row["image"]))
         self.texts["captions"] += len(row.get("captions", ()))
         self.texts["questions"] += len(row.get("questions", ())) + ("question" in row)
         self.texts["dialogues"] += len(row.get("dialogues", ()))
@@ -96,7 +96,7 @@ class Conversion:
         if self.kind.joined is not None:
             self._join()
         texts_of_files = self._texts_of_files()
-        if self._by == PICTURE:
+        if self._by == IMAGE:
             texts_of_files = _by_image(texts_of_files, self.kind.within != "")
         for image, texts, place in texts_of_files:
             row = {"image": image, **texts}

@@ -23,7 +23,7 @@ MOST_KINDS = 6
 class Found:
     """The content of folders. Hidden and excluded entries are not counted."""
 
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     """Paths, sorted by name within each folder."""
     problems: list[str] = field(default_factory=list)
     """One line for each entry that could not be examined."""
@@ -65,7 +65,7 @@ def find_in(places: Iterable[str], *, recursive: bool = True, exclude: Iterable[
         if os.path.isdir(place):
             _Walk(place, recursive, patterns, found, *suffixes()).run()
         else:
-            found.pictures.append(place)
+            found.images.append(place)
     return found
 
 
@@ -81,7 +81,7 @@ class _Walk:
     """Number of subfolders that were not searched."""
 
     def run(self) -> None:
-        pictures: list[str] = []
+        images: list[str] = []
         num_reported = self._num_reported()
         waiting = [self.top]
         while waiting:
@@ -101,10 +101,10 @@ class _Walk:
                         waiting.append(entry.path)
                     else:
                         self.num_left += 1
-                elif self._is_picture(entry):
-                    pictures.append(entry.path)
-        self.found.pictures += sorted(pictures)
-        if not pictures and self._num_reported() == num_reported:
+                elif self._is_image(entry):
+                    images.append(entry.path)
+        self.found.images += sorted(images)
+        if not images and self._num_reported() == num_reported:
             hint = "; its subfolders were not searched" if self.num_left else ""
             self.found.unknown.append(self.top)
             self._problem(self.top, f"there are no images in this folder{hint}")
@@ -117,7 +117,7 @@ class _Walk:
         within = os.path.relpath(entry.path, self.top) if self.exclude else ""
         return any(fnmatchcase(name, pattern) for pattern in self.exclude for name in (entry.name, within))
 
-    def _is_picture(self, entry: os.DirEntry[str]) -> bool:
+    def _is_image(self, entry: os.DirEntry[str]) -> bool:
         """Whether an entry that is not a folder is a readable image; otherwise it is counted."""
         suffix = os.path.splitext(entry.name)[1].lower()
         try:

@@ -102,7 +102,7 @@ class Evaluation:
     def _comparison(self, against: Path, ours: Outputs) -> tuple[dict[str, Any], Outputs]:
         others = outputs(against, len(self.examples))
         theirs = Outputs(others, compared(self.examples, others, self.rule, java=False).each)
-        both = [(a, b, example.picture) for a, b, example in zip(ours.each, theirs.each, self.examples, strict=True)
+        both = [(a, b, example.image) for a, b, example in zip(ours.each, theirs.each, self.examples, strict=True)
                 if a is not None and b is not None]  # fmt: skip
         if not both:
             raise OptionError(f"{option('against')} compares scores, but the answers to these rows are not published")
@@ -111,9 +111,9 @@ class Evaluation:
             for row, (before, now) in enumerate(zip(others, ours.texts, strict=True))
             if before != now
         ]
-        own, other, pictures = zip(*both, strict=True)
+        own, other, images = zip(*both, strict=True)
         return {
             "folder": str(against), "mean": sum(other) / len(other), "changed": len(changed),
             "better": sum(a > b for a, b, _ in both), "worse": sum(a < b for a, b, _ in both),
-            "p": paired(own, other, pictures), "first_changed": changed[:MOST_SHOWN],
+            "p": paired(own, other, images), "first_changed": changed[:MOST_SHOWN],
         }, theirs  # fmt: skip

@@ -176,11 +176,11 @@ def _pairs(files: Sequence[Path], read: Opened, data: Path) -> Iterator[dict[str
 def packed(rows: Iterable[dict[str, Any]], size: int = BATCH_SIZE) -> Iterator[dict[str, Any]]:
     """Order rows so that those of an image are adjacent and batches of ``size`` rows divide few images. A model with
     batches of this size, or two or four times as many, encodes each image once."""
-    of_picture: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    of_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        of_picture[row["image"]].append(row)
+        of_image[row["image"]].append(row)
     by_number: dict[int, deque[list[dict[str, Any]]]] = defaultdict(deque)
-    for some in of_picture.values():
+    for some in of_image.values():
         by_number[len(some)].append(some)
     left = size
     while by_number:

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from blip2.serve import conversation, dialect, forms
 from blip2.serve.complaints import of_validation
 from blip2.serve.errors import ApiError
+from blip2.serve.images import ImageSource, check_no_image, parse_source
 from blip2.serve.limits import Limits
-from blip2.serve.pictures import Picture, check_no_picture, picture
 from blip2.serve.schemas import SCHEMAS, ChatRequest, Decoding, EmbeddingImage, EmbeddingsRequest
 from blip2.text import clean
 
@@ -42,7 +42,7 @@ class Body:
     bytes of an image file."""
 
     fields: dict[str, Any]
-    pictures: list[Picture]
+    images: list[ImageSource]
 
 
 def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
@@ -73,7 +73,7 @@ def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
         name_there = parsed.called.get(name, name)
         texts = {f"{name_there}[{place}]": text for place, text in enumerate(fields.get(name) or [])}
         _check_texts(texts, limits, name_there, done, AS_IMAGE)
-    return Body(fields, [picture(body.image) if file is None else file])  # type: ignore[attr-defined]
+    return Body(fields, [parse_source(body.image) if file is None else file])  # type: ignore[attr-defined]
 
 
 def _chat(body: ChatRequest, ignored: list[str], limits: Limits) -> Body:
@@ -95,7 +95,7 @@ def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> 
     fields = body.model_dump(exclude={"input"})
     extra = {"input": [item if isinstance(item, str) else None for item in items], "ignored": ignored}
     of_images = (f"{place}.image" for place, item in zip(places, items, strict=True) if not isinstance(item, str))
-    return Body({**fields, **extra}, list(map(picture, images, of_images)))
+    return Body({**fields, **extra}, list(map(parse_source, images, of_images)))
 
 
 def checked_text(text: str, limits: Limits, where: str | None = None) -> str:
@@ -111,20 +111,20 @@ def too_long(size: str, limits: Limits, where: str | None = None) -> ApiError:
     return ApiError(400, "prompt_too_long", message, param=where)
 
 
-def _check_text(text: str, where: str, as_picture: str, limits: Limits) -> None:
+def _check_text(text: str, where: str, as_image: str, limits: Limits) -> None:
     if not clean(text):
         raise ApiError(400, "invalid_value", f"{where}: it is empty; write something, or leave it out", param=where)
-    check_no_picture(text, where, as_picture)
+    check_no_image(text, where, as_image)
     checked_text(text, limits, where)
 
 
-def _check_texts(texts: dict[str, str], limits: Limits, field: str, done: str, as_picture: str) -> None:
+def _check_texts(texts: dict[str, str], limits: Limits, field: str, done: str, as_image: str) -> None:
     """``texts``: by their field paths."""
     if len(texts) > limits.max_texts:
         message = f"{len(texts)} texts; at most {limits.max_texts} are {done}"
         raise ApiError(400, "too_many_texts", message, param=field)
     for where, text in texts.items():
-        _check_text(text, where, as_picture, limits)
+        _check_text(text, where, as_image, limits)
     length, most = sum(map(len, texts.values())), CHARACTERS_PER_TEXT * limits.max_texts
     if length > most:
         message = f"the texts have {length:,} characters in all; at most {most:,} are {done} per request; send fewer"

@@ -102,7 +102,7 @@ def router(service: Service) -> APIRouter:
             longest = max(map(len, texts), default=0)
             each = (matcher.reader.ids([text])[0] for text in texts)
             ids = await service.in_thread(reading.client, each, is_small=longest <= LONG_TEXT)
-            looks = [await reading.look(place, cache) for place in range(reading.num_pictures)]
+            looks = [await reading.look(place, cache) for place in range(reading.num_images)]
 
         def embed() -> Steps[tuple[list[torch.Tensor], list[torch.Tensor]]]:
             of_images = []

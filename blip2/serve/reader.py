@@ -47,7 +47,7 @@ class RequestParser:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._pictures: list[str | bytes] = []
+        self._images: list[str | bytes] = []
         self._do: dict[str, Callable[[dict[str, Any], bytes], frames.Message]] = {
             "read": self._read, "take": self._take, "pixels": self._pixels,
         }  # fmt: skip
@@ -71,19 +71,19 @@ class RequestParser:
 
     def _read(self, asked: dict[str, Any], content: bytes) -> frames.Message:
         found = body.read(asked["route"], asked["type"], content, self._limits)
-        self._pictures = found.pictures
-        return {"fields": found.fields, "pictures": [_described(picture) for picture in self._pictures]}, b""
+        self._images = found.images
+        return {"fields": found.fields, "pictures": [_described(image) for image in self._images]}, b""
 
     def _take(self, asked: dict[str, Any], content: bytes) -> frames.Message:
         """Store a downloaded image in place of its URL."""
         place = asked["picture"]
-        self._pictures += [""] * (place + 1 - len(self._pictures))
-        self._pictures[place] = content
+        self._images += [""] * (place + 1 - len(self._images))
+        self._images[place] = content
         return _described(content), b""
 
     def _pixels(self, asked: dict[str, Any], _: bytes) -> frames.Message:
         """The image encoder's input for an image, float32[3, size, size], and on request a small image to show."""
-        content = self._pictures[asked["picture"]]
+        content = self._images[asked["picture"]]
         assert isinstance(content, bytes)
         try:
             image = load_image(content, max_pixels=asked["max_pixels"], allow_truncated=None)
@@ -108,8 +108,8 @@ def _check_depth(value: Any, left: int) -> None:
             _check_depth(each, left - 1)
 
 
-def _described(picture: str | bytes) -> dict[str, str]:
-    return {"address": picture} if isinstance(picture, str) else {"file": hashlib.sha256(picture).hexdigest()}
+def _described(image: str | bytes) -> dict[str, str]:
+    return {"address": image} if isinstance(image, str) else {"file": hashlib.sha256(image).hexdigest()}
 
 
 def work(connection: socket.socket, limits: Limits) -> None:

@@ -107,7 +107,7 @@ class Reading:
         self._fetched = b""
         self._held = held
         self._reader: Reader | None = None
-        self._pictures: list[dict[str, str]] = []
+        self._images: list[dict[str, str]] = []
         self._num_pixels = 0
         self._num_killed = 0
 
@@ -119,15 +119,15 @@ class Reading:
             )
             raise ApiError(415, "unsupported_encoding", message, headers={"Accept-Encoding": "identity"})
         reply = await self._read_again()
-        self.fields, self._pictures = reply["fields"], reply["pictures"]
+        self.fields, self._images = reply["fields"], reply["pictures"]
 
     def forget(self) -> None:
         """Release the bytes; nothing more is read from the request."""
         self._content = self._fetched = b""
 
     @property
-    def num_pictures(self) -> int:
-        return len(self._pictures)
+    def num_images(self) -> int:
+        return len(self._images)
 
     async def look(self, place: int, cache: ImageCache[Kept]) -> Look[Kept]:
         """An image for a model. An image in the cache is not even decoded. Raises ApiError."""
@@ -146,12 +146,12 @@ class Reading:
 
     async def _file(self, place: int) -> str:
         """The digest of the image's file, which the reader holds afterwards."""
-        if (address := self._pictures[place].get("address")) is not None:
+        if (address := self._images[place].get("address")) is not None:
             await self._leave()
             self._fetched = await self._readings.fetch(address)
             await self._read_again()
-            self._pictures[place] = await self._take(place)
-        return self._pictures[place]["file"]
+            self._images[place] = await self._take(place)
+        return self._images[place]["file"]
 
     async def _decoded(
         self, place: int, frontend: ImageFrontend[Any], shown_px: int

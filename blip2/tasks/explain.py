@@ -88,7 +88,7 @@ class ImagePatches:
     ``box``: the part of the image that the model gets (`image.seen_box`).
     """
 
-    picture: RgbImage
+    image: RgbImage
     patches_PD: Tensor
     blank_PD: Tensor
     box: Box | None = None
@@ -98,8 +98,8 @@ def image_patches(image: Source, frontend: ImageFrontend[Any], encode: Callable[
     """Encode an image. ``encode`` makes patches from pixels. Raises ImageError, also for an encoded image."""
     if isinstance(image, EncodedImage | ImageFeatures):
         raise ImageError("an encoded image has no pixels to lay the map over; give the image itself")
-    picture = frontend.reading.load(image)
-    return ImagePatches(picture, *frontend.with_blank(frontend.pixels(picture), encode), frontend.box(picture))
+    loaded = frontend.reading.load(image)
+    return ImagePatches(loaded, *frontend.with_blank(frontend.pixels(loaded), encode), frontend.box(loaded))
 
 
 # ---- what to explain --------------------------------------------------------------------------------
@@ -291,8 +291,8 @@ def _check(model: Blip2 | Blip2Matcher, evidence_P: Tensor, score: float) -> Non
 
 
 def _explanation(image_patches: ImagePatches, evidence_P: Tensor, text: str, score: float) -> Explanation:
-    width, height = image_patches.picture.size
-    return Explanation(heat_map(evidence_P, height, width, image_patches.box), text, score, image_patches.picture)
+    width, height = image_patches.image.size
+    return Explanation(heat_map(evidence_P, height, width, image_patches.box), text, score, image_patches.image)
 
 
 def _encoded(speaker: Speaker, image_patches: ImagePatches) -> EncodedImage:

@@ -112,9 +112,9 @@ class ImageFrontend(Generic[Kept]):
         patches_PD, blank_PD = patches_of(pixels_2CHW.to(self._vision.patch_embedding.weight.device))
         return patches_PD, blank_PD
 
-    def box(self, picture: RgbImage) -> tuple[float, float, float, float] | None:
+    def box(self, image: RgbImage) -> tuple[float, float, float, float] | None:
         """The part of an image that the model gets, as in `image.seen_box`; None is all of it."""
-        return seen_box(*picture.size, self.size, self.look.get("shortest_edge"))
+        return seen_box(*image.size, self.size, self.look.get("shortest_edge"))
 
     def pixels(self, image: Source) -> Tensor:
         """The image encoder's input for an image: ``float[3, size, size]`` on the CPU. Raises ImageError."""

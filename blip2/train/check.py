@@ -104,7 +104,7 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
         text_branch,
     )  # fmt: skip
     _check_rows(materials, recipe)
-    _check_pictures(materials, recipe)
+    _check_images(materials, recipe)
     _check_output(materials, recipe)
     return materials
 
@@ -236,7 +236,7 @@ def _listed(materials: Materials) -> list[Row]:
     return [row for rows in both if not isinstance(rows, Joined) for row in rows]
 
 
-def _check_pictures(materials: Materials, recipe: Recipe) -> None:
+def _check_images(materials: Materials, recipe: Recipe) -> None:
     """Check that the image files exist. With kept features, images that were already encoded may be missing."""
     if recipe.data.features is not None and any(recipe.data.features.glob("*.bin")):
         return
@@ -272,7 +272,7 @@ def _check_output(materials: Materials, recipe: Recipe) -> None:
         return  # some may exist already
     count = len({row.image for row in _listed(materials)}) + sum(map(len, _collections(materials, recipe)))
     if count * row_bytes > free:  # but rows of collections may share images
-        count = _count_pictures(materials, recipe)
+        count = _count_images(materials, recipe)
     if count * row_bytes > free:
         smaller = "" if recipe.data.features_dtype != "fp16" else ', or set data.features_dtype = "int8"'
         raise RecipeError(
@@ -290,7 +290,7 @@ def _collections(materials: Materials, recipe: Recipe) -> list[Joined]:
     return [rows for rows in (materials.train_rows, held_out) if isinstance(rows, Joined)]
 
 
-def _count_pictures(materials: Materials, recipe: Recipe) -> int:
+def _count_images(materials: Materials, recipe: Recipe) -> int:
     """Number of distinct images. Looks up each file of a collection."""
     found = {row.image for row in _listed(materials)}
     shared = 0

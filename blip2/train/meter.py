@@ -122,7 +122,7 @@ class Meter:
                 f"the loss diverges: {first:.3g} at first, {loss:.3g} at step {done}; {REMEDY}"
             )
 
-    def bad_pictures(self, done: int, found: dict[str, str]) -> None:
+    def bad_images(self, done: int, found: dict[str, str]) -> None:
         """Report and log the new ones."""
         for path in found.keys() - self._bad:
             self._log.write({"step": done, "bad_picture": path, "problem": found[path]})

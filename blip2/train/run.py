@@ -78,7 +78,7 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
                 shard(model, recipe.shard, group, device)
         task.open_features()
         train(task, recipe, report=report, autocast=autocast, group=group)
-        number = len({path for found in group.objects(task.bad_pictures()) for path in found})
+        number = len({path for found in group.objects(task.bad_images()) for path in found})
         gather_whole(model, group, needs_frozen=recipe.lora is None)
         if group.is_first and recipe.lora is not None:
             lora.save(model, recipe.out, recipe.lora, recipe.start)

@@ -52,7 +52,7 @@ class Part(NamedTuple):
     gradient."""
     text_BT: Tensor
     text_mask_BT: Tensor
-    picture_B: Tensor
+    image_B: Tensor
     place_B: Tensor
 
 
@@ -73,7 +73,7 @@ def losses(
     text_BT: Tensor,
     text_mask_BT: Tensor,
     *,
-    picture_B: Tensor | None = None,
+    image_B: Tensor | None = None,
     generator: torch.Generator | None = None,
     negatives: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.1,
@@ -98,7 +98,7 @@ def losses(
     with without_autocast(features_BPD.device):
         similarity_BB = similarity(vectors_BVE[:, :-1], vectors_BVE[:, -1])
         logits_BB = similarity_BB / model.temperature
-    equal_BB = _equal(text_BT, text_mask_BT, picture_B)
+    equal_BB = _equal(text_BT, text_mask_BT, image_B)
     itc = contrast(logits_BB, equal_BB, label_smoothing)
     wrong_image_B, wrong_text_B = negatives or hard_negatives(logits_BB, equal_BB, generator)
     matching = [
@@ -136,8 +136,8 @@ def backward(
     with torch.no_grad():
         found_NVE = only.vectors_BVE if only else torch.cat([view(part).vectors_BVE for part in parts])
     pairs_BX = group.gather(torch.cat([_packed(part) for part in parts]), step.batch_size)
-    picture_B, text_BT, mask_BT = pairs_BX[:, 0], pairs_BX[:, 1:].clamp(min=0), pairs_BX[:, 1:] >= 0
-    equal_NB = _equal(text_BT, mask_BT, picture_B, own)
+    image_B, text_BT, mask_BT = pairs_BX[:, 0], pairs_BX[:, 1:].clamp(min=0), pairs_BX[:, 1:] >= 0
+    equal_NB = _equal(text_BT, mask_BT, image_B, own)
 
     vectors_BVE = group.gather(found_NVE, step.batch_size).requires_grad_()
     to_text_NB, to_image_NB = own_logits(vectors_BVE, own, model.temperature, itc)
@@ -222,7 +222,7 @@ def _of_one_width(parts: Sequence[Part], width: int) -> list[Part]:
 
 def _packed(part: Part) -> Tensor:
     """What other processes need of the pairs, in one tensor: image numbers, then texts padded with -1."""
-    return torch.cat([part.picture_B[:, None], part.text_BT.masked_fill(~part.text_mask_BT, -1)], dim=1)
+    return torch.cat([part.image_B[:, None], part.text_BT.masked_fill(~part.text_mask_BT, -1)], dim=1)
 
 
 def _rows(step: Step | None, number: int, place_B: Tensor | None) -> AbstractContextManager[None]:
@@ -308,12 +308,12 @@ def _is_match(matching_N2: Tensor) -> Tensor:
 
 
 def _equal(
-    text_BT: Tensor, text_mask_BT: Tensor, picture_B: Tensor | None, own: slice = slice(None)
+    text_BT: Tensor, text_mask_BT: Tensor, image_B: Tensor | None, own: slice = slice(None)
 ) -> Tensor:
     """Which pairs share text or image with this process's pairs and so are not negatives of them: ``bool[N, B]``."""
     text_BT = text_BT.masked_fill(~text_mask_BT, -1)
     equal_NB = (text_BT[own, None] == text_BT[None]).all(dim=-1)
-    return equal_NB if picture_B is None else equal_NB | (picture_B[own, None] == picture_B[None])
+    return equal_NB if image_B is None else equal_NB | (image_B[own, None] == image_B[None])
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class Model:
                 if self._stops_at == 0:
                     raise KeyboardInterrupt
                 self._stops_at = None if self._stops_at is None else self._stops_at - 1
-                with open(record.picture, "rb") as file:
+                with open(record.image, "rb") as file:
                     content = file.read()
                 if content == b"bad":
                     yield ImageError(f"{record.name}: damaged")

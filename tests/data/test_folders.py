@@ -25,7 +25,7 @@ def place(tmp_path):
 
 
 def names_of(found: folders.Found, top: str) -> list[str]:
-    return [os.path.relpath(path, top) for path in found.pictures]
+    return [os.path.relpath(path, top) for path in found.images]
 
 
 def test_all_suffixes_and_all_folders_within(place):
@@ -103,7 +103,7 @@ def test_what_is_excluded(place):
 def test_places_in_order_and_folders_without_pictures(place, tmp_path):
     top = place("full/a.png", "full/b.png", "empty/notes.txt")
     found = find_in(["x.png", f"{top}/full", f"{top}/empty", "https://example.org/y.png"])
-    assert found.pictures == ["x.png", f"{top}/full/a.png", f"{top}/full/b.png", "https://example.org/y.png"]
+    assert found.images == ["x.png", f"{top}/full/a.png", f"{top}/full/b.png", "https://example.org/y.png"]
     assert found.problems == [f"{top}/empty: there are no images in this folder"]
     assert found.unknown == [f"{top}/empty"]
 
@@ -114,4 +114,4 @@ def test_a_deep_tree(tmp_path):
         deep = deep / "d"
     deep.mkdir(parents=True)
     (deep / "a.png").touch()
-    assert find_in([str(tmp_path)]).pictures == [str(deep / "a.png")]
+    assert find_in([str(tmp_path)]).images == [str(deep / "a.png")]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import blip2
-from blip2.index.file import Origin, Picture, crc32_of, write
+from blip2.index.file import IndexedImage, Origin, crc32_of, write
 from blip2.index.folders import Stamp
 from tests import tiny
 
@@ -52,7 +52,7 @@ def index_of(tmp_path):
 
     def make(vectors_NQD: torch.Tensor, name: str = "made.index") -> blip2.Index:
         half_NQD = F.normalize(vectors_NQD, dim=-1).half()
-        rows = [Picture(f"/p{row:04}", Stamp(1, 1), crc32_of(each)) for row, each in enumerate(half_NQD)]
+        rows = [IndexedImage(f"/p{row:04}", Stamp(1, 1), crc32_of(each)) for row, each in enumerate(half_NQD)]
         write(tmp_path / name, Origin("search", "none", "none"), rows, half_NQD.shape[1:], half_NQD)
         return blip2.Index.open(tmp_path / name)
 

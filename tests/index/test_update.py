@@ -34,7 +34,7 @@ def index(tmp_path) -> Path:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(sys.modules[update.__module__], "SHARD_PICTURES", 2)
+    monkeypatch.setattr(sys.modules[update.__module__], "SHARD_IMAGES", 2)
 
 
 def never(name, kind):
@@ -313,7 +313,7 @@ RUN = """
 import sys, time
 import blip2
 from blip2.index import update
-sys.modules[update.__module__].SHARD_PICTURES = 8
+sys.modules[update.__module__].SHARD_IMAGES = 8
 matcher = blip2.load(sys.argv[1], device="cpu")
 print("started", flush=True)
 blip2.Index.update(sys.argv[2], sys.argv[3], matcher, on_progress=lambda done, total: time.sleep(0.005))

@@ -219,7 +219,7 @@ def test_forms_say_what_json_says() -> None:
         assert fields("/ask", GOOD_FORM + form, URLENCODED)["choices"] == ["one", "two"]
     assert fields("/match", b"image=AAAA&text=a, b", URLENCODED)["texts"] == ["a, b"]
     assert fields("/match", b"image=AAAA&text=a&text=b", URLENCODED)["texts"] == ["a", "b"]
-    assert read("/caption", URLENCODED, b"image=+++/", Limits()).pictures == [b"\xfb\xef\xbf"]
+    assert read("/caption", URLENCODED, b"image=+++/", Limits()).images == [b"\xfb\xef\xbf"]
 
 
 # ---- with a model ----

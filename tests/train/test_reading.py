@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blip2 import checkpoint, train
-from blip2.data import BadPictures
+from blip2.data import BadImages
 from blip2.errors import RecipeError
 from blip2.train import load_recipe
 from blip2.train.check import gather
@@ -112,7 +112,7 @@ def row_set(tmp_path, matching_model):
         recipe = load_recipe(write(tmp_path / "a.toml", data, matching_model), overrides)
         materials = gather(recipe, tmp_path / "a.toml")
         model = checkpoint.load(matching_model)
-        bad, augment = BadPictures("skip"), recipe.data.augment
+        bad, augment = BadImages("skip"), recipe.data.augment
         return RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, bad, augment)
 
     return made

@@ -136,8 +136,8 @@ def _format(name: str, outputs: Outputs) -> Format:
 def _by_suffix(path: Path, suffix: str, source: View) -> str:
     match suffix:
         case ".jsonl":
-            pictures = source.pictures
-            are_below = pictures is not None and all(relative(picture, path.parent) for picture in pictures)
+            images = source.images
+            are_below = images is not None and all(relative(image, path.parent) for image in images)
             return "imagefolder" if are_below or path.name == "metadata.jsonl" else "jsonl"
         case ".csv" | ".parquet":
             return suffix[1:]

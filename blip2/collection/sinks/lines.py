@@ -14,7 +14,7 @@ from typing import IO, Any
 from blip2.collection.columns import Carried, as_text
 from blip2.collection.record import SUCCESS, Result
 from blip2.collection.sinks.places import absolute, is_text, relative
-from blip2.collection.sinks.table import Format, check_picture
+from blip2.collection.sinks.table import Format, check_image
 from blip2.errors import CollectionError
 
 NOT_GIVEN = {
@@ -69,7 +69,7 @@ def below(result: Result, folder: Path) -> str:
         raise CollectionError(
             f"{result.name}: has no file of its own, which this format needs; give --format jsonl or parquet"
         )
-    check_picture(result.path, folder / "metadata.jsonl", is_below=True)
+    check_image(result.path, folder / "metadata.jsonl", is_below=True)
     return relative(result.path, folder)
 
 

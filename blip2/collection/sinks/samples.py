@@ -55,7 +55,7 @@ def fields_of(path: Path) -> tuple[set[str], set[str]]:
     return set().union(*found), set.intersection(*found) if found else set()
 
 
-def picture_field(fields: Mapping[str, object] | set[str]) -> str:
+def image_field(fields: Mapping[str, object] | set[str]) -> str:
     """The field that holds the image of a sample; "" if there is none."""
     readable, others = suffixes()
     known = {*readable, *others}

@@ -22,7 +22,7 @@ class PerImageOutput(Sink, Protocol):
     keeps_time: bool
     """Whether it changes image files and keeps their modification times."""
 
-    def old(self, picture: str) -> str:
+    def old(self, image: str) -> str:
         """The existing text of an image. Raises CollectionError, NotTextError, OSError."""
 
 
@@ -75,7 +75,7 @@ class View:
         return map(self._seen, self._source.records(unit))
 
     @cached_property
-    def pictures(self) -> Sequence[str] | None:
+    def images(self) -> Sequence[str] | None:
         """The paths or URLs of all images; None if the source itself holds the images.
 
         For this, a table of paths is read; a table of images is not.
@@ -87,9 +87,9 @@ class View:
                 return None
         for unit in self.units:
             for record in self._source.records(unit):
-                if isinstance(record.picture, bytes):
+                if isinstance(record.image, bytes):
                     return None
-                if record.picture is not None:
+                if record.image is not None:
                     return self._all_paths()
         return None
 
@@ -99,7 +99,7 @@ class View:
         found = []
         for unit in self.units:
             digest = hashlib.blake2b(digest_size=16)
-            for path in (self.pictures or ())[unit.start : unit.stop]:
+            for path in (self.images or ())[unit.start : unit.stop]:
                 digest.update(os.fsencode(f"{path}\0{_time(path)}\0"))
             found.append(digest.hexdigest())
         return found
@@ -110,18 +110,18 @@ class View:
 
     def _all_paths(self) -> list[str]:
         return [
-            record.picture
+            record.image
             for unit in self.units
             for record in self._source.records(unit)
-            if isinstance(record.picture, str)
+            if isinstance(record.image, str)
         ]
 
     def _seen(self, record: Record) -> Record:
         if not self._takes_text and record.text:
             record = replace(record, text="")
-        if not self._beside or not isinstance(record.picture, str) or record.problem:
+        if not self._beside or not isinstance(record.image, str) or record.problem:
             return record
-        path = record.picture
+        path = record.image
         if self._by_time:
             record = replace(record, stamp=_time(path))
         try:

@@ -86,8 +86,8 @@ def _kohya(entry: Mapping[str, Mapping[str, Any]], folder: str) -> Iterator[obje
     """A key is a path, or the name of an image without its suffix."""
     readable, missing = suffixes()
     by_stem: dict[str, list[str]] = defaultdict(list)
-    for picture in find_in([folder], recursive=False).pictures:
-        name = os.path.basename(picture)
+    for image in find_in([folder], recursive=False).images:
+        name = os.path.basename(image)
         by_stem[os.path.splitext(name)[0]].append(name)
     for key, columns in entry.items():
         if os.path.splitext(key)[1].lower() in {*readable, *missing}:

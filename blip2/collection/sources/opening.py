@@ -41,7 +41,7 @@ TAKEN = (
     "a folder, image files, webdataset shards (.tar), or rows in JSON, JSONL, CSV, TSV or parquet, each also as a "
     "quoted pattern"
 )
-PICTURES, SHARDS, ROWS, ANNOTATIONS = "pictures", "shards", "rows", "annotations"
+FILES_OF_IMAGES, SHARDS, ROWS, ANNOTATIONS = "pictures", "shards", "rows", "annotations"
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 TABLE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".pq")
 HEAD_BYTES = 512
@@ -81,7 +81,7 @@ def open_source(
     folders = [place for place in places if os.path.isdir(place)]
     walk: dict[str, Any] = {"recursive": recursive, "exclude": exclude}
     found = find_in(folders, **walk)
-    if folders and not found.pictures and (others := _others(folders, walk)):
+    if folders and not found.images and (others := _others(folders, walk)):
         places = [place for place in places if place not in folders] + others
         folders = []
     looked = _FileKinds(image_column, images, split)
@@ -96,7 +96,7 @@ def open_source(
         refuse_split(split, places[0])
     if kind == SHARDS:
         return Shards(places, image_field=image_column, text_field=caption_column)
-    if kind != PICTURES:
+    if kind != FILES_OF_IMAGES:
         tables = [looked.tables[place] for place in places]
         if kind == ANNOTATIONS:
             image_column, caption_column = FILE, caption_column or (CAPTIONS if CAPTIONS in tables[0].columns else None)
@@ -119,20 +119,20 @@ def _files(
     without: Sequence[str],
 ) -> Files:
     """Images with their metadata: of an ImageFolder, or of img2dataset."""
-    if not found.pictures:
+    if not found.images:
         raise CollectionError("; ".join(found.problems) or "there are no images")
     once: dict[str, str] = {}  # a list may name an image that is also in a folder
-    for path in found.pictures:
+    for path in found.images:
         once.setdefault(key_of(path, root), path)
-    pictures = list(once.values())
+    images = list(once.values())
     has_metadata = any(found.others[os.path.splitext(name)[1]] for name in NAMES)
     left_out = {*map(os.path.abspath, without)}
     metadata = metadata_in(folders, **walk) if has_metadata else []
     metadata = [path for path in metadata if os.path.abspath(path) not in left_out]
-    from_tables = FolderMetadata(metadata, pictures, caption_column)
+    from_tables = FolderMetadata(metadata, images, caption_column)
     is_downloaded = any(map(_is_downloaded, folders))
     source = Files(
-        pictures,
+        images,
         root=root,
         text_suffix=text_suffix or (".txt" if is_downloaded else ""),
         keeps_suffix=keeps_suffix,
@@ -204,8 +204,8 @@ def _fitting(pattern: str) -> list[str]:
         raise CollectionError(f"{pattern}: matches no file; check it (in {os.getcwd()})")
     files, folders = [path for path in found if not os.path.isdir(path)], [*filter(os.path.isdir, found)]
     readable, _ = suffixes()
-    if pictures := [path for path in files if os.path.splitext(path)[1].lower() in readable]:
-        return sorted(pictures + folders)
+    if images := [path for path in files if os.path.splitext(path)[1].lower() in readable]:
+        return sorted(images + folders)
     return _shards_or_parquet(files) or found
 
 
@@ -251,11 +251,11 @@ class _FileKinds:
         """The kind of a file. Raises CollectionError for an unknown kind, or if it cannot be read."""
         suffix = os.path.splitext(place)[1].lower()
         if place == "-" or os.path.isdir(place) or suffix in self._readable or suffix in self._missing:
-            return PICTURES
+            return FILES_OF_IMAGES
         if not os.path.isfile(place):
             if place.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)):
                 raise CollectionError(f"{name_of(place)}: is not a regular file; save its output to a file first")
-            return PICTURES
+            return FILES_OF_IMAGES
         if not (head := _head(place)):
             raise CollectionError(f"{name_of(place)}: is empty; check it")
         if head.startswith(b"PAR1"):
@@ -277,7 +277,7 @@ class _FileKinds:
             return ROWS
         if suffix in TABLE_SUFFIXES:
             raise CollectionError(f"{place}: is not a {suffix.lstrip('.')} file; name {TAKEN}")
-        return PICTURES  # any other content is reported for its record
+        return FILES_OF_IMAGES  # any other content is reported for its record
 
     def _parquet(self, place: str) -> Table:
         table = Parquet(place)
