@@ -39,7 +39,7 @@ mark { padding: 0 .2em; background: var(--line); color: inherit; border-radius: 
 
 
 def sheet(rows: Sequence[Row], images: Sequence[str], name: str) -> str:
-    """Each image once, with its proposed text and its places. ``pictures``: the path or URL of each row, "" if there is
+    """Each image once, with its proposed text and its places. ``images``: the path or URL of each row, "" if there is
     none. ``name``: the file name of the table in which texts are approved."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row, image in zip(rows, images, strict=True):
@@ -77,7 +77,7 @@ def _card(image: str, rows: Sequence[Row]) -> str:
 
 
 def _place(row: Row) -> str:
-    context = escape(row.context).replace(HERE, "<mark>picture</mark>")
+    context = escape(row.context).replace(HERE, "<mark>image</mark>")
     old = f" · now “{escape(row.old)}”" if row.old else ""
     return f"<li>{escape(row.file)}:{row.line}{old}<span>{context}</span></li>"
 

@@ -32,7 +32,7 @@ class Finding:
 
 @dataclass
 class Survey:
-    """``pictures``: each image once, by its key: its path or URL, or a digest of a data URL."""
+    """``images``: each image once, by its key: its path or URL, or a digest of a data URL."""
 
     num_pages: int = 0
     num_images: int = 0

@@ -114,7 +114,7 @@ def in_batches(
 ) -> Work:
     """Encode images, then run the task on batches; an error stays in its image's place.
 
-    ``keeps_pictures``: the task also needs `Record.picture`.
+    ``keeps_images``: the task also needs `Record.image`.
     """
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:

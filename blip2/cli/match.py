@@ -77,10 +77,10 @@ def command(
             )
         )  # fmt: skip
     asked = Asked.of(images, others)
-    pictures = find_images(asked)
+    images_found = find_images(asked)
     matcher = load_matcher(**model)
     found = matcher.each_classified(
-        pictures.sources,
+        images_found.sources,
         compared,
         top=len(compared) if top is None else top,
         candidates=len(compared) if top is None else CANDIDATES,
@@ -89,12 +89,12 @@ def command(
         batch_size=batch_size,
     )
     report = Report(
-        matcher.name, as_json=as_json, shows_image=pictures.are_several, plain=_line, is_null=asked.is_null
+        matcher.name, as_json=as_json, shows_image=images_found.are_several, plain=_line, is_null=asked.is_null
     )
-    report.about(pictures)
-    if not (as_json or pictures.are_several or asked.is_null):
+    report.about(images_found)
+    if not (as_json or images_found.are_several or asked.is_null):
         click.echo(f"{'match':>7}  {'cosine':>6}  {'share':>7}  text")
-    for batch in see(found, pictures.sources, batch_size):
+    for batch in see(found, images_found.sources, batch_size):
         report.results(batch, ([asdict(match) for match in matches] for matches in batch.images))
     context.exit(report.exit_code)
 

@@ -84,11 +84,11 @@ def command(
         title, groups = f"similar to {image}", [_by_image(index, model, str(image), 10 if k is None else k, tell)]
     if html is not None:
         _write(html, page(title, groups, tell))
-    for picture in (picture for group in groups for picture in group):
+    for each in (each for group in groups for each in group):
         if as_json:
-            click.echo(json.dumps({"path": picture.path, **picture.values}))
+            click.echo(json.dumps({"path": each.path, **each.values}))
         else:
-            echo([*picture.columns, shown(picture.path, is_null)], is_null)
+            echo([*each.columns, shown(each.path, is_null)], is_null)
     context.exit(1 if problems else 0)
 
 

@@ -17,7 +17,7 @@ class Record:
     """An image of a collection.
 
     ``key``: identifies it in the outputs and is unique in its source: the path within the folder, the key in a shard,
-    or the row number. ``picture``: a path, a URL, or the bytes of an image file; None if ``problem`` says why there is
+    or the row number. ``image``: a path, a URL, or the bytes of an image file; None if ``problem`` says why there is
     none. ``name``: used in messages. ``stamp``: if it changes, the image under this key is another one. ``text``: the
     existing text of the image, "" if none. ``columns``: the other columns of the source. ``asked``: its question, if
     questions differ. ``is_new``: ``text`` stands somewhere else than the new text will, so that nothing is overwritten.

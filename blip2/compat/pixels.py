@@ -143,10 +143,10 @@ class BlipImageProcessor:
         """
         given = {name: value for name, value in self._checked(steps).items() if value is not None}
         chosen = {name: getattr(self, name) for name in STEPS} | given
-        pictures = _flat(images)
-        if not pictures:
+        flat_images = _flat(images)
+        if not flat_images:
             raise OptionError("the list of images is empty; give at least one, or leave images out")
-        arrays = [self._pixels(image, chosen, steps.get("input_data_format")) for image in pictures]
+        arrays = [self._pixels(image, chosen, steps.get("input_data_format")) for image in flat_images]
         if return_tensors is not None and len({array.shape for array in arrays}) > 1:
             sizes = sorted({f"{array.shape[2]}x{array.shape[1]}" for array in arrays})
             raise OptionError(f"the images are {', '.join(sizes)}, which cannot be stacked; leave do_resize=True")

@@ -38,7 +38,7 @@ class Found:
 
     @property
     def is_complete(self) -> bool:
-        """Whether `pictures` has all images in the folders."""
+        """Whether `images` has all images in the folders."""
         return not (self.problems or self.missing)
 
     def skipped_files(self, apart: Collection[str] = ()) -> str:
@@ -146,7 +146,7 @@ class _Walk:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir(follow_symlinks=False)
-    except OSError:  # `_is_picture` reports it
+    except OSError:  # `_is_image` reports it
         return False
 
 

@@ -59,7 +59,7 @@ STORED: Mapping[str, Callable[[RgbImage], bytes]] = {
 @dataclass(frozen=True)
 class Varied:
     """``rows``: the file. ``origins``: for each of its rows the number of the original row; the first ``number`` rows
-    are the originals. ``pictures``: for each original image the paths of its variants, and how to make them."""
+    are the originals. ``images``: for each original image the paths of its variants, and how to make them."""
 
     rows: Path
     number: int

@@ -38,7 +38,7 @@ AS_INPUT = 'send it as {"image": "data:image/...;base64,..."} instead'
 
 @dataclass(frozen=True)
 class Body:
-    """``fields``: those of the route's schema except messages and images, see `read`. ``pictures``: each a URL, or the
+    """``fields``: those of the route's schema except messages and images, see `read`. ``images``: each a URL, or the
     bytes of an image file."""
 
     fields: dict[str, Any]

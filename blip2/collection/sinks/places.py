@@ -103,7 +103,7 @@ def check_file(path: Path, *, may_replace: bool) -> None:
 
 def paths_of(source: Source) -> Sequence[str] | None:
     """The images' files, if they have some; ``source`` is a `View`."""
-    return getattr(source, "pictures", None)
+    return getattr(source, "images", None)
 
 
 def check_beside(images: Sequence[str], target: Callable[[str], Path], remedy: str) -> None:

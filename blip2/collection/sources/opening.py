@@ -41,7 +41,7 @@ TAKEN = (
     "a folder, image files, webdataset shards (.tar), or rows in JSON, JSONL, CSV, TSV or parquet, each also as a "
     "quoted pattern"
 )
-FILES_OF_IMAGES, SHARDS, ROWS, ANNOTATIONS = "pictures", "shards", "rows", "annotations"
+FILES, SHARDS, ROWS, ANNOTATIONS = "images", "shards", "rows", "annotations"
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 TABLE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".pq")
 HEAD_BYTES = 512
@@ -96,7 +96,7 @@ def open_source(
         refuse_split(split, places[0])
     if kind == SHARDS:
         return Shards(places, image_field=image_column, text_field=caption_column)
-    if kind != FILES_OF_IMAGES:
+    if kind != FILES:
         tables = [looked.tables[place] for place in places]
         if kind == ANNOTATIONS:
             image_column, caption_column = FILE, caption_column or (CAPTIONS if CAPTIONS in tables[0].columns else None)
@@ -251,11 +251,11 @@ class _FileKinds:
         """The kind of a file. Raises CollectionError for an unknown kind, or if it cannot be read."""
         suffix = os.path.splitext(place)[1].lower()
         if place == "-" or os.path.isdir(place) or suffix in self._readable or suffix in self._missing:
-            return FILES_OF_IMAGES
+            return FILES
         if not os.path.isfile(place):
             if place.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)):
                 raise CollectionError(f"{name_of(place)}: is not a regular file; save its output to a file first")
-            return FILES_OF_IMAGES
+            return FILES
         if not (head := _head(place)):
             raise CollectionError(f"{name_of(place)}: is empty; check it")
         if head.startswith(b"PAR1"):
@@ -277,7 +277,7 @@ class _FileKinds:
             return ROWS
         if suffix in TABLE_SUFFIXES:
             raise CollectionError(f"{place}: is not a {suffix.lstrip('.')} file; name {TAKEN}")
-        return FILES_OF_IMAGES  # any other content is reported for its record
+        return FILES  # any other content is reported for its record
 
     def _parquet(self, place: str) -> Table:
         table = Parquet(place)
