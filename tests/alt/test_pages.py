@@ -1,4 +1,4 @@
-"""Bytes to text and back, pages in folders, and where their pictures are."""
+"""Bytes to text and back, pages in folders, and where their images are."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_reports_and_runs(run, site):
     assert page.count("<article>") == 4 and page.count("data:image/jpeg;base64,") == 2 and found[0]["alt"] in page
     assert "Ours: <mark>image</mark>" in page
 
-    # What a person wrote stays when the same command is given again, and no picture is described again.
+    # What a person wrote stays when the same command is given again, and no image is described again.
     approve(flowers="Sunflowers")
     os.rename(site / "img/flowers.png", site / "gone.png")
     (site / "img/flowers.png").write_bytes((site / "gone.png").read_bytes())

@@ -1,4 +1,4 @@
-"""``blip2 caption``: lines in order, broken pictures beside sound ones, JSON, folders, standard input."""
+"""``blip2 caption``: lines in order, broken images beside sound ones, JSON, folders, standard input."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from blip2.cli import main
 
 @pytest.fixture(scope="module")
 def texts(opt_model, pictures):
-    """What Python says of the same pictures, each on one line as the command prints it."""
+    """What Python says of the same images, each on one line as the command prints it."""
     found = blip2.load(opt_model).caption(pictures, max_new_tokens=6)
     return [" ".join(text.split()) for text in found]
 
@@ -101,7 +101,7 @@ def test_folders(run, model, pictures, texts, tmp_path):
     assert result.stderr == "blip2: skipped in folders: 1 other file (1 .txt), 1 linked folder\n"
     for pattern in ("inner", "inner/*.png", "c.*"):
         assert "c.png" not in run("caption", "--exclude", pattern, tmp_path, *model).stdout
-    result = run("caption", tmp_path / "inner", *model)  # one picture, but found by the command: it tells which
+    result = run("caption", tmp_path / "inner", *model)  # one image, but found by the command: it tells which
     assert result.stdout == f"{tmp_path}/inner/c.png\t{texts[2]}\n"
 
 

@@ -23,7 +23,7 @@ SAID = {
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """Three pictures and one that is damaged, in folders."""
+    """Three images and one that is damaged, in folders."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "photos"
     (folder / "10_sks dog").mkdir(parents=True)

@@ -3,7 +3,7 @@
     python killed_run.py NOTES SOURCE OUTPUT-OPTIONS-AS-JSON [BATCH-SIZE] [names|miniature]
 
 ``names``: the model is a function of names; ``miniature``: the bundled one. When it ends, NOTES.memory has lines of
-pictures that were done by then and the peak of memory in KiB, where the system tells that.
+images that were done by then and the peak of memory in KiB, where the system tells that.
 """
 
 import json
@@ -59,7 +59,7 @@ def by_miniature(notes: str, source: str, options: dict[str, Any], batch_size: i
 
 
 class Memory:
-    """The peak of this process, when so many pictures were done and at the end."""
+    """The peak of this process, when so many images were done and at the end."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

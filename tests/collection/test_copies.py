@@ -1,4 +1,4 @@
-"""`dedupe`: of equal pictures the model sees the first, and each record has words of its own place."""
+"""`dedupe`: of equal images the model sees the first, and each record has words of its own place."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Folders, lists, patterns, and what was said of their pictures before."""
+"""Folders, lists, patterns, and what was said of their images before."""
 
 import json
 import os

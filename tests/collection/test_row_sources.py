@@ -205,7 +205,7 @@ def test_several_files(folder):
 
 @pytest.fixture
 def data(folder):
-    """Three pictures with texts, as `datasets` has them."""
+    """Three images with texts, as `datasets` has them."""
     import datasets
 
     paths = [str(folder / name) for name in ("a.jpg", "b.jpg", "c.jpg")]

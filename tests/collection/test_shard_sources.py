@@ -210,7 +210,7 @@ def test_damage_is_a_problem_and_never_another_picture(tmp_path_factory, data):
     for record in found:
         if record.image is not None and record.key in "0123":
             ours, theirs = record.image, jpeg(int(record.key))
-            # A byte within a picture itself has no checksum in a tar file: its decoder has to find that.
+            # A byte within an image itself has no checksum in a tar file: its decoder has to find that.
             assert len(ours) == len(theirs)
             is_told = found[-1].key == "damaged.tar"
             assert is_told or sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 1

@@ -1,4 +1,4 @@
-"""Text files beside pictures: as trainers read them, and never one for two pictures."""
+"""Text files beside images: as trainers read them, and never one for two images."""
 
 import os
 import unicodedata

@@ -61,7 +61,7 @@ def captioned(
     journal: Path | None = None,
     **wording,
 ):
-    """The sinks, when all is written. ``source``: one, or the paths of pictures."""
+    """The sinks, when all is written. ``source``: one, or the paths of images."""
     beside = open_beside(outputs)
     if isinstance(source, list):
         source = Files(source, root=str(Path(source[0]).parent))

@@ -80,7 +80,7 @@ def test_another_encoder_and_other_pictures_are_refused(vision, shown, pictures,
 
 @pytest.mark.parametrize("earlier", [0, None])
 def test_other_pixels_of_the_same_files_are_seen_anew(vision, shown, tmp_path, earlier):
-    """When the reading of pictures has changed: colours, orientation."""
+    """When the reading of images has changed: colours, orientation."""
     frozen_features(vision, shown, tmp_path, "rows")
     about = json.loads((tmp_path / "rows.json").read_text())
     (tmp_path / "rows.json").write_text(json.dumps(about | {"pixels": earlier}))
@@ -129,7 +129,7 @@ def computed(vision, shown, folder) -> list[tuple[int, int]]:
 
 
 def replace_keeping_size_and_time(path):
-    """As ``cp -p`` or ``rsync -t`` of another picture leaves it."""
+    """As ``cp -p`` or ``rsync -t`` of another image leaves it."""
     before = os.stat(path)
     tiny.picture(77).save(path)
     assert os.path.getsize(path) <= before.st_size
@@ -140,7 +140,7 @@ def replace_keeping_size_and_time(path):
 def test_features_belong_to_the_content_and_not_to_the_name(vision, pictures, tmp_path):
     paths = [shutil.copy(path, tmp_path) for path in pictures[:3]]
     size = max(os.path.getsize(path) for path in paths) + 200
-    for path in paths:  # room for any picture, and what a picture's file may end with
+    for path in paths:  # room for any image, and what an image's file may end with
         os.truncate(path, size)
     shown = RowImages([Row(path) for path in paths], size=32, mean=CLIP_MEAN, std=CLIP_STD)
     before = frozen_features(vision, shown, tmp_path, "rows").read(np.arange(3))

@@ -1,4 +1,4 @@
-"""A folder gives all its pictures; nothing in it stops the others, is waited for, or is passed over without a word."""
+"""A folder gives all its images; nothing in it stops the others, is waited for, or is passed over without a word."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_pictures_that_this_installation_cannot_read_are_counted_with_the_remedy
     found = find_in([place("a.png", "b.heic", "within/c.HEIC")])
     assert found.skipped_files() == "skipped in folders: 2 images (pip install pillow-heif reads them)"
     assert not found.is_complete
-    assert find_in([place() + "/within"]).problems == []  # there are pictures in it
+    assert find_in([place() + "/within"]).problems == []  # there are images in it
 
 
 def test_what_should_be_a_picture_and_is_none_is_named_and_not_opened(place, monkeypatch):

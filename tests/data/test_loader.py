@@ -1,4 +1,4 @@
-"""The order of rows, pictures that are shared, and batches made ahead."""
+"""The order of rows, images that are shared, and batches made ahead."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""A folder of pictures to change, models to see them with, and indexes of vectors that no model made."""
+"""A folder of images to change, models to see them with, and indexes of vectors that no model made."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def other_matcher(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path, pictures) -> Path:
-    """Eight pictures, three of them in a folder within."""
+    """Eight images, three of them in a folder within."""
     folder = tmp_path / "photos"
     (folder / "within").mkdir(parents=True)
     for number, path in enumerate(pictures):

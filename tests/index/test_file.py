@@ -123,7 +123,7 @@ def made_to_search(path, seed=0) -> Index:
 
 
 def found_in(path) -> tuple:
-    """All that is found: of a text, of a picture, near duplicates."""
+    """All that is found: of a text, of an image, near duplicates."""
     index, query_L = Index.open(path), F.normalize(torch.arange(8.0), dim=0)
     near = nearest(index._stored.rows, query_L, 3)
     like = nearest(index._stored.rows.viewed(1, 16), query_L.repeat(2), 3, length=2**0.5)

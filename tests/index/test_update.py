@@ -263,13 +263,13 @@ def test_stopped_at_a_write_and_finished(index, photos, matcher, small_shards, m
 
 
 def test_what_was_done_is_kept_by_time_too(index, photos, matcher, monkeypatch):
-    """Each picture by itself where one takes longer than may be lost; the index is the same."""
+    """Each image by itself where one takes longer than may be lost; the index is the same."""
     made = index.with_name("made.index")
     blip2.Index.update(made, photos, matcher)
     module = sys.modules[update.__module__]
     clock = itertools.count(0, 20)  # seconds, each time somebody looks
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr("blip2.tasks.see.CACHE_BYTES", 1)  # the pictures of a batch one after the other
+    monkeypatch.setattr("blip2.tasks.see.CACHE_BYTES", 1)  # the images of a batch one after the other
     kept, add = [], Unfinished.add
     monkeypatch.setattr(Unfinished, "add", lambda *arguments: kept.append(len(arguments[2])) or add(*arguments))
     encode, encoded = matcher.frontend._encode_pixels, []

@@ -25,7 +25,7 @@ import functools
 from blip2.serve import fetch
 fetch.Fetcher = functools.partial(fetch.Fetcher, is_allowed=lambda address: True, ports=({port},))
 """
-"""A server that fetches pictures from a port of this machine, which others never do."""
+"""A server that fetches images from a port of this machine, which others never do."""
 GAUGES = ("blip2_rows", *(f"blip2_requests_{name}" for name in ("running", "waiting", "in_house")))
 
 

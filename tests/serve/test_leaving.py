@@ -95,7 +95,7 @@ def test_an_error_in_one_request_is_its_own(tiny_models) -> None:
     plain = pipeline.frontend.encode
 
     def encode(pixels):
-        if any(float(each.mean()) > 1.5 for each in pixels):  # the white picture
+        if any(float(each.mean()) > 1.5 for each in pixels):  # the white image
             raise RuntimeError("this picture is cursed")
         return plain(pixels)
 

@@ -13,7 +13,7 @@ from tests.serve.conftest import PICTURES, serving, user
 
 
 def test_an_answer_of_no_numbers_is_an_error_of_its_own(tiny_models) -> None:
-    """A picture that the model sees as NaN, among others that are answered in the same batch."""
+    """An image that the model sees as NaN, among others that are answered in the same batch."""
     frontend = tiny_models.pipeline.frontend
     plain, bad = frontend._encode_pixels, frontend.pixels(PICTURES[1])
 

@@ -32,7 +32,7 @@ def body(picture: bytes = PNG) -> bytes:
 
 
 def slow_jpeg() -> bytes:
-    """A flat picture of 25 million pixels, of which each of the last scans goes over all of them again."""
+    """A flat image of 25 million pixels, of which each of the last scans goes over all of them again."""
     Image.new("L", (5000, 5000), 99).save(content := io.BytesIO(), "JPEG", progressive=True)
     scans = content.getvalue().removesuffix(b"\xff\xd9")
     return scans + scans[scans.rindex(b"\xff\xda") :] * 88 + b"\xff\xd9"

@@ -1,4 +1,4 @@
-"""A picture is encoded once, however many ask about it."""
+"""An image is encoded once, however many ask about it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_second_question_skips_the_image_encoder(models, tmp_path) -> None:
                 server.metric("blip2_image_cache_misses_total"),
             )
             assert (hits, misses, server.metric("blip2_images_encoded_total")) == (0, 1, 1)
-            # The same pixels in another file are the same picture.
+            # The same pixels in another file are the same image.
             Image.open(PICTURES[0]).save(tmp_path / "same.png", compress_level=0)
             server.chat(user("how many dogs are there?", tmp_path / "same.png"))
             server.http.post("/caption", files={"image": PICTURES[0].read_bytes()})

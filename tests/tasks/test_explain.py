@@ -1,4 +1,4 @@
-"""Where a model looks: the gradient is the slope of the score, and the map belongs to the picture and the text."""
+"""Where a model looks: the gradient is the slope of the score, and the map belongs to the image and the text."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_damage_in_the_language_model(pipe, way):
     with pytest.raises(NotFiniteError, match=r"_norm.weight .in files: language_model") as raised:
         SPOKEN[way](pipe, image)
     assert "the model is damaged, download it again" in str(raised.value) and "\n" not in str(raised.value)
-    assert not isinstance(raised.value, ImageError)  # the picture is as good as others
+    assert not isinstance(raised.value, ImageError)  # the image is as good as others
 
 
 @pytest.mark.parametrize("way", SPOKEN)

@@ -120,7 +120,7 @@ def row_set(tmp_path, matching_model):
 
 @pytest.mark.parametrize("augment", ["true", '"randaugment"'])
 def test_processes_that_share_a_batch_read_what_one_would(row_set, tmp_path, augment):
-    """Also where a picture cannot be read, and pictures are augmented."""
+    """Also where an image cannot be read, and images are augmented."""
     members = [member for number in range(9) for member in sample(number, txt=f"dog {number}")]
     members[4] = (members[4][0], b"no picture")
     tar(tmp_path / "a.tar", dict(members))
