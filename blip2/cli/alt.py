@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--remote", is_flag=True, help="Also download images from the web.")
 @click.option("--include-weak", is_flag=True, help='Also list images with a useless text: a file name, "image".')
 @click.option("--approve-all", is_flag=True, help="Mark every proposed text as approved. Read them anyway.")
-@click.option("--restart", is_flag=True, help="Start again and overwrite the earlier report with your edits.")
+@click.option("--restart", is_flag=True, help="Start again; the earlier report, with your edits, is overwritten.")
 @click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to search subfolders for pages.  "
               "[default: yes]")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Skip files and folders with this name or path. "

@@ -41,9 +41,9 @@ int omp_get_num_threads(void);
 #define SIMD(clauses) PRAGMA(omp simd clauses)
 #define INLINE static inline __attribute__((always_inline))
 #define TILE 32
-#define ROWS 4      /* rows of activations that meet a tile at a time */
-#define LEAST 4e-37f /* a row of activations that are all smaller counts as zeros: 127 / largest would be infinite */
-#define AHEAD 16384 /* bytes between the weights in use and those being fetched: memory answers slowly */
+#define ROWS 4      /* rows of activations multiplied by a tile at a time */
+#define LEAST 4e-37f /* a row whose values are all smaller counts as zeros: 127 / largest would be infinite */
+#define AHEAD 16384 /* prefetch distance in bytes */
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -87,10 +87,10 @@ INLINE float split_typed(const void *row, const int type, long width, long padde
     for (long k = 0; k < width; k++) {
         float x = load(row, k, type), size = fabsf(x);
         largest = size > largest ? size : largest;
-        poison += x - x; /* 0, unless x is infinite or not a number: then so is the step */
+        poison += x - x; /* 0, unless x is infinite or NaN: then the step is, too */
     }
     long groups = padded / group;
-    if (poison != 0) { /* nothing here can be an integer, and the step says so */
+    if (poison != 0) { /* not finite: nothing can be quantised, and the step is not finite either */
         memset(high, 0, padded), memset(low, 0, padded), memset(sums, 0, 2 * groups * sizeof *sums);
         return poison;
     }
@@ -210,7 +210,7 @@ INLINE int quantize_typed(const void *weight, const int type, long channels, lon
             for (long k = 0; k < known; k++) {
                 float value = load(weight, c * width + g * group + k, type), size = fabsf(value);
                 largest = size > largest ? size : largest;
-                poison += value - value; /* 0, unless the value is infinite or not a number */
+                poison += value - value; /* 0, unless the value is infinite or NaN */
                 values[k] = value;
             }
             if (poison != 0) {
@@ -326,7 +326,7 @@ AVX2 INLINE void rows_avx2(const int8_t *planes, const int32_t *sums, long padde
         for (long k = g * group; k < (g + 1) * group; k += 32) {
             const long left = ((g + 1) * group - k) / 4, steps = bits == 4 ? 4 : left < 8 ? left : 8;
             const uint8_t *bytes = codes + k * bits / 32 * TILE * 4;
-            int32_t x[ROWS][2][2][8]; /* fours of activations: the two parts that a step's codes meet */
+            int32_t x[ROWS][2][2][8]; /* groups of four activations, in two parts */
             for (int r = 0; r < rows; r++)
                 for (int p = 0; p < 2; p++) {
                     __m256i all = _mm256_loadu_si256((const __m256i *)(planes + p * plane + r * padded + k));
@@ -388,7 +388,7 @@ AVX2 INLINE void rows_avx2(const int8_t *planes, const int32_t *sums, long padde
 #define PRODUCT(name, target) \
     target static void product_##name(const int8_t *planes, const int32_t *sums, long padded, long plane, long group, \
                                       int rows, int bits, const uint8_t *codes, const uint16_t *scales, float *out) { \
-        switch (rows * 8 + bits) { /* each a loop of its own, with everything in registers */ \
+        switch (rows * 8 + bits) { /* a separate loop for each, with everything in registers */ \
             case 1 * 8 + 4: ROWS_OF(name, 1, 4); break; \
             case 2 * 8 + 4: ROWS_OF(name, 2, 4); break; \
             case 3 * 8 + 4: ROWS_OF(name, 3, 4); break; \
@@ -671,8 +671,8 @@ int blip2_linear(const void *x, int type, long rows, long width, long padded, lo
     return 0;
 }
 
-/* ---- images: with so many rows the time is that of the arithmetic. Activations are quantised to 7 bits, one plane, and
- * a band of rows is multiplied by one tile at a time. There is only code for CPUs with byte dot products; others
+/* ---- images: with so many rows the time is that of the arithmetic. Activations are quantised to 7 bits, one plane,
+ * and a band of rows is multiplied by one tile at a time. There is only code for CPUs with byte dot products; others
  * are as fast in float32, see quantized.py ---- */
 
 #define BAND 13 /* rows whose sums fill the registers; 257, the tokens of a picture, are 20 bands but for 3 rows */
@@ -747,7 +747,7 @@ VNNI INLINE void finish_band(const Layer *layer, int32_t sums[BAND][TILE], const
     if (layer->bias) memcpy(bias, layer->bias + channel, some * sizeof *bias);
     for (long r = 0; r < rows; r++) {
         float values[TILE], step = steps[r];
-        uint32_t zero = 128 * (uint32_t)row_sums[r]; /* sums may wrap around before it is taken away, not after */
+        uint32_t zero = 128 * (uint32_t)row_sums[r]; /* sums may wrap around before the subtraction, not after it */
         SIMD()
         for (int c = 0; c < TILE; c++) {
             float value = (float)(int32_t)((uint32_t)sums[r][c] - zero) * scales[c] * step + bias[c];
@@ -835,7 +835,7 @@ int blip2_attend(const void *query, const void *keys, const void *values, const 
     return failed;
 }
 
-/* Root-mean-square norm of rows: out = weight * (x / rms(x)), rounded to the type before the multiplication, as in T5. */
+/* Root-mean-square norm of rows: out = weight * (x / rms(x)), rounded to the type before multiplying, as in T5. */
 void blip2_rms_norm(const void *x, const void *weight, int type, long rows, long width, float eps, void *out) {
     for (long r = 0; r < rows; r++) {
         if (type == BFLOAT16) rms_norm_row(x, weight, BFLOAT16, r * width, width, eps, 0, out);

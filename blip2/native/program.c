@@ -33,8 +33,8 @@ typedef struct {
 /* A tensor that is not a buffer: [rows, heads, slots, numbers], strides in elements; 0 where all share one value. */
 typedef struct {
     void *data;
-    long row, head, slot;  /* from one to the next */
-    long slots, length;    /* how many, of how many numbers each */
+    long row, head, slot;  /* stride from one to the next */
+    long slots, length;    /* number of slots, and of numbers in each */
 } Plane;
 
 typedef struct {
@@ -43,8 +43,8 @@ typedef struct {
     const long *widths; /* of each buffer */
     long buffers;
     const Plane *planes;
-    const int64_t *positions; /* of each row's token: the slot that it takes */
-    void *x;                  /* the first buffer: what goes in, and what comes out */
+    const int64_t *positions; /* the slot of each row's token */
+    void *x;                  /* the first buffer: input and output */
     long type, rows;
 } Run;
 
@@ -62,7 +62,7 @@ INLINE void add_typed(const void *x, void *y, const int type, long begin, long e
 
 INLINE float rounded(float value, const int type) { return type == BFLOAT16 ? from_bfloat16(to_bfloat16(value)) : value; }
 
-/* Numbers i and i + size / 2 of a head are a point that is rotated; the sines of the first half are negative. */
+/* Numbers i and i + size / 2 of a head are a point that is rotated; sines of the first half are negative. */
 INLINE void turn_typed(void *x, const int type, long at, long size, const void *cos, long at_cos, const void *sin,
                        long at_sin) {
     long half = size / 2;
@@ -165,7 +165,7 @@ static void operate(const Run *run, const Operation *op, int is_first, long begi
             case WRITE: {
                 const Plane *plane = run->planes + n[4];
                 long row = i / n[2], head = i % n[2];
-                if (run->positions[row] < 0 || run->positions[row] >= plane->slots) break; /* no memory of ours */
+                if (run->positions[row] < 0 || run->positions[row] >= plane->slots) break; /* outside of our memory */
                 long at = row * plane->row + head * plane->head + run->positions[row] * plane->slot;
                 memcpy((char *)plane->data + at * size, (char *)from + (row * width + n[0] + head * n[1]) * size,
                        n[3] * size);
