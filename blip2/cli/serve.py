@@ -101,8 +101,8 @@ LIMITS = (
                  "[default: 1024]"),
     click.option("--max-rows", type=int, help="Maximum sequences in the running batch; each beam is one.  "
                  "[default: 64]"),
-    click.option("--deadline", "deadline_s", type=float, help="Seconds after which an unfinished answer fails with 504.  "
-                 "[default: 120]"),
+    click.option("--deadline", "deadline_s", type=float, help="Seconds after which an unfinished answer fails "
+                 "with 504.  [default: 120]"),
     click.option("--body-timeout", "body_s", type=float, help="Seconds for a request to arrive.  [default: 30]"),
     click.option("--shutdown-timeout", "shutdown_s", type=float, help="Seconds to finish running requests after a stop "
                  "signal.  [default: 30]"),

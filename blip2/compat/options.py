@@ -194,11 +194,11 @@ def is_watched(asked: Mapping[str, Any], how: Decoding) -> bool:
     )
 
 
-def _most(asked: Mapping[str, Any], prompt_length: int, room: int | None) -> Any:
+def _most(asked: Mapping[str, Any], prompt_length: int, num_left: int | None) -> Any:
     if "max_new_tokens" in asked:
         return asked["max_new_tokens"]
     if "max_length" not in asked:
-        return NEW_TOKENS if room is None else max(1, min(NEW_TOKENS, room))
+        return NEW_TOKENS if num_left is None else max(1, min(NEW_TOKENS, num_left))
     if asked["max_length"] <= prompt_length:
         raise OptionError(
             f"max_length is {asked['max_length']}, which includes the prompt of {prompt_length} tokens, "

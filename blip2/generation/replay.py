@@ -102,7 +102,8 @@ class Replay:
 
 
 class Record:
-    """A recorded step for states of one room. ``guest``: weak reference to the state that lives in it."""
+    """A recorded step for states of equal `fixed_sizes`. ``state_ref``: weak reference to the state that is settled in
+    its memory."""
 
     def __init__(self, state: Resident, record: Callable[[Step], Step]) -> None:
         self.state_ref: Callable[[], Resident | None] = lambda: None

@@ -65,7 +65,7 @@ class T5State:
 
     @property
     def fixed_sizes(self) -> tuple[int, ...]:
-        """See `KVCache.room`."""
+        """See `KVCache.fixed_sizes`."""
         return *self.cache.fixed_sizes, rounded_up(self.encoded.mask_B11P.shape[-1])
 
     def fixed(self) -> T5State:

@@ -1,4 +1,4 @@
-"""Output formats. Each file of this room is one format, or a few of one kind.
+"""Output formats. Each file of this package is one format, or a few of one kind.
 
     beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each image, or in it
     source = View(open_source(...), beside)           their existing content is the images' old text
