@@ -40,7 +40,7 @@ class Listed:
     def records(self, unit: Unit) -> Iterator[Record]:
         yield from self._records[unit.start : unit.stop]
 
-    def told(self) -> dict:
+    def description(self) -> dict:
         return {}
 
 
