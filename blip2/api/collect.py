@@ -343,6 +343,6 @@ def planned_run(
     request = Request.of(
         [os.fspath(place) for place in places],
         {**options, "output": os.fspath(output) if output is not None else "", "constants": constants},
-        description=identity, **view,
+        identity=identity, **view,
     )  # fmt: skip
     return planned(request)

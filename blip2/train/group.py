@@ -318,8 +318,7 @@ def joined(
         raise OtherProcessFailed(str(error)) from error
     except Exception as error:
         if not _should_report(store, error):
-            message = f"process {group.rank} of {group.size} ended because another process failed"
-            raise OtherProcessFailed(message) from error
+            raise OtherProcessFailed(f"process {group.rank} of {group.size}: another process failed") from error
         if isinstance(error, ProcessLost):
             raise
         process_name = f"process {group.rank} of {group.size}"
