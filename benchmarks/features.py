@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from blip2 import checkpoint
-from blip2.data import Pictures, frozen_features, read_rows
+from blip2.data import RowImages, frozen_features, read_rows
 from blip2.train.check import gather
 from blip2.train.prepare import prepare
 from blip2.train.recipes import load_recipe
@@ -64,7 +64,7 @@ def errors(rows: Path, folder: Path, dtype: str) -> tuple[int, float, float]:
     start = checkpoint.resolve(STARTS[1])
     model = checkpoint.load(start, dtype=torch.float32)
     settings = asdict(checkpoint.image_settings(start, model.config))
-    shown = Pictures(read_rows([rows]), **settings)
+    shown = RowImages(read_rows([rows]), **settings)
     file = frozen_features(model.vision, shown, folder / "features", "errors", dtype=dtype)  # type: ignore[arg-type]
     found = []
     for number in range(len(shown)):

@@ -41,10 +41,10 @@ def pictures(number: int) -> list[Image.Image]:
 
 
 def ours(folder: str, side: str) -> tuple[nn.Module, Any]:
-    """The model and its eye."""
+    """The model and its image frontend."""
     keywords = {"dtype": "bfloat16", "vision": "int8"} if side == "int8" else {"dtype": side}
     loaded = blip2.load(folder, device="cpu", **keywords)
-    return loaded.model if hasattr(loaded, "model") else loaded.speaker.model, loaded.eye
+    return loaded.model if hasattr(loaded, "model") else loaded.speaker.model, loaded.frontend
 
 
 def reference(folder: str) -> tuple[nn.Module, Encode]:
@@ -83,11 +83,11 @@ def main() -> None:
         if side == "transformers":
             vision, encoders[side] = reference(args.folder)
         else:
-            model, eye = ours(args.folder, side)
+            model, frontend = ours(args.folder, side)
             vision = model.vision
             # As a batch of a collection is seen: so many images at a time as suit the processor.
-            encoders[side] = encoder_of(model, eye)
-            pixels = pixels or [eye.pixels(picture) for picture in pictures(max(*numbers, args.exact))]
+            encoders[side] = encoder_of(model, frontend)
+            pixels = pixels or [frontend.pixels(picture) for picture in pictures(max(*numbers, args.exact))]
         taken_s = time.perf_counter() - started
         print(f"{side}: loaded in {taken_s:.1f} s, image encoder {size(vision):.2f} GB", flush=True)
     with torch.inference_mode():
@@ -98,9 +98,9 @@ def main() -> None:
             measure(encoders, pixels[:number], args.rounds)
 
 
-def encoder_of(model: Any, eye: Any) -> Encode:
+def encoder_of(model: Any, frontend: Any) -> Encode:
     def encode(pixels: list[Tensor]) -> Tensor:
-        at_a_time = eye.images_at_a_time
+        at_a_time = frontend.images_at_a_time
         some = [torch.stack(pixels[start : start + at_a_time]) for start in range(0, len(pixels), at_a_time)]
         patches = (model.vision(each).to(model.qformer.query_tokens.dtype) for each in some)
         return torch.cat([model.qformer(image_BPD=each).hidden_BSD for each in patches])

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from blip2.disk import Stamp, stamp_of
 from blip2.index import Index
 from blip2.index.duplicates import groups
-from blip2.index.file import Origin, Picture, crc32_of, write
+from blip2.index.file import IndexedImage, Origin, crc32_of, write
 from blip2.index.search import nearest
 
 NUM_QUERIES, WIDTH = 32, 256
@@ -54,7 +54,7 @@ def write_random(path: Path, paths: list[str]) -> None:
     """An index of random vectors. What is in the files does not matter, but they may exist."""
     # Written twice over, since the checksums of the vectors stand before them: never are all of them in memory.
     pictures = [
-        Picture(name, stamp_of(name) or Stamp(1, 1), crc32_of(vectors_QD))
+        IndexedImage(name, stamp_of(name) or Stamp(1, 1), crc32_of(vectors_QD))
         for name, vectors_QD in zip(paths, unit_vectors(len(paths)), strict=True)
     ]
     write(path, NOTHING, pictures, (NUM_QUERIES, WIDTH), unit_vectors(len(paths)))

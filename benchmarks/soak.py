@@ -32,7 +32,7 @@ import blip2  # noqa: E402
 from blip2.serve.service import Models  # noqa: E402
 from tests.serve import test_abuse as mixture  # noqa: E402
 from tests.serve.attacks import ATTACKS, SLOW_HOST_PORT  # noqa: E402
-from tests.serve.house import INNOCENT, House, Repeated, kill  # noqa: E402
+from tests.serve.server_process import INNOCENT, Repeated, ServerProcess, kill  # noqa: E402
 
 NUM_CLIENTS, NUM_ATTACKERS, NUM_ATTACKS = 8, 4, 24
 SHARE = 0.1
@@ -81,8 +81,8 @@ def attack(port: int, seed: int) -> None:
 
 
 class Soak:
-    def __init__(self, house: House, pool: list[Any], seconds: float, has_replicas: bool) -> None:
-        self.house, self.pool, self.seconds, self.has_replicas = house, pool, seconds, has_replicas
+    def __init__(self, server: ServerProcess, pool: list[Any], seconds: float, has_replicas: bool) -> None:
+        self.server, self.pool, self.seconds, self.has_replicas = server, pool, seconds, has_replicas
         self.chance = random.Random(1)
         self.statuses: dict[str, Counter[str]] = defaultdict(Counter)
         self.times_s: list[float] = []
@@ -93,12 +93,12 @@ class Soak:
 
     async def run(self, attackers: list[subprocess.Popen[str]]) -> None:
         transport = httpx.AsyncHTTPTransport(local_address=INNOCENT, limits=httpx.Limits(max_connections=64))
-        url = f"http://127.0.0.1:{self.house.port}"
+        url = f"http://127.0.0.1:{self.server.port}"
         async with httpx.AsyncClient(base_url=url, transport=transport, timeout=130) as http:
             await asyncio.gather(*(self._client(http, attackers) for _ in range(NUM_CLIENTS)))
 
     async def _client(self, http: httpx.AsyncClient, attackers: list[subprocess.Popen[str]]) -> None:
-        client = mixture.Client(http, "127.0.0.1", self.house.port)
+        client = mixture.Client(http, "127.0.0.1", self.server.port)
         while time.monotonic() < self.began_s + self.seconds:
             draw = self.chance.random()
             if draw < SHARE:
@@ -133,10 +133,10 @@ class Soak:
             self.wrong.append(f"{now_s - self.began_s:.0f} s: {case.kind}: {problem[:300]}")
 
 
-def replicas(house: House) -> list[int]:
+def replicas(server: ServerProcess) -> list[int]:
     """Ray names their processes."""
     found = []
-    for process in house.processes():
+    for process in server.processes():
         try:
             name = Path(f"/proc/{process}/cmdline").read_bytes()
         except OSError:
@@ -167,16 +167,16 @@ def main() -> None:
     arguments = ["--cache-entries", "32"]
     if args.replicas:
         arguments += ["--engine", "ray", "--replicas", str(args.replicas)]
-    with House(*arguments, fetches_from=None if args.replicas else SLOW_HOST_PORT, ready_s=240) as house:
-        soak = Soak(house, pool, 30, False)
+    with ServerProcess(*arguments, fetches_from=None if args.replicas else SLOW_HOST_PORT, ready_s=240) as server:
+        soak = Soak(server, pool, 30, False)
         asyncio.run(soak.run([subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)]))
         assert not soak.wrong, soak.wrong[:5]
         print(f"alone: {quantiles(soak.times_s)}, {len(soak.times_s)} requests in 30 s", flush=True)
         alone = quantiles(soak.times_s)
         soak.times_s.clear()
         time.sleep(4)
-        rest = house.taken()
-        commands = [[sys.executable, __file__, "attack", str(house.port), str(seed)] for seed in range(NUM_ATTACKERS)]
+        rest = server.taken()
+        commands = [[sys.executable, __file__, "attack", str(server.port), str(seed)] for seed in range(NUM_ATTACKERS)]
         attackers = [
             subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                              env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -187,20 +187,20 @@ def main() -> None:
             assert (line := attacker.stdout.readline()) == "begun\n", (line, attacker.poll())
 
         def health() -> str | None:
-            status, _ = house.ask("GET", "/health", timeout_s=30, address=INNOCENT)
+            status, _ = server.ask("GET", "/health", timeout_s=30, address=INNOCENT)
             return None if status == 200 else f"/health says {status}"
 
-        soak = Soak(house, pool, 60 * args.minutes, bool(args.replicas))
+        soak = Soak(server, pool, 60 * args.minutes, bool(args.replicas))
         curve: list[dict[str, Any]] = []
         killed: list[str] = []
 
         def watch() -> None:
             now_s = time.monotonic() - soak.began_s
-            curve.append({"s": round(now_s), **{name: round(each, 1) for name, each in asdict(house.taken()).items()}})
-            if now_s > KILL_S * (1 + killed.count("reader")) - KILL_S / 2 and (found := house.readers()):
+            curve.append({"s": round(now_s), **{name: round(each, 1) for name, each in asdict(server.taken()).items()}})
+            if now_s > KILL_S * (1 + killed.count("reader")) - KILL_S / 2 and (found := server.readers()):
                 kill(random.choice(found))
                 killed.append("reader")
-            if args.replicas and "replica" not in killed and now_s > soak.seconds / 2 and (found := replicas(house)):
+            if args.replicas and "replica" not in killed and now_s > soak.seconds / 2 and (found := replicas(server)):
                 soak.deaths_s.append(time.monotonic())
                 kill(found[0])
                 killed.append("replica")
@@ -216,7 +216,7 @@ def main() -> None:
             for name, counts in json.loads(attacker.stdout.readline()).items():
                 attacks[name].update(counts)
             attacker.wait()
-        after, back_s, left = house.at_rest(rest, 90)
+        after, back_s, left = server.at_rest(rest, 90)
         found = {
             "minutes": args.minutes, "replicas": args.replicas, "cores": os.cpu_count(),
             "requests": {kind: dict(counts) for kind, counts in sorted(soak.statuses.items())},

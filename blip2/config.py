@@ -261,7 +261,7 @@ class DecoderConfig:
     """Layers with the sliding window; empty: none."""
     window_rotary: Rotary | None = None
     """Rotary embedding of these layers, if different (Gemma 3)."""
-    unturned_layers: tuple[bool, ...] = ()
+    layers_without_rotary: tuple[bool, ...] = ()
     """Layers without position embedding (SmolLM3); empty: none."""
     attention_scale: float | None = None
     """Scale of attention scores; 1/sqrt(head_size) by default."""

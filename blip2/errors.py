@@ -34,14 +34,15 @@ def in_python(name: str, value: str | None) -> str:
 class Blip2Error(ValueError):
     """Invalid input. The command line prints this line without a traceback.
 
-    The message may contain `option` and `setting`, which are written as in Python unless `told` gets another spelling.
+    The message may contain `option` and `setting`. They are written as in Python; `message_with` takes another
+    spelling.
     """
 
     def __init__(self, message: str = "") -> None:
         self._message = message
-        super().__init__(self.told(in_python))
+        super().__init__(self.message_with(in_python))
 
-    def told(self, spelling: Spelling) -> str:
+    def message_with(self, spelling: Spelling) -> str:
         """The message, with its options formatted by ``spelling``."""
         return MARKED.sub(lambda found: spelling(found[1], found[2]), self._message)
 

@@ -163,7 +163,7 @@ class KVCache:
         self._longest = 0  # over all rows, known without asking the device
         self._is_even = True  # whether all rows have the same length
         self._is_fixed = False  # whether its memory never moves, so that steps can be recorded
-        self._is_guest = False  # whether its memory belongs to another cache
+        self._is_view = False  # whether its memory belongs to another cache
 
     @property
     def capacity(self) -> int:
@@ -215,7 +215,7 @@ class KVCache:
         spare: Tensor | None = self._spare
         for layers in (self.keys, self.values):
             for layer, old in enumerate(layers):
-                if spare is None or self._is_guest or not _has_room(spare, old, len(rows_N)):
+                if spare is None or self._is_view or not _has_space(spare, old, len(rows_N)):
                     spare = old.new_empty(len(rows_N), *old.shape[1:])
                     spare[:, :, self._longest :] = 0
                 # Slots beyond all rows are not copied; they are read with weight 0, so any finite value will do.
@@ -224,8 +224,8 @@ class KVCache:
                     old.narrow(2, 0, self._longest), 0, rows_N.to(old.device), out=new.narrow(2, 0, self._longest)
                 )
                 layers[layer], spare = new, old
-        self._spare = None if self._is_guest else spare
-        self._is_guest = False
+        self._spare = None if self._is_view else spare
+        self._is_view = False
         have_left = len(rows_N) < len(self.lengths_B)
         self.lengths_B = self.lengths_B[rows_N]
         if have_left and not self._is_even:  # perhaps the longest; not computed at each step of beam search
@@ -241,7 +241,7 @@ class KVCache:
         for own, their in ((self.keys, other.keys), (self.values, other.values)):
             for layer, (here, there) in enumerate(zip(own, their, strict=True)):
                 own[layer] = torch.cat([_widened(here, capacity), _widened(there, capacity)])
-        self._spare, self._is_guest = None, False
+        self._spare, self._is_view = None, False
         self.lengths_B = torch.cat([self.lengths_B, other.lengths_B])
         self._is_even = self._is_even and other._is_even and self._longest == other._longest
         self._longest = max(self._longest, other._longest)
@@ -256,19 +256,20 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Approximate size of a fixed cache."""
-        return sum(part.nbytes for part in (*self.keys, *self.values)) * self.room[0] // len(self.lengths_B)
+        return sum(part.nbytes for part in (*self.keys, *self.values)) * self.fixed_sizes[0] // len(self.lengths_B)
 
     @property
-    def room(self) -> tuple[int, ...]:
+    def fixed_sizes(self) -> tuple[int, ...]:
         """Rows and slots, rounded up: caches with equal values fit into the same fixed one."""
         return 1 << (len(self.lengths_B) - 1).bit_length(), rounded_up(self.capacity)
 
     def fixed(self) -> KVCache:
-        """An empty fixed cache with this one's `room`. A step only changes its tensors in place: each row is written at
-        its length and attends to all its filled slots."""
+        """An empty fixed cache with this one's `fixed_sizes`. A step only changes its tensors in place: each row is
+        written at its length and attends to all its filled slots."""
         new = copy(self)
-        new.keys, new.values = ([fixed_like(old, *self.room) for old in part] for part in (self.keys, self.values))
-        new.lengths_B = self.lengths_B.new_zeros(self.room[0])
+        sizes = self.fixed_sizes
+        new.keys, new.values = ([fixed_like(old, *sizes) for old in part] for part in (self.keys, self.values))
+        new.lengths_B = self.lengths_B.new_zeros(sizes[0])
         new._is_fixed = True
         return new
 
@@ -278,12 +279,12 @@ class KVCache:
         rows = len(self.lengths_B)
         for own, their in ((self.keys, home.keys), (self.values, home.values)):
             settle(own, their, self._longest)
-        self._spare, self._is_guest = None, True
+        self._spare, self._is_view = None, True
         lengths_B = self.lengths_B.clone()
         home.lengths_B.zero_()[:rows] = lengths_B
         self.lengths_B = home.lengths_B[:rows]
 
-    def lives_in(self, home: KVCache) -> bool:
+    def is_view_of(self, home: KVCache) -> bool:
         return _is_part(self.keys[0], home.keys[0]) and _is_part(self.lengths_B, home.lengths_B)
 
     def count_step(self) -> None:
@@ -291,12 +292,12 @@ class KVCache:
         self._longest += 1
 
 
-ROOM = 32
+SLOTS_STEP = 32
 
 
 def rounded_up(number: int) -> int:
     """Rounded up to a multiple of `ROOM`."""
-    return -(-number // ROOM) * ROOM
+    return -(-number // SLOTS_STEP) * SLOTS_STEP
 
 
 def fixed_like(old_BHSD: Tensor, rows: int, slots: int) -> Tensor:
@@ -318,7 +319,7 @@ def _is_part(tensor: Tensor, home: Tensor) -> bool:
     return tensor.data_ptr() == home.data_ptr()
 
 
-def _has_room(spare: Tensor, like: Tensor, num_rows: int) -> bool:
+def _has_space(spare: Tensor, like: Tensor, num_rows: int) -> bool:
     """Whether ``spare`` has space for ``num_rows`` rows shaped like ``like``."""
     return len(spare) >= num_rows and spare.shape[1:] == like.shape[1:] and spare.device == like.device
 

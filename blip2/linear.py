@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
-WORTH_IT = 2**20
+MIN_PACKED_WEIGHTS = 2**20
 """With fewer weights than this, in fp32, a product with one row is slower with packed weights."""
 
 ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -129,7 +129,7 @@ def is_worth_packing(dtype: torch.dtype, num_weights: int) -> bool:
         return False
     if dtype == torch.bfloat16:
         return num_weights > 0 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32 and num_weights >= max(WORTH_IT, 1)
+    return dtype == torch.float32 and num_weights >= max(MIN_PACKED_WEIGHTS, 1)
 
 
 def _can_be_packed(weight_ND: Tensor) -> bool:
@@ -241,13 +241,13 @@ class Weight(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
         if id(self) not in memo:
-            twin = self._of(self.numbers.copy(), self, self.requires_grad)
-            memo[id(self)] = twin
+            copied = self._of(self.numbers.copy(), self, self.requires_grad)
+            memo[id(self)] = copied
             if self.grad is not None:
-                twin.grad = self.grad.clone()
-        twin = memo[id(self)]
-        assert isinstance(twin, Weight)
-        return twin
+                copied.grad = self.grad.clone()
+        copied = memo[id(self)]
+        assert isinstance(copied, Weight)
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         keeps_plain = self.numbers._keeps_plain
@@ -276,10 +276,10 @@ class Weight(nn.Parameter):
         if isinstance(data, Weight) and data.numbers is self.numbers:
             return
         plain = data.numbers.shared() if isinstance(data, Weight) else data.detach()
-        twin = self._of(Numbers(plain), plain, False)
+        copied = self._of(Numbers(plain), plain, False)
         with torch._C.DisableTorchFunctionSubclass():
-            _SET_DATA(self, twin)
-        self.numbers = twin.numbers
+            _SET_DATA(self, copied)
+        self.numbers = copied.numbers
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

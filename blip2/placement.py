@@ -143,13 +143,13 @@ def plan(
         return whole(device, f"{device}, as requested")
     if free_bytes is None:
         return whole(CPU, "there is no GPU")
-    room = int(free_bytes * (1 - RESERVED_SHARE)) - RESERVED_BYTES
-    is_free = f"{gpu} has {_size(free_bytes)} free, {_size(max(room, 0))} of them for weights"
-    if sum(sizes(gpu, dtype).values()) <= room:
+    num_free_bytes = int(free_bytes * (1 - RESERVED_SHARE)) - RESERVED_BYTES
+    is_free = f"{gpu} has {_size(free_bytes)} free, {_size(max(num_free_bytes, 0))} of them for weights"
+    if sum(sizes(gpu, dtype).values()) <= num_free_bytes:
         return whole(gpu, f"{is_free}: everything fits")
     common = torch.float32 if dtype == torch.float32 else torch.bfloat16
     wanted = sizes(gpu, common)
-    on_gpu = _as_many_as_fit(wanted, room)
+    on_gpu = _as_many_as_fit(wanted, num_free_bytes)
     if not on_gpu:
         return whole(CPU, f"{is_free}: no part of the model fits")
     reason = f"{is_free}: the rest stays on the CPU, which computes it"
@@ -238,7 +238,7 @@ def _sizes(model: nn.Module, precision: Precision) -> dict[str, int]:
             dtype = tensor.dtype if isinstance(module, QuantizedLinear) else precision.of(name)
             piece = _piece_of(name)
             found[piece] = found.get(piece, 0) + tensor.numel() * dtype.itemsize
-    return dict(sorted(found.items(), key=lambda item: _worth(item[0])))
+    return dict(sorted(found.items(), key=lambda item: _priority(item[0])))
 
 
 def _piece_of(name: str) -> str:
@@ -249,19 +249,19 @@ def _piece_of(name: str) -> str:
     return words[0] if words[0] in (VISION, LANGUAGE) else REST
 
 
-def _worth(piece: str) -> tuple[int, int]:
+def _priority(piece: str) -> tuple[int, int]:
     stem, _, number = piece.rpartition(".")
     return (ORDER.index(stem), int(number)) if stem else (ORDER.index(piece), 0)
 
 
-def _as_many_as_fit(sizes: dict[str, int], room: int) -> list[str]:
+def _as_many_as_fit(sizes: dict[str, int], num_free_bytes: int) -> list[str]:
     """The pieces for the GPU: each one that still fits, by priority; layers only if the rest of the language model
     fits."""
     chosen: list[str] = []
     for name, num_bytes in sizes.items():
-        if num_bytes <= room and not (name.startswith(LAYERS) and LANGUAGE not in chosen):
+        if num_bytes <= num_free_bytes and not (name.startswith(LAYERS) and LANGUAGE not in chosen):
             chosen.append(name)
-            room -= num_bytes
+            num_free_bytes -= num_bytes
     return chosen
 
 

@@ -98,7 +98,7 @@ class QuantizedLinear(nn.Module):
         """``float[..., D]`` to ``float[..., N]``, optionally followed by a GELU. Gradients reach x, not the weights."""
         if self.activation_bits == 8 and not (torch.is_grad_enabled() and x.requires_grad):
             return self._rounding_activations(x, has_gelu)
-        if native.can_take(x) and self.is_as_made():
+        if native.can_take(x) and self.is_unmodified():
             out = native.linear(
                 x, self.codes, self.scales, self.bias,
                 bits=self.bits, group_size=self.group_size, channels=self.out_features,
@@ -111,7 +111,7 @@ class QuantizedLinear(nn.Module):
 
     def _rounding_activations(self, x: Tensor, has_gelu: bool) -> Tensor:
         """As `forward`, with activations of 8 bits: exact integer sums, by a kernel or in float32."""
-        if native.can_take(x) and self.is_as_made():
+        if native.can_take(x) and self.is_unmodified():
             out = native.linear_of_many(
                 x, self.codes, self.scales, self.bias,
                 padded=self.group_size, channels=self.out_features, has_gelu=has_gelu,
@@ -129,7 +129,7 @@ class QuantizedLinear(nn.Module):
                 out = out + self.bias.float()
             return (F.gelu(out) if has_gelu else out).to(x.dtype)
 
-    def is_as_made(self) -> bool:
+    def is_unmodified(self) -> bool:
         """Whether codes, scales and bias can be read by the kernels: on the CPU, with their original dtypes."""
         scales, bias = self.scales, self.bias
         if bias is not None and (bias.dtype != torch.float32 or (bias.requires_grad and torch.is_grad_enabled())):

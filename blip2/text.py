@@ -197,8 +197,8 @@ class Tokenizer:
         Of a longer prompt the end is kept, which has the question; the language model reads all of it.
         """
         ids = self.encode(text)
-        room = max(0, min(INSTRUCTION_TOKENS, config.max_position_embeddings) - 2)
-        ids = [self.token_id("[CLS]"), *ids[max(0, len(ids) - room) :], self.token_id("[SEP]")]
+        num_kept = max(0, min(INSTRUCTION_TOKENS, config.max_position_embeddings) - 2)
+        ids = [self.token_id("[CLS]"), *ids[max(0, len(ids) - num_kept) :], self.token_id("[SEP]")]
         return self.known(ids, config)
 
     def known(self, ids: list[int], config: LanguageConfig | QFormerConfig) -> list[int]:
@@ -221,22 +221,22 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._said = ""
+        self._text_sent = ""
 
     def push(self, token: int) -> str:
         """The text that became final with this token, which may be empty."""
         self._ids.append(token)
-        return self._say(self._tokenizer.decode(self._ids).rstrip(UNFINISHED).rstrip())
+        return self._new_part(self._tokenizer.decode(self._ids).rstrip(UNFINISHED).rstrip())
 
     def finish(self) -> str:
         """The remaining text after the last token."""
-        return self._say(self._tokenizer.decode(self._ids))
+        return self._new_part(self._tokenizer.decode(self._ids))
 
-    def _say(self, text: str) -> str:
+    def _new_part(self, text: str) -> str:
         # Some decoders join earlier pieces later ("do n't"); then wait until both agree again.
-        if not text.startswith(self._said):
+        if not text.startswith(self._text_sent):
             return ""
-        piece, self._said = text[len(self._said) :], text
+        piece, self._text_sent = text[len(self._text_sent) :], text
         return piece
 
 

@@ -19,7 +19,7 @@ WEIGHTS_A_THREAD = 2**25
 """Weights for each thread: with a quarter of that, two threads are no faster than one on an idle machine."""
 
 
-def worth(model: Any) -> int:
+def num_useful(model: Any) -> int:
     """The number of threads for a model's size, at least 1; no limit if it is not an ``nn.Module``."""
     if not isinstance(model, torch.nn.Module):
         return sys.maxsize
@@ -29,7 +29,7 @@ def worth(model: Any) -> int:
 
 def fitting(model: Any) -> AbstractContextManager[None]:
     """Inside, as many threads as suit the model's size; see `at_most`."""
-    return at_most(worth(model))
+    return at_most(num_useful(model))
 
 
 @contextmanager

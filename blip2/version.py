@@ -40,8 +40,8 @@ class Facts(NamedTuple):
 def facts() -> Facts:
     """The facts of this tree, from the first source that has them."""
     try:
-        told = json.loads(BUILT.read_text("utf-8"))
-        return Facts(told["version"], told["commit"])
+        built = json.loads(BUILT.read_text("utf-8"))
+        return Facts(built["version"], built["commit"])
     except FileNotFoundError:
         pass
     if (ROOT / ".git").exists() and (described := _described()):
@@ -52,7 +52,7 @@ def facts() -> Facts:
     return of(described or commit)._replace(commit=commit)
 
 
-def told() -> str:
+def report() -> str:
     """The version, and a line with facts for bug reports; imports nothing."""
     try:
         torch = f"torch {metadata.version('torch')}"

@@ -38,7 +38,7 @@ def matching_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> list[str]:
-    """Eight picture files."""
+    """Eight image files."""
     from tests import tiny
 
     return tiny.save_pictures(tmp_path_factory.mktemp("pictures"), 8)

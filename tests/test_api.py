@@ -153,7 +153,7 @@ def test_chat(blip, pictures):
 
 @pytest.mark.parametrize("task", ["caption", "ask"])
 def test_the_reference_writes_the_same(blip, any_model, pictures, task):
-    """From the picture's file to the text: the paper's settings, given by hand to the reference."""
+    """From the image's file to the text: the paper's settings, given by hand to the reference."""
     if blip.speaker.model.config.reads_prompt:
         pytest.skip("an InstructBLIP is compared in tests/parity/test_instruct.py")
     transformers = pytest.importorskip("transformers")
@@ -188,7 +188,7 @@ def test_the_reference_writes_the_same(blip, any_model, pictures, task):
     assert ours == theirs
 
 
-# ---- pictures -----------------------------------------------------------------------------------------
+# ---- images -----------------------------------------------------------------------------------------
 
 
 def test_sources(blip):
@@ -310,7 +310,7 @@ def test_precision(opt_model, pictures):
     assert all(getattr(torch, name) is dtype for name, dtype in DTYPES.items())
 
 
-# ---- which pictures are read, and copies --------------------------------------------------------------
+# ---- which images are read, and copies --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["opt_model", "matching_model"])

@@ -28,7 +28,7 @@ def test_a_model_is_the_same_however_it_is_kept(opt_model, matching_model, monke
     for folder in (opt_model, matching_model):
         plain = checkpoint.load(folder)
         with monkeypatch.context() as patch:
-            patch.setattr(linear, "WORTH_IT", 0)
+            patch.setattr(linear, "MIN_PACKED_WEIGHTS", 0)
             packed = checkpoint.load(folder)
         assert not any(isinstance(weight, linear.Weight) for weight in plain.qformer.parameters())
         assert any(isinstance(weight, linear.Weight) for weight in packed.qformer.parameters())

@@ -115,7 +115,7 @@ def test_autocast_and_casts(any_model, dtype):
 
 
 def test_there_and_back(any_model, monkeypatch):
-    monkeypatch.setattr("blip2.linear.WORTH_IT", 0)
+    monkeypatch.setattr("blip2.linear.MIN_PACKED_WEIGHTS", 0)
     model = checkpoint.load(any_model, dtype=torch.float32)
     expected = scores(model)
     model.to(GPU)

@@ -1,4 +1,4 @@
-"""load_image reads everything that is a picture and says of everything else what is wrong with it."""
+"""load_image reads everything that is an image and says of everything else what is wrong with it."""
 
 import base64
 import io
@@ -187,7 +187,7 @@ def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused_unread():
 
 @pytest.mark.parametrize("is_progressive", [False, True])
 def test_what_looks_like_a_scan_and_is_none_does_not_count(is_progressive):
-    """In the metadata, as of a thumbnail, and behind the picture, where telephones put films."""
+    """In the metadata, as of a thumbnail, and behind the image, where telephones put films."""
     array = noise(40, 40)
     whole = encoded(Image.fromarray(array), "JPEG", progressive=is_progressive, quality=95)
     metadata = b"\xff\xe5\xf0\x02" + b"\xff\xda" * 0x7800
@@ -202,7 +202,7 @@ def test_max_pixels():
             load_image(source, max_pixels=53)
 
 
-# ---- the picture as people see it ---------------------------------------------------------------------
+# ---- the image as people see it ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -210,7 +210,7 @@ def test_max_pixels():
 def test_exif_orientation(format, orientation):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :16], upright[:8, 16:], upright[8:, :16] = 255, 170, 85
-    # How a camera that was held so stores the picture: the inverse of what the tag asks for.
+    # How a camera that was held so stores the image: the inverse of what the tag asks for.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -502,7 +502,7 @@ def test_an_overlay_shows_the_picture_and_the_map():
     columns = brightness.mean(0)
     assert columns[0] < before.mean() - 20 and columns[-1] > before.mean() + 20  # dark to bright
     assert (np.diff(columns[::6]) > 0).mean() > 0.7
-    for column in (0, 30, 59):  # and the picture is seen through it everywhere
+    for column in (0, 30, 59):  # and the image is seen through it everywhere
         assert np.corrcoef(brightness[:, column], before[:, column])[0, 1] > 0.95
 
 

@@ -1,4 +1,4 @@
-"""An InstructBLIP wherever a BLIP-2 can be: kept pictures, collections, the command line, the server, an index."""
+"""An InstructBLIP wherever a BLIP-2 can be: kept images, collections, the command line, the server, an index."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_without_a_prompt_a_caption_is_asked_for(blip) -> None:
 
 
 def test_choices_that_are_compared_together_or_alone(blip) -> None:
-    """The picture is looked at once for a question, whatever the number of choices."""
+    """The image is looked at once for a question, whatever the number of choices."""
     calls, look = [], blip.speaker.model.look
     choices = ["two", "a red car", "on the left", "no"]
     blip.speaker.model.look = lambda *given, **named: calls.append(1) or look(*given, **named)
@@ -154,7 +154,7 @@ def test_the_command_line(run, blip, folder, pictures) -> None:  # noqa: F811
 
 
 def test_the_server(blip, folder, tmp_path) -> None:
-    """A picture is encoded once, and seen anew by each question."""
+    """An image is encoded once, and seen anew by each question."""
     path = tmp_path / "picture.png"
     tiny.picture(1).save(path)
     with serving(lambda: Models(blip2.load(folder), None)) as server:

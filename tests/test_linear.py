@@ -243,7 +243,7 @@ def test_data_of_another_type_takes_its_place(pair, dtype):
 
 @pytest.fixture
 def packs_all(monkeypatch) -> None:
-    monkeypatch.setattr(linear, "WORTH_IT", 0)
+    monkeypatch.setattr(linear, "MIN_PACKED_WEIGHTS", 0)
 
 
 def test_large_layers_are_packed_and_small_ones_are_not(any_model, monkeypatch):
@@ -252,7 +252,7 @@ def test_large_layers_are_packed_and_small_ones_are_not(any_model, monkeypatch):
 
     sizes = {size for _, size in linears(checkpoint.load(any_model))}
     assert len(sizes) > 1
-    monkeypatch.setattr(linear, "WORTH_IT", max(sizes))
+    monkeypatch.setattr(linear, "MIN_PACKED_WEIGHTS", max(sizes))
     packed = linears(checkpoint.load(any_model, dtype=torch.float32))
     assert all(is_packed == (size == max(sizes)) for is_packed, size in packed)
 
@@ -292,7 +292,7 @@ def test_an_opts_table_is_not_in_memory_twice_in_float32(opt_model, packs_all):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 7, 33])
 def test_a_table_is_the_head_too(rows, dtype):
-    table = Table(linear.WORTH_IT // 64, 64).to(dtype)
+    table = Table(linear.MIN_PACKED_WEIGHTS // 64, 64).to(dtype)
     hidden_RD = torch.randn(rows, 64).to(dtype)
     expected = F.linear(hidden_RD, table.weight.detach().clone())
     close(answer(table.scores, hidden_RD), expected)
@@ -304,7 +304,7 @@ def test_a_table_is_the_head_too(rows, dtype):
 
 
 def test_gradients_reach_what_a_table_is_multiplied_by():
-    table = Table(linear.WORTH_IT // 64, 64).requires_grad_(False)
+    table = Table(linear.MIN_PACKED_WEIGHTS // 64, 64).requires_grad_(False)
     ours, plain = (torch.ones(2, 64, requires_grad=True) for _ in range(2))
     table.scores(ours).square().sum().backward()
     F.linear(plain, table.weight).square().sum().backward()

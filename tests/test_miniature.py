@@ -1,4 +1,4 @@
-"""The bundled model: whole, small, and right about the bundled pictures, whose pairs of kinds it never saw."""
+"""The bundled model: whole, small, and right about the bundled images, whose pairs of kinds it never saw."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blip2.text import Tokenizer
 from miniature.texts import read_caption
 
 ROOT = Path(__file__).parents[1]
-SHOWN = {  # what is on each picture, as a person would count
+SHOWN = {  # what is on each image, as a person would count
     "picture": ({"dog": 2, "boat": 1}, "blue"),
     "flowers": ({"dog": 2, "flower": 2}, "green"),
     "cats": ({"dog": 2, "cat": 4, "flower": 1}, "blue"),

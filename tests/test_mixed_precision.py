@@ -22,7 +22,7 @@ PROMPTS = (3, 7, 5)
 
 
 def scores(model: Blip2, device: str = "cpu") -> Tensor:
-    """Log-probabilities of fixed answers to a batch of unequal prompts behind pictures, as decoding computes them."""
+    """Log-probabilities of fixed answers to a batch of unequal prompts behind images, as decoding computes them."""
     generator = torch.Generator().manual_seed(3)
     with torch.inference_mode():
         pixels = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float32)
@@ -45,7 +45,7 @@ def model(any_model) -> Blip2:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_decoding_under_autocast(any_model, dtype, quantize, packs, monkeypatch):
     if packs:
-        monkeypatch.setattr(linear, "WORTH_IT", 0)
+        monkeypatch.setattr(linear, "MIN_PACKED_WEIGHTS", 0)
     model = checkpoint.load(any_model, dtype=torch.float32, quantize=quantize)
     expected = scores(model)
     with torch.autocast("cpu", dtype):

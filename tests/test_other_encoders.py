@@ -88,7 +88,7 @@ def test_under_the_names_of_the_reference(seen_by):
     model, processor = Blip2ForConditionalGeneration.from_pretrained(folder), Blip2Processor.from_pretrained(folder)
     pipeline = blip2.load(folder)
     pixels_BCHW = processor(images=picture, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels_BCHW[0], pipeline.eye.pixels(picture), rtol=0, atol=0.02)
+    torch.testing.assert_close(pixels_BCHW[0], pipeline.frontend.pixels(picture), rtol=0, atol=0.02)
     with torch.inference_mode():
         states_BPD = model.vision_model(pixels_BCHW).last_hidden_state
         torch.testing.assert_close(states_BPD, pipeline.speaker.model.vision(pixels_BCHW))

@@ -1,4 +1,4 @@
-"""The Q-Former by itself: one picture for many texts, and patches that are hidden or asked after."""
+"""The Q-Former by itself: one image for many texts, and patches that are hidden or asked after."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def test_an_encoder_sees_nearly_the_same_and_each_picture_by_itself(way: str, wi
 def test_the_miniature_sees_nearly_the_same_and_each_picture_by_itself(pictures: list[str], dtype: str) -> None:
     exact, ours = blip2.load(), blip2.load(vision="int8", dtype=dtype)
     model = ours.speaker.model
-    pixels = torch.stack([ours.eye.pixels(picture) for picture in pictures])
+    pixels = torch.stack([ours.frontend.pixels(picture) for picture in pictures])
     with torch.inference_mode():
         together = model.vision(pixels)
         alone = torch.cat([model.vision(one[None]) for one in pixels])

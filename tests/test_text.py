@@ -172,7 +172,7 @@ def test_empty_question(question):
 
 @pytest.mark.parametrize("what", [None, 3, b"how many?", ["how many?"]])
 def test_what_is_no_text(what):
-    """As when a picture and a question stand the other way round."""
+    """As when an image and a question stand the other way round."""
     for ask in (lambda: question_prompt(what, "opt"), lambda: chat_prompt([("q?", "a")], what), lambda: clean(what)):
         with pytest.raises(OptionError, match=rf"is not a text \(type {type(what).__name__}\)"):
             ask()

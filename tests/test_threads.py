@@ -28,8 +28,8 @@ def four_threads(monkeypatch):
 
 def test_a_thread_for_so_many_weights():
     with torch.device("meta"):
-        assert threads.worth(nn.Linear(8, 8)) == 1
-        assert threads.worth(nn.Linear(threads.WEIGHTS_A_THREAD // 8, 24)) == 4
+        assert threads.num_useful(nn.Linear(8, 8)) == 1
+        assert threads.num_useful(nn.Linear(threads.WEIGHTS_A_THREAD // 8, 24)) == 4
 
 
 def test_it_is_as_before_afterwards(four_threads):

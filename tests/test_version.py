@@ -134,7 +134,7 @@ def test_the_version_is_found_where_it_is_expected() -> None:
 def test_what_a_report_of_a_defect_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(version, "COMMIT", "9e1a752")
     monkeypatch.setattr(version, "KERNELS", tmp_path)
-    first, second = version.told().splitlines()
+    first, second = version.report().splitlines()
     assert first == f"blip2 {version.__version__}"
     assert second.startswith(f"commit 9e1a752, Python {platform.python_version()}, torch {metadata.version('torch')}, ")
     assert ", compiled kernels, " in second
@@ -145,4 +145,4 @@ def test_what_a_report_of_a_defect_needs(monkeypatch: pytest.MonkeyPatch, tmp_pa
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert "commit unknown" in version.told() and "no torch, no compiled kernels" in version.told()
+    assert "commit unknown" in version.report() and "no torch, no compiled kernels" in version.report()

@@ -115,7 +115,7 @@ def language_config(family: str) -> LanguageConfig:
 
 @torch.no_grad()
 def generative(family: str) -> Blip2:
-    """A random model that looks at its picture: what comes from there is as strong as the words."""
+    """A random model that looks at its image: what comes from there is as strong as the words."""
     torch.manual_seed(7)
     tokenizer = tokenizer_of(family)
     config = Blip2Config(VISION, QFORMER, language_config(family), image_token_id=tokenizer.token_to_id("<image>"))

@@ -6,8 +6,8 @@ Pages are never parsed and serialised again: an edit inserts a few characters, a
 """
 
 from blip2.alt.apply import Change, apply
+from blip2.alt.image import Image
 from blip2.alt.pages import Page, find_pages, read_page
-from blip2.alt.picture import Image
 from blip2.alt.report import Row, read_report
 from blip2.alt.scan import images_in
 

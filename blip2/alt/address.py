@@ -6,11 +6,11 @@ import os
 import re
 from urllib.parse import unquote, urljoin
 
+from blip2.alt.image import Image
 from blip2.alt.pages import Page
-from blip2.alt.picture import Image
 
 
-def picture_of(page: Page, image: Image, *, root: str = "", remote: bool = False) -> tuple[str, str]:
+def image_of(page: Page, image: Image, *, root: str = "", remote: bool = False) -> tuple[str, str]:
     """The path or URL, and why there is none ("" if there is one).
 
     ``root``: the folder for addresses that begin with "/"; by default the one in which the page was found.

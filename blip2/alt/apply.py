@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from blip2.alt.image import Image
 from blip2.alt.pages import Page, read_page
-from blip2.alt.picture import Image
 from blip2.alt.report import Row
 from blip2.alt.scan import images_in
 from blip2.disk import write_bytes

@@ -18,8 +18,8 @@ from urllib.parse import unquote
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from blip2.alt.image import Image
 from blip2.alt.markup import COMPUTED, images_of_html
-from blip2.alt.picture import Image
 
 FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n.*?\n(?:\1|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 JSX_COMMENT = re.compile(r"\{/\*.*?\*/\}", re.DOTALL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from blip2.alt.picture import Image
+from blip2.alt.image import Image
 from blip2.alt.tags import Attribute, Tag, tags_of
 
 VOID = frozenset({

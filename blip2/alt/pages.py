@@ -86,8 +86,8 @@ def _decoded(path: str, root: str, content: bytes) -> Page | None:
         encoding = "utf-8"
         try:
             # Markdown without a declaration is UTF-8; for HTML browsers guess from the content.
-            is_told = bool(content.decode("utf-8").strip()) and not content.isascii()
-            new_in = "utf-8" if is_told or Path(path).suffix.lower() not in HTML - XML else "ascii"
+            is_utf_8 = bool(content.decode("utf-8").strip()) and not content.isascii()
+            new_in = "utf-8" if is_utf_8 or Path(path).suffix.lower() not in HTML - XML else "ascii"
         except UnicodeDecodeError:
             new_in = "ascii"
     try:

@@ -46,10 +46,10 @@ class Row:
     @property
     def is_approved(self) -> bool:
         """Raises CollectionError for an unclear word."""
-        said = self.approved.strip().lower()
-        if said in YES or self.is_decorative:
+        value = self.approved.strip().lower()
+        if value in YES or self.is_decorative:
             return True
-        if said in NO:
+        if value in NO:
             return False
         raise CollectionError(f"approved is {self.approved!r}; write yes, decorative, or nothing")
 

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 from html import unescape
 
+from blip2.alt.image import Image
 from blip2.alt.markdown import images_of_markdown
 from blip2.alt.markup import images_of_html
 from blip2.alt.pages import HTML, MDX, XML, Page
-from blip2.alt.picture import Image
 from blip2.alt.tags import INSERTION
 
 AROUND_CHARS = 600

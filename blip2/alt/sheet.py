@@ -38,15 +38,15 @@ mark { padding: 0 .2em; background: var(--line); color: inherit; border-radius: 
 """
 
 
-def sheet(rows: Sequence[Row], pictures: Sequence[str], name: str) -> str:
-    """Each image once, with its proposed text and its places. ``pictures``: the path or URL of each row, "" if there is
+def sheet(rows: Sequence[Row], images: Sequence[str], name: str) -> str:
+    """Each image once, with its proposed text and its places. ``images``: the path or URL of each row, "" if there is
     none. ``name``: the file name of the table in which texts are approved."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row, picture in zip(rows, pictures, strict=True):
-        groups.setdefault((picture or f"{row.file}:{row.line}", picture, row.alt), []).append(row)
+    for row, image in zip(rows, images, strict=True):
+        groups.setdefault((image or f"{row.file}:{row.line}", image, row.alt), []).append(row)
     number = len(rows)
     title = f"{number:,} image{'' if number == 1 else 's'} without alt text"
-    parts = [_card(picture, some) for (_, picture, _), some in groups.items()]
+    parts = [_card(image, some) for (_, image, _), some in groups.items()]
     head = f'{GENERATOR}\n<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
     body = (
         f"<header><h1>{title}</h1>\n<p>Edit the texts in {escape(name)}, write yes (or decorative) in the column "
@@ -57,43 +57,43 @@ def sheet(rows: Sequence[Row], pictures: Sequence[str], name: str) -> str:
     return page(f"{title} - blip2 alt", STYLE, body, head=head)
 
 
-def _card(picture: str, rows: Sequence[Row]) -> str:
+def _card(image: str, rows: Sequence[Row]) -> str:
     row = rows[0]
     if row.alt:
         words = f'<p class="text">{escape(row.alt)}</p>'
     else:
         words = '<p class="text dim">no text</p>'
-    told = [] if row.score is None else [f"score {row.score:.2f}"]
-    told += [f"approved: {row.approved}"] if row.approved else []
-    told.append(row.image)
+    notes = [] if row.score is None else [f"score {row.score:.2f}"]
+    notes += [f"approved: {row.approved}"] if row.approved else []
+    notes.append(row.image)
     problem = f'<p class="wrong">{escape(row.problem)}</p>' if row.problem else ""
     places = [_place(one) for one in rows[:MAX_PLACES]]
     if len(rows) > MAX_PLACES:
         places.append(f"<li>and {len(rows) - MAX_PLACES:,} more places</li>")
     return (
-        f'<article><div>{_shown(picture, row.alt)}</div>\n<div>{words}<p class="dim">{escape(" · ".join(told))}</p>'
+        f'<article><div>{_shown(image, row.alt)}</div>\n<div>{words}<p class="dim">{escape(" · ".join(notes))}</p>'
         f"{problem}<ul>{''.join(places)}</ul></div></article>"
     )
 
 
 def _place(row: Row) -> str:
-    context = escape(row.context).replace(HERE, "<mark>picture</mark>")
+    context = escape(row.context).replace(HERE, "<mark>image</mark>")
     old = f" · now “{escape(row.old)}”" if row.old else ""
     return f"<li>{escape(row.file)}:{row.line}{old}<span>{context}</span></li>"
 
 
-def _shown(picture: str, alt: str) -> str:
+def _shown(image: str, alt: str) -> str:
     from blip2.image import thumbnail  # imports torch
 
     text = f'alt="{escape(alt)}" loading="lazy"'
-    if re.match("https?:", picture, re.IGNORECASE):
-        return f'<a href="{escape(picture)}"><img src="{escape(picture)}" {text} referrerpolicy="no-referrer"></a>'
-    if not picture:
+    if re.match("https?:", image, re.IGNORECASE):
+        return f'<a href="{escape(image)}"><img src="{escape(image)}" {text} referrerpolicy="no-referrer"></a>'
+    if not image:
         return '<div class="gone">no image</div>'
     try:
-        data = base64.b64encode(thumbnail(picture, THUMBNAIL_PX)).decode()
+        data = base64.b64encode(thumbnail(image, THUMBNAIL_PX)).decode()
     except ImageError:
         return '<div class="gone">cannot be opened</div>'
     shown = f'<img src="data:image/jpeg;base64,{data}" {text}>'
-    is_data = re.match("data:", picture, re.IGNORECASE)
-    return shown if is_data else f'<a href="{escape(Path(picture).absolute().as_uri())}">{shown}</a>'
+    is_data = re.match("data:", image, re.IGNORECASE)
+    return shown if is_data else f'<a href="{escape(Path(image).absolute().as_uri())}">{shown}</a>'

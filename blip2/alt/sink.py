@@ -51,8 +51,8 @@ class Report(Plain):
         by_key = {result.key: result for result in results}
         rows = [self._row(finding.row, by_key.get(finding.key)) for finding in self._found.findings]
         self._write(self.path, csv_of(rows))
-        pictures = [self._found.pictures.get(finding.key, "") for finding in self._found.findings]
-        self._write(self.page, sheet(rows, pictures, self.path.name).encode("utf-8", "replace"))
+        images = [self._found.images.get(finding.key, "") for finding in self._found.findings]
+        self._write(self.page, sheet(rows, images, self.path.name).encode("utf-8", "replace"))
 
     def _row(self, row: Row, result: Result | None) -> Row:
         if result is not None and result.status == FAILED:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from blip2.alt.address import picture_of
+from blip2.alt.address import image_of
 from blip2.alt.pages import Page, read_page
 from blip2.alt.report import MAX_ADDRESS_CHARS, Row, check_file
 from blip2.alt.scan import context_of, images_in
@@ -32,12 +32,12 @@ class Finding:
 
 @dataclass
 class Survey:
-    """``pictures``: each image once, by its key: its path or URL, or a digest of a data URL."""
+    """``images``: each image once, by its key: its path or URL, or a digest of a data URL."""
 
     num_pages: int = 0
     num_images: int = 0
     findings: list[Finding] = field(default_factory=list)
-    pictures: dict[str, str] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     """Pages that could not be read, one line each."""
 
@@ -66,31 +66,31 @@ def _add(found: Survey, page: Page, root: str, remote: bool, weak: bool) -> None
         found.num_images += 1
         if not (image.is_missing or (weak and image.is_weak)):
             continue
-        picture, problem = picture_of(page, image, root=root, remote=remote)
-        key = _key(picture)
+        source, problem = image_of(page, image, root=root, remote=remote)
+        key = _key(source)
         if key:
-            found.pictures[key] = picture
-        shown = (picture or image.address).replace(os.sep, "/")
+            found.images[key] = source
+        shown = (source or image.address).replace(os.sep, "/")
         row = Row(
             page.path.replace(os.sep, "/"), page.line_of(image.start), shown[:MAX_ADDRESS_CHARS], "", None, "",
             context_of(page, image), (image.alt or "").strip(), problem, check,
         )  # fmt: skip
-        if picture.startswith("data:") or len(shown) > MAX_ADDRESS_CHARS:
+        if source.startswith("data:") or len(shown) > MAX_ADDRESS_CHARS:
             row = replace(row, image=f"{shown[:40]}...")
         found.findings.append(Finding(row, key))
 
 
-def _key(picture: str) -> str:
-    is_data = re.match("data:", picture, re.IGNORECASE)
-    return f"data-{hashlib.sha256(picture.encode('utf-8', 'replace')).hexdigest()}" if is_data else picture
+def _key(image: str) -> str:
+    is_data = re.match("data:", image, re.IGNORECASE)
+    return f"data-{hashlib.sha256(image.encode('utf-8', 'replace')).hexdigest()}" if is_data else image
 
 
-class Pictures:
+class PageImages:
     """The images of a survey as a source of a collection."""
 
-    def __init__(self, pictures: Mapping[str, str]) -> None:
-        self._pictures = pictures
-        self._keys = list(pictures)
+    def __init__(self, images: Mapping[str, str]) -> None:
+        self._images = images
+        self._keys = list(images)
 
     @property
     def num_records(self) -> int:
@@ -105,9 +105,9 @@ class Pictures:
 
     def records(self, unit: Unit) -> Iterator[Record]:
         for key in self._keys[unit.start : unit.stop]:
-            yield Record(key, self._pictures[key], name_of(self._pictures[key]), _stamp(key))
+            yield Record(key, self._images[key], name_of(self._images[key]), _stamp(key))
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         return {"source": "pages"}
 
     @cached_property

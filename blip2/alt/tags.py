@@ -75,7 +75,7 @@ def tags_of(text: str, *, is_xml: bool = False, is_jsx: bool = False) -> Iterato
     foreign = 0  # depth within <svg> or <math>, where "/>" ends an element
     while (found := NEXT.search(text, place)) is not None:
         start = found.start()
-        if (stop := _passed_over(text, start)) is not None:
+        if (stop := _ignored_until(text, start)) is not None:
             place = stop
             continue
         if not found[0][-1].isalpha():
@@ -96,7 +96,7 @@ def tags_of(text: str, *, is_xml: bool = False, is_jsx: bool = False) -> Iterato
             place = end.start() if end is not None else len(text)
 
 
-def _passed_over(text: str, start: int) -> int | None:
+def _ignored_until(text: str, start: int) -> int | None:
     """The end of a comment, template code or the like that begins here; None if it is a tag."""
     if (insertion := _insertion(text, start)) is not None:
         return insertion

@@ -25,7 +25,7 @@ OBJECT_STORE_BYTES = 100_000_000
 """Bytes of Ray's object store, only used for large objects; by default Ray takes a third of the memory."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 """Turns off Ray's usage reports, and keeps its log in files."""
-ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+LOCAL_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Options for a cluster on one machine whose ports are only open to it; the default on systems other than Linux."""
 
 
@@ -33,7 +33,7 @@ def prepare(address: str | None) -> None:
     """Set environment variables. Call it before Ray is imported, which reads them once."""
     os.environ.update(QUIET)
     if address is None:
-        os.environ.update(ALONE)
+        os.environ.update(LOCAL_CLUSTER)
         if "RAY_AUTH_MODE" not in os.environ:  # a temporary key instead of one in a file
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
@@ -97,12 +97,12 @@ class Actors:
         self._ray: Any = ray
         if not ray.is_initialized():
             # In a thread Ray installs no Python signal handlers. Its processes end with the thread that started them.
-            aside = self._undo.enter_context(ThreadPoolExecutor(1))
+            executor = self._undo.enter_context(ThreadPoolExecutor(1))
             is_main = threading.current_thread() is threading.main_thread()
-            heeded = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM) if is_main}
+            handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM) if is_main}
             self._undo.callback(ray.shutdown)
-            aside.submit(connect, ray, address, is_quiet=True).result()
-            for kind, handler in heeded.items():  # Ray's C++ code has installed one that aborts
+            executor.submit(connect, ray, address, is_quiet=True).result()
+            for kind, handler in handlers.items():  # Ray's C++ code has installed one that aborts
                 signal.signal(kind, handler)
         try:
             share = shares(ray.nodes(), number, device)
@@ -123,7 +123,7 @@ class Actors:
     def give(self, worker: int, given: Given | None) -> None:
         self._streams[worker] = self._actors[worker].do.options(num_returns="streaming").remote(given)
 
-    def hear(self) -> tuple[int, Message]:
+    def receive(self) -> tuple[int, Message]:
         from ray.exceptions import RayError
 
         workers = {stream: worker for worker, stream in self._streams.items()}
@@ -174,15 +174,15 @@ class _Actor:
         yield pickle.dumps(Ready(self._worker.facts))
 
     def do(self, given: Given) -> Iterator[bytes]:
-        told: SimpleQueue[Message | None] = SimpleQueue()
+        messages: SimpleQueue[Message | None] = SimpleQueue()
 
         def work() -> None:
             try:
-                self._worker.do(iter([given]), told.put)
+                self._worker.do(iter([given]), messages.put)
             except BaseException as error:
-                told.put(Failed(sendable(error)))
-            told.put(None)
+                messages.put(Failed(sendable(error)))
+            messages.put(None)
 
         threading.Thread(target=work, daemon=True).start()
-        while (message := told.get()) is not None:
+        while (message := messages.get()) is not None:
             yield pickle.dumps(message)

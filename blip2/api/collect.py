@@ -21,7 +21,7 @@ from blip2.checkpoint.files import digest_of_folder
 from blip2.collection import Journal, Record, Summary, run
 from blip2.collection.feed import Feed
 from blip2.collection.questions import Questions
-from blip2.collection.request import GOING, OUTPUTS, READING, WORDING, Plan, Request, check_names, planned
+from blip2.collection.request import OUTPUTS, READING, RUN_OPTIONS, WORDING, Plan, Request, check_names, planned
 from blip2.collection.review import write_review
 from blip2.collection.run import Outcome, Work, run_by
 from blip2.collection.summary import OnResults
@@ -50,7 +50,7 @@ class Model:
     loaded: Any = None
 
     @cached_property
-    def told(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What is known of the model before it is loaded, for `Journal.begin`."""
         if self.loaded is not None:
             return {"model": self.loaded.name}
@@ -73,14 +73,14 @@ class Model:
 
     def get(self, journal: Journal | Facts) -> Any:
         """The loaded model. Raises CheckpointError, and CollectionError if earlier runs used another one."""
-        found = self.anyhow()
+        found = self.load_unchecked()
         self.agreed(journal)
         model = found.model if isinstance(found, Matcher) else found.speaker.model
         journal.agree("the model", found.identity if isinstance(found, Matcher) else found.speaker.identity)
         journal.agree("dtype", str(next(model.vision.parameters()).dtype).removeprefix("torch."))
         return found
 
-    def anyhow(self) -> Any:
+    def load_unchecked(self) -> Any:
         """The loaded model, without the check. Raises CheckpointError."""
         return self.loaded or self.kind(load("miniature" if self.name is None else self.name, **self.options))
 
@@ -97,11 +97,11 @@ class CollectionRun:
     machines: Machines = field(default_factory=Machines)
 
     def __post_init__(self) -> None:
-        self.machines.check(self.model, self.plan.source, self.plan.request.going.limit)
+        self.machines.check(self.model, self.plan.source, self.plan.request.run_options.limit)
 
-    def got(self, journal: Journal | Facts, model: Model) -> Any:
+    def get_model(self, journal: Journal | Facts, model: Model) -> Any:
         """The model; the journal checks that it is the same one."""
-        return model.get(journal) if model == self.model else model.anyhow()
+        return model.get(journal) if model == self.model else model.load_unchecked()
 
     def run(self, on_results: OnResults = lambda summary, results: None, *, html: PathLike | None = None) -> Summary:
         """Process what is not finished, then write the review page. A model is only loaded if it is needed.
@@ -123,7 +123,7 @@ class CollectionRun:
 
             def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
                 if not isinstance(records, Feed) or records.begins(self.batch_size):
-                    yield from self.work(partial(self.got, job.journal))(records)
+                    yield from self.work(partial(self.get_model, job.journal))(records)
 
             if self.machines:
                 summary = run_by(job, self.machines.do(job, self.model, self.work), on_results)
@@ -154,7 +154,7 @@ def caption_collection(
     ``output``: a file or a folder whose name decides the ``format``; or ``sidecar``, ``xmp``, ``embed``, see
     `blip2.collection.sinks.Outputs`. Wording: ``if_exists``, ``prefix``, ``suffix``, ``template``, ``replace``,
     ``remove``, ``forbid_words``, ``dedupe_words``, ``max_chars``, see `blip2.collection.wording.Wording`. Resuming
-    and dividing: ``limit``, ``shard`` (3, 16), ``retry_failed``, ``restart``, ``dedupe``, see `request.Going` there.
+    and dividing: ``limit``, ``shard`` (3, 16), ``retry_failed``, ``restart``, ``dedupe``, see `RunOptions` there.
     Several GPUs or machines: ``devices="0,1"``, or ``engine="ray"`` with ``replicas`` and ``address``, see
     `blip2.api.machines.Machines`; the output is the same.
 
@@ -231,9 +231,9 @@ def captioning(
     if matcher is not None and not pick:
         raise OptionError(f"{option('matcher')} needs {option('pick')}; leave it out")
     judge, _ = model_of(as_matcher, matcher or "miniature-itm", {}) if pick else (None, {})
-    told = {**speaker.told, "prompt": prompt, **asdict(decoding), "pick": pick or ""}
-    told |= {"matcher": judge.told["model"]} if judge is not None else {}
-    plan = planned_run(source, output, rest, speaker, {"task": "caption", **told})
+    identity = {**speaker.description, "prompt": prompt, **asdict(decoding), "pick": pick or ""}
+    identity |= {"matcher": judge.description["model"]} if judge is not None else {}
+    plan = planned_run(source, output, rest, speaker, {"task": "caption", **identity})
     work = partial(made, captions, (speaker, prompt, written, batch_size, judge))
     return CollectionRun(plan, speaker, work, batch_size, machines)
 
@@ -268,9 +268,10 @@ def asking(
     check_batch_size(batch_size)
     if len(asked) > 1 and any(rest.get(name) for name in ("sidecar", "xmp", "embed")):
         raise OptionError(f"{len(asked)} questions need a table with several rows per image; give {option('output')}")
+    by = chosen or choices_column
     plan = planned_run(
         source, output, rest, speaker,
-        {"task": "ask", **speaker.told, **({"choices": by} if (by := chosen or choices_column) else asdict(decoding)),
+        {"task": "ask", **speaker.description, **({"choices": by} if by else asdict(decoding)),
          **({"wording": wording} if wording else {})},
         view=lambda view: Questions(view, asked, question_column or ""), takes_text=False,
     )  # fmt: skip
@@ -303,8 +304,8 @@ def matching(
     number = len(texts) if top is None else top
     nearest = len(texts) if top is None else candidates
     machines = Machines.of(rest)
-    told = {"task": "match", **judge.told, "texts": [*texts], "words": words, "top": top}
-    plan = planned_run(source, output, rest, judge, told, takes_text=False)
+    identity = {"task": "match", **judge.description, "texts": [*texts], "words": words, "top": top}
+    plan = planned_run(source, output, rest, judge, identity, takes_text=False)
     work = partial(made, matches, (judge, texts, words, number, nearest, batch_size))
     return CollectionRun(plan, judge, work, batch_size, machines)
 
@@ -326,21 +327,22 @@ def model_of(kind: Callable[[Any], Any], model: Any, options: Mapping[str, Any])
 
 
 def planned_run(
-    source: Places, output: PathLike | None, options: dict[str, Any], model: Model, told: Mapping[str, Any], **view: Any
-) -> Plan:
-    if options.get("dedupe") and told.get("sample") and told.get("seed") is None:
+    source: Places, output: PathLike | None, options: dict[str, Any], model: Model, identity: Mapping[str, Any],
+    **view: Any,
+) -> Plan:  # fmt: skip
+    if options.get("dedupe") and identity.get("sample") and identity.get("seed") is None:
         raise OptionError(
             f"{option('dedupe')} gives equal images the same text, but sampling without a seed differs each time; "
             f"give {option('seed')}, or leave out {option('dedupe')}"
         )
-    check_names(options, [*READING, *OUTPUTS, *WORDING, *GOING, *MACHINES], [*NAMES, *LOADING])
+    check_names(options, [*READING, *OUTPUTS, *WORDING, *RUN_OPTIONS, *MACHINES], [*NAMES, *LOADING])
     if not view.get("takes_text", True) and str(output).endswith(".jsonl"):  # so that scores and questions are included
         options = {"format": "jsonl", **options}
     places = [source] if isinstance(source, str | os.PathLike) else list(source)
-    constants = {"model": model.told["model"], "revision": model.revision}
+    constants = {"model": model.description["model"], "revision": model.revision}
     request = Request.of(
         [os.fspath(place) for place in places],
         {**options, "output": os.fspath(output) if output is not None else "", "constants": constants},
-        told=told, **view,
+        identity=identity, **view,
     )  # fmt: skip
     return planned(request)

@@ -26,7 +26,7 @@ class Processes:
         self.number = len(devices)
         self._order = order
         self._devices = devices
-        self._heard: SimpleQueue[tuple[int, Message]] = SimpleQueue()
+        self._messages: SimpleQueue[tuple[int, Message]] = SimpleQueue()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, worker: int) -> None:
@@ -42,12 +42,12 @@ class Processes:
 
     def give(self, worker: int, given: Given | None) -> None:
         with suppress(OSError, ValueError):  # a dead worker is noticed elsewhere
-            self._tell(self._processes[worker], pickle.dumps(given))
+            self._send(self._processes[worker], pickle.dumps(given))
 
-    def hear(self) -> tuple[int, Message]:
+    def receive(self) -> tuple[int, Message]:
         while True:
             with suppress(Empty):
-                return self._heard.get(timeout=1)  # so that Ctrl-C works on every system
+                return self._messages.get(timeout=1)  # so that Ctrl-C works on every system
 
     def close(self) -> None:
         for process in self._processes.values():
@@ -63,19 +63,19 @@ class Processes:
     def _listen(self, worker: int, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         with suppress(OSError, ValueError):  # it has died or was ended meanwhile
-            self._tell(process, pickle.dumps((worker, self._devices[worker])) + self._order)
+            self._send(process, pickle.dumps((worker, self._devices[worker])) + self._order)
         while True:
             try:
-                self._heard.put((worker, pickle.load(process.stdout)))
+                self._messages.put((worker, pickle.load(process.stdout)))
             except Exception:  # end of output, perhaps in the middle of a message
                 break
         process.stdout.close()
-        self._heard.put((worker, Died(_reason(process.wait()))))
+        self._messages.put((worker, Died(_reason(process.wait()))))
 
     @staticmethod
-    def _tell(process: subprocess.Popen[bytes], told: bytes) -> None:
+    def _send(process: subprocess.Popen[bytes], message: bytes) -> None:
         assert process.stdin is not None
-        process.stdin.write(told)
+        process.stdin.write(message)
         process.stdin.flush()
 
 

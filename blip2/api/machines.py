@@ -88,7 +88,7 @@ class Machines:
             number = len(self.each_device) or self.replicas or 1
             is_chosen = "OMP_NUM_THREADS" in os.environ
             threads = None if is_chosen else max(torch.get_num_threads() // number, 1)
-            order = Order(job, known, model, work, os.getcwd(), _witness(job.source, units), threads)
+            order = Order(job, known, model, work, os.getcwd(), _sample_path(job.source, units), threads)
             dispatch(job, self._workers(pickle.dumps(order), number, model), units, tell)
             return False
 
@@ -118,7 +118,7 @@ def _check(device: str) -> None:
         raise OptionError(f"{option('devices')} names {device}, but {there}; leave it out")
 
 
-def _witness(source: Source, units: Sequence[Unit]) -> str:
+def _sample_path(source: Source, units: Sequence[Unit]) -> str:
     """A path of the source that exists; "" if it has none."""
     paths = [units[0].place, *(getattr(source, "paths", None) or ())[:16]]
     return next((path for path in paths if path and os.path.exists(path)), "")

@@ -17,14 +17,14 @@ from blip2.generation import Engine
 from blip2.image import DEFAULT_READING, Reading, Source
 from blip2.model import Blip2Matcher, identity
 from blip2.tasks.defaults import BATCH_SIZE, CAPTION, merged
-from blip2.tasks.explain import Explanation, explain_match, sight
+from blip2.tasks.explain import Explanation, explain_match, image_patches
 from blip2.tasks.match import ImageFeatures, Match, Matches, Reader, check_text
-from blip2.tasks.see import Eye, OnError, Seen, checked, raising
+from blip2.tasks.see import ImageFrontend, OnError, Seen, checked, raising
 from blip2.tasks.speaker import pairs
 from blip2.tasks.write import QFormerWriter
 from blip2.text import Tokenizer, clean
 
-Picture = Source | ImageFeatures
+Encodable = Source | ImageFeatures
 
 
 class Matcher:
@@ -48,7 +48,7 @@ class Matcher:
         self.identity = identity(model)
         """Identity of the model that made the vectors (`model.identity`)."""
         self.reader = Reader(model, tokenizer)
-        self.eye = Eye(
+        self.frontend = ImageFrontend(
             model.vision,
             self._see,
             ImageFeatures,
@@ -69,12 +69,12 @@ class Matcher:
 
     # ---- images and texts separately ----
 
-    def encode(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Any:
+    def encode(self, images: Encodable | Sequence[Encodable], *, batch_size: int = BATCH_SIZE) -> Any:
         """`ImageFeatures` of an image, or a list for a list: encode once, compare often. Raises ImageError."""
         seen = list(self.each_encoded(listed(images), batch_size=batch_size))
         return seen if is_list(images) else seen[0]
 
-    def embed_images(self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE) -> Tensor:
+    def embed_images(self, images: Encodable | Sequence[Encodable], *, batch_size: int = BATCH_SIZE) -> Tensor:
         """Unit vectors of images, one per query token: ``float32[N, Q, E]``, [N, 32, 256] in the published models.
 
         A single image gives ``float32[Q, E]``. The cosine of image and text is the maximum over the Q vectors.
@@ -95,7 +95,7 @@ class Matcher:
 
     def match(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         texts: str | Sequence[str],
         *,
         batch_size: int = BATCH_SIZE,
@@ -122,7 +122,7 @@ class Matcher:
 
     def classify(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         labels: Sequence[str],
         *,
         top: int = 5,
@@ -146,7 +146,7 @@ class Matcher:
 
     def each_classified(
         self,
-        images: Sequence[Picture],
+        images: Sequence[Encodable],
         labels: Sequence[str],
         *,
         top: int = 5,
@@ -182,7 +182,7 @@ class Matcher:
 
     def embed_pairs(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         texts: str | Sequence[str],
         *,
         batch_size: int = BATCH_SIZE,
@@ -202,12 +202,12 @@ class Matcher:
         It is evidence, not proof. Raises ImageError and OptionError.
         """
         self.reader.ids([text])  # checks the text before the work begins
-        return explain_match(self.reader, sight(image, self.eye, self.model.encode), text)
+        return explain_match(self.reader, image_patches(image, self.frontend, self.model.encode), text)
 
     # ---- captions ----
 
     def caption(
-        self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE, **options: Unpack[Options]
+        self, images: Encodable | Sequence[Encodable], *, batch_size: int = BATCH_SIZE, **options: Unpack[Options]
     ) -> Any:
         """Captions from the Q-Former alone, as trained in stage 1: a text for one image, a list for a list. Options are
         those of `GenerateOptions`.
@@ -233,14 +233,14 @@ class Matcher:
         for start in range(0, len(seen), batch_size):
             prompts = [image.patches_PD for image in seen[start : start + batch_size]]
             for answers in engine.generate(prompts, chosen):
-                said = [tokenizer.decode(answer.tokens) for answer in answers]
-                texts.append(said if chosen.num_return > 1 else said[0])
+                captions = [tokenizer.decode(answer.tokens) for answer in answers]
+                texts.append(captions if chosen.num_return > 1 else captions[0])
         return texts if is_list(images) else texts[0]
 
     # ---- shared by all tasks ----
 
     def each_encoded(
-        self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
+        self, images: Sequence[Encodable], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[ImageFeatures]:
         """Like `encode`, but a generator that yields as batches finish; ``on_error="return"``: errors in place."""
-        return checked(self.eye.see, images, on_error, batch_size)
+        return checked(self.frontend.see, images, on_error, batch_size)

@@ -20,13 +20,13 @@ from blip2.tasks import caption as caption_task
 from blip2.tasks.ask import Choice
 from blip2.tasks.chat import Chat
 from blip2.tasks.defaults import BATCH_SIZE, merged
-from blip2.tasks.explain import Explanation, Words, explain_words, sight
-from blip2.tasks.see import Eye, OnError, Result, Seen, checked, in_batches, repeated
+from blip2.tasks.explain import Explanation, Words, explain_words, image_patches
+from blip2.tasks.see import ImageFrontend, OnError, Result, Seen, checked, in_batches, repeated
 from blip2.tasks.speaker import Answer, Speaker, num_pairs
 from blip2.template import ChatTemplate
 from blip2.text import Tokenizer
 
-Picture = Source | EncodedImage
+Encodable = Source | EncodedImage
 
 
 class Options(TypedDict, total=False):
@@ -80,7 +80,7 @@ class Pipeline:
             damage=partial(damage, model),
         )
         self.speaker = Speaker(model.eval(), tokenizer, engine, instruction_tokenizer, template)
-        self.eye = Eye(
+        self.frontend = ImageFrontend(
             model.vision,
             self._see,
             EncodedImage,
@@ -100,11 +100,11 @@ class Pipeline:
     # ---- encoding ----
 
     @overload
-    def encode(self, images: Picture, *, batch_size: int = ...) -> EncodedImage: ...
+    def encode(self, images: Encodable, *, batch_size: int = ...) -> EncodedImage: ...
     @overload
     def encode(self, images: list[Any] | tuple[Any, ...], *, batch_size: int = ...) -> list[EncodedImage]: ...
     def encode(
-        self, images: Picture | Sequence[Picture], *, batch_size: int = BATCH_SIZE
+        self, images: Encodable | Sequence[Encodable], *, batch_size: int = BATCH_SIZE
     ) -> EncodedImage | list[EncodedImage]:
         """Run the image encoder and the Q-Former: an `EncodedImage`, or a list for a list. Raises ImageError."""
         seen: list[Any] = list(self.each_encoded(listed(images), batch_size=batch_size))
@@ -114,7 +114,7 @@ class Pipeline:
 
     def caption(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         *,
         prompt: str | Sequence[str] = "",
         num_captions: int = 1,
@@ -135,7 +135,7 @@ class Pipeline:
 
     def each_caption(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         *,
         prompt: str | Sequence[str] = "",
         on_error: OnError = "raise",
@@ -158,7 +158,7 @@ class Pipeline:
 
     def ask(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         questions: str | Sequence[str],
         *,
         choices: Sequence[str] | None = None,
@@ -184,7 +184,7 @@ class Pipeline:
 
     def each_answer(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         questions: str | Sequence[str],
         *,
         on_error: OnError = "raise",
@@ -202,7 +202,7 @@ class Pipeline:
 
     def rank(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         questions: str | Sequence[str],
         choices: Sequence[str],
         *,
@@ -218,7 +218,7 @@ class Pipeline:
 
     def each_ranking(
         self,
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         questions: str | Sequence[str],
         choices: Sequence[str],
         *,
@@ -255,11 +255,11 @@ class Pipeline:
         """
         words = Words(question, answer, word, caption)
         words.check()
-        return explain_words(self.speaker, sight(image, self.eye, self.speaker.model.patches), words)
+        return explain_words(self.speaker, image_patches(image, self.frontend, self.speaker.model.patches), words)
 
     # ---- conversation ----
 
-    def chat(self, image: Picture, **options: Unpack[Options]) -> Chat:
+    def chat(self, image: Encodable, **options: Unpack[Options]) -> Chat:
         """Start a conversation about one image: `Chat.say` answers a question, `Chat.stream` yields the answer in
         pieces."""
         return Chat(self.speaker, self.encode(image), merged(self.speaker.defaults.chat, options))
@@ -267,24 +267,24 @@ class Pipeline:
     # ---- shared by all tasks ----
 
     def each_encoded(
-        self, images: Sequence[Picture], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
+        self, images: Sequence[Encodable], *, on_error: OnError = "raise", batch_size: int = BATCH_SIZE
     ) -> Seen[EncodedImage]:
         """Like `encode`, but a generator that yields as batches finish."""
-        return checked(self.eye.see, images, on_error, batch_size)
+        return checked(self.frontend.see, images, on_error, batch_size)
 
     def _each(
         self,
         task: Callable[[list[EncodedImage], list[str]], list[Result]],
-        images: Picture | Sequence[Picture],
+        images: Encodable | Sequence[Encodable],
         texts: str | Sequence[str],
         on_error: OnError,
         batch_size: int,
     ) -> Generator[Result | ImageError, None, None]:
         """The task's results for pairs of image and text, in order. Checks their numbers at once."""
-        pictures, asked = listed(images), listed(texts)
-        number = num_pairs(len(pictures), len(asked))
-        seen = self.each_encoded(pictures, on_error=on_error, batch_size=batch_size)
-        if len(pictures) == 1:
+        many, asked = listed(images), listed(texts)
+        number = num_pairs(len(many), len(asked))
+        seen = self.each_encoded(many, on_error=on_error, batch_size=batch_size)
+        if len(many) == 1:
             seen = repeated(seen, number)
         return in_batches(task, seen, asked * number if len(asked) == 1 else asked, batch_size)
 

@@ -24,7 +24,7 @@ from blip2.tasks.ask import ask, rank, rank_each
 from blip2.tasks.caption import caption
 from blip2.tasks.defaults import BATCH_SIZE, merged
 from blip2.tasks.match import ImageFeatures
-from blip2.tasks.see import Eye
+from blip2.tasks.see import ImageFrontend
 from blip2.tasks.speaker import Answer
 
 Kept = TypeVar("Kept", EncodedImage, ImageFeatures)
@@ -44,19 +44,19 @@ def captions(
     options = merged(blip.speaker.defaults.caption, given)
     begun = "" if blip.speaker.model.config.reads_prompt else prompt  # an instruction is not part of the caption
 
-    def describe(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
-        found = caption(blip.speaker, pictures, [prompt], options=options, batch_size=batch_size) if pictures else []
+    def describe(images: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
+        found = caption(blip.speaker, images, [prompt], options=options, batch_size=batch_size) if images else []
         outcomes = [outcome(answers) for answers in found]
         if matcher is None:
             return outcomes
-        pictures_again: list[Any] = [record.picture for record in records]
-        seen = matcher.eye.see(pictures_again, batch_size)
+        images_again: list[Any] = [record.image for record in records]
+        seen = matcher.frontend.see(images_again, batch_size)
         return [
-            by_match(matcher, features, told, begun) if isinstance(features, ImageFeatures) else told
-            for features, told in zip(seen, outcomes, strict=True)
+            by_match(matcher, features, of_image, begun) if isinstance(features, ImageFeatures) else of_image
+            for features, of_image in zip(seen, outcomes, strict=True)
         ]
 
-    return in_batches(blip.eye, describe, batch_size, keeps_pictures=matcher is not None)
+    return in_batches(blip.frontend, describe, batch_size, keeps_images=matcher is not None)
 
 
 def answers(
@@ -72,21 +72,21 @@ def answers(
     ``wording``: as in `ask`. An image in several consecutive records is encoded once."""
     options = merged(blip.speaker.defaults.ask, given)
 
-    def answer(pictures: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
+    def answer(images: Sequence[EncodedImage], records: Sequence[Record]) -> list[Outcome]:
         asked = [str(record.columns[QUESTION]) for record in records]
-        if not pictures:
+        if not images:
             return []
         if choices is None and not choices_column:
-            found = ask(blip.speaker, pictures, asked, options=options, batch_size=batch_size, wording=wording)
+            found = ask(blip.speaker, images, asked, options=options, batch_size=batch_size, wording=wording)
             return [*map(outcome, found)]
         if choices is None:
             own = [record.columns[choices_column] for record in records]
-            ranked = rank_each(blip.speaker, pictures, asked, own, batch_size=batch_size, wording=wording)
+            ranked = rank_each(blip.speaker, images, asked, own, batch_size=batch_size, wording=wording)
         else:
-            ranked = rank(blip.speaker, pictures, asked, choices, batch_size=batch_size)
+            ranked = rank(blip.speaker, images, asked, choices, batch_size=batch_size)
         return [probable([(choice.text, choice.probability) for choice in row]) for row in ranked]
 
-    return in_batches(blip.eye, answer, batch_size)
+    return in_batches(blip.frontend, answer, batch_size)
 
 
 def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, candidates: int, batch_size: int) -> Work:
@@ -94,32 +94,32 @@ def matches(matcher: Matcher, texts: Sequence[str], template: str, top: int, can
     ``batch_size``: number of images per batch; the batches of texts have a fixed size, so that the scores do not depend
     on it."""
 
-    def classify(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
+    def classify(images: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
         found = matcher.each_classified(
-            list(pictures), texts, top=top, template=template, candidates=candidates, batch_size=BATCH_SIZE,
+            list(images), texts, top=top, template=template, candidates=candidates, batch_size=BATCH_SIZE,
             on_error="return",
         )  # fmt: skip
         rows: list[Any] = [*found]
         return [probable([(match.text, match.itm_probability) for match in row]) for row in rows]
 
-    return in_batches(matcher.eye, classify, batch_size)
+    return in_batches(matcher.frontend, classify, batch_size)
 
 
 def in_batches(
-    eye: Eye[Kept],
+    frontend: ImageFrontend[Kept],
     task: Callable[[Sequence[Kept], Sequence[Record]], Sequence[Outcome]],
     batch_size: int,
     *,
-    keeps_pictures: bool = False,
+    keeps_images: bool = False,
 ) -> Work:
     """Encode images, then run the task on batches; an error stays in its image's place.
 
-    ``keeps_pictures``: the task also needs `Record.picture`.
+    ``keeps_images``: the task also needs `Record.image`.
     """
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
         batches: deque[list[tuple[Record, bool]]] = deque()  # with whether the record before has the same image
-        with closing(eye.see_batches(_pictures(records, batch_size, keeps_pictures, batches))) as seen:
+        with closing(frontend.see_batches(_images(records, batch_size, keeps_images, batches))) as seen:
             for first in seen:
                 pairs: list[tuple[Record, Any]] = []
                 for record, is_same in batches.popleft():
@@ -133,8 +133,8 @@ def in_batches(
     return work
 
 
-def _pictures(
-    records: Iterator[Record], batch_size: int, keeps_pictures: bool, batches: deque[list[tuple[Record, bool]]]
+def _images(
+    records: Iterator[Record], batch_size: int, keeps_images: bool, batches: deque[list[tuple[Record, bool]]]
 ) -> Iterator[list[Any]]:
     """The images of each batch without consecutive repetitions; ``batches`` gets the records.
 
@@ -143,22 +143,22 @@ def _pictures(
     """
     take = records.batch if isinstance(records, Feed) else lambda size: list(islice(records, size))
     while some := take(batch_size):
-        are_same = [False, *(one.picture == other.picture for one, other in pairwise(some))]
+        are_same = [False, *(one.image == other.image for one, other in pairwise(some))]
         batches.append([
-            (record if keeps_pictures else replace(record, picture=None), is_same)
+            (record if keeps_images else replace(record, image=None), is_same)
             for record, is_same in zip(some, are_same, strict=True)
         ])  # fmt: skip
-        yield [record.picture for record, is_same in zip(some, are_same, strict=True) if not is_same]
+        yield [record.image for record, is_same in zip(some, are_same, strict=True) if not is_same]
 
 
-def by_match(matcher: Matcher, features: ImageFeatures, told: Outcome, prompt: str) -> Outcome:
+def by_match(matcher: Matcher, features: ImageFeatures, outcome: Outcome, prompt: str) -> Outcome:
     """The texts of an outcome, sorted by match probability; equal ones keep their order."""
-    texts = [f"{prompt} {text}".strip() or "nothing" for text in told.captions]
+    texts = [f"{prompt} {text}".strip() or "nothing" for text in outcome.captions]
     ids = matcher.reader.ids(texts)
     matched = matcher.reader.compare([features], ids, matcher.reader.embed_texts(ids))
     scores = [_rounded(score) for score in matched.itm_probability[0].tolist()]
     order = sorted(range(len(texts)), key=lambda place: -scores[place])
-    captions, tokens = [told.captions[place] for place in order], [told.tokens[place] for place in order]
+    captions, tokens = [outcome.captions[place] for place in order], [outcome.tokens[place] for place in order]
     return Outcome(captions, [scores[place] for place in order], tokens)
 
 

@@ -32,7 +32,7 @@ END_S = 4.0
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker gets at its start, pickled. ``folder``: base of relative paths. ``witness``: a path that has to
+    """What a worker gets at its start, pickled. ``folder``: base of relative paths. ``sample_path``: a path that has to
     exist. ``threads``: its share of the processors; None if the user set the number."""
 
     job: Job
@@ -40,7 +40,7 @@ class Order:
     model: Model
     work: Callable[[Callable[[Model], Any]], Work]
     folder: str
-    witness: str
+    sample_path: str
     threads: int | None
 
 
@@ -69,7 +69,7 @@ class Worker:
 
         def get(model: Model) -> Any:
             here = model if device is None else replace(model, options={**model.options, "device": device})
-            return here.get(self.facts) if model == order.model else here.anyhow()
+            return here.get(self.facts) if model == order.model else here.load_unchecked()
 
         self._work = order.work(get)
 
@@ -82,7 +82,7 @@ class Worker:
                     self._learn(one.unit)
                 yield one.unit
 
-        def heard(unit: Unit, results: Any) -> None:
+        def report(unit: Unit, results: Any) -> None:
             if results is not None:
                 send(Some(unit.number, results))
                 return
@@ -91,7 +91,7 @@ class Worker:
                 sink.notes.clear()
             send(Done(unit.number, notes))
 
-        do(self._job, units(), self._known, self._work, heard)
+        do(self._job, units(), self._known, self._work, report)
 
     def _learn(self, unit: Unit) -> None:
         """Read the results of a worker that died during this unit."""
@@ -109,7 +109,7 @@ def _check_there(order: Order) -> None:
         os.chdir(order.folder)
     except OSError:
         raise CollectionError(f"{order.folder}: does not exist {where}") from None
-    for path in (order.witness, journal.folder / "run.json"):
+    for path in (order.sample_path, journal.folder / "run.json"):
         if path and not os.path.exists(path):
             raise CollectionError(f"{os.path.abspath(path)}: does not exist {where}")
     journal.compare(order.job.asked)
@@ -131,15 +131,15 @@ def main() -> None:
     """A process that receives messages on standard input and sends them on standard output. It ends when its input
     does, that is, when the main process ends for any reason. Finished outcomes are written then."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    told = os.fdopen(os.dup(1), "wb")
+    messages = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # redirects what libraries print
     lock = threading.Lock()
     inbox: SimpleQueue[Given | None] = SimpleQueue()
 
     def send(message: Message) -> None:
         with lock:
-            told.write(pickle.dumps(message))
-            told.flush()
+            messages.write(pickle.dumps(message))
+            messages.flush()
 
     def listen() -> None:
         while True:

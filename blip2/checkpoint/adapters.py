@@ -135,7 +135,7 @@ class Adapters:
         return Adapters([_fitted(adapter, shapes, tables, folder) for adapter in self._adapters])
 
     @property
-    def told(self) -> str:
+    def digest(self) -> str:
         """Identifies the changes to image encoder and Q-Former, 16 hexadecimal digits; "" if only the language model
         changes."""
         seeing = [

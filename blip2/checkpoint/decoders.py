@@ -165,7 +165,7 @@ def _smollm3(text: Text) -> Text:
     if turned is None:
         turned = [(layer + 1) % interval != 0 for layer in range(num_layers)]
     _check_layers("no_rope_layers", turned, num_layers, (0, 1), "smollm3")
-    return {"unturned_layers": tuple(not each for each in turned)}
+    return {"layers_without_rotary": tuple(not each for each in turned)}
 
 
 def _gemma(text: Text) -> Text:
@@ -243,7 +243,7 @@ def _windows(text: Text, kind: str) -> Text:
         _check_layers("layer_types", named, num_layers, ("sliding_attention", "full_attention"), kind)
         types = [each == "sliding_attention" for each in named]
     elif kind == "smollm3":
-        types = list(_smollm3(text)["unturned_layers"])
+        types = list(_smollm3(text)["layers_without_rotary"])
     elif kind in ("gemma2", "gemma3_text"):
         pattern = text.get("sliding_window_pattern", 2)
         check_value("sliding_window_pattern", pattern, 1, kind, (1, 2**16))

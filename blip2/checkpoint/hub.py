@@ -64,7 +64,7 @@ def is_offline() -> bool:
 
 def whole(name: str, revision: str | None = None) -> Path | None:
     """The folder of a repository in the local cache if it is complete; no network."""
-    folder = _snapshot(name, revision or _pinned(name))
+    folder = _snapshot(name, revision or _commit_of(name))
     return folder if folder is not None and not _missing(folder) else None
 
 
@@ -84,7 +84,7 @@ def cached(name: str, revision: str | None = None) -> Path:
 
     If no revision is given and the pinned one is missing, another one in the cache is used, with a warning.
     """
-    wanted = revision or _pinned(name)
+    wanted = revision or _commit_of(name)
     if (folder := whole(name, wanted)) is not None:
         return folder
     if revision is None and (folder := another(name)) is not None:
@@ -116,7 +116,7 @@ def _instead(name: str, folder: Path) -> Path:
     """Warn that this commit replaces the wanted one."""
     logger.warning(
         "%s: the hub cannot be reached, and the pinned commit %s is not in the cache; using commit %s instead",
-        name, _pinned(name), folder.name,
+        name, _commit_of(name), folder.name,
     )  # fmt: skip
     return folder
 
@@ -130,7 +130,7 @@ def pull(name: str, revision: str | None = None) -> Path:
     Raises `CheckpointError`: no such repository or revision, a gated repository, no safetensors weights, no network, no
     space.
     """
-    revision = revision or _pinned(name)
+    revision = revision or _commit_of(name)
     folder = _snapshot(name, revision)
     if folder is not None and folder.name == revision and not _missing(folder):
         return folder
@@ -144,7 +144,7 @@ def pull(name: str, revision: str | None = None) -> Path:
     return folder
 
 
-def _pinned(name: str) -> str:
+def _commit_of(name: str) -> str:
     return (PUBLISHED[name].revision if name in PUBLISHED else None) or NEWEST
 
 

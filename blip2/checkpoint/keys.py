@@ -207,7 +207,7 @@ def aliases(config: Config) -> dict[str, tuple[str, ...]]:
                 found[name] = (*found.get(name, ()), LANGUAGE + name.removeprefix(before))
     if isinstance(config, Blip2Config | MatcherConfig):
         return found
-    return {_alone(name): tuple(map(_alone, others)) for name, others in found.items()}
+    return {_without_prefix(name): tuple(map(_without_prefix, others)) for name, others in found.items()}
 
 
 def is_transposed(config: Config, ours: str) -> bool:
@@ -226,7 +226,7 @@ def table(config: Config) -> Table:
     """Our parameter names to the published ones for this configuration, in full; for a language model alone those of
     its own files."""
     if not isinstance(config, Blip2Config | MatcherConfig):
-        return {ours: _alone(theirs) for ours, theirs in _language(config).items()}
+        return {ours: _without_prefix(theirs) for ours, theirs in _language(config).items()}
     full = image_encoder_table(config.vision) | _qformer(config.qformer)
     if isinstance(config, Blip2Config):
         full |= _expand(INSTRUCT) if config.reads_prompt else {}
@@ -328,7 +328,7 @@ def _decoder(config: DecoderConfig) -> Table:
     return {ours: theirs for ours, theirs in names.items() if not ours.endswith(ends)}
 
 
-def _alone(theirs: str) -> str:
+def _without_prefix(theirs: str) -> str:
     """The name in the files of a language model alone."""
     return theirs.removeprefix(LANGUAGE)
 

@@ -96,7 +96,7 @@ def convert_from_lavis(
     state = _state(path)
     family, trained = family_of(state), _in_memory(to_published(state, path), path)
     reads_prompt = family is not None and INSTRUCT["qformer.word_embedding.weight"] in trained
-    like_folder = resolve(like or _twin(family, reads_prompt, trained, path))
+    like_folder = resolve(like or _published_like(family, reads_prompt, trained, path))
     like_config = _config(like_folder)
     _check_kind(family, reads_prompt, like_config, path, like_folder)
 
@@ -213,7 +213,7 @@ def _names(found: Iterable[str], part: str) -> list[str]:
     return [name for name in found if _part_of(name) == part]
 
 
-def _twin(family: str | None, reads_prompt: bool, trained: Weights, path: Path) -> str:
+def _published_like(family: str | None, reads_prompt: bool, trained: Weights, path: Path) -> str:
     """The published model of the same kind and size."""
     bias = trained.get("language_projection.bias" if family else "vision_projection.bias")
     for name, published in PUBLISHED.items():

@@ -29,7 +29,7 @@ from blip2.checkpoint.quantize import (
     quantization,
     quantization_in,
 )
-from blip2.checkpoint.reader import Place, find_tensors, give_back_memory, read_ahead
+from blip2.checkpoint.reader import Place, find_tensors, read_ahead, release_memory
 from blip2.checkpoint.settings import read_config, read_json, read_language
 from blip2.checkpoint.tensors import names_in_files
 from blip2.config import Blip2Config, LanguageConfig, MatcherConfig, T5Config
@@ -133,11 +133,11 @@ def _load(
     if adapters is not None:
         assert isinstance(config, Blip2Config | MatcherConfig)
         adapters = _fitted(adapters, steps, config, folder, stored)
-        model.config = replace(config, adapted=adapters.told or config.adapted)
+        model.config = replace(config, adapted=adapters.digest or config.adapted)
     # The largest first: once most of the model is in memory, temporary tensors are small.
     steps.sort(key=lambda step: sum(place.num_bytes for place in step.places), reverse=True)
     total = sum(place.num_bytes for step in steps for place in step.places)
-    _check_twins(tensors, folder, aliases(config))
+    _check_tied(tensors, folder, aliases(config))
     done = 0
     for step, tensor in zip(steps, read_ahead([step.places for step in steps]), strict=True):
         where = _device_of(step.name, devices, device)
@@ -156,7 +156,7 @@ def _load(
         del tensor
         before, done = done, done + sum(place.num_bytes for place in step.places)
         if done // TRIM_BYTES > before // TRIM_BYTES or done == total:
-            give_back_memory()
+            release_memory()
         if progress is not None:
             progress(done, total)
     return model.eval()
@@ -183,7 +183,7 @@ def _fitted(
     return adapters.fitted(shapes, tables, folder)
 
 
-class Alone(nn.Module):
+class LanguageOnly(nn.Module):
     """A language model with the name that it has in a `Blip2`."""
 
     def __init__(self, config: LanguageConfig) -> None:
@@ -195,7 +195,7 @@ def empty_model(config: Config, quantize: Quantization | None = None) -> Any:
     """The model on the meta device: all names and shapes, no memory."""
     kinds: dict[type, Callable[[Any], nn.Module]] = {Blip2Config: Blip2, MatcherConfig: Blip2Matcher}
     with torch.device("meta"), _Uninitialised():
-        model = kinds.get(type(config), Alone)(config)
+        model = kinds.get(type(config), LanguageOnly)(config)
     put_linears(model, quantize)
     return model
 
@@ -290,7 +290,7 @@ def _sources(names: dict[str, str], tensors: dict[str, Place], folder: Path, con
     return sources
 
 
-def _check_twins(tensors: dict[str, Place], folder: Path, twins: dict[str, tuple[str, ...]]) -> None:
+def _check_tied(tensors: dict[str, Place], folder: Path, twins: dict[str, tuple[str, ...]]) -> None:
     """Check that a tensor under two names is the same in both, so that a separate head is not lost."""
     for first, others in twins.items():
         present = [name for name in (first, *others) if name in tensors]

@@ -23,7 +23,7 @@ STARTS = ("bert",)
 
 
 @dataclass(frozen=True)
-class Lone:
+class SinglePart:
     """``kind``: "language model", "image encoder" or "BERT". ``option``: the option of `blip2 assemble` for it.
     ``architecture``: a one-line summary. ``memory_bytes``: of its weights, by dtype."""
 
@@ -35,7 +35,7 @@ class Lone:
     memory_bytes: dict[str, int]
 
 
-def describe_part(folder: Path) -> Lone | None:
+def describe_part(folder: Path) -> SinglePart | None:
     """None if it is not a part: a whole BLIP-2, or another kind of model. Raises CheckpointError for a part whose files
     do not match its family."""
     content = read_json(folder / "config.json")
@@ -48,7 +48,7 @@ def describe_part(folder: Path) -> Lone | None:
         for kind in (None, "int8", "int4"):
             memory[kind or "bfloat16"] = size_of(empty_model(config, quantization(kind)))
         number = count_parameters(empty_model(config))
-        return Lone("language model", family, "--language", language_line(config), number, memory)
+        return SinglePart("language model", family, "--language", language_line(config), number, memory)
     if family in FAMILIES:
         encoder = open_encoder(folder)
         with torch.device("meta"):
@@ -56,11 +56,12 @@ def describe_part(folder: Path) -> Lone | None:
         token = "a class token" if encoder.config.keeps_class_token else "no class token"
         number = count_parameters(vision)
         memory = {"float32": 4 * number, "bfloat16": 2 * number}
-        return Lone("image encoder", family, "--vision", f"{vision_line(encoder.config)}, {token}", number, memory)
+        line = f"{vision_line(encoder.config)}, {token}"
+        return SinglePart("image encoder", family, "--vision", line, number, memory)
     if family in STARTS:
         start = bert_config(folder)
         with torch.device("meta"):
             number = count_parameters(QFormer(start))
         line = f"{start.num_layers} layers of width {start.hidden_size}, {start.num_heads} heads; as a Q-Former:"
-        return Lone("BERT", family, "--qformer", line, number, {"float32": 4 * number})
+        return SinglePart("BERT", family, "--qformer", line, number, {"float32": 4 * number})
     return None

@@ -183,7 +183,7 @@ def read_ahead(groups: Sequence[Sequence[Place]]) -> Iterator[Tensor]:
             waiting.cancel()
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Make the C library return freed memory to the system; by default it keeps some per cent of a model."""
     with suppress(AttributeError):  # other than glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -155,13 +155,13 @@ def _split(sizes: list[tuple[str, int]], limit: int, apart: bool) -> dict[str, l
 
 def _shards(sizes: list[tuple[str, int]], limit: int, stem: str) -> dict[str, list[str]]:
     groups: list[list[str]] = []
-    room = -1
+    left = -1
     for name, size in sizes:
-        if size > room or not groups:
+        if size > left or not groups:
             groups.append([])
-            room = limit
+            left = limit
         groups[-1].append(name)
-        room -= size
+        left -= size
     if len(groups) == 1:
         return {f"{stem}.safetensors": groups[0]}
     return {f"{stem}-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}

@@ -125,7 +125,7 @@ class Cli(click.Group):
 
 def _failure(error: Exception, verb: click.Command | None) -> Failure:
     if isinstance(error, Blip2Error):
-        return Failure(of_picture(in_flags(error, verb)), 2 if isinstance(error, OptionError) else 1)
+        return Failure(of_image(in_flags(error, verb)), 2 if isinstance(error, OptionError) else 1)
     what = " ".join(str(error).split())
     what = f"{type(error).__name__}: {what}" if what else type(error).__name__
     return Failure(f"{what} (this should not happen; --debug shows the traceback)")
@@ -151,10 +151,10 @@ def in_flags(error: Blip2Error, verb: click.Command | None) -> str:
             return f"leave out {flag}"
         return f"add {flag}" if value == "True" else f"give {flag} {value.strip(chr(39))}"
 
-    return error.told(spelled)
+    return error.message_with(spelled)
 
 
-def of_picture(message: str) -> str:
+def of_image(message: str) -> str:
     """The message of an image error with command-line flags for Python parameters. The image's name is not changed."""
     message = message.replace("with allow_truncated=True", "with --allow-truncated")
     message = message.replace("raise max_pixels", "raise --max-pixels").replace(", or raise max_bytes", "")
@@ -195,17 +195,17 @@ def threads_option(command: Any) -> Any:
     )(command)
 
 
-def _tell_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        from blip2.version import told
+        from blip2.version import report
 
-        click.echo(told())
+        click.echo(report())
         context.exit()
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_tell_version,
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
     help="Show the version and the commit it was built from, and exit.",
 )
 @debug_option

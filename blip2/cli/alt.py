@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import Failure, of_picture
+from blip2.cli import Failure, of_image
+from blip2.cli.images import READING, echo, of_reading, shown
 from blip2.cli.options import DECODING, MODEL, given, of_loading, of_model, with_options
-from blip2.cli.pictures import READING, echo, of_reading, shown
 from blip2.cli.report import bar, tell
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--remote", is_flag=True, help="Also download images from the web.")
 @click.option("--include-weak", is_flag=True, help='Also list images with a useless text: a file name, "image".')
 @click.option("--approve-all", is_flag=True, help="Mark every proposed text as approved. Read them anyway.")
-@click.option("--restart", is_flag=True, help="Start again and overwrite the earlier report with your edits.")
+@click.option("--restart", is_flag=True, help="Start again; the earlier report, with your edits, is overwritten.")
 @click.option("-r", "--recursive/--no-recursive", default=True, help="Whether to search subfolders for pages.  "
               "[default: yes]")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Skip files and folders with this name or path. "
@@ -121,7 +121,7 @@ def _describe(
 ) -> bool:
     """Write the report. True if an image could not be described."""
     from blip2.alt.sink import Report, failures
-    from blip2.alt.survey import Pictures
+    from blip2.alt.survey import PageImages
     from blip2.alt.wording import word
     from blip2.api.collect import Model
     from blip2.api.loading import as_pipeline
@@ -132,12 +132,12 @@ def _describe(
 
     prompt = decoding.pop("prompt")
     merged(CAPTION, given(decoding))
-    source, sink = Pictures(found.pictures), Report(path, found, approve_all=approve_all, restart=restart)
+    source, sink = PageImages(found.images), Report(path, found, approve_all=approve_all, restart=restart)
     sink.check(source)
     journal = Journal(beside(path))
     loading = of_loading(model)
     describer = Model(as_pipeline, loading.pop("model", None), loading)
-    asked = {"verb": "alt", **describer.told, "prompt": prompt, "options": given(decoding)}
+    asked = {"verb": "alt", **describer.description, "prompt": prompt, "options": given(decoding)}
 
     def work(records: Iterator[Record]) -> Iterator[Outcome | ImageError]:
         for first in records:  # load no model if there is nothing to do
@@ -152,7 +152,7 @@ def _describe(
             summary = run(job, work, lambda summary, results: advance(len(results)))
         wrong = failures(found, (result for unit in source.units for result in journal.results(unit)))
     for line in wrong:
-        tell(of_picture(line))
+        tell(of_image(line))
     described = source.num_records - len(wrong)
     earlier = summary.before - summary.failed_before
     before = f" ({earlier:,} of them earlier)" if earlier else ""
@@ -207,10 +207,11 @@ def _apply(path: Path, dry_run: bool) -> int:
             tell(problem)
         num_done, num_before = num_done + len(change.done), num_before + change.num_before
         num_pages, num_problems = num_pages + bool(change.done), num_problems + len(change.problems)
-    told = f"{num_done:,} alt text{'' if num_done == 1 else 's'} in {num_pages:,} page{'' if num_pages == 1 else 's'}"
-    told = f"would write {told}" if dry_run else f"wrote {told}"
-    told += f", {num_before:,} already there" if num_before else ""
-    tell(told + (f", {num_problems:,} failed" if num_problems else ""))
+    pages = f"{num_pages:,} page{'' if num_pages == 1 else 's'}"
+    message = f"{num_done:,} alt text{'' if num_done == 1 else 's'} in {pages}"
+    message = f"would write {message}" if dry_run else f"wrote {message}"
+    message += f", {num_before:,} already there" if num_before else ""
+    tell(message + (f", {num_problems:,} failed" if num_problems else ""))
     if not (num_done or num_before or num_problems):
         tell(f"no row of {path} is approved; write yes in the column approved")
     return int(bool(num_problems))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blip2.cli.collect import COLLECTION, Collection
+from blip2.cli.images import IMAGE_OPTIONS, Asked, find_images, of_reading
 from blip2.cli.options import (
     CHAT_TEMPLATE,
     DECODING,
@@ -21,7 +22,6 @@ from blip2.cli.options import (
     of_template,
     with_options,
 )
-from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, row_of, see
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
               "images then.")  # fmt: skip
 @click.option("--choices", metavar="A,B,...", help="Choose the most likely of these answers.")
 @click.option("--question-column", metavar="NAME", help="With -o: column of the question in rows.")
-@with_options(OUTPUT, COLLECTION, PICTURES, DECODING, (*MODEL, CHAT_TEMPLATE))
+@with_options(OUTPUT, COLLECTION, IMAGE_OPTIONS, DECODING, (*MODEL, CHAT_TEMPLATE))
 @click.pass_context
 def command(
     context: click.Context,
@@ -98,15 +98,15 @@ def command(
     asked = Asked.of(arguments, others)
     listed = None if choices is None else choices.split(",")
     answers = _answerer(questions, listed, given(others), batch_size, model["model"])
-    pictures = find_pictures(asked, takes_index=True)
-    blip = load_pipeline(**pictures.model(model))
-    is_labelled = pictures.are_several
+    images = find_images(asked, takes_index=True)
+    blip = load_pipeline(**images.model(model))
+    is_labelled = images.are_several
     report = Report(
         blip.name, as_json=as_json, shows_image=is_labelled, shows_question=len(questions) > 1, is_null=asked.is_null
     )
-    report.about(pictures)
-    seen = pictures.seen_by(blip, batch_size)
-    for batch in see(seen, pictures.sources, batch_size):
+    report.about(images)
+    seen = images.seen_by(blip, batch_size)
+    for batch in see(seen, images.sources, batch_size):
         # All pairs of image and question, grouped by image.
         repeated = [image for image in batch.images for _ in questions]
         rows = answers(blip.speaker, repeated, [*questions] * len(batch.images))

@@ -22,8 +22,8 @@ from blip2.cli.options import in_bytes, with_options
               help="Layer of the image encoder that the Q-Former reads.")  # fmt: skip
 @click.option("--no-class-token", is_flag=True, help="Leave the class token out of what the Q-Former reads.")
 @click.option("--image-size", type=int, help="Image size in pixels per side.  [default: the image encoder's]")
-@click.option("--whole-picture", is_flag=True, help="Resize the whole image to the square that is seen, where the "
-              "image encoder was trained with a crop of its middle.")  # fmt: skip
+@click.option("--whole-picture", is_flag=True, help="Resize the whole image to a square, even if the image "
+              "encoder was trained on a square cut out of its middle.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the new weights.")
 @click.option("--link", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
               help="Share the frozen parts with this earlier result, or a model trained from it, by hard links that "
@@ -48,8 +48,8 @@ def command(
 
     Writes OUT/matching for stage 1 and, with --language, OUT/generative for stage 2, and prints their names. The image
     encoder and the language model are copied unchanged; cross-attention, query tokens, heads and projection are new.
-    Each frozen part has its own files. A model trained from OUT shares them with it by hard links, and so does another
-    OUT made with --link. Every folder is complete without the others.
+    Each frozen part has its own files. Models trained from OUT, and another OUT made with --link, share these files by
+    hard links. Every folder is complete without the others.
 
     \b
     blip2 assemble --vision google/siglip-base-patch16-224 --language facebook/opt-125m -o start/

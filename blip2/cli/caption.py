@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from blip2.cli.collect import COLLECTION, Collection
+from blip2.cli.images import IMAGE_OPTIONS, Asked, find_images, of_reading
 from blip2.cli.options import DECODING, DECODING_NAMES, MODEL, OUTPUT, given, load_pipeline, of_model, with_options
-from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, row_of, see
 
 
@@ -20,7 +20,7 @@ from blip2.cli.report import Report, row_of, see
               "model scores best.")  # fmt: skip
 @click.option("--matcher", metavar="NAME", help="With --pick: the matching model.  [default: the bundled "
               "miniature-itm]")
-@with_options(OUTPUT, COLLECTION, PICTURES, DECODING, MODEL)
+@with_options(OUTPUT, COLLECTION, IMAGE_OPTIONS, DECODING, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -77,13 +77,13 @@ def command(
     asked = Asked.of(arguments, others)
     merged(CAPTION, given(others))
     check_batch_size(batch_size)
-    pictures = find_pictures(asked, takes_index=True)
-    blip = load_pipeline(**pictures.model(model))
+    images = find_images(asked, takes_index=True)
+    blip = load_pipeline(**images.model(model))
     options = merged(blip.speaker.defaults.caption, given(others))
-    report = Report(blip.name, as_json=as_json, shows_image=pictures.are_several, is_null=asked.is_null)
-    report.about(pictures)
-    seen = pictures.seen_by(blip, batch_size)
-    for batch in see(seen, pictures.sources, batch_size):
+    report = Report(blip.name, as_json=as_json, shows_image=images.are_several, is_null=asked.is_null)
+    report.about(images)
+    seen = images.seen_by(blip, batch_size)
+    for batch in see(seen, images.sources, batch_size):
         found = caption(blip.speaker, batch.images, [prompt], options=options, batch_size=batch_size)
         report.results(batch, ([row_of(answer) for answer in answers] for answers in found))
     context.exit(report.exit_code)

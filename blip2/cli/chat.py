@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import in_flags, of_picture
+from blip2.cli import in_flags, of_image
+from blip2.cli.images import READING, of_reading
 from blip2.cli.options import CHAT_TEMPLATE, DECODING, MODEL, given, load_pipeline, of_model, of_template, with_options
-from blip2.cli.pictures import READING, of_reading
 from blip2.errors import Blip2Error, OptionError
 from blip2.plaintext import NotTextError, lines_of
 
@@ -48,13 +48,13 @@ def command(image: str | None, **others: Any) -> None:
     merged(CHAT, options)
     if image == "-":
         raise click.UsageError("standard input holds the questions; give the image as a file or a web address")
-    talk = Conversation(load_pipeline(**model), options)
+    conversation = Conversation(load_pipeline(**model), options)
     if image is not None:
-        talk.look_at(image)
+        conversation.look_at(image)
     if sys.stdin.isatty():
-        _on_terminal(talk)
+        _on_terminal(conversation)
     else:
-        _through_pipe(talk)
+        _through_pipe(conversation)
 
 
 class Conversation:
@@ -97,26 +97,27 @@ class Conversation:
         return self.chat
 
 
-def _through_pipe(talk: Conversation) -> None:
+def _through_pipe(conversation: Conversation) -> None:
     """Stops at the first error: otherwise questions and answers would no longer match line by line."""
     try:
         for line in map(str.strip, lines_of(sys.stdin.buffer, sys.stdin.encoding)):
             if line.startswith("/"):
-                if (said := talk.command(line)) is not None:
-                    click.echo(said, err=True)
+                if (reply := conversation.command(line)) is not None:
+                    click.echo(reply, err=True)
             elif line:
-                click.echo(talk.about().say(line))
-            if talk.is_over:
+                click.echo(conversation.about().say(line))
+            if conversation.is_over:
                 return
     except NotTextError as error:
         raise OptionError(f"standard input {error}") from None
 
 
-def _on_terminal(talk: Conversation) -> None:
+def _on_terminal(conversation: Conversation) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and earlier lines in `input`)
-    click.echo("Ask about the image; /help lists the commands." if talk.chat else "Name an image with /image FILE.")
-    while not talk.is_over:
+    hint = "Ask about the image; /help lists the commands." if conversation.chat else "Name an image with /image FILE."
+    click.echo(hint)
+    while not conversation.is_over:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
@@ -124,12 +125,12 @@ def _on_terminal(talk: Conversation) -> None:
             return
         try:
             if line.startswith("/"):
-                if (said := talk.command(line)) is not None:
-                    click.echo(said)
+                if (reply := conversation.command(line)) is not None:
+                    click.echo(reply)
             elif line:
-                _show_answer(talk.about(), line)
+                _show_answer(conversation.about(), line)
         except Blip2Error as error:
-            click.echo(of_picture(in_flags(error, click.get_current_context().command)), err=True)
+            click.echo(of_image(in_flags(error, click.get_current_context().command)), err=True)
 
 
 def _show_answer(chat: Chat, question: str) -> None:

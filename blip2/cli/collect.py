@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import Failure, of_picture
+from blip2.cli import Failure, of_image
+from blip2.cli.images import echo, names_in, shown
 from blip2.cli.options import given, lines_in, of_loading
-from blip2.cli.pictures import echo, names_in, shown
 from blip2.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ WORDS = (
     click.option("--dedupe-words", is_flag=True, help='Cut repetitions at the end: "a dog a dog a dog".'),
     click.option("--max-chars", type=int, metavar="N", help="Shorten captions to N characters, at a word boundary."),
 )  # fmt: skip
-GOING = (
+RUN_OPTIONS = (
     click.option("--dry-run", is_flag=True, help="List what would be done; load no model, write nothing."),
     click.option("--limit", type=int, metavar="N", help="Stop after N images; the same command continues."),
     click.option("--shard", metavar="I/N", help="Process only part I of N, counted from 1.  [default: the task of a "
@@ -86,8 +86,8 @@ MACHINES = (
     click.option("--address", metavar="HOST:PORT", help="With --engine ray: address of a Ray cluster, or auto.  "
                  "[default: start Ray on this machine]"),
 )  # fmt: skip
-COLLECTION = (*OUTPUTS, *SOURCES, *WORDS, *GOING, *MACHINES)
-UNWORDED = (*OUTPUTS, *SOURCES, *GOING, *MACHINES)
+COLLECTION = (*OUTPUTS, *SOURCES, *WORDS, *RUN_OPTIONS, *MACHINES)
+COLLECTION_WITHOUT_WORDS = (*OUTPUTS, *SOURCES, *RUN_OPTIONS, *MACHINES)
 
 
 def names_of(options: Sequence[Any]) -> list[str]:
@@ -126,23 +126,23 @@ class Collection:
         others: dict[str, Any], **asked: Any,
     ) -> int:  # fmt: skip
         """Carry out the run and return the exit code. ``begin`` makes the run from the images, an output and options.
-        ``others``: the options of `PICTURES` are taken out, the rest goes to ``begin``."""
+        ``others``: the options of `IMAGE_OPTIONS` are taken out, the rest goes to ``begin``."""
         if asked.pop("as_json", False):
             raise click.UsageError("--json is for standard output; name the output *.jsonl, or give --format")
         places, is_null = _places(arguments, others)
         options = {**self._options(), **of_loading(dict(model)), **others, **asked}
-        going = {name: options.pop(name, None) for name in ("html", "dry_run", "log_json")}
+        run_options = {name: options.pop(name, None) for name in ("html", "dry_run", "log_json")}
         started = begin(places, output=options.pop("output", None), **options)
-        progress = Progress(started, is_json=bool(going["log_json"]))
-        if going["dry_run"]:
+        progress = Progress(started, is_json=bool(run_options["log_json"]))
+        if run_options["dry_run"]:
             return _list(started, progress, is_null)
         try:
             with progress:
-                summary = started.run(progress.update, html=going["html"])
+                summary = started.run(progress.update, html=run_options["html"])
         except KeyboardInterrupt:
             same = "the same command without --restart" if "restart" in self.given else "the same command"
             raise Failure(f"stopped; finished results are kept, and {same} resumes", 130) from None
-        return progress.end(summary, going["html"])
+        return progress.end(summary, run_options["html"])
 
     def _options(self) -> dict[str, Any]:
         from blip2.collection.request import shard_of, shard_of_array
@@ -185,8 +185,8 @@ def _list(started: CollectionRun, progress: Progress, is_null: bool) -> int:
         counts[what] = counts.get(what, 0) + 1
         echo([what, shown(record.key, is_null)], is_null)
         if record.problem:
-            progress.problem(of_picture(record.problem))
+            progress.problem(of_image(record.problem))
     sys.stdout.flush()
-    told = ", ".join(f"{number:,} {what}" for what, number in counts.items()) or "no images"
-    progress.tell(f"{told}; nothing was written")
+    line = ", ".join(f"{number:,} {what}" for what, number in counts.items()) or "no images"
+    progress.tell(f"{line}; nothing was written")
     return progress.exit_code

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli.collect import GOING, MACHINES, Collection
+from blip2.cli.collect import MACHINES, RUN_OPTIONS, Collection
 from blip2.cli.options import DECODING, MODEL, MODEL_NAMES, given, printing, with_options
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _list(context: click.Context, parameter: click.Parameter, is_asked: bool) ->
 @click.option("--question-prompt", metavar="TEXT", help='Words around each question, such as "Question: {} Answer:", '
               "instead of the model's own.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), help="Images or questions per batch.")
-@with_options(GOING, MACHINES, DECODING, MODEL)
+@with_options(RUN_OPTIONS, MACHINES, DECODING, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -97,7 +97,7 @@ def command(
     from blip2.evaluate import begun as beginning
 
     model = {name: others.pop(name) for name in MODEL_NAMES}
-    collection = Collection(others, (*GOING, *MACHINES))
+    collection = Collection(others, (*RUN_OPTIONS, *MACHINES))
     folder = folder or Path("evaluations", f"{Path(rows).stem}-{Path(model['model'] or 'miniature').name}")
     started: list[Evaluation] = []
 
@@ -151,8 +151,8 @@ def _published(found: dict[str, Any], published: dict[str, Any], own: dict[str, 
     if published:
         lines.append(f"published: {found['published']['source']}")
     for model, scores in {} if own else published.items():
-        told = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
-        lines.append(f"  {model.removeprefix('Salesforce/'):24} {told}")
+        figures = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+        lines.append(f"  {model.removeprefix('Salesforce/'):24} {figures}")
     differences = found.get("differences", [])
     lines += [f"differs: {each}" for each in differences[:MOST_DIFFERENCES]]
     return lines

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from blip2.cli.images import READING, of_reading
 from blip2.cli.options import MODEL, load_matcher, load_pipeline, of_model, with_options
-from blip2.cli.pictures import READING, of_reading
 from blip2.disk import written
 from blip2.errors import ImageError
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import Failure, of_picture
+from blip2.cli import Failure, of_image
 from blip2.cli.collect import ROWS, names_of
+from blip2.cli.images import IMAGE_OPTIONS, Asked, of_reading
 from blip2.cli.options import INDEX_MODEL, given, load_matcher, load_pipeline, of_model, with_options
-from blip2.cli.pictures import PICTURES, Asked, of_reading
 from blip2.cli.report import tell
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--for", "kind", type=click.Choice(["search", "ask"]), help="Purpose: search (a matching model) or "
               "ask (a generative model).  [default: that of the existing index, or search]")  # fmt: skip
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Images per batch.")
-@with_options(ROWS, PICTURES, INDEX_MODEL)
+@with_options(ROWS, IMAGE_OPTIONS, INDEX_MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -70,7 +70,7 @@ def command(
     def problem(message: str) -> None:
         nonlocal problems
         problems += 1
-        tell(of_picture(message))
+        tell(of_image(message))
 
     try:
         with _bar() as on_progress:
@@ -81,8 +81,8 @@ def command(
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Failure(f"stopped; finished work is kept beside {output}, and the same command resumes", 130) from None
-    pictures = "image" if changes.total == 1 else "images"
-    click.echo(f"{changes}; {changes.total:,} {pictures} in {click.format_filename(output)}", err=True)
+    images = "image" if changes.total == 1 else "images"
+    click.echo(f"{changes}; {changes.total:,} {images} in {click.format_filename(output)}", err=True)
     context.exit(1 if problems else 0)
 
 

@@ -22,7 +22,7 @@ from blip2.cli.options import (
     printing,
     with_options,
 )
-from blip2.cli.part import told_as_part
+from blip2.cli.part import show_part
 from blip2.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def command(model: str | None, as_json: bool, with_plan: bool, gpu_memory: float
     """
     if gpu_memory is not None and not (with_plan and gpu_memory > 0):
         raise click.UsageError("--gpu-memory is a number of GB above 0, and needs --plan")
-    if told_as_part(model, options["revision"], as_json):
+    if show_part(model, options["revision"], as_json):
         return
     facts = _facts(model, **options)
     plan = _plan(facts, options["dtype"], gpu_memory) if with_plan else None

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from blip2.cli.collect import UNWORDED, Collection
+from blip2.cli.collect import COLLECTION_WITHOUT_WORDS, Collection
+from blip2.cli.images import IMAGE_OPTIONS, Asked, find_images, of_reading
 from blip2.cli.options import MODEL, OUTPUT, lines_in, load_matcher, of_model, with_options
-from blip2.cli.pictures import PICTURES, Asked, find_pictures, of_reading
 from blip2.cli.report import Report, see
 
 CANDIDATES = 32
@@ -27,7 +27,7 @@ CANDIDATES = 32
               help="File with one text per line; all arguments are images then.")  # fmt: skip
 @click.option("--template", default="{}", metavar="TEXT", help='Pattern around each text, such as "a photo of a {}".')
 @click.option("--top", type=int, metavar="K", help="Print only the K best texts.")
-@with_options(OUTPUT, UNWORDED, PICTURES, MODEL)
+@with_options(OUTPUT, COLLECTION_WITHOUT_WORDS, IMAGE_OPTIONS, MODEL)
 @click.pass_context
 def command(
     context: click.Context,
@@ -65,7 +65,7 @@ def command(
     blip2 match photos/ --labels animals.txt --top 3 -o labels.jsonl
     """
     images, compared = _split(arguments, texts, labels, has_list=others["files_from"] is not None)
-    collection = Collection(others, UNWORDED)
+    collection = Collection(others, COLLECTION_WITHOUT_WORDS)
     model = of_model(others) | of_reading(others)
     if collection.is_asked:
         from blip2.api.collect import matching
@@ -77,10 +77,10 @@ def command(
             )
         )  # fmt: skip
     asked = Asked.of(images, others)
-    pictures = find_pictures(asked)
+    images_found = find_images(asked)
     matcher = load_matcher(**model)
     found = matcher.each_classified(
-        pictures.sources,
+        images_found.sources,
         compared,
         top=len(compared) if top is None else top,
         candidates=len(compared) if top is None else CANDIDATES,
@@ -89,12 +89,12 @@ def command(
         batch_size=batch_size,
     )
     report = Report(
-        matcher.name, as_json=as_json, shows_image=pictures.are_several, plain=_line, is_null=asked.is_null
+        matcher.name, as_json=as_json, shows_image=images_found.are_several, plain=_line, is_null=asked.is_null
     )
-    report.about(pictures)
-    if not (as_json or pictures.are_several or asked.is_null):
+    report.about(images_found)
+    if not (as_json or images_found.are_several or asked.is_null):
         click.echo(f"{'match':>7}  {'cosine':>6}  {'share':>7}  text")
-    for batch in see(found, pictures.sources, batch_size):
+    for batch in see(found, images_found.sources, batch_size):
         report.results(batch, ([asdict(match) for match in matches] for matches in batch.images))
     context.exit(report.exit_code)
 

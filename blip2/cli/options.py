@@ -160,8 +160,8 @@ def adapters_in(texts: Sequence[str]) -> dict[str, float] | None:
     """Adapter names with weights, from NAME or NAME=0.5; None if there are none."""
     found = {}
     for text in texts:
-        weighed = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
-        name, weight = (text, 1.0) if weighed is None else (weighed[1], float(weighed[2]))
+        weighted = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", text)
+        name, weight = (text, 1.0) if weighted is None else (weighted[1], float(weighted[2]))
         found[name] = weight
     return found or None
 

@@ -65,13 +65,13 @@ def _figure(shown: Shown, tell: Callable[[str], None]) -> str:
         data = base64.b64encode(thumbnail(path, THUMBNAIL_PX)).decode("ascii")
     except ImageError as error:
         tell(str(error))
-        picture = '<div class="gone">cannot be opened</div>'
+        image = '<div class="gone">cannot be opened</div>'
     else:
-        picture = (
+        image = (
             f'<a href="{escape(path.as_uri())}"><img src="data:image/jpeg;base64,{data}" alt="{escape(name)}" '
             'loading="lazy"></a>'
         )
     score = f"{shown.values['score']:.4f}"
     return (
-        f"<figure>{picture}<figcaption><b>{score}</b>{escape(name)} <span>{escape(folder)}</span></figcaption></figure>"
+        f"<figure>{image}<figcaption><b>{score}</b>{escape(name)} <span>{escape(folder)}</span></figcaption></figure>"
     )

@@ -10,7 +10,7 @@ import click
 from blip2.cli.options import in_bytes, in_words, labelled, printing
 
 
-def told_as_part(name: str | None, revision: str | None, as_json: bool) -> bool:
+def show_part(name: str | None, revision: str | None, as_json: bool) -> bool:
     """Print the report if the name is that of a part of a model, not of a whole one; return whether it was."""
     from blip2.checkpoint.describe import find, stored
 
@@ -23,8 +23,8 @@ def told_as_part(name: str | None, revision: str | None, as_json: bool) -> bool:
         return False
     files = stored(folder)
     if as_json:
-        told = {"model": name, "folder": str(folder), **asdict(part), "disk_bytes": files.num_bytes}
-        click.echo(json.dumps(told, indent=2))
+        content = {"model": name, "folder": str(folder), **asdict(part), "disk_bytes": files.num_bytes}
+        click.echo(json.dumps(content, indent=2))
         return True
     dtypes = [str(dtype).removeprefix("torch.") for dtype in files.dtypes]
     with printing() as out:

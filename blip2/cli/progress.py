@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import of_picture
+from blip2.cli import of_image
 
 if TYPE_CHECKING:
     from blip2.api.collect import CollectionRun
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LINE_S = 30.0
 """Seconds between plain lines."""
-MOST_TOLD = 10
+MAX_MESSAGES = 10
 """Number of failures reported one by one. The summary lists half as many reasons."""
 
 
@@ -60,15 +60,15 @@ class Progress:
     def __init__(self, started: CollectionRun, *, is_json: bool) -> None:
         self._started = started
         self._is_json = is_json
-        self._told = 0
+        self._num_shown = 0
         self._next_s = time.monotonic() + LINE_S
         self._stack = ExitStack()
         self._bar: Any = None
         self.exit_code = 0
         for problem in started.plan.problems:
-            self.problem(of_picture(problem))
-        if started.plan.passed_over:
-            self.tell(started.plan.passed_over)
+            self.problem(of_image(problem))
+        if started.plan.skipped_files:
+            self.tell(started.plan.skipped_files)
 
     # ---- during the run ----
 
@@ -127,8 +127,8 @@ class Progress:
             counts.append(f"{summary.before:,} in earlier runs" + _of_which_failed(summary))
         rate = f"; {_rate(summary)} images/s" if summary.rate else ""
         self.tell(f"{', '.join(counts)}{rate}; in {', '.join(name for name in written if name)}")
-        for reason, number in summary.reasons.most_common(MOST_TOLD // 2):
-            self.tell(f"{number:,} failed: {of_picture(reason)}")
+        for reason, number in summary.reasons.most_common(MAX_MESSAGES // 2):
+            self.tell(f"{number:,} failed: {of_image(reason)}")
         if failed:
             self.tell(f"the failures are listed in {plan.journal.errors}; add --retry-failed to try them again")
         if summary.skipped and not summary.done and plan.request.takes_text:
@@ -138,7 +138,7 @@ class Progress:
         if summary.repeated and plan.request.takes_text:  # answers and labels are few
             self.tell(f"{_number(summary.repeated, 'caption is', 'captions are')} the same as that of another image")
         if summary.is_limited:
-            without = "without it and --restart" if plan.request.going.restart else "without it"
+            without = "without it and --restart" if plan.request.run_options.restart else "without it"
             self.tell(f"stopped at --limit; {without}, the same command processes the rest")
         elif not summary.is_complete:
             self.tell("other parts are not finished; the last one to finish completes the output")
@@ -149,12 +149,12 @@ class Progress:
     # ---- one event ----
 
     def _failure(self, result: Result) -> None:
-        self._told += 1
+        self._num_shown += 1
         if self._is_json:
             self._event("failed", key=result.key, name=result.name, error_message=result.error_message)
-        elif self._told <= MOST_TOLD:
-            self.tell(of_picture(result.error_message))
-        elif self._told == MOST_TOLD + 1:
+        elif self._num_shown <= MAX_MESSAGES:
+            self.tell(of_image(result.error_message))
+        elif self._num_shown == MAX_MESSAGES + 1:
             self.tell("further failures are only counted")
 
     def _line(self, summary: Summary) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from blip2.cli import of_picture
-from blip2.cli.pictures import Pictures, echo, shown
+from blip2.cli import of_image
+from blip2.cli.images import FoundImages, echo, shown
 from blip2.errors import ImageError
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ class Report:
             for row in next(remaining):
                 self._result(name, {**row, "seconds": round(seconds, 4)})
 
-    def about(self, pictures: Pictures) -> None:
+    def about(self, images: FoundImages) -> None:
         """Report problems with folders, and what was skipped in them."""
-        for problem in pictures.problems:
+        for problem in images.problems:
             self.problem(problem)
-        for note in pictures.notes:
+        for note in images.notes:
             tell(note)
 
     def problem(self, message: str) -> None:
@@ -105,7 +105,7 @@ class Report:
         echo(columns, self._is_null)
 
     def _failure(self, image: str, error: ImageError) -> None:
-        message = of_picture(str(error))
+        message = of_image(str(error))
         self.problem(message)
         if self._as_json:  # one line for each image, so that lines can be counted
             click.echo(json.dumps({"image": image, "error": message, "model": self._model}))

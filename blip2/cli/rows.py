@@ -52,7 +52,7 @@ def command(
         raise RecipeError(f"{output}: cannot be written ({error.strerror or error}); name another file") from None
     counts = conversion.counts
     texts = ", ".join(f"{count:,} {name}" for name, count in counts.texts.items() if count)
-    click.echo(f"{counts.rows:,} rows about {counts.pictures:,} images: {texts}", err=True)
+    click.echo(f"{counts.rows:,} rows about {counts.images:,} images: {texts}", err=True)
     for reason, (count, first) in counts.left_out.items():
         click.echo(f"left out: {count:,}, {reason}; the first: {first}", err=True)
     click.echo(output)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blip2.cli import Failure, of_picture
+from blip2.cli import Failure, of_image
+from blip2.cli.images import NULL, READING, changes, echo, of_reading, shown
 from blip2.cli.options import INDEX_MODEL, load_matcher, of_model, with_options
 from blip2.cli.page import Shown, page
-from blip2.cli.pictures import NULL, READING, changes, echo, of_reading, shown
 from blip2.disk import write_text
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def command(
     def tell(message: str) -> None:
         if message not in problems:  # one image may fail twice: for its score and for the page
             problems.append(message)
-            click.echo(f"blip2: {of_picture(message)}", err=True)
+            click.echo(f"blip2: {of_image(message)}", err=True)
 
     model = of_model(others) | of_reading(others)
     groups: list[list[Shown]]
@@ -81,14 +81,14 @@ def command(
     elif text is not None:
         title, groups = text, [_by_text(index, model, text, 10 if k is None else k, rerank, tell)]
     else:
-        title, groups = f"similar to {image}", [_by_picture(index, model, str(image), 10 if k is None else k, tell)]
+        title, groups = f"similar to {image}", [_by_image(index, model, str(image), 10 if k is None else k, tell)]
     if html is not None:
         _write(html, page(title, groups, tell))
-    for picture in (picture for group in groups for picture in group):
+    for each in (each for group in groups for each in group):
         if as_json:
-            click.echo(json.dumps({"path": picture.path, **picture.values}))
+            click.echo(json.dumps({"path": each.path, **each.values}))
         else:
-            echo([*picture.columns, shown(picture.path, is_null)], is_null)
+            echo([*each.columns, shown(each.path, is_null)], is_null)
     context.exit(1 if problems else 0)
 
 
@@ -111,7 +111,7 @@ def _by_text(
     ]
 
 
-def _by_picture(path: str, model: dict[str, Any], image: str, k: int, tell: Callable[[str], None]) -> list[Shown]:
+def _by_image(path: str, model: dict[str, Any], image: str, k: int, tell: Callable[[str], None]) -> list[Shown]:
     from blip2.index import Index
     from blip2.index.index import check_search
 

@@ -96,13 +96,13 @@ LIMITS = (
     click.option("--max-new-tokens", type=int, help="Maximum tokens to generate per answer; larger requests are "
                  "reduced to this.  [default: 512]"),
     click.option("--max-queue", type=int, help="Maximum requests running and waiting; further ones get 429. One client "
-                 "(a key or an address) gets at most three quarters.  [default: 128]"),
+                 "(a key or an address) can have at most three quarters of them.  [default: 128]"),
     click.option("--max-connections", type=int, help="Maximum connections; beyond it, an idle one is closed.  "
                  "[default: 1024]"),
     click.option("--max-rows", type=int, help="Maximum sequences in the running batch; each beam is one.  "
                  "[default: 64]"),
-    click.option("--deadline", "deadline_s", type=float, help="Seconds until an answer is given up with 504.  "
-                 "[default: 120]"),
+    click.option("--deadline", "deadline_s", type=float, help="Seconds after which an unfinished answer fails "
+                 "with 504.  [default: 120]"),
     click.option("--body-timeout", "body_s", type=float, help="Seconds for a request to arrive.  [default: 30]"),
     click.option("--shutdown-timeout", "shutdown_s", type=float, help="Seconds to finish running requests after a stop "
                  "signal.  [default: 30]"),
@@ -168,7 +168,7 @@ def command(
         from blip2.serve.replicas import run_replicas
         from blip2.serve.run import listen, run
         from blip2.serve.service import Models
-        from blip2.serve.tidy import share_one_arena
+        from blip2.serve.trimmer import share_one_arena
         from blip2.serve.unix import listen_at
     except ImportError as error:
         raise Failure(f"serving needs more packages ({error}); {install_line('serve')}") from error

@@ -63,7 +63,7 @@ def command(
         raise click.UsageError("--sheet needs --dry-run; give both")
     if is_dry and number is not None:
         raise click.UsageError("--dry-run and --overfit exclude each other; give one of them")
-    from blip2.train import ToldElsewhere, TrainingStopped, load_recipe, run
+    from blip2.train import OtherProcessFailed, TrainingStopped, load_recipe, run
     from blip2.train.group import end_with_launcher, group_of_environment
 
     group = group_of_environment()
@@ -94,8 +94,8 @@ def command(
             folder = run(recipe, report=show, overrides=overrides)
         except TrainingStopped as stopped:
             raise Failure(str(stopped), 130) from None
-        except ToldElsewhere as told:
-            raise click.exceptions.Exit(130 if isinstance(told.__cause__, TrainingStopped) else 1) from None
+        except OtherProcessFailed as failure:
+            raise click.exceptions.Exit(130 if isinstance(failure.__cause__, TrainingStopped) else 1) from None
     if group.is_first:
         click.echo(folder)
 
@@ -134,14 +134,14 @@ def line_of(progress: Progress) -> str:
         parts.append(f"lr {progress.learning_rate:.2e}")
     if progress.images_per_s:
         parts.append(f"{progress.images_per_s:.0f} images/s")
-    told = progress.measures
+    measures = progress.measures
     parts += [
-        text.format(told[name])
+        text.format(measures[name])
         for name, text in (
             ("tokens_per_s", "{:.0f} tokens/s"), ("mfu", "mfu {:.1%}"), ("gradient_norm", "gradient {:.3g}"),
             ("skipped", "skipped {:.0%}"), ("peak_memory_mb", "{:.0f} MB"),
         )
-        if told.get(name)
+        if measures.get(name)
     ]  # fmt: skip
     if math.isfinite(progress.left_s):
         parts.append(f"{time_of(progress.left_s)} left")

@@ -50,8 +50,8 @@ class Carried:
         for result in results:
             for name, value in result.columns.items():
                 kinds[name] = _joined(kinds.get(name, ""), _kind(value))
-        own, passed_over = {*own}, {*same, *ALWAYS_SAME}
-        given = {name: f"{name}_original" if name in own else name for name in kinds if name not in passed_over}
+        own, skipped_files = {*own}, {*same, *ALWAYS_SAME}
+        given = {name: f"{name}_original" if name in own else name for name in kinds if name not in skipped_files}
         new = {new for name, new in given.items() if new != name}
         self._sources = {
             new_name: name

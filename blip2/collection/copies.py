@@ -33,26 +33,26 @@ class Copies:
 
     def __init__(self) -> None:
         self._by_content: dict[Hashable, First] = {}
-        self._alone: dict[Hashable, tuple[str, First] | None] = {}
+        self._only_of_size: dict[Hashable, tuple[str, First] | None] = {}
         """For each size, the only file of that size so far; None if there were several."""
 
     def first(self, record: Record, new: First) -> First:
         """The `First` of an earlier equal image; else ``new``."""
-        picture = record.picture
-        if picture is None or picture == "-":
+        image = record.image
+        if image is None or image == "-":
             return new
-        if isinstance(picture, bytes):
-            return self._by_content.setdefault((record.asked, sha256_of(picture)), new)
+        if isinstance(image, bytes):
+            return self._by_content.setdefault((record.asked, sha256_of(image)), new)
         try:
-            size = os.stat(picture).st_size
+            size = os.stat(image).st_size
         except (OSError, ValueError):  # a URL, or a problem that is reported elsewhere
-            return self._by_content.setdefault((record.asked, picture), new)
-        if (record.asked, size) not in self._alone:
-            self._alone[record.asked, size] = picture, new
+            return self._by_content.setdefault((record.asked, image), new)
+        if (record.asked, size) not in self._only_of_size:
+            self._only_of_size[record.asked, size] = image, new
             return new
-        if (other := self._alone[record.asked, size]) is not None:
-            if other[0] == picture:  # several rows may name the same file
+        if (other := self._only_of_size[record.asked, size]) is not None:
+            if other[0] == image:  # several rows may name the same file
                 return other[1]
-            self._alone[record.asked, size] = None
+            self._only_of_size[record.asked, size] = None
             self._by_content[record.asked, sha256_of(other[0]) or other[0]] = other[1]
-        return self._by_content.setdefault((record.asked, sha256_of(picture) or picture), new)
+        return self._by_content.setdefault((record.asked, sha256_of(image) or image), new)

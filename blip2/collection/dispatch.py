@@ -83,7 +83,7 @@ class Workers(Protocol):
     def give(self, worker: int, given: Given | None) -> None:
         """The answer to `More`. None only if the worker is not idle."""
 
-    def hear(self) -> tuple[int, Message]:
+    def receive(self) -> tuple[int, Message]:
         """The next message of any worker. Blocks without a limit, since a unit may be slow."""
 
     def close(self) -> None:
@@ -98,12 +98,12 @@ def dispatch(job: Job, workers: Workers, units: Sequence[Unit], tell: Tell) -> N
         for worker in range(min(workers.number, len(units))):
             workers.start(worker)
         while dispatcher.left:
-            dispatcher.hear(*workers.hear())
+            dispatcher.receive(*workers.receive())
     if dispatcher.lost:
         unit, reason = dispatcher.lost[0]
         of = f"; so did {len(dispatcher.lost) - 1} more" if len(dispatcher.lost) > 1 else ""
         raise CollectionError(
-            f"{_told(unit)}: {MOST_DEATHS} workers died during it ({reason}){of}; the rest is done; the same command "
+            f"{_label(unit)}: {MOST_DEATHS} workers died during it ({reason}){of}; the rest is done; the same command "
             "tries it again"
         )
 
@@ -123,12 +123,12 @@ class _Dispatcher:
         self._deaths: Counter[int] = Counter()
         self._deaths_without: Counter[int] = Counter()
         """Deaths per worker since it last got a unit."""
-        self._told: Counter[int] = Counter()
+        self._num_reported: Counter[int] = Counter()
         """Results received per unit."""
         self._come: Counter[int] = Counter()
         """Results per unit from the worker that has it now."""
 
-    def hear(self, worker: int, message: Message) -> None:
+    def receive(self, worker: int, message: Message) -> None:
         match message:
             case Ready(facts):
                 for name, value in facts.items():
@@ -139,8 +139,8 @@ class _Dispatcher:
                 self._workers.give(worker, self._next(worker))
             case Some(unit, results):
                 before, self._come[unit] = self._come[unit], self._come[unit] + len(results)
-                if new := results[max(self._told[unit] - before, 0) :]:
-                    self._told[unit] += len(new)
+                if new := results[max(self._num_reported[unit] - before, 0) :]:
+                    self._num_reported[unit] += len(new)
                     self._tell(new)
             case Done(unit, notes):
                 self.left.discard(unit)
@@ -150,7 +150,7 @@ class _Dispatcher:
             case Failed(error):
                 raise error
             case Died(reason):
-                self._bury(worker, reason)
+                self._worker_died(worker, reason)
         while self._idle and self._waiting:
             first = self._idle.pop(0)
             self._workers.give(first, self._next(first))
@@ -165,7 +165,7 @@ class _Dispatcher:
         self._deaths_without[worker] = 0
         return Given(unit, again=self._deaths[unit.number] > 0)
 
-    def _bury(self, worker: int, reason: str) -> None:
+    def _worker_died(self, worker: int, reason: str) -> None:
         units = self._given.pop(worker, [])
         if worker in self._idle:
             self._idle.remove(worker)
@@ -185,7 +185,7 @@ class _Dispatcher:
             self._workers.start(worker)
 
 
-def _told(unit: Unit) -> str:
+def _label(unit: Unit) -> str:
     part = f", images {unit.start + 1:,} to {unit.stop:,}" if unit.stop else ""
     return f"{unit.place}{part}" if unit.place else f"unit {unit.number + 1}{part}"
 

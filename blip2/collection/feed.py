@@ -27,7 +27,7 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
-class _Looked:
+class _Examined:
     """A record and what was found out about it. ``belongs``: it is part of a batch."""
 
     record: Record
@@ -60,7 +60,7 @@ class Feed(Iterator[Record]):
     ) -> None:
         self._source, self._journal, self._again = source, journal, again
         self._look, self._begin, self._repeat = look, begin, repeat
-        self._room = limit
+        self._num_left = limit
         self._size = 1
         self._waiting: deque[tuple[Unit, Pending | Copy | Result | None]] = deque()
         self._batches = self._all(units)
@@ -88,7 +88,7 @@ class Feed(Iterator[Record]):
 
     # ---- for the consumer of results ----
 
-    def passing_by(self) -> Iterator[Settled]:
+    def ready_results(self) -> Iterator[Settled]:
         """Results that are ready and wait for no model."""
         while self._waiting and not isinstance(self._waiting[0][1], Pending):
             unit, found = self._waiting.popleft()
@@ -108,13 +108,13 @@ class Feed(Iterator[Record]):
     def _all(self, units: Iterable[Unit]) -> Iterator[list[Record]]:
         for unit in units:
             begun = self._journal.begun(unit) if self._again else set()
-            span: list[_Looked] = []
+            span: list[_Examined] = []
             copies = Copies()
             number = 0
             for record in self._source.records(unit):
-                looked = self._looked(record, begun, copies)
-                span.append(looked)
-                number += looked.belongs
+                examined = self._looked(record, begun, copies)
+                span.append(examined)
+                number += examined.belongs
                 if number == self._size:
                     if batch := self._batch(unit, span):
                         yield batch
@@ -127,36 +127,37 @@ class Feed(Iterator[Record]):
                 return
             self._waiting.append((unit, None))
 
-    def _looked(self, record: Record, begun: set[tuple[str, str]], copies: Copies) -> _Looked:
+    def _looked(self, record: Record, begun: set[tuple[str, str]], copies: Copies) -> _Examined:
         found: Result | Copy | None = self._look(record)
         was_model = isinstance(found, Result) and found.status != SKIPPED and not record.problem
         new = first = First(found if isinstance(found, Result) else None)
         if self._repeat is not None and (found is None or was_model):
             first = copies.first(record, new)
         if first is not new:
-            found = found or Copy(replace(record, picture=None), self._begin(record), first)
-            return _Looked(record, found, False, first)
-        return _Looked(record, found, found is None or (was_model and (record.key, record.stamp) in begun), first)
+            found = found or Copy(replace(record, image=None), self._begin(record), first)
+            return _Examined(record, found, False, first)
+        return _Examined(record, found, found is None or (was_model and (record.key, record.stamp) in begun), first)
 
-    def _batch(self, unit: Unit, span: list[_Looked]) -> list[Record]:
+    def _batch(self, unit: Unit, span: list[_Examined]) -> list[Record]:
         """The batch; empty if all results are known, or the limit is reached."""
-        if all(looked.found is not None for looked in span):
-            self._waiting.extend((unit, looked.found) for looked in span)
+        if all(examined.found is not None for examined in span):
+            self._waiting.extend((unit, examined.found) for examined in span)
             return []
-        if self._room == 0:
+        if self._num_left == 0:
             self.cut.add(unit.number)
             return []
-        for looked in span:
-            record, found = looked.record, looked.found
-            if found is None and self._room == 0:
+        for examined in span:
+            record, found = examined.record, examined.found
+            if found is None and self._num_left == 0:
                 self.cut.add(unit.number)
-            if looked.belongs:
+            if examined.belongs:
                 assert not isinstance(found, Copy)
                 result = found or self._begin(record)
-                without = replace(record, picture=None)
-                self._waiting.append((unit, Pending(without, result, looked.first, found is not None, bool(self.cut))))
+                without = replace(record, image=None)
+                pending = Pending(without, result, examined.first, found is not None, bool(self.cut))
+                self._waiting.append((unit, pending))
             elif not self.cut:
                 self._waiting.append((unit, found))
-            if found is None and self._room:
-                self._room -= 1
-        return [looked.record for looked in span if looked.belongs]
+            if found is None and self._num_left:
+                self._num_left -= 1
+        return [examined.record for examined in span if examined.belongs]

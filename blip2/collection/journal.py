@@ -34,7 +34,7 @@ HANDOVER_S = 10.0
 FOUND = "found"
 """The key of the request that holds what `Journal.agree` compares."""
 OUTPUT, UNFINISHED = "output", "unfinished"
-BESIDE = "sidecar", "xmp", "embed"
+PER_IMAGE = "sidecar", "xmp", "embed"
 """Output options whose files are also read as existing texts."""
 
 
@@ -103,7 +103,7 @@ class Journal:
         ``is_made``: the output is that of an earlier run; this is remembered after a ``restart``, too.
         """
         before = self.written
-        is_new = restart or self._came_to_nothing()
+        is_new = restart or self._has_no_results()
         if restart or (is_new and self._changed(asked)):
             shutil.rmtree(self._units, ignore_errors=True)
         if is_new:  # also drops what `agree` recorded
@@ -119,8 +119,8 @@ class Journal:
 
         ``asked``: names of options, or other keys, with JSON values.
         """
-        if (changed := self._changed(asked)) and not self._came_to_nothing():
-            self._refuse(changed, keeps_texts=asked.get("if_exists") == "skip" and any(map(asked.get, BESIDE)))
+        if (changed := self._changed(asked)) and not self._has_no_results():
+            self._refuse(changed, keeps_texts=asked.get("if_exists") == "skip" and any(map(asked.get, PER_IMAGE)))
 
     def _changed(self, asked: Mapping[str, Any]) -> list[str]:
         """The differences to the recorded request, one text each."""
@@ -133,7 +133,7 @@ class Journal:
             if name != FOUND and before.get(name) != wanted.get(name)
         ]
 
-    def _came_to_nothing(self) -> bool:
+    def _has_no_results(self) -> bool:
         """Whether the recorded run has no results, for example because its model could not be loaded, and is not
         running."""
         done, parts = self._units.glob("*.jsonl"), self._units.glob("*.part")

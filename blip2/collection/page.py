@@ -31,7 +31,7 @@ def page(title: str, style: str, body: str, *, head: str = "") -> str:
     )
 
 
-def picture(source: Source, size_px: int) -> str:
+def image_html(source: Source, size_px: int) -> str:
     """HTML of an image embedded in the page, at most ``size_px`` wide and high; of an unreadable one, the error."""
     try:
         data = base64.b64encode(thumbnail(source, size_px)).decode()

@@ -44,10 +44,10 @@ class Part:
 
 
 def line_of(result: Result) -> str:
-    told = {
+    content = {
         name: value for name, value in asdict(result).items() if name in NEEDED or value not in ("", (), [], {}, 0)
     }
-    return json.dumps(told) + "\n"
+    return json.dumps(content) + "\n"
 
 
 def result_of(line: str) -> Result:

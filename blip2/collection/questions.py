@@ -32,19 +32,19 @@ class Questions(View):
         return None if number is None else number * max(len(self._questions), 1)
 
     @property
-    def pictures(self) -> Sequence[str] | None:
-        return self._view.pictures
+    def images(self) -> Sequence[str] | None:
+        return self._view.images
 
     def stamp(self, unit: Unit) -> str:
-        if not self._column or self._view.told().get("source") != "files":  # other stamps cover the columns
+        if not self._column or self._view.description().get("source") != "files":  # other stamps cover the columns
             return self._view.stamp(unit)
         digest = hashlib.blake2b(self._view.stamp(unit).encode(), digest_size=16)
         for record in self._view.records(unit):
             digest.update(repr(record.columns.get(self._column)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    def told(self) -> Mapping[str, Any]:
-        return {**self._view.told(), "questions": self._questions, "question_column": self._column}
+    def description(self) -> Mapping[str, Any]:
+        return {**self._view.description(), "questions": self._questions, "question_column": self._column}
 
     def records(self, unit: Unit) -> Iterator[Record]:
         for record in self._view.records(unit):

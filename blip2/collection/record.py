@@ -17,14 +17,14 @@ class Record:
     """An image of a collection.
 
     ``key``: identifies it in the outputs and is unique in its source: the path within the folder, the key in a shard,
-    or the row number. ``picture``: a path, a URL, or the bytes of an image file; None if ``problem`` says why there is
+    or the row number. ``image``: a path, a URL, or the bytes of an image file; None if ``problem`` says why there is
     none. ``name``: used in messages. ``stamp``: if it changes, the image under this key is another one. ``text``: the
     existing text of the image, "" if none. ``columns``: the other columns of the source. ``asked``: its question, if
     questions differ. ``is_new``: ``text`` stands somewhere else than the new text will, so that nothing is overwritten.
     """
 
     key: str
-    picture: str | bytes | None
+    image: str | bytes | None
     name: str
     stamp: str
     text: str = ""
@@ -117,14 +117,14 @@ class Source(Protocol):
     def records(self, unit: Unit) -> Iterator[Record]:
         """The records, always in the same order."""
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         """The values that distinguish this source from another, for `Journal.begin`."""
 
 
-def sha256_of(picture: str | bytes) -> str:
+def sha256_of(image: str | bytes) -> str:
     """The SHA-256 of an image file as hexadecimal digits; "" if it cannot be read."""
-    if isinstance(picture, bytes):
-        return hashlib.sha256(picture).hexdigest()
-    with suppress(OSError), open(picture, "rb") as file:
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    with suppress(OSError), open(image, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
     return ""

@@ -25,7 +25,7 @@ DONE, FAILED_BEFORE, TO_DO, PROBLEM = "done", "failed before", "to do", "cannot 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Going:
+class RunOptions:
     """How a run continues. ``limit``: number of images processed by the model to end after. ``shard``: (I, N) for part
     I of N, from 1; None for everything. ``retry_failed``, ``restart``: process failed images, or all images, again.
 
@@ -49,12 +49,14 @@ class Going:
 
 READING = tuple(signature(open_source).parameters)[1:]
 """The keywords of `open_source`."""
-GOING, OUTPUTS, WORDING = (tuple(each.name for each in fields(kind) if each.init) for kind in (Going, Outputs, Wording))
+RUN_OPTIONS, OUTPUTS, WORDING = (
+    tuple(each.name for each in fields(kind) if each.init) for kind in (RunOptions, Outputs, Wording)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """``places``: the arguments of `open_source`, with ``reading`` as its keywords. ``told``: other options that
+    """``places``: the arguments of `open_source`, with ``reading`` as its keywords. ``identity``: other options that
     distinguish this command, by name. ``view``: a view of the source, such as each image with each of several
     questions. ``takes_text``: see `View`."""
 
@@ -62,8 +64,8 @@ class Request:
     reading: Mapping[str, Any] = field(default_factory=dict)
     outputs: Outputs
     wording: Wording = field(default_factory=Wording)
-    going: Going = field(default_factory=Going)
-    told: Mapping[str, Any] = field(default_factory=dict)
+    run_options: RunOptions = field(default_factory=RunOptions)
+    identity: Mapping[str, Any] = field(default_factory=dict)
     view: Callable[[View], View] = lambda view: view
     takes_text: bool = True
 
@@ -80,18 +82,18 @@ class Request:
         """Take the options of all parts out of the options of a command."""
         taken = {
             names: {name: options.pop(name) for name in names if name in options}
-            for names in (READING, OUTPUTS, WORDING, GOING)
+            for names in (READING, OUTPUTS, WORDING, RUN_OPTIONS)
         }
         wording = Wording(**taken[WORDING])
         outputs = Outputs(**{"replaces": wording.if_exists == "overwrite", **taken[OUTPUTS]})
-        going = Going(**taken[GOING])
-        return cls(places=places, reading=taken[READING], outputs=outputs, wording=wording, going=going, **others)
+        run = RunOptions(**taken[RUN_OPTIONS])
+        return cls(places=places, reading=taken[READING], outputs=outputs, wording=wording, run_options=run, **others)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request with an open source and checked outputs. ``problems``: of folders. ``passed_over``: files in them that
-    are not images. ``is_made``: the output exists, as an earlier run wrote it."""
+    """A request with an open source and checked outputs. ``problems``: of folders. ``skipped_files``: files in them
+    that are not images. ``is_made``: the output exists, as an earlier run wrote it."""
 
     request: Request
     source: View
@@ -104,10 +106,10 @@ class Plan:
         return getattr(self.source, "problems", ())
 
     @property
-    def passed_over(self) -> str:
+    def skipped_files(self) -> str:
         outputs = self.request.outputs
         own = {f".{outputs.sidecar.lstrip('.').lower()}", *((".xmp", ".xmp_original") if outputs.xmp else ())}
-        return self.source.passed_over(own) if hasattr(self.source, "passed_over") else ""
+        return self.source.skipped_files(own) if hasattr(self.source, "skipped_files") else ""
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -117,46 +119,46 @@ class Plan:
             outputs.pop(name)  # an output may be moved, with its journal
         wording = asdict(self.request.wording)
         wording.pop("pieces")
-        seen = {"dedupe": True} if self.request.going.dedupe else {}
-        return {**self.request.told, **wording, **self.source.told(), **outputs, **seen}
+        seen = {"dedupe": True} if self.request.run_options.dedupe else {}
+        return {**self.request.identity, **wording, **self.source.description(), **outputs, **seen}
 
     @contextmanager
     def begun(self) -> Iterator[Job]:
         """A job whose lock is held. Raises CollectionError."""
-        going = self.request.going
-        number, total = going.shard or (1, 1)
-        if going.restart and total > 1:
+        run_options = self.request.run_options
+        number, total = run_options.shard or (1, 1)
+        if run_options.restart and total > 1:
             raise OptionError(
                 f"{option('restart')} in one of several parts would delete the results of the others; remove "
                 f"{self.journal.folder} before the first part starts"
             )
         shard = (number - 1, total)
         with self.journal.held(shard):
-            self.journal.begin(self.asked, restart=going.restart, is_made=self.is_made)
+            self.journal.begin(self.asked, restart=run_options.restart, is_made=self.is_made)
             yield Job(
                 self.source, self.sinks, self.journal, self.request.wording, self.asked,
-                skips=self.request.wording.if_exists == "skip", retries=going.retry_failed, shard=shard,
-                limit=going.limit, output=self.request.outputs.output,
-                dedupes=going.dedupe,
+                skips=self.request.wording.if_exists == "skip", retries=run_options.retry_failed, shard=shard,
+                limit=run_options.limit, output=self.request.outputs.output,
+                dedupes=run_options.dedupe,
             )  # fmt: skip
 
     def listed(self) -> Iterator[tuple[Record, str]]:
         """Each image of this part with what a run would do. Writes nothing."""
-        going = self.request.going
-        if not going.restart:
+        run_options = self.request.run_options
+        if not run_options.restart:
             self.journal.compare(self.asked)
-        number, total = going.shard or (1, 1)
+        number, total = run_options.shard or (1, 1)
         skips = self.request.wording.if_exists == "skip"
         for unit in self.source.units:
             if (unit.number + 1 - number) % total:
                 continue
-            known = {} if going.restart else {
+            known = {} if run_options.restart else {
                 (result.key, result.stamp): result.status for result in self.journal.so_far(unit)
             }  # fmt: skip
             for record in self.source.records(unit):
                 if (status := known.get((record.key, record.stamp))) is not None:
                     was = FAILED_BEFORE if status == "failed" else DONE
-                    yield record, TO_DO if was == FAILED_BEFORE and going.retry_failed else was
+                    yield record, TO_DO if was == FAILED_BEFORE and run_options.retry_failed else was
                 elif record.problem:
                     yield record, PROBLEM
                 else:
@@ -165,17 +167,17 @@ class Plan:
 
 def planned(request: Request) -> Plan:
     """Raises OptionError and CollectionError for everything that can be checked without a model."""
-    by_picture = open_beside(request.outputs)
-    made = _made(request.outputs.output, is_kept=request.going.restart)
+    by_image = open_beside(request.outputs)
+    made = _made(request.outputs.output, is_kept=request.run_options.restart)
     opened = open_source(request.places, **request.reading, without=made)
-    view = View(opened, by_picture, takes_text=request.takes_text, is_beside_alone=not request.outputs.output)
+    view = View(opened, by_image, takes_text=request.takes_text, only_per_image=not request.outputs.output)
     source = request.view(view)
     _check_apart(request.outputs.output, source)
     folder = _journal_of(request.outputs, source)
     outputs = request.outputs
-    if request.going.restart and Journal(folder).written:
+    if request.run_options.restart and Journal(folder).written:
         outputs = replace(outputs, replaces=True)
-    return Plan(request, source, open_sinks(outputs, source, by_picture), Journal(folder), bool(made))
+    return Plan(request, source, open_sinks(outputs, source, by_image), Journal(folder), bool(made))
 
 
 def _made(output: str, *, is_kept: bool) -> list[str]:
@@ -195,7 +197,7 @@ def _made(output: str, *, is_kept: bool) -> list[str]:
 
 def _check_apart(output: str, source: View) -> None:
     """Check that a source of rows or shards is not overwritten while it is read. Raises CollectionError."""
-    if os.path.isfile(output) and source.told().get("source") in ("rows", "shards"):
+    if os.path.isfile(output) and source.description().get("source") in ("rows", "shards"):
         for place in dict.fromkeys(unit.place for unit in source.units):
             if os.path.samefile(place, output):
                 raise CollectionError(f"{output}: is the source itself; give another output")
@@ -209,7 +211,7 @@ def _journal_of(outputs: Outputs, source: View) -> Path:
     name = f".{'-'.join(filter(None, kinds))}.blip2"
     root = getattr(source, "root", "")
     if not root:
-        folders = {os.path.dirname(os.path.abspath(path)) for path in source.pictures or ()}
+        folders = {os.path.dirname(os.path.abspath(path)) for path in source.images or ()}
         try:
             root = os.path.commonpath(folders)
         except ValueError:

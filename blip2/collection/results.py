@@ -36,11 +36,11 @@ def begun(wants: frozenset[str], record: Record) -> Result:
     """The result of an image before the model processes it."""
     width, height = (0, 0)
     digest = ""
-    if record.picture is not None and "size" in wants:
-        width, height = stored_size(record.picture) or (0, 0)
-    if record.picture is not None and "sha256" in wants:
-        digest = sha256_of(record.picture)
-    path = record.picture if isinstance(record.picture, str) else ""
+    if record.image is not None and "size" in wants:
+        width, height = stored_size(record.image) or (0, 0)
+    if record.image is not None and "sha256" in wants:
+        digest = sha256_of(record.image)
+    path = record.image if isinstance(record.image, str) else ""
     return Result(
         record.key, record.stamp, FAILED, record.name, old=record.text, path=path, width=width, height=height,
         sha256=digest, columns=plain(record.columns),

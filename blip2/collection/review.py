@@ -30,7 +30,7 @@ from blip2.disk import write_bytes, write_text
 from blip2.errors import CollectionError, ImageError
 from blip2.image import thumbnail
 
-MOST_PICTURES = 20_000
+MAX_IMAGES = 20_000
 THUMBNAIL_PX = 320
 AT_A_TIME = 64
 STATUSES = {SUCCESS: "done", FAILED: "failed", SKIPPED: "skipped"}
@@ -46,7 +46,7 @@ def write_review(path: Path, source: Source, journal: Journal) -> None:
     for result in _results(source, journal):
         counts[result.status] += 1
         captions[hash(result.line)] += 1
-    worst = heapq.nsmallest(MOST_PICTURES, _results(source, journal), key=_worse)
+    worst = heapq.nsmallest(MAX_IMAGES, _results(source, journal), key=_worse)
     root = os.path.abspath(getattr(source, "root", "") or path / "none")
     is_within = Path(root) in Path(os.path.abspath(path)).parents
     # Hidden if it is in the folder of the images: thumbnails are not images of the collection.
@@ -107,13 +107,13 @@ def _thumbnails(wanted: Mapping[str, Result], source: Source, folder: Path) -> d
 
 def _thumbnail(record: Record, folder: Path) -> str:
     """The file name; "" if there is no thumbnail."""
-    told = f"{record.key}\0{record.stamp}".encode("utf-8", "surrogatepass")
-    name = f"{hashlib.blake2b(told, digest_size=10).hexdigest()}.jpg"
+    identity = f"{record.key}\0{record.stamp}".encode("utf-8", "surrogatepass")
+    name = f"{hashlib.blake2b(identity, digest_size=10).hexdigest()}.jpg"
     if not (folder / name).exists():
-        if record.picture is None or record.picture == "-":
+        if record.image is None or record.image == "-":
             return ""
         try:
-            write_bytes(folder / name, thumbnail(record.picture, THUMBNAIL_PX))
+            write_bytes(folder / name, thumbnail(record.image, THUMBNAIL_PX))
         except ImageError:
             return ""
     return name
@@ -121,10 +121,10 @@ def _thumbnail(record: Record, folder: Path) -> str:
 
 def _page(path: Path, rows: list[dict[str, Any]], counts: Counter[str]) -> str:
     total = counts.total()
-    told = [f"{count:,} {STATUSES[status]}" for status, count in counts.most_common()]
+    parts = [f"{count:,} {STATUSES[status]}" for status, count in counts.most_common()]
     if total > len(rows):
-        told.append(f"the {len(rows):,} worst are shown")
+        parts.append(f"the {len(rows):,} worst are shown")
     data = json.dumps(rows, ensure_ascii=True).replace("<", "\\u003c")
     title = as_text(path.stem)
-    summary = f"{total:,} image{'' if total == 1 else 's'}: {', '.join(told)}"
+    summary = f"{total:,} image{'' if total == 1 else 's'}: {', '.join(parts)}"
     return PAGE.replace("@TITLE@", escape(title)).replace("@SUMMARY@", escape(summary)).replace("@ROWS@", data)

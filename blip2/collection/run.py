@@ -98,7 +98,7 @@ class Job:
 Known = Mapping[tuple[str, str], Result]
 """Earlier results, by key and stamp."""
 Tell = Callable[[Sequence[Result]], None]
-Heard = Callable[[Unit, "Sequence[Result] | None"], None]
+OnUnitResults = Callable[[Unit, "Sequence[Result] | None"], None]
 """Receives the results of a unit, a few at a time, once per-image outputs are written. None: the unit is finished."""
 
 
@@ -137,7 +137,7 @@ def run_by(
     return summary
 
 
-def do(job: Job, units: Iterable[Unit], known: Known, work: Work, heard: Heard) -> bool:
+def do(job: Job, units: Iterable[Unit], known: Known, work: Work, heard: OnUnitResults) -> bool:
     """Process these units except for ``known`` results. True if a limit ended it. Raises CollectionError, OSError.
 
     The model's outputs go to the journal at once. A separate thread writes outputs and calls ``heard``, so that the
@@ -236,18 +236,18 @@ def _settled(
     outcomes = work(feed)
     try:
         for outcome in outcomes:
-            yield from feed.passing_by()
+            yield from feed.ready_results()
             unit, pending = feed.next_pending()
             if pending.is_known:
                 yield unit, pending.result
             elif not pending.is_left:
                 pending.first.result = result = result_of(job, pending.record, pending.result, outcome)
                 yield unit, result
-            yield from feed.passing_by()
+            yield from feed.ready_results()
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()
-    yield from feed.passing_by()
+    yield from feed.ready_results()
     cut |= feed.cut
 
 

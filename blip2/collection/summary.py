@@ -37,7 +37,7 @@ class Summary:
     """Notes of the output formats."""
     _first: tuple[int, float] | None = None
     _last: tuple[int, float] = (0, 0.0)
-    _said: set[int] = field(default_factory=set, repr=False)
+    _hashes_seen: set[int] = field(default_factory=set, repr=False)
 
     @property
     def rate(self) -> float:
@@ -71,9 +71,9 @@ class Summary:
             self.reasons[why_failed(result)] += 1
         self.copies += bool(result.copy_of)
         if result.status == SUCCESS and not result.copy_of:
-            said = hash(result.line)
-            self.repeated += said in self._said
-            self._said.add(said)
+            line_hash = hash(result.line)
+            self.repeated += line_hash in self._hashes_seen
+            self._hashes_seen.add(line_hash)
 
 
 OnResults = Callable[[Summary, Sequence[Result]], None]

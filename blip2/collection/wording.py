@@ -109,8 +109,8 @@ class Wording:
         if self.max_chars is None or len(line) <= self.max_chars:
             return line
         num_captions = sum(name == "caption" for _, name in self.pieces)
-        room = (self.max_chars - len(self._filled(values, ""))) // num_captions
-        cut = shortened(caption, room)
+        num_chars = (self.max_chars - len(self._filled(values, ""))) // num_captions
+        cut = shortened(caption, num_chars)
         return self._filled(values, cut) if cut else None
 
     def _filled(self, values: dict[str, str], caption: str) -> str:
@@ -174,12 +174,12 @@ def without_repeats(text: str) -> str:
 
 
 def _first_round(words: list[str]) -> int | None:
-    said = [word.strip(",;.").casefold() for word in words]
-    for period in range(1, len(said) // 2 + 1):
-        start = len(said) - period
-        while start > 0 and said[start - 1] == said[start - 1 + period]:
+    folded = [word.strip(",;.").casefold() for word in words]
+    for period in range(1, len(folded) // 2 + 1):
+        start = len(folded) - period
+        while start > 0 and folded[start - 1] == folded[start - 1 + period]:
             start -= 1
-        length = len(said) - start
+        length = len(folded) - start
         if length >= period * (3 if period == 1 else 2):
             rest = length % period
             # "a man and a man and a man": the word that joins the repetitions is dropped after the last.
@@ -207,9 +207,9 @@ def _pieces(template: str) -> list[tuple[str, str]]:
     try:
         for text, name, spec, conversion in string.Formatter().parse(template):
             if name is not None and (name not in FIELDS or spec or conversion):
-                told = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+                written = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
                 raise OptionError(
-                    f"{option('template')} has {{{told}}}, an unknown field; use {known}, and {{{{ and }}}} "
+                    f"{option('template')} has {{{written}}}, an unknown field; use {known}, and {{{{ and }}}} "
                     "for braces"
                 )
             found.append((text, name or ""))

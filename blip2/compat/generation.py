@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from blip2 import checkpoint, threads
-from blip2.compat.lockstep import Way, Written, write
-from blip2.compat.options import Decoding, decoding, from_config, heeded, is_watched, merged
+from blip2.compat.lockstep import DecodingSettings, Written, write
+from blip2.compat.options import Decoding, decoding, effective, from_config, is_watched, merged
 from blip2.compat.records import ModelOutput, Prompt
 from blip2.compat.scores import Prompted, build_criteria, build_filters, longest_of, own
 from blip2.compat.states import states_of
@@ -116,17 +116,17 @@ class Generates:
             "eos_token_id": ends if len(ends) > 1 else language.eos_token_id, "pad_token_id": language.pad_token_id
         }  # fmt: skip
         given = {} if generation_config is None else from_config(generation_config)
-        asked = merged(family_tokens, from_config(self.generation_config), given, heeded("generate", options))
+        asked = merged(family_tokens, from_config(self.generation_config), given, effective("generate", options))
 
         before_BT, counted = prompt.ids_BT, prompt.ids_BT.shape[1] or prompt.is_real_BS.shape[1]
         if not isinstance(language, T5Config):
-            room = language.max_position_embeddings - prompt.is_real_BS.shape[1]
+            num_left = language.max_position_embeddings - prompt.is_real_BS.shape[1]
         else:
             start = language.decoder_start_token_id
             if asked.get("decoder_start_token_id", start) != start:
                 raise OptionError(f"decoder_start_token_id is {asked['decoder_start_token_id']}, this model's {start}")
-            before_BT, counted, room = before_BT.new_full((len(prompt.is_real_BS), 1), start), 1, None
-        how = decoding(asked, prompt_length=counted, room=room)
+            before_BT, counted, num_left = before_BT.new_full((len(prompt.is_real_BS), 1), start), 1, None
+        how = decoding(asked, prompt_length=counted, num_left=num_left)
         engine = Engine(
             self.model.language,
             eos_token_ids=_known(how.eos_token_ids, language.vocab_size),
@@ -195,7 +195,9 @@ def _known(tokens: Sequence[int], vocab_size: int) -> list[int]:
     return [token for token in tokens if 0 <= token < vocab_size]
 
 
-def _watched(asked: Mapping[str, Any], how: Decoding, prompt: Prompt, before_BT: Tensor, vocab_size: int) -> Way:
+def _watched(
+    asked: Mapping[str, Any], how: Decoding, prompt: Prompt, before_BT: Tensor, vocab_size: int
+) -> DecodingSettings:
     """Decoding with everything that watches it."""
     options, length = how.options, before_BT.shape[1]
     returns_dict = bool(asked.get("return_dict_in_generate"))
@@ -219,7 +221,7 @@ def _watched(asked: Mapping[str, Any], how: Decoding, prompt: Prompt, before_BT:
         min_new_tokens=options.min_new_tokens,
         num_beams=options.num_beams,
     )
-    return Way(
+    return DecodingSettings(
         filters=build_filters(asked, prompted, own("logits_processor", asked.get("logits_processor"))),
         criteria=build_criteria(asked, prompted, asked.get("tokenizer"), criteria),
         max_new_tokens=prompted.max_new_tokens,

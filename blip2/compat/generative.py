@@ -332,10 +332,10 @@ class Blip2ForConditionalGeneration(Generates, Generative):
 def _changed(config: LanguageConfig, **values: Any) -> Any:
     """The configuration with changed values; a decoder's is saved as it was published."""
     if isinstance(config, DecoderConfig):
-        told = {name: value for name, value in values.items() if name != "end_token_ids"}
+        settings = {name: value for name, value in values.items() if name != "end_token_ids"}
         if ends := values.get("end_token_ids"):
-            told["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
-        values["published"] = config.published | told
+            settings["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+        values["published"] = config.published | settings
     return replace(config, **values)
 
 

@@ -111,8 +111,8 @@ def load_model(name: str | Path, options: Mapping[str, Any]) -> tuple[Blip2 | Bl
     where = "auto" if options.get("device_map") in DIVIDED else str(device)
     chosen = checkpoint.quantization(quantize)
     limits = _limits(options.get("max_memory"))
-    room = {"free_bytes": _free_bytes(limits)} if limits and where == "auto" and device.type == "cuda" else {}
-    plan = placement.plan_for(folder, device=where, dtype=dtype, quantize=chosen, **room)
+    free_memory = {"free_bytes": _free_bytes(limits)} if limits and where == "auto" and device.type == "cuda" else {}
+    plan = placement.plan_for(folder, device=where, dtype=dtype, quantize=chosen, **free_memory)
     for place, limit in limits.items():
         if (needed := plan.num_bytes(place)) > limit:
             raise OptionError(

@@ -29,7 +29,7 @@ FAR_BELOW = -1e9  # less than any log-probability; forbidden tokens have -inf
 
 
 @dataclass(frozen=True)
-class Way:
+class DecodingSettings:
     """Settings of both decoding strategies."""
 
     filters: Sequence[Filter]
@@ -71,13 +71,14 @@ class Written(NamedTuple):
     """With beams: the row of ``scores`` in which each new token was chosen; -1 after the end."""
 
 
-def write(language: LanguageModel, prompts: Sequence[Tensor], ids_BT: Tensor, way: Way) -> Written:
+def write(language: LanguageModel, prompts: Sequence[Tensor], ids_BT: Tensor, settings: DecodingSettings) -> Written:
     """Generate after prompts ``float[T_i, D]``, whose ids are ``int[B, T]``."""
-    copies = way.num_beams if way.num_beams > 1 else way.num_return
-    strategy = Beams(ids_BT, way) if way.num_beams > 1 else Rows(ids_BT.repeat_interleave(copies, dim=0), way)
-    if way.streamer is not None:
-        way.streamer.put(ids_BT.repeat_interleave(copies, dim=0).cpu())
-    logits_RV, state = language.prefill(*pad_rows(list(prompts)), way.max_new_tokens)
+    copies = settings.num_beams if settings.num_beams > 1 else settings.num_return
+    repeated_BT = ids_BT if settings.num_beams > 1 else ids_BT.repeat_interleave(copies, dim=0)
+    strategy = (Beams if settings.num_beams > 1 else Rows)(repeated_BT, settings)
+    if settings.streamer is not None:
+        settings.streamer.put(ids_BT.repeat_interleave(copies, dim=0).cpu())
+    logits_RV, state = language.prefill(*pad_rows(list(prompts)), settings.max_new_tokens)
     if copies > 1:
         rows_R = torch.arange(len(prompts), device=logits_RV.device).repeat_interleave(copies)
         state.select(rows_R)
@@ -87,34 +88,34 @@ def write(language: LanguageModel, prompts: Sequence[Tensor], ids_BT: Tensor, wa
         if choice.rows is not None:
             state.select(torch.tensor(choice.rows, device=device))
         logits_RV = language.step(torch.tensor(choice.tokens, device=device), state)
-    if way.streamer is not None:
-        way.streamer.end()
+    if settings.streamer is not None:
+        settings.streamer.end()
     return strategy.written()
 
 
 class Rows:
     """Greedy decoding and sampling."""
 
-    def __init__(self, ids_RT: Tensor, way: Way) -> None:
-        self._way = way
+    def __init__(self, ids_RT: Tensor, settings: DecodingSettings) -> None:
+        self._settings = settings
         self._ids_RT = ids_RT
         self._is_running_R = torch.ones(len(ids_RT), dtype=torch.bool, device=ids_RT.device)
-        self._kept = Kept(way)
+        self._kept = Kept(settings)
 
     def choose(self, logits_RV: Tensor) -> Choice | None:
-        way = self._way
-        scores_RV = apply_filters(way.filters, self._ids_RT, logits_RV.clone())
+        settings = self._settings
+        scores_RV = apply_filters(settings.filters, self._ids_RT, logits_RV.clone())
         check(logits_RV, scores_RV[self._is_running_R])
         self._kept.add(scores_RV, logits_RV, self._ids_RT)
-        if way.sample:
+        if settings.sample:
             tokens_R = scores_RV.softmax(-1).multinomial(1)[:, 0]
         else:
             tokens_R = scores_RV.argmax(-1)
-        tokens_R = tokens_R.masked_fill(~self._is_running_R, way.fill_token_id)
+        tokens_R = tokens_R.masked_fill(~self._is_running_R, settings.fill_token_id)
         self._ids_RT = torch.cat([self._ids_RT, tokens_R[:, None]], dim=1)
-        self._is_running_R &= ~way.is_over(self._ids_RT, self._kept.scores)
-        if way.streamer is not None:
-            way.streamer.put(tokens_R.cpu())
+        self._is_running_R &= ~settings.is_over(self._ids_RT, self._kept.scores)
+        if settings.streamer is not None:
+            settings.streamer.put(tokens_R.cpu())
         return Choice(tokens_R.tolist(), None) if self._is_running_R.any() else None
 
     def written(self) -> Written:
@@ -124,28 +125,29 @@ class Rows:
 class Beams:
     """Beam search; `generation.BeamSearch` gives the same sequences if nothing watches."""
 
-    def __init__(self, ids_PT: Tensor, way: Way) -> None:
+    def __init__(self, ids_PT: Tensor, settings: DecodingSettings) -> None:
         prompts, self._start = ids_PT.shape
-        shape, device = (prompts, way.num_beams), ids_PT.device
-        self._way = way
+        shape, device = (prompts, settings.num_beams), ids_PT.device
+        self._settings = settings
         self._length = self._start
-        self._first_row_P1 = torch.arange(0, prompts * way.num_beams, way.num_beams, device=device)[:, None]
-        ids_PKT = torch.full((*shape, self._start + way.max_new_tokens), way.fill_token_id, device=device)
+        self._first_row_P1 = torch.arange(0, prompts * settings.num_beams, settings.num_beams, device=device)[:, None]
+        ids_PKT = torch.full((*shape, self._start + settings.max_new_tokens), settings.fill_token_id, device=device)
         ids_PKT[:, :, : self._start] = ids_PT[:, None]
-        rows_PKT = torch.full((*shape, way.max_new_tokens), -1, dtype=torch.int32, device=device)
+        rows_PKT = torch.full((*shape, settings.max_new_tokens), -1, dtype=torch.int32, device=device)
         score_PK = torch.full(shape, FAR_BELOW, dtype=torch.float32, device=device)
-        self._going = Texts(ids_PKT, rows_PKT, score_PK.clone(), torch.zeros(shape, dtype=torch.bool, device=device))
-        self._going.score[:, 0] = 0  # all beams start equal, so only the first one counts
-        self._ended = Texts(ids_PKT.clone(), rows_PKT.clone(), score_PK, self._going.is_over)
+        self._running = Texts(ids_PKT, rows_PKT, score_PK.clone(), torch.zeros(shape, dtype=torch.bool, device=device))
+        self._running.score[:, 0] = 0  # all beams start equal, so only the first one counts
+        self._ended = Texts(ids_PKT.clone(), rows_PKT.clone(), score_PK, self._running.is_over)
         self._may_improve_P1 = torch.ones(prompts, 1, dtype=torch.bool, device=device)
-        self._kept = Kept(way)
+        self._kept = Kept(settings)
 
     def choose(self, logits_RV: Tensor) -> Choice | None:
-        way = self._way
+        settings = self._settings
         log_probs_RV = logits_RV.log_softmax(-1)
-        ids_RT = self._going.ids[:, :, : self._length].flatten(0, 1)
-        scores_RV = apply_filters(way.filters, ids_RT, log_probs_RV)
-        best_P = (scores_RV.amax(-1).unflatten(0, (-1, way.num_beams)) + self._going.score).amax(dim=1, keepdim=True)
+        ids_RT = self._running.ids[:, :, : self._length].flatten(0, 1)
+        scores_RV = apply_filters(settings.filters, ids_RT, log_probs_RV)
+        best_PK = scores_RV.amax(-1).unflatten(0, (-1, settings.num_beams)) + self._running.score
+        best_P = best_PK.amax(dim=1, keepdim=True)
         check(logits_RV, best_P[self._may_improve_P1[:, 0]])
         self._kept.add(scores_RV, logits_RV, ids_RT)
         candidates = self._candidates(scores_RV)
@@ -153,67 +155,67 @@ class Beams:
 
         # Finished candidates do not continue. Only the first K may end; the others replace those that do.
         score_PC = candidates.score + candidates.is_over * FAR_BELOW
-        self._going = candidates._replace(score=score_PC).select(score_PC.topk(way.num_beams).indices)
+        self._running = candidates._replace(score=score_PC).select(score_PC.topk(settings.num_beams).indices)
         self._add_ended(candidates)
-        self._may_improve_P1 = self._may_improve_P1 & self._is_hopeful_P1()
-        is_full = way.early_stopping is True and bool(self._ended.is_over.all())
+        self._may_improve_P1 = self._may_improve_P1 & self._can_improve_P1()
+        is_full = settings.early_stopping is True and bool(self._ended.is_over.all())
         if is_full or not self._may_improve_P1.any() or candidates.is_over.all():
             return None
         last = self._length - 1
-        rows_R = self._going.rows[:, :, last - self._start].flatten()
-        return Choice(self._going.ids[:, :, last].flatten().tolist(), rows_R.tolist())
+        rows_R = self._running.rows[:, :, last - self._start].flatten()
+        return Choice(self._running.ids[:, :, last].flatten().tolist(), rows_R.tolist())
 
     def _candidates(self, scores_RV: Tensor) -> Texts:
         """The best (or sampled) continuations of each prompt: enough that K continue even if K end."""
-        way = self._way
+        settings = self._settings
         vocabulary = scores_RV.shape[1]
-        total_PN = (scores_RV.unflatten(0, (-1, way.num_beams)) + self._going.score[:, :, None]).flatten(1)
-        count = min(max(2, 1 + way.num_ends) * way.num_beams, total_PN.shape[1])
-        if way.sample:
+        total_PN = (scores_RV.unflatten(0, (-1, settings.num_beams)) + self._running.score[:, :, None]).flatten(1)
+        count = min(max(2, 1 + settings.num_ends) * settings.num_beams, total_PN.shape[1])
+        if settings.sample:
             which_PC = total_PN.softmax(-1).multinomial(count)
         else:
             which_PC = total_PN.topk(count).indices
         beam_PC = which_PC // vocabulary
-        chosen = self._going.select(beam_PC)
+        chosen = self._running.select(beam_PC)
         chosen.ids[:, :, self._length] = which_PC % vocabulary
         chosen.rows[:, :, self._length - self._start] = beam_PC + self._first_row_P1
         ids_RT = chosen.ids[:, :, : self._length + 1].flatten(0, 1)
-        is_over_PC = way.is_over(ids_RT, self._kept.scores).unflatten(0, which_PC.shape)
+        is_over_PC = settings.is_over(ids_RT, self._kept.scores).unflatten(0, which_PC.shape)
         return chosen._replace(score=total_PN.gather(1, which_PC), is_over=is_over_PC)
 
     def _add_ended(self, candidates: Texts) -> None:
         """Merge finished candidates into the best finished texts, where these may still change."""
-        way = self._way
+        settings = self._settings
         place_C = torch.arange(candidates.score.shape[1], device=candidates.score.device)
-        is_over_PC = candidates.is_over & (place_C < way.num_beams)
+        is_over_PC = candidates.is_over & (place_C < settings.num_beams)
         is_final_P1 = ~self._may_improve_P1
-        if way.early_stopping is True:
+        if settings.early_stopping is True:
             is_final_P1 = is_final_P1 | self._ended.is_over.all(dim=1, keepdim=True)
-        score_PC = candidates.score / (self._length - self._start) ** way.length_penalty
+        score_PC = candidates.score / (self._length - self._start) ** settings.length_penalty
         score_PC = score_PC + is_final_P1 * FAR_BELOW + ~is_over_PC * FAR_BELOW
         new = candidates._replace(score=score_PC, is_over=is_over_PC)
         both = Texts(*(torch.cat(parts, dim=1) for parts in zip(self._ended, new, strict=True)))
-        self._ended = both.select(both.score.topk(way.num_beams).indices)
+        self._ended = both.select(both.score.topk(settings.num_beams).indices)
 
-    def _is_hopeful_P1(self) -> Tensor:
+    def _can_improve_P1(self) -> Tensor:
         """Whether the best open beam may still become better than the worst finished text."""
-        way = self._way
+        settings = self._settings
         length = self._length - self._start
-        if way.early_stopping == "never" and way.length_penalty > 0:
-            length = way.max_new_tokens
-        hoped_P1 = self._going.score[:, :1] / length**way.length_penalty
+        if settings.early_stopping == "never" and settings.length_penalty > 0:
+            length = settings.max_new_tokens
+        best_possible_P1 = self._running.score[:, :1] / length**settings.length_penalty
         worst_PK = torch.where(self._ended.is_over, self._ended.score.amin(1, keepdim=True), FAR_BELOW)
-        return (hoped_P1 > worst_PK).any(dim=1, keepdim=True)
+        return (best_possible_P1 > worst_PK).any(dim=1, keepdim=True)
 
     def written(self) -> Written:
-        best = Texts(*(part[:, : self._way.num_return].flatten(0, 1) for part in self._ended))
+        best = Texts(*(part[:, : self._settings.num_return].flatten(0, 1) for part in self._ended))
         longest = int((best.rows >= 0).sum(dim=1).max())
         return Written(
             best.ids[:, : self._start + longest],
             self._kept.scores,
             self._kept.logits,
             self._kept.ids,
-            best.score if self._way.keeps_scores else None,
+            best.score if self._settings.keeps_scores else None,
             best.rows[:, :longest],
         )
 
@@ -246,10 +248,10 @@ class Texts(NamedTuple):
 class Kept:
     """Scores, logits and ids of each step, as requested."""
 
-    def __init__(self, way: Way) -> None:
-        self.scores: Scores | None = () if way.keeps_scores else None
-        self.logits: Scores | None = () if way.keeps_logits else None
-        self.ids: Scores | None = () if way.keeps_ids else None
+    def __init__(self, settings: DecodingSettings) -> None:
+        self.scores: Scores | None = () if settings.keeps_scores else None
+        self.logits: Scores | None = () if settings.keeps_logits else None
+        self.ids: Scores | None = () if settings.keeps_ids else None
 
     def add(self, scores_RV: Tensor, logits_RV: Tensor, ids_RT: Tensor) -> None:
         if self.scores is not None:

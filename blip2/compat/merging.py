@@ -41,4 +41,4 @@ def merge(model: Any, name: str | Path, weight: float) -> None:
         module, last = owners[full]
         before = readable(weights[full].detach())
         put_weight(module, adapters.merged({full: len(before)}, before).to(before.dtype), last)
-    model.model.config = replace(model.model.config, adapted=adapters.told or model.model.config.adapted)
+    model.model.config = replace(model.model.config, adapted=adapters.digest or model.model.config.adapted)

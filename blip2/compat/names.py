@@ -221,7 +221,7 @@ def name_layers(root: Named, model: Blip2 | Blip2Matcher, parts: Mapping[str, Ca
     for made in places.values():
         _share_parameters(made)
     if isinstance(model, Blip2):
-        _name_twins(place, model)
+        _name_tied(place, model)
     for made in places.values():
         order = next((order for order in ORDERS if set(made._modules) <= set(order)), ())
         for name in order:
@@ -267,7 +267,7 @@ def _words(stems: Mapping[str, set[str]]) -> list[list[str]]:
     return [name.split(".") for name in set().union(*stems.values())]
 
 
-def _name_twins(place: Callable[[str], Named], model: Blip2) -> None:
+def _name_tied(place: Callable[[str], Named], model: Blip2) -> None:
     """Give a tied table all the names that it has in the reference."""
     language = model.language
     top = place("language_model")

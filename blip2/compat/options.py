@@ -53,7 +53,7 @@ WATCHED: dict[str, Any] = {
 }  # fmt: skip
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # Arguments of a call that no configuration holds.
-HANDED = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer")
+CALL_ONLY = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer")
 KNOWN = (*(row[0] for row in (*SHARED, *SAMPLING)), *LENGTHS[0], *LENGTHS[1], *TOKENS, *WATCHED, *OUTPUTS)
 # No effect: the cache is always used and holds what it is given, the first tokens are the model's own, and assisted
 # generation and prompt lookup only speed up the same text. `Seq2SeqTrainer` passes the labels, too.
@@ -114,12 +114,12 @@ def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
     """The sources combined, the last one first. None means unset."""
     together: dict[str, Any] = {}
     for source in sources:
-        said = {name: value for name, value in source.items() if value is not None}
+        given_values = {name: value for name, value in source.items() if value is not None}
         for pair in LENGTHS:  # a length in one source replaces the other name in an earlier one
-            if any(name in said for name in pair):
+            if any(name in given_values for name in pair):
                 for name in pair:
                     together.pop(name, None)
-        together |= said
+        together |= given_values
     return together
 
 
@@ -130,16 +130,16 @@ def from_config(config: Any) -> dict[str, Any]:
     names it.
     """
     content = config if isinstance(config, Mapping) else config.to_dict()
-    said = {name: value for name, value in content.items() if not _is_neutral(name, value)}
-    return heeded("generation_config", said)
+    given_values = {name: value for name, value in content.items() if not _is_neutral(name, value)}
+    return effective("generation_config", given_values)
 
 
-def heeded(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def effective(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that have an effect.
 
     Raises TypeError for an unknown name, OptionError for what is not supported.
     """
-    check_names(where, given, (*KNOWN, *HANDED, *WITHOUT_EFFECT, *NOT_DONE, *CHECKED))
+    check_names(where, given, (*KNOWN, *CALL_ONLY, *WITHOUT_EFFECT, *NOT_DONE, *CHECKED))
     for name in NOT_DONE:
         if name in given and not _is_neutral(name, given[name]):
             raise OptionError(f"{name} is for a decoding strategy that is not supported; leave it out")
@@ -151,21 +151,21 @@ def heeded(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
         if not _is_neutral(name, given.get(name)):
             warnings.warn(f"{name} has no effect: the input is an image's vectors, not ids", stacklevel=4)
-    return {name: value for name, value in given.items() if name in (*KNOWN, *HANDED, "decoder_start_token_id")}
+    return {name: value for name, value in given.items() if name in (*KNOWN, *CALL_ONLY, "decoder_start_token_id")}
 
 
-def decoding(asked: Mapping[str, Any], *, prompt_length: int, room: int | None) -> Decoding:
+def decoding(asked: Mapping[str, Any], *, prompt_length: int, num_left: int | None) -> Decoding:
     """The complete decoding options.
 
-    ``prompt_length``: tokens that ``max_length`` and ``min_length`` include beside the new ones. ``room``: tokens left
-    in the context after the prompt; limits the default length. Raises OptionError for invalid options.
+    ``prompt_length``: tokens that ``max_length`` and ``min_length`` include beside the new ones. ``num_left``: tokens
+    left in the context after the prompt; limits the default length. Raises OptionError for invalid options.
     """
     chosen = {ours: asked.get(theirs, default) for theirs, ours, default in SHARED}
     if chosen["sample"]:
         chosen |= {ours: asked.get(theirs, default) for theirs, ours, default in SAMPLING}
     elif unused := [theirs for theirs, _, neutral in SAMPLING if asked.get(theirs, neutral) not in (neutral, 0)]:
         warnings.warn(f"{', '.join(unused)} has no effect without do_sample=True", stacklevel=4)
-    chosen["max_new_tokens"] = _most(asked, prompt_length, room)
+    chosen["max_new_tokens"] = _most(asked, prompt_length, num_left)
     chosen["min_new_tokens"] = _least(asked, prompt_length)
     try:
         if chosen["sample"] and chosen["num_beams"] != 1:  # the engine does not sample beams
@@ -181,8 +181,8 @@ def decoding(asked: Mapping[str, Any], *, prompt_length: int, room: int | None) 
 
 def is_watched(asked: Mapping[str, Any], how: Decoding) -> bool:
     """Whether rows have to stay in lockstep, as in the reference; otherwise the engine gives the same, faster."""
-    handed = [asked.get(name) for name in HANDED if name != "tokenizer"]
-    is_handed = any(each is not None and not (isinstance(each, list | tuple) and not each) for each in handed)
+    call_only = [asked.get(name) for name in CALL_ONLY if name != "tokenizer"]
+    is_handed = any(each is not None and not (isinstance(each, list | tuple) and not each) for each in call_only)
     return (
         is_handed
         or len(how.eos_token_ids) > 1
@@ -194,11 +194,11 @@ def is_watched(asked: Mapping[str, Any], how: Decoding) -> bool:
     )
 
 
-def _most(asked: Mapping[str, Any], prompt_length: int, room: int | None) -> Any:
+def _most(asked: Mapping[str, Any], prompt_length: int, num_left: int | None) -> Any:
     if "max_new_tokens" in asked:
         return asked["max_new_tokens"]
     if "max_length" not in asked:
-        return NEW_TOKENS if room is None else max(1, min(NEW_TOKENS, room))
+        return NEW_TOKENS if num_left is None else max(1, min(NEW_TOKENS, num_left))
     if asked["max_length"] <= prompt_length:
         raise OptionError(
             f"max_length is {asked['max_length']}, which includes the prompt of {prompt_length} tokens, "

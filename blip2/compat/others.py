@@ -71,7 +71,7 @@ class Blip2Model(Generative):
         return returned(output, return_dict, self.config)
 
 
-class _Alone(Part):
+class _SinglePart(Part):
     """A single part of a model."""
 
     name: ClassVar[str]
@@ -101,7 +101,7 @@ class _Alone(Part):
         return model.eval() if dtype is None else model.eval().to(find_dtype(dtype))
 
 
-class Blip2VisionModel(_Alone, VisionModel):
+class Blip2VisionModel(_SinglePart, VisionModel):
     """The image encoder alone."""
 
     name = "vision_model"
@@ -111,7 +111,7 @@ class Blip2VisionModel(_Alone, VisionModel):
         return Blip2Config(Blip2VisionConfig(**content_of(config)), SMALL_QFORMER)
 
 
-class Blip2QFormerModel(_Alone, QFormerModel):
+class Blip2QFormerModel(_SinglePart, QFormerModel):
     """The Q-Former alone."""
 
     name = "qformer"

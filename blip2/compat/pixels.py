@@ -143,10 +143,10 @@ class BlipImageProcessor:
         """
         given = {name: value for name, value in self._checked(steps).items() if value is not None}
         chosen = {name: getattr(self, name) for name in STEPS} | given
-        pictures = _flat(images)
-        if not pictures:
+        flat_images = _flat(images)
+        if not flat_images:
             raise OptionError("the list of images is empty; give at least one, or leave images out")
-        arrays = [self._pixels(picture, chosen, steps.get("input_data_format")) for picture in pictures]
+        arrays = [self._pixels(image, chosen, steps.get("input_data_format")) for image in flat_images]
         if return_tensors is not None and len({array.shape for array in arrays}) > 1:
             sizes = sorted({f"{array.shape[2]}x{array.shape[1]}" for array in arrays})
             raise OptionError(f"the images are {', '.join(sizes)}, which cannot be stacked; leave do_resize=True")
@@ -204,12 +204,12 @@ class BlipImageProcessor:
             )
         return {name: value for name, value in steps.items() if name in STEPS}
 
-    def _pixels(self, picture: Any, chosen: Mapping[str, Any], layout: str | None) -> np.ndarray:
+    def _pixels(self, image: Any, chosen: Mapping[str, Any], layout: str | None) -> np.ndarray:
         """One image, step by step, as ``[3, height, width]``."""
-        if isinstance(picture, np.ndarray | Tensor):
-            array_HWC = _rgb(_channels_last(picture, layout))
+        if isinstance(image, np.ndarray | Tensor):
+            array_HWC = _rgb(_channels_last(image, layout))
         else:
-            array_HWC = np.asarray(load_image(picture))
+            array_HWC = np.asarray(load_image(image))
         if chosen["do_rescale"] and not _is_whole(array_HWC) and array_HWC.max() <= 1:
             warnings.warn(
                 "the image's values are already 0 to 1, and are scaled again; pass do_rescale=False", stacklevel=4
@@ -237,10 +237,10 @@ def _flat(images: Any) -> list[Any]:
     return [images]
 
 
-def _channels_last(picture: np.ndarray | Tensor, layout: str | None) -> np.ndarray:
+def _channels_last(image: np.ndarray | Tensor, layout: str | None) -> np.ndarray:
     """An array or tensor as ``[H, W, 1 | 3 | 4]``; if both ends could be channels, the first one is."""
-    array = picture.numpy(force=True) if isinstance(picture, Tensor) else picture
-    name = f"{type(picture).__name__} {picture.dtype}{list(picture.shape)}"
+    array = image.numpy(force=True) if isinstance(image, Tensor) else image
+    name = f"{type(image).__name__} {image.dtype}{list(image.shape)}"
     if array.size == 0:
         raise ImageError(f"{name}: has no pixels; give an image of at least 1x1")
     if array.dtype == np.bool_ or not np.issubdtype(array.dtype, np.number):

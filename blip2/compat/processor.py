@@ -205,15 +205,15 @@ class Blip2Processor:
 
     def files(self) -> dict[str, bytes]:
         """The files of `save_pretrained`: content by name."""
-        told = {name: json.loads(self._files.get(name, b"{}")) for name in FILES}
-        told["preprocessor_config.json"] |= self.image_processor.to_dict()
-        told["processor_config.json"] |= {
+        contents = {name: json.loads(self._files.get(name, b"{}")) for name in FILES}
+        contents["preprocessor_config.json"] |= self.image_processor.to_dict()
+        contents["processor_config.json"] |= {
             "processor_class": type(self).__name__,
             "num_query_tokens": self.num_query_tokens,
         }
-        if "image_processor" in told["processor_config.json"]:
-            told["processor_config.json"]["image_processor"] = told["preprocessor_config.json"]
-        ours = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in told.items()}
+        if "image_processor" in contents["processor_config.json"]:
+            contents["processor_config.json"]["image_processor"] = contents["preprocessor_config.json"]
+        ours = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in contents.items()}
         return self.tokenizer.files() | ours
 
     def _rows(self, texts: list[str], has_image_tokens: bool, options: Mapping[str, Any]) -> dict[str, list[Any]]:

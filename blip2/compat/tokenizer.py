@@ -67,12 +67,12 @@ class Blip2Tokenizer(Vocabulary):
         self._layout = Layout.of(tokenizer)
         self._files = dict(files or {})
         self.name_or_path = name
-        told = json.loads(self._files.get("tokenizer_config.json", b"{}"))
-        told_names = {purpose: told.get(f"{purpose}_token") for purpose in SPECIAL}
-        super().__init__(tokenizer, {key: each or self._layout.names.get(key) for key, each in told_names.items()})
-        self.model_max_length: int = told.get("model_max_length") or int(1e30)
-        self.clean_up_tokenization_spaces = bool(told.get("clean_up_tokenization_spaces", False))
-        self.truncation_side = told.get("truncation_side") or "right"
+        config = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+        token_names = {purpose: config.get(f"{purpose}_token") for purpose in SPECIAL}
+        super().__init__(tokenizer, {key: each or self._layout.names.get(key) for key, each in token_names.items()})
+        self.model_max_length: int = config.get("model_max_length") or int(1e30)
+        self.clean_up_tokenization_spaces = bool(config.get("clean_up_tokenization_spaces", False))
+        self.truncation_side = config.get("truncation_side") or "right"
         self._padding_side = "left" if self._layout.pads_left else "right"
 
     @classmethod
@@ -155,20 +155,20 @@ class Blip2Tokenizer(Vocabulary):
         longest, adds_special = options.get("max_length"), options.get("add_special_tokens", True)
         is_cut = is_cut if is_cut is not None else longest is not None and padding is None
         special = (len(self._layout.before) + len(self._layout.after)) * bool(adds_special)
-        room = longest - num_before if longest is not None else self.model_max_length
-        if room < special:
+        num_left = longest - num_before if longest is not None else self.model_max_length
+        if num_left < special:
             image = f"{num_before} image tokens and " if num_before else ""
             raise OptionError(
                 f"max_length is {longest}, which leaves no text: it needs {image}{special} special tokens; raise it"
             )
-        rows = [self._row(text, reads_tokens, adds_special, room - special if is_cut else None) for text in texts]
+        rows = [self._row(text, reads_tokens, adds_special, num_left - special if is_cut else None) for text in texts]
         if padding == "max_length" and longest is None:
             raise OptionError("padding is 'max_length', but there is no max_length; give it, or use padding=True")
         width = None
         if padding is not None:
             if self.pad_token_id is None:
                 raise OptionError("this tokenizer has no padding token; set one: tokenizer.pad_token = ...eos_token")
-            width = room if padding == "max_length" else max(len(row.ids) for row in rows)
+            width = num_left if padding == "max_length" else max(len(row.ids) for row in rows)
             width = rounded(width, options.get("pad_to_multiple_of"))
         return self._filled(rows, width, options)
 
@@ -312,13 +312,13 @@ class Blip2Tokenizer(Vocabulary):
     def files(self) -> dict[str, bytes]:
         """Content by name, as it was, with changed settings."""
         files = {"tokenizer.json": self._tokenizer.to_json().encode(), **self._files}
-        told = json.loads(files.get("tokenizer_config.json", b"{}"))
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
         was = Blip2Tokenizer(self._tokenizer, files=self._files)
         changed = {f"{name}_token": token for name, token in self._names.items() if token != was._names[name]}
         if self.padding_side != was.padding_side:
             changed["padding_side"] = self.padding_side
         if changed:
-            files["tokenizer_config.json"] = (json.dumps(told | changed, indent=2) + "\n").encode()
+            files["tokenizer_config.json"] = (json.dumps(config | changed, indent=2) + "\n").encode()
         return files
 
     def __repr__(self) -> str:

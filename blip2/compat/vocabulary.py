@@ -63,8 +63,8 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._names: dict[str, str | None] = {}
         for purpose in SPECIAL:
-            told = names.get(purpose)
-            token = told.get("content") if isinstance(told, Mapping) else told
+            entry = names.get(purpose)
+            token = entry.get("content") if isinstance(entry, Mapping) else entry
             self._names[purpose] = token if isinstance(token, str) and tokenizer.find(token) is not None else None
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:

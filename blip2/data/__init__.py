@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from blip2.data.features import frozen_features
     from blip2.data.jsonl import read_rows
     from blip2.data.kept import FeatureFile
-    from blip2.data.loader import BadPictures, Pictures, prefetch
+    from blip2.data.loader import BadImages, RowImages, prefetch
     from blip2.data.order import Order, indices_of_step
     from blip2.data.sample import Row, Turn
 
 __all__ = [
-    "BadPictures",
+    "BadImages",
     "FeatureFile",
     "Order",
-    "Pictures",
     "Row",
+    "RowImages",
     "Turn",
     "frozen_features",
     "indices_of_step",
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BadPictures": "blip2.data.loader",
+    "BadImages": "blip2.data.loader",
     "FeatureFile": "blip2.data.kept",
     "Order": "blip2.data.order",
-    "Pictures": "blip2.data.loader",
     "Row": "blip2.data.sample",
+    "RowImages": "blip2.data.loader",
     "Turn": "blip2.data.sample",
     "frozen_features": "blip2.data.features",
     "indices_of_step": "blip2.data.order",

@@ -20,7 +20,7 @@ from blip2.data.sample import parse_row
 from blip2.data.stream import MEMBER, Element, elements
 from blip2.errors import OptionError, RecipeError, option
 
-PICTURE, TEXT = "picture", "text"
+IMAGE, TEXT = "picture", "text"
 KEY = "#"
 """Key for the name of an item, if the file is one object with named items."""
 ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
@@ -37,11 +37,11 @@ class Counts:
     texts: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     splits: Counter[str] = field(default_factory=Counter)
-    _pictures: array[int] = field(default_factory=lambda: array("q"))
+    _images: array[int] = field(default_factory=lambda: array("q"))
 
     @property
-    def pictures(self) -> int:
-        return len(np.unique(np.frombuffer(self._pictures, np.int64))) if self._pictures else 0
+    def images(self) -> int:
+        return len(np.unique(np.frombuffer(self._images, np.int64))) if self._images else 0
 
     def leave_out(self, reason: str, place: str, count: int = 1) -> None:
         before, first = self.left_out.get(reason, (0, place))
@@ -49,7 +49,7 @@ class Counts:
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows += 1
-        self._pictures.append(hash(row["image"]))
+        self._images.append(hash(row["image"]))
         self.texts["captions"] += len(row.get("captions", ()))
         self.texts["questions"] += len(row.get("questions", ())) + ("question" in row)
         self.texts["dialogues"] += len(row.get("dialogues", ()))
@@ -96,7 +96,7 @@ class Conversion:
         if self.kind.joined is not None:
             self._join()
         texts_of_files = self._texts_of_files()
-        if self._by == PICTURE:
+        if self._by == IMAGE:
             texts_of_files = _by_image(texts_of_files, self.kind.within != "")
         for image, texts, place in texts_of_files:
             row = {"image": image, **texts}
@@ -210,7 +210,7 @@ class Conversion:
     def _texts(self, record: Mapping[str, Any], place: str) -> Iterator[Texts]:
         kind, counts = self.kind, self.counts
         if kind.talk:
-            yield from self._talk(_first(record, kind.talk, place), place)
+            yield from self._conversation(_first(record, kind.talk, place), place)
         elif kind.caption and (not kind.question or kind.question[0] not in record):
             captions = _first(record, kind.caption, place)
             captions = captions if isinstance(captions, list) else [captions]
@@ -229,15 +229,15 @@ class Conversion:
                 return
             given = _answers(_first(record, kind.answer, place), kind.answer[0], place)
             answers = Counter(given)
-            beside = {"given": given} if self._keep else {}
+            given_answers = {"given": given} if self._keep else {}
             if not question.strip() or not answers:
                 counts.leave_out("its question or its answer is empty", place)
             elif len(answers) == 1:
-                yield {"question": question.strip(), "answer": next(iter(answers)), **beside}
+                yield {"question": question.strip(), "answer": next(iter(answers)), **given_answers}
             else:
-                yield {"question": question.strip(), "answers": dict(answers.most_common()), **beside}
+                yield {"question": question.strip(), "answers": dict(answers.most_common()), **given_answers}
 
-    def _talk(self, turns: object, place: str) -> Iterator[Texts]:
+    def _conversation(self, turns: object, place: str) -> Iterator[Texts]:
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise RecipeError(f"{place}: a conversation has to be a list of objects")
         spoken = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]

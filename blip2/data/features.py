@@ -19,7 +19,7 @@ from torch import Tensor
 from blip2 import disk
 from blip2.data.coding import Coding, FeaturesDtype
 from blip2.data.kept import FeatureFile, Kept
-from blip2.data.loader import LoadedImage, Pictures, prefetch
+from blip2.data.loader import LoadedImage, RowImages, prefetch
 from blip2.data.reuse import Elsewhere
 from blip2.errors import ImageError, RecipeError
 from blip2.finite import first_not_finite
@@ -46,7 +46,7 @@ class Workers(Protocol):
         """Until all are done. Yields a function that adds to a sum over all processes and returns it."""
 
 
-class Alone:
+class SingleProcess:
     """A single process."""
 
     is_first = True
@@ -71,7 +71,7 @@ class Alone:
 
 def frozen_features(
     vision: Vision,
-    pictures: Pictures,
+    row_images: RowImages,
     folder: Path,
     name: str,
     *,
@@ -90,16 +90,16 @@ def frozen_features(
     other images, if they are damaged or cannot be written, if another run is computing them, or if the features do not
     fit into half precision.
     """
-    workers = workers or Alone()
+    workers = workers or SingleProcess()
     name = name if dtype == "fp16" else f"{name}-{dtype}"
-    shape = len(pictures), vision.config.num_tokens, vision.config.hidden_size
+    shape = len(row_images), vision.config.num_tokens, vision.config.hidden_size
     header = {
         "shape": list(shape),
         "dtype": "float16" if dtype == "fp16" else dtype,
         "pixels": PIXELS_VERSION,
         "vision": fingerprint(vision),
-        "settings": repr(_settings(pictures)),
-        "pictures": _fingerprint_of_names(pictures),
+        "settings": repr(_settings(row_images)),
+        "pictures": _fingerprint_of_names(row_images),
     }
     coding = Coding(dtype, *shape[1:])
     kept = Kept(folder, name, header, coding)
@@ -108,7 +108,7 @@ def frozen_features(
             with workers.in_turn(f"features {name} begin", is_one_enough=True):
                 if workers.is_first:
                     stack.enter_context(disk.locked(folder / f"{name}.lock"))
-                    kept.begin(pictures)
+                    kept.begin(row_images)
             with workers.at_once(f"features {name} missing"):  # nobody writes before all have read
                 missing = kept.missing()
             with workers.at_once(f"features {name}") as add:
@@ -116,11 +116,11 @@ def frozen_features(
                 own = [batches[number] for number in workers.share(len(batches))]
                 if own:
                     elsewhere = Elsewhere(folder, name, header, coding.row_bytes)
-                for numbers, images in _loaded(pictures, own, on_bad):
-                    kept.write(numbers, _rows(vision, pictures, coding, elsewhere, numbers, images), images)
-                    done = len(pictures) - len(missing) + add(len(numbers))
+                for numbers, images in _loaded(row_images, own, on_bad):
+                    kept.write(numbers, _rows(vision, row_images, coding, elsewhere, numbers, images), images)
+                    done = len(row_images) - len(missing) + add(len(numbers))
                     if report is not None:
-                        report(done, len(pictures))
+                        report(done, len(row_images))
             with workers.in_turn(f"features {name} end", is_one_enough=True):
                 if workers.is_first:
                     kept.finish()
@@ -148,15 +148,15 @@ def fingerprint(vision: Vision) -> str:
     return digest.hexdigest()
 
 
-def _settings(pictures: Pictures) -> tuple[object, ...]:
+def _settings(images: RowImages) -> tuple[object, ...]:
     """The image preprocessing."""
-    resizing = () if pictures.resizing == ("bicubic", None) else pictures.resizing
-    return pictures.size, pictures.mean, pictures.std, *resizing
+    resizing = () if images.resizing == ("bicubic", None) else images.resizing
+    return images.size, images.mean, images.std, *resizing
 
 
-def _fingerprint_of_names(pictures: Pictures) -> str:
-    digest = hashlib.sha256(repr(_settings(pictures)).encode())
-    digest.update("\n".join(pictures.paths).encode("utf-8", "surrogateescape"))
+def _fingerprint_of_names(images: RowImages) -> str:
+    digest = hashlib.sha256(repr(_settings(images)).encode())
+    digest.update("\n".join(images.paths).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -178,23 +178,23 @@ def _batches(missing: Sequence[int], size: int) -> list[list[int]]:
 
 
 def _loaded(
-    pictures: Pictures, batches: Sequence[list[int]], on_bad: OnBad | None
+    row_images: RowImages, batches: Sequence[list[int]], on_bad: OnBad | None
 ) -> Iterator[tuple[list[int], list[LoadedImage]]]:
     """Load the images of each batch, and the next batch meanwhile. Raises ImageError."""
-    with closing(prefetch(lambda number: pictures.load(batches[number]), range(len(batches)), ahead=1)) as loaded:
+    with closing(prefetch(lambda number: row_images.load(batches[number]), range(len(batches)), ahead=1)) as loaded:
         for numbers, images in zip(batches, loaded, strict=True):
             for number, image in zip(numbers, images, strict=True):
                 if isinstance(image.pixels, ImageError):
                     if on_bad is None:
                         raise image.pixels
-                    on_bad(pictures.name(number), image.pixels)
+                    on_bad(row_images.name(number), image.pixels)
             yield numbers, images
 
 
 @torch.no_grad()
 def _rows(
     vision: Vision,
-    pictures: Pictures,
+    row_images: RowImages,
     coding: Coding,
     elsewhere: Elsewhere,
     numbers: Sequence[int],
@@ -215,7 +215,7 @@ def _rows(
         if (name := first_not_finite(vision)) is not None:
             raise RecipeError(f"{name} of the image encoder is NaN or infinite; start from another model")
         raise RecipeError(
-            f"the features of {pictures.name(numbers[new[0]])} or one of the next {len(new) - 1} images overflow in "
+            f"the features of {row_images.name(numbers[new[0]])} or one of the next {len(new) - 1} images overflow in "
             "half precision; train without data.features"
         )
     for place, row_R in zip(new, coding.encode(features_BPD), strict=True):

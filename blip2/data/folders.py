@@ -23,7 +23,7 @@ MOST_KINDS = 6
 class Found:
     """The content of folders. Hidden and excluded entries are not counted."""
 
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     """Paths, sorted by name within each folder."""
     problems: list[str] = field(default_factory=list)
     """One line for each entry that could not be examined."""
@@ -38,10 +38,10 @@ class Found:
 
     @property
     def is_complete(self) -> bool:
-        """Whether `pictures` has all images in the folders."""
+        """Whether `images` has all images in the folders."""
         return not (self.problems or self.missing)
 
-    def passed_over(self, apart: Collection[str] = ()) -> str:
+    def skipped_files(self, apart: Collection[str] = ()) -> str:
         """One line about skipped entries, or "". ``apart``: suffixes not to mention."""
         parts = [f"{_number(count, 'image')} ({needed} reads them)" for needed, count in self.missing.items()]
         others = Counter({suffix: count for suffix, count in self.others.items() if suffix not in apart})
@@ -51,7 +51,7 @@ class Found:
             parts.append(f"{_number(others.total(), 'other file')} ({', '.join(kinds)})")
         if self.links:
             parts.append(_number(self.links, "linked folder"))
-        return f"passed over in folders: {', '.join(parts)}" if parts else ""
+        return f"skipped in folders: {', '.join(parts)}" if parts else ""
 
 
 def find_in(places: Iterable[str], *, recursive: bool = True, exclude: Iterable[str] = ()) -> Found:
@@ -65,7 +65,7 @@ def find_in(places: Iterable[str], *, recursive: bool = True, exclude: Iterable[
         if os.path.isdir(place):
             _Walk(place, recursive, patterns, found, *suffixes()).run()
         else:
-            found.pictures.append(place)
+            found.images.append(place)
     return found
 
 
@@ -81,7 +81,7 @@ class _Walk:
     """Number of subfolders that were not searched."""
 
     def run(self) -> None:
-        pictures: list[str] = []
+        images: list[str] = []
         num_reported = self._num_reported()
         waiting = [self.top]
         while waiting:
@@ -101,10 +101,10 @@ class _Walk:
                         waiting.append(entry.path)
                     else:
                         self.num_left += 1
-                elif self._is_picture(entry):
-                    pictures.append(entry.path)
-        self.found.pictures += sorted(pictures)
-        if not pictures and self._num_reported() == num_reported:
+                elif self._is_image(entry):
+                    images.append(entry.path)
+        self.found.images += sorted(images)
+        if not images and self._num_reported() == num_reported:
             hint = "; its subfolders were not searched" if self.num_left else ""
             self.found.unknown.append(self.top)
             self._problem(self.top, f"there are no images in this folder{hint}")
@@ -117,7 +117,7 @@ class _Walk:
         within = os.path.relpath(entry.path, self.top) if self.exclude else ""
         return any(fnmatchcase(name, pattern) for pattern in self.exclude for name in (entry.name, within))
 
-    def _is_picture(self, entry: os.DirEntry[str]) -> bool:
+    def _is_image(self, entry: os.DirEntry[str]) -> bool:
         """Whether an entry that is not a folder is a readable image; otherwise it is counted."""
         suffix = os.path.splitext(entry.name)[1].lower()
         try:
@@ -146,7 +146,7 @@ class _Walk:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir(follow_symlinks=False)
-    except OSError:  # `_is_picture` reports it
+    except OSError:  # `_is_image` reports it
         return False
 
 

@@ -19,7 +19,7 @@ IMAGES = (
     "image_name", "url", "image_url", "picture", "photo",
 )  # fmt: skip
 CAPTIONS = ("sentence", "sentences", "raw", "description", "title", "alt_text", "label", "output")
-TALKS = ("conversations", "conversation", "messages", "dialogue", "dialog", "turns", "qa_pairs")
+CONVERSATION_KEYS = ("conversations", "conversation", "messages", "dialogue", "dialog", "turns", "qa_pairs")
 CONVERT = "convert it with 'blip2 rows'"
 ARRAY = f"this is a JSON array; {CONVERT}, or write each object on a line of its own (jq -c '.[]' FILE)"
 
@@ -50,7 +50,7 @@ def _changes(record: object) -> Iterator[str]:
     yield from _image(record)
     yield from _caption(record)
     yield from _answer(record)
-    for key in record.keys() & set(TALKS):
+    for key in record.keys() & set(CONVERSATION_KEYS):
         yield (
             f'write {key!r} as "dialogues": [[{{"question": ..., "answer": ...}}, ...]], without <image> and without '
             'the speakers'

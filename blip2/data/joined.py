@@ -95,9 +95,9 @@ class Joined:
         """The row, with the content of an image inside another file. Raises ImageError."""
         return self._read(number)[0]
 
-    def picture(self, number: int) -> RgbImage:
+    def image(self, number: int) -> RgbImage:
         """Raises ImageError."""
-        return picture_of(self.whole(number))
+        return image_of(self.whole(number))
 
     def place(self, number: int) -> tuple[str, bool]:
         """The file that contains the image, and whether it is the image file itself. Raises ImageError."""
@@ -121,7 +121,7 @@ class Joined:
         return row, cached
 
 
-def picture_of(row: Row) -> RgbImage:
+def image_of(row: Row) -> RgbImage:
     """The image of a row, from its content or its file. Raises ImageError."""
     if row.content is None:
         return load_image(row.image, allow_truncated=None)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from blip2 import disk
 from blip2.data.coding import Coding
-from blip2.data.loader import LoadedImage, Pictures
+from blip2.data.loader import LoadedImage, RowImages
 from blip2.disk import Stamp, stamp_of
 from blip2.errors import RecipeError
 from blip2.image import PIXELS_VERSION
@@ -81,7 +81,7 @@ class Kept:
     def _path(self) -> Path:
         return self._whole if self._whole.exists() else self._partial
 
-    def begin(self, pictures: Pictures) -> None:
+    def begin(self, images: RowImages) -> None:
         """Read what exists and allocate the rest. Called by the process that holds the lock.
 
         Raises RecipeError if existing features belong to another header, OSError if nothing can be written.
@@ -100,7 +100,7 @@ class Kept:
                 "again"
             )
         records = self._records()
-        self._forget_changed(records, pictures)
+        self._forget_changed(records, images)
         if self._path == self._partial:
             self._partial.touch()
             with self._partial.open("r+b") as file:
@@ -153,18 +153,18 @@ class Kept:
         records[num_rows:] = 0
         return records
 
-    def _forget_changed(self, records: np.ndarray, pictures: Pictures) -> None:
+    def _forget_changed(self, records: np.ndarray, images: RowImages) -> None:
         """Keep the records of unchanged images, and those of files that are gone."""
         now_of = cache(stamp_of)  # one file may contain many images
         doubtful = []
         for number in np.flatnonzero(records["crc32"]).tolist():
-            seen, now = Stamp(*records[number]["stamp"].tolist()), now_of(pictures.paths[number])
+            seen, now = Stamp(*records[number]["stamp"].tolist()), now_of(images.paths[number])
             if seen == UNKNOWN:
                 records[number] = 0
             elif now is not None and not seen.is_still(now):
                 doubtful.append(number)
         with ThreadPoolExecutor(4) as pool:
-            for number, (stamp, digest) in zip(doubtful, pool.map(pictures.digest, doubtful), strict=True):
+            for number, (stamp, digest) in zip(doubtful, pool.map(images.digest, doubtful), strict=True):
                 if stamp is None or records[number]["digest"].tobytes().hex() != digest:
                     records[number] = 0
                 else:  # copied, or touched, or another image in the same file has changed

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.data.joined import Joined, picture_of
+from blip2.data.joined import Joined, image_of
 from blip2.data.sample import Row
 from blip2.disk import Stamp, digest_of_bytes, digest_since, stamp_of
 from blip2.errors import ImageError
@@ -37,7 +37,7 @@ class LoadedImage(NamedTuple):
     """Of its own bytes, see `disk.digest_of`; "" if unknown, or if the file may have changed."""
 
 
-class Pictures:
+class RowImages:
     """The distinct images of some rows, numbered in order of appearance and decoded by threads on demand. With `Joined`
     rows each row has its own image, with the number of the row, and ``paths`` is empty, unless ``is_distinct``: then
     all places are looked up, and rows with the same image file share an image.
@@ -62,7 +62,7 @@ class Pictures:
         self._rows = rows
         self.paths: list[str] = []
         self.number_of_row: np.ndarray | None = None
-        self._row_of_picture: list[int] = []
+        self._row_of_image: list[int] = []
         if is_distinct or not isinstance(rows, Joined):
             self._look_up()
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
@@ -81,7 +81,7 @@ class Pictures:
             number = numbers.setdefault(path, len(self.paths)) if is_own else len(self.paths)
             if number == len(self.paths):
                 self.paths.append(path)
-                self._row_of_picture.append(row)
+                self._row_of_image.append(row)
             number_of_row[row] = number
         self.number_of_row = number_of_row
 
@@ -95,7 +95,7 @@ class Pictures:
 
     def _row(self, number: int) -> int:
         """The first row with this image."""
-        return number if self.number_of_row is None else self._row_of_picture[number]
+        return number if self.number_of_row is None else self._row_of_image[number]
 
     def _whole(self, number: int) -> Row:
         """The row, with the content of an image inside another file. Raises ImageError."""
@@ -153,7 +153,7 @@ class Pictures:
 
     def _pixels(self, row: Row, chance: random.Random | None) -> Tensor | ImageError:
         try:
-            image = picture_of(row)
+            image = image_of(row)
         except ImageError as error:
             return error
         resample, edge = self.resizing
@@ -168,7 +168,7 @@ class Pictures:
         return pixels_CHW
 
 
-class BadPictures:
+class BadImages:
     """The images that could not be read: path to error message. With "stop" the first one is raised."""
 
     def __init__(self, on_bad_picture: Literal["skip", "stop"]) -> None:

@@ -20,7 +20,7 @@ from blip2.errors import RecipeError
 RECORD = np.dtype([("start", "<u8"), ("size", "<u8"), ("file", "<u4"), ("crc32", "<u4")])
 """Bytes ``start`` to ``start + size`` of a file; ``crc32`` of the row number and all fields before."""
 LENGTH_BYTES = 8
-LARGEST_TOLD = 2**28
+MAX_LENGTH = 2**28
 KEPT_RECORDS = 2**16
 WAIT_S = 0.2
 
@@ -115,7 +115,7 @@ def _footer(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
         with path.open("rb") as file:
             end = file.seek(-LENGTH_BYTES, 2)
             length = int.from_bytes(file.read(), "little")
-            if length > min(end, LARGEST_TOLD):
+            if length > min(end, MAX_LENGTH):
                 return None
             file.seek(end - length)
             footer = json.loads(file.read(length))

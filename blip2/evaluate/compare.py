@@ -43,13 +43,13 @@ def by_type(examples: Sequence[Example], each: Sequence[float | None]) -> Scores
             places.setdefault(example.kind, []).append(place)
     for kind, some in sorted(places.items()):
         scores = [score for place in some if (score := each[place]) is not None]
-        found[kind] = with_interval(scores, [examples[place].picture for place in some]) | {"rows": len(some)}
+        found[kind] = with_interval(scores, [examples[place].image for place in some]) | {"rows": len(some)}
     return found
 
 
-def with_interval(scores: Sequence[float], pictures: Sequence[object]) -> dict[str, float]:
+def with_interval(scores: Sequence[float], images: Sequence[object]) -> dict[str, float]:
     """In percent."""
-    low, high = interval(scores, pictures)
+    low, high = interval(scores, images)
     return {"score": 100 * sum(scores) / len(scores), "low": 100 * low, "high": 100 * high}
 
 
@@ -58,16 +58,16 @@ def _captions(examples: Sequence[Example], outputs: Sequence[str | None], apart:
     texts = tokens([text or "" for text in outputs])
     flat = iter(tokens([text for example in examples for text in example.wanted]))
     references = [[next(flat) for _ in example.wanted] for example in examples]
-    each, pictures = cider(texts, references), [example.picture for example in examples]
+    each, images = cider(texts, references), [example.image for example in examples]
     rouge = rouge_l(texts, references)
     totals: Scores = {f"BLEU-{n}": _only(100 * score) for n, score in enumerate(bleu(texts, references), start=1)}
-    totals |= {"ROUGE-L": with_interval(rouge, pictures), "CIDEr": with_interval(each, pictures)}
+    totals |= {"ROUGE-L": with_interval(rouge, images), "CIDEr": with_interval(each, images)}
     computed, missing = by_java(texts, references) if java else ({}, {})
     totals |= {name: _only(100 * score) for name, score in computed.items()}
     for kind in sorted({example.kind for example in examples} - {""}) if apart else ():
         own = [place for place, example in enumerate(examples) if example.kind == kind]
         scores = cider([texts[place] for place in own], [references[place] for place in own])
-        totals[f"{kind} CIDEr"] = with_interval(scores, [pictures[place] for place in own]) | {"rows": len(own)}
+        totals[f"{kind} CIDEr"] = with_interval(scores, [images[place] for place in own]) | {"rows": len(own)}
     return Compared(each, totals, missing)
 
 
@@ -76,10 +76,10 @@ def _answers(examples: Sequence[Example], outputs: Sequence[str | None], rule: s
     counted = [place for place, score in enumerate(each) if score is not None]
     if not counted:
         return Compared(each, {})
-    pictures = [examples[place].picture for place in counted]
+    images = [examples[place].image for place in counted]
 
     def mean(scores: Sequence[float | None]) -> dict[str, float]:
-        return with_interval([scores[place] or 0.0 for place in counted], pictures)
+        return with_interval([scores[place] or 0.0 for place in counted], images)
 
     totals = {"accuracy": mean(each)}
     if other:

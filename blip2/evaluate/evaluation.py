@@ -96,13 +96,13 @@ class Evaluation:
         ours = Outputs(texts, scored.each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
         theirs = None
         if against is not None:
-            found["against"], theirs = self._beside(against, ours)
+            found["against"], theirs = self._comparison(against, ours)
         return found, self.examples, ours, theirs
 
-    def _beside(self, against: Path, ours: Outputs) -> tuple[dict[str, Any], Outputs]:
+    def _comparison(self, against: Path, ours: Outputs) -> tuple[dict[str, Any], Outputs]:
         others = outputs(against, len(self.examples))
         theirs = Outputs(others, compared(self.examples, others, self.rule, java=False).each)
-        both = [(a, b, example.picture) for a, b, example in zip(ours.each, theirs.each, self.examples, strict=True)
+        both = [(a, b, example.image) for a, b, example in zip(ours.each, theirs.each, self.examples, strict=True)
                 if a is not None and b is not None]  # fmt: skip
         if not both:
             raise OptionError(f"{option('against')} compares scores, but the answers to these rows are not published")
@@ -111,9 +111,9 @@ class Evaluation:
             for row, (before, now) in enumerate(zip(others, ours.texts, strict=True))
             if before != now
         ]
-        own, other, pictures = zip(*both, strict=True)
+        own, other, images = zip(*both, strict=True)
         return {
             "folder": str(against), "mean": sum(other) / len(other), "changed": len(changed),
             "better": sum(a > b for a, b, _ in both), "worse": sum(a < b for a, b, _ in both),
-            "p": paired(own, other, pictures), "first_changed": changed[:MOST_SHOWN],
+            "p": paired(own, other, images), "first_changed": changed[:MOST_SHOWN],
         }, theirs  # fmt: skip

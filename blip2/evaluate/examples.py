@@ -20,7 +20,7 @@ class Example:
     (``are_people``); empty if unknown or not scored. ``kind``: the type of the question, "" if there is none. ``id``:
     the id in the data set. ``rephrased``: the question in other words."""
 
-    picture: str
+    image: str
     question: str | None
     wanted: tuple[str, ...]
     are_people: bool

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2 import disk
-from blip2.collection.sources.fields import picture_of
+from blip2.collection.sources.fields import image_of
 from blip2.collection.sources.parquet import Parquet
 from blip2.data.kinds import KINDS
 from blip2.data.stream import MEMBER, Element, elements
@@ -103,7 +103,7 @@ class Opened:
             yield Element(_section(values), number, values, row.name)
 
     def _unpacked(self, value: object, place: str) -> str:
-        content, problem = picture_of(value, "image")
+        content, problem = image_of(value, "image")
         if not isinstance(content, bytes):
             raise CollectionError(f"{place}: {problem or 'has a path instead of an image'}; download the file again")
         ending = next((ending for begin, ending in SIGNATURES.items() if content.startswith(begin)), ".img")

@@ -53,20 +53,20 @@ class Nearest:
     """All images, and the texts of all. ``cosines``: the file of their cosines with the images, ``float32[N, M]``.
     ``candidates``: the number of pairs to rerank, for each image and for each text."""
 
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     texts: tuple[str, ...]
     cosines: Path
     candidates: int
 
-    def of_pictures(self) -> list[list[int]]:
+    def of_images(self) -> list[list[int]]:
         """For each image the indices of the texts that are reranked with it."""
         cosines_NM = torch.from_numpy(np.load(self.cosines))
         number_N, number_M = cosines_NM.shape
         texts_NK = cosines_NM.topk(min(self.candidates, number_M), dim=1).indices.tolist()
         found = [{*own} for own in texts_NK]
         for text, near in enumerate(cosines_NM.topk(min(self.candidates, number_N), dim=0).indices.T.tolist()):
-            for picture in near:
-                found[picture].add(text)
+            for image in near:
+                found[image].add(text)
         return [sorted(own) for own in found]
 
 
@@ -78,15 +78,15 @@ def beginning(
     batch_size = options.pop("batch_size", None) or BATCH_SIZE
     judge, rest = model_of(as_matcher, options.pop("model", None) or "miniature-itm", options)
     machines = Machines.of(rest)
-    facts = {"task": task, **judge.told, "candidates": candidates}
+    facts = {"task": task, **judge.description, "candidates": candidates}
     where = {"key_column": "row", "image_column": "image", "format": "jsonl", "if_exists": "overwrite"}
     plan = planned_run(rows, folder / ANSWERS, {**rest, **where}, judge, facts, takes_text=False)
     if task == PAIR:
         return CollectionRun(plan, judge, _Loading(compared, (judge, batch_size)), batch_size, machines), None
-    digest = blake2b(f"{judge.told}".encode() + rows.read_bytes(), digest_size=8).hexdigest()
+    digest = blake2b(f"{judge.description}".encode() + rows.read_bytes(), digest_size=8).hexdigest()
     texts = tuple(clean_caption(text) for example in examples for text in example.wanted)
-    pictures = tuple(os.path.join(rows.parent, example.picture) for example in examples)
-    nearest = Nearest(pictures, texts, folder / f"cosines-{digest}.npy", candidates)
+    images = tuple(os.path.join(rows.parent, example.image) for example in examples)
+    nearest = Nearest(images, texts, folder / f"cosines-{digest}.npy", candidates)
     return CollectionRun(plan, judge, _Loading(reranked, (judge, nearest, batch_size)), batch_size, machines), nearest
 
 
@@ -108,20 +108,20 @@ def see(run: CollectionRun, nearest: Nearest, on_progress: Callable[[int, int], 
     """Compute the cosines unless they exist; resumes an interrupted run. Raises CollectionError, OSError."""
     if nearest.cosines.exists():
         return
-    matcher: Matcher = run.model.anyhow()
+    matcher: Matcher = run.model.load_unchecked()
     reader = matcher.reader
     texts_ME = reader.embed_texts(_ids(matcher, nearest.texts), run.batch_size)
-    pictures = nearest.pictures
+    images = nearest.images
     rows, parts = [], []
-    for start in range(0, len(pictures), CHUNK):
+    for start in range(0, len(images), CHUNK):
         part = nearest.cosines.with_name(f"{nearest.cosines.stem}-{start:07}.npy")
-        some = pictures[start : start + CHUNK]
+        some = images[start : start + CHUNK]
         if not part.exists():
             seen = matcher.each_encoded(some, on_error="return", batch_size=run.batch_size)
             _save(part, torch.cat([_cosines(matcher, image, texts_ME) for image in seen]))
         parts.append(part)
         rows.append(np.load(part))
-        on_progress(start + len(some), len(pictures))
+        on_progress(start + len(some), len(images))
     _save(nearest.cosines, torch.from_numpy(np.concatenate(rows)))
     for part in parts:
         part.unlink(missing_ok=True)
@@ -151,11 +151,11 @@ def reranked(matcher: Matcher, nearest: Nearest, batch_size: int) -> Work:
     """The ITM logit and the cosine of each candidate text, by its number."""
     if not nearest.cosines.exists():
         raise CollectionError(f"{nearest.cosines}: does not exist; evaluate with {option('restart')}")
-    ids, near = _ids(matcher, nearest.texts), nearest.of_pictures()
+    ids, near = _ids(matcher, nearest.texts), nearest.of_images()
     cosines_NM = np.load(nearest.cosines, mmap_mode="r")
 
-    def read(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
-        return [one(image, int(record.key)) for image, record in zip(pictures, records, strict=True)]
+    def read(images: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
+        return [one(image, int(record.key)) for image, record in zip(images, records, strict=True)]
 
     def one(image: ImageFeatures, number: int) -> Outcome:
         own = near[number]
@@ -163,14 +163,14 @@ def reranked(matcher: Matcher, nearest: Nearest, batch_size: int) -> Work:
         scores = logits_C2[:, 1].numpy() + cosines_NM[number, own]
         return _outcome([str(text) for text in own], scores.tolist())
 
-    return in_batches(matcher.eye, read, batch_size)
+    return in_batches(matcher.frontend, read, batch_size)
 
 
 def compared(matcher: Matcher, batch_size: int) -> Work:
     """The scores of each of a row's own texts, by ITM and by cosine."""
 
-    def read(pictures: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
-        return [one(image, record.columns["captions"]) for image, record in zip(pictures, records, strict=True)]
+    def read(images: Sequence[ImageFeatures], records: Sequence[Record]) -> list[Outcome]:
+        return [one(image, record.columns["captions"]) for image, record in zip(images, records, strict=True)]
 
     def one(image: ImageFeatures, texts: Sequence[str]) -> Outcome:
         ids = _ids(matcher, [clean_caption(text) for text in texts])
@@ -178,7 +178,7 @@ def compared(matcher: Matcher, batch_size: int) -> Work:
         names = [f"{way} {number}" for way in (ITM, ITC) for number in range(len(texts))]
         return _outcome(names, [*found.score[0].tolist(), *found.itc_cosine[0].tolist()])
 
-    return in_batches(matcher.eye, read, batch_size)
+    return in_batches(matcher.frontend, read, batch_size)
 
 
 def _outcome(names: Sequence[str], scores: Sequence[float]) -> Outcome:
@@ -202,8 +202,8 @@ def scores_of_retrieval(
             read_NM[number, [int(text) for text in row["captions"]]] = row["scores"]
     text_side, image_side = _only_candidates(read_NM, cosines_NM, nearest.candidates)
     totals: Scores = {}
-    for name, of_pictures_NM, of_texts_NM in (("", text_side, image_side), (f", {ITC}", cosines_NM, cosines_NM)):
-        before_N, _ = ranks(of_pictures_NM, owner_M)
+    for name, of_images_NM, of_texts_NM in (("", text_side, image_side), (f", {ITC}", cosines_NM, cosines_NM)):
+        before_N, _ = ranks(of_images_NM, owner_M)
         _, before_M = ranks(of_texts_NM, owner_M)
         for kind, before, groups in (("text", before_N, range(len(examples))), ("image", before_M, owner_M)):
             for recall in RECALLS:

@@ -176,30 +176,30 @@ def _pairs(files: Sequence[Path], read: Opened, data: Path) -> Iterator[dict[str
 def packed(rows: Iterable[dict[str, Any]], size: int = BATCH_SIZE) -> Iterator[dict[str, Any]]:
     """Order rows so that those of an image are adjacent and batches of ``size`` rows divide few images. A model with
     batches of this size, or two or four times as many, encodes each image once."""
-    of_picture: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    of_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        of_picture[row["image"]].append(row)
+        of_image[row["image"]].append(row)
     by_number: dict[int, deque[list[dict[str, Any]]]] = defaultdict(deque)
-    for some in of_picture.values():
+    for some in of_image.values():
         by_number[len(some)].append(some)
-    room = size
+    left = size
     while by_number:
         there = {number: len(some) for number, some in by_number.items()}
-        numbers = _filling(room, there) if max(there) <= size or room < size else None
+        numbers = _filling(left, there) if max(there) <= size or left < size else None
         for number in numbers or [max(there)]:
             yield from by_number[number].popleft()
             if not by_number[number]:
                 del by_number[number]
-            room = (room - number) % size or size
+            left = (left - number) % size or size
 
 
-def _filling(room: int, there: Mapping[int, int]) -> list[int] | None:
-    """Numbers that add up to ``room``, large ones first, from those available with these counts; None if impossible."""
-    if room == 0:
+def _filling(left: int, there: Mapping[int, int]) -> list[int] | None:
+    """Numbers that add up to ``size``, large ones first, from those available with these counts; None if impossible."""
+    if left == 0:
         return []
     for number in sorted(there, reverse=True):
-        if number <= room and there[number]:
+        if number <= left and there[number]:
             fewer = {other: count - (other == number) for other, count in there.items() if other <= number}
-            if (rest := _filling(room - number, fewer)) is not None:
+            if (rest := _filling(left - number, fewer)) is not None:
                 return [number, *rest]
     return None

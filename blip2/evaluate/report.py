@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2 import disk
-from blip2.collection.page import page, picture
+from blip2.collection.page import image_html, page
 from blip2.evaluate.examples import Example
 
 REPORT = "report.html"
@@ -83,7 +83,8 @@ def write(
     whose folder has their images. ``theirs``: outputs of the other model. Raises OSError."""
     title = escape(str(found.get("title") or rows.name))
     shown = _Shown(rows.parent, examples, ours)
-    body = "\n".join([_head(found, title), _scores(found), _types(found), *shown.parts(), *shown.beside(found, theirs)])
+    parts = [*shown.parts(), *shown.compared(found, theirs)]
+    body = "\n".join([_head(found, title), _scores(found), _types(found), *parts])
     path = folder / REPORT
     disk.write_text(path, page(f"{title} - blip2 evaluate", STYLE, body))
     return path
@@ -152,7 +153,7 @@ class _Shown:
 
     def __init__(self, folder: Path, examples: Sequence[Example], ours: Outputs) -> None:
         self._folder, self._examples, self._ours = folder, examples, ours
-        self._pictures: dict[str, str] = {}
+        self._images: dict[str, str] = {}
 
     def parts(self) -> Iterator[str]:
         """The worst rows, the best rows, and confident mistakes."""
@@ -178,7 +179,7 @@ class _Shown:
             "own answer.",
                          self._chosen(sure), why)  # fmt: skip
 
-    def beside(self, found: Mapping[str, Any], theirs: Outputs | None) -> Iterator[str]:
+    def compared(self, found: Mapping[str, Any], theirs: Outputs | None) -> Iterator[str]:
         """Rows whose output differs from the other model's, and whether it is better."""
         if theirs is None:
             return
@@ -211,7 +212,7 @@ class _Shown:
         seen: Counter[tuple[float, str]] = Counter()
         ordered = []
         for value, row in rows:
-            place = (value, self._examples[row.number].picture)
+            place = (value, self._examples[row.number].image)
             is_unread = self._ours.texts[row.number] is None
             ordered.append((value, is_unread, seen[place], row.number, row))
             seen[place] += 1
@@ -232,9 +233,9 @@ class _Shown:
         lines.append(f"<p>{label}: <b>{_text(output)}</b></p>" if output is not None
                      else '<p class="wrong">the image could not be read</p>')  # fmt: skip
         lines.append(f'<p class="dim">reference: {self._references(example)}</p>')
-        items = [self._scored(row), f"row {row.number + 1}", example.kind, _name(example.picture)]
+        items = [self._scored(row), f"row {row.number + 1}", example.kind, _name(example.image)]
         about = escape(", ".join(filter(None, items)))
-        return f"<figure>{self._picture(example.picture)}{''.join(lines)}<small>{about}</small></figure>"
+        return f"<figure>{self._image(example.image)}{''.join(lines)}<small>{about}</small></figure>"
 
     @staticmethod
     def _scored(row: _Row) -> str:
@@ -250,19 +251,19 @@ class _Shown:
         more = len(set(example.wanted)) - len(counted)
         return "; ".join(items) + (f"; and {more} more" if more else "")
 
-    def _picture(self, place: str) -> str:
-        if place not in self._pictures:
-            self._pictures[place] = _drawn(place, self._folder)
-        return self._pictures[place]
+    def _image(self, place: str) -> str:
+        if place not in self._images:
+            self._images[place] = _drawn(place, self._folder)
+        return self._images[place]
 
 
 def _drawn(place: str, folder: Path) -> str:
     """No image is downloaded for a page."""
     if re.match(r"data:", place, re.IGNORECASE):
-        return picture(place, THUMBNAIL_PX)
+        return image_html(place, THUMBNAIL_PX)
     if re.match(r"https?://", place, re.IGNORECASE):
         return f'<p class="dim">not downloaded: {escape(place)}</p>'
-    return picture(os.path.join(folder, place), THUMBNAIL_PX)
+    return image_html(os.path.join(folder, place), THUMBNAIL_PX)
 
 
 def _name(place: str) -> str:

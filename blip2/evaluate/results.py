@@ -30,7 +30,7 @@ def write(benchmark: Benchmark, folder: Path, examples: Sequence[Example], outpu
     for example, text in zip(examples, outputs, strict=True):
         name = _number(example, path) if is_number else str(example.id)
         if name in texts:
-            raise CollectionError(f"{path}: {example.picture} has the id {name}, like another row; fix the data")
+            raise CollectionError(f"{path}: {example.image} has the id {name}, like another row; fix the data")
         texts[name] = text or ""
     found = make({name: texts[name] for name in sorted(texts)}, benchmark)
     disk.write_text(path, json.dumps(found, ensure_ascii=False) + "\n")
@@ -40,7 +40,7 @@ def write(benchmark: Benchmark, folder: Path, examples: Sequence[Example], outpu
 def _number(example: Example, path: Path) -> int:
     if isinstance(example.id, int) and not isinstance(example.id, bool):
         return example.id
-    raise CollectionError(f"{path}: {example.picture} has the id {example.id!r}, but it has to be a number; fix the "
+    raise CollectionError(f"{path}: {example.image} has the id {example.id!r}, but it has to be a number; fix the "
         "data")
 
 

@@ -31,7 +31,7 @@ from blip2.scores import paired, wilson
 
 ROBUSTNESS = "robustness"
 TITLE = "how often answers change, on rows of your own"
-PICTURES = "pictures"
+IMAGES = "pictures"
 """Folder of the varied images, inside that of the evaluation."""
 AS_IT_IS, COMPANY, ROTATION = "as it is", "other company", "EXIF rotation"
 WITHOUT_CHANGE = (COMPANY, ROTATION)
@@ -59,35 +59,35 @@ STORED: Mapping[str, Callable[[RgbImage], bytes]] = {
 @dataclass(frozen=True)
 class Varied:
     """``rows``: the file. ``origins``: for each of its rows the number of the original row; the first ``number`` rows
-    are the originals. ``pictures``: for each original image the paths of its variants, and how to make them."""
+    are the originals. ``images``: for each original image the paths of its variants, and how to make them."""
 
     rows: Path
     number: int
     origins: Sequence[int]
-    pictures: Mapping[str, Mapping[Path, Callable[[RgbImage], bytes]]]
+    images: Mapping[str, Mapping[Path, Callable[[RgbImage], bytes]]]
 
 
 def vary(data: Path, folder: Path, first: int | None) -> Varied:
     """Write the rows, and plan the images. ``first``: only this many rows. Raises CollectionError."""
     examples = read(data)[:first]
     made_before(folder / PREPARED, ROBUSTNESS)
-    pictures: dict[str, dict[Path, Callable[[RgbImage], bytes]]] = {}
+    images: dict[str, dict[Path, Callable[[RgbImage], bytes]]] = {}
     varied: list[tuple[int, Example]] = []
     for number, example in enumerate(examples):
-        if re.match(r"https?://", example.picture, re.IGNORECASE):
-            raise CollectionError(f"{data}: {example.picture} is a URL; download the image, and name the file")
-        is_file = example.picture[:5].lower() != "data:"
-        place = os.path.abspath(os.path.join(data.parent, example.picture)) if is_file else example.picture
-        examples[number] = example = replace(example, picture=place, kind=AS_IT_IS)
+        if re.match(r"https?://", example.image, re.IGNORECASE):
+            raise CollectionError(f"{data}: {example.image} is a URL; download the image, and name the file")
+        is_file = example.image[:5].lower() != "data:"
+        place = os.path.abspath(os.path.join(data.parent, example.image)) if is_file else example.image
+        examples[number] = example = replace(example, image=place, kind=AS_IT_IS)
         varied += [(number, each) for each in _reworded(example)]
-        if place not in pictures:
-            pictures[place] = _pictures(place, folder / PICTURES, ORIENTATIONS[len(pictures) % len(ORIENTATIONS)])
-    by_picture: dict[str, list[int]] = {}
+        if place not in images:
+            images[place] = _images(place, folder / IMAGES, ORIENTATIONS[len(images) % len(ORIENTATIONS)])
+    by_image: dict[str, list[int]] = {}
     for number, example in enumerate(examples):
-        by_picture.setdefault(example.picture, []).append(number)
-    for place, numbers in by_picture.items():  # rows of an image are adjacent: it is encoded once
-        for name, path in zip((*STORED, ROTATION), pictures[place], strict=True):
-            varied += [(number, replace(examples[number], picture=f"{PICTURES}/{path.name}", kind=name))
+        by_image.setdefault(example.image, []).append(number)
+    for place, numbers in by_image.items():  # rows of an image are adjacent: it is encoded once
+        for name, path in zip((*STORED, ROTATION), images[place], strict=True):
+            varied += [(number, replace(examples[number], image=f"{IMAGES}/{path.name}", kind=name))
                        for number in numbers]  # fmt: skip
     company = [(number, replace(example, kind=COMPANY)) for number, example in enumerate(examples)]
     random.Random(0).shuffle(company)
@@ -98,7 +98,7 @@ def vary(data: Path, folder: Path, first: int | None) -> Varied:
     if not rows.exists() or rows.read_bytes() != text.encode("utf-8"):
         disk.write_text(rows, text)
     disk.write_text(folder / PREPARED, json.dumps({"made": {"benchmark": ROBUSTNESS, "of": str(data)}}) + "\n")
-    return Varied(rows, len(examples), [number for number, _ in ordered], pictures)
+    return Varied(rows, len(examples), [number for number, _ in ordered], images)
 
 
 def _reworded(example: Example) -> list[Example]:
@@ -109,7 +109,7 @@ def _reworded(example: Example) -> list[Example]:
     return [each for each in found + own if (each.question or "").strip()]
 
 
-def _pictures(place: str, folder: Path, orientation: int) -> dict[Path, Callable[[RgbImage], bytes]]:
+def _images(place: str, folder: Path, orientation: int) -> dict[Path, Callable[[RgbImage], bytes]]:
     """In the order of `STORED`, then the rotated one. Names depend on the image's content."""
     digest = disk.digest_of(place)[:16] or blake2b(place.encode("utf-8", "replace"), digest_size=8).hexdigest()
     made = {folder / f"{digest}-{_slug(name)}": change for name, change in STORED.items()}
@@ -121,7 +121,7 @@ def _slug(name: str) -> str:
 
 
 def _row(example: Example, number: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"image": example.picture, "type": example.kind, "of": number}
+    row: dict[str, Any] = {"image": example.image, "type": example.kind, "of": number}
     if example.question is None:
         return row | {"captions": [*example.wanted]}
     right = {"answers": [*example.wanted]} if example.are_people else {"answer": example.wanted[0]} \
@@ -140,18 +140,18 @@ class Robustness(Evaluation):
     def see(self, on_progress: OnSeen = lambda done, total: None) -> None:
         """Make the varied images that do not exist yet. An unreadable image has none, and its row is not counted.
         Raises CollectionError."""
-        for done, (place, made) in enumerate(self.varied.pictures.items(), start=1):
+        for done, (place, made) in enumerate(self.varied.images.items(), start=1):
             missing = {path: change for path, change in made.items() if not path.exists()}
             try:
-                picture = load_image(place) if missing else None
+                image = load_image(place) if missing else None
             except ImageError:
                 continue
             for path, change in missing.items():
-                if picture is not None:
+                if image is not None:
                     path.parent.mkdir(exist_ok=True)
-                    disk.write_bytes(path, change(picture))
-            if missing and (done % 100 == 0 or done == len(self.varied.pictures)):
-                on_progress(done, len(self.varied.pictures))
+                    disk.write_bytes(path, change(image))
+            if missing and (done % 100 == 0 or done == len(self.varied.images)):
+                on_progress(done, len(self.varied.images))
 
     def scores(self, against: Path | None = None) -> dict[str, Any]:
         """As in `Evaluation`: the share of changed answers for each variation, and the scores of each by type."""
@@ -168,7 +168,7 @@ class Robustness(Evaluation):
         differs = [texts[place] != texts[origin] for place, origin in enumerate(origins)]
         totals: Scores = {}
         for name, some in places.items():
-            groups = [self.examples[origins[place]].picture for place in some]
+            groups = [self.examples[origins[place]].image for place in some]
             totals[f"changed, {name}"] = _share([differs[place] for place in some], groups)
         wrong = {name: sum(differs[place] for place in places.get(name, ())) for name in WITHOUT_CHANGE}
         found: dict[str, Any] = {
@@ -181,7 +181,7 @@ class Robustness(Evaluation):
         sure = [row.get("score") if row is not None else None for row in results]
         ours = Outputs(texts, each, sure, "CIDEr" if self.examples[0].question is None else "accuracy")
         before = Outputs([texts[origin] for origin in origins], [each[origin] for origin in origins])
-        found["against"] = self._beside_itself([place for place in counted if differs[place]], counted, ours, before)
+        found["against"] = self._against_original([place for place in counted if differs[place]], counted, ours, before)
         disk.write_text(self.folder / SCORES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         write(self.folder, self.rows, found, self.examples, ours, before)
         return found
@@ -198,10 +198,10 @@ class Robustness(Evaluation):
                 each[place] = score
         return each
 
-    def _beside_itself(
+    def _against_original(
         self, changed: Sequence[int], counted: Sequence[int], ours: Outputs, before: Outputs
     ) -> dict[str, Any]:
-        pairs = [(now, was, self.examples[self.varied.origins[place]].picture) for place in counted
+        pairs = [(now, was, self.examples[self.varied.origins[place]].image) for place in counted
                  if (now := ours.each[place]) is not None and (was := before.each[place]) is not None]  # fmt: skip
         found: dict[str, Any] = {
             "folder": "the rows as they are", "changed": len(changed),
@@ -213,16 +213,16 @@ class Robustness(Evaluation):
             ],
         }  # fmt: skip
         if pairs:
-            scores, scores_before, pictures = zip(*pairs, strict=True)
+            scores, scores_before, images = zip(*pairs, strict=True)
             mean = sum(scores_before) / len(scores_before)
-            found |= {"mean": mean, "p": paired(scores, scores_before, pictures)}
+            found |= {"mean": mean, "p": paired(scores, scores_before, images)}
         return found
 
 
-def _share(differs: Sequence[bool], pictures: Sequence[str]) -> dict[str, float]:
+def _share(differs: Sequence[bool], images: Sequence[str]) -> dict[str, float]:
     """In percent. If none or all differ, resampling images gives no interval."""
-    found = with_interval([*map(float, differs)], pictures) | {"rows": len(differs)}
+    found = with_interval([*map(float, differs)], images) | {"rows": len(differs)}
     if len({*differs}) == 1:
-        low, high = wilson(float(differs[0]), len({*pictures}))
+        low, high = wilson(float(differs[0]), len({*images}))
         found |= {"low": 100 * low, "high": 100 * high}
     return found

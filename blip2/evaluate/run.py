@@ -34,14 +34,14 @@ def evaluating(
     """
     rule = _checked_rule(rule or "official")
     examples = read(rows)
-    asks = examples[0].question is not None
+    has_questions = examples[0].question is not None
     if question_prompt is not None:
-        _check_question_prompt("question_prompt", question_prompt, asks, rows)
-    if asks and options.get("prompt") is not None:
+        _check_question_prompt("question_prompt", question_prompt, has_questions, rows)
+    if has_questions and options.get("prompt") is not None:
         raise OptionError(f"{option('prompt')} is for captions, but {rows} has questions; use "
             f"{option('question_prompt')}")  # fmt: skip
     is_matching = _matches(options.get("model"), options.get("revision"))
-    if is_matching and asks:
+    if is_matching and has_questions:
         raise OptionError(f"{rows}: has questions, which a matching model cannot answer; name another model with "
             f"{option('model')}")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def evaluating(
         run, nearest = matching.beginning(RETRIEVE, examples, rows, folder, candidates, **options)
         return Evaluation(rows, examples, rule, folder, run, nearest=nearest)
     where = {**WHERE, "output": folder / ANSWERS, **options}
-    if asks:
+    if has_questions:
         run = asking(rows, question_column="question", wording=question_prompt or "", **where)
     else:
         run = captioning(rows, if_exists="overwrite", **where)
@@ -81,15 +81,15 @@ def benchmarking(
         raise OptionError(f"{option('protocol')} is {protocol!r}; it may be {', '.join(benchmark.settings)}")
     if first is not None and first < 1:
         raise OptionError(f"{option('first')} is {first}; give 1 or more, or leave it out")
-    asks = benchmark.task in (ASK, CHOOSE)
+    has_questions = benchmark.task in (ASK, CHOOSE)
     if question_prompt is not None:
-        _check_question_prompt("question_prompt", question_prompt, asks, name)
+        _check_question_prompt("question_prompt", question_prompt, has_questions, name)
         if options.get("prompt") is not None:
             raise OptionError(f"{option('prompt')} and {option('question_prompt')} mean the same for {name}; leave one "
                 "out")
         options["prompt"] = question_prompt
-    elif asks and options.get("prompt"):
-        _check_question_prompt("prompt", options["prompt"], asks, name)
+    elif has_questions and options.get("prompt"):
+        _check_question_prompt("prompt", options["prompt"], has_questions, name)
     facts = facts_of(name, protocol, options, rule)
     prepared = prepare(name, benchmark, data, folder, first)
     examples, facts = read(prepared.rows), facts.with_notes(prepared.notes)
@@ -180,8 +180,8 @@ def _matches(model: Any, revision: str | None) -> bool:
         return False
 
 
-def _check_question_prompt(name: str, prompt: str, asks: bool, of: object) -> None:
-    if not asks:
+def _check_question_prompt(name: str, prompt: str, has_questions: bool, of: object) -> None:
+    if not has_questions:
         raise OptionError(f"{option(name)} is for questions, but {of} has none; leave it out")
     if prompt.count("{}") != 1:
         raise OptionError(f"{option(name)} is {prompt!r}; write {{}} once, where the question goes")

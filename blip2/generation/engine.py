@@ -63,7 +63,7 @@ class Engine:
         self.suppress_token_ids = tuple(suppress_token_ids)
         self.decode = decode
         self._damage = damage
-        self._num_threads = threads.worth(language)
+        self._num_threads = threads.num_useful(language)
 
     @torch.inference_mode()
     def generate(

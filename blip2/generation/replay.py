@@ -27,7 +27,7 @@ from blip2.layers import autocast_dtype, is_attention_recorded
 MOST_ROWS = 128
 """Above this the computation takes longer than the launches."""
 MOST_RECORDS = 16
-WORTH_IT = 3
+MIN_REPEATS = 3
 """Number of steps of the same sizes before one is recorded, since recording takes as long as two steps."""
 SWITCH = "BLIP2_CUDA_GRAPHS"
 """Environment variable; 0 switches recording off."""
@@ -54,7 +54,7 @@ class Replay:
         """As `LanguageModel.step`."""
         language = self._language()
         assert language is not None
-        if not self._is_worth_it(tokens_R) or not self._lock.acquire(blocking=False):
+        if not self._can_record(tokens_R) or not self._lock.acquire(blocking=False):
             return language.step(tokens_R, state)
         try:
             record = self._record_for(language, state)
@@ -62,16 +62,16 @@ class Replay:
         finally:
             self._lock.release()
 
-    def _is_worth_it(self, tokens_R: Tensor) -> bool:
+    def _can_record(self, tokens_R: Tensor) -> bool:
         is_here = (tokens_R.is_cuda or not self._is_for_cuda) and len(tokens_R) <= MOST_ROWS
         plainly = autocast_dtype(tokens_R.device) is None and not is_attention_recorded()
         return is_here and plainly and torch.is_inference_mode_enabled() and os.environ.get(SWITCH) != "0"
 
     def _record_for(self, language: LanguageModel, state: Resident) -> Record | None:
         """The record that the state may settle into, if there is one."""
-        room = state.room
-        record = self._records.get(room)
-        if record is not None and record.guest() is state:
+        sizes = state.fixed_sizes
+        record = self._records.get(sizes)
+        if record is not None and record.state_ref() is state:
             return record
         weights = weights_of(language)
         if weights != self._weights:  # they moved or were replaced, so records refer to old memory
@@ -81,41 +81,42 @@ class Replay:
         if not weights:
             return None
         if record is None:
-            self._asked[room] += 1
-            if self._asked[room] <= WORTH_IT or not self._has_room_for(state):
+            self._asked[sizes] += 1
+            if self._asked[sizes] <= MIN_REPEATS or not self._has_space_for(state):
                 return None
             self._drop_unused()
-            record = self._records[room] = Record(state, self._record)
-        return record if record.guest() is None else None
+            record = self._records[sizes] = Record(state, self._record)
+        return record if record.state_ref() is None else None
 
-    def _has_room_for(self, state: Resident) -> bool:
+    def _has_space_for(self, state: Resident) -> bool:
         """Fixed states are reserved memory: at most a tenth of what is free."""
         if not self._is_for_cuda:
             return True
         return 10 * state.num_bytes <= torch.cuda.mem_get_info(state.device)[0]
 
     def _drop_unused(self) -> None:
-        for room in [room for room, record in self._records.items() if record.guest() is None]:
+        for sizes in [sizes for sizes, record in self._records.items() if record.state_ref() is None]:
             if len(self._records) < MOST_RECORDS:
                 break
-            del self._records[room]
+            del self._records[sizes]
 
 
 class Record:
-    """A recorded step for states of one room. ``guest``: weak reference to the state that lives in it."""
+    """A recorded step for states of equal `fixed_sizes`. ``state_ref``: weak reference to the state that is settled in
+    its memory."""
 
     def __init__(self, state: Resident, record: Callable[[Step], Step]) -> None:
-        self.guest: Callable[[], Resident | None] = lambda: None
+        self.state_ref: Callable[[], Resident | None] = lambda: None
         self._home = state.fixed()
-        self._tokens_R = torch.zeros(state.room[0], dtype=torch.long, device=self._home.device)
+        self._tokens_R = torch.zeros(state.fixed_sizes[0], dtype=torch.long, device=self._home.device)
         self._record = record
         self._replay: Step | None = None
 
     def step(self, language: LanguageModel, tokens_R: Tensor, state: Resident) -> Tensor:
         """The logits of each row's next token, ``float[R, V]``."""
-        if not state.lives_in(self._home):
+        if not state.is_view_of(self._home):
             state.settle(self._home)
-            self.guest = weakref.ref(state)
+            self.state_ref = weakref.ref(state)
         self._tokens_R[: len(tokens_R)] = tokens_R
 
         def step() -> Tensor:

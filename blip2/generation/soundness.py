@@ -17,7 +17,7 @@ from torch import Tensor
 from blip2.errors import NotFiniteError, OptionError, option
 
 
-def poisoned(values: Tensor, log_prob_RV: Tensor) -> Tensor:
+def nan_if_invalid(values: Tensor, log_prob_RV: Tensor) -> Tensor:
     """Values of rows, ``float[R]`` in any shape; NaN if a row's log-probabilities show invalid logits.
 
     A logit of NaN or infinity makes the whole row NaN; minus infinity affects only its own place.

@@ -72,7 +72,7 @@ def _fetched(tokens_R: Tensor, log_prob_R: Tensor, *more_RN: Tensor) -> tuple[Pi
 def log_probs_of(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
     """Log-probability of one token for each row, ``float32[R]``; NaN if any of the row's logits is NaN or infinite."""
     log_prob_RV = logits_RV.float().log_softmax(-1)
-    return soundness.poisoned(log_prob_RV.gather(1, tokens_R[:, None])[:, 0], log_prob_RV)
+    return soundness.nan_if_invalid(log_prob_RV.gather(1, tokens_R[:, None])[:, 0], log_prob_RV)
 
 
 class RowByRow:
@@ -239,7 +239,7 @@ class BeamSearch:
         tokens_RT = self._tokens_PKT[:, :, : self._step].flatten(0, 1)
         log_prob_RV = logits_RV.float().log_softmax(-1)
         scores_RV = apply_filters(self._filters, tokens_RT, log_prob_RV)
-        so_far_PK = soundness.poisoned(self._score_PK, log_prob_RV)
+        so_far_PK = soundness.nan_if_invalid(self._score_PK, log_prob_RV)
         total_PKV = scores_RV.unflatten(0, (-1, num_beams)) + so_far_PK[:, :, None]
         vocabulary = total_PKV.shape[-1]
         score_PC, which_PC = total_PKV.flatten(1).topk(min(self._num_candidates, num_beams * vocabulary))
@@ -320,9 +320,9 @@ class BeamSearch:
         length = self._step
         if options.early_stopping == "never" and options.length_penalty > 0:
             length = options.max_new_tokens
-        hoped_P1 = self._score_PK[:, :1] / (length**options.length_penalty)
+        best_possible_P1 = self._score_PK[:, :1] / (length**options.length_penalty)
         worst_PK = torch.where(is_ended_PK, self._ended.score_PK.amin(1, keepdim=True), RULED_OUT)
-        is_over_P = (hoped_P1 <= worst_PK).all(1)
+        is_over_P = (best_possible_P1 <= worst_PK).all(1)
         return is_over_P | is_ended_PK.all(1) if options.early_stopping is True else is_over_P
 
     def _best(self, place: int) -> list[Hypothesis]:

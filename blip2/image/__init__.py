@@ -1,4 +1,4 @@
-"""Any image source -> RGB -> pixels, and images for display. The only room that uses Pillow.
+"""Any image source -> RGB -> pixels, and images for display. The only package that uses Pillow.
 
     source   path, URL, bytes, "-", PIL image, array   load_image   ->  RgbImage, upright, opaque, 8 bits
     images   RgbImage, any sizes                       to_pixels    ->  float32[B, 3, size, size]

@@ -59,7 +59,7 @@ TURNS = {  # EXIF orientation -> operation that makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 
-_one_large_picture = threading.Lock()
+_one_large_image = threading.Lock()
 
 
 def decode(
@@ -84,7 +84,7 @@ def _decode(stream: BinaryIO, head: bytes, name: str, max_pixels: int, allow_tru
     opened, profile = _open(stream, head, name)
     _check_size(opened.size, name, max_pixels)
     is_large = opened.width * opened.height > LARGE_PIXELS
-    with _one_large_picture if is_large else nullcontext():
+    with _one_large_image if is_large else nullcontext():
         image = _load(opened, stream, name, allow_truncated)
         try:
             rgb = _flatten(image, name, profile)
@@ -127,8 +127,8 @@ def _check_format(head: bytes, name: str, formats: tuple[str, ...]) -> None:
             raise ImageFormatError(f"{refusal}, or damaged; convert it to PNG or JPEG")
         remedy = "" if ";" in what else "; convert it to PNG or JPEG"
         if what == TEXT:  # such as a web page saved instead of its image
-            is_called_picture = name.rstrip("'").lower().endswith(tuple(suffixes()[0]))
-            remedy = "; download it again, or remove it" if is_called_picture else "; name an image"
+            is_called_image = name.rstrip("'").lower().endswith(tuple(suffixes()[0]))
+            remedy = "; download it again, or remove it" if is_called_image else "; name an image"
         raise ImageFormatError(f"{refusal}, but {what}{remedy}")
     if format.name not in formats:
         raise ImageFormatError(f"{refusal}, but {SPOKEN.get(format.name, format.name)}; convert it to PNG or JPEG")
@@ -143,7 +143,7 @@ def _open(stream: BinaryIO, head: bytes, name: str) -> tuple[ImageFile, bytes | 
     assert format is not None
     try:
         if format.name == "PNG":
-            pixels, profile = png.essence(stream)
+            pixels, profile = png.strip_png(stream)
             return format.read(pixels), profile
         if format.name == "JPEG":
             _check_segments(stream, name)

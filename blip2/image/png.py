@@ -22,7 +22,7 @@ MAX_UNPACKED = 16 * 2**20
 """Maximum bytes of an unpacked text or profile; a larger one is skipped."""
 
 
-def essence(stream: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
+def strip_png(stream: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
     """The PNG in ``stream`` as another stream, and its unpacked ICC profile if it has a valid one.
 
     Damage to the pixels is kept, for Pillow to find. Reads no further than the end of the image.

@@ -24,7 +24,7 @@ class _WhileReading(Warning, metaclass=_OnlyWhileReading):
     """A warning category that matches every warning while an image is read in this thread, and else none."""
 
 
-def _is_told(record: logging.LogRecord) -> bool:
+def _is_logged(record: logging.LogRecord) -> bool:
     return not _is_reading.get()
 
 
@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[2] is not _WhileReading:  # another filter may have been inserted before it
         warnings.simplefilter("ignore", _WhileReading)
-    logging.getLogger("PIL.TiffImagePlugin").addFilter(_is_told)  # the only logger that repeats its error's message
+    logging.getLogger("PIL.TiffImagePlugin").addFilter(_is_logged)  # the only logger that repeats its error's message
     before = _is_reading.set(True)
     try:
         yield

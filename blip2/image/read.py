@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 100 * 2**20
 TIMEOUT_S = 20.0
-MOST_BESIDE = 32
+MAX_RESIZE_RATIO = 32
 """An image is resized before its middle is cut out, unless it would get more than this many times the final pixels."""
 PIXELS_VERSION = 1
 """Increase this when the same file gives other pixels (colours, orientation, resampling): kept features are then
@@ -175,7 +175,7 @@ def squared(
     if shortest_edge is None or box is None:
         return image.resize((size, size), kernel)
     width, height = _resized(image.width, image.height, shortest_edge)
-    if width * height > MOST_BESIDE * size**2:
+    if width * height > MAX_RESIZE_RATIO * size**2:
         # Resizing an image of one row would give a hundred million pixels. Cutting first rounds a little differently.
         return image.resize((size, size), kernel, box)
     left, top = (width - size) // 2, (height - size) // 2

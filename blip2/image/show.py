@@ -20,7 +20,7 @@ WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # 
 HEAT_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 
 
-def overlay(picture: RgbImage, heat_HW: np.ndarray) -> RgbImage:
+def overlay(image: RgbImage, heat_HW: np.ndarray) -> RgbImage:
     """The image under a map of its size, float32[H, W] of 0 to 1: dark at 0, coloured at 1."""
     levels = Image.fromarray((heat_HW * 255).round().astype(np.uint8))
     stops = np.linspace(0, 1, len(HEAT_COLOURS))
@@ -28,7 +28,7 @@ def overlay(picture: RgbImage, heat_HW: np.ndarray) -> RgbImage:
     coloured = levels.copy()
     coloured.putpalette(np.stack(colours, axis=1).astype(np.uint8).tobytes())
     opacity = levels.point([round(102 + 0.3 * level) for level in range(256)])
-    return Image.composite(coloured.convert("RGB"), picture, opacity)
+    return Image.composite(coloured.convert("RGB"), image, opacity)
 
 
 def check_writable(path: str | os.PathLike[str]) -> str:
@@ -39,7 +39,7 @@ def check_writable(path: str | os.PathLike[str]) -> str:
     return format
 
 
-def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
+def save_image(image: RgbImage, path: str | os.PathLike[str]) -> None:
     """Write an image in the format of the file's suffix, atomically.
 
     Raises OptionError as `check_writable`, ImageError if it cannot be written.
@@ -47,7 +47,7 @@ def save_image(picture: RgbImage, path: str | os.PathLike[str]) -> None:
     path, format = Path(path), check_writable(path)
     try:
         with written(path) as unfinished:
-            picture.save(unfinished, format)
+            image.save(unfinished, format)
     except OSError as error:
         reason = error.strerror or reason_of(error)
         raise ImageError(f"{path}: cannot be written ({reason}); check the folder and the disk space") from None
@@ -62,9 +62,9 @@ def thumbnail(source: Source, size_px: int) -> bytes:
     return stream.getvalue()
 
 
-def shrunk(picture: RgbImage, size_px: int) -> RgbImage:
+def shrunk(image: RgbImage, size_px: int) -> RgbImage:
     """A copy of at most ``size_px`` wide and high, with its proportions."""
-    small = picture.copy()
+    small = image.copy()
     small.thumbnail((size_px, size_px))
     return small
 

@@ -9,7 +9,7 @@ from PIL import Image
 from blip2.image.decode import ORIENTATION_TAG, TURNS, RgbImage
 
 Turn = Image.Transpose
-UNTURNS = {**TURNS, 6: Turn.ROTATE_90, 8: Turn.ROTATE_270}
+INVERSE_TURNS = {**TURNS, 6: Turn.ROTATE_90, 8: Turn.ROTATE_270}
 """EXIF orientation -> the operation that rotates an upright image as the tag says."""
 
 
@@ -28,7 +28,7 @@ def turned(image: RgbImage, orientation: int) -> bytes:
     """A PNG stored rotated, with its EXIF orientation, 2 to 8: programs that read the tag see the image upright."""
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = orientation
-    return _saved(image.transpose(UNTURNS[orientation]), "PNG", exif=exif)
+    return _saved(image.transpose(INVERSE_TURNS[orientation]), "PNG", exif=exif)
 
 
 def _saved(image: RgbImage, format: str, **options: object) -> bytes:

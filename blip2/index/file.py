@@ -52,7 +52,7 @@ class Origin:
         }  # fmt: skip
 
 
-class Picture(NamedTuple):
+class IndexedImage(NamedTuple):
     """A row: the image's absolute path, the file's stamp when it was encoded, the checksum of its vectors, and the
     digest of its content, or "" if unknown."""
 
@@ -77,7 +77,7 @@ class Stored:
         self._lines = lines
         self._ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))
         crc32_N = np.array(re.findall(rb'"crc32": (\d+)}\n', lines), np.uint32)
-        self.rows = Rows(file, start, shape, crc32_N, lambda row: self.picture(row).path)
+        self.rows = Rows(file, start, shape, crc32_N, lambda row: self.image(row).path)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,14 +91,14 @@ class Stored:
         truncated."""
         return self.rows.mapped()
 
-    def picture(self, row: int) -> Picture:
+    def image(self, row: int) -> IndexedImage:
         start = int(self._ends[row - 1]) + 1 if row else 0
         found = json.loads(self._lines[start : int(self._ends[row])])
         stamp = Stamp(found["size"], found["mtime_ns"], found.get("ctime_ns", 0))
-        return Picture(found["path"], stamp, found["crc32"], found.get("digest", ""))
+        return IndexedImage(found["path"], stamp, found["crc32"], found.get("digest", ""))
 
-    def pictures(self) -> list[Picture]:
-        return [self.picture(row) for row in range(len(self))]
+    def images(self) -> list[IndexedImage]:
+        return [self.image(row) for row in range(len(self))]
 
     def vectors(self, row: int) -> Tensor:
         """An image's vectors ``float16[Q, D]``. Raises IndexFileError if they do not match their checksum."""
@@ -130,10 +130,10 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
     try:
         header = read_header(path)
         file = OpenFile(path, held)
-        vectors, pictures = (header.tensors.get(name) for name in ("vectors", "pictures"))
-        lines = bytearray(0 if pictures is None else pictures.num_bytes)
-        if pictures is not None:
-            file.read(pictures.start, memoryview(lines))
+        vectors, images = (header.tensors.get(name) for name in ("vectors", "pictures"))
+        lines = bytearray(0 if images is None else images.num_bytes)
+        if images is not None:
+            file.read(images.start, memoryview(lines))
     except OSError as error:
         raise IndexFileError(
             f"{path}: is not an index of images, or is truncated ({error}); make it again with blip2 index"
@@ -162,15 +162,15 @@ def read(path: str | os.PathLike[str], held: bool = True) -> Stored:
 
 
 def write(
-    path: Path, origin: Origin, pictures: Sequence[Picture], shape: tuple[int, int], vectors: Iterable[Tensor]
+    path: Path, origin: Origin, images: Sequence[IndexedImage], shape: tuple[int, int], vectors: Iterable[Tensor]
 ) -> None:
     """Write an index whose images have vectors ``float16[shape]``, taken one by one.
 
     Leaves a partial file if it fails; use it within `disk.written`. Raises OSError.
     """
-    lines = b"".join(picture.line() for picture in pictures)
-    full_shape = (len(pictures), *shape)
-    num_bytes = 2 * len(pictures) * shape[0] * shape[1]
+    lines = b"".join(image.line() for image in images)
+    full_shape = (len(images), *shape)
+    num_bytes = 2 * len(images) * shape[0] * shape[1]
     # Not written by the library, which needs all vectors in memory.
     header = json.dumps(
         {
@@ -189,5 +189,5 @@ def write(
 
 def _checksum(origin: Origin, shape: Sequence[int], lines: bytes) -> str:
     """The checksum of everything in the file except the vectors."""
-    told = json.dumps([origin.about(), list(shape)]).encode("ascii")
-    return f"{zlib.crc32(lines, zlib.crc32(told)):08x}"
+    origin_json = json.dumps([origin.about(), list(shape)]).encode("ascii")
+    return f"{zlib.crc32(lines, zlib.crc32(origin_json)):08x}"

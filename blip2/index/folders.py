@@ -43,7 +43,7 @@ class Collection:
         self._files: set[str] = set()
         self._folders = _within(folder for folder in folders if folder not in self.found.unknown)
         self._unknown = _within(self.found.unknown)
-        for path in self.found.pictures:
+        for path in self.found.images:
             if (stamp := stamp_of(path)) is None:
                 self.problems.append(f"{name_of(path)}: no such file or folder; check the path")
             else:
@@ -52,8 +52,8 @@ class Collection:
         if not named:
             raise IndexFileError("there are no images to index; name at least one folder")
         if not self.stamps:
-            told = self.problems[0] if self.problems else self.found.passed_over()
-            raise IndexFileError(f"{told}; the index is unchanged")
+            reason = self.problems[0] if self.problems else self.found.skipped_files()
+            raise IndexFileError(f"{reason}; the index is unchanged")
 
     def covers(self, path: str) -> bool:
         """Whether an image with this path would be included if it existed."""
@@ -68,14 +68,14 @@ def _named_in(tables: list[str], rows: Mapping[str, Any]) -> tuple[list[str], li
     for table in tables:
         source = open_source([table], key_column="row", **rows)  # an image may be in several rows
         for record in (record for unit in source.units for record in source.records(unit)):
-            if isinstance(record.picture, bytes):
+            if isinstance(record.image, bytes):
                 raise IndexFileError(
                     f"{name_of(table)}: contains the images, but an index needs image files to open later; unpack it"
                 )
-            if record.picture is None:
+            if record.image is None:
                 problems.append(record.problem)
             else:
-                paths[os.path.abspath(record.picture)] = None
+                paths[os.path.abspath(record.image)] = None
     return [*paths], problems
 
 

@@ -87,7 +87,7 @@ class Index(Sequence[EncodedImage]):
             check_model(stored, model)
         return update(
             path, folders, lambda name, kind: model, kind=kind_of(model), model=model.name, batch_size=batch_size,
-            recursive=recursive, exclude=exclude, rows=rows, reading=model.eye.reading, on_progress=on_progress,
+            recursive=recursive, exclude=exclude, rows=rows, reading=model.frontend.reading, on_progress=on_progress,
             on_problem=on_problem,
         )  # fmt: skip
 
@@ -118,16 +118,16 @@ class Index(Sequence[EncodedImage]):
     @cached_property
     def paths(self) -> list[str]:
         """The paths of the images, in order."""
-        return [picture.path for picture in self._stored.pictures()]
+        return [image.path for image in self._stored.images()]
 
     def changed(self, rows: Iterable[int] | None = None) -> list[str]:
         """The paths of images (of these rows, or all) whose file content has changed since they were encoded.
 
         The index still describes the earlier content. Files that are gone are not included.
         """
-        pictures = map(self._stored.picture, range(len(self)) if rows is None else rows)
-        stamped = ((picture, stamp_of(picture.path)) for picture in pictures)
-        return [picture.path for picture, now in stamped if now is not None and current(picture, now) is None]
+        images = map(self._stored.image, range(len(self)) if rows is None else rows)
+        stamped = ((image, stamp_of(image.path)) for image in images)
+        return [image.path for image, now in stamped if now is not None and current(image, now) is None]
 
     # ---- asking ----
 
@@ -203,7 +203,7 @@ class Index(Sequence[EncodedImage]):
         return [Hit(self._path(row), score, score, row) for score, row in zip(scores, rows, strict=True)]
 
     def _path(self, row: int) -> str:
-        return self._stored.picture(row).path
+        return self._stored.image(row).path
 
     def check_kind(self, kind: str) -> None:
         """Raises IndexFileError if the index is of another kind."""

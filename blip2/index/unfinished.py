@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blip2.disk import written
 from blip2.errors import IndexFileError
-from blip2.index.file import Origin, Picture, Stored, read, write
+from blip2.index.file import IndexedImage, Origin, Stored, read, write
 
 
 class Unfinished:
@@ -38,28 +38,33 @@ class Unfinished:
     def has_shards(self) -> bool:
         return bool(self._paths())
 
-    def add(self, origin: Origin, rows: Sequence[tuple[Picture, Tensor]]) -> None:
+    def add(self, origin: Origin, rows: Sequence[tuple[IndexedImage, Tensor]]) -> None:
         """Store these images with their vectors. Raises IndexFileError if the disk is full."""
         number = 1 + max((int(path.stem) for path in self._paths()), default=0)
-        self._write(self.folder / f"{number:08}.part", origin, [picture for picture, _ in rows], rows[0][1].shape,
+        self._write(self.folder / f"{number:08}.part", origin, [image for image, _ in rows], rows[0][1].shape,
                     (vectors_QD for _, vectors_QD in rows))  # fmt: skip
 
     def replace(
-        self, origin: Origin, pictures: Sequence[Picture], shape: Sequence[int], vectors: Iterable[Tensor]
+        self, origin: Origin, images: Sequence[IndexedImage], shape: Sequence[int], vectors: Iterable[Tensor]
     ) -> None:
         """Replace the index by these rows, atomically."""
-        self._write(self.index, origin, pictures, shape, vectors)
+        self._write(self.index, origin, images, shape, vectors)
 
     def _paths(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*.part") if path.stem.isdecimal())
 
     def _write(
-        self, path: Path, origin: Origin, pictures: Sequence[Picture], shape: Sequence[int], vectors: Iterable[Tensor]
+        self,
+        path: Path,
+        origin: Origin,
+        images: Sequence[IndexedImage],
+        shape: Sequence[int],
+        vectors: Iterable[Tensor],
     ) -> None:
         unnamed = self.folder / "writing"
         try:
             with written(path, unnamed):
-                write(unnamed, origin, pictures, (shape[0], shape[1]), vectors)
+                write(unnamed, origin, images, (shape[0], shape[1]), vectors)
         except OSError as error:
             raise IndexFileError(
                 f"{path}: cannot be written ({error.strerror}); free some space, and repeat the command: finished "

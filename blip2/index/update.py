@@ -24,14 +24,14 @@ from blip2.disk import Stamp, digest_since, stamp_of
 from blip2.encoded import EncodedImage
 from blip2.errors import ImageError, IndexFileError, OptionError, option
 from blip2.image import DEFAULT_READING, PIXELS_VERSION, Reading
-from blip2.index.file import KINDS, Origin, Picture, Stored, crc32_of, read
+from blip2.index.file import KINDS, IndexedImage, Origin, Stored, crc32_of, read
 from blip2.index.folders import Collection
 from blip2.index.unfinished import Unfinished, held
 from blip2.tasks.defaults import BATCH_SIZE
 from blip2.tasks.match import ImageFeatures
 from blip2.tasks.speaker import check_batch_size
 
-SHARD_PICTURES = 256
+SHARD_IMAGES = 256
 SHARD_SECONDS = 30.0
 """Number of images and seconds after which results are stored; a killed run loses at most that."""
 DEFAULT_MODELS = {"search": "miniature-itm", "ask": "miniature"}
@@ -52,8 +52,8 @@ class Changes:
     total: int
 
     def __str__(self) -> str:
-        told = f"{self.new:,} new, {self.changed:,} changed, {self.gone:,} gone"
-        return f"{told}, {self.unreadable:,} could not be read" if self.unreadable else told
+        text = f"{self.new:,} new, {self.changed:,} changed, {self.gone:,} gone"
+        return f"{text}, {self.unreadable:,} could not be read" if self.unreadable else text
 
 
 class Row(NamedTuple):
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
     stored: Stored
     number: int
-    picture: Picture
+    image: IndexedImage
 
 
 def update(
@@ -102,8 +102,8 @@ def update(
     found = Collection(places, recursive=recursive, exclude=exclude, rows=rows)
     for problem in found.problems:
         on_problem(problem)
-    if passed_over := found.found.passed_over():
-        (on_problem if found.found.missing else on_note)(passed_over)
+    if skipped_files := found.found.skipped_files():
+        (on_problem if found.found.missing else on_note)(skipped_files)
     with held(path) as unfinished:
         old = read(path) if path.exists() else None
         kind = kind or (old.origin.kind if old else "search")
@@ -133,8 +133,9 @@ def check_model(stored: Stored, model: Model) -> None:
 def identity_of(model: Model) -> str:
     """The `model.identity`, with a suffix if images are preprocessed in another than the usual way."""
     identity = model.identity if isinstance(model, Matcher) else model.speaker.identity
-    settings: list[object] = [[round(value, 6) for value in values] for values in model.eye.normalization]
-    if resizing := {name: value for name, value in model.eye.look.items() if name in ("resample", "shortest_edge")}:
+    settings: list[object] = [[round(value, 6) for value in values] for values in model.frontend.normalization]
+    options = model.frontend.look
+    if resizing := {name: value for name, value in options.items() if name in ("resample", "shortest_edge")}:
         settings.append(resizing)
     if PIXELS_VERSION > 1:  # 1 is the version of files without one
         settings.append(PIXELS_VERSION)
@@ -147,12 +148,12 @@ def kind_of(model: Model) -> str:
     return "search" if isinstance(model, Matcher) else "ask"
 
 
-def current(picture: Picture, now: Stamp | None) -> Picture | None:
+def current(image: IndexedImage, now: Stamp | None) -> IndexedImage | None:
     """The row of an image if its file is unchanged; if its stamp has changed, the content decides."""
-    if now is None or picture.stamp.is_still(now):
-        return picture if now is not None else None
-    is_same = picture.digest and picture.stamp.size == now.size and digest_since(picture.path, now) == picture.digest
-    return picture._replace(stamp=now) if is_same else None
+    if now is None or image.stamp.is_still(now):
+        return image if now is not None else None
+    is_same = image.digest and image.stamp.size == now.size and digest_since(image.path, now) == image.digest
+    return image._replace(stamp=now) if is_same else None
 
 
 @dataclass
@@ -172,12 +173,12 @@ class _Update:
         before: dict[str, Stamp] = {}
         rows: dict[str, Row] = {}
         if self.old is not None:
-            for number, picture in enumerate(self.old.pictures()):
-                before[picture.path] = picture.stamp
-                now = self.found.stamps.get(picture.path)
-                is_elsewhere = now is None and not self.found.covers(picture.path)
-                if (known := picture if is_elsewhere else current(picture, now)) is not None:
-                    rows[picture.path] = Row(self.old, number, known)
+            for number, image in enumerate(self.old.images()):
+                before[image.path] = image.stamp
+                now = self.found.stamps.get(image.path)
+                is_elsewhere = now is None and not self.found.covers(image.path)
+                if (known := image if is_elsewhere else current(image, now)) is not None:
+                    rows[image.path] = Row(self.old, number, known)
         origin = self.old.origin if self.old is not None else None
         shards = self.unfinished.shards()
         name = _lasting(name or (origin or (shards[-1].origin if shards else None) or _unnamed(self.kind)).model)
@@ -196,7 +197,7 @@ class _Update:
             unreadable = self._report(self._missing(rows))
         if not rows or origin is None:
             raise IndexFileError(f"{self.unfinished.index}: none of the images can be read; the index is unchanged")
-        has_other = any(row.stored is not self.old or row.picture.stamp != before[path] for path, row in rows.items())
+        has_other = any(row.stored is not self.old or row.image.stamp != before[path] for path, row in rows.items())
         if self.old is None or origin != self.old.origin or rows.keys() != before.keys() or has_other:
             self._merge(origin, rows)
         return Changes(
@@ -222,22 +223,22 @@ class _Update:
         for shard in shards:
             if (shard.origin.kind, shard.origin.identity) != (origin.kind, origin.identity):
                 continue
-            for number, picture in enumerate(shard.pictures()):
-                now = self.found.stamps.get(picture.path)
-                if now is None and not self.found.covers(picture.path):
-                    now = stamp_of(picture.path)
-                if (known := current(picture, now)) is not None:
-                    rows[picture.path] = Row(shard, number, known)
+            for number, image in enumerate(shard.images()):
+                now = self.found.stamps.get(image.path)
+                if now is None and not self.found.covers(image.path):
+                    now = stamp_of(image.path)
+                if (known := current(image, now)) is not None:
+                    rows[image.path] = Row(shard, number, known)
 
     def _encode(self, paths: list[str], model: Model, origin: Origin) -> list[str]:
         """Encode into the unfinished folder; returns the paths of unreadable images."""
         unreadable: list[str] = []
-        done: list[tuple[Future[Picture], Tensor]] = []
+        done: list[tuple[Future[IndexedImage], Tensor]] = []
         kept_at = time.monotonic()
 
         def keep() -> None:
             if done:
-                self.unfinished.add(origin, [(picture.result(), vectors_QD) for picture, vectors_QD in done])
+                self.unfinished.add(origin, [(original.result(), vectors_QD) for original, vectors_QD in done])
                 done.clear()
 
         with ThreadPoolExecutor(2, thread_name_prefix="blip2 digests") as pool:
@@ -250,8 +251,8 @@ class _Update:
                         self.on_problem(str(error))
                         unreadable.append(path)
                     else:
-                        done.append((pool.submit(self._picture, path, crc32_of(vectors_QD)), vectors_QD))
-                    if len(done) >= SHARD_PICTURES or (done and time.monotonic() - kept_at > SHARD_SECONDS):
+                        done.append((pool.submit(self._image, path, crc32_of(vectors_QD)), vectors_QD))
+                    if len(done) >= SHARD_IMAGES or (done and time.monotonic() - kept_at > SHARD_SECONDS):
                         keep()
                         kept_at = time.monotonic()
                     self.on_progress(number, len(paths))
@@ -262,10 +263,10 @@ class _Update:
             keep()
         return unreadable
 
-    def _picture(self, path: str, crc32: int) -> Picture:
+    def _image(self, path: str, crc32: int) -> IndexedImage:
         """The row of an encoded image; without a digest if its file has changed meanwhile."""
         stamp = self.found.stamps[path]
-        return Picture(path, stamp, crc32, digest_since(path, stamp))
+        return IndexedImage(path, stamp, crc32, digest_since(path, stamp))
 
     def _report(self, paths: list[str]) -> list[str]:
         for path in paths:
@@ -283,7 +284,7 @@ class _Update:
                 yield row.stored.vectors(row.number)
 
         shape = ordered[0].stored.rows.shape[1:]
-        self.unfinished.replace(origin, [row.picture for row in ordered], shape, vectors())
+        self.unfinished.replace(origin, [row.image for row in ordered], shape, vectors())
 
 
 def _vectors(path: str, image: ImageFeatures | EncodedImage | ImageError) -> Tensor:

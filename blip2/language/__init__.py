@@ -46,20 +46,20 @@ class Resident(DecoderState, Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Approximate size of a fixed state of its room."""
+        """Approximate size of a fixed state of its `fixed_sizes`."""
 
     @property
-    def room(self) -> tuple[int, ...]:
+    def fixed_sizes(self) -> tuple[int, ...]:
         """Its sizes, rounded up: states with equal values fit into the same fixed one."""
 
     def fixed(self) -> Any:
-        """An empty fixed state of this one's room; a step only changes its memory in place."""
+        """An empty fixed state of this one's `fixed_sizes`; a step only changes its memory in place."""
 
     def settle(self, home: Any) -> None:
         """Move into the first rows of a fixed state."""
 
-    def lives_in(self, home: Any) -> bool:
-        """Whether it is still there since it settled, without rows selected or joined."""
+    def is_view_of(self, home: Any) -> bool:
+        """Whether it is still a view of ``home``: settled there, without rows selected or joined since."""
 
     def count_step(self) -> None:
         """Account for a recorded step, which has appended a token to each row of the fixed state behind this one."""

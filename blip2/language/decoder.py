@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         return bool(self.config.window_layers) and self.config.window_layers[layer]
 
     def _is_turned(self, layer: int) -> bool:
-        is_unturned = bool(self.config.unturned_layers) and self.config.unturned_layers[layer]
+        is_unturned = bool(self.config.layers_without_rotary) and self.config.layers_without_rotary[layer]
         return self.config.rotary is not None and not is_unturned
 
     def _write_step(self, program: Program) -> None:

@@ -53,7 +53,7 @@ def is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") or module.training:
         return False
     if isinstance(module, QuantizedLinear):
-        return module.is_as_made() and module.activation_bits == 15
+        return module.is_unmodified() and module.activation_bits == 15
     if isinstance(module, nn.Linear):
         return False
     return all(own.dtype == dtype and own.device.type == "cpu" for own in module.parameters(recurse=False))

@@ -64,13 +64,13 @@ class T5State:
         return self.cache.num_bytes + sum(key.nbytes + value.nbytes for key, value in self.encoded.keys_values)
 
     @property
-    def room(self) -> tuple[int, ...]:
-        """See `KVCache.room`."""
-        return *self.cache.room, rounded_up(self.encoded.mask_B11P.shape[-1])
+    def fixed_sizes(self) -> tuple[int, ...]:
+        """See `KVCache.fixed_sizes`."""
+        return *self.cache.fixed_sizes, rounded_up(self.encoded.mask_B11P.shape[-1])
 
     def fixed(self) -> T5State:
         """See `KVCache.fixed`."""
-        rows, _, prompt = self.room
+        rows, _, prompt = self.fixed_sizes
         keys_values = [
             (fixed_like(key, rows, prompt), fixed_like(value, rows, prompt)) for key, value in self.encoded.keys_values
         ]
@@ -89,8 +89,8 @@ class T5State:
         self.encoded = Encoded([*zip(keys, values, strict=True)], home.encoded.mask_B11P[:rows])
         self.cache.settle(home.cache)
 
-    def lives_in(self, home: T5State) -> bool:
-        return self.cache.lives_in(home.cache)
+    def is_view_of(self, home: T5State) -> bool:
+        return self.cache.is_view_of(home.cache)
 
     def count_step(self) -> None:
         """See `KVCache.count_step`."""

@@ -99,11 +99,11 @@ def quantize(weight_ND: Tensor, bits: int, group_size: int, codes: Tensor, scale
     channels, width = weight_ND.shape
     padded = scales.shape[1] * group_size
     weight_ND = weight_ND.contiguous()
-    is_poisoned = library.blip2_quantize(
+    is_not_finite = library.blip2_quantize(
         weight_ND.data_ptr(), TYPES[weight_ND.dtype], channels, width, padded, group_size, bits,
         codes.data_ptr(), scales.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return not is_poisoned
+    return not is_not_finite
 
 
 def linear(

@@ -1,17 +1,17 @@
-/* What decoding on a processor spends its time in: products with int8 and int4 weights, and the attention of single
- * tokens, which as separate operations would cost more than the products. For processors with byte dot products
- * (VNNI), for those with AVX2, and for any: the products are the same to the last bit.
+/* The operations that take most of the time of decoding on a CPU: products with int8 and int4 weights, and attention
+ * for single tokens, which would take longer than the products as separate operations. There is code for CPUs with
+ * byte dot products (VNNI), for CPUs with AVX2, and for any CPU; the products are identical to the last bit.
  *
- * A row of activations becomes two planes of signed bytes, the second holding what the first rounds away:
+ * A row of activations is stored as two planes of signed bytes. The second holds the rounding error of the first:
  *
  *     x[k]  ~  step * (high[k] + low[k] / 254),      step = max |x| / 127
  *
- * so that it has 15 bits of precision, whatever outliers stand in it, and depends on nothing but itself. The
- * products are sums of integers: exact, in any order and in any batch. A weight that is in a register meets both
- * planes, so that for a few rows the time is that of reading the weights from memory.
+ * So it has 15 bits of precision, also with outliers, and does not depend on other rows. The products are sums of
+ * integers: exact, in any order and in any batch. A weight in a register is multiplied by both planes, so for a few
+ * rows the time is that of reading the weights from memory.
  *
- * Weights lie in tiles of 32 output channels, as the products read them. A code stands for (code - 128) * scale
- * in 8 bits, (code - 8) * scale in 4:
+ * Weights are stored in tiles of 32 output channels, in the order in which the products read them. A code represents
+ * (code - 128) * scale in 8 bits, (code - 8) * scale in 4 bits:
  *
  *     8 bits   codes[n / 32][k / 4][n % 32][k % 4]
  *     4 bits   codes[n / 32][k / 8][n % 32][k % 4], the low half of the byte for k % 8 < 4, the high half else
@@ -32,18 +32,18 @@
 #define IS_X86 0
 #endif
 
-/* Of OpenMP. Declared here since its header does not come with every compiler that knows OpenMP, such as Apple's. */
+/* Functions of OpenMP, declared here because some compilers that support OpenMP (Apple's) come without its header. */
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
-/* Several at a time, also where the order of floating point sums changes. */
+/* Lets the compiler use SIMD, also where that changes the order of floating-point sums. */
 #define PRAGMA(text) _Pragma(#text)
 #define SIMD(clauses) PRAGMA(omp simd clauses)
 #define INLINE static inline __attribute__((always_inline))
 #define TILE 32
-#define ROWS 4      /* rows of activations that meet a tile at a time */
-#define LEAST 4e-37f /* a row of activations that are all smaller counts as zeros: 127 / largest would be infinite */
-#define AHEAD 16384 /* bytes between the weights in use and those being fetched: memory answers slowly */
+#define ROWS 4      /* rows of activations multiplied by a tile at a time */
+#define LEAST 4e-37f /* a row whose values are all smaller counts as zeros: 127 / largest would be infinite */
+#define AHEAD 16384 /* prefetch distance in bytes */
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -75,7 +75,7 @@ INLINE float clamp(float value, float least, float most) {
     return value > most ? most : value;
 }
 
-/* ---- activations: a row to its planes, their sums over each group, and its step ---- */
+/* ---- activations: the planes of a row, their sums over each group, and its step ---- */
 
 typedef float Split(const void *row, int type, long width, long padded, long group, int8_t *high, int8_t *low,
                     int32_t *sums);
@@ -87,10 +87,10 @@ INLINE float split_typed(const void *row, const int type, long width, long padde
     for (long k = 0; k < width; k++) {
         float x = load(row, k, type), size = fabsf(x);
         largest = size > largest ? size : largest;
-        poison += x - x; /* 0, unless x is infinite or not a number: then so is the step */
+        poison += x - x; /* 0, unless x is infinite or NaN: then the step is, too */
     }
     long groups = padded / group;
-    if (poison != 0) { /* nothing here can be an integer, and the step says so */
+    if (poison != 0) { /* not finite: nothing can be quantised, and the step is not finite either */
         memset(high, 0, padded), memset(low, 0, padded), memset(sums, 0, 2 * groups * sizeof *sums);
         return poison;
     }
@@ -144,7 +144,7 @@ static void product_plain(const int8_t *planes, const int32_t *sums, long padded
     }
 }
 
-/* ---- what comes out: some channels of a row; `scale` is its step / 254 ---- */
+/* ---- output: some channels of a row; `scale` is its step / 254 ---- */
 
 typedef void Finish(const float *totals, float scale, const float *bias, long some, void *out, long at, int type);
 
@@ -155,18 +155,18 @@ INLINE void finish_typed(const float *totals, float scale, const float *bias, lo
 }
 
 /* ---- weights: the codes and scales of a tile; channels beyond `channels` are zeros. Returns 1 if a weight is
- * infinite or not a number; its group is zeros then ---- */
+ * infinite or NaN; its group is then zeros ---- */
 
 typedef int Quantize(const void *weight, int type, long channels, long width, long padded, long group, int bits,
                       uint8_t *codes, uint16_t *scales);
 
-/* A power of two by which a group whose largest value this is can be multiplied, so that neither squares of its sums
- * nor the inverse of its scale leave the range of a float; it changes no digit. */
+/* A power of two for a group with this largest value. Multiplied by it, neither the squares of the group's sums nor the
+ * inverse of its scale overflow a float. A power of two changes no digits. */
 INLINE float factor_of(float largest) { return largest > 0x1p46f ? 0x1p-87f : largest < 0x1p-46f ? 0x1p97f : 1; }
 
-/* The scale of a group in 4 bits with the least squared error of several. The largest value becomes code 0 or nearly:
- * -8 is further from zero than 7. Sums are of so many parts on every processor, so that the codes are the same ones,
- * and the same as those of quantized.py. */
+/* The scale of a group in 4 bits: of several candidates the one with the least squared error. The largest value becomes
+ * code 0 or a code near it, since -8 is further from zero than 7. Sums have the same number of parts on every CPU, so
+ * the codes are identical, also to those of quantized.py. */
 #define LANES 8
 INLINE float scale_of_group(const float *values, long group) {
     static const float ends[] = {8, 7.5f, 7, 8.5f, 9};
@@ -189,7 +189,7 @@ INLINE float scale_of_group(const float *values, long group) {
             }
         }
         for (int j = 0; j < LANES; j++) product += products[j], square += squares[j];
-        /* The best scale for these codes is product / square, which leaves out product^2 / square of the error. */
+        /* The best scale for these codes is product / square. It reduces the squared error by product^2 / square. */
         if (product * product > best * square) best = product * product / square, scale = product / square;
     }
     return scale;
@@ -210,7 +210,7 @@ INLINE int quantize_typed(const void *weight, const int type, long channels, lon
             for (long k = 0; k < known; k++) {
                 float value = load(weight, c * width + g * group + k, type), size = fabsf(value);
                 largest = size > largest ? size : largest;
-                poison += value - value; /* 0, unless the value is infinite or not a number */
+                poison += value - value; /* 0, unless the value is infinite or NaN */
                 values[k] = value;
             }
             if (poison != 0) {
@@ -249,8 +249,8 @@ VNNI INLINE __m512i four_bytes(const int8_t *bytes) {
     return _mm512_set1_epi32(four);
 }
 
-/* Codes are multiplied unsigned, as the instruction wants one side; that they stand for code - zero is in where the
- * sums begin. A register holds 16 channels of 4 inputs each. */
+/* The instruction needs one unsigned operand, so codes are multiplied as they are; the initial value of the sums
+ * accounts for the zero point. A register holds 16 channels of 4 inputs each. */
 VNNI INLINE void rows_vnni(const int8_t *planes, const int32_t *sums, long padded, long plane, long group,
                            const int rows, const int bits, const uint8_t *codes, const uint16_t *scales, float *out) {
     const long groups = padded / group, step = 32 / bits;
@@ -302,10 +302,10 @@ VNNI INLINE void rows_vnni(const int8_t *planes, const int32_t *sums, long padde
 }
 
 /* AVX2 multiplies and adds pairs: of bytes into 16 bits, which two codes of 8 bits would overflow, and of 16 bits into
- * 32. So codes of 8 bits meet their activations in 16 bits, the first and third byte of four, then the second and
- * fourth. Those of 4 bits meet them in bytes, low halves, then high ones: over 32 inputs a sum is at most
- * 8 * 2 * 15 * 127, and 16 bits hold it. There are registers for the sums of 16 channels of one row, or 8 channels of
- * four: 32 inputs of a tile are gone through in such parts. */
+ * 32. So codes of 8 bits are multiplied in 16 bits, the first and third byte of four, then the second and fourth. Codes
+ * of 4 bits are multiplied as bytes, low halves, then high halves: over 32 inputs a sum is at most 8 * 2 * 15 * 127,
+ * which fits into 16 bits. There are registers for the sums of 16 channels of one row, or 8 channels of four rows; 32
+ * inputs of a tile are processed in such parts. */
 #define ADD_PRODUCT(sum, codes, x) \
     sum = bits == 8 ? _mm256_add_epi32(sum, _mm256_madd_epi16(codes, x)) \
                     : _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x))
@@ -326,7 +326,7 @@ AVX2 INLINE void rows_avx2(const int8_t *planes, const int32_t *sums, long padde
         for (long k = g * group; k < (g + 1) * group; k += 32) {
             const long left = ((g + 1) * group - k) / 4, steps = bits == 4 ? 4 : left < 8 ? left : 8;
             const uint8_t *bytes = codes + k * bits / 32 * TILE * 4;
-            int32_t x[ROWS][2][2][8]; /* fours of activations: the two parts that a step's codes meet */
+            int32_t x[ROWS][2][2][8]; /* groups of four activations, in two parts */
             for (int r = 0; r < rows; r++)
                 for (int p = 0; p < 2; p++) {
                     __m256i all = _mm256_loadu_si256((const __m256i *)(planes + p * plane + r * padded + k));
@@ -388,7 +388,7 @@ AVX2 INLINE void rows_avx2(const int8_t *planes, const int32_t *sums, long padde
 #define PRODUCT(name, target) \
     target static void product_##name(const int8_t *planes, const int32_t *sums, long padded, long plane, long group, \
                                       int rows, int bits, const uint8_t *codes, const uint16_t *scales, float *out) { \
-        switch (rows * 8 + bits) { /* each a loop of its own, with everything in registers */ \
+        switch (rows * 8 + bits) { /* a separate loop for each, with everything in registers */ \
             case 1 * 8 + 4: ROWS_OF(name, 1, 4); break; \
             case 2 * 8 + 4: ROWS_OF(name, 2, 4); break; \
             case 3 * 8 + 4: ROWS_OF(name, 3, 4); break; \
@@ -406,7 +406,8 @@ PRODUCT(vnni, VNNI)
 
 /* ---- single tokens ---- */
 
-/* e^x, off by less than 1e-7 times itself: 2^n times a polynomial of what is left, within half a ln 2 of zero. */
+/* e^x with a relative error below 1e-7: 2^n times a polynomial of the remainder, whose absolute value is at most
+ * ln(2) / 2. */
 INLINE float exponential(float x) {
     x = clamp(x, -87, 88);
     float n = rintf(x * 1.44269504f), left = x - n * 0.693145752f - n * 1.42860677e-6f; /* the first is exact */
@@ -459,7 +460,7 @@ typedef void Attend(const void *query, long at_q, const void *keys, long at_k, l
                     long at_v, long step_v, const void *mask, long at_m, long step_m, int mask_kind, int type,
                     long length, long size, float scale, float cap, float *scores, void *out, long at_out);
 
-/* With an offset of the weights (Gemma) nothing is rounded before they are multiplied. */
+/* With an offset of the weights (Gemma) the multiplication comes before any rounding. */
 INLINE void rms_norm_row(const void *x, const void *weight, const int type, long at, long width, float eps,
                          float offset, void *out) {
     float square = 0;
@@ -474,9 +475,9 @@ INLINE void rms_norm_row(const void *x, const void *weight, const int type, long
     }
 }
 
-/* ---- what stands between the products of a feed-forward layer ---- */
+/* ---- activation functions between the products of a feed-forward layer ---- */
 
-/* x * (1/2 + erf(x / sqrt(2)) / 2), by a quotient of polynomials, fitted to be off by less than 2e-7 times x. */
+/* GELU, x * (1/2 + erf(x / sqrt(2)) / 2), by a quotient of polynomials fitted to an error below 2e-7 times x. */
 INLINE float gelu(float x) {
     float at = clamp(x, -5.5f, 5.5f), s = at * at, above = 2.2915927e-8f, below = 1.2000953e-6f;
     above = above * s + 6.3214025e-6f, below = below * s + 7.261424e-5f;
@@ -497,7 +498,7 @@ INLINE float activated(float x, const int function) {
     return x * (1 - 1 / (exponential(2 * inner) + 1));
 }
 
-/* Some numbers of a row; with a gate (at_up >= 0), those at at_up are multiplied by it. */
+/* Applied to some numbers of a row. With a gate (at_up >= 0) the results are multiplied by the numbers at at_up. */
 typedef void Activate(const void *x, long at, long at_up, int function, long some, int type, void *out, long at_out);
 
 INLINE void activate_typed(const void *x, long at, long at_up, const int function, long some, const int type, void *out,
@@ -513,7 +514,7 @@ INLINE void activate_typed(const void *x, long at, long at_up, const int functio
     }
 }
 
-/* ---- all of it for each kind of processor, compiled with what that has ---- */
+/* ---- the same functions for each kind of CPU, compiled with its instructions ---- */
 
 typedef struct {
     Split *split;
@@ -575,12 +576,12 @@ KERNELS(avx2, AVX2)
 KERNELS(vnni, VNNI)
 #endif
 
-/* ---- what Python calls ---- */
+/* ---- functions called from Python ---- */
 
 static const Kernels *kernels = &plain;
 
-/* Choose the code for this processor, at most that of a level: 0 is for any, 1 for AVX2, 2 for byte dot products.
- * Returns the level chosen. */
+/* Choose the code for this CPU, up to a level: 0 for any CPU, 1 for AVX2, 2 for byte dot products. Returns the level
+ * chosen. */
 int blip2_prepare(int most) {
     int level = 0;
     kernels = &plain;
@@ -595,8 +596,8 @@ int blip2_prepare(int most) {
     return level;
 }
 
-/* weight[channels][width] to codes and scales, for `padded` inputs, a whole number of groups. Returns 1 if a weight is
- * infinite or not a number, which has no code. */
+/* Quantises weight[channels][width] to codes and scales, for `padded` inputs, a whole number of groups. Returns 1 if a
+ * weight is infinite or NaN, which has no code. */
 int blip2_quantize(const void *weight, int type, long channels, long width, long padded, long group, int bits,
                    uint8_t *codes, uint16_t *scales, int threads) {
     int is_poisoned = 0;
@@ -608,9 +609,9 @@ int blip2_quantize(const void *weight, int type, long channels, long width, long
     return is_poisoned;
 }
 
-/* Of the planes, steps and sums of so many rows. */
+/* Bytes of the planes, steps and sums of this many rows. */
 INLINE long planes_bytes(long rows, long padded, long group) {
-    /* 32 more: the last activations of the last row are read as if there were a block of them */
+    /* 32 more: the last activations of the last row are read as a whole block */
     return (2 * rows * padded + rows * 4 + 2 * rows * (padded / group) * 4 + 32 + 63) / 64 * 64;
 }
 
@@ -625,7 +626,7 @@ typedef struct {
     int8_t *planes;
 } Multiplication;
 
-/* First: some rows to their planes. */
+/* First step: quantise some rows to their planes. */
 static void split_rows(const Multiplication *m, long begin, long end) {
     long plane = m->rows * m->padded, groups = m->padded / m->group;
     float *steps = (float *)(m->planes + 2 * plane);
@@ -636,7 +637,7 @@ static void split_rows(const Multiplication *m, long begin, long end) {
                                   m->planes + plane + r * m->padded, sums + r * 2 * groups);
 }
 
-/* Then: all rows with a tile of weights, which stays in the cache while they pass by. */
+/* Second step: multiply all rows by a tile of weights, which stays in the cache meanwhile. */
 static void multiply_tile(const Multiplication *m, long tile) {
     long plane = m->rows * m->padded, groups = m->padded / m->group, c = tile * TILE;
     const float *steps = (float *)(m->planes + 2 * plane);
@@ -655,7 +656,7 @@ static void multiply_tile(const Multiplication *m, long tile) {
 
 INLINE long tiles_of(long channels) { return (channels + TILE - 1) / TILE; }
 
-/* Both, for Python. Returns 1 if there is no memory. */
+/* Both steps, for Python. Returns 1 if there is not enough memory. */
 int blip2_linear(const void *x, int type, long rows, long width, long padded, long group, int bits,
                  const uint8_t *codes, const uint16_t *scales, const float *bias, long channels, void *out,
                  int threads) {
@@ -670,9 +671,9 @@ int blip2_linear(const void *x, int type, long rows, long width, long padded, lo
     return 0;
 }
 
-/* ---- images: so many rows that arithmetic is what takes the time. Their activations keep 7 bits, one plane, and a band
- * of rows meets a tile at a time. There is code for processors with byte dot products alone; others multiply in float32
- * as fast, see quantized.py ---- */
+/* ---- images: with so many rows the time is that of the arithmetic. Activations are quantised to 7 bits, one plane,
+ * and a band of rows is multiplied by one tile at a time. There is only code for CPUs with byte dot products; others
+ * are as fast in float32, see quantized.py ---- */
 
 #define BAND 13 /* rows whose sums fill the registers; 257, the tokens of a picture, are 20 bands but for 3 rows */
 #define BANDS 32 /* that all tiles pass by, one after the other: what they read stays in the cache */
@@ -687,7 +688,7 @@ typedef struct {
     int type, has_gelu;
 } Layer;
 
-/* A row to its codes, fours of them BAND fours apart, and their sum; returns its step. */
+/* Quantises a row to codes, in groups of four that are BAND groups apart, and writes their sum; returns the step. */
 VNNI INLINE float round_typed(const void *row, const int type, long width, long padded, int8_t *fours, int32_t *sum) {
     float largest = 0, poison = 0;
     int32_t total = 0;
@@ -746,7 +747,7 @@ VNNI INLINE void finish_band(const Layer *layer, int32_t sums[BAND][TILE], const
     if (layer->bias) memcpy(bias, layer->bias + channel, some * sizeof *bias);
     for (long r = 0; r < rows; r++) {
         float values[TILE], step = steps[r];
-        uint32_t zero = 128 * (uint32_t)row_sums[r]; /* sums may wrap around before it is taken away, not after */
+        uint32_t zero = 128 * (uint32_t)row_sums[r]; /* sums may wrap around before the subtraction, not after it */
         SIMD()
         for (int c = 0; c < TILE; c++) {
             float value = (float)(int32_t)((uint32_t)sums[r][c] - zero) * scales[c] * step + bias[c];
@@ -772,8 +773,8 @@ VNNI static void band_vnni(const Layer *layer, const int8_t *fours, const int32_
 }
 #endif
 
-/* out[rows][channels] = x[rows][width] in 8 bits times weights of 8 bits, plus bias (or NULL), perhaps through a GELU.
- * Returns 1 if there is no memory, 2 if this processor has no instructions for it. */
+/* out[rows][channels] = x[rows][width] in 8 bits times weights of 8 bits, plus bias (or NULL), optionally followed by a
+ * GELU. Returns 1 if there is not enough memory, 2 if this CPU lacks the instructions. */
 int blip2_linear_of_many(const void *x, int type, long rows, long width, long padded, const uint8_t *codes,
                          const uint16_t *scales, const float *bias, long channels, int has_gelu, void *out,
                          int threads) {
@@ -808,11 +809,11 @@ int blip2_linear_of_many(const void *x, int type, long rows, long width, long pa
 #endif
 }
 
-/* The attention of one new token for each row and head, in float32 whatever is stored.
+/* The attention of one new token for each row and head, computed in float32 for every type.
  *
  * query, keys, values: `rows` x `heads` x (1 or `length`) x `size` elements of a type; strides in elements, the last
- * one 1. mask: no mask (kind 0), added to the scores (1, of the type), or bytes, 0 for what is not looked at (2);
- * its strides may be 0. out[rows][heads * size]. Returns 1 if there is no memory. */
+ * one 1. mask: none (kind 0), added to the scores (kind 1, of the type), or bytes, 0 for a masked slot (kind 2);
+ * its strides may be 0. out[rows][heads * size]. Returns 1 if there is not enough memory. */
 int blip2_attend(const void *query, const void *keys, const void *values, const void *mask, int mask_kind,
                  const long *strides, int type, long rows, long heads, long length, long size, float scale, void *out,
                  int threads) {
@@ -834,7 +835,7 @@ int blip2_attend(const void *query, const void *keys, const void *values, const 
     return failed;
 }
 
-/* Root-mean-square norm of rows: out = weight * (x / rms(x)), rounded to the type before the weight as T5 has it. */
+/* Root-mean-square norm of rows: out = weight * (x / rms(x)), rounded to the type before multiplying, as in T5. */
 void blip2_rms_norm(const void *x, const void *weight, int type, long rows, long width, float eps, void *out) {
     for (long r = 0; r < rows; r++) {
         if (type == BFLOAT16) rms_norm_row(x, weight, BFLOAT16, r * width, width, eps, 0, out);
@@ -844,10 +845,10 @@ void blip2_rms_norm(const void *x, const void *weight, int type, long rows, long
 
 #include "program.c"
 
-/* ---- a search: half precision read once, at the speed of the memory ---- */
+/* ---- search: vectors in half precision are read once, at the speed of the memory ---- */
 
 #if IS_X86
-/* Asked of the processor itself: __builtin_cpu_supports knows the name "f16c" in new compilers alone. */
+/* Read from the CPU itself: __builtin_cpu_supports only knows the name "f16c" in new compilers. */
 static int has_half_precision(void) {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
@@ -869,8 +870,8 @@ __attribute__((target("avx2,fma,f16c"))) static float product_of_halves(const ui
 }
 #endif
 
-/* out[rows]: of each row's `several` vectors of `length` in half precision, the greatest product with the query, or not
- * a number if one of them is none. Returns 1 if this processor has no instructions for it. */
+/* out[rows]: each row has `several` vectors of `length` in half precision; the largest product of one of them with the
+ * query, or NaN if a product is NaN. Returns 1 if this CPU lacks the instructions. */
 int blip2_greatest(const uint16_t *vectors, const float *query, long rows, long several, long length, float *out,
                    int threads) {
 #if IS_X86
@@ -890,10 +891,10 @@ int blip2_greatest(const uint16_t *vectors, const float *query, long rows, long 
     return 1;
 }
 
-/* ---- checksums: CRC-32 as zlib has it ---- */
+/* ---- checksums: CRC-32, as in zlib ---- */
 
 #if IS_X86
-/* One bit after the other, for what is left at the end of a row. */
+/* Bit by bit, for the remaining bytes at the end of a row. */
 static uint32_t checksum_of_few(uint32_t sum, const uint8_t *bytes, long count) {
     for (long i = 0; i < count; i++) {
         sum ^= bytes[i];
@@ -902,8 +903,8 @@ static uint32_t checksum_of_few(uint32_t sum, const uint8_t *bytes, long count) 
     return sum;
 }
 
-/* What stands before other bytes may be replaced by its remainder at their distance, a product without carries: V.
- * Gopal and others, "Fast CRC computation for generic polynomials using PCLMULQDQ" (Intel, 2009), whose constants
+/* Bytes before other bytes may be replaced by their remainder at that distance, which is a carry-less product: V. Gopal
+ * and others, "Fast CRC computation for generic polynomials using PCLMULQDQ" (Intel, 2009), whose constants
  * for this polynomial are the remainders of x^(512 + 64), x^512 and x^(128 + 64), x^128, bits reversed. */
 __attribute__((target("pclmul,sse4.1"))) static uint32_t checksum_of_row(const uint8_t *bytes, long count) {
     uint32_t sum = 0xffffffff;
@@ -927,7 +928,7 @@ __attribute__((target("pclmul,sse4.1"))) static uint32_t checksum_of_row(const u
 }
 #endif
 
-/* out[rows]: the checksum of each row of `width` bytes. Returns 1 if this processor has no instructions for it. */
+/* out[rows]: the checksum of each row of `width` bytes. Returns 1 if this CPU lacks the instructions. */
 int blip2_checksums(const uint8_t *content, long rows, long width, uint32_t *out) {
 #if IS_X86
     if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
@@ -938,5 +939,5 @@ int blip2_checksums(const uint8_t *content, long rows, long width, uint32_t *out
     return 1;
 }
 
-/* Of this file and how it was compiled, so that a library of another one is known: see build.py. */
+/* Identifies this file and the compiler options, so that an outdated library is recognised: see build.py. */
 uint32_t blip2_source(void) { return BLIP2_SOURCE; }

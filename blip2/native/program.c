@@ -1,8 +1,9 @@
-/* One token of every row through all layers of a language model, in one call. As separate operations of Python, the
- * small ones between the products take a fifth of a token's time, in which memory, the limit of the rest, is idle.
+/* Computes one token of every row through all layers of a language model, in one call. As separate operations called
+ * from Python, the small ones between the products take a fifth of a token's time; meanwhile the memory, which limits
+ * the products, is idle.
  *
- * A program is a list of operations on buffers, a row of numbers for each row of the batch. Each is computed as torch
- * computes it and rounded where torch rounds. Threads share large ones, and wait for each other then. Included by
+ * A program is a list of operations on buffers with a row of numbers for each row of the batch. Each operation is
+ * computed and rounded as in torch. Threads divide large operations and then wait for each other. Included by
  * kernels.c. */
 
 enum { RMS_NORM, LAYER_NORM, LINEAR, ADD, TURN, WRITE, ATTEND, ACTIVATE };
@@ -12,16 +13,16 @@ enum { RMS_NORM, LAYER_NORM, LINEAR, ADD, TURN, WRITE, ATTEND, ACTIVATE };
 
 /* `weights`, `sizes` and `numbers` by kind; a plane is a number of an entry of `planes`, or -1:
  *
- *   RMS_NORM    weight; sizes: how many in a row, of so many numbers each, first number; numbers: epsilon, offset of
+ *   RMS_NORM    weight; sizes: count per row, numbers of each, first number; numbers: epsilon, offset of
  *               the weights
  *   LAYER_NORM  weight, bias or NULL; the same
  *   LINEAR      codes, scales, bias or NULL; sizes: width, padded, group, bits, channels
- *   ADD         numbers: what is added is multiplied by this
- *   TURN        sizes: first number, numbers from head to head, heads, planes of cosines and sines
+ *   ADD         numbers: factor of the addend
+ *   TURN        rotary positions; sizes: first number, numbers from head to head, heads, planes of cosines and sines
  *   WRITE       sizes: first number, numbers from head to head, heads, size of a head, plane
  *   ATTEND      sizes: first number of the queries, numbers from head to head, heads, size of a head, heads that share
  *               keys and values, planes of keys, values and mask, kind of the mask; numbers: scale, cap or 0
- *   ACTIVATE    sizes: function, numbers, whether as many follow that are multiplied by it */
+ *   ACTIVATE    sizes: function, numbers, whether as many numbers follow that are multiplied by the result */
 typedef struct {
     long kind, from, to;
     const void *weights[3];
@@ -29,11 +30,11 @@ typedef struct {
     float numbers[2];
 } Operation;
 
-/* What another tensor than a buffer is: [rows, heads, slots, numbers], strides in elements, 0 where all share. */
+/* A tensor that is not a buffer: [rows, heads, slots, numbers], strides in elements; 0 where all share one value. */
 typedef struct {
     void *data;
-    long row, head, slot;  /* from one to the next */
-    long slots, length;    /* how many, of how many numbers each */
+    long row, head, slot;  /* stride from one to the next */
+    long slots, length;    /* number of slots, and of numbers in each */
 } Plane;
 
 typedef struct {
@@ -42,8 +43,8 @@ typedef struct {
     const long *widths; /* of each buffer */
     long buffers;
     const Plane *planes;
-    const int64_t *positions; /* of each row's token: the slot that it takes */
-    void *x;                  /* the first buffer: what goes in, and what comes out */
+    const int64_t *positions; /* the slot of each row's token */
+    void *x;                  /* the first buffer: input and output */
     long type, rows;
 } Run;
 
@@ -61,7 +62,7 @@ INLINE void add_typed(const void *x, void *y, const int type, long begin, long e
 
 INLINE float rounded(float value, const int type) { return type == BFLOAT16 ? from_bfloat16(to_bfloat16(value)) : value; }
 
-/* Number i of a head and number i + size / 2 are a point, which is turned; the sines of the first half are negative. */
+/* Numbers i and i + size / 2 of a head are a point that is rotated; sines of the first half are negative. */
 INLINE void turn_typed(void *x, const int type, long at, long size, const void *cos, long at_cos, const void *sin,
                        long at_sin) {
     long half = size / 2;
@@ -104,8 +105,8 @@ static void norm_row(const Operation *op, const void *x, void *out, int type, lo
 #define TURNED(type) \
     turn_typed(to, type, at, cos->length, cos->data, row * cos->row, sin->data, row * sin->row)
 
-/* Of how many pieces an operation is, each of which can be computed by itself. A product has two parts: its rows are
- * split, then the tiles are multiplied. */
+/* The number of independent pieces of an operation. A product has two parts: first the rows are quantised, then the
+ * tiles are multiplied. */
 static long pieces(const Run *run, const Operation *op, int is_first) {
     const long *n = op->sizes, rows = run->rows;
     switch (op->kind) {
@@ -118,7 +119,8 @@ static long pieces(const Run *run, const Operation *op, int is_first) {
     }
 }
 
-/* Whether an operation is worth waiting for each other afterwards. The others are left to one thread. */
+/* Whether an operation is large enough for several threads, which then have to wait for each other. Other operations
+ * run in one thread. */
 static int is_large(const Run *run, const Operation *op, int is_first) {
     const long *n = op->sizes, numbers = run->rows * run->widths[op->from];
     if (op->kind == LINEAR) return !is_first || numbers > 4 * LARGE;
@@ -126,7 +128,7 @@ static int is_large(const Run *run, const Operation *op, int is_first) {
     return numbers > (op->kind == ACTIVATE ? LARGE / 4 : 4 * LARGE);
 }
 
-/* Some pieces of an operation; `scores` is memory of the thread. */
+/* Computes some pieces of an operation; `scores` is memory of the thread. */
 static void operate(const Run *run, const Operation *op, int is_first, long begin, long end, char *const *buffers,
                     float *scores, int8_t *planes) {
     const long *n = op->sizes, rows = run->rows, width = run->widths[op->from], out_width = run->widths[op->to];
@@ -163,7 +165,7 @@ static void operate(const Run *run, const Operation *op, int is_first, long begi
             case WRITE: {
                 const Plane *plane = run->planes + n[4];
                 long row = i / n[2], head = i % n[2];
-                if (run->positions[row] < 0 || run->positions[row] >= plane->slots) break; /* no memory of ours */
+                if (run->positions[row] < 0 || run->positions[row] >= plane->slots) break; /* outside of our memory */
                 long at = row * plane->row + head * plane->head + run->positions[row] * plane->slot;
                 memcpy((char *)plane->data + at * size, (char *)from + (row * width + n[0] + head * n[1]) * size,
                        n[3] * size);
@@ -189,12 +191,12 @@ static void operate(const Run *run, const Operation *op, int is_first, long begi
         }
 }
 
-/* How many of the pieces that a thread begins with have been taken; each in a line of the cache by itself. */
+/* The number of pieces taken from each thread's own share; each counter has a cache line of its own. */
 typedef struct {
     long pieces, unused[7];
 } Done;
 
-/* Returns 1 if there is no memory. */
+/* Returns 1 if there is not enough memory. */
 int blip2_run(const Run *run, int threads) {
     const long size = run->type == BFLOAT16 ? 2 : 4;
     long numbers = 0, planes = 0, scores = 0, counts = 2 * run->count * threads * sizeof(Done);
@@ -239,8 +241,8 @@ int blip2_run(const Run *run, int threads) {
 #pragma omp barrier
             }
             is_alone = 0;
-            /* Each thread has a run of pieces, since memory answers faster in order, and helps the others when it is
-             * done: other programs may have a processor meanwhile. */
+            /* Each thread has a contiguous share of the pieces, since memory is faster in order. When it is done it
+             * takes pieces of other threads, whose CPU may be busy with other programs. */
             for (int turn = 0; turn < several; turn++) {
                 const long whose = (thread + turn) % several, first = all * whose / several;
                 const long own_end = all * (whose + 1) / several, some = (own_end - first) / 16 + 1;

@@ -85,16 +85,16 @@ def cider(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) ->
     Document frequencies come from the references of these images, so scores of different sets are not comparable.
     """
     counted = [[ngrams(reference) for reference in own] for own in references]
-    pictures_with: Counter[tuple[str, ...]] = Counter()
+    images_with: Counter[tuple[str, ...]] = Counter()
     for own in counted:
-        pictures_with.update(set().union(*own))
+        images_with.update(set().union(*own))
     total = math.log(float(len(references))) if references else 0.0
     found = []
     for caption, own in zip(captions, counted, strict=True):
-        vectors, norms, length = _weighted(ngrams(caption), pictures_with, total)
+        vectors, norms, length = _weighted(ngrams(caption), images_with, total)
         scores = [0.0] * ORDERS
         for reference in own:
-            wanted, wanted_norms, wanted_length = _weighted(reference, pictures_with, total)
+            wanted, wanted_norms, wanted_length = _weighted(reference, images_with, total)
             closeness = math.exp(-((length - wanted_length) ** 2) / (2 * SIGMA**2))
             for order in range(ORDERS):
                 product = 0.0
@@ -109,14 +109,14 @@ def cider(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) ->
 
 
 def _weighted(
-    counted: Counter[tuple[str, ...]], pictures_with: Counter[tuple[str, ...]], total: float
+    counted: Counter[tuple[str, ...]], images_with: Counter[tuple[str, ...]], total: float
 ) -> tuple[list[Vector], list[float], int]:
     """The tf-idf vector and its norm for each order, and the number of bigrams."""
     vectors: list[Vector] = [{} for _ in range(ORDERS)]
     squares, bigrams = [0.0] * ORDERS, 0
     for gram, number in counted.items():
         order = len(gram) - 1
-        weight = number * (total - math.log(max(1.0, pictures_with[gram])))
+        weight = number * (total - math.log(max(1.0, images_with[gram])))
         vectors[order][gram] = weight
         squares[order] += weight**2
         bigrams += number if order == 1 else 0

@@ -1,4 +1,4 @@
-"""The application: its routes, its doorman, and its models, which are loaded after the port is opened."""
+"""The application: its routes, its admission, and its models, which are loaded after the port is opened."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from starlette.types import ASGIApp
 
 from blip2 import __version__
 from blip2.serve import openai, plain, static
+from blip2.serve.admission import Admission
 from blip2.serve.bodies import Bodies
-from blip2.serve.doorman import Doorman
+from blip2.serve.connections import STATE, Connections
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
 from blip2.serve.gate import Gate
 from blip2.serve.handlers import add_handlers
 from blip2.serve.hosts import Door
-from blip2.serve.house import STATE, House
 from blip2.serve.limits import Limits
 from blip2.serve.loading import Loading
 from blip2.serve.log import Failures, RequestLog
@@ -58,7 +58,7 @@ class Answering(Protocol):
 
     limits: Limits
     metrics: Metrics
-    house: House
+    connections: Connections
     places: Places
     bodies: Bodies
 
@@ -88,7 +88,7 @@ def application(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, Any], None]:
         service.start()
-        yield {STATE: service.house}
+        yield {STATE: service.connections}
         await service.stop()
 
     app = FastAPI(
@@ -145,8 +145,8 @@ def routes_of(app: FastAPI) -> Routes:
     return Routes({**app.openapi()["paths"], **static.PATHS, "/openapi.json": ["get"]})
 
 
-def guarded(app: ASGIApp, /, *, door: Door, routes: Routes, keys: Sequence[str], **of_doorman: Any) -> ASGIApp:
-    """An application within its middleware, from the outside in: access log, allowed hosts and origins, the `Doorman`
+def guarded(app: ASGIApp, /, *, door: Door, routes: Routes, keys: Sequence[str], **of_admission: Any) -> ASGIApp:
+    """An application within its middleware, from the outside in: access log, allowed hosts and origins, the `Admission`
     with keys and queue, and the handler of unexpected errors."""
-    doorman = Doorman(Failures(app), keys=keys, routes=routes.fixed, **of_doorman)
-    return RequestLog(Gate(doorman, door=door, routes=routes, has_keys=bool(keys)), routes=routes)
+    admission = Admission(Failures(app), keys=keys, routes=routes.fixed, **of_admission)
+    return RequestLog(Gate(admission, door=door, routes=routes, has_keys=bool(keys)), routes=routes)

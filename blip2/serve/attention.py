@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from blip2.serve.doorman import END
+from blip2.serve.admission import END
 from blip2.serve.errors import ApiError
 from blip2.serve.places import too_late
 
@@ -38,17 +38,17 @@ class Attended(APIRoute):
 async def attend(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The result of the work. Raises ApiError if it is cancelled."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hang_up(request))
+    disconnected = asyncio.ensure_future(_hang_up(request))
     try:
         left_s = max(request.scope[END] - time.monotonic(), 0)
-        await asyncio.wait((task, gone), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnected), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        if gone.done():
+        if disconnected.done():
             raise ApiError(499, "client_closed_request", "the client disconnected")
         raise too_late()
     finally:
-        gone.cancel()
+        disconnected.cancel()
         if not task.done():
             task.cancel()
             await asyncio.wait((task,), timeout=1)  # let it release its resources

@@ -85,12 +85,12 @@ class Body:
     def is_coming(self) -> bool:
         return self._timer is not None
 
-    def give_way(self, refusal: ApiError) -> None:
+    def evict(self, refusal: ApiError) -> None:
         """Stop receiving this body at once."""
         if self._timer is not None and not self._timer.expired():
             self._refusal = refusal
             self._timer.reschedule(0)
-        self.let_go()
+        self.release()
 
     def replay(self, receive: Receive) -> Receive:
         """Replays the body once, without keeping it; then passes on what the client does (disconnect)."""
@@ -107,7 +107,7 @@ class Body:
 
         return replayed
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """The bytes are no longer needed, and no longer count. May be called again."""
         self._pieces.clear()
         self._bodies.remove(self)
@@ -184,17 +184,17 @@ class Bodies:
     def end_all(self, refusal: ApiError) -> None:
         """End everything that is being received with this error."""
         for body in [body for body in self._bodies if body.is_coming]:
-            body.give_way(refusal)
+            body.evict(refusal)
 
-    def _make_room(self, bodies: list[Body], newcomer: Body) -> None:
-        coming = [each for each in bodies if each is newcomer or (each.is_coming and each.num_bytes)]
-        if coming == [newcomer]:
+    def _make_room(self, bodies: list[Body], new_body: Body) -> None:
+        coming = [each for each in bodies if each is new_body or (each.is_coming and each.num_bytes)]
+        if coming == [new_body]:
             raise ApiError(
                 429, "bodies_full", "the server is reading other large requests; try again in a moment", headers=SOON
             )
-        if coming[0] is newcomer:
-            raise _gave_way()
-        coming[0].give_way(_gave_way())
+        if coming[0] is new_body:
+            raise _evicted()
+        coming[0].evict(_evicted())
 
     def _count(self, body: Body, num_bytes: int) -> None:
         body.num_bytes += num_bytes
@@ -204,7 +204,7 @@ class Bodies:
             del self._num_bytes_of[body.client]
 
 
-def _gave_way() -> ApiError:
+def _evicted() -> ApiError:
     return ApiError(
         503, "body_gave_way", "too much data is arriving, and this request took longest; send it again", headers=SOON
     )

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from blip2.serve import conversation, dialect, forms
 from blip2.serve.complaints import of_validation
 from blip2.serve.errors import ApiError
+from blip2.serve.images import ImageSource, check_no_image, parse_source
 from blip2.serve.limits import Limits
-from blip2.serve.pictures import Picture, check_no_picture, picture
 from blip2.serve.schemas import SCHEMAS, ChatRequest, Decoding, EmbeddingImage, EmbeddingsRequest
 from blip2.text import clean
 
@@ -38,11 +38,11 @@ AS_INPUT = 'send it as {"image": "data:image/...;base64,..."} instead'
 
 @dataclass(frozen=True)
 class Body:
-    """``fields``: those of the route's schema except messages and images, see `read`. ``pictures``: each a URL, or the
+    """``fields``: those of the route's schema except messages and images, see `read`. ``images``: each a URL, or the
     bytes of an image file."""
 
     fields: dict[str, Any]
-    pictures: list[Picture]
+    images: list[ImageSource]
 
 
 def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
@@ -52,36 +52,36 @@ def read(route: str, content_type: str, content: bytes, limits: Limits) -> Body:
     ``input`` of /v1/embeddings, None stands for the next image. Both have ``ignored``: fields that were ignored.
     """
     given, file = _given(route, content_type, content)
-    told = dialect.understood(given, route)
+    parsed = dialect.parse_fields(given, route)
     del given
     try:
-        body = SCHEMAS[route].model_validate(told.fields)
+        body = SCHEMAS[route].model_validate(parsed.fields)
     except ValidationError as error:
-        raise of_validation(error.errors(include_url=False, include_input=False), told.called) from None
+        raise of_validation(error.errors(include_url=False, include_input=False), parsed.called) from None
     if isinstance(body, Decoding):
-        body.called = told.called
+        body.called = parsed.called
     match body:
         case ChatRequest():
-            return _chat(body, told.ignored, limits)
+            return _chat(body, parsed.ignored, limits)
         case EmbeddingsRequest():
-            return _embeddings(body, told.ignored, limits)
+            return _embeddings(body, parsed.ignored, limits)
     fields = body.model_dump(exclude={"image"})
     for name in TEXTS:
         if fields.get(name):
             _check_text(fields[name], name, AS_IMAGE, limits)
     for name, done in LISTS.items():
-        name_there = told.called.get(name, name)
+        name_there = parsed.called.get(name, name)
         texts = {f"{name_there}[{place}]": text for place, text in enumerate(fields.get(name) or [])}
         _check_texts(texts, limits, name_there, done, AS_IMAGE)
-    return Body(fields, [picture(body.image) if file is None else file])  # type: ignore[attr-defined]
+    return Body(fields, [parse_source(body.image) if file is None else file])  # type: ignore[attr-defined]
 
 
 def _chat(body: ChatRequest, ignored: list[str], limits: Limits) -> Body:
     asked = conversation.read(body.messages, limits)
-    checked_text(asked.question + "".join(f"{question} {said}" for question, said in asked.history), limits)
+    checked_text(asked.question + "".join(f"{question} {answer}" for question, answer in asked.history), limits)
     fields = body.model_dump(exclude={"messages"})
-    told = {"history": asked.history, "question": asked.question, "ignored": asked.ignored + ignored}
-    return Body({**fields, **told}, [asked.image])
+    extra = {"history": asked.history, "question": asked.question, "ignored": asked.ignored + ignored}
+    return Body({**fields, **extra}, [asked.image])
 
 
 def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> Body:
@@ -93,9 +93,9 @@ def _embeddings(body: EmbeddingsRequest, ignored: list[str], limits: Limits) -> 
     texts = {place: item for place, item in zip(places, items, strict=True) if isinstance(item, str)}
     _check_texts(texts, limits, "input", "read", AS_INPUT)
     fields = body.model_dump(exclude={"input"})
-    told = {"input": [item if isinstance(item, str) else None for item in items], "ignored": ignored}
+    extra = {"input": [item if isinstance(item, str) else None for item in items], "ignored": ignored}
     of_images = (f"{place}.image" for place, item in zip(places, items, strict=True) if not isinstance(item, str))
-    return Body({**fields, **told}, list(map(picture, images, of_images)))
+    return Body({**fields, **extra}, list(map(parse_source, images, of_images)))
 
 
 def checked_text(text: str, limits: Limits, where: str | None = None) -> str:
@@ -111,20 +111,20 @@ def too_long(size: str, limits: Limits, where: str | None = None) -> ApiError:
     return ApiError(400, "prompt_too_long", message, param=where)
 
 
-def _check_text(text: str, where: str, as_picture: str, limits: Limits) -> None:
+def _check_text(text: str, where: str, as_image: str, limits: Limits) -> None:
     if not clean(text):
         raise ApiError(400, "invalid_value", f"{where}: it is empty; write something, or leave it out", param=where)
-    check_no_picture(text, where, as_picture)
+    check_no_image(text, where, as_image)
     checked_text(text, limits, where)
 
 
-def _check_texts(texts: dict[str, str], limits: Limits, field: str, done: str, as_picture: str) -> None:
+def _check_texts(texts: dict[str, str], limits: Limits, field: str, done: str, as_image: str) -> None:
     """``texts``: by their field paths."""
     if len(texts) > limits.max_texts:
         message = f"{len(texts)} texts; at most {limits.max_texts} are {done}"
         raise ApiError(400, "too_many_texts", message, param=field)
     for where, text in texts.items():
-        _check_text(text, where, as_picture, limits)
+        _check_text(text, where, as_image, limits)
     length, most = sum(map(len, texts.values())), CHARACTERS_PER_TEXT * limits.max_texts
     if length > most:
         message = f"the texts have {length:,} characters in all; at most {most:,} are {done} per request; send fewer"
@@ -153,7 +153,7 @@ def _given(route: str, content_type: str, content: bytes) -> tuple[Any, bytes | 
     what = "empty" if not content else "an image by itself" if content.startswith(IMAGE_FILES) else "not JSON"
     if content and kind and what == "not JSON":
         what = f"{kind[:60]}, not JSON"
-    raise ApiError(415, "unsupported_media_type", f"the body is {what}; {dialect.what_to_send(route)}")
+    raise ApiError(415, "unsupported_media_type", f"the body is {what}; {dialect.hint_for_body(route)}")
 
 
 def _form(parts: Any, route: str) -> tuple[Any, bytes | None]:
@@ -165,7 +165,7 @@ def _json(content: bytes, route: str) -> Any:
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ApiError(400, "too_many_values", f"the JSON has more than {MAX_VALUES:,} values; send fewer")
     if not content.strip():
-        raise ApiError(400, "invalid_json", f"the body is empty; {dialect.what_to_send(route)}")
+        raise ApiError(400, "invalid_json", f"the body is empty; {dialect.hint_for_body(route)}")
     try:
         return json.loads(content, object_pairs_hook=_once, parse_constant=_no_constant)
     except UnicodeDecodeError:

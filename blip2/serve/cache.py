@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from blip2.tasks.see import Eye
+from blip2.tasks.see import ImageFrontend
 
 Kept = TypeVar("Kept")
 
@@ -31,14 +31,14 @@ class ImageCache(Generic[Kept]):
     ``hits`` and ``misses`` count requests: whether the image encoder was needed. ``num_encoded`` counts its images.
     """
 
-    def __init__(self, eye: Eye[Kept], max_entries: int, max_bytes: int) -> None:
+    def __init__(self, frontend: ImageFrontend[Kept], max_entries: int, max_bytes: int) -> None:
         self.max_entries = max_entries
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.hits = 0
         self.misses = 0
         self.num_encoded = 0
-        self.eye = eye
+        self.frontend = frontend
         self._entries: OrderedDict[str, Kept] = OrderedDict()
         self._digests: OrderedDict[str, str] = OrderedDict()  # digest of the file -> digest of the pixels
         self._lock = threading.Lock()
@@ -87,7 +87,7 @@ class ImageCache(Generic[Kept]):
         if not looks:
             return []
         try:
-            return self.eye.encode([look.pixels_CHW for look in looks if look.pixels_CHW is not None])
+            return self.frontend.encode([look.pixels_CHW for look in looks if look.pixels_CHW is not None])
         except Exception as error:
             if len(looks) == 1:
                 return [error]

@@ -38,7 +38,8 @@ async def choosing(service: Service, reading: Reading, body: AskRequest, text: s
     speaker, limits = service.pipeline.speaker, service.limits
     await service.read_text(reading.client, text, lambda: check_prompt(speaker, text, limits))
     is_small = max(map(len, choices)) <= LONG_TEXT
-    await service.aside(reading.client, (_checked(speaker, choice, limits) for choice in choices), is_small=is_small)
+    checks = (_checked(speaker, choice, limits) for choice in choices)
+    await service.in_thread(reading.client, checks, is_small=is_small)
     return Question(await reading.look(0, service.worker.images), text, choices, reading.client)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from blip2.serve.connections import STATE, Activity, Connections, Lane, origin_of
 from blip2.serve.errors import ApiError
-from blip2.serve.house import STATE, House, Lane, Standing, origin_of
 
 MAX_HEAD_BYTES = 2**16
 """Maximum bytes received without starting a request or part of a body: heads, trailers, chunk headers."""
@@ -28,7 +28,7 @@ MIN_READ_BYTES = 4096
 class Connection(HttpToolsProtocol):
     """A request's head has to arrive within ``head_s`` seconds, and an answer has to be read within ``stall_s``.
 
-    If there are too many connections, an idle one is closed, see `House`.
+    If there are too many connections, an idle one is closed, see `Connections`.
     """
 
     head_s = 10.0
@@ -46,10 +46,10 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._house: House = self.app_state.setdefault(STATE, House())
+        self._connections: Connections = self.app_state.setdefault(STATE, Connections())
         self.origin = origin_of(self.client[0] if self.client else None)
         self.since_s = self.loop.time()
-        self._house.enter(self)
+        self._connections.add(self)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -89,7 +89,7 @@ class Connection(HttpToolsProtocol):
 
         self._is_begun = False
         lane = Lane.EXPRESS if cycle.scope["path"].endswith(WATCHED) else Lane.FRESH
-        self._house.starts.add(self.loop, begin, Lane.AHEAD if cycle in self._unanswered else lane)
+        self._connections.starts.add(self.loop, begin, Lane.AHEAD if cycle in self._unanswered else lane)
 
     def on_body(self, body: bytes) -> None:
         if not self.cycle.response_complete:  # else it is not needed any more
@@ -101,7 +101,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(400, "bad_request", "this is not an HTTP request; send HTTP/1.1")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._house.leave(self)
+        self._connections.remove(self)
         self._is_lost = True
         _cancel(self._head_timer)
         _cancel(self._stall_timer)
@@ -121,27 +121,27 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_s, self._end, "head_timeout")
 
-    # ---- its state, for `House` ----
+    # ---- its state, for `Connections` ----
 
     @property
-    def standing(self) -> Standing:
+    def activity(self) -> Activity:
         waiting = [cycle for cycle in self._unanswered if not cycle.response_complete]
         if self.flow.write_paused or (not waiting and self.transport.get_write_buffer_size()):
-            return Standing.UNREAD
+            return Activity.UNREAD
         if waiting:  # they are answered in order
-            return Standing.WORK if self._is_begun and not waiting[0].more_body else Standing.BODY
-        return Standing.IDLE if self._head_timer is None else Standing.SILENT
+            return Activity.WORK if self._is_begun and not waiting[0].more_body else Activity.BODY
+        return Activity.IDLE if self._head_timer is None else Activity.SILENT
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         self.transport.abort()
 
     def _end(self, reason: str) -> None:
-        self._house.refuse(reason)
+        self._connections.refuse(reason)
         self.transport.abort()
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer something that is not a valid request, then close the connection."""
-        self._house.refuse(code)
+        self._connections.refuse(code)
         if any(not cycle.response_complete for cycle in self._unanswered):  # do not write into an answer
             self.transport.close()
             return

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from blip2.errors import OptionError
 from blip2.serve.errors import ApiError
+from blip2.serve.images import ImageSource, check_no_image, parse_source
 from blip2.serve.limits import Limits
-from blip2.serve.pictures import Picture, check_no_picture, picture
 from blip2.serve.schemas import Message, Part
 from blip2.text import clean
 
@@ -26,7 +26,7 @@ class Conversation:
     """``history``: questions and answers about the image, oldest first. ``question``: may be "". ``ignored``: messages
     that were ignored."""
 
-    image: Picture
+    image: ImageSource
     history: list[tuple[str, str]]
     question: str
     ignored: list[str]
@@ -51,7 +51,7 @@ def read(messages: Sequence[Message], limits: Limits) -> Conversation:
     """
     if sum(map(_num_images, messages)) > MAX_SENT:
         raise _bad("too_many_images", f"more than {MAX_SENT:,} images in one request; leave out older ones")
-    image: Picture | None = None
+    image: ImageSource | None = None
     turns: list[_Turn] = []
     num_images = 0
     ignored: list[str] = []
@@ -119,17 +119,17 @@ def _num_images(message: Message) -> int:
     return len(message.images or []) + sum(part.type in IMAGE_TYPES for part in parts)
 
 
-def _content(message: Message, where: str) -> tuple[str, list[Picture]]:
+def _content(message: Message, where: str) -> tuple[str, list[ImageSource]]:
     """The text of a message, and its images."""
     for name, given in (("image", message.image), ("image_url", message.image_url)):
         if given is not None:
             raise _bad("invalid_value", f"the content holds an image; {AS_PART}", f"{where}.{name}")
-    images = [picture(each, f"{where}.images[{place}]") for place, each in enumerate(message.images or [])]
+    images = [parse_source(each, f"{where}.images[{place}]") for place, each in enumerate(message.images or [])]
     if message.content is None and not images and message.role != "assistant":
         raise _bad("invalid_value", "give a text, or a list of parts", f"{where}.content")
     if not isinstance(message.content, list):
         text = message.content or ""
-        check_no_picture(text, f"{where}.content", AS_PART)
+        check_no_image(text, f"{where}.content", AS_PART)
         return clean(text), images
     texts = []
     for number, part in enumerate(message.content):
@@ -137,7 +137,7 @@ def _content(message: Message, where: str) -> tuple[str, list[Picture]]:
         if part.type in TEXT_TYPES:
             if part.text is None:
                 raise _bad("invalid_value", "give a text", f"{place}.text")
-            check_no_picture(part.text, f"{place}.text", AS_PART)
+            check_no_image(part.text, f"{place}.text", AS_PART)
             texts.append(part.text)
         elif part.type in IMAGE_TYPES:
             images.append(_shown(part, place))
@@ -150,13 +150,13 @@ def _content(message: Message, where: str) -> tuple[str, list[Picture]]:
     return _joined(texts), images
 
 
-def _shown(part: Part, where: str) -> Picture:
+def _shown(part: Part, where: str) -> ImageSource:
     """The image of a part, in the fields of OpenAI's, vLLM's or Anthropic's clients."""
     address = part.image_url if isinstance(part.image_url, str) else part.image_url and part.image_url.url
     source = part.source and (part.source.data or part.source.url)
     for name, found in (("image_url", address), ("image", part.image), ("source", source)):
         if found:
-            return picture(found, f"{where}.{name}")
+            return parse_source(found, f"{where}.{name}")
     raise _bad("invalid_value", 'give {"url": "data:image/...;base64,..."}', f"{where}.image_url")
 
 

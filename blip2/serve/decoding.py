@@ -55,7 +55,7 @@ def options_of(
         # The first of these that was given decides that tokens are sampled.
         drawing = "sample" if body.sample else next((name for name in chance if name != "sample"), "temperature")
         called = body.called | {"temperature": body.called.get(drawing, drawing)}
-        raise ApiError(400, "invalid_value", error.told(partial(in_fields, called=called))) from None
+        raise ApiError(400, "invalid_value", error.message_with(partial(in_fields, called=called))) from None
     most = limits.max_new_tokens
     options = replace(
         options, max_new_tokens=min(options.max_new_tokens, most), min_new_tokens=min(options.min_new_tokens, most)
@@ -102,10 +102,10 @@ def fitting(speaker: Speaker, text: str, options: GenerateOptions, limits: Limit
     """
     # Most prompts are so short that counting is unnecessary: a token has at least one character, plus about two tokens.
     at_most = len(text) + 4 if text.isascii() else sys.maxsize
-    if at_most <= limits.max_prompt_tokens and speaker.room_beside(at_most) >= options.max_new_tokens:
+    if at_most <= limits.max_prompt_tokens and speaker.tokens_left_after(at_most) >= options.max_new_tokens:
         return options
     check_prompt(speaker, text, limits)
-    most = max(speaker.room(text), options.min_new_tokens, 1)
+    most = max(speaker.tokens_left(text), options.min_new_tokens, 1)
     return replace(options, max_new_tokens=min(options.max_new_tokens, most))
 
 

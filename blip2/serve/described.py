@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blip2.serve.dialect import ALIASES, NAMES, PASSED_OVER
+from blip2.serve.dialect import ALIASES, IGNORED_FIELDS, NAMES
 from blip2.serve.schemas import SCHEMAS
 
 
@@ -12,7 +12,7 @@ def body_of(route: str) -> dict[str, Any]:
     """For FastAPI's ``openapi_extra``: JSON; on the plain routes also a form, in which the image may be a file."""
     schema = schema_of(route)
     content = {"application/json": {"schema": schema}}
-    if route not in PASSED_OVER:
+    if route not in IGNORED_FIELDS:
         file = {"image": {"type": "string", "format": "binary"}}
         form = {**schema, "properties": {**schema["properties"], **file}}
         content |= {"multipart/form-data": {"schema": form}, "application/x-www-form-urlencoded": {"schema": schema}}
@@ -33,7 +33,7 @@ def schema_of(route: str) -> dict[str, Any]:
         **found,
         "properties": {**properties, **others},
         "required": [name for name in found.get("required", ()) if name not in ALIASES],
-        "additionalProperties": route in PASSED_OVER,
+        "additionalProperties": route in IGNORED_FIELDS,
     }
 
 

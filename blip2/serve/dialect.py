@@ -60,7 +60,7 @@ timeout drop_params"""
 """Fields of Ollama, LM Studio, Open WebUI, OpenRouter and LiteLLM."""
 OF_EMBEDDINGS = """user priority request_id add_special_tokens input_type task truncate truncation
 truncate_prompt_tokens keep_alive timeout drop_params embed_dtype endianness"""
-PASSED_OVER = {
+IGNORED_FIELDS = {
     CHAT: frozenset(f"{OPENAI} {VLLM} {LLAMA_CPP} {PROGRAMS}".split()),
     EMBEDDINGS: frozenset(OF_EMBEDDINGS.split()),
 }
@@ -120,10 +120,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Fields that would change an answer but are not supported: the values that have no effect, and what to do instead."""
 
-ASKED, SHOWN = "put the question into a message", "put the image into an image_url part of a message"
+AS_QUESTION, SHOWN = "put the question into a message", "put the image into an image_url part of a message"
 LISTED, LOOKED_AT = "put texts into input", 'put the image into input, as {"image": "data:image/...;base64,..."}'
 INSTEAD: dict[str, dict[str, str]] = {
-    CHAT: {"prompt": ASKED, "question": ASKED, "text": ASKED, "image": SHOWN, "images": SHOWN},
+    CHAT: {"prompt": AS_QUESTION, "question": AS_QUESTION, "text": AS_QUESTION, "image": SHOWN, "images": SHOWN},
     EMBEDDINGS: {"prompt": LISTED, "text": LISTED, "texts": LISTED, "image": LOOKED_AT, "images": LOOKED_AT},
 }
 """Replacements for fields of other routes."""
@@ -133,11 +133,11 @@ NEAR = 0.7
 """Similarity (see `difflib`) from which an unknown name is taken for a misspelt known one."""
 SHORTENED = 4
 """Length from which a prefix is taken for the name."""
-MAX_FIELDS, MAX_TOLD = 300, 8
+MAX_FIELDS, MAX_REPORTED = 300, 8
 
 
 @dataclass
-class Understood:
+class ParsedFields:
     """``fields``: by the schema's names. ``called``: the caller's names of fields that he calls differently.
     ``ignored``: unknown fields."""
 
@@ -156,14 +156,14 @@ def names_of(route: str) -> dict[str, str]:
 NAMES = {route: names_of(route) for route in SCHEMAS}
 
 
-def understood(given: Any, route: str) -> Understood:
+def parse_fields(given: Any, route: str) -> ParsedFields:
     """The fields of a request under the schema's names. Raises ApiError for unknown and unsupported fields."""
     if not isinstance(given, dict):
         kind = "list" if isinstance(given, list) else "text" if isinstance(given, str) else "single value"
-        raise ApiError(400, "invalid_value", f"the body is a {kind}; {what_to_send(route)}")
+        raise ApiError(400, "invalid_value", f"the body is a {kind}; {hint_for_body(route)}")
     if len(given) > MAX_FIELDS:
         raise ApiError(400, "too_many_values", f"the body has {len(given):,} fields; at most {MAX_FIELDS} are allowed")
-    found = Understood()
+    found = ParsedFields()
     if given.get("tool_choice") == "none":  # tools are listed, but none may be called
         given = {name: value for name, value in given.items() if name not in ("tools", "tool_choice")}
     for name, value in given.items():
@@ -197,8 +197,8 @@ def _is_off(name: str, value: Any) -> bool:
 def _unknown(name: str, value: Any, route: str, ignored: list[str]) -> None:
     """Raises ApiError, unless the field may be ignored."""
     known = NAMES[route]
-    is_plain = route not in PASSED_OVER
-    if not is_plain and name in PASSED_OVER[route]:
+    is_plain = route not in IGNORED_FIELDS
+    if not is_plain and name in IGNORED_FIELDS[route]:
         return
     if route == CHAT and name in REFUSED:
         harmless, remedy = REFUSED[name]
@@ -217,7 +217,7 @@ def _unknown(name: str, value: Any, route: str, ignored: list[str]) -> None:
     if is_plain:
         own = ", ".join(name for name in known if known[name] == name)
         raise ApiError(400, "unknown_field", f"{begin}it has {own}", param=name[:40])
-    if len(ignored) < MAX_TOLD and re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name):
+    if len(ignored) < MAX_REPORTED and re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name):
         ignored.append(name)
 
 
@@ -230,7 +230,7 @@ def _where(name: str, route: str) -> str | None:
 
 
 def _of_plain_routes() -> list[str]:
-    return [name for route, names in NAMES.items() if route not in PASSED_OVER for name in names]
+    return [name for route, names in NAMES.items() if route not in IGNORED_FIELDS for name in names]
 
 
 def nearest(name: str, known: list[str], cutoff: float) -> str | None:
@@ -248,7 +248,7 @@ def nearest(name: str, known: list[str], cutoff: float) -> str | None:
     return by_plain[found[0]] if found else None
 
 
-def where_else(path: str) -> str:
+def other_path(path: str) -> str:
     """The message for an unknown path."""
     begin = f"there is no route {path[:60]!r}; "
     if path.rstrip("/").endswith(("/responses", "/completions", "/messages", "/generate", "/api/chat")):
@@ -257,7 +257,7 @@ def where_else(path: str) -> str:
     return begin + (f"did you mean {near[0]}?" if near else "/openapi.json lists the routes")
 
 
-def what_to_send(route: str) -> str:
+def hint_for_body(route: str) -> str:
     """The message for a body of another kind."""
     if route == CHAT:
         return (

@@ -21,7 +21,8 @@ FIELDS = {"num_return": "n", "sample": "temperature", "max_new_tokens": "max_tok
 
 
 def in_fields(name: str, value: str | None, called: Mapping[str, str] = {}) -> str:
-    """An option in a message as a field of the request, see `Blip2Error.told`. ``called``: the caller's own names."""
+    """An option in a message as a field of the request, see `Blip2Error.message_with`. ``called``: the caller's
+    names."""
     field = FIELDS.get(name, name)
     field = called.get(field, field)
     if value is None:
@@ -72,6 +73,6 @@ def as_api_error(error: BaseException) -> ApiError:
         case ImageError():
             return ApiError(400, "invalid_image", str(error), param="image")
         case Blip2Error() if not isinstance(error, CheckpointError):
-            return ApiError(400, "invalid_value", error.told(in_fields))
+            return ApiError(400, "invalid_value", error.message_with(in_fields))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "internal_error", "internal error; see the server's log")

@@ -21,9 +21,9 @@ MAX_PAYLOAD_BYTES = 2**32
 Message = tuple[dict[str, Any], bytes]
 
 
-def packed(told: dict[str, Any], num_payload_bytes: int) -> bytes:
+def packed(message: dict[str, Any], num_payload_bytes: int) -> bytes:
     """The header and the JSON, sent before the payload."""
-    content = json.dumps(told, separators=(",", ":")).encode()
+    content = json.dumps(message, separators=(",", ":")).encode()
     return HEAD.pack(len(content), num_payload_bytes) + content
 
 

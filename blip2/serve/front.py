@@ -1,6 +1,6 @@
 """The front process of several replicas: admission, routes without a model, and forwarding to a replica.
 
-It runs the application of a single server (`application`) with the same doorman, but without a model. An admitted
+It runs the application of a single server (`application`) with the same admission, but without a model. An admitted
 request with its complete body is forwarded to a replica unparsed, and the replica's answer is streamed back.
 """
 
@@ -21,18 +21,18 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2.serve import openai, plain
+from blip2.serve.admission import END, HEADERS
 from blip2.serve.app import application
 from blip2.serve.bodies import Bodies
-from blip2.serve.doorman import END, HEADERS
+from blip2.serve.connections import Connections
 from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.hosts import Door
-from blip2.serve.house import House
 from blip2.serve.limits import Limits
 from blip2.serve.loading import Loading
 from blip2.serve.log import current_id
 from blip2.serve.metrics import Metrics, text_of
 from blip2.serve.places import Places, too_late
-from blip2.serve.replica import Tidy
+from blip2.serve.replica import MemoryTrimmer
 from blip2.serve.service import Service
 
 NAME = "front"
@@ -86,17 +86,17 @@ class Front:
         self.replicas = replicas
         self.limits = replace(limits, max_queue=limits.max_queue * num_replicas)
         self.metrics = Metrics(NAME)
-        self.house = House(limits.max_connections, self.metrics.refuse)
+        self.connections = Connections(limits.max_connections, self.metrics.refuse)
         self.places = Places(self.limits)
         self.bodies = Bodies(self.limits)
-        self.metrics.follow_connections(self.house.count)
+        self.metrics.follow_connections(self.connections.count)
         self.metrics.body_bytes.set_function(lambda: self.bodies.num_bytes)
         self.death = None
         self.end_s: float | None = None
         """The time (monotonic) by which everything has to end, once the process was asked to stop."""
         self.load_error: BaseException | None = None
         self.is_stopping = False
-        self.tidy = Tidy()
+        self.trimmer = MemoryTrimmer()
         self._on_open = on_open
         self._num_running: int | None = None
         self._loading = Loading()
@@ -116,7 +116,7 @@ class Front:
             self.load_error = error
             return
         while not self._stopped.wait(WATCH_S):
-            self.tidy.look()
+            self.trimmer.look()
             try:
                 self._num_running = self.replicas.num_running()
             except Exception:  # Ray's controller itself is restarting
@@ -184,11 +184,11 @@ class _Forward:
             raise refusal
         body = await _whole(receive)
         if body is not None:
-            self._front.tidy.note(len(body[0]))
-            await _Passage(self._front, scope, receive, send).answer(body)
+            self._front.trimmer.note(len(body[0]))
+            await _ForwardedRequest(self._front, scope, receive, send).answer(body)
 
 
-class _Passage:
+class _ForwardedRequest:
     """One request, forwarded to a replica, and its answer."""
 
     def __init__(self, front: Front, scope: Scope, receive: Receive, send: Send) -> None:
@@ -200,36 +200,36 @@ class _Passage:
 
     async def answer(self, body: list[bytes]) -> None:
         left_s = self._scope.get(END, time.monotonic() + self._front.limits.deadline_s) - time.monotonic()
-        passing = asyncio.ensure_future(self._pass_on(left_s, body))
+        forwarding = asyncio.ensure_future(self._forward(left_s, body))
         leaving = asyncio.ensure_future(_left(self._receive))
         error: ApiError | None = None
         try:
-            await asyncio.wait((passing, leaving), timeout=left_s + GRACE_S, return_when=asyncio.FIRST_COMPLETED)
-            if passing.done():
-                error = _error_of(passing)
+            await asyncio.wait((forwarding, leaving), timeout=left_s + GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+            if forwarding.done():
+                error = _error_of(forwarding)
             elif not leaving.done():
                 error = too_late()
         finally:
-            passing.cancel()
+            forwarding.cancel()
             leaving.cancel()
-            await asyncio.wait((passing, leaving))
+            await asyncio.wait((forwarding, leaving))
         if error is not None and not self._is_complete:
-            raise error  # the doorman knows how much of the answer was sent
+            raise error  # `Admission` knows how much of the answer was sent
 
-    async def _pass_on(self, left_s: float, body: list[bytes]) -> None:
+    async def _forward(self, left_s: float, body: list[bytes]) -> None:
         answer = self._front.replicas.answer(_carried(self._scope), left_s, body)
         try:
             async for messages in answer:
                 for message in messages:
-                    await self._pass_on_one(message)
+                    await self._forward_message(message)
         finally:
             await answer.aclose()
         if not self._is_complete:
             raise ReplicaDied
 
-    async def _pass_on_one(self, message: Message) -> None:
+    async def _forward_message(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            # Headers set by the replica's doorman, which ours sets again.
+            # Headers of the replica's `Admission`; ours sets them again.
             headers = [header for header in message["headers"] if header not in HEADERS]
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body":
@@ -237,10 +237,10 @@ class _Passage:
         await self._send(message)
 
 
-def _error_of(passing: asyncio.Future[None]) -> ApiError | None:
-    if passing.cancelled():  # not by us: Ray's sign that the replica has ended
+def _error_of(forwarding: asyncio.Future[None]) -> ApiError | None:
+    if forwarding.cancelled():  # not by us: Ray's sign that the replica has ended
         return _died()
-    error = passing.exception()
+    error = forwarding.exception()
     return None if error is None else _died() if isinstance(error, ReplicaDied) else as_api_error(error)
 
 
@@ -260,7 +260,7 @@ def _carried(scope: Scope) -> dict[str, Any]:
 
 
 async def _whole(receive: Receive) -> list[bytes] | None:
-    """The body, which the doorman has received already; None: the client disconnected."""
+    """The body, which `Admission` has received already; None: the client disconnected."""
     parts: list[bytes] = []
     is_over = False
     while not is_over:

@@ -7,7 +7,7 @@ import re
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2.serve.doorman import ANSWERED, REFUSED
+from blip2.serve.admission import ANSWERED, REFUSED
 from blip2.serve.errors import ApiError
 from blip2.serve.hosts import ANY, Door, Hosts, is_address
 from blip2.serve.routes import Routes
@@ -26,7 +26,7 @@ POLICY = b"cross-origin-resource-policy"
 
 
 class Gate:
-    """ASGI middleware around the `Doorman`, which sends the refusals decided here."""
+    """ASGI middleware around the `Admission`, which sends the refusals decided here."""
 
     def __init__(self, app: ASGIApp, *, door: Door, routes: Routes, has_keys: bool) -> None:
         self._app = app

@@ -9,12 +9,12 @@ from starlette.exceptions import HTTPException
 
 from blip2.errors import Blip2Error
 from blip2.serve.complaints import of_validation
-from blip2.serve.dialect import where_else
+from blip2.serve.dialect import other_path
 from blip2.serve.errors import ApiError, as_api_error
 
 
 def add_handlers(app: FastAPI) -> None:
-    async def told(request: Request, error: Exception) -> JSONResponse:
+    async def respond(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
@@ -30,11 +30,11 @@ def add_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         headers = dict(error.headers) if error.headers else None
-        message = where_else(request.url.path) if error.status_code == 404 else str(error.detail)
+        message = other_path(request.url.path) if error.status_code == 404 else str(error.detail)
         return ApiError(error.status_code, code, message, headers=headers).response()
 
-    app.add_exception_handler(ApiError, told)
-    app.add_exception_handler(Blip2Error, told)
+    app.add_exception_handler(ApiError, respond)
+    app.add_exception_handler(Blip2Error, respond)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, failed)

@@ -105,7 +105,7 @@ class Hosts:
                 )  # fmt: skip
         if self._has_keys or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return None  # browsers hide answers from other pages, and pages have no key
-        return self._stranger(scope, given[0] if given else b"")
+        return self._foreign_origin(scope, given[0] if given else b"")
 
     def _is_ours(self, host: str) -> bool:
         return (
@@ -116,7 +116,7 @@ class Hosts:
             or is_address(host)
         )
 
-    def _stranger(self, scope: Scope, host: bytes) -> ApiError | None:
+    def _foreign_origin(self, scope: Scope, host: bytes) -> ApiError | None:
         origins = [value for name, value in scope["headers"] if name == b"origin"]
         sites = [value for name, value in scope["headers"] if name == b"sec-fetch-site"]
         if len(origins) == 1 and self.allows_origin(origins[0]):
@@ -127,9 +127,9 @@ class Hosts:
             if len(origins) == 1 and b"://" in origins[0] and _authority(origins[0]) == _authority(host):
                 return None
         origin = _text(origins[0])[:100] if origins else ""
-        whose, named = (f" ({origin})", origin) if ORIGIN.fullmatch(origin) else ("", "ORIGIN")
+        of_origin, named = (f" ({origin})", origin) if ORIGIN.fullmatch(origin) else ("", "ORIGIN")
         return ApiError(
-            403, "cross_site", f"a page of another site{whose} may not use this server; its operator can allow "
+            403, "cross_site", f"a page of another site{of_origin} may not use this server; its operator can allow "
             f"it with --cors-origin {named}. If it is the server's own page, a reverse proxy has to pass on the header "
             "Host",
         )  # fmt: skip

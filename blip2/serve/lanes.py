@@ -76,7 +76,7 @@ class Lane(Share):
     def tickets(self) -> list[Ticket]:
         return [*self.coming, *(running.ticket for running in self.running.values())]
 
-    def portion(self, num_pictures: int) -> list[Ticket]:
+    def portion(self, num_images: int) -> list[Ticket]:
         """Some of the coming tickets: with prompts short enough, and few enough new images."""
         some: list[Ticket] = []
         num_new = num_characters = 0
@@ -84,7 +84,7 @@ class Lane(Share):
             ticket = self.coming[0]
             num_new += ticket.look.kept is None
             num_characters += len(ticket.text)
-            if some and (num_new > num_pictures or num_characters > PORTION_CHARACTERS):
+            if some and (num_new > num_images or num_characters > PORTION_CHARACTERS):
                 break
             some.append(self.coming.popleft())
         return some

@@ -34,8 +34,8 @@ class Limits:
     """Requests with a complete body, running ones included; the next one is refused (429). One client has at most three
     quarters of these places, and of ``max_flight_bytes``."""
     max_connections: int = 1024
-    """With one more, an idle connection is closed; see `blip2.serve.house`. Fewer if the system does not grant as many
-    file descriptors."""
+    """With one more, an idle connection is closed; see `blip2.serve.connections`. Fewer if the system does not grant as
+    many file descriptors."""
     max_rows: int = 64
     """Rows of the running batch; the tasks' default of 5 beams takes 5. A quarter as many run beside a search that
     takes them all, for small requests (`lanes`)."""

@@ -106,7 +106,7 @@ class Failures:
 
         try:
             await self._app(scope, receive, noted_send)
-        except ApiError:  # the doorman sends it
+        except ApiError:  # `Admission` sends it
             raise
         except Exception as error:
             if has_begun or scope["type"] != "http":
@@ -148,7 +148,7 @@ def _plain(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape", "replace").decode() for each in shown)
 
 
-class Aside(logging.Handler):
+class ThreadedHandler(logging.Handler):
     """Writes in a separate thread, so that a pipe that nobody reads does not block the server. Lines that cannot be
     written in time are dropped."""
 
@@ -215,7 +215,7 @@ def _writing(stream: TextIO | None) -> Callable[[str], object]:
 def logging_at(level: str, stream: TextIO | None = None) -> Iterator[None]:
     """Log the server's messages of ``level`` (``info``, ``warning``, ...) and above, and uvicorn's warnings, to
     ``stream`` (standard error)."""
-    handler = Aside(stream or sys.stderr)
+    handler = ThreadedHandler(stream or sys.stderr)
     handler.setLevel(level.upper())
     ours, uvicorns = loggers = logging.getLogger("blip2"), logging.getLogger("uvicorn")
     before = [(each.level, each.propagate) for each in loggers]

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from blip2.serve.cache import ImageCache
-from blip2.serve.house import Standing
+from blip2.serve.connections import Activity
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -29,7 +29,7 @@ class Metrics:
         self.running = Gauge("blip2_requests_running", "Requests whose answers are being generated", **own)
         self.waiting = Gauge("blip2_requests_waiting", "Requests waiting for rows in the batch", **own)
         self.rows = Gauge("blip2_rows", "Rows of the running batch; each beam is one", **own)
-        self.in_house = Gauge("blip2_requests_in_house", "Requests received and not yet answered", **own)
+        self.num_unanswered = Gauge("blip2_requests_in_house", "Requests received and not yet answered", **own)
         self.request_seconds = Histogram(
             "blip2_request_seconds", "Time from the request's first byte to the answer's last",
             ["route", "status"], buckets=SECONDS, **own,
@@ -52,18 +52,18 @@ class Metrics:
         """Count a refused request or connection, by a reason of a few words."""
         self.requests_rejected.labels(reason).inc()
 
-    def follow_connections(self, count: Callable[[], Mapping[Standing, int]]) -> None:
+    def follow_connections(self, count: Callable[[], Mapping[Activity, int]]) -> None:
         """Report the number of connections by state."""
 
-        class FromHouse(Collector):
+        class ConnectionCollector(Collector):
             def collect(self) -> list[GaugeMetricFamily]:
                 family = GaugeMetricFamily("blip2_connections", "Connections, by state", labels=["state"])
                 found = count()
-                for standing in Standing:
-                    family.add_metric([standing.name.lower()], found.get(standing, 0))
+                for activity in Activity:
+                    family.add_metric([activity.name.lower()], found.get(activity, 0))
                 return [family]
 
-        self.registry.register(FromHouse())
+        self.registry.register(ConnectionCollector())
 
     def follow_caches(self, caches: Sequence[ImageCache[Any]]) -> None:
         """Report the counters of the caches."""

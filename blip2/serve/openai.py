@@ -101,8 +101,8 @@ def router(service: Service) -> APIRouter:
             texts = [item for item in items if item is not None]
             longest = max(map(len, texts), default=0)
             each = (matcher.reader.ids([text])[0] for text in texts)
-            ids = await service.aside(reading.client, each, is_small=longest <= LONG_TEXT)
-            looks = [await reading.look(place, cache) for place in range(reading.num_pictures)]
+            ids = await service.in_thread(reading.client, each, is_small=longest <= LONG_TEXT)
+            looks = [await reading.look(place, cache) for place in range(reading.num_images)]
 
         def embed() -> Steps[tuple[list[torch.Tensor], list[torch.Tensor]]]:
             of_images = []
@@ -122,7 +122,7 @@ def router(service: Service) -> APIRouter:
         next_text, next_image = iter(of_texts), iter(of_images)
         vectors = [next(next_image) if item is None else next(next_text) for item in items]
 
-        def told() -> Iterator[bytes]:
+        def encoded() -> Iterator[bytes]:
             yield b'{"object":"list","data":['
             for index, vector in enumerate(vectors):
                 yield f"{',' * (index > 0)}{packed(_embedding(index, vector, body.encoding_format))}".encode()
@@ -130,7 +130,7 @@ def router(service: Service) -> APIRouter:
             usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
             yield f"],{packed({'model': name, 'usage': usage})[1:]}".encode()
 
-        return await service.rendered(reading.client, told(), ignored(reading.fields))
+        return await service.rendered(reading.client, encoded(), ignored(reading.fields))
 
     return routes
 

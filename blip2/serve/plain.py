@@ -34,7 +34,7 @@ from blip2.serve.service import Service
 from blip2.serve.tickets import Steps, Ticket
 from blip2.tasks import ask as ask_task
 from blip2.tasks import caption as caption_task
-from blip2.tasks.explain import Explanation, Sight, Words, explaining_match, explaining_words
+from blip2.tasks.explain import Explanation, ImagePatches, Words, explaining_match, explaining_words
 from blip2.tasks.match import Matches
 from blip2.text import LONG_TEXT
 
@@ -55,7 +55,8 @@ def router(service: Service) -> APIRouter:
     async def answered(asked: Ticket) -> Response:
         answers = await service.answers(asked)
         pipeline = service.pipeline
-        texts = await service.aside(asked.client, (pipeline.speaker.tokenizer.decode(each.tokens) for each in answers))
+        decoded = (pipeline.speaker.tokenizer.decode(each.tokens) for each in answers)
+        texts = await service.in_thread(asked.client, decoded)
         reason, name = answers[0].finish_reason, served_name(pipeline.name)
         return _json(Answered(text=texts[0], texts=texts, finish_reason=reason, model=name), exclude_none=True)
 
@@ -90,7 +91,7 @@ def router(service: Service) -> APIRouter:
             body = MatchRequest.model_construct(**reading.fields)
             longest = max(map(len, body.texts))
             each = (matcher.reader.ids([text])[0] for text in body.texts)
-            ids = await service.aside(reading.client, each, is_small=longest <= LONG_TEXT)
+            ids = await service.in_thread(reading.client, each, is_small=longest <= LONG_TEXT)
             seen = await reading.look(0, cache)
 
         def compare() -> Steps[Matches]:
@@ -104,14 +105,14 @@ def router(service: Service) -> APIRouter:
         matching, cosines = found.itm_probability[0].tolist(), found.itc_cosine[0].tolist()
         shares = [None] * len(ids) if found.itc_probability is None else found.itc_probability[0].tolist()
 
-        def told() -> Iterator[bytes]:
+        def pieces() -> Iterator[bytes]:
             yield b'{"results":['
             for place, (text, *numbers) in enumerate(zip(body.texts, matching, cosines, shares, strict=True)):
                 result = dict(zip(MatchedText.model_fields, (text, *numbers), strict=True))
                 yield f"{',' * (place > 0)}{packed(result)}".encode()
             yield f"],{packed({'model': served_name(matcher.name)})[1:]}".encode()
 
-        return await service.rendered(reading.client, told())
+        return await service.rendered(reading.client, pieces())
 
     @routes.post("/explain", response_model=Explained, openapi_extra=body_of("/explain"))
     async def explain(request: Request) -> Response:
@@ -126,11 +127,11 @@ def router(service: Service) -> APIRouter:
             model = service.pipeline if text is None else service.matcher
             given_text = " ".join(reading.fields.get(name) or "" for name in TEXTS)
             await service.read_text(reading.client, given_text, lambda: check(text, words))
-            small, pixels_CHW = await reading.shown(0, model.eye, MAP_PX)
+            small, pixels_CHW = await reading.shown(0, model.frontend, MAP_PX)
 
         def look_closely() -> Steps[Explanation]:
             encode = model.model.encode if isinstance(model, Matcher) else model.speaker.model.patches
-            seen = Sight(small, *model.eye.with_blank(pixels_CHW, encode), model.eye.box(small))
+            seen = ImagePatches(small, *model.frontend.with_blank(pixels_CHW, encode), model.frontend.box(small))
             yield
             if isinstance(model, Matcher):
                 assert text is not None
@@ -139,7 +140,7 @@ def router(service: Service) -> APIRouter:
 
         found = await service.compute(reading.client, look_closely())
 
-        def told() -> Iterator[Response]:
+        def responses() -> Iterator[Response]:
             place = found.strongest
             yield _json(
                 Explained(
@@ -151,7 +152,7 @@ def router(service: Service) -> APIRouter:
                 )
             )
 
-        [response] = await service.aside(reading.client, told(), is_small=False)
+        [response] = await service.in_thread(reading.client, responses(), is_small=False)
         return response
 
     def check(text: str | None, words: Words) -> None:
@@ -161,8 +162,8 @@ def router(service: Service) -> APIRouter:
             return
         speaker, most = service.pipeline.speaker, service.limits.max_new_tokens
         check_prompt(speaker, words.question or "", service.limits)
-        for name, said in (("answer", words.answer), ("caption", words.caption)):
-            number = len(speaker.tokenizer.encode(said or ""))
+        for name, text_given in (("answer", words.answer), ("caption", words.caption)):
+            number = len(speaker.tokenizer.encode(text_given or ""))
             if number > most:
                 message = f"the {name} has {number} tokens; the limit is {most}; shorten it"
                 raise ApiError(400, "prompt_too_long", message, param=name)

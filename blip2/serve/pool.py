@@ -29,7 +29,7 @@ from blip2.serve import frames
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.reader_link import Reader
-from blip2.serve.turns import Spared
+from blip2.serve.turns import ReservingPool
 
 logger = logging.getLogger("blip2.serve")
 
@@ -46,7 +46,7 @@ END_S = 0.5
 """Seconds for the parent to end."""
 BACKGROUND = 10
 """Nice value of a slow reader: it gets a tenth of a processor if the model wants all of them."""
-WORN_BYTES = 3 * 2**20
+MAX_GROWTH_BYTES = 3 * 2**20
 """Bytes of memory beyond those of a new reader, from which one is replaced, as is one that was slow."""
 PAGE_BYTES = mmap.PAGESIZE
 ENVIRONMENT = {
@@ -69,7 +69,7 @@ class Pool:
         self._speaking = asyncio.Lock()
         self._readers: set[Reader] = set()
         self._num_coming = 0
-        self._fast: Spared[Reader] = Spared()
+        self._fast: ReservingPool[Reader] = ReservingPool()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
@@ -108,14 +108,14 @@ class Pool:
             yield reader
         finally:
             reader.watch.cancel()
-            self._give_back(reader)
+            self._return(reader)
 
     # ---- lanes ----
 
-    def _give_back(self, reader: Reader) -> None:
+    def _return(self, reader: Reader) -> None:
         if reader in self._readers:
-            reader.is_worn |= memory_of(reader.process) - reader.new_bytes > WORN_BYTES
-            if reader.is_asked or reader.is_slow or reader.is_worn:
+            reader.is_grown |= memory_of(reader.process) - reader.new_bytes > MAX_GROWTH_BYTES
+            if reader.is_asked or reader.is_slow or reader.is_grown:
                 self._end_soon(reader)
             else:
                 self._fast.offer(reader)
@@ -169,7 +169,7 @@ class Pool:
             ours, theirs = socket.socketpair()
             try:
                 with theirs:
-                    process = await self._tell(b"F", 0, [theirs.fileno()])
+                    process = await self._send(b"F", 0, [theirs.fileno()])
                 if process < 0:
                     raise OSError(-process, os.strerror(-process))
                 reader = Reader(process, self._why_ended)
@@ -197,7 +197,7 @@ class Pool:
 
     async def _end(self, reader: Reader) -> int:
         try:
-            code = await self._tell(b"E", reader.process)
+            code = await self._send(b"E", reader.process)
             if code == frames.UNKNOWN:
                 self._kill_orphan(reader)
             return code
@@ -239,7 +239,7 @@ class Pool:
         ours.setblocking(False)
         self._control = ours
 
-    async def _tell(self, command: bytes, process: int, descriptors: list[int] = []) -> int:  # noqa: B006
+    async def _send(self, command: bytes, process: int, descriptors: list[int] = []) -> int:  # noqa: B006
         """The parent's answer to a command. If the parent has died, another one is started, and all readers with it.
 
         Must not be cancelled: the answer would be taken for that to the next command.

@@ -32,7 +32,7 @@ from blip2.serve import body, frames
 from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.limits import Limits
 
-MAX_TOLD_BYTES, MAX_DEPTH, MAX_MESSAGE = 2**22, 50, 1000
+MAX_REPLY_BYTES, MAX_DEPTH, MAX_MESSAGE = 2**22, 50, 1000
 """Maximum bytes of JSON in an answer, which the server parses in its event loop; and characters of an error."""
 SPARE_BYTES = 256 * 2**20
 """Bytes of memory for small data."""
@@ -42,12 +42,12 @@ CPU_S, CPU_S_PER_PIXEL = 4.0, 8e-8
 """Seconds of processor time per message, and per pixel to decode; an image of 12 million pixels takes 0.3 s here."""
 
 
-class Desk:
+class RequestParser:
     """The state of one request, from its first message to the next request's."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._pictures: list[str | bytes] = []
+        self._images: list[str | bytes] = []
         self._do: dict[str, Callable[[dict[str, Any], bytes], frames.Message]] = {
             "read": self._read, "take": self._take, "pixels": self._pixels,
         }  # fmt: skip
@@ -55,10 +55,10 @@ class Desk:
     def answer(self, asked: dict[str, Any], payload: bytes) -> tuple[bytes, bytes]:
         """The reply: the JSON as packed by `frames`, and the payload."""
         try:
-            told, found = self._do[asked["do"]](asked, payload)
-            _check_depth(told, MAX_DEPTH)
-            packed = frames.packed(told, len(found))
-            if len(packed) <= MAX_TOLD_BYTES:
+            reply, found = self._do[asked["do"]](asked, payload)
+            _check_depth(reply, MAX_DEPTH)
+            packed = frames.packed(reply, len(found))
+            if len(packed) <= MAX_REPLY_BYTES:
                 return packed, found
             error = ApiError(413, "body_too_large", "too large even without its images; send shorter fields")
         except MemoryError:
@@ -71,19 +71,19 @@ class Desk:
 
     def _read(self, asked: dict[str, Any], content: bytes) -> frames.Message:
         found = body.read(asked["route"], asked["type"], content, self._limits)
-        self._pictures = found.pictures
-        return {"fields": found.fields, "pictures": [_told(picture) for picture in self._pictures]}, b""
+        self._images = found.images
+        return {"fields": found.fields, "pictures": [_described(image) for image in self._images]}, b""
 
     def _take(self, asked: dict[str, Any], content: bytes) -> frames.Message:
         """Store a downloaded image in place of its URL."""
         place = asked["picture"]
-        self._pictures += [""] * (place + 1 - len(self._pictures))
-        self._pictures[place] = content
-        return _told(content), b""
+        self._images += [""] * (place + 1 - len(self._images))
+        self._images[place] = content
+        return _described(content), b""
 
     def _pixels(self, asked: dict[str, Any], _: bytes) -> frames.Message:
         """The image encoder's input for an image, float32[3, size, size], and on request a small image to show."""
-        content = self._pictures[asked["picture"]]
+        content = self._images[asked["picture"]]
         assert isinstance(content, bytes)
         try:
             image = load_image(content, max_pixels=asked["max_pixels"], allow_truncated=None)
@@ -91,12 +91,12 @@ class Desk:
             if asked["is_last_word"]:
                 raise
             return {"is_large": True}, b""
-        told = {"digest": pixels_digest(image), "num_pixels": image.width * image.height}
+        reply = {"digest": pixels_digest(image), "num_pixels": image.width * image.height}
         pixels = to_array([image], **asked["look"]).tobytes()
         if not asked["shown_px"]:
-            return told, pixels
+            return reply, pixels
         small = shrunk(image, asked["shown_px"])
-        return {**told, "shown": small.size}, pixels + small.tobytes()
+        return {**reply, "shown": small.size}, pixels + small.tobytes()
 
 
 def _check_depth(value: Any, left: int) -> None:
@@ -108,20 +108,20 @@ def _check_depth(value: Any, left: int) -> None:
             _check_depth(each, left - 1)
 
 
-def _told(picture: str | bytes) -> dict[str, str]:
-    return {"address": picture} if isinstance(picture, str) else {"file": hashlib.sha256(picture).hexdigest()}
+def _described(image: str | bytes) -> dict[str, str]:
+    return {"address": image} if isinstance(image, str) else {"file": hashlib.sha256(image).hexdigest()}
 
 
 def work(connection: socket.socket, limits: Limits) -> None:
     """Answer messages until the connection is closed."""
-    desk = Desk(limits)
+    parser = RequestParser(limits)
     with connection, connection.makefile("rb", buffering=2**16) as stream:
         while head := stream.read(frames.HEAD.size):
             num_json, num_payload = frames.lengths(head)
             asked = json.loads(stream.read(num_json))
             _bound(num_payload, asked.get("max_pixels", 0))
-            told, payload = desk.answer(asked, stream.read(num_payload))
-            connection.sendall(told)
+            reply, payload = parser.answer(asked, stream.read(num_payload))
+            connection.sendall(reply)
             connection.sendall(payload)
 
 
@@ -153,10 +153,10 @@ def main() -> None:
     gc.freeze()  # garbage collection would copy the pages shared with the parent
     readers: set[int] = set()
     with suppress(ConnectionError):  # the server has exited
-        while len((told := socket.recv_fds(control, frames.COMMAND.size, 1))[0]) == frames.COMMAND.size:
-            command, process = frames.COMMAND.unpack(told[0])
+        while len((received := socket.recv_fds(control, frames.COMMAND.size, 1))[0]) == frames.COMMAND.size:
+            command, process = frames.COMMAND.unpack(received[0])
             if command == b"F":
-                answer = _forked(control, told[1][0], limits)
+                answer = _forked(control, received[1][0], limits)
                 readers |= {answer} if answer > 0 else set()
             else:
                 answer = _end(process) if process in readers else frames.UNKNOWN

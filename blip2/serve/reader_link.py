@@ -24,7 +24,7 @@ class Reader(asyncio.Protocol):
         self.is_slow = False
         self.is_asked = False
         """Whether an answer is pending, so that the reader cannot be reused if that is not awaited."""
-        self.is_worn = False
+        self.is_grown = False
         """Whether to replace the reader after this request."""
         self.new_bytes = 0
         """Its memory in bytes when it was new."""
@@ -49,15 +49,15 @@ class Reader(asyncio.Protocol):
         try:
             await self._send(frames.packed(asked, len(payload)), payload)
             num_json, num_payload = frames.lengths(await self._take(frames.HEAD.size))
-            told = json.loads(await self._take(num_json))
+            reply = json.loads(await self._take(num_json))
             content = await self._take(num_payload)
         except (OSError, ValueError) as error:
             raise self.refusal or await self._why_ended(self) from error
         self.is_asked = False
-        if "error" in told:
-            status, code, message, param = told["error"]
+        if "error" in reply:
+            status, code, message, param = reply["error"]
             raise ApiError(status, code, message, param=param)
-        return told, content
+        return reply, content
 
     async def _send(self, head: bytes, payload: bytes) -> None:
         if len(payload) <= PIECE_BYTES:
@@ -85,7 +85,7 @@ class Reader(asyncio.Protocol):
         self._change = asyncio.get_running_loop().create_future()
         await self._change
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         if self._change is not None and not self._change.done():
             self._change.set_result(None)
 
@@ -102,15 +102,15 @@ class Reader(asyncio.Protocol):
         if len(self._received) > MAX_ANSWER_BYTES:  # a compromised reader
             self._transport.abort()
         if len(self._received) >= self._num_wanted:
-            self._tell()
+            self._wake()
 
     def pause_writing(self) -> None:
         self._is_full = True
 
     def resume_writing(self) -> None:
         self._is_full = False
-        self._tell()
+        self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.has_ended = True
-        self._tell()
+        self._wake()

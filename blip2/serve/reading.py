@@ -20,17 +20,17 @@ from fastapi import Request
 from torch import Tensor
 
 from blip2.image import RgbImage, load_image
+from blip2.serve.admission import CLIENT, RELEASE
 from blip2.serve.attention import BODY
 from blip2.serve.cache import ImageCache, Look
-from blip2.serve.doorman import CLIENT, LET_GO
 from blip2.serve.errors import ApiError, as_api_error
 from blip2.serve.fetch import Fetcher
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.pool import KILLED, Pool
 from blip2.serve.reader_link import Reader
-from blip2.serve.turns import Handout
-from blip2.tasks.see import Eye
+from blip2.serve.turns import FairPool
+from blip2.tasks.see import ImageFrontend
 
 SMALL_PIXELS, LARGE_PIXELS = 4_000_000, 30_000_000
 """Images of up to the first number are decoded without waiting; above the second, one at a time; in between, a few."""
@@ -49,8 +49,8 @@ class Readings:
         self.limits = limits
         self.metrics = metrics
         self.pool = Pool(limits)
-        self.lanes: list[tuple[float, Handout[None]]] = [
-            (LARGE_PIXELS, Handout([None] * NUM_BETWEEN)), (math.inf, Handout([None])),
+        self.lanes: list[tuple[float, FairPool[None]]] = [
+            (LARGE_PIXELS, FairPool([None] * NUM_BETWEEN)), (math.inf, FairPool([None])),
         ]  # fmt: skip
         """For images that are not small: the maximum pixels, and the places to decode them."""
         self._fetcher = fetcher
@@ -82,7 +82,7 @@ class Readings:
                 self.metrics.image_rejected.labels(error.code).inc()
             raise
         finally:
-            request.scope.get(LET_GO, lambda: None)()
+            request.scope.get(RELEASE, lambda: None)()
 
     async def fetch(self, address: str) -> bytes:
         """Download an image. Raises ApiError."""
@@ -107,7 +107,7 @@ class Reading:
         self._fetched = b""
         self._held = held
         self._reader: Reader | None = None
-        self._pictures: list[dict[str, str]] = []
+        self._images: list[dict[str, str]] = []
         self._num_pixels = 0
         self._num_killed = 0
 
@@ -118,75 +118,77 @@ class Reading:
                 f"the body is compressed ({self._packing[:40]}); send it uncompressed, without Content-Encoding"
             )
             raise ApiError(415, "unsupported_encoding", message, headers={"Accept-Encoding": "identity"})
-        told = await self._read_anew()
-        self.fields, self._pictures = told["fields"], told["pictures"]
+        reply = await self._read_again()
+        self.fields, self._images = reply["fields"], reply["pictures"]
 
     def forget(self) -> None:
         """Release the bytes; nothing more is read from the request."""
         self._content = self._fetched = b""
 
     @property
-    def num_pictures(self) -> int:
-        return len(self._pictures)
+    def num_images(self) -> int:
+        return len(self._images)
 
     async def look(self, place: int, cache: ImageCache[Kept]) -> Look[Kept]:
         """An image for a model. An image in the cache is not even decoded. Raises ApiError."""
         file = await self._file(place)
         if (look := cache.known(file)) is not None:
             return look
-        told, pixels_CHW, _ = await self._decoded(place, cache.eye, 0)
-        return cache.look(file, told["digest"], pixels_CHW)
+        reply, pixels_CHW, _ = await self._decoded(place, cache.frontend, 0)
+        return cache.look(file, reply["digest"], pixels_CHW)
 
-    async def shown(self, place: int, eye: Eye[Any], size_px: int) -> tuple[RgbImage, Tensor]:
+    async def shown(self, place: int, frontend: ImageFrontend[Any], size_px: int) -> tuple[RgbImage, Tensor]:
         """An image with sides of at most ``size_px``, and the model's input of it. Raises ApiError."""
         await self._file(place)
-        told, pixels_CHW, small = await self._decoded(place, eye, size_px)
-        width, height = told["shown"]
+        reply, pixels_CHW, small = await self._decoded(place, frontend, size_px)
+        width, height = reply["shown"]
         return load_image(np.frombuffer(small, np.uint8).reshape(height, width, 3)), pixels_CHW
 
     async def _file(self, place: int) -> str:
         """The digest of the image's file, which the reader holds afterwards."""
-        if (address := self._pictures[place].get("address")) is not None:
+        if (address := self._images[place].get("address")) is not None:
             await self._leave()
             self._fetched = await self._readings.fetch(address)
-            await self._read_anew()
-            self._pictures[place] = await self._take(place)
-        return self._pictures[place]["file"]
+            await self._read_again()
+            self._images[place] = await self._take(place)
+        return self._images[place]["file"]
 
-    async def _decoded(self, place: int, eye: Eye[Any], shown_px: int) -> tuple[dict[str, Any], Tensor, bytearray]:
+    async def _decoded(
+        self, place: int, frontend: ImageFrontend[Any], shown_px: int
+    ) -> tuple[dict[str, Any], Tensor, bytearray]:
         assert self._reader is not None
         left = max(self._readings.limits.max_pixels - self._num_pixels, 1)
-        asked = {"do": "pixels", "picture": place, "look": eye.look, "shown_px": shown_px}
+        asked = {"do": "pixels", "picture": place, "look": frontend.look, "shown_px": shown_px}
 
         async def decode(most: float) -> tuple[dict[str, Any], bytearray]:
             return await self._ask({**asked, "max_pixels": int(min(most, left)), "is_last_word": most >= left})
 
-        told, content = await decode(SMALL_PIXELS)
+        reply, content = await decode(SMALL_PIXELS)
         for most, lane in self._readings.lanes:
-            if "is_large" not in told:
+            if "is_large" not in reply:
                 break
             if not lane.num_free:
                 await self._leave()
-            async with lane.lent(self.client):
+            async with lane.lease(self.client):
                 if self._reader is None:
-                    await self._read_anew()
+                    await self._read_again()
                     await self._take_fetched(place)
                 self._readings.pool.demote(self._reader, is_expected=True)
-                told, content = await decode(most)
+                reply, content = await decode(most)
         self._fetched = b""
-        self._num_pixels += told["num_pixels"]
-        number = 3 * eye.size**2
+        self._num_pixels += reply["num_pixels"]
+        number = 3 * frontend.size**2
         pixels_CHW = torch.frombuffer(content, dtype=torch.float32, count=number)
-        return told, pixels_CHW.view(3, eye.size, eye.size), content[4 * number :]
+        return reply, pixels_CHW.view(3, frontend.size, frontend.size), content[4 * number :]
 
     # ---- using readers ----
 
-    async def _read_anew(self) -> dict[str, Any]:
+    async def _read_again(self) -> dict[str, Any]:
         """Parse the request in another reader, if the earlier one was returned."""
         size = len(self._content)
         self._reader = await self._held.enter_async_context(self._readings.pool.reader(self.client, size))
-        told, _ = await self._ask({"do": "read", "route": self._route, "type": self._kind}, self._content)
-        return told
+        reply, _ = await self._ask({"do": "read", "route": self._route, "type": self._kind}, self._content)
+        return reply
 
     async def _ask(self, asked: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytearray]:
         """The reader's answer; if the reader is killed, that of another one."""
@@ -199,15 +201,15 @@ class Reading:
                 if error.code != KILLED or self._num_killed > MAX_KILLED:
                     raise
             await self._leave()
-            told = await self._read_anew()
+            reply = await self._read_again()
             if asked["do"] == "read":
-                return told, bytearray()
+                return reply, bytearray()
             if asked["do"] == "pixels":
                 await self._take_fetched(asked["picture"])
 
     async def _take(self, place: int) -> dict[str, str]:
-        told, _ = await self._ask({"do": "take", "picture": place}, self._fetched)
-        return told
+        reply, _ = await self._ask({"do": "take", "picture": place}, self._fetched)
+        return reply
 
     async def _take_fetched(self, place: int) -> None:
         if self._fetched:

@@ -18,21 +18,21 @@ from fastapi import FastAPI
 from starlette.types import Message, Scope
 
 from blip2 import errors
-from blip2.checkpoint.reader import give_back_memory
-from blip2.serve.doorman import END
+from blip2.checkpoint.reader import release_memory
+from blip2.serve.admission import END
 from blip2.serve.service import Models
-from blip2.serve.tidy import share_one_arena
+from blip2.serve.trimmer import share_one_arena
 
 LOAD_ERROR = "blip2 was not loaded: "
 DEATH_S = 0.2
 """Seconds between checks whether the model is alive."""
-TIDY_BYTES, TIDY_S = 2**25, 20.0
+TRIM_AFTER_BYTES, TRIM_INTERVAL_S = 2**25, 20.0
 """Bytes of bodies after which freed memory is returned to the system, at most once in this many seconds."""
 
 Create = Callable[[Callable[[], Models], str], FastAPI]
 
 
-class Tidy:
+class MemoryTrimmer:
     """Returns freed memory to the system: the C library would keep the pieces of large bodies."""
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class Tidy:
 
     def look(self) -> None:
         """Call this now and then, in a thread."""
-        if self._num_bytes >= TIDY_BYTES and time.monotonic() - self._last_s > TIDY_S:
+        if self._num_bytes >= TRIM_AFTER_BYTES and time.monotonic() - self._last_s > TRIM_INTERVAL_S:
             self._num_bytes, self._last_s = 0, time.monotonic()
-            give_back_memory()
+            release_memory()
 
 
 def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
@@ -63,13 +63,13 @@ def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
             except Exception as error:
                 raise RuntimeError(LOAD_ERROR + json.dumps([type(error).__name__, str(error)])) from error
             self.app = create(lambda: models, serve.get_replica_context().replica_id.unique_id)
-            self._tidy = Tidy()
+            self._trimmer = MemoryTrimmer()
             self._ended = asyncio.Event()
             self._living: asyncio.Task[None] | None = asyncio.create_task(self._live())
 
         async def _live(self) -> None:
             async with self.app.router.lifespan_context(self.app):
-                watch = asyncio.create_task(self._die_with_the_model())
+                watch = asyncio.create_task(self._exit_with_model())
                 await self._ended.wait()
                 watch.cancel()
 
@@ -90,18 +90,18 @@ def replica_of(serve: Any, load: Callable[[], Models], create: Create) -> type:
             if refusal is not None and refusal.code != "stopping":
                 raise RuntimeError(refusal.message)
 
-        async def _die_with_the_model(self) -> None:
+        async def _exit_with_model(self) -> None:
             """End the process, since Ray needs several failed health checks, during which requests would arrive
             here."""
             while (refusal := self.app.state.service.refusal()) is None or refusal.code in ("loading", "stopping"):
                 await asyncio.sleep(DEATH_S)
-                await asyncio.to_thread(self._tidy.look)
+                await asyncio.to_thread(self._trimmer.look)
             os._exit(1)
 
         async def answer(self, scope: Scope, left_s: float, *body: bytes) -> AsyncGenerator[bytes, None]:
             """Lists of pickled ASGI messages: those that the application has sent since the last list."""
             scope[END] = time.monotonic() + left_s
-            self._tidy.note(sum(map(len, body)))
+            self._trimmer.note(sum(map(len, body)))
             async for messages in messages_of(self.app, scope, [b"".join(body)]):
                 yield pickle.dumps(messages)
 
@@ -117,34 +117,34 @@ async def messages_of(app: Any, scope: Scope, body: list[bytes]) -> AsyncGenerat
 
     ``body``: emptied when the application takes it.
     """
-    gone = asyncio.Event()
-    said: asyncio.Queue[Message | None] = asyncio.Queue()
+    closed = asyncio.Event()
+    sent: asyncio.Queue[Message | None] = asyncio.Queue()
 
     async def receive() -> Message:
         if body:
             return {"type": "http.request", "body": body.pop(), "more_body": False}
-        await gone.wait()
+        await closed.wait()
         return {"type": "http.disconnect"}
 
-    running = asyncio.ensure_future(app(scope, receive, said.put))
-    running.add_done_callback(lambda _: said.put_nowait(None))
+    running = asyncio.ensure_future(app(scope, receive, sent.put))
+    running.add_done_callback(lambda _: sent.put_nowait(None))
     try:
         is_over = False
         while not is_over:
-            messages = [await said.get()]
-            while not said.empty():
-                messages.append(said.get_nowait())
+            messages = [await sent.get()]
+            while not sent.empty():
+                messages.append(sent.get_nowait())
             is_over = messages[-1] is None
             if found := [message for message in messages if message is not None]:
                 yield found
     finally:
-        gone.set()
-        _at_work.add(running)  # runs to its end: it is notified, not cancelled
-        running.add_done_callback(_at_work.discard)
+        closed.set()
+        _running_tasks.add(running)  # runs to its end: it is notified, not cancelled
+        running.add_done_callback(_running_tasks.discard)
         running.add_done_callback(lambda done: done.cancelled() or done.exception())  # already logged
 
 
-_at_work: set[asyncio.Future[None]] = set()
+_running_tasks: set[asyncio.Future[None]] = set()
 
 
 def load_error(message: str) -> Exception:

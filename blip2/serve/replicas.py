@@ -32,7 +32,7 @@ from blip2.serve.service import Models
 NAME = "blip2"
 DEPLOYMENT = "replica"
 SPARE_REQUESTS = 64
-"""Requests that a replica gets beyond its queue; its doorman refuses them with our messages."""
+"""Requests that a replica gets beyond its queue; its `Admission` refuses them with our messages."""
 HEALTH_S = 10
 """Seconds without an answer after which, three times in a row, a replica is ended and replaced."""
 END_S = 5
@@ -71,12 +71,12 @@ def run_replicas(
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         stopped = threading.Event()
-        _heed_signals(stopped, undo)
+        _handle_signals(stopped, undo)
         # In a thread Ray installs no Python signal handlers. Processes of Ray end with the thread that started them.
-        aside = undo.enter_context(ThreadPoolExecutor(1))
+        executor = undo.enter_context(ThreadPoolExecutor(1))
         undo.callback(ray.shutdown)
-        aside.submit(connect, ray, address).result()
-        _heed_signals(stopped, undo)  # again: Ray's C++ code has installed one that aborts
+        executor.submit(connect, ray, address).result()
+        _handle_signals(stopped, undo)  # again: Ray's C++ code has installed one that aborts
         if stopped.is_set():
             return
         before = serve.status()
@@ -104,7 +104,7 @@ def _pieces(body: bytes) -> list[bytes]:
     return [body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES)]
 
 
-def _heed_signals(stopped: threading.Event, undo: ExitStack) -> None:
+def _handle_signals(stopped: threading.Event, undo: ExitStack) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         undo.callback(signal.signal, number, signal.signal(number, lambda *_: stopped.set()))
 

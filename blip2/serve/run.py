@@ -17,10 +17,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from blip2.checkpoint.reader import give_back_memory
+from blip2.checkpoint.reader import release_memory
 from blip2.errors import OptionError
 from blip2.serve.connection import Connection
-from blip2.serve.house import MAX_CONNECTIONS as MAX_CONNECTIONS
+from blip2.serve.connections import MAX_CONNECTIONS as MAX_CONNECTIONS
 from blip2.serve.service import Service
 
 try:
@@ -101,7 +101,7 @@ def run(
     Raises the error that kept the model from loading; SystemExit if the model's thread has died.
     """
     service: Service = app.state.service
-    service.house.max_connections, num_accepted = affordable(service.limits.max_connections)
+    service.connections.max_connections, num_accepted = affordable(service.limits.max_connections)
     config = uvicorn.Config(
         app,
         forwarded_allow_ips=[*LOOPBACK, *trusted_proxies],
@@ -185,10 +185,10 @@ async def _serve(server: Server, listener: socket.socket, service: Service, on_o
         on_open()
     peak = 0
     while not serving.done():
-        peak = max(peak, len(service.house))
-        if peak > MANY_CONNECTIONS and len(service.house) < peak // 4:
+        peak = max(peak, len(service.connections))
+        if peak > MANY_CONNECTIONS and len(service.connections) < peak // 4:
             peak = 0
-            await asyncio.to_thread(give_back_memory)
+            await asyncio.to_thread(release_memory)
         if service.load_error is not None:
             server.end(DEATH_S, EX_FORCED)
         if service.death is not None:  # waiting requests are being answered with an error

@@ -15,28 +15,28 @@ from fastapi import Request, Response
 
 from blip2.api import Matcher, Pipeline
 from blip2.generation import Hypothesis
+from blip2.serve.admission import END
 from blip2.serve.bodies import Bodies
 from blip2.serve.cache import ImageCache
-from blip2.serve.doorman import END
+from blip2.serve.connections import Connections
 from blip2.serve.errors import ApiError
 from blip2.serve.fetch import Fetcher
-from blip2.serve.house import House
 from blip2.serve.limits import Limits
 from blip2.serve.loading import Loading
 from blip2.serve.metrics import Metrics
 from blip2.serve.places import Places, too_late
 from blip2.serve.reading import Readings
 from blip2.serve.tickets import Piece, Steps, Ticket
-from blip2.serve.turns import Handout
+from blip2.serve.turns import FairPool
 from blip2.serve.worker import Worker, WorkerError
 from blip2.tasks.match import ImageFeatures
 from blip2.text import LONG_TEXT
 
 logger = logging.getLogger("blip2.serve")
 
-NUM_ASIDE = 2
+NUM_HELPERS = 2
 """Threads for work of neither the models nor the event loop."""
-AT_ONCE_S, ASIDE_S = 0.002, 0.02
+AT_ONCE_S, IN_THREAD_S = 0.002, 0.02
 """Seconds that such work may block the event loop, and a thread before it checks for a disconnect."""
 
 Value = TypeVar("Value")
@@ -65,16 +65,16 @@ class Service:
         self.limits = limits
         self.metrics = Metrics(replica)
         self.readings = Readings(limits, self.metrics, fetcher)
-        self.house = House(limits.max_connections, self.metrics.refuse)
+        self.connections = Connections(limits.max_connections, self.metrics.refuse)
         self.places = Places(limits)
         self.bodies = Bodies(limits)
-        self.metrics.follow_connections(self.house.count)
+        self.metrics.follow_connections(self.connections.count)
         self.metrics.body_bytes.set_function(lambda: self.bodies.num_bytes)
         self.load_error: BaseException | None = None
         self.is_stopping = False
         self.end_s: float | None = None
         """The time (monotonic) by which everything has to end, once the process was asked to stop."""
-        self._aside: Handout[None] = Handout([None] * NUM_ASIDE)
+        self._helpers: FairPool[None] = FairPool([None] * NUM_HELPERS)
         self._post = Post()
         self._load = load
         self._loading = loading or Loading()
@@ -190,7 +190,7 @@ class Service:
         except WorkerError as error:
             raise ApiError(503, "model_stopped", str(error)) from error
 
-    async def aside(self, client: str, items: Iterator[Value], *, is_small: bool = True) -> list[Value]:
+    async def in_thread(self, client: str, items: Iterator[Value], *, is_small: bool = True) -> list[Value]:
         """All items of an iterator, for parsing texts or encoding answers. Work of more than a moment runs in a thread.
 
         Clients take turns for a thread, and a client that disconnects leaves it soon. Each item has to be quick, or
@@ -199,19 +199,19 @@ class Service:
         found: list[Value] = []
         if is_small and _go_on(items, found, AT_ONCE_S):
             return found
-        async with self._aside.lent(client):
-            while not await asyncio.to_thread(_go_on, items, found, ASIDE_S):
+        async with self._helpers.lease(client):
+            while not await asyncio.to_thread(_go_on, items, found, IN_THREAD_S):
                 pass
         return found
 
     async def read_text(self, client: str, text: str, function: Callable[[], Value]) -> Value:
         """The function's result for a text, in a thread if the text is long."""
-        [found] = await self.aside(client, (function() for _ in (text,)), is_small=len(text) <= LONG_TEXT)
+        [found] = await self.in_thread(client, (function() for _ in (text,)), is_small=len(text) <= LONG_TEXT)
         return found
 
     async def rendered(self, client: str, pieces: Iterator[bytes], headers: dict[str, str] | None = None) -> Response:
         """A JSON response made of pieces."""
-        return Response(b"".join(await self.aside(client, pieces)), headers=headers, media_type="application/json")
+        return Response(b"".join(await self.in_thread(client, pieces)), headers=headers, media_type="application/json")
 
     async def stream(self, request: Request, ticket: Ticket) -> tuple[AsyncGenerator[Piece | Hypothesis, None], Ticket]:
         """The only answer in pieces, then as a whole; and its ticket.
@@ -220,17 +220,17 @@ class Service:
         generator.
         """
         loop = asyncio.get_running_loop()
-        heard: asyncio.Queue[Piece | None] = asyncio.Queue()
+        pieces_queue: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         def on_piece(piece: Piece) -> None:
-            self._post.send(loop, heard, piece)
+            self._post.send(loop, pieces_queue, piece)
 
         ticket = replace(ticket, on_piece=on_piece)
         worker = self.worker
         try:
             worker.submit(ticket)
-            ticket.answers.add_done_callback(lambda _: self._post.send(loop, heard, None))
-            first = await heard.get()
+            ticket.answers.add_done_callback(lambda _: self._post.send(loop, pieces_queue, None))
+            first = await pieces_queue.get()
             if first is None:
                 ticket.answers.result()
         except WorkerError as error:
@@ -246,7 +246,7 @@ class Service:
             def give_up() -> None:
                 nonlocal is_late
                 is_late = True
-                heard.put_nowait(None)
+                pieces_queue.put_nowait(None)
 
             left_s = max(request.scope[END] - time.monotonic(), 0)
             timer = loop.call_later(left_s, give_up)  # one timer, not one per piece
@@ -254,7 +254,7 @@ class Service:
                 piece = first
                 while piece is not None:
                     yield piece
-                    piece = await heard.get()
+                    piece = await pieces_queue.get()
                     if is_late:
                         raise too_late()
                 yield ticket.answers.result()[0]

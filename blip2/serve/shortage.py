@@ -10,7 +10,7 @@ WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAIL
 """Texts of PyTorch's errors that have no class of their own."""
 
 
-def told_shortage(error: BaseException) -> ApiError | None:
+def shortage_error(error: BaseException) -> ApiError | None:
     """The error for waiting clients if the memory of any device ran out; else None.
 
     The original error should not be kept: its frames hold the memory.

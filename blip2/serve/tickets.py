@@ -53,7 +53,7 @@ class Ticket:
     num_prompt_tokens: int = 0
     """Number of prompt tokens, image included; known when the answers are."""
     is_cancelled: bool = False
-    came_s: float = field(default_factory=time.monotonic)
+    arrived_s: float = field(default_factory=time.monotonic)
     num_overtaken: int = 0
     """Rows given to other tickets since it could have had its turn."""
 
@@ -93,25 +93,25 @@ def begun(ticket: Ticket, image: EncodedImage, speaker: Speaker) -> Running:
     on_piece = ticket.on_piece
     text = TextStream(speaker.tokenizer)
     pending: list[int] = []
-    num_told = 0
+    num_sent = 0
 
     def on_token(row: int, token: int) -> None:
         pending.append(token)
         if piece := text.push(token):
-            tell(piece)
+            send(piece)
 
-    def tell(piece: str) -> None:
-        nonlocal num_told
-        own = slice(num_told, num_told + len(pending))
+    def send(piece: str) -> None:
+        nonlocal num_sent
+        own = slice(num_sent, num_sent + len(pending))
         top = strategy.top[0][own] if ticket.num_top else None
         on_piece(Piece(piece, pending.copy(), strategy.log_probs[0][own], top))
-        num_told = own.stop
+        num_sent = own.stop
         pending.clear()
 
     def finish_text() -> None:
         piece = text.finish()
         if piece or pending:
-            tell(piece)
+            send(piece)
 
     job = speaker.engine.job([prompt_TD], ticket.options, on_token=on_token, num_top=ticket.num_top)
     assert isinstance(job.strategy, RowByRow)  # beam search cannot be streamed

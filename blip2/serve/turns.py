@@ -76,7 +76,7 @@ class Turns(Generic[Item]):
             del self._waiting[client]
 
 
-class Handout(Generic[Item]):
+class FairPool(Generic[Item]):
     """A limited number of things, lent to waiting clients in turn. For one event loop."""
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
@@ -105,7 +105,7 @@ class Handout(Generic[Item]):
             raise
 
     @asynccontextmanager
-    async def lent(self, client: str, size: float = 0) -> AsyncIterator[Item]:
+    async def lease(self, client: str, size: float = 0) -> AsyncIterator[Item]:
         item = await self.take(client, size)
         try:
             yield item
@@ -133,8 +133,8 @@ class Handout(Generic[Item]):
         return self._free.pop()
 
 
-class Spared(Handout[Item]):
-    """A `Handout` whose last free thing is reserved for a client that has none. Things have to be hashable."""
+class ReservingPool(FairPool[Item]):
+    """A `FairPool` whose last free thing is reserved for a client that has none. Things have to be hashable."""
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
         super().__init__(items)

@@ -55,10 +55,10 @@ def _check_free(path: Path) -> None:
         if not stat.S_ISSOCK(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "file"
             raise OptionError(f"--uds {path}: a {kind} already exists there; choose another name")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as guest:
-        guest.settimeout(1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(1)
         try:
-            guest.connect(str(path))
+            client.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
             return  # there is no file, or its server is dead
         except OSError as error:  # too long a name fails here: renaming would work, but not connecting

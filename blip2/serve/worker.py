@@ -20,7 +20,7 @@ import torch
 
 from blip2 import threads
 from blip2.api import Matcher, Pipeline
-from blip2.checkpoint.reader import give_back_memory
+from blip2.checkpoint.reader import release_memory
 from blip2.encoded import EncodedImage
 from blip2.errors import OptionError
 from blip2.generation import Batch
@@ -28,7 +28,7 @@ from blip2.serve.cache import ImageCache
 from blip2.serve.lanes import PORTION, Lane, Lanes, Share, next_of
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
-from blip2.serve.shortage import told_shortage
+from blip2.serve.shortage import shortage_error
 from blip2.serve.tickets import Call, Running, Steps, Ticket, begun
 from blip2.serve.turns import Turns
 from blip2.tasks.match import ImageFeatures
@@ -55,10 +55,10 @@ class Worker:
         self.pipeline = pipeline
         self.matcher = matcher
         size = (limits.cache_entries, limits.cache_bytes)
-        self.images: ImageCache[EncodedImage] = ImageCache(pipeline.eye, *size)
+        self.images: ImageCache[EncodedImage] = ImageCache(pipeline.frontend, *size)
         self.features: ImageCache[ImageFeatures] | None = None
         if matcher is not None:
-            self.features = ImageCache(matcher.eye, *size)
+            self.features = ImageCache(matcher.frontend, *size)
         self.max_rows = limits.max_rows
         self._metrics = metrics
         self._waiting: Turns[Ticket] = Turns()
@@ -163,7 +163,7 @@ class Worker:
             idle_s: float | None = IDLE_S
             while not (self._has_work() or self._is_closing):
                 if not self._wake.wait(idle_s):
-                    give_back_memory()
+                    release_memory()
                     idle_s = None
             if not self._has_work():
                 return False
@@ -179,7 +179,7 @@ class Worker:
         if not isinstance(share, Lane):
             self._carry_on()
         elif share.coming and (share.may_admit or not share.running):
-            self._coming = share.portion(min(PORTION, self.pipeline.eye.images_at_a_time))
+            self._coming = share.portion(min(PORTION, self.pipeline.frontend.images_at_a_time))
             self._admit(share, [ticket for ticket in self._coming if not ticket.is_cancelled])
             self._coming = []
             share.may_admit = len(busy) == 1  # admitting together is faster
@@ -260,7 +260,7 @@ class Worker:
         try:
             over = batch.step()
         except Exception as error:
-            if told_shortage(error) is None:
+            if shortage_error(error) is None:
                 self._num_failures += 1
             if self._num_failures == MAX_FAILURES:
                 raise
@@ -272,7 +272,7 @@ class Worker:
         self._num_failures = 0
         now_s = time.monotonic()
         for ticket in lane.fresh:
-            self._metrics.first_token_seconds.observe(now_s - ticket.came_s)
+            self._metrics.first_token_seconds.observe(now_s - ticket.arrived_s)
         lane.fresh.clear()
         self._is_changed |= batch.num_rows < num_rows
         for job in over:
@@ -293,4 +293,4 @@ def _settle(future: Future[Any], result: Any = None, *, error: BaseException | N
         if error is None:
             future.set_result(result)
         else:
-            future.set_exception(told_shortage(error) or error)
+            future.set_exception(shortage_error(error) or error)

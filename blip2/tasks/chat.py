@@ -56,16 +56,16 @@ class Chat:
         return prompt
 
     def _listen(self, question: str, prompt: str) -> Generator[str, None, None]:
-        heard: list[str] = []
+        spoken: list[str] = []
         try:
             for piece in stream(self._speaker, self.image, prompt, self.options):
-                heard.append(piece)
+                spoken.append(piece)
                 yield piece
         except (GeneratorExit, KeyboardInterrupt):
-            if heard:
-                self.history.append((question, "".join(heard)))
+            if spoken:
+                self.history.append((question, "".join(spoken)))
             raise
-        self.history.append((question, "".join(heard)))
+        self.history.append((question, "".join(spoken)))
 
 
 def prompt_that_fits(

@@ -37,7 +37,7 @@ from blip2.language import T5
 from blip2.model import Blip2, Blip2Matcher
 from blip2.tasks.caption import prompts as caption_prompts
 from blip2.tasks.match import ImageFeatures, Reader
-from blip2.tasks.see import Eye
+from blip2.tasks.see import ImageFrontend
 from blip2.tasks.speaker import Speaker
 from blip2.text import UNFINISHED, clean, question_prompt
 
@@ -82,35 +82,35 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Sight:
+class ImagePatches:
     """The original image, and the model's patches of it and of a blank one, ``float[P, D]`` each.
 
     ``box``: the part of the image that the model gets (`image.seen_box`).
     """
 
-    picture: RgbImage
+    image: RgbImage
     patches_PD: Tensor
     blank_PD: Tensor
     box: Box | None = None
 
 
-def sight(image: Source, eye: Eye[Any], encode: Callable[[Tensor], Tensor]) -> Sight:
+def image_patches(image: Source, frontend: ImageFrontend[Any], encode: Callable[[Tensor], Tensor]) -> ImagePatches:
     """Encode an image. ``encode`` makes patches from pixels. Raises ImageError, also for an encoded image."""
     if isinstance(image, EncodedImage | ImageFeatures):
         raise ImageError("an encoded image has no pixels to lay the map over; give the image itself")
-    picture = eye.reading.load(image)
-    return Sight(picture, *eye.with_blank(eye.pixels(picture), encode), eye.box(picture))
+    loaded = frontend.reading.load(image)
+    return ImagePatches(loaded, *frontend.with_blank(frontend.pixels(loaded), encode), frontend.box(loaded))
 
 
 # ---- what to explain --------------------------------------------------------------------------------
 
 
-def explain_match(reader: Reader, sight: Sight, text: str) -> Explanation:
+def explain_match(reader: Reader, image_patches: ImagePatches, text: str) -> Explanation:
     """Where the image supports the text, by the matching head (ITM)."""
-    return finished(explaining_match(reader, sight, text, NUM_STEPS))
+    return finished(explaining_match(reader, image_patches, text, NUM_STEPS))
 
 
-def explaining_match(reader: Reader, sight: Sight, text: str, at_a_time: int = 1) -> Work:
+def explaining_match(reader: Reader, image_patches: ImagePatches, text: str, at_a_time: int = 1) -> Work:
     """As `explain_match`, with ``at_a_time`` steps of the path per portion."""
     [ids] = reader.ids([text])
     model = reader.model
@@ -121,9 +121,10 @@ def explaining_match(reader: Reader, sight: Sight, text: str, at_a_time: int = 1
         logits_S2 = model.match(patches_SPD, text_ST, mask_ST, image_bias=image_bias)
         return logits_S2[:, 1] - logits_S2[:, 0]
 
-    evidence_P, score = yield from gathering(log_odds, sight, model.config.qformer, at_a_time, threads.worth(model))
+    num_threads = threads.num_useful(model)
+    evidence_P, score = yield from gathering(log_odds, image_patches, model.config.qformer, at_a_time, num_threads)
     _check(model, evidence_P, score)
-    return _explanation(sight, evidence_P, clean(text), 1 / (1 + math.exp(min(-score, 700))))
+    return _explanation(image_patches, evidence_P, clean(text), 1 / (1 + math.exp(min(-score, 700))))
 
 
 @dataclass(frozen=True)
@@ -149,16 +150,16 @@ class Words:
             question_prompt(self.question, "opt")
 
 
-def explain_words(speaker: Speaker, sight: Sight, words: Words) -> Explanation:
+def explain_words(speaker: Speaker, image_patches: ImagePatches, words: Words) -> Explanation:
     """Where the image supports a generated text. Raises OptionError as `Words.check`, and for a missing word.
 
     For an answer to a question, the given one or (None) the generated one; likewise for a caption, or a word of it. If
     a word occurs several times, the first is explained.
     """
-    return finished(explaining_words(speaker, sight, words, NUM_STEPS))
+    return finished(explaining_words(speaker, image_patches, words, NUM_STEPS))
 
 
-def explaining_words(speaker: Speaker, sight: Sight, words: Words, at_a_time: int = 1) -> Work:
+def explaining_words(speaker: Speaker, image_patches: ImagePatches, words: Words, at_a_time: int = 1) -> Work:
     """As `explain_words`, in portions: tokens to generate, and ``at_a_time`` steps of the path."""
     words.check()
     if words.question is not None:
@@ -167,12 +168,12 @@ def explaining_words(speaker: Speaker, sight: Sight, words: Words, at_a_time: in
                 f"answers in a chat template cannot be explained; load the model without {option('chat_template')}"
             )
         prompt = question_prompt(words.question, speaker.model.config.manner)
-        tokens = yield from _tokens(speaker, sight, prompt, words.answer, speaker.defaults.ask, "answer")
-        return (yield from _explaining_tokens(speaker, sight, prompt, tokens, slice(None), at_a_time))
+        tokens = yield from _tokens(speaker, image_patches, prompt, words.answer, speaker.defaults.ask, "answer")
+        return (yield from _explaining_tokens(speaker, image_patches, prompt, tokens, slice(None), at_a_time))
     [prompt] = caption_prompts(speaker, [""])
-    tokens = yield from _tokens(speaker, sight, prompt, words.caption, speaker.defaults.caption, "caption")
+    tokens = yield from _tokens(speaker, image_patches, prompt, words.caption, speaker.defaults.caption, "caption")
     place = slice(None) if words.word is None else find_word(tokens, speaker.tokenizer.decode, words.word)
-    return (yield from _explaining_tokens(speaker, sight, prompt, tokens, place, at_a_time))
+    return (yield from _explaining_tokens(speaker, image_patches, prompt, tokens, place, at_a_time))
 
 
 def find_word(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], word: str) -> slice:
@@ -194,26 +195,26 @@ def find_word(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], wor
 # ---- evidence ----------------------------------------------------------------------------
 
 
-def evidence(score: Score, sight: Sight, config: QFormerConfig) -> tuple[Tensor, float]:
+def evidence(score: Score, image_patches: ImagePatches, config: QFormerConfig) -> tuple[Tensor, float]:
     """How much each patch supports the score, ``float32[P]`` (0 or more), and the score of the image itself.
 
     Negative evidence of any head in any layer is ignored: it would hide what another head found there.
     """
-    return finished(gathering(score, sight, config, NUM_STEPS))
+    return finished(gathering(score, image_patches, config, NUM_STEPS))
 
 
 def gathering(
-    score: Score, sight: Sight, config: QFormerConfig, at_a_time: int, num_threads: int = sys.maxsize
+    score: Score, image_patches: ImagePatches, config: QFormerConfig, at_a_time: int, num_threads: int = sys.maxsize
 ) -> Generator[None, None, tuple[Tensor, float]]:
     """As `evidence`, with ``at_a_time`` steps of the path per portion, and at most ``num_threads`` threads."""
-    patches_PD = sight.patches_PD
+    patches_PD = image_patches.patches_PD
     num_layers = len(range(0, config.num_layers, config.cross_attention_frequency))
     along_CHP = torch.zeros(())
     last = math.nan
     for start in range(0, NUM_STEPS, at_a_time):
         steps = range(start + 1, min(start + at_a_time, NUM_STEPS) + 1)
         share_S = torch.tensor(steps, device=patches_PD.device, dtype=patches_PD.dtype) / NUM_STEPS
-        way_SPD = torch.lerp(sight.blank_PD, patches_PD, share_S[:, None, None])
+        way_SPD = torch.lerp(image_patches.blank_PD, patches_PD, share_S[:, None, None])
         shape = (num_layers, len(steps), config.num_heads, config.num_query_tokens, len(patches_PD))
         with torch.inference_mode(False), torch.enable_grad(), threads.at_most(num_threads):
             image_bias = torch.zeros(shape, device=patches_PD.device, dtype=patches_PD.dtype, requires_grad=True)
@@ -245,12 +246,12 @@ def heat_map(evidence_P: Tensor, height: int, width: int, box: Box | None = None
 
 
 def _explaining_tokens(
-    speaker: Speaker, sight: Sight, prompt: str, tokens: list[int], explained: slice, at_a_time: int
+    speaker: Speaker, image_patches: ImagePatches, prompt: str, tokens: list[int], explained: slice, at_a_time: int
 ) -> Work:
     """Where the image supports some of the tokens after a prompt, given those before them."""
     model = speaker.model
     num_queries = model.config.qformer.num_query_tokens
-    text_TD = speaker.prompt(_encoded(speaker, sight), prompt, len(tokens))[num_queries:]
+    text_TD = speaker.prompt(_encoded(speaker, image_patches), prompt, len(tokens))[num_queries:]
     instruction = speaker.instruction(prompt)
     read = tokens[: explained.stop]  # later tokens have no influence
 
@@ -259,10 +260,10 @@ def _explaining_tokens(
         prompt_SED = torch.cat([queries_SQD, text_TD.expand(len(queries_SQD), -1, -1)], dim=1)
         return _log_probabilities(model, prompt_SED, read)[:, explained].sum(dim=1)
 
-    config, num_threads = model.config.qformer, threads.worth(model)
-    evidence_P, score = yield from gathering(log_probability, sight, config, at_a_time, num_threads)
+    config, num_threads = model.config.qformer, threads.num_useful(model)
+    evidence_P, score = yield from gathering(log_probability, image_patches, config, at_a_time, num_threads)
     _check(model, evidence_P, score)
-    return _explanation(sight, evidence_P, speaker.tokenizer.decode(tokens[explained]), score)
+    return _explanation(image_patches, evidence_P, speaker.tokenizer.decode(tokens[explained]), score)
 
 
 def _log_probabilities(model: Blip2, prompt_SED: Tensor, tokens: list[int]) -> Tensor:
@@ -289,25 +290,25 @@ def _check(model: Blip2 | Blip2Matcher, evidence_P: Tensor, score: float) -> Non
         raise NotFiniteError(f"the score or the evidence for it is NaN or infinite: {why_not_finite(model)}")
 
 
-def _explanation(sight: Sight, evidence_P: Tensor, text: str, score: float) -> Explanation:
-    width, height = sight.picture.size
-    return Explanation(heat_map(evidence_P, height, width, sight.box), text, score, sight.picture)
+def _explanation(image_patches: ImagePatches, evidence_P: Tensor, text: str, score: float) -> Explanation:
+    width, height = image_patches.image.size
+    return Explanation(heat_map(evidence_P, height, width, image_patches.box), text, score, image_patches.image)
 
 
-def _encoded(speaker: Speaker, sight: Sight) -> EncodedImage:
+def _encoded(speaker: Speaker, image_patches: ImagePatches) -> EncodedImage:
     with torch.no_grad():
-        return EncodedImage(speaker.model.kept(sight.patches_PD[None])[0], speaker.identity)
+        return EncodedImage(speaker.model.kept(image_patches.patches_PD[None])[0], speaker.identity)
 
 
 def _tokens(
-    speaker: Speaker, sight: Sight, prompt: str, given: str | None, options: GenerateOptions, what: str
+    speaker: Speaker, image_patches: ImagePatches, prompt: str, given: str | None, options: GenerateOptions, what: str
 ) -> Generator[None, None, list[int]]:
     """The tokens of a text as the model would generate it, without its end; for None those that the model generates."""
     if given is not None:
         if not clean(given):
             raise OptionError(f"the {what} is empty; write one, or leave it out to explain the generated one")
         return speaker.tokenizer.answer_ids(clean(given), speaker.model.config.language)[:-1]
-    prompt_TD = speaker.prompt(_encoded(speaker, sight), prompt, options.max_new_tokens)
+    prompt_TD = speaker.prompt(_encoded(speaker, image_patches), prompt, options.max_new_tokens)
     [[own, *_]] = yield from speaker.engine.generating([prompt_TD], options)
     if not speaker.tokenizer.decode(own.tokens):
         raise OptionError(f"the generated {what} is empty; give the {what}")

@@ -30,7 +30,7 @@ Kept = TypeVar("Kept")
 """What a model keeps of an image: an `EncodedImage`, or `ImageFeatures`."""
 
 
-class Eye(Generic[Kept]):
+class ImageFrontend(Generic[Kept]):
     """The image half of a model with its image settings: size in pixels, mean and standard deviation per channel, and
     the way of resizing (see `image.to_pixels`).
 
@@ -62,7 +62,7 @@ class Eye(Generic[Kept]):
             self.look["shortest_edge"] = shortest_edge
         self._vision = vision
         self._damage = damage
-        self._num_threads = threads.worth(vision)
+        self._num_threads = threads.num_useful(vision)
         self._encode_pixels = encode
         self._kind = kind
         self.size = size
@@ -112,9 +112,9 @@ class Eye(Generic[Kept]):
         patches_PD, blank_PD = patches_of(pixels_2CHW.to(self._vision.patch_embedding.weight.device))
         return patches_PD, blank_PD
 
-    def box(self, picture: RgbImage) -> tuple[float, float, float, float] | None:
+    def box(self, image: RgbImage) -> tuple[float, float, float, float] | None:
         """The part of an image that the model gets, as in `image.seen_box`; None is all of it."""
-        return seen_box(*picture.size, self.size, self.look.get("shortest_edge"))
+        return seen_box(*image.size, self.size, self.look.get("shortest_edge"))
 
     def pixels(self, image: Source) -> Tensor:
         """The image encoder's input for an image: ``float[3, size, size]`` on the CPU. Raises ImageError."""

@@ -79,8 +79,8 @@ class Speaker:
         manner = self.model.config.manner
         if self.template is None:
             return chat_prompt(turns, question, manner) if turns else question_prompt(question, manner)
-        said = [(clean(asked), clean(answer)) for asked, answer in turns]
-        return self.template.prompt(said, checked_question(question))
+        cleaned = [(clean(asked), clean(answer)) for asked, answer in turns]
+        return self.template.prompt(cleaned, checked_question(question))
 
     @cached_property
     def _reading(self) -> Tokenizer:
@@ -120,28 +120,28 @@ class Speaker:
                 f"(which reads {list(shape)}); load that model, or encode the image again"
             )
         before, after = self.ids(text)
-        room = config.max_position_embeddings - num_queries - num_new_tokens
-        if (number := len(before) + len(after)) > room:
+        num_left = config.max_position_embeddings - num_queries - num_new_tokens
+        if (number := len(before) + len(after)) > num_left:
             raise OptionError(
                 f"the text has {number} tokens; beside {num_queries} for the image and {num_new_tokens} new ones "
-                f"the context has {max(room, 0)} left; shorten it, or lower {option('max_new_tokens')}"
+                f"the context has {max(num_left, 0)} left; shorten it, or lower {option('max_new_tokens')}"
             )
         words_TD = self.model.language.embed(torch.tensor([*before, *after], device=table_VD.device))
         first_TD, rest_TD = words_TD.split([len(before), len(after)])
         return torch.cat([first_TD, self.model.prompt(self.queries(image, text)).to(words_TD), rest_TD])
 
-    def room(self, text: str) -> int:
+    def tokens_left(self, text: str) -> int:
         """How many new tokens fit after the image and the text; negative if these are too long."""
-        return self.room_beside(sum(map(len, self.ids(text))))
+        return self.tokens_left_after(sum(map(len, self.ids(text))))
 
-    def room_beside(self, num_tokens: int) -> int:
-        """As `room`, for a text of ``num_tokens`` tokens."""
+    def tokens_left_after(self, num_tokens: int) -> int:
+        """As `tokens_left`, for a text of ``num_tokens`` tokens."""
         config = self.model.config
         return config.language.max_position_embeddings - config.qformer.num_query_tokens - num_tokens
 
     def fits(self, text: str, num_new_tokens: int) -> bool:
         """Whether the image, the text and ``num_new_tokens`` new tokens fit."""
-        return num_new_tokens <= self.room(text)
+        return num_new_tokens <= self.tokens_left(text)
 
     def answers(
         self,

@@ -23,7 +23,7 @@ from blip2.plaintext import NotTextError, read_text
 
 IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"
 """The place of the image's vectors in a text."""
-SAID = "\ue000{}\ue001"
+TEXT_PLACEHOLDER = "\ue000{}\ue001"
 """Placeholder of the question (even numbers) or answer of that number."""
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -74,13 +74,13 @@ class ChatTemplate:
             raise OptionError(f"the conversation has {number} turns, but at most {MOST_TURNS} are supported with a "
                 "chat template")
         if number not in self._frames:
-            stand_ins = [SAID.format(each) for each in range(number)]
+            stand_ins = [TEXT_PLACEHOLDER.format(each) for each in range(number)]
             stand_ins[0] = IMAGE + stand_ins[0]
             messages = [
                 {"role": "assistant" if each % 2 else "user", "content": text} for each, text in enumerate(stand_ins)
             ]
             frame = _rendered(self.source, messages, dict(self.names), self.where)
-            if re.findall("\ue000\\d+\ue001", frame) != [SAID.format(each) for each in range(number)]:
+            if re.findall("\ue000\\d+\ue001", frame) != [TEXT_PLACEHOLDER.format(each) for each in range(number)]:
                 raise CheckpointError(f"{self.where}: drops or repeats texts; use the model without it")
             if frame.count(IMAGE) != 1:
                 raise CheckpointError(f"{self.where}: changes texts; use the model without it")

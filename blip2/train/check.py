@@ -104,7 +104,7 @@ def gather(recipe: Recipe, path: Path, tell: Tell = lambda message: None) -> Mat
         text_branch,
     )  # fmt: skip
     _check_rows(materials, recipe)
-    _check_pictures(materials, recipe)
+    _check_images(materials, recipe)
     _check_output(materials, recipe)
     return materials
 
@@ -125,24 +125,25 @@ def find_model(name: str, recipe: Path, key: str) -> Path:
 
     Any other name is taken for a missing folder; the hub is not asked.
     """
-    beside = recipe.absolute().parent / Path(name).expanduser()
-    if beside.is_dir():
-        return beside
-    if beside.is_file():
-        return checkpoint.resolve(beside)  # its error says what to do
+    local_path = recipe.absolute().parent / Path(name).expanduser()
+    if local_path.is_dir():
+        return local_path
+    if local_path.is_file():
+        return checkpoint.resolve(local_path)  # its error says what to do
     if name in BUNDLED or name in PUBLISHED:
         return checkpoint.resolve(name)
     try:
         return checkpoint.resolve(name, local_files_only=True)
     except CheckpointError:
         pass
-    beyond = [folder.name for folder in beside.parent.iterdir() if folder.is_dir()] if beside.parent.is_dir() else []
-    near = difflib.get_close_matches(beside.name, beyond, n=1)
-    hint = f"did you mean {beside.with_name(near[0])}? Or " if near else ""
+    parent = local_path.parent
+    siblings = [folder.name for folder in parent.iterdir() if folder.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(local_path.name, siblings, n=1)
+    hint = f"did you mean {local_path.with_name(near[0])}? Or " if near else ""
     is_of_the_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     fetch = f"; to use a model of the hub, fetch it first: blip2 pull {name}" if is_of_the_hub else ""
     raise RecipeError(
-        f"{recipe}: {key}: there is no folder {beside}; {hint}name the folder of a model, relative to the recipe's "
+        f"{recipe}: {key}: there is no folder {local_path}; {hint}name the folder of a model, relative to the recipe's "
         f"folder, or one of {', '.join(BUNDLED)}{fetch}"
     )
 
@@ -235,7 +236,7 @@ def _listed(materials: Materials) -> list[Row]:
     return [row for rows in both if not isinstance(rows, Joined) for row in rows]
 
 
-def _check_pictures(materials: Materials, recipe: Recipe) -> None:
+def _check_images(materials: Materials, recipe: Recipe) -> None:
     """Check that the image files exist. With kept features, images that were already encoded may be missing."""
     if recipe.data.features is not None and any(recipe.data.features.glob("*.bin")):
         return
@@ -271,7 +272,7 @@ def _check_output(materials: Materials, recipe: Recipe) -> None:
         return  # some may exist already
     count = len({row.image for row in _listed(materials)}) + sum(map(len, _collections(materials, recipe)))
     if count * row_bytes > free:  # but rows of collections may share images
-        count = _count_pictures(materials, recipe)
+        count = _count_images(materials, recipe)
     if count * row_bytes > free:
         smaller = "" if recipe.data.features_dtype != "fp16" else ', or set data.features_dtype = "int8"'
         raise RecipeError(
@@ -289,7 +290,7 @@ def _collections(materials: Materials, recipe: Recipe) -> list[Joined]:
     return [rows for rows in (materials.train_rows, held_out) if isinstance(rows, Joined)]
 
 
-def _count_pictures(materials: Materials, recipe: Recipe) -> int:
+def _count_images(materials: Materials, recipe: Recipe) -> int:
     """Number of distinct images. Looks up each file of a collection."""
     found = {row.image for row in _listed(materials)}
     shared = 0
@@ -318,15 +319,16 @@ def check_weights(model: Blip2 | Blip2Matcher, names: Sequence[str | None]) -> N
     Raises RecipeError for query tokens that are all equal (new models of other programs have zeros), and for an invalid
     temperature.
     """
-    whence = next(name for name in reversed(names) if name is not None)
+    source_name = next(name for name in reversed(names) if name is not None)
     queries_QD = model.qformer.query_tokens.detach()[0]
     if len(queries_QD) > 1 and torch.equal(queries_QD, queries_QD[:1].expand_as(queries_QD)):
         what = "all zero" if not queries_QD.any() else "all equal"
         raise RecipeError(
-            f"{whence}: its query tokens are {what}, as in new models of other programs, and training cannot make "
+            f"{source_name}: its query tokens are {what}, as in new models of other programs, and training cannot make "
             "equal tokens different; initialise them: checkpoint.load, "
             "model.qformer.query_tokens.data.normal_(std=0.02), checkpoint.save"
         )
     temperature = getattr(model, "temperature", None)
     if temperature is not None and not temperature.item() > 0:
-        raise RecipeError(f"{whence}: its temperature is {temperature.item():g}; it has to be above 0, such as 0.07")
+        given = f"{temperature.item():g}"
+        raise RecipeError(f"{source_name}: its temperature is {given}; it has to be above 0, such as 0.07")

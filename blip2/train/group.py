@@ -41,7 +41,7 @@ class ProcessLost(Blip2Error):
     """Another process of the training has ended or does not answer."""
 
 
-class ToldElsewhere(Blip2Error):
+class OtherProcessFailed(Blip2Error):
     """The training has ended because of an error that another process reports."""
 
 
@@ -104,19 +104,19 @@ class Group:
 
         ``wanted_B``: for each row of the global batch, the row that its owner wants.
         """
-        sent, got = self._travels(wanted_B)
+        sent, received = self._travels(wanted_B)
         if self.size == 1:
             return rows_NX[sent[0]]
-        found = self._exchange(rows_NX[[row for rows in sent for row in rows]], sent, got)
+        found = self._exchange(rows_NX[[row for rows in sent for row in rows]], sent, received)
         ordered = torch.empty_like(found)
-        ordered[[place for places in got for place in places]] = found
+        ordered[[place for places in received for place in places]] = found
         return ordered
 
-    def give_back(self, rows_NX: Tensor, wanted_B: Sequence[int]) -> Tensor:
+    def return_rows(self, rows_NX: Tensor, wanted_B: Sequence[int]) -> Tensor:
         """The reverse of `fetch`, for gradients: for each own row ``[N, ...]``, the sum over all places that fetched
         it."""
-        sent, got = self._travels(wanted_B)
-        found = self._exchange(rows_NX[[place for places in got for place in places]], got, sent)
+        sent, received = self._travels(wanted_B)
+        found = self._exchange(rows_NX[[place for places in received for place in places]], received, sent)
         return torch.zeros_like(rows_NX).index_add_(
             0, torch.tensor([row for rows in sent for row in rows], dtype=torch.long, device=found.device), found
         )
@@ -127,18 +127,18 @@ class Group:
         own = self.share(len(wanted_B))
         shares = [self.share(len(wanted_B), rank) for rank in range(self.size)]
         sent = [[wanted_B[row] - own.start for row in share if wanted_B[row] in own] for share in shares]
-        got = [[place for place, row in enumerate(own) if wanted_B[row] in share] for share in shares]
-        return sent, got
+        received = [[place for place, row in enumerate(own) if wanted_B[row] in share] for share in shares]
+        return sent, received
 
-    def _exchange(self, rows_NX: Tensor, sent: list[list[int]], got: list[list[int]]) -> Tensor:
+    def _exchange(self, rows_NX: Tensor, sent: list[list[int]], received: list[list[int]]) -> Tensor:
         """All-to-all: send rows in the order of the receiving processes, return rows in the order of the sending
         ones."""
         given = rows_NX.detach().contiguous()
         if self.size == 1:
             return given
-        found = given.new_empty(sum(map(len, got)), *given.shape[1:])
+        found = given.new_empty(sum(map(len, received)), *given.shape[1:])
         with _lost(self):
-            dist.all_to_all_single(found, given, [len(places) for places in got], [len(rows) for rows in sent])
+            dist.all_to_all_single(found, given, [len(places) for places in received], [len(rows) for rows in sent])
         return found
 
     def objects(self, own: T) -> list[T]:
@@ -155,7 +155,7 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """If one process fails inside, all of them end: the others raise `ToldElsewhere`."""
+        """If one process fails inside, all of them end: the others raise `OtherProcessFailed`."""
         try:
             yield
         except Exception:
@@ -163,12 +163,12 @@ class Group:
                 self.is_any(True)
             raise
         if self.is_any(False):
-            raise ToldElsewhere("another process reports the error")
+            raise OtherProcessFailed("another process reports the error")
 
     @contextmanager
     def in_turn(self, name: str, *, is_one_enough: bool = False) -> Iterator[None]:
         """One process after the other, or the first and then all others (``is_one_enough``). Without a time limit. If a
-        process fails, those after it raise `ToldElsewhere`."""
+        process fails, those after it raise `OtherProcessFailed`."""
         if self.size == 1:
             yield
             return
@@ -180,7 +180,7 @@ class Group:
                 has_failed = self.store.get(f"{name}/{before}") != b"done"
             if has_failed:
                 self.store.set(f"{name}/{self.rank}", "failed")
-                raise ToldElsewhere(f"process {before} of {self.size} reports the error")
+                raise OtherProcessFailed(f"process {before} of {self.size} reports the error")
         outcome = "failed"
         try:
             yield
@@ -192,7 +192,7 @@ class Group:
     @contextmanager
     def at_once(self, name: str) -> Iterator[Callable[[int], int]]:
         """Each process at its own pace until all are done, without a time limit. Yields a function that adds to a
-        shared sum and returns it. If a process fails, the next call of it raises `ToldElsewhere` in the others."""
+        shared sum and returns it. If a process fails, the next call of it raises `OtherProcessFailed` in the others."""
         name, own = f"{name}/{next(self._turns)}", 0
 
         def add(number: int, to: str = "sum") -> int:
@@ -205,7 +205,7 @@ class Group:
 
         def add_unless_failed(number: int) -> int:
             if (total := add(number)) < 0:
-                raise ToldElsewhere("another process reports the error")
+                raise OtherProcessFailed("another process reports the error")
             return total
 
         try:
@@ -294,8 +294,8 @@ def joined(
     device: torch.device, *, together: tuple[type[Exception], ...] = (), timeout_s: float = TIMEOUT_S
 ) -> Iterator[Group]:
     """Connect the processes of the environment: gloo on the CPU, nccl for tensors on a GPU. An error is reported by one
-    process, with its rank; the others raise `ToldElsewhere`. ``together``: error types that all processes raise at the
-    same place, and that process 0 reports."""
+    process, with its rank; the others raise `OtherProcessFailed`. ``together``: error types that all processes raise at
+    the same place, and that process 0 reports."""
     group = group_of_environment()
     if group.size == 1:
         yield group
@@ -310,21 +310,21 @@ def joined(
         dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=timeout)
     try:
         yield replace(group, store=store)
-    except ToldElsewhere:
+    except OtherProcessFailed:
         raise
     except together as error:
         if group.is_first:
             raise
-        raise ToldElsewhere(str(error)) from error
+        raise OtherProcessFailed(str(error)) from error
     except Exception as error:
         if not _should_report(store, error):
-            raise ToldElsewhere(f"process {group.rank} of {group.size} ended because another process failed") from error
+            raise OtherProcessFailed(f"process {group.rank} of {group.size}: another process failed") from error
         if isinstance(error, ProcessLost):
             raise
-        who = f"process {group.rank} of {group.size}"
+        process_name = f"process {group.rank} of {group.size}"
         if isinstance(error, Blip2Error):
-            raise type(error)(f"{who}: {error}") from error
-        raise Blip2Error(f"{who}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise type(error)(f"{process_name}: {error}") from error
+        raise Blip2Error(f"{process_name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     finally:
         dist.destroy_process_group()
 

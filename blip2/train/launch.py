@@ -48,7 +48,7 @@ def launch(arguments: Sequence[str], devices: int) -> int:
         for rank in range(devices)
     ]
     try:
-        with _handed_on(processes):
+        with _forwarding_signals(processes):
             return _watch(processes)
     finally:
         for process in processes:
@@ -79,7 +79,7 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 @contextmanager
-def _handed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Forward SIGINT and SIGTERM to all processes, which save their state together and end."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: _signal(processes, number)) for number in numbers]

@@ -64,7 +64,7 @@ class Task:
     evaluate: Callable[[], dict[str, float]] | None = None
     num_cut: Callable[[], int] = int
     """Number of texts so far that were longer than the recipe allows."""
-    bad_pictures: Callable[[], dict[str, str]] = dict
+    bad_images: Callable[[], dict[str, str]] = dict
     """Images that could not be read so far: path to error message."""
     num_tokens: Callable[[Any], int] = lambda batch: 0
     """Number of text tokens in a part of a batch, without padding."""
@@ -179,7 +179,7 @@ def train(
                     batch, Step(seed, optim.batch_size, autocast, generator.manual_seed(seed), group)
                 )
                 done_here = [sum(map(count, batch)) for count in (task.flops, task.num_tokens)]
-                counts = [torch.tensor(float(n)) for n in (*done_here, len(task.bad_pictures()), task.num_cut())]
+                counts = [torch.tensor(float(n)) for n in (*done_here, len(task.bad_images()), task.num_cut())]
                 sums = torch.stack([*(share.float() for share in shares.values()), *(n.to(device) for n in counts)])
                 sum_gradients(group, parameters, sums)
                 losses = dict(zip(shares, sums, strict=False))
@@ -209,8 +209,8 @@ def train(
                     )
                 if sums[-2].item() != num_bad:
                     num_bad = sums[-2].item()
-                    for found in group.objects(task.bad_pictures()):
-                        meter.bad_pictures(done, found)
+                    for found in group.objects(task.bad_images()):
+                        meter.bad_images(done, found)
                 work = {"flops": sums[-4].item(), "tokens": sums[-3].item(), "gradient_norm": norm if is_good else 0.0}
                 meter.add(done, losses if is_good else {}, rate, int(sums[-1]), work)
                 if done % recipe.checkpoint_every == 0 or done % recipe.evaluate_every == 0 or is_last:

@@ -66,7 +66,7 @@ class Change(nn.Module):
                 found.append(x.new_zeros(*x.shape[:-1], rows))
         return torch.cat([each.to(found[0].dtype) for each in found], dim=-1)
 
-    def beside(self, layer: nn.Module) -> None:
+    def attach(self, layer: nn.Module) -> None:
         """Add the adapters' output to that of ``layer`` from now on."""
         layer.register_forward_hook(lambda _, inputs, out: out + self(inputs[0]).to(out.dtype))
 
@@ -95,7 +95,7 @@ def put(model: Blip2 | Blip2Matcher, recipe: LoraRecipe) -> nn.Module:
             assert isinstance(layer, nn.Linear | QuantizedLinear)
             device = next(iter([*layer.parameters(), *layer.buffers()])).device
             change = Change(found, chosen, layer.in_features, recipe, device)
-            change.beside(layer)
+            change.attach(layer)
             changes[ours.replace(".", "/")] = change
     adapters = nn.ModuleDict(changes)
     model.add_module(NAME, adapters)

@@ -64,7 +64,7 @@ class Meter:
         self._done: dict[str, float] = dict.fromkeys(DONE, 0.0)
         self._sums: dict[str, Tensor] = {}
         self._count, self._last, self._started = 0, first, time.perf_counter()
-        self._is_cut_reported = self._is_peak_told = False
+        self._is_cut_reported = self._is_peak_reported = False
         self._bad: set[str] = set()
         self.notes = notes
         """Values that a resumed training needs: divergence is judged against the very first loss."""
@@ -88,8 +88,8 @@ class Meter:
         values = {"learning_rate": rate, "images_per_s": round(images_per_s, 2), "cut_texts": num_cut,
                   "bad_pictures": len(self._bad)}  # fmt: skip
         measures, message = self._measures(taken_s, num_steps), ""
-        if "mfu" in measures and not self._is_peak_told:
-            message, self._is_peak_told = str(self._peak), True
+        if "mfu" in measures and not self._is_peak_reported:
+            message, self._is_peak_reported = str(self._peak), True
         self._log.write({"step": done, **means, **values, **measures} | ({"mfu_of": message} if message else {}))
         if num_cut and not self._is_cut_reported:
             message, self._is_cut_reported = "some texts are longer than the recipe allows and are cut", True
@@ -122,7 +122,7 @@ class Meter:
                 f"the loss diverges: {first:.3g} at first, {loss:.3g} at step {done}; {REMEDY}"
             )
 
-    def bad_pictures(self, done: int, found: dict[str, str]) -> None:
+    def bad_images(self, done: int, found: dict[str, str]) -> None:
         """Report and log the new ones."""
         for path in found.keys() - self._bad:
             self._log.write({"step": done, "bad_picture": path, "problem": found[path]})

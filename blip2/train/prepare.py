@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.data import BadPictures, Row
+from blip2.data import BadImages, Row
 from blip2.data.joined import Joined
 from blip2.model import Blip2, Blip2Matcher
 from blip2.text import Tokenizer
@@ -44,7 +44,7 @@ def prepare(
             parameter.data = parameter.data.float()  # small updates vanish in half precision
     recompute(model, recipe.checkpoint_activations)
 
-    bad = BadPictures(recipe.data.on_bad_picture)
+    bad = BadImages(recipe.data.on_bad_picture)
 
     def row_set(rows: list[Row] | Joined, files: Sequence[Path], augment: bool | str = False) -> RowSet:
         return RowSet(rows, files, model.vision, materials.settings, recipe, bad, augment)
@@ -72,13 +72,13 @@ def prepare(
         task,
         learning=learning,
         open_features=open_features,
-        bad_pictures=lambda: dict(bad.found),
+        bad_images=lambda: dict(bad.found),
         rate_shares=rate_shares(model, recipe.vision),
     )
 
 
 T = TypeVar("T", bound=tuple)
-Looked = TypeVar("Looked")
+Examined = TypeVar("Examined")
 Chance = Callable[[int], random.Random]
 """The random generator of a row of the global batch."""
 
@@ -102,8 +102,8 @@ def _batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def _evaluated(
-    look: Callable[[int, np.ndarray], Looked], held_out: RowSet, recipe: Recipe, group: Group
-) -> list[Looked]:
+    look: Callable[[int, np.ndarray], Examined], held_out: RowSet, recipe: Recipe, group: Group
+) -> list[Examined]:
     """The results of ``look`` for each batch of held-out rows, in order. The processes take turns.
 
     A process without a batch of its own repeats another's: with sharded weights all processes have to take part.
@@ -123,7 +123,7 @@ class Stage1Batch(NamedTuple):
     stored: Tensor
     text_BT: Tensor
     text_mask_BT: Tensor
-    picture_B: Tensor
+    image_B: Tensor
     place_B: Tensor
 
 
@@ -181,7 +181,7 @@ class _Stage1:
         for row, text in enumerate(texts):
             text_BT[row, : len(text)] = text
             mask_BT[row, : len(text)] = True
-        tensors = map(torch.from_numpy, (text_BT, mask_BT, row_set.pictures_of(numbers), np.array(places)))
+        tensors = map(torch.from_numpy, (text_BT, mask_BT, row_set.images_of(numbers), np.array(places)))
         return Stage1Batch(stored, *tensors)
 
     def losses(self, row_set: RowSet, batch: Stage1Batch, generator: torch.Generator | None) -> stage1.Stage1Losses:
@@ -191,7 +191,7 @@ class _Stage1:
             row_set.features(batch.stored),
             batch.text_BT,
             batch.text_mask_BT,
-            picture_B=batch.picture_B,
+            image_B=batch.image_B,
             generator=generator,
             label_smoothing=self.recipe.optim.label_smoothing,
             num_parts=self.group.size * self.recipe.optim.accumulate,  # the same part size as in training

@@ -68,8 +68,8 @@ class Preview:
             f"memory: {_size(self.model_bytes)} of weights, {_size(self.learning * BYTES_LEARNING)} more for training "
             "(fp32 weights, gradients, moments), plus activations"
         )
-        pictures = len(rows if isinstance(rows, Joined) else {row.image for row in rows})
-        yield f"rows: {len(rows):,} with {pictures:,} images"
+        images = len(rows if isinstance(rows, Joined) else {row.image for row in rows})
+        yield f"rows: {len(rows):,} with {images:,} images"
         if self.materials.held_out_rows is not None and recipe.evaluation is not None:
             used = min(len(self.materials.held_out_rows), recipe.evaluation.max_rows)
             yield f"evaluation: {used:,} rows, every {recipe.evaluate_every:,} steps"

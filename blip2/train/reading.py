@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoint import ImageSettings
-from blip2.data import BadPictures, FeatureFile, Order, Pictures, Row, frozen_features
+from blip2.data import BadImages, FeatureFile, Order, Row, RowImages, frozen_features
 from blip2.data.joined import Joined
 from blip2.errors import ImageError, RecipeError
 from blip2.model import Vision
@@ -40,14 +40,14 @@ class RowSet:
         vision: Vision,
         settings: ImageSettings,
         recipe: Recipe,
-        bad: BadPictures,
+        bad: BadImages,
         augment: bool | str = False,
     ) -> None:
         self.rows = rows
         self._order = order_of(rows, recipe)
         self._recipe = recipe
         self._files = files
-        self.pictures = Pictures(
+        self.images = RowImages(
             self.rows, **asdict(settings), threads=recipe.threads, is_distinct=recipe.data.features is not None,
             is_randaugmented=augment == "randaugment",
         )  # fmt: skip
@@ -61,11 +61,11 @@ class RowSet:
         """If the recipe keeps features: compute or open them, by all processes together, before `read`."""
         if (folder := self._recipe.data.features) is None:
             return
-        files, paths = self._files, "\n".join(self.pictures.paths)
+        files, paths = self._files, "\n".join(self.images.paths)
         stem = f"{files[0].absolute().parent.name}-{files[0].stem}" if files else "sources"
         name = f"{stem}-{hashlib.sha256(paths.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
         self._file = frozen_features(
-            self._vision, self.pictures, folder, name, dtype=self._recipe.data.features_dtype, workers=group,
+            self._vision, self.images, folder, name, dtype=self._recipe.data.features_dtype, workers=group,
             report=_feature_report(report), on_bad=self._bad.note,
         )  # fmt: skip
 
@@ -97,15 +97,15 @@ class RowSet:
         return numbers, torch.from_numpy(np.stack([stored.numpy() for stored in found if isinstance(stored, Tensor)]))
 
     def _stored(self, numbers: np.ndarray, draws: np.ndarray) -> list[Tensor | ImageError]:
-        pictures = self.pictures.of_rows(numbers)
+        images = self.images.of_rows(numbers)
         if self._file is None:
             if self._seed is None:
-                return self.pictures.read(pictures)
+                return self.images.read(images)
             # A draw is one row in one epoch: a different augmentation each time, the same one in every process.
-            return self.pictures.read(pictures, [random.Random(f"{self._seed} {draw}") for draw in draws.tolist()])
+            return self.images.read(images, [random.Random(f"{self._seed} {draw}") for draw in draws.tolist()])
         return [
             self._problem(row, number, features_PD) or features_PD
-            for row, number, features_PD in zip(numbers, pictures, self._file.read(pictures), strict=True)
+            for row, number, features_PD in zip(numbers, images, self._file.read(images), strict=True)
         ]
 
     def _problem(self, row: int, number: int, features_PD: Tensor) -> ImageError | None:
@@ -117,17 +117,17 @@ class RowSet:
                 return error
         if not features_PD[0, 0].isnan():
             return None
-        [found] = self.pictures.read([number])
+        [found] = self.images.read([number])
         if isinstance(found, ImageError):
             return found
-        return ImageError(f"{self.pictures.name(number)}: could not be read before, but can be now; start again to "
+        return ImageError(f"{self.images.name(number)}: could not be read before, but can be now; start again to "
             "train on it, too")
 
-    def pictures_of(self, numbers: np.ndarray) -> np.ndarray:
+    def images_of(self, numbers: np.ndarray) -> np.ndarray:
         """int64[B]: numbers of the images of rows that have been read; equal for rows with the same image."""
         if isinstance(self.rows, Joined):
             return np.array([self.rows.shown(number) for number in numbers.tolist()])
-        return self.pictures.of_rows(numbers)
+        return self.images.of_rows(numbers)
 
     def features(self, stored: Tensor) -> Tensor:
         """Features before the last norm ``float[B, 1 + P, D]`` from what `read` returned."""

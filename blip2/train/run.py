@@ -70,7 +70,7 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
         return model
 
     model = None if recipe.shard else load()
-    with _alone(recipe.out) if group.is_first else nullcontext():
+    with _locked_folder(recipe.out) if group.is_first else nullcontext():
         with group.in_turn("prepared"):  # so that only one whole model at a time is in memory
             model = load() if model is None else model
             task = prepare(model, materials, recipe, report, group)
@@ -78,7 +78,7 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
                 shard(model, recipe.shard, group, device)
         task.open_features()
         train(task, recipe, report=report, autocast=autocast, group=group)
-        number = len({path for found in group.objects(task.bad_pictures()) for path in found})
+        number = len({path for found in group.objects(task.bad_images()) for path in found})
         gather_whole(model, group, needs_frozen=recipe.lora is None)
         if group.is_first and recipe.lora is not None:
             lora.save(model, recipe.out, recipe.lora, recipe.start)
@@ -98,7 +98,7 @@ def _run(path: Path, recipe: Recipe, group: Group, device: torch.device, report:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _locked_folder(out: Path) -> Iterator[None]:
     """Lock the output folder. Raises RecipeError if another run writes there."""
     with ExitStack() as stack:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from blip2.collection.page import page, picture
+from blip2.collection.page import image_html, page
 from blip2.data import Row
 
 THUMBNAIL_PX = 240
@@ -32,5 +32,5 @@ def sheet(title: str, about: Iterable[str], cards: Iterable[tuple[Row, str]]) ->
 
 
 def _card(row: Row, text: str) -> str:
-    shown = picture(row.content or row.image, THUMBNAIL_PX)
+    shown = image_html(row.content or row.image, THUMBNAIL_PX)
     return f"<figure>{shown}{text}<small>{escape(Path(row.image).name)}</small></figure>"

@@ -150,7 +150,7 @@ def _row(record: Record, source: SourceRecipe, is_usable: Usable) -> Row | LeftO
     """A row from a record, or the reason why it is left out."""
     if record.problem:
         return LeftOut("cannot be read", record.problem)
-    if isinstance(record.picture, str) and is_address(record.picture):
+    if isinstance(record.image, str) and is_address(record.image):
         return LeftOut("its image is a URL, which has to be downloaded first", record.name)
     try:
         row = row_of(record, source)
@@ -163,7 +163,7 @@ def row_of(record: Record, source: SourceRecipe) -> Row:
     """A row from a record. Texts come from the columns that ``source`` names; else from the names of a row's own
     fields; else from the record's caption. Raises ValueError for a text that is not a string."""
     columns = record.columns
-    fields: dict[str, Any] = {"image": record.name if isinstance(record.picture, bytes) else str(record.picture)}
+    fields: dict[str, Any] = {"image": record.name if isinstance(record.image, bytes) else str(record.image)}
     if source.question is not None:
         answers = columns.get(source.answer or "answer")
         fields |= {"question": columns.get(source.question)}
@@ -179,7 +179,7 @@ def row_of(record: Record, source: SourceRecipe) -> Row:
     if fields.keys() == {"image", "captions"} and not fields["captions"]:
         return Row(fields["image"])
     row = parse_row(fields)
-    content = record.picture if isinstance(record.picture, bytes) else None
+    content = record.image if isinstance(record.image, bytes) else None
     return Row(row.image, row.captions, row.questions, row.dialogues, content)
 
 

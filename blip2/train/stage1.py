@@ -52,7 +52,7 @@ class Part(NamedTuple):
     gradient."""
     text_BT: Tensor
     text_mask_BT: Tensor
-    picture_B: Tensor
+    image_B: Tensor
     place_B: Tensor
 
 
@@ -73,7 +73,7 @@ def losses(
     text_BT: Tensor,
     text_mask_BT: Tensor,
     *,
-    picture_B: Tensor | None = None,
+    image_B: Tensor | None = None,
     generator: torch.Generator | None = None,
     negatives: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.1,
@@ -98,7 +98,7 @@ def losses(
     with without_autocast(features_BPD.device):
         similarity_BB = similarity(vectors_BVE[:, :-1], vectors_BVE[:, -1])
         logits_BB = similarity_BB / model.temperature
-    equal_BB = _equal(text_BT, text_mask_BT, picture_B)
+    equal_BB = _equal(text_BT, text_mask_BT, image_B)
     itc = contrast(logits_BB, equal_BB, label_smoothing)
     wrong_image_B, wrong_text_B = negatives or hard_negatives(logits_BB, equal_BB, generator)
     matching = [
@@ -135,9 +135,9 @@ def backward(
     only = view(parts[0]) if len(parts) == 1 else None
     with torch.no_grad():
         found_NVE = only.vectors_BVE if only else torch.cat([view(part).vectors_BVE for part in parts])
-    told_BX = group.gather(torch.cat([_told(part) for part in parts]), step.batch_size)
-    picture_B, text_BT, mask_BT = told_BX[:, 0], told_BX[:, 1:].clamp(min=0), told_BX[:, 1:] >= 0
-    equal_NB = _equal(text_BT, mask_BT, picture_B, own)
+    pairs_BX = group.gather(torch.cat([_packed(part) for part in parts]), step.batch_size)
+    image_B, text_BT, mask_BT = pairs_BX[:, 0], pairs_BX[:, 1:].clamp(min=0), pairs_BX[:, 1:] >= 0
+    equal_NB = _equal(text_BT, mask_BT, image_B, own)
 
     vectors_BVE = group.gather(found_NVE, step.batch_size).requires_grad_()
     to_text_NB, to_image_NB = own_logits(vectors_BVE, own, model.temperature, itc)
@@ -184,7 +184,7 @@ def backward(
         for name, loss in terms.items():
             shares[name] += loss.detach()
     if wrong_NPD is not None and wrong_NPD.grad is not None:  # an image is also a negative of other texts
-        toward_NPD, start = group.give_back(wrong_NPD.grad, wanted_B), 0
+        toward_NPD, start = group.return_rows(wrong_NPD.grad, wanted_B), 0
         for part in parts:
             assert part.features_BPD.grad is not None
             part.features_BPD.grad += toward_NPD[start : (start := start + len(part.place_B))]
@@ -220,9 +220,9 @@ def _of_one_width(parts: Sequence[Part], width: int) -> list[Part]:
     return [wider(part) for part in parts]
 
 
-def _told(part: Part) -> Tensor:
+def _packed(part: Part) -> Tensor:
     """What other processes need of the pairs, in one tensor: image numbers, then texts padded with -1."""
-    return torch.cat([part.picture_B[:, None], part.text_BT.masked_fill(~part.text_mask_BT, -1)], dim=1)
+    return torch.cat([part.image_B[:, None], part.text_BT.masked_fill(~part.text_mask_BT, -1)], dim=1)
 
 
 def _rows(step: Step | None, number: int, place_B: Tensor | None) -> AbstractContextManager[None]:
@@ -308,12 +308,12 @@ def _is_match(matching_N2: Tensor) -> Tensor:
 
 
 def _equal(
-    text_BT: Tensor, text_mask_BT: Tensor, picture_B: Tensor | None, own: slice = slice(None)
+    text_BT: Tensor, text_mask_BT: Tensor, image_B: Tensor | None, own: slice = slice(None)
 ) -> Tensor:
     """Which pairs share text or image with this process's pairs and so are not negatives of them: ``bool[N, B]``."""
     text_BT = text_BT.masked_fill(~text_mask_BT, -1)
     equal_NB = (text_BT[own, None] == text_BT[None]).all(dim=-1)
-    return equal_NB if picture_B is None else equal_NB | (picture_B[own, None] == picture_B[None])
+    return equal_NB if image_B is None else equal_NB | (image_B[own, None] == image_B[None])
 
 
 @torch.no_grad()

@@ -6,16 +6,16 @@ from typing import Any
 
 import click
 
-from blip2.cli import COMMANDS, cli, collect, options, pictures
+from blip2.cli import COMMANDS, cli, collect, images, options
 from docs.generate.markdown import entry, paragraphs, prose
 
 GROUPS: dict[str, tuple[Any, ...]] = {
     "Output files": collect.OUTPUTS,
     "Reading rows": collect.SOURCES,
     "Wording of captions": collect.WORDS,
-    "Resuming and dividing the work": collect.GOING,
+    "Resuming and dividing the work": collect.RUN_OPTIONS,
     "Several devices or machines": collect.MACHINES,
-    "Finding and reading images": pictures.PICTURES,
+    "Finding and reading images": images.IMAGE_OPTIONS,
     "Decoding": options.DECODING,
     "Model and precision": (*options.MODEL, options.CHAT_TEMPLATE),
 }

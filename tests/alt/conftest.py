@@ -18,7 +18,7 @@ class Pages:
         return read_page(str(path))
 
     def rows(self, page, text, *, weak=False, approved="yes"):
-        """An approved row for each picture without a text."""
+        """An approved row for each image without a text."""
         return [
             Row(page.path, page.line_of(image.start), image.address, text, None, approved, "",
                 (image.alt or "").strip(), "", check)

@@ -1,4 +1,4 @@
-"""HTML: which pictures have no text, and the bytes after one was written."""
+"""HTML: which images have no text, and the bytes after one was written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Markdown: which pictures have no text, and the text after one was written."""
+"""Markdown: which images have no text, and the text after one was written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes to text and back, pages in folders, and where their pictures are."""
+"""Bytes to text and back, pages in folders, and where their images are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import codecs
 import pytest
 
 from blip2.alt import find_pages, images_in, read_page
-from blip2.alt.address import picture_of
+from blip2.alt.address import image_of
 from blip2.alt.scan import context_of
 from blip2.errors import CollectionError
 
@@ -118,13 +118,13 @@ def test_where_pictures_are(tmp_path, monkeypatch, source, expected):
     (tmp_path / "page" / "index.html").write_text(source)
     page = read_page("page/index.html")
     ((_, image),) = images_in(page)
-    assert picture_of(page, image, root="root", remote=True) == (expected, "")
-    picture, problem = picture_of(page, image)
+    assert image_of(page, image, root="root", remote=True) == (expected, "")
+    picture, problem = image_of(page, image)
     if expected.startswith("http"):
         assert (picture, problem) == ("", f"{expected}: is on the web; add --remote to download it")
     elif expected.startswith("root/"):
         assert picture == "" and "--root" in problem
-        assert picture_of(read_page("page/index.html", "top"), image)[0] == expected.replace("root", "top")
+        assert image_of(read_page("page/index.html", "top"), image)[0] == expected.replace("root", "top")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_where_pictures_are(tmp_path, monkeypatch, source, expected):
 def test_pictures_that_nobody_can_describe(pages, source):
     page = pages.page(source)
     ((_, image),) = images_in(page)
-    picture, problem = picture_of(page, image, remote=True)
+    picture, problem = image_of(page, image, remote=True)
     assert image.is_missing and picture == "" and problem
 
 

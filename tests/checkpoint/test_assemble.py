@@ -256,7 +256,7 @@ def test_where_the_disk_has_no_hard_links_files_are_copied(parts, tmp_path, monk
 
 
 def test_what_training_reads_is_whole(parts, tmp_path):
-    """A picture and a text go through both models."""
+    """An image and a text go through both models."""
     matching, generative = assembled(parts, tmp_path / "start")
     picture = torch.zeros(40, 30, 3, dtype=torch.uint8).numpy()
     assert isinstance(blip2.load(generative).caption(picture, max_new_tokens=3), str)

@@ -104,7 +104,7 @@ def lite(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(lite, tmp_path_factory):
-    """A generative model that was assembled with it: all of a picture, patches before the head."""
+    """A generative model that was assembled with it: all of an image, patches before the head."""
     out, language = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("language") / "opt"
     vision, settings = checkpoint.load_encoder(lite, whole_picture=True)
     like = tiny.generative("opt")

@@ -87,9 +87,9 @@ def test_reports_and_runs(run, site):
     assert "no such file" in found[3]["problem"] and "--remote" in found[4]["problem"]
     page = Path("alt.html").read_text()
     assert page.count("<article>") == 4 and page.count("data:image/jpeg;base64,") == 2 and found[0]["alt"] in page
-    assert "Ours: <mark>picture</mark>" in page
+    assert "Ours: <mark>image</mark>" in page
 
-    # What a person wrote stays when the same command is given again, and no picture is described again.
+    # What a person wrote stays when the same command is given again, and no image is described again.
     approve(flowers="Sunflowers")
     os.rename(site / "img/flowers.png", site / "gone.png")
     (site / "img/flowers.png").write_bytes((site / "gone.png").read_bytes())

@@ -1,4 +1,4 @@
-"""``blip2 caption``: lines in order, broken pictures beside sound ones, JSON, folders, standard input."""
+"""``blip2 caption``: lines in order, broken images beside sound ones, JSON, folders, standard input."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from blip2.cli import main
 
 @pytest.fixture(scope="module")
 def texts(opt_model, pictures):
-    """What Python says of the same pictures, each on one line as the command prints it."""
+    """What Python says of the same images, each on one line as the command prints it."""
     found = blip2.load(opt_model).caption(pictures, max_new_tokens=6)
     return [" ".join(text.split()) for text in found]
 
@@ -94,14 +94,14 @@ def test_folders(run, model, pictures, texts, tmp_path):
     (tmp_path / "inner" / "circle").symlink_to(tmp_path)
     result = run("caption", tmp_path, *model, "--no-recursive")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/a.png\t{texts[1]}\n{tmp_path}/b.PNG\t{texts[0]}\n")
-    assert result.stderr == "blip2: passed over in folders: 1 other file (1 .txt)\n"
+    assert result.stderr == "blip2: skipped in folders: 1 other file (1 .txt)\n"
     for default in ([], ["-r"], ["--recursive"]):
         result = run("caption", *default, tmp_path, *model)
         assert result.stdout.splitlines()[2:] == [f"{tmp_path}/inner/c.png\t{texts[2]}"]
-    assert result.stderr == "blip2: passed over in folders: 1 other file (1 .txt), 1 linked folder\n"
+    assert result.stderr == "blip2: skipped in folders: 1 other file (1 .txt), 1 linked folder\n"
     for pattern in ("inner", "inner/*.png", "c.*"):
         assert "c.png" not in run("caption", "--exclude", pattern, tmp_path, *model).stdout
-    result = run("caption", tmp_path / "inner", *model)  # one picture, but found by the command: it tells which
+    result = run("caption", tmp_path / "inner", *model)  # one image, but found by the command: it tells which
     assert result.stdout == f"{tmp_path}/inner/c.png\t{texts[2]}\n"
 
 

@@ -23,7 +23,7 @@ SAID = {
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """Three pictures and one that is damaged, in folders."""
+    """Three images and one that is damaged, in folders."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "photos"
     (folder / "10_sks dog").mkdir(parents=True)
@@ -59,8 +59,8 @@ def test_sidecars(run, photos):
 def test_what_a_run_wrote_is_not_passed_over_nor_done_anew_by_a_restart_alone(run, photos):
     (photos / "readme.md").write_text("x")
     command = ["caption", "photos", "--sidecar", ".txt", "--exclude", "torn.png", "--beams", 1]
-    assert "passed over in folders: 1 other file (1 .md)" in run(*command).stderr
-    assert "passed over in folders: 1 other file (1 .md)" in run(*command).stderr
+    assert "skipped in folders: 1 other file (1 .md)" in run(*command).stderr
+    assert "skipped in folders: 1 other file (1 .md)" in run(*command).stderr
     refused = run(*command, "--prefix", "sks, ")
     assert refused.exit_code == 1
     remedy = "another output, or add --restart and give --if-exists overwrite to start again\n"

@@ -1,4 +1,4 @@
-"""``blip2 explain``: a picture of the map, the map as numbers, or where it is strongest."""
+"""``blip2 explain``: an image of the map, the map as numbers, or where it is strongest."""
 
 import json
 

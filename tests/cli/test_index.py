@@ -144,8 +144,8 @@ def test_stopped_by_ctrl_c_it_says_how_to_go_on(matching_model, tmp_path):
         os.link(photos / "picture000.png", photos / f"copy{number}.png")
     command = [sys.executable, "-m", "blip2", "index", photos, "-o", index, "--model", matching_model]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where pytest was told to ignore it
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as run:
+    effective = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also if pytest ignores it
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=effective) as run:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("photos.index.unfinished/*.part")) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -165,7 +165,7 @@ def test_index_takes_pictures_as_the_other_verbs_do(run, matching, photos, tmp_p
     listed.write_text(f"{photos}\n")
     result = run("index", "--files-from", listed, "--exclude", "*1.png", "-o", index, *matching)
     noted, told = result.stderr.splitlines()
-    assert result.exit_code == 0 and noted == "blip2: passed over in folders: 1 other file (1 .txt)"
+    assert result.exit_code == 0 and noted == "blip2: skipped in folders: 1 other file (1 .txt)"
     assert told == f"7 new, 0 changed, 0 gone; 7 images in {index}"
     result = run("index", "--no-recursive", photos, "-o", index, *matching)
     assert result.stderr.endswith(f"1 new, 0 changed, 1 gone; 7 images in {index}\n")

@@ -141,8 +141,8 @@ def test_a_reader_that_leaves(opt_model, pictures):
 def test_interrupt(opt_model):
     reading, writing = os.pipe()  # standard input on which nothing ever comes
     # Whoever runs the tests in the background of a shell hands down an interrupt that is ignored.
-    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = start("caption", "-", "--model", opt_model, stdin=reading, preexec_fn=heeded)
+    effective = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start("caption", "-", "--model", opt_model, stdin=reading, preexec_fn=effective)
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)

@@ -6,7 +6,7 @@ import pytest
 
 from blip2.cli.train import line_of, time_of
 from blip2.errors import RecipeError
-from blip2.train import Progress, ToldElsewhere, TrainingStopped
+from blip2.train import OtherProcessFailed, Progress, TrainingStopped
 
 REPORTS = [
     Progress("features", 50, 100, images_per_s=12.5, left_s=4),
@@ -113,7 +113,7 @@ def test_one_of_several_is_silent_but_the_first(run, calls, recipe, monkeypatch)
 @pytest.mark.parametrize(("cause", "code"), [(TrainingStopped("after step 5"), 130), (RecipeError("wrong"), 1)])
 def test_what_another_process_tells_is_not_told_twice(run, monkeypatch, recipe, cause, code):
     def fail(path, **others):
-        raise ToldElsewhere("process 0 reports the error") from cause
+        raise OtherProcessFailed("process 0 reports the error") from cause
 
     monkeypatch.setattr("blip2.train.run", fail)
     result = run("train", recipe)

@@ -3,7 +3,7 @@
     python killed_run.py NOTES SOURCE OUTPUT-OPTIONS-AS-JSON [BATCH-SIZE] [names|miniature]
 
 ``names``: the model is a function of names; ``miniature``: the bundled one. When it ends, NOTES.memory has lines of
-pictures that were done by then and the peak of memory in KiB, where the system tells that.
+images that were done by then and the peak of memory in KiB, where the system tells that.
 """
 
 import json
@@ -47,24 +47,24 @@ def by_miniature(notes: str, source: str, options: dict[str, Any], batch_size: i
 
     in_batches = work.in_batches
 
-    def noted(eye: Any, task: Callable, *others: Any, **named: Any) -> Any:
+    def noted(frontend: Any, task: Callable, *others: Any, **named: Any) -> Any:
         def noting(pictures: Sequence[Any], records: Sequence[Record]) -> Any:
             note(notes, records)
             return task(pictures, records)
 
-        return in_batches(eye, noting, *others, **named)
+        return in_batches(frontend, noting, *others, **named)
 
     work.in_batches = noted
     captioning(source, num_beams=1, max_new_tokens=12, batch_size=batch_size, **options).run(told)
 
 
 class Memory:
-    """The peak of this process, when so many pictures were done and at the end."""
+    """The peak of this process, when so many images were done and at the end."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def told(self, summary: Summary, results: Sequence[Result]) -> None:
+    def description(self, summary: Summary, results: Sequence[Result]) -> None:
         if not self.lines and summary.settled >= MEASURED_AT:
             self.note(summary.settled)
 
@@ -77,7 +77,7 @@ class Memory:
 def main(notes: str, source: str, options: str, batch_size: str = "8", model: str = "names") -> None:
     memory = Memory()
     begin = by_miniature if model == "miniature" else by_names
-    begin(notes, source, json.loads(options), int(batch_size), memory.told)
+    begin(notes, source, json.loads(options), int(batch_size), memory.description)
     memory.note("all")
     with open(f"{notes}.memory", "w", encoding="ascii") as file:
         file.writelines(memory.lines)

@@ -43,7 +43,7 @@ def test_coco(folder, indent):
     ]
     assert [record.text for record in found] == ["a cat", "two dogs", ""]
     assert found[0].columns["width"] == 8
-    assert found[0].picture == str(folder / "val/a.jpg")
+    assert found[0].image == str(folder / "val/a.jpg")
 
 
 def test_coco_with_an_image_a_line(folder):
@@ -87,7 +87,7 @@ KARPATHY = {
 def test_karpathy(folder):
     path = write(folder / "dataset_coco.json", KARPATHY)
     first = records(open_source([path]))[0]
-    assert (first.key, first.text, first.picture) == ("val/a.jpg", "a cat", str(folder / "val/a.jpg"))
+    assert (first.key, first.text, first.image) == ("val/a.jpg", "a cat", str(folder / "val/a.jpg"))
     assert first.columns == {"image_id": 9, "split": "test", "captions": ["a cat", "cats"]}
     assert list(told(open_source([path], split="test"))) == ["val/a.jpg"]
     assert list(told(open_source([path], split="train,restval"))) == ["val/b.jpg", "val/c.jpg"]

@@ -1,4 +1,4 @@
-"""`dedupe`: of equal pictures the model sees the first, and each record has words of its own place."""
+"""`dedupe`: of equal images the model sees the first, and each record has words of its own place."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ class Model:
                 if self._stops_at == 0:
                     raise KeyboardInterrupt
                 self._stops_at = None if self._stops_at is None else self._stops_at - 1
-                with open(record.picture, "rb") as file:
+                with open(record.image, "rb") as file:
                     content = file.read()
                 if content == b"bad":
                     yield ImageError(f"{record.name}: damaged")

@@ -215,7 +215,7 @@ class Scripted:
     def give(self, worker, given):
         self.done.append((worker, given and (given.unit.number, given.again)))
 
-    def hear(self):
+    def receive(self):
         return next(self._said)
 
     def close(self):

@@ -1,4 +1,4 @@
-"""Folders, lists, patterns, and what was said of their pictures before."""
+"""Folders, lists, patterns, and what was said of their images before."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_a_list_keeps_order_and_names(tmp_path, monkeypatch):
     pictures(tmp_path, ["b.jpg", "a.jpg"])
     source = open_source(["b.jpg", "absent.jpg", "a.jpg", "https://example.org/x.jpg"])
     assert list(told(source)) == ["b.jpg", "absent.jpg", "a.jpg", "https://example.org/x.jpg"]
-    assert [record.picture for record in records(source)] == list(told(source))
+    assert [record.image for record in records(source)] == list(told(source))
 
 
 def test_patterns(tmp_path):
@@ -73,7 +73,7 @@ def test_what_is_left_out(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     source = open_source([str(tmp_path)], exclude=["thumbs"])
     assert list(told(source)) == ["a.jpg", "b/a.jpg"]
-    assert "1 .txt" in source.passed_over()
+    assert "1 .txt" in source.skipped_files()
     assert list(told(open_source([str(tmp_path)], recursive=False))) == ["a.jpg"]
 
 
@@ -209,7 +209,7 @@ def test_a_folder_of_parquet_is_rows(tmp_path):
     for number in range(2):
         table = pa.table({"image": [{"bytes": jpeg(number), "path": "x.jpg"}]})
         pq.write_table(table, tmp_path / f"data/train-{number:05}-of-00002.parquet")
-    assert [record.picture for record in records(open_source([str(tmp_path)]))] == [jpeg(0), jpeg(1)]
+    assert [record.image for record in records(open_source([str(tmp_path)]))] == [jpeg(0), jpeg(1)]
 
 
 def test_no_torch_and_no_formats_until_they_are_needed(tmp_path):

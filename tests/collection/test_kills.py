@@ -106,7 +106,7 @@ def killed_after(place, source, options, seconds):
 
 
 def peaks(place):
-    """Of memory in KiB, after 2,000 pictures and at the end."""
+    """Of memory in KiB, after 2,000 images and at the end."""
     return [int(line.split()[1]) for line in (place / "notes.memory").read_text().splitlines()]
 
 

@@ -39,7 +39,7 @@ def test_json_lines(folder):
         ("a.jpg", "two dogs", {"caption": " two\n dogs ", "n": 1}),
         ("b.jpg", "", {"n": 2.5, "tags": ["x"]}),
     ]
-    assert [record.picture for record in found] == [str(folder / "a.jpg"), str(folder / "b.jpg")]
+    assert [record.image for record in found] == [str(folder / "a.jpg"), str(folder / "b.jpg")]
 
 
 def test_a_json_array_is_the_same(folder):
@@ -116,7 +116,7 @@ def test_addresses_and_data(folder):
     rows = [{"url": "https://example.org/a.jpg"}, {"url": data}, {"url": {"bytes": None, "path": "a.jpg"}}]
     found = records(open_source([json_lines(folder / "rows.jsonl", rows)]))
     assert [record.key for record in found] == ["https://example.org/a.jpg", "row-000000001", "a.jpg"]
-    assert [record.picture for record in found] == ["https://example.org/a.jpg", jpeg(9), str(folder / "a.jpg")]
+    assert [record.image for record in found] == ["https://example.org/a.jpg", jpeg(9), str(folder / "a.jpg")]
     assert len({record.stamp for record in found}) == 3
     rows = [{"url": "data:image/jpeg;base64,!"}, {"url": "data:x"}, {"url": {"bytes": "?"}}]
     found = told(open_source([json_lines(folder / "rows.jsonl", rows)]))
@@ -186,7 +186,7 @@ def test_a_broken_first_row_and_empty_lines(folder):
 def test_paths_as_windows_writes_them(folder):
     pictures(folder, ["sub/d.jpg", "odd\\name.jpg"])
     path = json_lines(folder / "rows.jsonl", [{"image": "sub\\d.jpg"}, {"image": "odd\\name.jpg"}])
-    found = [record.picture for record in records(open_source([path]))]
+    found = [record.image for record in records(open_source([path]))]
     assert found == [str(folder / "sub/d.jpg"), str(folder / "odd\\name.jpg")]
 
 
@@ -205,7 +205,7 @@ def test_several_files(folder):
 
 @pytest.fixture
 def data(folder):
-    """Three pictures with texts, as `datasets` has them."""
+    """Three images with texts, as `datasets` has them."""
     import datasets
 
     paths = [str(folder / name) for name in ("a.jpg", "b.jpg", "c.jpg")]
@@ -221,7 +221,7 @@ def test_parquet_by_datasets_with_the_bytes_of_pictures(folder, data):
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         (folder / name).unlink()
     found = records(open_source([str(folder / "data.parquet")]))
-    assert [record.picture for record in found] == [jpeg(number) for number in range(3)]
+    assert [record.image for record in found] == [jpeg(number) for number in range(3)]
     assert [record.key for record in found] == ["a.jpg", "b.jpg", "c.jpg"]
     assert [record.text for record in found] == ["one", "", "None"]
     assert [record.columns["score"] for record in found] == [0.5, None, 1.0]
@@ -245,7 +245,7 @@ def test_parquet_whose_names_are_no_keys(tmp_path):
                    tmp_path / "b.parquet")  # fmt: skip
     path = str(tmp_path / "b.parquet")
     first, second = records(open_source([path]))  # img2dataset's
-    assert (first.key, first.picture, first.columns["url"]) == ("00001", jpeg(1), "http://x/")
+    assert (first.key, first.image, first.columns["url"]) == ("00001", jpeg(1), "http://x/")
     assert second.problem == f"{path} [1]: there is no image in 'jpg'"
 
 
@@ -263,7 +263,7 @@ def test_parquet_is_read_from_any_row_group(tmp_path):
     source = open_source([str(tmp_path / "a.parquet")])
     for unit in reversed(source.units):
         assert [record.columns["n"] for record in source.records(unit)] == list(range(unit.start, unit.stop))
-    assert [record.picture for record in source.records(source.units[2])] == [jpeg(n % 256) for n in range(512, 600)]
+    assert [record.image for record in source.records(source.units[2])] == [jpeg(n % 256) for n in range(512, 600)]
 
 
 def test_paths_in_parquet(folder):
@@ -318,7 +318,7 @@ def test_rubbish_is_told(tmp_path_factory, name, content):
         assert "\n" not in str(error)
         return
     for record in found:
-        assert record.problem or isinstance(record.picture, str)
+        assert record.problem or isinstance(record.image, str)
 
 
 @given(st.lists(st.lists(st.text(st.characters(exclude_characters="\r", codec="utf-8"), max_size=9), min_size=2,

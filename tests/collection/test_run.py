@@ -19,7 +19,7 @@ NAMES = [f"{number % 3}_set/{number:02}.png" for number in range(40)]
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """40 pictures, of which one is damaged, in units of 16."""
+    """40 images, of which one is damaged, in units of 16."""
     monkeypatch.setattr("blip2.collection.sources.files.UNIT_FILES", 16)
     folder = tmp_path / "photos"
     drawn(folder, *NAMES)
@@ -108,7 +108,7 @@ def test_blanks_are_as_they_were_written_when_a_run_goes_on(photos):
 
 @pytest.mark.parametrize("stop", [5, 18, 33])
 def test_a_picture_has_the_same_company_however_often_a_run_stops(photos, undisturbed, stop):
-    """What a model makes of a picture differs in its last digits from batch to batch."""
+    """What a model makes of an image differs in its last digits from batch to batch."""
     batches = []
 
     def model(records, stops_at=None):

@@ -37,7 +37,7 @@ LONG = "\u043a\u043e\u0442/" + "k" * 101
 
 @pytest.fixture
 def shard(tmp_path):
-    """A `.JPEG`, a `.webp`, a picture that fails, and a missing `txt` and `json` among the first samples."""
+    """A `.JPEG`, a `.webp`, an image that fails, and a missing `txt` and `json` among the first samples."""
     jpg, webp, png = (Path(path).read_bytes() for path in drawn(tmp_path / "d", "a.jpg", "b.webp", "c.png"))
     return made(
         tmp_path / "in" / "00003.tar",
@@ -159,7 +159,7 @@ def test_only_tables(tmp_path, shard):
 
 
 def test_a_folder_is_packed(tmp_path, monkeypatch):
-    """Dots in names, one stem twice, many formats: no picture is lost, and each knows where it came from."""
+    """Dots in names, one stem twice, many formats: no image is lost, and each knows where it came from."""
     monkeypatch.setattr("blip2.collection.sources.files.UNIT_FILES", 2)
     paths = drawn(tmp_path / "in", "IMG.1.jpg", "IMG.2.jpg", "a.jpg", "a.png", "bad.jpg", "\u043a\u043e\u0442.jpeg")
     source = Files(paths, root=str(tmp_path / "in"))

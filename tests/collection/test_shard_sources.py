@@ -30,7 +30,7 @@ def test_what_webdataset_wrote(shards):
     source = open_source([f"{shards}/{{00000..00001}}.tar"])
     found = records(source)
     theirs = list(webdataset.WebDataset(f"{shards}/{{00000..00001}}.tar", shardshuffle=False))
-    assert [(record.key, record.picture, record.text, record.columns["width"]) for record in found] == [
+    assert [(record.key, record.image, record.text, record.columns["width"]) for record in found] == [
         (sample["__key__"], sample["jpg"], sample["txt"].decode(), json.loads(sample["json"])["width"])
         for sample in theirs
     ]
@@ -101,7 +101,7 @@ def test_dots_that_merge_pictures_are_told(tmp_path):
     found = told(open_source([str(path)]))
     assert found["b"] == ""
     assert "several images" in found["IMG"]
-    assert records(open_source([str(path)], image_column="jpg"))[1].picture == jpeg(3)
+    assert records(open_source([str(path)], image_column="jpg"))[1].image == jpeg(3)
 
 
 def test_fields_are_chosen(tmp_path):
@@ -110,7 +110,7 @@ def test_fields_are_chosen(tmp_path):
     with pytest.raises(CollectionError, match="several images"):
         open_source([str(path)])
     [record] = records(open_source([str(path)], image_column="mask.png", caption_column="orig.txt"))
-    assert (record.picture, record.text) == (jpeg(2, "PNG"), "x")
+    assert (record.image, record.text) == (jpeg(2, "PNG"), "x")
 
 
 def test_texts(tmp_path):
@@ -179,7 +179,7 @@ def test_cut_off(tmp_path):
     assert list(told(open_source([str(path)])).items())[:2] == [("0", "t"), ("1", "t")]
     last = records(open_source([str(path)]))[2:]
     assert [record.key for record in last] == ["2", "a.tar"]
-    assert all("download or pack it again" in record.problem and record.picture is None for record in last)
+    assert all("download or pack it again" in record.problem and record.image is None for record in last)
 
 
 def test_joined_tars_are_told(tmp_path):
@@ -208,9 +208,9 @@ def test_damage_is_a_problem_and_never_another_picture(tmp_path_factory, data):
     except CollectionError:
         return
     for record in found:
-        if record.picture is not None and record.key in "0123":
-            ours, theirs = record.picture, jpeg(int(record.key))
-            # A byte within a picture itself has no checksum in a tar file: its decoder has to find that.
+        if record.image is not None and record.key in "0123":
+            ours, theirs = record.image, jpeg(int(record.key))
+            # A byte within an image itself has no checksum in a tar file: its decoder has to find that.
             assert len(ours) == len(theirs)
             is_told = found[-1].key == "damaged.tar"
             assert is_told or sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 1

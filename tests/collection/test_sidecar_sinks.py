@@ -1,4 +1,4 @@
-"""Text files beside pictures: as trainers read them, and never one for two pictures."""
+"""Text files beside images: as trainers read them, and never one for two images."""
 
 import os
 import unicodedata
@@ -83,10 +83,10 @@ def test_pictures_of_one_name(tmp_path):
 )
 def test_spellings_that_a_file_system_takes_for_one(tmp_path, one, other, monkeypatch):
     paths = drawn(tmp_path, one, other)
-    Sidecars(".txt").check(type("Source", (), {"pictures": paths})())  # this one tells them apart
+    Sidecars(".txt").check(type("Source", (), {"images": paths})())  # this one tells them apart
     monkeypatch.setattr("blip2.collection.sinks.places._is_blind", lambda picture: True)
     with pytest.raises(CollectionError, match="--sidecar-name full"):
-        Sidecars(".txt").check(type("Source", (), {"pictures": paths})())
+        Sidecars(".txt").check(type("Source", (), {"images": paths})())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

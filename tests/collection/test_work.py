@@ -21,7 +21,7 @@ def matcher():
 
 @pytest.fixture
 def records(tmp_path):
-    """The bundled pictures, each turned a little several times."""
+    """The bundled images, each turned a little several times."""
     found = []
     for name in ("cats", "flowers", "picture"):
         for turn in range(6):
@@ -33,7 +33,7 @@ def records(tmp_path):
 
 @pytest.fixture
 def read(matcher, monkeypatch):
-    """How many texts of which length were read together with a picture, each time."""
+    """How many texts of which length were read together with an image, each time."""
     shapes, match = [], matcher.model.match
 
     def noted(patches_BPD, text_BT, mask_BT):

@@ -1,4 +1,4 @@
-"""XMP beside pictures, and metadata within them, as exiftool reads both."""
+"""XMP beside images, and metadata within them, as exiftool reads both."""
 
 import json
 import shutil

@@ -13,7 +13,7 @@ from blip2.collection.record import Record, Source
 
 
 def jpeg(number: int, form: str = "JPEG") -> bytes:
-    """A small picture, another one for each number."""
+    """A small image, another one for each number."""
     file = io.BytesIO()
     Image.new("RGB", (8, 6), (number * 7 % 256, number * 31 % 256, number % 256)).save(file, form)
     return file.getvalue()

@@ -40,7 +40,7 @@ class Listed:
     def records(self, unit: Unit) -> Iterator[Record]:
         yield from self._records[unit.start : unit.stop]
 
-    def told(self) -> dict:
+    def description(self) -> dict:
         return {}
 
 
@@ -61,7 +61,7 @@ def captioned(
     journal: Path | None = None,
     **wording,
 ):
-    """The sinks, when all is written. ``source``: one, or the paths of pictures."""
+    """The sinks, when all is written. ``source``: one, or the paths of images."""
     beside = open_beside(outputs)
     if isinstance(source, list):
         source = Files(source, root=str(Path(source[0]).parent))

@@ -23,7 +23,7 @@ LEARNING = ("qformer", "query_tokens", "language_projection")
 def model(request, any_model, monkeypatch):
     """One to change; its layers are packed as those of published sizes are, or not."""
     if request.param:
-        monkeypatch.setattr(linear, "WORTH_IT", 1)
+        monkeypatch.setattr(linear, "MIN_PACKED_WEIGHTS", 1)
     return Blip2ForConditionalGeneration.from_pretrained(any_model)
 
 

@@ -12,8 +12,8 @@ import torch
 
 from blip2 import disk
 from blip2.config import CLIP_MEAN, CLIP_STD
-from blip2.data import Pictures, Row, frozen_features
-from blip2.data.features import Alone, fingerprint
+from blip2.data import Row, RowImages, frozen_features
+from blip2.data.features import SingleProcess, fingerprint
 from blip2.errors import ImageError, RecipeError
 from blip2.vision import VisionTransformer
 from tests import tiny
@@ -28,7 +28,7 @@ def vision():
 
 @pytest.fixture
 def shown(pictures):
-    return Pictures([Row(path) for path in pictures], size=32, mean=CLIP_MEAN, std=CLIP_STD)
+    return RowImages([Row(path) for path in pictures], size=32, mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def test_they_are_the_encoders(vision, shown, tmp_path):
@@ -70,7 +70,7 @@ def test_what_was_interrupted_goes_on(vision, shown, tmp_path):
 
 def test_another_encoder_and_other_pictures_are_refused(vision, shown, pictures, tmp_path):
     frozen_features(vision, shown, tmp_path, "rows")
-    fewer = Pictures([Row(path) for path in pictures[:4]], size=32, mean=CLIP_MEAN, std=CLIP_STD)
+    fewer = RowImages([Row(path) for path in pictures[:4]], size=32, mean=CLIP_MEAN, std=CLIP_STD)
     with pytest.raises(RecipeError, match="other images"):
         frozen_features(vision, fewer, tmp_path, "rows")
     vision.blocks[0].fc1.bias.data[0] += 1
@@ -80,7 +80,7 @@ def test_another_encoder_and_other_pictures_are_refused(vision, shown, pictures,
 
 @pytest.mark.parametrize("earlier", [0, None])
 def test_other_pixels_of_the_same_files_are_seen_anew(vision, shown, tmp_path, earlier):
-    """When the reading of pictures has changed: colours, orientation."""
+    """When the reading of images has changed: colours, orientation."""
     frozen_features(vision, shown, tmp_path, "rows")
     about = json.loads((tmp_path / "rows.json").read_text())
     (tmp_path / "rows.json").write_text(json.dumps(about | {"pixels": earlier}))
@@ -98,7 +98,7 @@ def test_features_of_which_less_was_told_once_serve_on(vision, shown, tmp_path):
 
 
 def test_a_folder_that_only_the_first_process_sees_is_refused(vision, shown, tmp_path):
-    class Second(Alone):
+    class Second(SingleProcess):
         is_first = False
 
     with pytest.raises(RecipeError, match=r"rows\.json: this process cannot see what the first process wrote there"):
@@ -129,7 +129,7 @@ def computed(vision, shown, folder) -> list[tuple[int, int]]:
 
 
 def replace_keeping_size_and_time(path):
-    """As ``cp -p`` or ``rsync -t`` of another picture leaves it."""
+    """As ``cp -p`` or ``rsync -t`` of another image leaves it."""
     before = os.stat(path)
     tiny.picture(77).save(path)
     assert os.path.getsize(path) <= before.st_size
@@ -140,9 +140,9 @@ def replace_keeping_size_and_time(path):
 def test_features_belong_to_the_content_and_not_to_the_name(vision, pictures, tmp_path):
     paths = [shutil.copy(path, tmp_path) for path in pictures[:3]]
     size = max(os.path.getsize(path) for path in paths) + 200
-    for path in paths:  # room for any picture, and what a picture's file may end with
+    for path in paths:  # room for any image, and what an image's file may end with
         os.truncate(path, size)
-    shown = Pictures([Row(path) for path in paths], size=32, mean=CLIP_MEAN, std=CLIP_STD)
+    shown = RowImages([Row(path) for path in paths], size=32, mean=CLIP_MEAN, std=CLIP_STD)
     before = frozen_features(vision, shown, tmp_path, "rows").read(np.arange(3))
     replace_keeping_size_and_time(paths[1])
     os.utime(paths[2])  # touched, which changes nothing
@@ -212,7 +212,7 @@ def test_a_picture_that_cannot_be_read_is_seen_once_it_can(vision, pictures, tmp
     for path, picture in zip(paths, pictures, strict=False):
         shutil.copy(picture, path)
     Path(paths[1]).write_bytes(b"broken")
-    shown, told = Pictures([Row(path) for path in paths], size=32, mean=CLIP_MEAN, std=CLIP_STD), []
+    shown, told = RowImages([Row(path) for path in paths], size=32, mean=CLIP_MEAN, std=CLIP_STD), []
     with pytest.raises(ImageError, match=r"1\.png: not a JPEG"):
         frozen_features(vision, shown, tmp_path, "rows")
     file = frozen_features(vision, shown, tmp_path, "rows", on_bad=lambda path, error: told.append(path))

@@ -1,4 +1,4 @@
-"""A folder gives all its pictures; nothing in it stops the others, is waited for, or is passed over without a word."""
+"""A folder gives all its images; nothing in it stops the others, is waited for, or is passed over without a word."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def place(tmp_path):
 
 
 def names_of(found: folders.Found, top: str) -> list[str]:
-    return [os.path.relpath(path, top) for path in found.pictures]
+    return [os.path.relpath(path, top) for path in found.images]
 
 
 def test_all_suffixes_and_all_folders_within(place):
@@ -33,7 +33,7 @@ def test_all_suffixes_and_all_folders_within(place):
     top = place(*names)
     found = find_in([top])
     assert names_of(found, top) == sorted(names)
-    assert found.is_complete and found.passed_over() == ""
+    assert found.is_complete and found.skipped_files() == ""
     assert names_of(find_in([top], recursive=False), top) == sorted(set(names) - {"within/deep/i.webp"})
 
 
@@ -43,17 +43,17 @@ def test_what_is_no_picture_is_counted_in_one_line(place):
     found = find_in([top])
     assert names_of(found, top) == ["a.png"]
     assert found.is_complete
-    told = found.passed_over()
-    assert told.startswith("passed over in folders: 5 other files (2 .txt, ") and told.endswith("), 1 linked folder")
+    told = found.skipped_files()
+    assert told.startswith("skipped in folders: 5 other files (2 .txt, ") and told.endswith("), 1 linked folder")
     assert "1 without a suffix" in told and "\n" not in told
 
 
 def test_pictures_that_this_installation_cannot_read_are_counted_with_the_remedy(place, monkeypatch):
     monkeypatch.setattr(folders, "suffixes", lambda: (frozenset({".png"}), {".heic": "pip install pillow-heif"}))
     found = find_in([place("a.png", "b.heic", "within/c.HEIC")])
-    assert found.passed_over() == "passed over in folders: 2 images (pip install pillow-heif reads them)"
+    assert found.skipped_files() == "skipped in folders: 2 images (pip install pillow-heif reads them)"
     assert not found.is_complete
-    assert find_in([place() + "/within"]).problems == []  # there are pictures in it
+    assert find_in([place() + "/within"]).problems == []  # there are images in it
 
 
 def test_what_should_be_a_picture_and_is_none_is_named_and_not_opened(place, monkeypatch):
@@ -103,7 +103,7 @@ def test_what_is_excluded(place):
 def test_places_in_order_and_folders_without_pictures(place, tmp_path):
     top = place("full/a.png", "full/b.png", "empty/notes.txt")
     found = find_in(["x.png", f"{top}/full", f"{top}/empty", "https://example.org/y.png"])
-    assert found.pictures == ["x.png", f"{top}/full/a.png", f"{top}/full/b.png", "https://example.org/y.png"]
+    assert found.images == ["x.png", f"{top}/full/a.png", f"{top}/full/b.png", "https://example.org/y.png"]
     assert found.problems == [f"{top}/empty: there are no images in this folder"]
     assert found.unknown == [f"{top}/empty"]
 
@@ -114,4 +114,4 @@ def test_a_deep_tree(tmp_path):
         deep = deep / "d"
     deep.mkdir(parents=True)
     (deep / "a.png").touch()
-    assert find_in([str(tmp_path)]).pictures == [str(deep / "a.png")]
+    assert find_in([str(tmp_path)]).images == [str(deep / "a.png")]

@@ -1,4 +1,4 @@
-"""The order of rows, pictures that are shared, and batches made ahead."""
+"""The order of rows, images that are shared, and batches made ahead."""
 
 import threading
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip2.config import CLIP_MEAN, CLIP_STD
-from blip2.data import Pictures, Row, indices_of_step, prefetch
+from blip2.data import Row, RowImages, indices_of_step, prefetch
 from blip2.image import load_image, to_pixels
 
 
@@ -35,7 +35,7 @@ def test_epochs_and_seeds_differ_and_steps_do_not_depend_on_what_was_asked_befor
 
 def test_rows_that_share_a_picture_share_its_number(pictures):
     rows = [Row(path, captions=("x",)) for path in (pictures[1], pictures[0], pictures[1])]
-    shown = Pictures(rows, size=32, mean=CLIP_MEAN, std=CLIP_STD)
+    shown = RowImages(rows, size=32, mean=CLIP_MEAN, std=CLIP_STD)
     assert shown.number_of_row.tolist() == [0, 1, 0]
     assert shown.paths == [pictures[1], pictures[0]]
     wanted = to_pixels([load_image(pictures[0]), load_image(pictures[1])], size=32, mean=CLIP_MEAN, std=CLIP_STD)

@@ -13,7 +13,7 @@ import pytest
 
 import blip2
 from blip2.evaluate import ANSWERS, begun, evaluate
-from blip2.tasks.see import Eye
+from blip2.tasks.see import ImageFrontend
 from tests.evaluate.killed import OPTIONS
 from tests.evaluate.written import LAYOUTS
 
@@ -79,13 +79,13 @@ def test_alone_as_in_company(tmp_path, name):
 def test_a_picture_is_seen_once_for_all_its_questions(tmp_path, monkeypatch):
     LAYOUTS["vqav2"]["official"](tmp_path / "data")
     seen: Counter[str] = Counter()
-    pixels = Eye.pixels
+    pixels = ImageFrontend.pixels
 
-    def counting(eye, image):
+    def counting(frontend, image):
         seen[str(image)] += 1
-        return pixels(eye, image)
+        return pixels(frontend, image)
 
-    monkeypatch.setattr(Eye, "pixels", counting)
+    monkeypatch.setattr(ImageFrontend, "pixels", counting)
     report = evaluate("vqav2", tmp_path / "out", data=tmp_path / "data", batch_size=16)
     assert report["rows"] == 24 and len(seen) == 12 and set(seen.values()) == {1}
 

@@ -1,4 +1,4 @@
-"""The order of rows: those of a picture together, and in batches of which few divide a picture."""
+"""The order of rows: those of an image together, and in batches of which few divide an image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_all_rows_are_there_and_those_of_a_picture_side_by_side(numbers, size):
 
 
 def test_few_pictures_are_divided_between_batches():
-    """As many questions as the pictures of VQAv2 have."""
+    """As many questions as the images of VQAv2 have."""
     chance = random.Random(0)
     found = list(packed(rows_of([chance.choice([3, 3, 4, 5, 5, 6, 6, 7, 8]) for _ in range(2000)])))
     images = [row["image"] for row in found]

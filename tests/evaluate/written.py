@@ -17,13 +17,13 @@ from tests import tiny
 
 NUMBER = 12
 needs_drawings = pytest.mark.skipif(not world.FONT_PATH.exists(), reason="needs fonts-noto-color-emoji")
-"""What the bundled model says is right only of pictures of its world; all else is tested with any."""
+"""What the bundled model says is right only of images of its world; all else is tested with any."""
 FIRST_ID = 522400
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture with what is true of it. ``id``: of the picture; its questions are id * 1000 and on."""
+    """An image with what is true of it. ``id``: of the image; its questions are id * 1000 and on."""
 
     id: int
     content: bytes
@@ -157,7 +157,7 @@ def questions_and_annotations(folder: Path, questions: str, annotations: str) ->
          "question_type": "how many", "multiple_choice_answer": answer, "answers": ten(answer)}
         for each in drawn() for name, _, answer in each.asked()
     ]  # fmt: skip
-    told = told[::2] + told[1::2]  # pictures do not stand side by side
+    told = told[::2] + told[1::2]  # images do not stand side by side
     text(folder / "vqa" / questions, {"info": {}, "data_subtype": "val2014", "questions": asked})
     text(folder / "vqa" / annotations, {"info": {}, "data_subtype": "val2014", "annotations": told})
 

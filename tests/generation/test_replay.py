@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blip2.generation import Batch, Engine, GenerateOptions, replay
-from blip2.generation.replay import MOST_ROWS, WORTH_IT, Replay, weights_of
+from blip2.generation.replay import MIN_REPEATS, MOST_ROWS, Replay, weights_of
 from tests.generation.test_batch import ENDS, WAYS, plain
 
 
@@ -121,7 +121,7 @@ def test_weights_that_moved_are_recorded_anew(language, prompts, recorder):
 @pytest.mark.parametrize("obstacle", ["hook", "switch", "autocast", "rows"])
 def test_where_nothing_can_be_recorded_steps_are_plain(language, prompts, recorder, monkeypatch, request, obstacle):
     engine = Engine(language, eos_token_ids=ENDS)
-    options = GenerateOptions(max_new_tokens=WORTH_IT + 3, min_new_tokens=WORTH_IT + 3)
+    options = GenerateOptions(max_new_tokens=MIN_REPEATS + 3, min_new_tokens=MIN_REPEATS + 3)
     if obstacle == "hook":
         hook = next(language.children()).register_forward_hook(lambda *_: None)
         request.addfinalizer(hook.remove)

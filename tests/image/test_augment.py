@@ -1,4 +1,4 @@
-"""Parts of pictures: as large as they may be, of the shape they may have, and the same for the same draw."""
+"""Parts of images: as large as they may be, of the shape they may have, and the same for the same draw."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Which files are read, and what is said of the others; sound pictures with odd things in them; pictures cut short."""
+"""Which files are read, and what is said of the others; sound images with odd things in them; images cut short."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_devices_and_links_to_nothing(tmp_path):
         load_image(tmp_path / "gone.png")
 
 
-# ---- sound pictures -----------------------------------------------------------------------------------
+# ---- sound images -----------------------------------------------------------------------------------
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -286,7 +286,7 @@ def test_grey_of_more_bits_is_scaled_from_black_to_white():
     assert np.asarray(load_image(Image.new("LA", (1, 1), (0, 51)).convert("La"))).tolist() == [[[204, 204, 204]]]
 
 
-# ---- pictures cut short -------------------------------------------------------------------------------
+# ---- images cut short -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What messages call a picture, and what they make of its name."""
+"""What messages call an image, and what they make of its name."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Each change by what it does to a picture, and all by how often they are drawn."""
+"""Each change by what it does to an image, and all by how often they are drawn."""
 
 import random
 from collections import Counter

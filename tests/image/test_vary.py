@@ -1,4 +1,4 @@
-"""A picture stored otherwise: the same one, or a part of it."""
+"""An image stored otherwise: the same one, or a part of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of pictures to change, models to see them with, and indexes of vectors that no model made."""
+"""A folder of images to change, models to see them with, and indexes of vectors that no model made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import blip2
-from blip2.index.file import Origin, Picture, crc32_of, write
+from blip2.index.file import IndexedImage, Origin, crc32_of, write
 from blip2.index.folders import Stamp
 from tests import tiny
 
@@ -38,7 +38,7 @@ def other_matcher(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path, pictures) -> Path:
-    """Eight pictures, three of them in a folder within."""
+    """Eight images, three of them in a folder within."""
     folder = tmp_path / "photos"
     (folder / "within").mkdir(parents=True)
     for number, path in enumerate(pictures):
@@ -52,7 +52,7 @@ def index_of(tmp_path):
 
     def make(vectors_NQD: torch.Tensor, name: str = "made.index") -> blip2.Index:
         half_NQD = F.normalize(vectors_NQD, dim=-1).half()
-        rows = [Picture(f"/p{row:04}", Stamp(1, 1), crc32_of(each)) for row, each in enumerate(half_NQD)]
+        rows = [IndexedImage(f"/p{row:04}", Stamp(1, 1), crc32_of(each)) for row, each in enumerate(half_NQD)]
         write(tmp_path / name, Origin("search", "none", "none"), rows, half_NQD.shape[1:], half_NQD)
         return blip2.Index.open(tmp_path / name)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from blip2.errors import Blip2Error, IndexFileError
 from blip2.index import Index, is_index
-from blip2.index.file import Origin, Picture, crc32_of, read, write
+from blip2.index.file import IndexedImage, Origin, crc32_of, read, write
 from blip2.index.folders import Stamp
 from blip2.index.search import nearest
 
@@ -33,9 +33,10 @@ def made(tmp_path_factory):
     return path, path.read_bytes(), vectors_NQD
 
 
-def pictures(vectors_NQD) -> list[Picture]:
+def pictures(vectors_NQD) -> list[IndexedImage]:
     return [
-        Picture(f"/päth/{row}.png", Stamp(row, 10**18 + row), crc32_of(each)) for row, each in enumerate(vectors_NQD)
+        IndexedImage(f"/päth/{row}.png", Stamp(row, 10**18 + row), crc32_of(each))
+        for row, each in enumerate(vectors_NQD)
     ]
 
 
@@ -57,7 +58,7 @@ def test_it_is_read_as_it_was_written(made):
     path, _, vectors_NQD = made
     stored = read(path)
     assert stored.origin == ORIGIN
-    assert stored.pictures() == pictures(vectors_NQD)
+    assert stored.images() == pictures(vectors_NQD)
     assert torch.equal(stored.vectors_NQD, vectors_NQD)
     assert [seen.model for seen in Index.open(path)] == [ORIGIN.identity] * 3
     assert torch.equal(Index.open(path)[-1].queries_QD, vectors_NQD[2])
@@ -67,7 +68,8 @@ def test_opening_does_not_read_the_vectors(tmp_path):
     """They are mapped: a copy would be fresh memory of the process."""
     path = tmp_path / "large.index"
     one_QD = torch.zeros(32, 1024, dtype=torch.float16)
-    write(path, ORIGIN, [Picture(f"/{row:04}", Stamp(1, 1), 0) for row in range(2000)], (32, 1024), [one_QD] * 2000)
+    images = [IndexedImage(f"/{row:04}", Stamp(1, 1), 0) for row in range(2000)]
+    write(path, ORIGIN, images, (32, 1024), [one_QD] * 2000)
     before = resident_bytes()
     index = Index.open(path)
     assert index.vectors[1000, 3, 5] == 0
@@ -121,7 +123,7 @@ def made_to_search(path, seed=0) -> Index:
 
 
 def found_in(path) -> tuple:
-    """All that is found: of a text, of a picture, near duplicates."""
+    """All that is found: of a text, of an image, near duplicates."""
     index, query_L = Index.open(path), F.normalize(torch.arange(8.0), dim=0)
     near = nearest(index._stored.rows, query_L, 3)
     like = nearest(index._stored.rows.viewed(1, 16), query_L.repeat(2), 3, length=2**0.5)

@@ -53,7 +53,7 @@ def test_the_size_of_the_portions_changes_nothing(monkeypatch, chunk_bytes):
 @given(seed=st.integers(0, 10**6), length=st.sampled_from([8, 256, 1024]), number=st.integers(1, 40))
 @example(seed=447, length=1024, number=1)
 def test_near_ties_are_put_in_order(seed, length, number):
-    """All pictures within what half precision can tell: rows that differ in the last bits of a few numbers."""
+    """All images within what half precision can tell: rows that differ in the last bits of a few numbers."""
     query_L = unit(length, seed=seed)
     vectors_NRL = query_L.half().expand(200, 2, length).clone()
     generator = torch.Generator().manual_seed(seed)

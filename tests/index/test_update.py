@@ -34,7 +34,7 @@ def index(tmp_path) -> Path:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(sys.modules[update.__module__], "SHARD_PICTURES", 2)
+    monkeypatch.setattr(sys.modules[update.__module__], "SHARD_IMAGES", 2)
 
 
 def never(name, kind):
@@ -181,7 +181,7 @@ def test_one_place_that_is_not_there_does_not_stop_the_others(index, photos, mat
     found = update(index, places, lambda *_: matcher, on_problem=problems.append, on_note=notes.append)
     assert found == Changes(3, 0, 0, 0, 6)
     assert [problem.split(": ")[1] for problem in problems] == ["no such file or folder; check the path"] * 2
-    assert notes == ["passed over in folders: 1 other file (1 .txt)"]
+    assert notes == ["skipped in folders: 1 other file (1 .txt)"]
     with pytest.raises(IndexFileError, match=r"no such file or folder.*the index is unchanged"):
         blip2.Index.update(index, [photos / "within"], matcher)
 
@@ -263,17 +263,17 @@ def test_stopped_at_a_write_and_finished(index, photos, matcher, small_shards, m
 
 
 def test_what_was_done_is_kept_by_time_too(index, photos, matcher, monkeypatch):
-    """Each picture by itself where one takes longer than may be lost; the index is the same."""
+    """Each image by itself where one takes longer than may be lost; the index is the same."""
     made = index.with_name("made.index")
     blip2.Index.update(made, photos, matcher)
     module = sys.modules[update.__module__]
     clock = itertools.count(0, 20)  # seconds, each time somebody looks
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr("blip2.tasks.see.CACHE_BYTES", 1)  # the pictures of a batch one after the other
+    monkeypatch.setattr("blip2.tasks.see.CACHE_BYTES", 1)  # the images of a batch one after the other
     kept, add = [], Unfinished.add
     monkeypatch.setattr(Unfinished, "add", lambda *arguments: kept.append(len(arguments[2])) or add(*arguments))
-    encode, encoded = matcher.eye._encode_pixels, []
-    monkeypatch.setattr(matcher.eye, "_encode_pixels", lambda pixels: encoded.append(pixels) or encode(pixels))
+    encode, encoded = matcher.frontend._encode_pixels, []
+    monkeypatch.setattr(matcher.frontend, "_encode_pixels", lambda pixels: encoded.append(pixels) or encode(pixels))
 
     def check(done, total):
         assert len(encoded) == done  # none ahead of those that were handed over
@@ -313,7 +313,7 @@ RUN = """
 import sys, time
 import blip2
 from blip2.index import update
-sys.modules[update.__module__].SHARD_PICTURES = 8
+sys.modules[update.__module__].SHARD_IMAGES = 8
 matcher = blip2.load(sys.argv[1], device="cpu")
 print("started", flush=True)
 blip2.Index.update(sys.argv[2], sys.argv[3], matcher, on_progress=lambda done, total: time.sleep(0.005))

@@ -1,4 +1,4 @@
-"""Asked by an index, the bundled model answers as it does on the pictures."""
+"""Asked by an index, the bundled model answers as it does on the images."""
 
 import time
 

@@ -21,8 +21,8 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 # its width, encoder and decoder differ in depth, and 32 queries reach T5's far (logarithmic) distances.
 # vision (width, heads, layers, feed-forward, image, patch); qformer (width, heads, layers, feed-forward,
 # cross-attention frequency, queries); the language model by its published field names. The reference's own cache
-# fails where a T5 has more decoder than encoder layers. The seeds are of models whose answers differ from picture to
-# picture in length and words (`test_the_comparison_is_one`); most random models repeat one token.
+# fails where a T5 has more decoder than encoder layers. The seeds are of models whose answers differ from image to
+# image in length and words (`test_the_comparison_is_one`); most random models repeat one token.
 SIZES = {
     "opt, 3 queries": {
         "seed": 2,
@@ -162,7 +162,7 @@ def load(reference, folder):
 
 @pytest.fixture(scope="session", params=SIZES)
 def pair(request, tmp_path_factory):
-    """``theirs`` and ``ours`` with the same weights, and three pictures."""
+    """``theirs`` and ``ours`` with the same weights, and three images."""
     theirs = _generative(SIZES[request.param])
     ours = load(theirs, tmp_path_factory.mktemp("generative"))
     side = theirs.config.vision_config.image_size
@@ -189,7 +189,7 @@ def texts(pair):
 def their_inputs(pair, texts):
     """Ids and mask as the reference takes them.
 
-    OPT is padded between picture and text, which is how its positions (counted by the mask) come out right. T5's
+    OPT is padded between image and text, which is how its positions (counted by the mask) come out right. T5's
     positions are distances in the padded row, so it is right only if padded at the end.
     """
     queries = pair.theirs.config.num_query_tokens
@@ -207,7 +207,7 @@ def their_inputs(pair, texts):
 
 @pytest.fixture(scope="session")
 def our_prompts(pair, texts):
-    """The same as vectors, one sequence a picture."""
+    """The same as vectors, one sequence an image."""
     with torch.inference_mode():
         prompts_BQD = pair.ours.prompt(pair.ours.encode(pair.pixels_BCHW))
         return [

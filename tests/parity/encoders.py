@@ -80,7 +80,7 @@ def build(family: str, sizes: dict[str, Any], seed: int, *, whole: bool = False)
 
 
 def settings(family: str, size: int) -> dict[str, Any]:
-    """preprocessor_config.json for pictures of that size."""
+    """preprocessor_config.json for images of that size."""
     square = {"height": size, "width": size}
     content = {"image_processor_type": f"{KINDS[family]}ImageProcessor", "size": square, "do_resize": True,
                "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}  # fmt: skip

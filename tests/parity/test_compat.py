@@ -126,7 +126,7 @@ def test_the_same_logits(pair, drop_in, their_inputs):
     inputs = {"pixel_values": pair.pixels_BCHW, **their_inputs, **decoder}
     theirs, ours = pair.theirs(**inputs), drop_in(**inputs)
     assert theirs.logits.std() > 0.05
-    # Padding between picture and text is compared too: it would count in a loss over all ids.
+    # Padding between image and text is compared too: it would count in a loss over all ids.
     assert_close(ours.logits, theirs.logits, **TOLERANCE)
     assert ours.loss is None and ours[0] is ours["logits"]
 

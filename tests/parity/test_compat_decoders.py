@@ -39,7 +39,7 @@ def twins(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(twins):
-    """Three pictures and texts of mixed length, padded before the two: between, the reference counts padding where a
+    """Three images and texts of mixed length, padded before the two: between, the reference counts padding where a
     layer has a window."""
     image = twins[0].config.image_token_index
     texts = [[2], [2, 9, 33, 12, 30], [2, 8, 7]]

@@ -33,7 +33,7 @@ def test_the_same_losses(folder, is_packed, monkeypatch, capfd):
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     if is_packed:
-        monkeypatch.setattr(linear, "WORTH_IT", 1)
+        monkeypatch.setattr(linear, "MIN_PACKED_WEIGHTS", 1)
     theirs, ours = (program.main(library, str(folder)) for library in ("transformers", "blip2"))
     assert len(ours) == 6 and ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
     assert ours[4] != pytest.approx(ours[0], abs=1e-3), "nothing was learned"

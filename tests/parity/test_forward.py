@@ -1,4 +1,4 @@
-"""Every station of a picture's path gives the reference's numbers, in fp32 and to 1e-4."""
+"""Every station of an image's path gives the reference's numbers, in fp32 and to 1e-4."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_the_same_tokens_through_filters(pair, their_inputs, our_prompts, option
 
 
 def test_the_comparison_is_one(pair, their_inputs):
-    """What the reference answers differs by picture, ends at different times, and is not one token over and over."""
+    """What the reference answers differs by image, ends at different times, and is not one token over and over."""
     (greedy, _), (beams, _) = (
         reference_texts(pair, their_inputs, {"num_beams": beams, "num_return": beams}) for beams in (1, 5)
     )

@@ -46,7 +46,7 @@ def difference(theirs, processor, blip):
     logits_BV, _ = speaker.model.language.prefill(*pad_rows(prompts), LONGEST)
     for picture, text, prompt_TD, logits_V in zip(pictures(), PROMPTS, prompts, logits_BV, strict=True):
         inputs = processor(images=picture, text=text, return_tensors="pt")
-        torch.testing.assert_close(blip.eye.pixels(picture)[None], inputs["pixel_values"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(blip.frontend.pixels(picture)[None], inputs["pixel_values"], atol=1e-6, rtol=0)
         assert speaker.instruction(text) == inputs["qformer_input_ids"][0].tolist()
         queries = theirs.config.num_query_tokens
         ids = speaker.tokenizer.prompt_ids(text, speaker.model.config.language)

@@ -72,7 +72,7 @@ def equal(one, other):
 def test_the_processor(published, options):
     (_, its), (_, ours), _ = published
     expected = its(images=pictures(), text=PROMPTS, **options)
-    # The reference pads this text where the language model's is padded, which changes what is seen of a picture.
+    # The reference pads this text where the language model's is padded, which changes what is seen of an image.
     read = its.qformer_tokenizer(PROMPTS, **options)
     expected["qformer_input_ids"] = read["input_ids"]
     expected["qformer_attention_mask"] = read["attention_mask"]

@@ -17,7 +17,7 @@ TEXTS = [[3, 9, 12, 4], [3, 44, 7, 21, 30, 8, 19, 4], [3, 5, 4], [3, 17, 17, 2, 
 
 @pytest.fixture(scope="module", params=SIZES)
 def both(request, tmp_path_factory):
-    """Their model, our features of three pictures, and our reader, with the same weights."""
+    """Their model, our features of three images, and our reader, with the same weights."""
     sizes = SIZES[request.param]
     theirs = matching(seed=11, sizes=sizes, shared=6)
     folder = tmp_path_factory.mktemp("matching")

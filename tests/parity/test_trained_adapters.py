@@ -44,7 +44,7 @@ NEAR = 0.15
 
 @pytest.fixture(scope="module", params=TARGETS)
 def base(request, tmp_path_factory):
-    """A model with pictures and texts."""
+    """A model with images and texts."""
     family = request.param
     folder = tmp_path_factory.mktemp(family)
     theirs = opt_or_t5(family) if family in ("opt", "t5") else whole(family, 3)

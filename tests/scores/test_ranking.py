@@ -9,7 +9,7 @@ from blip2.scores.ranking import pairs, ranks
 
 
 def plainly(scores_NM, owner_M):
-    """The best rank of a picture's texts, and the rank of a text's picture, in the reversed order of an argsort."""
+    """The best rank of an image's texts, and the rank of a text's image, in the reversed order of an argsort."""
     texts = []
     for picture, row in enumerate(scores_NM):
         order = list(np.argsort(row, kind="stable")[::-1])
@@ -40,7 +40,7 @@ def test_a_picture_without_texts_finds_none() -> None:
     ("scores", "expected"),
     [
         ([[2, 1], [1, 2]], (True, True, True)),
-        ([[2, 1], [3, 4]], (True, False, False)),  # each picture has its text, but both texts like one picture
+        ([[2, 1], [3, 4]], (True, False, False)),  # each image has its text, but both texts like one image
         ([[2, 3], [1, 4]], (False, True, False)),
         ([[1, 1], [1, 1]], (False, False, False)),
     ],

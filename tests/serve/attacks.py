@@ -28,7 +28,7 @@ CAPTION, ASK, MATCH, EXPLAIN = "/caption", "/ask", "/match", "/explain"
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 PATIENCE_S = 20.0
 SLOW_HOST_PORT = 18_093
-"""Where a server that allows it finds pictures that take long to come."""
+"""Where a server that allows it finds images that take long to come."""
 
 
 # ---- to send ----

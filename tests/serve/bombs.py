@@ -47,7 +47,7 @@ def jpeg_large(turned: bool = False) -> bytes:
 
 
 def jpeg_claiming(width: int, height: int) -> bytes:
-    """A header of that size, with the scan of another picture."""
+    """A header of that size, with the scan of another image."""
     whole = bytearray(saved(Image.new("RGB", (16, 16), "red"), "JPEG"))
     place = whole.index(b"\xff\xc0") + 5
     whole[place : place + 4] = struct.pack(">HH", height, width)
@@ -55,7 +55,7 @@ def jpeg_claiming(width: int, height: int) -> bytes:
 
 
 def jpeg_of_pictures() -> bytes:
-    """An MPO: its index says that there are thousands of pictures."""
+    """An MPO: its index says that there are thousands of images."""
     whole = saved(Image.new("RGB", (16, 16), "red"), "JPEG")
     number = 2000
     entries = b"".join(struct.pack("<LLLHH", 0x030000, len(whole), 0, 0, 0) for _ in range(number))

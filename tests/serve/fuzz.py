@@ -1,4 +1,4 @@
-"""Requests that no client sends, by chance: fields, forms and pictures that are changed until little of them is right.
+"""Requests that no client sends, by chance: fields, forms and images that are changed until little of them is right.
 
 As a program: ``python -m tests.serve.fuzz PORT SEED FIRST LAST``. Each request is made from the seed and its number, so
 that one that broke something can be sent again. Prints how often it got which status, and what was wrong, as JSON.
@@ -144,7 +144,7 @@ def picture(chance: random.Random) -> bytes:
 
 
 def sound(chance: random.Random, route: str) -> dict[str, Any]:
-    """The fields of a request that is right, but for its picture perhaps."""
+    """The fields of a request that is right, but for its image perhaps."""
     image = address(picture(chance))
     few = {"max_tokens": chance.randrange(1, 6)}
     match route:

@@ -81,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Asked:
-    """A picture, and the answers that it should get."""
+    """An image, and the answers that it should get."""
 
     content: bytes
     question: str
@@ -199,7 +199,7 @@ def base64_of(content: bytes) -> str:
 
 
 def with_picture(chance: random.Random, content: bytes | str, *statuses: int) -> Send:
-    """By any of the ways that a picture can come."""
+    """By any of the ways that an image can come."""
     url = content if isinstance(content, str) else base64_of(content)
     image = {"type": "image_url", "image_url": {"url": url}}
     ways = [

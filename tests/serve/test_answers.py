@@ -28,15 +28,15 @@ def threads_of(number: int) -> Iterator[str]:
 def test_what_takes_longer_than_a_moment_goes_on_in_a_thread(service) -> None:
     async def use() -> None:
         here = threading.current_thread().name
-        assert await service.aside("a", threads_of(3)) == [here] * 3
-        assert here not in await service.aside("a", threads_of(3), is_small=False)
+        assert await service.in_thread("a", threads_of(3)) == [here] * 3
+        assert here not in await service.in_thread("a", threads_of(3), is_small=False)
 
         def slow() -> Iterator[str]:
             for name in threads_of(5):
                 time.sleep(0.01)
                 yield name
 
-        first, *others = await service.aside("a", slow())
+        first, *others = await service.in_thread("a", slow())
         assert first == here and here not in others and len(others) == 4
 
     asyncio.run(use())
@@ -52,14 +52,14 @@ def test_work_aside_that_nobody_waits_for_is_left(service) -> None:
             yield
 
     async def use() -> None:
-        work = asyncio.create_task(service.aside("a", slow()))
+        work = asyncio.create_task(service.in_thread("a", slow()))
         await asyncio.sleep(0.1)
         work.cancel()
         await asyncio.sleep(0.1)
         before = len(numbers)
         await asyncio.sleep(0.1)
         assert len(numbers) == before < 500
-        assert await service.aside("b", iter([1]), is_small=False) == [1]  # the thread is free again
+        assert await service.in_thread("b", iter([1]), is_small=False) == [1]  # the thread is free again
 
     asyncio.run(use())
 

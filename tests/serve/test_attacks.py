@@ -19,7 +19,7 @@ import pytest
 from blip2.serve.run import EX_DEAD_MODEL
 from tests.serve import bombs
 from tests.serve.attacks import ATTACKS, CHAT, FORM, SLOW_HOST_PORT, chat, file
-from tests.serve.house import INNOCENT, ROOT, House, Repeated, Taken, kill, median
+from tests.serve.server_process import INNOCENT, ROOT, Repeated, ServerProcess, Taken, kill, median
 
 SECONDS = float(os.environ.get("BLIP2_ATTACK_S", "6"))
 NAMES = [name for name in ATTACKS if os.environ.get("BLIP2_ATTACKS", "") in name]
@@ -43,7 +43,7 @@ Batch.step = step
 
 @dataclass(frozen=True)
 class Besieged:
-    house: House
+    server: ServerProcess
     rest: Taken
     text: str
     """The innocent caption."""
@@ -54,24 +54,24 @@ def fresh() -> bytes:
     return file(bombs.innocent() + os.urandom(8))
 
 
-def caption(house: House) -> str:
-    status, content = house.ask("POST", "/caption", fresh(), FORM, address=INNOCENT)
+def caption(server: ServerProcess) -> str:
+    status, content = server.ask("POST", "/caption", fresh(), FORM, address=INNOCENT)
     return json.loads(content)["text"] if status == 200 else f"{status} {content[:200]!r}"
 
 
 @pytest.fixture(scope="module")
 def besieged() -> Iterator[Besieged]:
-    with House("--cache-entries", "16", fetches_from=SLOW_HOST_PORT) as house:
-        text = caption(house)
+    with ServerProcess("--cache-entries", "16", fetches_from=SLOW_HOST_PORT) as server:
+        text = caption(server)
         for _ in range(10):
-            assert caption(house) == text
+            assert caption(server) == text
         warm = [("/match", b'{"image": "%s", "texts": ["a", "b"]}'), ("/explain", b'{"image": "%s"}')]
         for path, body in warm:
             encoded = json.loads(chat())["messages"][0]["content"][1]["image_url"]["url"].encode()
-            assert house.status("POST", path, body % encoded, "application/json") == 200
-        assert house.status("POST", "/v1/chat/completions", chat(n=64, temperature=1, max_tokens=64)) == 200
+            assert server.status("POST", path, body % encoded, "application/json") == 200
+        assert server.status("POST", "/v1/chat/completions", chat(n=64, temperature=1, max_tokens=64)) == 200
         time.sleep(3)
-        yield Besieged(house, house.taken(), text)
+        yield Besieged(server, server.taken(), text)
 
 
 def told(values: list[float]) -> str:
@@ -81,22 +81,22 @@ def told(values: list[float]) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_attack(name, besieged) -> None:
-    house, text = besieged.house, besieged.text
+    server, text = besieged.server, besieged.text
 
     def innocent() -> str | None:
-        found = caption(house)
+        found = caption(server)
         return None if found == text else found
 
     def health() -> str | None:
-        status, _ = house.ask("GET", "/health", timeout_s=20, address=INNOCENT)
+        status, _ = server.ask("GET", "/health", timeout_s=20, address=INNOCENT)
         return None if status == 200 else f"/health says {status}"
 
-    before = house.taken()
+    before = server.taken()
     alone = Repeated(innocent, 0.02)
     time.sleep(1.5)
     alone.end()
     attacker = subprocess.Popen(
-        [sys.executable, "-m", "tests.serve.attacks", name, str(house.port), str(SECONDS)],
+        [sys.executable, "-m", "tests.serve.attacks", name, str(server.port), str(SECONDS)],
         cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert attacker.stdout is not None
@@ -105,7 +105,7 @@ def test_an_attack(name, besieged) -> None:
         time.sleep(0.3)
         pings, captions, peak = Repeated(health, 0.05), Repeated(innocent, 0.05), 0.0
         while attacker.poll() is None:
-            peak = max(peak, house.taken().memory_mb)
+            peak = max(peak, server.taken().memory_mb)
             time.sleep(0.25)
         statuses = json.loads(attacker.stdout.read())
         pings.end()
@@ -113,12 +113,12 @@ def test_an_attack(name, besieged) -> None:
     finally:
         attacker.kill()
         attacker.wait()
-    after, back_s, left = house.at_rest(besieged.rest)
+    after, back_s, left = server.at_rest(besieged.rest)
     print(
         f"\n| {name} | {statuses} | {max(pings.times_s):.2f} | {told(alone.times_s)} | {told(captions.times_s)} | "
         f"{before.memory_mb:.0f}/{peak:.0f}/{after.memory_mb:.0f} | {back_s:.0f} |", end=""
     )  # fmt: skip
-    assert house.process.poll() is None
+    assert server.process.poll() is None
     assert not captions.problems and not pings.problems, (captions.problems[:3], pings.problems[:3])
     assert not {status for status in map(int, statuses) if status >= 500} - {503, 504}, statuses
     assert max(pings.times_s) <= HEALTH_S
@@ -129,45 +129,45 @@ def test_an_attack(name, besieged) -> None:
 @pytest.mark.slow
 def test_readers_that_are_killed_again_and_again(besieged) -> None:
     """By whatever there is on the machine: the request is read by another one."""
-    house, text = besieged.house, besieged.text
-    captions = Repeated(lambda: None if (found := caption(house)) == text else found, 0)
+    server, text = besieged.server, besieged.text
+    captions = Repeated(lambda: None if (found := caption(server)) == text else found, 0)
     for _ in range(40):
-        for process in house.readers()[:1]:
+        for process in server.readers()[:1]:
             kill(process)
         time.sleep(0.1)
     captions.end()
     assert not captions.problems, captions.problems[:3]
-    assert not house.at_rest(besieged.rest)[2]
+    assert not server.at_rest(besieged.rest)[2]
 
 
 @pytest.mark.slow
 def test_the_parent_of_the_readers_is_killed(besieged) -> None:
-    house, text = besieged.house, besieged.text
+    server, text = besieged.server, besieged.text
     for _ in range(3):
-        for process in house.parents_of_readers():
+        for process in server.parents_of_readers():
             kill(process)
         for _ in range(5):
-            assert caption(house) == text
-        assert house.status("POST", "/caption", file(bombs.jpeg_of_segments()), FORM) == 400
-    assert not house.at_rest(besieged.rest)[2]
+            assert caption(server) == text
+        assert server.status("POST", "/caption", file(bombs.jpeg_of_segments()), FORM) == 400
+    assert not server.at_rest(besieged.rest)[2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["jpeg of scans", "jpeg of 225 million pixels, turned", "64 beams of 450 tokens"])
 def test_a_stop_signal_in_an_attack(name) -> None:
-    with House("--shutdown-timeout", "1") as house:
+    with ServerProcess("--shutdown-timeout", "1") as server:
         attacker = subprocess.Popen(
-            [sys.executable, "-m", "tests.serve.attacks", name, str(house.port), "30"],
+            [sys.executable, "-m", "tests.serve.attacks", name, str(server.port), "30"],
             cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         try:
             assert attacker.stdout is not None
             attacker.stdout.readline()
             time.sleep(2)
-            readers = house.processes()[1:]
-            house.process.send_signal(signal.SIGTERM)
+            readers = server.processes()[1:]
+            server.process.send_signal(signal.SIGTERM)
             began_s = time.monotonic()
-            assert house.process.wait(30) == 0
+            assert server.process.wait(30) == 0
             assert time.monotonic() - began_s < 5
             time.sleep(0.5)
             assert not [process for process in readers if os.path.exists(f"/proc/{process}")]
@@ -178,23 +178,23 @@ def test_a_stop_signal_in_an_attack(name) -> None:
 
 @pytest.mark.slow
 def test_steps_that_run_out_of_memory_cost_nobody_else_an_answer() -> None:
-    with House(fault=FAULTY_STEPS.format(error="MemoryError", stays=False)) as house:
-        text = caption(house)
+    with ServerProcess(fault=FAULTY_STEPS.format(error="MemoryError", stays=False)) as server:
+        text = caption(server)
         for _ in range(4):
-            assert house.status("POST", CHAT, chat(num_beams=64)) == 503
-            assert caption(house) == text
-        assert house.status("GET", "/health") == 200
+            assert server.status("POST", CHAT, chat(num_beams=64)) == 503
+            assert caption(server) == text
+        assert server.status("GET", "/health") == 200
 
 
 @pytest.mark.slow
 def test_a_model_that_dies_ends_the_process_and_who_waits_is_told() -> None:
-    with House(fault=FAULTY_STEPS.format(error="RuntimeError", stays=True)) as house:
+    with ServerProcess(fault=FAULTY_STEPS.format(error="RuntimeError", stays=True)) as server:
         captions: list[str] = []
-        innocent = Repeated(lambda: captions.append(caption(house)), 0.05)
+        innocent = Repeated(lambda: captions.append(caption(server)), 0.05)
         while not captions:
             time.sleep(0.01)
-        assert house.status("POST", CHAT, chat(num_beams=64)) >= 500
-        assert house.process.wait(20) == EX_DEAD_MODEL
+        assert server.status("POST", CHAT, chat(num_beams=64)) >= 500
+        assert server.process.wait(20) == EX_DEAD_MODEL
         innocent.end()
         assert all(each == captions[0] or each[:3] in ("500", "503") for each in captions), captions
-        assert "the model has stopped (RuntimeError: injected)" in house.said()
+        assert "the model has stopped (RuntimeError: injected)" in server.said()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from blip2.errors import OptionError
+from blip2.serve.admission import CLIENT, RELEASE, Admission
 from blip2.serve.bodies import PIECES_PER_TURN, Bodies
-from blip2.serve.doorman import CLIENT, LET_GO, Doorman
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
@@ -108,7 +108,7 @@ def post(client: Any = ("192.0.2.1", 1), **headers: str) -> dict[str, Any]:
     return {"type": "http", "method": "POST", "path": "/caption", "headers": found, "client": client}
 
 
-def ask(door: Doorman, scope: dict[str, Any], *parts: bytes) -> list[dict[str, Any]]:
+def ask(door: Admission, scope: dict[str, Any], *parts: bytes) -> list[dict[str, Any]]:
     """What comes of a request whose body comes in parts."""
     coming = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
     coming.append({"type": "http.request", "body": b"", "more_body": False})
@@ -124,9 +124,9 @@ def ask(door: Doorman, scope: dict[str, Any], *parts: bytes) -> list[dict[str, A
     return sent
 
 
-def door_of(app: Callable[..., Any], limits: Limits | None = None, **others: Any) -> Doorman:
+def door_of(app: Callable[..., Any], limits: Limits | None = None, **others: Any) -> Admission:
     others = {"keys": [], **others}
-    return Doorman(app, limits=limits or Limits(), metrics=Metrics(), refusal=lambda: None, routes=[], **others)
+    return Admission(app, limits=limits or Limits(), metrics=Metrics(), refusal=lambda: None, routes=[], **others)
 
 
 def test_the_bytes_are_the_applications_alone_once_it_has_them() -> None:
@@ -137,8 +137,8 @@ def test_the_bytes_are_the_applications_alone_once_it_has_them() -> None:
         found.append(bodies.num_bytes)
         message = await receive()
         found.extend((message["body"] == b"ab" * 500, sys.getrefcount(message["body"])))
-        scope[LET_GO]()
-        scope[LET_GO]()
+        scope[RELEASE]()
+        scope[RELEASE]()
         found.append(bodies.num_bytes)
 
     ask(door_of(app, bodies=bodies), post(), b"ab" * 250, b"ab" * 250)

@@ -15,7 +15,7 @@ IMAGE_A, IMAGE_B = b"\0\0\0", b"\4\x10A"
 
 
 def said(role: str, *parts: str | None) -> Message:
-    """Texts, and pictures by their address."""
+    """Texts, and images by their address."""
     content = [
         {"type": "image_url", "image_url": part}
         if part and part.startswith("data:")
@@ -37,7 +37,7 @@ def test_what_the_messages_amount_to() -> None:
     assert meaning(*turns) == (IMAGE_A, [("how many?", "two")], "of what?")
     # A caption is an answer, too.
     assert meaning(said("user", A), *turns[1:]) == (IMAGE_A, [(CAPTION_QUESTION, "two")], "of what?")
-    # Another picture begins anew.
+    # Another image begins anew.
     assert meaning(*turns, said("assistant", "dogs"), said("user", B, "and here?")) == (IMAGE_B, [], "and here?")
     later = [said("user", B, "and here?"), said("assistant", "one"), said("user", "sure?")]
     assert meaning(*turns, said("assistant", "dogs"), *later) == (IMAGE_B, [("and here?", "one")], "sure?")

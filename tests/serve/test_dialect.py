@@ -89,7 +89,7 @@ def test_a_field_that_nobody_knows_is_refused_with_the_nearest(route, name, word
 
 
 def test_what_changes_no_answer_is_passed_over_and_what_is_strange_is_told() -> None:
-    for route, names in dialect.PASSED_OVER.items():
+    for route, names in dialect.IGNORED_FIELDS.items():
         assert fields(route, {**GOOD[route], **dict.fromkeys(names, 1)})["ignored"] == []
         assert fields(route, {**GOOD[route], "x_y": 1, "über": 1})["ignored"] == ["x_y"]
     for name, (harmless, _) in dialect.REFUSED.items():
@@ -219,7 +219,7 @@ def test_forms_say_what_json_says() -> None:
         assert fields("/ask", GOOD_FORM + form, URLENCODED)["choices"] == ["one", "two"]
     assert fields("/match", b"image=AAAA&text=a, b", URLENCODED)["texts"] == ["a, b"]
     assert fields("/match", b"image=AAAA&text=a&text=b", URLENCODED)["texts"] == ["a", "b"]
-    assert read("/caption", URLENCODED, b"image=+++/", Limits()).pictures == [b"\xfb\xef\xbf"]
+    assert read("/caption", URLENCODED, b"image=+++/", Limits()).images == [b"\xfb\xef\xbf"]
 
 
 # ---- with a model ----
@@ -332,6 +332,6 @@ def test_the_interface_is_described_with_all_its_names(server) -> None:
         for kind, described in paths[route]["post"]["requestBody"]["content"].items():
             schema = described["schema"]
             assert set(schema["properties"]) == set(names) and set(schema["required"]) <= set(names)
-            assert schema["additionalProperties"] == (route in dialect.PASSED_OVER)
+            assert schema["additionalProperties"] == (route in dialect.IGNORED_FIELDS)
             if kind == "multipart/form-data":
                 assert schema["properties"]["image"] == {"type": "string", "format": "binary"}

@@ -46,7 +46,7 @@ def test_the_map_is_that_of_python(server, asked) -> None:
     assert told["score"] == pytest.approx(expected.score, abs=1e-4)
     height, width = expected.heat.shape
     assert told["strongest"] == pytest.approx([expected.strongest[0] / width, expected.strongest[1] / height], abs=0.02)
-    assert np.abs(map_of(told) - expected.heat.numpy()).max() < 0.02  # the picture is smaller than the limit
+    assert np.abs(map_of(told) - expected.heat.numpy()).max() < 0.02  # the image is smaller than the limit
 
 
 def test_a_large_picture_gives_a_small_map(server) -> None:

@@ -25,7 +25,7 @@ def ticket(client: str, num_beams: int = 1, tokens: int = 20) -> Ticket:
     return Ticket(Look("an image", None), "", options, client=client)
 
 
-class House:
+class LanesUnderTest:
     """Lanes, and those who wait for a place."""
 
     def __init__(self, max_rows: int = 64) -> None:
@@ -58,54 +58,54 @@ class House:
 
 
 def test_a_search_that_takes_all_rows_leaves_room_for_captions_of_anybody() -> None:
-    house = House()
+    waiting_room = LanesUnderTest()
     wide, same, other = ticket("a", 64), ticket("a", 5), ticket("b", 5)
-    house.come(wide, next_wide := ticket("a", 64), same, other)
-    assert house.bulk == [wide] and house.quick == [other, same]
-    house.leave(wide)
-    assert house.bulk == [next_wide] and house.quick == [other, same]
+    waiting_room.come(wide, next_wide := ticket("a", 64), same, other)
+    assert waiting_room.bulk == [wide] and waiting_room.quick == [other, same]
+    waiting_room.leave(wide)
+    assert waiting_room.bulk == [next_wide] and waiting_room.quick == [other, same]
 
 
 def test_what_a_client_asks_beyond_a_few_rows_is_written_in_bulk_until_it_is_done() -> None:
-    house = House()
+    waiting_room = LanesUnderTest()
     many = [ticket("a") for _ in range(12)]
-    house.come(*many)
-    assert house.quick == many[:8] and house.bulk == many[8:]
-    house.leave(*many[:8])
+    waiting_room.come(*many)
+    assert waiting_room.quick == many[:8] and waiting_room.bulk == many[8:]
+    waiting_room.leave(*many[:8])
     more, other = ticket("a"), ticket("b")
-    house.come(more, other)
-    assert house.quick == [other] and more in house.bulk
-    house.leave(*many[8:], more)
-    house.come(again := ticket("a"))
-    assert house.quick == [other, again]
+    waiting_room.come(more, other)
+    assert waiting_room.quick == [other] and more in waiting_room.bulk
+    waiting_room.leave(*many[8:], more)
+    waiting_room.come(again := ticket("a"))
+    assert waiting_room.quick == [other, again]
 
 
 def test_long_answers_count_for_more() -> None:
-    house = House()
-    house.come(first := ticket("a", tokens=512), second := ticket("a", tokens=512))
-    assert house.quick == [first] and house.bulk == [second]
+    waiting_room = LanesUnderTest()
+    waiting_room.come(first := ticket("a", tokens=512), second := ticket("a", tokens=512))
+    assert waiting_room.quick == [first] and waiting_room.bulk == [second]
 
 
 def test_who_needs_many_rows_is_overtaken_but_not_for_ever() -> None:
-    house = House()
+    waiting_room = LanesUnderTest()
     running = [ticket("a", 16) for _ in range(4)]
-    house.come(*running)
+    waiting_room.come(*running)
     wide, others = ticket("a", 64), [ticket("b", 16) for _ in range(12)]
-    house.come(wide, *others)
+    waiting_room.come(wide, *others)
     for _ in range(8):
-        assert wide not in house.bulk
-        house.leave(house.bulk[0])
-    assert house.bulk == [wide]
-    assert sum(each not in house.waiting for each in others) == 4  # as many rows as there are
+        assert wide not in waiting_room.bulk
+        waiting_room.leave(waiting_room.bulk[0])
+    assert waiting_room.bulk == [wide]
+    assert sum(each not in waiting_room.waiting for each in others) == 4  # as many rows as there are
 
 
 def test_few_rows_are_dealt_out_in_turn() -> None:
-    house = House(max_rows=2)
+    waiting_room = LanesUnderTest(max_rows=2)
     mine, yours = [ticket("a") for _ in range(4)], [ticket("b") for _ in range(2)]
-    house.come(*mine, *yours)
-    assert house.bulk == [mine[0], yours[0]] and not house.quick
-    house.leave(mine[0])
-    assert house.bulk == [yours[0], mine[1]]
+    waiting_room.come(*mine, *yours)
+    assert waiting_room.bulk == [mine[0], yours[0]] and not waiting_room.quick
+    waiting_room.leave(mine[0])
+    assert waiting_room.bulk == [yours[0], mine[1]]
 
 
 # ---- time ---------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def worker(tiny_models):
 
 def seen(worker: Worker, client: str, num_beams: int, tokens: int) -> Ticket:
     found = ticket(client, num_beams, tokens)
-    size = worker.pipeline.eye.size
+    size = worker.pipeline.frontend.size
     found.look = Look(client, torch.zeros(3, size, size))
     return found
 

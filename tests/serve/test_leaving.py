@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_server_with_nothing_to_do_gives_back_memory_once(tiny_models, monkeypatch) -> None:
     given = []
     monkeypatch.setattr("blip2.serve.worker.IDLE_S", 0.05)
-    monkeypatch.setattr("blip2.serve.worker.give_back_memory", lambda: given.append(time.monotonic()))
+    monkeypatch.setattr("blip2.serve.worker.release_memory", lambda: given.append(time.monotonic()))
     with serving(lambda: tiny_models) as server:
         eventually(lambda: len(given) == 1)
         assert server.chat(user("", PICTURES[0]), max_tokens=3).status_code == 200
@@ -92,14 +92,14 @@ def test_an_answer_that_takes_too_long_is_given_up(tiny_models) -> None:
 
 def test_an_error_in_one_request_is_its_own(tiny_models) -> None:
     pipeline = tiny_models.pipeline
-    plain = pipeline.eye.encode
+    plain = pipeline.frontend.encode
 
     def encode(pixels):
-        if any(float(each.mean()) > 1.5 for each in pixels):  # the white picture
+        if any(float(each.mean()) > 1.5 for each in pixels):  # the white image
             raise RuntimeError("this picture is cursed")
         return plain(pixels)
 
-    pipeline.eye.encode = encode
+    pipeline.frontend.encode = encode
     Image.new("RGB", (8, 8), "white").save(content := BytesIO(), "PNG")
     with serving(lambda: tiny_models) as server, slowed(tiny_models, 0.02):
         found = {}

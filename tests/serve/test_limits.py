@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from blip2.errors import OptionError
-from blip2.serve.doorman import Doorman
+from blip2.serve.admission import Admission
 from blip2.serve.limits import Limits
 from tests.serve.conftest import PICTURES, Running, data_url, eventually, serving, slowed, user
 
@@ -201,7 +201,8 @@ def test_keys(models, monkeypatch) -> None:
 def test_keys_are_compared_in_constant_time(monkeypatch) -> None:
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda one, other: compared.append((one, other)) or one == other)
-    door = Doorman(None, limits=Limits(), metrics=FakeMetrics(), keys=["a", "b", "c"], refusal=lambda: None, routes=[])
+    keys = ["a", "b", "c"]
+    door = Admission(None, limits=Limits(), metrics=FakeMetrics(), keys=keys, refusal=lambda: None, routes=[])
     assert door._has_key({"headers": [(b"authorization", b"Bearer a")]})
     assert compared == [(b"a", b"a"), (b"a", b"b"), (b"a", b"c")]  # all of them, though the first one fits
 

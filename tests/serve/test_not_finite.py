@@ -13,15 +13,15 @@ from tests.serve.conftest import PICTURES, serving, user
 
 
 def test_an_answer_of_no_numbers_is_an_error_of_its_own(tiny_models) -> None:
-    """A picture that the model sees as NaN, among others that are answered in the same batch."""
-    eye = tiny_models.pipeline.eye
-    plain, bad = eye._encode_pixels, eye.pixels(PICTURES[1])
+    """An image that the model sees as NaN, among others that are answered in the same batch."""
+    frontend = tiny_models.pipeline.frontend
+    plain, bad = frontend._encode_pixels, frontend.pixels(PICTURES[1])
 
     def encode(pixels_BCHW):
         for pixels_CHW, kept in zip(pixels_BCHW, plain(pixels_BCHW), strict=True):
             yield replace(kept, queries_QD=kept.queries_QD * math.nan) if torch.equal(pixels_CHW, bad) else kept
 
-    eye._encode_pixels = encode
+    frontend._encode_pixels = encode
     with serving(lambda: tiny_models) as server, ThreadPoolExecutor(6) as pool:
         ways = [{"num_beams": 3}, {"temperature": 0}, {"temperature": 1, "seed": 3}]
         asked = [(picture, fields) for fields in ways for picture in PICTURES[:2]]

@@ -89,7 +89,7 @@ def test_a_dropped_picture_is_captioned_and_asked_about(opened, server) -> None:
     page.get_by_role("button", name="Ask again: and cats?").click()
     expect(page.locator(".turn")).to_have_count(2)
     expect(page.get_by_role("button", name="Ask again: and cats?")).to_be_visible()
-    # Another picture begins anew.
+    # Another image begins anew.
     page.set_input_files("#file", PICTURES[2])
     expect(page.locator(".turn")).to_have_count(0)
     expect(page.locator("#caption")).to_contain_text("cats")

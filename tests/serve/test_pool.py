@@ -20,7 +20,7 @@ from blip2.serve import pool as pools
 from blip2.serve.errors import ApiError
 from blip2.serve.limits import Limits
 from blip2.serve.pool import Pool
-from blip2.serve.turns import Handout, Turns
+from blip2.serve.turns import FairPool, Turns
 from tests.serve.conftest import PICTURES, eventually, serving
 
 PNG = PICTURES[0].read_bytes()
@@ -32,7 +32,7 @@ def body(picture: bytes = PNG) -> bytes:
 
 
 def slow_jpeg() -> bytes:
-    """A flat picture of 25 million pixels, of which each of the last scans goes over all of them again."""
+    """A flat image of 25 million pixels, of which each of the last scans goes over all of them again."""
     Image.new("L", (5000, 5000), 99).save(content := io.BytesIO(), "JPEG", progressive=True)
     scans = content.getvalue().removesuffix(b"\xff\xd9")
     return scans + scans[scans.rindex(b"\xff\xda") :] * 88 + b"\xff\xd9"
@@ -206,11 +206,11 @@ def test_a_parent_that_dies_is_replaced() -> None:
         async with pool.reader("me", 0) as reader:
             former.kill()
             former.wait()
-            reader.is_worn = True
+            reader.is_grown = True
         await until(lambda: pool.parent is not former and not any(map(is_running, orphans)))
         for _ in range(4):
             async with pool.reader("me", 0) as reader:
-                reader.is_worn = True
+                reader.is_grown = True
                 await reader.ask(READ, body())
 
     pooled(use)
@@ -357,11 +357,11 @@ def test_turns() -> None:
 
 def test_what_is_handed_out_goes_to_whose_turn_it_is_and_is_never_lost() -> None:
     async def use() -> None:
-        handout = Handout(["only"])
+        handout = FairPool(["only"])
         got: list[str] = []
 
         async def take(client: str) -> None:
-            async with handout.lent(client):
+            async with handout.lease(client):
                 got.append(client)
                 await asyncio.sleep(0)
 

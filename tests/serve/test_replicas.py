@@ -25,7 +25,7 @@ import blip2
 from blip2.api.cluster import connect, shares
 from blip2.errors import CheckpointError, OptionError
 from blip2.serve.app import create_app
-from blip2.serve.replica import TIDY_BYTES, Tidy, load_error, replica_of
+from blip2.serve.replica import TRIM_AFTER_BYTES, MemoryTrimmer, load_error, replica_of
 from tests.serve.conftest import PICTURES, eventually, serving, user
 
 ROOT = Path(__file__).parents[2]
@@ -120,10 +120,10 @@ def test_what_a_replica_cannot_load_is_told_as_ever() -> None:
 
 def test_freed_memory_is_given_back_after_large_bodies_now_and_then(monkeypatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("blip2.serve.replica.give_back_memory", lambda: calls.append(1))
-    monkeypatch.setattr("blip2.serve.replica.TIDY_S", 0)
-    tidy = Tidy()
-    for num_bytes, num_calls in ((TIDY_BYTES - 1, 0), (1, 1), (0, 1)):
+    monkeypatch.setattr("blip2.serve.replica.release_memory", lambda: calls.append(1))
+    monkeypatch.setattr("blip2.serve.replica.TRIM_INTERVAL_S", 0)
+    tidy = MemoryTrimmer()
+    for num_bytes, num_calls in ((TRIM_AFTER_BYTES - 1, 0), (1, 1), (0, 1)):
         tidy.note(num_bytes)
         tidy.look()
         assert len(calls) == num_calls

@@ -1,4 +1,4 @@
-"""A picture is encoded once, however many ask about it."""
+"""An image is encoded once, however many ask about it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.serve.conftest import PICTURES, serving, user
 
 def test_a_second_question_skips_the_image_encoder(models, tmp_path) -> None:
     runs = []
-    models.pipeline.eye.encode, plain = (
+    models.pipeline.frontend.encode, plain = (
         (lambda pixels: runs.append(len(pixels)) or plain(pixels)),
-        (models.pipeline.eye.encode),
+        (models.pipeline.frontend.encode),
     )
     try:
         with serving(lambda: models) as server:
@@ -29,7 +29,7 @@ def test_a_second_question_skips_the_image_encoder(models, tmp_path) -> None:
                 server.metric("blip2_image_cache_misses_total"),
             )
             assert (hits, misses, server.metric("blip2_images_encoded_total")) == (0, 1, 1)
-            # The same pixels in another file are the same picture.
+            # The same pixels in another file are the same image.
             Image.open(PICTURES[0]).save(tmp_path / "same.png", compress_level=0)
             server.chat(user("how many dogs are there?", tmp_path / "same.png"))
             server.http.post("/caption", files={"image": PICTURES[0].read_bytes()})
@@ -38,7 +38,7 @@ def test_a_second_question_skips_the_image_encoder(models, tmp_path) -> None:
             server.http.post("/match", files={"image": PICTURES[0].read_bytes()}, data={"texts": ["a dog"]})
             assert server.metric("blip2_images_encoded_total") == 2 and runs == [1]  # by the other model
     finally:
-        models.pipeline.eye.encode = plain
+        models.pipeline.frontend.encode = plain
 
 
 def test_those_who_ask_at_the_same_time_share_one_look(tiny_models) -> None:
@@ -77,8 +77,8 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
     def looks(*numbers: int) -> list[Look]:
         return [Look(str(number), torch.full((4,), float(number))) for number in numbers]
 
-    eye: Any = SimpleNamespace(encode=encode)
-    cache: ImageCache[Look] = ImageCache(eye, max_entries=2, max_bytes=1000)
+    frontend: Any = SimpleNamespace(encode=encode)
+    cache: ImageCache[Look] = ImageCache(frontend, max_entries=2, max_bytes=1000)
     assert [kept.digest for kept in cache.see(looks(1, 2, 1))] == ["1", "2", "1"]
     assert (encoded, cache.hits, cache.misses, cache.num_bytes) == ([2], 1, 2, 32)
     cache.see(looks(1))
@@ -87,16 +87,16 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
     assert encoded == [2, 1]
     cache.see(looks(2))
     assert encoded == [2, 1, 1] and len(cache) == 2
-    small: ImageCache[Look] = ImageCache(eye, max_entries=9, max_bytes=40)
+    small: ImageCache[Look] = ImageCache(frontend, max_entries=9, max_bytes=40)
     small.see(looks(1, 2, 3))
     assert len(small) == 2 and small.num_bytes == 32
-    none: ImageCache[Look] = ImageCache(eye, max_entries=0, max_bytes=1000)
+    none: ImageCache[Look] = ImageCache(frontend, max_entries=0, max_bytes=1000)
     assert len(none.see(looks(1, 2))) == 2 and len(none) == 0
 
 
 def test_a_file_that_was_seen_is_not_even_decoded() -> None:
-    eye: Any = SimpleNamespace(encode=lambda pixels: [Look("kept", each) for each in pixels])
-    cache: ImageCache[Look] = ImageCache(eye, max_entries=1, max_bytes=1000)
+    frontend: Any = SimpleNamespace(encode=lambda pixels: [Look("kept", each) for each in pixels])
+    cache: ImageCache[Look] = ImageCache(frontend, max_entries=1, max_bytes=1000)
     pixels_CHW = torch.zeros(3)
     assert cache.known("red.png") is None
     red = cache.look("red.png", "red", pixels_CHW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from blip2.serve.turns import Spared, Turns
+from blip2.serve.turns import ReservingPool, Turns
 
 
 def filled() -> Turns[str]:
@@ -31,7 +31,7 @@ def test_whose_item_is_taken_has_had_the_turn() -> None:
 
 def test_the_last_one_that_is_free_is_for_who_has_none() -> None:
     async def run() -> None:
-        spared = Spared(range(3))
+        spared = ReservingPool(range(3))
         taken = [await spared.take("many") for _ in range(2)]
         more = [asyncio.create_task(spared.take("many")) for _ in range(3)]
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Where a model looks: the gradient is the slope of the score, and the map belongs to the picture and the text."""
+"""Where a model looks: the gradient is the slope of the score, and the map belongs to the image and the text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip2.errors import ImageError, OptionError
 from blip2.generation import finished
 from blip2.language.t5 import RMSNorm
 from blip2.tasks import explain
-from blip2.tasks.explain import Sight, evidence, find_word, heat_map
+from blip2.tasks.explain import ImagePatches, evidence, find_word, heat_map
 from blip2.tasks.match import Reader
 from blip2.tasks.speaker import Speaker
 from blip2.text import Tokenizer, question_prompt
@@ -118,32 +118,33 @@ def test_the_evidence_is_the_slope_of_the_score(family, matcher, monkeypatch):
     caught = {}
     gathering = explain.gathering
     monkeypatch.setattr(explain, "gathering", lambda *given: caught.update(given=given) or gathering(*given))
-    sight = Sight(wide(1), *torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    patches = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    image_patches = ImagePatches(wide(1), *patches)
     if family == "match":
         reader = Reader(copy.deepcopy(matcher.model).double(), matcher.reader.tokenizer)
-        explain.explain_match(reader, sight, "a dog on green")
+        explain.explain_match(reader, image_patches, "a dog on green")
     else:
         tokenizer = Tokenizer(tiny.tokenizer_of(family))
         speaker = Speaker(tiny.generative(family).double(), tokenizer, None)
-        explain.explain_words(speaker, sight, explain.Words("is it red?", "on the left"))
+        explain.explain_words(speaker, image_patches, explain.Words("is it red?", "on the left"))
 
     score, _, config, *_ = caught["given"]
-    found_P, value = evidence(score, sight, config)
+    found_P, value = evidence(score, image_patches, config)
     bias = torch.zeros(1, 1, 2, 4, 5, dtype=torch.float64)
     slopes = torch.empty_like(bias)
     with torch.no_grad():
-        assert float(score(sight.patches_PD[None], bias)) == pytest.approx(value, abs=1e-6)
+        assert float(score(image_patches.patches_PD[None], bias)) == pytest.approx(value, abs=1e-6)
         for place in np.ndindex(*bias.shape):
             step = torch.zeros_like(bias)
             step[place] = 1e-4
-            ahead, behind = score(sight.patches_PD[None], step), score(sight.patches_PD[None], -step)
+            ahead, behind = score(image_patches.patches_PD[None], step), score(image_patches.patches_PD[None], -step)
             slopes[place] = (ahead - behind) / 2e-4
     assert slopes.abs().max() > 1e-3
     torch.testing.assert_close(found_P, slopes.sum((1, 3)).relu().sum((0, 1)), atol=1e-6, rtol=1e-3)
 
 
 def test_a_hidden_patch_gets_no_heat(matcher):
-    sight = Sight(wide(1), *torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2)))
+    image_patches = ImagePatches(wide(1), *torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2)))
     text_1T = torch.tensor([matcher.reader.ids(["a dog"])[0]])
 
     def score(patches_SPD, bias, hidden=None):
@@ -153,10 +154,10 @@ def test_a_hidden_patch_gets_no_heat(matcher):
         return matcher.model.match(patches_SPD, text_ST, torch.ones_like(text_ST).bool(), image_bias=bias + hide)[:, 1]
 
     config = matcher.model.config.qformer
-    seen_P, _ = evidence(score, sight, config)
+    seen_P, _ = evidence(score, image_patches, config)
     assert (seen_P >= 0).all() and seen_P.max() > 0
     for patch in range(1, 5):
-        found_P, _ = evidence(lambda patches, bias, patch=patch: score(patches, bias, [patch]), sight, config)
+        found_P, _ = evidence(lambda patches, bias, patch=patch: score(patches, bias, [patch]), image_patches, config)
         assert found_P[patch] == 0 and found_P.isfinite().all() and found_P.max() > 0
 
 
@@ -223,13 +224,13 @@ def test_pictures_that_cannot_be_explained(blip, matcher):
 
 
 def test_an_explanation_in_portions_is_the_same(matcher, blip):
-    seen = explain.sight(wide(1), matcher.eye, matcher.model.encode)
+    seen = explain.image_patches(wide(1), matcher.frontend, matcher.model.encode)
     work = explain.explaining_match(matcher.reader, seen, "a dog")
     assert [next(work) for _ in range(explain.NUM_STEPS)] == [None] * explain.NUM_STEPS
     found, expected = finished(work), matcher.explain(wide(1), "a dog")
     assert found.score == pytest.approx(expected.score, abs=1e-5)
     assert torch.allclose(found.heat, expected.heat, atol=1e-3)
-    seen = explain.sight(wide(1), blip.eye, blip.speaker.model.patches)
+    seen = explain.image_patches(wide(1), blip.frontend, blip.speaker.model.patches)
     found, expected = finished(explain.explaining_words(blip.speaker, seen, explain.Words())), blip.explain(wide(1))
     assert (found.text, found.score) == (expected.text, pytest.approx(expected.score, abs=1e-4))
     assert torch.allclose(found.heat, expected.heat, atol=1e-3)

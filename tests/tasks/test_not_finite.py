@@ -61,7 +61,7 @@ def test_damage_in_the_language_model(pipe, way):
     with pytest.raises(NotFiniteError, match=r"_norm.weight .in files: language_model") as raised:
         SPOKEN[way](pipe, image)
     assert "the model is damaged, download it again" in str(raised.value) and "\n" not in str(raised.value)
-    assert not isinstance(raised.value, ImageError)  # the picture is as good as others
+    assert not isinstance(raised.value, ImageError)  # the image is as good as others
 
 
 @pytest.mark.parametrize("way", SPOKEN)
@@ -145,8 +145,8 @@ def test_a_picture_that_overflows_is_one_that_cannot_be_read(request, folder, pi
     """The others are; and nothing is wrong with the model."""
     model = blip2.load(request.getfixturevalue(folder))
     expected = model.encode(pictures[:3])
-    plain = model.eye._encode_pixels
-    overflows = model.eye.pixels(pictures[1])
+    plain = model.frontend._encode_pixels
+    overflows = model.frontend.pixels(pictures[1])
 
     def encode(pixels_BCHW):
         for pixels_CHW, kept in zip(pixels_BCHW, plain(pixels_BCHW), strict=True):
@@ -154,7 +154,7 @@ def test_a_picture_that_overflows_is_one_that_cannot_be_read(request, folder, pi
                 next(iter(vars(kept).values()))[0, 0] = math.inf
             yield kept
 
-    model.eye._encode_pixels = encode
+    model.frontend._encode_pixels = encode
     first, second, third = model.each_encoded(pictures[:3], on_error="return")
     assert isinstance(second, ImageNotFiniteError)
     assert str(second).startswith(f"{pictures[1]}: its features are NaN or infinite: numbers overflow")

@@ -1,4 +1,4 @@
-"""Rows about the shared pictures, and recipes that train tiny models on them within a second."""
+"""Rows about the shared images, and recipes that train tiny models on them within a second."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def train(parameters: dict[str, torch.Tensor], num_layers: int, loss) -> list[fl
 
 
 def generative(start, text_branch=None, size: int | None = None):
-    """The reference's model of a folder, with the text branch of another, for pictures of ``size`` pixels."""
+    """The reference's model of a folder, with the text branch of another, for images of ``size`` pixels."""
     config, state = json.loads((start / "config.json").read_text()), load_file(start / "model.safetensors")
     kind = transformers.Blip2ForConditionalGeneration
     if text_branch is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from blip2 import checkpoint
-from blip2.data import Pictures, frozen_features
+from blip2.data import RowImages, frozen_features
 from blip2.data.kept import Kept
 from blip2.train.check import gather
 from blip2.train.group import joined
@@ -34,7 +34,7 @@ if __name__ == "__main__":
         if os.environ.get("LATE") == str(group.rank):
             look = Kept.missing
             Kept.missing = lambda kept: time.sleep(1) or look(kept)
-        pictures = Pictures(materials.train_rows, **asdict(materials.settings), threads=1, is_distinct=True)
+        pictures = RowImages(materials.train_rows, **asdict(materials.settings), threads=1, is_distinct=True)
         made = 0
 
         def report(done, total):

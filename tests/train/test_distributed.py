@@ -256,7 +256,7 @@ def test_what_fails_in_one_process_ends_the_others_at_the_same_place():
         raise MemoryError
     assert Two.told is True
     Two.others_failed = True
-    with pytest.raises(train.ToldElsewhere), group.together():
+    with pytest.raises(train.OtherProcessFailed), group.together():
         pass
 
 

@@ -133,7 +133,7 @@ def test_the_qformer_reads_what_the_language_model_reads(tmp_path):
 
 
 def test_rows_of_collections_know_their_pictures():
-    """The same file, or the same content within others, is the same picture; whatever it is called."""
+    """The same file, or the same content within others, is the same image; whatever it is called."""
     rows = [Row("a.png", ("one",)), Row("b.png", ("two",)), Row("a.png", ("three",))]
     held = [Row(f"x/{number}", ("four",), content=content) for number, content in enumerate((b"1", b"2", b"1"))]
     joined = Joined([Listed(rows), Listed(held)], [1.0, 1.0])

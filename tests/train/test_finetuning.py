@@ -64,7 +64,7 @@ def save_model(kind, folder, dropout=0.0):
 
 def row_of(task, number, pictures):
     colour = COLOURS[number]
-    if task == "retrieval":  # two rows about each picture
+    if task == "retrieval":  # two rows about each image
         return {"image": pictures[number // 2], "caption": f"a {colour} car and {'two' if number % 2 else 'a'} dogs"}
     if task == "caption":
         return {"image": pictures[number], "caption": f"two dogs and a {colour} car"}
@@ -228,7 +228,7 @@ def test_whose_the_branches_of_a_qformer_are_that_reads(tuning, takes_all):
 
 
 def test_retrieval_is_the_plain_fine_tuning(tuning, monkeypatch):
-    """With the hardest negatives, so that nothing is drawn; never one of the same picture."""
+    """With the hardest negatives, so that nothing is drawn; never one of the same image."""
 
     def hardest(logits_NB, equal_NB, own_N, chance_N):
         return logits_NB.masked_fill(equal_NB, float("-inf")).argmax(dim=1)

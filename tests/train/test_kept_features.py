@@ -39,7 +39,7 @@ source = "rows.jsonl"
 
 @pytest.fixture
 def collections(tmp_path):
-    """Shards with a picture that cannot be read, parquet, and rows of which two show the same picture."""
+    """Shards with an image that cannot be read, parquet, and rows of which two show the same image."""
     shards(tmp_path / "s", [6])
     members = [member for number in range(6, 11) for member in sample(number, txt=f"dog {number}")]
     members[2] = (members[2][0], b"no picture")
@@ -80,7 +80,7 @@ def test_what_is_learnt_is_the_same(tmp_path, collections, matching_model, opt_m
     path = write(tmp_path / "kept.toml", with_features(data), start, stage)
     kept = train.run(path, overrides=changes, report=told.append)
     plain = train.run(write(tmp_path / "plain.toml", data, start, stage), overrides=changes)
-    assert seen(told) == [(11, 11) if data == SHARDS else (19, 19)]  # two rows show one picture
+    assert seen(told) == [(11, 11) if data == SHARDS else (19, 19)]  # two rows show one image
     assert "unreadable images: 1," in told[-1].message
     for one, other in zip(losses(kept), losses(plain), strict=True):
         assert one == pytest.approx(other, rel=2e-3)
@@ -127,7 +127,7 @@ def test_what_another_set_has_of_the_same_picture_is_not_computed_again(
     shutil.move(tmp_path / "00001.tar", tmp_path / "s" / "00001.tar")
     tar(tmp_path / "s" / "00000.tar", dict(pair for n in (5, 90, 0, 1, 2, 3, 4) for pair in sample(n, txt="dog")))
     with old.open("r+b") as file:
-        file.write(b"damaged")  # of picture 0
+        file.write(b"damaged")  # of image 0
     computed, see = [], VisionTransformer.features
     monkeypatch.setattr(
         VisionTransformer, "features", lambda self, pixels: computed.append(len(pixels)) or see(self, pixels)
@@ -178,7 +178,7 @@ def test_all_begin_with_the_same(tmp_path, matching_model, monkeypatch):
 
 
 def test_what_is_wrong_is_told_once(tmp_path, collections, matching_model, capfd):
-    """A picture that is to end the training, by whichever process it is found; a folder that cannot be one."""
+    """An image that is to end the training, by whichever process it is found; a folder that cannot be one."""
     path = write(tmp_path / "a.toml", with_features(SHARDS), matching_model)
     with pytest.raises(Exception, match=r"00001\.tar: 000007: .*; or skip such images"):
         train.run(path, overrides={"data.on_bad_picture": "stop"})
@@ -193,7 +193,7 @@ def test_what_is_wrong_is_told_once(tmp_path, collections, matching_model, capfd
 
 
 def test_room_is_looked_for_before_anything_is_computed(tmp_path, collections, matching_model, monkeypatch):
-    """Of 19 pictures of 5 tokens of 16 numbers; rows that show the same one need it once."""
+    """Of 19 images of 5 tokens of 16 numbers; rows that show the same one need it once."""
     path = write(tmp_path / "a.toml", with_features(SEVERAL), matching_model)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=19 * 5 * 16 * 2 - 1))
     with pytest.raises(RecipeError, match=r"features of 19 images take .* set data\.features_dtype = \"int8\", or "):

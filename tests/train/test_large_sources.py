@@ -20,7 +20,7 @@ import json, resource, sys, time
 from pathlib import Path
 started = time.perf_counter()
 from blip2 import checkpoint, train
-from blip2.data import BadPictures
+from blip2.data import BadImages
 from blip2.train.check import gather
 from blip2.train.recipes import load_recipe
 from blip2.train.reading import RowSet
@@ -33,7 +33,7 @@ path, told = Path(sys.argv[1]), []
 recipe = load_recipe(path)
 materials = gather(recipe, path, told.append)
 model = checkpoint.load(materials.start)
-rows = RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, BadPictures("stop"))
+rows = RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, BadImages("stop"))
 first = int(sys.argv[2])
 rows.read(rows.draws(first))
 ready, before = time.perf_counter(), peak()

@@ -1,4 +1,4 @@
-"""The sanity check of any training: eight pictures are learnt by heart, and from the pictures."""
+"""The sanity check of any training: eight images are learnt by heart, and from the images."""
 
 import json
 from dataclasses import replace

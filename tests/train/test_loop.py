@@ -225,7 +225,7 @@ def test_a_signal_saves_and_stops(tmp_path, number):
 
 @pytest.mark.parametrize("where", ["make_batch", "backward", "evaluate"])
 def test_the_state_is_saved_before_an_error_ends_the_run(tmp_path, where):
-    """A picture, memory, an evaluation: whatever fails once six steps are done."""
+    """An image, memory, an evaluation: whatever fails once six steps are done."""
     is_broken = True
 
     def training():

@@ -38,7 +38,7 @@ def trained(write_recipe):
 
 
 def seen_and_read(model, start: Path):
-    """What a model makes of two pictures and the words after them: ``float[B, T, V]``, or logits of pairs."""
+    """What a model makes of two images and the words after them: ``float[B, T, V]``, or logits of pairs."""
     pixels_BCHW = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
     with torch.no_grad():
         if not isinstance(model, Blip2):

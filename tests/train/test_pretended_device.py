@@ -58,7 +58,7 @@ def test_stage_2_learns_as_on_the_cpu(write_recipe, any_model, overrides):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_so_does_an_image_encoder_and_a_qformer_that_reads(write_recipe, matching_model, opt_model, stage):
-    """In parts, so that each picture is seen twice, and of another size."""
+    """In parts, so that each image is seen twice, and of another size."""
     path = write_recipe(stage, matching_model if stage == 1 else opt_model)
     path.write_text(path.read_text().replace('features = "features"', ""))
     settings = {"vision.learns": True, "vision.layer_decay": 0.9, "vision.image_size": 48, "optim.accumulate": 2}

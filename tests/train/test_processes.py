@@ -90,7 +90,7 @@ def test_one_that_is_killed_ends_all(recipe, tmp_path, rank):
 
 @pytest.mark.parametrize("command", [None, BY_TORCHRUN])
 def test_one_that_fails_tells_why(recipe, rows, tmp_path, command):
-    """A picture that only the second process comes to."""
+    """An image that only the second process comes to."""
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blip2 import checkpoint, train
-from blip2.data import BadPictures
+from blip2.data import BadImages
 from blip2.errors import RecipeError
 from blip2.train import load_recipe
 from blip2.train.check import gather
@@ -112,7 +112,7 @@ def row_set(tmp_path, matching_model):
         recipe = load_recipe(write(tmp_path / "a.toml", data, matching_model), overrides)
         materials = gather(recipe, tmp_path / "a.toml")
         model = checkpoint.load(matching_model)
-        bad, augment = BadPictures("skip"), recipe.data.augment
+        bad, augment = BadImages("skip"), recipe.data.augment
         return RowSet(materials.train_rows, [], model.vision, materials.settings, recipe, bad, augment)
 
     return made
@@ -120,7 +120,7 @@ def row_set(tmp_path, matching_model):
 
 @pytest.mark.parametrize("augment", ["true", '"randaugment"'])
 def test_processes_that_share_a_batch_read_what_one_would(row_set, tmp_path, augment):
-    """Also where a picture cannot be read, and pictures are augmented."""
+    """Also where an image cannot be read, and images are augmented."""
     members = [member for number in range(9) for member in sample(number, txt=f"dog {number}")]
     members[4] = (members[4][0], b"no picture")
     tar(tmp_path / "a.tar", dict(members))

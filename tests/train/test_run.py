@@ -158,12 +158,12 @@ def test_an_instructblip_goes_on_learning(write_recipe, tmp_path, family):
     assert isinstance(blip2.load(out).ask(tiny.picture(1), "what colour is the car?"), str)
 
 
-# ---- pictures that cannot be read ----
+# ---- images that cannot be read ----
 
 
 @pytest.fixture
 def broken(rows, tmp_path):
-    """Two of the eight pictures: one cut, one missing."""
+    """Two of the eight images: one cut, one missing."""
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     content = Path(lines[2]["image"]).read_bytes()
     cut, missing = tmp_path / "cut.png", tmp_path / "missing.png"

@@ -1,4 +1,4 @@
-"""Pages of held-out pictures with what the model says of them, while it learns."""
+"""Pages of held-out images with what the model says of them, while it learns."""
 
 import json
 import re

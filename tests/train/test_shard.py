@@ -60,7 +60,7 @@ def test_in_bf16(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_other_language_models(write_recipe, any_model, tmp_path):
-    """Of a T5, which reads the texts of a picture apart, the adapters' dropout does not follow the rows."""
+    """Of a T5, which reads the texts of an image apart, the adapters' dropout does not follow the rows."""
     whole = LORA | {"lora.dropout": 0.0}
     compute(without_features(write_recipe(2, any_model)), tmp_path, [BOTH | UNEVEN, BOTH | whole])
 

@@ -39,7 +39,7 @@ def test_samples_are_read_from_where_they_lie(opened, tmp_path):
     rows, told = opened("s/{00000..00001}.tar")
     assert isinstance(rows, Joined) and len(rows) == 7
     assert [rows[number].captions for number in (6, 0, 3)] == [("dog 6",), ("dog 0",), ("dog 3",)]
-    assert all(np.array_equal(rows.picture(number), _decoded(number)) for number in (5, 2))
+    assert all(np.array_equal(rows.image(number), _decoded(number)) for number in (5, 2))
     assert told == [f"{tmp_path}/s/{{00000..00001}}.tar: 7 rows"]
     rows, told = opened("s/{00000..00001}.tar")
     assert len(rows) == 7 and told == []  # found before
@@ -120,7 +120,7 @@ def test_what_changes_while_it_is_read_is_a_bad_picture(opened, tmp_path):
     with (tmp_path / "s" / "00000.tar").open("r+b") as file:
         file.write(b"x" * 20_000)
     with pytest.raises(ImageError, match=r"00000\.tar"):
-        rows.picture(0)
+        rows.image(0)
     assert rows[0].captions == () and "00000.tar" in rows[0].image
 
 
@@ -171,7 +171,7 @@ def test_parquet(opened, tmp_path):
     pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet", row_group_size=4)
     rows, _ = opened("a.parquet")
     assert [rows[number].captions[0] for number in (8, 1, 5, 2)] == ["dog 8", "dog 1", "dog 5", "dog 2"]
-    assert np.array_equal(rows.picture(7), _decoded(7))
+    assert np.array_equal(rows.image(7), _decoded(7))
 
 
 def test_json_lines_are_not_in_memory_and_say_the_same(opened, tmp_path, rows):

@@ -99,7 +99,7 @@ def test_equal_texts_and_shared_pictures_are_no_negatives(golden, model):
         values["image_embeds"],
         text_BT,
         mask_BT,
-        picture_B=torch.tensor([0, 0, 1, 2]),
+        image_B=torch.tensor([0, 0, 1, 2]),
         generator=torch.Generator().manual_seed(0),
     )
     wrong_BT = drawn[0][8:]

@@ -1,4 +1,4 @@
-"""Output formats. Each file of this room is one format, or a few of one kind.
+"""Output formats. Each file of this package is one format, or a few of one kind.
 
     beside = open_beside(outputs)                     sidecars, XMP, exiftool: beside each image, or in it
     source = View(open_source(...), beside)           their existing content is the images' old text
@@ -23,11 +23,11 @@ from blip2.collection.sinks.places import check_name, relative
 from blip2.collection.sinks.shards import SHARD, Shards
 from blip2.collection.sinks.sidecar import Sidecars
 from blip2.collection.sinks.table import Format, Table
-from blip2.collection.sinks.view import Beside, View
+from blip2.collection.sinks.view import PerImageOutput, View
 from blip2.collection.sinks.xmp import Xmp
 from blip2.errors import OptionError
 
-__all__ = ["FORMATS", "Beside", "Outputs", "View", "open_beside", "open_sinks"]
+__all__ = ["FORMATS", "Outputs", "PerImageOutput", "View", "open_beside", "open_sinks"]
 
 SUFFIXES = {
     "imagefolder": (".jsonl",), "jsonl": (".jsonl",), "train": (".jsonl",), "sd-scripts": (".jsonl",),
@@ -68,9 +68,9 @@ class Outputs:
     constants: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_beside(outputs: Outputs) -> list[Beside]:
+def open_beside(outputs: Outputs) -> list[PerImageOutput]:
     """The outputs beside each image, or in it. Raises OptionError, CollectionError."""
-    found: list[Beside] = []
+    found: list[PerImageOutput] = []
     if outputs.sidecar:
         if outputs.xmp and outputs.sidecar.lower().lstrip(".") == "xmp":
             raise OptionError("--sidecar .xmp and --xmp would write the same files; leave out one")
@@ -82,7 +82,7 @@ def open_beside(outputs: Outputs) -> list[Beside]:
     return found
 
 
-def open_sinks(outputs: Outputs, source: View, beside: Sequence[Beside] = ()) -> list[Sink]:
+def open_sinks(outputs: Outputs, source: View, beside: Sequence[PerImageOutput] = ()) -> list[Sink]:
     """All requested outputs, checked before the model is loaded and before `Journal.begin`.
 
     Raises OptionError and CollectionError with a working alternative.
@@ -136,9 +136,9 @@ def _format(name: str, outputs: Outputs) -> Format:
 def _by_suffix(path: Path, suffix: str, source: View) -> str:
     match suffix:
         case ".jsonl":
-            pictures = source.pictures
-            lie_below = pictures is not None and all(relative(picture, path.parent) for picture in pictures)
-            return "imagefolder" if lie_below or path.name == "metadata.jsonl" else "jsonl"
+            images = source.images
+            are_below = images is not None and all(relative(image, path.parent) for image in images)
+            return "imagefolder" if are_below or path.name == "metadata.jsonl" else "jsonl"
         case ".csv" | ".parquet":
             return suffix[1:]
         case ".tsv":

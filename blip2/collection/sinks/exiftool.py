@@ -43,27 +43,27 @@ class Embedded(Plain):
         self._old: dict[str, str] = {}
 
     def check(self, source: Source) -> None:
-        pictures = paths_of(source)
-        if pictures is None or any(map(is_address, pictures)):
+        images = paths_of(source)
+        if images is None or any(map(is_address, images)):
             raise CollectionError("--embed writes into image files; for rows, shards and URLs give an output with -o")
-        for picture in pictures:
-            if "\n" in picture or "\r" in picture:
-                raise CollectionError(f"{picture!r}: exiftool cannot take a name with a line break; rename it")
-            if Path(picture).suffix.lower() not in WRITABLE:
-                raise CollectionError(f"{picture}: exiftool cannot write this file type; convert it, or use --xmp")
-        for folder in dict.fromkeys(Path(picture).parent for picture in pictures):
+        for image in images:
+            if "\n" in image or "\r" in image:
+                raise CollectionError(f"{image!r}: exiftool cannot take a name with a line break; rename it")
+            if Path(image).suffix.lower() not in WRITABLE:
+                raise CollectionError(f"{image}: exiftool cannot write this file type; convert it, or use --xmp")
+        for folder in dict.fromkeys(Path(image).parent for image in images):
             check_folder(folder)
-        self._old = self._read(pictures)
+        self._old = self._read(images)
 
-    def old(self, picture: str) -> str:
+    def old(self, image: str) -> str:
         """The text in an image file at the time of the check. Raises CollectionError for one that exiftool refuses."""
-        kind = named_format(picture)
-        if kind is not None and Path(picture).suffix.lower() not in kind[1]:
+        kind = named_format(image)
+        if kind is not None and Path(image).suffix.lower() not in kind[1]:
             raise CollectionError(
-                f"{picture}: contains {kind[0]}, and exiftool refuses a file with another suffix; "
+                f"{image}: contains {kind[0]}, and exiftool refuses a file with another suffix; "
                 f"rename it to {kind[1][0]}"
             )
-        return self._old.get(picture, "")
+        return self._old.get(image, "")
 
     def unit(self, unit: object, results: Sequence[Result]) -> None:
         wanted = [result for result in results if result.status == SUCCESS]
@@ -73,7 +73,7 @@ class Embedded(Plain):
             self._write(wanted[start : start + CHUNK])
 
     def _write(self, results: Sequence[Result]) -> None:
-        told = self._run(
+        output = self._run(
             [
                 [
                     f"-MWG:Description={result.line}",
@@ -84,20 +84,20 @@ class Embedded(Plain):
             ],
             ["-P", "-overwrite_original"],
         )
-        lines = told.decode("utf-8", "replace").splitlines()
+        lines = output.decode("utf-8", "replace").splitlines()
         problems = [line for line in lines if line.startswith("Error")]
         self.notes += [f"not embedded: {problem}" for problem in problems]
         num_written = sum(line.strip().startswith("1 image files updated") for line in lines)
         if num_written + len(problems) < len(results):
             raise OSError(f"exiftool wrote to {num_written} of {len(results)} images: {' '.join(lines)[-300:]}")
 
-    def _read(self, pictures: Sequence[str]) -> dict[str, str]:
+    def _read(self, images: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
-        for start in range(0, len(pictures), CHUNK):
-            some = {os.path.abspath(picture): picture for picture in pictures[start : start + CHUNK]}
-            told = self._run([["-j", "-fast", "-MWG:Description", *some]], [])
+        for start in range(0, len(images), CHUNK):
+            some = {os.path.abspath(image): image for image in images[start : start + CHUNK]}
+            output = self._run([["-j", "-fast", "-MWG:Description", *some]], [])
             # Names that are not UTF-8 are returned unchanged.
-            text = told.decode("utf-8", "surrogateescape")
+            text = output.decode("utf-8", "surrogateescape")
             if "[" not in text:
                 continue
             try:
@@ -106,8 +106,8 @@ class Embedded(Plain):
                 problem = f"exiftool gave unexpected output: {text[:200]!r}"
                 raise CollectionError(f"{problem}; try another version") from None
             for row in rows:
-                if (picture := some.get(row["SourceFile"])) is not None and "Description" in row:
-                    found[picture] = " ".join(str(row["Description"]).split())
+                if (image := some.get(row["SourceFile"])) is not None and "Description" in row:
+                    found[image] = " ".join(str(row["Description"]).split())
         return found
 
     def _run(self, commands: Iterable[Sequence[str]], common: Sequence[str]) -> bytes:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from blip2.collection.columns import Carried, as_text
 from blip2.collection.record import SUCCESS, Result
 from blip2.collection.sinks.places import absolute, is_text, relative
-from blip2.collection.sinks.table import Format, check_picture
+from blip2.collection.sinks.table import Format, check_image
 from blip2.errors import CollectionError
 
 NOT_GIVEN = {
@@ -69,7 +69,7 @@ def below(result: Result, folder: Path) -> str:
         raise CollectionError(
             f"{result.name}: has no file of its own, which this format needs; give --format jsonl or parquet"
         )
-    check_picture(result.path, folder / "metadata.jsonl", is_below=True)
+    check_image(result.path, folder / "metadata.jsonl", is_below=True)
     return relative(result.path, folder)
 
 
@@ -139,9 +139,9 @@ def json_format(constants: Mapping[str, str]) -> Format:
 
 def _train(file: IO[str], results: Iterable[Result], folder: Path) -> Iterable[str]:
     def row(result: Result) -> dict[str, Any]:
-        said = {"captions": result.lines} if len(result.lines) > 1 else {"caption": result.line}
+        captions = {"captions": result.lines} if len(result.lines) > 1 else {"caption": result.line}
         number = {name: value for name, value in result.columns.items() if name == "image_id"}
-        return {"image": relative(result.path, folder) or whole_path(result), **said, **number}
+        return {"image": relative(result.path, folder) or whole_path(result), **captions, **number}
 
     return json_lines(file, map(row, named(results)))
 

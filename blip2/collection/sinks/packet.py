@@ -108,7 +108,7 @@ class _Reader:
         self._parser.buffer_text = True
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
-        self._parser.CharacterDataHandler = self._said
+        self._parser.CharacterDataHandler = self._text
         self._parser.Parse(content, True)
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
@@ -118,8 +118,9 @@ class _Reader:
                 prefixes[key[6:]] = value
         self._prefixes.append(prefixes)
         start = self._parser.CurrentByteIndex
-        told = {self._full(key, prefixes, is_attribute=True): value for key, value in attributes.items()}
-        element = Element(self._full(name, prefixes), told, prefixes, start, inner=_end_of_tag(self._content, start))
+        expanded = {self._full(key, prefixes, is_attribute=True): value for key, value in attributes.items()}
+        full_name = self._full(name, prefixes)
+        element = Element(full_name, expanded, prefixes, start, inner=_end_of_tag(self._content, start))
         (self._stack[-1].children.append(element) if self._stack else setattr(self, "root", element))
         self._stack.append(element)
 
@@ -130,7 +131,7 @@ class _Reader:
         element.outer = element.inner if is_closed else self._parser.CurrentByteIndex
         element.end = element.inner if is_closed else _end_of_tag(self._content, element.outer)
 
-    def _said(self, text: str) -> None:
+    def _text(self, text: str) -> None:
         self._stack[-1].text += text
 
     @staticmethod
@@ -194,11 +195,11 @@ def _with_text(content: bytes, wanted: Property, text: str, name: str) -> bytes:
                 return _replaced(content, child, wanted, text)
     if holders:
         return _inserted(content, holders[0], _property(wanted, text, holders[0].prefixes))
-    all_of_it = next(element for element in root.all() if element.name == f"{{{RDF}}}RDF")
-    inner = _property(wanted, text, {**all_of_it.prefixes, "rdf": RDF})
-    declared = "" if all_of_it.prefixes.get("rdf") == RDF else f' xmlns:rdf="{RDF}"'
+    rdf_element = next(element for element in root.all() if element.name == f"{{{RDF}}}RDF")
+    inner = _property(wanted, text, {**rdf_element.prefixes, "rdf": RDF})
+    declared = "" if rdf_element.prefixes.get("rdf") == RDF else f' xmlns:rdf="{RDF}"'
     new = f'<rdf:Description{declared} rdf:about="">{inner}</rdf:Description>'
-    return _inserted(content, all_of_it, new)
+    return _inserted(content, rdf_element, new)
 
 
 def _replaced(content: bytes, element: Element, wanted: Property, text: str) -> bytes:

@@ -53,18 +53,18 @@ class Parquet(Plain):
     def whole(self, results: Iterable[Result]) -> None:
         folder = self._path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = None
+        images = None
         if self._is_folder_table:
             results = Filtered(results)
         if self._images:
             assert self._source is not None, "check comes first"
-            pictures = pictures_of(self._source, self._source.units)
+            images = images_of(self._source, self._source.units)
         write_parquet(
-            self._path, results, lambda result: everything(self._constants, result, folder), self._constants, pictures
+            self._path, results, lambda result: everything(self._constants, result, folder), self._constants, images
         )
 
 
-def pictures_of(source: Source, units: Iterable[Unit]) -> Callable[[Result], bytes | None]:
+def images_of(source: Source, units: Iterable[Unit]) -> Callable[[Result], bytes | None]:
     """A function from each result, in the order of the source, to the bytes of its image, read again one at a time."""
     records: Iterator[Record] = (record for unit in units for record in source.records(unit))
 
@@ -72,12 +72,12 @@ def pictures_of(source: Source, units: Iterable[Unit]) -> Callable[[Result], byt
         record = next((record for record in records if record.key == result.key), None)
         if record is None:
             raise CollectionError(f"{result.name}: is no longer in the source; repeat the command")
-        if isinstance(record.picture, str):
+        if isinstance(record.image, str):
             try:
-                return Path(record.picture).read_bytes()
+                return Path(record.image).read_bytes()
             except OSError as error:
                 raise CollectionError(f"{record.name}: can no longer be read ({error.strerror})") from None
-        return record.picture
+        return record.image
 
     return content
 
@@ -87,15 +87,15 @@ def write_parquet(
     results: Iterable[Result],
     own: Callable[[Result], dict[str, Any]],
     constants: Mapping[str, str],
-    pictures: Callable[[Result], bytes | None] | None = None,
+    images: Callable[[Result], bytes | None] | None = None,
 ) -> None:
     """Write all results into one file, always the same bytes. Raises OSError."""
     arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
-    if pictures is not None:
+    if images is not None:
         results = Filtered(results)
     own_kinds = {**OWN, **dict.fromkeys(constants, "str")}
     carried = Carried(results, [*own_kinds, "image"], SAME_MEANING)
-    schema = _schema(arrow, {**own_kinds, **carried.kinds}, images=pictures is not None)
+    schema = _schema(arrow, {**own_kinds, **carried.kinds}, images=images is not None)
     with replacing(path) as unfinished, parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []
         batches: list[Any] = []
@@ -113,8 +113,8 @@ def write_parquet(
 
         for result in results:
             row = {**own(result), **carried.of(result)}
-            if pictures is not None:
-                content = pictures(result)
+            if images is not None:
+                content = images(result)
                 num_bytes += len(content or b"")
                 row["image"] = {"bytes": content, "path": PurePath(str(row["file_name"])).name}
             rows.append(row)
@@ -133,6 +133,6 @@ def _schema(arrow: Any, kinds: Mapping[str, str], *, images: bool) -> Any:
     for name, kind in kinds.items():
         value = {"dtype": DTYPES.get(kind, "string"), "_type": "Value"}
         features[name] = {"feature": value, "_type": "List"} if kind == "list" else value
-    picture = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
-    told = {"huggingface": json.dumps({"info": {"features": features}})}
-    return arrow.schema([("image", picture), *fields], metadata=told)
+    image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return arrow.schema([("image", image), *fields], metadata=metadata)

@@ -8,7 +8,7 @@ from pathlib import Path
 from blip2.collection.needs import need
 from blip2.collection.record import Result, Source, Unit
 from blip2.collection.sinks.lines import everything
-from blip2.collection.sinks.parquet import pictures_of, write_parquet
+from blip2.collection.sinks.parquet import images_of, write_parquet
 from blip2.collection.sinks.places import Plain, check_folder
 from blip2.errors import CollectionError
 
@@ -39,10 +39,10 @@ class ParquetParts(Plain):
     def unit(self, unit: object, results: Sequence[Result]) -> None:
         assert isinstance(unit, Unit) and self._source is not None, "check comes first"
         self._folder.mkdir(parents=True, exist_ok=True)
-        pictures = pictures_of(self._source, [unit]) if self._images else None
+        images = images_of(self._source, [unit]) if self._images else None
         write_parquet(
             self._path(unit), results, lambda result: everything(self._constants, result, self._folder),
-            self._constants, pictures,
+            self._constants, images,
         )  # fmt: skip
 
     def _path(self, unit: Unit) -> Path:

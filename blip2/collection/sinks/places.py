@@ -103,23 +103,23 @@ def check_file(path: Path, *, may_replace: bool) -> None:
 
 def paths_of(source: Source) -> Sequence[str] | None:
     """The images' files, if they have some; ``source`` is a `View`."""
-    return getattr(source, "pictures", None)
+    return getattr(source, "images", None)
 
 
-def check_beside(pictures: Sequence[str], target: Callable[[str], Path], remedy: str) -> None:
+def check_beside(images: Sequence[str], target: Callable[[str], Path], remedy: str) -> None:
     """Check that a separate file can be created beside each image. Raises CollectionError."""
     by_spelling: dict[tuple[str, str], dict[Path, str]] = defaultdict(dict)
-    for picture in pictures:
-        path = target(picture)
+    for image in images:
+        path = target(image)
         if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-            raise CollectionError(f"{path}: the name is longer than {MAX_NAME_BYTES} bytes; rename {picture}")
+            raise CollectionError(f"{path}: the name is longer than {MAX_NAME_BYTES} bytes; rename {image}")
         spelled = by_spelling[str(path.parent), _folded(path.name)]
         # The same file under two paths is no collision, nor are spellings that this file system distinguishes.
         for other_path, other in spelled.items():
-            if other != picture and (other_path == path or _is_blind(other) or _is_blind(picture)):
-                raise CollectionError(f"{path}: would belong to both {other} and {picture}; {remedy}")
-        spelled[path] = picture
-    for folder in dict.fromkeys(Path(picture).parent for picture in pictures):
+            if other != image and (other_path == path or _is_blind(other) or _is_blind(image)):
+                raise CollectionError(f"{path}: would belong to both {other} and {image}; {remedy}")
+        spelled[path] = image
+    for folder in dict.fromkeys(Path(image).parent for image in images):
         check_folder(folder)
 
 
@@ -127,12 +127,12 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _is_blind(picture: str) -> bool:
+def _is_blind(image: str) -> bool:
     """Whether its file system treats other spellings of a name (case, composition) as the same file."""
-    folder, name = os.path.split(picture)
+    folder, name = os.path.split(image)
     others = {name.swapcase(), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))} - {name}
     for other in (os.path.join(folder, other) for other in others):
-        if os.path.exists(other) and os.path.exists(picture) and os.path.samefile(other, picture):
+        if os.path.exists(other) and os.path.exists(image) and os.path.samefile(other, image):
             return True
     return False
 

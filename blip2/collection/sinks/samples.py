@@ -12,7 +12,7 @@ from typing import NamedTuple
 from blip2.errors import CollectionError
 from blip2.image import suffixes
 
-IN_PLACE_OF_NOTHING = {"json": b"{}", "txt": b"", "text": b"", "caption": b""}
+EMPTY_MEMBERS = {"json": b"{}", "txt": b"", "text": b"", "caption": b""}
 """Content of a member that this sample lacks and others have. There is none for arrays and the like."""
 
 
@@ -55,7 +55,7 @@ def fields_of(path: Path) -> tuple[set[str], set[str]]:
     return set().union(*found), set.intersection(*found) if found else set()
 
 
-def picture_field(fields: Mapping[str, object] | set[str]) -> str:
+def image_field(fields: Mapping[str, object] | set[str]) -> str:
     """The field that holds the image of a sample; "" if there is none."""
     readable, others = suffixes()
     known = {*readable, *others}

@@ -21,10 +21,10 @@ from blip2.collection.sinks.lines import everything
 from blip2.collection.sinks.parquet import write_parquet
 from blip2.collection.sinks.places import Plain, check_folder, replacing, write_all
 from blip2.collection.sinks.samples import (
-    IN_PLACE_OF_NOTHING,
+    EMPTY_MEMBERS,
     Sample,
     fields_of,
-    picture_field,
+    image_field,
     samples,
     write_samples,
 )
@@ -57,7 +57,7 @@ class Shards(Plain):
         self._images = images
         self._digits = max(4, len(str(shard_size - 1)))
         self._source: Source | None = None
-        self._picture_field = "jpg"
+        self._image_field = "jpg"
 
     def check(self, source: Source) -> None:
         if self._folder.exists() and not self._folder.is_dir():
@@ -76,7 +76,7 @@ class Shards(Plain):
             target = self._folder / f"{name}.tar"
             if _is_shard(unit) and target.exists() and target.samefile(unit.place):
                 raise CollectionError(f"{unit.place}: is the source itself; give another folder with -o")
-        self._picture_field = next(self._picture_fields(source), "jpg")
+        self._image_field = next(self._image_fields(source), "jpg")
 
     def unit(self, unit: object, results: Sequence[Result]) -> None:
         assert isinstance(unit, Unit) and self._source is not None, "check comes first"
@@ -109,11 +109,11 @@ class Shards(Plain):
         """The samples of a source shard that have a caption, with the caption."""
         assert self._source is not None
         path, own = Path(unit.place), self._caption_field
-        chosen = str(self._source.told().get("image_column", ""))
+        chosen = str(self._source.description().get("image_column", ""))
         any_has, all_have = fields_of(path)
-        filled = {field: IN_PLACE_OF_NOTHING[kind] for field in any_has - all_have
-                  if (kind := field.lower().rpartition(".")[2]) in IN_PLACE_OF_NOTHING}  # fmt: skip
-        if rare := sorted(any_has - all_have - {*filled, own} - {field for field in any_has if picture_field({field})}):
+        filled = {field: EMPTY_MEMBERS[kind] for field in any_has - all_have
+                  if (kind := field.lower().rpartition(".")[2]) in EMPTY_MEMBERS}  # fmt: skip
+        if rare := sorted(any_has - all_have - {*filled, own} - {field for field in any_has if image_field({field})}):
             self.notes.append(
                 f"{path.name}: some samples only have {', '.join(rare)}; webdataset reads them, datasets does not"
             )
@@ -124,9 +124,9 @@ class Shards(Plain):
             before = sample.members.get(own, b"")
             earlier = {f"orig.{own}": before} if own == "txt" or own in any_has else {}
             members = {**filled, **earlier, **sample.members}
-            picture = chosen if chosen in sample.members else picture_field(sample.members)
-            if picture:
-                members[self._picture_field] = members.pop(picture)
+            image = chosen if chosen in sample.members else image_field(sample.members)
+            if image:
+                members[self._image_field] = members.pop(image)
             is_kept = result.status == SKIPPED and before.strip()  # else the text came from another field
             members[own] = before if is_kept else result.line.encode("utf-8")
             yield Sample(sample.key, members)
@@ -146,28 +146,28 @@ class Shards(Plain):
             record = next((record for record in records if record.key == result.key), None)
             if not result.line:
                 continue
-            if record is None or record.picture is None:
+            if record is None or record.image is None:
                 raise CollectionError(f"{result.name}: is no longer in the source; repeat the command")
-            picture = Path(record.picture).read_bytes() if isinstance(record.picture, str) else record.picture
-            told: dict[str, Any] = {
+            image = Path(record.image).read_bytes() if isinstance(record.image, str) else record.image
+            content: dict[str, Any] = {
                 "key": key,
                 "name": result.key,
                 "caption": result.line,
                 "caption_original": result.old,
             }
-            told = {**result.columns, **told, "width": result.width, "height": result.height}
+            content = {**result.columns, **content, "width": result.width, "height": result.height}
             yield Sample(key, {
-                self._picture_field: picture,
+                self._image_field: image,
                 self._caption_field: result.line.encode("utf-8"),
-                "json": json.dumps(told).encode("ascii"),
+                "json": json.dumps(content).encode("ascii"),
             })  # fmt: skip
 
-    def _picture_fields(self, source: Source) -> Iterator[str]:
+    def _image_fields(self, source: Source) -> Iterator[str]:
         """The field name of the first image, used for all: readers detect the image format from the bytes."""
         for unit in source.units:
             if _is_shard(unit):
-                chosen = str(source.told().get("image_column", ""))
-                name = chosen or next((picture_field(found.members) for found in self._sound(Path(unit.place))), "")
+                chosen = str(source.description().get("image_column", ""))
+                name = chosen or next((image_field(found.members) for found in self._sound(Path(unit.place))), "")
             else:
                 name = next((_suffix(record) for record in source.records(unit)), "")
             if name:
@@ -180,7 +180,7 @@ def _is_shard(unit: Unit) -> bool:
 
 def _suffix(record: Record) -> str:
     readable, _ = suffixes()
-    suffix = Path(record.picture if isinstance(record.picture, str) else record.key).suffix.lower()
+    suffix = Path(record.image if isinstance(record.image, str) else record.key).suffix.lower()
     return suffix[1:] if suffix in readable else ""
 
 

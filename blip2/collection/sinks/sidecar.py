@@ -29,19 +29,19 @@ class Sidecars(Plain):
             raise OptionError(f"--sidecar {suffix!r}: is not a suffix; give .txt or .caption")
 
     def check(self, source: Source) -> None:
-        if (pictures := paths_of(source)) is None:
+        if (images := paths_of(source)) is None:
             raise CollectionError("--sidecar writes beside image files; for rows and shards give an output with -o")
-        if addresses := [picture for picture in pictures if is_address(picture)]:
+        if addresses := [image for image in images if is_address(image)]:
             raise CollectionError(f"{addresses[0]}: --sidecar writes beside image files; give an output with -o")
-        check_beside(pictures, self.path, REMEDY)
+        check_beside(images, self.path, REMEDY)
 
-    def path(self, picture: str) -> Path:
-        return Path(picture + self._suffix) if self._keeps_suffix else Path(picture).with_suffix(self._suffix)
+    def path(self, image: str) -> Path:
+        return Path(image + self._suffix) if self._keeps_suffix else Path(image).with_suffix(self._suffix)
 
-    def old(self, picture: str) -> str:
+    def old(self, image: str) -> str:
         """The lines of an existing sidecar. Raises OSError, NotTextError."""
         with suppress(FileNotFoundError):
-            lines = (" ".join(line.split()) for line in read_text(self.path(picture)).split("\n"))
+            lines = (" ".join(line.split()) for line in read_text(self.path(image)).split("\n"))
             return "\n".join(filter(None, lines))
         return ""
 

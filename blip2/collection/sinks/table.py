@@ -43,7 +43,7 @@ class Table(Plain):
 
     def check(self, source: Source) -> None:
         check_file(self._path, may_replace=self._may_replace)
-        pictures = paths_of(source) or ()
+        images = paths_of(source) or ()
         if self._format.paths in ("below", "any") and paths_of(source) is None:
             raise CollectionError(
                 f"{self._path}: this format names image files, and these images have none; give --format "
@@ -53,10 +53,10 @@ class Table(Plain):
             for record in islice(source.records(source.units[0]), 1):
                 self._format.probe(Result(record.key, "", "", record.name, columns=plain(record.columns)))
         if self._format.paths == "below":
-            check_folder_table(self._path, pictures)
+            check_folder_table(self._path, images)
         elif self._format.paths:
-            for picture in pictures:
-                check_picture(picture, self._path)
+            for image in images:
+                check_image(image, self._path)
 
     def whole(self, results: Iterable[Result]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class Table(Plain):
             self.notes[:] = self._format.write(file, results, self._path.parent)
 
 
-def check_folder_table(path: Path, pictures: Iterable[str]) -> None:
+def check_folder_table(path: Path, images: Iterable[str]) -> None:
     """Check that `datasets` will read a table of an ImageFolder. Raises CollectionError."""
     for suffix in (".csv", ".jsonl", ".parquet"):
         other = path.with_name(f"metadata{suffix}")
@@ -75,19 +75,19 @@ def check_folder_table(path: Path, pictures: Iterable[str]) -> None:
             raise CollectionError(
                 f"{other}: datasets cannot read a folder with both this and {path.name}; remove it, or use its name"
             )
-    for picture in pictures:
-        check_picture(picture, path, is_below=True)
+    for image in images:
+        check_image(image, path, is_below=True)
 
 
-def check_picture(picture: str, table: Path, *, is_below: bool = False) -> None:
+def check_image(image: str, table: Path, *, is_below: bool = False) -> None:
     """Check that a table with this path can name the image. Raises CollectionError."""
-    if not is_text(picture):
+    if not is_text(image):
         raise CollectionError(
-            f"{name_of(picture)}: the name is not UTF-8, which {table.name} cannot hold; rename it, or give "
+            f"{name_of(image)}: the name is not UTF-8, which {table.name} cannot hold; rename it, or give "
             "--format jsonl"
         )
-    if is_below and not relative(picture, table.parent):
+    if is_below and not relative(image, table.parent):
         raise CollectionError(
-            f"{picture}: is not in the folder of {table}, as datasets needs it; write the table into the folder "
+            f"{image}: is not in the folder of {table}, as datasets needs it; write the table into the folder "
             "of the images, or give --format jsonl"
         )

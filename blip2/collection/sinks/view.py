@@ -16,13 +16,13 @@ from blip2.errors import CollectionError
 from blip2.plaintext import NotTextError
 
 
-class Beside(Sink, Protocol):
+class PerImageOutput(Sink, Protocol):
     """An output beside each image, or in it."""
 
     keeps_time: bool
     """Whether it changes image files and keeps their modification times."""
 
-    def old(self, picture: str) -> str:
+    def old(self, image: str) -> str:
         """The existing text of an image. Raises CollectionError, NotTextError, OSError."""
 
 
@@ -31,17 +31,22 @@ class View:
 
     All of ``beside`` are read, so that a damaged one is a problem of its record. If one of them changes image files
     (``keeps_time``), an image is recognised by the modification time alone. ``takes_text``: whether the source's texts
-    are old versions of the new text; a caption is not if answers are written. ``is_beside_alone``: whether nothing is
+    are old versions of the new text; a caption is not if answers are written. ``only_per_image``: whether nothing is
     written elsewhere, so that the source's texts are not overwritten: an image without a file beside it is then new
     (`Record.is_new`).
     """
 
     def __init__(
-        self, source: Source, beside: Sequence[Beside] = (), *, takes_text: bool = True, is_beside_alone: bool = False
+        self,
+        source: Source,
+        beside: Sequence[PerImageOutput] = (),
+        *,
+        takes_text: bool = True,
+        only_per_image: bool = False,
     ) -> None:
         self._source = source
         self._takes_text = takes_text
-        self._is_beside_alone = is_beside_alone
+        self._only_per_image = only_per_image
         self._beside = beside
         self._by_time = any(one.keeps_time for one in beside)
 
@@ -63,28 +68,28 @@ class View:
             return self._times[unit.number]
         return self._source.stamp(unit)
 
-    def told(self) -> Mapping[str, Any]:
-        return self._source.told()
+    def description(self) -> Mapping[str, Any]:
+        return self._source.description()
 
     def records(self, unit: Unit) -> Iterator[Record]:
         return map(self._seen, self._source.records(unit))
 
     @cached_property
-    def pictures(self) -> Sequence[str] | None:
+    def images(self) -> Sequence[str] | None:
         """The paths or URLs of all images; None if the source itself holds the images.
 
         For this, a table of paths is read; a table of images is not.
         """
-        match self.told().get("source"):
+        match self.description().get("source"):
             case "files":
                 return getattr(self._source, "paths", None)
             case "shards":
                 return None
         for unit in self.units:
             for record in self._source.records(unit):
-                if isinstance(record.picture, bytes):
+                if isinstance(record.image, bytes):
                     return None
-                if record.picture is not None:
+                if record.image is not None:
                     return self._all_paths()
         return None
 
@@ -94,35 +99,35 @@ class View:
         found = []
         for unit in self.units:
             digest = hashlib.blake2b(digest_size=16)
-            for path in (self.pictures or ())[unit.start : unit.stop]:
+            for path in (self.images or ())[unit.start : unit.stop]:
                 digest.update(os.fsencode(f"{path}\0{_time(path)}\0"))
             found.append(digest.hexdigest())
         return found
 
     @property
     def _is_files(self) -> bool:
-        return self.told().get("source") == "files"
+        return self.description().get("source") == "files"
 
     def _all_paths(self) -> list[str]:
         return [
-            record.picture
+            record.image
             for unit in self.units
             for record in self._source.records(unit)
-            if isinstance(record.picture, str)
+            if isinstance(record.image, str)
         ]
 
     def _seen(self, record: Record) -> Record:
         if not self._takes_text and record.text:
             record = replace(record, text="")
-        if not self._beside or not isinstance(record.picture, str) or record.problem:
+        if not self._beside or not isinstance(record.image, str) or record.problem:
             return record
-        path = record.picture
+        path = record.image
         if self._by_time:
             record = replace(record, stamp=_time(path))
         try:
             old = [*filter(None, [one.old(path) for one in self._beside])]
             return replace(
-                record, text=next(iter(old), record.text), is_new=self._is_beside_alone and not old
+                record, text=next(iter(old), record.text), is_new=self._only_per_image and not old
             )  # fmt: skip
         except CollectionError as error:
             return replace(record, problem=str(error))

@@ -33,20 +33,20 @@ class Xmp(Plain):
         self._shares = shares
 
     def check(self, source: Source) -> None:
-        pictures = paths_of(source)
-        if pictures is None or any(map(is_address, pictures)):
+        images = paths_of(source)
+        if images is None or any(map(is_address, images)):
             raise CollectionError("--xmp writes beside image files; for rows, shards and URLs give an output with -o")
         if self._shares:
-            pictures = [*{self.path(picture): picture for picture in pictures}.values()]
-        check_beside(pictures, self.path, REMEDY)
+            images = [*{self.path(image): image for image in images}.values()]
+        check_beside(images, self.path, REMEDY)
 
-    def path(self, picture: str) -> Path:
-        return Path(f"{picture}.xmp") if self._keeps_suffix else Path(picture).with_suffix(".xmp")
+    def path(self, image: str) -> Path:
+        return Path(f"{image}.xmp") if self._keeps_suffix else Path(image).with_suffix(".xmp")
 
-    def old(self, picture: str) -> str:
+    def old(self, image: str) -> str:
         """The existing text of an image. Raises CollectionError for a sidecar that cannot be changed, OSError."""
         with suppress(FileNotFoundError):
-            path = self.path(picture)
+            path = self.path(image)
             return described(path.read_bytes(), str(path))
         return ""
 

@@ -33,7 +33,8 @@ def rows_of(value: object, path: str, images: str | None, split: str | None) -> 
         if any(isinstance(image, dict) and FILE in image for image in listed):
             refuse_split(split, path)
             return list(_coco(listed, value.get("annotations", []), path))
-    if all(isinstance(said, dict) for said in value.values()) and any(said.keys() & KOHYA for said in value.values()):
+    entries = value.values()
+    if all(isinstance(entry, dict) for entry in entries) and any(entry.keys() & KOHYA for entry in entries):
         refuse_split(split, path)
         return list(_kohya(value, images if images is not None else os.path.dirname(path) or "."))
     return None
@@ -42,9 +43,9 @@ def rows_of(value: object, path: str, images: str | None, split: str | None) -> 
 def _coco(images: Sequence[object], annotations: object, path: str) -> Iterator[object]:
     """``image_id`` keeps its type."""
     captions: dict[object, list[str]] = defaultdict(list)
-    for said in annotations if isinstance(annotations, list) else []:
-        if isinstance(said, dict) and isinstance(said.get("caption"), str) and _is_id(said.get("image_id")):
-            captions[said["image_id"]].append(said["caption"])
+    for entry in annotations if isinstance(annotations, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("caption"), str) and _is_id(entry.get("image_id")):
+            captions[entry["image_id"]].append(entry["caption"])
     seen: set[object] = set()
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get(FILE), str) or not _is_id(image.get("id")):
@@ -76,19 +77,19 @@ def _karpathy(images: Sequence[object], path: str, split: str | None) -> Iterato
             row["image_id"] = number
         if "split" in image:
             row["split"] = image["split"]
-        said = image.get("sentences")
-        captions = [one.get("raw") for one in said if isinstance(one, dict)] if isinstance(said, list) else []
+        entry = image.get("sentences")
+        captions = [one.get("raw") for one in entry if isinstance(one, dict)] if isinstance(entry, list) else []
         yield {**row, CAPTIONS: [caption for caption in captions if isinstance(caption, str)]}
 
 
-def _kohya(said: Mapping[str, Mapping[str, Any]], folder: str) -> Iterator[object]:
+def _kohya(entry: Mapping[str, Mapping[str, Any]], folder: str) -> Iterator[object]:
     """A key is a path, or the name of an image without its suffix."""
     readable, missing = suffixes()
     by_stem: dict[str, list[str]] = defaultdict(list)
-    for picture in find_in([folder], recursive=False).pictures:
-        name = os.path.basename(picture)
+    for image in find_in([folder], recursive=False).images:
+        name = os.path.basename(image)
         by_stem[os.path.splitext(name)[0]].append(name)
-    for key, columns in said.items():
+    for key, columns in entry.items():
         if os.path.splitext(key)[1].lower() in {*readable, *missing}:
             yield {**columns, FILE: key}
         elif len(some := by_stem.get(key, [])) == 1:

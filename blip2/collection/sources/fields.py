@@ -14,9 +14,9 @@ from blip2.image import name_of
 from blip2.image.sources import stream_of
 
 IMAGE_COLUMNS = ("image", *IMAGES, "jpg", "jpeg", "png", "webp")
-NOT_SAID = ("label", "output")
+TARGET_COLUMNS = ("label", "output")
 """Columns with texts to learn, which are seldom captions of the image."""
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", *(name for name in CAPTIONS if name not in NOT_SAID))
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", *(name for name in CAPTIONS if name not in TARGET_COLUMNS))
 
 
 def is_known_image(name: str) -> bool:
@@ -54,7 +54,7 @@ def _found(columns: Sequence[str], known: Sequence[str]) -> str | None:
     return next((lowered[name] for name in known if name in lowered), None)
 
 
-def picture_of(value: object, column: str) -> tuple[str | bytes | None, str]:
+def image_of(value: object, column: str) -> tuple[str | bytes | None, str]:
     """The path, URL or bytes of an image, and the problem if there is none."""
     if isinstance(value, dict):  # images as `datasets` writes them; in JSON as base64
         content = value.get("bytes")
@@ -107,8 +107,8 @@ def text_of(value: object) -> tuple[str, str]:
     return " ".join(value.split()), ""
 
 
-def is_address(picture: str) -> bool:
-    return bool(re.match("https?://", picture, re.IGNORECASE))
+def is_address(image: str) -> bool:
+    return bool(re.match("https?://", image, re.IGNORECASE))
 
 
 def _is_name(value: str) -> bool:

@@ -23,20 +23,20 @@ UNIT_FILES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ImageMetadata:
     """What is known of an image from another place than a file beside it."""
 
     text: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-NOTHING = Said()
+NO_METADATA = ImageMetadata()
 
 
 class Files:
     """Images by their paths, in order. ``root``: keys are relative to it. ``text_suffix``: suffix of the files beside
     images that hold their existing texts ("" for none); it replaces the image's suffix or, with ``keeps_suffix``,
-    follows it. ``has_json``: whether JSON files beside images hold their columns. ``said``: what else is known, by
+    follows it. ``has_json``: whether JSON files beside images hold their columns. ``metadata``: what else is known, by
     path.
 
     ``problems``: a line for each file or folder that cannot be read. ``found``: everything in the folders.
@@ -53,14 +53,14 @@ class Files:
         text_suffix: str = "",
         keeps_suffix: bool = False,
         has_json: bool = False,
-        said: Mapping[str, Said] | None = None,
+        metadata: Mapping[str, ImageMetadata] | None = None,
     ) -> None:
         self.paths = paths
         self.root = root
         self.text_suffix = text_suffix
         self._keeps_suffix = keeps_suffix
         self._has_json = has_json
-        self._said = said or {}
+        self._metadata = metadata or {}
 
     @property
     def num_records(self) -> int:
@@ -75,19 +75,19 @@ class Files:
 
     def records(self, unit: Unit) -> Iterator[Record]:
         for path in self.paths[unit.start : unit.stop]:
-            said = self._said.get(path, NOTHING)
-            text, problem = self._beside(path)
+            known = self._metadata.get(path, NO_METADATA)
+            text, problem = self._text_beside(path)
             columns, wrong_columns = self._columns(path)
             yield Record(
-                self.key(path), path, path, _stamp(path), text or said.text, {**columns, **said.columns},
+                self.key(path), path, path, _stamp(path), text or known.text, {**columns, **known.columns},
                 problem or wrong_columns,
             )  # fmt: skip
 
-    def passed_over(self, apart: Collection[str] = ()) -> str:
+    def skipped_files(self, apart: Collection[str] = ()) -> str:
         """The files that are not images and not read, as `Found` lists them."""
-        return self.found.passed_over({*apart, self.text_suffix.lower()})
+        return self.found.skipped_files({*apart, self.text_suffix.lower()})
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         return {"source": "files", "root": os.path.abspath(self.root) if self.root else ""}
 
     def key(self, path: str) -> str:
@@ -105,28 +105,28 @@ class Files:
             found.append(digest.hexdigest())
         return found
 
-    def _beside(self, path: str) -> tuple[str, str]:
+    def _text_beside(self, path: str) -> tuple[str, str]:
         """The text in a file beside an image, and the problem if it cannot be read."""
         if not self.text_suffix or path == "-" or _is_address(path):
             return "", ""
-        beside = Path(path + self.text_suffix) if self._keeps_suffix else Path(path).with_suffix(self.text_suffix)
+        text_path = Path(path + self.text_suffix) if self._keeps_suffix else Path(path).with_suffix(self.text_suffix)
         try:
-            return " ".join(read_text(beside).split()), ""
+            return " ".join(read_text(text_path).split()), ""
         except FileNotFoundError:
             return "", ""
         except (OSError, NotTextError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            return "", f"{name_of(beside)}: cannot be read ({reason}); fix or remove it"
+            return "", f"{name_of(text_path)}: cannot be read ({reason}); fix or remove it"
 
     def _columns(self, path: str) -> tuple[Mapping[str, Any], str]:
-        beside = Path(path).with_suffix(".json")
-        if not self._has_json or not beside.exists():
+        text_path = Path(path).with_suffix(".json")
+        if not self._has_json or not text_path.exists():
             return {}, ""
         try:
-            value = read_json(str(beside))
+            value = read_json(str(text_path))
         except CollectionError as error:
             return {}, str(error)
-        return (value, "") if isinstance(value, dict) else ({}, f"{name_of(beside)}: is no object; fix or remove it")
+        return (value, "") if isinstance(value, dict) else ({}, f"{name_of(text_path)}: is no object; fix or remove it")
 
 
 def key_of(path: str, root: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from blip2.collection.sources.fields import caption_column_of, text_of
-from blip2.collection.sources.files import Said
+from blip2.collection.sources.files import ImageMetadata
 from blip2.collection.sources.parquet import Parquet
 from blip2.collection.sources.tables import Cells, JsonLines, Row, Table
 from blip2.errors import CollectionError, option
@@ -22,13 +22,13 @@ FILE = "file_name"
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-class Told:
-    """The metadata of the images ``paths``, by path: ``said``. ``problems``: a line for each row that cannot be used,
-    or whose image is missing. Raises CollectionError for metadata files of several formats (which `datasets` rejects),
-    for unreadable ones, and for two rows of one image."""
+class FolderMetadata:
+    """The metadata of the images ``paths``: ``by_path``. ``problems``: a line for each row that cannot be used, or
+    whose image is missing. Raises CollectionError for metadata files of several formats (which `datasets` rejects), for
+    unreadable ones, and for two rows of one image."""
 
     def __init__(self, metadata: Sequence[str], paths: Sequence[str], caption_column: str | None = None) -> None:
-        self.said: dict[str, Said] = {}
+        self.by_path: dict[str, ImageMetadata] = {}
         self.problems: list[str] = []
         self._there = {os.path.normpath(path): path for path in paths}
         self._composed = {_composed(path): path for path in paths if not path.isascii()}
@@ -63,7 +63,7 @@ class Told:
         text, problem = text_of(row.values.get(column)) if column else ("", "")
         if problem:
             self.problems.append(f"{row.name}: {problem}")
-        self.said[path] = Said(text, {key: value for key, value in row.values.items() if key != FILE})
+        self.by_path[path] = ImageMetadata(text, {key: value for key, value in row.values.items() if key != FILE})
 
     def _path(self, wanted: str) -> str | None:
         """The path as the folder spells it: macOS stores accents as separate characters."""

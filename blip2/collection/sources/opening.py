@@ -14,7 +14,7 @@ from blip2.collection.record import Source
 from blip2.collection.sources.annotations import CAPTIONS, FILE, refuse_split, rows_of
 from blip2.collection.sources.fields import is_known_image
 from blip2.collection.sources.files import Files, key_of
-from blip2.collection.sources.imagefolder import NAMES, Told, files_in, metadata_in
+from blip2.collection.sources.imagefolder import NAMES, FolderMetadata, files_in, metadata_in
 from blip2.collection.sources.parquet import Parquet
 from blip2.collection.sources.rows import Rows
 from blip2.collection.sources.shards import Shards
@@ -41,7 +41,7 @@ TAKEN = (
     "a folder, image files, webdataset shards (.tar), or rows in JSON, JSONL, CSV, TSV or parquet, each also as a "
     "quoted pattern"
 )
-PICTURES, SHARDS, ROWS, ANNOTATIONS = "pictures", "shards", "rows", "annotations"
+FILES, SHARDS, ROWS, ANNOTATIONS = "images", "shards", "rows", "annotations"
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 TABLE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".pq")
 HEAD_BYTES = 512
@@ -81,22 +81,22 @@ def open_source(
     folders = [place for place in places if os.path.isdir(place)]
     walk: dict[str, Any] = {"recursive": recursive, "exclude": exclude}
     found = find_in(folders, **walk)
-    if folders and not found.pictures and (others := _others(folders, walk)):
+    if folders and not found.images and (others := _others(folders, walk)):
         places = [place for place in places if place not in folders] + others
         folders = []
-    looked = _Looked(image_column, images, split)
+    looked = _FileKinds(image_column, images, split)
     kinds: dict[str, str] = {}  # each with its first argument
     for place in places:
         kinds.setdefault(looked.kind(place), place)
     if len(kinds) > 1:
-        told = " and ".join(f"{name_of(place)} ({kind})" for kind, place in kinds.items())
-        raise CollectionError(f"{told} cannot be read together; name only one kind")
+        names = " and ".join(f"{name_of(place)} ({kind})" for kind, place in kinds.items())
+        raise CollectionError(f"{names} cannot be read together; name only one kind")
     [kind] = kinds
     if kind != ANNOTATIONS:
         refuse_split(split, places[0])
     if kind == SHARDS:
         return Shards(places, image_field=image_column, text_field=caption_column)
-    if kind != PICTURES:
+    if kind != FILES:
         tables = [looked.tables[place] for place in places]
         if kind == ANNOTATIONS:
             image_column, caption_column = FILE, caption_column or (CAPTIONS if CAPTIONS in tables[0].columns else None)
@@ -119,26 +119,27 @@ def _files(
     without: Sequence[str],
 ) -> Files:
     """Images with their metadata: of an ImageFolder, or of img2dataset."""
-    if not found.pictures:
+    if not found.images:
         raise CollectionError("; ".join(found.problems) or "there are no images")
     once: dict[str, str] = {}  # a list may name an image that is also in a folder
-    for path in found.pictures:
+    for path in found.images:
         once.setdefault(key_of(path, root), path)
-    pictures = list(once.values())
+    images = list(once.values())
     has_metadata = any(found.others[os.path.splitext(name)[1]] for name in NAMES)
     left_out = {*map(os.path.abspath, without)}
     metadata = metadata_in(folders, **walk) if has_metadata else []
-    told = Told([path for path in metadata if os.path.abspath(path) not in left_out], pictures, caption_column)
+    metadata = [path for path in metadata if os.path.abspath(path) not in left_out]
+    from_tables = FolderMetadata(metadata, images, caption_column)
     is_downloaded = any(map(_is_downloaded, folders))
     source = Files(
-        pictures,
+        images,
         root=root,
         text_suffix=text_suffix or (".txt" if is_downloaded else ""),
         keeps_suffix=keeps_suffix,
         has_json=is_downloaded,
-        said=told.said,
+        metadata=from_tables.by_path,
     )
-    source.problems = [*found.problems, *told.problems]
+    source.problems = [*found.problems, *from_tables.problems]
     source.found = found
     return source
 
@@ -203,8 +204,8 @@ def _fitting(pattern: str) -> list[str]:
         raise CollectionError(f"{pattern}: matches no file; check it (in {os.getcwd()})")
     files, folders = [path for path in found if not os.path.isdir(path)], [*filter(os.path.isdir, found)]
     readable, _ = suffixes()
-    if pictures := [path for path in files if os.path.splitext(path)[1].lower() in readable]:
-        return sorted(pictures + folders)
+    if images := [path for path in files if os.path.splitext(path)[1].lower() in readable]:
+        return sorted(images + folders)
     return _shards_or_parquet(files) or found
 
 
@@ -236,7 +237,7 @@ def _root(folders: Sequence[str], places: Sequence[str]) -> str:
 # ---- contents of files ----
 
 
-class _Looked:
+class _FileKinds:
     """``tables``: the opened files of rows."""
 
     def __init__(self, image_column: str | None, images: str | None, split: str | None) -> None:
@@ -250,11 +251,11 @@ class _Looked:
         """The kind of a file. Raises CollectionError for an unknown kind, or if it cannot be read."""
         suffix = os.path.splitext(place)[1].lower()
         if place == "-" or os.path.isdir(place) or suffix in self._readable or suffix in self._missing:
-            return PICTURES
+            return FILES
         if not os.path.isfile(place):
             if place.lower().endswith((*TAR_SUFFIXES, *TABLE_SUFFIXES)):
                 raise CollectionError(f"{name_of(place)}: is not a regular file; save its output to a file first")
-            return PICTURES
+            return FILES
         if not (head := _head(place)):
             raise CollectionError(f"{name_of(place)}: is empty; check it")
         if head.startswith(b"PAR1"):
@@ -276,7 +277,7 @@ class _Looked:
             return ROWS
         if suffix in TABLE_SUFFIXES:
             raise CollectionError(f"{place}: is not a {suffix.lstrip('.')} file; name {TAKEN}")
-        return PICTURES  # any other content is reported for its record
+        return FILES  # any other content is reported for its record
 
     def _parquet(self, place: str) -> Table:
         table = Parquet(place)

@@ -89,8 +89,8 @@ def _empty_columns(metadata: Any) -> set[str]:
     counts: dict[str, int] = {}
     for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
         for column in (group.column(number) for number in range(group.num_columns)):
-            told = column.statistics
-            is_empty = told is not None and told.has_null_count and told.null_count == group.num_rows
+            statistics = column.statistics
+            is_empty = statistics is not None and statistics.has_null_count and statistics.null_count == group.num_rows
             counts[column.path_in_schema] = counts.get(column.path_in_schema, 0) + (not is_empty)
     return {name for name, count in counts.items() if not count}
 

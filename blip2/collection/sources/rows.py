@@ -19,9 +19,9 @@ from blip2.collection.record import Record, Unit
 from blip2.collection.sources.fields import (
     caption_column_of,
     image_column_of,
+    image_of,
     is_address,
     label_of,
-    picture_of,
     text_of,
 )
 from blip2.collection.sources.tables import HEAD_ROWS, Row, Table
@@ -77,7 +77,7 @@ class Rows:
         """For other processes, which read from the start."""
         return {**self.__dict__, "_ahead": {}}
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         return {
             "source": "rows",
             "files": [os.path.abspath(table.path) for table in self.tables],
@@ -89,22 +89,22 @@ class Rows:
 
     def _record(self, table: Table, row: Row, number: int) -> Record:
         value = _value(row, self.image_column)
-        picture, problem = self._picture(value, table)
+        image, problem = self._image(value, table)
         text, wrong_text = text_of(_value(row, self.caption_column)) if self.caption_column else ("", "")
         reason = row.problem or problem or wrong_text
-        stamp = _stamp(picture)
-        if isinstance(picture, str) and not reason and not is_address(picture):
-            reason = "" if stamp else f"{name_of(picture)}: no such file; fix the row, or the path"
-        name = picture if isinstance(picture, str) else row.name
+        stamp = _stamp(image)
+        if isinstance(image, str) and not reason and not is_address(image):
+            reason = "" if stamp else f"{name_of(image)}: no such file; fix the row, or the path"
+        name = image if isinstance(image, str) else row.name
         columns = {name: value for name, value in row.values.items() if name != self.image_column}
         if reason:
-            picture, reason = None, f"{row.name}: {reason}"
-        return Record(self._key(row, number), picture, name, stamp, text, columns, reason)
+            image, reason = None, f"{row.name}: {reason}"
+        return Record(self._key(row, number), image, name, stamp, text, columns, reason)
 
-    def _picture(self, value: object, table: Table) -> tuple[str | bytes | None, str]:
+    def _image(self, value: object, table: Table) -> tuple[str | bytes | None, str]:
         """The image with its full path, and the problem if there is none."""
-        picture, problem = picture_of(value, self.image_column)
-        return (self._path(picture, table) if isinstance(picture, str) else picture), problem
+        image, problem = image_of(value, self.image_column)
+        return (self._path(image, table) if isinstance(image, str) else image), problem
 
     def _path(self, name: str, table: Table) -> str:
         if is_address(name):
@@ -140,7 +140,7 @@ class Rows:
                 digest.update(repr((row.values, row.problem)).encode("utf-8", "surrogatepass"))
                 if label is not None and self.image_column not in table.holding_bytes:
                     holds_files = True
-                    digest.update(_stamp(self._picture(value, table)[0]).encode())
+                    digest.update(_stamp(self._image(value, table)[0]).encode())
                 number += 1
                 if (number - self._first[table.path]) % UNIT_ROWS == 0:
                     self._add_unit(table, start, number, digest.hexdigest())
@@ -199,10 +199,10 @@ class Rows:
         paths = []
         table = self.tables[0]
         for row in islice(table.looked([self.image_column]), HEAD_ROWS):
-            picture, _ = self._picture(_value(row, self.image_column), table)
-            if isinstance(picture, str) and (is_address(picture) or os.path.lexists(picture)):
+            image, _ = self._image(_value(row, self.image_column), table)
+            if isinstance(image, str) and (is_address(image) or os.path.lexists(image)):
                 return
-            paths += [picture] if isinstance(picture, str) else []
+            paths += [image] if isinstance(image, str) else []
         if paths:
             raise CollectionError(
                 f"{_names(self.tables)}: none of the images of its first rows exists (such as {name_of(paths[0])})"
@@ -238,15 +238,15 @@ def _own_key(row: Row, column: str) -> str | None:
     return None if value is None or value == "" or isinstance(value, dict | list | bytes) else str(value)
 
 
-def _stamp(picture: str | bytes | None) -> str:
-    match picture:
+def _stamp(image: str | bytes | None) -> str:
+    match image:
         case None:
             return ""
         case bytes():
-            return blake2b(picture, digest_size=16).hexdigest()
-        case _ if is_address(picture):
-            return blake2b(picture.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    found = stamp_of(picture)
+            return blake2b(image, digest_size=16).hexdigest()
+        case _ if is_address(image):
+            return blake2b(image.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    found = stamp_of(image)
     return "" if found is None else f"{found.size}-{found.mtime_ns}"
 
 

@@ -30,7 +30,7 @@ TEXT_FIELDS = ("txt", "text", "caption")
 JSON_FIELD, JSON_CAPTION = "json", "caption"
 HEAD_MEMBERS = 1000
 """Number of members of the first shard that are checked before a run if it is compressed; all if it is not."""
-LARGEST_PICTURE, LARGEST_TEXT = 2**30, 2**26
+LARGEST_IMAGE, LARGEST_TEXT = 2**30, 2**26
 """Maximum bytes of a member; a larger one is damaged."""
 
 
@@ -53,7 +53,7 @@ class Shards:
     @property
     def num_records(self) -> int | None:
         """The number that img2dataset stored beside each shard; None if that is missing."""
-        return _told_by_img2dataset(self.paths)
+        return _count_of_img2dataset(self.paths)
 
     def stamp(self, unit: Unit) -> str:
         return self._stamps[unit.number]
@@ -104,7 +104,7 @@ class Shards:
                         raise self._fragmented(unit.place, parts[1])
                     seen.add(parts[1])
                     sample, start = _Sample(parts[1]), member.start
-                self._take(sample, member, parts[2].lower(), has_pictures=False)
+                self._take(sample, member, parts[2].lower(), has_images=False)
                 stop = member.stop
         except Damage as damage:
             for name in (f"{unit.place}: {sample.key}", unit.place):  # this sample and what follows
@@ -126,7 +126,7 @@ class Shards:
             sample.problems.append(f"the shard is damaged here ({damage}); download or pack it again")
         return self._record(path, sample)
 
-    def told(self) -> Mapping[str, Any]:
+    def description(self) -> Mapping[str, Any]:
         return {
             "source": "shards",
             "root": self._root,
@@ -136,20 +136,20 @@ class Shards:
 
     # ---- one sample ----
 
-    def _take(self, sample: _Sample, member: Member, name: str, has_pictures: bool = True) -> None:
+    def _take(self, sample: _Sample, member: Member, name: str, has_images: bool = True) -> None:
         """Read what a record needs of a member; others are skipped."""
         if name in sample.names:
             sample.problems.append(f"has two members {name!r}; pack the shard again without one of them")
         sample.names.append(name)
-        is_picture = self._is_picture(name)
-        if not is_picture and name != JSON_FIELD and name not in self._texts():
+        is_image = self._is_image(name)
+        if not is_image and name != JSON_FIELD and name not in self._texts():
             return
         if not member.is_file:
             sample.problems.append(f"{name!r} is a link; pack the shard again with --dereference --hard-dereference")
-        elif member.size > (LARGEST_PICTURE if is_picture else LARGEST_TEXT):
+        elif member.size > (LARGEST_IMAGE if is_image else LARGEST_TEXT):
             sample.problems.append(f"{name!r} is too large ({member.size:,} bytes)")
-        elif is_picture:
-            sample.pictures[name] = member.read() if has_pictures else b"\0"[: member.size]
+        elif is_image:
+            sample.images[name] = member.read() if has_images else b"\0"[: member.size]
         else:
             sample.texts[name] = member.read()
 
@@ -169,18 +169,18 @@ class Shards:
         except ValueError as error:
             problems.append(f"the text {_text_error(error)}")
         chosen, problem = self._chosen(sample)
-        picture = sample.pictures.get(chosen)
-        if picture is not None and not picture:
+        image = sample.images.get(chosen)
+        if image is not None and not image:
             problem = f"{chosen!r} is empty"
-        stamp = blake2b(picture or b"", digest_size=16).hexdigest()
+        stamp = blake2b(image or b"", digest_size=16).hexdigest()
         reason = "; ".join(problems[:1] or [problem] * bool(problem))
         if reason:
             return Record(sample.key, None, name, stamp, text, columns, f"{name}: {reason}")
-        return Record(sample.key, picture, name, stamp, text, columns)
+        return Record(sample.key, image, name, stamp, text, columns)
 
     def _chosen(self, sample: _Sample) -> tuple[str, str]:
         """The field of the image, and the problem if there is none."""
-        found = [name for name in sample.names if self._is_picture(name)]
+        found = [name for name in sample.names if self._is_image(name)]
         plain = [name for name in found if "." not in name]  # jpg, rather than mask.jpg
         some = plain or found
         if len(some) == 1:
@@ -201,14 +201,14 @@ class Shards:
         for name in self._texts():
             if name in sample.texts:
                 return " ".join(sample.texts[name].decode("utf-8-sig").split())
-        said = columns.get(JSON_CAPTION)
-        return " ".join(said.split()) if isinstance(said, str) and self._text_field is None else ""
+        from_json = columns.get(JSON_CAPTION)
+        return " ".join(from_json.split()) if isinstance(from_json, str) and self._text_field is None else ""
 
     def _is_meta(self, sample: _Sample) -> bool:
         """Whether it is a member such as __meta__.json, which does not describe an image."""
-        return bool(META.match(sample.key)) and not any(map(self._is_picture, sample.names))
+        return bool(META.match(sample.key)) and not any(map(self._is_image, sample.names))
 
-    def _is_picture(self, name: str) -> bool:
+    def _is_image(self, name: str) -> bool:
         return name == self._image_field if self._image_field else _suffix(name) in self._readable
 
     def _texts(self) -> Sequence[str]:
@@ -260,7 +260,7 @@ class Shards:
 class _Sample:
     key: str
     names: list[str] = field(default_factory=list)
-    pictures: dict[str, bytes] = field(default_factory=dict)
+    images: dict[str, bytes] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -275,12 +275,12 @@ def _check_file(path: str) -> None:
         raise CollectionError(f"{path}: is not a file; shards have to be files on this machine")
 
 
-def _told_by_img2dataset(paths: Sequence[str]) -> int | None:
+def _count_of_img2dataset(paths: Sequence[str]) -> int | None:
     total = 0
     for path in paths:
         try:
-            told = json.loads(Path(f"{os.path.splitext(path)[0]}_stats.json").read_bytes())
-            total += int(told["successes"])
+            stats = json.loads(Path(f"{os.path.splitext(path)[0]}_stats.json").read_bytes())
+            total += int(stats["successes"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
     return total

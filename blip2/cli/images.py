@@ -39,7 +39,7 @@ NULL = (
     click.option("-0", "--null", "is_null", is_flag=True, help="Separate names by NUL bytes instead of newlines, in "
                  "the output and in --files-from; names are not escaped."),
 )  # fmt: skip
-PICTURES = (*FOLDERS, *NULL, *READING)
+IMAGE_OPTIONS = (*FOLDERS, *NULL, *READING)
 
 
 def of_reading(options: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def echo(columns: Sequence[str], is_null: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class FoundImages:
     """``sources`` in order. ``are_several``: their names are shown beside the results (not for a single file).
 
     With an ``index``, sources are only names: the features are in the index, in the same order.
@@ -152,7 +152,7 @@ def changes(index: Index, rows: Iterable[int] | None = None) -> list[str]:
     ]
 
 
-def find_pictures(asked: Asked, *, takes_index: bool = False) -> Pictures:
+def find_images(asked: Asked, *, takes_index: bool = False) -> FoundImages:
     """The images of folders, sorted by name, and those of an index; everything else is taken as it is."""
     from blip2.data.folders import find_in
     from blip2.index import Index, is_index  # imports torch
@@ -165,10 +165,10 @@ def find_pictures(asked: Asked, *, takes_index: bool = False) -> Pictures:
             raise click.UsageError(f"{click.format_filename(indexes[0])} is an index of images; {how}")
         index = Index.open(indexes[0])
         index.check_kind("ask")
-        return Pictures(index.paths, True, changes(index), index=index)
+        return FoundImages(index.paths, True, changes(index), index=index)
     found = find_in(arguments, recursive=asked.recursive, exclude=asked.exclude)
     problems, notes = list(found.problems), list[str]()
-    if passed_over := found.passed_over():
-        (problems if found.missing else notes).append(passed_over)
-    are_several = asked.is_listed or found.pictures != arguments[:1]
-    return Pictures(found.pictures, are_several, problems, notes)
+    if skipped_files := found.skipped_files():
+        (problems if found.missing else notes).append(skipped_files)
+    are_several = asked.is_listed or found.images != arguments[:1]
+    return FoundImages(found.images, are_several, problems, notes)

@@ -1,4 +1,4 @@
-"""When connections are too many: which gives way, and that a newcomer is answered whatever the others do."""
+"""Too many connections: which one is closed, and that a new one is always answered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from blip2.serve.connection import MAX_HEADERS
-from blip2.serve.house import STARTS_PER_TURN, House, Lane, Standing, Starts, origin_of
+from blip2.serve.connections import STARTS_PER_TURN, Activity, Connections, Lane, Starts, origin_of
 from blip2.serve.limits import Limits
 from blip2.serve.run import SPARE_DESCRIPTORS, affordable
 from tests.serve.conftest import LONG, PICTURES, Running, eventually, serving, slowed, user
@@ -24,22 +24,22 @@ MAX_CONNECTIONS = 12
 
 
 @dataclass(eq=False)
-class Guest:
+class FakeConnection:
     name: str
-    standing: Standing
+    activity: Activity
     origin: str = "a"
     since_s: float = 0.0
-    gave_way: list[str] = field(default_factory=list)
+    evicted: list[str] = field(default_factory=list)
 
-    def give_way(self) -> None:
-        self.gave_way.append(self.name)
+    def evict(self) -> None:
+        self.evicted.append(self.name)
 
 
-SILENT, IDLE, BODY, UNREAD, WORK = Standing
+SILENT, IDLE, BODY, UNREAD, WORK = Activity
 
 
 @pytest.mark.parametrize(
-    ("guests", "expected"),
+    ("connection_fields", "expected"),
     [
         ([("old", WORK, "a", 0), ("body", BODY, "a", 1), ("idle", IDLE, "a", 2), ("new", SILENT, "a", 3)], "new"),
         ([("body", BODY, "a", 1), ("idle", IDLE, "a", 2), ("unread", UNREAD, "a", 0)], "idle"),
@@ -52,17 +52,17 @@ SILENT, IDLE, BODY, UNREAD, WORK = Standing
         ([("young", SILENT, "a", 9.5), ("idle", IDLE, "a", 9.8)], "idle"),
     ],
 )
-def test_who_gives_way(guests, expected) -> None:
+def test_which_connection_is_closed(connection_fields, expected) -> None:
     refused: list[str] = []
-    house = House(len(guests), refused.append)
+    connections = Connections(len(connection_fields), refused.append)
     gone: list[str] = []
-    for each in guests:
-        house.enter(Guest(*each, gave_way=gone))
+    for each in connection_fields:
+        connections.add(FakeConnection(*each, evicted=gone))
     assert gone == []
-    house.enter(Guest("newcomer", SILENT, "z", 10))
+    connections.add(FakeConnection("new", SILENT, "z", 10))
     assert gone == ([expected] if expected else [])
     assert refused == ["connection_gave_way"] * len(gone)
-    assert house.count().total() == len(guests) + 1 - len(gone)
+    assert connections.count().total() == len(connection_fields) + 1 - len(gone)
 
 
 @pytest.mark.parametrize(
@@ -117,24 +117,24 @@ def small(models) -> Iterator[Running]:
     ],
     ids=["silent", "head", "kept", "body", "several", "chunks", "expect"],
 )  # fmt: skip
-def test_a_newcomer_is_answered_however_many_there_are(small, says) -> None:
+def test_a_new_connection_is_answered_however_many_there_are(small, says) -> None:
     with ExitStack() as crowd:
         for _ in range(3 * MAX_CONNECTIONS):
             crowd.enter_context(connected(small, says=says))
-        with connected(small, says=GET) as newcomer:
-            assert newcomer.recv(1000).startswith(b"HTTP/1.1 200")
+        with connected(small, says=GET) as new:
+            assert new.recv(1000).startswith(b"HTTP/1.1 200")
         assert small.http.post("/caption", files={"image": PICTURES[0].read_bytes()}).status_code == 200
         assert small.metric("blip2_connections") <= MAX_CONNECTIONS * 5 // 4
     assert small.metric("blip2_requests_rejected_total", reason="connection_gave_way") >= MAX_CONNECTIONS
 
 
-def test_while_everybody_works_a_newcomer_is_not_the_one_that_gives_way() -> None:
+def test_while_all_connections_work_a_new_one_is_not_closed() -> None:
     gone: list[str] = []
-    house = House(8)
+    connections = Connections(8)
     for number in range(8):
-        house.enter(Guest(f"work {number}", WORK))
+        connections.add(FakeConnection(f"work {number}", WORK))
     for number in range(4):
-        house.enter(Guest(f"new {number}", SILENT, "b", 10 + number / 10, gone))
+        connections.add(FakeConnection(f"new {number}", SILENT, "b", 10 + number / 10, gone))
     assert gone == ["new 0", "new 1"]  # but there are not more than a quarter too many
 
 

@@ -25,7 +25,7 @@ import functools
 from blip2.serve import fetch
 fetch.Fetcher = functools.partial(fetch.Fetcher, is_allowed=lambda address: True, ports=({port},))
 """
-"""A server that fetches pictures from a port of this machine, which others never do."""
+"""A server that fetches images from a port of this machine, which others never do."""
 GAUGES = ("blip2_rows", *(f"blip2_requests_{name}" for name in ("running", "waiting", "in_house")))
 
 
@@ -40,9 +40,9 @@ class Taken:
 
 
 @dataclass
-class House:
-    """``with House("--deadline", "3") as house``. ``fetches_from``: a port of this machine, if pictures are there.
-    ``fault``: code that its process runs first."""
+class ServerProcess:
+    """``with ServerProcess("--deadline", "3") as server``. ``fetches_from``: a port of this machine, if images are
+    there. ``fault``: code that its process runs first."""
 
     arguments: tuple[str, ...]
     fetches_from: int | None = None
@@ -54,7 +54,7 @@ class House:
     def __init__(self, *arguments: str, fetches_from: int | None = None, fault: str = "", ready_s: float = 90) -> None:
         self.arguments, self.fetches_from, self.fault, self.ready_s = arguments, fetches_from, fault, ready_s
 
-    def __enter__(self) -> House:
+    def __enter__(self) -> ServerProcess:
         self.log = tempfile.TemporaryFile("w+")
         self.port = free_port()
         first = self.fault
@@ -158,7 +158,7 @@ class House:
             problem, now = "", self.taken()
             try:
                 if not self.is_idle:
-                    problem = "requests are still in the house"
+                    problem = "requests are still unanswered"
             except (OSError, HTTPException) as error:
                 problem = f"no metrics ({error})"
             for name in ("num_files", "num_processes"):

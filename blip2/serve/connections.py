@@ -10,19 +10,19 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Protocol
 
-STATE = "blip2.house"
-"""Key of the `House` in the application's lifespan state, where each connection finds it."""
+STATE = "blip2.connections"
+"""Key of the `Connections` in the application's lifespan state, where each connection finds it."""
 MAX_CONNECTIONS = 1024
 STARTS_PER_TURN = 2
 """Requests started in one turn of the event loop, so that no turn takes long, however many have arrived. uvloop accepts
 one connection per turn."""
-YOUNG_S = 1.0
+NEW_S = 1.0
 """Seconds for which a silent new connection is assumed to have a request on its way."""
 LOCAL = "local"
 """The origin of connections without an address, through a Unix socket."""
 
 
-class Standing(IntEnum):
+class Activity(IntEnum):
     """The state of a connection. The first ones are closed first; a working one is never closed."""
 
     SILENT = 0
@@ -37,11 +37,11 @@ class Standing(IntEnum):
     """A complete request is being answered."""
 
 
-class Guest(Protocol):
-    """A connection, as `House` needs it."""
+class OpenConnection(Protocol):
+    """A connection, as `Connections` needs it."""
 
     @property
-    def standing(self) -> Standing: ...
+    def activity(self) -> Activity: ...
 
     @property
     def origin(self) -> str: ...
@@ -51,10 +51,10 @@ class Guest(Protocol):
         """The time of its arrival or its last answer, on the event loop's clock."""
         ...
 
-    def give_way(self) -> None: ...
+    def evict(self) -> None: ...
 
 
-class House:
+class Connections:
     """``max_connections``: beyond it one is closed. ``on_refusal`` gets the reason why a connection was closed."""
 
     def __init__(
@@ -63,59 +63,59 @@ class House:
         self.max_connections = max_connections
         self.refuse = on_refusal
         self.starts = Starts()
-        self._guests: dict[Guest, None] = {}
-        self._next: list[tuple[Standing, float, Guest]] = []
+        self._connections: dict[OpenConnection, None] = {}
+        self._next: list[tuple[Activity, float, OpenConnection]] = []
         """Connections to close next, the first one last, if their state is unchanged by then."""
 
     def __len__(self) -> int:
-        return len(self._guests)
+        return len(self._connections)
 
-    def enter(self, guest: Guest) -> None:
+    def add(self, connection: OpenConnection) -> None:
         """Adds a connection. New connections are always accepted."""
-        now_s = guest.since_s
-        if len(self._guests) < self.max_connections:
+        now_s = connection.since_s
+        if len(self._connections) < self.max_connections:
             self._next.clear()
-        while len(self._guests) >= self.max_connections and (least := self._least(now_s)) is not None:
-            if _is_young(least, now_s) and len(self._guests) < self.max_connections * 5 // 4:
+        while len(self._connections) >= self.max_connections and (least := self._least(now_s)) is not None:
+            if _is_new(least, now_s) and len(self._connections) < self.max_connections * 5 // 4:
                 break  # all connections are working or have just arrived
-            del self._guests[least]
+            del self._connections[least]
             self.refuse("connection_gave_way")
-            least.give_way()
-        self._guests[guest] = None
+            least.evict()
+        self._connections[connection] = None
 
-    def leave(self, guest: Guest) -> None:
-        self._guests.pop(guest, None)
+    def remove(self, connection: OpenConnection) -> None:
+        self._connections.pop(connection, None)
 
-    def count(self) -> Counter[Standing]:
-        return Counter(guest.standing for guest in self._guests)
+    def count(self) -> Counter[Activity]:
+        return Counter(connection.activity for connection in self._connections)
 
-    def _least(self, now_s: float) -> Guest | None:
+    def _least(self, now_s: float) -> OpenConnection | None:
         """The connection to close: of the origin with most connections, the longest in the lowest state.
 
         So many connections from one address cost nobody else a connection. None if all are working.
         """
         while True:
             while self._next:
-                standing, since_s, guest = self._next[-1]
-                if guest in self._guests and (guest.standing, guest.since_s) == (standing, since_s):
-                    return guest
+                activity, since_s, connection = self._next[-1]
+                if connection in self._connections and (connection.activity, connection.since_s) == (activity, since_s):
+                    return connection
                 self._next.pop()
-            found = [(guest.standing, guest.since_s, guest) for guest in self._guests]
-            found = [each for each in found if each[0] != Standing.WORK]
+            found = [(connection.activity, connection.since_s, connection) for connection in self._connections]
+            found = [each for each in found if each[0] != Activity.WORK]
             if not found:
                 return None
-            crowd = Counter(guest.origin for _, _, guest in found)
+            num_by_origin = Counter(connection.origin for _, _, connection in found)
 
             ranked = sorted(
-                (-crowd[guest.origin], Standing.BODY if _is_young(guest, now_s) else standing, since_s, place)
-                for place, (standing, since_s, guest) in enumerate(found)
+                (-num_by_origin[each.origin], Activity.BODY if _is_new(each, now_s) else activity, since_s, place)
+                for place, (activity, since_s, each) in enumerate(found)
             )
             # Scanning all connections takes milliseconds, and hundreds of new ones may arrive at once.
             self._next = [found[place] for *_, place in ranked[: max(self.max_connections // 32, 1)]][::-1]
 
 
-def _is_young(guest: Guest, now_s: float) -> bool:
-    return guest.standing == Standing.SILENT and now_s - guest.since_s < YOUNG_S
+def _is_new(connection: OpenConnection, now_s: float) -> bool:
+    return connection.activity == Activity.SILENT and now_s - connection.since_s < NEW_S
 
 
 class Lane(IntEnum):

@@ -14,12 +14,12 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2.serve.bodies import Bodies
+from blip2.serve.connections import origin_of
 from blip2.serve.errors import ApiError
-from blip2.serve.house import origin_of
 from blip2.serve.limits import Limits
 from blip2.serve.metrics import Metrics
 from blip2.serve.places import Places
-from blip2.serve.tidy import Tidy
+from blip2.serve.trimmer import MemoryTrimmer
 
 OPEN_PATHS = ("/", "/health", "/ready")
 """The page and the endpoints of load balancers, which need no key."""
@@ -28,13 +28,13 @@ OPEN_FOLDER = "/page/"
 END = "blip2.end_s"
 """Scope key of the deadline (monotonic)."""
 CLIENT = "blip2.client"
-"""Scope key of the client, for fair turns: a short digest of the API key, else `house.origin_of` the address."""
-LET_GO = "blip2.let_go"
+"""Scope key of the client, for fair turns: a short digest of the API key, else `connections.origin_of` the address."""
+RELEASE = "blip2.release"
 """Scope key of the function that a route calls when it no longer needs the body."""
 REFUSED = "blip2.refused"
-"""Scope key of the `ApiError` of a request that was refused earlier; the doorman sends it."""
+"""Scope key of the `ApiError` of a request that was refused earlier; `Admission` sends it."""
 ANSWERED = "blip2.answered"
-"""Scope key of the response to a request that needs nothing behind the `Gate`; the doorman sends it."""
+"""Scope key of the response to a request that needs nothing behind the `Gate`; `Admission` sends it."""
 LINGER_S, SILENCE_S = 5.0, 0.5
 """Seconds for which the rest of a refused request is still received, while it keeps arriving."""
 HEADERS = (
@@ -45,7 +45,7 @@ HEADERS = (
 )
 
 
-class Doorman:
+class Admission:
     """ASGI middleware around the whole application.
 
     ``refusal``: why nothing can be answered at present, or None. ``routes``: the paths that /metrics distinguishes.
@@ -75,8 +75,8 @@ class Doorman:
         self._places = Places(limits) if places is None else places
         self._bodies = Bodies(limits) if bodies is None else bodies
         self._salt = secrets.token_bytes(16)  # client names in the log must not help to guess the key
-        self._tidy = Tidy()
-        metrics.in_house.set_function(lambda: len(self._places))
+        self._trimmer = MemoryTrimmer()
+        metrics.num_unanswered.set_function(lambda: len(self._places))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,7 +99,7 @@ class Doorman:
         lingers = scope["method"] != "POST" and self._has_body(scope)  # no route reads it
         answer = _unfinished(noted_send) if lingers else noted_send
         try:
-            await self._let_in(scope, receive, answer)
+            await self._admit(scope, receive, answer)
         except ApiError as error:
             self._metrics.refuse(error.code)
             response = error.response()
@@ -118,12 +118,12 @@ class Doorman:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.request_seconds.labels(path, str(status)).observe(time.monotonic() - began_s)
             if scope["method"] == "POST":
-                self._tidy.note()
+                self._trimmer.note()
         if lingers:
             await self._discard(receive, scope.get(CLIENT, ""))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (refused := scope.get(REFUSED)) is not None:
             raise refused
         if (response := scope.get(ANSWERED)) is not None:
@@ -148,11 +148,11 @@ class Doorman:
             if not await body.receive(scope, receive, self._limits):
                 return  # the client disconnected
             scope.setdefault(END, time.monotonic() + self._limits.deadline_s)  # or set by the front process
-            scope[LET_GO] = body.let_go
+            scope[RELEASE] = body.release
             async with self._places.taken(client, scope[END]):
                 await self._app(scope, body.replay(receive), send)
         finally:
-            body.let_go()
+            body.release()
 
     def _client(self, scope: Scope, key: bytes | None) -> str:
         if key is not None:

@@ -12,11 +12,11 @@ from blip2.serve.errors import ApiError
 WHITE_SPACE = b" \t\r\n\f\v"
 DATA_ADDRESS = re.compile(r"data:[\w/+.-]{0,100};base64,", re.IGNORECASE)
 
-Picture = str | bytes
+ImageSource = str | bytes
 """A URL, or the bytes of an image file."""
 
 
-def picture(source: str, where: str = "") -> Picture:
+def parse_source(source: str, where: str = "") -> ImageSource:
     """``where``: the field that holds it, if a request may have several. Raises ImageError."""
     if source[:8].lower().startswith(("http:", "https:")):
         return source
@@ -44,7 +44,7 @@ def decoded(source: str) -> bytes:
     return content
 
 
-def check_no_picture(text: str, where: str, remedy: str) -> None:
+def check_no_image(text: str, where: str, remedy: str) -> None:
     """Raises ApiError for an image where a text belongs: a model would read its base64 as text."""
     if DATA_ADDRESS.search(text):
         raise ApiError(400, "image_in_text", f"{where}: an image stands where a text belongs; {remedy}", param=where)

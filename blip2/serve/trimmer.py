@@ -6,7 +6,7 @@ import asyncio
 import ctypes
 from contextlib import suppress
 
-from blip2.checkpoint.reader import give_back_memory
+from blip2.checkpoint.reader import release_memory
 
 IDLE_S = 1.0
 M_ARENA_MAX = -8
@@ -23,7 +23,7 @@ def share_one_arena() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-class Tidy:
+class MemoryTrimmer:
     """Trims the heap after `IDLE_S` without requests. The C library would keep the memory of large bodies."""
 
     def __init__(self) -> None:
@@ -44,4 +44,4 @@ class Tidy:
             self._timer = loop.call_later(left_s, self._look)
         else:
             self._timer = None
-            loop.run_in_executor(None, give_back_memory)
+            loop.run_in_executor(None, release_memory)
