@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.timeout(900)
 def test_all_tasks_on_a_pretended_device() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/pretended_tasks.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -87,7 +87,7 @@ def test_nothing_there(tmp_path):
 def test_kinds_are_not_mixed(tmp_path):
     pictures(tmp_path, ["a.jpg"])
     (tmp_path / "rows.csv").write_text("image\na.jpg\n")
-    with pytest.raises(CollectionError, match=r"a.jpg \(pictures\) .*rows.csv \(rows\) cannot be read together"):
+    with pytest.raises(CollectionError, match=r"a.jpg \(images\) .*rows.csv \(rows\) cannot be read together"):
         open_source([str(tmp_path / "a.jpg"), str(tmp_path / "rows.csv")])
 
 

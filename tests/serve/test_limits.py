@@ -208,7 +208,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch) -> None:
 
 
 class FakeMetrics:
-    class in_house:
+    class num_unanswered:
         @staticmethod
         def set_function(function) -> None: ...
 
