@@ -12,7 +12,7 @@ from PIL import Image
 from blip2.serve.cache import ImageCache, Look
 from blip2.serve.limits import Limits
 from blip2.serve.tickets import Steps
-from tests.serve.conftest import PICTURES, serving, user
+from tests.serve.conftest import PICTURES, eventually, serving, user
 
 
 def test_a_second_question_skips_the_image_encoder(models, tmp_path) -> None:
@@ -47,7 +47,7 @@ def test_those_who_ask_at_the_same_time_share_one_look(tiny_models) -> None:
 
         def hold() -> Steps[None]:
             entered.set()
-            may_go_on.wait(10)
+            may_go_on.wait(60)
             yield
 
         server.service.worker.call("", hold())
@@ -58,8 +58,7 @@ def test_those_who_ask_at_the_same_time_share_one_look(tiny_models) -> None:
         ]
         for thread in threads:
             thread.start()
-        while server.metric("blip2_requests_waiting") < 8:
-            pass
+        eventually(lambda: server.metric("blip2_requests_waiting") == 8, timeout_s=50)
         may_go_on.set()
         for thread in threads:
             thread.join()
