@@ -55,7 +55,7 @@ def test_it_counts_who_waits_for_values_and_what_is_sent(mode, counts):
 # ---- inference ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("quantize", [None, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "int4"))])
 def test_what_a_generative_model_answers(any_model, pictures, quantize, counts):
     def answers(device):
         model = blip2.load(any_model, device=device, dtype="float32", quantize=quantize)

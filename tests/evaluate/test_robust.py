@@ -63,6 +63,7 @@ def test_every_row_is_asked_as_it_is_and_by_each_variation(tmp_path, pipeline):
     assert json.loads((tmp_path / "out" / SCORES).read_text()) == found
 
 
+@pytest.mark.slow
 def test_rotation_and_company_change_nothing(tmp_path, pipeline):
     """Pictures that are not square, lie in each of the seven other ways, with texts of different lengths about them."""
     rows = []
