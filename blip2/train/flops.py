@@ -110,9 +110,9 @@ def of_language(config: LanguageConfig, num_queries: int, texts: Texts) -> tuple
     return 2 * tokens * products + scores, 4 * tokens * read * inner
 
 
-def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int, itg: bool = True) -> int:
+def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int, itm: bool = True, itg: bool = True) -> int:
     """Forward and backward pass of a part of a batch. ``vision_passes``: 0 with kept features, 1 with a frozen image
-    encoder, 2 with adapters in it, 3 if it is trained. ``itg``: whether ITG is trained."""
+    encoder, 2 with adapters in it, 3 if it is trained. ``itm`` and ``itg``: whether they are trained."""
     qformer, rows, width = config.qformer, texts.rows, texts.width
     queries, patches = qformer.num_query_tokens, config.vision.num_tokens
     looked = of_qformer(qformer, rows, queries=queries, text=0, patches=patches)
@@ -123,7 +123,7 @@ def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int, itg: b
     size = qformer.hidden_size
     heads = 2 * rows * (queries + 1) * size * config.projection_size + 2 * 3 * rows * queries * size * 2
     written += 2 * texts.targets * size * (size + qformer.vocab_size)
-    learnt = looked + read + matched + heads + (written if itg else 0)
+    learnt = looked + read + heads + (matched if itm else 0) + (written if itg else 0)
     return 3 * learnt + vision_passes * of_vision(config.vision, rows)
 
 

@@ -153,7 +153,8 @@ class _Stage1:
             encoded = train_set.encode_parts([(batch.stored, batch.place_B) for batch in batches], step)
             parts = [stage1.Part(found, *rest) for found, (_, *rest) in zip(encoded.features, batches, strict=True)]
             shares = stage1.backward(
-                self.model, parts, step, label_smoothing=optim.label_smoothing, itc=optim.itc, itg=optim.itg
+                self.model, parts, step, label_smoothing=optim.label_smoothing, itc=optim.itc, itm=optim.itm,
+                itg=optim.itg,
             )
             encoded.backward()
             return shares
@@ -163,7 +164,8 @@ class _Stage1:
             self.model, self.model.qformer, make_batch, backward, evaluate, lambda: self.num_cut,
             num_tokens=lambda batch: int(batch.text_mask_BT.sum()),
             flops=lambda batch: flops.of_stage1(
-                self.model.config, _texts(batch), vision_passes=_vision_passes(recipe, batch.stored), itg=optim.itg
+                self.model.config, _texts(batch), vision_passes=_vision_passes(recipe, batch.stored), itm=optim.itm,
+                itg=optim.itg,
             ),
             sample=None if held_out is None else lambda: samples.of_stage1(
                 self.model, self.tokenizer, held_out, recipe.data.max_text_tokens

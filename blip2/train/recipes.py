@@ -108,8 +108,10 @@ class OptimRecipe:
     """Stage 1: of ITC and ITG."""
     itc: Literal["exact", "lavis"] = "exact"
     """Stage 1: "lavis" uses the gradient of the authors' code on several devices, which is about half of ITC's."""
+    itm: bool = True
+    """Stage 1: whether the Q-Former also learns to tell right pairs from hard wrong ones."""
     itg: bool = True
-    """Stage 1: whether the Q-Former also learns to generate captions; if not, only ITC and ITM are trained."""
+    """Stage 1: whether the Q-Former also learns to generate captions; without both, ITC alone is trained."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def check(recipe: Recipe, error: Error) -> None:
             if given:
                 raise error(name, "belongs to stage 2, but this recipe is for stage 1; remove it")
     else:
-        for name, given in (("itc", optim.itc != "exact"), ("itg", not optim.itg)):
+        for name, given in (("itc", optim.itc != "exact"), ("itm", not optim.itm), ("itg", not optim.itg)):
             if given:
                 raise error(f"optim.{name}", "belongs to stage 1, but this recipe is for stage 2; remove it")
         if mix.captions + mix.questions + mix.dialogues == 0:

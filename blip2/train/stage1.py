@@ -114,14 +114,15 @@ def losses(
 
 
 def backward(
-    model: Blip2Matcher, parts: Sequence[Part], step: Step, *, label_smoothing: float, itc: str, itg: bool = True
+    model: Blip2Matcher, parts: Sequence[Part], step: Step, *, label_smoothing: float, itc: str, itm: bool = True,
+    itg: bool = True,
 ) -> dict[str, Tensor]:
     """This process's share of a step's losses; adds its share of the gradient to ``.grad``.
 
     The sums over all processes are the losses and the gradient of the global batch, however it is divided. Only ITC
     compares pairs of different parts, by their vectors, and ITM draws negatives from all parts. With several parts the
     vectors are computed twice: for all pairs without a gradient, then part by part with ITC's gradient of the vectors
-    (GradCache, Gao et al. 2021). ``itc``: see `own_logits`; ``itg``: whether ITG is trained.
+    (GradCache, Gao et al. 2021). ``itc``: see `own_logits`; ``itm`` and ``itg``: whether they are trained.
     """
     _check_pairs(step.batch_size)
     assert model.temperature is not None
@@ -151,36 +152,38 @@ def backward(
     wrong_image_N = draw_negatives(to_image_NB, equal_NB, place_N, chance_2N[0])
     wrong_text_N = draw_negatives(to_text_NB, equal_NB, place_N, chance_2N[1])
     wrong_NPD, wanted_B = None, list[int]()
-    if only is None or group.size > 1:  # else the keys of all wrong images are there
+    if itm and (only is None or group.size > 1):  # else the keys of all wrong images are there
         features_NPD = torch.cat([part.features_BPD.detach() for part in parts])
         wanted_B = group.gather(wrong_image_N, step.batch_size).tolist()
         wrong_NPD = group.fetch(features_NPD, wanted_B).requires_grad_(parts[0].features_BPD.requires_grad)
 
     count, start = int(mask_BT[:, 1:].sum()), 0
-    shares = {name: torch.zeros_like(contrast_share) for name in (("itm", "lm") if itg else ("itm",))}
+    shares = {name: torch.zeros_like(contrast_share) for name, learns in (("itm", itm), ("lm", itg)) if learns}
     for part in parts:
         here = slice(start, start := start + len(part.place_B))
         views = only or view(part)
+        terms: dict[str, Tensor] = {}
         with step.autocast():
-            wrong_image_B, wrong_B = wrong_image_N[here], wrong_text_N[here]
-            if wrong_NPD is None:
-                wrong_keys = [(key[wrong_image_B], value[wrong_image_B]) for key, value in views.image_keys]
-            else:
-                wrong_keys = _image_keys(model, wrong_NPD[here], wrong_image_B, step)
-            rows_3B = torch.cat([part.place_B + kind * step.batch_size for kind in range(3)])
-            with dropout_by_rows((step.seed, 2), rows_3B):
-                matching_N2 = _match(
-                    model, views.image_keys, wrong_keys, part.text_BT, part.text_mask_BT, text_BT[wrong_B],
-                    mask_BT[wrong_B],
-                )  # fmt: skip
-            itm = F.cross_entropy(matching_N2, _is_match(matching_N2), reduction="sum") / (3 * step.batch_size)
-            terms = {"itm": itm}
+            if itm:
+                wrong_image_B, wrong_B = wrong_image_N[here], wrong_text_N[here]
+                if wrong_NPD is None:
+                    wrong_keys = [(key[wrong_image_B], value[wrong_image_B]) for key, value in views.image_keys]
+                else:
+                    wrong_keys = _image_keys(model, wrong_NPD[here], wrong_image_B, step)
+                rows_3B = torch.cat([part.place_B + kind * step.batch_size for kind in range(3)])
+                with dropout_by_rows((step.seed, 2), rows_3B):
+                    matching_N2 = _match(
+                        model, views.image_keys, wrong_keys, part.text_BT, part.text_mask_BT, text_BT[wrong_B],
+                        mask_BT[wrong_B],
+                    )  # fmt: skip
+                summed = F.cross_entropy(matching_N2, _is_match(matching_N2), reduction="sum")
+                terms["itm"] = summed / (3 * step.batch_size)
             if itg:
                 with dropout_by_rows((step.seed, 3), part.place_B):
                     terms["lm"] = _generation(
                         model, views.memory, part.text_BT, part.text_mask_BT, label_smoothing, count
                     )
-        torch.autograd.backward([torch.stack([*terms.values()]).sum(), views.vectors_BVE], [None, toward_NVE[here]])
+        torch.autograd.backward([*terms.values(), views.vectors_BVE], [None] * len(terms) + [toward_NVE[here]])
         for name, loss in terms.items():
             shares[name] += loss.detach()
     if wrong_NPD is not None and wrong_NPD.grad is not None:  # an image is also a negative of other texts

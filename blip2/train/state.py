@@ -34,7 +34,7 @@ FREE = {
 NEW = {
     "optim.itc": repr("exact"), "lora": "None", "data.sources": "()", "data.augment": "False",
     "data.cleaning": repr("none"), "data.question_prompt": repr(""), "optim.itg": "True", "text_branch": "None",
-    "vision": "None", "optim.ema": "0.0", "data.features_dtype": repr("fp16"),
+    "optim.itm": "True", "vision": "None", "optim.ema": "0.0", "data.features_dtype": repr("fp16"),
 }  # fmt: skip
 """Keys that older recipes lack, with the values that they stand for."""
 ROWS = "what is in data.rows"

@@ -175,6 +175,18 @@ def test_without_captions_only_contrast_and_matching_are_learnt(example):
     assert verdict.last == pytest.approx(verdict.scores["itc"] + verdict.scores["itm"]) and verdict.first < 10
 
 
+def test_contrast_alone(example):
+    path = example("retrieval")
+    out = train.run(path, overrides=SMALL | {"optim.itg": False, "optim.itm": False})
+    line = json.loads((out / "log.jsonl").read_text().splitlines()[-2])
+    assert line["itc"] > 0 and not {"itm", "lm"} & line.keys()
+    before, after = (checkpoint.load(folder).state_dict() for folder in (path.parent / "runs" / "stage1", out))
+    for name in ("lm_head.dense.weight", "itm_head.weight"):
+        assert torch.equal(before[name], after[name])
+    for name in ("qformer.query_tokens", "vision_projection.weight"):
+        assert not torch.equal(before[name], after[name])
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_what_learns_begins_with_all_its_digits(example, precision):
     """Though the frozen parts may be kept in half precision."""
@@ -209,6 +221,7 @@ def test_what_learns_begins_with_all_its_digits(example, precision):
         ("retrieval", {"text_branch": "runs/stage1"}, "text_branch: belongs to stage 2, but this recipe is for"),
         ("retrieval", {"data.question_prompt": "{}"}, "data.question_prompt: belongs to stage 2"),
         ("caption", {"optim.itg": False}, "optim.itg: belongs to stage 1, but this recipe is for stage 2; remove it"),
+        ("caption", {"optim.itm": False}, "optim.itm: belongs to stage 1, but this recipe is for stage 2; remove it"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(example, name, changes, problem):
@@ -239,7 +252,7 @@ def test_a_state_of_before_goes_on(write_recipe, opt_model):
     state = out / "training" / "state.safetensors"
     tensors, about = tensorfile.load(state)
     facts = json.loads(about["recipe"])
-    for name in ("vision", "text_branch", "optim.itg", "data.question_prompt"):
+    for name in ("vision", "text_branch", "optim.itg", "optim.itm", "data.question_prompt"):
         del facts[name]
     tensorfile.save(state, tensors, about | {"recipe": json.dumps(facts)}, unfinished=state.with_suffix(".part"))
     train.run(path, overrides={"optim.steps": 6})
