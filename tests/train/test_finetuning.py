@@ -286,6 +286,7 @@ def test_so_do_parts_for_an_adapter_in_the_image_encoder(tuning, task):
     assert_same(gradients(path, some | {"optim.accumulate": 2}), gradients(path, some))
 
 
+@pytest.mark.slow
 def test_two_processes_compute_and_learn_what_one_does(tuning, tmp_path):
     """Of each task, dropout included; of an adapter in the image encoder; and a training to its end."""
     paths = {task: tuning(task, dropout=0.1) for task in TASKS}

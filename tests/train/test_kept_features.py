@@ -146,6 +146,7 @@ def recorded(folder):
     return np.flatnonzero(records["crc32"]).tolist()
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_loses_a_batch_at_most(tmp_path, matching_model):
     """And what it had made is not made again, by another number of processes either."""
     shards(tmp_path / "s", [9, 6])
@@ -168,6 +169,7 @@ def test_one_that_is_killed_loses_a_batch_at_most(tmp_path, matching_model):
         assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "g" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_all_begin_with_the_same(tmp_path, matching_model, monkeypatch):
     """A process that is late divides what is missing as the others do, who have not written since."""
     monkeypatch.setenv("LATE", "1")

@@ -51,12 +51,16 @@ def test_stage_1_learns_as_on_the_cpu(write_recipe, matching_model):
     check(losses(write_recipe(1, matching_model), {}))
 
 
-@pytest.mark.parametrize("overrides", [{}, {"lora.base": "int8", "lora.parts": ["language", "qformer"]}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, pytest.param({"lora.base": "int8", "lora.parts": ["language", "qformer"]}, marks=pytest.mark.slow)],
+)
 def test_stage_2_learns_as_on_the_cpu(write_recipe, any_model, overrides):
     check(losses(write_recipe(2, any_model), overrides))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.slow
 def test_so_does_an_image_encoder_and_a_qformer_that_reads(write_recipe, matching_model, opt_model, stage):
     """In parts, so that each image is seen twice, and of another size."""
     path = write_recipe(stage, matching_model if stage == 1 else opt_model)

@@ -87,7 +87,7 @@ def test_what_is_trained_shares_the_frozen_files_of_its_start(write_recipe, matc
         qformer=replace(qformer_start(str(matching_model)), tensors={}),
     )  # fmt: skip
     outs = [
-        train.run(write_recipe(stage, start), overrides={"precision": "bf16", "optim.steps": 2})
+        train.run(write_recipe(stage, start), overrides={"precision": "bf16", "optim.steps": 1})
         for stage, start in enumerate(starts, start=1)
     ]
     for start, out in zip(starts, outs, strict=True):

@@ -49,6 +49,7 @@ def test_two_processes_with_a_half_each_learn_what_one_does(recipe, tmp_path):
     assert checkpoint.load(tmp_path / "shared").config == checkpoint.load(alone).config
 
 
+@pytest.mark.slow
 def test_in_bf16(recipe, tmp_path):
     """To the bit what two processes compute that have all of the weights."""
     case = {"path": str(recipe), "precision": "bf16"}
@@ -65,6 +66,7 @@ def test_other_language_models(write_recipe, any_model, tmp_path):
     compute(without_features(write_recipe(2, any_model)), tmp_path, [BOTH | UNEVEN, BOTH | whole])
 
 
+@pytest.mark.slow
 def test_an_image_encoder_that_learns(tmp_path):
     """Its gradients are summed and clipped, changed, saved and read as those of one process."""
     learn(1, tmp_path / "one.pt")
@@ -85,6 +87,7 @@ def learn(number, out):
     in_processes(number, out, module="tests.train.learning_shares")
 
 
+@pytest.mark.slow
 def test_memory(tmp_path, monkeypatch):
     """A process has half of the language model, one product of it whole, and what torch needs for that."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")  # what is freed goes back to the system, and is not counted
