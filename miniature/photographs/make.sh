@@ -27,7 +27,6 @@ if [ ! -f "$work/language.done" ]; then   # language.pt is there before it is do
   touch "$work/language.done"
 fi
 [ -f "$work/start-generative/config.json" ] || parts generative
-"$python" -m blip2 train $recipes/words.toml
 "$python" -m blip2 train $recipes/stage1.toml
 "$python" -m blip2 train $recipes/stage2.toml
 "$python" -m blip2 train $recipes/ablation.toml   # stage 2 without stage 1, for the comparison
