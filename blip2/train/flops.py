@@ -121,7 +121,8 @@ def of_stage1(config: MatcherConfig, texts: Texts, *, vision_passes: int, itm: b
     matched = of_qformer(qformer, 3 * rows, queries=queries, text=width, patches=patches)
     written = of_qformer(qformer, rows, queries=0, text=width, past=queries)
     size = qformer.hidden_size
-    heads = 2 * rows * (queries + 1) * size * config.projection_size + 2 * 3 * rows * queries * size * 2
+    heads = 2 * rows * (queries + 1) * size * config.projection_size
+    matched += 2 * 3 * rows * queries * size * 2
     written += 2 * texts.targets * size * (size + qformer.vocab_size)
     learnt = looked + read + heads + (matched if itm else 0) + (written if itg else 0)
     return 3 * learnt + vision_passes * of_vision(config.vision, rows)
