@@ -122,7 +122,9 @@ class Fetcher:
                 f"{_short(url)}: the certificate for {host} is not valid ({error.verify_message}); check the URL"
             ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            # After `abort`, a read can fail in several ways, a reset connection among them.
+            is_late = time.monotonic() >= end_s
+            reason = "it took too long" if is_late else " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"{_short(url)}: download failed ({reason}); check the URL") from None
         finally:
             alarm.cancel()
