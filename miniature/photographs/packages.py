@@ -60,7 +60,9 @@ def _unpack(place: Path, get) -> None:
 
 
 def _debian(name: str, where: Path) -> None:
-    subprocess.run(["apt-get", "download", "-q", name], cwd=where, check=True, stdout=subprocess.DEVNULL)
+    # As root, apt-get warns that its own user cannot write here; it need not change to that user.
+    command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", "-q", name]
+    subprocess.run(command, cwd=where, check=True, stdout=subprocess.DEVNULL)
     [archive] = where.glob("*.deb")
     subprocess.run(["dpkg-deb", "-x", archive.name, "unpacked"], cwd=where, check=True)
 
