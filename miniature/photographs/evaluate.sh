@@ -35,11 +35,11 @@ done
 for rows in caption say; do
   echo "== photographs, $rows" && score photographs "$work/photographs/$rows.jsonl" "$out/photographs-$rows"
 done
-blip2 match "$work/photographs" --labels "$work/photographs/labels.txt" --top 5 --json --model photographs-itm \
+blip2 match "$work/photographs" --labels "$work/photographs/labels.txt" --top 32 --json --model photographs-itm \
   > "$out/matches.jsonl"
 echo "== photographs, match --labels" && score labels "$out/matches.jsonl"
 for split in large-stamps familiar; do
-  blip2 match "$work/$split"/images/* --labels "$work/photographs/labels.txt" --top 5 --json \
+  blip2 match "$work/$split"/images/* --labels "$work/photographs/labels.txt" --top 32 --json \
     --model photographs-itm > "$out/$split-labels.jsonl"
   echo "== $split, match --labels" && score labels "$out/$split-labels.jsonl" "$work/$split/rows.jsonl"
 done

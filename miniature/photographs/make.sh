@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the second miniature from nothing but packages of Debian and PyPI: `make photographs`. About two hours on one
-# core; stopped and started again, it goes on where it was. Run from the repository's root, inside its environment.
+# Makes the second miniature from nothing but packages of Debian and PyPI: `make photographs`. README.md says how long it
+# takes; stopped and started again, it goes on where it was. Run from the repository's root, inside its environment.
 # Needs apt-get and dpkg-deb; libtcmalloc-minimal4, if there, makes training up to twice as fast.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -20,15 +20,28 @@ done
 [ -f "$work/photographs/labels.txt" ] || "$python" -m miniature.photographs.things --packages "$work/packages" \
   --out "$work/photographs"
 
-parts() { "$python" -m miniature.photographs.parts "$1" --packages "$work/packages" --out "$work"; }
-[ -f "$work/start-matching/config.json" ] || parts matching
+parts=("$python" -m miniature.photographs.parts --packages "$work/packages" --out "$work")
+train=("$python" -m blip2 train)
+beside=   # a process that runs beside another one, and ends with this script, also after Ctrl-C
+trap '[ -z "$beside" ] || kill "$beside" 2>/dev/null || true' EXIT
+
+[ -f "$work/start-matching/config.json" ] || "${parts[@]}" matching
 if [ ! -f "$work/language.done" ]; then   # language.pt is there before it is done
-  parts language
-  touch "$work/language.done"
+  echo "beside the next training: the language model ($work/language.log)"
+  "${parts[@]}" language > "$work/language.log" 2>&1 &
+  beside=$!
 fi
-[ -f "$work/start-generative/config.json" ] || parts generative
-"$python" -m blip2 train $recipes/stage1.toml
-"$python" -m blip2 train $recipes/stage2.toml
-"$python" -m blip2 train $recipes/ablation.toml   # stage 2 without stage 1, for the comparison
+"${train[@]}" $recipes/words.toml
+[ -z "$beside" ] || wait "$beside"
+touch "$work/language.done"
+beside=
+"${train[@]}" $recipes/stage1.toml
+[ -f "$work/start-generative/config.json" ] || "${parts[@]}" generative
+echo "beside stage 2: its ablation, without stage 1 ($work/ablation.log)"
+"${train[@]}" $recipes/ablation.toml > "$work/ablation.log" 2>&1 &
+beside=$!
+"${train[@]}" $recipes/stage2.toml
+wait "$beside"
+beside=
 "$python" -m miniature.photographs.bundle "$work"
 bash $recipes/evaluate.sh

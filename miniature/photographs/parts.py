@@ -4,15 +4,17 @@
     python -m miniature.photographs.parts language --packages DIR --out WORK     (WORK/language.pt, tokenizer.json)
     python -m miniature.photographs.parts generative --packages DIR --out WORK   (WORK/start-generative)
 
-Both begin from the bundled miniature: the language model, whose layers look words up in a description already, learns
-the nouns, from text alone; the Q-Former has read texts of this kind, and learns to look at photographs. The image
-encoder is EfficientNet-Lite0 as it was published, of which the
-Q-Former sees the last grid, 7 x 7 places; all of a picture becomes the square that is seen.
+The language model begins from the bundled miniature's, whose layers look words up in a description already, and
+learns the nouns, from text alone. The Q-Former begins by chance: the bundled one has words for 24 kinds, and what its
+[CLS] says of this world's 168 has hardly 8 dimensions (README, "What the Q-Former begins from"). The image encoder is
+EfficientNet-Lite0 as it was published, of which the Q-Former sees the last grid, 7 x 7 places; all of a picture becomes
+the square that is seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +37,8 @@ from miniature.pretrain import QFORMER
 
 VOCAB_SIZE, MATCHING_VOCAB_SIZE = 1536, 1000
 LAYER = "last"
-DROPOUT = 0.1
+STD = 0.02 * math.sqrt(768 / QFORMER.hidden_size)
+"""BERT's 0.02 is for a width of 768. What a layer adds to its input grows with it and with the root of the width."""
 VALUE_SCALE = 0.7
 """About the deviation that values of directions by chance (0.02 for each of 1280 channels) have."""
 
@@ -69,28 +72,12 @@ def from_miniature(tokenizer: Tokenizer) -> OPT:
     return model
 
 
-def begin_from_miniature(model: Blip2Matcher, words: Tokenizer) -> None:
-    """The bundled matching model's Q-Former and heads, but for what looks at its features, which are others here; a
-    word that both have keeps its vector."""
-    folder = checkpoint.resolve("miniature-itm")
-    begun, own = checkpoint.load(folder, dtype=torch.float32).state_dict(), model.state_dict()
-    old = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    both = [(number, old[word]) for word, number in words.get_vocab().items() if word in old]
-    places, from_places = map(list, zip(*both, strict=True))
-    for name, tensor in begun.items():
-        if name.startswith("vision.") or name not in own:
-            continue
-        if own[name].shape == tensor.shape:
-            own[name].copy_(tensor)
-        elif len(own[name]) == words.get_vocab_size():
-            own[name][places] = tensor[from_places]
-
-
 @torch.no_grad()
-def look_for_classes(qformer: QFormer, packages: Path) -> None:
-    """Cross-attention begins to read what the image encoder's own classes are told by: the values of its layers, from
-    the first to the last, are the principal directions of the published classifier, each layer the next ones. A
-    direction by chance would mix them with what no class differs in."""
+def begin(qformer: QFormer, packages: Path) -> None:
+    """Weights by chance, but for the values of cross-attention: from the first layer to the last they are the principal
+    directions of the classifier that the image encoder was published with, each layer the next ones. A direction by
+    chance would mix them with what no class differs in."""
+    qformer.reset_parameters(std=STD)
     file = lite_file(packages / ENCODER)
     assert file is not None
     weight_CD = unpickled(file)["_fc.weight"].float()
@@ -104,17 +91,15 @@ def look_for_classes(qformer: QFormer, packages: Path) -> None:
 
 
 def start_matching(packages: Path, folder: Path) -> None:
-    """``start-matching`` in ``folder``, with a Q-Former that has seen emoji alone."""
+    """``start-matching`` in ``folder``, with a Q-Former that has seen and read nothing."""
     vision, settings = image_encoder(packages)
     words = make_matching_tokenizer(vocab_size=MATCHING_VOCAB_SIZE, make_scene=make_scene)
     qformer = replace(
-        QFORMER, encoder_hidden_size=vision.config.hidden_size, vocab_size=words.get_vocab_size(), has_text=True,
-        dropout=DROPOUT,
-    )  # fmt: skip
+        QFORMER, encoder_hidden_size=vision.config.hidden_size, vocab_size=words.get_vocab_size(), has_text=True
+    )
     config = MatcherConfig(vision.config, qformer, projection_size=128, bos_token_id=words.token_to_id("[DEC]"))
     model = Blip2Matcher(config)
-    begin_from_miniature(model, words)
-    look_for_classes(model.qformer, packages)
+    begin(model.qformer, packages)
     model.vision = vision
     checkpoint.save(model, folder / "start-matching", tokenizer=words.to_str(), settings=settings)
 
@@ -129,6 +114,7 @@ def start_generative(packages: Path, folder: Path) -> None:
     qformer = replace(QFORMER, encoder_hidden_size=vision.config.hidden_size)
     image_token = Tokenizer.from_file(str(path)).token_to_id("<image>")
     model = Blip2(Blip2Config(vision.config, qformer, language.config, image_token_id=image_token))
+    begin(model.qformer, packages)
     model.vision, model.language = vision, language
     checkpoint.save(model, folder / "start-generative", tokenizer=path, settings=settings)
 

@@ -10,7 +10,7 @@
 ``rows``: one question of each type about each scene, or its captions; with ``--shuffle`` each about the picture of
 the next scene. ``scenes``: right to the letter, lists and captions in any order. *Blind*: the most frequent right
 answer to the same wording. ``photographs``: whether what is said names the kind (and no other). ``labels``: of
-`blip2 match --labels --top 5 --json`, about the photographs, or the scenes of one kind of a split.
+`blip2 match --labels --top 32 --json`, about the photographs, or the scenes of one kind of a split.
 """
 
 from __future__ import annotations
@@ -159,16 +159,18 @@ def kind_of_scenes(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def labels_table(matches: list[dict[str, Any]], kind_of: dict[str, str]) -> str:
-    """``matches``: JSON lines of `blip2 match`, a line each picture with its best texts in order."""
-    ranked: dict[str, list[str]] = defaultdict(list)
+    """``matches``: JSON lines of `blip2 match`, the best texts of each image in order. Also what ITC alone finds, whose
+    best texts are among them."""
+    found: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for row in matches:
-        ranked[Path(row["image"]).name].append(row["text"])
+        found[Path(row["image"]).name].append((row["itc_cosine"], row["text"]))
     lines = [HEADER]
-    for top in (1, 5):
-        right = {name: texts.with_article(kind) in ranked[name][:top] for name, kind in kind_of.items()}
-        lines.append(share_line(f"right among the best {top}", sum(right.values()), len(right)))
-        last = by_kind(right, kind_of)
-        lines.append(f"<!-- best {top}: {last} -->")
+    for way, order in (("match", list), ("ITC alone", lambda rows: sorted(rows, reverse=True))):
+        for top in (1, 5):
+            best = {name: {text for _, text in order(rows)[:top]} for name, rows in found.items()}
+            right = {name: texts.with_article(kind) in best[name] for name, kind in kind_of.items()}
+            lines.append(share_line(f"{way}, best {top}", sum(right.values()), len(right)))
+            lines.append(f"<!-- {by_kind(right, kind_of)} -->")
     return "\n".join(lines)
 
 
