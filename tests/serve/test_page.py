@@ -198,6 +198,23 @@ def test_where_it_looks_is_not_offered_where_the_server_cannot_tell(opened, serv
     expect(page.get_by_role("button", name="Where it looks")).to_have_count(0)
 
 
+def test_models_of_ours_say_what_they_know_and_others_nothing(opened, server) -> None:
+    """The miniature, the one that `make photographs` makes, and any other."""
+    models = server.http.get("/v1/models").json()
+
+    def go(name: str) -> tuple[bool, bool]:
+        models["data"][0]["id"] = name
+        opened.page.route("**/v1/models", lambda route: route.fulfill(json=models))
+        page = opened.go(server)
+        expect(page.locator("#models")).to_contain_text(f"{name} answers")
+        return tuple(page.get_by_text(text).is_visible() for text in ("does not know photographs", "for every image"))
+
+    assert go("miniature") == (True, False)
+    assert go("photographs") == (False, True)
+    expect(opened.page.locator("#ideas")).to_contain_text("is there a fish?")
+    assert go("blip2-opt-2.7b") == (False, False)
+
+
 def test_with_the_keyboard_alone(opened, server) -> None:
     page = opened.go(server)
     expect(page.locator("#models")).to_contain_text("compares")

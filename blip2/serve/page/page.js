@@ -13,11 +13,15 @@ import { Look } from "./look.js";
 import { Match } from "./match.js";
 import { Strip } from "./strip.js";
 
-const MINIATURE = {
-  things: "dog, cat, horse, bird, fish, rabbit, pig, elephant, turtle, butterfly, apple, banana, car, bus, tree, flower, mushroom, house, bicycle, boat, airplane, ball, umbrella, clock",
-  backgrounds: "white, black, gray, green, blue, yellow, pink, purple",
-  questions: ["how many dogs are there?", "and cats?", "what color is the background?", "what do you see?"],
-  texts: ["two dogs and a boat", "a dog and a boat", "two cats"],
+const IDEAS = {
+  miniature: {
+    questions: ["how many dogs are there?", "and cats?", "what color is the background?", "what do you see?"],
+    texts: ["two dogs and a boat", "a dog and a boat", "two cats"],
+  },
+  photographs: {
+    questions: ["what do you see?", "is there a fish?", "how many fish are there?"],
+    texts: ["a fish", "a hammer", "a koala"],
+  },
 };
 
 const MAX_IMAGES = 100;
@@ -78,7 +82,7 @@ async function meet() {
         showCaption(strip.shown);
       }
     }
-    if (speaker === "miniature") introduceMiniature();
+    if (speaker in IDEAS) introduce(speaker);
     return true;
   } catch (error) {
     if (error.code === "gone") return false;
@@ -107,16 +111,17 @@ onGone(() => {
   })().finally(() => (watching = null));
 });
 
-function introduceMiniature() {
-  $("knows-things").textContent = MINIATURE.things;
-  $("knows-backgrounds").textContent = MINIATURE.backgrounds;
+/** What a model of ours knows, and what to ask it. */
+function introduce(model) {
+  const { questions, texts } = IDEAS[model];
+  for (const about of $("knows").querySelectorAll("[data-model]")) about.hidden = about.dataset.model !== model;
   $("knows").hidden = false;
   $("knows").open = strip.shown === null;
-  $("texts").value ||= MINIATURE.texts.join("\n");
+  $("texts").value ||= texts.join("\n");
   const ask = (question) => {
     if (!chat.running) chat.ask(question);
   };
-  $("ideas").replaceChildren(...MINIATURE.questions.map((question) => button(question, () => ask(question))));
+  $("ideas").replaceChildren(...questions.map((question) => button(question, () => ask(question))));
   $("ideas").hidden = false;
 }
 
