@@ -22,13 +22,15 @@ done
 
 parts=("$python" -m miniature.photographs.parts --packages "$work/packages" --out "$work")
 train=("$python" -m blip2 train)
+# Each training uses one thread, and so does what runs beside it: threads of two that wait for each other take eight times
+# as long.
 beside=   # a process that runs beside another one, and ends with this script, also after Ctrl-C
 trap '[ -z "$beside" ] || kill "$beside" 2>/dev/null || true' EXIT
 
 [ -f "$work/start-matching/config.json" ] || "${parts[@]}" matching
 if [ ! -f "$work/language.done" ]; then   # language.pt is there before it is done
   echo "beside the next training: the language model ($work/language.log)"
-  "${parts[@]}" language > "$work/language.log" 2>&1 &
+  OMP_NUM_THREADS=1 "${parts[@]}" language > "$work/language.log" 2>&1 &
   beside=$!
 fi
 "${train[@]}" $recipes/words.toml
