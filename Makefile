@@ -42,7 +42,7 @@ wheels: .venv/release.stamp  ## wheels with compiled kernels in dist/ (by cibuil
 image:      ## an image for containers, blip2:latest (TORCH=cu130: with CUDA 13.0; needs Docker)
 	docker build --build-arg TORCH=$(or $(TORCH),cpu) --tag blip2 .
 
-photographs: venv  ## the second miniature, blip2.load("photographs"): fetches packages, trains for hours
+photographs: venv  ## the second miniature, blip2.load("photographs"): fetches packages, trains for an hour or more
 	PYTHON=$(BIN)/python miniature/photographs/make.sh
 
 screenshots: venv  ## pictures of the server's page into docs/ (needs a Chromium)

@@ -114,7 +114,6 @@ def start_generative(packages: Path, folder: Path) -> None:
     qformer = replace(QFORMER, encoder_hidden_size=vision.config.hidden_size)
     image_token = Tokenizer.from_file(str(path)).token_to_id("<image>")
     model = Blip2(Blip2Config(vision.config, qformer, language.config, image_token_id=image_token))
-    begin(model.qformer, packages)
     model.vision, model.language = vision, language
     checkpoint.save(model, folder / "start-generative", tokenizer=path, settings=settings)
 

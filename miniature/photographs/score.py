@@ -167,7 +167,7 @@ def labels_table(matches: list[dict[str, Any]], kind_of: dict[str, str]) -> str:
     lines = [HEADER]
     for way, order in (("match", list), ("ITC alone", lambda rows: sorted(rows, reverse=True))):
         for top in (1, 5):
-            best = {name: {text for _, text in order(rows)[:top]} for name, rows in found.items()}
+            best = {name: {text for _, text in order(found[name])[:top]} for name in kind_of}
             right = {name: texts.with_article(kind) in best[name] for name, kind in kind_of.items()}
             lines.append(share_line(f"{way}, best {top}", sum(right.values()), len(right)))
             lines.append(f"<!-- {by_kind(right, kind_of)} -->")

@@ -82,7 +82,7 @@ async function meet() {
         showCaption(strip.shown);
       }
     }
-    if (speaker in IDEAS) introduce(speaker);
+    if (Object.hasOwn(IDEAS, speaker)) introduce(speaker);
     return true;
   } catch (error) {
     if (error.code === "gone") return false;
